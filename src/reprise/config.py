@@ -1,0 +1,115 @@
+"""Every option of the engine: one home, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from reprise.errors import ConfigError
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. The names are the command line's flags and ``LLM``'s arguments.
+
+    Raises:
+        ConfigError: A value is out of range, or two options contradict each other.
+    """
+
+    model: str | None = None
+    """Local directory, Hugging Face id, or None for the bundled demo model."""
+    tokenizer: str | None = None
+    """Directory or id of the tokenizer; None: the model's."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hugging Face hub."""
+    device: str = "auto"
+    """Platform name, optionally with an index (``cuda:1``); ``auto`` takes the best one here."""
+    dtype: Dtype = "auto"
+    """Compute dtype; ``auto`` takes the checkpoint's where the device computes in it."""
+    load_format: LoadFormat = "auto"
+    """``dummy`` needs a config alone and fills the weights with random values."""
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face config to replace."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; None: what the model was trained for."""
+    max_num_seqs: int = 256
+    """Requests that compute at the same time."""
+    max_num_batched_tokens: int | None = None
+    """New tokens in one step; longer prompts are computed in chunks. None: the platform's."""
+    block_size: int | None = None
+    """Tokens in one block of the KV cache, a power of two; None: the platform's."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that this engine may use, whatever the device."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache; None: what ``gpu_memory_utilization`` leaves."""
+    num_blocks: int | None = None
+    """Blocks of the KV cache, the null block included; overrides the two options above."""
+    enable_prefix_caching: bool = True
+    """Share the cache blocks of equal prompt beginnings."""
+    seed: int = 0
+    """Seed of requests that bring none."""
+    skip_tokenizer_init: bool = False
+    """Load no tokenizer: prompts are token ids and outputs have no text."""
+    ops: Mapping[str, str] = field(default_factory=dict)
+    """Op name to the implementation to use instead of the platform's choice."""
+
+    def __post_init__(self) -> None:
+        self._one_of("dtype", get_args(Dtype))
+        self._one_of("load_format", get_args(LoadFormat))
+        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
+                     "kv_cache_memory_bytes", "num_blocks"):  # fmt: skip
+            self._positive(name)
+        size = self.block_size
+        if size is not None and size & (size - 1):
+            raise ConfigError(f"block_size={size} must be a power of two, such as 16")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization={share!r} must be above 0 and at most 1")
+        if self.num_blocks is not None:
+            if self.num_blocks < 2:
+                raise ConfigError(
+                    f"num_blocks={self.num_blocks} must be at least 2: "
+                    "block 0 is the null block and belongs to no request"
+                )
+            if self.kv_cache_memory_bytes is not None:
+                raise ConfigError(
+                    f"num_blocks={self.num_blocks} and kv_cache_memory_bytes="
+                    f"{self.kv_cache_memory_bytes} both set the cache's size; give one of them"
+                )
+        if self.load_format == "dummy" and self.model is None:
+            raise ConfigError(
+                "load_format='dummy' needs model= a directory with a config.json; "
+                "without it, model=None loads the bundled demo model's real weights"
+            )
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        """A copy with some options changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_arguments(cls, **arguments: Any) -> EngineConfig:
+        """Build from keyword arguments; unknown names get an error that lists the known ones."""
+        known = {each.name for each in dataclasses.fields(cls)}
+        unknown = sorted(set(arguments) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**arguments)
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None and name != "max_num_seqs":
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"{name}={value!r} must be a positive whole number")

@@ -1,0 +1,16 @@
+"""Requests, the scheduler and the step loop."""
+
+from reprise.engine.completion import CompletionGroup
+from reprise.engine.engine import Engine, EngineStats
+from reprise.engine.prompt import Prompt, split_prompts
+from reprise.engine.scheduler import Scheduler, SchedulerStats
+
+__all__ = [
+    "CompletionGroup",
+    "Engine",
+    "EngineStats",
+    "Prompt",
+    "Scheduler",
+    "SchedulerStats",
+    "split_prompts",
+]

@@ -1,0 +1,118 @@
+"""A caller's request: its ``n`` completions and what they have produced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reprise.engine.detokenizer import Detokenizer
+from reprise.outputs import (
+    CompletionOutput,
+    Logprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from reprise.request import Request
+from reprise.sampling_params import SamplingParams
+
+
+class Completion:
+    """One of a request's completions, while it grows."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Any) -> None:
+        self.index = index
+        self.request = request
+        self.logprobs: list[Logprobs] | None = None
+        self.cumulative_logprob: float | None = None
+        if request.params.logprobs is not None:
+            self.logprobs, self.cumulative_logprob = [], 0.0
+        self.detokenizer: Detokenizer | None = None
+        if tokenizer is not None and request.params.detokenize:
+            self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
+
+    def append(self, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> str | None:
+        """Add tokens that the scheduler accepted; returns a stop string if the text has one."""
+        for token, entry in zip(token_ids, logprobs, strict=False):
+            assert self.logprobs is not None
+            assert self.cumulative_logprob is not None
+            self.logprobs.append(entry)
+            self.cumulative_logprob += entry[token].logprob
+        if self.detokenizer is None:
+            return None
+        # A token that ends the request is not part of its text.
+        ends = self.request.finish_reason == "stop"
+        return self.detokenizer.append(token_ids[:-1] if ends else token_ids)
+
+    def output(self) -> CompletionOutput:
+        request = self.request
+        text = ""
+        if self.detokenizer is not None:
+            text = self.detokenizer.text[: self.detokenizer.stable_length(request.is_finished)]
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+
+class CompletionGroup:
+    """A caller's request with all its completions.
+
+    Args:
+        request_id: The caller's.
+        prompt: Text, if the caller gave text.
+        params: As the caller gave them.
+        completions: ``params.n`` of them.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        params: SamplingParams,
+        completions: list[Completion],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.completions = completions
+        first = completions[0].request
+        self.prompt_logprobs: list[Logprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * first.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return all(each.request.is_finished for each in self.completions)
+
+    def set_prompt_logprobs(self, start: int, entries: Sequence[Logprobs]) -> None:
+        """The step that began at token ``start`` gave these for the tokens behind it."""
+        assert self.prompt_logprobs is not None
+        self.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
+
+    def output(self) -> RequestOutput:
+        """A snapshot: it does not change when the completions grow."""
+        requests = [each.request for each in self.completions]
+        first = requests[0]
+        tokens_at = [each.first_token_time for each in requests if each.first_token_time]
+        finished_at = [each.finished_time for each in requests if each.finished_time]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=[each.output() for each in self.completions],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                arrival_time=first.arrival_time,
+                first_scheduled_time=first.first_scheduled_time,
+                first_token_time=min(tokens_at, default=None),
+                finished_time=max(finished_at, default=None) if self.finished else None,
+                num_cached_tokens=first.num_cached_tokens,
+                num_preemptions=sum(each.num_preemptions for each in requests),
+            ),
+            prompt_logprobs=self.prompt_logprobs,
+        )

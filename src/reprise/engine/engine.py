@@ -1,0 +1,265 @@
+"""The step loop: requests in, outputs out, one forward pass at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from reprise import platforms
+from reprise.cache import CacheManager
+from reprise.config import EngineConfig
+from reprise.engine.completion import Completion, CompletionGroup
+from reprise.engine.prompt import to_token_ids
+from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.errors import ConfigError, RequestError
+from reprise.loading import open_checkpoint
+from reprise.request import Request
+from reprise.runner import ModelRunner, PendingOutput, StepOutput
+from reprise.sampling_params import SamplingParams
+from reprise.step import ScheduledStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Everything there is to know about the engine's state at one moment."""
+
+    scheduler: SchedulerStats
+    num_requests: int
+    """Callers' requests that are not finished."""
+    startup_seconds: float
+
+
+class Engine:
+    """Computes requests until they are finished. Not thread-safe: one loop drives it.
+
+    Args:
+        config: Options; the platform may adjust them, each change is logged.
+
+    Raises:
+        RepriseError: The device, model or options do not work; nothing stays allocated.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.perf_counter()
+        self.platform = platforms.resolve(config.device)
+        config, adjustments = self.platform.check_config(config)
+        for each in adjustments:
+            logger.info("%s", each)
+        self.config = config
+        checkpoint = open_checkpoint(
+            config.model,
+            revision=config.revision,
+            overrides=config.hf_overrides,
+            config_only=config.load_format == "dummy",
+        )
+        self.tokenizer: Any = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
+        self.generation_config = checkpoint.generation_config
+        self.eos_token_ids = checkpoint.stop_token_ids
+        self.runner = ModelRunner(config, self.platform, checkpoint)
+        self.vocab_size = self.runner.model.vocab_size
+        self.max_model_len = self.runner.max_model_len
+        if self.runner.max_tokens < config.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.runner.max_tokens} must be at least "
+                f"max_num_seqs={config.max_num_seqs}, so that all requests can decode in one step"
+            )
+        self.scheduler = Scheduler(
+            CacheManager(
+                self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching
+            ),
+            config.max_num_seqs,
+            self.runner.max_tokens,
+            self.max_model_len,
+        )
+        self._depth = 2 if self.platform.asynchronous else 1
+        """Steps under way at once: with two, the next is prepared while the device computes."""
+        self._outstanding: deque[tuple[ScheduledStep, PendingOutput]] = deque()
+        self._groups: dict[str, CompletionGroup] = {}
+        self._completions: dict[str, tuple[CompletionGroup, Completion]] = {}
+        self._num_added = 0
+        self.startup_seconds = time.perf_counter() - started
+        logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
+
+    # ---- requests ------------------------------------------------------------------------
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the checkpoint's generation config recommends."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        found = {name: self.generation_config.get(name) for name in names}
+        if self.generation_config.get("do_sample") is False:
+            found["temperature"] = 0.0
+        recommended = {name: value for name, value in found.items() if value is not None}
+        return SamplingParams(**{**recommended, **changes})
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> CompletionGroup:
+        """Accept a request.
+
+        Args:
+            request_id: Unique among the unfinished ones.
+            prompt: Text, token ids, or a dictionary with ``prompt`` or ``prompt_token_ids``.
+            params: None: :meth:`default_sampling_params`.
+            priority: Lower is more urgent.
+
+        Raises:
+            RequestError: The prompt or the parameters are invalid.
+            CapacityError: The prompt is longer than the context or the cache.
+        """
+        if request_id in self._groups:
+            raise RequestError(f"request_id={request_id!r} is already running; give a new one")
+        params = self.default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError(
+                f"stop={params.stop!r} needs text and no tokenizer is loaded "
+                "(skip_tokenizer_init=True): use stop_token_ids"
+            )
+        self._check_token_ids(params)
+        text, token_ids = to_token_ids(prompt, self.tokenizer, self.vocab_size)
+        completions: list[Completion] = []
+        try:
+            for index in range(params.n):
+                request = self._new_request(request_id, index, token_ids, params, priority)
+                self.scheduler.add(request)
+                completions.append(Completion(index, request, self.tokenizer))
+        except Exception:
+            for each in completions:
+                self.scheduler.abort(each.request.request_id)
+            raise
+        self._num_added += 1
+        group = CompletionGroup(request_id, text, params, completions)
+        self._groups[request_id] = group
+        for each in completions:
+            self._completions[each.request.request_id] = (group, each)
+        return group
+
+    def abort(self, request_ids: Iterable[str]) -> list[CompletionGroup]:
+        """End requests early; unknown and finished ones are ignored. Returns those that ended."""
+        ended = [self._groups[name] for name in request_ids if name in self._groups]
+        for group in ended:
+            for each in group.completions:
+                self.scheduler.abort(each.request.request_id)
+            self._forget(group)
+        return ended
+
+    # ---- steps ---------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[CompletionGroup]:
+        """Advance by one forward pass. Returns the requests that have new tokens or ended.
+
+        If the device fails, or the caller is interrupted, every request is aborted and the engine
+        is ready for new ones when the exception arrives.
+        """
+        try:
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._outstanding.append((step, self.runner.submit(step)))
+            if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
+                return []
+            oldest, pending = self._outstanding[0]
+            output = pending.wait()
+            self._outstanding.popleft()
+            return self._take(oldest, output)
+        except BaseException:
+            self._start_over()
+            raise
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            scheduler=self.scheduler.stats(),
+            num_requests=len(self._groups),
+            startup_seconds=self.startup_seconds,
+        )
+
+    def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
+        """Give a step's results to the requests."""
+        for scheduled in step.requests:
+            request = scheduled.request
+            entries = output.prompt_logprobs.get(request.request_id)
+            if entries is not None and request.request_id in self._completions:
+                group, _ = self._completions[request.request_id]
+                group.set_prompt_logprobs(scheduled.start, entries)
+        changed: dict[str, CompletionGroup] = {}
+        # A request that stopped a step ago gets nothing from this one: see what was appended.
+        before = [len(each.request.output_token_ids) for each in step.requests]
+        self.scheduler.update(step, output.sampled)
+        for row, scheduled in enumerate(step.requests):
+            request = scheduled.request
+            known = self._completions.get(request.request_id)
+            new = request.output_token_ids[before[row] :]
+            if known is None or known[1].request is not request or not new:
+                continue
+            group, completion = known
+            logprobs = [] if output.logprobs is None else output.logprobs[row]
+            stop = completion.append(new, logprobs)
+            if stop is not None:
+                self.scheduler.finish(request, "stop", stop)
+            changed[group.request_id] = group
+            if group.finished:
+                self._forget(group)
+        return list(changed.values())
+
+    def _start_over(self) -> None:
+        """Abort everything and leave no half-done step behind."""
+        self.abort(list(self._groups))
+        self.platform.synchronize()
+        self._outstanding.clear()
+        self.scheduler.discard_outstanding()
+        self.runner.forget_steps()
+
+    def _forget(self, group: CompletionGroup) -> None:
+        del self._groups[group.request_id]
+        for each in group.completions:
+            del self._completions[each.request.request_id]
+
+    def _new_request(
+        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,
+        priority: int,
+    ) -> Request:  # fmt: skip
+        return Request(
+            request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+            prompt_token_ids=token_ids,
+            params=params,
+            priority=priority,
+            eos_token_ids=self.eos_token_ids,
+            seed=self._seed(params, index),
+        )
+
+    def _seed(self, params: SamplingParams, index: int) -> int:
+        """64 bits that only the request's seed (or the engine's) and the completion decide."""
+        source = (
+            f"request {params.seed} {index}"
+            if params.seed is not None
+            else f"engine {self.config.seed} {self._num_added} {index}"
+        )
+        digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        for name in ("stop_token_ids", "logit_bias"):
+            for token in getattr(params, name) or ():
+                if token >= self.vocab_size:
+                    raise RequestError(
+                        f"{name} has token {token}: the vocabulary has ids 0 to "
+                        f"{self.vocab_size - 1}"
+                    )
+

@@ -1,0 +1,82 @@
+"""What callers may give as a prompt, made into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from reprise.errors import RequestError
+
+
+class TextPrompt(TypedDict):
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TextPrompt | TokensPrompt | Sequence[int]
+
+
+def split_prompts(prompts: Any) -> list[Any]:
+    """A single prompt, or a sequence of them, as a list."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompt={prompts!r}: give a string, a list of token ids, "
+            "{'prompt_token_ids': [...]}, or a list of these"
+        )
+    if prompts and all(_is_id(each) for each in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def to_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> tuple[str | None, list[int]]:
+    """The prompt's text, if it was given as text, and its token ids.
+
+    Raises:
+        RequestError: It is empty, of a wrong type, or has ids outside the vocabulary.
+    """
+    text: str | None = None
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            text = prompt.get("prompt")
+            ids = prompt["prompt_token_ids"]
+        elif "prompt" in prompt:
+            text = ids = prompt["prompt"]
+        else:
+            raise RequestError(
+                f"prompt has the keys {sorted(prompt)}: give 'prompt' or 'prompt_token_ids'"
+            )
+    else:
+        ids = prompt
+    if isinstance(ids, str):
+        text = ids
+        if tokenizer is None:
+            raise RequestError(
+                f"prompt={text[:40]!r} is text and no tokenizer is loaded "
+                "(skip_tokenizer_init=True): give prompt_token_ids"
+            )
+        ids = tokenizer.encode(text)
+    if not isinstance(ids, Sequence) or not all(_is_id(each) for each in ids):
+        raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
+    if len(ids) == 0:
+        raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
+    wrong = [each for each in ids if not 0 <= each < vocab_size]
+    if wrong:
+        raise RequestError(
+            f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
+            f"{vocab_size - 1}"
+        )
+    return text, list(ids)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."

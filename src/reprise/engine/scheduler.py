@@ -1,0 +1,517 @@
+"""Decides which requests compute which tokens in the next step.
+
+Continuous batching with chunked prefill: each step first takes one token of every request that
+decodes, then continues prompts that are partly computed, then admits waiting requests, until the
+token budget is spent. A long prompt thus never stalls those who decode.
+
+Order: smaller (priority, arrival) first, everywhere. A waiting request gets the blocks of all its
+known tokens when it is admitted, so that only decodes can run out of blocks; then the least urgent
+running request is preempted: it gives its blocks back and later recomputes what the prefix cache
+has not kept. The most urgent one is never preempted for another, so there is always progress. A
+waiting request never preempts a running one, however urgent.
+
+One step ahead: ``schedule`` may be called before the step before has been updated. A decode then
+takes a token whose value only the device knows yet (*pending*). What turns out superfluous, because
+the request had stopped, is dropped in ``update``. Blocks that a scheduled step writes come free
+only in that step's ``update``, so nothing depends on the order in which a device runs steps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal
+
+from reprise.cache import CacheManager
+from reprise.engine.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
+from reprise.errors import CapacityError, ConfigError, RequestError
+
+logger = logging.getLogger(__name__)
+
+_by_urgency = attrgetter("urgency")
+
+RESERVE_FRACTION = 0.01
+"""Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledRequest:
+    """One request's part in a step: tokens ``start`` to ``start + num_tokens - 1``."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    block_ids: list[int]
+    """The request's list; later steps may append to it, never change what is there."""
+    samples: bool
+    """The step computes the request's last token: one more is sampled from it."""
+    pending: bool
+    """The token to compute is the one that the step before samples: it is on the device only."""
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledStep:
+    """What the runner computes in one forward pass."""
+
+    index: int
+    requests: list[ScheduledRequest]
+    """First ``num_decodes`` requests with their one last token, then prefill chunks."""
+    num_decodes: int
+    num_tokens: int
+    released: list[str]
+    """Ids whose state the runner must drop before this step: finished or preempted since the
+    last one. An id may be in ``requests`` too; it starts anew then."""
+
+    @property
+    def phase(self) -> Literal["decode", "mixed"]:
+        """``decode``: each request contributes one token."""
+        return "decode" if self.num_tokens == len(self.requests) else "mixed"
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """Numbers of one moment; those called total count from the start."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks_used: int
+    num_blocks: int
+    """All that requests can own."""
+    cache_usage: float
+    """0 to 1."""
+    total_steps: int
+    total_decode_tokens: int
+    """Scheduled as a request's one last token."""
+    total_prefill_tokens: int
+    """All other scheduled tokens, recomputed ones included."""
+    total_generated_tokens: int
+    total_preemptions: int
+    total_prefix_queries: int
+    """Tokens looked up in the prefix cache by requests that ran for the first time."""
+    total_prefix_hits: int
+    total_finished: dict[FinishReason, int]
+
+
+class Scheduler:
+    """Owns all unfinished requests. Not thread-safe: one loop calls it.
+
+    Args:
+        cache: Where requests get their blocks; used by nobody else.
+        max_num_seqs: Most requests in a step.
+        max_num_batched_tokens: Most tokens in a step.
+        max_model_len: Most tokens of a request, prompt and output together.
+        reserve_blocks: Blocks that an admission leaves free while others run; None: 1 %.
+
+    Raises:
+        ConfigError: A limit is below 1, or the token budget cannot hold all decodes.
+    """
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        reserve_blocks: int | None = None,
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: give at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={max_num_batched_tokens}: give at least "
+                f"max_num_seqs={max_num_seqs}, so that all requests can decode in one step"
+            )
+        self.cache = cache
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        if reserve_blocks is None:
+            reserve_blocks = int(cache.pool.num_blocks * RESERVE_FRACTION)
+        self._reserve_blocks = reserve_blocks
+
+        self._requests: dict[str, Request] = {}
+        """All that are not finished."""
+        self._waiting = _WaitingQueue()
+        self._running: list[Request] = []
+        """By urgency. May contain finished requests while ``_running_is_stale``."""
+        self._running_is_stale = False
+        self._outstanding: deque[ScheduledStep] = deque()
+        """Scheduled and not updated."""
+        self._num_holding_blocks = 0
+        """Requests that do not run any more but whose blocks an outstanding step writes."""
+        self._released: list[str] = []
+
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._num_decode_tokens = 0
+        self._num_prefill_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+        self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+
+    # ------------------------------------------------------------------ requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            RequestError: The prompt is empty, or another unfinished request has the same id.
+            CapacityError: The prompt does not fit the context or the cache.
+        """
+        length = len(request.prompt_token_ids)
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id={request.request_id!r}: a request with this id is running, give "
+                "each a new one"
+            )
+        if length == 0:
+            raise RequestError(
+                f"prompt of request {request.request_id!r} is empty: give at least one token"
+            )
+        if length >= self.max_model_len:
+            raise CapacityError(
+                f"prompt of request {request.request_id!r} has {length} tokens and the context "
+                f"holds {self.max_model_len}, output included: shorten it or raise max_model_len"
+            )
+        if length > self.cache.capacity:
+            raise CapacityError(
+                f"prompt of request {request.request_id!r} has {length} tokens and the cache "
+                f"holds {self.cache.capacity}: shorten it or enlarge the cache"
+            )
+        # The last token is never computed, so it needs no place in the cache.
+        longest = min(self.max_model_len, self.cache.capacity + 1)
+        if request.params.max_tokens is not None:
+            longest = min(longest, length + request.params.max_tokens)
+        request.max_total_tokens = longest
+        request.urgency = (request.priority, self._num_arrived)
+        self._num_arrived += 1
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request early. Returns it, or None if it is unknown or has finished already."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, "abort", None)
+        return request
+
+    def finish(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        """End a request for a reason that only the caller can see, such as a stop string. If it
+        has finished already, only its reason is replaced."""
+        if request.finish_reason is None:
+            self._finish(request, reason, stop_reason)
+            return
+        self._num_finished[request.finish_reason] -= 1
+        self._num_finished[reason] += 1
+        self._set_finished(request, reason, stop_reason)
+
+    @property
+    def has_work(self) -> bool:
+        """A request is unfinished, or a scheduled step awaits its update."""
+        return bool(self._requests or self._outstanding)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Steps that are scheduled and not updated."""
+        return len(self._outstanding)
+
+    def discard_outstanding(self) -> None:
+        """Outstanding steps failed: nothing that they computed will arrive or may be reused.
+
+        Call it when all requests have ended; their blocks become free.
+        """
+        for step in list(self._outstanding):
+            self.update(step, [[] for _ in step.requests])
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; requests that run keep what they have."""
+        self.cache.reset_prefix_cache()
+
+    def stats(self) -> SchedulerStats:
+        pool = self.cache.pool
+        return SchedulerStats(
+            num_running=len(self._live_running()),
+            num_waiting=len(self._waiting),
+            num_blocks_used=pool.num_used,
+            num_blocks=pool.num_blocks - 1,
+            cache_usage=self.cache.usage,
+            total_steps=self._num_steps,
+            total_decode_tokens=self._num_decode_tokens,
+            total_prefill_tokens=self._num_prefill_tokens,
+            total_generated_tokens=self._num_generated_tokens,
+            total_preemptions=self._num_preemptions,
+            total_prefix_queries=self.cache.prefix_queries,
+            total_prefix_hits=self.cache.prefix_hits,
+            total_finished=dict(self._num_finished),
+        )
+
+    # ------------------------------------------------------------------ the next step
+
+    def schedule(self) -> ScheduledStep | None:
+        """The next step, or None if nothing can be computed now: there is no work, or outstanding
+        steps must be updated first."""
+        preemptions = self._num_preemptions
+        decodes, prefilling, starved = self._schedule_decodes()
+        budget = self.max_num_batched_tokens - len(decodes)
+        chunks: list[ScheduledRequest] = []
+        for request in prefilling:
+            if budget == 0:
+                break
+            budget -= self._schedule_chunk(request, budget, chunks)
+        # Blocks that came free by force are for those who lacked them.
+        if not starved and preemptions == self._num_preemptions:
+            budget = self._admit(budget, chunks)
+        if not decodes and not chunks:
+            return None
+
+        num_tokens = self.max_num_batched_tokens - budget
+        step = ScheduledStep(
+            self._num_steps, decodes + chunks, len(decodes), num_tokens, self._released
+        )
+        self._released = []
+        self._outstanding.append(step)
+        self._num_steps += 1
+        self._num_decode_tokens += len(decodes)
+        self._num_prefill_tokens += num_tokens - len(decodes)
+        return step
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledRequest], list[Request], bool]:
+        """Schedule all requests with one token left to compute. Returns these, the requests with
+        more than one left, and whether a request could not get a block."""
+        # The hot loop of a serving engine: attribute access is what costs.
+        block_size = self.cache.block_size
+        decodes: list[ScheduledRequest] = []
+        prefilling: list[Request] = []
+        starved = False
+        # Preemption shortens the list while it is walked, never before the current position.
+        for request in self._live_running():
+            pending = request.num_pending
+            start = request.num_computed_tokens
+            total = len(request.token_ids) + pending
+            if total - start > 1:
+                prefilling.append(request)
+                continue
+            if total >= request.max_total_tokens:
+                continue  # its last token is pending
+            blocks = request.block_ids
+            if start >= len(blocks) * block_size and not self._make_room(request, total):
+                starved = True
+                continue
+            decodes.append(ScheduledRequest(request, start, 1, blocks, True, pending > 0))
+            request.num_computed_tokens = total
+            request.num_pending = pending + 1
+            request.num_in_flight += 1
+        return decodes, prefilling, starved
+
+    def _schedule_chunk(self, request: Request, budget: int, chunks: list[ScheduledRequest]) -> int:
+        """Schedule as much of the request as the budget allows; returns the number of tokens."""
+        start = request.num_computed_tokens
+        remaining = len(request.token_ids) - start
+        count = min(remaining, budget)
+        samples = count == remaining
+        chunks.append(
+            ScheduledRequest(request, start, count, request.block_ids, samples, pending=False)
+        )
+        request.num_computed_tokens = start + count
+        request.num_pending += samples
+        request.num_in_flight += 1
+        return count
+
+    def _admit(self, budget: int, chunks: list[ScheduledRequest]) -> int:
+        """Start waiting requests; returns what is left of the budget."""
+        cache, waiting, running = self.cache, self._waiting, self._running
+        while budget > 0 and len(running) < self.max_num_seqs and waiting:
+            request = waiting.first()
+            if request.num_in_flight:
+                break  # just preempted: its pending token and its blocks are still to come
+            cached = cache.match(request)
+            num_tokens = len(request.token_ids)
+            reserve = self._reserve_blocks if running else 0
+            if not cache.allocate(request, num_tokens, cached, reserve):
+                break
+            waiting.pop()
+            num_cached = len(cached) * cache.block_size
+            request.num_computed_tokens = num_cached
+            request.status = RequestStatus.RUNNING
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = time.perf_counter()
+                request.num_cached_tokens = num_cached
+                if cache.enable_prefix_caching and not request.skip_prefix_cache:
+                    cache.record_lookup(num_tokens, num_cached)
+            insort(running, request, key=_by_urgency)
+            budget -= self._schedule_chunk(request, budget, chunks)
+        return budget
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Give a running request room for its tokens, at the cost of the least urgent ones if
+        need be. False if it cannot run in this step."""
+        while not self.cache.allocate(request, num_tokens):
+            if self._num_holding_blocks:
+                return False  # an update will bring blocks; more victims might not be needed
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        logger.debug("request %s is preempted: out of cache blocks", request.request_id)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._drop_blocks(request)
+        self._released.append(request.request_id)
+        self._waiting.push(request)
+
+    # ------------------------------------------------------------------ a step's result
+
+    def update(self, step: ScheduledStep, sampled: Sequence[Sequence[int]]) -> list[Request]:
+        """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
+
+        Args:
+            step: The oldest outstanding one.
+            sampled: New tokens of each of the step's requests; empty where it does not sample.
+                What was sampled for requests that have stopped meanwhile is ignored.
+
+        Returns:
+            The requests that got tokens; some have finished by them.
+
+        Raises:
+            RuntimeError: The step is not the oldest outstanding one.
+            ValueError: ``sampled`` does not have one entry a request.
+        """
+        if not self._outstanding or self._outstanding[0] is not step:
+            raise RuntimeError(f"step {step.index} is not the oldest that awaits its update")
+        if len(sampled) != len(step.requests):
+            raise ValueError(f"{len(sampled)} results for {len(step.requests)} requests")
+        self._outstanding.popleft()
+        cache, now, running = self.cache, time.perf_counter(), RequestStatus.RUNNING
+        block_size = cache.block_size
+        updated: list[Request] = []
+        for scheduled, tokens in zip(step.requests, sampled, strict=True):
+            request = scheduled.request
+            request.num_in_flight -= 1
+            if request.finish_reason is None:
+                computed = scheduled.start + scheduled.num_tokens
+                if computed >= (request.num_indexed_blocks + 1) * block_size:
+                    cache.commit(request, computed)
+                if scheduled.samples:
+                    request.num_pending -= 1
+                    self._append(request, tokens, now)
+                    updated.append(request)
+                    # Blocks were given back already, or are below.
+                    if request.status is running:
+                        continue
+            elif request.num_in_flight:
+                continue
+            if request.status is not running and not request.num_in_flight and request.block_ids:
+                cache.free(request)
+                self._num_holding_blocks -= 1
+        return updated
+
+    def _append(self, request: Request, tokens: Sequence[int], now: float) -> None:
+        """Append tokens up to the one that ends the request, if any does."""
+        token_ids, output = request.token_ids, request.output_token_ids
+        if not output:
+            request.first_token_time = now
+        request.last_token_time = now
+        for token in tokens:
+            token_ids.append(token)
+            output.append(token)
+            self._num_generated_tokens += 1
+            if token in request.stop_token_ids and len(output) >= request.params.min_tokens:
+                reason = None if token in request.eos_token_ids else token
+                self._finish(request, "stop", reason)
+                return
+            if len(token_ids) >= request.max_total_tokens:
+                if len(token_ids) > self.cache.capacity:
+                    logger.warning(
+                        "request %s ends at %d tokens: it fills the whole cache",
+                        request.request_id,
+                        len(token_ids),
+                    )
+                self._finish(request, "length", None)
+                return
+
+    # ------------------------------------------------------------------ the end of a request
+
+    def _finish(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None
+    ) -> None:
+        was_running = request.status is RequestStatus.RUNNING
+        self._set_finished(request, reason, stop_reason)
+        request.finished_time = time.perf_counter()
+        self._num_finished[reason] += 1
+        del self._requests[request.request_id]
+        if was_running:
+            self._running_is_stale = True
+            self._released.append(request.request_id)
+            self._drop_blocks(request)
+        else:
+            self._waiting.count_discarded()
+
+    @staticmethod
+    def _set_finished(
+        request: Request, reason: FinishReason, stop_reason: int | str | None
+    ) -> None:
+        request.status = FINISHED_STATUS[reason]
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    def _drop_blocks(self, request: Request) -> None:
+        """Free the blocks of a request that runs no more, now or with the last update of a step
+        that writes them."""
+        if request.num_in_flight:
+            self._num_holding_blocks += 1
+        else:
+            self.cache.free(request)
+
+    def _live_running(self) -> list[Request]:
+        if self._running_is_stale:
+            self._running = [r for r in self._running if r.finish_reason is None]
+            self._running_is_stale = False
+        return self._running
+
+
+class _WaitingQueue:
+    """A heap by urgency; requests that finish while they wait are discarded from it."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], Request]] = []
+        self._num_discarded = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._num_discarded
+
+    def push(self, request: Request) -> None:
+        heapq.heappush(self._heap, (request.urgency, request))
+
+    def first(self) -> Request:
+        while self._heap[0][1].finish_reason is not None:
+            heapq.heappop(self._heap)
+            self._num_discarded -= 1
+        return self._heap[0][1]
+
+    def pop(self) -> Request:
+        request = self.first()
+        heapq.heappop(self._heap)
+        return request
+
+    def count_discarded(self) -> None:
+        """A queued request has finished; its entry goes when it comes up, or with many others."""
+        self._num_discarded += 1
+        if self._num_discarded > len(self._heap) // 2:
+            self._heap = [entry for entry in self._heap if entry[1].finish_reason is None]
+            heapq.heapify(self._heap)
+            self._num_discarded = 0

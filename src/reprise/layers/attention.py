@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reprise import ops
+from reprise.attention import AttentionMetadata
+from reprise.layers.linear import Linear, MergedLinear
+from reprise.layers.norm import RMSNorm
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention over the paged cache.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        num_heads: Query heads (Hq).
+        num_kv_heads: Key and value heads (Hkv).
+        head_size: Channels of a head (D).
+        cos_sin: Rotary table, see :func:`reprise.layers.rotary.rotary_table`.
+        qkv_bias: The projections to Q, K and V have a bias.
+        output_bias: The output projection has a bias.
+        qk_norm_eps: Normalise query and key heads, with this epsilon; None: do not.
+        sliding_window: Tokens that a token sees, itself included; 0: all.
+        scale: Factor of the scores; None: ``head_size ** -0.5``.
+        soft_cap: See the op; 0: none.
+    """
+
+    key_cache: Tensor
+    value_cache: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        cos_sin: Tensor,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        sliding_window: int = 0,
+        scale: float | None = None,
+        soft_cap: float = 0.0,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = head_size**-0.5 if scale is None else scale
+        self.sliding_window = sliding_window
+        self.soft_cap = soft_cap
+        self.cos_sin = cos_sin
+        self.qkv_proj = MergedLinear(
+            hidden_size,
+            {
+                "q_proj": num_heads * head_size,
+                "k_proj": num_kv_heads * head_size,
+                "v_proj": num_kv_heads * head_size,
+            },
+            bias=qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(
+            num_heads * head_size, hidden_size, bias=output_bias, dtype=dtype, device=device
+        )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
+
+    def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
+        """Use these caches, [N, B, Hkv, D] each, from the next step on."""
+        self.key_cache = key_cache
+        self.value_cache = value_cache
+
+    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x: [T, hidden_size], positions: [T]; returns [T, hidden_size]."""
+        query = ops.rotary_cache(
+            self.qkv_proj(x),
+            positions,
+            self.cos_sin,
+            metadata.slot_mapping,
+            self.key_cache,
+            self.value_cache,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            0.0 if self.q_norm is None else self.q_norm.eps,
+        )
+        attended = torch.empty_like(query)
+        ops.paged_attention(
+            query,
+            self.key_cache,
+            self.value_cache,
+            metadata.block_tables,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            attended,
+            self.scale,
+            self.sliding_window,
+            self.soft_cap,
+            metadata.query_len,
+        )
+        return self.o_proj(attended.flatten(1))

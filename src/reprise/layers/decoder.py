@@ -1,0 +1,101 @@
+"""The pre-norm decoder that the Llama family and its descendants share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from reprise.attention import AttentionMetadata
+from reprise.layers.attention import SelfAttention
+from reprise.layers.embedding import Embedding
+from reprise.layers.linear import Linear
+from reprise.layers.mlp import GatedMLP
+from reprise.layers.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each reading the normalised residual stream."""
+
+    def __init__(
+        self,
+        attention: SelfAttention,
+        mlp: GatedMLP,
+        input_norm: RMSNorm,
+        post_attention_norm: RMSNorm,
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = input_norm
+        self.post_attention_layernorm = post_attention_norm
+
+    def forward(
+        self, x: Tensor, residual: Tensor, positions: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """x: [T, D], normalised; residual: [T, D], updated in place. Returns [T, D] to add."""
+        x = self.self_attn(x, positions, metadata)
+        x = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm. Parameter names are those of the checkpoints."""
+
+    def __init__(self, embedding: Embedding, layers: list[DecoderLayer], norm: RMSNorm) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """token_ids, positions: [T] int64. Returns normalised hidden states [T, D]."""
+        residual = self.embed_tokens(token_ids)
+        x: Tensor | None = None
+        for layer in self.layers:
+            norm = layer.input_layernorm
+            x = norm(residual) if x is None else norm.add(x, residual)
+            x = layer(x, residual, positions, metadata)
+        assert x is not None, "a decoder has at least one layer"
+        return self.norm.add(x, residual)
+
+
+class CausalLM(nn.Module):
+    """A decoder with a language-model head: what every architecture file returns."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tie_word_embeddings: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.model = decoder
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.lm_head: Linear | Embedding
+        if tie_word_embeddings:
+            self.lm_head = decoder.embed_tokens
+        else:
+            self.lm_head = Linear(hidden_size, vocab_size, dtype=dtype, device=device)
+
+    @property
+    def tied(self) -> bool:
+        return self.lm_head is self.model.embed_tokens
+
+    def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
+        return self.model(token_ids, positions, metadata)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] to [R, vocab_size], in the compute dtype."""
+        return nn.functional.linear(hidden, self.lm_head.weight)
+
+    def attention_layers(self) -> Iterator[SelfAttention]:
+        """The layers that own a KV cache, in the order in which they run."""
+        return (each for each in self.modules() if isinstance(each, SelfAttention))

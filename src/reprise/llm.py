@@ -1,0 +1,158 @@
+"""The offline interface, with vLLM's names where the meaning is the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reprise.config import EngineConfig
+from reprise.engine import CompletionGroup, Engine, EngineStats, split_prompts
+from reprise.errors import RequestError
+from reprise.outputs import RequestOutput
+from reprise.progress import progress
+from reprise.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: Local directory, Hugging Face id, or None for the bundled demo model.
+        **options: The fields of :class:`reprise.config.EngineConfig`.
+
+    Raises:
+        RepriseError: The device, model or options do not work.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all in one continuous batch.
+
+        Args:
+            prompts: A prompt or a list of them: text, token ids, ``{"prompt": ...}`` or
+                ``{"prompt_token_ids": [...]}``.
+            sampling_params: For all prompts, or one for each; None: as the checkpoint recommends.
+            priority: One for each prompt; lower is more urgent.
+            use_tqdm: Show progress on standard error if it takes long.
+
+        Returns:
+            One output a prompt, in their order.
+
+        Raises:
+            RequestError: A prompt or parameter is invalid; then nothing is generated.
+            CapacityError: A prompt does not fit the context or the cache; likewise.
+        """
+        inputs = split_prompts(prompts)
+        params = _one_each("sampling_params", sampling_params, SamplingParams, len(inputs))
+        priorities = _one_each("priority", priority or 0, int, len(inputs))
+        groups: list[CompletionGroup] = []
+        try:
+            for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
+                groups.append(self.engine.add(f"{next(self._ids)}", prompt, each, urgency))
+            self._run(groups, use_tqdm)
+        except BaseException:
+            self.engine.abort([each.request_id for each in groups])
+            raise
+        return [each.output() for each in groups]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several.
+
+        Args:
+            messages: ``[{"role": "user", "content": "hi"}, ...]``, or a list of such lists.
+            sampling_params: As in :meth:`generate`.
+            chat_template: Jinja template to use instead of the tokenizer's.
+            add_generation_prompt: End the prompt where the assistant's answer begins.
+            chat_template_kwargs: Further variables of the template.
+            use_tqdm: As in :meth:`generate`.
+
+        Raises:
+            RequestError: The messages are malformed or the tokenizer has no chat template.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [
+            self.chat_prompt(
+                each,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            for each in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message], **template_arguments: Any) -> dict[str, Any]:
+        """A conversation as the prompt that the model was trained on."""
+        tokenizer = self.get_tokenizer()
+        if not messages:
+            raise RequestError("messages is empty: give at least one message")
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, **template_arguments
+            )
+        except Exception as error:  # Jinja and transformers raise many types
+            raise RequestError(f"messages do not fit the chat template: {error}") from error
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def get_tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        if self.engine.tokenizer is None:
+            raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation config recommends."""
+        return self.engine.default_sampling_params()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.engine.scheduler.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """The engine's metrics at this moment."""
+        return self.engine.stats()
+
+    def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
+        unfinished = {each.request_id for each in groups}
+        with progress("generating", len(groups) if show else 0) as bar:
+            while unfinished:
+                for group in self.engine.step():
+                    if group.finished and group.request_id in unfinished:
+                        unfinished.remove(group.request_id)
+                        bar.advance()
+        # Steps that run ahead may still hold blocks of finished requests.
+        while self.engine.has_work:
+            self.engine.step()
+
+
+def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
+    if value is None or isinstance(value, kind):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise RequestError(f"{name} has {len(values)} entries for {count} prompt(s): give as many")
+    return values

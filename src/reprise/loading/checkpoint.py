@@ -1,0 +1,124 @@
+"""Find a checkpoint and read what describes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reprise.errors import LoadError, ModelError
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory in Hugging Face format."""
+
+    path: Path
+    config: Any
+    """transformers' ``PretrainedConfig``."""
+    generation_config: Mapping[str, Any]
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end a generation, by the generation config and the model's config."""
+        ids: set[int] = set()
+        for value in (self.generation_config.get("eos_token_id"), self.config.eos_token_id):
+            ids.update([value] if isinstance(value, int) else value or ())
+        return frozenset(ids)
+
+    def tokenizer(self, name: str | None = None, revision: str | None = None) -> Any:
+        """transformers' tokenizer of this checkpoint, or of the directory or id ``name``.
+
+        Raises:
+            ModelError: There is none; the message tells how to go without.
+        """
+        from transformers import AutoTokenizer
+
+        source = name or str(self.path)
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision)
+        except Exception as error:  # transformers raises many types for a missing tokenizer
+            raise ModelError(
+                f"no tokenizer in {source!r} ({type(error).__name__}: {error}); give tokenizer=, "
+                "or skip_tokenizer_init=True and prompts as token ids"
+            ) from error
+
+
+def open_checkpoint(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    config_only: bool = False,
+) -> Checkpoint:
+    """Open a local directory, a hub id, or (None) the bundled demo model.
+
+    Args:
+        model: Directory, config file, or hub id.
+        revision: Of a hub id.
+        overrides: Fields of the config to replace.
+        config_only: Do not download weights.
+
+    Raises:
+        ModelError: Not found, or its config cannot be read.
+    """
+    path = DEMO_MODEL if model is None else _locate(model, revision, config_only)
+    if path.is_file():
+        path = path.parent
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"model={str(path)!r} has no config.json; is it a Hugging Face checkpoint?")
+    return Checkpoint(path, _read_config(config_file, overrides or {}), _generation_config(path))
+
+
+def _locate(model: str, revision: str | None, config_only: bool) -> Path:
+    local = Path(model).expanduser()
+    if local.exists():
+        return local
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"model={model!r}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    if not config_only:
+        patterns.append("*.safetensors")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises network and HTTP errors of many types
+        raise ModelError(
+            f"model={model!r} is neither a local directory nor a model that could be fetched from "
+            f"the Hugging Face hub ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    kind = raw.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise ModelError(f"{file} names no model_type; is it a model's config?")
+    raw.update(overrides)
+    try:
+        return AutoConfig.for_model(kind, **raw)
+    except ValueError as error:
+        named = ", ".join(raw.get("architectures") or [kind])
+        raise ModelError(f"{file}: cannot read the config of {named}: {error}") from error
+
+
+def _generation_config(path: Path) -> Mapping[str, Any]:
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{file} is not valid JSON: {error}") from error
+    return dict(content)

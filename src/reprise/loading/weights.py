@@ -1,0 +1,147 @@
+"""Fill a model's parameters from safetensors files, or with random values."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reprise.errors import LoadError
+from reprise.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(model: nn.Module, path: Path, load_format: str, seed: int = 0) -> None:
+    """Fill every parameter of ``model``, in the dtype and on the device that it has.
+
+    Args:
+        model: Its parameter names are the checkpoint's; merged layers say what they merge.
+        path: Directory of a checkpoint.
+        load_format: ``auto`` and ``safetensors`` read files; ``dummy`` fills at random.
+        seed: Of ``dummy``.
+
+    Raises:
+        LoadError: A file is missing or corrupted, or tensors do not fit; lists all of them.
+    """
+    started = time.perf_counter()
+    if load_format == "dummy":
+        _fill_at_random(model, seed)
+    else:
+        _load_files(model, _weight_files(path))
+    total = sum(each.numel() * each.element_size() for each in model.parameters())
+    seconds = time.perf_counter() - started
+    logger.info("weights: %.2f GiB (%s) in %.2f s", total / 2**30, load_format, seconds)
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Destination of each tensor that a checkpoint must have, by its name there."""
+    destinations: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        split = getattr(module, "checkpoint_tensors", None)
+        if split is not None:
+            parent = path.rpartition(".")[0]
+            tensors: Iterator[tuple[str, Tensor]] = split()
+        else:
+            parent = path
+            tensors = module.named_parameters(recurse=False)
+        for name, tensor in tensors:
+            if tensor.data_ptr() in seen and tensor.numel() > 0:
+                continue
+            seen.add(tensor.data_ptr())
+            destinations[f"{parent}.{name}" if parent else name] = tensor
+    return destinations
+
+
+def _fill_at_random(model: nn.Module, seed: int) -> None:
+    """Matrices as transformers initialises them (normal, 0.02); vectors keep their defaults."""
+    parameters = [each for each in model.parameters() if each.dim() > 1]
+    generator = torch.Generator(device=parameters[0].device).manual_seed(seed)
+    with progress("random weights", len(parameters)) as bar, torch.no_grad():
+        for each in parameters:
+            each.normal_(0.0, 0.02, generator=generator)
+            bar.advance()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        import json
+
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise LoadError(f"{index} is not a valid weight index: {error!r}") from error
+        files = [path / name for name in names]
+        absent = [each.name for each in files if not each.is_file()]
+        if absent:
+            raise LoadError(f"{path} lacks {', '.join(absent)}, which {index.name} lists")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise LoadError(
+            f"{path} has no *.safetensors file; use load_format='dummy' for random weights"
+        )
+    return files
+
+
+def _load_files(model: nn.Module, files: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    destinations = checkpoint_tensors(model)
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = set(destinations)
+    unexpected: list[str] = []
+    misshapen: list[str] = []
+    with progress("weights", len(destinations)) as bar, torch.no_grad():
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - not a dict
+                        target = destinations.get(name)
+                        if target is None:
+                            # A tied head may be stored though it is the embedding once more.
+                            if name not in aliases and not _is_computed(name):
+                                unexpected.append(name)
+                            continue
+                        problem = _copy(tensors, name, target)
+                        if problem is not None:
+                            misshapen.append(problem)
+                        missing.discard(name)
+                        bar.advance()
+            except (SafetensorError, OSError) as error:
+                raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
+    _report(missing, unexpected, misshapen)
+
+
+def _copy(tensors: Any, name: str, target: Tensor) -> str | None:
+    found = tensors.get_slice(name).get_shape()
+    if list(target.shape) != list(found):
+        return f"{name}: {list(found)} in the file, {list(target.shape)} in the model"
+    target.copy_(tensors.get_tensor(name))
+    return None
+
+
+def _is_computed(name: str) -> bool:
+    """Buffers that old checkpoints store although they follow from the config."""
+    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
+
+
+def _report(missing: set[str], unexpected: list[str], misshapen: list[str]) -> None:
+    problems = [
+        f"{kind} ({len(names)}): {', '.join(sorted(names))}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise LoadError("the checkpoint does not fit the model; " + "; ".join(problems))

@@ -1,0 +1,71 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 (Touvron et al. 2023; Llama team 2024)."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from reprise.layers import (
+    CausalLM,
+    Decoder,
+    DecoderLayer,
+    Embedding,
+    GatedMLP,
+    RMSNorm,
+    SelfAttention,
+    rotary_table,
+)
+from reprise.models.config_reader import head_size, require
+
+
+def build(
+    config: PretrainedConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    """The model that ``config`` describes, with unset weights, for up to ``max_model_len`` tokens.
+
+    Raises:
+        ModelError: The config asks for something that this architecture file does not compute.
+    """
+    require(config, hidden_act="silu")
+    cos_sin = rotary_table(
+        config.rope_parameters,
+        head_size=head_size(config),
+        max_position_embeddings=config.max_position_embeddings,
+        length=max_model_len,
+        device=device,
+    )
+
+    def norm() -> RMSNorm:
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def layer() -> DecoderLayer:
+        attention = SelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_size(config),
+            cos_sin,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+            dtype=dtype,
+            device=device,
+        )
+        mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+        return DecoderLayer(attention, mlp, norm(), norm())
+
+    embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    decoder = Decoder(embedding, [layer() for _ in range(config.num_hidden_layers)], norm())
+    return CausalLM(
+        decoder,
+        config.vocab_size,
+        config.hidden_size,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dtype=dtype,
+        device=device,
+    )

@@ -1,0 +1,25 @@
+"""The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
+
+from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
+from reprise.ops.paged_attention import paged_attention
+from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
+from reprise.ops.rms_norm import rms_norm
+from reprise.ops.rotary_cache import rotary_cache
+from reprise.ops.sample import sample
+from reprise.ops.silu_and_mul import silu_and_mul
+
+__all__ = [
+    "Op",
+    "OpTable",
+    "all_ops",
+    "find",
+    "fused_add_rms_norm",
+    "needs_triton",
+    "op",
+    "paged_attention",
+    "rms_norm",
+    "rotary_cache",
+    "runs_anywhere",
+    "sample",
+    "silu_and_mul",
+]

@@ -1,0 +1,26 @@
+from reprise.ops.paged_attention.reference import reference
+from reprise.ops.registry import needs_triton, op
+from reprise.platforms import Platform
+
+
+def _needs_cpu_memory(platform: Platform) -> str | None:
+    if platform.device_type == "cpu":
+        return None
+    return "reads lengths on the host, which would stall an accelerator"
+
+
+paged_attention = op(
+    "paged_attention", reference, mutates=("out",), break_op=True, graph_support="never"
+)
+paged_attention.implementation(
+    "triton",
+    "reprise.ops.paged_attention.triton:paged_attention",
+    requires=needs_triton,
+    graph_support="always",
+)
+paged_attention.implementation(
+    "torch",
+    "reprise.ops.paged_attention.sdpa:paged_attention",
+    requires=_needs_cpu_memory,
+    graph_support="always",
+)

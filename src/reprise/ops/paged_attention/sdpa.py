@@ -1,0 +1,110 @@
+"""Paged attention on the CPU through torch's fused scaled dot product attention.
+
+Keys and values are used where they lie whenever a request's blocks are neighbours in the cache
+(the block pool hands out neighbours when it can); only scattered requests are gathered first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reprise.ops.paged_attention.reference import visibility
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    query_len: int,
+) -> None:
+    block_size = key_cache.shape[1]
+    starts = query_start_loc.tolist()
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        begin, end = starts[row], starts[row + 1]
+        if begin == end:
+            continue
+        if seq_len == 0:
+            out[begin:end].zero_()
+            continue
+        new = end - begin
+        first = max(0, seq_len - new - sliding_window + 1) if sliding_window > 0 else 0
+        first -= first % block_size
+        blocks = block_tables[row, first // block_size : math.ceil(seq_len / block_size)]
+        keys = _tokens(key_cache, blocks, seq_len - first)
+        values = _tokens(value_cache, blocks, seq_len - first)
+        if soft_cap > 0:
+            _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
+                         sliding_window, soft_cap)  # fmt: skip
+        elif new == 1:
+            _one_token(query[begin], keys, values, out[begin], scale, sliding_window)
+        else:
+            _chunk(query[begin:end], keys, values, out[begin:end], scale, sliding_window)
+    out[starts[-1] :].zero_()
+
+
+def _tokens(cache: Tensor, blocks: Tensor, count: int) -> Tensor:
+    """The first ``count`` tokens of ``blocks``: [count, Hkv, D], a view where blocks adjoin."""
+    slots = cache.flatten(0, 1)
+    block_size = cache.shape[1]
+    start, last = int(blocks[0]), int(blocks[-1])
+    if last - start == len(blocks) - 1 and bool((blocks.diff() == 1).all()):
+        return slots[start * block_size : start * block_size + count]
+    return cache[blocks.long()].flatten(0, 1)[:count]
+
+
+def _one_token(
+    query: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float, window: int
+) -> None:
+    """query, out: [Hq, D]. The query heads of a KV head share its keys as if they were tokens."""
+    if window > 0:
+        keys, values = keys[-window:], values[-window:]
+    kv_heads, head_size = keys.shape[1:]
+    grouped = query.view(1, kv_heads, -1, head_size)
+    attended = F.scaled_dot_product_attention(
+        grouped, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale=scale
+    )
+    out.copy_(attended.view(out.shape))
+
+
+def _chunk(
+    query: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float, window: int
+) -> None:
+    """query, out: [new, Hq, D]; keys, values: [total, Hkv, D] with total >= new."""
+    new, heads, head_size = query.shape
+    total, kv_heads, _ = keys.shape
+    group = heads // kv_heads
+    causal = total == new and (window == 0 or total <= window)
+    mask = None if causal else visibility(new, total, window, query.device)
+    grouped = query.view(new, kv_heads, group, head_size).permute(1, 2, 0, 3)
+    shared_keys = keys.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    shared_values = values.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    attended = F.scaled_dot_product_attention(
+        grouped, shared_keys, shared_values, attn_mask=mask, is_causal=causal, scale=scale
+    )
+    out.copy_(attended.permute(2, 0, 1, 3).reshape(out.shape))
+
+
+def _soft_capped(
+    query: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float, window: int,
+    soft_cap: float,
+) -> None:  # fmt: skip
+    """Shapes as in :func:`_chunk`; SDPA has no soft cap, so the scores are materialised."""
+    new, heads, head_size = query.shape
+    total, kv_heads, _ = keys.shape
+    grouped = query.view(new, kv_heads, heads // kv_heads, head_size).float()
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, keys.float()) * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    visible = visibility(new, total, window, query.device)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    out.copy_(torch.einsum("hgqk,khd->qhgd", weights, values.float()).reshape(out.shape))

@@ -1,0 +1,710 @@
+"""Paged attention in Triton: two kernels behind one entry.
+
+``_split_kernel`` serves steps in which every request has the same few new tokens (decode,
+verification of drafts). A request's keys are shared out to several programs, and
+``_combine_kernel`` merges what they found. The number of programs follows from shapes alone, so a
+device graph can hold the launch; which keys a program takes is worked out on the device from the
+lengths of the moment, so that long requests get many programs and short ones few.
+
+``_mixed_kernel`` serves all other steps: one program takes a tile of a request's new tokens.
+
+Both pack the query heads that share a KV head into the rows of one matrix product, and read
+keys, values, lengths and tables through the block table when they run; the host reads no tensor.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.triton_util import INTERPRETED, DeviceLimits, limits
+
+_MAX_SPLIT_ROWS = 64
+"""Query heads of a KV head times new tokens, up to which the split kernel is used."""
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one launch."""
+
+    block_m: int
+    """Rows of a query tile: query heads of one KV head times tokens."""
+    block_n: int
+    """Keys of one step of the inner loop."""
+    num_warps: int
+    num_stages: int
+
+
+def split_config(rows: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
+    """For the split kernel; ``rows`` is query heads of a KV head times new tokens."""
+    block_m = max(16, triton.next_power_of_2(rows))
+    if element_size == 4:
+        return Config(block_m, 32, 4, 2)
+    block_d = triton.next_power_of_2(head_size)
+    block_n = 64 if block_d <= 128 else 32
+    tile = 2 * block_n * block_d * element_size
+    # Depth hides memory latency; two programs should fit a multiprocessor.
+    stages = 4 if 6 * tile <= device.shared_memory else 2
+    return Config(block_m, block_n, 4, stages)
+
+
+def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
+    """For the mixed kernel; ``group`` is query heads of a KV head."""
+    smallest = triton.next_power_of_2(group)
+    block_d = triton.next_power_of_2(head_size)
+    if element_size == 4:
+        return Config(max(16, smallest), 32, 4, 1)
+    if device.shared_memory < 128 * 1024:
+        return Config(max(64, smallest), 32, 4, 2)
+    if block_d > 128:
+        return Config(max(128, smallest), 64, 8, 2)
+    return Config(max(128, smallest), 64, 8, 3)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    query_len: int,
+) -> None:
+    """Arguments as in the reference."""
+    group = query.shape[1] // key_cache.shape[2]
+    few = 0 < query_len and query_len * group <= _MAX_SPLIT_ROWS
+    launch = _launch_split if few else _launch_mixed
+    launch(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        scale,
+        sliding_window,
+        soft_cap,
+        query_len,
+    )
+
+
+def _launch_split(
+    query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
+    sliding_window, soft_cap, query_len, config=None, oversubscription=4,
+):  # fmt: skip
+    tokens, heads, head_size = query.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    requests, max_blocks = block_tables.shape
+    device = limits(query.device)
+    group = heads // kv_heads
+    config = config or split_config(group * query_len, head_size, query.element_size(), device)
+    min_tiles = max(1, 256 // config.block_n)
+    spare = max(1, triton.cdiv(oversubscription * device.multiprocessors, kv_heads))
+    if max_blocks * block_size <= min_tiles * config.block_n:
+        spare = 0
+    # Every request has one piece; as many as ``spare`` more go to those that are long.
+    pieces = max(requests, triton.cdiv(tokens, query_len)) + spare
+    if spare:
+        partial = query.new_empty((pieces, query_len * heads, head_size), dtype=torch.float32)
+        log_sums = query.new_empty((pieces, query_len * heads), dtype=torch.float32)
+    else:
+        partial = log_sums = out
+    plan = {
+        "QUERY_LEN": query_len,
+        "WINDOWED": sliding_window > 0,
+        "BLOCK_N": config.block_n,
+        "MIN_TILES": min_tiles,
+        "BLOCK_R": _few_sizes(requests),
+    }
+    _split_kernel[(pieces * kv_heads,)](
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        partial,
+        log_sums,
+        tokens,
+        requests,
+        spare,
+        query.stride(0),
+        query.stride(1),
+        *_cache_strides(key_cache, value_cache),
+        block_tables.stride(0),
+        out.stride(0),
+        out.stride(1),
+        scale,
+        soft_cap,
+        sliding_window,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        CAPPED=soft_cap > 0,
+        WIDEN=INTERPRETED,
+        BLOCK_M=config.block_m,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        **plan,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if spare:
+        _combine_kernel[(requests * query_len * heads,)](
+            partial,
+            log_sums,
+            seq_lens,
+            query_start_loc,
+            out,
+            requests,
+            spare,
+            out.stride(0),
+            out.stride(1),
+            sliding_window,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            BLOCK_S=32,
+            BLOCK_D=triton.next_power_of_2(head_size),
+            **plan,
+            num_warps=4,
+        )
+
+
+def _launch_mixed(
+    query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
+    sliding_window, soft_cap, query_len, config=None,
+):  # fmt: skip
+    tokens, heads, head_size = query.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    requests = block_tables.shape[0]
+    group = heads // kv_heads
+    config = config or mixed_config(
+        group, head_size, query.element_size(), limits(query.device)
+    )
+    block_q = config.block_m // group
+    # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
+    tiles = triton.cdiv(tokens, block_q) + requests
+    _mixed_kernel[(tiles * kv_heads,)](
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        tokens,
+        requests,
+        query.stride(0),
+        query.stride(1),
+        *_cache_strides(key_cache, value_cache),
+        block_tables.stride(0),
+        out.stride(0),
+        out.stride(1),
+        scale,
+        soft_cap,
+        sliding_window,
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        WINDOWED=sliding_window > 0,
+        CAPPED=soft_cap > 0,
+        WIDEN=INTERPRETED,
+        BLOCK_M=config.block_m,
+        BLOCK_Q=block_q,
+        BLOCK_N=config.block_n,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int]:
+    """Strides of a block, a slot and a head."""
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        raise ValueError(
+            "key_cache and value_cache must have equal strides and adjoining channels, got "
+            f"{key_cache.stride()} and {value_cache.stride()}"
+        )
+    return key_cache.stride()[:3]
+
+
+def _few_sizes(count: int) -> int:
+    """A power of four, at least 16 and ``count``: few sizes, so few compilations."""
+    size = 16
+    while size < count:
+        size *= 4
+    return size
+
+
+@triton.jit
+def _dot(a, b, acc, WIDEN: tl.constexpr):
+    """a @ b + acc. The interpreter multiplies float32 correctly and bfloat16 as integers."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # "ieee" concerns float32 alone: no rounding to tf32.
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _attend(
+    acc,
+    row_sum,
+    row_max,
+    query,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    begin,
+    end,
+    lowest,
+    position,
+    block_stride,
+    slot_stride,
+    scale,
+    soft_cap,
+    window,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Take keys ``begin`` (a multiple of BLOCK_N) to ``end`` into a running softmax.
+
+    acc: [BLOCK_M, BLOCK_D]; row_sum, row_max (base 2): [BLOCK_M]; position: [BLOCK_M], that of
+    each row's token. Keys below ``lowest`` or not below ``end`` may hold anything. Unless MASKED,
+    every row sees all keys.
+    """
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = (channel < HEAD_SIZE)[None, :]
+    for start in range(begin, end, BLOCK_N):
+        key_position = start + tl.arange(0, BLOCK_N)
+        there = (key_position >= lowest) & (key_position < end)
+        table = table_ptr + key_position // BLOCK_SIZE
+        if MASKED:
+            block = tl.load(table, mask=there, other=0)
+        else:
+            block = tl.load(table)
+        # A cache may have more than 2**31 elements.
+        slot = block.to(tl.int64) * block_stride + (key_position % BLOCK_SIZE) * slot_stride
+        offset = slot[:, None] + channel[None, :]
+        # Keys that are not there are read from the null block and masked as scores; values that
+        # are not there must be zeros, because zero times the NaN of a stale slot is NaN.
+        if HEAD_SIZE == BLOCK_D:
+            key = tl.load(key_ptr + offset)
+        else:
+            key = tl.load(key_ptr + offset, mask=real_channel, other=0.0)
+        if MASKED:
+            value = tl.load(value_ptr + offset, mask=there[:, None] & real_channel, other=0.0)
+        elif HEAD_SIZE == BLOCK_D:
+            value = tl.load(value_ptr + offset)
+        else:
+            value = tl.load(value_ptr + offset, mask=real_channel, other=0.0)
+
+        scores = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.float32)
+        scores = _dot(query, tl.trans(key), scores, WIDEN)
+        factor = scale * 1.4426950408889634
+        if CAPPED:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which has the right limits.
+            tanh = 1 - 2 / (tl.exp(scores * (2 * scale / soft_cap)) + 1)
+            scores = soft_cap * tanh
+            factor = 1.4426950408889634
+        if MASKED:
+            visible = there[None, :] & (key_position[None, :] <= position[:, None])
+            if WINDOWED:
+                visible &= key_position[None, :] > (position - window)[:, None]
+            scores = tl.where(visible, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * factor)
+        if MASKED:
+            # A row that has seen no key yet has the maximum -inf, and -inf + inf is NaN.
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        else:
+            shift = new_max
+        weights = tl.exp2(scores * factor - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, axis=1)
+        acc = acc * decay[:, None]
+        acc = _dot(weights.to(value.dtype), value, acc, WIDEN)
+        row_max = new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _plan(
+    seq_lens_ptr,
+    starts_ptr,
+    requests,
+    spare,
+    window,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Share out the pieces: [BLOCK_R] request numbers, pieces of each, and their running total.
+
+    A piece is at most ``most`` tiles of BLOCK_N keys. Of all tiles together, ``spare`` pieces of
+    that size hold them; rounding up costs each request one more at most.
+    """
+    request = tl.arange(0, BLOCK_R)
+    real = request < requests
+    length = tl.load(seq_lens_ptr + request, mask=real, other=0)
+    begin = tl.load(starts_ptr + request, mask=real, other=0)
+    end = tl.load(starts_ptr + request + 1, mask=real, other=0)
+    first, count = _tiles(length, end - begin, window, WINDOWED, BLOCK_N)
+    most = tl.maximum(MIN_TILES, tl.cdiv(tl.sum(count), tl.maximum(spare, 1)))
+    pieces = tl.where(real, tl.maximum(1, tl.cdiv(count, most)), 0)
+    return request, pieces, tl.cumsum(pieces, axis=0)
+
+
+@triton.jit
+def _tiles(length, new, window, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First tile of BLOCK_N keys that a request needs, and how many."""
+    if WINDOWED:
+        first = tl.maximum(0, length - new - window + 1) // BLOCK_N
+    else:
+        first = length * 0
+    return first, tl.cdiv(length, BLOCK_N) - first
+
+
+@triton.jit(do_not_specialize=["tokens", "requests", "spare"])
+def _split_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    out_ptr,
+    partial_ptr,
+    log_sums_ptr,
+    tokens,
+    requests,
+    spare,
+    query_stride,
+    query_head_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    table_stride,
+    out_stride,
+    out_head_stride,
+    scale,
+    soft_cap,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program attends to one piece of a request's keys, for one KV head.
+
+    Writes ``out`` if the request has one piece, else ``partial`` [pieces, QUERY_LEN * HEADS,
+    HEAD_SIZE] and the base-2 logarithm of the sum of its weights.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    piece = tl.program_id(0) // KV_HEADS
+    row = tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = (channel < HEAD_SIZE)[None, :]
+
+    covered = tl.load(starts_ptr + requests)
+    if (piece + 1) * QUERY_LEN > covered:
+        target = piece * QUERY_LEN + token
+        behind = (token < QUERY_LEN) & (target >= covered) & (target < tokens)
+        offset = target.to(tl.int64) * out_stride + head * out_head_stride
+        nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
+        tl.store(
+            out_ptr + offset[:, None] + channel[None, :],
+            nothing,
+            mask=behind[:, None] & real_channel,
+        )
+
+    requests_before, pieces, ends = _plan(
+        seq_lens_ptr, starts_ptr, requests, spare, window, WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R
+    )
+    request = tl.sum((ends <= piece).to(tl.int32))
+    if request >= requests:
+        return
+    mine = tl.sum(tl.where(requests_before == request, pieces, 0))
+    part = piece - tl.sum(tl.where(requests_before < request, pieces, 0))
+
+    begin = tl.load(starts_ptr + request)
+    new = tl.load(starts_ptr + request + 1) - begin
+    length = tl.load(seq_lens_ptr + request)
+    first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
+    first_key = (first + count * part // mine) * BLOCK_N
+    end_key = tl.minimum(length, (first + count * (part + 1) // mine) * BLOCK_N)
+
+    used = token < new
+    query_row = (begin + token).to(tl.int64)
+    query_offset = query_row * query_stride + head * query_head_stride
+    used_channel = used[:, None] & real_channel
+    query = tl.load(
+        query_ptr + query_offset[:, None] + channel[None, :], mask=used_channel, other=0.0
+    )
+    position = length - new + token
+    acc, row_sum, row_max = _attend(
+        tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
+        tl.zeros([BLOCK_M], dtype=tl.float32),
+        tl.full([BLOCK_M], -float("inf"), dtype=tl.float32),
+        query,
+        key_ptr + kv_head * head_stride,
+        value_ptr + kv_head * head_stride,
+        table_ptr + request.to(tl.int64) * table_stride,
+        first_key,
+        end_key,
+        length - new - window + 1 if WINDOWED else 0,
+        position,
+        block_stride,
+        slot_stride,
+        scale,
+        soft_cap,
+        window,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+        WINDOWED,
+        CAPPED,
+        True,
+        WIDEN,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    # Rows that saw no key stay zero.
+    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    if mine == 1:
+        out_offset = query_row * out_stride + head * out_head_stride
+        tl.store(
+            out_ptr + out_offset[:, None] + channel[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=used_channel,
+        )
+    else:
+        partial_row = piece.to(tl.int64) * (QUERY_LEN * HEADS) + token * HEADS + head
+        tl.store(
+            partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
+            acc.to(partial_ptr.dtype.element_ty),
+            mask=used_channel,
+        )
+        log_sum = row_max + tl.log2(row_sum)
+        tl.store(log_sums_ptr + partial_row, log_sum.to(log_sums_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit(do_not_specialize=["requests", "spare"])
+def _combine_kernel(
+    partial_ptr,
+    log_sums_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    out_ptr,
+    requests,
+    spare,
+    out_stride,
+    out_head_stride,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program merges the pieces of one query head of one new token."""
+    row = tl.program_id(0) % (QUERY_LEN * HEADS)
+    request = tl.program_id(0) // (QUERY_LEN * HEADS)
+    begin = tl.load(starts_ptr + request)
+    new = tl.load(starts_ptr + request + 1) - begin
+    if row // HEADS >= new:
+        return
+    request_number, pieces, _ = _plan(
+        seq_lens_ptr, starts_ptr, requests, spare, window, WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R
+    )
+    mine = tl.sum(tl.where(request_number == request, pieces, 0))
+    if mine == 1:
+        return
+    first = tl.sum(tl.where(request_number < request, pieces, 0))
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = (channel < HEAD_SIZE)[None, :]
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    total = 0.0
+    largest = -float("inf")
+    for start in range(0, mine, BLOCK_S):
+        part = start + tl.arange(0, BLOCK_S)
+        real = part < mine
+        partial_row = (first + part).to(tl.int64) * (QUERY_LEN * HEADS) + row
+        log_sum = tl.load(log_sums_ptr + partial_row, mask=real, other=-float("inf"))
+        found = tl.load(
+            partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
+            mask=real[:, None] & real_channel,
+            other=0.0,
+        )
+        new_largest = tl.maximum(largest, tl.max(log_sum))
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        weights = tl.exp2(log_sum - shift)
+        decay = tl.exp2(largest - shift)
+        acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
+        total = total * decay + tl.sum(weights)
+        largest = new_largest
+    target = (begin + row // HEADS).to(tl.int64) * out_stride + row % HEADS * out_head_stride
+    tl.store(
+        out_ptr + target + channel,
+        (acc / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty),
+        mask=channel < HEAD_SIZE,
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "requests"])
+def _mixed_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    out_ptr,
+    tokens,
+    requests,
+    query_stride,
+    query_head_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    table_stride,
+    out_stride,
+    out_head_stride,
+    scale,
+    soft_cap,
+    window,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program attends for BLOCK_Q new tokens of a request, for one KV head."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    # The last tiles see the most keys; starting with them leaves no long one for the end.
+    tile = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
+    row = tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = (channel < HEAD_SIZE)[None, :]
+
+    covered = tl.load(starts_ptr + requests)
+    if tile >= covered // BLOCK_Q + requests:
+        target = (tile - requests) * BLOCK_Q + token
+        behind = (token < BLOCK_Q) & (target >= covered) & (target < tokens)
+        offset = target.to(tl.int64) * out_stride + head * out_head_stride
+        nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
+        tl.store(
+            out_ptr + offset[:, None] + channel[None, :],
+            nothing,
+            mask=behind[:, None] & real_channel,
+        )
+        return
+
+    # Binary search for the last request whose first tile is not behind this one.
+    request = 0
+    too_far = requests
+    while request + 1 < too_far:
+        middle = (request + too_far) // 2
+        if tl.load(starts_ptr + middle) // BLOCK_Q + middle <= tile:
+            request = middle
+        else:
+            too_far = middle
+    begin = tl.load(starts_ptr + request)
+    new = tl.load(starts_ptr + request + 1) - begin
+    token += (tile - begin // BLOCK_Q - request) * BLOCK_Q
+    first_token = (tile - begin // BLOCK_Q - request) * BLOCK_Q
+    if first_token >= new:
+        return
+    length = tl.load(seq_lens_ptr + request)
+
+    used = (row < BLOCK_Q * GROUP) & (token < new)
+    used_channel = used[:, None] & real_channel
+    query_row = (begin + token).to(tl.int64)
+    query_offset = query_row * query_stride + head * query_head_stride
+    query = tl.load(
+        query_ptr + query_offset[:, None] + channel[None, :], mask=used_channel, other=0.0
+    )
+    first_position = length - new + first_token
+    position = length - new + token
+    end_key = tl.minimum(length, first_position + BLOCK_Q)
+    # Keys that every row sees need no mask: up to the first token's position, and from where the
+    # last token's window starts.
+    clear_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    key_ptr += kv_head * head_stride
+    value_ptr += kv_head * head_stride
+    table_ptr += request.to(tl.int64) * table_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    lowest = 0
+    clear_begin = 0
+    if WINDOWED:
+        lowest = tl.maximum(0, first_position - window + 1)
+        left = lowest // BLOCK_N * BLOCK_N
+        clear_begin = tl.maximum(0, first_position + BLOCK_Q - window)
+        clear_begin = tl.cdiv(clear_begin, BLOCK_N) * BLOCK_N
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
+            left, tl.minimum(clear_begin, end_key), lowest, position,
+            block_stride, slot_stride, scale, soft_cap, window,
+            HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
+        clear_begin, clear_end, lowest, position,
+        block_stride, slot_stride, scale, soft_cap, window,
+        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
+        tl.maximum(clear_begin, clear_end), end_key, lowest, position,
+        block_stride, slot_stride, scale, soft_cap, window,
+        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    out_offset = query_row * out_stride + head * out_head_stride
+    tl.store(
+        out_ptr + out_offset[:, None] + channel[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=used_channel,
+    )

@@ -1,0 +1,264 @@
+"""Declare an op once; everything else that needs to know about it asks here.
+
+A declaration drives the ``torch.library`` registration (so that the dispatcher, fake tensors and
+``torch.compile`` know the op), the choice of an implementation by platform, the split points of
+piecewise graph executors (break ops), and the table that ``reprise doctor`` prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from reprise import platforms
+from reprise.errors import OpError
+from reprise.platforms import Platform
+
+GraphSupport = Literal["never", "single_token_decode", "uniform_batch", "always"]
+"""In which steps a break op's implementation may run inside a graph. ``never``: in none;
+``single_token_decode``: when each request has one new token; ``uniform_batch``: when all requests
+have the same number of new tokens; ``always``: in any step."""
+
+Requirement = Callable[[Platform], str | None]
+"""Returns None if the implementation runs on the platform, else the reason why not."""
+
+_library = torch.library.Library("reprise", "DEF")
+_ops: dict[str, Op] = {}
+_active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
+_defaults: dict[str, OpTable] = {}
+
+Interceptor = Callable[["Op", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Called instead of an op's implementation: ``interceptor(op, function, args, kwargs)``."""
+
+_interceptor: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar(
+    "interceptor", default=None
+)
+
+
+def runs_anywhere(platform: Platform) -> str | None:
+    return None
+
+
+def needs_triton(platform: Platform) -> str | None:
+    return None if platform.has_triton else "Triton cannot run on this platform"
+
+
+@dataclass
+class Implementation:
+    """One way to compute an op; its function is imported when it is first called."""
+
+    op: str
+    name: str
+    target: str | Callable[..., Any]
+    """The function, or ``"module:function"``."""
+    requires: Requirement = runs_anywhere
+    graph_support: GraphSupport = "always"
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        if isinstance(self.target, str):
+            module, _, attribute = self.target.partition(":")
+            self.target = getattr(importlib.import_module(module), attribute)
+        assert callable(self.target)
+        return self.target
+
+
+@dataclass
+class Op:
+    """A declared op. Calling it goes through the dispatcher to the chosen implementation."""
+
+    name: str
+    schema: str
+    """In torch.library's notation, without the name: ``(Tensor x, ...) -> Tensor``."""
+    mutates: tuple[str, ...]
+    """Names of the arguments that the op writes."""
+    break_op: bool
+    """The op must run outside the graph in piecewise executors."""
+    deterministic: bool
+    """Same inputs, same bits; verification then compares bitwise."""
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+    overload: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def implementation(
+        self,
+        name: str,
+        target: str | Callable[..., Any],
+        *,
+        requires: Requirement = runs_anywhere,
+        graph_support: GraphSupport = "always",
+    ) -> None:
+        """Add a way to compute this op.
+
+        Args:
+            name: How ``--op NAME=IMPL`` and ``Platform.preferred`` call it.
+            target: A function with the op's signature, or ``"module:function"`` to import late.
+            requires: Says whether a platform can run it.
+            graph_support: For break ops, the steps in which it may be captured.
+        """
+        if name in self.implementations:
+            raise OpError(f"op {self.name!r} already has an implementation {name!r}")
+        self.implementations[name] = Implementation(
+            self.name, name, target, requires, graph_support
+        )
+
+    def choose(self, platform: Platform, override: str | None = None) -> Implementation:
+        """The implementation to use on ``platform``.
+
+        Raises:
+            OpError: ``override`` names none, or one that this platform cannot run.
+        """
+        if override is not None:
+            chosen = self.implementations.get(override)
+            if chosen is None:
+                raise OpError(
+                    f"op {self.name!r} has no implementation {override!r}; "
+                    f"it has: {', '.join(self.implementations)}"
+                )
+            reason = chosen.requires(platform)
+            if reason is not None:
+                raise OpError(f"--op {self.name}={override}: {reason} ({platform.name})")
+            return chosen
+        order = platform.preferred.get(self.name, platform.preferred.get("*", ()))
+        for name in (*order, "reference"):
+            candidate = self.implementations.get(name)
+            if candidate is not None and candidate.requires(platform) is None:
+                return candidate
+        raise OpError(f"op {self.name!r} has no implementation for platform {platform.name!r}")
+
+
+def op(
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    mutates: tuple[str, ...] = (),
+    break_op: bool = False,
+    deterministic: bool = True,
+    fake: Callable[..., Any] | None = None,
+    graph_support: GraphSupport | None = None,
+) -> Op:
+    """Declare an op. Its reference implementation's signature becomes its schema.
+
+    Args:
+        name: Unique name; the op is ``torch.ops.reprise.<name>``.
+        reference: Plain torch, runs on any device; the oracle of every other implementation.
+        mutates: Names of arguments that the op writes.
+        break_op: Whether piecewise graph executors must run it outside their graphs. Such an op
+            writes into outputs that its caller allocated, and returns nothing.
+        deterministic: Whether equal inputs give equal bits.
+        fake: Output shapes and dtypes without data; needed unless the op returns nothing.
+        graph_support: Of the reference implementation; ``never`` by default for a break op.
+    """
+    if name in _ops:
+        raise OpError(f"op {name!r} is already declared")
+    returns = inspect.signature(reference, eval_str=True).return_annotation
+    if fake is None and returns is not None:
+        raise OpError(f"op {name!r} returns a value and declares no fake implementation")
+    if break_op and returns is not None:
+        raise OpError(f"break op {name!r} must write into its arguments and return nothing")
+    schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    declared = Op(name, schema, mutates, break_op, deterministic)
+    declared.implementation(
+        "reference", reference, graph_support=graph_support or ("never" if break_op else "always")
+    )
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        table = _active.get() or _default_table(args)
+        interceptor = _interceptor.get()
+        if interceptor is not None:
+            return interceptor(declared, table.functions[name], args, kwargs)
+        return table.functions[name](*args, **kwargs)
+
+    _library.define(name + schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reprise::{name}", fake or (lambda *args, **kwargs: None))
+    declared.overload = getattr(torch.ops.reprise, name).default
+    _ops[name] = declared
+    return declared
+
+
+@contextlib.contextmanager
+def intercept(interceptor: Interceptor | None) -> Iterator[None]:
+    """Hand the op calls of this thread, compiled code's included, to ``interceptor``.
+
+    This is how graph executors see break ops. None: call the implementations again.
+    """
+    token = _interceptor.set(interceptor)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)
+
+
+def all_ops() -> Mapping[str, Op]:
+    """Every declared op by name. Import ``reprise.ops`` first: that declares the built-in ones."""
+    return _ops
+
+
+def find(overload: Any) -> Op | None:
+    """The declared op behind a dispatcher overload, or None if it is not one of ours."""
+    if getattr(overload, "namespace", None) != "reprise":
+        return None
+    return _ops.get(overload.name().removeprefix("reprise::"))
+
+
+class OpTable:
+    """The implementation of every op that one engine uses. Active while the engine computes."""
+
+    def __init__(self, platform: Platform, overrides: Mapping[str, str] | None = None) -> None:
+        """Choose once.
+
+        Raises:
+            OpError: An override names an unknown op, or an implementation that cannot run here.
+        """
+        overrides = overrides or {}
+        for name in overrides:
+            if name not in _ops:
+                raise OpError(f"--op {name}=...: no such op; known: {', '.join(sorted(_ops))}")
+        self.platform = platform
+        self.chosen = {
+            name: each.choose(platform, overrides.get(name)) for name, each in _ops.items()
+        }
+        self.functions = _LateFunctions(self.chosen)
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Route op calls of this thread to this table within the ``with`` block."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+
+class _LateFunctions(dict[str, Callable[..., Any]]):
+    """Op name to function; imports an implementation's module when it is first called."""
+
+    def __init__(self, chosen: Mapping[str, Implementation]) -> None:
+        super().__init__()
+        self._chosen = chosen
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        self[name] = self._chosen[name].function
+        return self[name]
+
+
+def _default_table(args: tuple[Any, ...]) -> OpTable:
+    """For calls outside an engine: the table of the platform that owns the first tensor."""
+    device = next(each.device for each in args if isinstance(each, torch.Tensor))
+    if device.type not in _defaults:
+        usable = [platforms.load(n) for n, why in platforms.available().items() if why is None]
+        owner = next((each for each in usable if each.device_type == device.type), None)
+        if owner is None:
+            raise OpError(f"no available platform owns tensors on {device}")
+        _defaults[device.type] = OpTable(owner(device.index or 0))
+    return _defaults[device.type]

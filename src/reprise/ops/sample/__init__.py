@@ -1,0 +1,5 @@
+from reprise.ops.registry import needs_triton, op
+from reprise.ops.sample.reference import fake, reference
+
+sample = op("sample", reference, fake=fake)
+sample.implementation("triton", "reprise.ops.sample.triton:sample", requires=needs_triton)

@@ -1,0 +1,35 @@
+"""What the launchers of the Triton kernels share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Kernels run in Python on the host (``TRITON_INTERPRET=1``), as in the tests on a CPU."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a launcher may know about a device: numbers, never its name."""
+
+    multiprocessors: int
+    shared_memory: int
+    """Bytes that one program can use."""
+
+
+@functools.cache
+def limits(device: torch.device) -> DeviceLimits:
+    """Limits of ``device`` as Triton's driver reports them."""
+    if INTERPRETED:
+        return DeviceLimits(multiprocessors=2, shared_memory=64 * 1024)
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"])
+
+
+def warps(elements: int, per_thread: int = 8) -> int:
+    """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two up to 16."""
+    return min(16, max(1, triton.next_power_of_2(elements // (32 * per_thread))))

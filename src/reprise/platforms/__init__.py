@@ -1,0 +1,96 @@
+"""Devices: the only package that names a device API.
+
+A platform comes from this package or from the entry-point group ``reprise.platforms`` of any
+installed package; the entry's name is what users type after ``--device``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+
+from reprise.errors import PlatformError
+from reprise.platforms.base import Adjustment, MemoryInfo, Platform
+
+__all__ = ["Adjustment", "MemoryInfo", "Platform", "available", "load", "names", "resolve"]
+
+ENTRY_POINT_GROUP = "reprise.platforms"
+
+_BUILT_IN = {
+    "cuda": "reprise.platforms.cuda:CudaPlatform",
+    "rocm": "reprise.platforms.rocm:RocmPlatform",
+    "xpu": "reprise.platforms.xpu:XpuPlatform",
+    "cpu": "reprise.platforms.cpu:CpuPlatform",
+}
+
+
+def _plug_ins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def names() -> list[str]:
+    """Names of all known platforms, whether or not they work on this machine."""
+    return [*_BUILT_IN, *(name for name in _plug_ins() if name not in _BUILT_IN)]
+
+
+def load(name: str) -> type[Platform]:
+    """The platform class called ``name``.
+
+    Raises:
+        PlatformError: No such platform, or its plug-in fails to import.
+    """
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    else:
+        plug_ins = _plug_ins()
+        if name not in plug_ins:
+            raise PlatformError(f"device={name!r} is unknown; known: auto, {', '.join(names())}")
+        try:
+            found = plug_ins[name].load()
+        except Exception as error:
+            raise PlatformError(
+                f"device={name!r}: plug-in {plug_ins[name].value!r} does not import: {error}"
+            ) from error
+    if not (isinstance(found, type) and issubclass(found, Platform)):
+        raise PlatformError(f"device={name!r}: {found!r} is not a subclass of Platform")
+    return found
+
+
+def available() -> dict[str, str | None]:
+    """Every known platform with the reason why it cannot be used here (None: it can)."""
+    report: dict[str, str | None] = {}
+    for name in names():
+        try:
+            report[name] = load(name).unavailable_reason()
+        except PlatformError as error:
+            report[name] = str(error)
+    return report
+
+
+def resolve(device: str = "auto") -> Platform:
+    """The platform for ``device``: ``auto``, a platform name, or ``name:index``.
+
+    Raises:
+        PlatformError: The device is unknown or not on this machine; the message lists what is.
+    """
+    name, _, index_text = device.partition(":")
+    if index_text and not index_text.isdigit():
+        raise PlatformError(f"device={device!r}: expected NAME or NAME:INDEX, such as cuda:0")
+    if name == "auto":
+        usable = [load(each) for each, reason in available().items() if reason is None]
+        return max(usable, key=lambda each: each.priority)(int(index_text or 0))
+    platform = load(name)
+    reason = platform.unavailable_reason()
+    if reason is not None:
+        here = [each for each, why in available().items() if why is None]
+        raise PlatformError(
+            f"device={device!r} is not available: {reason}. Available here: {', '.join(here)}"
+        )
+    index = int(index_text or 0)
+    if index >= platform.device_count():
+        raise PlatformError(
+            f"device={device!r}: index {index} is out of range, "
+            f"{platform.device_count()} device(s) of this kind are visible"
+        )
+    return platform(index)

@@ -1,0 +1,162 @@
+"""Everything that CUDA, ROCm and XPU share, written against torch's device-neutral API."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from reprise.platforms.base import MemoryInfo, Platform
+from reprise.platforms.borrow import borrow_bytes
+from reprise.platforms.device_graph import AcceleratorGraph, DeviceGraph
+
+GIB = 1 << 30
+
+
+class AcceleratorPlatform(Platform):
+    """A device that PyTorch exposes as ``torch.accelerator``.
+
+    A subclass sets data; methods are overridden only where the hardware differs. All calls go
+    through ``torch.accelerator`` or the device module (``torch.get_device_module``), so what is
+    tested on one accelerator is the code that runs on the others.
+    """
+
+    priority: ClassVar[int] = 100
+    pins_memory: ClassVar[bool] = True
+    graphs_by_default: ClassVar[bool] = True
+    supports_aux_streams: ClassVar[bool] = True
+    asynchronous: ClassVar[bool] = True
+    counts_memory: ClassVar[bool] = True
+    preferred = {"*": ("triton", "torch", "reference")}
+    reserve_bytes: ClassVar[int] = GIB // 4
+    """Left free beside the KV cache, for allocator fragmentation and library workspaces."""
+
+    @classmethod
+    def module(cls) -> Any:
+        """The torch module of this device type, such as ``torch.xpu``."""
+        return torch.get_device_module(cls.device_type)
+
+    @classmethod
+    def built_for_this(cls) -> bool:
+        """Whether this build of torch drives this platform's hardware."""
+        return True
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        if not cls.built_for_this():
+            return f"torch {torch.__version__} is not built for {cls.name}"
+        if not torch.accelerator.is_available():
+            return "torch finds no accelerator (driver missing, or no device visible)"
+        found = torch.accelerator.current_accelerator()
+        if found is None or found.type != cls.device_type:
+            return f"the accelerator that torch finds is {found}, not {cls.device_type}"
+        return None
+
+    @classmethod
+    def device_count(cls) -> int:
+        return torch.accelerator.device_count()
+
+    @property
+    def device_name(self) -> str:
+        return str(self.module().get_device_name(self.index))
+
+    @property
+    def has_triton(self) -> bool:
+        return importlib.util.find_spec("triton") is not None
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.supports_dtype(torch.bfloat16) else torch.float16
+
+    def supports_dtype(self, dtype: torch.dtype) -> bool:
+        if dtype is torch.bfloat16:
+            return bool(self.module().is_bf16_supported())
+        return super().supports_dtype(dtype)
+
+    # ---- order of work -------------------------------------------------------------------
+
+    def activate(self) -> None:
+        torch.accelerator.set_device_index(self.index)
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize(self.index)
+
+    def current_stream(self) -> Any:
+        return torch.accelerator.current_stream(self.index)
+
+    def use_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        return self.module().stream(stream)
+
+    def stream(self) -> Any:
+        return self.module().Stream(device=self.index)
+
+    # ---- graphs --------------------------------------------------------------------------
+
+    @property
+    def has_graphs(self) -> bool:
+        named = self.graph_class is not None and hasattr(self.module(), self.graph_class)
+        return named or hasattr(torch.accelerator, "Graph")
+
+    def graph_pool(self) -> Any:
+        return self.module().graph_pool_handle()
+
+    def graph_pool_memory(self, pool: Any) -> list[torch.Tensor]:
+        snapshot = getattr(self.module(), "memory_snapshot", None)
+        if snapshot is None:
+            return []
+        return [
+            borrow_bytes(segment["address"], segment["total_size"], self.device)
+            for segment in snapshot()
+            if tuple(segment.get("segment_pool_id", ())) == tuple(pool)
+            and segment["device"] == self.index
+        ]
+
+    @functools.cached_property
+    def _capture_stream(self) -> Any:
+        return self.stream()
+
+    @contextlib.contextmanager
+    def capture_stream(self) -> Iterator[Any]:
+        # One stream for all captures: the allocator reuses a pool's memory within a stream only.
+        outer = self.current_stream()
+        self._capture_stream.wait_stream(outer)
+        with self.use_stream(self._capture_stream):
+            yield self._capture_stream
+        outer.wait_stream(self._capture_stream)
+
+    def new_graph(self, pool: Any = None) -> DeviceGraph:
+        if not self.has_graphs:
+            return super().new_graph(pool)
+        return AcceleratorGraph(self, self.graph_pool() if pool is None else pool)
+
+    # ---- memory --------------------------------------------------------------------------
+
+    def memory_info(self) -> MemoryInfo:
+        free, total = self.module().mem_get_info(self.index)
+        return MemoryInfo(free=free, total=total)
+
+    def memory_allocated(self) -> int:
+        return torch.accelerator.memory_allocated(self.index)
+
+    def peak_memory_allocated(self) -> int:
+        return torch.accelerator.max_memory_allocated(self.index)
+
+    def memory_reserved(self) -> int:
+        return torch.accelerator.memory_reserved(self.index)
+
+    def reset_peak_memory(self) -> None:
+        torch.accelerator.reset_peak_memory_stats(self.index)
+
+    def empty_cache(self) -> None:
+        torch.accelerator.empty_cache()
+
+    def cache_budget(self, utilization: float, activation_bytes: int) -> int:
+        memory = self.memory_info()
+        cached = self.memory_reserved() - self.memory_allocated()
+        used = memory.total - memory.free - cached
+        allowed = int(memory.total * utilization) - used
+        return min(allowed, memory.free + cached) - activation_bytes - self.reserve_bytes

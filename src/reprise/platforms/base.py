@@ -1,0 +1,216 @@
+"""The contract a device fulfils. The rest of Reprise asks a platform, never which one it is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from reprise.errors import GraphError
+
+if TYPE_CHECKING:
+    from reprise.config import EngineConfig
+    from reprise.platforms.device_graph import DeviceGraph
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """Memory of one device, in bytes."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """One change that a platform made to a configuration, and why."""
+
+    field: str
+    old: Any
+    new: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
+
+
+class Platform(ABC):
+    """What one kind of device is (data) and does (a few methods).
+
+    A platform is instantiated once an engine with the index of the device it drives.
+    Subclass :class:`reprise.platforms.accelerator.AcceleratorPlatform` for hardware that
+    PyTorch exposes through ``torch.accelerator``; it leaves little but data to write.
+    """
+
+    name: ClassVar[str]
+    """What the user types after ``--device``."""
+    device_type: ClassVar[str]
+    """The type part of the device's ``torch.device``."""
+    priority: ClassVar[int] = 50
+    """``--device auto`` takes the available platform of highest priority."""
+    dist_backend: ClassVar[str] = "gloo"
+    visible_devices_variable: ClassVar[str | None] = None
+    """Environment variable that selects devices of this kind."""
+    graph_class: ClassVar[str | None] = None
+    """Name of the graph class in the device module, or None: no device graphs."""
+    graphs_by_default: ClassVar[bool] = False
+    """Whether ``graph_mode=auto`` captures graphs."""
+    graph_memory: ClassVar[Literal["measure", "skip"]] = "skip"
+    graph_memory_reason: ClassVar[str] = "the platform captures no graphs"
+    supports_pdl: ClassVar[bool] = False
+    """Programmatic dependent launch: a kernel may start before its predecessor ended."""
+    supports_aux_streams: ClassVar[bool] = False
+    pins_memory: ClassVar[bool] = False
+    """Host memory may be page-locked, so that copies to the device are asynchronous."""
+    fp8_dtype: ClassVar[torch.dtype | None] = None
+    counts_memory: ClassVar[bool] = False
+    """:meth:`memory_allocated` and :meth:`peak_memory_allocated` measure something."""
+    asynchronous: ClassVar[bool] = False
+    """Submitted work runs while the host goes on; the engine then prepares one step ahead."""
+    default_block_size: ClassVar[int] = 16
+    """Tokens in a block of the KV cache."""
+    default_batched_tokens: ClassVar[int] = 8192
+    """New tokens in one step: enough to fill the device, few enough to keep decodes waiting
+    for little."""
+    preferred: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Op name (or ``"*"`` for all others) to implementation names, most wanted first."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+
+    @classmethod
+    @abstractmethod
+    def unavailable_reason(cls) -> str | None:
+        """None if the device can be used on this machine, else one sentence that says why not."""
+
+    @classmethod
+    def device_count(cls) -> int:
+        """Number of devices of this kind that are visible to the process."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_type, self.index)
+
+    @property
+    def device_name(self) -> str:
+        """Marketing name of the device, for people and benchmark records."""
+        return self.device_type
+
+    @property
+    def has_triton(self) -> bool:
+        """Whether Triton kernels can run on this device."""
+        return importlib.util.find_spec("triton") is not None
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """Compute dtype for ``dtype=auto`` when the checkpoint's own dtype is not usable."""
+        return torch.bfloat16
+
+    def supports_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether ``dtype`` is a sensible compute dtype on this device."""
+        return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+    def prefers_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether a checkpoint stored in ``dtype`` is best computed in it on this device."""
+        return self.supports_dtype(dtype)
+
+    # ---- order of work -------------------------------------------------------------------
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Make this device the current one of the calling thread."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until the device has finished all work submitted so far."""
+
+    def stream(self) -> Any:
+        """A new stream of work, with ``wait_stream``, ``wait_event`` and ``synchronize``."""
+        return torch.Stream(device=self.device)
+
+    def event(self, *, timing: bool = False) -> Any:
+        """A new event, with ``record``, ``wait``, ``synchronize`` and ``elapsed_time``."""
+        return torch.Event(device=self.device, enable_timing=timing)
+
+    @abstractmethod
+    def current_stream(self) -> Any:
+        """The stream that work of the calling thread is submitted to."""
+
+    @abstractmethod
+    def use_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Submit the work of the ``with`` block to ``stream``."""
+
+    # ---- memory --------------------------------------------------------------------------
+
+    @abstractmethod
+    def memory_info(self) -> MemoryInfo:
+        """Free and total memory of the device, as the driver reports them."""
+
+    def memory_allocated(self) -> int:
+        """Bytes held by live tensors of this process on the device; 0 where unknown."""
+        return 0
+
+    def peak_memory_allocated(self) -> int:
+        """Largest :meth:`memory_allocated` since :meth:`reset_peak_memory`; 0 where unknown."""
+        return 0
+
+    def memory_reserved(self) -> int:
+        """Bytes that the caching allocator holds, live tensors included; 0 where unknown."""
+        return 0
+
+    def reset_peak_memory(self) -> None:  # noqa: B027 - a platform without counters has no peak
+        """Start a new peak measurement."""
+
+    def empty_cache(self) -> None:  # noqa: B027 - a platform without a cache has none to empty
+        """Return cached, unused memory to the driver."""
+
+    @abstractmethod
+    def cache_budget(self, utilization: float, activation_bytes: int) -> int:
+        """Bytes that the KV cache may take, once the weights are loaded.
+
+        Args:
+            utilization: Share (0 to 1] of the device's memory this engine may use in all.
+            activation_bytes: What the largest step needs beyond the weights.
+        """
+
+    # ---- graphs --------------------------------------------------------------------------
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether :meth:`new_graph` works here."""
+        return self.graph_class is not None
+
+    def graph_pool(self) -> Any:
+        """A handle of a memory pool that several graphs may share."""
+        raise GraphError(f"platform {self.name!r} has no device graphs; use graph_mode='none'")
+
+    def graph_pool_memory(self, pool: Any) -> list[torch.Tensor]:
+        """The pool's memory as uint8 tensors, so that it can be poisoned; [] if unknown.
+
+        Between replays no graph relies on what they hold. Stale once more graphs are captured.
+        """
+        return []
+
+    def capture_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Work of the ``with`` block goes to the one stream on which graphs are captured."""
+        raise GraphError(f"platform {self.name!r} has no device graphs; use graph_mode='none'")
+
+    def new_graph(self, pool: Any = None) -> DeviceGraph:
+        """A device graph, not yet captured, with its own memory pool unless one is given."""
+        raise GraphError(f"platform {self.name!r} has no device graphs; use graph_mode='none'")
+
+    # ---- configuration -------------------------------------------------------------------
+
+    def check_config(self, config: EngineConfig) -> tuple[EngineConfig, list[Adjustment]]:
+        """Return ``config``, or an adjusted copy, with the reason for each change.
+
+        Raises:
+            ConfigError: The platform cannot run this configuration at all.
+        """
+        return config, []

@@ -1,0 +1,131 @@
+"""The CPU: always there, and the platform that most tests run on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import time
+from typing import Any
+
+import torch
+
+from reprise.platforms.base import MemoryInfo, Platform
+from reprise.platforms.device_graph import DeviceGraph
+from reprise.platforms.recorded_graph import RecordedGraph, recording
+from reprise.platforms.recorded_pool import RecordedPool
+
+GIB = 1 << 30
+
+
+def _available_memory() -> int | None:
+    """Bytes that programs can take without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+class HostEvent:
+    """An event of a device whose work is finished when it has been submitted."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+class CpuPlatform(Platform):
+    name = "cpu"
+    device_type = "cpu"
+    priority = 0
+    preferred = {"*": ("torch", "reference")}
+    graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"
+    default_batched_tokens = 1024
+    default_cache_bytes = 4 * GIB
+    """The KV cache takes this much, or a quarter of the free memory if that is less."""
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def device_name(self) -> str:
+        return f"CPU, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})"
+
+    @property
+    def has_triton(self) -> bool:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return interpreted and importlib.util.find_spec("triton") is not None
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def prefers_dtype(self, dtype: torch.dtype) -> bool:
+        return dtype is torch.float32
+
+    def activate(self) -> None:
+        """The CPU is always current."""
+
+    def synchronize(self) -> None:
+        """Work on the CPU is finished when the call that started it returns."""
+
+    def event(self, *, timing: bool = False) -> Any:
+        return HostEvent()
+
+    def current_stream(self) -> Any:
+        return torch.Stream(device="cpu")
+
+    def stream(self) -> Any:
+        return torch.Stream(device="cpu")
+
+    def use_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext(stream)
+
+    @property
+    def has_graphs(self) -> bool:
+        return True
+
+    def graph_pool(self) -> RecordedPool:
+        return RecordedPool()
+
+    def graph_pool_memory(self, pool: RecordedPool) -> list[torch.Tensor]:
+        return pool.memory()
+
+    def capture_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return recording()
+
+    def new_graph(self, pool: Any = None) -> DeviceGraph:
+        return RecordedGraph(RecordedPool() if pool is None else pool)
+
+    def memory_info(self) -> MemoryInfo:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * page
+        return MemoryInfo(free=_available_memory() or total // 2, total=total)
+
+    def cache_budget(self, utilization: float, activation_bytes: int) -> int:
+        free = self.memory_info().free - activation_bytes
+        return min(self.default_cache_bytes, free // 4)

@@ -1,0 +1,22 @@
+"""NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from reprise.platforms.accelerator import AcceleratorPlatform
+
+
+class CudaPlatform(AcceleratorPlatform):
+    name = "cuda"
+    device_type = "cuda"
+    dist_backend = "nccl"
+    visible_devices_variable = "CUDA_VISIBLE_DEVICES"
+    graph_class = "CUDAGraph"
+    graph_memory = "measure"
+    graph_memory_reason = "mem_get_info reports what the driver gives to graphs"
+    fp8_dtype = torch.float8_e4m3fn
+
+    @classmethod
+    def built_for_this(cls) -> bool:
+        return torch.version.cuda is not None

@@ -1,0 +1,198 @@
+"""A device graph: work captured once, replayed on the same addresses without running Python."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from reprise.errors import GraphError
+
+if TYPE_CHECKING:
+    from reprise.platforms.accelerator import AcceleratorPlatform
+    from reprise.platforms.recorded_graph import Recorder
+
+T = TypeVar("T")
+
+
+class _ThreadState(threading.local):
+    graph: DeviceGraph | None = None
+    recorder: Recorder | None = None
+    """Set while the thread is inside the capture stream of a platform with recorded graphs."""
+
+
+state = _ThreadState()
+
+
+def capturing() -> bool:
+    """Whether work that this thread submits now goes into a graph instead of running."""
+    return state.graph is not None
+
+
+def launch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` as one piece of device work.
+
+    An accelerator captures the kernels that it launches. A recorded graph takes the call whole:
+    replay calls ``function`` again with the same arguments, and it may read their values then.
+    """
+    if state.recorder is None:
+        return function(*args, **kwargs)
+    return state.recorder.launch(function, args, kwargs)
+
+
+@contextlib.contextmanager
+def host_code() -> Iterator[None]:
+    """Inside :func:`launch`: what runs in the ``with`` block is host code again.
+
+    An op implemented in Python runs its host part once, at capture; only what it launches is
+    replayed. Recorded graphs take an op whole, so such an op must say which part is host code.
+    """
+    recorder = state.recorder
+    with contextlib.nullcontext() if recorder is None else recorder.host_code():
+        yield
+
+
+class DeviceGraph(ABC):
+    """Capture with :meth:`capture`, or with :meth:`begin` and :meth:`end`; then :meth:`replay`.
+
+    Capture runs on the platform's capture stream (``Platform.capture_stream``). All tensors used
+    must stay at their addresses; host scalars keep the value they had; reading a device value on
+    the host is an error.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.empty = False
+        """Capture found no work, so that replay would do nothing."""
+        self._captured = False
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Capture what ``function`` does, on the capture stream, and return its result.
+
+        Raises:
+            GraphError: The work cannot be captured; the graph stays empty.
+        """
+        with self._stream():
+            self.begin()
+            try:
+                result = function()
+            except BaseException:
+                self.abort()
+                raise
+            self.end()
+        return result
+
+    def begin(self) -> None:
+        """Start to capture. The capture stream must be current."""
+        if state.graph is not None:
+            raise GraphError("a graph capture is already in progress in this thread")
+        if self._captured:
+            raise GraphError("the graph was captured before; make a new one")
+        self._begin()
+        state.graph = self
+
+    def end(self) -> None:
+        """Finish the capture; the graph can be replayed from now on.
+
+        Raises:
+            GraphError: The device refuses the graph.
+        """
+        if state.graph is not self:
+            raise GraphError("end() without begin()")
+        state.graph = None
+        self._end()
+        self._captured = True
+
+    def abort(self) -> None:
+        """Leave a capture that failed; harmless when none is in progress."""
+        if state.graph is self:
+            state.graph = None
+            # What failed inside a capture usually makes its end fail too.
+            with contextlib.suppress(GraphError, RuntimeError):
+                self._end()
+
+    def replay(self) -> None:
+        """Do the captured work again, on the current stream.
+
+        Raises:
+            GraphError: Nothing was captured.
+        """
+        if not self._captured:
+            raise GraphError("replay() of a graph that was never captured")
+        self._replay()
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes by which this graph's capture made the pool grow."""
+
+    @abstractmethod
+    def _stream(self) -> contextlib.AbstractContextManager[Any]: ...
+
+    @abstractmethod
+    def _begin(self) -> None: ...
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+    @abstractmethod
+    def _replay(self) -> None: ...
+
+
+class AcceleratorGraph(DeviceGraph):
+    """A graph of any device that PyTorch drives.
+
+    Made with ``torch.accelerator.Graph`` where this torch has it, else with the class that the
+    platform names (``graph_class``) in the device module.
+    """
+
+    def __init__(self, platform: AcceleratorPlatform, pool: Any) -> None:
+        super().__init__(pool)
+        self._platform = platform
+        self._begin_arguments: dict[str, Any] = {}
+        neutral = getattr(torch.accelerator, "Graph", None)
+        if neutral is not None:
+            self._graph = neutral(pool=pool, capture_error_mode="thread_local")
+        else:
+            assert platform.graph_class is not None
+            self._graph = getattr(platform.module(), platform.graph_class)()
+            known = inspect.signature(self._graph.capture_begin).parameters
+            wanted = {"pool": pool, "capture_error_mode": "thread_local"}
+            self._begin_arguments = {k: v for k, v in wanted.items() if k in known}
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def _stream(self) -> contextlib.AbstractContextManager[Any]:
+        return self._platform.capture_stream()
+
+    def _begin(self) -> None:
+        self._nbytes = -self._platform.memory_reserved()
+        self._graph.capture_begin(**self._begin_arguments)
+
+    def _end(self) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                self._graph.capture_end()
+            except RuntimeError as error:
+                raise GraphError(f"the device refused the captured graph: {error}") from error
+        for warning in caught:
+            if "is empty" in str(warning.message):
+                self.empty = True
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+        self._nbytes = max(0, self._nbytes + self._platform.memory_reserved())
+
+    def _replay(self) -> None:
+        self._graph.replay()

@@ -1,0 +1,61 @@
+"""Progress bars for work that may take longer than two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+SHOW_AFTER_SECONDS = 1.0
+
+
+class Counter:
+    """Counts finished parts of a piece of work; the bar appears once the work takes long."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what = what
+        self.total = total
+        self.done = 0
+        self._started = time.perf_counter()
+        self._bar: Progress | None = None
+
+    def advance(self, parts: int = 1) -> None:
+        self.done += parts
+        if self._bar is None:
+            if time.perf_counter() - self._started < SHOW_AFTER_SECONDS:
+                return
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=sys.stderr),
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task(self.what, total=self.total)
+        self._bar.update(self._bar.task_ids[0], completed=self.done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Counter]:
+    """Show a bar on standard error with a count and an estimate, if the block takes long."""
+    counter = Counter(what, total)
+    try:
+        yield counter
+    finally:
+        counter.close()

@@ -1,0 +1,2 @@
+from reprise.engine.request import *  # noqa
+from reprise.engine.request import FinishReason, Request

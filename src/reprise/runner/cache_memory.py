@@ -1,0 +1,99 @@
+"""How many cache blocks fit, and the tensors that hold them."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from reprise.config import EngineConfig
+from reprise.errors import CapacityError
+from reprise.layers import CausalLM
+from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
+
+
+def block_bytes(model: CausalLM, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    per_token = sum(2 * each.num_kv_heads * each.head_size for each in model.attention_layers())
+    return per_token * block_size * dtype.itemsize
+
+
+def plan_blocks(
+    config: EngineConfig,
+    platform: Platform,
+    bytes_per_block: int,
+    block_size: int,
+    max_model_len: int,
+    activation_bytes: int,
+) -> int:
+    """Blocks of the cache, the null block included.
+
+    Raises:
+        CapacityError: Not even a request of one block fits.
+    """
+    most_useful = math.ceil(max_model_len / block_size) * config.max_num_seqs + 1
+    if config.num_blocks is not None:
+        blocks, reason = config.num_blocks, "num_blocks"
+    elif config.kv_cache_memory_bytes is not None:
+        blocks, reason = config.kv_cache_memory_bytes // bytes_per_block, "kv_cache_memory_bytes"
+    else:
+        budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
+        blocks = budget // bytes_per_block
+        reason = f"gpu_memory_utilization={config.gpu_memory_utilization}"
+        if platform.device.type == "cpu":
+            reason = "the platform's default"
+    if blocks < 2:
+        raise CapacityError(
+            f"the KV cache ({reason}) has room for {max(blocks, 0)} block(s) of {bytes_per_block} "
+            "bytes and needs at least 2; raise gpu_memory_utilization or kv_cache_memory_bytes, "
+            "or use a smaller model or block_size"
+        )
+    if blocks > most_useful and config.num_blocks is None:
+        blocks, reason = most_useful, "max_num_seqs requests of max_model_len need no more"
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
+        blocks,
+        block_size,
+        blocks * bytes_per_block / 2**30,
+        reason,
+    )
+    return blocks
+
+
+def fit_model_len(requested: int | None, wanted: int, num_blocks: int, block_size: int) -> int:
+    """The longest context that one request can have in a cache of this size.
+
+    Args:
+        requested: ``max_model_len`` as the user gave it, or None.
+        wanted: The longest context the model and the options allow.
+        num_blocks: Of the cache, the null block included.
+        block_size: Tokens in a block.
+
+    Raises:
+        CapacityError: The user asked for more than fits.
+    """
+    capacity = (num_blocks - 1) * block_size
+    if wanted <= capacity:
+        return wanted
+    if requested is not None:
+        raise CapacityError(
+            f"max_model_len={requested} needs {math.ceil(requested / block_size)} cache blocks and "
+            f"there are {num_blocks - 1}; lower max_model_len to {capacity}, or give the cache "
+            "more memory"
+        )
+    logger.warning("max_model_len: %d -> %d (the KV cache holds no more)", wanted, capacity)
+    return capacity
+
+
+def allocate_cache(
+    model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give every attention layer its keys and values, [num_blocks, block_size, Hkv, D] each."""
+    for layer in model.attention_layers():
+        shape = (2, num_blocks, block_size, layer.num_kv_heads, layer.head_size)
+        both: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        layer.bind_cache(both[0], both[1])

@@ -1,0 +1,250 @@
+"""Turns a scheduled step into device work and its results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reprise import models
+from reprise.config import EngineConfig
+from reprise.errors import ModelError
+from reprise.loading import Checkpoint, load_weights
+from reprise.ops import OpTable
+from reprise.platforms import Platform
+from reprise.runner.buffers import Mirrored, StepBuffers
+from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
+from reprise.runner.output import PendingOutput
+from reprise.runner.sampler import LogprobTensors, Sampler, top_logprobs
+
+if TYPE_CHECKING:
+    from reprise.step import ScheduledRequest, ScheduledStep
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROB_ROWS = 256
+"""Prompt positions whose logits are computed at once; bounds the memory of prompt logprobs."""
+
+
+class ModelRunner:
+    """Owns the model, its cache, the step buffers and the sampler of one device.
+
+    Args:
+        config: Validated options; the platform has adjusted them.
+        platform: The device.
+        checkpoint: What to load.
+
+    Raises:
+        ModelError: The architecture or the dtype is not supported.
+        LoadError: The weights do not load.
+        CapacityError: The model and a cache do not fit.
+    """
+
+    def __init__(self, config: EngineConfig, platform: Platform, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self.platform = platform
+        platform.activate()
+        self.ops = OpTable(platform, config.ops)
+        self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
+        wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
+        self.max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
+        self.block_size = config.block_size or platform.default_block_size
+        with torch.inference_mode():
+            self.model = models.build(
+                checkpoint.config,
+                max_model_len=wanted_len,
+                dtype=self.dtype,
+                device=platform.device,
+            )
+            load_weights(self.model, checkpoint.path, config.load_format, config.seed)
+            activation_bytes = self._measure_activations(wanted_len)
+            bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
+            self.num_blocks = plan_blocks(
+                config, platform, bytes_per_block, self.block_size, wanted_len, activation_bytes
+            )
+            self.max_model_len = fit_model_len(
+                config.max_model_len, wanted_len, self.num_blocks, self.block_size
+            )
+            allocate_cache(
+                self.model, self.num_blocks, self.block_size, self.dtype, platform.device
+            )
+            self.buffers = self._new_buffers(self.max_model_len)
+            self._gather_rows = Mirrored((config.max_num_seqs,), torch.int64, platform)
+            self._pending_rows = Mirrored((2, config.max_num_seqs), torch.int64, platform)
+        self.sampler = Sampler(self.model.vocab_size, platform)
+        self._last_sampled: tuple[dict[str, int], Tensor] | None = None
+
+    def submit(self, step: ScheduledStep) -> PendingOutput:
+        """Start computing a step; its results arrive through the returned handle.
+
+        At most one earlier step may still be unfinished; tokens that it samples are taken over
+        on the device.
+        """
+        self.sampler.release(step.released)
+        with torch.inference_mode(), self.ops.activate():
+            tokens, requests = self.buffers.fill(step.requests)
+            self._take_over_pending(step.requests)
+            query_len = 1 if step.phase == "decode" else 0
+            hidden = self.forward(tokens, requests, query_len)
+            prompt_logprobs = self._prompt_logprobs(step.requests, hidden)
+            sampling = [each.request for each in step.requests if each.samples]
+            sampled, logprobs = None, None
+            if sampling:
+                every_row = query_len == 1 and len(sampling) == requests
+                rows = hidden if every_row else hidden[self._sampling_rows(step.requests)]
+                sampled, logprobs = self.sampler(self.model.logits(rows), sampling)
+                index = {each.request_id: row for row, each in enumerate(sampling)}
+                self._last_sampled = (index, sampled)
+            return PendingOutput(step, sampled, logprobs, prompt_logprobs, self.platform)
+
+    def forget_steps(self) -> None:
+        """A step failed half-way: trust nothing that steps leave behind for the next one."""
+        self.buffers.forget_tables()
+        self.sampler.forget()
+        self._last_sampled = None
+
+    def forward(self, tokens: int, requests: int, query_len: int) -> Tensor:
+        """Run the model eagerly on the first rows of the buffers: hidden states [tokens, D]."""
+        return self.model(
+            self.buffers.input_ids.device[:tokens],
+            self.buffers.positions.device[:tokens],
+            self.buffers.metadata(tokens, requests, query_len),
+        )
+
+    def _take_over_pending(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """Input tokens that the previous step sampled are copied on the device."""
+        if not any(each.pending for each in scheduled):
+            return
+        assert self._last_sampled is not None, "a pending token was sampled by an earlier step"
+        index, sampled = self._last_sampled
+        self._pending_rows.flip()
+        begin, count = 0, 0
+        for each in scheduled:
+            if each.pending:
+                self._pending_rows.host[0, count] = begin + each.num_tokens - 1
+                self._pending_rows.host[1, count] = index[each.request.request_id]
+                count += 1
+            begin += each.num_tokens
+        self._pending_rows.upload(0, 2)
+        targets, sources = self._pending_rows.device[:, :count]
+        self.buffers.input_ids.device.index_copy_(0, targets, sampled[sources])
+
+    def _sampling_rows(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
+        """Index of the last token of every request that samples: [S] int64."""
+        self._gather_rows.flip()
+        begin, count = 0, 0
+        for each in scheduled:
+            begin += each.num_tokens
+            if each.samples:
+                self._gather_rows.host[count] = begin - 1
+                count += 1
+        self._gather_rows.upload(0, count)
+        return self._gather_rows.device[:count]
+
+    def _prompt_logprobs(
+        self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
+    ) -> dict[str, LogprobTensors]:
+        found: dict[str, LogprobTensors] = {}
+        begin = 0
+        for each in scheduled:
+            wanted = each.request.params.prompt_logprobs
+            prompt = each.request.prompt_token_ids
+            targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
+            if wanted is not None and targets:
+                rows = hidden[begin : begin + len(targets)]
+                found[each.request.request_id] = self._logprobs_of(rows, targets, wanted)
+            begin += each.num_tokens
+        return found
+
+    def _logprobs_of(self, hidden: Tensor, targets: Sequence[int], count: int) -> LogprobTensors:
+        chosen = torch.tensor(targets, dtype=torch.int64).to(self.platform.device)
+        parts = [
+            top_logprobs(self.model.logits(rows).float(), ids, count)
+            for rows, ids in zip(
+                hidden.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
+            )
+        ]
+        return LogprobTensors(
+            torch.cat([each.token_ids for each in parts]),
+            torch.cat([each.logprobs for each in parts]),
+            torch.cat([each.ranks for each in parts]),
+        )
+
+    def _new_buffers(self, max_model_len: int) -> StepBuffers:
+        max_blocks = -(-max_model_len // self.block_size)
+        return StepBuffers(
+            max(self.max_tokens, self.config.max_num_seqs),
+            self.config.max_num_seqs,
+            max_blocks,
+            self.block_size,
+            self.platform,
+        )
+
+    def _measure_activations(self, max_model_len: int) -> int:
+        """Peak bytes that the largest step takes beyond the weights; 0 where nothing counts them.
+
+        The step runs against a cache of the null block alone, as requests without a cache would.
+        """
+        if not self.platform.counts_memory:
+            return 0
+        allocate_cache(self.model, 1, self.block_size, self.dtype, self.platform.device)
+        self.buffers = self._new_buffers(max_model_len)
+        self.platform.synchronize()
+        self.platform.reset_peak_memory()
+        before = self.platform.memory_allocated()
+        try:
+            with self.ops.activate():
+                hidden = self.forward(self.max_tokens, self.config.max_num_seqs, 0)
+                rows = hidden[: self.config.max_num_seqs]
+                logits = self.model.logits(rows).float()
+                (logits.clone().softmax(dim=-1) + logits).argmax(dim=-1)
+            self.platform.synchronize()
+            peak = self.platform.peak_memory_allocated() - before
+        except RuntimeError as error:
+            peak = 0
+            logger.warning("activation memory could not be measured (%s); assuming none", error)
+        del self.buffers
+        self.platform.empty_cache()
+        logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self.max_tokens)
+        return peak
+
+
+def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype:
+    """The compute dtype: as requested, else the checkpoint's where the device computes in it.
+
+    Raises:
+        ModelError: The platform does not compute in the requested dtype.
+    """
+    if requested != "auto":
+        dtype = getattr(torch, requested)
+        if not platform.supports_dtype(dtype):
+            raise ModelError(f"dtype={requested!r} is not supported by device {platform.name!r}")
+        return dtype
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    if platform.prefers_dtype(stored):
+        return stored
+    chosen = platform.default_dtype
+    logger.info("dtype: %s -> %s (faster on %s)", stored, chosen, platform.name)
+    return chosen
+
+
+def choose_model_len(requested: int | None, config: Any) -> int:
+    """The longest context in tokens.
+
+    Raises:
+        ModelError: The request exceeds what the model's positions were made for.
+    """
+    trained = int(config.max_position_embeddings)
+    if requested is None:
+        return trained
+    if requested > trained:
+        raise ModelError(
+            f"max_model_len={requested} exceeds the model's max_position_embeddings={trained}; "
+            "lower it, or extend the positions with hf_overrides (rope_parameters)"
+        )
+    return requested

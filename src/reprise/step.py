@@ -1,0 +1,1 @@
+from reprise.engine.scheduler import ScheduledRequest, ScheduledStep  # noqa

@@ -1,0 +1,416 @@
+"""Random lives of the scheduler against a simulated device that knows what each slot holds.
+
+The device runs steps as late as it may: when their results are asked for. Slots hold the salt, the
+weights' version and the whole token prefix that they were computed from, so that wrong sharing,
+stale blocks and blocks freed too early all show as a slot that holds somebody else's prefix.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from reprise.cache import NULL_BLOCK, CacheManager
+from reprise.engine.request import Request, RequestStatus
+from reprise.engine.scheduler import ScheduledRequest, ScheduledStep, Scheduler
+from reprise.errors import CapacityError
+from reprise.sampling_params import SamplingParams
+
+logging.getLogger("reprise.engine.scheduler").setLevel(logging.ERROR)
+
+EOS, STOP = 4, 3
+MAX_OUTSTANDING = 2
+MODEL_LEN = 40
+TEXT = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0]
+PROMPTS = st.one_of(
+    st.integers(1, len(TEXT)).map(lambda length: TEXT[:length]),
+    st.lists(st.integers(0, 1), min_size=1, max_size=12),
+)
+"""Mostly prefixes of one text."""
+Content = tuple[bytes, int, tuple[int, ...]]
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    """The model. Its favourite tokens are those of the prompts, so that prefixes collide."""
+    choice = zlib.crc32(bytes(prefix)) % 40
+    return {0: EOS, 1: STOP, 2: 2}.get(choice, choice % 2)
+
+
+def run_alone(request: Request, longest: int) -> tuple[list[int], str]:
+    """Output and finish reason without any scheduler."""
+    params, tokens, output = request.params, list(request.prompt_token_ids), list[int]()
+    stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {EOS})
+    if params.max_tokens is not None:
+        longest = min(longest, len(tokens) + params.max_tokens)
+    while True:
+        tokens.append(next_token(tokens))
+        output.append(tokens[-1])
+        if tokens[-1] in stops and len(output) >= params.min_tokens:
+            return output, "stop"
+        if len(tokens) >= longest:
+            return output, "length"
+
+
+@dataclass
+class Row:
+    """The device's state of one request."""
+
+    version: int
+    salt: bytes
+    tokens: list[int]
+    sampled: int | None = None
+
+    def content(self, position: int) -> Content:
+        return self.salt, self.version, tuple(self.tokens[: position + 1])
+
+
+@dataclass
+class Launch:
+    """A step as it was handed to the device, with copies of all that may change later."""
+
+    step: ScheduledStep
+    version: int
+    inputs: list[list[int]]
+    prefixes: list[list[int]]
+    tables: list[list[int]]
+
+
+@dataclass
+class Device:
+    block_size: int
+    max_rows: int
+    rows: dict[str, Row] = field(default_factory=dict)
+    slots: dict[tuple[int, int], Content] = field(default_factory=dict)
+    queue: list[Launch] = field(default_factory=list)
+
+    def launch(self, step: ScheduledStep, version: int) -> None:
+        launch = Launch(step, version, [], [], [])
+        for scheduled in step.requests:
+            tokens, end = scheduled.request.token_ids, scheduled.start + scheduled.num_tokens
+            launch.inputs.append([] if scheduled.pending else tokens[scheduled.start : end])
+            launch.prefixes.append(tokens[: scheduled.start])
+            launch.tables.append(list(scheduled.block_ids))
+            assert scheduled.pending == (end > len(tokens))
+            assert len(scheduled.block_ids) * self.block_size >= end
+        for earlier in self.queue:
+            self._check_disjoint(earlier, launch)
+        self.queue.append(launch)
+
+    def _check_disjoint(self, earlier: Launch, later: Launch) -> None:
+        """A later step writes no block that an earlier one uses for another request."""
+        for ours, table in zip(later.step.requests, later.tables, strict=True):
+            written = set(self._blocks(ours, table))
+            for theirs, used in zip(earlier.step.requests, earlier.tables, strict=True):
+                assert ours.request is theirs.request or not written & set(used)
+
+    def _blocks(self, scheduled: ScheduledRequest, table: list[int]) -> list[int]:
+        first = scheduled.start // self.block_size
+        last = (scheduled.start + scheduled.num_tokens - 1) // self.block_size
+        return table[first : last + 1]
+
+    def run_oldest(self) -> tuple[ScheduledStep, list[list[int]]]:
+        launch = self.queue.pop(0)
+        for request_id in launch.step.released:
+            del self.rows[request_id]
+        parts = []
+        for position, scheduled in enumerate(launch.step.requests):
+            name = scheduled.request.request_id
+            if name not in self.rows:
+                salt = scheduled.request.cache_salt
+                self.rows[name] = Row(launch.version, salt, launch.prefixes[position])
+            assert len(self.rows) <= self.max_rows
+            row, inputs = self.rows[name], launch.inputs[position]
+            if scheduled.pending:
+                assert row.sampled is not None
+                inputs = [row.sampled]
+            assert len(row.tokens) == scheduled.start
+            row.tokens += inputs
+            parts.append((scheduled, row, launch.tables[position]))
+        for scheduled, row, table in parts:
+            for at in range(scheduled.start, scheduled.start + scheduled.num_tokens):
+                self.slots[self._slot(table, at)] = row.content(at)
+        results: list[list[int]] = []
+        for scheduled, row, table in parts:  # after all writes, which must not overlap
+            for at in range(scheduled.start + scheduled.num_tokens):
+                assert self.slots[self._slot(table, at)] == row.content(at)
+            row.sampled = next_token(row.tokens) if scheduled.samples else None
+            results.append([] if row.sampled is None else [row.sampled])
+        return launch.step, results
+
+    def _slot(self, table: list[int], position: int) -> tuple[int, int]:
+        block = table[position // self.block_size]
+        assert block != NULL_BLOCK
+        return block, position % self.block_size
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(4, 14),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(0, 8),
+        prefix_caching=st.sampled_from([True, True, False]),
+        reserve_blocks=st.integers(0, 1),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        prefix_caching: bool,
+        reserve_blocks: int,
+    ) -> None:
+        self.cache = CacheManager(num_blocks, block_size, prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_num_seqs,
+            max_num_seqs + budget,
+            max_model_len=MODEL_LEN,
+            reserve_blocks=reserve_blocks,
+        )
+        self.device = Device(block_size, max_num_seqs)
+        self.requests: list[Request] = []
+        self.cut_short: set[Request] = set()
+        self.version = 0
+        self.num_steps = 0
+
+    @property
+    def live(self) -> list[Request]:
+        return [request for request in self.requests if not request.is_finished]
+
+    # ------------------------------------------------------------------ rules
+
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=1, max_size=5),
+        priority=st.integers(-1, 1),
+        max_tokens=st.one_of(st.none(), st.integers(1, 25)),
+        min_tokens=st.integers(0, 6),
+        ignore_eos=st.booleans(),
+        stops=st.sampled_from([None, [STOP], [STOP, EOS]]),
+        salt=st.sampled_from([b"", b"", b"", b"salt"]),
+        prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    )
+    def add(
+        self,
+        prompts: list[list[int]],
+        priority: int,
+        max_tokens: int | None,
+        min_tokens: int,
+        ignore_eos: bool,
+        stops: list[int] | None,
+        salt: bytes,
+        prompt_logprobs: int | None,
+    ) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens or min_tokens),
+            ignore_eos=ignore_eos,
+            stop_token_ids=stops,
+            prompt_logprobs=prompt_logprobs,
+        )
+        for prompt in prompts:
+            # Ids are used again once their request has finished.
+            taken = {request.request_id for request in self.live}
+            name = next(str(i) for i in range(len(taken) + 1) if str(i) not in taken)
+            request = Request(
+                name, prompt, params, priority, eos_token_ids=frozenset([EOS]), cache_salt=salt
+            )
+            try:
+                self.scheduler.add(request)
+            except CapacityError:
+                assert len(prompt) > self.cache.capacity
+            else:
+                self.requests.append(request)
+
+    @precondition(lambda self: self.scheduler.num_outstanding < MAX_OUTSTANDING)
+    @rule()
+    def schedule(self) -> None:
+        self._schedule()
+
+    @precondition(lambda self: self.scheduler.num_outstanding)
+    @rule()
+    def update(self) -> None:
+        self._update()
+
+    @rule(count=st.integers(1, 15))
+    def run_in_lockstep(self, count: int) -> None:
+        for _ in range(count):
+            while self.scheduler.num_outstanding:
+                self._update()
+            step = self._schedule()
+            assert (step is not None) == bool(self.live)
+            if step is None:
+                return
+            most_urgent = self._running()[0]
+            assert most_urgent in [scheduled.request for scheduled in step.requests]
+            self._update()
+
+    @rule(count=st.integers(1, 15))
+    def run_one_ahead(self, count: int) -> None:
+        for _ in range(count):
+            if self.scheduler.num_outstanding < MAX_OUTSTANDING:
+                self._schedule()
+            if self.scheduler.num_outstanding:
+                self._update()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.live))
+        assert self.scheduler.abort(request.request_id) is request
+        assert request.finish_reason == "abort"
+        assert self.scheduler.abort(request.request_id) is None
+        self.cut_short.add(request)
+
+    @precondition(lambda self: any(request.output_token_ids for request in self.live))
+    @rule(data=st.data())
+    def find_stop_string(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from([r for r in self.live if r.output_token_ids]))
+        self.scheduler.finish(request, "stop", "a stop string")
+        assert (request.finish_reason, request.stop_reason) == ("stop", "a stop string")
+        self.cut_short.add(request)
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.reset_prefix_cache()
+        self.version += 1
+
+    # ------------------------------------------------------------------ the loop
+
+    def _running(self) -> list[Request]:
+        running = [r for r in self.live if r.status is RequestStatus.RUNNING]
+        return sorted(running, key=lambda request: request.urgency)
+
+    def _schedule(self) -> ScheduledStep | None:
+        running = set(self._running())
+        decodable = {r for r in running if self._can_decode(r)}
+        step = self.scheduler.schedule()
+        if step is None:
+            return None
+        assert step.index == self.num_steps
+        self.num_steps += 1
+        parts = step.requests
+        assert parts
+        assert len({part.request for part in parts}) == len(parts) <= self.scheduler.max_num_seqs
+        assert step.num_tokens == sum(part.num_tokens for part in parts)
+        assert step.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert all(part.num_tokens > 0 for part in parts)
+        assert all(part.num_tokens == 1 for part in parts[: step.num_decodes])
+        assert not any(part.pending for part in parts[step.num_decodes :])
+        single = all(part.num_tokens == 1 for part in parts)
+        assert step.phase == ("decode" if single else "mixed")
+        scheduled = {part.request for part in parts}
+        if decodable - scheduled:
+            assert scheduled <= running, "admitted while a running request lacks a block"
+        self.device.launch(step, self.version)
+        return step
+
+    @staticmethod
+    def _can_decode(request: Request) -> bool:
+        total = request.num_tokens + request.num_pending
+        return total - request.num_computed_tokens == 1 and total < request.max_total_tokens
+
+    def _update(self) -> None:
+        step, results = self.device.run_oldest()
+        finished = {request for request in self.requests if request.is_finished}
+        before = {r: list(r.output_token_ids) for r in self.requests}
+        updated = self.scheduler.update(step, results)
+        for part, tokens in zip(step.requests, results, strict=True):
+            request = part.request
+            dropped = request in finished or not tokens
+            assert (request in updated) == (not dropped)
+            added = [] if dropped else tokens
+            assert request.output_token_ids == before[request] + added
+
+    # ------------------------------------------------------------------ invariants
+
+    @invariant()
+    def blocks_have_exactly_their_owners(self) -> None:
+        pool = self.cache.pool
+        owners = Counter(block for request in self.requests for block in request.block_ids)
+        assert NULL_BLOCK not in owners
+        for block in range(pool.num_blocks):
+            assert pool.ref_count(block) == owners[block]
+        assert pool.num_used == len(owners)
+        assert pool.num_free + pool.num_used + 1 == pool.num_blocks
+        if not self.cache.enable_prefix_caching:
+            assert set(owners.values()) <= {1}
+
+    @invariant()
+    def free_blocks_form_one_ring(self) -> None:
+        pool, ring = self.cache.pool, list[int]()
+        block = pool._next[NULL_BLOCK]
+        while block != NULL_BLOCK:
+            assert pool._previous[pool._next[block]] == block
+            assert pool.ref_count(block) == 0
+            ring.append(block)
+            block = pool._next[block]
+        assert len(ring) == len(set(ring)) == pool.num_free
+
+    @invariant()
+    def idle_requests_own_nothing(self) -> None:
+        for request in self.requests:
+            if request.status is not RequestStatus.RUNNING and not request.num_in_flight:
+                assert not request.block_ids
+            assert request.num_in_flight >= 0
+            assert request.is_finished or request.num_pending >= 0
+            if request.skip_prefix_cache:
+                assert request.num_cached_tokens == 0
+
+    @invariant()
+    def stats_agree(self) -> None:
+        stats = self.scheduler.stats()
+        assert stats.num_running == len(self._running()) <= self.scheduler.max_num_seqs
+        assert stats.num_running + stats.num_waiting == len(self.live)
+        reasons = Counter(r.finish_reason for r in self.requests if r.is_finished)
+        assert {k: v for k, v in stats.total_finished.items() if v} == dict(reasons)
+        assert stats.total_preemptions == sum(r.num_preemptions for r in self.requests)
+        generated = sum(r.num_output_tokens for r in self.requests)
+        assert stats.total_generated_tokens == generated
+
+    @invariant()
+    def outputs_are_those_of_a_run_alone(self) -> None:
+        longest = min(MODEL_LEN, self.cache.capacity + 1)
+        for request in self.requests:
+            output, reason = run_alone(request, longest)
+            if request.is_finished and request not in self.cut_short:
+                assert request.output_token_ids == output
+                assert request.finish_reason == reason
+            else:
+                assert request.output_token_ids == output[: request.num_output_tokens]
+            assert request.token_ids == request.prompt_token_ids + request.output_token_ids
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        tokens = sum(request.max_total_tokens for request in self.live)
+        bound = 4 * tokens * (len(self.live) + 1) + 10
+        depth = 1 + self.num_steps % 2
+        while self.scheduler.has_work:
+            bound -= 1
+            assert bound > 0, "no progress"
+            stuck = self.scheduler.num_outstanding >= depth or self._schedule() is None
+            if stuck:
+                assert self.scheduler.num_outstanding, "nothing runs and nothing can be scheduled"
+                self._update()
+        assert self.cache.pool.num_used == 0
+        assert all(request.is_finished for request in self.requests)
+        self.outputs_are_those_of_a_run_alone()
+        self.blocks_have_exactly_their_owners()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
