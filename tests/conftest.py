@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers import TinyModels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         # Before triton is imported: its kernels then run under the interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # Before torch is imported: tiny models gain nothing from threads, and where cores are
+        # shared they wait for each other for most of the time.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +38,17 @@ def platform(device: str):
     found = platforms.resolve(device)
     found.activate()
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Makes tiny random checkpoints: ``tiny("qwen3", num_hidden_layers=3).path``."""
+    from helpers import TinyModels
+
+    return TinyModels(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def tolerance(device: str) -> float:
+    """Largest difference between float32 logits of ours and of transformers on the CPU."""
+    return 1e-4 if device == "cpu" else 2e-3

@@ -1366,7 +1366,7 @@ def train(model: Qwen3ForCausalLM, stream: Pool, config: TrainConfig) -> dict[st
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write a Hugging Face checkpoint in bfloat16, and the held-out additions beside it."""
     import torch
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig
 
     out.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True
@@ -1374,19 +1374,20 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         eos_token_id=[tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END)], pad_token_id=0
     )
     model.to(torch.bfloat16).save_pretrained(out)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=END,
-        additional_special_tokens=[TURN_START, TURN_END],
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    wrapped.save_pretrained(out)
-    # Older readers look for these spellings.
-    edit_json(out / "config.json", {"rope_theta": 10000.0})
-    edit_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    # Written by hand, as is the old place of rope_theta, so that older readers understand it, too.
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(out / "tokenizer_config.json", tokenizer_config)
+    config = json.loads((out / "config.json").read_text())
+    write_json(out / "config.json", config | {"rope_theta": 10000.0})
     held_out = {
         "format": "{a} + {b} = {a+b}",
         "rule": "sha256('low+high') as a big-endian integer is divisible by 14; 10 <= a, b <= 99",
@@ -1395,9 +1396,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     (out / "held_out_additions.json").write_text(json.dumps(held_out) + "\n")
 
 
-def edit_json(path: Path, changes: dict[str, Any]) -> None:
-    """Set some keys of a JSON file."""
-    content = json.loads(path.read_text()) | changes
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that people can read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

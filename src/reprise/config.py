@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -59,6 +60,10 @@ class EngineConfig:
     """Op name to the implementation to use instead of the platform's choice."""
 
     def __post_init__(self) -> None:
+        for names, kind, wanted in _KINDS:
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise ConfigError(f"{name}={getattr(self, name)!r} must be {wanted}")
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
@@ -100,6 +105,9 @@ class EngineConfig:
             raise ConfigError(
                 f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
+        for name, value in arguments.items():
+            if isinstance(value, os.PathLike):
+                arguments[name] = os.fspath(value)
         return cls(**arguments)
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
@@ -113,3 +121,12 @@ class EngineConfig:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ConfigError(f"{name}={value!r} must be a positive whole number")
+
+
+_KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
+    (("model", "tokenizer", "revision"), (str, type(None)), "a string or None"),
+    (("device",), str, "a string, such as 'auto' or 'cuda:1'"),
+    (("hf_overrides", "ops"), Mapping, "a dictionary"),
+    (("seed",), int, "a whole number"),
+    (("enable_prefix_caching", "skip_tokenizer_init"), bool, "True or False"),
+]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reprise.config import EngineConfig
-from reprise.engine import CompletionGroup, Engine, EngineStats, split_prompts
-from reprise.errors import RequestError
+from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt, split_prompts
+from reprise.errors import RepriseError, RequestError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
 from reprise.sampling_params import SamplingParams
@@ -63,8 +63,11 @@ class LLM:
             for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
                 groups.append(self.engine.add(f"{next(self._ids)}", prompt, each, urgency))
             self._run(groups, use_tqdm)
-        except BaseException:
+        except RepriseError:
             self.engine.abort([each.request_id for each in groups])
+            raise
+        except BaseException:
+            self.engine.start_over()
             raise
         return [each.output() for each in groups]
 
@@ -94,7 +97,8 @@ class LLM:
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [
-            self.chat_prompt(
+            chat_prompt(
+                self.engine.tokenizer,
                 each,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -103,20 +107,6 @@ class LLM:
             for each in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def chat_prompt(self, messages: Sequence[Message], **template_arguments: Any) -> dict[str, Any]:
-        """A conversation as the prompt that the model was trained on."""
-        tokenizer = self.get_tokenizer()
-        if not messages:
-            raise RequestError("messages is empty: give at least one message")
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, **template_arguments
-            )
-        except Exception as error:  # Jinja and transformers raise many types
-            raise RequestError(f"messages do not fit the chat template: {error}") from error
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        return {"prompt": text, "prompt_token_ids": ids}
 
     def get_tokenizer(self) -> Any:
         """transformers' tokenizer."""
@@ -152,6 +142,8 @@ class LLM:
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
     if value is None or isinstance(value, kind):
         return [value] * count
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise RequestError(f"{name}={value!r}: give one {kind.__name__}, or a list of them")
     values = list(value)
     if len(values) != count:
         raise RequestError(f"{name} has {len(values)} entries for {count} prompt(s): give as many")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from reprise.request import FinishReason
 
 
 @dataclass(slots=True)

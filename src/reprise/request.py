@@ -1,2 +1,122 @@
-from reprise.engine.request import *  # noqa
-from reprise.engine.request import FinishReason, Request
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from reprise.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    """Never scheduled."""
+    RUNNING = "running"
+    """Owns cache blocks; takes part in steps."""
+    PREEMPTED = "preempted"
+    """Waits again; gave its blocks back and will recompute them."""
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH = "length"
+    FINISHED_ABORTED = "abort"
+
+
+FINISHED_STATUS: dict[FinishReason, RequestStatus] = {
+    "stop": RequestStatus.FINISHED_STOPPED,
+    "length": RequestStatus.FINISHED_LENGTH,
+    "abort": RequestStatus.FINISHED_ABORTED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the engine knows of one sequence. Times are ``time.perf_counter()`` seconds.
+
+    The engine creates it; from ``Scheduler.add`` on only the scheduler (and, for the fields that
+    say so, the cache manager) changes it.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower is more urgent."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's end-of-sequence tokens; emptied if the request ignores them."""
+    skip_prefix_cache: bool = False
+    """Compute every token, even if the cache has it; always so with prompt logprobs."""
+    cache_salt: bytes = b""
+    """Requests share cached blocks only with requests of the same salt."""
+    seed: int = 0
+    """Of the draws, 64 bits; already specific to this one of a caller's ``n`` completions."""
+    arrival_time: float = field(default_factory=time.perf_counter)
+
+    status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    stop_reason: int | str | None = field(default=None, init=False)
+    """The stop token id or stop string; None for an end-of-sequence token."""
+
+    token_ids: list[int] = field(init=False, repr=False)
+    """Prompt and output so far; only ever appended to."""
+    output_token_ids: list[int] = field(default_factory=list, init=False)
+    """Includes the stop token, if one ended the request."""
+    stop_token_ids: frozenset[int] = field(init=False, repr=False)
+    """Tokens that end the request: those of its params and ``eos_token_ids``."""
+    max_total_tokens: int = field(default=0, init=False)
+    """Prompt and output together never exceed this; set when the scheduler takes the request."""
+
+    urgency: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
+    """(priority, arrival order): the smaller goes first and is preempted last."""
+    num_computed_tokens: int = field(default=0, init=False)
+    """Tokens whose cache entries exist or will, once the scheduled steps have run."""
+    num_pending: int = field(default=0, init=False)
+    """Tokens that scheduled steps will sample and whose values are not known yet."""
+    num_in_flight: int = field(default=0, init=False, repr=False)
+    """Scheduled steps with this request that are not updated yet: they write its blocks."""
+    num_cached_tokens: int = field(default=0, init=False)
+    """Tokens that the prefix cache had when the request first ran."""
+    num_preemptions: int = field(default=0, init=False)
+
+    block_ids: list[int] = field(default_factory=list, init=False, repr=False)
+    """Blocks in order of position, kept by the cache manager. Grows in place while the request
+    runs; a new list after preemption."""
+    block_digests: list[bytes] = field(default_factory=list, init=False, repr=False)
+    """Digests of full blocks, as far as the cache manager needed them."""
+    num_indexed_blocks: int = field(default=0, init=False, repr=False)
+    """Full blocks already offered to the prefix index; kept by the cache manager."""
+    cache_epoch: int = field(default=0, init=False, repr=False)
+    """The prefix cache's epoch when the blocks were taken; kept by the cache manager."""
+
+    first_scheduled_time: float | None = field(default=None, init=False, repr=False)
+    first_token_time: float | None = field(default=None, init=False, repr=False)
+    last_token_time: float | None = field(default=None, init=False, repr=False)
+    finished_time: float | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        if self.params.ignore_eos:
+            self.eos_token_ids = frozenset()
+        self.stop_token_ids = self.eos_token_ids.union(self.params.stop_token_ids or ())
+        if self.params.prompt_logprobs is not None:
+            # Logprobs come from computing a token; a cached one is not computed.
+            self.skip_prefix_cache = True
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: the prompt and the output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None

@@ -1,1 +1,42 @@
-from reprise.engine.scheduler import ScheduledRequest, ScheduledStep  # noqa
+"""What the scheduler asks of the runner: one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from reprise.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledRequest:
+    """One request's part in a step: tokens ``start`` to ``start + num_tokens - 1``."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    block_ids: list[int]
+    """The request's list; later steps may append to it, never change what is there."""
+    samples: bool
+    """The step computes the request's last token: one more is sampled from it."""
+    pending: bool
+    """The token to compute is the one that the step before samples: it is on the device only."""
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledStep:
+    """What the runner computes in one forward pass."""
+
+    index: int
+    requests: list[ScheduledRequest]
+    """First ``num_decodes`` requests with their one last token, then prefill chunks."""
+    num_decodes: int
+    num_tokens: int
+    released: list[str]
+    """Ids whose state the runner must drop before this step: finished or preempted since the
+    last one. An id may be in ``requests`` too; it starts anew then."""
+
+    @property
+    def phase(self) -> Literal["decode", "mixed"]:
+        """``decode``: each request contributes one token."""
+        return "decode" if self.num_tokens == len(self.requests) else "mixed"

@@ -7,7 +7,6 @@ stale blocks and blocks freed too early all show as a slot that holds somebody e
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -18,15 +17,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from reprise.cache import NULL_BLOCK, CacheManager
-from reprise.engine.request import Request, RequestStatus
-from reprise.engine.scheduler import ScheduledRequest, ScheduledStep, Scheduler
+from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError
+from reprise.request import Request, RequestStatus
 from reprise.sampling_params import SamplingParams
-
-logging.getLogger("reprise.engine.scheduler").setLevel(logging.ERROR)
+from reprise.step import ScheduledRequest, ScheduledStep
 
 EOS, STOP = 4, 3
-MAX_OUTSTANDING = 2
 MODEL_LEN = 40
 TEXT = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0]
 PROMPTS = st.one_of(
@@ -158,6 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(0, 8),
         prefix_caching=st.sampled_from([True, True, False]),
         reserve_blocks=st.integers(0, 1),
+        depth=st.integers(2, 3),
     )
     def start(
         self,
@@ -167,6 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         prefix_caching: bool,
         reserve_blocks: int,
+        depth: int,
     ) -> None:
         self.cache = CacheManager(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(
@@ -180,6 +179,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.cut_short: set[Request] = set()
         self.version = 0
+        self.depth = depth
+        """Most steps that are under way together."""
         self.num_steps = 0
 
     @property
@@ -230,7 +231,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.requests.append(request)
 
-    @precondition(lambda self: self.scheduler.num_outstanding < MAX_OUTSTANDING)
+    @precondition(lambda self: self.scheduler.num_outstanding < self.depth)
     @rule()
     def schedule(self) -> None:
         self._schedule()
@@ -256,7 +257,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 15))
     def run_one_ahead(self, count: int) -> None:
         for _ in range(count):
-            if self.scheduler.num_outstanding < MAX_OUTSTANDING:
+            if self.scheduler.num_outstanding < self.depth:
                 self._schedule()
             if self.scheduler.num_outstanding:
                 self._update()
@@ -393,7 +394,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         tokens = sum(request.max_total_tokens for request in self.live)
         bound = 4 * tokens * (len(self.live) + 1) + 10
-        depth = 1 + self.num_steps % 2
+        depth = 1 + self.num_steps % self.depth
         while self.scheduler.has_work:
             bound -= 1
             assert bound > 0, "no progress"
@@ -409,7 +410,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=150,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -135,6 +135,13 @@ class CacheManager:
         self.index.clear()
         self._epoch += 1
 
+    def start_over(self) -> None:
+        """Take back all blocks and forget what they hold, in whatever state an interruption left
+        them."""
+        self.index = PrefixIndex()
+        self.pool = BlockPool(self.pool.num_blocks, self.index)
+        self._epoch += 1
+
     def _digest(self, request: CacheUser, position: int) -> bytes:
         digests, size = request.block_digests, self.block_size
         while len(digests) <= position:

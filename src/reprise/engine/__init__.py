@@ -2,7 +2,7 @@
 
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine, EngineStats
-from reprise.engine.prompt import Prompt, split_prompts
+from reprise.engine.prompt import Prompt, chat_prompt, split_prompts
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Prompt",
     "Scheduler",
     "SchedulerStats",
+    "chat_prompt",
     "split_prompts",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from reprise import platforms
+from reprise import platforms, timeline
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
@@ -48,23 +48,27 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         started = time.perf_counter()
-        self.platform = platforms.resolve(config.device)
-        config, adjustments = self.platform.check_config(config)
-        for each in adjustments:
-            logger.info("%s", each)
-        self.config = config
-        checkpoint = open_checkpoint(
-            config.model,
-            revision=config.revision,
-            overrides=config.hf_overrides,
-            config_only=config.load_format == "dummy",
-        )
-        self.tokenizer: Any = None
-        if not config.skip_tokenizer_init:
-            self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
-        self.generation_config = checkpoint.generation_config
-        self.eos_token_ids = checkpoint.stop_token_ids
-        self.runner = ModelRunner(config, self.platform, checkpoint)
+        with timeline.recording() as self.startup:
+            with timeline.phase("platform"):
+                self.platform = platforms.resolve(config.device)
+                config, adjustments = self.platform.check_config(config)
+            for each in adjustments:
+                logger.info("%s", each)
+            self.config = config
+            with timeline.phase("config"):
+                checkpoint = open_checkpoint(
+                    config.model,
+                    revision=config.revision,
+                    overrides=config.hf_overrides,
+                    config_only=config.load_format == "dummy",
+                )
+            self.tokenizer: Any = None
+            if not config.skip_tokenizer_init:
+                with timeline.phase("tokenizer"):
+                    self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
+            self.generation_config = checkpoint.generation_config
+            self.eos_token_ids = checkpoint.stop_token_ids
+            self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
         self.max_model_len = self.runner.max_model_len
         if self.runner.max_tokens < config.max_num_seqs:
@@ -86,6 +90,8 @@ class Engine:
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[str, tuple[CompletionGroup, Completion]] = {}
         self._num_added = 0
+        self.wait_seconds = 0.0
+        """Time that steps have spent waiting for the device; the rest is the host's."""
         self.startup_seconds = time.perf_counter() - started
         logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
 
@@ -124,6 +130,8 @@ class Engine:
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+        if not isinstance(priority, int):
+            raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
                 f"stop={params.stop!r} needs text and no tokenizer is loaded "
@@ -135,8 +143,8 @@ class Engine:
         try:
             for index in range(params.n):
                 request = self._new_request(request_id, index, token_ids, params, priority)
-                self.scheduler.add(request)
                 completions.append(Completion(index, request, self.tokenizer))
+                self.scheduler.add(request)
         except Exception:
             for each in completions:
                 self.scheduler.abort(each.request.request_id)
@@ -176,12 +184,23 @@ class Engine:
             if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
                 return []
             oldest, pending = self._outstanding[0]
+            began = time.perf_counter()
             output = pending.wait()
+            self.wait_seconds += time.perf_counter() - began
             self._outstanding.popleft()
             return self._take(oldest, output)
         except BaseException:
-            self._start_over()
+            self.start_over()
             raise
+
+    def start_over(self) -> None:
+        """Abort everything, in whatever state an exception left it, and be ready for requests."""
+        self.scheduler.start_over()
+        self.runner.forget_steps()
+        self._outstanding.clear()
+        self._groups.clear()
+        self._completions.clear()
+        self.platform.synchronize()
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -217,14 +236,6 @@ class Engine:
             if group.finished:
                 self._forget(group)
         return list(changed.values())
-
-    def _start_over(self) -> None:
-        """Abort everything and leave no half-done step behind."""
-        self.abort(list(self._groups))
-        self.platform.synchronize()
-        self._outstanding.clear()
-        self.scheduler.discard_outstanding()
-        self.runner.forget_steps()
 
     def _forget(self, group: CompletionGroup) -> None:
         del self._groups[group.request_id]
@@ -262,4 +273,3 @@ class Engine:
                         f"{name} has token {token}: the vocabulary has ids 0 to "
                         f"{self.vocab_size - 1}"
                     )
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from reprise.errors import RequestError
 
@@ -13,6 +13,7 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
+    prompt: NotRequired[str]
     prompt_token_ids: list[int]
 
 
@@ -71,6 +72,30 @@ def to_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> tuple[str | No
             f"{vocab_size - 1}"
         )
     return text, list(ids)
+
+
+def chat_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template_arguments: Any
+) -> TokensPrompt:
+    """A conversation as the prompt that the model was trained on.
+
+    Args:
+        tokenizer: transformers' tokenizer, or None if none is loaded.
+        messages: ``[{"role": "user", "content": "hi"}, ...]``.
+        **template_arguments: Of ``apply_chat_template`` and variables of the template.
+
+    Raises:
+        RequestError: The messages are malformed or the tokenizer has no chat template.
+    """
+    if tokenizer is None:
+        raise RequestError("messages need a tokenizer, and skip_tokenizer_init=True loads none")
+    if not messages:
+        raise RequestError("messages is empty: give at least one message")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_arguments)
+    except Exception as error:  # Jinja and transformers raise many types
+        raise RequestError(f"messages do not fit the chat template: {error}") from error
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
 def _is_id(value: Any) -> bool:

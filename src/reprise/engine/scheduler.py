@@ -13,7 +13,7 @@ waiting request never preempts a running one, however urgent.
 One step ahead: ``schedule`` may be called before the step before has been updated. A decode then
 takes a token whose value only the device knows yet (*pending*). What turns out superfluous, because
 the request had stopped, is dropped in ``update``. Blocks that a scheduled step writes come free
-only in that step's ``update``, so nothing depends on the order in which a device runs steps.
+only in that step's ``update``: no two requests use a block in steps that are under way together.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
 
 from reprise.cache import CacheManager
-from reprise.engine.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
 from reprise.errors import CapacityError, ConfigError, RequestError
+from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
+from reprise.step import ScheduledRequest, ScheduledStep
 
 logger = logging.getLogger(__name__)
 
@@ -38,40 +38,6 @@ _by_urgency = attrgetter("urgency")
 
 RESERVE_FRACTION = 0.01
 """Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
-
-
-@dataclass(slots=True, eq=False)
-class ScheduledRequest:
-    """One request's part in a step: tokens ``start`` to ``start + num_tokens - 1``."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    block_ids: list[int]
-    """The request's list; later steps may append to it, never change what is there."""
-    samples: bool
-    """The step computes the request's last token: one more is sampled from it."""
-    pending: bool
-    """The token to compute is the one that the step before samples: it is on the device only."""
-
-
-@dataclass(slots=True, eq=False)
-class ScheduledStep:
-    """What the runner computes in one forward pass."""
-
-    index: int
-    requests: list[ScheduledRequest]
-    """First ``num_decodes`` requests with their one last token, then prefill chunks."""
-    num_decodes: int
-    num_tokens: int
-    released: list[str]
-    """Ids whose state the runner must drop before this step: finished or preempted since the
-    last one. An id may be in ``requests`` too; it starts anew then."""
-
-    @property
-    def phase(self) -> Literal["decode", "mixed"]:
-        """``decode``: each request contributes one token."""
-        return "decode" if self.num_tokens == len(self.requests) else "mixed"
 
 
 @dataclass(frozen=True)
@@ -135,7 +101,17 @@ class Scheduler:
         if reserve_blocks is None:
             reserve_blocks = int(cache.pool.num_blocks * RESERVE_FRACTION)
         self._reserve_blocks = reserve_blocks
+        self._forget_all()
 
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._num_decode_tokens = 0
+        self._num_prefill_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+        self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+
+    def _forget_all(self) -> None:
         self._requests: dict[str, Request] = {}
         """All that are not finished."""
         self._waiting = _WaitingQueue()
@@ -147,14 +123,6 @@ class Scheduler:
         self._num_holding_blocks = 0
         """Requests that do not run any more but whose blocks an outstanding step writes."""
         self._released: list[str] = []
-
-        self._num_arrived = 0
-        self._num_steps = 0
-        self._num_decode_tokens = 0
-        self._num_prefill_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_preemptions = 0
-        self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -224,14 +192,19 @@ class Scheduler:
         """Steps that are scheduled and not updated."""
         return len(self._outstanding)
 
-    def discard_outstanding(self) -> None:
-        """Outstanding steps failed: nothing that they computed will arrive or may be reused.
+    def start_over(self) -> None:
+        """Abort every request, drop every step and forget every cached prefix.
 
-        Call it when all requests have ended; their blocks become free.
+        For when a step failed, or an interruption came at any line: relies on nothing that may
+        be half-changed. The runner must forget its requests too.
         """
-        for step in list(self._outstanding):
-            self.update(step, [[] for _ in step.requests])
-        self.reset_prefix_cache()
+        for request in self._requests.values():
+            if request.finish_reason is None:
+                self._set_finished(request, "abort", None)
+                request.finished_time = time.perf_counter()
+                self._num_finished["abort"] += 1
+        self._forget_all()
+        self.cache.start_over()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; requests that run keep what they have."""
@@ -410,12 +383,9 @@ class Scheduler:
                     request.num_pending -= 1
                     self._append(request, tokens, now)
                     updated.append(request)
-                    # Blocks were given back already, or are below.
-                    if request.status is running:
-                        continue
-            elif request.num_in_flight:
+            if request.status is running or request.num_in_flight:
                 continue
-            if request.status is not running and not request.num_in_flight and request.block_ids:
+            if request.block_ids:  # kept for this step, the last one that writes them
                 cache.free(request)
                 self._num_holding_blocks -= 1
         return updated

@@ -92,9 +92,9 @@ class CausalLM(nn.Module):
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
         return self.model(token_ids, positions, metadata)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden_size] to [R, vocab_size], in the compute dtype."""
-        return nn.functional.linear(hidden, self.lm_head.weight)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[R, hidden_size] to [R, vocab_size] in the compute dtype; into ``out`` if given."""
+        return torch.mm(hidden, self.lm_head.weight.t(), out=out)
 
     def attention_layers(self) -> Iterator[SelfAttention]:
         """The layers that own a KV cache, in the order in which they run."""

@@ -9,9 +9,7 @@ from reprise import ops
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension, optionally fused with a residual add."""
 
-    def __init__(
-        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(
             torch.ones(size, dtype=dtype, device=device), requires_grad=False

@@ -39,12 +39,12 @@ def rotary_table(
     """
     kind = parameters.get("rope_type", "default")
     rotated = int(head_size * float(parameters.get("partial_rotary_factor") or 1.0))
-    theta = float(parameters["rope_theta"])
+    theta = _number(parameters, "rope_theta")
     exponent = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
     frequencies = 1.0 / theta**exponent
     magnitude = 1.0
     if kind == "linear":
-        frequencies = frequencies / float(parameters["factor"])
+        frequencies = frequencies / _number(parameters, "factor")
     elif kind == "llama3":
         frequencies = _llama3(frequencies, parameters)
     elif kind == "yarn":
@@ -59,12 +59,22 @@ def rotary_table(
     return torch.cat((angles.cos() * magnitude, angles.sin() * magnitude), dim=-1).to(device)
 
 
+def _number(parameters: Mapping[str, Any], name: str) -> float:
+    value = parameters.get(name)
+    if not isinstance(value, int | float) or value <= 0:
+        raise ModelError(
+            f"rope_parameters {name}={value!r} must be a number above 0 for "
+            f"rope_type={parameters.get('rope_type', 'default')!r}"
+        )
+    return float(value)
+
+
 def _llama3(frequencies: Tensor, parameters: Mapping[str, Any]) -> Tensor:
     """Llama 3.1's scaling (Llama team 2024): long wavelengths are stretched, short ones kept."""
-    factor = float(parameters["factor"])
-    low = float(parameters["low_freq_factor"])
-    high = float(parameters["high_freq_factor"])
-    original = float(parameters["original_max_position_embeddings"])
+    factor = _number(parameters, "factor")
+    low = _number(parameters, "low_freq_factor")
+    high = _number(parameters, "high_freq_factor")
+    original = _number(parameters, "original_max_position_embeddings")
     wavelength = 2 * math.pi / frequencies
     keep = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     blended = (1 - keep) * frequencies / factor + keep * frequencies

@@ -71,7 +71,7 @@ def open_checkpoint(
         path = path.parent
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise ModelError(f"model={str(path)!r} has no config.json; is it a Hugging Face checkpoint?")
+        raise ModelError(f"model={str(path)!r} has no config.json: it is no checkpoint")
     return Checkpoint(path, _read_config(config_file, overrides or {}), _generation_config(path))
 
 
@@ -99,17 +99,17 @@ def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = _read_object(file)
     except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
+        raise ModelError(f"{file} is not valid: {error}") from error
     kind = raw.pop("model_type", None)
     if not isinstance(kind, str):
         raise ModelError(f"{file} names no model_type; is it a model's config?")
     raw.update(overrides)
     try:
         return AutoConfig.for_model(kind, **raw)
-    except ValueError as error:
-        named = ", ".join(raw.get("architectures") or [kind])
+    except Exception as error:  # transformers validates fields with errors of many types
+        named = raw.get("architectures") or kind
         raise ModelError(f"{file}: cannot read the config of {named}: {error}") from error
 
 
@@ -118,7 +118,13 @@ def _generation_config(path: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return _read_object(file)
     except ValueError as error:
-        raise LoadError(f"{file} is not valid JSON: {error}") from error
-    return dict(content)
+        raise LoadError(f"{file} is not valid: {error}") from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON object is expected, not {content!r}")
+    return content

@@ -75,8 +75,10 @@ def _weight_files(path: Path) -> list[Path]:
         import json
 
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise LoadError(f"{index} is not a valid weight index: {error!r}") from error
         files = [path / name for name in names]
         absent = [each.name for each in files if not each.is_file()]

@@ -14,6 +14,36 @@ def head_size(config: PretrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def require_sizes(config: PretrainedConfig) -> None:
+    """Refuse a config from whose sizes no decoder can be built.
+
+    Raises:
+        ModelError: Names the field, its value and what it must be.
+    """
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"config field {name}={value!r} must be a whole number of at least 1")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"config field num_attention_heads={heads} must be a multiple of "
+            f"num_key_value_heads={kv_heads}"
+        )
+    if head_size(config) % 2:
+        raise ModelError(f"config field head_dim={head_size(config)} must be even")
+
+
 def require(config: PretrainedConfig, **expected: Any) -> None:
     """Refuse a config whose fields differ from what the architecture file computes.
 

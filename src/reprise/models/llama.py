@@ -15,7 +15,7 @@ from reprise.layers import (
     SelfAttention,
     rotary_table,
 )
-from reprise.models.config_reader import head_size, require
+from reprise.models.config_reader import head_size, require, require_sizes
 
 
 def build(
@@ -27,6 +27,7 @@ def build(
         ModelError: The config asks for something that this architecture file does not compute.
     """
     require(config, hidden_act="silu")
+    require_sizes(config)
     cos_sin = rotary_table(
         config.rope_parameters,
         head_size=head_size(config),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from reprise.errors import GraphError
 
@@ -127,6 +128,10 @@ class DeviceGraph(ABC):
             raise GraphError("replay() of a graph that was never captured")
         self._replay()
 
+    @abstractmethod
+    def may_own(self, tensor: Tensor) -> bool:
+        """False if the tensor's memory is certainly not in this graph's pool."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -170,6 +175,10 @@ class AcceleratorGraph(DeviceGraph):
     @property
     def nbytes(self) -> int:
         return self._nbytes
+
+    def may_own(self, tensor: Tensor) -> bool:
+        # All that is allocated on the device during capture goes to the pool.
+        return tensor.device == self._platform.device
 
     def _stream(self) -> contextlib.AbstractContextManager[Any]:
         return self._platform.capture_stream()

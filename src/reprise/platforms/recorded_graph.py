@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -24,7 +23,8 @@ from reprise.platforms.device_graph import DeviceGraph, state
 from reprise.platforms.recorded_pool import RecordedPool
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-_HOST_READS = frozenset({"tolist", "numpy", "cpu", "item", "__array__", "__dlpack__"})
+_HOST_READS = frozenset({"aten::resolve_conj", "aten::resolve_neg"})
+"""What ``Tensor.tolist()`` and ``.numpy()`` show of themselves when the memory is the host's."""
 _UNINITIALISED = frozenset(
     {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 )
@@ -38,7 +38,8 @@ def recording() -> Iterator[Recorder]:
         return
     recorder = state.recorder = Recorder()
     try:
-        with _HostReads(recorder), recorder:
+        # Only in inference mode do all calls reach the dispatcher before they are taken apart.
+        with torch.inference_mode(), recorder:
             yield recorder
     finally:
         state.recorder = None
@@ -62,6 +63,9 @@ class RecordedGraph(DeviceGraph):
     def __len__(self) -> int:
         """Number of calls that a replay makes."""
         return len(self._calls)
+
+    def may_own(self, tensor: Tensor) -> bool:
+        return self.pool.resident(tensor) is not None
 
     def _stream(self) -> contextlib.AbstractContextManager[Any]:
         return recording()
@@ -179,6 +183,12 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._frames: list[_Frame | None] = [None]
         """The op in whose kernel we are; None at the top: host code."""
+        self._composites = 0
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled functions run as compiled, and are recorded whole by their ``launch``."""
+        return True
 
     @property
     def in_kernel(self) -> bool:
@@ -193,14 +203,26 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         _refuse_host_read(func, args, kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
-            with self:
-                return func._op_dk(_COMPOSITE, *args, **kwargs)
+            return self._take_apart(func, args, kwargs)
         with self._kernel() as frame:
             result = func(*args, **kwargs)
         if frame.expanded or state.graph is not graph:
             return result
         work = frame.work or (func, args, kwargs)
         return graph.record(*work, result, writes=func._schema.is_mutable)
+
+    def _take_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a composite op so that the ops it is made of are recorded."""
+        if func.name() in _HOST_READS and not self._composites:
+            raise GraphError(
+                "Tensor.tolist() or .numpy() reads a device value on the host during capture"
+            )
+        self._composites += 1
+        try:
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        finally:
+            self._composites -= 1
 
     def launch(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,9 +235,9 @@ class Recorder(TorchDispatchMode):
             return function(*args, **kwargs)
         with self._kernel() as frame:
             result = function(*args, **kwargs)
-        if frame.expanded or not isinstance(graph, RecordedGraph) or state.graph is not graph:
-            return result
-        return graph.record(function, args, kwargs, result, writes=True)
+            if frame.expanded or not isinstance(graph, RecordedGraph) or state.graph is not graph:
+                return result
+            return graph.record(function, args, kwargs, result, writes=True)
 
     @contextlib.contextmanager
     def host_code(self) -> Iterator[None]:
@@ -240,22 +262,6 @@ class Recorder(TorchDispatchMode):
             yield frame
         finally:
             self._frames.pop()
-
-
-class _HostReads(TorchFunctionMode):
-    """Sees the reads that reach no dispatcher, because the memory is the host's already."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _HOST_READS and state.graph is not None and not self._recorder.in_kernel:
-            raise GraphError(f"Tensor.{name} reads a device value on the host during capture")
-        return func(*args, **(kwargs or {}))
 
 
 def _refuse_host_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

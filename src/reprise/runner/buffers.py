@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reprise.attention import AttentionMetadata
 from reprise.platforms import Platform
+from reprise.step import ScheduledRequest
 
-if TYPE_CHECKING:
-    from reprise.step import ScheduledRequest
+Ints = np.ndarray[Any, Any]
 
 
 class Mirrored:
@@ -32,11 +32,11 @@ class Mirrored:
         else:
             pin = platform.pins_memory
             self._staging = [torch.zeros(*shape, dtype=dtype, pin_memory=pin) for _ in range(2)]
-        self._hosts: list[np.ndarray[Any, Any]] = [each.numpy() for each in self._staging]
+        self._hosts: list[Ints] = [each.numpy() for each in self._staging]
         self._turn = 0
 
     @property
-    def host(self) -> np.ndarray[Any, Any]:
+    def host(self) -> Ints:
         """Write here, then :meth:`upload`."""
         return self._hosts[self._turn]
 
@@ -95,30 +95,53 @@ class StepBuffers:
         requests = len(scheduled)
         counts = np.fromiter((each.num_tokens for each in scheduled), np.int64, requests)
         starts = np.fromiter((each.start for each in scheduled), np.int64, requests)
+        self._fill_tables(scheduled)
+        begin = 0
+        for each in scheduled:
+            # A pending token is not known here; the runner takes it over on the device.
+            known = each.num_tokens - each.pending
+            tokens_of = each.request.token_ids
+            self.input_ids.host[begin : begin + known] = tokens_of[each.start : each.start + known]
+            begin += each.num_tokens
+        self._fill_rows(counts, starts + counts)
+        return begin, requests
+
+    def fill_rows(self, counts: Ints, lengths: Ints, tables: Ints, token_ids: Ints) -> None:
+        """Write a made-up step.
+
+        Args:
+            counts: [R], new tokens of each request.
+            lengths: [R], tokens of each request, the new ones included.
+            tables: [R, M] int32, blocks of each request.
+            token_ids: [T], the new tokens.
+        """
+        for each in self._all:
+            each.flip()
+        requests, width = tables.shape
+        self.forget_tables()
+        self._tables[:requests, :width] = tables
+        self.block_tables.host[:requests] = self._tables[:requests]
+        self.block_tables.upload(0, requests)
+        self.input_ids.host[: len(token_ids)] = token_ids
+        self._fill_rows(counts, lengths)
+
+    def _fill_rows(self, counts: Ints, lengths: Ints) -> None:
+        """All that follows from the tables and from how many tokens each request has."""
+        requests = len(counts)
         ends = np.cumsum(counts)
         tokens = int(ends[-1])
-        self._fill_tables(scheduled)
         rows = np.repeat(np.arange(requests), counts)
-        positions = np.arange(tokens) + (starts - ends + counts)[rows]
+        positions = np.arange(tokens) + (lengths - ends)[rows]
         blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
         self.positions.host[:tokens] = positions
         self.slot_mapping.host[:tokens] = blocks * self.block_size + positions % self.block_size
         self.query_start_loc.host[0] = 0
         self.query_start_loc.host[1 : requests + 1] = ends
-        self.seq_lens.host[:requests] = starts + counts
-        begin = 0
-        for each in scheduled:
-            end = begin + each.num_tokens
-            # A pending token is not known here; the runner takes it over on the device.
-            known = each.num_tokens - each.pending
-            tokens_of = each.request.token_ids
-            self.input_ids.host[begin : begin + known] = tokens_of[each.start : each.start + known]
-            begin = end
+        self.seq_lens.host[:requests] = lengths
         for per_token in (self.input_ids, self.positions, self.slot_mapping):
             per_token.upload(0, tokens)
         self.query_start_loc.upload(0, requests + 1)
         self.seq_lens.upload(0, requests)
-        return tokens, requests
 
     def fill_padding(self, tokens: int, requests: int, to_tokens: int, to_requests: int) -> None:
         """Make the rows from a step's end to a bucket's end harmless: null block, length 0."""
@@ -139,6 +162,17 @@ class StepBuffers:
             slot_mapping=self.slot_mapping.device[:tokens],
             query_len=query_len,
         )
+
+    def views(self, tokens: int, requests: int) -> dict[str, Tensor]:
+        """The device side of every input, cut to a step of this size."""
+        return {
+            "input_ids": self.input_ids.device[:tokens],
+            "positions": self.positions.device[:tokens],
+            "slot_mapping": self.slot_mapping.device[:tokens],
+            "query_start_loc": self.query_start_loc.device[: requests + 1],
+            "seq_lens": self.seq_lens.device[:requests],
+            "block_tables": self.block_tables.device[:requests],
+        }
 
     def forget_tables(self) -> None:
         """The device's block tables were overwritten; send every row again."""

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reprise import models
+from reprise import models, timeline
 from reprise.config import EngineConfig
 from reprise.errors import ModelError
+from reprise.graphs.shape import StepShape
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import Mirrored, StepBuffers
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
+from reprise.runner.computation import ForwardPass
 from reprise.runner.output import PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, top_logprobs
-
-if TYPE_CHECKING:
-    from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.step import ScheduledRequest, ScheduledStep
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +46,40 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, platform: Platform, checkpoint: Checkpoint) -> None:
         self.config = config
         self.platform = platform
-        platform.activate()
+        with timeline.phase("platform"):
+            platform.activate()
         self.ops = OpTable(platform, config.ops)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         self.max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
         self.block_size = config.block_size or platform.default_block_size
         with torch.inference_mode():
-            self.model = models.build(
-                checkpoint.config,
-                max_model_len=wanted_len,
-                dtype=self.dtype,
-                device=platform.device,
+            with timeline.phase("model"):
+                self.model = models.build(
+                    checkpoint.config,
+                    max_model_len=wanted_len,
+                    dtype=self.dtype,
+                    device=platform.device,
+                )
+            with timeline.phase("weights"):
+                load_weights(self.model, checkpoint.path, config.load_format, config.seed)
+            self.buffers = StepBuffers(
+                max(self.max_tokens, config.max_num_seqs),
+                config.max_num_seqs,
+                -(-wanted_len // self.block_size),
+                self.block_size,
+                platform,
             )
-            load_weights(self.model, checkpoint.path, config.load_format, config.seed)
-            activation_bytes = self._measure_activations(wanted_len)
+            self.forward_pass = ForwardPass(
+                self.model,
+                self.buffers,
+                self.ops,
+                platform,
+                max_tokens=self.max_tokens,
+                max_requests=config.max_num_seqs,
+            )
+            with timeline.phase("profile"):
+                activation_bytes = self._measure_activations()
             bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
             self.num_blocks = plan_blocks(
                 config, platform, bytes_per_block, self.block_size, wanted_len, activation_bytes
@@ -68,10 +87,11 @@ class ModelRunner:
             self.max_model_len = fit_model_len(
                 config.max_model_len, wanted_len, self.num_blocks, self.block_size
             )
-            allocate_cache(
-                self.model, self.num_blocks, self.block_size, self.dtype, platform.device
-            )
-            self.buffers = self._new_buffers(self.max_model_len)
+            with timeline.phase("cache"):
+                allocate_cache(
+                    self.model, self.num_blocks, self.block_size, self.dtype, platform.device
+                )
+            self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
             self._gather_rows = Mirrored((config.max_num_seqs,), torch.int64, platform)
             self._pending_rows = Mirrored((2, config.max_num_seqs), torch.int64, platform)
         self.sampler = Sampler(self.model.vocab_size, platform)
@@ -88,14 +108,15 @@ class ModelRunner:
             tokens, requests = self.buffers.fill(step.requests)
             self._take_over_pending(step.requests)
             query_len = 1 if step.phase == "decode" else 0
-            hidden = self.forward(tokens, requests, query_len)
-            prompt_logprobs = self._prompt_logprobs(step.requests, hidden)
+            shape = StepShape(step.phase, tokens, requests, query_len)
+            result = self.forward_pass.forward(shape)
+            prompt_logprobs = self._prompt_logprobs(step, result)
             sampling = [each.request for each in step.requests if each.samples]
             sampled, logprobs = None, None
             if sampling:
-                every_row = query_len == 1 and len(sampling) == requests
-                rows = hidden if every_row else hidden[self._sampling_rows(step.requests)]
-                sampled, logprobs = self.sampler(self.model.logits(rows), sampling)
+                if step.phase == "mixed" or len(sampling) < requests:
+                    result = result[self._sampling_rows(step.requests)]
+                sampled, logprobs = self.sampler(self._logits(step, result), sampling)
                 index = {each.request_id: row for row, each in enumerate(sampling)}
                 self._last_sampled = (index, sampled)
             return PendingOutput(step, sampled, logprobs, prompt_logprobs, self.platform)
@@ -106,13 +127,9 @@ class ModelRunner:
         self.sampler.forget()
         self._last_sampled = None
 
-    def forward(self, tokens: int, requests: int, query_len: int) -> Tensor:
-        """Run the model eagerly on the first rows of the buffers: hidden states [tokens, D]."""
-        return self.model(
-            self.buffers.input_ids.device[:tokens],
-            self.buffers.positions.device[:tokens],
-            self.buffers.metadata(tokens, requests, query_len),
-        )
+    def _logits(self, step: ScheduledStep, rows: Tensor) -> Tensor:
+        """Logits of rows of a step's result, which for a decode step they are already."""
+        return rows if step.phase == "decode" else self.model.logits(rows)
 
     def _take_over_pending(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Input tokens that the previous step sampled are copied on the device."""
@@ -144,27 +161,27 @@ class ModelRunner:
         self._gather_rows.upload(0, count)
         return self._gather_rows.device[:count]
 
-    def _prompt_logprobs(
-        self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
-    ) -> dict[str, LogprobTensors]:
+    def _prompt_logprobs(self, step: ScheduledStep, result: Tensor) -> dict[str, LogprobTensors]:
         found: dict[str, LogprobTensors] = {}
         begin = 0
-        for each in scheduled:
+        for each in step.requests:
             wanted = each.request.params.prompt_logprobs
             prompt = each.request.prompt_token_ids
             targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
             if wanted is not None and targets:
-                rows = hidden[begin : begin + len(targets)]
-                found[each.request.request_id] = self._logprobs_of(rows, targets, wanted)
+                rows = result[begin : begin + len(targets)]
+                found[each.request.request_id] = self._logprobs_of(step, rows, targets, wanted)
             begin += each.num_tokens
         return found
 
-    def _logprobs_of(self, hidden: Tensor, targets: Sequence[int], count: int) -> LogprobTensors:
+    def _logprobs_of(
+        self, step: ScheduledStep, rows: Tensor, targets: Sequence[int], count: int
+    ) -> LogprobTensors:
         chosen = torch.tensor(targets, dtype=torch.int64).to(self.platform.device)
         parts = [
-            top_logprobs(self.model.logits(rows).float(), ids, count)
-            for rows, ids in zip(
-                hidden.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
+            top_logprobs(self._logits(step, part).float(), ids, count)
+            for part, ids in zip(
+                rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
             )
         ]
         return LogprobTensors(
@@ -173,17 +190,7 @@ class ModelRunner:
             torch.cat([each.ranks for each in parts]),
         )
 
-    def _new_buffers(self, max_model_len: int) -> StepBuffers:
-        max_blocks = -(-max_model_len // self.block_size)
-        return StepBuffers(
-            max(self.max_tokens, self.config.max_num_seqs),
-            self.config.max_num_seqs,
-            max_blocks,
-            self.block_size,
-            self.platform,
-        )
-
-    def _measure_activations(self, max_model_len: int) -> int:
+    def _measure_activations(self) -> int:
         """Peak bytes that the largest step takes beyond the weights; 0 where nothing counts them.
 
         The step runs against a cache of the null block alone, as requests without a cache would.
@@ -191,22 +198,21 @@ class ModelRunner:
         if not self.platform.counts_memory:
             return 0
         allocate_cache(self.model, 1, self.block_size, self.dtype, self.platform.device)
-        self.buffers = self._new_buffers(max_model_len)
         self.platform.synchronize()
         self.platform.reset_peak_memory()
         before = self.platform.memory_allocated()
         try:
             with self.ops.activate():
-                hidden = self.forward(self.max_tokens, self.config.max_num_seqs, 0)
-                rows = hidden[: self.config.max_num_seqs]
-                logits = self.model.logits(rows).float()
+                tokens, requests = self.max_tokens, self.config.max_num_seqs
+                self.forward_pass.forward(StepShape.mixed(tokens, requests))
+                logits = self.forward_pass.forward(StepShape.decode(requests)).float()
                 (logits.clone().softmax(dim=-1) + logits).argmax(dim=-1)
+                del logits
             self.platform.synchronize()
             peak = self.platform.peak_memory_allocated() - before
         except RuntimeError as error:
             peak = 0
             logger.warning("activation memory could not be measured (%s); assuming none", error)
-        del self.buffers
         self.platform.empty_cache()
         logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self.max_tokens)
         return peak
@@ -225,7 +231,9 @@ def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype
         return dtype
     stored = getattr(config, "dtype", None) or torch.float32
     if isinstance(stored, str):
-        stored = getattr(torch, stored)
+        stored = getattr(torch, stored, stored)
+    if not isinstance(stored, torch.dtype):
+        raise ModelError(f"config field dtype={stored!r} is unknown; give dtype=")
     if platform.prefers_dtype(stored):
         return stored
     chosen = platform.default_dtype
@@ -239,7 +247,11 @@ def choose_model_len(requested: int | None, config: Any) -> int:
     Raises:
         ModelError: The request exceeds what the model's positions were made for.
     """
-    trained = int(config.max_position_embeddings)
+    trained = getattr(config, "max_position_embeddings", None)
+    if not isinstance(trained, int) or trained < 1:
+        raise ModelError(
+            f"config field max_position_embeddings={trained!r} must be a whole number of at least 1"
+        )
     if requested is None:
         return trained
     if requested > trained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from reprise.outputs import Logprob, Logprobs
 from reprise.platforms import Platform
 from reprise.runner.sampler import LogprobTensors
-
-if TYPE_CHECKING:
-    from reprise.step import ScheduledStep
+from reprise.step import ScheduledStep
 
 
 @dataclass

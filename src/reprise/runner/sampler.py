@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.platforms import Platform
-
-if TYPE_CHECKING:
-    from reprise.request import Request
+from reprise.request import Request
 
 
 @dataclass
@@ -160,9 +157,7 @@ class _Batch:
         self.biased = [(i, each) for i, each in rows if each.params.logit_bias]
         self.penalised = [(i, each) for i, each in rows if _is_penalised(each)]
         self.held_open = [
-            (i, each)
-            for i, each in rows
-            if each.params.min_tokens > 0 and each.stop_token_ids
+            (i, each) for i, each in rows if each.params.min_tokens > 0 and each.stop_token_ids
         ]
         self.adjusted = bool(self.biased or self.penalised or self.held_open)
         counts = [each.logprobs for each in parameters if each.logprobs is not None]

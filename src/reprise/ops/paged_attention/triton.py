@@ -42,27 +42,24 @@ class Config:
 def split_config(rows: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the split kernel; ``rows`` is query heads of a KV head times new tokens."""
     block_m = max(16, triton.next_power_of_2(rows))
+    wide = triton.next_power_of_2(head_size) > 128
     if element_size == 4:
-        return Config(block_m, 32, 4, 2)
-    block_d = triton.next_power_of_2(head_size)
-    block_n = 64 if block_d <= 128 else 32
-    tile = 2 * block_n * block_d * element_size
-    # Depth hides memory latency; two programs should fit a multiprocessor.
-    stages = 4 if 6 * tile <= device.shared_memory else 2
-    return Config(block_m, block_n, 4, stages)
+        return Config(block_m, 16, 8 if wide else 4, 2)
+    # At three stages two tiles of keys and values, 64 KiB, are on their way while one is used,
+    # and three programs fit a multiprocessor of 228 KiB.
+    stages = 3 if device.shared_memory >= 128 * 1024 else 2
+    return Config(block_m, 32 if wide else 64, 4, stages)
 
 
 def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the mixed kernel; ``group`` is query heads of a KV head."""
     smallest = triton.next_power_of_2(group)
-    block_d = triton.next_power_of_2(head_size)
+    wide = triton.next_power_of_2(head_size) > 128
     if element_size == 4:
-        return Config(max(16, smallest), 32, 4, 1)
+        return Config(max(16, smallest), 16, 8 if wide else 4, 1)
     if device.shared_memory < 128 * 1024:
-        return Config(max(64, smallest), 32, 4, 2)
-    if block_d > 128:
-        return Config(max(128, smallest), 64, 8, 2)
-    return Config(max(128, smallest), 64, 8, 3)
+        return Config(max(64, smallest), 32, 4, 1)
+    return Config(max(128, smallest), 32 if wide else 64, 8, 3)
 
 
 def paged_attention(
@@ -80,7 +77,7 @@ def paged_attention(
 ) -> None:
     """Arguments as in the reference."""
     group = query.shape[1] // key_cache.shape[2]
-    few = 0 < query_len and query_len * group <= _MAX_SPLIT_ROWS
+    few = query_len > 0 and query_len * group <= _MAX_SPLIT_ROWS
     launch = _launch_split if few else _launch_mixed
     launch(
         query,
@@ -188,9 +185,7 @@ def _launch_mixed(
     _, block_size, kv_heads, _ = key_cache.shape
     requests = block_tables.shape[0]
     group = heads // kv_heads
-    config = config or mixed_config(
-        group, head_size, query.element_size(), limits(query.device)
-    )
+    config = config or mixed_config(group, head_size, query.element_size(), limits(query.device))
     block_q = config.block_m // group
     # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
     tiles = triton.cdiv(tokens, block_q) + requests
@@ -292,14 +287,11 @@ def _attend(
     """
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
+    block = _blocks(table_ptr, begin, lowest, end, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         key_position = start + tl.arange(0, BLOCK_N)
         there = (key_position >= lowest) & (key_position < end)
-        table = table_ptr + key_position // BLOCK_SIZE
-        if MASKED:
-            block = tl.load(table, mask=there, other=0)
-        else:
-            block = tl.load(table)
+        next_block = _blocks(table_ptr, start + BLOCK_N, lowest, end, BLOCK_SIZE, BLOCK_N)
         # A cache may have more than 2**31 elements.
         slot = block.to(tl.int64) * block_stride + (key_position % BLOCK_SIZE) * slot_stride
         offset = slot[:, None] + channel[None, :]
@@ -335,13 +327,22 @@ def _attend(
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         else:
             shift = new_max
-        weights = tl.exp2(scores * factor - shift[:, None])
+        weights = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, axis=1)
         acc = acc * decay[:, None]
         acc = _dot(weights.to(value.dtype), value, acc, WIDEN)
         row_max = new_max
+        block = next_block
     return acc, row_sum, row_max
+
+
+@triton.jit
+def _blocks(table_ptr, start, lowest, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] block of each key from ``start``; the null block for keys that are not there."""
+    key_position = start + tl.arange(0, BLOCK_N)
+    there = (key_position >= lowest) & (key_position < end)
+    return tl.load(table_ptr + key_position // BLOCK_SIZE, mask=there, other=0)
 
 
 @triton.jit
@@ -366,7 +367,7 @@ def _plan(
     length = tl.load(seq_lens_ptr + request, mask=real, other=0)
     begin = tl.load(starts_ptr + request, mask=real, other=0)
     end = tl.load(starts_ptr + request + 1, mask=real, other=0)
-    first, count = _tiles(length, end - begin, window, WINDOWED, BLOCK_N)
+    _, count = _tiles(length, end - begin, window, WINDOWED, BLOCK_N)
     most = tl.maximum(MIN_TILES, tl.cdiv(tl.sum(count), tl.maximum(spare, 1)))
     pieces = tl.where(real, tl.maximum(1, tl.cdiv(count, most)), 0)
     return request, pieces, tl.cumsum(pieces, axis=0)

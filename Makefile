@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up everything that they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEVICE ?= cpu
+
+.PHONY: demo test lint format setup clean
+
+demo: $(VENV)/.installed
+	$(BIN)/reprise generate "Once upon a time" --max-tokens 250
+	$(BIN)/reprise generate "47 + 38 =" --max-tokens 4
+
+test: lint
+	$(BIN)/python -m pytest --device $(DEVICE)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed-test
+
+# torch comes first: pinned, so that another package's open range does not pull a larger build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info

@@ -1,0 +1,210 @@
+"""The streaming interface: requests come and go while the engine runs in its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
+
+from reprise.config import EngineConfig
+from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt
+from reprise.errors import RepriseError
+from reprise.outputs import RequestOutput
+from reprise.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncLLM:
+    """A model that serves many callers of one asyncio program.
+
+    Args:
+        model: As of :class:`reprise.LLM`.
+        **options: The fields of :class:`reprise.config.EngineConfig`.
+
+    Raises:
+        RepriseError: The device, model or options do not work.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
+        self._ids = itertools.count()
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream a request's output: each item holds everything generated so far.
+
+        Leaving the loop early, or cancelling the task, aborts the request. A consumer slower than
+        the engine skips intermediate states, never tokens.
+
+        Args:
+            prompt: Text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
+            sampling_params: None: as the checkpoint recommends.
+            request_id: None: a new one.
+            priority: Lower is more urgent.
+
+        Raises:
+            RequestError: The prompt or a parameter is invalid.
+            CapacityError: The prompt does not fit the context or the cache.
+        """
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        stream = _Stream(asyncio.get_running_loop())
+
+        def add() -> None:
+            self.engine.add(name, prompt, sampling_params, priority)
+            self._streams[name] = stream
+
+        await self._call(add)
+        try:
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._submit(lambda: self._abort(name, stream))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream the answer to a conversation; arguments as of :meth:`generate`."""
+        prompt = chat_prompt(
+            self.engine.tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+        return self.generate(prompt, sampling_params, request_id, priority=priority)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream delivers a last output with finish reason ``abort``."""
+        await self._call(lambda: self._deliver(self.engine.abort([request_id])))
+
+    async def stats(self) -> EngineStats:
+        """The engine's metrics at this moment."""
+        return await self._call(self.engine.stats)
+
+    def shutdown(self) -> None:
+        """Abort all requests and stop the engine's thread."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(None)
+            self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """Run in the engine's thread, between two steps."""
+        if self._closed:
+            raise RepriseError("the engine was shut down; create a new AsyncLLM")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._submit(run)
+        return await asyncio.wrap_future(future)
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    def _loop(self) -> None:
+        while True:
+            block = not self.engine.has_work
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                self._advance()
+                continue
+            if command is None:
+                break
+            command()
+        self._deliver(self.engine.abort(list(self._streams)))
+
+    def _advance(self) -> None:
+        try:
+            self._deliver(self.engine.step())
+        except Exception as error:
+            # The engine aborted every request and serves on; their callers learn why.
+            logger.exception("a step failed; all running requests are aborted")
+            for stream in self._streams.values():
+                stream.fail(error)
+            self._streams.clear()
+
+    def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
+        for group in groups:
+            stream = self._streams.get(group.request_id)
+            if stream is not None:
+                stream.put(group.output())
+            if group.finished:
+                self._streams.pop(group.request_id, None)
+
+    def _abort(self, request_id: str, stream: _Stream) -> None:
+        # A later request may have the same id.
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self.engine.abort([request_id])
+
+
+class _Stream:
+    """Hands the latest output from the engine's thread to one coroutine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ready = asyncio.Event()
+        self._latest: RequestOutput | None = None
+        self._error: Exception | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        self._latest = output
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake()
+
+    async def next(self) -> RequestOutput:
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            raise self._error
+        assert self._latest is not None
+        return self._latest
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:
+            logger.debug("the event loop of a stream was closed; its output is dropped")

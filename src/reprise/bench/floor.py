@@ -1,0 +1,92 @@
+"""What the device can do at best, measured in the same run as the figures beside it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reprise.layers import CausalLM
+from reprise.platforms import Platform
+
+MOST_COPY_BYTES = 1 << 30
+TRIALS = 5
+PATIENCE_SECONDS = 1.0
+"""No further trial is begun after this time; a slow device gives fewer, longer ones."""
+LARGEST_PRODUCT = 8192
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Ceilings of one device."""
+
+    copy_bytes_per_second: float
+    """Bytes read plus bytes written, of a copy from device memory to device memory."""
+    matmul_flops_per_second: float
+    """Of a large square product in the compute dtype, on random data."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "copy_tb_per_s": round(self.copy_bytes_per_second / 1e12, 4),
+            "matmul_tflops_per_s": round(self.matmul_flops_per_second / 1e12, 3),
+        }
+
+
+def measure_floor(platform: Platform, dtype: torch.dtype) -> Floor:
+    """Takes about a second."""
+    with torch.inference_mode():
+        floor = Floor(_copy_rate(platform), _matmul_rate(platform, dtype))
+    platform.empty_cache()
+    return floor
+
+
+def decode_bytes(model: CausalLM) -> int:
+    """Bytes of weights that one decode step reads: all but an embedding table of its own."""
+    total = size(model.parameters())
+    return total if model.tied else total - size(model.model.embed_tokens.parameters())
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def _copy_rate(platform: Platform) -> float:
+    count = min(MOST_COPY_BYTES, platform.memory_info().free // 64)
+    source = torch.ones(count, dtype=torch.uint8, device=platform.device)
+    target = torch.empty_like(source)
+    return 2 * count / _seconds(platform, lambda: target.copy_(source))
+
+
+def _matmul_rate(platform: Platform, dtype: torch.dtype) -> float:
+    rows, rate = 512, 0.0
+    while rows <= LARGEST_PRODUCT:
+        a, b = (torch.randn(2, rows, rows, device=platform.device) * 0.1).to(dtype)
+        out = torch.empty_like(a)
+        seconds = _seconds(platform, functools.partial(torch.mm, a, b, out=out))
+        rate = max(rate, 2 * rows**3 / seconds)
+        if seconds > 0.02:  # larger products would say the same and take long
+            break
+        rows *= 2
+    return rate
+
+
+def _seconds(platform: Platform, work: Callable[[], Any], calls: int = 4) -> float:
+    """Median time of one call, by the device's clock; the first call is not counted."""
+    work()
+    found: list[float] = []
+    deadline = time.perf_counter() + PATIENCE_SECONDS
+    while len(found) < TRIALS and (not found or time.perf_counter() < deadline):
+        begin, end = platform.event(timing=True), platform.event(timing=True)
+        begin.record(platform.current_stream())
+        for _ in range(calls):
+            work()
+        end.record(platform.current_stream())
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(found)

@@ -1,0 +1,130 @@
+"""Time of one decode step, and time to first token.
+
+The time of a step is a slope: the same requests are run with a short and with a long output, and
+the difference is divided by the difference of the lengths. Prefill, admission and whatever else
+happens once a request cancels out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from reprise.bench.drive import Run, check_fits, random_prompts, run
+from reprise.bench.floor import Floor, decode_bytes, measure_floor, size
+from reprise.bench.presets import LatencyWork, engine_arguments
+from reprise.bench.record import engine_facts, heading
+from reprise.engine import Engine
+from reprise.errors import ConfigError
+from reprise.llm import LLM
+from reprise.runner.cache_memory import block_bytes
+
+
+def latency(
+    work: LatencyWork, options: Mapping[str, Any], repeats: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Measure; returns the record.
+
+    Args:
+        work: The requests; every batch size is run at every input length.
+        options: Engine options.
+        repeats: Runs of each kind, after one that is not counted; figures are medians.
+        seed: Of the prompts' random tokens.
+
+    Raises:
+        RepriseError: The engine does not start, or the requests do not fit it.
+    """
+    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
+    _check(engine, work)
+    floor = measure_floor(engine.platform, engine.runner.dtype)
+    results = [
+        _measure(engine, work, floor, batch_size, input_len, repeats, seed)
+        for batch_size in work.batch_sizes
+        for input_len in work.input_lens
+    ]
+    return {
+        **heading("latency"),
+        **engine_facts(work.model, engine),
+        "repeats": repeats,
+        "floor": {
+            **floor.as_dict(),
+            "weight_bytes": size(engine.runner.model.parameters()),
+            "decode_weight_bytes": decode_bytes(engine.runner.model),
+            "weights_ms": _ms(decode_bytes(engine.runner.model) / floor.copy_bytes_per_second),
+        },
+        "results": results,
+    }
+
+
+def _check(engine: Engine, work: LatencyWork) -> None:
+    for batch_size in work.batch_sizes:
+        short, long = work.lengths(batch_size)
+        if not 1 <= short < long:
+            raise ConfigError(f"output_lens={short},{long}: give two lengths, the shorter first")
+        check_fits(engine, max(work.input_lens) + long)
+        if batch_size > engine.config.max_num_seqs:
+            raise ConfigError(
+                f"batch_size={batch_size} is above max_num_seqs={engine.config.max_num_seqs}: "
+                "such a batch would not run as one"
+            )
+
+
+def _measure(
+    engine: Engine,
+    work: LatencyWork,
+    floor: Floor,
+    batch_size: int,
+    input_len: int,
+    repeats: int,
+    seed: int,
+) -> dict[str, Any]:
+    short, long = work.lengths(batch_size)
+    prompts = random_prompts([input_len] * batch_size, engine.vocab_size, seed)
+
+    def timed(output_len: int) -> Run:
+        return run(engine, prompts, [output_len] * batch_size)
+
+    timed(long)
+    first = [timed(1).seconds for _ in range(repeats)]
+    pairs = [(timed(short), timed(long)) for _ in range(repeats)]
+    steps = [(b.seconds - a.seconds) / (long - short) for a, b in pairs]
+    waits = [(b.wait_seconds - a.wait_seconds) / (long - short) for a, b in pairs]
+    step, prefill = statistics.median(steps), statistics.median(first)
+    context = input_len + (short + long) / 2
+    kv_bytes = block_bytes(engine.runner.model, 1, engine.runner.dtype) * context * batch_size
+    least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.copy_bytes_per_second
+    host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))
+    return {
+        "batch_size": batch_size,
+        "input_len": input_len,
+        "output_lens": [short, long],
+        "ms_per_step": _ms(step),
+        "ms_per_step_all": [_ms(each) for each in steps],
+        "tokens_per_s": round(batch_size / step, 1),
+        # Without a device of its own the host's time is all there is.
+        "host_ms_per_step": _ms(host) if engine.platform.asynchronous else None,
+        "floor_ms": _ms(least),
+        "times_floor": round(step / least, 3),
+        "first_token_ms": _ms(prefill),
+        "first_token_ms_all": [_ms(each) for each in first],
+        "prefill_tokens_per_s": round(batch_size * input_len / prefill, 1),
+        "prefill_share_of_matmul_rate": round(
+            _prefill_flops(engine, batch_size, input_len) / prefill / floor.matmul_flops_per_second,
+            4,
+        ),
+    }
+
+
+def _prefill_flops(engine: Engine, batch_size: int, input_len: int) -> float:
+    """Multiplications and additions of the matrix products, attention's visible half included."""
+    model = engine.runner.model
+    linear = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
+    attention = sum(each.num_heads * each.head_size for each in model.attention_layers())
+    head = model.vocab_size * model.hidden_size
+    per_request = 2 * linear * input_len + 2 * attention * input_len**2 + 2 * head
+    return float(batch_size * per_request)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 4)

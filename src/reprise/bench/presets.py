@@ -1,0 +1,84 @@
+"""Models and workloads with names, so that a table of figures can be measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_MODEL = "qwen3-0.6b"
+
+
+def model_names() -> tuple[str, ...]:
+    """Models whose config is part of this package; their weights are random."""
+    return tuple(sorted(each.parent.name for each in CONFIGS.glob("*/config.json")))
+
+
+def engine_arguments(model: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``LLM`` for a benchmark.
+
+    Args:
+        model: A name of :func:`model_names` (random weights), or whatever ``LLM`` takes.
+        options: Engine options that the user or the workload set.
+    """
+    arguments = {"skip_tokenizer_init": True, "enable_prefix_caching": False, **options}
+    name = DEFAULT_MODEL if model is None else model
+    if name in model_names() and not Path(name).exists():
+        arguments.setdefault("load_format", "dummy")
+        name = str(CONFIGS / name)
+    return {"model": name, **arguments}
+
+
+@dataclass(frozen=True)
+class LatencyWork:
+    """Requests of one length, all at once. ``None`` for the output lengths: by batch size."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    input_lens: tuple[int, ...] = (128,)
+    output_lens: tuple[int, int] | None = None
+    model: str = DEFAULT_MODEL
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def lengths(self, batch_size: int) -> tuple[int, int]:
+        """The two output lengths between which the time of a step is measured."""
+        return self.output_lens or ((32, 288) if batch_size == 1 else (16, 144))
+
+
+@dataclass(frozen=True)
+class ThroughputWork:
+    """Requests of random lengths, all at once."""
+
+    num_prompts: int = 256
+    input_len_range: tuple[int, int] = (100, 1024)
+    output_len_range: tuple[int, int] = (100, 1024)
+    model: str = DEFAULT_MODEL
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+_GPU: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 4096}
+_LONG: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 33024}
+
+LATENCY: Mapping[str, LatencyWork] = {
+    "0.6b-bs1": LatencyWork(engine=_GPU),
+    "0.6b-bs64": LatencyWork((64,), engine=_GPU),
+    "0.6b-batches": LatencyWork((1, 2, 4, 8, 16, 32, 64, 128, 256), engine=_GPU),
+    "0.6b-contexts": LatencyWork(
+        (1,), (1024, 2048, 4096, 8192, 16384, 32768), (16, 80), engine=_LONG
+    ),
+    "8b-bs1": LatencyWork(model="qwen3-8b", engine=_GPU),
+    "8b-bs64": LatencyWork((64,), model="qwen3-8b", engine=_GPU),
+    "8b-batches": LatencyWork((1, 2, 4, 8, 16, 32, 64, 128, 256), model="qwen3-8b", engine=_GPU),
+    "8b-contexts": LatencyWork(
+        (1,), (1024, 2048, 4096, 8192, 16384, 32768), (16, 80), "qwen3-8b", _LONG
+    ),
+    "8b-bs1-32k": LatencyWork((1,), (32768,), (16, 80), "qwen3-8b", _LONG),
+    "8b-bs8-16k": LatencyWork((8,), (16384,), (16, 80), "qwen3-8b", _LONG),
+    "8b-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3-8b", _LONG),
+}
+
+THROUGHPUT: Mapping[str, ThroughputWork] = {
+    "0.6b": ThroughputWork(engine=_GPU),
+    "8b": ThroughputWork(model="qwen3-8b", engine=_GPU),
+}

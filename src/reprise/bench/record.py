@@ -1,0 +1,69 @@
+"""What every record of figures carries, so that it can be understood later."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reprise.engine import Engine
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package that figures depend on; None if it is not installed."""
+    import torch
+
+    import reprise
+
+    found: dict[str, str | None] = {
+        "reprise": reprise.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def heading(benchmark: str) -> dict[str, Any]:
+    """The first fields of a record: what ran, and when."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["reprise", *sys.argv[1:]]),
+    }
+
+
+def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
+    """The fields of a record that describe the engine.
+
+    Args:
+        model: As the user named it.
+        engine: After start-up.
+    """
+    config, runner = engine.config, engine.runner
+    return {
+        "model": model,
+        "load_format": config.load_format,
+        "device": str(engine.platform.device),
+        "device_name": engine.platform.device_name,
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "engine": {
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": runner.max_tokens,
+            "block_size": runner.block_size,
+            "num_blocks": runner.num_blocks,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "ops": {name: each.name for name, each in sorted(runner.ops.chosen.items())},
+        },
+        "startup_seconds": round(engine.startup_seconds, 3),
+    }

@@ -1,0 +1,67 @@
+"""Output tokens a second with many requests of mixed lengths at once."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from reprise.bench.drive import check_fits, random_prompts, run
+from reprise.bench.presets import ThroughputWork, engine_arguments
+from reprise.bench.record import engine_facts, heading
+from reprise.llm import LLM
+
+WARM_UP_TOKENS = 8
+
+
+def throughput(
+    work: ThroughputWork, options: Mapping[str, Any], repeats: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Measure; returns the record.
+
+    Args:
+        work: The requests.
+        options: Engine options.
+        repeats: Runs, after a shortened one that is not counted; figures are medians.
+        seed: Of the lengths and of the prompts' random tokens.
+
+    Raises:
+        RepriseError: The engine does not start, or the requests do not fit it.
+    """
+    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
+    inputs, outputs = lengths(work, seed)
+    check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
+    prompts = random_prompts(inputs, engine.vocab_size, seed)
+    run(engine, prompts, [min(each, WARM_UP_TOKENS) for each in outputs])
+    before = engine.stats().scheduler
+    runs = [run(engine, prompts, outputs) for _ in range(repeats)]
+    after = engine.stats().scheduler
+    seconds = statistics.median(each.seconds for each in runs)
+    return {
+        **heading("throughput"),
+        **engine_facts(work.model, engine),
+        "repeats": repeats,
+        "seed": seed,
+        "requests": work.num_prompts,
+        "input_len_range": list(work.input_len_range),
+        "output_len_range": list(work.output_len_range),
+        "input_tokens": sum(inputs),
+        "output_tokens": sum(outputs),
+        "seconds": round(seconds, 4),
+        "seconds_all": [round(each.seconds, 4) for each in runs],
+        "output_tokens_per_s": round(sum(outputs) / seconds, 1),
+        "total_tokens_per_s": round((sum(inputs) + sum(outputs)) / seconds, 1),
+        "requests_per_s": round(work.num_prompts / seconds, 3),
+        "steps": round(statistics.median(each.steps for each in runs)),
+        "wait_seconds": round(statistics.median(each.wait_seconds for each in runs), 4),
+        "preemptions": after.total_preemptions - before.total_preemptions,
+    }
+
+
+def lengths(work: ThroughputWork, seed: int) -> tuple[list[int], list[int]]:
+    """Prompt and output length of each request, uniform in the work's ranges, ends included."""
+    rng = random.Random(seed)
+    inputs = [rng.randint(*work.input_len_range) for _ in range(work.num_prompts)]
+    outputs = [rng.randint(*work.output_len_range) for _ in range(work.num_prompts)]
+    return inputs, outputs

@@ -1,0 +1,85 @@
+"""``reprise bench throughput``: output tokens a second with many requests at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from reprise.bench.presets import THROUGHPUT, ThroughputWork
+from reprise.cli.bench.shared import (
+    AsJson,
+    Model,
+    Repeats,
+    Seed,
+    bench_engine_options,
+    print_record,
+    span,
+)
+from reprise.cli.command import command
+from reprise.cli.fields import choice
+
+Workload = choice("ThroughputWorkload", tuple(THROUGHPUT))
+
+
+def throughput(
+    model: Model = None,
+    workload: Annotated[
+        Workload | None,  # type: ignore[valid-type]
+        typer.Option(help="A named workload; further options change it.", show_default=False),
+    ] = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests. [dim]\\[default: 256][/dim]", show_default=False),
+    ] = None,
+    input_len_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a prompt, uniform. [dim]\\[default: 100:1024][/dim]",
+            metavar="LOW:HIGH",
+            show_default=False,
+        ),
+    ] = None,
+    output_len_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to generate, uniform. [dim]\\[default: 100:1024][/dim]",
+            metavar="LOW:HIGH",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Measure output tokens a second with many requests of random lengths at once."""
+    work = ThroughputWork() if workload is None else THROUGHPUT[workload.value]
+    changes: dict[str, Any] = {
+        "model": model,
+        "num_prompts": num_prompts,
+        "input_len_range": None if input_len_range is None else span(input_len_range),
+        "output_len_range": None if output_len_range is None else span(output_len_range),
+    }
+    work = replace(work, **{name: value for name, value in changes.items() if value is not None})
+
+    from reprise.bench.throughput import throughput as measure
+
+    record = measure(work, engine, repeats, seed)
+    columns = {
+        "requests": "requests",
+        "seconds": "seconds",
+        "out tok/s": "output_tokens_per_s",
+        "all tok/s": "total_tokens_per_s",
+        "requests/s": "requests_per_s",
+        "steps": "steps",
+        "preemptions": "preemptions",
+    }
+    print_record(record, as_json, [tuple(columns), tuple(record[k] for k in columns.values())])
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command."""
+    command(app, "throughput", throughput, engine=bench_engine_options())

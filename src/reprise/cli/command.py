@@ -1,0 +1,72 @@
+"""How a function becomes a command: shared options, logging, errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from reprise.cli.failures import reported
+from reprise.cli.fields import FieldOptions
+from reprise.cli.logs import LogLevel, configure
+
+COMMON = (
+    inspect.Parameter(
+        "log_level",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=LogLevel.WARNING,
+        annotation=Annotated[
+            LogLevel, typer.Option(help="Least severe messages to show on standard error.")
+        ],
+    ),
+    inspect.Parameter(
+        "debug",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[
+            bool, typer.Option("--debug", help="On an error, print the traceback.")
+        ],
+    ),
+)
+
+
+def command(
+    app: typer.Typer, name: str, function: Callable[..., None], **groups: FieldOptions
+) -> None:
+    """Add a command to ``app``.
+
+    Args:
+        app: Where to add it.
+        name: What the user types.
+        function: Its docstring is the help, its parameters are the command's own options.
+        **groups: Parameters of ``function`` that are groups of options; it gets each as a
+            dictionary of what the user gave.
+    """
+    app.command(name)(runnable(function, **groups))
+
+
+def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[..., None]:
+    """A function that typer can make a command of; arguments as in :func:`command`."""
+    own = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in inspect.signature(function, eval_str=True).parameters.values()
+        if each.name not in groups
+    ]
+    derived = [each for group in groups.values() for each in group.parameters()]
+    parameters = [*own, *derived, *COMMON]
+
+    def run(**arguments: Any) -> None:
+        debug, level = arguments.pop("debug"), arguments.pop("log_level")
+        given = {each: group.take(arguments) for each, group in groups.items()}
+        with reported(debug):
+            configure(level)
+            function(**arguments, **given)
+
+    run.__name__ = function.__name__
+    run.__doc__ = function.__doc__
+    run.__module__ = function.__module__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run

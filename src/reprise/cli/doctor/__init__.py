@@ -1,0 +1,14 @@
+"""``reprise doctor``: what this machine offers and what Reprise makes of it.
+
+A further report is one more file here with a function ``register``.
+"""
+
+from __future__ import annotations
+
+from reprise.cli.doctor import machine, ops
+from reprise.cli.doctor.group import app
+
+machine.register(app)
+ops.register(app)
+
+__all__ = ["app"]

@@ -1,0 +1,82 @@
+"""``reprise doctor ops``: every op, its implementations, and which one this device gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from reprise.cli.command import command
+from reprise.cli.doctor.group import AsJson, print_json, table
+from reprise.cli.fields import FieldOptions
+from reprise.cli.options import ENGINE_PANELS, ENGINE_SPECIAL
+from reprise.config import EngineConfig
+
+
+def ops(as_json: AsJson = False, *, engine: dict[str, Any]) -> None:
+    """List the ops: implementations, the chosen one, and why others cannot be used here."""
+    report = inspect_ops(engine.get("device", "auto"), engine.get("ops", {}))
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+
+
+def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """The registry as one device sees it, ready for JSON.
+
+    Raises:
+        PlatformError: The device is unknown or not on this machine.
+        OpError: An override names an op or implementation that does not exist or cannot run.
+    """
+    from reprise import ops as registry
+    from reprise import platforms
+
+    platform = platforms.resolve(device)
+    chosen = registry.OpTable(platform, overrides).chosen
+    return {
+        "platform": platform.name,
+        "device_name": platform.device_name,
+        "ops": {
+            name: {
+                "chosen": chosen[name].name,
+                "break_op": op.break_op,
+                "deterministic": op.deterministic,
+                "mutates": list(op.mutates),
+                "implementations": {
+                    each.name: {
+                        "unusable": each.requires(platform),
+                        "graph_support": each.graph_support,
+                    }
+                    for each in op.implementations.values()
+                },
+            }
+            for name, op in sorted(registry.all_ops().items())
+        },
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    found = table(
+        f"Ops on {report['platform']} ({report['device_name']})",
+        "op", "implementation", "used", "in graphs", "cannot run because",
+    )  # fmt: skip
+    for name, op in report["ops"].items():
+        label = f"{name} [dim](break op)[/]" if op["break_op"] else name
+        for implementation, facts in op["implementations"].items():
+            used = "[green]yes[/]" if implementation == op["chosen"] else ""
+            reason = facts["unusable"] or ""
+            found.add_row(label, implementation, used, facts["graph_support"], reason)
+            label = ""
+        found.add_section()
+    Console().print(found)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command."""
+    options = FieldOptions(
+        EngineConfig, names=("device", "ops"), panels=ENGINE_PANELS, special=ENGINE_SPECIAL
+    )
+    command(app, "ops", ops, engine=options)

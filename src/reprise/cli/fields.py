@@ -1,0 +1,201 @@
+"""Command-line options made from the fields of a configuration dataclass.
+
+A field's name becomes its flag, its type the option's type and the string below it the help text,
+so that a field added to the dataclass is an option of every command at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import textwrap
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+
+@dataclass(frozen=True)
+class Special:
+    """How a field differs from the rule; what is None follows the rule."""
+
+    flags: tuple[str, ...] = ()
+    help: str | None = None
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    """Text of one occurrence to a value."""
+    repeated: bool = False
+    """The option may be given more than once."""
+    collect: Callable[[list[Any]], Any] = list
+    """Values of a repeated option to the field's value."""
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """Options for fields of ``source``.
+
+    Only what the user gives is passed on: the dataclass's own defaults stay the only ones.
+    """
+
+    source: type
+    names: tuple[str, ...] | None = None
+    """Fields to offer, in this order; None: all."""
+    omit: frozenset[str] = frozenset()
+    panels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Heading in the help to field names."""
+    default_panel: str = "Engine"
+    special: Mapping[str, Special] = field(default_factory=dict)
+    shown_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults that the command puts in the dataclass's place, for the help. None: no default."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """The options as parameters of a typer command."""
+        made: list[inspect.Parameter] = []
+        for each in self._fields():
+            made += self._switch(each) if self._is_switch(each) else [self._parameter(each)]
+        return made
+
+    def take(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Remove these options from a command's arguments; return those that the user gave."""
+        given: dict[str, Any] = {}
+        for each in self._fields():
+            special = self.special.get(each.name, Special())
+            value: Any = arguments.pop(each.name)
+            if self._is_switch(each):
+                # Two switches that are off unless given, see below.
+                off = arguments.pop(f"no_{each.name}")
+                value = (value or None) if not off else False
+            if value is None or (special.repeated and not value):
+                continue
+            if special.repeated:
+                value = special.collect(list(value))
+            given[each.name] = value.value if isinstance(value, Enum) else value
+        return given
+
+    def _fields(self) -> list[dataclasses.Field[Any]]:
+        found = {each.name: each for each in dataclasses.fields(self.source) if each.init}
+        names = self.names or tuple(found)
+        return [found[name] for name in names if name not in self.omit]
+
+    def _is_switch(self, each: dataclasses.Field[Any]) -> bool:
+        return _type_hints(self.source)[each.name] is bool
+
+    def _switch(self, each: dataclasses.Field[Any]) -> list[inspect.Parameter]:
+        """``--name`` and ``--no-name``; the help shows the one that changes the default."""
+        default = bool(self.shown_defaults.get(each.name, each.default))
+        parameters: list[inspect.Parameter] = []
+        for name, value in ((each.name, True), (f"no_{each.name}", False)):
+            option = typer.Option(
+                "--" + name.replace("_", "-"),
+                help=self._help(each, self.special.get(name, Special())),
+                hidden=value == default,
+                rich_help_panel=self._panel(each.name),
+            )
+            kind = inspect.Parameter.KEYWORD_ONLY
+            annotation = Annotated[bool, option]
+            parameters.append(inspect.Parameter(name, kind, default=False, annotation=annotation))
+        return parameters
+
+    def _parameter(self, each: dataclasses.Field[Any]) -> inspect.Parameter:
+        special = self.special.get(each.name, Special())
+        kind, parse = _option_type(each.name, _type_hints(self.source)[each.name])
+        if special.parse is not None:
+            kind, parse = str, special.parse
+        if special.repeated:
+            kind = list[kind]  # type: ignore[valid-type]
+        option = typer.Option(
+            *(special.flags or ("--" + each.name.replace("_", "-"),)),
+            help=self._help(each, special),
+            metavar=special.metavar,
+            parser=parse,
+            rich_help_panel=self._panel(each.name),
+            show_default=False,
+        )
+        return inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Optional[kind], option],  # noqa: UP045 - kind is a value
+        )
+
+    def _panel(self, name: str) -> str:
+        return next((p for p, names in self.panels.items() if name in names), self.default_panel)
+
+    def _help(self, each: dataclasses.Field[Any], special: Special) -> str:
+        text = special.help
+        if text is None:
+            text = _documentation(self.source).get(each.name, "")
+            # In an option's help, None is what holds when the option is absent.
+            text = text.replace("``", "").replace("; None: ", "; default: ")
+            text = text.replace(". None: ", ". Default: ")
+        text = text.replace("[", "\\[")
+        default = self.shown_defaults.get(each.name, each.default)
+        if default is None or default is dataclasses.MISSING or isinstance(default, bool):
+            return text
+        return f"{text} [dim]\\[default: {default}][/dim]"
+
+
+def choice(name: str, values: tuple[str, ...]) -> type[Enum]:
+    """An option type with these values."""
+    return Enum(name, {value: value for value in values})  # type: ignore[return-value]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse an option's value.
+
+    Raises:
+        typer.BadParameter: It is not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object, such as '{{\"name\": 1}}'")
+    return value
+
+
+def _option_type(name: str, hint: Any) -> tuple[Any, Callable[[str], Any] | None]:
+    """The type of an option for a field of type ``hint``, and its parser if it needs one."""
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [each for each in get_args(hint) if each is not type(None)]
+        # Of ``str | Sequence[str]`` and the like, the plain one.
+        hint = next((each for each in members if isinstance(each, type)), members[0])
+    if get_origin(hint) is Literal:
+        return choice(name, get_args(hint)), None
+    if hint in (str, int, float):
+        return hint, None
+    return str, json_object
+
+
+@functools.cache
+def _type_hints(source: type) -> dict[str, Any]:
+    return get_type_hints(source)
+
+
+@functools.cache
+def _documentation(source: type) -> dict[str, str]:
+    """Field name to the string literal that follows the field in the class's source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    found: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            found[statement.target.id] = " ".join(following.value.value.split())
+    return found

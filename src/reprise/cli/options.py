@@ -1,0 +1,93 @@
+"""The option groups that commands share. Each option's home is its dataclass field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from reprise.cli.fields import FieldOptions, Special, json_object
+from reprise.config import EngineConfig
+from reprise.sampling_params import SamplingParams
+
+
+def _op_override(text: str) -> tuple[str, str]:
+    name, _, implementation = text.partition("=")
+    if not name or not implementation:
+        raise typer.BadParameter(f"{text!r} is not NAME=IMPL; 'reprise doctor ops' lists both")
+    return name, implementation
+
+
+ENGINE_PANELS = {
+    "Model": (
+        "model", "tokenizer", "revision", "dtype", "load_format", "hf_overrides",
+        "skip_tokenizer_init",
+    ),
+    "Memory and batching": (
+        "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_blocks", "enable_prefix_caching",
+    ),
+    "Device": ("device", "ops"),
+    "Sampling": ("seed",),
+}  # fmt: skip
+
+ENGINE_SPECIAL = {
+    "model": Special(
+        flags=("--model", "-m"),
+        help="Local directory or Hugging Face id; default: the bundled demo model.",
+    ),
+    "ops": Special(
+        flags=("--op",),
+        help="Use this implementation of an op instead of the platform's choice; repeatable.",
+        metavar="NAME=IMPL",
+        parse=_op_override,
+        repeated=True,
+        collect=dict,
+    ),
+    "no_enable_prefix_caching": Special(
+        help="Do not share the cache blocks of equal prompt beginnings."
+    ),
+    "seed": Special(help="Of the random draws: the same seed gives the same text."),
+    "hf_overrides": Special(metavar="JSON", parse=json_object),
+}
+
+
+def engine_options(*omit: str, **shown_defaults: Any) -> FieldOptions:
+    """Options for the fields of :class:`EngineConfig`.
+
+    Args:
+        *omit: Fields that the command decides itself.
+        **shown_defaults: Where the command's default differs from the field's.
+    """
+    return FieldOptions(
+        EngineConfig,
+        omit=frozenset(omit),
+        panels=ENGINE_PANELS,
+        special=ENGINE_SPECIAL,
+        shown_defaults=shown_defaults,
+    )
+
+
+def sampling_options(**shown_defaults: Any) -> FieldOptions:
+    """Options for the fields of :class:`SamplingParams` that make sense for one answer.
+
+    What is not given is as the checkpoint recommends.
+    """
+    names = (
+        "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
+        "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
+    )  # fmt: skip
+    by_checkpoint = dict.fromkeys(names[2:6])
+    return FieldOptions(
+        SamplingParams,
+        names=names,
+        default_panel="Sampling",
+        special={
+            "stop": Special(
+                help="End the answer before this text; repeatable.", metavar="TEXT", repeated=True
+            ),
+            "temperature": Special(help="0: greedy. Default: as the checkpoint recommends, or 1."),
+            "max_tokens": Special(flags=("--max-tokens", "-n"), help="Most tokens to generate."),
+        },
+        shown_defaults={**by_checkpoint, **shown_defaults},
+    )

@@ -1,0 +1,238 @@
+"""Start-up of a graph runner: capture every bucket, prove each graph, fall back where it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.graphs.compare import Difference, same_bits
+from reprise.graphs.compiled import compile_model
+from reprise.graphs.computation import Computation, Probe
+from reprise.graphs.locate import locate
+from reprise.graphs.plan import FALLBACK, Executor
+from reprise.graphs.report import GraphInfo
+from reprise.graphs.segments import SegmentedGraph
+from reprise.graphs.shape import StepShape
+from reprise.graphs.verify import check_probe
+from reprise.ops.registry import intercept
+from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
+
+Agree = Callable[[bool], bool]
+"""True if all ranks say True. Called in the same order on each rank."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, parts done, parts in all."""
+
+VERIFY_SHARE = 0.25
+VERIFY_SECONDS = 2.0
+"""Verification may take this share of capture time, or so many seconds if that is longer. Every
+graph gets its first probe in any case."""
+LOCATE_AT_MOST = 2
+"""Graphs of one phase and executor whose fault is traced to its op; the rest fail alike."""
+
+
+@dataclass
+class Cell:
+    """One bucket of one phase, and the graph that runs it, if any."""
+
+    shape: StepShape
+    info: GraphInfo
+    graph: SegmentedGraph | None = None
+    probes: list[Probe] = field(default_factory=list)
+
+
+class Capturer:
+    """Captures and verifies the cells of one computation."""
+
+    def __init__(
+        self, computation: Computation, platform: Platform, agree: Agree, *, exact: bool
+    ) -> None:
+        self._computation = computation
+        self._platform = platform
+        self._agree = agree
+        self._exact = exact
+        self._pool: Any = None
+        self._memory: list[Tensor] | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._located: dict[tuple[str, Executor], int] = {}
+        self._logged: set[tuple[Executor, str]] = set()
+
+    def model(self, executor: Executor) -> Callable[..., Any]:
+        """What ``forward`` is to call for an executor."""
+        if executor != "compiled":
+            return self._computation.model
+        if self._compiled is None:
+            self._compiled = compile_model(self._computation.model)
+        return self._compiled
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """The conditions of every capture: no gradients, the op table, no garbage collection."""
+        gc.collect()
+        gc.freeze()
+        try:
+            with torch.inference_mode(), self._computation.ops.activate():
+                yield
+        finally:
+            gc.unfreeze()
+
+    def empty_inputs(self, shape: StepShape) -> None:
+        """Fill the inputs with what graphs are captured on: padding alone."""
+        self._computation.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+
+    # ---- capture -------------------------------------------------------------------------
+
+    def capture(self, cell: Cell, executor: Executor) -> None:
+        """Give the cell a graph; if it cannot be captured, the next executor, down to eager."""
+        started = time.perf_counter()
+        info = cell.info
+        while executor != "none":
+            reason = self._try(cell, executor)
+            if self._agree(reason is None):
+                break
+            self.quarantine(cell, executor, reason or "capture failed on another rank")
+            executor = FALLBACK[executor]
+        info.executor = executor
+        info.capture_seconds += time.perf_counter() - started
+
+    def _try(self, cell: Cell, executor: Executor) -> str | None:
+        """Capture; returns why it failed."""
+        computation, model = self._computation, self.model(executor)
+        if self._pool is None:
+            self._pool = self._platform.graph_pool()
+        self._memory = None
+        try:
+            self.empty_inputs(cell.shape)
+            # Kernels are compiled and tuned, and workspaces allocated, outside of the capture.
+            with self._platform.capture_stream(), intercept(None):
+                computation.forward(cell.shape, model)
+            graph = SegmentedGraph(self._platform, self._pool)
+            graph.capture(
+                lambda: computation.forward(cell.shape, model),
+                "nowhere" if executor == "full" else "breaks",
+            )
+        except Exception as error:
+            # What a failed capture leaves in the pool is unknown; take another one.
+            self._pool = None
+            return f"capture failed: {type(error).__name__}: {_first_line(error)}"
+        cell.graph = graph
+        cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
+        cell.info.bytes = graph.nbytes
+        return None
+
+    def quarantine(self, cell: Cell, executor: Executor, reason: str) -> None:
+        """The cell's graph is never replayed again."""
+        cell.graph = None
+        info = cell.info
+        info.verified, info.segments, info.breaks, info.bytes = False, 0, 0, 0
+        info.executor = "none"
+        info.quarantined = f"{executor}: {reason}"
+        # One cause usually fails many buckets alike.
+        level = logging.DEBUG if (executor, reason) in self._logged else logging.WARNING
+        self._logged.add((executor, reason))
+        logger.log(level, "graph %s quarantined (%s): %s", cell.shape, executor, reason)
+
+    # ---- verification --------------------------------------------------------------------
+
+    def verify(self, cells: list[Cell], capture_seconds: float, progress: Progress | None) -> None:
+        """Probe each graph; a graph that fails is replaced by its fallback and probed again."""
+        started = time.perf_counter()
+        budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
+        for done, cell in enumerate(cells):
+            cell.probes = list(self._computation.probes(cell.shape))
+            self._verify(cell, 0)
+            if progress is not None:
+                progress("verify graphs", done + 1, len(cells))
+        for number in range(1, max((len(each.probes) for each in cells), default=0)):
+            for cell in cells:
+                spent = time.perf_counter() - started
+                if not self._agree(spent < budget):
+                    return
+                if number < len(cell.probes):
+                    self._verify(cell, number)
+
+    def _verify(self, cell: Cell, number: int) -> None:
+        started = time.perf_counter()
+        while cell.graph is not None:
+            # A fallback has to pass the earlier probes too.
+            failed = None
+            for each in range(cell.info.probes, number + 1):
+                failed = self._probe(cell, cell.probes[each])
+                if failed is not None:
+                    break
+                cell.info.probes += 1
+            if failed is None:
+                cell.info.verified = True
+                break
+            executor = cell.info.executor
+            self.quarantine(cell, executor, failed)
+            cell.info.probes = 0
+            self.capture(cell, FALLBACK[executor])
+        cell.info.verify_seconds += time.perf_counter() - started
+
+    def _probe(self, cell: Cell, probe: Probe) -> str | None:
+        """Why the cell's graph is wrong on the probe; None: it is right."""
+        assert cell.graph is not None
+        if self._memory is None:
+            self._memory = self._platform.graph_pool_memory(self._pool)
+        model = self.model(cell.info.executor)
+        probe.fill()
+        try:
+            found: Difference | str | None = check_probe(
+                self._computation, cell.graph, cell.shape, probe.live, model, self._memory,
+                exact=self._exact,
+            )  # fmt: skip
+        except Exception as error:
+            found = f"{type(error).__name__}: {_first_line(error)}"
+        if self._agree(found is None):
+            return None
+        if found is None:
+            return f"probe {probe.name!r}: wrong on another rank"
+        where = ""
+        key = (cell.shape.phase, cell.info.executor)
+        if self._located.get(key, 0) < LOCATE_AT_MOST:
+            self._located[key] = self._located.get(key, 0) + 1
+            where = self.where(cell, probe.fill)
+        return f"probe {probe.name!r}: {found}{where}"
+
+    def where(self, cell: Cell, fill: Callable[[], None]) -> str:
+        """``; first diverging op: ...`` for a cell's graph that is wrong on what ``fill`` writes."""
+        location = locate(
+            self._computation, self._platform, cell.shape, fill,
+            lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
+        )  # fmt: skip
+        return "" if location is None else f"; {location}"
+
+    def blind_inputs(self, cells: list[Cell]) -> list[str]:
+        """Inputs to which no probe of the phase's first cell gives a new value."""
+        blind: list[str] = []
+        phases: set[str] = set()
+        for cell in cells:
+            if cell.shape.phase in phases or not cell.probes:
+                continue
+            phases.add(cell.shape.phase)
+            self.empty_inputs(cell.shape)
+            inputs = self._computation.inputs(cell.shape)
+            before = {name: each.clone() for name, each in inputs.items()}
+            unchanged = set(before)
+            for probe in cell.probes:
+                probe.fill()
+                unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
+            blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
+        if blind:
+            logger.warning("graph probes change no value of: %s", ", ".join(blind))
+        return blind
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [each for each in str(error).splitlines() if each.strip()]
+    return lines[0].strip() if lines else repr(error)

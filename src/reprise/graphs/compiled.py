@@ -1,0 +1,177 @@
+"""A model compiled in pieces: the code between break ops goes through the compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as shape_config
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.passes.split_module import split_module
+
+from reprise.ops.registry import find
+from reprise.platforms import Platform
+from reprise.platforms.device_graph import launch
+
+
+def unusable_reason(platform: Platform) -> str | None:
+    """Why nothing can be compiled for this platform here; None: it can."""
+    if platform.device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None and shutil.which("clang++") is None:
+            return f"no C++ compiler ({compiler}) on this machine"
+        return None
+    return None if platform.has_triton else "Triton, which the compiler emits, is not installed"
+
+
+def cache_directory() -> Path:
+    """Where compiled code is kept, so that a second start compiles nothing."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "reprise" / "inductor"
+
+
+def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
+    """``model`` with all that lies between break ops compiled, for any number of tokens.
+
+    The first dimension of every tensor argument (also in dataclasses) is taken as dynamic. Break
+    ops are called as they are, so a graph capture can end a segment there.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
+    pieces = _Pieces()
+    compiled = torch.compile(model, backend=pieces, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            if tensor.dim() > 0 and tensor.shape[0] > 1:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        with _settings():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    # Without duck shaping: equal numbers of tokens and requests in one step must not become a
+    # condition for the next.
+    with shape_config.patch(use_duck_shape=False), torch._dynamo.config.patch(cache_size_limit=64):
+        yield
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for each in tree.values():
+            yield from _tensors(each)
+    elif isinstance(tree, tuple | list):
+        for each in tree:
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for each in dataclasses.fields(tree):
+            yield from _tensors(getattr(tree, each.name))
+
+
+class _Pieces:
+    """A backend that splits the graph at break ops and compiles each distinct piece once."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        self._compiled.clear()
+        split, breaks = _split(module)
+        mode = detect_fake_mode()
+        assert mode is not None, "dynamo traces with fake tensors"
+        fakes = [mode.from_tensor(e) if isinstance(e, Tensor) else e for e in examples]
+        with mode:
+            _PieceCompiler(split, breaks, self._compiled).run(*fakes)
+        return split
+
+
+class _PieceCompiler(fx.Interpreter):
+    """Runs the split graph on fake tensors; replaces each piece by its compiled form."""
+
+    def __init__(
+        self, split: fx.GraphModule, breaks: set[str], compiled: dict[Any, Callable[..., Any]]
+    ) -> None:
+        super().__init__(split)
+        self._split = split
+        self._breaks = breaks
+        self._compiled = compiled
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        piece = getattr(self._split, target)
+        # Afterwards the piece's fake inputs may have been written to; their metadata stays.
+        result = super().call_module(target, args, kwargs)
+        if target not in self._breaks:
+            key = _signature(piece, args)
+            if key not in self._compiled:
+                self._compiled[key] = _compile(piece, args)
+            del self._split._modules[target]
+            self._split.__dict__[target] = self._compiled[key]
+        return result
+
+
+def _compile(piece: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    function = compile_fx(piece, list(examples))
+
+    def call(*args: Any) -> Any:
+        return launch(function, *args)
+
+    return call
+
+
+def _split(module: fx.GraphModule) -> tuple[fx.GraphModule, set[str]]:
+    """The module as a chain of submodules, and the names of those that are break ops."""
+    part, part_of, breaks = 0, {}, set()
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        op = find(node.target) if node.op == "call_function" else None
+        if op is not None and op.break_op:
+            part += 1
+            part_of[node] = part
+            breaks.add(f"submod_{part}")
+            part += 1
+        else:
+            part_of[node] = part
+    split = split_module(module, None, lambda node: part_of[node], keep_original_order=True)
+    return split, breaks
+
+
+def _signature(piece: fx.GraphModule, examples: Sequence[Any]) -> Any:
+    """Equal for pieces that one compilation serves: a decoder's layers differ in names alone."""
+    number = {node: index for index, node in enumerate(piece.graph.nodes)}
+    body = tuple(
+        (
+            node.op,
+            str(node.target) if node.op != "placeholder" else "",
+            str(fx.map_arg((node.args, node.kwargs), lambda each: _Numbered(number[each]))),
+        )
+        for node in piece.graph.nodes
+    )
+    shapes = tuple(
+        (str(each.dtype), str(tuple(each.shape)), str(each.stride()), str(each.device))
+        if isinstance(each, Tensor)
+        else str(each)
+        for each in examples
+    )
+    return body, shapes
+
+
+class _Numbered:
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __repr__(self) -> str:
+        return f"%{self._index}"

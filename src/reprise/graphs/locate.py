@@ -1,0 +1,196 @@
+"""Naming the op at which a bad graph first leaves the path of eager execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.errors import GraphError
+from reprise.graphs.compare import poison, poison_memory, same_bits
+from reprise.graphs.computation import Computation
+from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph, tensor_arguments
+from reprise.graphs.shape import StepShape
+from reprise.ops.registry import Op, intercept
+from reprise.platforms import Platform
+
+COPY_LIMIT = 4 << 20
+"""Larger tensors (caches) are compared by a sum over their bits instead of being copied."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """The first place where replay and eager execution differ."""
+
+    segment: int
+    """Number of graph segments replayed before it, with breaks at break ops."""
+    op: str
+    """``paged_attention #3``: the fourth call of the op in the forward pass."""
+    tensor: str
+    """The argument, or ``result``."""
+    produced: bool
+    """The op itself computed it wrong; else it received it wrong from the code before it."""
+
+    def __str__(self) -> str:
+        if self.produced:
+            return f"first diverging op: {self.op} ({self.tensor}), segment {self.segment}"
+        return (
+            f"first divergence: argument {self.tensor} of {self.op} is wrong already, "
+            f"segment {self.segment}"
+        )
+
+
+@dataclass
+class _Traced:
+    """Fingerprints of one op call in eager execution."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def locate(
+    computation: Computation,
+    platform: Platform,
+    bucket: StepShape,
+    fill: Callable[[], None],
+    reset: Callable[[], None],
+    original: SegmentedGraph | None,
+    model: Callable[..., Any],
+) -> Location | None:
+    """Find where ``bucket``'s graph diverges on the inputs that ``fill`` writes.
+
+    A fresh capture is made that ends a segment around every op, since a graph shows nothing of
+    its inside. If the fault does not show in it, the segments of ``original`` are compared
+    break by break. State and inputs are those of ``fill`` afterwards.
+
+    Args:
+        computation: What was captured.
+        platform: Where.
+        bucket: The shape of the graph.
+        fill: Writes the inputs on which the graph is wrong.
+        reset: Writes the inputs that graphs are captured with.
+        original: The graph that was found wrong.
+        model: What it captured.
+    """
+    state = None
+    try:
+        reset()
+        pool = platform.graph_pool()
+        with intercept(None), platform.capture_stream():
+            computation.forward(bucket, computation.model)
+        fresh = SegmentedGraph(platform, pool)
+        fresh.capture(lambda: computation.forward(bucket, computation.model), "ops")
+        fill()
+        state = computation.state(bucket)
+        before = state.read()
+        trace = _trace(computation, bucket, computation.model)
+        state.write(before)
+        poison(computation.outputs(bucket).values())
+        poison_memory(platform.graph_pool_memory(pool))
+        found = _walk(fresh, trace)
+        state.write(before)
+        if found is None and original is not None and original.num_breaks > 0:
+            trace = _trace(computation, bucket, model)
+            state.write(before)
+            found = _walk(original, trace)
+            state.write(before)
+        return found
+    except (GraphError, RuntimeError):
+        return None
+    finally:
+        if state is None:
+            fill()
+
+
+def _trace(
+    computation: Computation, bucket: StepShape, model: Callable[..., Any]
+) -> dict[str, _Traced]:
+    """Run eagerly and note every op's inputs and outputs, by ``op #index``."""
+    trace: dict[str, _Traced] = {}
+    counts: dict[str, int] = {}
+
+    def note(
+        op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = Call(op.name, counts.get(op.name, 0))
+        counts[op.name] = call.index + 1
+        inputs, written = tensor_arguments(op, args, kwargs)
+        traced = _Traced(_fingerprints(inputs), {})
+        with intercept(None):
+            result = function(*args, **kwargs)
+        if isinstance(result, Tensor):
+            written = {**written, "result": result}
+        traced.outputs = _fingerprints(written)
+        trace[str(call)] = traced
+        return result
+
+    with intercept(note):
+        computation.forward(bucket, model)
+    return trace
+
+
+def _walk(graph: SegmentedGraph, trace: dict[str, _Traced]) -> Location | None:
+    """Replay step by step up to the first difference."""
+    segments = 0
+    for step in graph.steps:
+        call = _watched(step)
+        traced = trace.get(str(call))
+        if call is None or traced is None:
+            step.run()
+        else:
+            reads = {k: v for k, v in call.inputs.items() if k not in call.outputs}
+            wrong = _first_wrong(traced.inputs, reads)
+            if wrong is not None:
+                return Location(segments, str(call), wrong, produced=False)
+            suspect = _first_wrong(traced.inputs, call.outputs)
+            step.run()
+            wrong = _first_wrong(traced.outputs, call.outputs)
+            if wrong is not None and suspect is not None and _right_if_fed(step, call, traced):
+                return Location(segments, str(call), suspect, produced=False)
+            if wrong is not None:
+                return Location(segments, str(call), wrong, produced=True)
+        segments += isinstance(step, Break)
+    return None
+
+
+def _right_if_fed(step: Segment | Break, call: Call, traced: _Traced) -> bool:
+    """Whether the op computes right once what it updates in place holds eager's values.
+
+    An argument that is written only holds garbage before, which says nothing.
+    """
+    for name, tensor in call.outputs.items():
+        eager = traced.inputs.get(name)
+        if eager is not None and eager.shape == tensor.shape:
+            tensor.copy_(eager)
+    step.run()
+    return _first_wrong(traced.outputs, call.outputs) is None
+
+
+def _watched(step: Segment | Break) -> Call | None:
+    """The call whose arguments are known: a break, or an op in a segment of its own."""
+    if isinstance(step, Break):
+        return step.call
+    return step.calls[0] if len(step.calls) == 1 and step.calls[0].inputs else None
+
+
+def _first_wrong(expected: dict[str, Tensor], now: dict[str, Any]) -> str | None:
+    for name, tensor in now.items():
+        known = expected.get(name)
+        if known is not None and not same_bits(known, _fingerprint(tensor)):
+            return name
+    return None
+
+
+def _fingerprints(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _fingerprint(each) for name, each in tensors.items()}
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    if tensor.nbytes <= COPY_LIMIT:
+        return tensor.clone()
+    flat = tensor.contiguous()
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize]
+    return flat.view(words).sum(dtype=torch.int64)

@@ -1,0 +1,89 @@
+"""What a graph runner did and refused to do, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from reprise.graphs.plan import Executor
+from reprise.graphs.shape import Phase
+
+
+@dataclass
+class GraphInfo:
+    """One bucket: what it was to run with, what it runs with, and why."""
+
+    phase: Phase
+    bucket: int
+    """Requests in the decode phase, tokens in the mixed phase."""
+    query_len: int
+    planned: Executor
+    executor: Executor
+    """What runs it now; ``none`` is eager."""
+    segments: int = 0
+    breaks: int = 0
+    verified: bool = False
+    """Its graph matched eager execution on at least one probe."""
+    quarantined: str | None = None
+    """Why a graph that was planned is not replayed."""
+    bytes: int = 0
+    """By which capture made the shared memory pool grow."""
+    predicted_bytes: int | None = None
+    replays: int = 0
+    probes: int = 0
+    """On which the graph matched."""
+    capture_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase}[{self.bucket}]"
+
+
+@dataclass
+class GraphMemory:
+    """Device memory of all graphs, in bytes."""
+
+    predicted: int | None = None
+    """None: not predicted."""
+    actual: int | None = None
+    """Free memory before all captures minus after; None: not measured."""
+    note: str = ""
+    """Why there is no prediction, or what was wrong with it."""
+
+
+@dataclass
+class GraphReport:
+    """The state of one graph runner."""
+
+    requested: str
+    """The plan that was asked for."""
+    plan: dict[str, Executor]
+    """The executor of each phase, as resolved."""
+    downgrades: list[dict[str, str]]
+    """``phase``, ``wanted``, ``got`` and ``reason`` of each."""
+    verify: str
+    graphs: list[GraphInfo]
+    eager_steps: int
+    """Steps that no graph ran."""
+    canaries: int
+    """Replays that were recomputed eagerly."""
+    canary_failures: int
+    memory: GraphMemory
+    capture_seconds: float
+    verify_seconds: float
+    blind_inputs: list[str] = field(default_factory=list)
+    """Inputs that no probe changed: a stale value there would have gone unseen."""
+
+    @property
+    def replays(self) -> int:
+        return sum(each.replays for each in self.graphs)
+
+    @property
+    def quarantined(self) -> list[GraphInfo]:
+        return [each for each in self.graphs if each.quarantined is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,260 @@
+"""One forward pass captured: as a single graph, or as segments with eager breaks between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from reprise.errors import GraphError
+from reprise.ops.registry import Op, intercept
+from reprise.platforms import Platform
+from reprise.platforms.borrow import StorageWeakRef, borrow
+from reprise.platforms.device_graph import DeviceGraph, host_code, launch
+
+T = TypeVar("T")
+Split = Literal["nowhere", "breaks", "ops"]
+"""Where a segment ends: nowhere (one graph), at break ops, or around every op (diagnosis)."""
+
+
+@dataclass
+class Call:
+    """One call of an op within a forward pass."""
+
+    op: str
+    index: int
+    """How many calls of the same op came before it; in a decoder, its layer."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Arguments by name; tensors in the pool are borrowed."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """What it writes: arguments by name, and ``result``."""
+
+    def __str__(self) -> str:
+        return f"{self.op} #{self.index}"
+
+
+@dataclass
+class Segment:
+    """A graph, and the ops in it by name and number."""
+
+    graph: DeviceGraph
+    calls: list[Call] = field(default_factory=list)
+
+    def run(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Break:
+    """An op that runs eagerly between two segments, on the arguments that it had at capture."""
+
+    call: Call
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> None:
+        self.function(*self.args, **self.kwargs)
+
+
+class SegmentedGraph:
+    """Captures a forward pass in one run of its Python and replays it without any.
+
+    All segments share one memory pool, also with other captures. What breaks refer to in the
+    pool, they refer to without owning it, so the memory is free for the next capture.
+    """
+
+    def __init__(self, platform: Platform, pool: Any) -> None:
+        self._platform = platform
+        self._pool = pool
+        self._split: Split = "nowhere"
+        self.steps: list[Segment | Break] = []
+        self._counts: Counter[str] = Counter()
+        self._deferred: dict[int, _Deferred] = {}
+        self._replay: list[Callable[[], None]] = []
+
+    @property
+    def num_segments(self) -> int:
+        return sum(isinstance(each, Segment) for each in self.steps)
+
+    @property
+    def num_breaks(self) -> int:
+        return sum(isinstance(each, Break) for each in self.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes by which the pool grew for this capture."""
+        return sum(each.graph.nbytes for each in self.steps if isinstance(each, Segment))
+
+    def capture(self, forward: Callable[[], T], split: Split) -> T:
+        """Run ``forward`` once, under capture, and keep what it does.
+
+        Raises:
+            GraphError: It does something that no graph can hold, or a break op returns a value.
+            RuntimeError: The device driver refused something during capture.
+        """
+        self._split = split
+        with self._platform.capture_stream():
+            self._open()
+            try:
+                with intercept(self._on_op):
+                    result = forward()
+                self._close()
+            except BaseException:
+                self._abort()
+                raise
+        self._settle()
+        return result
+
+    def replay(self) -> None:
+        """Do all of it again, in order, on the current stream."""
+        for run in self._replay:
+            run()
+
+    # ---- capture -------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        segment = Segment(self._platform.new_graph(self._pool))
+        segment.graph.begin()
+        self.steps.append(segment)
+
+    def _close(self) -> None:
+        segment = self.steps[-1]
+        assert isinstance(segment, Segment)
+        segment.graph.end()
+        if segment.graph.empty:
+            self.steps.pop()
+
+    def _abort(self) -> None:
+        for step in self.steps:
+            if isinstance(step, Segment):
+                step.graph.abort()
+        self.steps.clear()
+
+    def _on_op(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = Call(op.name, self._counts[op.name])
+        self._counts[op.name] += 1
+        if self._split != "nowhere" and op.break_op:
+            return self._break(op, call, function, args, kwargs)
+        if self._split == "ops":
+            return self._own_segment(op, call, function, args, kwargs)
+        current = self.steps[-1]
+        assert isinstance(current, Segment)
+        current.calls.append(call)
+        return launch(function, *args, **kwargs)
+
+    def _break(
+        self,
+        op: Op,
+        call: Call,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        kept = Break(call, function, self._hold(args), self._hold(kwargs))
+        call.inputs, call.outputs = tensor_arguments(op, kept.args, kept.kwargs)
+        self._close()
+        with intercept(None):
+            result = function(*args, **kwargs)
+        if result is not None:
+            raise GraphError(
+                f"break op {call} returned a value; it must write into its arguments, "
+                "which is where the next segment reads"
+            )
+        self.steps.append(kept)
+        self._open()
+
+    def _own_segment(
+        self,
+        op: Op,
+        call: Call,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        held = self._hold(args), self._hold(kwargs)
+        call.inputs, call.outputs = tensor_arguments(op, *held)
+        self._close()
+        self._open()
+        segment = self.steps[-1]
+        assert isinstance(segment, Segment)
+        with intercept(None), host_code():
+            result = launch(function, *args, **kwargs)
+        segment.calls.append(call)
+        if result is not None:
+            call.outputs["result"] = self._hold(result)
+        self._close()
+        self._open()
+        return result
+
+    # ---- references ----------------------------------------------------------------------
+
+    def _hold(self, tree: Any) -> Any:
+        """``tree`` with tensors of the pool put off: until capture has ended, nobody knows
+        whether they are scratch (then borrowed) or live on in the model (then owned)."""
+        current = self.steps[-1]
+        assert isinstance(current, Segment)
+
+        def hold(tensor: Tensor) -> Tensor:
+            if not current.graph.may_own(tensor):
+                return tensor
+            deferred = _Deferred(tensor)
+            self._deferred[id(deferred.alias)] = deferred
+            return deferred.alias
+
+        return tree_map_only(Tensor, hold, tree)
+
+    def _settle(self) -> None:
+        """Own the tensors that live on; keep only aliases of the rest."""
+
+        def settle(tensor: Tensor) -> Tensor:
+            deferred = self._deferred.get(id(tensor))
+            return tensor if deferred is None else deferred.settled()
+
+        for step in self.steps:
+            calls = step.calls if isinstance(step, Segment) else [step.call]
+            for call in calls:
+                call.inputs = tree_map_only(Tensor, settle, call.inputs)
+                call.outputs = tree_map_only(Tensor, settle, call.outputs)
+            if isinstance(step, Break):
+                step.args = tree_map_only(Tensor, settle, step.args)
+                step.kwargs = tree_map_only(Tensor, settle, step.kwargs)
+        self._deferred.clear()
+        self._replay = [each.run for each in self.steps]
+
+
+def tensor_arguments(
+    op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensor arguments of a call by name: all of them, and those that the op writes."""
+    names = [each.name for each in op.overload._schema.arguments]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    return tensors, {name: tensors[name] for name in op.mutates if name in tensors}
+
+
+class _Deferred:
+    """A tensor whose storage may or may not outlive the capture."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.alias = borrow(tensor)
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def settled(self) -> Tensor:
+        if self._storage.expired():
+            return self.alias
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)  # type: ignore[attr-defined]
+        if storage is None:
+            return self.alias
+        alias = self.alias
+        owned = torch.empty(0, dtype=alias.dtype, device=alias.device)
+        return owned.set_(storage, alias.storage_offset(), alias.size(), alias.stride())  # type: ignore[no-any-return]
+
+

@@ -1,0 +1,38 @@
+"""The size of a step, as far as graphs care."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["decode", "mixed"]
+"""``decode``: every request has the same number of new tokens; ``mixed``: anything else."""
+PHASES: tuple[Phase, ...] = ("decode", "mixed")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How much one step computes, live or padded to a bucket."""
+
+    phase: Phase
+    num_tokens: int
+    num_requests: int
+    query_len: int
+    """New tokens of each request in the decode phase, 0 in the mixed phase."""
+
+    @staticmethod
+    def decode(num_requests: int, query_len: int = 1) -> StepShape:
+        return StepShape("decode", num_requests * query_len, num_requests, query_len)
+
+    @staticmethod
+    def mixed(num_tokens: int, num_requests: int) -> StepShape:
+        return StepShape("mixed", num_tokens, num_requests, 0)
+
+    @property
+    def size(self) -> int:
+        """What buckets count: requests in the decode phase, tokens in the mixed phase."""
+        return self.num_requests if self.phase == "decode" else self.num_tokens
+
+    def __str__(self) -> str:
+        per_request = f", {self.query_len} tokens each" if self.query_len > 1 else ""
+        return f"{self.phase}[{self.size}{per_request}]"

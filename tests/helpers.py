@@ -1,0 +1,186 @@
+"""Tiny random checkpoints, engines over them, and transformers as the oracle."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise import LLM, RequestOutput, SamplingParams
+
+VOCAB = 160
+CONTEXT = 256
+ARCHITECTURES = ("qwen3", "llama")
+
+_SHARPNESS = 2.0
+"""Gain of normalised query and key heads: heads then look at single tokens."""
+_STDS = {"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.5, "o_proj": 0.5, "embed_tokens": 0.3,
+         "lm_head": 0.4}  # fmt: skip
+_OTHER_STD = 0.1
+
+
+class TinyModel:
+    """A checkpoint in a directory, and what transformers computes from it in float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        return model.eval().requires_grad_(False)
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """[T, V]: row t predicts token t + 1."""
+        with torch.no_grad():
+            return self.reference(torch.tensor([list(token_ids)])).logits[0].float()
+
+    def logprobs(self, token_ids: Sequence[int]) -> Tensor:
+        return self.logits(token_ids).log_softmax(dim=-1)
+
+    def is_greedy(self, prompt: Sequence[int], output: Sequence[int]) -> bool:
+        """Whether greedy decoding by transformers gives ``output``.
+
+        By induction: each token is the argmax behind the tokens before it.
+        """
+        logits = self.logits([*prompt, *output])[len(prompt) - 1 : -1]
+        top = logits.topk(2).values
+        margin = float((top[:, 0] - top[:, 1]).min())
+        assert margin > 1e-4, "two tokens are nearly tied: this prompt decides nothing"
+        return logits.argmax(dim=-1).tolist() == list(output)
+
+
+class TinyModels:
+    """Makes tiny checkpoints, each once. Call it with an architecture and fields of its config."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, TinyModel] = {}
+
+    def __call__(self, architecture: str = "qwen3", *, seed: int = 0, **fields: Any) -> TinyModel:
+        key = json.dumps([architecture, seed, fields], sort_keys=True)
+        if key not in self._made:
+            path = self._root / f"{architecture}-{len(self._made)}"
+            random_model(architecture, seed, **fields).save_pretrained(path)
+            self._made[key] = TinyModel(path)
+        return self._made[key]
+
+
+def tiny_config(architecture: str, **fields: Any) -> Any:
+    from transformers import LlamaConfig, Qwen3Config
+
+    kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[architecture]
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return kind(**{**values, **fields})
+
+
+def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
+    """A transformers model whose greedy output is varied and far from ties.
+
+    Weights at the usual standard deviation of 0.02 repeat one token for ever: there a wrong
+    position, or a token that attention misses, would change nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **fields))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        *_, layer, kind = name.split(".")
+        with torch.no_grad():
+            if kind == "bias":
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+                if layer in ("q_norm", "k_norm"):
+                    parameter.mul_(_SHARPNESS)
+            else:
+                parameter.normal_(0.0, _STDS.get(layer, _OTHER_STD), generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def random_ids(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (length,), generator=generator).tolist()
+
+
+def make_llm(model: TinyModel | Path, device: str, **options: Any) -> LLM:
+    """An engine that computes in float32, small enough to be made often."""
+    path = model.path if isinstance(model, TinyModel) else model
+    defaults: dict[str, Any] = {
+        "device": device,
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "num_blocks": 129,
+        "skip_tokenizer_init": not (path / "tokenizer.json").exists(),
+    }
+    return LLM(str(path), **{**defaults, **options})
+
+
+def greedy(max_tokens: int = 16, **others: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **others)
+
+
+def token_ids(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    """Of the first completion of each request."""
+    return [list(each.outputs[0].token_ids) for each in outputs]
+
+
+def generate(
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]
+) -> list[list[int]]:
+    """Complete prompts; afterwards nothing may be left of them in the engine."""
+    outputs = token_ids(llm.generate(prompts, params, use_tqdm=False))
+    assert_idle(llm)
+    return outputs
+
+
+def assert_idle(llm: LLM) -> None:
+    """No request is left, and no cache block belongs to anyone."""
+    stats = llm.stats()
+    assert stats.num_requests == 0
+    assert stats.scheduler.num_running == 0
+    assert stats.scheduler.num_waiting == 0
+    assert stats.scheduler.num_blocks_used == 0
+    assert not llm.engine.has_work
+
+
+@contextlib.contextmanager
+def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
+    """The logits [V] of every draw within the ``with`` block, by request id."""
+    runner: Any = llm.engine.runner
+    sampler, seen = runner.sampler, dict[str, list[Tensor]]()
+
+    class Recorder:
+        def __call__(self, logits: Tensor, requests: Sequence[Any]) -> Any:
+            for row, request in zip(logits.float().cpu(), requests, strict=True):
+                seen.setdefault(request.request_id, []).append(row.clone())
+            return sampler(logits, requests)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sampler, name)
+
+    runner.sampler = Recorder()
+    try:
+        yield seen
+    finally:
+        runner.sampler = sampler

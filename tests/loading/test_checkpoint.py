@@ -1,0 +1,164 @@
+"""Finding a checkpoint and reading what describes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
+
+from reprise import LLM
+from reprise.errors import LoadError, ModelError, RepriseError
+from reprise.loading import open_checkpoint
+
+
+@pytest.fixture
+def copy(tiny: TinyModels, tmp_path: Path) -> Path:
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny("llama").path, tmp_path / "model"))
+
+
+def change_config(path: Path, **fields: Any) -> None:
+    file = path / "config.json"
+    config = {**json.loads(file.read_text()), **fields}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value != "drop"}))
+
+
+def check_refused(path: Path, error: type[RepriseError], named: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        LLM(str(path), device="cpu", skip_tokenizer_init=True)
+    for each in named:
+        assert each in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
+def test_unknown_directory(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        LLM(name, device="cpu")
+    assert repr(name) in str(caught.value)
+    assert "no such directory" in str(caught.value)
+
+
+def test_unknown_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        LLM("nobody/no-such-model", device="cpu")
+    assert "nobody/no-such-model" in str(caught.value)
+    assert "local directory" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no such model!", "", "a//b", "-"])
+def test_neither_a_directory_nor_an_id(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="model="):
+        LLM(name, device="cpu")
+
+
+def test_directory_without_a_config(tmp_path: Path) -> None:
+    check_refused(tmp_path, ModelError, [str(tmp_path), "config.json"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "\x00\xff", "[]", "3", '"qwen3"', "null"])
+def test_config_that_is_none(copy: Path, content: str) -> None:
+    (copy / "config.json").write_text(content, encoding="latin-1")
+    check_refused(copy, ModelError, ["config.json"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "drop"}, ["model_type"]),
+        ({"model_type": 3}, ["model_type"]),
+        ({"model_type": "nonesuch"}, ["LlamaForCausalLM", "nonesuch"]),
+        ({"architectures": ["NoneSuchForCausalLM"]}, ["NoneSuchForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": []}, ["none given", "LlamaForCausalLM"]),
+        ({"architectures": "drop"}, ["none given", "LlamaForCausalLM"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
+        ({"architectures": 3}, ["architectures"]),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel"]),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, ["BertModel"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "wide"]),
+        ({"hidden_size": 65}, ["hidden", "65"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers=0"]),
+        ({"vocab_size": -4}, ["vocab_size=-4"]),
+        ({"hidden_size": 0}, ["hidden_size=0"]),
+        ({"head_dim": 15}, ["head_dim=15", "even"]),
+        ({"rope_parameters": {"rope_type": "spiral"}}, ["spiral"]),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            ["low_freq_factor"],
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}}, ["fact"]),
+        ({"max_position_embeddings": None}, ["max_position_embeddings"]),
+        ({"max_position_embeddings": 0}, ["max_position_embeddings=0"]),
+        ({"dtype": "int3"}, ["int3"]),
+    ],
+)
+def test_config_that_cannot_be_built(
+    copy: Path, fields: dict[str, Any], named: list[str]
+) -> None:
+    change_config(copy, **fields)
+    check_refused(copy, ModelError, named)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_spoiled_generation_config(copy: Path, content: str) -> None:
+    (copy / "generation_config.json").write_text(content)
+    check_refused(copy, LoadError, ["generation_config.json"])
+
+
+def test_no_tokenizer(copy: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        LLM(str(copy), device="cpu")
+    assert "skip_tokenizer_init=True" in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+def test_config_of_older_transformers(copy: Path, device: str) -> None:
+    """rope_scaling and rope_theta beside each other, torch_dtype, scaling type under "type"."""
+    parameters = {"rope_type": "linear", "factor": 2.0}
+    change_config(copy, rope_parameters={**parameters, "rope_theta": 700.0})
+    prompt = random_ids(1, 40)
+    new = generate(make_llm(copy, device), [prompt], greedy(24))
+    assert TinyModel(copy).is_greedy(prompt, new[0])
+    for scaling in (parameters, {"type": "linear", "factor": 2.0}):
+        change_config(
+            copy,
+            rope_parameters="drop",
+            dtype="drop",
+            torch_dtype="float32",
+            rope_scaling=scaling,
+            rope_theta=700.0,
+        )
+        assert generate(make_llm(copy, device), [prompt], greedy(24)) == new
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, None, set()),
+        (None, 5, {5}),
+        (None, [5, 6], {5, 6}),
+        (7, 5, {5, 7}),
+        ([7, 8], None, {7, 8}),
+        (0, 0, {0}),
+    ],
+)
+def test_end_of_text_tokens(copy: Path, generation: Any, config: Any, expected: set[int]) -> None:
+    change_config(copy, eos_token_id=config)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert open_checkpoint(str(copy)).stop_token_ids == expected
+
+
+def test_recommended_sampling(copy: Path, device: str) -> None:
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
+    (copy / "generation_config.json").write_text(json.dumps({**recommended, "do_sample": True}))
+    params = make_llm(copy, device).get_default_sampling_params()
+    assert {name: getattr(params, name) for name in recommended} == recommended
+    (copy / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    assert make_llm(copy, device).get_default_sampling_params().greedy

@@ -1,0 +1,279 @@
+"""Checkpoints on disk into parameters: every layout, and every way in which they can be broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ARCHITECTURES,
+    TinyModel,
+    TinyModels,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+    random_model,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reprise.errors import LoadError
+
+PROMPT = random_ids(1, 20)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def check_greedy(model: TinyModel, device: str, **options: Any) -> None:
+    output = generate(make_llm(model, device, **options), [PROMPT], greedy(24))[0]
+    assert model.is_greedy(PROMPT, output)
+
+
+@pytest.fixture
+def copy(tiny: TinyModels, tmp_path: Path) -> Path:
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny("qwen3").path, tmp_path / "model"))
+
+
+# ---- layouts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shards_with_an_index(tmp_path: Path, device: str, architecture: str) -> None:
+    random_model(architecture).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    check_greedy(TinyModel(tmp_path), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_disk(tmp_path: Path, device: str, dtype: torch.dtype) -> None:
+    random_model("qwen3").to(dtype).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {each.dtype for each in stored.values()} == {dtype}
+    check_greedy(TinyModel(tmp_path), device)
+
+
+def test_computes_in_half_precision(tiny: TinyModels, device: str) -> None:
+    """bfloat16 gives other tokens in the end, but close logits: the likeliest one at first."""
+    model = tiny("qwen3")
+    llm = make_llm(model, device, dtype="bfloat16")
+    assert {each.dtype for each in llm.engine.runner.model.parameters()} == {torch.bfloat16}
+    first = generate(llm, [PROMPT], greedy(1))[0][0]
+    logprobs = model.logprobs(PROMPT)[-1]
+    assert float(logprobs.max() - logprobs[first]) < 0.2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tied_checkpoint_that_stores_its_head(
+    tmp_path: Path, device: str, architecture: str
+) -> None:
+    random_model(architecture, tie_word_embeddings=True).save_pretrained(tmp_path)
+
+    def store_head(tensors: dict[str, Tensor]) -> None:
+        assert "lm_head.weight" not in tensors
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(tmp_path, store_head)
+    check_greedy(TinyModel(tmp_path), device)
+
+
+def test_stored_rotary_frequencies_are_ignored(tmp_path: Path, device: str) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(8)}))
+    check_greedy(TinyModel(tmp_path), device)
+
+
+def test_dummy_weights_need_a_config_alone(
+    tiny: TinyModels, tmp_path: Path, device: str
+) -> None:
+    shutil.copy(tiny("qwen3").path / "config.json", tmp_path)
+    for model in (tmp_path, tmp_path / "config.json"):
+        llm = make_llm(model, device, load_format="dummy", skip_tokenizer_init=True)
+        assert len(generate(llm, [PROMPT], greedy(8))[0]) == 8
+
+    def weights(seed: int) -> dict[str, Tensor]:
+        llm = make_llm(tmp_path, device, load_format="dummy", seed=seed)
+        return llm.engine.runner.model.state_dict()
+
+    first, again, other = weights(1), weights(1), weights(2)
+    for name, tensor in first.items():
+        assert bool(tensor.isfinite().all())
+        assert torch.equal(tensor, again[name])
+        if tensor.dim() > 1:
+            assert not torch.equal(tensor, other[name])
+            assert 0.015 < float(tensor.std()) < 0.025
+
+
+def test_config_overrides(tiny: TinyModels, tmp_path: Path, device: str) -> None:
+    """As if the config had said so."""
+    path = Path(shutil.copytree(tiny("llama").path, tmp_path / "model"))
+    overrides = {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        "rms_norm_eps": 0.01,
+    }
+    plain = generate(make_llm(path, device), [PROMPT], greedy(24))
+    changed = generate(make_llm(path, device, hf_overrides=overrides), [PROMPT], greedy(24))
+    assert changed != plain
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **overrides}))
+    assert TinyModel(path).is_greedy(PROMPT, changed[0])
+
+
+def test_fewer_layers_by_an_override(tiny: TinyModels, device: str) -> None:
+    llm = make_llm(
+        tiny("qwen3"), device, load_format="dummy", hf_overrides={"num_hidden_layers": 1}
+    )
+    assert len(list(llm.engine.runner.model.attention_layers())) == 1
+    assert len(generate(llm, [PROMPT], greedy(3))[0]) == 3
+
+
+# ---- faults ------------------------------------------------------------------------------
+
+
+def no_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def truncated(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def truncated_in_the_header(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def empty(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def not_safetensors(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"\x80\x02}q\x00." * 1000)
+
+
+def spoiled_header(path: Path) -> None:
+    file = path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8:60] = bytes(52)
+    file.write_bytes(content)
+
+
+def missing_shard(path: Path) -> None:
+    shard(path)
+    (path / "model-00002-of-00002.safetensors").unlink()
+
+
+def truncated_shard(path: Path) -> None:
+    shard(path)
+    file = path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def spoiled_index(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {')
+
+
+def index_without_a_map(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+
+
+def index_of_a_wrong_type(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").write_text('[1, 2]')
+
+
+def shard(path: Path) -> None:
+    """Split the one file in two, with an index."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, path / file, {"format": "pt"})
+        index.update(dict.fromkeys(part, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_weights, ["no *.safetensors file", "load_format='dummy'"]),
+        (truncated, ["model.safetensors", "corrupted"]),
+        (truncated_in_the_header, ["model.safetensors", "corrupted"]),
+        (empty, ["model.safetensors", "corrupted"]),
+        (not_safetensors, ["model.safetensors", "corrupted"]),
+        (spoiled_header, ["model.safetensors", "corrupted"]),
+        (missing_shard, ["model-00002-of-00002.safetensors", "index.json"]),
+        (truncated_shard, ["model-00002-of-00002.safetensors", "corrupted"]),
+        (spoiled_index, ["index.json", "not a valid weight index"]),
+        (index_without_a_map, ["index.json", "not a valid weight index", "weight_map"]),
+        (index_of_a_wrong_type, ["index.json", "not a valid weight index"]),
+    ],
+)
+def test_broken_files(
+    copy: Path, device: str, spoil: Callable[[Path], None], named: list[str]
+) -> None:
+    spoil(copy)
+    with pytest.raises(LoadError) as caught:
+        make_llm(copy, device)
+    for each in named:
+        assert each in str(caught.value)
+
+
+def test_shards_load_when_nothing_is_broken(copy: Path, device: str) -> None:
+    shard(copy)
+    check_greedy(TinyModel(copy), device)
+
+
+def test_all_wrong_tensors_are_listed_at_once(copy: Path, device: str) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.1.self_attn.k_proj.weight"]
+        tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(3)
+        tensors["visual.proj"] = torch.zeros(3)
+        tensors["lm_head.weight"] = torch.zeros(5, 7)
+        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(64, 96)
+
+    rewrite(copy, spoil)
+    with pytest.raises(LoadError) as caught:
+        make_llm(copy, device)
+    message = str(caught.value)
+    for each in (
+        "missing (2): model.layers.1.self_attn.k_proj.weight, model.norm.weight",
+        "unexpected (2): model.layers.9.mlp.up_proj.weight, visual.proj",
+        "wrong shape (2): ",
+        "lm_head.weight: [5, 7] in the file, [160, 64] in the model",
+        "model.layers.0.mlp.gate_proj.weight: [64, 96] in the file, [96, 64] in the model",
+    ):
+        assert each in message
+
+
+def test_weights_of_another_config(tiny: TinyModels, tmp_path: Path, device: str) -> None:
+    """Nothing is silently dropped or left unset when the config asks for another model."""
+    path = Path(shutil.copytree(tiny("llama").path, tmp_path / "model"))
+    with pytest.raises(LoadError) as fewer:
+        make_llm(path, device, hf_overrides={"num_hidden_layers": 1})
+    assert "unexpected (9)" in str(fewer.value)
+    with pytest.raises(LoadError) as bias:
+        make_llm(path, device, hf_overrides={"attention_bias": True})
+    assert "missing (8)" in str(bias.value)
+    with pytest.raises(LoadError, match=r"lm_head\.weight"):
+        make_llm(path, device, hf_overrides={"tie_word_embeddings": True})

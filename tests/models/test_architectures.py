@@ -1,0 +1,117 @@
+"""Each architecture against its transformers class: logits and greedy tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyModels, generate, greedy, make_llm, random_ids, recorded_logits
+
+from reprise.errors import ModelError
+
+STEPS = 64
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+BOTH: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "gqa 1": {"num_attention_heads": 8, "num_key_value_heads": 8},
+    "gqa 2, untied": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "gqa 4, tied": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "gqa 8": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "odd group": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "wide heads": {"head_dim": 64},
+    "rope llama3": {"rope_parameters": LLAMA3},
+    "rope yarn": {"rope_parameters": YARN},
+    "rope linear": {"rope_parameters": LINEAR},
+    "attention bias": {"attention_bias": True},
+    "eps": {"rms_norm_eps": 0.1},
+}
+CASES = [
+    *(("qwen3", name, fields) for name, fields in BOTH.items()),
+    *(("llama", name, fields) for name, fields in BOTH.items()),
+    ("llama", "mlp bias", {"mlp_bias": True, "attention_bias": True}),
+    ("llama", "head_dim from hidden", {"head_dim": None}),
+    (
+        "qwen3",
+        "sliding window in the upper layers",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 13,
+            "max_window_layers": 1,
+        },
+    ),
+    (
+        "qwen3",
+        "sliding window everywhere",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    ),
+    ("qwen3", "sliding window off", {"use_sliding_window": False, "sliding_window": 8}),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [pytest.param(kind, fields, id=f"{kind}: {name}") for kind, name, fields in CASES],
+)
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    tiny: TinyModels, device: str, tolerance: float, architecture: str, fields: dict[str, Any]
+) -> None:
+    model = tiny(architecture, **fields)
+    llm = make_llm(model, device)
+    prompts = [random_ids(1, 1), random_ids(2, 100), random_ids(3, 17)]
+    with recorded_logits(llm) as seen:
+        outputs = generate(llm, prompts, greedy(STEPS))
+    for name, prompt, output in zip(seen, prompts, outputs, strict=True):
+        expected = model.logits([*prompt, *output])[len(prompt) - 1 : -1]
+        found = torch.stack(seen[name][:STEPS])
+        assert float((found - expected).abs().max()) < tolerance
+        assert len(output) == STEPS
+        assert model.is_greedy(prompt, output)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_the_tests_models_are_worth_testing_with(tiny: TinyModels, architecture: str) -> None:
+    """Their greedy output varies, and depends on distant tokens and on their order."""
+    model = tiny(architecture)
+    prompt = random_ids(2, 100)
+    logits = model.logits(prompt)
+    assert len(set(logits.argmax(dim=-1).tolist())) > 30
+    for changed in ([prompt[0] ^ 1, *prompt[1:]], [prompt[1], prompt[0], *prompt[2:]]):
+        assert float((model.logits(changed)[-1] - logits[-1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "named"),
+    [
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ],
+)
+def test_what_an_architecture_does_not_compute_is_refused(
+    tiny: TinyModels, device: str, architecture: str, overrides: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ModelError, match="not supported") as caught:
+        make_llm(tiny(architecture), device, hf_overrides=overrides)
+    assert named in str(caught.value)
+    assert "supported: " in str(caught.value)
