@@ -184,3 +184,46 @@ def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
         yield seen
     finally:
         runner.sampler = sampler
+
+
+TEXT_VOCAB = 340
+CORPUS = [
+    "Once upon a time there was a small cat. The cat had a red hat and a blue ball.",
+    "12 + 34 = 46 and 50 - 8 = 42; x == y != z",
+    "Grüße aus Köln, señor! Ça va? naïve façade",
+    "漢字とかな、한국어, русский текст, ελληνικά",
+    "👍🏽 👩‍👩‍👧 🎉🎉🎉 🇩🇪 ✅",
+] * 4  # fmt: skip
+
+
+def byte_level_tokenizer() -> Any:
+    """Byte-level BPE over :data:`CORPUS`: any text goes in, and characters are cut anywhere."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT_VOCAB,
+        special_tokens=["<eos>", "<user>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        chat_template=(
+            "{% for message in messages %}<user>{{ message.role }}: {{ message.content }}\n"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        ),
+    )
+
+
+def text_model(tiny: TinyModels, architecture: str = "llama", **fields: Any) -> TinyModel:
+    """A checkpoint with a tokenizer; its random text has all kinds of characters."""
+    model = tiny(architecture, vocab_size=TEXT_VOCAB, **fields)
+    if not (model.path / "tokenizer.json").exists():
+        byte_level_tokenizer().save_pretrained(model.path)
+    return model

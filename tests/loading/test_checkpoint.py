@@ -96,7 +96,7 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}}, ["fact"]),
         ({"max_position_embeddings": None}, ["max_position_embeddings"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0"]),
-        ({"dtype": "int3"}, ["int3"]),
+        ({"dtype": "float99"}, ["float99"]),
     ],
 )
 def test_config_that_cannot_be_built(

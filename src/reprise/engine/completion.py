@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reprise.engine.detokenizer import Detokenizer
+from reprise.engine.detokenizer import Detokenizer, fast_decoder
 from reprise.outputs import (
     CompletionOutput,
     Logprobs,
@@ -26,6 +26,7 @@ class Completion:
         self.cumulative_logprob: float | None = None
         if request.params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
+        self.tokenizer = tokenizer
         self.detokenizer: Detokenizer | None = None
         if tokenizer is not None and request.params.detokenize:
             self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
@@ -35,6 +36,7 @@ class Completion:
         for token, entry in zip(token_ids, logprobs, strict=False):
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
+            name_tokens(entry, self.tokenizer)
             self.logprobs.append(entry)
             self.cumulative_logprob += entry[token].logprob
         if self.detokenizer is None:
@@ -57,6 +59,15 @@ class Completion:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
+
+
+def name_tokens(entry: Logprobs, tokenizer: Any) -> None:
+    """Add the text of each token, which may be part of a character only."""
+    if tokenizer is None:
+        return
+    decode = fast_decoder(tokenizer, skip_special_tokens=False)
+    for token, logprob in entry.items():
+        logprob.decoded_token = decode([token])
 
 
 class CompletionGroup:
@@ -92,6 +103,8 @@ class CompletionGroup:
     def set_prompt_logprobs(self, start: int, entries: Sequence[Logprobs]) -> None:
         """The step that began at token ``start`` gave these for the tokens behind it."""
         assert self.prompt_logprobs is not None
+        for entry in entries:
+            name_tokens(entry, self.completions[0].tokenizer)
         self.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
 
     def output(self) -> RequestOutput:

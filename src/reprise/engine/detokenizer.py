@@ -10,8 +10,8 @@ from reprise.sampling_params import SamplingParams
 CONTEXT_TOKENS = 6
 """Prompt tokens that are decoded along, since a token's text can depend on its predecessors."""
 
-LONGEST_CHARACTER = 8
-"""Tokens after which text that is still no valid character is emitted as it is."""
+PATIENCE = 8
+"""Tokens without a whole character after which what there is is emitted as it is."""
 
 REPLACEMENT = "\ufffd"
 
@@ -41,13 +41,14 @@ class Detokenizer:
         self.text = ""
         self._decode = fast_decoder(tokenizer, params.skip_special_tokens)
         self._params = params
-        self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        self._num_context = len(self._ids)
-        self._begin = 0
-        """Decoding starts here: text before it cannot change any more."""
-        self._emitted = len(self._ids)
-        """The text of the tokens before this one is part of ``text`` (or of the prompt)."""
-        self._prefix = self._decode(self._ids)
+        self._num_tokens = 0
+        self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        """Tokens that are decoded together: text before them cannot change any more."""
+        self._num_context = len(self._window)
+        """The first tokens of the window: their text is part of ``text`` or of the prompt."""
+        self._num_emitted = len(self._decode(self._window))
+        """The first characters of the window's text: likewise."""
+        self._num_stalled = 0
         stops = params.stop_strings
         self._held_back = 0
         if stops and not params.include_stop_str_in_output:
@@ -57,23 +58,38 @@ class Detokenizer:
         """Add tokens. Returns the stop string that the text now contains, with the text cut there,
         or None."""
         for token_id in token_ids:
-            self._ids.append(token_id)
-            text = self._decode(self._ids[self._begin :])
-            waiting = len(self._ids) - self._emitted
-            if text.endswith(REPLACEMENT) and waiting < LONGEST_CHARACTER:
-                continue
-            added = text[len(self._prefix) :]
-            self._begin = self._emitted
-            self._emitted = len(self._ids)
-            self._prefix = self._decode(self._ids[self._begin :])
+            self._num_tokens += 1
+            added = self._next_characters(token_id)
             if not added:
                 continue
             self.text += added
-            if len(self._ids) - self._num_context >= self._params.min_tokens:
+            if self._num_tokens >= self._params.min_tokens:
                 found = self._find_stop(len(added))
                 if found is not None:
                     return found
         return None
+
+    def _next_characters(self, token_id: int) -> str:
+        """The characters that this token completes."""
+        window = self._window
+        window.append(token_id)
+        text = self._decode(window)
+        whole = text.rstrip(REPLACEMENT)
+        if len(whole) < len(text) and self._num_stalled < PATIENCE:
+            # A character whose other bytes are still to come looks like an invalid one.
+            added = whole[self._num_emitted :]
+            self._num_emitted += len(added)
+            self._num_stalled = 0 if added else self._num_stalled + 1
+            return added
+        added = text[self._num_emitted :]
+        if not added and len(window) == self._num_context + 1:
+            window.pop()  # a special token: invisible, and no context for what follows
+            return ""
+        self._window = window[self._num_context :]
+        self._num_context = len(self._window)
+        self._num_emitted = len(self._decode(self._window))
+        self._num_stalled = 0
+        return added
 
     def stable_length(self, finished: bool) -> int:
         """Characters of ``text`` that no stop string can take back any more."""

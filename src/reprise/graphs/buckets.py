@@ -63,10 +63,10 @@ def parse_buckets(text: str | None, max_requests: int, max_tokens: int) -> Bucke
     found: dict[str, tuple[int, ...]] = {}
     if "=" in text:
         for part in text.split(";"):
-            phase, equals, sizes = (each.strip() for each in part.partition("="))
+            phase, equals, listed = (each.strip() for each in part.partition("="))
             if not equals or phase not in PHASES or phase in found:
                 raise _bad(text)
-            found[phase] = _numbers(sizes, text)
+            found[phase] = _numbers(listed, text)
     else:
         found = dict.fromkeys(PHASES, _numbers(text, text))
     limits = {"decode": max_requests, "mixed": max_tokens}
@@ -91,6 +91,5 @@ def _numbers(text: str, whole: str) -> tuple[int, ...]:
 
 def _bad(text: str) -> ConfigError:
     return ConfigError(
-        f"graph_buckets={text!r}: expected sizes such as 1,2,4,8 or "
-        "decode=1,2,4;mixed=64,128"
+        f"graph_buckets={text!r}: expected sizes such as 1,2,4,8 or decode=1,2,4;mixed=64,128"
     )

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ VERIFY_SECONDS = 2.0
 graph gets its first probe in any case."""
 LOCATE_AT_MOST = 2
 """Graphs of one phase and executor whose fault is traced to its op; the rest fail alike."""
+WARN_AT_MOST = 3
 
 
 @dataclass
@@ -61,10 +63,10 @@ class Capturer:
         self._agree = agree
         self._exact = exact
         self._pool: Any = None
-        self._memory: list[Tensor] | None = None
+        self._memory: dict[int, list[Tensor]] = {}
         self._compiled: Callable[..., Any] | None = None
         self._located: dict[tuple[str, Executor], int] = {}
-        self._logged: set[tuple[Executor, str]] = set()
+        self._logged: Counter[tuple[str, Executor]] = Counter()
 
     def model(self, executor: Executor) -> Callable[..., Any]:
         """What ``forward`` is to call for an executor."""
@@ -109,7 +111,7 @@ class Capturer:
         computation, model = self._computation, self.model(executor)
         if self._pool is None:
             self._pool = self._platform.graph_pool()
-        self._memory = None
+        self._memory.clear()
         try:
             self.empty_inputs(cell.shape)
             # Kernels are compiled and tuned, and workspaces allocated, outside of the capture.
@@ -135,11 +137,15 @@ class Capturer:
         info = cell.info
         info.verified, info.segments, info.breaks, info.bytes = False, 0, 0, 0
         info.executor = "none"
-        info.quarantined = f"{executor}: {reason}"
-        # One cause usually fails many buckets alike.
-        level = logging.DEBUG if (executor, reason) in self._logged else logging.WARNING
-        self._logged.add((executor, reason))
-        logger.log(level, "graph %s quarantined (%s): %s", cell.shape, executor, reason)
+        earlier = "" if info.quarantined is None else f"{info.quarantined}; then "
+        info.quarantined = f"{earlier}{executor}: {reason}"
+        # One cause usually fails many buckets alike; the report has them all.
+        self._logged[info.phase, executor] += 1
+        times = self._logged[info.phase, executor]
+        if times <= WARN_AT_MOST:
+            logger.warning("graph %s quarantined (%s): %s", cell.shape, executor, reason)
+        if times == WARN_AT_MOST:
+            logger.warning("further %s graphs (%s) fail silently", info.phase, executor)
 
     # ---- verification --------------------------------------------------------------------
 
@@ -182,33 +188,33 @@ class Capturer:
     def _probe(self, cell: Cell, probe: Probe) -> str | None:
         """Why the cell's graph is wrong on the probe; None: it is right."""
         assert cell.graph is not None
-        if self._memory is None:
-            self._memory = self._platform.graph_pool_memory(self._pool)
+        pool = cell.graph.pool
+        if id(pool) not in self._memory:
+            self._memory[id(pool)] = self._platform.graph_pool_memory(pool)
         model = self.model(cell.info.executor)
         probe.fill()
         try:
             found: Difference | str | None = check_probe(
-                self._computation, cell.graph, cell.shape, probe.live, model, self._memory,
-                exact=self._exact,
+                self._computation, cell.graph, cell.shape, probe.live, model,
+                self._memory[id(pool)], exact=self._exact,
             )  # fmt: skip
         except Exception as error:
             found = f"{type(error).__name__}: {_first_line(error)}"
         if self._agree(found is None):
             return None
-        if found is None:
-            return f"probe {probe.name!r}: wrong on another rank"
         where = ""
         key = (cell.shape.phase, cell.info.executor)
         if self._located.get(key, 0) < LOCATE_AT_MOST:
             self._located[key] = self._located.get(key, 0) + 1
-            where = self.where(cell, probe.fill)
-        return f"probe {probe.name!r}: {found}{where}"
+            where = self.where(cell, probe.live, probe.fill)
+        return f"probe {probe.name!r}: {found or 'wrong on another rank'}{where}"
 
-    def where(self, cell: Cell, fill: Callable[[], None]) -> str:
-        """``; first diverging op: ...`` for a cell's graph that is wrong on what ``fill`` writes."""
+    def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
+        """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
         location = locate(
-            self._computation, self._platform, cell.shape, fill,
+            self._computation, self._platform, cell.shape, live, fill,
             lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
+            self._agree,
         )  # fmt: skip
         return "" if location is None else f"; {location}"
 

@@ -61,7 +61,8 @@ def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
 def _settings() -> Iterator[None]:
     # Without duck shaping: equal numbers of tokens and requests in one step must not become a
     # condition for the next.
-    with shape_config.patch(use_duck_shape=False), torch._dynamo.config.patch(cache_size_limit=64):
+    patch = shape_config.patch  # type: ignore[attr-defined]
+    with patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=64):
         yield
 
 
@@ -123,7 +124,7 @@ class _PieceCompiler(fx.Interpreter):
 def _compile(piece: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    function = compile_fx(piece, list(examples))
+    function: Any = compile_fx(piece, list(examples))
 
     def call(*args: Any) -> Any:
         return launch(function, *args)
@@ -145,18 +146,22 @@ def _split(module: fx.GraphModule) -> tuple[fx.GraphModule, set[str]]:
             part += 1
         else:
             part_of[node] = part
-    split = split_module(module, None, lambda node: part_of[node], keep_original_order=True)
+    split = split_module(module, module, lambda node: part_of[node], keep_original_order=True)
     return split, breaks
 
 
 def _signature(piece: fx.GraphModule, examples: Sequence[Any]) -> Any:
     """Equal for pieces that one compilation serves: a decoder's layers differ in names alone."""
     number = {node: index for index, node in enumerate(piece.graph.nodes)}
+
+    def rename(node: fx.Node) -> Any:
+        return _Numbered(number[node])
+
     body = tuple(
         (
             node.op,
             str(node.target) if node.op != "placeholder" else "",
-            str(fx.map_arg((node.args, node.kwargs), lambda each: _Numbered(number[each]))),
+            str(fx.map_arg((node.args, node.kwargs), rename)),
         )
         for node in piece.graph.nodes
     )

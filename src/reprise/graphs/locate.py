@@ -33,13 +33,16 @@ class Location:
     """The argument, or ``result``."""
     produced: bool
     """The op itself computed it wrong; else it received it wrong from the code before it."""
+    after: str | None = None
+    """The last op that was right."""
 
     def __str__(self) -> str:
         if self.produced:
             return f"first diverging op: {self.op} ({self.tensor}), segment {self.segment}"
+        since = "the start" if self.after is None else self.after
         return (
-            f"first divergence: argument {self.tensor} of {self.op} is wrong already, "
-            f"segment {self.segment}"
+            f"first divergence: between {since} and {self.op}, whose argument {self.tensor} "
+            f"is wrong, segment {self.segment}"
         )
 
 
@@ -55,10 +58,12 @@ def locate(
     computation: Computation,
     platform: Platform,
     bucket: StepShape,
+    live: StepShape,
     fill: Callable[[], None],
     reset: Callable[[], None],
     original: SegmentedGraph | None,
     model: Callable[..., Any],
+    agree: Callable[[bool], bool],
 ) -> Location | None:
     """Find where ``bucket``'s graph diverges on the inputs that ``fill`` writes.
 
@@ -70,10 +75,12 @@ def locate(
         computation: What was captured.
         platform: Where.
         bucket: The shape of the graph.
+        live: The real rows of the inputs that ``fill`` writes.
         fill: Writes the inputs on which the graph is wrong.
         reset: Writes the inputs that graphs are captured with.
         original: The graph that was found wrong.
         model: What it captured.
+        agree: Whether all ranks say True.
     """
     state = None
     try:
@@ -82,9 +89,12 @@ def locate(
         with intercept(None), platform.capture_stream():
             computation.forward(bucket, computation.model)
         fresh = SegmentedGraph(platform, pool)
-        fresh.capture(lambda: computation.forward(bucket, computation.model), "ops")
+        whole = original is None or original.num_breaks == 0
+        fresh.capture(
+            lambda: computation.forward(bucket, computation.model), "all" if whole else "ops"
+        )
         fill()
-        state = computation.state(bucket)
+        state = computation.state(live)
         before = state.read()
         trace = _trace(computation, bucket, computation.model)
         state.write(before)
@@ -92,7 +102,7 @@ def locate(
         poison_memory(platform.graph_pool_memory(pool))
         found = _walk(fresh, trace)
         state.write(before)
-        if found is None and original is not None and original.num_breaks > 0:
+        if agree(found is None) and original is not None and original.num_breaks > 0:
             trace = _trace(computation, bucket, model)
             state.write(before)
             found = _walk(original, trace)
@@ -133,27 +143,30 @@ def _trace(
 
 
 def _walk(graph: SegmentedGraph, trace: dict[str, _Traced]) -> Location | None:
-    """Replay step by step up to the first difference."""
+    """Replay step by step; the first difference. All steps run, since ranks may communicate."""
     segments = 0
+    found: Location | None = None
+    right: str | None = None
     for step in graph.steps:
         call = _watched(step)
         traced = trace.get(str(call))
-        if call is None or traced is None:
+        if call is None or traced is None or found is not None:
             step.run()
         else:
             reads = {k: v for k, v in call.inputs.items() if k not in call.outputs}
             wrong = _first_wrong(traced.inputs, reads)
-            if wrong is not None:
-                return Location(segments, str(call), wrong, produced=False)
+            produced = wrong is None
             suspect = _first_wrong(traced.inputs, call.outputs)
             step.run()
-            wrong = _first_wrong(traced.outputs, call.outputs)
-            if wrong is not None and suspect is not None and _right_if_fed(step, call, traced):
-                return Location(segments, str(call), suspect, produced=False)
+            if wrong is None:
+                wrong = _first_wrong(traced.outputs, call.outputs)
+                if wrong is not None and suspect is not None and _right_if_fed(step, call, traced):
+                    wrong, produced = suspect, False
             if wrong is not None:
-                return Location(segments, str(call), wrong, produced=True)
+                found = Location(segments, str(call), wrong, produced, right)
+            right = str(call)
         segments += isinstance(step, Break)
-    return None
+    return found
 
 
 def _right_if_fed(step: Segment | Break, call: Call, traced: _Traced) -> bool:

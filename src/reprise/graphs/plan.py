@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from reprise.errors import ConfigError
@@ -103,19 +103,17 @@ def parse_plan(text: str) -> GraphPlan:
     choices = ("auto", *EXECUTORS)
     if lowered in choices:
         return GraphPlan(cast(Wanted, lowered), cast(Wanted, lowered))
-    plan = GraphPlan()
-    seen = set()
+    found: dict[str, Wanted] = {}
     for part in lowered.split(","):
         phase, equals, executor = (each.strip() for each in part.partition("="))
-        if not equals or phase not in PHASES or executor not in choices or phase in seen:
+        if not equals or phase not in PHASES or executor not in choices or phase in found:
             raise ConfigError(
                 f"graph_mode={text!r}: expected one of {', '.join(choices)}, or "
                 f"decode=EXECUTOR,mixed=EXECUTOR, or one of vLLM's "
                 f"{', '.join(each.upper() for each in ALIASES)}"
             )
-        seen.add(phase)
-        plan = replace(plan, **{phase: executor})
-    return plan
+        found[phase] = cast(Wanted, executor)
+    return GraphPlan(**found)
 
 
 def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:

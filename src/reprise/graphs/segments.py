@@ -15,11 +15,16 @@ from reprise.errors import GraphError
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
 from reprise.platforms.borrow import StorageWeakRef, borrow
-from reprise.platforms.device_graph import DeviceGraph, host_code, launch
+from reprise.platforms.device_graph import DeviceGraph, capture_pass, host_code, launch
 
 T = TypeVar("T")
-Split = Literal["nowhere", "breaks", "ops"]
-"""Where a segment ends: nowhere (one graph), at break ops, or around every op (diagnosis)."""
+Split = Literal["nowhere", "breaks", "ops", "all"]
+"""Where a segment ends: ``nowhere`` (one graph) or at ``breaks``. For diagnosis: around every op,
+with break ops run eagerly (``ops``) or captured too (``all``)."""
+
+
+class OpCaptureError(GraphError):
+    """An op cannot be captured; the message begins with which."""
 
 
 @dataclass
@@ -71,7 +76,7 @@ class SegmentedGraph:
 
     def __init__(self, platform: Platform, pool: Any) -> None:
         self._platform = platform
-        self._pool = pool
+        self.pool = pool
         self._split: Split = "nowhere"
         self.steps: list[Segment | Break] = []
         self._counts: Counter[str] = Counter()
@@ -99,7 +104,7 @@ class SegmentedGraph:
             RuntimeError: The device driver refused something during capture.
         """
         self._split = split
-        with self._platform.capture_stream():
+        with self._platform.capture_stream(), capture_pass():
             self._open()
             try:
                 with intercept(self._on_op):
@@ -119,7 +124,7 @@ class SegmentedGraph:
     # ---- capture -------------------------------------------------------------------------
 
     def _open(self) -> None:
-        segment = Segment(self._platform.new_graph(self._pool))
+        segment = Segment(self._platform.new_graph(self.pool))
         segment.graph.begin()
         self.steps.append(segment)
 
@@ -141,14 +146,19 @@ class SegmentedGraph:
     ) -> Any:
         call = Call(op.name, self._counts[op.name])
         self._counts[op.name] += 1
-        if self._split != "nowhere" and op.break_op:
-            return self._break(op, call, function, args, kwargs)
-        if self._split == "ops":
-            return self._own_segment(op, call, function, args, kwargs)
-        current = self.steps[-1]
-        assert isinstance(current, Segment)
-        current.calls.append(call)
-        return launch(function, *args, **kwargs)
+        try:
+            if op.break_op and self._split in ("breaks", "ops"):
+                return self._break(op, call, function, args, kwargs)
+            if self._split in ("ops", "all"):
+                return self._own_segment(op, call, function, args, kwargs)
+            current = self.steps[-1]
+            assert isinstance(current, Segment)
+            current.calls.append(call)
+            return launch(function, *args, **kwargs)
+        except (GraphError, RuntimeError) as error:
+            if isinstance(error, OpCaptureError):
+                raise
+            raise OpCaptureError(f"{call}: {error}") from error
 
     def _break(
         self,
@@ -250,11 +260,9 @@ class _Deferred:
     def settled(self) -> Tensor:
         if self._storage.expired():
             return self.alias
-        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)  # type: ignore[attr-defined]
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
             return self.alias
         alias = self.alias
         owned = torch.empty(0, dtype=alias.dtype, device=alias.device)
-        return owned.set_(storage, alias.storage_offset(), alias.size(), alias.stride())  # type: ignore[no-any-return]
-
-
+        return owned.set_(storage, alias.storage_offset(), alias.size(), alias.stride())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from reprise import ops
 from reprise.attention import AttentionMetadata
 from reprise.layers.attention import SelfAttention
 from reprise.layers.embedding import Embedding
@@ -47,13 +48,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(layers)
+        self._layers = layers
         self.norm = norm
 
     def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """token_ids, positions: [T] int64. Returns normalised hidden states [T, D]."""
         residual = self.embed_tokens(token_ids)
         x: Tensor | None = None
-        for layer in self.layers:
+        for layer in self._layers:
             norm = layer.input_layernorm
             x = norm(residual) if x is None else norm.add(x, residual)
             x = layer(x, residual, positions, metadata)
@@ -92,9 +94,9 @@ class CausalLM(nn.Module):
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
         return self.model(token_ids, positions, metadata)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[R, hidden_size] to [R, vocab_size] in the compute dtype; into ``out`` if given."""
-        return torch.mm(hidden, self.lm_head.weight.t(), out=out)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] to [R, vocab_size], in the compute dtype."""
+        return ops.linear(hidden, self.lm_head.weight, None)
 
     def attention_layers(self) -> Iterator[SelfAttention]:
         """The layers that own a KV cache, in the order in which they run."""

@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reprise import ops
 
 
 class Linear(nn.Module):
-    """``x @ weight.T + bias``: [..., in_features] to [..., out_features]."""
+    """``x @ weight.T + bias``: [T, in_features] to [T, out_features]."""
 
     def __init__(
         self,
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class MergedLinear(Linear):

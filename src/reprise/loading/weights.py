@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -72,8 +73,6 @@ def _fill_at_random(model: nn.Module, seed: int) -> None:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        import json
-
         try:
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -97,10 +96,12 @@ def _load_files(model: nn.Module, files: list[Path]) -> None:
     from safetensors import SafetensorError, safe_open
 
     destinations = checkpoint_tensors(model)
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = set(destinations)
     unexpected: list[str] = []
     misshapen: list[str] = []
+    again: list[tuple[Path, str]] = []
+    """A tied head may be stored though it is the embedding once more."""
     with progress("weights", len(destinations)) as bar, torch.no_grad():
         for file in files:
             try:
@@ -108,8 +109,9 @@ def _load_files(model: nn.Module, files: list[Path]) -> None:
                     for name in tensors.keys():  # noqa: SIM118 - not a dict
                         target = destinations.get(name)
                         if target is None:
-                            # A tied head may be stored though it is the embedding once more.
-                            if name not in aliases and not _is_computed(name):
+                            if name in parameters:
+                                again.append((file, name))
+                            elif not _is_computed(name):
                                 unexpected.append(name)
                             continue
                         problem = _copy(tensors, name, target)
@@ -119,7 +121,18 @@ def _load_files(model: nn.Module, files: list[Path]) -> None:
                         bar.advance()
             except (SafetensorError, OSError) as error:
                 raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
-    _report(missing, unexpected, misshapen)
+    different = []
+    if not missing:
+        different = [name for file, name in again if not _equals(file, name, parameters[name])]
+    _report(missing, unexpected, misshapen, different)
+
+
+def _equals(file: Path, name: str, parameter: Tensor) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        stored = tensors.get_tensor(name)
+    return stored.shape == parameter.shape and torch.equal(stored.to(parameter), parameter)
 
 
 def _copy(tensors: Any, name: str, target: Tensor) -> str | None:
@@ -135,13 +148,16 @@ def _is_computed(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
 
 
-def _report(missing: set[str], unexpected: list[str], misshapen: list[str]) -> None:
+def _report(
+    missing: set[str], unexpected: list[str], misshapen: list[str], different: list[str]
+) -> None:
     problems = [
         f"{kind} ({len(names)}): {', '.join(sorted(names))}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
+            ("not equal to what the config ties it to", different),
         )
         if names
     ]

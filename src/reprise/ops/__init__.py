@@ -1,6 +1,7 @@
 """The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
 
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
+from reprise.ops.linear import linear
 from reprise.ops.paged_attention import paged_attention
 from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
 from reprise.ops.rms_norm import rms_norm
@@ -14,6 +15,7 @@ __all__ = [
     "all_ops",
     "find",
     "fused_add_rms_norm",
+    "linear",
     "needs_triton",
     "op",
     "paged_attention",

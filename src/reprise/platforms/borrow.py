@@ -30,7 +30,7 @@ def borrow(tensor: Tensor) -> Tensor:
         storage.nbytes(),
         tensor.device,
         tensor.dtype,
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tuple(tensor.size()),
         tensor.stride(),
     )
@@ -49,4 +49,4 @@ def _over(
     # device; a test checks that it is there.
     storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
     empty = torch.empty(0, dtype=dtype, device=device)
-    return empty.set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+    return empty.set_(storage, offset, size, stride)

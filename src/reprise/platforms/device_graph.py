@@ -26,6 +26,7 @@ class _ThreadState(threading.local):
     graph: DeviceGraph | None = None
     recorder: Recorder | None = None
     """Set while the thread is inside the capture stream of a platform with recorded graphs."""
+    passes: int = 0
 
 
 state = _ThreadState()
@@ -34,6 +35,21 @@ state = _ThreadState()
 def capturing() -> bool:
     """Whether work that this thread submits now goes into a graph instead of running."""
     return state.graph is not None
+
+
+def in_capture_pass() -> bool:
+    """Whether a forward pass is being captured, the breaks between its segments included."""
+    return state.passes > 0 or state.graph is not None
+
+
+@contextlib.contextmanager
+def capture_pass() -> Iterator[None]:
+    """The ``with`` block is one forward pass that is captured, perhaps in segments."""
+    state.passes += 1
+    try:
+        yield
+    finally:
+        state.passes -= 1
 
 
 def launch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -105,7 +105,7 @@ class RecordedGraph(DeviceGraph):
         ]
         if not fresh:
             if writes:
-                self._calls.append(functools.partial(function, *self._keep(args), **self._keep(kwargs)))
+                self._calls.append(self._call(function, args, kwargs))
             return result
         moved = self._move(fresh)
         if not _leaves_uninitialised(function):
@@ -124,11 +124,12 @@ class RecordedGraph(DeviceGraph):
     ) -> None:
         """Add a call that fills ``moved``, the pool's copies of the ``fresh`` tensors."""
         targets = [self._keep(each) for each in moved]
-        call = functools.partial(function, *self._keep(args), **self._keep(kwargs))
+        call = self._call(function, args, kwargs)
         if len(leaves) == 1:
             into = _out_variant(function)
             if into is not None and moved[0].untyped_storage().nbytes() == moved[0].nbytes:
-                self._calls.append(functools.partial(into, *call.args, **call.keywords, out=targets[0]))
+                call = functools.partial(into, *call.args, **call.keywords, out=targets[0])
+                self._calls.append(call)
                 return
         new = {id(each) for each in fresh}
         positions = [index for index, each in enumerate(leaves) if id(each) in new]
@@ -150,8 +151,14 @@ class RecordedGraph(DeviceGraph):
                 storages[key] = self.pool.storage(each.untyped_storage().nbytes())
                 storages[key].copy_(each.untyped_storage())
             empty = torch.empty(0, dtype=each.dtype)
-            moved.append(empty.set_(storages[key], each.storage_offset(), each.size(), each.stride()))
+            layout = (each.storage_offset(), each.size(), each.stride())
+            moved.append(empty.set_(storages[key], *layout))
         return moved
+
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> functools.partial[Any]:
+        return functools.partial(function, *self._keep(args), **self._keep(kwargs))
 
     def _keep(self, tree: Any) -> Any:
         """``tree`` with tensors that do not hold on to the pool's blocks."""
@@ -194,9 +201,7 @@ class Recorder(TorchDispatchMode):
     def in_kernel(self) -> bool:
         return self._frames[-1] is not None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         graph = state.graph
         if self.in_kernel or not isinstance(graph, RecordedGraph):
@@ -208,8 +213,8 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
         if frame.expanded or state.graph is not graph:
             return result
-        work = frame.work or (func, args, kwargs)
-        return graph.record(*work, result, writes=func._schema.is_mutable)
+        function, args, kwargs = frame.work or (func, args, kwargs)
+        return graph.record(function, args, kwargs, result, writes=func._schema.is_mutable)
 
     def _take_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call a composite op so that the ops it is made of are recorded."""

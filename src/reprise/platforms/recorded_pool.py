@@ -61,7 +61,7 @@ class RecordedPool:
         if index < 0 or address >= self._starts[index] + self._chunks[index].numel():
             return None
         offset = address - self._starts[index] + tensor.storage_offset() * tensor.itemsize
-        return torch.empty(0, dtype=tensor.dtype).set_(  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=tensor.dtype).set_(
             self._chunks[index].untyped_storage(),
             offset // tensor.itemsize,
             tuple(tensor.size()),
@@ -105,7 +105,9 @@ class RecordedPool:
         self._starts.insert(chunk, memory.data_ptr())
         self._chunks.insert(chunk, memory)
         self._free.insert(chunk, [(size, total - size)] if total > size else [])
-        self._live = [(ref, at + (at >= chunk), *block) for ref, at, *block in self._live]
+        self._live = [
+            (ref, at + (at >= chunk), offset, taken) for ref, at, offset, taken in self._live
+        ]
         return chunk
 
     def _give_back(self, chunk: int, offset: int, size: int) -> None:

@@ -90,8 +90,8 @@ class StepBuffers:
 
     def fill(self, scheduled: Sequence[ScheduledRequest]) -> tuple[int, int]:
         """Write a step's requests in their order; returns (tokens, requests)."""
-        for each in self._all:
-            each.flip()
+        for mirrored in self._all:
+            mirrored.flip()
         requests = len(scheduled)
         counts = np.fromiter((each.num_tokens for each in scheduled), np.int64, requests)
         starts = np.fromiter((each.start for each in scheduled), np.int64, requests)
@@ -115,8 +115,8 @@ class StepBuffers:
             tables: [R, M] int32, blocks of each request.
             token_ids: [T], the new tokens.
         """
-        for each in self._all:
-            each.flip()
+        for mirrored in self._all:
+            mirrored.flip()
         requests, width = tables.shape
         self.forget_tables()
         self._tables[:requests, :width] = tables

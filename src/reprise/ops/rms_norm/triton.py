@@ -11,9 +11,9 @@ _TILE = 1024
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., D], any strides in up to three dimensions if channels adjoin."""
     size = x.shape[-1]
+    out = x.new_empty(x.shape)
     if x.stride(-1) != 1 or x.dim() > 3:
         x = x.reshape(-1, size).contiguous()
-    out = x.new_empty(x.shape)
     heads = x.shape[1] if x.dim() == 3 else 1
     rows = x.numel() // size
     block = triton.next_power_of_2(size)

@@ -37,7 +37,7 @@ def reference(
     """
     tokens = qkv.shape[0]
     _, _, kv_heads, head_size = key_cache.shape
-    heads = qkv.view(tokens, -1, head_size)
+    heads = qkv.view(tokens, qkv.shape[1] // head_size, head_size)
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if query_norm is not None:
         query = rms_norm(query, query_norm, eps)

@@ -1,0 +1,50 @@
+"""Capture, replay, verify: device graphs of any computation over static buffers.
+
+Knows tensors, ops and platforms; knows nothing of models or requests.
+"""
+
+from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
+from reprise.graphs.computation import Computation, Probe, State
+from reprise.graphs.memory import predict
+from reprise.graphs.plan import (
+    Downgrade,
+    Executor,
+    GraphPlan,
+    ResolvedPlan,
+    parse_plan,
+    resolve,
+)
+from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
+from reprise.graphs.runner import GraphRunner
+from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph
+from reprise.graphs.shape import PHASES, Phase, StepShape
+from reprise.graphs.verify import VerifyMode, parse_verify
+
+__all__ = [
+    "PHASES",
+    "Break",
+    "Buckets",
+    "Call",
+    "Computation",
+    "Downgrade",
+    "Executor",
+    "GraphInfo",
+    "GraphMemory",
+    "GraphPlan",
+    "GraphReport",
+    "GraphRunner",
+    "Phase",
+    "Probe",
+    "ResolvedPlan",
+    "Segment",
+    "SegmentedGraph",
+    "State",
+    "StepShape",
+    "VerifyMode",
+    "default_buckets",
+    "parse_buckets",
+    "parse_plan",
+    "parse_verify",
+    "predict",
+    "resolve",
+]

@@ -1,0 +1,1 @@
+"""Tools to test engines, kernels and platforms with."""

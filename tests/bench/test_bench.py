@@ -1,0 +1,174 @@
+"""The benchmarks measure something, and their records are complete and consistent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from reprise.bench.presets import LATENCY, THROUGHPUT, ThroughputWork, model_names
+
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A directory that holds a config and nothing else."""
+    path = tmp_path_factory.mktemp("config-only")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def bench(*arguments: str) -> dict:
+    """The record that ``reprise bench ARGUMENTS --json`` prints."""
+    from reprise.cli.app import app
+
+    result = CliRunner().invoke(app, ["bench", *arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    record = json.loads(result.stdout)
+    assert {"reprise", "torch", "triton", "transformers", "python"} == set(record["versions"])
+    for name in ("date", "command", "model", "device", "device_name", "dtype"):
+        assert record[name]
+    return record
+
+
+def dummy(model: str, device: str) -> tuple[str, ...]:
+    return "--model", model, "--load-format", "dummy", "--device", device
+
+
+def test_latency(model, device):
+    record = bench(
+        "latency", *dummy(model, device), "--batch-size", "1,3", "--input-len", "20,40",
+        "--output-lens", "4,36", "--repeats", "2", "--num-blocks", "64",
+    )  # fmt: skip
+    assert record["engine"]["num_blocks"] == 64
+    assert record["engine"]["enable_prefix_caching"] is False
+    assert record["floor"]["copy_tb_per_s"] > 0
+    assert record["floor"]["weight_bytes"] == record["floor"]["decode_weight_bytes"]
+    shapes = [(each["batch_size"], each["input_len"]) for each in record["results"]]
+    assert shapes == [(1, 20), (1, 40), (3, 20), (3, 40)]
+    for each in record["results"]:
+        assert each["output_lens"] == [4, 36]
+        assert 0 < each["floor_ms"] < each["ms_per_step"]
+        low, high = min(each["ms_per_step_all"]), max(each["ms_per_step_all"])
+        assert low <= each["ms_per_step"] <= high
+        assert len(each["ms_per_step_all"]) == 2
+        rate = each["batch_size"] * 1e3 / each["ms_per_step"]
+        assert each["tokens_per_s"] == pytest.approx(rate, rel=0.01)
+        rate = each["batch_size"] * each["input_len"] * 1e3 / each["first_token_ms"]
+        assert each["prefill_tokens_per_s"] == pytest.approx(rate, rel=0.01)
+        assert 0 < each["prefill_share_of_matmul_rate"] < 1
+
+
+def test_throughput(model, device):
+    record = bench(
+        "throughput", *dummy(model, device), "--num-prompts", "6", "--input-len-range", "4:30",
+        "--output-len-range", "3:9", "--repeats", "1", "--seed", "5",
+    )  # fmt: skip
+    assert record["requests"] == 6
+    assert 6 * 4 <= record["input_tokens"] <= 6 * 30
+    assert 6 * 3 <= record["output_tokens"] <= 6 * 9
+    rate = record["output_tokens"] / record["seconds"]
+    assert record["output_tokens_per_s"] == pytest.approx(rate, rel=0.05)
+    assert record["preemptions"] == 0
+
+
+def test_startup(model, device):
+    record = bench("startup", *dummy(model, device), "--repeats", "1")
+    parts = record["parts"]
+    assert parts["import"] > 0.1
+    assert parts["weights"] > 0
+    assert parts["tokenizer"] == 0
+    assert all(each >= 0 for each in parts.values())
+    assert sum(parts.values()) == pytest.approx(record["first_token_seconds"], abs=0.01)
+    assert record["ready_seconds"] < record["first_token_seconds"]
+
+
+def test_startup_reports_why_the_engine_did_not_start(tmp_path):
+    from reprise.cli.app import app
+
+    result = CliRunner().invoke(app, ["bench", "startup", "--model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "config.json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input-len", "600"), "holds 512"),
+        (("--batch-size", "300"), "max_num_seqs=256"),
+        (("--output-lens", "9,3"), "shorter first"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(model, device, arguments, message):
+    from reprise.cli.app import app
+
+    result = CliRunner().invoke(app, ["bench", "latency", *dummy(model, device), *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_tables_for_people(model, device):
+    from reprise.cli.app import app
+
+    result = CliRunner().invoke(
+        app,
+        ["bench", "latency", *dummy(model, device), "--output-lens", "2,4", "--repeats", "1"],
+        env={"COLUMNS": "140"},
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "ms/step" in result.stdout
+    assert "medians of 1" in result.stdout
+
+
+def test_preset_configs_are_models_that_can_be_built():
+    import torch
+
+    from reprise import models
+    from reprise.bench.presets import CONFIGS
+    from reprise.loading import open_checkpoint
+
+    sizes = {}
+    for name in model_names():
+        config = open_checkpoint(str(CONFIGS / name), config_only=True).config
+        model = models.build(
+            config, max_model_len=64, dtype=torch.bfloat16, device=torch.device("meta")
+        )
+        sizes[name] = sum(each.numel() for each in model.parameters())
+    assert sizes == {
+        "llama-3.2-1b": 1_235_814_400,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-8b": 8_190_735_360,
+    }
+
+
+def test_named_workloads_use_known_models():
+    for each in (*LATENCY.values(), *THROUGHPUT.values()):
+        assert each.model in model_names()
+
+
+def test_request_lengths_depend_on_the_seed_alone():
+    from reprise.bench.throughput import lengths
+
+    work = ThroughputWork(num_prompts=1000, input_len_range=(10, 12), output_len_range=(1, 2))
+    assert lengths(work, 3) == lengths(work, 3) != lengths(work, 4)
+    assert set(lengths(work, 3)[0]) == {10, 11, 12}
+    assert set(lengths(work, 3)[1]) == {1, 2}

@@ -1,0 +1,114 @@
+"""``reprise chat`` on the demo model: in a pipe and in a terminal."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+
+import pytest
+
+GREEDY = ("--temperature", "0", "--device", "cpu")
+
+
+def test_every_line_of_a_pipe_is_a_turn(invoke):
+    result = invoke("chat", *GREEDY, input="What is 12 + 30?\n\nWhat is 25 + 14?\n")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert "42" in first
+    assert "39" in second
+    assert result.stderr.count("first token after") == 2
+
+
+def test_commands(invoke):
+    result = invoke(
+        "chat", *GREEDY, "-q", input="/help\n/nonsense\n/reset\n/quit\nWhat is 1 + 1?\n"
+    )
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "Ctrl-C  stop the answer" in result.stderr
+    assert "unknown command /nonsense" in result.stderr
+    assert "conversation forgotten" in result.stderr
+
+
+def test_a_full_context_is_an_error_of_the_turn_only(invoke):
+    long = "word " * 200
+    result = invoke(
+        "chat", *GREEDY, "-q", "--max-model-len", "64", input=f"{long}\nWhat is 12 + 30?\n"
+    )
+    assert result.exit_code == 0
+    assert "error:" in result.stderr
+    assert "/reset begins anew" in result.stderr
+    assert "42" in result.stdout
+
+
+def test_a_model_without_a_chat_template_is_refused(invoke, tmp_path):
+    from pathlib import Path
+
+    import reprise
+
+    for each in (Path(reprise.__file__).parent / "demo_model").iterdir():
+        if each.name != "chat_template.jinja":
+            (tmp_path / each.name).symlink_to(each)
+    result = invoke("chat", "--model", str(tmp_path), input="hi\n")
+    assert result.exit_code == 2
+    assert "no chat template" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
+    chat = Terminal("chat", "--ignore-eos", "-n", "1800", "--device", "cpu")
+    try:
+        chat.wait_for("> ")
+        chat.type("Tell me a story.\n")
+        chat.wait_for(". ")
+        chat.type("\x03")
+        chat.wait_for("(stopped)")
+        chat.wait_for("> ")
+        chat.type("\x04")
+        assert chat.exit_status() == 0
+    finally:
+        chat.close()
+
+
+class Terminal:
+    """``reprise ARGUMENTS`` in a pseudo terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        import pty
+
+        self._child, self._terminal = pty.fork()
+        if self._child == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, "-m", "reprise", *arguments])
+        self._unread = b""
+        self._ended = False
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Read until ``text`` appears; what follows it is read by the next call."""
+        wanted, deadline = text.encode(), time.monotonic() + seconds
+        while wanted not in self._unread:
+            patience = max(0, deadline - time.monotonic())
+            assert select.select([self._terminal], [], [], patience)[0], self._unread
+            self._unread += os.read(self._terminal, 4096)
+        self._unread = self._unread.partition(wanted)[2]
+
+    def exit_status(self, seconds: float = 30) -> int:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self._child, os.WNOHANG)
+            if done:
+                self._ended = True
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        raise AssertionError("the program did not end")
+
+    def close(self) -> None:
+        if not self._ended:
+            os.kill(self._child, 9)
+            os.waitpid(self._child, 0)
+        os.close(self._terminal)

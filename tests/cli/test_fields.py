@@ -1,0 +1,79 @@
+"""Options made from dataclass fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from reprise.cli.command import command
+from reprise.cli.fields import FieldOptions, Special
+
+
+@dataclass
+class Sample:
+    name: str | None = None
+    """A name; None: none."""
+    mode: Literal["slow", "fast"] = "slow"
+    """How."""
+    size: int = 3
+    """How much."""
+    caching: bool = True
+    """Keep it."""
+    verbose: bool = False
+    """Say more."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings."""
+    tags: tuple[str, ...] = ()
+    """Words."""
+
+
+@pytest.fixture
+def parse():
+    """Arguments to what the command gets, or the output if it did not run."""
+    app = typer.Typer()
+    seen: list[dict[str, Any]] = []
+
+    def show(*, sample: dict[str, Any]) -> None:
+        seen.append(sample)
+
+    special = {"tags": Special(flags=("--tag",), parse=str.upper, repeated=True)}
+    command(app, "show", show, sample=FieldOptions(Sample, special=special))
+
+    def run(*arguments: str) -> Any:
+        seen.clear()
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "150"})
+        return seen[0] if seen else result.output
+
+    return run
+
+
+def test_only_what_was_given_is_passed_on(parse):
+    assert parse() == {}
+
+
+def test_each_kind_of_field(parse):
+    assert parse("--name", "x", "--mode", "fast", "--size", "5") == {
+        "name": "x",
+        "mode": "fast",
+        "size": 5,
+    }
+    assert parse("--more", '{"a": [1]}') == {"more": {"a": [1]}}
+    assert parse("--tag", "a", "--tag", "b") == {"tags": ["A", "B"]}
+
+
+def test_switches_go_both_ways(parse):
+    assert parse("--no-caching", "--verbose") == {"caching": False, "verbose": True}
+    assert parse("--caching", "--no-verbose") == {"caching": True, "verbose": False}
+
+
+def test_the_help_shows_documentation_defaults_and_the_useful_side_of_a_switch(parse):
+    text = parse("--help")
+    assert "A name; default: none." in text
+    assert "How much. [default: 3]" in text
+    assert "--no-caching" in text
+    assert "--no-verbose" not in text

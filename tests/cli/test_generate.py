@@ -1,0 +1,118 @@
+"""``reprise generate`` on the demo model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+
+GREEDY = ("--temperature", "0", "--device", "cpu")
+
+
+def test_streams_the_completion_and_sums_up_on_stderr(invoke):
+    result = invoke("generate", "47 + 38 =", *GREEDY)
+    assert result.exit_code == 0
+    assert result.stdout.strip() == "85"
+    assert "tokens" in result.stderr
+    assert "first token after" in result.stderr
+    assert "\x1b" not in result.stdout
+
+
+def test_quiet_prints_nothing_but_the_text(invoke):
+    result = invoke("generate", "47 + 38 =", *GREEDY, "--quiet")
+    assert result.stderr == ""
+
+
+def test_echo_puts_the_prompt_first(invoke):
+    result = invoke("generate", "47 + 38 =", *GREEDY, "-q", "--echo")
+    assert result.stdout == "47 + 38 = 85\n"
+
+
+def test_reads_standard_input(invoke):
+    assert invoke("generate", "-", *GREEDY, "-q", input="47 + 38 =\n").stdout.strip() == "85"
+    assert invoke("generate", *GREEDY, "-q", input="47 + 38 =\n").stdout.strip() == "85"
+
+
+def test_without_a_prompt_it_tells_a_story(invoke):
+    result = invoke("generate", *GREEDY, "-q", "-n", "8", input="")
+    assert result.stdout.startswith("Once upon a time")
+
+
+def test_stop_strings_and_length(invoke):
+    story = invoke("generate", "Once upon a time", *GREEDY, "-n", "40").stdout
+    word = story.split()[5]
+    cut = invoke("generate", "Once upon a time", *GREEDY, "-n", "40", "--stop", word)
+    assert cut.stdout.rstrip("\n") == story[: story.index(word)]
+    limited = invoke("generate", "Once upon a time", *GREEDY, "-n", "3")
+    assert "3 tokens" in limited.stderr
+    assert "length limit" in limited.stderr
+
+
+def test_seed_decides_the_draws(invoke):
+    def draw(seed: str) -> str:
+        return invoke(
+            "generate", "Once upon a time", "--temperature", "1.5", "-n", "24", "--seed", seed
+        ).stdout
+
+    assert draw("1") == draw("1") != draw("2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x", "--model", "./nowhere"), "no such directory"),
+        (("x", "--device", "warp"), "device='warp' is unknown"),
+        (("x", "--top-p", "2"), "top_p=2.0"),
+        (("x", "--max-tokens", "-4"), "max_tokens=-4"),
+        (("x", "--op", "nope=torch"), "no such op"),
+        (("x", "--block-size", "7"), "power of two"),
+        (("", *GREEDY), "empty"),
+        (("x " * 4000, *GREEDY), "tokens"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(invoke, arguments, message):
+    result = invoke("generate", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+def test_debug_gives_the_traceback(invoke):
+    result = invoke("generate", "x", "--device", "warp", "--debug")
+    assert result.exit_code == 1
+    assert "unknown" in str(result.exception)
+
+
+def test_an_unknown_architecture_is_named(invoke, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    result = invoke("generate", "x", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+
+
+LONG = ("generate", "Once upon a time", "--ignore-eos", "-n", "1500", "--device", "cpu")
+
+
+def test_text_arrives_while_it_is_generated_and_ctrl_c_ends_cleanly(spawn):
+    process = spawn(*LONG)
+    assert process.stdout.read(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted"
+
+
+def test_a_reader_that_leaves_is_no_error(spawn):
+    process = spawn(*LONG)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode == 141
+    assert process.stderr.read() == ""

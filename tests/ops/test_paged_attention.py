@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reprise.ops import OpTable, paged_attention
+from reprise.ops.paged_attention.reference import visibility
+from reprise.platforms import Platform
+
+reference = paged_attention.implementations["reference"].function
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of a batch and sizes of a model."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each request; 0: padding."""
+    new: tuple[int, ...]
+    """New tokens of each request."""
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    window: int = 0
+    cap: float = 0.0
+    query_len: int = 0
+    tail: int = 0
+    """Rows behind the last request."""
+
+
+def decode(*lengths: int, **sizes: Any) -> Case:
+    return Case(lengths, (1,) * len(lengths), query_len=1, **sizes)
+
+
+class Batch:
+    """Requests scattered over a cache; every slot that holds no token of theirs is NaN."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        self.case, self.device = case, device
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        size = case.block_size
+        counts = [math.ceil(length / size) for length in case.lengths]
+        blocks = sum(counts) + 3
+        shape = (blocks, size, case.kv_heads, case.head_size)
+        key_cache, value_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        key_cache, value_cache = key_cache.to(dtype), value_cache.to(dtype)
+        # Table entries behind a request's blocks are stale, not zero.
+        width = max(counts) + 2
+        tables = torch.randint(0, blocks, (len(counts), width), generator=generator)
+        free = (torch.randperm(blocks - 1, generator=generator) + 1).split([*counts, 2])
+        self.keys = [randn(length, *shape[2:]) for length in case.lengths]
+        self.values = [randn(length, *shape[2:]) for length in case.lengths]
+        for row, length in enumerate(case.lengths):
+            tables[row, : counts[row]] = free[row]
+            slots = (free[row].unsqueeze(1) * size + torch.arange(size)).flatten()[:length]
+            key_cache.flatten(0, 1)[slots] = self.keys[row]
+            value_cache.flatten(0, 1)[slots] = self.values[row]
+        self.starts = np.cumsum([0, *case.new])
+        self.query = randn(int(self.starts[-1]) + case.tail, case.heads, case.head_size)
+        self.arguments = {
+            "query": self.query.to(device),
+            "key_cache": key_cache.to(device),
+            "value_cache": value_cache.to(device),
+            "block_tables": tables.int().to(device),
+            "seq_lens": torch.tensor(case.lengths, dtype=torch.int32).to(device),
+            "query_start_loc": torch.tensor(self.starts, dtype=torch.int32).to(device),
+            "scale": case.head_size**-0.5,
+            "sliding_window": case.window,
+            "soft_cap": case.cap,
+            "query_len": case.query_len,
+        }
+
+    def run(self, function: Any) -> Tensor:
+        out = torch.full_like(self.arguments["query"], torch.nan)
+        assert function(out=out, **self.arguments) is None
+        return out
+
+    def dense(self) -> Tensor:
+        """What each request attends to without a cache, by SDPA where SDPA can, in float64."""
+        case = self.case
+        out = torch.zeros(self.query.shape, dtype=torch.float64)
+        for row, length in enumerate(case.lengths):
+            begin, end = self.starts[row], self.starts[row + 1]
+            if length == 0 or begin == end:
+                continue
+            query = self.query[begin:end].double().transpose(0, 1)
+            group = case.heads // case.kv_heads
+            keys, values = (
+                each[row].double().transpose(0, 1).repeat_interleave(group, dim=0)
+                for each in (self.keys, self.values)
+            )
+            mask = torch.ones(end - begin, length).tril(length - (end - begin)).bool()
+            if case.window:
+                mask &= ~torch.ones_like(mask).tril(length - (end - begin) - case.window)
+            if case.cap:
+                scores = query @ keys.mT * self.arguments["scale"]
+                scores = case.cap * (scores / case.cap).tanh()
+                attended = scores.masked_fill(~mask, -math.inf).softmax(-1) @ values
+            else:
+                attended = F.scaled_dot_product_attention(
+                    query, keys, values, attn_mask=mask, scale=self.arguments["scale"]
+                )
+            out[begin:end] = attended.transpose(0, 1)
+        return out
+
+
+CASES = {
+    "decode, every head its own keys": decode(1, 17, 33, heads=2, kv_heads=2, block_size=8),
+    "decode, padding and tail rows": decode(5, 0, 40, 0, tail=3, head_size=96),
+    "decode, padding without rows": Case((9, 33, 0, 0), (1, 1, 0, 0), query_len=1, tail=2),
+    "decode, window": decode(3, 70, 500, heads=4, kv_heads=1, head_size=128, block_size=32,
+                             window=40),
+    "decode, soft cap": decode(2, 130, heads=8, kv_heads=1, head_size=256, block_size=128, cap=4.0),
+    "decode, odd group and long context": decode(4500, 3, 300, heads=3, kv_heads=1, block_size=64),
+    "decode, window in a long context": decode(4200, 2, 999, heads=2, kv_heads=1, window=700),
+    "drafts": Case((3, 41, 300, 0), (3, 3, 3, 0), kv_heads=1, query_len=3, tail=4),
+    "drafts, window and soft cap": Case((64, 600), (4, 4), heads=2, query_len=4, window=9, cap=3.0),
+    "prefill alone": Case((37,), (37,), query_len=37, heads=2, kv_heads=1),
+    "prefill of requests side by side": Case((20, 1, 33), (20, 1, 33), heads=2, kv_heads=2),
+    "chunk with context, decode and padding": Case((5, 100, 0, 77, 64), (5, 30, 2, 1, 16), tail=9),
+    "mixed, window": Case((70, 150, 12), (2, 20, 12), head_size=96, block_size=8, window=33),
+    "mixed, window below a tile, soft cap": Case((40, 130), (17, 1), window=3, cap=5.0),
+    "mixed, large heads": Case((20, 90), (7, 10), heads=8, kv_heads=1, head_size=256),
+    "mixed, odd group": Case((33, 80), (9, 21), heads=6, kv_heads=2, head_size=128, block_size=32),
+    "nothing but padding": Case((0, 0), (1, 0), query_len=1, tail=1),
+    "nothing but padding, mixed": Case((0, 0), (0, 3), tail=40),
+}  # fmt: skip
+LARGE_CASES = {
+    "decode of many": decode(*range(1, 1500, 13), 0, heads=16, kv_heads=8, head_size=128, tail=5),
+    "one long among short": decode(30000, *[77] * 15, heads=32, kv_heads=8, head_size=128),
+    "drafts in a long context": Case((20000, 4), (4, 4), 32, 8, 128, query_len=4),
+    "prefill of 3000": Case((3000,), (3000,), 32, 8, 128),
+    "chunks and decodes": Case((5000, 4000, *range(2, 60)), (1024, 777, *[1] * 58), 16, 8, 128,
+                               tail=100),
+    "long window": Case((5000, 4000), (1024, 1), 8, 4, 128, window=1024),
+}  # fmt: skip
+
+
+def cases_for(platform: Platform, name: str) -> Case:
+    if name in LARGE_CASES and platform.device_type == "cpu":
+        pytest.skip("takes minutes on the CPU")
+    return (CASES | LARGE_CASES)[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_attends_like_a_dense_model(platform, name) -> None:
+    batch = Batch(CASES[name], torch.float32, platform.device)
+    found = batch.run(reference)
+    torch.testing.assert_close(found.cpu().double(), batch.dense(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+@pytest.mark.parametrize("name", [*CASES, *LARGE_CASES])
+def test_implementation(implementation, platform, dtypes, name, implementation_name) -> None:
+    case = cases_for(platform, name)
+    function = implementation(paged_attention, implementation_name)
+    for dtype in dtypes:
+        if dtype == torch.float32 and name in LARGE_CASES:
+            continue
+        batch = Batch(case, dtype, platform.device)
+        found = batch.run(function)
+        expected = batch.run(reference)
+        torch.testing.assert_close(
+            found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=lambda m: f"{dtype}: {m}"
+        )  # fmt: skip
+        assert torch.equal(found, batch.run(function)), "same inputs, other bits"
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_torch_on_any_batch(data: st.DataObject) -> None:
+    function = paged_attention.implementations["torch"].function
+    batch = Batch(data.draw(batches(longest=80)), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(batch.run(function), batch.run(reference), rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_triton_on_any_batch(platform, data: st.DataObject) -> None:
+    if paged_attention.implementations["triton"].requires(platform):
+        pytest.skip("no Triton")
+    function = paged_attention.implementations["triton"].function
+    batch = Batch(data.draw(batches(longest=80)), torch.float16, platform.device)
+    torch.testing.assert_close(batch.run(function), batch.run(reference), rtol=4e-3, atol=4e-3)
+
+
+def batches(longest: int) -> st.SearchStrategy[Case]:
+    @st.composite
+    def draw(draw: Any) -> Case:
+        query_len = draw(st.sampled_from([0, 1, 3]))
+        lengths, new = [], []
+        for _ in range(draw(st.integers(1, 4))):
+            if draw(st.integers(0, 5)) == 0:
+                lengths.append(0)
+                new.append(draw(st.sampled_from([0, query_len])))
+            else:
+                lengths.append(draw(st.integers(max(1, query_len), longest)))
+                new.append(query_len or draw(st.integers(1, min(20, lengths[-1]))))
+        return Case(
+            tuple(lengths),
+            tuple(new),
+            block_size=draw(st.sampled_from([8, 16, 64])),
+            window=draw(st.sampled_from([0, 1, 7, 40])),
+            cap=draw(st.sampled_from([0.0, 2.0])),
+            query_len=query_len,
+            tail=draw(st.integers(0 if sum(new) else 1, 5)),
+        )
+
+    return draw()
+
+
+@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+def test_blocks_behind_the_window_may_hold_anything(
+    implementation, platform, implementation_name
+) -> None:
+    """An engine may give such blocks to other requests."""
+    function = implementation(paged_attention, implementation_name)
+    for case in (decode(300, 90, window=50), Case((300, 90), (20, 5), window=50)):
+        batch = Batch(case, torch.float32, platform.device)
+        expected = batch.run(reference)
+        for row, (length, new) in enumerate(zip(case.lengths, case.new, strict=True)):
+            freed = (length - new - case.window + 1) // case.block_size
+            blocks = batch.arguments["block_tables"][row, :freed].long()
+            batch.arguments["key_cache"][blocks] = torch.nan
+            batch.arguments["value_cache"][blocks] = torch.nan
+        torch.testing.assert_close(batch.run(function), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_triton_takes_views_of_larger_tensors(implementation, platform) -> None:
+    """Queries inside a fused projection, keys beside values in one cache, a padded output."""
+    function = implementation(paged_attention, "triton")
+    for case in (decode(5, 300, 0, tail=1), Case((40, 70), (9, 30), tail=2)):
+        batch = Batch(case, torch.float32, platform.device)
+        expected = batch.run(reference)
+        arguments = dict(batch.arguments)
+        cache = torch.stack((arguments["key_cache"], arguments["value_cache"]), dim=1)
+        arguments["key_cache"], arguments["value_cache"] = cache.unbind(1)
+        query = arguments["query"]
+        arguments["query"] = torch.cat((query, query), dim=1)[:, : case.heads]
+        wide = query.new_full((len(query), case.heads + 1, case.head_size + 8), torch.nan)
+        function(out=wide[:, 1:, 8:], **arguments)
+        torch.testing.assert_close(wide[:, 1:, 8:], expected, rtol=2e-5, atol=2e-5)
+        assert wide[:, 0].isnan().all()
+        assert wide[:, :, :8].isnan().all()
+
+
+def test_triton_refuses_caches_of_different_layout(implementation, platform) -> None:
+    function = implementation(paged_attention, "triton")
+    batch = Batch(decode(5), torch.float32, platform.device)
+    batch.arguments["value_cache"] = batch.arguments["value_cache"].mT.contiguous().mT
+    with pytest.raises(ValueError, match="equal strides"):
+        batch.run(function)
+
+
+@pytest.mark.parametrize(
+    ("captured", "live"),
+    [
+        (decode(1, 1, 1, 0), decode(700, 33, 0, 1)),
+        (decode(700, 700, 700, 700), decode(1, 20, 0, 0)),
+        (Case((9, 9), (3, 3), query_len=3), Case((400, 7), (3, 3), query_len=3)),
+        (Case((40, 3), (40, 3)), Case((90, 150), (33, 10))),
+        (Case((40, 3), (40, 3)), Case((30, 0), (30, 0), tail=13)),
+    ],
+    ids=["longer", "shorter", "drafts", "mixed", "mixed with padding"],
+)
+def test_triton_in_a_graph_follows_the_lengths_of_the_moment(platform, captured, live) -> None:
+    if not platform.has_graphs or paged_attention.implementations["triton"].requires(platform):
+        pytest.skip("no device graphs with Triton here")
+    first = Batch(captured, torch.float16, platform.device).arguments
+    then = Batch(live, torch.float16, platform.device)
+    names = ("key_cache", "value_cache", "block_tables")
+    # Static buffers hold either batch.
+    for name in names:
+        shape = [max(pair) for pair in zip(first[name].shape, then.arguments[name].shape)]  # noqa: B905
+        for arguments in (first, then.arguments):
+            padding = [p for have, want in zip(arguments[name].shape, shape) for p in (want - have, 0)]  # noqa: B905, E501  # fmt: skip
+            arguments[name] = F.pad(arguments[name], padding[::-1])
+    static = {k: v.clone() if isinstance(v, Tensor) else v for k, v in first.items()}
+    out = torch.full_like(static["query"], torch.nan)
+    with OpTable(platform, {"paged_attention": "triton"}).activate():
+        paged_attention(out=out, **static)  # compiles
+        graph = platform.new_graph()
+        graph.capture(lambda: paged_attention(out=out, **static))
+        for name, value in then.arguments.items():
+            if isinstance(value, Tensor):
+                static[name].copy_(value)
+        out.fill_(torch.nan)
+        graph.replay()
+    platform.synchronize()
+    torch.testing.assert_close(out, then.run(reference), rtol=4e-3, atol=4e-3)
+
+
+def test_triton_addresses_caches_beyond_2_to_the_31_elements(implementation, platform) -> None:
+    if platform.device_type == "cpu":
+        pytest.skip("needs 9 GB of memory that the interpreter would copy")
+    function = implementation(paged_attention, "triton")
+    for case in (decode(200, 40, head_size=128), Case((200,), (40,), head_size=128)):
+        batch = Batch(case, torch.float16, platform.device)
+        expected = batch.run(reference)
+        arguments = batch.arguments
+        used = arguments["key_cache"].shape[0]
+        blocks = 2**31 // arguments["key_cache"][0].numel() + used
+        for name in ("key_cache", "value_cache"):
+            far = arguments[name].new_empty((blocks, *arguments[name].shape[1:]))
+            far[-used:] = arguments[name]
+            arguments[name] = far
+        arguments["block_tables"] += blocks - used
+        torch.testing.assert_close(batch.run(function), expected, rtol=4e-3, atol=4e-3)
+        del far, arguments, batch
+
+
+def test_visibility() -> None:
+    assert visibility(2, 4, 0, torch.device("cpu")).tolist() == [
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+    assert visibility(2, 4, 2, torch.device("cpu")).tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]
