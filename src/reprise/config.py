@@ -52,6 +52,16 @@ class EngineConfig:
     """Blocks of the KV cache, the null block included; overrides the two options above."""
     enable_prefix_caching: bool = True
     """Share the cache blocks of equal prompt beginnings."""
+    graph_mode: str = "auto"
+    """Executor of each phase: ``auto``, ``none``, ``full``, ``breakable``, ``compiled``, or
+    ``decode=full,mixed=breakable``; vLLM's names (``FULL_AND_PIECEWISE``, ...) work too."""
+    graph_verify: str = "startup"
+    """When graphs are compared with eager execution: ``off``, ``startup``, or ``canary:N``, which
+    also recomputes one in N live steps."""
+    graph_buckets: str | None = None
+    """Sizes to capture, ``1,2,4,8`` or ``decode=1,2,4;mixed=64,128``; None: by the limits."""
+    graph_memory_profile: Literal["auto", "off"] = "auto"
+    """Predict the memory of graphs before the cache takes the rest, where the platform can."""
     seed: int = 0
     """Seed of requests that bring none."""
     skip_tokenizer_init: bool = False
@@ -66,6 +76,7 @@ class EngineConfig:
                     raise ConfigError(f"{name}={getattr(self, name)!r} must be {wanted}")
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
+        self._one_of("graph_memory_profile", ("auto", "off"))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
                      "kv_cache_memory_bytes", "num_blocks"):  # fmt: skip
             self._positive(name)

@@ -9,6 +9,7 @@ from typing import Any
 from reprise.config import EngineConfig
 from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt, split_prompts
 from reprise.errors import RepriseError, RequestError
+from reprise.graphs import GraphReport
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
 from reprise.sampling_params import SamplingParams
@@ -121,6 +122,10 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self.engine.scheduler.reset_prefix_cache()
+
+    def graph_report(self) -> GraphReport:
+        """The resolved graph plan, and what is known of every captured graph."""
+        return self.engine.runner.graphs.report()
 
     def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""

@@ -30,7 +30,12 @@ class Counter:
         self._bar: Progress | None = None
 
     def advance(self, parts: int = 1) -> None:
-        self.done += parts
+        """Some more parts are done."""
+        self.show(self.what, self.done + parts, self.total)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` parts of ``what`` are done."""
+        self.what, self.done, self.total = what, done, total
         if self._bar is None:
             if time.perf_counter() - self._started < SHOW_AFTER_SECONDS:
                 return
@@ -44,7 +49,9 @@ class Counter:
             )
             self._bar.start()
             self._bar.add_task(self.what, total=self.total)
-        self._bar.update(self._bar.task_ids[0], completed=self.done)
+        self._bar.update(
+            self._bar.task_ids[0], description=what, completed=self.done, total=self.total
+        )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-GREEDY = ("--temperature", "0", "--device", "cpu")
+GREEDY = ("--temperature", "0", "--device", "cpu", "--num-blocks", "160")
 
 
 def test_every_line_of_a_pipe_is_a_turn(invoke):
@@ -58,7 +58,7 @@ def test_a_model_without_a_chat_template_is_refused(invoke, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
-    chat = Terminal("chat", "--ignore-eos", "-n", "1800", "--device", "cpu")
+    chat = Terminal("chat", "--ignore-eos", "-n", "1800", "--device", "cpu", "--num-blocks", "160")
     try:
         chat.wait_for("> ")
         chat.type("Tell me a story.\n")

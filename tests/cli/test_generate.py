@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-GREEDY = ("--temperature", "0", "--device", "cpu")
+GREEDY = ("--temperature", "0", "--device", "cpu", "--num-blocks", "160")
 
 
 def test_streams_the_completion_and_sums_up_on_stderr(invoke):
@@ -94,7 +94,7 @@ def test_an_unknown_architecture_is_named(invoke, tmp_path):
     assert result.stderr.startswith("error: ")
 
 
-LONG = ("generate", "Once upon a time", "--ignore-eos", "-n", "1500", "--device", "cpu")
+LONG = ("generate", "Once upon a time", "--ignore-eos", "-n", "1500", "--device", "cpu", "--num-blocks", "160")
 
 
 def test_text_arrives_while_it_is_generated_and_ctrl_c_ends_cleanly(spawn):

@@ -108,7 +108,7 @@ def check_prompt(
         pytest.param({}, id="at once"),
         pytest.param({"max_num_seqs": 1, "max_num_batched_tokens": 1}, id="chunks of 1"),
         pytest.param({"max_num_seqs": 4, "max_num_batched_tokens": 7}, id="chunks of 7"),
-        pytest.param({"block_size": 8, "num_blocks": 15, "max_model_len": 96}, id="preempted"),
+        pytest.param({"block_size": 8, "num_blocks": 18, "max_model_len": 96}, id="preempted"),
     ],
 )
 def test_of_the_prompt(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.passes.split_module import split_module
 
 from reprise.ops.registry import find
-from reprise.platforms import Platform
 from reprise.platforms.device_graph import launch
-
-
-def unusable_reason(platform: Platform) -> str | None:
-    """Why nothing can be compiled for this platform here; None: it can."""
-    if platform.device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None and shutil.which("clang++") is None:
-            return f"no C++ compiler ({compiler}) on this machine"
-        return None
-    return None if platform.has_triton else "Triton, which the compiler emits, is not installed"
 
 
 def cache_directory() -> Path:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from reprise.errors import GraphError
-from reprise.graphs import compiled
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.capture import Agree, Capturer, Cell, Progress
 from reprise.graphs.computation import Computation
@@ -103,7 +102,7 @@ class GraphRunner:
             self.platform,
             support,
             query_len=max(self._query_lens),
-            compiler_reason=compiled.unusable_reason(self.platform),
+            compiler_reason=self.platform.compiler_missing(),
         )
 
     def _may_capture(self) -> bool:

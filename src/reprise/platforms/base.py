@@ -205,6 +205,10 @@ class Platform(ABC):
         """A device graph, not yet captured, with its own memory pool unless one is given."""
         raise GraphError(f"platform {self.name!r} has no device graphs; use graph_mode='none'")
 
+    def compiler_missing(self) -> str | None:
+        """Why models cannot be compiled for this platform here; None: they can."""
+        return None if self.has_triton else "Triton, which the compiler emits, cannot run here"
+
     # ---- configuration -------------------------------------------------------------------
 
     def check_config(self, config: EngineConfig) -> tuple[EngineConfig, list[Adjustment]]:

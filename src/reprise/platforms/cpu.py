@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import time
 from typing import Any
 
@@ -117,6 +118,12 @@ class CpuPlatform(Platform):
 
     def capture_stream(self) -> contextlib.AbstractContextManager[Any]:
         return recording()
+
+    def compiler_missing(self) -> str | None:
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if any(shutil.which(each) for each in compilers):
+            return None
+        return f"no C++ compiler ({compilers[0]}) on this machine"
 
     def new_graph(self, pool: Any = None) -> DeviceGraph:
         return RecordedGraph(RecordedPool() if pool is None else pool)

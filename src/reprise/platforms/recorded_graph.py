@@ -164,11 +164,6 @@ class RecordedGraph(DeviceGraph):
         """``tree`` with tensors that do not hold on to the pool's blocks."""
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-                raise GraphError(
-                    f"a recorded graph takes dense CPU tensors, not {tensor.layout} "
-                    f"on {tensor.device}"
-                )
             resident = self.pool.resident(tensor)
             return tensor if resident is None else resident
 
@@ -293,7 +288,13 @@ def _leaves_uninitialised(function: Any) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [each for each in tree_flatten(tree)[0] if isinstance(each, Tensor)]
+    found = [each for each in tree_flatten(tree)[0] if isinstance(each, Tensor)]
+    for each in found:
+        if each.device.type != "cpu" or each.layout != torch.strided:
+            raise GraphError(
+                f"a recorded graph takes dense CPU tensors, not {each.layout} on {each.device}"
+            )
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

@@ -100,7 +100,8 @@ class RecordedPool:
     def _grow(self, size: int) -> int:
         """A new chunk, its first ``size`` bytes taken; later chunks move up by one."""
         total = -(-size // CHUNK) * CHUNK
-        memory = torch.empty(total, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            memory = torch.empty(total, dtype=torch.uint8)
         chunk = bisect.bisect_left(self._starts, memory.data_ptr())
         self._starts.insert(chunk, memory.data_ptr())
         self._chunks.insert(chunk, memory)

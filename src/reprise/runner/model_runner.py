@@ -12,10 +12,18 @@ from torch import Tensor
 from reprise import models, timeline
 from reprise.config import EngineConfig
 from reprise.errors import ModelError
-from reprise.graphs.shape import StepShape
+from reprise.graphs import (
+    GraphRunner,
+    StepShape,
+    parse_buckets,
+    parse_plan,
+    parse_verify,
+    predict,
+)
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.platforms import Platform
+from reprise.progress import progress
 from reprise.runner.buffers import Mirrored, StepBuffers
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
@@ -78,8 +86,13 @@ class ModelRunner:
                 max_tokens=self.max_tokens,
                 max_requests=config.max_num_seqs,
             )
+            # Until its size is known the cache is the null block alone.
+            allocate_cache(self.model, 1, self.block_size, self.dtype, platform.device)
             with timeline.phase("profile"):
                 activation_bytes = self._measure_activations()
+                self.graphs = self._plan_graphs()
+                if config.graph_memory_profile == "auto":
+                    activation_bytes += predict(self.graphs).predicted or 0
             bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
             self.num_blocks = plan_blocks(
                 config, platform, bytes_per_block, self.block_size, wanted_len, activation_bytes
@@ -92,6 +105,8 @@ class ModelRunner:
                     self.model, self.num_blocks, self.block_size, self.dtype, platform.device
                 )
             self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
+            with timeline.phase("capture"):
+                self._capture_graphs()
             self._gather_rows = Mirrored((config.max_num_seqs,), torch.int64, platform)
             self._pending_rows = Mirrored((2, config.max_num_seqs), torch.int64, platform)
         self.sampler = Sampler(self.model.vocab_size, platform)
@@ -109,7 +124,7 @@ class ModelRunner:
             self._take_over_pending(step.requests)
             query_len = 1 if step.phase == "decode" else 0
             shape = StepShape(step.phase, tokens, requests, query_len)
-            result = self.forward_pass.forward(shape)
+            result = self.graphs.run(shape)
             prompt_logprobs = self._prompt_logprobs(step, result)
             sampling = [each.request for each in step.requests if each.samples]
             sampled, logprobs = None, None
@@ -190,14 +205,27 @@ class ModelRunner:
             torch.cat([each.ranks for each in parts]),
         )
 
+    def _plan_graphs(self) -> GraphRunner:
+        config = self.config
+        return GraphRunner(
+            self.forward_pass,
+            self.platform,
+            parse_plan(config.graph_mode),
+            parse_buckets(config.graph_buckets, config.max_num_seqs, self.max_tokens),
+            config.max_num_seqs,
+            verify=parse_verify(config.graph_verify),
+        )
+
+    def _capture_graphs(self) -> None:
+        with progress("graphs", 0) as bar:
+            self.graphs.capture_all(bar.show)
+        self.buffers.forget_tables()
+
     def _measure_activations(self) -> int:
         """Peak bytes that the largest step takes beyond the weights; 0 where nothing counts them.
-
-        The step runs against a cache of the null block alone, as requests without a cache would.
         """
         if not self.platform.counts_memory:
             return 0
-        allocate_cache(self.model, 1, self.block_size, self.dtype, self.platform.device)
         self.platform.synchronize()
         self.platform.reset_peak_memory()
         before = self.platform.memory_allocated()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reprise.ops.registry import Op, OpTable, all_ops
+from reprise.platforms import Platform
 from reprise.platforms.device_graph import capturing, host_code, in_capture_pass, launch
 
 PIECEWISE = ("breakable", "compiled")
@@ -40,7 +41,7 @@ class Fault(ABC):
         self.names = [each.name for each in op.overload._schema.arguments]
 
     @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform_type: str) -> str | None:
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         """Why this fault cannot exist in ``op`` under ``executor``; None: it can."""
         if executor in PIECEWISE and op.break_op:
             return "a break op runs eagerly between segments, where this is allowed"
@@ -124,7 +125,7 @@ class FreshAllocation(Fault):
     summary = "the output lies in memory that is allocated anew at each call"
 
     @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform_type: str) -> str | None:
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         if not op.break_op or executor not in PIECEWISE:
             return "what is allocated during capture has a fixed address"
         return None
@@ -162,10 +163,10 @@ class SideStreamRace(Fault):
     summary = "the op runs on a side stream that does not wait for its inputs"
 
     @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform_type: str) -> str | None:
-        if platform_type == "cpu":
-            return "recorded graphs have one order of work"
-        return super().inexpressible(op, executor, platform_type)
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
+        if not platform.supports_aux_streams:
+            return "the platform has one order of work"
+        return super().inexpressible(op, executor, platform)
 
     def __init__(self, table: OpTable, op: Op) -> None:
         super().__init__(table, op)
@@ -196,10 +197,10 @@ class WrongExtent(Fault):
     limit = 64
 
     @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform_type: str) -> str | None:
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         if op.name not in EXTENTS:
             return "the op has no extent"
-        return super().inexpressible(op, executor, platform_type)
+        return super().inexpressible(op, executor, platform)
 
     def run(self, named: dict[str, Any]) -> Any:
         if not capturing():
@@ -226,7 +227,7 @@ class ReturnedOutput(Fault):
     summary = "a break op returns a new tensor instead of writing its output"
 
     @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform_type: str) -> str | None:
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         if not op.break_op or executor not in PIECEWISE:
             return "only break ops are called by the graph executor itself"
         return None

@@ -39,11 +39,17 @@ class Config:
     num_stages: int
 
 
+def _small_tiles(element_size: int) -> bool:
+    """float32 products hold their operands in registers. The interpreter has no registers, and
+    its time goes by the number of steps."""
+    return element_size == 4 and not INTERPRETED
+
+
 def split_config(rows: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the split kernel; ``rows`` is query heads of a KV head times new tokens."""
     block_m = max(16, triton.next_power_of_2(rows))
     wide = triton.next_power_of_2(head_size) > 128
-    if element_size == 4:
+    if _small_tiles(element_size):
         return Config(block_m, 16, 8 if wide else 4, 2)
     # At three stages two tiles of keys and values, 64 KiB, are on their way while one is used,
     # and three programs fit a multiprocessor of 228 KiB.
@@ -55,7 +61,7 @@ def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLi
     """For the mixed kernel; ``group`` is query heads of a KV head."""
     smallest = triton.next_power_of_2(group)
     wide = triton.next_power_of_2(head_size) > 128
-    if element_size == 4:
+    if _small_tiles(element_size):
         return Config(max(16, smallest), 16, 8 if wide else 4, 1)
     if device.shared_memory < 128 * 1024:
         return Config(max(64, smallest), 32, 4, 1)

@@ -1,0 +1,119 @@
+"""Every fault, wherever it can be expressed, is caught, its op is named, and no step is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reprise.graphs import StepShape
+from reprise.ops import all_ops
+from reprise.testing import faults
+
+OPS = ("paged_attention", "rotary_cache", "fused_add_rms_norm", "silu_and_mul")
+EXECUTORS = ("full", "breakable")
+STEPS = (StepShape.decode(3), StepShape.mixed(20, 3))
+
+
+def steps_are_right(runner, toy):
+    caches = [each for layer in toy.model.layers for each in (layer.key_cache, layer.value_cache)]
+    for shape in STEPS:
+        toy.fill(shape, 5)
+        before = [each.clone() for each in caches]
+        bucket = runner._cell_for(shape).shape
+        graph = runner._cell_for(shape).graph
+        if graph is not None:
+            toy.pad(shape, bucket)
+        expected = toy.eager(bucket if graph is not None else shape)[: shape.num_tokens]
+        written = [each[1:].clone() for each in caches]
+        for cache, values in zip(caches, before, strict=True):
+            cache.copy_(values)
+        got = runner.run(shape)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+        if runner.verify.canary or graph is not None:
+            assert all(
+                torch.allclose(a, b[1:], atol=1e-2) for a, b in zip(written, caches, strict=True)
+            )
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, executor, caplog):
+    reason = faults.FAULTS[fault].inexpressible(all_ops()[op], executor, platform)
+    if reason is not None:
+        pytest.skip(reason)
+    with faults.inject(fault, toy.ops, op):
+        runner = make_runner(toy, executor, decode=(4,), mixed=(32,))
+        runner.capture_all()
+        steps_are_right(runner, toy)
+    for info in runner.report().graphs:
+        assert info.quarantined is not None
+        assert f"{op} #" in info.quarantined, info.quarantined
+        # A break op that is broken inside graphs alone is sound between them.
+        sound = executor == "full" and all_ops()[op].break_op
+        assert info.executor == ("breakable" if sound else "none")
+        assert info.verified == sound
+    assert f"{op} #" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "op", "executor"),
+    [
+        ("stale_scalar", "paged_attention", "full"),
+        ("stale_scalar", "rotary_cache", "breakable"),
+        ("stale_pointer", "paged_attention", "full"),
+        ("stale_pointer", "silu_and_mul", "breakable"),
+        ("fresh_allocation", "paged_attention", "breakable"),
+        ("unwritten_output", "fused_add_rms_norm", "full"),
+        ("unwritten_output", "silu_and_mul", "breakable"),
+        ("wrong_extent", "paged_attention", "full"),
+        ("dtype_drift", "rotary_cache", "full"),
+        ("dtype_drift", "silu_and_mul", "breakable"),
+    ],
+)
+def test_faults_are_caught_by_the_first_canary(toy, make_runner, fault, op, executor, caplog):
+    with faults.inject(fault, toy.ops, op):
+        runner = make_runner(toy, executor, decode=(4,), mixed=(32,), verify="canary:1")
+        runner.verify = type(runner.verify)(startup=False, canary=1)
+        runner.capture_all()
+        assert runner.report().quarantined == []
+        steps_are_right(runner, toy)
+    report = runner.report()
+    assert report.canary_failures == 2
+    for info in report.graphs:
+        assert info.executor == "none"
+        assert f"{op} #" in info.quarantined, info.quarantined
+    assert f"{op} #" in caplog.text
+
+
+def test_a_short_context_does_not_show_a_wrong_extent(toy, make_runner):
+    """Which is why the first probe has the longest one."""
+    with faults.wrong_extent(toy.ops, "paged_attention"):
+        runner = make_runner(toy, "full", decode=(4,), mixed=(), verify="off")
+        runner.capture_all()
+        for longest, right in ((faults.WrongExtent.limit, True), (100, False)):
+            toy.fill(StepShape.decode(4), 3, longest)
+            expected = toy.eager(StepShape.decode(4))
+            assert torch.equal(runner.run(StepShape.decode(4)), expected) == right
+
+
+def test_a_fault_ends_with_its_context(toy):
+    before = dict(toy.ops.functions)
+    for name in faults.FAULTS:
+        toy.ops.functions["rms_norm"]
+        with getattr(faults, name)(toy.ops, "paged_attention") as fault:
+            assert toy.ops.functions["paged_attention"] is fault
+            assert fault.summary
+    toy.ops.functions.pop("rms_norm")
+    assert {**toy.ops.functions, **before} == dict(toy.ops.functions)
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_eager_execution_stays_right(toy, fault):
+    shape = StepShape.mixed(20, 3)
+    toy.fill(shape, 2)
+    expected = toy.eager(shape)
+    for op in OPS:
+        toy.fill(shape, 2)
+        with faults.inject(fault, toy.ops, op):
+            assert torch.equal(toy.eager(shape), expected), op

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+
+from reprise.graphs import Buckets, GraphRunner, parse_plan, predict
+from reprise.platforms import MemoryInfo, load
+from toy import Toy
+
+GIB = 1 << 30
+
+
+class Measuring(load("cpu")):
+    """A device of 8 GiB whose graphs take memory that it reports truly."""
+
+    graph_memory = "measure"
+    taken = 0
+    nodes = 1 << 16
+
+    def new_graph(self, pool=None):
+        graph = super().new_graph(pool)
+        end = graph._end
+
+        def counting():
+            end()
+            type(self).taken += graph.nbytes + self.nodes
+
+        graph._end = counting
+        return graph
+
+    def empty_cache(self):
+        type(self).settled = True
+
+    def memory_info(self):
+        return MemoryInfo(free=8 * GIB - self.taken, total=8 * GIB)
+
+
+@pytest.fixture
+def runner():
+    Measuring.taken = 0
+    platform = Measuring()
+    return GraphRunner(
+        Toy(platform), platform, parse_plan("decode=full,mixed=breakable"),
+        Buckets((1, 2, 4, 6, 8), (16, 32, 48, 64)), 8,
+    )  # fmt: skip
+
+
+def test_two_buckets_a_phase_predict_the_rest(runner):
+    memory = predict(runner)
+    assert memory.note == ""
+    assert runner.cells == {}
+    before = Measuring.taken
+    runner.capture_all()
+    actual = Measuring.taken - before
+    assert memory.predicted == pytest.approx(actual, rel=0.2)
+    assert runner.report().memory.actual == actual
+    infos = runner.report().graphs
+    assert sum(each.predicted_bytes for each in infos) == memory.predicted
+    assert infos[0].predicted_bytes >= infos[0].bytes
+
+
+@pytest.mark.parametrize(
+    ("readings", "note"),
+    [
+        (lambda step: 8 * GIB, ""),
+        (lambda step: 4 * GIB + step * GIB // 64, "grew"),
+        (lambda step: 8 * GIB - step * GIB, "not credible"),
+        (lambda step: -step * 1000 * GIB, "not credible"),
+        (lambda step: 1 // 0, "measurement failed: ZeroDivisionError"),
+    ],
+    ids=["zero", "negative", "huge", "absurd", "failing"],
+)
+def test_a_lying_measurement_counts_as_nothing(runner, readings, note, caplog):
+    steps = iter(range(100))
+    memory = predict(runner, lambda: readings(next(steps)))
+    assert note in memory.note
+    assert not memory.predicted
+    assert bool(note) == ("graph memory" in caplog.text)
+    runner.capture_all()
+    assert all(each.verified for each in runner.report().graphs)
+
+
+def test_no_measurement_without_need():
+    platform = load("cpu")()
+    for plan, note in (("none", "captures no graphs"), ("full", platform.graph_memory_reason)):
+        runner = GraphRunner(Toy(platform), platform, parse_plan(plan), Buckets((1,), (16,)), 8)
+        memory = predict(runner)
+        assert memory.predicted is None
+        assert note in memory.note
+        assert runner.report().memory is memory
