@@ -9,7 +9,7 @@ from reprise.graphs import StepShape
 from reprise.ops import all_ops
 from reprise.testing import faults
 
-OPS = ("paged_attention", "rotary_cache", "fused_add_rms_norm", "silu_and_mul")
+OPS = ("paged_attention", "rotary_cache", "fused_add_rms_norm")
 EXECUTORS = ("full", "breakable")
 STEPS = (StepShape.decode(3), StepShape.mixed(20, 3))
 
@@ -113,7 +113,11 @@ def test_eager_execution_stays_right(toy, fault):
     shape = StepShape.mixed(20, 3)
     toy.fill(shape, 2)
     expected = toy.eager(shape)
-    for op in OPS:
+    for op in (*OPS, "silu_and_mul"):
+        if faults.FAULTS[fault].inexpressible(all_ops()[op], "full", toy.platform) and (
+            faults.FAULTS[fault].inexpressible(all_ops()[op], "breakable", toy.platform)
+        ):
+            continue
         toy.fill(shape, 2)
         with faults.inject(fault, toy.ops, op):
             assert torch.equal(toy.eager(shape), expected), op

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from toy import Toy
 
 from reprise.graphs import Buckets, GraphRunner, parse_plan, predict
 from reprise.platforms import MemoryInfo, load
-from toy import Toy
 
 GIB = 1 << 30
 

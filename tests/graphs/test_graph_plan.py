@@ -42,8 +42,11 @@ def test_plans_and_their_aliases(text, decode, mixed):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "decode", "decode=", "decode=fast", "prefill=full", "decode=full;mixed=none",
-             "decode=full,decode=none"],
+    "text",
+    [
+        "", "fast", "decode", "decode=", "decode=fast", "prefill=full", "decode=full;mixed=none",
+        "decode=full,decode=none",
+    ],
 )  # fmt: skip
 def test_a_bad_plan_names_field_value_and_choices(text):
     with pytest.raises(ConfigError) as error:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
 import pytest
 import torch
+from toy import MAX_LEN, Toy
 
 from reprise.errors import GraphError
 from reprise.graphs import StepShape
-from toy import MAX_LEN, Toy
 
 STEPS = [
     *(StepShape.decode(n) for n in (1, 2, 3, 4)),
@@ -124,8 +125,9 @@ def test_the_report_is_plain_data(toy, make_runner):
 
 
 def test_downgrades_are_reported_and_logged(toy, make_runner, caplog):
-    toy.ops.chosen["paged_attention"] = toy.ops.chosen["paged_attention"].__class__(
-        "paged_attention", "decoding", lambda: None, graph_support="single_token_decode"
+    chosen = toy.ops.chosen
+    chosen["paged_attention"] = dataclasses.replace(
+        chosen["paged_attention"], name="decoding", graph_support="single_token_decode"
     )
     runner = make_runner(toy, "full", query_lens=(1, 2))
     (decode, mixed) = runner.report().downgrades

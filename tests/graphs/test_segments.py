@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy import Toy
 
 from reprise.errors import GraphError
 from reprise.graphs import Break, Segment, SegmentedGraph, StepShape
 from reprise.ops.registry import intercept
-from toy import Toy
+from reprise.platforms.device_graph import in_capture_pass
 
 SPLITS = ("nowhere", "breaks", "ops", "all")
 
@@ -109,10 +110,10 @@ def test_a_break_op_must_not_return_its_output(platform, toy):
 
     def returning(*args, **kwargs):
         original(*args, **kwargs)
-        return args[6].clone()
+        return args[6].clone() if in_capture_pass() else None
 
     toy.ops.functions["paged_attention"] = returning
-    with pytest.raises(GraphError, match="paged_attention #0 returned a value"):
+    with pytest.raises(GraphError, match="paged_attention #0: .* returned a value"):
         capture(platform, toy, StepShape.decode(2), "breaks")
     toy.ops.functions["paged_attention"] = original
     capture(platform, toy, StepShape.decode(2), "breaks")

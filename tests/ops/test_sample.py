@@ -131,7 +131,7 @@ IMPLEMENTATIONS = ["reference", "triton"]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("vocab", [1, 7, 1000])
+@pytest.mark.parametrize("vocab", [7, 1000])
 def test_draws_the_right_token(implementation, randn, vocab, name) -> None:
     rows = with_draws(rows_of_all_kinds())
     assert_draws_right(implementation(sample, name), 3 * randn(len(rows), vocab), rows)
@@ -140,9 +140,16 @@ def test_draws_the_right_token(implementation, randn, vocab, name) -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_large_vocabularies(implementation, platform, randn, name) -> None:
     rows = with_draws(rows_of_all_kinds())
-    if platform.device_type == "cpu":
-        rows = [rows[i] for i in (0, 1, 6, 12)]
-    assert_draws_right(implementation(sample, name), 3 * randn(len(rows), 151936), rows)
+    vocab = 151936
+    if platform.device_type == "cpu" and name == "triton":
+        rows, vocab = [rows[i] for i in (0, 1, 6, 12)], 20000
+    assert_draws_right(implementation(sample, name), 3 * randn(len(rows), vocab), rows)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_vocabulary_of_one(implementation, randn, name) -> None:
+    rows = with_draws([{"temperature": 0.0}, {}, {"top_k": 1, "top_p": 0.5, "min_p": 1.0}])
+    assert implementation(sample, name)(**arguments(randn(3, 1), rows)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -176,10 +183,10 @@ def test_greedy_takes_the_lowest_of_equals(implementation, platform, name) -> No
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_masked_tokens_are_never_drawn(implementation, platform, name) -> None:
     allowed = [3, 131, 140, 400]
-    logits = torch.full((12, 500), -torch.inf)
+    logits = torch.full((8, 500), -torch.inf)
     logits[:, allowed] = torch.tensor([0.0, -1.0, 1.0, -80.0])
     kinds: list[Row] = [{}, {"top_k": 3}, {"top_k": 100}, {"top_p": 0.999}]
-    rows = with_draws([kinds[i % 4] for i in range(12)])
+    rows = with_draws([kinds[i % 4] for i in range(8)])
     drawn = implementation(sample, name)(**arguments(logits.to(platform.device), rows)).tolist()
     assert set(drawn) <= set(allowed[:3])
     assert len(set(drawn)) > 1
@@ -209,7 +216,9 @@ def test_reads_strided_rows(implementation, randn, name) -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_frequencies_are_the_probabilities(implementation, platform, name) -> None:
     """Pearson's chi-square; its 99.9th percentile for 4 degrees of freedom is 18.5."""
-    draws = 4000 if name == "reference" or platform.device_type != "cpu" else 150
+    draws = 4000
+    if name == "triton" and platform.device_type == "cpu":
+        pytest.skip("takes minutes in the interpreter; the draws are compared one by one above")
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -3.0, 1.5])
     row = {"temperature": 1.3, "top_k": 5}
     rows = [row | {"seeds": 1000 + i, "positions": 4} for i in range(draws)]

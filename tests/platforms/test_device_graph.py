@@ -203,7 +203,8 @@ def same_as_eager(function, inputs, out):
 
 def test_ops_of_a_transformer():
     tokens = torch.tensor([3, 1, 2, 0])
-    embedding, weight, bias, gain = (torch.randn(8, 16), torch.randn(32, 16), torch.randn(32), torch.ones(16))  # fmt: skip
+    embedding, weight = torch.randn(8, 16), torch.randn(32, 16)
+    bias, gain = torch.randn(32), torch.ones(16)
     rows, out = torch.tensor([2, 0]), torch.empty(2, 16)
 
     def step():

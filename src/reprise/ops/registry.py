@@ -228,7 +228,7 @@ class OpTable:
         self.chosen = {
             name: each.choose(platform, overrides.get(name)) for name, each in _ops.items()
         }
-        self.functions = _LateFunctions(self.chosen)
+        self.functions = _LateFunctions(self)
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -243,12 +243,15 @@ class OpTable:
 class _LateFunctions(dict[str, Callable[..., Any]]):
     """Op name to function; imports an implementation's module when it is first called."""
 
-    def __init__(self, chosen: Mapping[str, Implementation]) -> None:
+    def __init__(self, table: OpTable) -> None:
         super().__init__()
-        self._chosen = chosen
+        self._table = table
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        self[name] = self._chosen[name].function
+        chosen = self._table.chosen
+        if name not in chosen:  # declared after the table was made
+            chosen[name] = _ops[name].choose(self._table.platform)
+        self[name] = chosen[name].function
         return self[name]
 
 

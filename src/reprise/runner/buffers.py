@@ -77,7 +77,7 @@ class StepBuffers:
         self.seq_lens = Mirrored((max_requests,), torch.int32, platform)
         self.block_tables = Mirrored((max_requests, max_blocks), torch.int32, platform)
         self._tables = np.zeros((max_requests, max_blocks), dtype=np.int32)
-        self._owners: list[tuple[str, int] | None] = [None] * max_requests
+        self._owners: list[list[int] | None] = [None] * max_requests
         self._filled = [0] * max_requests
         self._all = (
             self.input_ids,
@@ -183,13 +183,12 @@ class StepBuffers:
         first, last = len(scheduled), -1
         for row, each in enumerate(scheduled):
             blocks = each.block_ids
-            # A preempted request comes back under its id with other blocks.
-            owner = (each.request.request_id, each.request.num_preemptions)
-            filled = self._filled[row] if self._owners[row] == owner else 0
+            # The list is the request's as long as it runs; it grows, but never changes.
+            filled = self._filled[row] if self._owners[row] is blocks else 0
             if filled == len(blocks):
                 continue
             self._tables[row, filled : len(blocks)] = blocks[filled:]
-            self._owners[row], self._filled[row] = owner, len(blocks)
+            self._owners[row], self._filled[row] = blocks, len(blocks)
             first, last = min(first, row), row
         if last >= 0:
             self.block_tables.host[first : last + 1] = self._tables[first : last + 1]
