@@ -95,7 +95,11 @@ class LLM:
         Raises:
             RequestError: The messages are malformed or the tokenizer has no chat template.
         """
-        single = bool(messages) and isinstance(messages[0], Mapping)
+        if not isinstance(messages, Sequence) or not messages:
+            raise RequestError(
+                f"messages={messages!r}: give a list of messages, or a list of such lists"
+            )
+        single = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [
             chat_prompt(

@@ -78,6 +78,19 @@ def test_steps(known: Known, device: str, options: dict[str, Any]) -> None:
     check(known, make_llm(known.model, device, **options))
 
 
+@pytest.mark.parametrize(
+    ("mode", "buckets"),
+    [("decode=full", "2,8"), ("breakable", "2,8,64")],
+    ids=["full", "breakable"],
+)
+def test_graphs(known: Known, device: str, mode: str, buckets: str) -> None:
+    llm = make_llm(known.model, device, graph_mode=mode, graph_buckets=buckets)
+    check(known, llm)
+    report = llm.graph_report()
+    assert report.replays > STEPS
+    assert report.quarantined == []
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_tiny_blocks(known: Known, device: str, block_size: int) -> None:
     if device != "cpu":
@@ -195,6 +208,8 @@ def test_the_engines_seed(known: Known, device: str) -> None:
     """Requests without a seed differ from each other and repeat with the engine."""
     params = SamplingParams(temperature=1.0, max_tokens=STEPS)
     prompts = [PROMPTS[1]] * 3
-    runs = [generate(make_llm(known.model, device, seed=seed), prompts, params) for seed in (1, 1, 2)]
+    runs = [
+        generate(make_llm(known.model, device, seed=seed), prompts, params) for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1]
     assert len({tuple(each) for each in [*runs[0], *runs[2]]}) == 6

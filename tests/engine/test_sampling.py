@@ -249,7 +249,9 @@ def test_end_of_text_not_before_the_minimum(
     eos = best[end]
     llm = make_llm(ending_model(tiny, best, end), device)
     # Beside a request that may end at once.
-    output, free = generate(llm, [PROMPT, PROMPT], [greedy(STEPS, min_tokens=minimum), greedy(STEPS)])
+    output, free = generate(
+        llm, [PROMPT, PROMPT], [greedy(STEPS, min_tokens=minimum), greedy(STEPS)]
+    )
     assert free == best[: end + 1]
     assert eos not in output[:minimum]
     assert len(output) >= minimum

@@ -113,7 +113,7 @@ def test_a_break_op_must_not_return_its_output(platform, toy):
         return args[6].clone() if in_capture_pass() else None
 
     toy.ops.functions["paged_attention"] = returning
-    with pytest.raises(GraphError, match="paged_attention #0: .* returned a value"):
+    with pytest.raises(GraphError, match=r"paged_attention #0: .* returned a value"):
         capture(platform, toy, StepShape.decode(2), "breaks")
     toy.ops.functions["paged_attention"] = original
     capture(platform, toy, StepShape.decode(2), "breaks")

@@ -111,6 +111,7 @@ class Toy:
         self.num_blocks = 1 + self.blocks_each * max_requests
         self.model = Model(layers, self.num_blocks, platform.default_dtype, platform.device)
         self.forwards = 0
+        self.refills_cache = True
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=platform.device)
@@ -192,6 +193,8 @@ class Toy:
             (self.query_start_loc[1:], ends), (self.block_tables, tables),
         ):  # fmt: skip
             target[: source.shape[0]] = source.to(target.device, target.dtype)
+        if not self.refills_cache:
+            return
         # Every past token has keys and values.
         for layer in self.model.layers:
             for cache in (layer.key_cache, layer.value_cache):

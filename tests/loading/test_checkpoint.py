@@ -99,9 +99,7 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
         ({"dtype": "float99"}, ["float99"]),
     ],
 )
-def test_config_that_cannot_be_built(
-    copy: Path, fields: dict[str, Any], named: list[str]
-) -> None:
+def test_config_that_cannot_be_built(copy: Path, fields: dict[str, Any], named: list[str]) -> None:
     change_config(copy, **fields)
     check_refused(copy, ModelError, named)
 

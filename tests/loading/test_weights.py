@@ -97,9 +97,7 @@ def test_stored_rotary_frequencies_are_ignored(tmp_path: Path, device: str) -> N
     check_greedy(TinyModel(tmp_path), device)
 
 
-def test_dummy_weights_need_a_config_alone(
-    tiny: TinyModels, tmp_path: Path, device: str
-) -> None:
+def test_dummy_weights_need_a_config_alone(tiny: TinyModels, tmp_path: Path, device: str) -> None:
     shutil.copy(tiny("qwen3").path / "config.json", tmp_path)
     for model in (tmp_path, tmp_path / "config.json"):
         llm = make_llm(model, device, load_format="dummy", skip_tokenizer_init=True)
@@ -196,7 +194,7 @@ def index_without_a_map(path: Path) -> None:
 
 def index_of_a_wrong_type(path: Path) -> None:
     shard(path)
-    (path / "model.safetensors.index.json").write_text('[1, 2]')
+    (path / "model.safetensors.index.json").write_text("[1, 2]")
 
 
 def shard(path: Path) -> None:
@@ -209,7 +207,9 @@ def shard(path: Path) -> None:
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, path / file, {"format": "pt"})
         index.update(dict.fromkeys(part, file))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 @pytest.mark.parametrize(

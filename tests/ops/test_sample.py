@@ -62,13 +62,11 @@ def kept_weights(logits: np.ndarray, row: Row, shift: float = 0.0) -> np.ndarray
         kept &= scaled >= np.sort(scaled)[-top_k]
     top_p = float(np.float32(row.get("top_p", 1.0)))
     if top_p < 1:
-        total, before, threshold = weights[kept].sum(), 0.0, scaled.max()
-        for value in np.unique(scaled[kept])[::-1]:
-            if before > 0 and before / total >= top_p + shift:
-                break
-            threshold = value
-            before += weights[kept & (scaled == value)].sum()
-        kept &= scaled >= threshold
+        values, place = np.unique(-scaled, return_inverse=True)
+        mass = np.bincount(place, weights=np.where(kept, weights, 0.0))
+        before = (mass.cumsum() - mass) / mass.sum()
+        last = np.flatnonzero((before == 0) | (before < top_p + shift))[-1]
+        kept &= scaled >= -values[last]
     if row.get("min_p", 0.0) > 0:
         kept &= weights >= float(np.float32(row["min_p"])) * (1 + shift)
     return np.where(kept, weights, 0.0)

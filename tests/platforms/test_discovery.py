@@ -107,7 +107,7 @@ def test_a_plug_in_is_found_by_its_entry_point(abacus):
 def test_a_plug_in_whose_device_is_absent_says_why(abacus):
     abacus.here = False
     assert platforms.available()["abacus"] == "no abacus on this desk"
-    with pytest.raises(PlatformError, match="no abacus on this desk.*Available here: .*cpu"):
+    with pytest.raises(PlatformError, match=r"no abacus on this desk.*Available here: .*cpu"):
         platforms.resolve("abacus")
     assert not isinstance(platforms.resolve("auto"), Abacus)
 

@@ -68,9 +68,7 @@ def check(buffers: StepBuffers, scheduled: list[ScheduledRequest], result: tuple
     assert metadata.slot_mapping.tolist() == slots
     assert metadata.query_start_loc.tolist() == starts
     assert metadata.seq_lens.tolist() == lengths
-    for each, table, length in zip(
-        scheduled, metadata.block_tables.tolist(), lengths, strict=True
-    ):
+    for each, table, length in zip(scheduled, metadata.block_tables.tolist(), lengths, strict=True):
         used = -(-length // BLOCK)
         assert table[:used] == each.block_ids[:used]
 

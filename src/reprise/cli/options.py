@@ -27,6 +27,7 @@ ENGINE_PANELS = {
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
         "gpu_memory_utilization", "kv_cache_memory_bytes", "num_blocks", "enable_prefix_caching",
     ),
+    "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": ("device", "ops"),
     "Sampling": ("seed",),
 }  # fmt: skip

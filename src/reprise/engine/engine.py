@@ -140,15 +140,16 @@ class Engine:
         self._check_token_ids(params)
         text, token_ids = to_token_ids(prompt, self.tokenizer, self.vocab_size)
         completions: list[Completion] = []
-        try:
-            for index in range(params.n):
-                request = self._new_request(request_id, index, token_ids, params, priority)
-                completions.append(Completion(index, request, self.tokenizer))
-                self.scheduler.add(request)
-        except Exception:
-            for each in completions:
-                self.scheduler.abort(each.request.request_id)
-            raise
+        for index in range(params.n):
+            request = self._new_request(request_id, index, token_ids, params, priority)
+            completions.append(Completion(index, request, self.tokenizer))
+        for index, each in enumerate(completions):
+            try:
+                self.scheduler.add(each.request)
+            except Exception:
+                for added in completions[:index]:
+                    self.scheduler.abort(added.request.request_id)
+                raise
         self._num_added += 1
         group = CompletionGroup(request_id, text, params, completions)
         self._groups[request_id] = group
@@ -158,7 +159,7 @@ class Engine:
 
     def abort(self, request_ids: Iterable[str]) -> list[CompletionGroup]:
         """End requests early; unknown and finished ones are ignored. Returns those that ended."""
-        ended = [self._groups[name] for name in request_ids if name in self._groups]
+        ended = [self._groups[name] for name in dict.fromkeys(request_ids) if name in self._groups]
         for group in ended:
             for each in group.completions:
                 self.scheduler.abort(each.request.request_id)

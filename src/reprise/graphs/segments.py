@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -63,8 +64,18 @@ class Break:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    _again: Callable[[], Any] | None = None
+
     def run(self) -> None:
-        self.function(*self.args, **self.kwargs)
+        if self._again is not None:
+            self._again()
+            return
+        bind = getattr(self.function, "bind", None)
+        if bind is None:
+            self._again = partial(self.function, *self.args, **self.kwargs)
+            self._again()
+        else:
+            self._again = bind(*self.args, **self.kwargs)
 
 
 class SegmentedGraph:

@@ -57,7 +57,12 @@ class Implementation:
     op: str
     name: str
     target: str | Callable[..., Any]
-    """The function, or ``"module:function"``."""
+    """The function, or ``"module:function"``.
+
+    It may have an attribute ``bind``: a function of the same arguments that computes once and
+    returns a function that computes again on the same tensors, without the host work that is the
+    same each time. Breakable graphs call break ops that way.
+    """
     requires: Requirement = runs_anywhere
     graph_support: GraphSupport = "always"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +30,29 @@ def limits(device: torch.device) -> DeviceLimits:
         return DeviceLimits(multiprocessors=2, shared_memory=64 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
     return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"])
+
+
+def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """A way to repeat a launch without the host work that Triton does before each.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        compiled: What launching it returned; None under the interpreter.
+        grid: Of that launch.
+
+    Returns:
+        A function of the same arguments. They may be other tensors of equal dtype and alignment;
+        numbers must be the same.
+    """
+    if compiled is None:
+        return kernel[grid]  # type: ignore[no-any-return]
+    run = compiled[(*grid, 1, 1)[:3]]
+    names = kernel.arg_names
+
+    def again(*args: Any, **constants: Any) -> None:
+        run(*args, *(constants[name] for name in names[len(args) :]))
+
+    return again
 
 
 def warps(elements: int, per_thread: int = 8) -> int:

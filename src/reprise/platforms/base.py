@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,42 @@ class Adjustment:
 
     def __str__(self) -> str:
         return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
+
+
+class HostEvent:
+    """An event of a device whose work is finished when it has been submitted."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+class HostStream:
+    """A stream of a device whose work is finished when it has been submitted."""
+
+    def wait_stream(self, other: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 class Platform(ABC):
@@ -132,10 +169,14 @@ class Platform(ABC):
 
     def stream(self) -> Any:
         """A new stream of work, with ``wait_stream``, ``wait_event`` and ``synchronize``."""
+        if not self.asynchronous:
+            return HostStream()
         return torch.Stream(device=self.device)
 
     def event(self, *, timing: bool = False) -> Any:
         """A new event, with ``record``, ``wait``, ``synchronize`` and ``elapsed_time``."""
+        if not self.asynchronous:
+            return HostEvent()
         return torch.Event(device=self.device, enable_timing=timing)
 
     @abstractmethod
@@ -170,7 +211,6 @@ class Platform(ABC):
     def empty_cache(self) -> None:  # noqa: B027 - a platform without a cache has none to empty
         """Return cached, unused memory to the driver."""
 
-    @abstractmethod
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         """Bytes that the KV cache may take, once the weights are loaded.
 
@@ -178,6 +218,9 @@ class Platform(ABC):
             utilization: Share (0 to 1] of the device's memory this engine may use in all.
             activation_bytes: What the largest step needs beyond the weights.
         """
+        memory = self.memory_info()
+        used = memory.total - memory.free
+        return int(memory.total * utilization) - used - activation_bytes
 
     # ---- graphs --------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import time
 from typing import Any
 
 import torch
 
-from reprise.platforms.base import MemoryInfo, Platform
+from reprise.platforms.base import HostStream, MemoryInfo, Platform
 from reprise.platforms.device_graph import DeviceGraph
 from reprise.platforms.recorded_graph import RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
@@ -29,29 +28,6 @@ def _available_memory() -> int | None:
     except OSError:
         return None
     return None
-
-
-class HostEvent:
-    """An event of a device whose work is finished when it has been submitted."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self.seconds = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        """Milliseconds from this event to ``end``."""
-        return (end.seconds - self.seconds) * 1e3
 
 
 class CpuPlatform(Platform):
@@ -94,14 +70,8 @@ class CpuPlatform(Platform):
     def synchronize(self) -> None:
         """Work on the CPU is finished when the call that started it returns."""
 
-    def event(self, *, timing: bool = False) -> Any:
-        return HostEvent()
-
     def current_stream(self) -> Any:
-        return torch.Stream(device="cpu")
-
-    def stream(self) -> Any:
-        return torch.Stream(device="cpu")
+        return HostStream()
 
     def use_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext(stream)

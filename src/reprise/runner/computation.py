@@ -92,6 +92,11 @@ class ForwardPass:
         assert self._probes is not None, "use_cache comes first"
         return self._probes.probes(bucket)
 
+    def probe(self, bucket: StepShape, context: int) -> Probe:
+        """One probe whose longest request has ``context`` tokens, for diagnosis."""
+        assert self._probes is not None, "use_cache comes first"
+        return self._probes.probe(bucket, context)
+
     def state(self, live: StepShape) -> WrittenSlots:
         return WrittenSlots(self._layers, self._buffers.slot_mapping.device[: live.num_tokens])
 

@@ -59,6 +59,11 @@ class ProbeMaker:
             self._probe("short contexts", bucket, whole, self._buffers.block_size + 1, seed=3),
         ]
 
+    def probe(self, bucket: StepShape, context: int) -> Probe:
+        """A full bucket whose longest request has exactly ``context`` tokens."""
+        whole = self._most_requests(bucket)
+        return self._probe(f"context of {context}", bucket, whole, context, seed=4)
+
     def _most_requests(self, bucket: StepShape) -> int:
         """Live requests whose written blocks are all different."""
         return max(1, min(bucket.num_requests, bucket.num_tokens, (self._num_blocks - 1) // 2))

@@ -13,6 +13,7 @@ keys, values, lengths and tables through the block table when they run; the host
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, DeviceLimits, limits
+from reprise.ops.triton_util import INTERPRETED, DeviceLimits, limits, relaunch
 
 _MAX_SPLIT_ROWS = 64
 """Query heads of a KV head times new tokens, up to which the split kernel is used."""
@@ -82,10 +83,7 @@ def paged_attention(
     query_len: int,
 ) -> None:
     """Arguments as in the reference."""
-    group = query.shape[1] // key_cache.shape[2]
-    few = query_len > 0 and query_len * group <= _MAX_SPLIT_ROWS
-    launch = _launch_split if few else _launch_mixed
-    launch(
+    bind(
         query,
         key_cache,
         value_cache,
@@ -98,6 +96,41 @@ def paged_attention(
         soft_cap,
         query_len,
     )
+
+
+def bind(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    query_len: int,
+) -> Callable[[], None]:
+    """Compute, and return a function that computes again on the same tensors."""
+    group = query.shape[1] // key_cache.shape[2]
+    few = query_len > 0 and query_len * group <= _MAX_SPLIT_ROWS
+    launch = _launch_split if few else _launch_mixed
+    return launch(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        scale,
+        sliding_window,
+        soft_cap,
+        query_len,
+    )
+
+
+paged_attention.bind = bind  # type: ignore[attr-defined]
 
 
 def _launch_split(
@@ -116,11 +149,6 @@ def _launch_split(
         spare = 0
     # Every request has one piece; as many as ``spare`` more go to those that are long.
     pieces = max(requests, triton.cdiv(tokens, query_len)) + spare
-    if spare:
-        partial = query.new_empty((pieces, query_len * heads, head_size), dtype=torch.float32)
-        log_sums = query.new_empty((pieces, query_len * heads), dtype=torch.float32)
-    else:
-        partial = log_sums = out
     plan = {
         "QUERY_LEN": query_len,
         "WINDOWED": sliding_window > 0,
@@ -128,16 +156,8 @@ def _launch_split(
         "MIN_TILES": min_tiles,
         "BLOCK_R": _few_sizes(requests),
     }
-    _split_kernel[(pieces * kv_heads,)](
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        out,
-        partial,
-        log_sums,
+    inputs = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out)
+    sizes = (
         tokens,
         requests,
         spare,
@@ -150,37 +170,55 @@ def _launch_split(
         scale,
         soft_cap,
         sliding_window,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=block_size,
-        CAPPED=soft_cap > 0,
-        WIDEN=INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_D=triton.next_power_of_2(head_size),
-        **plan,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
-    if spare:
-        _combine_kernel[(requests * query_len * heads,)](
-            partial,
-            log_sums,
-            seq_lens,
-            query_start_loc,
-            out,
-            requests,
-            spare,
-            out.stride(0),
-            out.stride(1),
-            sliding_window,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            BLOCK_S=32,
-            BLOCK_D=triton.next_power_of_2(head_size),
-            **plan,
-            num_warps=4,
-        )
+    constants = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_SIZE": block_size,
+        "CAPPED": soft_cap > 0,
+        "WIDEN": INTERPRETED,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        **plan,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    split_grid = (pieces * kv_heads,)
+    if not spare:
+        compiled = _split_kernel[split_grid](*inputs, out, out, *sizes, **constants, **options)
+        split = relaunch(_split_kernel, compiled, split_grid)
+        return lambda: split(*inputs, out, out, *sizes, **constants)
+
+    def scratch():
+        partial = query.new_empty((pieces, query_len * heads, head_size), dtype=torch.float32)
+        return partial, query.new_empty((pieces, query_len * heads), dtype=torch.float32)
+
+    partial, log_sums = scratch()
+    compiled = _split_kernel[split_grid](
+        *inputs, partial, log_sums, *sizes, **constants, **options
+    )
+    split = relaunch(_split_kernel, compiled, split_grid)
+    tail = (seq_lens, query_start_loc, out, requests, spare, out.stride(0), out.stride(1),
+            sliding_window)  # fmt: skip
+    combine_constants = {
+        "HEADS": heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_S": 32,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        **plan,
+    }
+    combine_grid = (requests * query_len * heads,)
+    compiled = _combine_kernel[combine_grid](
+        partial, log_sums, *tail, **combine_constants, num_warps=4
+    )
+    combine = relaunch(_combine_kernel, compiled, combine_grid)
+
+    def again():
+        partial, log_sums = scratch()
+        split(*inputs, partial, log_sums, *sizes, **constants)
+        combine(partial, log_sums, *tail, **combine_constants)
+
+    return again
 
 
 def _launch_mixed(
@@ -195,7 +233,7 @@ def _launch_mixed(
     block_q = config.block_m // group
     # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
     tiles = triton.cdiv(tokens, block_q) + requests
-    _mixed_kernel[(tiles * kv_heads,)](
+    args = (
         query,
         key_cache,
         value_cache,
@@ -214,20 +252,26 @@ def _launch_mixed(
         scale,
         soft_cap,
         sliding_window,
-        GROUP=group,
-        KV_HEADS=kv_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=block_size,
-        WINDOWED=sliding_window > 0,
-        CAPPED=soft_cap > 0,
-        WIDEN=INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_Q=block_q,
-        BLOCK_N=config.block_n,
-        BLOCK_D=triton.next_power_of_2(head_size),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
+    constants = {
+        "GROUP": group,
+        "KV_HEADS": kv_heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_SIZE": block_size,
+        "WINDOWED": sliding_window > 0,
+        "CAPPED": soft_cap > 0,
+        "WIDEN": INTERPRETED,
+        "BLOCK_M": config.block_m,
+        "BLOCK_Q": block_q,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+    }
+    grid = (tiles * kv_heads,)
+    compiled = _mixed_kernel[grid](
+        *args, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+    again = relaunch(_mixed_kernel, compiled, grid)
+    return lambda: again(*args, **constants)
 
 
 def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int]:

@@ -123,6 +123,20 @@ def _load_scaled(pointers, mask, temperature):
 
 
 @triton.jit
+def _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK: tl.constexpr):
+    """[BLOCK] scaled logits from ``start`` on: of the candidates if ``compact``, else of the row.
+
+    -inf from ``count`` on.
+    """
+    # Two masked loads, because some of Triton's backends cannot choose between two pointers.
+    index = start + tl.arange(0, BLOCK)
+    low = -float("inf")
+    ours = tl.load(candidates_ptr + index, mask=index < tl.where(compact, count, 0), other=low)
+    others = tl.load(logits_ptr + index, mask=index < tl.where(compact, 0, count), other=low)
+    return _scale(tl.maximum(ours, others), temperature)
+
+
+@triton.jit
 def _key(x):
     """Integers in the order of the float32 ``x``; both zeros are one."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
@@ -151,8 +165,16 @@ def _uniform(seed, position):
 
 
 @triton.jit
+def _halvings(low, high):
+    """Steps of bisection after which ``high`` is next to ``low``; more do no harm."""
+    return tl.ceil(tl.log2((high - low).to(tl.float32))).to(tl.int32) + 1
+
+
+@triton.jit
 def _cut(
-    values_ptr,
+    candidates_ptr,
+    logits_ptr,
+    compact,
     count,
     temperature,
     largest,
@@ -167,12 +189,11 @@ def _cut(
 
     ``high`` is known to be such a key, ``low`` not to be. Tokens below ``least`` do not count.
     """
-    while low + 1 < high:
+    for _ in range(_halvings(low, high)):
         middle = low + (high - low) // 2
         above = tl.zeros([BLOCK], dtype=tl.int64)
         for start in range(0, count, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            x = _load_scaled(values_ptr + index, index < count, temperature)
+            x = _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK)
             counts = (_key(x) > middle) & (_key(x) >= least)
             if BY_MASS:
                 above += tl.where(counts, _mass(x, largest), 0)
@@ -191,7 +212,7 @@ def _bound_by_count(maxima, real, largest, top_k):
     low = tl.min(tl.where(real, _key(maxima), 0x7FFFFFFF)).to(tl.int64)
     high = _key(largest).to(tl.int64) + 1
     # The last bits are not worth the steps: a lower bound is as valid.
-    while low + 1024 < high:
+    for _ in range(_halvings(low, high) - 10):
         middle = low + (high - low) // 2
         if tl.sum((real & (_key(maxima) >= middle)).to(tl.int32)) >= top_k:
             low = middle
@@ -269,19 +290,42 @@ def _collect(
 
 
 @triton.jit
-def _kept_mass(values_ptr, start, count, temperature, largest, cut, floor, BLOCK: tl.constexpr):
+def _kept_mass(
+    candidates_ptr,
+    logits_ptr,
+    compact,
+    start,
+    count,
+    temperature,
+    largest,
+    cut,
+    floor,
+    BLOCK: tl.constexpr,
+):
     """[BLOCK] masses from ``start`` on; 0 for tokens below the cut (a key) or the floor."""
-    index = start + tl.arange(0, BLOCK)
-    x = _load_scaled(values_ptr + index, index < count, temperature)
-    kept = (index < count) & (_key(x) >= cut) & (x >= floor)
+    x = _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK)
+    kept = (start + tl.arange(0, BLOCK) < count) & (_key(x) >= cut) & (x >= floor)
     return tl.where(kept, _mass(x, largest), 0)
 
 
 @triton.jit
-def _total_kept_mass(values_ptr, count, temperature, largest, cut, floor, BLOCK: tl.constexpr):
+def _total_kept_mass(
+    candidates_ptr,
+    logits_ptr,
+    compact,
+    count,
+    temperature,
+    largest,
+    cut,
+    floor,
+    BLOCK: tl.constexpr,
+):
     mass = tl.zeros([BLOCK], dtype=tl.int64)
     for start in range(0, count, BLOCK):
-        mass += _kept_mass(values_ptr, start, count, temperature, largest, cut, floor, BLOCK)
+        mass += _kept_mass(
+            candidates_ptr, logits_ptr, compact, start, count, temperature, largest, cut, floor,
+            BLOCK,
+        )  # fmt: skip
     return tl.sum(mass)
 
 
@@ -354,7 +398,7 @@ def _draw_kernel(
         tl.store(out_ptr + row, tl.minimum(drawn, last).to(tl.int64))
         return
 
-    floor = largest + tl.where(min_p > 0, tl.log(min_p), -float("inf"))
+    floor = largest + tl.log(min_p) if min_p > 0 else -float("inf")
     # No token below the bound can be kept; this much the groups tell.
     bound = floor
     if by_k:
@@ -379,35 +423,41 @@ def _draw_kernel(
         CAPACITY,
     )
     compact = found <= CAPACITY
-    values_ptr = candidates_ptr if compact else logits_ptr
-    count = found if compact else VOCAB
+    count = tl.where(compact, found, VOCAB)
 
     highest = _key(largest).to(tl.int64)
     cut = _key(bound).to(tl.int64)
     total = tl.sum(group_mass)
     if by_k:
         cut = _cut(
-            values_ptr, count, temperature, largest, cut - 1, highest, cut,
-            top_k.to(tl.int64), False, BLOCK,
+            candidates_ptr, logits_ptr, compact, count, temperature, largest,
+            cut - 1, highest, cut, top_k.to(tl.int64), False, BLOCK,
         )  # fmt: skip
-        total = _total_kept_mass(values_ptr, count, temperature, largest, cut, -float("inf"), BLOCK)
+        total = _total_kept_mass(
+            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
+            -float("inf"), BLOCK,
+        )  # fmt: skip
     if by_p:
         cut = _cut(
-            values_ptr, count, temperature, largest, cut - 1, highest, cut,
-            _fraction(total, (top_p * 16777216.0).to(tl.int64)), True, BLOCK,
+            candidates_ptr, logits_ptr, compact, count, temperature, largest,
+            cut - 1, highest, cut, _fraction(total, (top_p * 16777216.0).to(tl.int64)), True, BLOCK,
         )  # fmt: skip
 
-    total = _total_kept_mass(values_ptr, count, temperature, largest, cut, floor, BLOCK)
+    total = _total_kept_mass(
+        candidates_ptr, logits_ptr, compact, count, temperature, largest, cut, floor, BLOCK
+    )
     target = _fraction(total, uniform)
-    passed_mass = target * 0
+    passed = target * 0
     drawn = VOCAB
-    start = 0
-    while (start < count) & (drawn == VOCAB):
-        mass = _kept_mass(values_ptr, start, count, temperature, largest, cut, floor, BLOCK)
-        reached = passed_mass + tl.cumsum(mass, axis=0) > target
-        drawn = tl.min(tl.where(reached, start + tl.arange(0, BLOCK), VOCAB))
-        passed_mass += tl.sum(mass)
-        start += BLOCK
+    for start in range(0, count, BLOCK):
+        mass = _kept_mass(
+            candidates_ptr, logits_ptr, compact, start, count, temperature, largest, cut, floor,
+            BLOCK,
+        )  # fmt: skip
+        reached = passed + tl.cumsum(mass, axis=0) > target
+        first = tl.min(tl.where(reached, start + tl.arange(0, BLOCK), VOCAB))
+        drawn = tl.minimum(drawn, first)
+        passed += tl.sum(mass)
     drawn = tl.minimum(drawn, count - 1)
     if compact:
         drawn = tl.load(candidate_ids_ptr + drawn)

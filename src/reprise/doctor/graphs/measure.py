@@ -1,0 +1,289 @@
+"""Fill in the graph matrix: capture, verify and time each executor at each size."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from reprise.doctor.graphs.places import Places
+from reprise.doctor.graphs.report import (
+    Absent,
+    BucketMemory,
+    GraphMatrix,
+    MatrixCell,
+    Timeline,
+    Where,
+)
+from reprise.doctor.graphs.timeline import eager_bars, graph_bars
+from reprise.doctor.timing import median_ms, once_ms
+from reprise.graphs import PHASES, Buckets, GraphPlan, GraphRunner, Phase, Probe, StepShape, predict
+from reprise.graphs.capture import Cell
+from reprise.graphs.locate import locate
+from reprise.graphs.plan import Executor
+from reprise.graphs.verify import check_probe
+from reprise.runner import ModelRunner
+from reprise.testing import faults
+
+Progress = Callable[[str, int, int], None]
+
+CONTEXTS = (1, 64, 512, 2048, 8192, 32768, 131072)
+BUCKETS = Buckets(decode=(1, 4, 16, 64), mixed=(16, 64, 256))
+TIMELINE_CONTEXT = 512
+"""About the context of the step whose timeline is shown."""
+
+
+def default_contexts(longest: int) -> list[int]:
+    """A few lengths on a logarithmic scale, and the longest that the model has."""
+    return [*(each for each in CONTEXTS if each < longest), longest]
+
+
+def default_buckets(max_requests: int, max_tokens: int) -> Buckets:
+    """Few enough to look at."""
+    return Buckets(
+        decode=tuple(each for each in BUCKETS.decode if each <= max_requests) or (max_requests,),
+        mixed=tuple(each for each in BUCKETS.mixed if each <= max_tokens) or (max_tokens,),
+    )
+
+
+def measure(
+    runner: ModelRunner,
+    facts: dict[str, Any],
+    *,
+    executors: Sequence[Executor],
+    buckets: Buckets,
+    contexts: Sequence[int],
+    fault: tuple[str, str] | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> GraphMatrix:
+    """Measure a model runner that has captured no graphs itself.
+
+    Args:
+        runner: Its requests and cache are not in use.
+        facts: For the head of the report.
+        executors: Rows of the matrix; ``none`` stands for eager execution.
+        buckets: Sizes of each phase.
+        contexts: Lengths of the longest request of a step.
+        fault: Name of a fault and the op to put it into, while graphs are captured.
+        progress: Told of every cell.
+    """
+    matrix = GraphMatrix(
+        facts,
+        list(executors),
+        {phase: list(buckets.of(phase)) for phase in PHASES},
+        list(contexts),
+        fault=None if fault is None else _fault_facts(*fault),
+    )
+    work = _Measurement(runner, matrix, buckets, fault, progress)
+    with torch.inference_mode(), runner.ops.activate():
+        work.eager()
+        for each in executors:
+            if each != "none":
+                with work.injected(each):
+                    work.executor(each)
+    runner.buffers.forget_tables()
+    return matrix
+
+
+def _fault_facts(name: str, op: str) -> dict[str, str]:
+    return {"name": name, "op": op, "summary": faults.FAULTS[name].summary}
+
+
+class _Measurement:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        matrix: GraphMatrix,
+        buckets: Buckets,
+        fault: tuple[str, str] | None,
+        progress: Progress,
+    ) -> None:
+        self.runner, self.matrix, self.buckets, self.fault = runner, matrix, buckets, fault
+        self.platform = runner.platform
+        self.computation = runner.forward_pass
+        self.total = len(self.shapes()) * len(matrix.contexts) * len(matrix.executors)
+        self.progress = functools.partial(self._advance, progress)
+        self.eager_ms: dict[tuple[StepShape, int], float] = {}
+
+    def _advance(self, progress: Progress, what: str) -> None:
+        progress(what, len(self.matrix.cells), self.total)
+
+    def shapes(self) -> list[StepShape]:
+        most = self.runner.config.max_num_seqs
+        return [
+            *(StepShape.decode(size) for size in self.buckets.decode),
+            *(StepShape.mixed(size, min(size, most)) for size in self.buckets.mixed),
+        ]
+
+    # ---- eager execution -----------------------------------------------------------------
+
+    def eager(self) -> None:
+        """The times that graphs are compared with, before any fault is injected."""
+        forward, model = self.computation.forward, self.computation.model
+        first = self.shapes()[0]
+        self.computation.probe(first, 1).fill()
+        self.places = Places(model, lambda: forward(first, model))
+        for shape in self.shapes():
+            for context in self.matrix.contexts:
+                self.computation.probe(shape, context).fill()
+                run = functools.partial(forward, shape, model)
+                once_ms(self.platform, run)
+                self.eager_ms[shape, context] = time = median_ms(self.platform, run)
+                if "none" in self.matrix.executors:
+                    self.matrix.cells.append(
+                        MatrixCell("none", shape.phase, shape.size, context, eager_ms=time)
+                    )
+                self.progress("eager")
+        if "none" in self.matrix.executors:
+            for shape, context in map(self.timeline_step, PHASES):
+                self.computation.probe(shape, context).fill()
+                run = functools.partial(forward, shape, model)
+                bars = eager_bars(self.platform, run, self.places)
+                self._add_timeline("none", shape, context, self.eager_ms[shape, context], bars)
+
+    # ---- graphs --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def injected(self, executor: Executor) -> Any:
+        """The fault in its op, if there is one to inject and this executor can express it."""
+        if self.fault is None:
+            yield
+            return
+        name, op = self.fault
+        declared = self.places.ops[op]
+        reason = faults.FAULTS[name].inexpressible(declared, executor, self.platform)
+        if reason is not None:
+            self.matrix.notes.append(f"{executor}: {name} cannot exist in {op} here: {reason}")
+            yield
+            return
+        with faults.inject(name, self.runner.ops, op):
+            yield
+
+    def executor(self, executor: Executor) -> None:
+        """All cells of one executor."""
+        graphs = GraphRunner(
+            self.computation,
+            self.platform,
+            GraphPlan(executor, executor),
+            self.buckets,
+            self.runner.config.max_num_seqs,
+            used=self.places.ops.values(),
+        )
+        for each in graphs.plan.downgrades:
+            if each.wanted == executor:
+                self.matrix.absent.append(Absent(executor, each.phase, each.reason))
+        missing = {each.phase for each in self.matrix.absent if each.executor == executor}
+        self.total -= sum(shape.phase in missing for shape in self.shapes()) * len(
+            self.matrix.contexts
+        )
+        self.matrix.memory_note = predict(graphs).note
+        with graphs.capturer.ready():
+            captured = [
+                self._capture(graphs, shape)
+                for shape in graphs.shapes()
+                if shape.phase not in missing
+            ]
+            for cell in reversed(captured):
+                for context in self.matrix.contexts:
+                    self.matrix.cells.append(self._cell(graphs, cell, executor, context))
+                    self.progress(executor)
+            for phase in PHASES:
+                shape, context = self.timeline_step(phase)
+                found = next((e for e in captured if e.shape == shape), None)
+                if found is not None and found.graph is not None:
+                    self.computation.probe(shape, context).fill()
+                    total = median_ms(self.platform, found.graph.replay)
+                    bars = graph_bars(self.platform, found.graph, self.places)
+                    self._add_timeline(executor, shape, context, total, bars)
+        graphs.discard()
+
+    def _capture(self, graphs: GraphRunner, shape: StepShape) -> Cell:
+        """Capture a bucket; ``graph`` stays None if that fails, ``info`` says why."""
+        self.progress(f"capture {graphs.plan.of(shape.phase)}")
+        measured = self.platform.graph_memory == "measure"
+        before = self._free() if measured else 0
+        cell = graphs.capture(shape)
+        grown = cell.info.bytes
+        if cell.info.executor != cell.info.planned:
+            cell.graph = None
+        else:
+            actual = max(0, before - self._free()) if measured else grown
+            self.matrix.memory.append(
+                BucketMemory(
+                    cell.info.planned, shape.phase, shape.size, cell.info.predicted_bytes, actual
+                )
+            )
+        return cell
+
+    def _free(self) -> int:
+        self.platform.synchronize()
+        self.platform.empty_cache()
+        return self.platform.memory_info().free
+
+    def _cell(
+        self, graphs: GraphRunner, cell: Cell, executor: Executor, context: int
+    ) -> MatrixCell:
+        shape = cell.shape
+        made = MatrixCell(executor, shape.phase, shape.size, context)
+        made.eager_ms = self.eager_ms[shape, context]
+        if cell.graph is None:
+            made.reason = cell.info.quarantined or "nothing was captured"
+            made.reason = made.reason.split("; then ")[0].removeprefix(f"{executor}: ")
+            made.where = self.places.in_text(made.reason)
+            return made
+        made.captured = True
+        probe = self.computation.probe(shape, context)
+        model = graphs.capturer.model(executor)
+        memory = self.platform.graph_pool_memory(cell.graph.pool)
+        probe.fill()
+        exact = self.places.deterministic
+        try:
+            found = check_probe(
+                self.computation, cell.graph, shape, probe.live, model, memory, exact=exact
+            )
+        except Exception as error:
+            made.reason = f"{type(error).__name__}: {error}"
+            made.where = self.places.in_text(made.reason)
+            return made
+        if found is None:
+            made.verified, made.largest_difference = True, 0.0
+            made.replay_ms = median_ms(self.platform, cell.graph.replay)
+            return made
+        made.largest_difference, made.tensor = found.largest, found.tensor
+        made.reason = str(found)
+        made.where = self._locate(graphs, cell, executor, probe)
+        return made
+
+    def _locate(
+        self, graphs: GraphRunner, cell: Cell, executor: Executor, probe: Probe
+    ) -> Where | None:
+        location = locate(
+            self.computation,
+            self.platform,
+            cell.shape,
+            probe.live,
+            probe.fill,
+            lambda: graphs.capturer.empty_inputs(cell.shape),
+            cell.graph,
+            graphs.capturer.model(executor),
+            lambda ok: ok,
+        )
+        return None if location is None else self.places.where(location)
+
+    # ---- timelines -----------------------------------------------------------------------
+
+    def timeline_step(self, phase: Phase) -> tuple[StepShape, int]:
+        """A step of middling size."""
+        shapes = [each for each in self.shapes() if each.phase == phase]
+        context = min(self.matrix.contexts, key=lambda each: abs(each - TIMELINE_CONTEXT))
+        return shapes[(len(shapes) - 1) // 2], context
+
+    def _add_timeline(
+        self, executor: str, shape: StepShape, context: int, total: float, bars: list[Any]
+    ) -> None:
+        self.matrix.timelines.append(
+            Timeline(executor, shape.phase, shape.size, context, total, bars)
+        )

@@ -1,0 +1,175 @@
+"""The graph matrix as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from reprise.graphs import Phase
+
+
+@dataclass
+class Where:
+    """The place in the model at which a graph first leaves the path of eager execution."""
+
+    op: str
+    """Name of the op, such as ``paged_attention``."""
+    call: int
+    """Calls of the op in the forward pass before this one."""
+    module: str
+    """``model.layers.3.self_attn``; empty if the op belongs to no module."""
+    layer: int | None
+    """Number in ``module``, if it has one."""
+    tensor: str = ""
+    """Argument of the op, or ``result``; empty if unknown, as where capture failed."""
+    segment: int | None = None
+    produced: bool = True
+    """The op computed it wrong; else it received it wrong."""
+    after: str | None = None
+    """The last op that was right, where ``produced`` is false."""
+
+    def __str__(self) -> str:
+        place = f"layer {self.layer}" if self.layer is not None else self.module
+        text = f"{self.op} #{self.call}" + (f" in {place}" if place else "")
+        if self.tensor:
+            text += f", {'tensor' if self.produced else 'received'} {self.tensor}"
+        if self.segment is not None:
+            text += f", segment {self.segment}"
+        return text
+
+
+@dataclass
+class MatrixCell:
+    """One executor at one bucket and context length."""
+
+    executor: str
+    phase: Phase
+    bucket: int
+    context: int
+    """Tokens of the step's longest request, its new ones included."""
+    captured: bool = False
+    verified: bool = False
+    """Replay and eager execution agreed, bit by bit where all ops are deterministic."""
+    largest_difference: float | None = None
+    """In the first tensor that differs; NaN: the replay left values unwritten."""
+    tensor: str | None = None
+    """The output or state that differs first."""
+    eager_ms: float | None = None
+    replay_ms: float | None = None
+    reason: str | None = None
+    """Why the cell is bad."""
+    where: Where | None = None
+
+    @property
+    def bad(self) -> bool:
+        return self.reason is not None
+
+    @property
+    def speedup(self) -> float | None:
+        """Eager time by replay time."""
+        if not self.eager_ms or not self.replay_ms:
+            return None
+        return self.eager_ms / self.replay_ms
+
+    @property
+    def name(self) -> str:
+        return f"{self.executor} {self.phase}[{self.bucket}] at {self.context} tokens"
+
+
+@dataclass
+class Bar:
+    """A part of a step: a graph segment, a break op, or an op or the rest of an eager step."""
+
+    kind: Literal["graph", "break", "op", "rest"]
+    label: str
+    ms: float
+    module: str = ""
+    ops: list[str] = field(default_factory=list)
+    """Of a graph segment, in order."""
+
+
+@dataclass
+class Timeline:
+    """One step of one executor."""
+
+    executor: str
+    phase: Phase
+    bucket: int
+    context: int
+    total_ms: float
+    """The step without stops between its parts; the bars, timed one by one, may add up to more."""
+    bars: list[Bar]
+
+
+@dataclass
+class BucketMemory:
+    """Graph memory of one bucket, in bytes."""
+
+    executor: str
+    phase: Phase
+    bucket: int
+    predicted: int | None
+    actual: int
+    """What capture took of the device's free memory, or by which the pool grew."""
+
+
+@dataclass
+class Absent:
+    """A part of the matrix that cannot be had here."""
+
+    executor: str
+    phase: Phase
+    reason: str
+
+
+@dataclass
+class GraphMatrix:
+    """All that ``reprise doctor graphs`` knows."""
+
+    facts: dict[str, Any]
+    """Model, device, dtype, versions, date, command."""
+    executors: list[str]
+    buckets: dict[Phase, list[int]]
+    contexts: list[int]
+    fault: dict[str, str] | None = None
+    """``name``, ``op``, ``summary`` of the fault that was injected."""
+    cells: list[MatrixCell] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
+    memory: list[BucketMemory] = field(default_factory=list)
+    memory_note: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> list[MatrixCell]:
+        return [each for each in self.cells if each.bad]
+
+    @property
+    def graphs(self) -> list[MatrixCell]:
+        """The cells that are about a graph: all but eager execution's."""
+        return [each for each in self.cells if each.executor != "none"]
+
+    def cell(self, executor: str, phase: str, bucket: int, context: int) -> MatrixCell | None:
+        wanted = (executor, phase, bucket, context)
+        found = (e for e in self.cells if (e.executor, e.phase, e.bucket, e.context) == wanted)
+        return next(found, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: numbers that JSON lacks become text (``"nan"``)."""
+        data = dataclasses.asdict(self)
+        for cell, made in zip(self.cells, data["cells"], strict=True):
+            made["speedup"] = cell.speedup
+        plain: dict[str, Any] = _plain(data)
+        return {"ok": not self.bad, **plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from toy import Toy
+
+from reprise.graphs import Segment, StepShape
+from reprise.graphs.compiled import cache_directory
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, platform):
+    reason = platform.compiler_missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+def started(platform, make_runner):
+    torch._dynamo.reset()
+    counters.clear()
+    toy = Toy(platform, layers=3)
+    runner = make_runner(toy, "compiled", decode=(2, 4), mixed=(16,))
+    runner.capture_all()
+    return toy, runner
+
+
+def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner):
+    toy, runner = started(platform, make_runner)
+    report = runner.report()
+    assert [each.executor for each in report.graphs] == ["compiled"] * 3, report.quarantined
+    assert all(each.verified for each in report.graphs)
+    assert [(each.segments, each.breaks) for each in report.graphs] == [(4, 3)] * 3
+    # The layers in the middle are one piece; so are all numbers of tokens.
+    assert counters["inductor"]["fxgraph_cache_miss"] == 3
+    graph = runner._cell_for(StepShape.decode(4)).graph
+    assert [str(each) for each in graph.steps[2].calls] == [
+        "fused_add_rms_norm #0", "silu_and_mul #0", "fused_add_rms_norm #1", "rotary_cache #1",
+    ]  # fmt: skip
+    assert isinstance(graph.steps[2], Segment)
+    for shape in (StepShape.decode(3), StepShape.mixed(13, 2)):
+        toy.fill(shape, 7)
+        expected = toy.eager(shape)
+        torch.testing.assert_close(runner.run(shape), expected, rtol=2e-2, atol=2e-2)
+
+    # A second start finds everything on disk.
+    started(platform, make_runner)
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 3
+
+
+def test_compiled_code_is_kept_in_the_users_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_directory()) == "/somewhere/reprise/inductor"

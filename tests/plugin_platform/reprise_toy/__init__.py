@@ -1,0 +1,1 @@
+"""A device that Reprise does not know."""

@@ -1,0 +1,112 @@
+"""A platform from a separate package: found by its entry point, it runs the demo model."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_ids, token_ids
+
+from reprise import LLM, platforms
+from reprise.errors import PlatformError
+
+PACKAGE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as pip would leave it after installing the package, made without a network."""
+    site = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    information = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    information.mkdir()
+    header = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (information / "METADATA").write_text(header)
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (information / "entry_points.txt").write_text("\n".join(lines))
+    for module in (project["name"].replace("-", "_"),):
+        (site / module).symlink_to(PACKAGE / module, target_is_directory=True)
+    return site
+
+
+@pytest.fixture
+def toy(installed: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(str(installed))
+    return "toy"
+
+
+def test_not_installed() -> None:
+    assert "toy" not in platforms.available()
+    with pytest.raises(PlatformError, match="device='toy' is unknown"):
+        platforms.resolve("toy")
+
+
+def test_is_listed(toy: str) -> None:
+    assert platforms.available()[toy] is None
+    assert toy in platforms.names()
+    platform = platforms.resolve(toy)
+    assert type(platform).__mro__[1] is platforms.Platform
+    assert type(platform).__module__ == "reprise_toy.platform"
+    assert platforms.resolve("auto").name != toy, "its priority is low"
+    with pytest.raises(PlatformError, match="known: auto, .*toy"):
+        platforms.resolve("abacus")
+    with pytest.raises(PlatformError, match="index 1 is out of range"):
+        platforms.resolve("toy:1")
+
+
+def test_runs_the_demo_model(toy: str) -> None:
+    prompts = ["12 + 34 =", "Once upon a time"]
+    llm = LLM(device=toy)
+    outputs = llm.generate(prompts, greedy(24))
+    assert outputs[0].outputs[0].text.split()[0].strip(".") == "46"
+    assert token_ids(outputs) == token_ids(
+        LLM(device="cpu", dtype="float32").generate(prompts, greedy(24))
+    )
+    assert_idle(llm)
+
+
+def test_its_data_decides(toy: str, tiny: TinyModels, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("qwen3")
+    with caplog.at_level("INFO", logger="reprise"):
+        llm = LLM(str(model.path), device=toy, max_num_seqs=32, skip_tokenizer_init=True)
+    assert "max_num_seqs: 32 -> 4 (a toy is small)" in caplog.text
+    engine = llm.engine
+    assert engine.scheduler.max_num_seqs == 4
+    assert engine.scheduler.max_num_batched_tokens == 64
+    assert engine.runner.block_size == 8
+    assert {each.name for each in engine.runner.ops.chosen.values()} == {"reference"}
+    prompts = [random_ids(n, 5 * n) for n in range(1, 8)]
+    for prompt, output in zip(prompts, generate(llm, prompts, greedy(20)), strict=True):
+        assert model.is_greedy(prompt, output)
+
+
+def test_asking_for_graphs_that_it_has_not(
+    toy: str, tiny: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, prompt = tiny("qwen3"), random_ids(1, 9)
+    with caplog.at_level("WARNING", logger="reprise"):
+        llm = make_llm(model, toy, max_num_seqs=2, graph_mode="full")
+    assert "decode: full -> none (platform toy has no device graphs)" in caplog.text
+    assert model.is_greedy(prompt, generate(llm, [prompt], greedy(9))[0])
+
+
+def test_a_plug_in_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported, and harms no other platform."""
+    for name, target in (("broken", "no_such_module:X"), ("wrong", "json:loads")):
+        information = tmp_path / f"{name}-1.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        entry = f"[reprise.platforms]\n{name} = {target}\n"
+        (information / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = platforms.available()
+    assert "no_such_module" in str(report["broken"])
+    assert "not a subclass of Platform" in str(report["wrong"])
+    assert report["cpu"] is None
+    for name in ("broken", "wrong"):
+        with pytest.raises(PlatformError, match=name):
+            platforms.resolve(name)
+    assert platforms.resolve("auto").name in report

@@ -1,0 +1,210 @@
+"""The public interface, as a user of vLLM knows it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    TinyModel,
+    TinyModels,
+    assert_idle,
+    greedy,
+    make_llm,
+    random_ids,
+    text_model,
+    token_ids,
+)
+
+import reprise
+from reprise import LLM, SamplingParams
+from reprise.errors import RepriseError, RequestError
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> TinyModel:
+    return text_model(tiny)
+
+
+@pytest.fixture(scope="module")
+def llm(model: TinyModel, device: str) -> LLM:
+    return make_llm(model, device)
+
+
+def test_forms_of_a_prompt(llm: LLM, model: TinyModel) -> None:
+    text = "Once upon a time"
+    ids = llm.get_tokenizer().encode(text)
+    forms: list[Any] = [text, ids, {"prompt": text}, {"prompt_token_ids": ids}, tuple(ids)]
+    forms.append({"prompt": text, "prompt_token_ids": ids})
+    together = llm.generate(forms, greedy(8))
+    assert len({tuple(each) for each in token_ids(together)}) == 1
+    assert model.is_greedy(ids, together[0].outputs[0].token_ids)
+    for form, output in zip(forms, together, strict=True):
+        assert output.prompt_token_ids == ids
+        assert output.prompt == (text if "prompt" in form or form is text else None)
+        alone = llm.generate(form, greedy(8))
+        assert token_ids(alone) == token_ids(together[:1])
+    assert len(llm.generate([ids, ids[:3]], greedy(2))) == 2
+    assert llm.generate([], greedy(2)) == []
+    assert_idle(llm)
+
+
+def test_callers_lists_are_not_kept(llm: LLM) -> None:
+    prompt = [5, 6, 7]
+    output = llm.generate({"prompt_token_ids": prompt}, greedy(4))[0]
+    assert prompt == [5, 6, 7]
+    prompt.append(8)
+    assert output.prompt_token_ids == [5, 6, 7]
+    output.outputs[0].token_ids.clear()
+    output.prompt_token_ids.clear()
+    assert len(llm.generate([5, 6, 7], greedy(4))[0].outputs[0].token_ids) == 4
+
+
+def test_outputs(llm: LLM) -> None:
+    outputs = llm.generate(["a cat", "12 + 34 ="], greedy(6, n=2))
+    assert [each.prompt for each in outputs] == ["a cat", "12 + 34 ="]
+    assert len({each.request_id for each in outputs}) == 2
+    for each in outputs:
+        assert each.finished
+        assert each.prompt_logprobs is None
+        assert [each.index for each in each.outputs] == [0, 1]
+        for completion in each.outputs:
+            assert completion.finished
+            assert len(completion.token_ids) == 6
+            assert completion.finish_reason == "length"
+
+
+def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:
+    outputs = llm.generate(["a", "b", "c"], [greedy(2), greedy(5), greedy(1)])
+    assert [len(each.outputs[0].token_ids) for each in outputs] == [2, 5, 1]
+
+
+def test_default_parameters(model: TinyModel, device: str, tmp_path: Path) -> None:
+    llm = make_llm(model, device, seed=5)
+    default = llm.get_default_sampling_params()
+    assert default == SamplingParams()
+    assert [len(each) for each in token_ids(llm.generate(["a", "b"]))] == [16, 16]
+
+
+def test_chat(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    first = [{"role": "user", "content": "Grüße 👍🏽"}]
+    second = [*first, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and?"}]
+    expected = tokenizer.apply_chat_template(second, tokenize=False, add_generation_prompt=True)
+    outputs = llm.chat([first, second], greedy(8))
+    assert outputs[1].prompt == expected
+    assert outputs[1].prompt_token_ids == tokenizer.encode(expected, add_special_tokens=False)
+    assert token_ids(llm.chat(first, greedy(8))) == token_ids(outputs[:1])
+    plain = llm.chat(first, greedy(8), add_generation_prompt=False)[0]
+    assert plain.prompt is not None
+    assert not plain.prompt.endswith("assistant:")
+    custom = llm.chat(
+        first,
+        greedy(8),
+        chat_template="{{ mood }}: {{ messages[0].content }}",
+        chat_template_kwargs={"mood": "glad"},
+    )
+    assert custom[0].prompt == "glad: Grüße 👍🏽"
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], r"messages=\[\]"),
+        ([[]], "messages is empty"),
+        ([{"content": "no role"}], "messages"),
+        (["hello"], "messages"),
+        ("hello", "messages"),
+        ([{"role": "user", "content": "hi"}, 3], "messages"),
+        (None, "messages"),
+        (7, "messages"),
+    ],
+)
+def test_bad_messages(llm: LLM, messages: Any, named: str) -> None:
+    strict = (
+        "{% for m in messages %}{% if m.role is not defined %}{{ raise_exception('no role') }}"
+        "{% endif %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(RequestError, match=named):
+        llm.chat(messages, greedy(4), chat_template=strict)
+    assert_idle(llm)
+
+
+def test_bad_template(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="chat template"):
+        llm.chat([{"role": "user", "content": "hi"}], chat_template="{% for %}")
+
+
+def test_no_tokenizer(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device, skip_tokenizer_init=True)
+    for call in (llm.get_tokenizer, lambda: llm.chat([{"role": "user", "content": "hi"}])):
+        with pytest.raises(RequestError, match="skip_tokenizer_init"):
+            call()
+    output = llm.generate([1, 2, 3], greedy(4))[0]
+    assert output.outputs[0].text == ""
+    assert len(output.outputs[0].token_ids) == 4
+
+
+def test_a_tokenizer_from_elsewhere(
+    tiny: TinyModels, model: TinyModel, device: str, tmp_path: Path
+) -> None:
+    plain = tiny("qwen3", vocab_size=340)
+    llm = make_llm(plain, device, skip_tokenizer_init=False, tokenizer=str(model.path))
+    assert llm.generate("a cat", greedy(4))[0].prompt == "a cat"
+
+
+def test_a_text_that_has_no_tokens(llm: LLM) -> None:
+    for prompt in ("", {"prompt": ""}, ["good", ""]):
+        with pytest.raises(RequestError, match="prompt='' is empty"):
+            llm.generate(prompt, greedy(4))
+    assert_idle(llm)
+
+
+def test_paths_can_be_path_objects(model: TinyModel, device: str) -> None:
+    llm = LLM(model.path, device=device, num_blocks=9, max_num_seqs=2, tokenizer=model.path)  # type: ignore[arg-type]
+    assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3
+
+
+def test_engines_side_by_side(tiny: TinyModels, device: str) -> None:
+    """Two models in one process do not disturb each other."""
+    models = [tiny("qwen3"), tiny("llama", num_hidden_layers=1)]
+    llms = [make_llm(each, device) for each in models]
+    prompts = [random_ids(1, 20), random_ids(2, 10)]
+    groups = [
+        [llm.engine.add(f"{n}", prompt, greedy(20)) for n, prompt in enumerate(prompts)]
+        for llm in llms
+    ]
+    while any(llm.engine.has_work for llm in llms):
+        for llm in llms:
+            llm.engine.step()
+    for model, requests in zip(models, groups, strict=True):
+        for prompt, group in zip(prompts, requests, strict=True):
+            assert model.is_greedy(prompt, group.output().outputs[0].token_ids)
+
+
+def test_names_of_the_package() -> None:
+    for name in reprise.__all__:
+        assert getattr(reprise, name) is not None
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        reprise.NoSuchThing  # noqa: B018
+    assert issubclass(RequestError, RepriseError)
+
+
+LIGHT = ["reprise", "reprise.config", "reprise.errors", "reprise.sampling_params"]
+LIGHT += ["reprise.outputs", "reprise.request", "reprise.step"]
+
+
+def test_light_modules_import_without_torch() -> None:
+    program = (
+        "import importlib, json, sys\n"
+        f"for name in {LIGHT!r}: importlib.import_module(name)\n"
+        "print(json.dumps([name for name in ('torch', 'transformers') if name in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert json.loads(done.stdout) == []
