@@ -131,6 +131,7 @@ def make_llm(model: TinyModel | Path, device: str, **options: Any) -> LLM:
         "dtype": "float32",
         "max_num_seqs": 8,
         "num_blocks": 129,
+        "block_size": 16,
         "graph_mode": "none",
         "skip_tokenizer_init": not (path / "tokenizer.json").exists(),
     }

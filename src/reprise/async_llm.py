@@ -39,6 +39,7 @@ class AsyncLLM:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._closed = False
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
 
@@ -72,8 +73,8 @@ class AsyncLLM:
             self.engine.add(name, prompt, sampling_params, priority)
             self._streams[name] = stream
 
-        await self._call(add)
         try:
+            await self._call(add)
             while True:
                 output = await stream.next()
                 yield output
@@ -111,10 +112,12 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Abort all requests and stop the engine's thread."""
-        if not self._closed:
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._commands.put(None)
-            self._thread.join()
+        self._thread.join()
 
     async def __aenter__(self) -> Self:
         return self
@@ -124,17 +127,20 @@ class AsyncLLM:
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run in the engine's thread, between two steps."""
-        if self._closed:
-            raise RepriseError("the engine was shut down; create a new AsyncLLM")
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
-        self._submit(run)
+        with self._lock:  # a command behind the end would never be answered
+            if self._closed:
+                raise RepriseError("the engine was shut down; create a new AsyncLLM")
+            self._submit(run)
         return await asyncio.wrap_future(future)
 
     def _submit(self, command: Callable[[], None]) -> None:

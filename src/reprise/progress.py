@@ -27,6 +27,7 @@ class Counter:
         self.total = total
         self.done = 0
         self._started = time.perf_counter()
+        self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
 
     def advance(self, parts: int = 1) -> None:
@@ -37,14 +38,15 @@ class Counter:
         """``done`` of ``total`` parts of ``what`` are done."""
         self.what, self.done, self.total = what, done, total
         if self._bar is None:
-            if time.perf_counter() - self._started < SHOW_AFTER_SECONDS:
+            early = time.perf_counter() - self._started < SHOW_AFTER_SECONDS
+            if early or not self._console.is_terminal:
                 return
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                console=Console(file=sys.stderr),
+                console=self._console,
                 transient=True,
             )
             self._bar.start()

@@ -154,7 +154,7 @@ def test_a_long_prompt_does_not_stall_decodes(model: TinyModel, device: str) -> 
         engine.step()
     steps = engine.stats().scheduler.total_steps - steps
     assert steps >= 200 // 8
-    assert len(running.output().outputs[0].token_ids) - tokens >= steps - 2
+    assert len(running.output().outputs[0].token_ids) - tokens >= steps - 4
     finish(engine)
 
 

@@ -311,7 +311,7 @@ def test_interrupted_generation(
     """The device fails, or the user presses Ctrl-C, anywhere in a step."""
     runner: Any = llm.engine.runner
     owner, name = {
-        "forward": (runner, "forward"),
+        "forward": (runner.graphs, "run"),
         "sampler": (runner, "sampler"),
         "results": (llm.engine.scheduler, "update"),
     }[where]

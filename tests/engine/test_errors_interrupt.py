@@ -28,7 +28,7 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=5, n=2, min_tokens=3, stop_token_ids=[1]),
     SamplingParams(temperature=0, max_tokens=4, logprobs=1, prompt_logprobs=0),
 ]
-NUM_LINES = 160
+NUM_LINES = 120
 """Of some 400, taken at random; all of them take half a minute."""
 CHECK_EVERY = 8
 """Interrupted runs after which an undisturbed one is compared."""

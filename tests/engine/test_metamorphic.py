@@ -20,7 +20,7 @@ from helpers import (
 
 from reprise import LLM, SamplingParams
 
-STEPS = 32
+STEPS = 24
 SHARED = random_ids(100, 48)
 PROMPTS = [
     random_ids(1, 1),

@@ -51,7 +51,7 @@ def test_is_listed(toy: str) -> None:
     assert type(platform).__mro__[1] is platforms.Platform
     assert type(platform).__module__ == "reprise_toy.platform"
     assert platforms.resolve("auto").name != toy, "its priority is low"
-    with pytest.raises(PlatformError, match="known: auto, .*toy"):
+    with pytest.raises(PlatformError, match=r"known: auto, .*toy"):
         platforms.resolve("abacus")
     with pytest.raises(PlatformError, match="index 1 is out of range"):
         platforms.resolve("toy:1")

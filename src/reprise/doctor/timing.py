@@ -22,9 +22,11 @@ def once_ms(platform: Platform, run: Callable[[], object]) -> float:
     return float(began.elapsed_time(ended))
 
 
-def median_ms(platform: Platform, run: Callable[[], object], repeats: int = 5) -> float:
-    """Median of a few runs; the caller has run it before."""
-    times: list[float] = []
-    while len(times) < repeats and (not times or sum(times) < ENOUGH_MS):
-        times.append(once_ms(platform, run))
-    return statistics.median(times)
+def median_ms(platform: Platform, *runs: Callable[[], object], repeats: int = 5) -> list[float]:
+    """The median time of each of ``runs``, which take turns, so that a busy machine slows all
+    of them alike. The caller has run them before."""
+    times: list[list[float]] = [[] for _ in runs]
+    while len(times[0]) < repeats and sum(map(sum, times)) < ENOUGH_MS * len(runs):
+        for run, taken in zip(runs, times, strict=True):
+            taken.append(once_ms(platform, run))
+    return [statistics.median(each) for each in times]

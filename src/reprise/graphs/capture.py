@@ -64,6 +64,8 @@ class Capturer:
         self._exact = exact
         self._pool: Any = None
         self._memory: dict[int, list[Tensor]] = {}
+        self._anchors: dict[int, SegmentedGraph] = {}
+        """One graph of each pool, kept whatever its verdict: a pool dies with its last graph."""
         self._compiled: Callable[..., Any] | None = None
         self._located: dict[tuple[str, Executor], int] = {}
         self._logged: Counter[tuple[str, Executor]] = Counter()
@@ -126,6 +128,7 @@ class Capturer:
             # What a failed capture leaves in the pool is unknown; take another one.
             self._pool = None
             return f"capture failed: {type(error).__name__}: {_first_line(error)}"
+        self._anchors.setdefault(id(graph.pool), graph)
         cell.graph = graph
         cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
         cell.info.bytes = graph.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,19 @@ from torch import Tensor
 from reprise.errors import GraphError
 from reprise.graphs.compare import poison, poison_memory, same_bits
 from reprise.graphs.computation import Computation
-from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph, tensor_arguments
+from reprise.graphs.segments import (
+    Break,
+    Call,
+    OpCaptureError,
+    Segment,
+    SegmentedGraph,
+    tensor_arguments,
+)
 from reprise.graphs.shape import StepShape
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
 
 COPY_LIMIT = 4 << 20
 """Larger tensors (caches) are compared by a sum over their bits instead of being copied."""
@@ -35,8 +45,12 @@ class Location:
     """The op itself computed it wrong; else it received it wrong from the code before it."""
     after: str | None = None
     """The last op that was right."""
+    refused: bool = False
+    """The op cannot be captured in a segment of its own, so it depends on what is around it."""
 
     def __str__(self) -> str:
+        if self.refused:
+            return f"suspect: {self.op}, which cannot be captured by itself"
         if self.produced:
             return f"first diverging op: {self.op} ({self.tensor}), segment {self.segment}"
         since = "the start" if self.after is None else self.after
@@ -108,7 +122,10 @@ def locate(
             found = _walk(original, trace)
             state.write(before)
         return found
-    except (GraphError, RuntimeError):
+    except OpCaptureError as error:
+        return Location(0, str(error.call), "", produced=True, refused=True)
+    except (GraphError, RuntimeError) as error:
+        logger.debug("the divergence of %s cannot be traced: %s", bucket, error)
         return None
     finally:
         if state is None:

@@ -174,11 +174,16 @@ class GraphRunner:
         self.platform.empty_cache()
 
     def _free_memory(self) -> int | None:
+        """Free bytes, for the report alone; None where they cannot be measured."""
         if self.platform.graph_memory != "measure":
             return None
         self.platform.synchronize()
         self.platform.empty_cache()
-        return self.platform.memory_info().free
+        try:
+            return self.platform.memory_info().free
+        except Exception as error:
+            logger.warning("graph memory: not measured (%s: %s)", type(error).__name__, error)
+            return None
 
     def _log_summary(self) -> None:
         infos = [each.info for each in self.cells.values()]

@@ -24,10 +24,6 @@ Split = Literal["nowhere", "breaks", "ops", "all"]
 with break ops run eagerly (``ops``) or captured too (``all``)."""
 
 
-class OpCaptureError(GraphError):
-    """An op cannot be captured; the message begins with which."""
-
-
 @dataclass
 class Call:
     """One call of an op within a forward pass."""
@@ -42,6 +38,14 @@ class Call:
 
     def __str__(self) -> str:
         return f"{self.op} #{self.index}"
+
+
+class OpCaptureError(GraphError):
+    """An op cannot be captured."""
+
+    def __init__(self, call: Call, error: Exception) -> None:
+        super().__init__(f"{call}: {error}")
+        self.call = call
 
 
 @dataclass
@@ -169,7 +173,7 @@ class SegmentedGraph:
         except (GraphError, RuntimeError) as error:
             if isinstance(error, OpCaptureError):
                 raise
-            raise OpCaptureError(f"{call}: {error}") from error
+            raise OpCaptureError(call, error) from error
 
     def _break(
         self,

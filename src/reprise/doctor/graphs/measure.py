@@ -19,7 +19,7 @@ from reprise.doctor.graphs.report import (
     Where,
 )
 from reprise.doctor.graphs.timeline import eager_bars, graph_bars
-from reprise.doctor.timing import median_ms, once_ms
+from reprise.doctor.timing import median_ms
 from reprise.graphs import PHASES, Buckets, GraphPlan, GraphRunner, Phase, Probe, StepShape, predict
 from reprise.graphs.capture import Cell
 from reprise.graphs.locate import locate
@@ -106,7 +106,6 @@ class _Measurement:
         self.computation = runner.forward_pass
         self.total = len(self.shapes()) * len(matrix.contexts) * len(matrix.executors)
         self.progress = functools.partial(self._advance, progress)
-        self.eager_ms: dict[tuple[StepShape, int], float] = {}
 
     def _advance(self, progress: Progress, what: str) -> None:
         progress(what, len(self.matrix.cells), self.total)
@@ -121,28 +120,31 @@ class _Measurement:
     # ---- eager execution -----------------------------------------------------------------
 
     def eager(self) -> None:
-        """The times that graphs are compared with, before any fault is injected."""
-        forward, model = self.computation.forward, self.computation.model
+        """The cells and timelines of eager execution, and the names of the ops."""
+        model = self.computation.model
         first = self.shapes()[0]
         self.computation.probe(first, 1).fill()
-        self.places = Places(model, lambda: forward(first, model))
+        self.places = Places(model, self._forward(first))
+        if "none" not in self.matrix.executors:
+            return
         for shape in self.shapes():
+            run = self._forward(shape)
             for context in self.matrix.contexts:
                 self.computation.probe(shape, context).fill()
-                run = functools.partial(forward, shape, model)
-                once_ms(self.platform, run)
-                self.eager_ms[shape, context] = time = median_ms(self.platform, run)
-                if "none" in self.matrix.executors:
-                    self.matrix.cells.append(
-                        MatrixCell("none", shape.phase, shape.size, context, eager_ms=time)
-                    )
+                run()
+                made = MatrixCell("none", shape.phase, shape.size, context)
+                (made.eager_ms,) = median_ms(self.platform, run)
+                self.matrix.cells.append(made)
                 self.progress("eager")
-        if "none" in self.matrix.executors:
-            for shape, context in map(self.timeline_step, PHASES):
-                self.computation.probe(shape, context).fill()
-                run = functools.partial(forward, shape, model)
-                bars = eager_bars(self.platform, run, self.places)
-                self._add_timeline("none", shape, context, self.eager_ms[shape, context], bars)
+        for shape, context in map(self.timeline_step, PHASES):
+            self.computation.probe(shape, context).fill()
+            run = self._forward(shape)
+            (total,) = median_ms(self.platform, run)
+            bars = eager_bars(self.platform, run, self.places)
+            self._add_timeline("none", shape, context, total, bars)
+
+    def _forward(self, shape: StepShape) -> Callable[[], Any]:
+        return functools.partial(self.computation.forward, shape, self.computation.model)
 
     # ---- graphs --------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class _Measurement:
                 found = next((e for e in captured if e.shape == shape), None)
                 if found is not None and found.graph is not None:
                     self.computation.probe(shape, context).fill()
-                    total = median_ms(self.platform, found.graph.replay)
+                    (total,) = median_ms(self.platform, found.graph.replay)
                     bars = graph_bars(self.platform, found.graph, self.places)
                     self._add_timeline(executor, shape, context, total, bars)
         graphs.discard()
@@ -228,7 +230,6 @@ class _Measurement:
     ) -> MatrixCell:
         shape = cell.shape
         made = MatrixCell(executor, shape.phase, shape.size, context)
-        made.eager_ms = self.eager_ms[shape, context]
         if cell.graph is None:
             made.reason = cell.info.quarantined or "nothing was captured"
             made.reason = made.reason.split("; then ")[0].removeprefix(f"{executor}: ")
@@ -250,7 +251,9 @@ class _Measurement:
             return made
         if found is None:
             made.verified, made.largest_difference = True, 0.0
-            made.replay_ms = median_ms(self.platform, cell.graph.replay)
+            made.eager_ms, made.replay_ms = median_ms(
+                self.platform, self._forward(shape), cell.graph.replay
+            )
             return made
         made.largest_difference, made.tensor = found.largest, found.tensor
         made.reason = str(found)

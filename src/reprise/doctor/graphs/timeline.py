@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -56,9 +57,7 @@ def _walk(platform: Platform, graph: SegmentedGraph) -> list[float]:
     return _gaps(platform, events)
 
 
-def _walk_eagerly(
-    platform: Platform, forward: Callable[[], Any]
-) -> list[tuple[str | None, float]]:
+def _walk_eagerly(platform: Platform, forward: Callable[[], Any]) -> list[tuple[str | None, float]]:
     names: list[str | None] = []
     events = []
     counts: Counter[str] = Counter()
@@ -88,8 +87,7 @@ def _walk_eagerly(
 
 def _gaps(platform: Platform, events: Sequence[Any]) -> list[float]:
     platform.synchronize()
-    pairs = zip(events, events[1:], strict=False)
-    return [float(before.elapsed_time(after)) for before, after in pairs]
+    return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(events)]
 
 
 def _named(call: str, places: Places) -> str:

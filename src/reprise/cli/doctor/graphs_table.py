@@ -1,0 +1,102 @@
+"""The graph matrix in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from reprise.cli.doctor.group import table
+from reprise.doctor.graphs.markup import gap, milliseconds, size, times
+from reprise.doctor.graphs.page import BUCKET_OF, short
+from reprise.doctor.graphs.report import GraphMatrix, MatrixCell
+from reprise.graphs import PHASES, Phase
+
+
+def show(matrix: GraphMatrix) -> None:
+    """Print a table a phase, then what is wrong, then memory."""
+    console = Console()
+    facts = matrix.facts
+    shown = (facts.get(name, "") for name in ("model", "device_name", "dtype"))
+    console.print(f"[bold]Device graphs[/] of {escape(', '.join(shown))}")
+    if matrix.fault is not None:
+        console.print(
+            f"[yellow]fault injected:[/] {matrix.fault['name']} in {matrix.fault['op']}: "
+            f"{matrix.fault['summary']}"
+        )
+    for phase in PHASES:
+        if matrix.buckets[phase]:
+            console.print(_grid(matrix, phase))
+    for each in matrix.absent:
+        console.print(f"[dim]{each.executor}, {each.phase}: not here: {escape(each.reason)}[/]")
+    for note in matrix.notes:
+        console.print(f"[dim]{escape(note)}[/]")
+    console.print(f"[dim]{_memory(matrix)}[/]")
+    if matrix.bad:
+        console.print(_failures(matrix))
+    graphs = matrix.graphs
+    if matrix.bad:
+        console.print(f"[bold red]✗ {len(matrix.bad)} of {len(graphs)} cells are wrong[/]")
+    elif graphs:
+        console.print(f"[bold green]✓ all {len(graphs)} cells verified[/]")
+
+
+def _grid(matrix: GraphMatrix, phase: Phase) -> Table:
+    heads = [f"{short(each)} tokens" for each in matrix.contexts]
+    title = f"{phase}: replay time and speed-up over eager, by longest context"
+    made = table(title, "executor", BUCKET_OF[phase], *heads)
+    missing = {each.executor for each in matrix.absent if each.phase == phase}
+    for executor in matrix.executors:
+        if executor in missing:
+            continue
+        for index, bucket in enumerate(matrix.buckets[phase]):
+            label = ("eager" if executor == "none" else executor) if index == 0 else ""
+            cells = [matrix.cell(executor, phase, bucket, each) for each in matrix.contexts]
+            made.add_row(label, str(bucket), *(_cell(each) for each in cells))
+        made.add_section()
+    return made
+
+
+def _cell(cell: MatrixCell | None) -> Text:
+    if cell is None:
+        return Text("-", style="dim")
+    if cell.bad:
+        return Text("✗ WRONG" if cell.captured else "✗ NO GRAPH", style="bold white on red")
+    if cell.speedup is None:
+        return Text(milliseconds(cell.eager_ms), style="dim")
+    text = Text(milliseconds(cell.replay_ms))
+    style = "cyan" if cell.speedup >= 1.05 else "yellow" if cell.speedup < 0.95 else "dim"
+    return text.append(f" {times(cell.speedup)}", style=style)
+
+
+def _failures(matrix: GraphMatrix) -> Table:
+    made = table("What is wrong, and where it begins", "cell", "layer", "op", "tensor",
+                 "difference", "reason")  # fmt: skip
+    for cell in matrix.bad:
+        where = cell.where
+        layer = op = tensor = "-"
+        if where is not None:
+            layer = str(where.layer) if where.layer is not None else where.module or "-"
+            op = f"{where.op} #{where.call}"
+            tensor = where.tensor or "-"
+            if where.tensor and not where.produced:
+                tensor += " (received)"
+        name = f"[red]{cell.name}[/]".replace("[" + str(cell.bucket), r"\[" + str(cell.bucket))
+        made.add_row(
+            name, layer, op, tensor, gap(cell.largest_difference), escape(cell.reason or "")
+        )
+    return made
+
+
+def _memory(matrix: GraphMatrix) -> str:
+    totals: dict[str, int] = {}
+    for each in matrix.memory:
+        totals[each.executor] = totals.get(each.executor, 0) + each.actual
+    text = ", ".join(f"{name} {size(taken)}" for name, taken in totals.items()) or "none"
+    predicted = [each.predicted for each in matrix.memory if each.predicted is not None]
+    if predicted:
+        text += f" ({size(sum(predicted))} predicted in all)"
+    elif matrix.memory_note:
+        text += f" ({matrix.memory_note})"
+    return f"graph memory: {text}"

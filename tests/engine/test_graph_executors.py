@@ -1,0 +1,128 @@
+"""Same tokens whatever the executor, with everything in flight that an engine has."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm, random_ids
+
+from reprise import LLM, SamplingParams
+from reprise.loading.checkpoint import DEMO_MODEL
+from reprise.platforms import Platform
+
+EXECUTORS = ("full", "breakable", "compiled")
+SHARED = random_ids(200, 40)
+PROMPTS = [
+    random_ids(11, 3),
+    [*SHARED, *random_ids(12, 9)],
+    random_ids(13, 61),
+    [*SHARED, *random_ids(14, 30)],
+    random_ids(15, 1),
+    random_ids(16, 24),
+    [*SHARED, *random_ids(17, 2)],
+]
+LENGTHS = [20, 33, 9, 28, 40, 5, 17]
+"""Different, so that the batch shrinks through several buckets."""
+BUSY: dict[str, Any] = {
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 32,
+    "num_blocks": 14,
+    "graph_buckets": "decode=1,2,4,6;mixed=8,32",
+    "graph_verify": "canary:3",
+}
+"""Chunked prefill, preemption, prefix hits, and live steps recomputed."""
+
+
+def busy_tokens(llm: LLM, **sampling: Any) -> list[list[int]]:
+    """Two rounds, the second one with hits in the prefix cache."""
+    params = [SamplingParams(max_tokens=n, ignore_eos=True, **sampling) for n in LENGTHS]
+    outputs = []
+    for _ in range(2):
+        prompts = [{"prompt_token_ids": each} for each in PROMPTS]
+        outputs += llm.generate(prompts, params, use_tqdm=False)
+    assert_idle(llm)
+    return [each.outputs[0].token_ids for each in outputs]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_tokens_do_not_depend_on_the_executor(
+    tiny: TinyModels, architecture: str, executor: str, device: str
+) -> None:
+    model = tiny(architecture)
+    eager = make_llm(model, device, **BUSY)
+    graphed = make_llm(model, device, **BUSY, graph_mode=executor)
+    assert busy_tokens(graphed, temperature=0) == busy_tokens(eager, temperature=0)
+    sampled = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
+    assert busy_tokens(graphed, **sampled) == busy_tokens(eager, **sampled)
+
+    report = graphed.graph_report()
+    assert report.plan == {"decode": executor, "mixed": executor}
+    assert all(each.verified and each.quarantined is None for each in report.graphs)
+    assert {each.bucket for each in report.graphs if each.replays} >= {6, 32}
+    assert report.canaries > 10
+    assert report.canary_failures == 0
+    scheduler = graphed.stats().scheduler
+    assert scheduler.total_preemptions > 0
+    assert scheduler.total_prefix_hits > 0
+
+
+@pytest.mark.parametrize("executor", ["full", "breakable"])
+def test_demo_model(executor: str, device: str) -> None:
+    prompts = ["Once upon a time", "47 + 38 =", "Copy: river 42 k\n"]
+    options: dict[str, Any] = {
+        "device": device, "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 16,
+        "num_blocks": 64, "graph_buckets": "decode=1,3;mixed=16",
+    }  # fmt: skip
+    params = greedy(48)
+    eager = LLM(str(DEMO_MODEL), graph_mode="none", **options).generate(prompts, params)
+    graphed = LLM(str(DEMO_MODEL), graph_mode=executor, **options).generate(prompts, params)
+    assert [e.outputs[0].token_ids for e in graphed] == [e.outputs[0].token_ids for e in eager]
+
+
+def test_an_op_without_graph_support_downgrades_the_plan(
+    tiny: TinyModels, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("qwen3")
+    reference = {"paged_attention": "reference"}
+    eager = make_llm(model, device, **BUSY)
+    with caplog.at_level(logging.INFO, logger="reprise.graphs"):
+        graphed = make_llm(model, device, **BUSY, graph_mode="full", ops=reference)
+    report = graphed.graph_report()
+    assert report.plan == {"decode": "breakable", "mixed": "breakable"}
+    for phase in ("decode", "mixed"):
+        lines = [e.message for e in caplog.records if phase in e.message and "full" in e.message]
+        told = [line for line in lines if "paged_attention" in line]
+        assert len(told) == 1, "one line a downgrade, with its reason"
+    assert busy_tokens(graphed, temperature=0) == busy_tokens(eager, temperature=0)
+
+
+@pytest.mark.parametrize("lie", [-(1 << 30), 0, 1 << 60, RuntimeError("no such counter")])
+def test_graph_memory_that_fails_or_lies_never_stops_start_up(
+    tiny: TinyModels, platform: Platform, monkeypatch: pytest.MonkeyPatch, lie: Any
+) -> None:
+    """Free memory is off by ``lie`` a little more at each reading."""
+    kind = type(platform)
+    honest = kind.memory_info
+    readings = iter(range(1, 1000))
+
+    def lying(self: Platform) -> Any:
+        if isinstance(lie, Exception):
+            raise lie
+        found = honest(self)
+        free = found.free - next(readings) * lie
+        return type(found)(free=free, total=found.total)
+
+    monkeypatch.setattr(kind, "graph_memory", "measure")
+    model: TinyModel = tiny("qwen3")
+    monkeypatch.setattr(kind, "memory_info", lying)
+    llm = make_llm(model, platform.name, **BUSY, graph_mode="full")
+    monkeypatch.undo()
+    memory = llm.graph_report().memory
+    if lie != 0:
+        assert memory.note, "the report says that the measurement was wrong"
+    assert (memory.predicted or 0) < platform.memory_info().total
+    eager = make_llm(model, platform.name, **BUSY)
+    assert busy_tokens(llm, temperature=0) == busy_tokens(eager, temperature=0)

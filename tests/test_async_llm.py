@@ -1,0 +1,149 @@
+"""AsyncLLM: streams of many callers over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+from helpers import TinyModels, greedy, make_llm, random_ids
+
+from reprise import AsyncLLM, RequestOutput, SamplingParams
+from reprise.errors import CapacityError, RepriseError, RequestError
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "max_num_seqs": 4, "num_blocks": 65, "skip_tokenizer_init": True,
+    "graph_mode": "none",
+}  # fmt: skip
+
+
+def run(tiny: TinyModels, device: str, scenario: Any) -> Any:
+    async def main() -> Any:
+        path = str(tiny("qwen3").path)
+        async with AsyncLLM(path, device=device, **OPTIONS) as llm:
+            return await asyncio.wait_for(scenario(llm), timeout=60)
+
+    return asyncio.run(main())
+
+
+async def last(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    output = None
+    async for output in stream:
+        pass
+    assert output is not None
+    return output
+
+
+async def idle(llm: AsyncLLM) -> None:
+    """Wait until nothing is left of any request."""
+    while True:
+        stats = await llm.stats()
+        if stats.num_requests == 0 and stats.scheduler.num_blocks_used == 0:
+            return
+        await asyncio.sleep(0.01)
+
+
+def test_concurrent_streams_equal_the_offline_engine(tiny: TinyModels, device: str) -> None:
+    prompts = [random_ids(seed, 3 + seed) for seed in range(7)]
+    llm = make_llm(tiny("qwen3"), device)
+    inputs = [{"prompt_token_ids": each} for each in prompts]
+    expected = [each.outputs[0].token_ids for each in llm.generate(inputs, greedy(24))]
+
+    async def scenario(llm: AsyncLLM) -> list[list[int]]:
+        outputs = await asyncio.gather(*(last(llm.generate(each, greedy(24))) for each in prompts))
+        return [each.outputs[0].token_ids for each in outputs]
+
+    assert run(tiny, device, scenario) == expected
+
+
+def test_outputs_grow_and_only_the_last_is_finished(tiny: TinyModels, device: str) -> None:
+    async def scenario(llm: AsyncLLM) -> list[RequestOutput]:
+        return [each async for each in llm.generate(random_ids(1, 5), greedy(12))]
+
+    outputs = run(tiny, device, scenario)
+    lengths = [len(each.outputs[0].token_ids) for each in outputs]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == 12
+    assert [each.finished for each in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+def test_leaving_a_stream_aborts_its_request(tiny: TinyModels, device: str) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        stream = llm.generate(random_ids(1, 5), greedy(200))
+        async for _ in stream:
+            break
+        await stream.aclose()  # type: ignore[attr-defined]
+        await idle(llm)
+        task = asyncio.create_task(last(llm.generate(random_ids(2, 5), greedy(200))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await idle(llm)
+
+    run(tiny, device, scenario)
+
+
+def test_abort_ends_the_stream(tiny: TinyModels, device: str) -> None:
+    async def scenario(llm: AsyncLLM) -> str | None:
+        async def end() -> None:
+            await asyncio.sleep(0.02)
+            await llm.abort("mine")
+
+        task = asyncio.create_task(end())
+        output = await last(llm.generate(random_ids(1, 5), greedy(240), request_id="mine"))
+        await task
+        await idle(llm)
+        return output.outputs[0].finish_reason
+
+    assert run(tiny, device, scenario) == "abort"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"), [([], RequestError), ([1, 10**6], RequestError), ([1] * 999, CapacityError)]
+)
+def test_a_bad_request_harms_no_other(
+    tiny: TinyModels, device: str, prompt: list[int], kind: type[Exception]
+) -> None:
+    async def scenario(llm: AsyncLLM) -> int:
+        good = asyncio.create_task(last(llm.generate(random_ids(1, 5), greedy(30))))
+        with pytest.raises(kind):
+            await last(llm.generate(prompt, SamplingParams()))
+        return len((await good).outputs[0].token_ids)
+
+    assert run(tiny, device, scenario) == 30
+
+
+def test_a_failing_step_is_told_to_its_callers_and_the_engine_serves_on(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        expected = (await last(llm.generate(random_ids(1, 5), greedy(8)))).outputs[0].token_ids
+        with monkeypatch.context() as broken:
+
+            def fail(*_: Any) -> None:
+                raise RuntimeError("the device is on fire")
+
+            broken.setattr(llm.engine.runner, "submit", fail)
+            waiting: list[Coroutine[Any, Any, RequestOutput]] = [
+                last(llm.generate(random_ids(seed, 5), greedy(8))) for seed in (1, 2)
+            ]
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all("on fire" in str(each) for each in results)
+        await idle(llm)
+        again = await last(llm.generate(random_ids(1, 5), greedy(8)))
+        assert again.outputs[0].token_ids == expected
+
+    run(tiny, device, scenario)
+
+
+def test_a_closed_engine_says_so(tiny: TinyModels, device: str) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(str(tiny("qwen3").path), device=device, **OPTIONS)
+        llm.shutdown()
+        llm.shutdown()
+        with pytest.raises(RepriseError, match="shut down"):
+            await last(llm.generate([1], greedy(2)))
+
+    asyncio.run(main())
