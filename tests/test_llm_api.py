@@ -65,7 +65,7 @@ def test_callers_lists_are_not_kept(llm: LLM) -> None:
 
 
 def test_outputs(llm: LLM) -> None:
-    outputs = llm.generate(["a cat", "12 + 34 ="], greedy(6, n=2))
+    outputs = llm.generate(["a cat", "12 + 34 ="], greedy(6, n=2, logprobs=0))
     assert [each.prompt for each in outputs] == ["a cat", "12 + 34 ="]
     assert len({each.request_id for each in outputs}) == 2
     for each in outputs:
@@ -76,6 +76,9 @@ def test_outputs(llm: LLM) -> None:
             assert completion.finished
             assert len(completion.token_ids) == 6
             assert completion.finish_reason == "length"
+            # Also if all completions end in one step.
+            assert completion.text == each.outputs[0].text != ""
+            assert len(completion.logprobs or []) == 6
 
 
 def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:

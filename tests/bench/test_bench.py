@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
@@ -60,6 +61,8 @@ def test_latency(model, device):
     )  # fmt: skip
     assert record["engine"]["num_blocks"] == 64
     assert record["engine"]["enable_prefix_caching"] is False
+    assert record["graphs"]["quarantined"] == 0
+    assert record["graphs"]["captured"] == record["graphs"]["verified"]
     assert record["floor"]["copy_tb_per_s"] > 0
     assert record["floor"]["weight_bytes"] == record["floor"]["decode_weight_bytes"]
     shapes = [(each["batch_size"], each["input_len"]) for each in record["results"]]
@@ -101,12 +104,22 @@ def test_startup(model, device):
     assert record["ready_seconds"] < record["first_token_seconds"]
 
 
-def test_startup_reports_why_the_engine_did_not_start(tmp_path):
-    from reprise.cli.app import app
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ('{"error": "no config.json here"}', "no config.json here"),
+        ("", "status 3 before it was ready: it broke"),
+        ("noise, no record", "status 3"),
+    ],
+)
+def test_startup_reports_why_the_engine_did_not_start(monkeypatch, output, message):
+    from reprise.bench import startup
+    from reprise.errors import RepriseError
 
-    result = CliRunner().invoke(app, ["bench", "startup", "--model", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "config.json" in result.stderr
+    child = subprocess.CompletedProcess([], 3, stdout=output, stderr="it broke\n")
+    monkeypatch.setattr(startup.subprocess, "run", lambda *args, **kwargs: child)
+    with pytest.raises(RepriseError, match=message):
+        startup.startup("anything", {}, repeats=1)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_model_without_a_chat_template_is_refused(invoke, tmp_path):
     for each in (Path(reprise.__file__).parent / "demo_model").iterdir():
         if each.name != "chat_template.jinja":
             (tmp_path / each.name).symlink_to(each)
-    result = invoke("chat", "--model", str(tmp_path), input="hi\n")
+    result = invoke("chat", "--model", str(tmp_path), *GREEDY, input="hi\n")
     assert result.exit_code == 2
     assert "no chat template" in result.stderr
 

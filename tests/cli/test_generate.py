@@ -52,9 +52,8 @@ def test_stop_strings_and_length(invoke):
 
 def test_seed_decides_the_draws(invoke):
     def draw(seed: str) -> str:
-        return invoke(
-            "generate", "Once upon a time", "--temperature", "1.5", "-n", "24", "--seed", seed
-        ).stdout
+        options = ("--temperature", "1.5", "-n", "24", "--seed", seed)
+        return invoke("generate", "Once upon a time", *GREEDY, *options).stdout
 
     assert draw("1") == draw("1") != draw("2")
 
@@ -64,8 +63,8 @@ def test_seed_decides_the_draws(invoke):
     [
         (("x", "--model", "./nowhere"), "no such directory"),
         (("x", "--device", "warp"), "device='warp' is unknown"),
-        (("x", "--top-p", "2"), "top_p=2.0"),
-        (("x", "--max-tokens", "-4"), "max_tokens=-4"),
+        (("x", *GREEDY, "--top-p", "2"), "top_p=2.0"),
+        (("x", *GREEDY, "--max-tokens", "-4"), "max_tokens=-4"),
         (("x", "--op", "nope=torch"), "no such op"),
         (("x", "--block-size", "7"), "power of two"),
         (("", *GREEDY), "empty"),
@@ -94,7 +93,17 @@ def test_an_unknown_architecture_is_named(invoke, tmp_path):
     assert result.stderr.startswith("error: ")
 
 
-LONG = ("generate", "Once upon a time", "--ignore-eos", "-n", "1500", "--device", "cpu", "--num-blocks", "160")
+LONG = (
+    "generate",
+    "Once upon a time",
+    "--ignore-eos",
+    "-n",
+    "1500",
+    "--device",
+    "cpu",
+    "--num-blocks",
+    "160",
+)
 
 
 def test_text_arrives_while_it_is_generated_and_ctrl_c_ends_cleanly(spawn):

@@ -91,6 +91,22 @@ def test_graphs(known: Known, device: str, mode: str, buckets: str) -> None:
     assert report.quarantined == []
 
 
+@pytest.mark.parametrize("options", [{}, {"block_size": 8, "num_blocks": 19, "max_model_len": 128}])
+def test_one_step_ahead(known: Known, device: str, options: dict[str, Any]) -> None:
+    """As on an accelerator: a step is scheduled before the last one's tokens are known."""
+    llm = make_llm(known.model, device, **options)
+    llm.engine._depth = 2
+    check(known, llm)
+    stops = [prompt_output[STEPS // 2] for prompt_output in known.greedy]
+    params = [greedy(STEPS, stop_token_ids=[stop], logprobs=0, n=2) for stop in stops]
+    outputs = llm.generate(PROMPTS, params)
+    for output, stop, expected in zip(outputs, stops, known.greedy, strict=True):
+        for completion in output.outputs:
+            assert completion.token_ids == expected[: expected.index(stop) + 1]
+            assert len(completion.logprobs or []) == len(completion.token_ids)
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_tiny_blocks(known: Known, device: str, block_size: int) -> None:
     if device != "cpu":

@@ -364,9 +364,7 @@ def test_special_tokens_in_the_text(writer: LLM) -> None:
     assert shown.text == "<user><user><user>"
 
 
-def test_the_token_that_ends_is_no_text(
-    tiny: TinyModels, device: str, story: list[int]
-) -> None:
+def test_the_token_that_ends_is_no_text(tiny: TinyModels, device: str, story: list[int]) -> None:
     llm = make_llm(text_model(tiny, eos_token_id=story[4]), device)
     expected, _ = spans(llm, story[: story.index(story[4])])
     output = written(llm, greedy(STEPS))

@@ -179,6 +179,7 @@ class Toy:
             return torch.randint(low, high, size, generator=generator)
 
         new = self._new_tokens(shape)
+        longest = max(longest, int(new.max()))
         past = torch.stack([draw(0, longest - int(n) + 1, 1)[0] for n in new])
         past[0] = longest - new[0]
         pages = 1 + torch.randperm(self.num_blocks - 1, generator=generator)

@@ -49,6 +49,7 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
         engine: After start-up.
     """
     config, runner = engine.config, engine.runner
+    graphs = runner.graphs.report()
     return {
         "model": model,
         "load_format": config.load_format,
@@ -64,6 +65,14 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
             "num_blocks": runner.num_blocks,
             "enable_prefix_caching": config.enable_prefix_caching,
             "ops": {name: each.name for name, each in sorted(runner.ops.chosen.items())},
+        },
+        "graphs": {
+            "requested": graphs.requested,
+            "plan": graphs.plan,
+            "verify": graphs.verify,
+            "captured": len(graphs.graphs),
+            "verified": sum(each.verified for each in graphs.graphs),
+            "quarantined": sum(each.quarantined is not None for each in graphs.graphs),
         },
         "startup_seconds": round(engine.startup_seconds, 3),
     }

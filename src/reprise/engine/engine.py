@@ -55,7 +55,7 @@ class Engine:
             for each in adjustments:
                 logger.info("%s", each)
             self.config = config
-            with timeline.phase("config"):
+            with timeline.phase("config"), self.platform.warming_up():
                 checkpoint = open_checkpoint(
                     config.model,
                     revision=config.revision,
@@ -213,20 +213,19 @@ class Engine:
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         for scheduled in step.requests:
-            request = scheduled.request
-            entries = output.prompt_logprobs.get(request.request_id)
-            if entries is not None and request.request_id in self._completions:
-                group, _ = self._completions[request.request_id]
-                group.set_prompt_logprobs(scheduled.start, entries)
+            entries = output.prompt_logprobs.get(scheduled.request.request_id)
+            known = self._known(scheduled.request)
+            if entries is not None and known is not None:
+                known[0].set_prompt_logprobs(scheduled.start, entries)
         changed: dict[str, CompletionGroup] = {}
         # A request that stopped a step ago gets nothing from this one: see what was appended.
         before = [len(each.request.output_token_ids) for each in step.requests]
         self.scheduler.update(step, output.sampled)
         for row, scheduled in enumerate(step.requests):
             request = scheduled.request
-            known = self._completions.get(request.request_id)
+            known = self._known(request)
             new = request.output_token_ids[before[row] :]
-            if known is None or known[1].request is not request or not new:
+            if known is None or not new:
                 continue
             group, completion = known
             logprobs = [] if output.logprobs is None else output.logprobs[row]
@@ -234,9 +233,16 @@ class Engine:
             if stop is not None:
                 self.scheduler.finish(request, "stop", stop)
             changed[group.request_id] = group
+        # Not before: several completions of a request may have ended in this step.
+        for group in changed.values():
             if group.finished:
                 self._forget(group)
         return list(changed.values())
+
+    def _known(self, request: Request) -> tuple[CompletionGroup, Completion] | None:
+        """Where a request's results go; None if it was aborted, even if its id is in use again."""
+        known = self._completions.get(request.request_id)
+        return known if known is not None and known[1].request is request else None
 
     def _forget(self, group: CompletionGroup) -> None:
         del self._groups[group.request_id]

@@ -1,4 +1,10 @@
-"""A model compiled in pieces: the code between break ops goes through the compiler."""
+"""A model compiled in pieces: the code between ops that write goes through the compiler.
+
+A compiler makes a program free of side effects before it optimises. An op of ours that writes into
+its arguments is opaque to it, so nothing could be gained there, and much is lost where it fails to
+undo its own copies: key and value caches that share memory were copied whole at each step, and
+came back wrong. Such ops, break ops among them, are therefore called as they are.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +32,10 @@ def cache_directory() -> Path:
 
 
 def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
-    """``model`` with all that lies between break ops compiled, for any number of tokens.
+    """``model`` with all that lies between writing ops compiled, for any number of tokens.
 
-    The first dimension of every tensor argument (also in dataclasses) is taken as dynamic. Break
-    ops are called as they are, so a graph capture can end a segment there.
+    The first dimension of every tensor argument (also in dataclasses) is taken as dynamic. The
+    ops still go through the dispatcher, so a graph capture ends its segments at break ops.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
     pieces = _Pieces()
@@ -69,19 +75,19 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class _Pieces:
-    """A backend that splits the graph at break ops and compiles each distinct piece once."""
+    """A backend that splits the graph at writing ops and compiles each distinct piece once."""
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         self._compiled.clear()
-        split, breaks = _split(module)
+        split, as_they_are = _split(module)
         mode = detect_fake_mode()
         assert mode is not None, "dynamo traces with fake tensors"
         fakes = [mode.from_tensor(e) if isinstance(e, Tensor) else e for e in examples]
         with mode:
-            _PieceCompiler(split, breaks, self._compiled).run(*fakes)
+            _PieceCompiler(split, as_they_are, self._compiled).run(*fakes)
         return split
 
 
@@ -89,18 +95,20 @@ class _PieceCompiler(fx.Interpreter):
     """Runs the split graph on fake tensors; replaces each piece by its compiled form."""
 
     def __init__(
-        self, split: fx.GraphModule, breaks: set[str], compiled: dict[Any, Callable[..., Any]]
+        self,
+        split: fx.GraphModule,
+        as_they_are: set[str],
+        compiled: dict[Any, Callable[..., Any]],
     ) -> None:
         super().__init__(split)
         self._split = split
-        self._breaks = breaks
+        self._as_they_are = as_they_are
         self._compiled = compiled
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         piece = getattr(self._split, target)
-        # Afterwards the piece's fake inputs may have been written to; their metadata stays.
         result = super().call_module(target, args, kwargs)
-        if target not in self._breaks:
+        if target not in self._as_they_are:
             key = _signature(piece, args)
             if key not in self._compiled:
                 self._compiled[key] = _compile(piece, args)
@@ -121,21 +129,21 @@ def _compile(piece: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., An
 
 
 def _split(module: fx.GraphModule) -> tuple[fx.GraphModule, set[str]]:
-    """The module as a chain of submodules, and the names of those that are break ops."""
-    part, part_of, breaks = 0, {}, set()
+    """The module as a chain of submodules, and the names of those that hold a writing op."""
+    part, part_of, writing = 0, {}, set()
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         op = find(node.target) if node.op == "call_function" else None
-        if op is not None and op.break_op:
+        if op is not None and (op.break_op or op.mutates):
             part += 1
             part_of[node] = part
-            breaks.add(f"submod_{part}")
+            writing.add(f"submod_{part}")
             part += 1
         else:
             part_of[node] = part
     split = split_module(module, module, lambda node: part_of[node], keep_original_order=True)
-    return split, breaks
+    return split, writing
 
 
 def _signature(piece: fx.GraphModule, examples: Sequence[Any]) -> Any:

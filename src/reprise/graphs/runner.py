@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise import timeline
 from reprise.errors import GraphError
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.capture import Agree, Capturer, Cell, Progress
@@ -151,9 +152,10 @@ class GraphRunner:
                 self.memory.actual = max(0, free - (self._free_memory() or 0))
             if self.verify.startup:
                 started = time.perf_counter()
-                cells = list(self.cells.values())
-                self.capturer.verify(cells, self._seconds[0], progress)
-                self._blind = self.capturer.blind_inputs(cells)
+                with timeline.phase("verify"):
+                    cells = list(self.cells.values())
+                    self.capturer.verify(cells, self._seconds[0], progress)
+                    self._blind = self.capturer.blind_inputs(cells)
                 self._seconds[1] = time.perf_counter() - started
         self._log_summary()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,26 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def _without_docstrings() -> Iterator[None]:
+    """Import transformers' config classes without having their docstrings completed.
+
+    That step alone imports the auto classes of all models and the compiler: seconds at start.
+    """
+    import transformers.utils
+
+    completing = transformers.utils.auto_docstring
+
+    def leave(*args: Any, **_: Any) -> Any:
+        return args[0] if args and callable(args[0]) else leave
+
+    transformers.utils.auto_docstring = leave
+    try:
+        yield
+    finally:
+        transformers.utils.auto_docstring = completing
+
+
 def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
@@ -107,7 +128,8 @@ def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
         raise ModelError(f"{file} names no model_type; is it a model's config?")
     raw.update(overrides)
     try:
-        return AutoConfig.for_model(kind, **raw)
+        with _without_docstrings():
+            return AutoConfig.for_model(kind, **raw)
     except Exception as error:  # transformers validates fields with errors of many types
         named = raw.get("architectures") or kind
         raise ModelError(f"{file}: cannot read the config of {named}: {error}") from error

@@ -45,7 +45,7 @@ def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[...,
         numbers must be the same.
     """
     if compiled is None:
-        return kernel[grid]  # type: ignore[no-any-return]
+        return kernel[grid]
     run = compiled[(*grid, 1, 1)[:3]]
     names = kernel.arg_names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -81,6 +82,15 @@ class AcceleratorPlatform(Platform):
 
     def activate(self) -> None:
         torch.accelerator.set_device_index(self.index)
+
+    def warm_up(self) -> None:
+        """Create the device's context and load its matrix library and Triton."""
+        self.activate()
+        square = torch.ones(16, 16, device=self.device, dtype=self.default_dtype)
+        torch.mm(square, square)
+        self.synchronize()
+        if self.has_triton:
+            importlib.import_module("triton")
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.index)

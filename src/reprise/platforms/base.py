@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -162,6 +163,19 @@ class Platform(ABC):
     @abstractmethod
     def activate(self) -> None:
         """Make this device the current one of the calling thread."""
+
+    @contextlib.contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Run :meth:`warm_up` beside the ``with`` block; both are done when it ends."""
+        thread = threading.Thread(target=self.warm_up, name="reprise-warm-up")
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+
+    def warm_up(self) -> None:  # noqa: B027 - nothing to do is a good answer
+        """Do what the device does once, at its first use, such as loading its libraries."""
 
     @abstractmethod
     def synchronize(self) -> None:

@@ -5,11 +5,12 @@ A further report is one more file here with a function ``register``.
 
 from __future__ import annotations
 
-from reprise.cli.doctor import graphs, machine, ops
+from reprise.cli.doctor import conformance, graphs, machine, ops
 from reprise.cli.doctor.group import app
 
 machine.register(app)
 ops.register(app)
 graphs.register(app)
+conformance.register(app)
 
 __all__ = ["app"]

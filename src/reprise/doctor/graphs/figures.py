@@ -47,8 +47,8 @@ def _part(bar: Bar, x: float, y: int, width: float) -> str:
     if not text or width < max(LABEL_FROM - 12, 6.2 * len(text)):
         return shape
     return shape + (
-        f"<text class='inside' x='{x + width / 2:.1f}' y='{y + 19}' text-anchor='middle'>"
-        f"{esc(text)}</text>"
+        f"<text class='inside on-{bar.kind}' x='{x + width / 2:.1f}' y='{y + 19}' "
+        f"text-anchor='middle'>{esc(text)}</text>"
     )
 
 

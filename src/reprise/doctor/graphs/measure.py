@@ -85,6 +85,10 @@ def measure(
                 with work.injected(each):
                     work.executor(each)
     runner.buffers.forget_tables()
+    order: list[str] = [*executors]
+    matrix.cells.sort(
+        key=lambda e: (order.index(e.executor), PHASES.index(e.phase), e.bucket, e.context)
+    )
     return matrix
 
 
@@ -121,10 +125,9 @@ class _Measurement:
 
     def eager(self) -> None:
         """The cells and timelines of eager execution, and the names of the ops."""
-        model = self.computation.model
         first = self.shapes()[0]
         self.computation.probe(first, 1).fill()
-        self.places = Places(model, self._forward(first))
+        self.places = Places(self.runner.model, self._forward(first))
         if "none" not in self.matrix.executors:
             return
         for shape in self.shapes():

@@ -104,9 +104,9 @@ def _tiles(matrix: GraphMatrix) -> str:
 
 def _heat_maps(matrix: GraphMatrix) -> str:
     text = (
-        "<h2>Executor &times; bucket &times; context</h2>\n<p class='soft'>A cell is one graph on a step whose "
-        "longest request has so many tokens. Its number is eager time divided by replay time; "
-        "point at it for the rest.</p>\n"
+        "<h2>Executor &times; bucket &times; context</h2>\n<p class='soft'>A row is a bucket, a "
+        "column the tokens of the step's longest request. The number is eager time divided by "
+        "replay time; point at it for the rest.</p>\n"
     )
     for phase in PHASES:
         if not matrix.buckets[phase]:
@@ -115,8 +115,8 @@ def _heat_maps(matrix: GraphMatrix) -> str:
         text += f"<div class='panels'>{''.join(panels)}</div>\n"
     return text + (
         "<div class='legend'>"
-        f"<span>&frac12;&times; (slower) <i class='ramp' style='background:{ramp_gradient()};margin:0 6px'></i>"
-        "8&times; (faster than eager)</span>"
+        f"<span>&frac12;&times; (slower) <i class='ramp' style='background:{ramp_gradient()};"
+        "margin:0 6px'></i> 8&times; (faster than eager)</span>"
         "<span><i style='background:repeating-linear-gradient(45deg,#c8102e 0 7px,#9d0c24 7px "
         "14px)'></i>✗ wrong or not captured</span>"
         "<span><i style='background:var(--absent)'></i>eager, or not to be had here</span>"

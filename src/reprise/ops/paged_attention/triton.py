@@ -38,35 +38,43 @@ class Config:
     """Keys of one step of the inner loop."""
     num_warps: int
     num_stages: int
-
-
-def _small_tiles(element_size: int) -> bool:
-    """float32 products hold their operands in registers. The interpreter has no registers, and
-    its time goes by the number of steps."""
-    return element_size == 4 and not INTERPRETED
+    resident: int = 1
+    """Programs that a multiprocessor holds at once (split kernel)."""
 
 
 def split_config(rows: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the split kernel; ``rows`` is query heads of a KV head times new tokens."""
     block_m = max(16, triton.next_power_of_2(rows))
-    wide = triton.next_power_of_2(head_size) > 128
-    if _small_tiles(element_size):
-        return Config(block_m, 16, 8 if wide else 4, 2)
-    # At three stages two tiles of keys and values, 64 KiB, are on their way while one is used,
-    # and three programs fit a multiprocessor of 228 KiB.
-    stages = 3 if device.shared_memory >= 128 * 1024 else 2
-    return Config(block_m, 32 if wide else 64, 4, stages)
+    block_d = triton.next_power_of_2(head_size)
+    if INTERPRETED:  # its time goes by the number of steps
+        return Config(block_m, 64, 1, 1, 2)
+    if element_size == 4:  # products hold their operands in registers
+        return Config(block_m, 16, 8 if block_d > 128 else 4, 2, 2)
+    block_n = 32 if block_m == 16 or block_d > 128 else 64
+    # Two warps wait for each other less often than four, as long as their registers suffice.
+    warps = 2 if block_m * block_d <= 16 * 128 else 4
+    # Keys and values on their way to a program are all but those in use. As deep as leaves room
+    # for three programs on a multiprocessor.
+    tile = 2 * block_n * block_d * element_size
+    held = {stages: (stages - 1) * tile + 8 * 1024 for stages in (4, 3, 2)}
+    stages = next((s for s, size in held.items() if 3 * size <= device.shared_memory), 2)
+    return Config(block_m, block_n, warps, stages, max(1, device.shared_memory // held[stages]))
 
 
 def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the mixed kernel; ``group`` is query heads of a KV head."""
     smallest = triton.next_power_of_2(group)
     wide = triton.next_power_of_2(head_size) > 128
-    if _small_tiles(element_size):
+    if INTERPRETED:
+        return Config(max(32, smallest), 64, 1, 1)
+    if element_size == 4:
         return Config(max(16, smallest), 16, 8 if wide else 4, 1)
     if device.shared_memory < 128 * 1024:
         return Config(max(64, smallest), 32, 4, 1)
-    return Config(max(128, smallest), 32 if wide else 64, 8, 3)
+    if wide:
+        return Config(max(128, smallest), 32, 8, 3)
+    roomy = device.shared_memory >= 224 * 1024
+    return Config(max(128, smallest), 128 if roomy else 64, 8, 3)
 
 
 def paged_attention(
@@ -135,7 +143,7 @@ paged_attention.bind = bind  # type: ignore[attr-defined]
 
 def _launch_split(
     query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
-    sliding_window, soft_cap, query_len, config=None, oversubscription=4,
+    sliding_window, soft_cap, query_len, config=None,
 ):  # fmt: skip
     tokens, heads, head_size = query.shape
     _, block_size, kv_heads, _ = key_cache.shape
@@ -143,24 +151,27 @@ def _launch_split(
     device = limits(query.device)
     group = heads // kv_heads
     config = config or split_config(group * query_len, head_size, query.element_size(), device)
-    min_tiles = max(1, 256 // config.block_n)
-    spare = max(1, triton.cdiv(oversubscription * device.multiprocessors, kv_heads))
-    if max_blocks * block_size <= min_tiles * config.block_n:
-        spare = 0
-    # Every request has one piece; as many as ``spare`` more go to those that are long.
-    pieces = max(requests, triton.cdiv(tokens, query_len)) + spare
+    min_tiles = max(1, 128 // config.block_n)
+    pieces = requests
+    if max_blocks * block_size > min_tiles * config.block_n:
+        # All the device's programs at once, shared out by length; or, of many requests, a quarter
+        # more than one for each, so that a long one does not keep the others waiting.
+        at_once = config.resident * device.multiprocessors // kv_heads
+        pieces = max(at_once, requests + triton.cdiv(requests, 4))
+    block_r = _few_sizes(requests)
     plan = {
         "QUERY_LEN": query_len,
         "WINDOWED": sliding_window > 0,
         "BLOCK_N": config.block_n,
         "MIN_TILES": min_tiles,
-        "BLOCK_R": _few_sizes(requests),
+        "BLOCK_R": block_r,
+        "GUESSES": 16 if block_r <= 64 else 4,
     }
     inputs = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out)
     sizes = (
         tokens,
         requests,
-        spare,
+        pieces,
         query.stride(0),
         query.stride(1),
         *_cache_strides(key_cache, value_cache),
@@ -183,8 +194,9 @@ def _launch_split(
         **plan,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    split_grid = (pieces * kv_heads,)
-    if not spare:
+    # Rows that no request covers are cleared by programs without a piece.
+    split_grid = (max(pieces, triton.cdiv(tokens, query_len)) * kv_heads,)
+    if pieces == requests:
         compiled = _split_kernel[split_grid](*inputs, out, out, *sizes, **constants, **options)
         split = relaunch(_split_kernel, compiled, split_grid)
         return lambda: split(*inputs, out, out, *sizes, **constants)
@@ -194,16 +206,14 @@ def _launch_split(
         return partial, query.new_empty((pieces, query_len * heads), dtype=torch.float32)
 
     partial, log_sums = scratch()
-    compiled = _split_kernel[split_grid](
-        *inputs, partial, log_sums, *sizes, **constants, **options
-    )
+    compiled = _split_kernel[split_grid](*inputs, partial, log_sums, *sizes, **constants, **options)
     split = relaunch(_split_kernel, compiled, split_grid)
-    tail = (seq_lens, query_start_loc, out, requests, spare, out.stride(0), out.stride(1),
+    tail = (seq_lens, query_start_loc, out, requests, pieces, out.stride(0), out.stride(1),
             sliding_window)  # fmt: skip
     combine_constants = {
         "HEADS": heads,
         "HEAD_SIZE": head_size,
-        "BLOCK_S": 32,
+        "BLOCK_S": 64,
         "BLOCK_D": triton.next_power_of_2(head_size),
         **plan,
     }
@@ -285,8 +295,8 @@ def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, in
 
 
 def _few_sizes(count: int) -> int:
-    """A power of four, at least 16 and ``count``: few sizes, so few compilations."""
-    size = 16
+    """1, or a power of four from 16: few sizes, so few compilations."""
+    size = 1 if count == 1 else 16
     while size < count:
         size *= 4
     return size
@@ -311,6 +321,7 @@ def _attend(
     key_ptr,
     value_ptr,
     table_ptr,
+    block,
     begin,
     end,
     lowest,
@@ -331,16 +342,16 @@ def _attend(
 ):
     """Take keys ``begin`` (a multiple of BLOCK_N) to ``end`` into a running softmax.
 
-    acc: [BLOCK_M, BLOCK_D]; row_sum, row_max (base 2): [BLOCK_M]; position: [BLOCK_M], that of
-    each row's token. Keys below ``lowest`` or not below ``end`` may hold anything. Unless MASKED,
-    every row sees all keys.
+    acc: [BLOCK_M, BLOCK_D]; row_sum, row_max (base 2): [BLOCK_M]; block: :func:`_blocks` of
+    ``begin``; position: [BLOCK_M], that of each row's token. Keys below ``lowest`` or not below
+    ``end`` may hold anything. Unless MASKED, every row sees all keys.
     """
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
-    block = _blocks(table_ptr, begin, lowest, end, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         key_position = start + tl.arange(0, BLOCK_N)
         there = (key_position >= lowest) & (key_position < end)
+        # One step ahead, so that the addresses of keys and values wait for no load.
         next_block = _blocks(table_ptr, start + BLOCK_N, lowest, end, BLOCK_SIZE, BLOCK_N)
         # A cache may have more than 2**31 elements.
         slot = block.to(tl.int64) * block_stride + (key_position % BLOCK_SIZE) * slot_stride
@@ -400,27 +411,43 @@ def _plan(
     seq_lens_ptr,
     starts_ptr,
     requests,
-    spare,
+    most_pieces,
     window,
     WINDOWED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GUESSES: tl.constexpr,
 ):
-    """Share out the pieces: [BLOCK_R] request numbers, pieces of each, and their running total.
+    """How many pieces each request gets; together no more than ``most_pieces``.
 
-    A piece is at most ``most`` tiles of BLOCK_N keys. Of all tiles together, ``spare`` pieces of
-    that size hold them; rounding up costs each request one more at most.
+    Returns, each [BLOCK_R]: request, pieces, length, begin (its first row), new (its rows).
     """
     request = tl.arange(0, BLOCK_R)
     real = request < requests
     length = tl.load(seq_lens_ptr + request, mask=real, other=0)
     begin = tl.load(starts_ptr + request, mask=real, other=0)
-    end = tl.load(starts_ptr + request + 1, mask=real, other=0)
-    _, count = _tiles(length, end - begin, window, WINDOWED, BLOCK_N)
-    most = tl.maximum(MIN_TILES, tl.cdiv(tl.sum(count), tl.maximum(spare, 1)))
-    pieces = tl.where(real, tl.maximum(1, tl.cdiv(count, most)), 0)
-    return request, pieces, tl.cumsum(pieces, axis=0)
+    new = tl.load(starts_ptr + request + 1, mask=real, other=0) - begin
+    _, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
+    # Pieces of ``low`` tiles could just hold all tiles. Rounding up costs each request less than
+    # one piece more, so with ``high`` they do for certain. Of sizes between, the first that does.
+    total = tl.sum(count)
+    low = tl.cdiv(total, most_pieces)
+    high = tl.cdiv(total, tl.maximum(1, most_pieces - requests))
+    guess = tl.arange(0, GUESSES)
+    size = tl.maximum(MIN_TILES, low + (high - low) * guess // max(1, GUESSES - 1))
+    needed = tl.sum(tl.maximum(1, tl.cdiv(count[:, None], size[None, :])), axis=0)
+    needed -= BLOCK_R - requests
+    fits = (needed <= most_pieces) | (guess == GUESSES - 1)
+    chosen = tl.min(tl.where(fits, size, 2147483647))
+    pieces = tl.where(real, tl.maximum(1, tl.cdiv(count, chosen)), 0)
+    return request, pieces, length, begin, new
+
+
+@triton.jit
+def _pick(values, request, which):
+    """The value of one request."""
+    return tl.sum(tl.where(request == which, values, 0))
 
 
 @triton.jit
@@ -433,7 +460,7 @@ def _tiles(length, new, window, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
     return first, tl.cdiv(length, BLOCK_N) - first
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "spare"])
+@triton.jit(do_not_specialize=["tokens", "requests", "most_pieces"])
 def _split_kernel(
     query_ptr,
     key_ptr,
@@ -446,7 +473,7 @@ def _split_kernel(
     log_sums_ptr,
     tokens,
     requests,
-    spare,
+    most_pieces,
     query_stride,
     query_head_stride,
     block_stride,
@@ -471,6 +498,7 @@ def _split_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GUESSES: tl.constexpr,
 ):
     """One program attends to one piece of a request's keys, for one KV head.
 
@@ -486,7 +514,11 @@ def _split_kernel(
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
 
-    covered = tl.load(starts_ptr + requests)
+    number, pieces, lengths, begins, news = _plan(
+        seq_lens_ptr, starts_ptr, requests, most_pieces, window,
+        WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R, GUESSES,
+    )  # fmt: skip
+    covered = tl.max(begins + news)
     if (piece + 1) * QUERY_LEN > covered:
         target = piece * QUERY_LEN + token
         behind = (token < QUERY_LEN) & (target >= covered) & (target < tokens)
@@ -497,23 +529,21 @@ def _split_kernel(
             nothing,
             mask=behind[:, None] & real_channel,
         )
-
-    requests_before, pieces, ends = _plan(
-        seq_lens_ptr, starts_ptr, requests, spare, window, WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R
-    )
-    request = tl.sum((ends <= piece).to(tl.int32))
+    request = tl.sum((tl.cumsum(pieces, axis=0) <= piece).to(tl.int32))
     if request >= requests:
         return
-    mine = tl.sum(tl.where(requests_before == request, pieces, 0))
-    part = piece - tl.sum(tl.where(requests_before < request, pieces, 0))
-
-    begin = tl.load(starts_ptr + request)
-    new = tl.load(starts_ptr + request + 1) - begin
-    length = tl.load(seq_lens_ptr + request)
+    mine = _pick(pieces, number, request)
+    part = piece - tl.sum(tl.where(number < request, pieces, 0))
+    length = _pick(lengths, number, request)
+    begin = _pick(begins, number, request)
+    new = _pick(news, number, request)
     first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
     first_key = (first + count * part // mine) * BLOCK_N
     end_key = tl.minimum(length, (first + count * (part + 1) // mine) * BLOCK_N)
+    lowest = length - new - window + 1 if WINDOWED else 0
 
+    table_ptr += request.to(tl.int64) * table_stride
+    block = _blocks(table_ptr, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     used = token < new
     query_row = (begin + token).to(tl.int64)
     query_offset = query_row * query_stride + head * query_head_stride
@@ -529,10 +559,11 @@ def _split_kernel(
         query,
         key_ptr + kv_head * head_stride,
         value_ptr + kv_head * head_stride,
-        table_ptr + request.to(tl.int64) * table_stride,
+        table_ptr,
+        block,
         first_key,
         end_key,
-        length - new - window + 1 if WINDOWED else 0,
+        lowest,
         position,
         block_stride,
         slot_stride,
@@ -568,7 +599,7 @@ def _split_kernel(
         tl.store(log_sums_ptr + partial_row, log_sum.to(log_sums_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit(do_not_specialize=["requests", "spare"])
+@triton.jit(do_not_specialize=["requests", "most_pieces"])
 def _combine_kernel(
     partial_ptr,
     log_sums_ptr,
@@ -576,7 +607,7 @@ def _combine_kernel(
     starts_ptr,
     out_ptr,
     requests,
-    spare,
+    most_pieces,
     out_stride,
     out_head_stride,
     window,
@@ -589,21 +620,20 @@ def _combine_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GUESSES: tl.constexpr,
 ):
     """One program merges the pieces of one query head of one new token."""
     row = tl.program_id(0) % (QUERY_LEN * HEADS)
     request = tl.program_id(0) // (QUERY_LEN * HEADS)
-    begin = tl.load(starts_ptr + request)
-    new = tl.load(starts_ptr + request + 1) - begin
-    if row // HEADS >= new:
+    number, pieces, _, begins, news = _plan(
+        seq_lens_ptr, starts_ptr, requests, most_pieces, window,
+        WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R, GUESSES,
+    )  # fmt: skip
+    mine = _pick(pieces, number, request)
+    if (mine == 1) | (row // HEADS >= _pick(news, number, request)):
         return
-    request_number, pieces, _ = _plan(
-        seq_lens_ptr, starts_ptr, requests, spare, window, WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R
-    )
-    mine = tl.sum(tl.where(request_number == request, pieces, 0))
-    if mine == 1:
-        return
-    first = tl.sum(tl.where(request_number < request, pieces, 0))
+    begin = _pick(begins, number, request)
+    first = tl.sum(tl.where(number < request, pieces, 0))
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -734,21 +764,25 @@ def _mixed_kernel(
         left = lowest // BLOCK_N * BLOCK_N
         clear_begin = tl.maximum(0, first_position + BLOCK_Q - window)
         clear_begin = tl.cdiv(clear_begin, BLOCK_N) * BLOCK_N
+        block = _blocks(table_ptr, left, lowest, end_key, BLOCK_SIZE, BLOCK_N)
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
+            acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
             left, tl.minimum(clear_begin, end_key), lowest, position,
             block_stride, slot_stride, scale, soft_cap, window,
             HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    block = _blocks(table_ptr, clear_begin, lowest, clear_end, BLOCK_SIZE, BLOCK_N)
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
+        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
         clear_begin, clear_end, lowest, position,
         block_stride, slot_stride, scale, soft_cap, window,
         HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    diagonal = tl.maximum(clear_begin, clear_end)
+    block = _blocks(table_ptr, diagonal, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr,
-        tl.maximum(clear_begin, clear_end), end_key, lowest, position,
+        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
+        diagonal, end_key, lowest, position,
         block_stride, slot_stride, scale, soft_cap, window,
         HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
     )  # fmt: skip

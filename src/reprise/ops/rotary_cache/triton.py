@@ -4,7 +4,7 @@ from torch import Tensor
 
 from reprise.ops.triton_util import warps
 
-_TILE = 1024
+_TILE = 2048
 """Elements of a program: it takes several heads of one token."""
 
 
@@ -25,8 +25,9 @@ def rotary_cache(
     heads = qkv.shape[1] // head_size
     query_heads = heads - 2 * kv_heads
     out = qkv.new_empty((tokens, query_heads, head_size))
-    block = triton.next_power_of_2(head_size)
-    heads_per_program = max(1, _TILE // block)
+    half = cos_sin.shape[1] // 2
+    heads_per_program = max(1, _TILE // triton.next_power_of_2(head_size))
+    heads_per_program = min(heads_per_program, triton.next_power_of_2(heads))
     _kernel[(tokens, triton.cdiv(heads, heads_per_program))](
         qkv,
         positions,
@@ -39,23 +40,60 @@ def rotary_cache(
         out,
         qkv.stride(0),
         cos_sin.stride(0),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_cache.stride(2),
-        value_cache.stride(0),
-        value_cache.stride(1),
-        value_cache.stride(2),
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
         eps,
         QUERY_HEADS=query_heads,
         KV_HEADS=kv_heads,
         HEAD_SIZE=head_size,
-        HALF=cos_sin.shape[1] // 2,
+        HALF=half,
         BLOCK_SIZE=block_size,
-        BLOCK=block,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
         HEADS=heads_per_program,
-        num_warps=warps(block * heads_per_program),
+        num_warps=warps(triton.next_power_of_2(head_size) * heads_per_program, per_thread=16),
     )
     return out
+
+
+@triton.jit
+def _squares(x):
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, axis=1)
+
+
+@triton.jit
+def _normalise(x, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, channel, real):
+    """x: [HEADS, channels], raw; multiplied by scale and gain where its head has a norm."""
+    y = x.to(tl.float32)
+    # Rounded where the reference rounds.
+    normalised = (y * scale).to(x.dtype).to(tl.float32)
+    if query_norm_ptr is not None:
+        gain = tl.load(query_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
+        y = tl.where(is_query, (normalised * gain).to(x.dtype).to(tl.float32), y)
+    if key_norm_ptr is not None:
+        gain = tl.load(key_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
+        y = tl.where(is_key, (normalised * gain).to(x.dtype).to(tl.float32), y)
+    return y
+
+
+@triton.jit
+def _store(
+    rotated,
+    raw,
+    out_ptr,
+    key_ptr,
+    value_ptr,
+    channel,
+    real,
+    is_query,
+    is_key,
+    is_value,
+):
+    """Queries and keys rotated, values as they came. The pointers are those of the heads."""
+    tl.store(out_ptr + channel, rotated.to(out_ptr.dtype.element_ty), mask=is_query & real)
+    tl.store(key_ptr + channel, rotated.to(key_ptr.dtype.element_ty), mask=is_key & real)
+    tl.store(value_ptr + channel, raw.to(value_ptr.dtype.element_ty), mask=is_value & real)
 
 
 @triton.jit
@@ -83,64 +121,64 @@ def _kernel(
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """One program takes HEADS of the Q, K and V heads of a token: [HEADS, BLOCK]."""
+    """One program takes HEADS of the Q, K and V heads of a token.
+
+    A head is read in three parts: the two halves that are rotated with each other, so that a
+    channel and its partner sit in the same thread, and the channels that are not rotated.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    channel = tl.arange(0, BLOCK)[None, :]
-    inside = (head < QUERY_HEADS + 2 * KV_HEADS) & (channel < HEAD_SIZE)
     is_query = head < QUERY_HEADS
     is_key = (head >= QUERY_HEADS) & (head < QUERY_HEADS + KV_HEADS)
-    # A channel and its partner, the one that it is rotated with, are both read from memory: the
-    # second read comes from the first-level cache and no data moves between threads.
-    rotates = channel < 2 * HALF
-    is_first = channel < HALF
-    partner = tl.where(rotates, tl.where(is_first, channel + HALF, channel - HALF), channel)
+    is_value = (head >= QUERY_HEADS + KV_HEADS) & (head < QUERY_HEADS + 2 * KV_HEADS)
+    real_head = head < QUERY_HEADS + 2 * KV_HEADS
+
+    channel = tl.arange(0, BLOCK_HALF)[None, :]
+    real = channel < HALF
     source = qkv_ptr + token * qkv_stride + head * HEAD_SIZE
-    raw = tl.load(source + channel, mask=inside, other=0.0)
-    x = raw.to(tl.float32)
-    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(source + channel, mask=real_head & real, other=0.0)
+    second = tl.load(source + HALF + channel, mask=real_head & real, other=0.0)
+    angle_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * cos_sin_stride + channel
+    cos = tl.load(angle_ptr, mask=real, other=0.0)
+    sin = tl.load(angle_ptr + HALF, mask=real, other=0.0)
+    squares = _squares(first) + _squares(second)
+    rest_channel = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    real_rest = rest_channel < HEAD_SIZE
+    if HEAD_SIZE > 2 * HALF:
+        rest = tl.load(source + rest_channel, mask=real_head & real_rest, other=0.0)
+        squares += _squares(rest)
+    scale = tl.rsqrt(squares / HEAD_SIZE + eps)[:, None]
 
-    if query_norm_ptr is not None or key_norm_ptr is not None:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_SIZE + eps)[:, None]
-        normalised = (x * scale).to(qkv_ptr.dtype.element_ty).to(tl.float32)
-        normalised_other = (other * scale).to(qkv_ptr.dtype.element_ty).to(tl.float32)
-        if query_norm_ptr is not None:
-            use = inside & is_query
-            gain = tl.load(query_norm_ptr + channel, mask=use, other=0.0).to(tl.float32)
-            gain_other = tl.load(query_norm_ptr + partner, mask=use, other=0.0).to(tl.float32)
-            x = tl.where(is_query, normalised * gain, x)
-            other = tl.where(is_query, normalised_other * gain_other, other)
-        if key_norm_ptr is not None:
-            use = inside & is_key
-            gain = tl.load(key_norm_ptr + channel, mask=use, other=0.0).to(tl.float32)
-            gain_other = tl.load(key_norm_ptr + partner, mask=use, other=0.0).to(tl.float32)
-            x = tl.where(is_key, normalised * gain, x)
-            other = tl.where(is_key, normalised_other * gain_other, other)
-        x = x.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-        other = other.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-
-    position = tl.load(positions_ptr + token)
-    angle = cos_sin_ptr + position * cos_sin_stride + tl.where(is_first, channel, partner)
-    cos = tl.load(angle, mask=rotates, other=1.0)
-    sin = tl.load(angle + HALF, mask=rotates, other=0.0)
-    rotated = x * cos + tl.where(is_first, -other, other) * sin
-    rotated = tl.where(rotates, rotated, x).to(qkv_ptr.dtype.element_ty)
-
-    query_target = out_ptr + (token * QUERY_HEADS + head) * HEAD_SIZE + channel
-    tl.store(query_target, rotated, mask=inside & is_query)
     slot = tl.load(slot_mapping_ptr + token)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
-    key_head = (head - QUERY_HEADS) * key_head_stride
-    key_target = key_cache_ptr + block * key_block_stride + offset * key_slot_stride + key_head
-    value_head = (head - QUERY_HEADS - KV_HEADS) * value_head_stride
-    value_target = (
-        value_cache_ptr + block * value_block_stride + offset * value_slot_stride + value_head
+    query_target = out_ptr + (token * QUERY_HEADS + head) * HEAD_SIZE
+    key_target = key_cache_ptr + block * key_block_stride + offset * key_slot_stride
+    key_target += (head - QUERY_HEADS) * key_head_stride
+    value_target = value_cache_ptr + block * value_block_stride + offset * value_slot_stride
+    value_target += (head - QUERY_HEADS - KV_HEADS) * value_head_stride
+
+    x = _normalise(first, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, channel, real)
+    y = _normalise(
+        second, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, HALF + channel, real
     )
-    cache_type = key_cache_ptr.dtype.element_ty
-    tl.store(key_target + channel, rotated.to(cache_type), mask=inside & is_key)
-    is_value = head >= QUERY_HEADS + KV_HEADS
-    tl.store(value_target + channel, raw.to(cache_type), mask=inside & is_value)
+    _store(
+        x * cos - y * sin, first, query_target, key_target, value_target,
+        channel, real, is_query, is_key, is_value,
+    )  # fmt: skip
+    _store(
+        y * cos + x * sin, second, query_target, key_target, value_target,
+        HALF + channel, real, is_query, is_key, is_value,
+    )  # fmt: skip
+    if HEAD_SIZE > 2 * HALF:
+        z = _normalise(
+            rest, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, rest_channel, real_rest
+        )
+        _store(
+            z, rest, query_target, key_target, value_target,
+            rest_channel, real_rest, is_query, is_key, is_value,
+        )  # fmt: skip

@@ -3,8 +3,8 @@
 ``_group_kernel`` reads the logits once, with many programs a row, and keeps the maximum and the
 mass of each group of neighbouring tokens. ``_draw_kernel``, one program a row, works from these:
 a greedy row needs one group's logits, an unfiltered row too, and a filtered row the few groups
-whose maximum says that they may hold a kept token. Thresholds are found by bisection over the
-bits of the scaled logits, as integers in the same order.
+whose maximum says that they may hold a kept token. Thresholds are found by splitting the range of
+the scaled logits in eight, again and again, down to the last bit.
 
 Masses are 64-bit fixed-point numbers with 40 fractional bits, relative to the likeliest token:
 their sums are exact, whatever the order, so the draw does not depend on how the work is cut.
@@ -17,8 +17,10 @@ from torch import Tensor
 
 _GROUPS_PER_PROGRAM = 32
 _MOST_GROUPS = 2048
-_CAPACITY = 4096
+_CAPACITY = 16384
 """Tokens that may be kept as far as the groups tell; with more, the whole row is searched."""
+_BLOCK = 1024
+"""Tokens of one step of a search."""
 
 
 def sample(
@@ -39,8 +41,9 @@ def sample(
     maxima = logits.new_empty((rows, groups), dtype=torch.float32)
     masses = logits.new_empty((rows, groups), dtype=torch.float32)
     chosen_groups = logits.new_empty((rows, groups), dtype=torch.int32)
-    candidates = logits.new_empty((rows, _CAPACITY), dtype=torch.float32)
-    candidate_ids = logits.new_empty((rows, _CAPACITY), dtype=torch.int32)
+    capacity = min(_CAPACITY, groups * group)
+    candidates = logits.new_empty((rows, capacity), dtype=torch.float32)
+    candidate_ids = logits.new_empty((rows, capacity), dtype=torch.int32)
     out = logits.new_empty((rows,), dtype=torch.int64)
     programs = triton.cdiv(groups, _GROUPS_PER_PROGRAM)
     _group_kernel[(rows * programs,)](
@@ -73,10 +76,10 @@ def sample(
         VOCAB=vocab,
         GROUP=group,
         GROUPS=groups,
-        GROUPS_PER_STEP=max(1, _CAPACITY // group),
+        GROUPS_PER_STEP=max(1, 4096 // group),
         BLOCK_G=triton.next_power_of_2(groups),
-        CAPACITY=_CAPACITY,
-        BLOCK=_CAPACITY,
+        CAPACITY=capacity,
+        BLOCK=_BLOCK,
         num_warps=8,
     )
     return out
@@ -99,21 +102,22 @@ def _group_kernel(
     row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     group = tl.program_id(0) % PROGRAMS * GROUPS_PER_PROGRAM + tl.arange(0, GROUPS_PER_PROGRAM)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    scaled = _load_scaled(
-        logits_ptr + row * row_stride + token, token < VOCAB, tl.load(temperature_ptr + row)
-    )
+    temperature = tl.load(temperature_ptr + row)
+    scaled = _load_scaled(logits_ptr + row * row_stride + token, token < VOCAB, temperature)
     maximum = tl.max(scaled, axis=1)
-    shift = tl.where(maximum == -float("inf"), 0.0, maximum)
-    mass = tl.sum(tl.exp(scaled - shift[:, None]), axis=1)
     tl.store(maxima_ptr + row * GROUPS + group, maximum, mask=group < GROUPS)
-    tl.store(masses_ptr + row * GROUPS + group, mass, mask=group < GROUPS)
+    if temperature != 0:
+        shift = tl.where(maximum == -float("inf"), 0.0, maximum)
+        mass = tl.sum(tl.exp(scaled - shift[:, None]), axis=1)
+        tl.store(masses_ptr + row * GROUPS + group, mass, mask=group < GROUPS)
 
 
 @triton.jit
 def _scale(logits, temperature):
     """Logits over the temperature (1 if greedy), bit for bit as the reference divides."""
-    divisor = tl.where(temperature == 0, 1.0, temperature)
-    return tl.div_rn(logits, tl.zeros_like(logits) + divisor)
+    if (temperature != 0) & (temperature != 1):
+        logits = tl.div_rn(logits, tl.zeros_like(logits) + temperature)
+    return logits
 
 
 @triton.jit
@@ -128,19 +132,26 @@ def _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOC
 
     -inf from ``count`` on.
     """
-    # Two masked loads, because some of Triton's backends cannot choose between two pointers.
     index = start + tl.arange(0, BLOCK)
-    low = -float("inf")
-    ours = tl.load(candidates_ptr + index, mask=index < tl.where(compact, count, 0), other=low)
-    others = tl.load(logits_ptr + index, mask=index < tl.where(compact, 0, count), other=low)
-    return _scale(tl.maximum(ours, others), temperature)
+    if compact:
+        x = tl.load(candidates_ptr + index, mask=index < count, other=-float("inf"))
+    else:
+        x = _load_scaled(logits_ptr + index, index < count, temperature)
+    return x
 
 
 @triton.jit
 def _key(x):
     """Integers in the order of the float32 ``x``; both zeros are one."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def _number(key):
+    """The float32 of a key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -166,7 +177,7 @@ def _uniform(seed, position):
 
 @triton.jit
 def _halvings(low, high):
-    """Steps of bisection after which ``high`` is next to ``low``; more do no harm."""
+    """Steps of bisection after which ``high`` is next to ``low``."""
     return tl.ceil(tl.log2((high - low).to(tl.float32))).to(tl.int32) + 1
 
 
@@ -178,48 +189,48 @@ def _cut(
     count,
     temperature,
     largest,
-    low,
-    high,
     least,
     target,
     BY_MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Smallest key above which there is less than ``target``, counted in tokens or in mass.
+    """Smallest number above which there is less than ``target``, counted in tokens or in mass.
 
-    ``high`` is known to be such a key, ``low`` not to be. Tokens below ``least`` do not count.
+    It lies from ``least`` on, and smaller tokens do not count.
     """
-    for _ in range(_halvings(low, high)):
-        middle = low + (high - low) // 2
-        above = tl.zeros([BLOCK], dtype=tl.int64)
+    way = tl.arange(0, 8)
+    # Above ``low`` there is too much, above ``high`` there is not.
+    low = tl.maximum(_key(least) - 1, _key(-float("inf")))
+    high = _key(largest)
+    for _ in range(_halvings(low, high) // 3 + 1):
+        pivots = low + (high - low) * (way + 1) // 8
+        above = tl.zeros([BLOCK, 8], dtype=tl.int64)
         for start in range(0, count, BLOCK):
             x = _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK)
-            counts = (_key(x) > middle) & (_key(x) >= least)
             if BY_MASS:
-                above += tl.where(counts, _mass(x, largest), 0)
+                weight = tl.where(x >= least, _mass(x, largest), 0)
             else:
-                above += counts.to(tl.int64)
-        if tl.sum(above) < target:
-            high = middle
-        else:
-            low = middle
-    return high
+                weight = (x >= least).to(tl.int64)
+            above += tl.where(x[:, None] > _number(pivots)[None, :], weight[:, None], 0)
+        too_much = tl.sum(above, axis=0) >= target
+        low = tl.max(tl.where(too_much, pivots, low))
+        high = tl.min(tl.where(too_much, high, pivots))
+    return _number(high)
 
 
 @triton.jit
 def _bound_by_count(maxima, real, largest, top_k):
     """A bound that at least ``top_k`` tokens reach, as so many of the groups' maxima do."""
-    low = tl.min(tl.where(real, _key(maxima), 0x7FFFFFFF)).to(tl.int64)
-    high = _key(largest).to(tl.int64) + 1
+    low = _key(tl.min(tl.where(real, maxima, float("inf"))))
+    high = _key(largest) + 1
     # The last bits are not worth the steps: a lower bound is as valid.
-    for _ in range(_halvings(low, high) - 10):
+    for _ in range(_halvings(low, high) - 12):
         middle = low + (high - low) // 2
-        if tl.sum((real & (_key(maxima) >= middle)).to(tl.int32)) >= top_k:
+        if tl.sum((real & (maxima >= _number(middle))).to(tl.int32)) >= top_k:
             low = middle
         else:
             high = middle
-    bits = low.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return _number(low)
 
 
 @triton.jit
@@ -261,7 +272,7 @@ def _collect(
     BLOCK_G: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Write the logits and ids of the tokens that reach the bound, in vocabulary order.
+    """Write the scaled logits and ids of the tokens that reach the bound, in vocabulary order.
 
     Returns how many they are; no more than CAPACITY are written.
     """
@@ -276,13 +287,13 @@ def _collect(
         group = tl.load(groups_ptr + index, mask=index < count, other=0)
         token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (index < count)[:, None] & (token < VOCAB)
-        logits = tl.load(logits_ptr + token, mask=inside, other=-float("inf"))
-        reaches = (inside & (_scale(logits, temperature) >= bound)).to(tl.int32)
+        x = _load_scaled(logits_ptr + token, inside, temperature)
+        reaches = (inside & (x >= bound)).to(tl.int32)
         hits = tl.sum(reaches, axis=1)
         before = found + tl.cumsum(hits, axis=0) - hits
         place = before[:, None] + tl.cumsum(reaches, axis=1) - 1
         keep = (reaches != 0) & (place < CAPACITY)
-        tl.store(candidates_ptr + place, logits, mask=keep)
+        tl.store(candidates_ptr + place, x, mask=keep)
         tl.store(candidate_ids_ptr + place, token, mask=keep)
         found += tl.sum(hits)
     tl.debug_barrier()
@@ -302,9 +313,9 @@ def _kept_mass(
     floor,
     BLOCK: tl.constexpr,
 ):
-    """[BLOCK] masses from ``start`` on; 0 for tokens below the cut (a key) or the floor."""
+    """[BLOCK] masses from ``start`` on; 0 for tokens below the cut or the floor."""
     x = _values(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK)
-    kept = (start + tl.arange(0, BLOCK) < count) & (_key(x) >= cut) & (x >= floor)
+    kept = (start + tl.arange(0, BLOCK) < count) & (x >= cut) & (x >= floor)
     return tl.where(kept, _mass(x, largest), 0)
 
 
@@ -425,13 +436,12 @@ def _draw_kernel(
     compact = found <= CAPACITY
     count = tl.where(compact, found, VOCAB)
 
-    highest = _key(largest).to(tl.int64)
-    cut = _key(bound).to(tl.int64)
+    cut = bound
     total = tl.sum(group_mass)
     if by_k:
         cut = _cut(
-            candidates_ptr, logits_ptr, compact, count, temperature, largest,
-            cut - 1, highest, cut, top_k.to(tl.int64), False, BLOCK,
+            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
+            top_k.to(tl.int64), False, BLOCK,
         )  # fmt: skip
         total = _total_kept_mass(
             candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
@@ -439,8 +449,8 @@ def _draw_kernel(
         )  # fmt: skip
     if by_p:
         cut = _cut(
-            candidates_ptr, logits_ptr, compact, count, temperature, largest,
-            cut - 1, highest, cut, _fraction(total, (top_p * 16777216.0).to(tl.int64)), True, BLOCK,
+            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
+            _fraction(total, (top_p * 16777216.0).to(tl.int64)), True, BLOCK,
         )  # fmt: skip
 
     total = _total_kept_mass(

@@ -1,0 +1,104 @@
+"""What a contract is: a name, a sentence, and a function that tries it on a platform."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reprise.platforms import Platform
+
+if TYPE_CHECKING:
+    from reprise.llm import LLM
+
+
+class Broken(Exception):
+    """The platform breaks a contract; the message says how."""
+
+
+class Skipped(Exception):
+    """The contract does not apply here; the message says why."""
+
+
+Check = Callable[["Kit"], str]
+"""Returns a detail worth printing, or raises :class:`Broken` or :class:`Skipped`."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One thing that every platform must do."""
+
+    name: str
+    group: str
+    summary: str
+    explanation: str
+    check: Check
+
+
+CONTRACTS: dict[str, Contract] = {}
+"""Every contract by name, in the order in which they are tried."""
+
+
+def contract(group: str) -> Callable[[Check], Check]:
+    """Declare a contract: the function's name and docstring are its own."""
+
+    def declare(check: Check) -> Check:
+        add(check.__name__, group, inspect.getdoc(check) or "", check)
+        return check
+
+    return declare
+
+
+def add(name: str, group: str, text: str, check: Check) -> None:
+    """Declare a contract that is not a function of its own, such as one of many ops."""
+    summary, _, rest = text.partition("\n")
+    CONTRACTS[name] = Contract(name, group, summary.strip(), rest.strip(), check)
+
+
+def need(holds: object, message: str) -> None:
+    """Raise :class:`Broken` with ``message`` unless ``holds``."""
+    if not holds:
+        raise Broken(message)
+
+
+class Kit:
+    """What contracts work with: a platform, and the demo model on it."""
+
+    def __init__(self, platform: Platform, device: str) -> None:
+        self.platform = platform
+        self.device = device
+        """What the user typed after ``--device``."""
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """The demo model, small steps, no graphs."""
+        from reprise import LLM
+
+        return LLM(
+            device=self.device,
+            graph_mode="none",
+            skip_tokenizer_init=True,
+            max_num_seqs=4,
+            max_num_batched_tokens=32,
+            num_blocks=129,
+            enable_prefix_caching=False,
+        )
+
+    def full(self, *shape: int, value: float = 0.0) -> torch.Tensor:
+        return torch.full(shape, value, device=self.platform.device)
+
+    def burn(self, rounds: int = 1) -> torch.Tensor:
+        """Work that keeps the device busy for a while: about a millisecond a round."""
+        side = 2048 if self.platform.asynchronous else 128
+        x = torch.ones(side, side, device=self.platform.device)
+        for _ in range(4 * rounds):
+            x = (x @ x) * (1.0 / side)
+        return x
+
+    def need_graphs(self) -> None:
+        if not self.platform.has_graphs:
+            raise Skipped("the platform has no device graphs; every plan resolves to none")

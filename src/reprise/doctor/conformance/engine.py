@@ -1,0 +1,136 @@
+"""The demo model: every executor gives the tokens of eager execution, every fault is caught."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
+from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
+from reprise.graphs.plan import Executor
+from reprise.ops import all_ops
+from reprise.sampling_params import SamplingParams
+from reprise.testing.faults import FAULTS
+
+BUCKETS = Buckets(decode=(2, 4), mixed=(8, 32))
+PROMPTS = [[5, 17, 3], list(range(20, 61)), [9], [7, 7, 100, 200, 300, 400, 500]]
+TOKENS = 12
+EXECUTORS: tuple[Executor, ...] = ("full", "breakable", "compiled")
+FAULTY_OPS = ("paged_attention", "rotary_cache")
+
+
+def tokens(kit: Kit) -> list[list[int]]:
+    """What the demo model answers, through whatever graphs its runner has."""
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": each} for each in PROMPTS]
+    outputs = kit.llm.generate(prompts, params, use_tqdm=False)
+    return [list(each.outputs[0].token_ids) for each in outputs]
+
+
+@contextlib.contextmanager
+def graphs_of(kit: Kit, executor: Executor, buckets: Buckets) -> Iterator[GraphRunner]:
+    """The demo model with freshly captured graphs; afterwards it has none again."""
+    kit.need_graphs()
+    runner = kit.llm.engine.runner
+    made = GraphRunner(
+        runner.forward_pass,
+        kit.platform,
+        GraphPlan(executor, executor),
+        buckets,
+        runner.config.max_num_seqs,
+        verify=VerifyMode(startup=True),
+    )
+    eager = runner.graphs
+    for each in made.plan.downgrades:
+        if each.wanted == executor:
+            raise Skipped(f"{each.phase}: {each.reason}")
+    runner.graphs = made
+    try:
+        made.capture_all()
+        runner.buffers.forget_tables()
+        yield made
+    finally:
+        runner.graphs = eager
+        made.discard()
+        runner.buffers.forget_tables()
+
+
+def executor_is_exact(kit: Kit, executor: Executor) -> str:
+    """Generate greedily with the executor on both phases; compare tokens with eager's."""
+    expected = tokens(kit)
+    with graphs_of(kit, executor, BUCKETS) as graphs:
+        for info in graphs.report().graphs:
+            need(info.quarantined is None, f"{info.name}: {info.quarantined}")
+            need(info.verified, f"{info.name} was captured and not verified")
+        got = tokens(kit)
+        replays = graphs.report().replays
+    for row, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        need(mine == theirs, f"request {row}: tokens {mine} and not {theirs}")
+    need(replays > 0, "no step was replayed")
+    return f"{len(got)} requests, {replays} replays"
+
+
+def fault_is_caught(kit: Kit, fault: str) -> str:
+    """Put the fault into an op; verification must refuse the graph and name the op."""
+    kind, caught, reasons = FAULTS[fault], [], []
+    for executor in ("full", "breakable"):
+        for op in FAULTY_OPS:
+            reason = kind.inexpressible(all_ops()[op], executor, kit.platform)
+            if reason is not None:
+                reasons.append(reason)
+                continue
+            _inject(kit, fault, op, executor)
+            caught.append(f"{op} in {executor}")
+            break
+    if not caught:
+        raise Skipped(f"cannot exist here: {reasons[0]}")
+    return ", ".join(caught)
+
+
+def _inject(kit: Kit, fault: str, op: str, executor: Any) -> None:
+    from reprise.testing import faults
+
+    table = kit.llm.engine.runner.ops
+    kit.need_graphs()
+    with (
+        _quiet(),
+        faults.inject(fault, table, op),
+        graphs_of(kit, executor, Buckets(decode=(2,), mixed=())) as graphs,
+    ):
+        (info,) = graphs.report().graphs
+    if info.quarantined is None:
+        raise Broken(f"{fault} in {op} went unseen by the {executor} executor")
+    need(f"{op} #" in info.quarantined, f"{op} is not named: {info.quarantined}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about graphs that are meant to be bad."""
+    logger = logging.getLogger("reprise.graphs")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+for _executor in EXECUTORS:
+    add(
+        f"executor_is_exact:{_executor}",
+        "executors",
+        f"The {_executor} executor gives the tokens that eager execution gives.\n\n"
+        "The demo model, greedily, on both phases; every graph passes verification.",
+        functools.partial(executor_is_exact, executor=_executor),
+    )
+for _fault, _kind in FAULTS.items():
+    add(
+        f"fault_is_caught:{_fault}",
+        "faults",
+        f"Verification catches it when {_kind.summary}.\n\n"
+        "In the full and in the breakable executor, wherever the fault can exist there.",
+        functools.partial(fault_is_caught, fault=_fault),
+    )

@@ -1,0 +1,115 @@
+"""Ops: every implementation that can run here computes what the reference computes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
+from reprise.doctor.conformance.op_cases import CASES, Arguments, Maker
+from reprise.graphs.compare import same_bits
+from reprise.ops import Op, all_ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+"""Relative to the largest magnitude. Matrix units may round float32 products to ten bits."""
+Results = dict[str, Tensor]
+
+
+def matches_reference(kit: Kit, op: Op) -> str:
+    """Compare each implementation that can run, in each dtype, with the reference."""
+    done = []
+    for name, implementation in op.implementations.items():
+        if name == "reference" or implementation.requires(kit.platform) is not None:
+            continue
+        for dtype in _dtypes(kit):
+            for number, arguments in enumerate(_cases(kit, op, dtype)):
+                expected = _run(op, op.implementations["reference"].function, arguments)
+                got = _run(op, implementation.function, arguments)
+                for which, tensor in expected.items():
+                    _compare(f"{name}, {dtype}, case {number}, {which}", tensor, got[which])
+        done.append(name)
+    if not done:
+        raise Skipped("no implementation but the reference can run here")
+    return f"{', '.join(done)} in {', '.join(map(_short, _dtypes(kit)))}"
+
+
+def is_deterministic(kit: Kit, op: Op) -> str:
+    """Run the implementation in use twice on equal inputs; compare the bits."""
+    if not op.deterministic:
+        raise Skipped("the op is declared nondeterministic")
+    chosen = op.choose(kit.platform)
+    for dtype in _dtypes(kit):
+        for number, arguments in enumerate(_cases(kit, op, dtype)):
+            first = _run(op, chosen.function, arguments)
+            for _ in range(2):
+                again = _run(op, chosen.function, arguments)
+                for which, tensor in first.items():
+                    need(
+                        same_bits(tensor, again[which]),
+                        f"{chosen.name}, {dtype}, case {number}: {which} differs between runs",
+                    )
+    return chosen.name
+
+
+def _dtypes(kit: Kit) -> list[torch.dtype]:
+    return [each for each in DTYPES if kit.platform.supports_dtype(each)]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cases(kit: Kit, op: Op, dtype: torch.dtype) -> list[Arguments]:
+    if op.name not in CASES:
+        raise Skipped("no inputs are known for this op; add them to op_cases.CASES")
+    return CASES[op.name](Maker(kit.platform, dtype))
+
+
+def _run(op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
+    """What a call returns and writes, from copies of its arguments."""
+    copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    with torch.inference_mode():
+        result = function(**copied)
+    found = {name: copied[name] for name in op.mutates}
+    if isinstance(result, Tensor):
+        found["result"] = result
+    return found
+
+
+def _compare(what: str, expected: Tensor, got: Tensor) -> None:
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        raise Broken(
+            f"{what}: {_short(got.dtype)} {list(got.shape)} instead of "
+            f"{_short(expected.dtype)} {list(expected.shape)}"
+        )
+    if not expected.is_floating_point():
+        need(torch.equal(got, expected), f"{what}: {got.tolist()[:8]} and not "
+             f"{expected.tolist()[:8]}")  # fmt: skip
+        return
+    wide, other = expected.double(), got.double()
+    allowed = TOLERANCE[expected.dtype] * max(1.0, float(wide.abs().max()))
+    largest = float((wide - other).abs().max())
+    need(largest <= allowed, f"{what}: differs by {largest:.3g}, allowed are {allowed:.3g}")
+
+
+for _name, _op in all_ops().items():
+    add(
+        f"op_matches_reference:{_name}",
+        "ops",
+        f"Every implementation of {_name} that can run here agrees with its reference.\n\n"
+        "Small shapes, every dtype that the platform computes in.",
+        functools.partial(matches_reference, op=_op),
+    )
+for _name, _op in all_ops().items():
+    add(
+        f"op_is_deterministic:{_name}",
+        "ops",
+        f"Equal inputs give equal bits from {_name}, as its declaration says.\n\n"
+        "Graphs are compared bit by bit, so an op that varies would raise false alarms.",
+        functools.partial(is_deterministic, op=_op),
+    )

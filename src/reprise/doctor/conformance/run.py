@@ -1,0 +1,114 @@
+"""Try every contract on a platform."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from reprise import platforms
+from reprise.doctor.conformance.contract import CONTRACTS, Broken, Contract, Kit, Skipped
+
+Verdict = Literal["pass", "fail", "skip"]
+KIT = 1
+"""Rises when contracts change, so that published verdicts can be compared."""
+
+
+@dataclass
+class Outcome:
+    """One contract's verdict."""
+
+    name: str
+    group: str
+    summary: str
+    verdict: Verdict
+    detail: str
+    seconds: float
+
+
+@dataclass
+class Conformance:
+    """What a hardware team publishes."""
+
+    facts: dict[str, Any]
+    """Device, versions, date, command."""
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return [each for each in self.outcomes if each.verdict == "fail"]
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(each.verdict == verdict for each in self.outcomes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "kit": KIT,
+            "conforms": not self.failed,
+            **self.facts,
+            "counts": {each: self.count(each) for each in ("pass", "fail", "skip")},
+            "contracts": [dataclasses.asdict(each) for each in self.outcomes],
+        }
+
+
+def select(patterns: Sequence[str] = ()) -> list[Contract]:
+    """Contracts whose name or group matches one of the patterns; all, if there are none."""
+    if not patterns:
+        return list(CONTRACTS.values())
+    return [
+        each
+        for each in CONTRACTS.values()
+        if any(fnmatch.fnmatch(e, p) for e in (each.name, each.group) for p in patterns)
+    ]
+
+
+def conformance(
+    device: str,
+    facts: dict[str, Any],
+    chosen: Sequence[Contract],
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Conformance:
+    """Try contracts one after the other; none can stop the next.
+
+    Raises:
+        PlatformError: The device is unknown or not on this machine.
+    """
+    platform = platforms.resolve(device)
+    platform.activate()
+    memory = platform.memory_info()
+    report = Conformance(
+        {
+            **facts,
+            "platform": platform.name,
+            "platform_class": f"{type(platform).__module__}.{type(platform).__qualname__}",
+            "device": str(platform.device),
+            "device_name": platform.device_name,
+            "memory_total": memory.total,
+        }
+    )
+    kit = Kit(platform, device)
+    for done, each in enumerate(chosen):
+        progress(each.name, done, len(chosen))
+        began = time.perf_counter()
+        verdict, detail = _try(each, kit)
+        seconds = round(time.perf_counter() - began, 3)
+        report.outcomes.append(
+            Outcome(each.name, each.group, each.summary, verdict, detail, seconds)
+        )
+    return report
+
+
+def _try(each: Contract, kit: Kit) -> tuple[Verdict, str]:
+    try:
+        return "pass", each.check(kit)
+    except Skipped as reason:
+        return "skip", str(reason)
+    except Broken as broken:
+        return "fail", str(broken)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return "fail", f"{type(error).__name__}: {lines[0] if lines else repr(error)}"

@@ -1,0 +1,1 @@
+"""Devices that Reprise should refuse."""

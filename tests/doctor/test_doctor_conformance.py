@@ -1,0 +1,109 @@
+"""The conformance kit: this device keeps every contract, and broken platforms are found out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from reprise.doctor import conformance as kit
+
+BROKEN = {
+    "stale-graphs": "graphs_replay_fresh_inputs",
+    "own-pools": "graphs_share_a_pool",
+    "careless-capture": "graphs_refuse_host_reads",
+    "stopped-clock": "events_time_work",
+    "hasty-events": "events_order_work",
+    "still-counters": "memory_counters_follow_tensors",
+    "greedy-cache": "memory_has_sane_limits",
+}
+
+
+@pytest.fixture(scope="module")
+def report(device):
+    return kit.conformance(device, {}, kit.select())
+
+
+@pytest.mark.parametrize("name", kit.CONTRACTS)
+def test_the_device_keeps_the_contract(report, name):
+    (outcome,) = (each for each in report.outcomes if each.name == name)
+    if outcome.verdict == "skip":
+        pytest.skip(outcome.detail)
+    assert outcome.verdict == "pass", outcome.detail
+    assert outcome.detail
+
+
+def test_every_contract_explains_itself():
+    for each in kit.CONTRACTS.values():
+        assert each.summary.endswith("."), each.name
+        assert each.explanation, each.name
+
+
+def test_every_fault_and_every_op_has_its_contract():
+    from reprise.doctor.conformance.op_cases import CASES
+    from reprise.ops import all_ops
+    from reprise.testing.faults import FAULTS
+
+    assert {f"fault_is_caught:{each}" for each in FAULTS} <= set(kit.CONTRACTS)
+    for name in CASES:
+        assert name in all_ops()
+        assert f"op_matches_reference:{name}" in kit.CONTRACTS
+        assert f"op_is_deterministic:{name}" in kit.CONTRACTS
+
+
+def test_the_record_is_complete(report):
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["conforms"] is not report.failed
+    assert data["platform"]
+    assert data["device_name"]
+    assert sum(data["counts"].values()) == len(kit.CONTRACTS) == len(data["contracts"])
+    assert {each["verdict"] for each in data["contracts"]} <= {"pass", "fail", "skip"}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.usefixtures("broken_platforms")
+def test_a_broken_platform_fails_and_the_contract_is_named(name, invoke, tmp_path):
+    record = tmp_path / "record.json"
+    groups = [part for each in ("order", "memory", "graphs") for part in ("--only", each)]
+    result = invoke("doctor", "conformance", "--device", name, *groups, "--json", str(record))
+    assert result.exit_code == 1, result.output
+    assert "does not conform" in result.stdout
+    data = json.loads(record.read_text())
+    assert not data["conforms"]
+    assert data["platform"] == name
+    failed = {each["name"]: each for each in data["contracts"] if each["verdict"] == "fail"}
+    assert BROKEN[name] in failed
+    assert BROKEN[name] in result.stdout.split("does not conform")[1]
+    assert failed[BROKEN[name]]["detail"]
+    if name not in ("stale-graphs", "hasty-events"):
+        assert len(failed) == 1, failed
+
+
+@pytest.mark.usefixtures("broken_platforms")
+def test_the_broken_platforms_say_what_they_break():
+    from reprise import platforms
+
+    for name, contract in BROKEN.items():
+        assert platforms.load(name).notices == contract
+
+
+@pytest.mark.usefixtures("broken_platforms")
+def test_graphs_that_are_stale_fail_the_executors_too(invoke):
+    result = invoke(
+        "doctor", "conformance", "--device", "stale-graphs", "--only", "executor_is_exact:full"
+    )
+    assert result.exit_code == 1
+    assert "executor_is_exact:full" in result.stdout.split("does not conform")[1]
+
+
+def test_contracts_are_printed_without_being_tried(invoke):
+    result = invoke("doctor", "conformance", "--explain", "--only", "order")
+    assert result.exit_code == 0
+    assert "streams_order_work (order)" in result.stdout
+    assert "side.wait_stream(current)" in result.stdout
+
+
+def test_an_unknown_contract_lists_the_known_ones(invoke):
+    result = invoke("doctor", "conformance", "--only", "nothing")
+    assert result.exit_code == 2
+    assert "graphs_share_a_pool" in result.stderr
