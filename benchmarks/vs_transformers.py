@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -146,7 +148,8 @@ def compare(
     """Take turns; returns the figures of one workload."""
     warm_up = Work(work.name, work.prompts, [min(2, each) for each in work.output_lens])
     for engine in (reprise, transformers):
-        engine.run(warm_up)
+        seconds, _ = timed(engine.run, warm_up)
+        note(f"{work.name}: {type(engine).__name__} warmed up in {seconds:.2f} s")
     ours: list[float] = []
     theirs: list[float] = []
     agreeing = 1.0
@@ -156,6 +159,7 @@ def compare(
         seconds, expected = timed(transformers.run, work)
         theirs.append(seconds)
         agreeing = agreement(tokens, expected)
+        note(f"{work.name}: Reprise {ours[-1]:.2f} s, transformers {theirs[-1]:.2f} s")
     return {
         "name": work.name,
         "requests": len(work.prompts),
@@ -169,6 +173,11 @@ def compare(
         "ratio_all": [round(b / a, 3) for a, b in zip(ours, theirs, strict=True)],
         "same_tokens": round(agreeing, 4),
     }
+
+
+def note(text: str) -> None:
+    """Progress, on standard error: a run can take minutes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def agreement(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
@@ -220,8 +229,8 @@ def main() -> None:
     parser.add_argument("--workload", choices=["single", "batch"], help="only this one")
     parser.add_argument("--profile", action="store_true", help="also profile Reprise by op")
     options = parser.parse_args()
-    # The padded batch's cache lengths make transformers warn of nothing that matters here.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     with tempfile.TemporaryDirectory(prefix="reprise-vs-") as directory:
         model = save_random_model(

@@ -153,7 +153,7 @@ def test_the_page_is_self_contained(clean, broken):
         page = Page(render(matrix))
         assert page.loads == []
         assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", page.text)
-        assert page.text.count("<svg") == page.text.count("</svg>") == 3
+        assert page.text.count("<svg") == page.text.count("</svg>") >= 3
 
 
 def test_a_clean_page_has_no_broken_cell(clean):

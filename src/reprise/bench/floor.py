@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import torch
 from reprise.layers import CausalLM
 from reprise.platforms import Platform
 
-MOST_COPY_BYTES = 1 << 30
+LEAST_COPY_BYTES, MOST_COPY_BYTES = 1 << 27, 1 << 32
+LONG_COPY_SECONDS = 1.5e-3
 TRIALS = 5
 PATIENCE_SECONDS = 1.0
 """No further trial is begun after this time; a slow device gives fewer, longer ones."""
@@ -57,10 +57,18 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _copy_rate(platform: Platform) -> float:
-    count = min(MOST_COPY_BYTES, platform.memory_info().free // 64)
-    source = torch.ones(count, dtype=torch.uint8, device=platform.device)
-    target = torch.empty_like(source)
-    return 2 * count / _seconds(platform, lambda: target.copy_(source))
+    """Of a copy large enough that neither its start nor a cache matters."""
+    room = platform.memory_info().free // 4
+    count, rate = LEAST_COPY_BYTES, 0.0
+    while not rate or (count <= MOST_COPY_BYTES and 2 * count <= room):
+        source = torch.ones(count, dtype=torch.uint8, device=platform.device)
+        target = torch.empty_like(source)
+        seconds = _seconds(platform, functools.partial(target.copy_, source))
+        rate = max(rate, 2 * count / seconds)
+        if seconds > LONG_COPY_SECONDS:
+            break
+        count *= 2
+    return rate
 
 
 def _matmul_rate(platform: Platform, dtype: torch.dtype) -> float:
@@ -77,7 +85,7 @@ def _matmul_rate(platform: Platform, dtype: torch.dtype) -> float:
 
 
 def _seconds(platform: Platform, work: Callable[[], Any], calls: int = 4) -> float:
-    """Median time of one call, by the device's clock; the first call is not counted."""
+    """Shortest time of one call, by the device's clock; the first call is not counted."""
     work()
     found: list[float] = []
     deadline = time.perf_counter() + PATIENCE_SECONDS
@@ -89,4 +97,4 @@ def _seconds(platform: Platform, work: Callable[[], Any], calls: int = 4) -> flo
         end.record(platform.current_stream())
         end.synchronize()
         found.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(found)
+    return min(found)

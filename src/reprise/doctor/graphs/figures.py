@@ -18,7 +18,7 @@ LABEL_FROM = 30
 
 def timeline_figure(lines: Sequence[Timeline]) -> str:
     """One row of bars an executor, on one time axis."""
-    longest = max(sum(bar.ms for bar in line.bars) for line in lines)
+    longest = max(line.bar_ms for line in lines) or 1.0
     scale = (WIDTH - LEFT - RIGHT) / longest
     height = ROW * len(lines) + 34
     parts = [_axis(longest, scale, height - 24)]

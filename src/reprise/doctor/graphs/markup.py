@@ -8,8 +8,8 @@ import math
 
 from reprise.doctor.graphs.report import MatrixCell
 
-RAMP = ((-1.0, (214, 184, 120)), (0.0, (240, 239, 233)), (1.0, (158, 202, 225)),
-        (2.0, (66, 130, 190)), (3.0, (20, 66, 130)))  # fmt: skip
+RAMP = ((-1.0, (214, 184, 120)), (0.0, (240, 239, 233)), (1.0, (189, 215, 231)),
+        (2.0, (107, 174, 214)), (3.0, (52, 120, 182)), (5.0, (10, 48, 104)))  # fmt: skip
 """Colours by the binary logarithm of the speed-up. Sand is slower, blue is faster; red means
 wrong and nothing else."""
 

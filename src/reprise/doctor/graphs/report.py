@@ -102,6 +102,10 @@ class Timeline:
     """The step without stops between its parts; the bars, timed one by one, may add up to more."""
     bars: list[Bar]
 
+    @property
+    def bar_ms(self) -> float:
+        return sum(each.ms for each in self.bars)
+
 
 @dataclass
 class BucketMemory:
