@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEVICE ?= cpu
+JOBS ?= 2
 
 .PHONY: demo test lint format setup clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/reprise generate "47 + 38 =" --max-tokens 4
 
 test: lint
-	$(BIN)/python -m pytest --device $(DEVICE)
+	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

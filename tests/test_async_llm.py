@@ -28,11 +28,7 @@ def run(tiny: TinyModels, device: str, scenario: Any) -> Any:
 
 
 async def last(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-    output = None
-    async for output in stream:
-        pass
-    assert output is not None
-    return output
+    return [output async for output in stream][-1]
 
 
 async def idle(llm: AsyncLLM) -> None:

@@ -32,7 +32,7 @@ class AcceleratorPlatform(Platform):
     supports_aux_streams: ClassVar[bool] = True
     asynchronous: ClassVar[bool] = True
     counts_memory: ClassVar[bool] = True
-    preferred = {"*": ("triton", "torch", "reference")}
+    preferred: ClassVar = {"*": ("triton", "torch", "reference")}
     reserve_bytes: ClassVar[int] = GIB // 4
     """Left free beside the KV cache, for allocator fragmentation and library workspaces."""
 

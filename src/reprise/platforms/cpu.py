@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,7 +34,7 @@ class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
     priority = 0
-    preferred = {"*": ("onednn", "torch", "reference")}
+    preferred: ClassVar = {"*": ("onednn", "torch", "reference")}
     graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"
     default_batched_tokens = 1024
     default_cache_bytes = 4 * GIB

@@ -222,8 +222,7 @@ class ModelRunner:
         self.buffers.forget_tables()
 
     def _measure_activations(self) -> int:
-        """Peak bytes that the largest step takes beyond the weights; 0 where nothing counts them.
-        """
+        """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""
         if not self.platform.counts_memory:
             return 0
         self.platform.synchronize()

@@ -18,7 +18,7 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         eps,
         SIZE=size,
         BLOCK=block,
-        num_warps=warps(block),
+        num_warps=warps(block, per_thread=16),
     )
 
 

@@ -38,27 +38,38 @@ class Config:
     """Keys of one step of the inner loop."""
     num_warps: int
     num_stages: int
-    resident: int = 1
-    """Programs that a multiprocessor holds at once (split kernel)."""
 
 
-def split_config(rows: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
-    """For the split kernel; ``rows`` is query heads of a KV head times new tokens."""
+def split_config(
+    rows: int, programs: int, head_size: int, element_size: int, device: DeviceLimits
+) -> Config:
+    """For the split kernel.
+
+    Args:
+        rows: Query heads of a KV head times new tokens.
+        programs: The fewest that the step can have: requests times KV heads.
+        head_size: Channels of a head.
+        element_size: Bytes of one.
+        device: Where it runs.
+    """
     block_m = max(16, triton.next_power_of_2(rows))
     block_d = triton.next_power_of_2(head_size)
     if INTERPRETED:  # its time goes by the number of steps
-        return Config(block_m, 64, 1, 1, 2)
+        return Config(block_m, 64, 1, 1)
     if element_size == 4:  # products hold their operands in registers
-        return Config(block_m, 16, 8 if block_d > 128 else 4, 2, 2)
-    block_n = 32 if block_m == 16 or block_d > 128 else 64
-    # Two warps wait for each other less often than four, as long as their registers suffice.
-    warps = 2 if block_m * block_d <= 16 * 128 else 4
+        return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
+    # Many programs share a multiprocessor best when they are small; few need more in flight each.
+    small = block_m * block_d <= 16 * 128 and programs >= 2 * device.multiprocessors
+    block_n, num_warps = (32, 2) if small else (64, 4)
+    if block_d > 128:
+        block_n = 32
     # Keys and values on their way to a program are all but those in use. As deep as leaves room
     # for three programs on a multiprocessor.
     tile = 2 * block_n * block_d * element_size
-    held = {stages: (stages - 1) * tile + 8 * 1024 for stages in (4, 3, 2)}
-    stages = next((s for s, size in held.items() if 3 * size <= device.shared_memory), 2)
-    return Config(block_m, block_n, warps, stages, max(1, device.shared_memory // held[stages]))
+    for num_stages in (4, 3):
+        if 3 * ((num_stages - 1) * tile + 8 * 1024) <= device.shared_memory:
+            return Config(block_m, block_n, num_warps, num_stages)
+    return Config(block_m, block_n, num_warps, 2)
 
 
 def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
@@ -71,10 +82,9 @@ def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLi
         return Config(max(16, smallest), 16, 8 if wide else 4, 1)
     if device.shared_memory < 128 * 1024:
         return Config(max(64, smallest), 32, 4, 1)
-    if wide:
-        return Config(max(128, smallest), 32, 8, 3)
-    roomy = device.shared_memory >= 224 * 1024
-    return Config(max(128, smallest), 128 if roomy else 64, 8, 3)
+    if device.shared_memory < 224 * 1024:
+        return Config(max(128, smallest), 32 if wide else 64, 8, 3)
+    return Config(max(128, smallest), 64 if wide else 128, 8, 2 if wide else 3)
 
 
 def paged_attention(
@@ -150,14 +160,14 @@ def _launch_split(
     requests, max_blocks = block_tables.shape
     device = limits(query.device)
     group = heads // kv_heads
-    config = config or split_config(group * query_len, head_size, query.element_size(), device)
+    config = config or split_config(
+        group * query_len, requests * kv_heads, head_size, query.element_size(), device
+    )
     min_tiles = max(1, 128 // config.block_n)
     pieces = requests
     if max_blocks * block_size > min_tiles * config.block_n:
-        # All the device's programs at once, shared out by length; or, of many requests, a quarter
-        # more than one for each, so that a long one does not keep the others waiting.
-        at_once = config.resident * device.multiprocessors // kv_heads
-        pieces = max(at_once, requests + triton.cdiv(requests, 4))
+        # One for each request, and two for each multiprocessor to share out by length.
+        pieces += triton.cdiv(2 * device.multiprocessors, kv_heads)
     block_r = _few_sizes(requests)
     plan = {
         "QUERY_LEN": query_len,
@@ -165,7 +175,8 @@ def _launch_split(
         "BLOCK_N": config.block_n,
         "MIN_TILES": min_tiles,
         "BLOCK_R": block_r,
-        "GUESSES": 16 if block_r <= 64 else 4,
+        "GUESSES": 8 if block_r <= 16 else 4,
+        "SPLIT": pieces > requests,
     }
     inputs = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out)
     sizes = (
@@ -197,36 +208,35 @@ def _launch_split(
     # Rows that no request covers are cleared by programs without a piece.
     split_grid = (max(pieces, triton.cdiv(tokens, query_len)) * kv_heads,)
     if pieces == requests:
-        compiled = _split_kernel[split_grid](*inputs, out, out, *sizes, **constants, **options)
+        unused = (out, out, seq_lens)
+        compiled = _split_kernel[split_grid](*inputs, *unused, *sizes, **constants, **options)
         split = relaunch(_split_kernel, compiled, split_grid)
-        return lambda: split(*inputs, out, out, *sizes, **constants)
+        return lambda: split(*inputs, *unused, *sizes, **constants)
 
     def scratch():
         partial = query.new_empty((pieces, query_len * heads, head_size), dtype=torch.float32)
-        return partial, query.new_empty((pieces, query_len * heads), dtype=torch.float32)
+        log_sums = query.new_empty((pieces, query_len * heads), dtype=torch.float32)
+        return partial, log_sums, query.new_empty((requests, 2), dtype=torch.int32)
 
-    partial, log_sums = scratch()
-    compiled = _split_kernel[split_grid](*inputs, partial, log_sums, *sizes, **constants, **options)
+    first = scratch()
+    compiled = _split_kernel[split_grid](*inputs, *first, *sizes, **constants, **options)
     split = relaunch(_split_kernel, compiled, split_grid)
-    tail = (seq_lens, query_start_loc, out, requests, pieces, out.stride(0), out.stride(1),
-            sliding_window)  # fmt: skip
+    rest = (query_start_loc, out, out.stride(0), out.stride(1))
     combine_constants = {
+        "QUERY_LEN": query_len,
         "HEADS": heads,
         "HEAD_SIZE": head_size,
         "BLOCK_S": 64,
         "BLOCK_D": triton.next_power_of_2(head_size),
-        **plan,
     }
     combine_grid = (requests * query_len * heads,)
-    compiled = _combine_kernel[combine_grid](
-        partial, log_sums, *tail, **combine_constants, num_warps=4
-    )
+    compiled = _combine_kernel[combine_grid](*first, *rest, **combine_constants, num_warps=4)
     combine = relaunch(_combine_kernel, compiled, combine_grid)
 
     def again():
-        partial, log_sums = scratch()
-        split(*inputs, partial, log_sums, *sizes, **constants)
-        combine(partial, log_sums, *tail, **combine_constants)
+        tensors = scratch()
+        split(*inputs, *tensors, *sizes, **constants)
+        combine(*tensors, *rest, **combine_constants)
 
     return again
 
@@ -291,7 +301,8 @@ def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, in
             "key_cache and value_cache must have equal strides and adjoining channels, got "
             f"{key_cache.stride()} and {value_cache.stride()}"
         )
-    return key_cache.stride()[:3]
+    block, slot, head, _ = key_cache.stride()
+    return block, slot, head
 
 
 def _few_sizes(count: int) -> int:
@@ -471,6 +482,7 @@ def _split_kernel(
     out_ptr,
     partial_ptr,
     log_sums_ptr,
+    shares_ptr,
     tokens,
     requests,
     most_pieces,
@@ -499,11 +511,13 @@ def _split_kernel(
     MIN_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GUESSES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One program attends to one piece of a request's keys, for one KV head.
 
     Writes ``out`` if the request has one piece, else ``partial`` [pieces, QUERY_LEN * HEADS,
-    HEAD_SIZE] and the base-2 logarithm of the sum of its weights.
+    HEAD_SIZE] and the base-2 logarithm of the sum of its weights. ``shares`` [R, 2] tells the
+    combine kernel each request's first piece and their number. Unless SPLIT, all have one.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -533,7 +547,12 @@ def _split_kernel(
     if request >= requests:
         return
     mine = _pick(pieces, number, request)
-    part = piece - tl.sum(tl.where(number < request, pieces, 0))
+    first_piece = tl.sum(tl.where(number < request, pieces, 0))
+    part = piece - first_piece
+    if SPLIT:
+        first = (kv_head == 0) & (part == 0)
+        tl.store(shares_ptr + 2 * request, first_piece, mask=first)
+        tl.store(shares_ptr + 2 * request + 1, mine, mask=first)
     length = _pick(lengths, number, request)
     begin = _pick(begins, number, request)
     new = _pick(news, number, request)
@@ -599,41 +618,30 @@ def _split_kernel(
         tl.store(log_sums_ptr + partial_row, log_sum.to(log_sums_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit(do_not_specialize=["requests", "most_pieces"])
+@triton.jit
 def _combine_kernel(
     partial_ptr,
     log_sums_ptr,
-    seq_lens_ptr,
+    shares_ptr,
     starts_ptr,
     out_ptr,
-    requests,
-    most_pieces,
     out_stride,
     out_head_stride,
-    window,
+    QUERY_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    QUERY_LEN: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GUESSES: tl.constexpr,
 ):
     """One program merges the pieces of one query head of one new token."""
     row = tl.program_id(0) % (QUERY_LEN * HEADS)
     request = tl.program_id(0) // (QUERY_LEN * HEADS)
-    number, pieces, _, begins, news = _plan(
-        seq_lens_ptr, starts_ptr, requests, most_pieces, window,
-        WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R, GUESSES,
-    )  # fmt: skip
-    mine = _pick(pieces, number, request)
-    if (mine == 1) | (row // HEADS >= _pick(news, number, request)):
+    first = tl.load(shares_ptr + 2 * request)
+    mine = tl.load(shares_ptr + 2 * request + 1)
+    begin = tl.load(starts_ptr + request)
+    new = tl.load(starts_ptr + request + 1) - begin
+    if (mine == 1) | (row // HEADS >= new):
         return
-    begin = _pick(begins, number, request)
-    first = tl.sum(tl.where(number < request, pieces, 0))
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -753,7 +761,7 @@ def _mixed_kernel(
     clear_end = (first_position + 1) // BLOCK_N * BLOCK_N
     key_ptr += kv_head * head_stride
     value_ptr += kv_head * head_stride
-    table_ptr += request.to(tl.int64) * table_stride
+    table_ptr += request.to(tl.int64) * table_stride  # type: ignore[attr-defined]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)

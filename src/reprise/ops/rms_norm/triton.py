@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         HEADS=heads,
         BLOCK=block,
         ROWS=rows_per_program,
-        num_warps=warps(block * rows_per_program),
+        num_warps=warps(block * rows_per_program, per_thread=16),
     )
     return out
 

@@ -190,18 +190,18 @@ def _cut(
     temperature,
     largest,
     least,
+    low,
+    high,
     target,
     BY_MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Smallest number above which there is less than ``target``, counted in tokens or in mass.
 
-    It lies from ``least`` on, and smaller tokens do not count.
+    It lies above the key ``low`` and not above the key ``high``. Tokens below ``least`` do not
+    count.
     """
     way = tl.arange(0, 8)
-    # Above ``low`` there is too much, above ``high`` there is not.
-    low = tl.maximum(_key(least) - 1, _key(-float("inf")))
-    high = _key(largest)
     for _ in range(_halvings(low, high) // 3 + 1):
         pivots = low + (high - low) * (way + 1) // 8
         above = tl.zeros([BLOCK, 8], dtype=tl.int64)
@@ -216,6 +216,93 @@ def _cut(
         low = tl.max(tl.where(too_much, pivots, low))
         high = tl.min(tl.where(too_much, high, pivots))
     return _number(high)
+
+
+@triton.jit
+def _narrow(
+    logits_ptr,
+    temperature,
+    largest,
+    least,
+    target,
+    BY_MASS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Two numbers that have :func:`_cut`'s result between them, much closer than the row's.
+
+    Two passes over the row in float32, each for 8 equal parts of the range; where float32 cannot
+    tell, the range stays wider.
+    """
+    way = tl.arange(0, 8)[None, :]
+    low = tl.maximum(least, largest - 104.0)
+    high = largest
+    for _ in range(2):
+        pivots = low + (high - low) * ((way + 1) * 0.125)
+        above = tl.zeros([BLOCK, 8], dtype=tl.float32)
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=3):
+            index = start + tl.arange(0, BLOCK)[:, None]
+            x = _load_scaled(logits_ptr + index, index < VOCAB, temperature)
+            if BY_MASS:
+                weight = tl.where(x >= least, tl.exp(x - largest), 0.0)
+            else:
+                weight = tl.where(x >= least, 1.0, 0.0)
+            above += tl.where(x > pivots, weight, 0.0)
+        found = tl.sum(above, axis=0)[None, :]
+        goal = target.to(tl.float32)
+        if BY_MASS:
+            goal = goal / 1099511627776.0
+        # Nothing is above ``largest``, so the last pivot of a first pass holds for certain.
+        low = tl.max(tl.where(found > goal * 1.0001, pivots, low))
+        high = tl.min(tl.where(found < goal * 0.9999, pivots, high))
+    return low, high
+
+
+@triton.jit
+def _threshold(
+    candidates_ptr,
+    candidate_ids_ptr,
+    logits_ptr,
+    groups_ptr,
+    maxima,
+    real,
+    compact,
+    count,
+    temperature,
+    largest,
+    least,
+    target,
+    BY_MASS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_STEP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Smallest number above which there is less than ``target``; it lies from ``least`` on.
+
+    If the candidates did not fit their list, the list is used for those near the threshold.
+    """
+    low = tl.maximum(_key(least) - 1, _key(-float("inf")))
+    high = _key(largest)
+    listed = compact
+    if compact == 0:
+        near, far = _narrow(logits_ptr, temperature, largest, least, target, BY_MASS, VOCAB, BLOCK)
+        found, tokens, mass = _collect(
+            logits_ptr, groups_ptr, candidates_ptr, candidate_ids_ptr, maxima, real, temperature,
+            largest, near, far, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY,
+        )  # fmt: skip
+        low = tl.maximum(_key(near) - 1, low)
+        high = _key(far)
+        if found <= CAPACITY:
+            listed = found <= CAPACITY
+            count = found
+            target -= mass if BY_MASS else tokens
+    return _cut(
+        candidates_ptr, logits_ptr, listed, count, temperature, largest, least, low, high, target,
+        BY_MASS, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -265,16 +352,19 @@ def _collect(
     maxima,
     real,
     temperature,
+    largest,
     bound,
+    top,
     VOCAB: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_PER_STEP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Write the scaled logits and ids of the tokens that reach the bound, in vocabulary order.
+    """Write the scaled logits and ids of the tokens from ``bound`` to ``top``, in their order.
 
-    Returns how many they are; no more than CAPACITY are written.
+    Returns how many they are, and the number and the mass of the tokens above ``top``. If they are
+    more than CAPACITY, not all are written and the results say no more than that.
     """
     chosen = real & (maxima >= bound)
     group_place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
@@ -282,22 +372,29 @@ def _collect(
     count = tl.sum(chosen.to(tl.int32))
     tl.debug_barrier()
     found = 0
+    tokens = tl.zeros([], dtype=tl.int64)
+    mass = tl.zeros([], dtype=tl.int64)
     for start in range(0, count, GROUPS_PER_STEP):
         index = start + tl.arange(0, GROUPS_PER_STEP)
         group = tl.load(groups_ptr + index, mask=index < count, other=0)
         token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (index < count)[:, None] & (token < VOCAB)
-        x = _load_scaled(logits_ptr + token, inside, temperature)
-        reaches = (inside & (x >= bound)).to(tl.int32)
-        hits = tl.sum(reaches, axis=1)
-        before = found + tl.cumsum(hits, axis=0) - hits
-        place = before[:, None] + tl.cumsum(reaches, axis=1) - 1
-        keep = (reaches != 0) & (place < CAPACITY)
-        tl.store(candidates_ptr + place, x, mask=keep)
-        tl.store(candidate_ids_ptr + place, token, mask=keep)
-        found += tl.sum(hits)
+        if found <= CAPACITY:
+            x = _load_scaled(logits_ptr + token, inside, temperature)
+            reaches = (inside & (x >= bound) & (x <= top)).to(tl.int32)
+            hits = tl.sum(reaches, axis=1)
+            before = found + tl.cumsum(hits, axis=0) - hits
+            place = before[:, None] + tl.cumsum(reaches, axis=1) - 1
+            keep = (reaches != 0) & (place < CAPACITY)
+            tl.store(candidates_ptr + place, x, mask=keep)
+            tl.store(candidate_ids_ptr + place, token, mask=keep)
+            found += tl.sum(hits)
+            if top < largest:
+                above = inside & (x > top)
+                tokens += tl.sum(tl.sum(above.to(tl.int64), axis=1))
+                mass += tl.sum(tl.sum(tl.where(above, _mass(x, largest), 0), axis=1))
     tl.debug_barrier()
-    return found
+    return found, tokens, mass
 
 
 @triton.jit
@@ -332,7 +429,7 @@ def _total_kept_mass(
     BLOCK: tl.constexpr,
 ):
     mass = tl.zeros([BLOCK], dtype=tl.int64)
-    for start in range(0, count, BLOCK):
+    for start in tl.range(0, count, BLOCK, num_stages=3):
         mass += _kept_mass(
             candidates_ptr, logits_ptr, compact, start, count, temperature, largest, cut, floor,
             BLOCK,
@@ -418,39 +515,32 @@ def _draw_kernel(
             bound = _bound_by_count(maxima, real_group, largest, top_k)
     elif by_p:
         bound = _bound_by_mass(maxima, relative, largest, top_p, GROUP)
-    found = _collect(
-        logits_ptr,
-        chosen_groups_ptr + row * GROUPS,
-        candidates_ptr,
-        candidate_ids_ptr,
-        maxima,
-        real_group,
-        temperature,
-        bound,
-        VOCAB,
-        GROUP,
-        GROUPS_PER_STEP,
-        BLOCK_G,
-        CAPACITY,
-    )
+    chosen_groups_ptr += row * GROUPS
+    found, _, _ = _collect(
+        logits_ptr, chosen_groups_ptr, candidates_ptr, candidate_ids_ptr, maxima, real_group,
+        temperature, largest, bound, float("inf"), VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY,
+    )  # fmt: skip
     compact = found <= CAPACITY
     count = tl.where(compact, found, VOCAB)
 
     cut = bound
     total = tl.sum(group_mass)
     if by_k:
-        cut = _cut(
-            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
-            top_k.to(tl.int64), False, BLOCK,
+        cut = _threshold(
+            candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima, real_group,
+            compact, count, temperature, largest, cut, top_k.to(tl.int64),
+            False, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
         )  # fmt: skip
         total = _total_kept_mass(
             candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
             -float("inf"), BLOCK,
         )  # fmt: skip
     if by_p:
-        cut = _cut(
-            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
-            _fraction(total, (top_p * 16777216.0).to(tl.int64)), True, BLOCK,
+        target = _fraction(total, (top_p * 16777216.0).to(tl.int64))
+        cut = _threshold(
+            candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima, real_group,
+            compact, count, temperature, largest, cut, target,
+            True, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
         )  # fmt: skip
 
     total = _total_kept_mass(
@@ -459,15 +549,16 @@ def _draw_kernel(
     target = _fraction(total, uniform)
     passed = target * 0
     drawn = VOCAB
-    for start in range(0, count, BLOCK):
+    for start in tl.range(0, count, BLOCK, num_stages=3):
         mass = _kept_mass(
             candidates_ptr, logits_ptr, compact, start, count, temperature, largest, cut, floor,
             BLOCK,
         )  # fmt: skip
-        reached = passed + tl.cumsum(mass, axis=0) > target
-        first = tl.min(tl.where(reached, start + tl.arange(0, BLOCK), VOCAB))
-        drawn = tl.minimum(drawn, first)
-        passed += tl.sum(mass)
+        here = tl.sum(mass)
+        if (passed <= target) & (passed + here > target):
+            reached = passed + tl.cumsum(mass, axis=0) > target
+            drawn = tl.min(tl.where(reached, start + tl.arange(0, BLOCK), VOCAB))
+        passed += here
     drawn = tl.minimum(drawn, count - 1)
     if compact:
         drawn = tl.load(candidate_ids_ptr + drawn)
