@@ -152,9 +152,13 @@ def test_vocabulary_of_one(implementation, randn, name) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_flat_distributions(implementation, randn, name) -> None:
-    """More tokens may be kept than the kernel collects."""
-    rows = with_draws([{"top_p": 0.9}, {"top_k": 17000, "top_p": 0.98, "min_p": 0.5}])
-    assert_draws_right(implementation(sample, name), 0.1 * randn(len(rows), 20000), rows)
+    """More tokens may be kept than the kernel collects; in the last row they are all equal."""
+    rows = with_draws(
+        [{"top_p": 0.9}, {"top_k": 17000, "top_p": 0.98, "min_p": 0.5}, {"top_p": 0.6}]
+    )
+    logits = 0.1 * randn(len(rows), 20000)
+    logits[2] = 1.5
+    assert_draws_right(implementation(sample, name), logits, rows)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -38,6 +38,8 @@ class Config:
     """Keys of one step of the inner loop."""
     num_warps: int
     num_stages: int
+    share: int = 2
+    """Split kernel: programs for each multiprocessor beside one for each request."""
 
 
 def split_config(
@@ -58,18 +60,19 @@ def split_config(
         return Config(block_m, 64, 1, 1)
     if element_size == 4:  # products hold their operands in registers
         return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
-    # Many programs share a multiprocessor best when they are small; few need more in flight each.
-    small = block_m * block_d <= 16 * 128 and programs >= 2 * device.multiprocessors
-    block_n, num_warps = (32, 2) if small else (64, 4)
+    # Few programs need much on its way to each; many fill a multiprocessor better if small.
+    small = block_m * block_d <= 16 * 128 and programs > device.multiprocessors
+    block_n, num_warps, share = (32, 2, 3) if small else (64, 4, 2)
     if block_d > 128:
         block_n = 32
     # Keys and values on their way to a program are all but those in use. As deep as leaves room
     # for three programs on a multiprocessor.
     tile = 2 * block_n * block_d * element_size
-    for num_stages in (4, 3):
-        if 3 * ((num_stages - 1) * tile + 8 * 1024) <= device.shared_memory:
-            return Config(block_m, block_n, num_warps, num_stages)
-    return Config(block_m, block_n, num_warps, 2)
+    num_stages = 2
+    for deeper in (3, 4):
+        if 3 * ((deeper - 1) * tile + 8 * 1024) <= device.shared_memory:
+            num_stages = deeper
+    return Config(block_m, block_n, num_warps, num_stages, share)
 
 
 def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
@@ -166,8 +169,8 @@ def _launch_split(
     min_tiles = max(1, 128 // config.block_n)
     pieces = requests
     if max_blocks * block_size > min_tiles * config.block_n:
-        # One for each request, and two for each multiprocessor to share out by length.
-        pieces += triton.cdiv(2 * device.multiprocessors, kv_heads)
+        # One for each request, and enough for the whole device to share out by length.
+        pieces += triton.cdiv(config.share * device.multiprocessors, kv_heads)
     block_r = _few_sizes(requests)
     plan = {
         "QUERY_LEN": query_len,

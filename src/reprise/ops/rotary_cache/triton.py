@@ -4,8 +4,8 @@ from torch import Tensor
 
 from reprise.ops.triton_util import warps
 
-_TILE = 2048
-"""Elements of a program: it takes several heads of one token."""
+_TILE = 4096
+"""Elements of a program: it takes several heads of one token, which share its angles."""
 
 
 def rotary_cache(
@@ -51,7 +51,7 @@ def rotary_cache(
         BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
         HEADS=heads_per_program,
-        num_warps=warps(triton.next_power_of_2(head_size) * heads_per_program, per_thread=16),
+        num_warps=warps(triton.next_power_of_2(head_size) * heads_per_program, per_thread=32),
     )
     return out
 
