@@ -111,7 +111,7 @@ def _measure(
         "prefill_tokens_per_s": round(batch_size * input_len / prefill, 1),
         "prefill_share_of_matmul_rate": round(
             _prefill_flops(engine, batch_size, input_len) / prefill / floor.matmul_flops_per_second,
-            4,
+            9,
         ),
     }
 
