@@ -226,7 +226,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
             f"{each['ratio']:.2f}x",
             f"{each['cpu_ratio']:.2f}x",
         )
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 def main() -> None:
@@ -262,7 +262,7 @@ def main() -> None:
     results = [compare(each, reprise, transformers, options.repeats) for each in works]
     show(results)
     record = {
-        **heading("vs_transformers"),
+        **heading("vs_transformers", "benchmarks/vs_transformers.py"),
         **engine_facts(MODEL, engine),
         "layers": options.layers,
         "threads": torch.get_num_threads(),

@@ -64,9 +64,7 @@ def test_no_wrong_token_leaves(
     }  # fmt: skip
     expected = tokens(make_llm(model, platform.name, **small), prompts)
     with broken(monkeypatch, name, op), caplog.at_level(logging.WARNING):
-        llm = make_llm(
-            model, platform.name, **small, graph_mode=executor, graph_verify="canary:1"
-        )
+        llm = make_llm(model, platform.name, **small, graph_mode=executor, graph_verify="canary:1")
         assert tokens(llm, prompts) == expected
     report = llm.graph_report()
     refused = [each for each in report.graphs if each.quarantined]

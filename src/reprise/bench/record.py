@@ -32,12 +32,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def heading(benchmark: str) -> dict[str, Any]:
+def heading(benchmark: str, program: str = "reprise") -> dict[str, Any]:
     """The first fields of a record: what ran, and when."""
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["reprise", *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
     }
 
 
