@@ -10,12 +10,10 @@ import torch
 
 from reprise.graphs.computation import Probe
 from reprise.graphs.shape import StepShape
-from reprise.runner.buffers import StepBuffers
+from reprise.runner.buffers import Ints, StepBuffers
 
 MIN_BLOCKS = 64
 """Cache blocks, spread over the whole cache, that hold the contexts of the probes."""
-
-Ints = np.ndarray[Any, Any]
 
 
 class ProbeMaker:
