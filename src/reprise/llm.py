@@ -137,7 +137,7 @@ class LLM:
 
     def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
         unfinished = {each.request_id for each in groups}
-        with progress("generating", len(groups) if show else 0) as bar:
+        with progress("generating", len(groups), visible=show) as bar:
             while unfinished:
                 for group in self.engine.step():
                     if group.finished and group.request_id in unfinished:

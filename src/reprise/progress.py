@@ -20,14 +20,21 @@ SHOW_AFTER_SECONDS = 1.0
 
 
 class Counter:
-    """Counts finished parts of a piece of work; the bar appears once the work takes long."""
+    """Counts finished parts of a piece of work; the bar appears once the work takes long.
 
-    def __init__(self, what: str, total: int) -> None:
+    Args:
+        what: What the work is called.
+        total: Its number of parts; 0 if that is known only with the first :meth:`show`.
+        visible: Whether the bar may appear. It does so on a terminal only.
+    """
+
+    def __init__(self, what: str, total: int, visible: bool = True) -> None:
         self.what = what
         self.total = total
         self.done = 0
         self._started = time.perf_counter()
         self._console = Console(file=sys.stderr)
+        self._visible = visible and self._console.is_terminal
         self._bar: Progress | None = None
 
     def advance(self, parts: int = 1) -> None:
@@ -39,7 +46,7 @@ class Counter:
         self.what, self.done, self.total = what, done, total
         if self._bar is None:
             early = time.perf_counter() - self._started < SHOW_AFTER_SECONDS
-            if early or not self._console.is_terminal:
+            if early or not self._visible:
                 return
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -61,9 +68,12 @@ class Counter:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Counter]:
-    """Show a bar on standard error with a count and an estimate, if the block takes long."""
-    counter = Counter(what, total)
+def progress(what: str, total: int, visible: bool = True) -> Iterator[Counter]:
+    """Show a bar on standard error with a count and an estimate, if the block takes long.
+
+    Args: As for :class:`Counter`.
+    """
+    counter = Counter(what, total, visible)
     try:
         yield counter
     finally:

@@ -145,10 +145,11 @@ def test_tables_for_people(model, device):
     result = CliRunner().invoke(
         app,
         ["bench", "latency", *dummy(model, device), "--output-lens", "2,4", "--repeats", "1"],
-        env={"COLUMNS": "140"},
+        env={"COLUMNS": "160"},
     )
     assert result.exit_code == 0, result.stderr
     assert "ms/step" in result.stdout
+    assert "prefill share" in result.stdout
     assert "medians of 1" in result.stdout
 
 

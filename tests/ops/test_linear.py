@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reprise.ops import linear
+from reprise.ops import linear, linear_add, norm_gated_linear, norm_linear
 
 
 @pytest.mark.parametrize("name", list(linear.implementations))
@@ -16,4 +16,56 @@ def test_product_and_bias(implementation, randn, rows, name) -> None:
         found = function(x, weight, each)
         assert found.is_contiguous()
         expected = product if each is None else product + each.double()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+# One row in a narrow type has a kernel of its own: sizes below a tile, odd ones, several tiles.
+SIZES = [(1, 1), (3, 40), (7, 100), (5, 4100), (16, 64)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("features", "inputs"), SIZES)
+@pytest.mark.parametrize(
+    "op", [linear, norm_linear, norm_gated_linear, linear_add], ids=lambda op: op.name
+)
+def test_triton(implementation, dtypes, randn, op, features, inputs, rows, with_bias) -> None:
+    triton, reference = implementation(op, "triton"), implementation(op, "reference")
+    for dtype in dtypes:
+        outputs = 2 * features if op is norm_gated_linear else features
+        weight = (randn(outputs, inputs) / inputs**0.5).to(dtype)
+        named = {
+            "x": randn(rows, inputs, dtype=dtype),
+            "weight": weight,
+            "bias": randn(outputs, dtype=dtype) if with_bias else None,
+        }
+        if op in (norm_linear, norm_gated_linear):
+            named |= {"norm_weight": randn(inputs, dtype=dtype), "eps": 1e-6}
+        residual = randn(rows, features, dtype=dtype)
+        found = called(triton, op, named, residual)
+        expected = called(reference, op, named, residual)
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def called(function, op, named, residual):
+    if op is not linear_add:
+        return function(**named)
+    added = residual.clone()
+    assert function(**named, residual=added) is None
+    return added
+
+
+def test_the_fused_ops_are_their_parts(implementation, randn) -> None:
+    x, gain, weight, bias = randn(3, 32), randn(32), randn(10, 32), randn(10)
+    scale = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    product = (x.double() * scale * gain.double()) @ weight.double().T + bias.double()
+    gate, up = product.chunk(2, dim=-1)
+    for name in norm_linear.implementations:
+        found = implementation(norm_linear, name)(x, gain, 1e-6, weight, bias)
+        torch.testing.assert_close(found.double(), product, rtol=1e-5, atol=2e-5)
+        found = implementation(norm_gated_linear, name)(x, gain, 1e-6, weight, bias)
+        expected = gate * gate.sigmoid() * up
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)

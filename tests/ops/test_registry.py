@@ -40,6 +40,9 @@ def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
         "rms_norm": (randn(3, 9, 16)[:, 2:5], randn(16), 1e-6),
         "fused_add_rms_norm": (randn(3, 16), randn(3, 16), randn(16), 1e-6),
         "linear": (randn(3, 16), randn(5, 16), randn(5)),
+        "norm_linear": (randn(3, 16), randn(16), 1e-6, randn(5, 16), randn(5)),
+        "norm_gated_linear": (randn(3, 16), randn(16), 1e-6, randn(10, 16), None),
+        "linear_add": (randn(3, 16), randn(5, 16), randn(5), randn(3, 5)),
         "silu_and_mul": (randn(3, 32),),
         "rotary_cache": (
             randn(3, 8 * 16), ints(0, 1, 2), randn(5, 16), ints(8, 9, 10), randn(*cache),

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reprise.bench.drive import Run, check_fits, random_prompts, run
 from reprise.bench.floor import Floor, decode_bytes, measure_floor, size
 from reprise.bench.presets import LatencyWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
+from reprise.bench.trace import check_traceable, record_trace
 from reprise.engine import Engine
 from reprise.errors import ConfigError
 from reprise.llm import LLM
@@ -22,7 +24,11 @@ from reprise.runner.cache_memory import block_bytes
 
 
 def latency(
-    work: LatencyWork, options: Mapping[str, Any], repeats: int = 3, seed: int = 0
+    work: LatencyWork,
+    options: Mapping[str, Any],
+    repeats: int = 3,
+    seed: int = 0,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure; returns the record.
 
@@ -31,18 +37,26 @@ def latency(
         options: Engine options.
         repeats: Runs of each kind, after one that is not counted; figures are medians.
         seed: Of the prompts' random tokens.
+        trace: Afterwards trace the largest batch at the longest input, into this file.
 
     Raises:
         RepriseError: The engine does not start, or the requests do not fit it.
     """
     engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
     _check(engine, work)
+    if trace is not None:
+        check_traceable(engine, max(work.input_lens))
     floor = measure_floor(engine.platform, engine.runner.dtype)
     results = [
         _measure(engine, work, floor, batch_size, input_len, repeats, seed)
         for batch_size in work.batch_sizes
         for input_len in work.input_lens
     ]
+    traced = {}
+    if trace is not None:
+        lengths = [max(work.input_lens)] * max(work.batch_sizes)
+        prompts = random_prompts(lengths, engine.vocab_size, seed)
+        traced = {"trace": record_trace(engine, prompts, trace)}
     return {
         **heading("latency"),
         **engine_facts(work.model, engine),
@@ -54,6 +68,7 @@ def latency(
             "weights_ms": _ms(decode_bytes(engine.runner.model) / floor.copy_bytes_per_second),
         },
         "results": results,
+        **traced,
     }
 
 

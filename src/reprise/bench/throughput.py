@@ -5,18 +5,24 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reprise.bench.drive import check_fits, random_prompts, run
 from reprise.bench.presets import ThroughputWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
+from reprise.bench.trace import check_traceable, record_trace
 from reprise.llm import LLM
 
 WARM_UP_TOKENS = 8
 
 
 def throughput(
-    work: ThroughputWork, options: Mapping[str, Any], repeats: int = 3, seed: int = 0
+    work: ThroughputWork,
+    options: Mapping[str, Any],
+    repeats: int = 3,
+    seed: int = 0,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure; returns the record.
 
@@ -25,6 +31,8 @@ def throughput(
         options: Engine options.
         repeats: Runs, after a shortened one that is not counted; figures are medians.
         seed: Of the lengths and of the prompts' random tokens.
+        trace: Afterwards trace steps in which as many of the requests as fit decode, into this
+            file.
 
     Raises:
         RepriseError: The engine does not start, or the requests do not fit it.
@@ -32,12 +40,15 @@ def throughput(
     engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
     inputs, outputs = lengths(work, seed)
     check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
+    if trace is not None:
+        check_traceable(engine, max(inputs))
     prompts = random_prompts(inputs, engine.vocab_size, seed)
     run(engine, prompts, [min(each, WARM_UP_TOKENS) for each in outputs])
     before = engine.stats().scheduler
     runs = [run(engine, prompts, outputs) for _ in range(repeats)]
     after = engine.stats().scheduler
     seconds = statistics.median(each.seconds for each in runs)
+    traced = {} if trace is None else {"trace": record_trace(engine, prompts, trace)}
     return {
         **heading("throughput"),
         **engine_facts(work.model, engine),
@@ -56,6 +67,7 @@ def throughput(
         "steps": round(statistics.median(each.steps for each in runs)),
         "wait_seconds": round(statistics.median(each.wait_seconds for each in runs), 4),
         "preemptions": after.total_preemptions - before.total_preemptions,
+        **traced,
     }
 
 

@@ -79,10 +79,15 @@ class SelfAttention(nn.Module):
         self.key_cache = key_cache
         self.value_cache = value_cache
 
-    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """x: [T, hidden_size], positions: [T]; returns [T, hidden_size]."""
+    def forward(
+        self, residual: Tensor, norm: RMSNorm, positions: Tensor, metadata: AttentionMetadata
+    ) -> None:
+        """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place.
+
+        positions: [T].
+        """
         query = ops.rotary_cache(
-            self.qkv_proj(x),
+            self.qkv_proj.of_norm(residual, norm),
             positions,
             self.cos_sin,
             metadata.slot_mapping,
@@ -106,4 +111,4 @@ class SelfAttention(nn.Module):
             self.soft_cap,
             metadata.query_len,
         )
-        return self.o_proj(attended.flatten(1))
+        self.o_proj.add(attended.flatten(1), residual)

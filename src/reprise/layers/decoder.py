@@ -17,7 +17,7 @@ from reprise.layers.norm import RMSNorm
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then feed-forward, each reading the normalised residual stream."""
+    """Attention, then feed-forward: each reads the normalised residual stream and adds to it."""
 
     def __init__(
         self,
@@ -32,13 +32,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = input_norm
         self.post_attention_layernorm = post_attention_norm
 
-    def forward(
-        self, x: Tensor, residual: Tensor, positions: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """x: [T, D], normalised; residual: [T, D], updated in place. Returns [T, D] to add."""
-        x = self.self_attn(x, positions, metadata)
-        x = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x)
+    def forward(self, residual: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
+        """residual: [T, D], updated in place; positions: [T]."""
+        self.self_attn(residual, self.input_layernorm, positions, metadata)
+        self.mlp(residual, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -54,13 +51,9 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """token_ids, positions: [T] int64. Returns normalised hidden states [T, D]."""
         residual = self.embed_tokens(token_ids)
-        x: Tensor | None = None
         for layer in self._layers:
-            norm = layer.input_layernorm
-            x = norm(residual) if x is None else norm.add(x, residual)
-            x = layer(x, residual, positions, metadata)
-        assert x is not None, "a decoder has at least one layer"
-        return self.norm.add(x, residual)
+            layer(residual, positions, metadata)
+        return self.norm(residual)
 
 
 class CausalLM(nn.Module):

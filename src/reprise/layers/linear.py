@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise import ops
+from reprise.layers.norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -32,6 +33,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+    def of_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Of ``norm(x)``."""
+        return ops.norm_linear(x, norm.weight, norm.eps, self.weight, self.bias)
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        """Add the projection of ``x`` to ``residual`` [T, out_features], in place."""
+        ops.linear_add(x, self.weight, self.bias, residual)
 
 
 class MergedLinear(Linear):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.layers.linear import Linear, MergedLinear
+from reprise.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -26,6 +27,8 @@ class GatedMLP(nn.Module):
             intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, residual: Tensor, norm: RMSNorm) -> None:
+        """Add the feed-forward of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""
+        up = self.gate_up_proj
+        gated = ops.norm_gated_linear(residual, norm.weight, norm.eps, up.weight, up.bias)
+        self.down_proj.add(gated, residual)

@@ -7,7 +7,7 @@ from reprise import ops
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, optionally fused with a residual add."""
+    """Root mean square norm over the last dimension."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -18,8 +18,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add ``x`` [T, D] to ``residual`` in place; return the normalised sum in ``x``."""
-        ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
-        return x

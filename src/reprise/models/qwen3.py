@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PretrainedConfig
 
 from reprise.layers import (
     CausalLM,
@@ -16,6 +17,9 @@ from reprise.layers import (
     rotary_table,
 )
 from reprise.models.config_reader import head_size, require, require_sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def build(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig
 
 from reprise.errors import ModelError
 from reprise.layers import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ENTRY_POINT_GROUP = "reprise.models"
 

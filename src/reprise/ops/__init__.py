@@ -1,7 +1,7 @@
 """The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
 
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
-from reprise.ops.linear import linear
+from reprise.ops.linear import linear, linear_add, norm_gated_linear, norm_linear
 from reprise.ops.paged_attention import paged_attention
 from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
 from reprise.ops.rms_norm import rms_norm
@@ -16,7 +16,10 @@ __all__ = [
     "find",
     "fused_add_rms_norm",
     "linear",
+    "linear_add",
     "needs_triton",
+    "norm_gated_linear",
+    "norm_linear",
     "op",
     "paged_attention",
     "rms_norm",

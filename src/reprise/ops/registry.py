@@ -42,6 +42,10 @@ _interceptor: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVa
 )
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 def runs_anywhere(platform: Platform) -> str | None:
     return None
 
@@ -67,6 +71,11 @@ class Implementation:
     graph_support: GraphSupport = "always"
 
     @property
+    def compiles(self) -> bool:
+        """Its kernels are compiled when they are first called."""
+        return self.requires is needs_triton
+
+    @property
     def function(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
             module, _, attribute = self.target.partition(":")
@@ -90,6 +99,8 @@ class Op:
     """Same inputs, same bits; verification then compares bitwise."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
+    fake: Callable[..., Any] = _nothing
+    """Returns what the op would, with memory of any content."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -171,7 +182,7 @@ def op(
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
-    declared = Op(name, schema, mutates, break_op, deterministic)
+    declared = Op(name, schema, mutates, break_op, deterministic, fake=fake or _nothing)
     declared.implementation(
         "reference", reference, graph_support=graph_support or ("never" if break_op else "always")
     )
@@ -185,7 +196,7 @@ def op(
 
     _library.define(name + schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reprise::{name}", fake or (lambda *args, **kwargs: None))
+    torch.library.register_fake(f"reprise::{name}", declared.fake)
     declared.overload = getattr(torch.ops.reprise, name).default
     _ops[name] = declared
     return declared
@@ -258,6 +269,12 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
             chosen[name] = _ops[name].choose(self._table.platform)
         self[name] = chosen[name].function
         return self[name]
+
+
+def active_platform() -> Platform | None:
+    """The platform of the engine that computes in this thread; None outside of one."""
+    table = _active.get()
+    return None if table is None else table.platform
 
 
 def _default_table(args: tuple[Any, ...]) -> OpTable:

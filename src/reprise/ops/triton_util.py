@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+
+from reprise.ops.registry import active_platform
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Python on the host (``TRITON_INTERPRET=1``), as in the tests on a CPU."""
@@ -30,6 +33,27 @@ def limits(device: torch.device) -> DeviceLimits:
         return DeviceLimits(multiprocessors=2, shared_memory=64 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
     return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"])
+
+
+def launch_options() -> dict[str, Any]:
+    """For every launch of a kernel that calls :func:`depend`: its constant and its option."""
+    platform = active_platform()
+    if INTERPRETED or platform is None or not platform.supports_pdl:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@triton.jit
+def depend(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the kernel before, if this one was started early, and let the next one start.
+
+    Before this call a kernel reads only what was there long before the step (weights, lengths,
+    tables) and writes nothing. Every program must make it: a kernel that ends has then waited, so
+    whoever waits for it has waited for all kernels before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:

@@ -100,8 +100,6 @@ class Platform(ABC):
     """Whether ``graph_mode=auto`` captures graphs."""
     graph_memory: ClassVar[Literal["measure", "skip"]] = "skip"
     graph_memory_reason: ClassVar[str] = "the platform captures no graphs"
-    supports_pdl: ClassVar[bool] = False
-    """Programmatic dependent launch: a kernel may start before its predecessor ended."""
     supports_aux_streams: ClassVar[bool] = False
     pins_memory: ClassVar[bool] = False
     """Host memory may be page-locked, so that copies to the device are asynchronous."""
@@ -144,6 +142,11 @@ class Platform(ABC):
     def has_triton(self) -> bool:
         """Whether Triton kernels can run on this device."""
         return importlib.util.find_spec("triton") is not None
+
+    @property
+    def supports_pdl(self) -> bool:
+        """Programmatic dependent launch: a kernel may start before its predecessor has ended."""
+        return False
 
     @property
     def default_dtype(self) -> torch.dtype:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from reprise.platforms.accelerator import AcceleratorPlatform
+
+FIRST_WITH_PDL = (9, 0)
+"""Compute capability (CUDA programming guide, programmatic dependent launch)."""
 
 
 class CudaPlatform(AcceleratorPlatform):
@@ -20,3 +25,7 @@ class CudaPlatform(AcceleratorPlatform):
     @classmethod
     def built_for_this(cls) -> bool:
         return torch.version.cuda is not None
+
+    @functools.cached_property
+    def supports_pdl(self) -> bool:
+        return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)

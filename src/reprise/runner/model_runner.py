@@ -22,6 +22,7 @@ from reprise.graphs import (
 )
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
+from reprise.ops.ahead import compile_ahead
 from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.buffers import Mirrored, StepBuffers
@@ -88,6 +89,8 @@ class ModelRunner:
             )
             # Until its size is known the cache is the null block alone.
             allocate_cache(self.model, 1, self.block_size, self.dtype, platform.device)
+            with timeline.phase("compile"):
+                self._compile_kernels()
             with timeline.phase("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
@@ -220,6 +223,19 @@ class ModelRunner:
         with progress("graphs", 0) as bar:
             self.graphs.capture_all(bar.show)
         self.buffers.forget_tables()
+
+    def _compile_kernels(self) -> None:
+        """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
+
+        def run(*shapes: StepShape) -> None:
+            for shape in shapes:
+                self.forward_pass.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+                self.forward_pass.forward(shape)
+
+        most = self.config.max_num_seqs
+        mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
+        decode = {StepShape.decode(min(most, size)) for size in (1, 16, 64, 256, most)}
+        compile_ahead(self.ops, [lambda: run(mixed), lambda: run(*decode)])
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""

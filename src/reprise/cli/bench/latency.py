@@ -13,6 +13,7 @@ from reprise.cli.bench.shared import (
     Model,
     Repeats,
     Seed,
+    Trace,
     bench_engine_options,
     numbers,
     print_record,
@@ -56,6 +57,7 @@ def latency(
     ] = None,
     repeats: Repeats = 3,
     seed: Seed = 0,
+    trace: Trace = None,
     as_json: AsJson = False,
     *,
     engine: dict[str, Any],
@@ -64,7 +66,7 @@ def latency(
 
     A step's time is the slope between a short and a long output, so that prefill cancels out. The
     floor beside it is the time to read the weights and the context once, at the copy bandwidth
-    measured in the same run.
+    measured in the same run. The prefill share is of the rate of a large matrix product, likewise.
     """
     work = LatencyWork() if workload is None else LATENCY[workload.value]
     changes: dict[str, Any] = {
@@ -79,7 +81,7 @@ def latency(
 
     from reprise.bench.latency import latency as measure
 
-    record = measure(work, engine, repeats, seed)
+    record = measure(work, engine, repeats, seed, trace)
     columns = {
         "batch": "batch_size",
         "input": "input_len",
@@ -91,8 +93,10 @@ def latency(
         "first token ms": "first_token_ms",
         "prefill tok/s": "prefill_tokens_per_s",
     }
-    rows = [tuple(columns)]
-    rows += [tuple(each[key] for key in columns.values()) for each in record["results"]]
+    rows: list[tuple[Any, ...]] = [(*columns, "prefill share")]
+    for each in record["results"]:
+        share = f"{each['prefill_share_of_matmul_rate']:.1%}"
+        rows.append((*(each[key] for key in columns.values()), share))
     print_record(record, as_json, rows)
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reprise.bench.presets import model_names
 from reprise.cli.fields import FieldOptions
 from reprise.cli.options import engine_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+KERNEL_WIDTH = 64
+"""Longer names of kernels are cut in tables; JSON has them whole."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")]
 Model = Annotated[
@@ -24,6 +32,32 @@ Model = Annotated[
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs; the figures are medians over them.")]
 Seed = Annotated[int, typer.Option(help="Of the random prompts.")]
+
+
+def _trace_file(path: Path | None) -> Path | None:
+    """Refuse at once what could not be written in the end."""
+    if path is not None and not path.name.endswith((".json", ".json.gz")):
+        raise typer.BadParameter(f"{str(path)!r}: give a name that ends in .json or .json.gz")
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{str(path.parent)!r} is not a directory")
+    return path
+
+
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        help="Afterwards record 20 decode steps of the largest batch and longest prompts, write "
+        "them to this file (.json or .json.gz) for Perfetto or chrome://tracing, and report how "
+        "busy the device was and with which kernels. Recording slows the host, so the report is of "
+        "20 other steps with only the device recorded: trust its idle share, not the file's gaps.",
+        dir_okay=False,
+        writable=True,
+        callback=_trace_file,
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 
 
 def bench_engine_options() -> FieldOptions:
@@ -69,18 +103,46 @@ def print_record(record: dict[str, Any], as_json: bool, rows: Sequence[tuple[Any
 
         typer.echo(json.dumps(record))
         return
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     facts = f"{record['model']} ({record['load_format']} weights, {record['dtype']})"
     console.print(f"[bold]{record['benchmark']}[/]: {facts} on {record['device_name']}")
+    console.print(_table(rows))
+    if "trace" in record:
+        _print_trace(console, record["trace"])
+    known = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    console.print(f"[dim]medians of {record['repeats']}; {known}; {record['date']}[/]")
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> Table:
+    """The first row holds the headings."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(box=box.SIMPLE_HEAD)
     for index, heading in enumerate(rows[0]):
         made.add_column(str(heading), justify="left" if index == 0 else "right")
     for row in rows[1:]:
-        made.add_row(*("-" if each is None else str(each) for each in row))
-    console.print(made)
-    known = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    console.print(f"[dim]medians of {record['repeats']}; {known}; {record['date']}[/]")
+        made.add_row(*(Text("-" if each is None else str(each)) for each in row))
+    return made
+
+
+def _print_trace(console: Console, trace: dict[str, Any]) -> None:
+    about = f"{trace['steps']} steps of {trace['batch_size']} requests at {trace['context']} tokens"
+    if trace["kernels"] is None:
+        console.print(f"[bold]trace[/]: {about}; no work on a device was recorded")
+    else:
+        console.print(
+            f"[bold]trace[/]: {about}, {trace['ms_per_step']} ms a step, of which the device was "
+            f"busy for {trace['device_busy_ms']} ms (idle: {trace['device_idle_share']:.1%})"
+        )
+        rows: list[tuple[Any, ...]] = [("kernel", "a step", "us/step", "share")]
+        for each in trace["kernels"]:
+            name = each["name"]
+            if len(name) > KERNEL_WIDTH:
+                name = f"{name[: KERNEL_WIDTH - 1]}…"
+            rows.append((name, each["count_per_step"], each["us_per_step"], f"{each['share']:.1%}"))
+        console.print(_table(rows))
+    console.print(f"written to {trace['file']}", style="dim", markup=False)

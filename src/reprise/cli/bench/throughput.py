@@ -13,6 +13,7 @@ from reprise.cli.bench.shared import (
     Model,
     Repeats,
     Seed,
+    Trace,
     bench_engine_options,
     print_record,
     span,
@@ -51,6 +52,7 @@ def throughput(
     ] = None,
     repeats: Repeats = 3,
     seed: Seed = 0,
+    trace: Trace = None,
     as_json: AsJson = False,
     *,
     engine: dict[str, Any],
@@ -67,7 +69,7 @@ def throughput(
 
     from reprise.bench.throughput import throughput as measure
 
-    record = measure(work, engine, repeats, seed)
+    record = measure(work, engine, repeats, seed, trace)
     columns = {
         "requests": "requests",
         "seconds": "seconds",

@@ -35,6 +35,23 @@ def _linear(make: Maker) -> list[Arguments]:
     ]
 
 
+def _norm_linear(make: Maker) -> list[Arguments]:
+    return [
+        {
+            "x": make.randn(rows, 64),
+            "norm_weight": make.randn(64),
+            "eps": EPS,
+            "weight": make.randn(96, 64) / 8,
+            "bias": bias,
+        }
+        for rows, bias in ((1, None), (1, make.randn(96)), (5, None))
+    ]
+
+
+def _linear_add(make: Maker) -> list[Arguments]:
+    return [{**each, "residual": make.randn(len(each["x"]), 96)} for each in _linear(make)]
+
+
 def _rms_norm(make: Maker) -> list[Arguments]:
     return [
         {"x": make.randn(*shape), "weight": make.randn(shape[-1]), "eps": EPS}
@@ -128,6 +145,9 @@ def _sample(make: Maker) -> list[Arguments]:
 
 CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
     "linear": _linear,
+    "norm_linear": _norm_linear,
+    "norm_gated_linear": _norm_linear,
+    "linear_add": _linear_add,
     "rms_norm": _rms_norm,
     "fused_add_rms_norm": _fused_add_rms_norm,
     "silu_and_mul": _silu_and_mul,

@@ -2,14 +2,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import warps
+from reprise.ops.triton_util import depend, launch_options, warps
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     """x, residual: [T, D], rows may be strided."""
     rows, size = x.shape
     block = triton.next_power_of_2(size)
-    _kernel[(rows,)](
+    fused_add_rms_norm_kernel[(rows,)](
         x,
         residual,
         weight,
@@ -19,11 +19,12 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         SIZE=size,
         BLOCK=block,
         num_warps=warps(block, per_thread=16),
+        **launch_options(),
     )
 
 
 @triton.jit
-def _kernel(
+def fused_add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -32,6 +33,7 @@ def _kernel(
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program adds and normalises one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -39,9 +41,10 @@ def _kernel(
     inside = column < SIZE
     x_ptr += row * x_stride + column
     residual_ptr += row * residual_stride + column
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    depend(EARLY)
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     # The norm is taken of the stream as it is stored, after rounding.
     rounded = (residual + x).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr, rounded, mask=inside)

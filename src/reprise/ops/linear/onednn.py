@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprise.ops.rms_norm.reference import reference as rms_norm
+from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+
 _MANY_ROWS = 256
 
 
@@ -18,3 +21,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype is not torch.float32 or x.shape[0] >= _MANY_ROWS:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+def norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return silu_and_mul(norm_linear(x, norm_weight, eps, weight, bias))
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    residual.add_(linear(x, weight, bias))

@@ -1,12 +1,13 @@
 """Paged attention in Triton: two kernels behind one entry.
 
-``_split_kernel`` serves steps in which every request has the same few new tokens (decode,
+``split_attention_kernel`` serves steps in which every request has the same few new tokens (decode,
 verification of drafts). A request's keys are shared out to several programs, and
-``_combine_kernel`` merges what they found. The number of programs follows from shapes alone, so a
+``combine_kernel`` merges what they found. The number of programs follows from shapes alone, so a
 device graph can hold the launch; which keys a program takes is worked out on the device from the
 lengths of the moment, so that long requests get many programs and short ones few.
 
-``_mixed_kernel`` serves all other steps: one program takes a tile of a request's new tokens.
+``mixed_attention_kernel`` serves all other steps: one program takes a tile of a request's new
+tokens.
 
 Both pack the query heads that share a KV head into the rows of one matrix product, and read
 keys, values, lengths and tables through the block table when they run; the host reads no tensor.
@@ -21,7 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, DeviceLimits, limits, relaunch
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    DeviceLimits,
+    depend,
+    launch_options,
+    limits,
+    relaunch,
+)
 
 _MAX_SPLIT_ROWS = 64
 """Query heads of a KV head times new tokens, up to which the split kernel is used."""
@@ -38,7 +46,7 @@ class Config:
     """Keys of one step of the inner loop."""
     num_warps: int
     num_stages: int
-    share: int = 2
+    share: int = 1
     """Split kernel: programs for each multiprocessor beside one for each request."""
 
 
@@ -62,15 +70,16 @@ def split_config(
         return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
     # Few programs need much on its way to each; many fill a multiprocessor better if small.
     small = block_m * block_d <= 16 * 128 and programs > device.multiprocessors
-    block_n, num_warps, share = (32, 2, 3) if small else (64, 4, 2)
+    block_n, num_warps = (32, 1) if small else (64, 4)
     if block_d > 128:
         block_n = 32
+    share = 2 if 8 * programs <= device.multiprocessors else 1
     # Keys and values on their way to a program are all but those in use. As deep as leaves room
-    # for three programs on a multiprocessor.
+    # for two programs on a multiprocessor.
     tile = 2 * block_n * block_d * element_size
     num_stages = 2
     for deeper in (3, 4):
-        if 3 * ((deeper - 1) * tile + 8 * 1024) <= device.shared_memory:
+        if 2 * ((deeper - 1) * tile + 8 * 1024) <= device.shared_memory:
             num_stages = deeper
     return Config(block_m, block_n, num_warps, num_stages, share)
 
@@ -207,13 +216,17 @@ def _launch_split(
         "BLOCK_D": triton.next_power_of_2(head_size),
         **plan,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    early = launch_options()
+    constants["EARLY"] = early.pop("EARLY")
+    options = {**early, "num_warps": config.num_warps, "num_stages": config.num_stages}
     # Rows that no request covers are cleared by programs without a piece.
     split_grid = (max(pieces, triton.cdiv(tokens, query_len)) * kv_heads,)
     if pieces == requests:
         unused = (out, out, seq_lens)
-        compiled = _split_kernel[split_grid](*inputs, *unused, *sizes, **constants, **options)
-        split = relaunch(_split_kernel, compiled, split_grid)
+        compiled = split_attention_kernel[split_grid](
+            *inputs, *unused, *sizes, **constants, **options
+        )
+        split = relaunch(split_attention_kernel, compiled, split_grid)
         return lambda: split(*inputs, *unused, *sizes, **constants)
 
     def scratch():
@@ -222,19 +235,24 @@ def _launch_split(
         return partial, log_sums, query.new_empty((requests, 2), dtype=torch.int32)
 
     first = scratch()
-    compiled = _split_kernel[split_grid](*inputs, *first, *sizes, **constants, **options)
-    split = relaunch(_split_kernel, compiled, split_grid)
-    rest = (query_start_loc, out, out.stride(0), out.stride(1))
+    compiled = split_attention_kernel[split_grid](*inputs, *first, *sizes, **constants, **options)
+    split = relaunch(split_attention_kernel, compiled, split_grid)
+    rows = query_len * heads
+    rows_each = min(rows, max(1, requests * rows // (8 * device.multiprocessors)))
+    rest = (query_start_loc, out, out.stride(0), out.stride(1), rows_each)
     combine_constants = {
         "QUERY_LEN": query_len,
         "HEADS": heads,
         "HEAD_SIZE": head_size,
         "BLOCK_S": 64,
         "BLOCK_D": triton.next_power_of_2(head_size),
+        "EARLY": constants["EARLY"],
     }
-    combine_grid = (requests * query_len * heads,)
-    compiled = _combine_kernel[combine_grid](*first, *rest, **combine_constants, num_warps=4)
-    combine = relaunch(_combine_kernel, compiled, combine_grid)
+    combine_grid = (requests, triton.cdiv(rows, rows_each))
+    compiled = combine_kernel[combine_grid](
+        *first, *rest, **combine_constants, **early, num_warps=4
+    )
+    combine = relaunch(combine_kernel, compiled, combine_grid)
 
     def again():
         tensors = scratch()
@@ -289,11 +307,12 @@ def _launch_mixed(
         "BLOCK_N": config.block_n,
         "BLOCK_D": triton.next_power_of_2(head_size),
     }
+    early = launch_options()
+    constants["EARLY"] = early.pop("EARLY")
+    options = {**early, "num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = (tiles * kv_heads,)
-    compiled = _mixed_kernel[grid](
-        *args, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-    )
-    again = relaunch(_mixed_kernel, compiled, grid)
+    compiled = mixed_attention_kernel[grid](*args, **constants, **options)
+    again = relaunch(mixed_attention_kernel, compiled, grid)
     return lambda: again(*args, **constants)
 
 
@@ -475,7 +494,7 @@ def _tiles(length, new, window, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "requests", "most_pieces"])
-def _split_kernel(
+def split_attention_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -515,6 +534,7 @@ def _split_kernel(
     BLOCK_R: tl.constexpr,
     GUESSES: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program attends to one piece of a request's keys, for one KV head.
 
@@ -535,6 +555,23 @@ def _split_kernel(
         seq_lens_ptr, starts_ptr, requests, most_pieces, window,
         WINDOWED, BLOCK_N, MIN_TILES, BLOCK_R, GUESSES,
     )  # fmt: skip
+    # A program without a piece follows the last request up to where it returns.
+    found = tl.sum((tl.cumsum(pieces, axis=0) <= piece).to(tl.int32))
+    request = tl.minimum(found, requests - 1)
+    mine = _pick(pieces, number, request)
+    first_piece = tl.sum(tl.where(number < request, pieces, 0))
+    part = piece - first_piece
+    length = _pick(lengths, number, request)
+    begin = _pick(begins, number, request)
+    new = _pick(news, number, request)
+    first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
+    first_key = (first + count * part // mine) * BLOCK_N
+    end_key = tl.minimum(length, (first + count * (part + 1) // mine) * BLOCK_N)
+    lowest = length - new - window + 1 if WINDOWED else 0
+    table_ptr += request.to(tl.int64) * table_stride
+    block = _blocks(table_ptr, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
+    depend(EARLY)
+
     covered = tl.max(begins + news)
     if (piece + 1) * QUERY_LEN > covered:
         target = piece * QUERY_LEN + token
@@ -546,26 +583,12 @@ def _split_kernel(
             nothing,
             mask=behind[:, None] & real_channel,
         )
-    request = tl.sum((tl.cumsum(pieces, axis=0) <= piece).to(tl.int32))
-    if request >= requests:
+    if found >= requests:
         return
-    mine = _pick(pieces, number, request)
-    first_piece = tl.sum(tl.where(number < request, pieces, 0))
-    part = piece - first_piece
     if SPLIT:
-        first = (kv_head == 0) & (part == 0)
-        tl.store(shares_ptr + 2 * request, first_piece, mask=first)
-        tl.store(shares_ptr + 2 * request + 1, mine, mask=first)
-    length = _pick(lengths, number, request)
-    begin = _pick(begins, number, request)
-    new = _pick(news, number, request)
-    first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
-    first_key = (first + count * part // mine) * BLOCK_N
-    end_key = tl.minimum(length, (first + count * (part + 1) // mine) * BLOCK_N)
-    lowest = length - new - window + 1 if WINDOWED else 0
-
-    table_ptr += request.to(tl.int64) * table_stride
-    block = _blocks(table_ptr, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
+        announces = (kv_head == 0) & (part == 0)
+        tl.store(shares_ptr + 2 * request, first_piece, mask=announces)
+        tl.store(shares_ptr + 2 * request + 1, mine, mask=announces)
     used = token < new
     query_row = (begin + token).to(tl.int64)
     query_offset = query_row * query_stride + head * query_head_stride
@@ -621,8 +644,8 @@ def _split_kernel(
         tl.store(log_sums_ptr + partial_row, log_sum.to(log_sums_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit
-def _combine_kernel(
+@triton.jit(do_not_specialize=["rows"])
+def combine_kernel(
     partial_ptr,
     log_sums_ptr,
     shares_ptr,
@@ -630,53 +653,57 @@ def _combine_kernel(
     out_ptr,
     out_stride,
     out_head_stride,
+    rows,
     QUERY_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program merges the pieces of one query head of one new token."""
-    row = tl.program_id(0) % (QUERY_LEN * HEADS)
-    request = tl.program_id(0) // (QUERY_LEN * HEADS)
-    first = tl.load(shares_ptr + 2 * request)
-    mine = tl.load(shares_ptr + 2 * request + 1)
+    """One program merges the pieces of ``rows`` rows of a request: heads of its new tokens."""
+    request = tl.program_id(0)
     begin = tl.load(starts_ptr + request)
     new = tl.load(starts_ptr + request + 1) - begin
-    if (mine == 1) | (row // HEADS >= new):
+    depend(EARLY)
+    first = tl.load(shares_ptr + 2 * request)
+    mine = tl.load(shares_ptr + 2 * request + 1)
+    if mine == 1:
         return
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-    total = 0.0
-    largest = -float("inf")
-    for start in range(0, mine, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        real = part < mine
-        partial_row = (first + part).to(tl.int64) * (QUERY_LEN * HEADS) + row
-        log_sum = tl.load(log_sums_ptr + partial_row, mask=real, other=-float("inf"))
-        found = tl.load(
-            partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
-            mask=real[:, None] & real_channel,
-            other=0.0,
+    first_row = tl.program_id(1) * rows
+    for row in range(first_row, tl.minimum(first_row + rows, new * HEADS)):
+        acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+        total = 0.0
+        largest = -float("inf")
+        for start in range(0, mine, BLOCK_S):
+            part = start + tl.arange(0, BLOCK_S)
+            real = part < mine
+            partial_row = (first + part).to(tl.int64) * (QUERY_LEN * HEADS) + row
+            log_sum = tl.load(log_sums_ptr + partial_row, mask=real, other=-float("inf"))
+            found = tl.load(
+                partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
+                mask=real[:, None] & real_channel,
+                other=0.0,
+            )
+            new_largest = tl.maximum(largest, tl.max(log_sum))
+            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+            weights = tl.exp2(log_sum - shift)
+            decay = tl.exp2(largest - shift)
+            acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
+            total = total * decay + tl.sum(weights)
+            largest = new_largest
+        target = (begin + row // HEADS).to(tl.int64) * out_stride + row % HEADS * out_head_stride
+        tl.store(
+            out_ptr + target + channel,
+            (acc / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty),
+            mask=channel < HEAD_SIZE,
         )
-        new_largest = tl.maximum(largest, tl.max(log_sum))
-        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weights = tl.exp2(log_sum - shift)
-        decay = tl.exp2(largest - shift)
-        acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
-        total = total * decay + tl.sum(weights)
-        largest = new_largest
-    target = (begin + row // HEADS).to(tl.int64) * out_stride + row % HEADS * out_head_stride
-    tl.store(
-        out_ptr + target + channel,
-        (acc / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty),
-        mask=channel < HEAD_SIZE,
-    )
 
 
 @triton.jit(do_not_specialize=["tokens", "requests"])
-def _mixed_kernel(
+def mixed_attention_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -708,6 +735,7 @@ def _mixed_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program attends for BLOCK_Q new tokens of a request, for one KV head."""
     kv_head = tl.program_id(0) % KV_HEADS
@@ -720,6 +748,7 @@ def _mixed_kernel(
     real_channel = (channel < HEAD_SIZE)[None, :]
 
     covered = tl.load(starts_ptr + requests)
+    depend(EARLY)
     if tile >= covered // BLOCK_Q + requests:
         target = (tile - requests) * BLOCK_Q + token
         behind = (token < BLOCK_Q) & (target >= covered) & (target < tokens)

@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import warps
+from reprise.ops.triton_util import depend, launch_options, warps
 
 _TILE = 1024
 """Elements of a program that holds several short rows, such as attention heads."""
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.numel() // size
     block = triton.next_power_of_2(size)
     rows_per_program = max(1, _TILE // block)
-    _kernel[(triton.cdiv(rows, rows_per_program),)](
+    rms_norm_kernel[(triton.cdiv(rows, rows_per_program),)](
         x,
         weight,
         out,
@@ -31,12 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         BLOCK=block,
         ROWS=rows_per_program,
         num_warps=warps(block * rows_per_program, per_thread=16),
+        **launch_options(),
     )
     return out
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def rms_norm_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
@@ -48,14 +49,16 @@ def _kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program normalises ROWS rows; a row is a head of a token."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < SIZE)[None, :]
     start = row // HEADS * token_stride + row % HEADS * head_stride
-    x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    depend(EARLY)
+    x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
     # The product of two rounded values is exact in float32, so this rounds like the reference.
     normalised = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)

@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import warps
+from reprise.ops.triton_util import depend, launch_options, warps
 
 _TILE = 4096
 """Elements of a program: it takes several heads of one token, which share its angles."""
@@ -28,7 +28,7 @@ def rotary_cache(
     half = cos_sin.shape[1] // 2
     heads_per_program = max(1, _TILE // triton.next_power_of_2(head_size))
     heads_per_program = min(heads_per_program, triton.next_power_of_2(heads))
-    _kernel[(tokens, triton.cdiv(heads, heads_per_program))](
+    rotary_cache_kernel[(tokens, triton.cdiv(heads, heads_per_program))](
         qkv,
         positions,
         cos_sin,
@@ -52,6 +52,7 @@ def rotary_cache(
         BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
         HEADS=heads_per_program,
         num_warps=warps(triton.next_power_of_2(head_size) * heads_per_program, per_thread=32),
+        **launch_options(),
     )
     return out
 
@@ -97,7 +98,7 @@ def _store(
 
 
 @triton.jit
-def _kernel(
+def rotary_cache_kernel(
     qkv_ptr,
     positions_ptr,
     cos_sin_ptr,
@@ -124,6 +125,7 @@ def _kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program takes HEADS of the Q, K and V heads of a token.
 
@@ -140,11 +142,13 @@ def _kernel(
     channel = tl.arange(0, BLOCK_HALF)[None, :]
     real = channel < HALF
     source = qkv_ptr + token * qkv_stride + head * HEAD_SIZE
-    first = tl.load(source + channel, mask=real_head & real, other=0.0)
-    second = tl.load(source + HALF + channel, mask=real_head & real, other=0.0)
     angle_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * cos_sin_stride + channel
     cos = tl.load(angle_ptr, mask=real, other=0.0)
     sin = tl.load(angle_ptr + HALF, mask=real, other=0.0)
+    slot = tl.load(slot_mapping_ptr + token)
+    depend(EARLY)
+    first = tl.load(source + channel, mask=real_head & real, other=0.0)
+    second = tl.load(source + HALF + channel, mask=real_head & real, other=0.0)
     squares = _squares(first) + _squares(second)
     rest_channel = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     real_rest = rest_channel < HEAD_SIZE
@@ -153,7 +157,6 @@ def _kernel(
         squares += _squares(rest)
     scale = tl.rsqrt(squares / HEAD_SIZE + eps)[:, None]
 
-    slot = tl.load(slot_mapping_ptr + token)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     query_target = out_ptr + (token * QUERY_HEADS + head) * HEAD_SIZE

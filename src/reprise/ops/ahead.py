@@ -1,0 +1,79 @@
+"""Have kernels compiled side by side, before the first step needs them one after the other."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.ops.registry import Op, OpTable, intercept
+
+logger = logging.getLogger(__name__)
+
+
+def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
+    """Call once, in parallel threads, every op that ``forwards`` call and that compiles kernels.
+
+    The forwards are run without computing: op calls return memory of any content. They must not
+    look into it. Calls whose arguments agree in shapes, strides and dtypes count as one.
+
+    Args:
+        table: The implementations.
+        forwards: Passes over the shapes to prepare, the most different ones first.
+
+    Returns:
+        Number of calls. One that fails is logged, and fails again where it is needed.
+    """
+    waves: list[list[tuple[str, Callable[[], Any]]]] = []
+    known: set[Any] = set()
+
+    def note(
+        op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
+        if key not in known and table.chosen[op.name].compiles:
+            known.add(key)
+            waves[-1].append((op.name, partial(function, *args, **kwargs)))
+        return op.fake(*args, **kwargs)
+
+    with torch.inference_mode(), table.activate():
+        with intercept(note):
+            for forward in forwards:
+                waves.append([])
+                forward()
+        # A wave after the other: most of what a later one calls is compiled by then, while two
+        # threads that meet a new kernel at the same time both compile it.
+        for wave in waves:
+            _run(table, wave)
+    return len(known)
+
+
+def _run(table: OpTable, calls: list[tuple[str, Callable[[], Any]]]) -> None:
+    def run(call: Callable[[], Any]) -> None:
+        table.platform.activate()
+        # Libraries want a thread to have used the device before it calls them.
+        table.platform.synchronize()
+        with torch.inference_mode():
+            call()
+
+    if not calls:
+        return
+    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1)) as pool:
+        running = [
+            (name, pool.submit(contextvars.copy_context().run, run, call)) for name, call in calls
+        ]
+        for name, each in running:
+            error = each.exception()
+            if error is not None:
+                logger.warning("kernels of op %s were not compiled ahead: %s", name, error)
+
+
+def _signature(value: Any) -> Any:
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else value

@@ -1,0 +1,188 @@
+"""Products of one row in Triton, with the norm before and the activation or sum behind them.
+
+One row is bound by the bandwidth at which weights arrive. A program takes a few rows of the weight,
+reads each element once in wide loads and multiplies in plain float32 arithmetic; no program needs
+another's result, so there is no second pass. The norm of ``x`` is computed again by each program:
+that is cheaper than a launch. Where a kernel may start before its predecessor has ended, the first
+weights are on their way by the time ``x`` is there.
+
+More rows, and float32, go to the device's BLAS: with them its matrix units win.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.rms_norm.triton import rms_norm
+from reprise.ops.silu_and_mul.triton import silu_and_mul
+from reprise.ops.triton_util import depend, launch_options
+
+_FEATURES = 4
+"""Rows of the weight that a program takes."""
+_ELEMENTS = 64
+"""Elements of the weight that a thread holds."""
+_MOST_WEIGHTS = 1 << 27
+"""Elements of a weight from which the BLAS reaches the bandwidth too: the head's."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes as in the reference."""
+    if not _one_row(x, weight):
+        return F.linear(x, weight, bias)
+    out = x.new_empty((1, weight.shape[0]))
+    _launch(x, weight, bias, out)
+    return out
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Shapes as in the reference."""
+    if not _one_row(x, weight):
+        return F.linear(rms_norm(x, norm_weight, eps), weight, bias)
+    out = x.new_empty((1, weight.shape[0]))
+    _launch(x, weight, bias, out, norm_weight, eps)
+    return out
+
+
+def norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Shapes as in the reference."""
+    if not _one_row(x, weight):
+        return silu_and_mul(F.linear(rms_norm(x, norm_weight, eps), weight, bias))
+    out = x.new_empty((1, weight.shape[0] // 2))
+    _launch(x, weight, bias, out, norm_weight, eps, gated=True)
+    return out
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """Shapes as in the reference."""
+    if _one_row(x, weight):
+        _launch(x, weight, bias, residual, add=True)
+        return
+    if bias is not None:
+        residual.add_(bias)
+    torch.addmm(residual, x, weight.t(), out=residual)
+
+
+def _one_row(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.shape[0] == 1
+        and x.dtype is not torch.float32
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and weight.numel() < _MOST_WEIGHTS
+    )
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, norm_weight: Tensor | None = None,
+    eps: float = 0.0, *, gated: bool = False, add: bool = False,
+) -> None:  # fmt: skip
+    inputs, features = x.shape[1], out.shape[1]
+    block_k = triton.next_power_of_2(inputs)
+    if block_k > 4096:
+        block_k = 1024
+    block_n = _FEATURES // 2 if gated else _FEATURES
+    one_row_kernel[(triton.cdiv(features, block_n),)](
+        x,
+        norm_weight,
+        weight,
+        bias,
+        out,
+        features,
+        eps,
+        INPUTS=inputs,
+        GATED=gated,
+        ADD=add,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=max(1, _FEATURES * block_k // (32 * _ELEMENTS)),
+        **launch_options(),
+    )
+
+
+@triton.jit
+def _tile(weight_ptr, n, k, features, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of a weight, zeros outside of it. Read once, so not worth caching."""
+    offset = n.to(tl.int64)[:, None] * INPUTS + k[None, :]
+    inside = (n < features)[:, None]
+    if INPUTS % BLOCK_K != 0:
+        inside = inside & (k < INPUTS)[None, :]
+    return tl.load(weight_ptr + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def one_row_kernel(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    features,
+    eps,
+    INPUTS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program computes BLOCK_N of ``features`` outputs.
+
+    x: [INPUTS], normalised first if there is a norm. weight: [features, INPUTS], or twice as many
+    rows if GATED: gates, then what they let through. ADD: to what out holds.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    real = n < features
+    weight = _tile(weight_ptr, n, k, features, INPUTS, BLOCK_K)
+    up_ptr = weight_ptr + tl.cast(features, tl.int64) * INPUTS
+    up = weight
+    if GATED:
+        up = _tile(up_ptr, n, k, features, INPUTS, BLOCK_K)
+    depend(EARLY)
+
+    scale = 1.0
+    if norm_ptr is not None:
+        squares = tl.zeros([BLOCK_K], dtype=tl.float32)
+        for start in range(0, INPUTS, BLOCK_K):
+            x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0).to(tl.float32)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
+
+    acc = tl.zeros([BLOCK_N], dtype=tl.float32)
+    acc_up = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, INPUTS, BLOCK_K):
+        wide = weight.to(tl.float32)
+        wide_up = up.to(tl.float32)
+        if start + BLOCK_K < INPUTS:  # the next tile is asked for before this one is used
+            weight = _tile(weight_ptr, n, start + BLOCK_K + k, features, INPUTS, BLOCK_K)
+            if GATED:
+                up = _tile(up_ptr, n, start + BLOCK_K + k, features, INPUTS, BLOCK_K)
+        x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0)
+        value = x.to(tl.float32)
+        if norm_ptr is not None:
+            gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
+            # Rounded where the reference rounds.
+            value = (value * scale).to(x.dtype).to(tl.float32) * gain.to(tl.float32)
+            value = value.to(x.dtype).to(tl.float32)
+        acc += tl.sum(wide * value[None, :], axis=1)
+        if GATED:
+            acc_up += tl.sum(wide_up * value[None, :], axis=1)
+
+    kind = out_ptr.dtype.element_ty
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        if bias_ptr is not None:
+            acc_up += tl.load(bias_ptr + features + n, mask=real, other=0.0).to(tl.float32)
+        gate = acc.to(kind).to(tl.float32)
+        activated = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
+        acc = activated * acc_up.to(kind).to(tl.float32)
+    if ADD:
+        acc += tl.load(out_ptr + n, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, acc.to(kind), mask=real)
