@@ -33,6 +33,7 @@ _library = torch.library.Library("reprise", "DEF")
 _ops: dict[str, Op] = {}
 _active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
 _defaults: dict[str, OpTable] = {}
+_memory_outside_engines: dict[Any, Any] = {}
 
 Interceptor = Callable[["Op", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Called instead of an op's implementation: ``interceptor(op, function, args, kwargs)``."""
@@ -245,6 +246,7 @@ class OpTable:
             name: each.choose(platform, overrides.get(name)) for name, each in _ops.items()
         }
         self.functions = _LateFunctions(self)
+        self.memory: dict[Any, Any] = {}
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -275,6 +277,12 @@ def active_platform() -> Platform | None:
     """The platform of the engine that computes in this thread; None outside of one."""
     table = _active.get()
     return None if table is None else table.platform
+
+
+def op_memory() -> dict[Any, Any]:
+    """What implementations keep on the device from call to call; one for each engine."""
+    table = _active.get()
+    return _memory_outside_engines if table is None else table.memory
 
 
 def _default_table(args: tuple[Any, ...]) -> OpTable:

@@ -1,10 +1,10 @@
 """Paged attention in Triton: two kernels behind one entry.
 
 ``split_attention_kernel`` serves steps in which every request has the same few new tokens (decode,
-verification of drafts). A request's keys are shared out to several programs, and
-``combine_kernel`` merges what they found. The number of programs follows from shapes alone, so a
-device graph can hold the launch; which keys a program takes is worked out on the device from the
-lengths of the moment, so that long requests get many programs and short ones few.
+verification of drafts). A request's keys are shared out to several programs, and the last of these
+to end merges what they found, always in the same order. The number of programs follows from shapes
+alone, so a device graph can hold the launch; which keys a program takes is worked out on the device
+from the lengths of the moment, so that long requests get many programs and short ones few.
 
 ``mixed_attention_kernel`` serves all other steps: one program takes a tile of a request's new
 tokens.
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.registry import op_memory
 from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
@@ -189,6 +190,7 @@ def _launch_split(
         "BLOCK_R": block_r,
         "GUESSES": 8 if block_r <= 16 else 4,
         "SPLIT": pieces > requests,
+        "MERGED": min(8, max(4, 2 * config.num_warps)),
     }
     inputs = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out)
     sizes = (
@@ -221,45 +223,29 @@ def _launch_split(
     options = {**early, "num_warps": config.num_warps, "num_stages": config.num_stages}
     # Rows that no request covers are cleared by programs without a piece.
     split_grid = (max(pieces, triton.cdiv(tokens, query_len)) * kv_heads,)
-    if pieces == requests:
-        unused = (out, out, seq_lens)
-        compiled = split_attention_kernel[split_grid](
-            *inputs, *unused, *sizes, **constants, **options
-        )
-        split = relaunch(split_attention_kernel, compiled, split_grid)
-        return lambda: split(*inputs, *unused, *sizes, **constants)
+    arrivals = _arrivals(requests * kv_heads, query.device)
 
     def scratch():
+        if pieces == requests:
+            return out, out
         partial = query.new_empty((pieces, query_len * heads, head_size), dtype=torch.float32)
-        log_sums = query.new_empty((pieces, query_len * heads), dtype=torch.float32)
-        return partial, log_sums, query.new_empty((requests, 2), dtype=torch.int32)
+        return partial, query.new_empty((pieces, query_len * heads), dtype=torch.float32)
 
-    first = scratch()
-    compiled = split_attention_kernel[split_grid](*inputs, *first, *sizes, **constants, **options)
-    split = relaunch(split_attention_kernel, compiled, split_grid)
-    rows = query_len * heads
-    rows_each = min(rows, max(1, requests * rows // (8 * device.multiprocessors)))
-    rest = (query_start_loc, out, out.stride(0), out.stride(1), rows_each)
-    combine_constants = {
-        "QUERY_LEN": query_len,
-        "HEADS": heads,
-        "HEAD_SIZE": head_size,
-        "BLOCK_S": 64,
-        "BLOCK_D": triton.next_power_of_2(head_size),
-        "EARLY": constants["EARLY"],
-    }
-    combine_grid = (requests, triton.cdiv(rows, rows_each))
-    compiled = combine_kernel[combine_grid](
-        *first, *rest, **combine_constants, **early, num_warps=4
+    compiled = split_attention_kernel[split_grid](
+        *inputs, arrivals, *scratch(), *sizes, **constants, **options
     )
-    combine = relaunch(combine_kernel, compiled, combine_grid)
+    split = relaunch(split_attention_kernel, compiled, split_grid)
+    return lambda: split(*inputs, arrivals, *scratch(), *sizes, **constants)
 
-    def again():
-        tensors = scratch()
-        split(*inputs, *tensors, *sizes, **constants)
-        combine(*tensors, *rest, **combine_constants)
 
-    return again
+def _arrivals(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` zeros, in which programs that share a request find out who is the last.
+    A launch leaves them as zeros; an engine's launches run one after the other."""
+    size = max(8192, triton.next_power_of_2(count))
+    memory, key = op_memory(), ("split attention", device, size)
+    if key not in memory:
+        memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
+    return memory[key]
 
 
 def _launch_mixed(
@@ -502,9 +488,9 @@ def split_attention_kernel(
     seq_lens_ptr,
     starts_ptr,
     out_ptr,
+    arrivals_ptr,
     partial_ptr,
     log_sums_ptr,
-    shares_ptr,
     tokens,
     requests,
     most_pieces,
@@ -534,13 +520,14 @@ def split_attention_kernel(
     BLOCK_R: tl.constexpr,
     GUESSES: tl.constexpr,
     SPLIT: tl.constexpr,
+    MERGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program attends to one piece of a request's keys, for one KV head.
 
     Writes ``out`` if the request has one piece, else ``partial`` [pieces, QUERY_LEN * HEADS,
-    HEAD_SIZE] and the base-2 logarithm of the sum of its weights. ``shares`` [R, 2] tells the
-    combine kernel each request's first piece and their number. Unless SPLIT, all have one.
+    HEAD_SIZE] and the base-2 logarithm of the sum of its weights. ``arrivals`` [R, KV_HEADS] counts
+    the pieces that are done; the last one merges them all. Unless SPLIT, every request has one.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -585,10 +572,6 @@ def split_attention_kernel(
         )
     if found >= requests:
         return
-    if SPLIT:
-        announces = (kv_head == 0) & (part == 0)
-        tl.store(shares_ptr + 2 * request, first_piece, mask=announces)
-        tl.store(shares_ptr + 2 * request + 1, mine, mask=announces)
     used = token < new
     query_row = (begin + token).to(tl.int64)
     query_offset = query_row * query_stride + head * query_head_stride
@@ -626,7 +609,7 @@ def split_attention_kernel(
     )
     # Rows that saw no key stay zero.
     acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    if mine == 1:
+    if not SPLIT or mine == 1:
         out_offset = query_row * out_stride + head * out_head_stride
         tl.store(
             out_ptr + out_offset[:, None] + channel[None, :],
@@ -642,63 +625,77 @@ def split_attention_kernel(
         )
         log_sum = row_max + tl.log2(row_sum)
         tl.store(log_sums_ptr + partial_row, log_sum.to(log_sums_ptr.dtype.element_ty), mask=used)
+        # All threads have stored before one announces it.
+        tl.debug_barrier()
+        arrival_ptr = arrivals_ptr + request * KV_HEADS + kv_head
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == mine - 1:
+            tl.store(arrival_ptr, 0)
+            _merge(
+                partial_ptr, log_sums_ptr, out_ptr + begin.to(tl.int64) * out_stride,
+                first_piece, mine, new, kv_head, out_stride, out_head_stride,
+                QUERY_LEN, HEADS, GROUP, HEAD_SIZE, BLOCK_D, MERGED,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
-def combine_kernel(
+@triton.jit
+def _merge(
     partial_ptr,
     log_sums_ptr,
-    shares_ptr,
-    starts_ptr,
     out_ptr,
+    first,
+    pieces,
+    new,
+    kv_head,
     out_stride,
     out_head_stride,
-    rows,
     QUERY_LEN: tl.constexpr,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EARLY: tl.constexpr,
+    MERGED: tl.constexpr,
 ):
-    """One program merges the pieces of ``rows`` rows of a request: heads of its new tokens."""
-    request = tl.program_id(0)
-    begin = tl.load(starts_ptr + request)
-    new = tl.load(starts_ptr + request + 1) - begin
-    depend(EARLY)
-    first = tl.load(shares_ptr + 2 * request)
-    mine = tl.load(shares_ptr + 2 * request + 1)
-    if mine == 1:
-        return
+    """Write a request's output for one KV head from its pieces, MERGED at a time, in their order.
+
+    partial: [pieces, QUERY_LEN * HEADS, HEAD_SIZE]; log_sums: without the last dimension, base 2.
+    The programs that wrote them have just ended: the nearest cache may hold older values.
+    """
+    ROWS: tl.constexpr = 2 if GROUP * QUERY_LEN <= 2 else 4
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
-    first_row = tl.program_id(1) * rows
-    for row in range(first_row, tl.minimum(first_row + rows, new * HEADS)):
-        acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-        total = 0.0
-        largest = -float("inf")
-        for start in range(0, mine, BLOCK_S):
-            part = start + tl.arange(0, BLOCK_S)
-            real = part < mine
-            partial_row = (first + part).to(tl.int64) * (QUERY_LEN * HEADS) + row
-            log_sum = tl.load(log_sums_ptr + partial_row, mask=real, other=-float("inf"))
-            found = tl.load(
-                partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
-                mask=real[:, None] & real_channel,
-                other=0.0,
+    for start_row in range(0, new * GROUP, ROWS):
+        row = start_row + tl.arange(0, ROWS)
+        real_row = row < new * GROUP
+        head = kv_head * GROUP + row % GROUP
+        acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        largest = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+        for start in range(0, pieces, MERGED):
+            piece = start + tl.arange(0, MERGED)
+            real = real_row[:, None] & (piece < pieces)[None, :]
+            source = (first + piece).to(tl.int64)[None, :] * (QUERY_LEN * HEADS)
+            source += (row // GROUP * HEADS + head)[:, None]
+            log_sum = tl.load(
+                log_sums_ptr + source, mask=real, other=-float("inf"), cache_modifier=".cg"
             )
-            new_largest = tl.maximum(largest, tl.max(log_sum))
+            found = tl.load(
+                partial_ptr + source[:, :, None] * HEAD_SIZE + channel[None, None, :],
+                mask=real[:, :, None] & real_channel[None, :, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_largest = tl.maximum(largest, tl.max(log_sum, axis=1))
             shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            weights = tl.exp2(log_sum - shift)
+            weights = tl.exp2(log_sum - shift[:, None])
             decay = tl.exp2(largest - shift)
-            acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
-            total = total * decay + tl.sum(weights)
+            acc = acc * decay[:, None] + tl.sum(found * weights[:, :, None], axis=1)
+            total = total * decay + tl.sum(weights, axis=1)
             largest = new_largest
-        target = (begin + row // HEADS).to(tl.int64) * out_stride + row % HEADS * out_head_stride
+        target = (row // GROUP).to(tl.int64) * out_stride + head * out_head_stride
         tl.store(
-            out_ptr + target + channel,
-            (acc / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty),
-            mask=channel < HEAD_SIZE,
+            out_ptr + target[:, None] + channel[None, :],
+            (acc / tl.where(total == 0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty),
+            mask=real_row[:, None] & real_channel,
         )
 
 
