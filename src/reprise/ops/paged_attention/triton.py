@@ -314,8 +314,8 @@ def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, in
 
 
 def _few_sizes(count: int) -> int:
-    """1, or a power of four from 16: few sizes, so few compilations."""
-    size = 1 if count == 1 else 16
+    """A power of four from 16: few sizes, so few compilations."""
+    size = 16
     while size < count:
         size *= 4
     return size
