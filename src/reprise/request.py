@@ -76,6 +76,8 @@ class Request:
     """Tokens that scheduled steps will sample and whose values are not known yet."""
     num_in_flight: int = field(default=0, init=False, repr=False)
     """Scheduled steps with this request that are not updated yet: they write its blocks."""
+    row: int = field(default=-1, init=False, repr=False)
+    """Its place in the last step that had it; -1: none yet."""
     num_cached_tokens: int = field(default=0, init=False)
     """Tokens that the prefix cache had when the request first ran."""
     num_preemptions: int = field(default=0, init=False)

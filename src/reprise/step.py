@@ -29,12 +29,16 @@ class ScheduledStep:
 
     index: int
     requests: list[ScheduledRequest]
-    """First ``num_decodes`` requests with their one last token, then prefill chunks."""
+    """First ``num_decodes`` requests with their one last token, then prefill chunks. A request's
+    place is its row on the device; it changes as little as can be."""
     num_decodes: int
     num_tokens: int
     released: list[str]
     """Ids whose state the runner must drop before this step: finished or preempted since the
     last one. An id may be in ``requests`` too; it starts anew then."""
+    continues: bool = False
+    """The requests are those of the step before, in the same rows. Both are decode steps: each
+    request's token is the one that the step before samples."""
 
     @property
     def phase(self) -> Literal["decode", "mixed"]:

@@ -50,7 +50,7 @@ def run(
 ) -> list[Request]:
     pick = token if callable(token) else lambda _: token
     results = [[pick(part.request)] if part.samples else [] for part in step.requests]
-    return scheduler.update(step, results)
+    return [step.requests[row].request for row, _ in scheduler.update(step, results)]
 
 
 def parts(step: ScheduledStep) -> list[tuple[str, int, int, bool]]:

@@ -323,12 +323,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         step, results = self.device.run_oldest()
         finished = {request for request in self.requests if request.is_finished}
         before = {r: list(r.output_token_ids) for r in self.requests}
-        updated = self.scheduler.update(step, results)
+        updated = {
+            step.requests[row].request: list(tokens)
+            for row, tokens in self.scheduler.update(step, results)
+        }
         for part, tokens in zip(step.requests, results, strict=True):
             request = part.request
             dropped = request in finished or not tokens
             assert (request in updated) == (not dropped)
             added = [] if dropped else tokens
+            assert updated.get(request, []) == added
             assert request.output_token_ids == before[request] + added
 
     # ------------------------------------------------------------------ invariants

@@ -39,6 +39,7 @@ def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     return {
         "rms_norm": (randn(3, 9, 16)[:, 2:5], randn(16), 1e-6),
         "fused_add_rms_norm": (randn(3, 16), randn(3, 16), randn(16), 1e-6),
+        "argmax": (randn(3, 16),),
         "linear": (randn(3, 16), randn(5, 16), randn(5)),
         "norm_linear": (randn(3, 16), randn(16), 1e-6, randn(5, 16), randn(5)),
         "norm_gated_linear": (randn(3, 16), randn(16), 1e-6, randn(10, 16), None),

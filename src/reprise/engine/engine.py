@@ -212,32 +212,34 @@ class Engine:
 
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
-        for scheduled in step.requests:
-            entries = output.prompt_logprobs.get(scheduled.request.request_id)
-            known = self._known(scheduled.request)
-            if entries is not None and known is not None:
-                known[0].set_prompt_logprobs(scheduled.start, entries)
-        changed: dict[str, CompletionGroup] = {}
-        # A request that stopped a step ago gets nothing from this one: see what was appended.
-        before = [len(each.request.output_token_ids) for each in step.requests]
-        self.scheduler.update(step, output.sampled)
-        for row, scheduled in enumerate(step.requests):
-            request = scheduled.request
-            known = self._known(request)
-            new = request.output_token_ids[before[row] :]
-            if known is None or not new:
-                continue
+        if output.prompt_logprobs:
+            for scheduled in step.requests:
+                entries = output.prompt_logprobs.get(scheduled.request.request_id)
+                known = self._known(scheduled.request)
+                if entries is not None and known is not None:
+                    known[0].set_prompt_logprobs(scheduled.start, entries)
+        # The hot loop of a serving engine: attribute access is what costs.
+        completions, logprobs = self._completions, output.logprobs
+        changed: dict[CompletionGroup, None] = {}
+        ended: list[CompletionGroup] = []
+        for row, new in self.scheduler.update(step, output.sampled):
+            request = step.requests[row].request
+            known = completions.get(request.request_id)
+            if known is None or known[1].request is not request:
+                continue  # aborted, even if its id is in use again
             group, completion = known
-            logprobs = [] if output.logprobs is None else output.logprobs[row]
-            stop = completion.append(new, logprobs)
-            if stop is not None:
-                self.scheduler.finish(request, "stop", stop)
-            changed[group.request_id] = group
+            if completion.detokenizer is not None or logprobs is not None:
+                stop = completion.append(new, [] if logprobs is None else logprobs[row])
+                if stop is not None:
+                    self.scheduler.finish(request, "stop", stop)
+            if request.finish_reason is not None:
+                ended.append(group)
+            changed[group] = None
         # Not before: several completions of a request may have ended in this step.
-        for group in changed.values():
+        for group in dict.fromkeys(ended):
             if group.finished:
                 self._forget(group)
-        return list(changed.values())
+        return list(changed)
 
     def _known(self, request: Request) -> tuple[CompletionGroup, Completion] | None:
         """Where a request's results go; None if it was aborted, even if its id is in use again."""

@@ -123,6 +123,8 @@ class Scheduler:
         self._num_holding_blocks = 0
         """Requests that do not run any more but whose blocks an outstanding step writes."""
         self._released: list[str] = []
+        self._last_decodes: list[Request] = []
+        """By row, if the last step was a decode step."""
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -248,8 +250,19 @@ class Scheduler:
             return None
 
         num_tokens = self.max_num_batched_tokens - budget
+        decodes = _keep_rows(decodes)
+        for row, chunk in enumerate(chunks, len(decodes)):
+            chunk.request.row = row
+        last, self._last_decodes = self._last_decodes, []
+        if not chunks:
+            self._last_decodes = [each.request for each in decodes]
         step = ScheduledStep(
-            self._num_steps, decodes + chunks, len(decodes), num_tokens, self._released
+            self._num_steps,
+            decodes + chunks,
+            len(decodes),
+            num_tokens,
+            self._released,
+            continues=not chunks and self._last_decodes == last,
         )
         self._released = []
         self._outstanding.append(step)
@@ -349,7 +362,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ a step's result
 
-    def update(self, step: ScheduledStep, sampled: Sequence[Sequence[int]]) -> list[Request]:
+    def update(
+        self, step: ScheduledStep, sampled: Sequence[Sequence[int]]
+    ) -> list[tuple[int, Sequence[int]]]:
         """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
 
         Args:
@@ -358,7 +373,8 @@ class Scheduler:
                 What was sampled for requests that have stopped meanwhile is ignored.
 
         Returns:
-            The requests that got tokens; some have finished by them.
+            The step's requests that got tokens, by their place in it, and which; some have
+            finished by them.
 
         Raises:
             RuntimeError: The step is not the oldest outstanding one.
@@ -371,8 +387,8 @@ class Scheduler:
         self._outstanding.popleft()
         cache, now, running = self.cache, time.perf_counter(), RequestStatus.RUNNING
         block_size = cache.block_size
-        updated: list[Request] = []
-        for scheduled, tokens in zip(step.requests, sampled, strict=True):
+        updated: list[tuple[int, Sequence[int]]] = []
+        for row, (scheduled, tokens) in enumerate(zip(step.requests, sampled, strict=True)):
             request = scheduled.request
             request.num_in_flight -= 1
             if request.finish_reason is None:
@@ -381,8 +397,7 @@ class Scheduler:
                     cache.commit(request, computed)
                 if scheduled.samples:
                     request.num_pending -= 1
-                    self._append(request, tokens, now)
-                    updated.append(request)
+                    updated.append((row, self._append(request, tokens, now)))
             if request.status is running or request.num_in_flight:
                 continue
             if request.block_ids:  # kept for this step, the last one that writes them
@@ -390,20 +405,20 @@ class Scheduler:
                 self._num_holding_blocks -= 1
         return updated
 
-    def _append(self, request: Request, tokens: Sequence[int], now: float) -> None:
-        """Append tokens up to the one that ends the request, if any does."""
+    def _append(self, request: Request, tokens: Sequence[int], now: float) -> Sequence[int]:
+        """Append tokens up to the one that ends the request, if any does; returns these."""
         token_ids, output = request.token_ids, request.output_token_ids
         if not output:
             request.first_token_time = now
         request.last_token_time = now
-        for token in tokens:
+        for number, token in enumerate(tokens, 1):
             token_ids.append(token)
             output.append(token)
             self._num_generated_tokens += 1
             if token in request.stop_token_ids and len(output) >= request.params.min_tokens:
                 reason = None if token in request.eos_token_ids else token
                 self._finish(request, "stop", reason)
-                return
+                return tokens[:number]
             if len(token_ids) >= request.max_total_tokens:
                 if len(token_ids) > self.cache.capacity:
                     logger.warning(
@@ -412,7 +427,8 @@ class Scheduler:
                         len(token_ids),
                     )
                 self._finish(request, "length", None)
-                return
+                return tokens[:number]
+        return tokens
 
     # ------------------------------------------------------------------ the end of a request
 
@@ -452,6 +468,25 @@ class Scheduler:
             self._running = [r for r in self._running if r.finish_reason is None]
             self._running_is_stale = False
         return self._running
+
+
+def _keep_rows(decodes: list[ScheduledRequest]) -> list[ScheduledRequest]:
+    """Order them so that each keeps its row of the step before if that still exists: what the
+    device holds of a request, such as its block table, then need not be sent again."""
+    rows: list[ScheduledRequest | None] = [None] * len(decodes)
+    moved: list[ScheduledRequest] = []
+    for each in decodes:
+        row = each.request.row
+        if 0 <= row < len(rows) and rows[row] is None:
+            rows[row] = each
+        else:
+            moved.append(each)
+    ordered: list[ScheduledRequest] = []
+    for row, kept in enumerate(rows):
+        each = moved.pop() if kept is None else kept
+        each.request.row = row
+        ordered.append(each)
+    return ordered
 
 
 class _WaitingQueue:

@@ -227,6 +227,11 @@ class GraphRunner:
                     cell.graph.replay()
         return next(iter(computation.outputs(shape).values()))
 
+    def padded(self, shape: StepShape) -> StepShape:
+        """What a step of this shape is padded to: its bucket, or nothing more if none holds it."""
+        cell = self._cell_for(shape)
+        return shape if cell is None or cell.graph is None else cell.shape
+
     def executor_for(self, shape: StepShape) -> Executor:
         """What would run a step of this shape."""
         cell = self._cell_for(shape)

@@ -1,5 +1,6 @@
 """The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
 
+from reprise.ops.argmax import argmax
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
 from reprise.ops.linear import linear, linear_add, norm_gated_linear, norm_linear
 from reprise.ops.paged_attention import paged_attention
@@ -13,6 +14,7 @@ __all__ = [
     "Op",
     "OpTable",
     "all_ops",
+    "argmax",
     "find",
     "fused_add_rms_norm",
     "linear",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise import models, timeline
+from reprise import models, ops, timeline
 from reprise.config import EngineConfig
 from reprise.errors import ModelError
 from reprise.graphs import (
@@ -25,12 +25,12 @@ from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
 from reprise.platforms import Platform
 from reprise.progress import progress
-from reprise.runner.buffers import Mirrored, StepBuffers
+from reprise.runner.buffers import Sampled, StepBuffers
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
 from reprise.runner.output import PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, top_logprobs
-from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,8 @@ class ModelRunner:
             self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
             with timeline.phase("capture"):
                 self._capture_graphs()
-            self._gather_rows = Mirrored((config.max_num_seqs,), torch.int64, platform)
-            self._pending_rows = Mirrored((2, config.max_num_seqs), torch.int64, platform)
         self.sampler = Sampler(self.model.vocab_size, platform)
-        self._last_sampled: tuple[dict[str, int], Tensor] | None = None
+        self._last_sampled: Sampled | None = None
 
     def submit(self, step: ScheduledStep) -> PendingOutput:
         """Start computing a step; its results arrive through the returned handle.
@@ -122,21 +120,24 @@ class ModelRunner:
         on the device.
         """
         self.sampler.release(step.released)
+        requests = len(step.requests)
+        query_len = 1 if step.phase == "decode" else 0
+        shape = StepShape(step.phase, step.num_tokens, requests, query_len)
         with torch.inference_mode(), self.ops.activate():
-            tokens, requests = self.buffers.fill(step.requests)
-            self._take_over_pending(step.requests)
-            query_len = 1 if step.phase == "decode" else 0
-            shape = StepShape(step.phase, tokens, requests, query_len)
+            last = self._last_sampled
+            self.buffers.fill(step, last, self.graphs.padded(shape).num_requests)
             result = self.graphs.run(shape)
             prompt_logprobs = self._prompt_logprobs(step, result)
-            sampling = [each.request for each in step.requests if each.samples]
+            if step.continues and last is not None:
+                sampling = last.requests
+            else:
+                sampling = [each.request for each in step.requests if each.samples]
             sampled, logprobs = None, None
             if sampling:
                 if step.phase == "mixed" or len(sampling) < requests:
-                    result = result[self._sampling_rows(step.requests)]
+                    result = result[self.buffers.sampling_rows(len(sampling))]
                 sampled, logprobs = self.sampler(self._logits(step, result), sampling)
-                index = {each.request_id: row for row, each in enumerate(sampling)}
-                self._last_sampled = (index, sampled)
+                self._last_sampled = Sampled(sampling, sampled)
             return PendingOutput(step, sampled, logprobs, prompt_logprobs, self.platform)
 
     def forget_steps(self) -> None:
@@ -149,40 +150,10 @@ class ModelRunner:
         """Logits of rows of a step's result, which for a decode step they are already."""
         return rows if step.phase == "decode" else self.model.logits(rows)
 
-    def _take_over_pending(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Input tokens that the previous step sampled are copied on the device."""
-        if not any(each.pending for each in scheduled):
-            return
-        assert self._last_sampled is not None, "a pending token was sampled by an earlier step"
-        index, sampled = self._last_sampled
-        self._pending_rows.flip()
-        begin, count = 0, 0
-        for each in scheduled:
-            if each.pending:
-                self._pending_rows.host[0, count] = begin + each.num_tokens - 1
-                self._pending_rows.host[1, count] = index[each.request.request_id]
-                count += 1
-            begin += each.num_tokens
-        self._pending_rows.upload(0, 2)
-        targets, sources = self._pending_rows.device[:, :count]
-        self.buffers.input_ids.device.index_copy_(0, targets, sampled[sources])
-
-    def _sampling_rows(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
-        """Index of the last token of every request that samples: [S] int64."""
-        self._gather_rows.flip()
-        begin, count = 0, 0
-        for each in scheduled:
-            begin += each.num_tokens
-            if each.samples:
-                self._gather_rows.host[count] = begin - 1
-                count += 1
-        self._gather_rows.upload(0, count)
-        return self._gather_rows.device[:count]
-
     def _prompt_logprobs(self, step: ScheduledStep, result: Tensor) -> dict[str, LogprobTensors]:
         found: dict[str, LogprobTensors] = {}
-        begin = 0
-        for each in step.requests:
+        begin = step.num_decodes  # one token each, and none of a prompt behind it
+        for each in step.requests[step.num_decodes :]:
             wanted = each.request.params.prompt_logprobs
             prompt = each.request.prompt_token_ids
             targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
@@ -230,7 +201,9 @@ class ModelRunner:
         def run(*shapes: StepShape) -> None:
             for shape in shapes:
                 self.forward_pass.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
-                self.forward_pass.forward(shape)
+                result = self.forward_pass.forward(shape)
+                if shape.phase == "decode":
+                    ops.argmax(result)
 
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
@@ -249,7 +222,7 @@ class ModelRunner:
                 tokens, requests = self.max_tokens, self.config.max_num_seqs
                 self.forward_pass.forward(StepShape.mixed(tokens, requests))
                 logits = self.forward_pass.forward(StepShape.decode(requests)).float()
-                (logits.clone().softmax(dim=-1) + logits).argmax(dim=-1)
+                ops.argmax(logits.clone().softmax(dim=-1) + logits)
                 del logits
             self.platform.synchronize()
             peak = self.platform.peak_memory_allocated() - before

@@ -55,17 +55,22 @@ class PendingOutput:
 
     def wait(self) -> StepOutput:
         self._done.synchronize()
-        sampled: list[list[int]] = [[] for _ in self._step.requests]
-        rows = [i for i, each in enumerate(self._step.requests) if each.samples]
-        if self._tokens is not None:
-            for row, token in zip(rows, self._tokens.tolist(), strict=True):
+        requests = self._step.requests
+        tokens = [] if self._tokens is None else self._tokens.tolist()
+        if len(tokens) == len(requests):
+            rows: Sequence[int] = range(len(requests))
+            sampled = [[token] for token in tokens]
+        else:
+            rows = [row for row, each in enumerate(requests) if each.samples]
+            sampled = [[] for _ in requests]
+            for row, token in zip(rows, tokens, strict=True):
                 sampled[row] = [token]
         logprobs: list[list[Logprobs]] | None = None
         if self._logprobs is not None:
             entries = to_logprobs(self._logprobs)
-            logprobs = [[] for _ in self._step.requests]
+            logprobs = [[] for _ in requests]
             for row, entry in zip(rows, entries, strict=True):
-                wanted = self._step.requests[row].request.params.logprobs
+                wanted = requests[row].request.params.logprobs
                 if wanted is not None:
                     logprobs[row] = [_shorten(entry, wanted)]
         return StepOutput(

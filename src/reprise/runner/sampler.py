@@ -53,10 +53,12 @@ class Sampler:
             [R] int64 token ids, and log probabilities if any request wants them.
         """
         batch = self._batch_of(requests)
+        if batch.plain:  # the widest values are the same ones in any dtype
+            return ops.argmax(logits), None
         raw = logits.float()
         adjusted = self._adjust(raw, batch)
         if batch.greedy:
-            tokens = adjusted.argmax(dim=-1)
+            tokens = ops.argmax(adjusted)
         else:
             generated = [_num_generated(each) for each in requests]
             positions = torch.tensor(generated, dtype=torch.int64).to(self.platform.device)
@@ -150,7 +152,7 @@ class _Batch:
     """What a set of requests asks of the sampler; built again only when the set changes."""
 
     def __init__(self, requests: Sequence[Request], platform: Platform) -> None:
-        self.requests = list(requests)
+        self.given = requests
         parameters = [each.params for each in requests]
         rows = list(enumerate(requests))
         self.greedy = all(each.greedy for each in parameters)
@@ -162,6 +164,8 @@ class _Batch:
         self.adjusted = bool(self.biased or self.penalised or self.held_open)
         counts = [each.logprobs for each in parameters if each.logprobs is not None]
         self.num_logprobs = max(counts, default=None)
+        self.plain = self.greedy and not self.adjusted and self.num_logprobs is None
+        """Nothing is asked for but the likeliest token."""
         self.parameters = tuple(
             torch.from_numpy(np.array(values, dtype=kind)).to(platform.device)
             for values, kind in (
@@ -174,9 +178,7 @@ class _Batch:
         )
 
     def is_for(self, requests: Sequence[Request]) -> bool:
-        return len(requests) == len(self.requests) and all(
-            mine is theirs for mine, theirs in zip(self.requests, requests, strict=True)
-        )
+        return requests is self.given or requests == self.given
 
 
 def _num_generated(request: Request) -> int:

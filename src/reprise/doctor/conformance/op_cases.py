@@ -35,6 +35,10 @@ def _linear(make: Maker) -> list[Arguments]:
     ]
 
 
+def _argmax(make: Maker) -> list[Arguments]:
+    return [{"logits": make.randn(rows, 5000)} for rows in (1, 9)]
+
+
 def _norm_linear(make: Maker) -> list[Arguments]:
     return [
         {
@@ -144,6 +148,7 @@ def _sample(make: Maker) -> list[Arguments]:
 
 
 CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
+    "argmax": _argmax,
     "linear": _linear,
     "norm_linear": _norm_linear,
     "norm_gated_linear": _norm_linear,

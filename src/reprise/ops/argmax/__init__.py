@@ -1,0 +1,5 @@
+from reprise.ops.argmax.reference import fake, reference
+from reprise.ops.registry import needs_triton, op
+
+argmax = op("argmax", reference, fake=fake)
+argmax.implementation("triton", "reprise.ops.argmax.triton:argmax", requires=needs_triton)
