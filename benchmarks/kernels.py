@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reprise import platforms
-from reprise.ops import all_ops
+from reprise.ops import OpTable, all_ops
 from reprise.platforms import Platform
 
 BLOCK_SIZE = 16
@@ -123,9 +123,11 @@ class Bench:
         for model in (SMALL, LARGE):
             for tokens in (1, 64, 8192):
                 yield from self.elementwise(model, tokens)
+            for tokens in (1, 8, 64):
+                yield from self.products(model, tokens)
         for model, length, requests in [
             (LARGE, 32768, 1), (LARGE, 16384, 8), (LARGE, 1024, 64), (LARGE, 2000, 128),
-            (LARGE, 512, 1), (SMALL, 4096, 16),
+            (LARGE, 512, 1), (SMALL, 4096, 16), (LARGE, 272, 64), (SMALL, 800, 128),
         ]:  # fmt: skip
             yield self.attention(model, [length] * requests, 1, f"decode {requests} x {length}")
         ragged = [100_000, *[1000] * 31]
@@ -182,6 +184,34 @@ class Bench:
 
         yield case("rotary_cache", rotary, 2 * heads * size, outputs=("key_cache", "value_cache"))
 
+    def products(self, model: Model, tokens: int) -> Iterator[Case]:
+        """The four products of a layer; their weights are all that a step must read."""
+        hidden, heads = model.hidden, model.heads + 2 * model.kv_heads
+
+        def case(op: str, features: int, inputs: int) -> Case:
+            def arguments() -> dict[str, Any]:
+                found = {
+                    "x": self.randn(tokens, inputs),
+                    "weight": self.randn(features, inputs) / inputs**0.5,
+                    "bias": None,
+                }
+                if op == "linear_add":
+                    return {**found, "residual": self.randn(tokens, features)}
+                return {**found, "norm_weight": self.randn(inputs), "eps": EPS}
+
+            return Case(
+                op,
+                f"{model.name}, T={tokens}, {inputs} to {features}",
+                arguments,
+                2 * features * inputs,
+                outputs=("residual",) if op == "linear_add" else (),
+            )
+
+        yield case("norm_linear", heads * model.head_size, hidden)
+        yield case("linear_add", hidden, model.heads * model.head_size)
+        yield case("norm_gated_linear", 2 * model.intermediate, hidden)
+        yield case("linear_add", hidden, model.intermediate)
+
     def attention(self, model: Model, lengths: list[int], new: int, shape: str) -> Case:
         """``new`` new tokens of each request, blocks scattered over the cache."""
         counts = [math.ceil(length / BLOCK_SIZE) for length in lengths]
@@ -229,6 +259,14 @@ class Bench:
             "min-p 0.05": {"min_p": 0.05},
             "flat, top-p 0.9": {"spread": 0.3, "top_p": 0.9},
         }
+        for rows in (1, 64, 256):
+            yield Case(
+                "argmax",
+                f"R={rows}",
+                lambda rows=rows: {"logits": self.randn(rows, LARGE.vocab)},
+                2 * rows * LARGE.vocab,
+                exact=True,
+            )
         for rows in (1, 64):
             for name, kind in kinds.items():
 
@@ -295,12 +333,14 @@ def main() -> None:
     torch.manual_seed(0)
     bench = Bench(platform)
     copy, product = bench.ceilings()
+    table = OpTable(platform)
     print(f"{platform.device_name}: copy {copy / 1e9:.0f} GB/s, bf16 8192^3 {product / 1e12:.0f} "
           f"TFLOP/s")  # fmt: skip
-    for case in bench.cases():
-        if any(part in case.op for part in options.only):
-            print(bench.line(case, copy, product), flush=True)
-            platform.empty_cache()
+    with torch.inference_mode(), table.activate():
+        for case in bench.cases():
+            if any(part in case.op for part in options.only):
+                print(bench.line(case, copy, product), flush=True)
+                platform.empty_cache()
 
 
 if __name__ == "__main__":

@@ -173,10 +173,10 @@ def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
     sampler, seen = runner.sampler, dict[str, list[Tensor]]()
 
     class Recorder:
-        def __call__(self, logits: Tensor, requests: Sequence[Any]) -> Any:
+        def __call__(self, logits: Tensor, requests: Sequence[Any], *rest: Any) -> Any:
             for row, request in zip(logits.float().cpu(), requests, strict=True):
                 seen.setdefault(request.request_id, []).append(row.clone())
-            return sampler(logits, requests)
+            return sampler(logits, requests, *rest)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(sampler, name)

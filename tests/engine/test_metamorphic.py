@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers import (
 )
 
 from reprise import LLM, SamplingParams
+from reprise.runner import model_runner
 
 STEPS = 24
 SHARED = random_ids(100, 48)
@@ -91,9 +93,22 @@ def test_graphs(known: Known, device: str, mode: str, buckets: str) -> None:
     assert report.quarantined == []
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 8, "num_blocks": 19, "max_model_len": 128}])
-def test_one_step_ahead(known: Known, device: str, options: dict[str, Any]) -> None:
-    """As on an accelerator: a step is scheduled before the last one's tokens are known."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="eager"),
+        pytest.param({"block_size": 8, "num_blocks": 19, "max_model_len": 128}, id="preemption"),
+        pytest.param({"graph_mode": "breakable", "graph_buckets": "4,8,64"}, id="padding"),
+    ],
+)
+def test_one_step_ahead(
+    known: Known, device: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """As on an accelerator: a step is scheduled before the last one's tokens are known, and its
+    inputs are copied to the device."""
+    monkeypatch.setattr(
+        model_runner, "StepBuffers", functools.partial(model_runner.StepBuffers, shared=False)
+    )
     llm = make_llm(known.model, device, **options)
     llm.engine._depth = 2
     check(known, llm)

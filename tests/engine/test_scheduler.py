@@ -49,8 +49,8 @@ def run(
     scheduler: Scheduler, step: ScheduledStep, token: Callable[[Request], int] | int = 1
 ) -> list[Request]:
     pick = token if callable(token) else lambda _: token
-    results = [[pick(part.request)] if part.samples else [] for part in step.requests]
-    return [step.requests[row].request for row, _ in scheduler.update(step, results)]
+    results = [pick(part.request) if part.samples else None for part in step.requests]
+    return scheduler.update(step, results)
 
 
 def parts(step: ScheduledStep) -> list[tuple[str, int, int, bool]]:
@@ -194,13 +194,6 @@ def test_request_that_fills_the_whole_cache(caplog: pytest.LogCaptureFixture) ->
     assert "fills the whole cache" in caplog.text
 
 
-def test_several_tokens_of_one_step_end_at_the_first_stop() -> None:
-    scheduler = make()
-    (a,) = added(scheduler, request("a"))
-    scheduler.update(scheduled(scheduler), [[1, EOS, 2]])
-    assert a.output_token_ids == [1, EOS]
-
-
 def test_stop_string_found_by_the_caller() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a"))
@@ -250,12 +243,39 @@ def test_limits_are_checked(limits: tuple[int, int, int], culprit: str) -> None:
         Scheduler(CacheManager(10, 4, True), *limits)
 
 
+def test_requests_keep_their_rows() -> None:
+    """Who leaves makes room for the last one; the others stay where the device has them."""
+    scheduler = make()
+    a, b, c, d = added(scheduler, *(request(name) for name in "abcd"))
+    run(scheduler, scheduled(scheduler))
+    first = scheduled(scheduler)
+    assert [part.request for part in first.requests] == [a, b, c, d]
+    assert not first.continues  # prompts came before
+    run(scheduler, first)
+    second = scheduled(scheduler)
+    assert second.continues
+    run(scheduler, second)
+    scheduler.abort("b")
+    (e,) = added(scheduler, request("e"))
+    mixed = scheduled(scheduler)
+    assert [part.request for part in mixed.requests] == [a, d, c, e]
+    run(scheduler, mixed)
+    for continues in (False, True):
+        step = scheduled(scheduler)
+        assert [part.request for part in step.requests] == [a, d, c, e]
+        assert step.continues == continues
+        run(scheduler, step)
+    scheduler.abort("d")
+    scheduler.abort("e")
+    assert [part.request for part in scheduled(scheduler).requests] == [a, c]
+
+
 def test_updates_come_in_order_and_complete() -> None:
     scheduler = make()
     added(scheduler, request("a"))
     first, second = scheduled(scheduler), scheduled(scheduler)
     with pytest.raises(RuntimeError, match="oldest"):
-        scheduler.update(second, [[1]])
+        scheduler.update(second, [1])
     with pytest.raises(ValueError, match="0 results for 1"):
         scheduler.update(first, [])
     run(scheduler, first)

@@ -112,7 +112,7 @@ class Device:
         last = (scheduled.start + scheduled.num_tokens - 1) // self.block_size
         return table[first : last + 1]
 
-    def run_oldest(self) -> tuple[ScheduledStep, list[list[int]]]:
+    def run_oldest(self) -> tuple[ScheduledStep, list[int | None]]:
         launch = self.queue.pop(0)
         for request_id in launch.step.released:
             del self.rows[request_id]
@@ -133,12 +133,12 @@ class Device:
         for scheduled, row, table in parts:
             for at in range(scheduled.start, scheduled.start + scheduled.num_tokens):
                 self.slots[self._slot(table, at)] = row.content(at)
-        results: list[list[int]] = []
+        results: list[int | None] = []
         for scheduled, row, table in parts:  # after all writes, which must not overlap
             for at in range(scheduled.start + scheduled.num_tokens):
                 assert self.slots[self._slot(table, at)] == row.content(at)
             row.sampled = next_token(row.tokens) if scheduled.samples else None
-            results.append([] if row.sampled is None else [row.sampled])
+            results.append(row.sampled)
         return launch.step, results
 
     def _slot(self, table: list[int], position: int) -> tuple[int, int]:
@@ -182,6 +182,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.depth = depth
         """Most steps that are under way together."""
         self.num_steps = 0
+        self.last_rows: dict[Request, tuple[int, int]] = {}
+        """Of the last step, if it was a decode step: row and position of each request's token."""
 
     @property
     def live(self) -> list[Request]:
@@ -308,11 +310,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not any(part.pending for part in parts[step.num_decodes :])
         single = all(part.num_tokens == 1 for part in parts)
         assert step.phase == ("decode" if single else "mixed")
+        self._check_rows(step)
         scheduled = {part.request for part in parts}
         if decodable - scheduled:
             assert scheduled <= running, "admitted while a running request lacks a block"
         self.device.launch(step, self.version)
         return step
+
+    def _check_rows(self, step: ScheduledStep) -> None:
+        decodes = step.num_decodes == len(step.requests)
+        rows = {p.request: (row, p.start) for row, p in enumerate(step.requests) if decodes}
+        grown = {request: (row, at + 1) for request, (row, at) in self.last_rows.items()}
+        assert step.continues == (decodes and rows == grown)
+        assert step.continues or rows.keys() != grown.keys() or not rows, "rows change needlessly"
+        self.last_rows = rows
 
     @staticmethod
     def _can_decode(request: Request) -> bool:
@@ -323,16 +334,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         step, results = self.device.run_oldest()
         finished = {request for request in self.requests if request.is_finished}
         before = {r: list(r.output_token_ids) for r in self.requests}
-        updated = {
-            step.requests[row].request: list(tokens)
-            for row, tokens in self.scheduler.update(step, results)
-        }
-        for part, tokens in zip(step.requests, results, strict=True):
+        updated = self.scheduler.update(step, results)
+        for part, token in zip(step.requests, results, strict=True):
             request = part.request
-            dropped = request in finished or not tokens
+            dropped = request in finished or token is None
             assert (request in updated) == (not dropped)
-            added = [] if dropped else tokens
-            assert updated.get(request, []) == added
+            added = [] if dropped else [token]
             assert request.output_token_ids == before[request] + added
 
     # ------------------------------------------------------------------ invariants

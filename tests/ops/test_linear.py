@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reprise.ops import linear, linear_add, norm_gated_linear, norm_linear
+from reprise.ops import linear, linear_add, linear_into, norm_gated_linear, norm_linear
 
 
 @pytest.mark.parametrize("name", list(linear.implementations))
@@ -69,3 +69,12 @@ def test_the_fused_ops_are_their_parts(implementation, randn) -> None:
         found = implementation(norm_gated_linear, name)(x, gain, 1e-6, weight, bias)
         expected = gate * gate.sigmoid() * up
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", list(linear_into.implementations))
+def test_a_product_into_rows_of_a_larger_tensor(implementation, randn, name) -> None:
+    x, weight, wide = randn(3, 32), randn(7, 32), randn(5, 7)
+    behind = wide[3:].clone()
+    assert implementation(linear_into, name)(x, weight, wide[:3]) is None
+    torch.testing.assert_close(wide[:3], x @ weight.T, rtol=1e-5, atol=2e-5)
+    assert torch.equal(wide[3:], behind)

@@ -43,6 +43,7 @@ def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
         "linear": (randn(3, 16), randn(5, 16), randn(5)),
         "norm_linear": (randn(3, 16), randn(16), 1e-6, randn(5, 16), randn(5)),
         "norm_gated_linear": (randn(3, 16), randn(16), 1e-6, randn(10, 16), None),
+        "linear_into": (randn(3, 16), randn(5, 16), randn(3, 5)),
         "linear_add": (randn(3, 16), randn(5, 16), randn(5), randn(3, 5)),
         "silu_and_mul": (randn(3, 32),),
         "rotary_cache": (

@@ -96,7 +96,7 @@ class CacheManager:
         """
         pool, owned = self.pool, request.block_ids
         wanted = -(-num_tokens // self.block_size) - len(owned) - len(cached)
-        revived = sum(pool.is_free(block) for block in cached)
+        revived = sum(map(pool.is_free, cached))
         if wanted + revived + reserve > pool.num_free:
             return False
         if not owned:

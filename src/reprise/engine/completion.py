@@ -30,20 +30,21 @@ class Completion:
         self.detokenizer: Detokenizer | None = None
         if tokenizer is not None and request.params.detokenize:
             self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
+        self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
+        """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
-    def append(self, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> str | None:
-        """Add tokens that the scheduler accepted; returns a stop string if the text has one."""
-        for token, entry in zip(token_ids, logprobs, strict=False):
+    def append(self, token: int, logprobs: Logprobs | None) -> str | None:
+        """Add a token that the scheduler accepted; returns a stop string if the text has one."""
+        if logprobs is not None:
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
-            name_tokens(entry, self.tokenizer)
-            self.logprobs.append(entry)
-            self.cumulative_logprob += entry[token].logprob
-        if self.detokenizer is None:
-            return None
+            name_tokens(logprobs, self.tokenizer)
+            self.logprobs.append(logprobs)
+            self.cumulative_logprob += logprobs[token].logprob
         # A token that ends the request is not part of its text.
-        ends = self.request.finish_reason == "stop"
-        return self.detokenizer.append(token_ids[:-1] if ends else token_ids)
+        if self.detokenizer is None or self.request.finish_reason == "stop":
+            return None
+        return self.detokenizer.append([token])
 
     def output(self) -> CompletionOutput:
         request = self.request
@@ -98,7 +99,11 @@ class CompletionGroup:
 
     @property
     def finished(self) -> bool:
-        return all(each.request.is_finished for each in self.completions)
+        # Asked of every request in every step: a generator would cost as much again.
+        for each in self.completions:  # noqa: SIM110
+            if each.request.finish_reason is None:
+                return False
+        return True
 
     def set_prompt_logprobs(self, start: int, entries: Sequence[Logprobs]) -> None:
         """The step that began at token ``start`` gave these for the tokens behind it."""

@@ -18,6 +18,7 @@ from reprise.engine.prompt import to_token_ids
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 from reprise.errors import ConfigError, RequestError
 from reprise.loading import open_checkpoint
+from reprise.outputs import Logprobs
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
@@ -88,7 +89,8 @@ class Engine:
         """Steps under way at once: with two, the next is prepared while the device computes."""
         self._outstanding: deque[tuple[ScheduledStep, PendingOutput]] = deque()
         self._groups: dict[str, CompletionGroup] = {}
-        self._completions: dict[str, tuple[CompletionGroup, Completion]] = {}
+        self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
+        """Where a request's results go, until its group has finished or is aborted."""
         self._num_added = 0
         self.wait_seconds = 0.0
         """Time that steps have spent waiting for the device; the rest is the host's."""
@@ -154,7 +156,7 @@ class Engine:
         group = CompletionGroup(request_id, text, params, completions)
         self._groups[request_id] = group
         for each in completions:
-            self._completions[each.request.request_id] = (group, each)
+            self._completions[each.request] = (group, each)
         return group
 
     def abort(self, request_ids: Iterable[str]) -> list[CompletionGroup]:
@@ -212,44 +214,39 @@ class Engine:
 
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
+        completions = self._completions
         if output.prompt_logprobs:
             for scheduled in step.requests:
                 entries = output.prompt_logprobs.get(scheduled.request.request_id)
-                known = self._known(scheduled.request)
-                if entries is not None and known is not None:
+                known = completions.get(scheduled.request)
+                if entries is not None and known is not None:  # not aborted meanwhile
                     known[0].set_prompt_logprobs(scheduled.start, entries)
+        logprobs: dict[Request, Logprobs | None] = {}
+        if output.logprobs is not None:
+            for scheduled, entry in zip(step.requests, output.logprobs, strict=True):
+                logprobs[scheduled.request] = entry
         # The hot loop of a serving engine: attribute access is what costs.
-        completions, logprobs = self._completions, output.logprobs
         changed: dict[CompletionGroup, None] = {}
-        ended: list[CompletionGroup] = []
-        for row, new in self.scheduler.update(step, output.sampled):
-            request = step.requests[row].request
-            known = completions.get(request.request_id)
-            if known is None or known[1].request is not request:
-                continue  # aborted, even if its id is in use again
-            group, completion = known
-            if completion.detokenizer is not None or logprobs is not None:
-                stop = completion.append(new, [] if logprobs is None else logprobs[row])
+        ended: dict[CompletionGroup, None] = {}
+        for request in self.scheduler.update(step, output.sampled):
+            group, completion = completions[request]
+            if completion.reads_tokens:
+                stop = completion.append(request.output_token_ids[-1], logprobs.get(request))
                 if stop is not None:
                     self.scheduler.finish(request, "stop", stop)
             if request.finish_reason is not None:
-                ended.append(group)
+                ended[group] = None
             changed[group] = None
         # Not before: several completions of a request may have ended in this step.
-        for group in dict.fromkeys(ended):
+        for group in ended:
             if group.finished:
                 self._forget(group)
         return list(changed)
 
-    def _known(self, request: Request) -> tuple[CompletionGroup, Completion] | None:
-        """Where a request's results go; None if it was aborted, even if its id is in use again."""
-        known = self._completions.get(request.request_id)
-        return known if known is not None and known[1].request is request else None
-
     def _forget(self, group: CompletionGroup) -> None:
         del self._groups[group.request_id]
         for each in group.completions:
-            del self._completions[each.request.request_id]
+            del self._completions[each.request]
 
     def _new_request(
         self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,

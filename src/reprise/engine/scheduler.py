@@ -35,6 +35,7 @@ from reprise.step import ScheduledRequest, ScheduledStep
 logger = logging.getLogger(__name__)
 
 _by_urgency = attrgetter("urgency")
+_by_row = attrgetter("request.row")
 
 RESERVE_FRACTION = 0.01
 """Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
@@ -250,19 +251,14 @@ class Scheduler:
             return None
 
         num_tokens = self.max_num_batched_tokens - budget
-        decodes = _keep_rows(decodes)
-        for row, chunk in enumerate(chunks, len(decodes)):
-            chunk.request.row = row
-        last, self._last_decodes = self._last_decodes, []
-        if not chunks:
-            self._last_decodes = [each.request for each in decodes]
+        continues = self._assign_rows(decodes, chunks)
         step = ScheduledStep(
             self._num_steps,
             decodes + chunks,
             len(decodes),
             num_tokens,
             self._released,
-            continues=not chunks and self._last_decodes == last,
+            continues,
         )
         self._released = []
         self._outstanding.append(step)
@@ -298,6 +294,19 @@ class Scheduler:
             request.num_pending = pending + 1
             request.num_in_flight += 1
         return decodes, prefilling, starved
+
+    def _assign_rows(self, decodes: list[ScheduledRequest], chunks: list[ScheduledRequest]) -> bool:
+        """Put the decodes into the order of their rows; chunks come behind. Returns whether the
+        step continues the last one: see :class:`ScheduledStep`."""
+        decodes.sort(key=_by_row)
+        requests = [each.request for each in decodes]
+        if not chunks and requests == self._last_decodes:
+            return True
+        _keep_rows(decodes)
+        for row, chunk in enumerate(chunks, len(decodes)):
+            chunk.request.row = row
+        self._last_decodes = [] if chunks else [each.request for each in decodes]
+        return False
 
     def _schedule_chunk(self, request: Request, budget: int, chunks: list[ScheduledRequest]) -> int:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
@@ -362,19 +371,16 @@ class Scheduler:
 
     # ------------------------------------------------------------------ a step's result
 
-    def update(
-        self, step: ScheduledStep, sampled: Sequence[Sequence[int]]
-    ) -> list[tuple[int, Sequence[int]]]:
+    def update(self, step: ScheduledStep, sampled: Sequence[int | None]) -> list[Request]:
         """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
 
         Args:
             step: The oldest outstanding one.
-            sampled: New tokens of each of the step's requests; empty where it does not sample.
+            sampled: The new token of each of the step's requests; None where it does not sample.
                 What was sampled for requests that have stopped meanwhile is ignored.
 
         Returns:
-            The step's requests that got tokens, by their place in it, and which; some have
-            finished by them.
+            The requests that got a token; some have finished by it.
 
         Raises:
             RuntimeError: The step is not the oldest outstanding one.
@@ -385,50 +391,53 @@ class Scheduler:
         if len(sampled) != len(step.requests):
             raise ValueError(f"{len(sampled)} results for {len(step.requests)} requests")
         self._outstanding.popleft()
+        # The other hot loop, see _schedule_decodes.
         cache, now, running = self.cache, time.perf_counter(), RequestStatus.RUNNING
         block_size = cache.block_size
-        updated: list[tuple[int, Sequence[int]]] = []
-        for row, (scheduled, tokens) in enumerate(zip(step.requests, sampled, strict=True)):
+        updated: list[Request] = []
+        for scheduled, token in zip(step.requests, sampled, strict=True):
             request = scheduled.request
             request.num_in_flight -= 1
             if request.finish_reason is None:
                 computed = scheduled.start + scheduled.num_tokens
                 if computed >= (request.num_indexed_blocks + 1) * block_size:
                     cache.commit(request, computed)
-                if scheduled.samples:
+                if token is not None:
                     request.num_pending -= 1
-                    updated.append((row, self._append(request, tokens, now)))
+                    token_ids = request.token_ids
+                    token_ids.append(token)
+                    request.output_token_ids.append(token)
+                    request.last_token_time = now
+                    if request.first_token_time is None:
+                        request.first_token_time = now
+                    updated.append(request)
+                    if (
+                        len(token_ids) >= request.max_total_tokens
+                        or token in request.stop_token_ids
+                    ):
+                        self._finish_at(request, token)
             if request.status is running or request.num_in_flight:
                 continue
             if request.block_ids:  # kept for this step, the last one that writes them
                 cache.free(request)
                 self._num_holding_blocks -= 1
+        self._num_generated_tokens += len(updated)
         return updated
 
-    def _append(self, request: Request, tokens: Sequence[int], now: float) -> Sequence[int]:
-        """Append tokens up to the one that ends the request, if any does; returns these."""
-        token_ids, output = request.token_ids, request.output_token_ids
-        if not output:
-            request.first_token_time = now
-        request.last_token_time = now
-        for number, token in enumerate(tokens, 1):
-            token_ids.append(token)
-            output.append(token)
-            self._num_generated_tokens += 1
-            if token in request.stop_token_ids and len(output) >= request.params.min_tokens:
-                reason = None if token in request.eos_token_ids else token
-                self._finish(request, "stop", reason)
-                return tokens[:number]
-            if len(token_ids) >= request.max_total_tokens:
-                if len(token_ids) > self.cache.capacity:
-                    logger.warning(
-                        "request %s ends at %d tokens: it fills the whole cache",
-                        request.request_id,
-                        len(token_ids),
-                    )
-                self._finish(request, "length", None)
-                return tokens[:number]
-        return tokens
+    def _finish_at(self, request: Request, token: int) -> None:
+        """End the request if its newest token is the last one."""
+        length = len(request.token_ids)
+        long_enough = len(request.output_token_ids) >= request.params.min_tokens
+        if token in request.stop_token_ids and long_enough:
+            self._finish(request, "stop", None if token in request.eos_token_ids else token)
+        elif length >= request.max_total_tokens:
+            if length > self.cache.capacity:
+                logger.warning(
+                    "request %s ends at %d tokens: it fills the whole cache",
+                    request.request_id,
+                    length,
+                )
+            self._finish(request, "length", None)
 
     # ------------------------------------------------------------------ the end of a request
 
@@ -470,7 +479,7 @@ class Scheduler:
         return self._running
 
 
-def _keep_rows(decodes: list[ScheduledRequest]) -> list[ScheduledRequest]:
+def _keep_rows(decodes: list[ScheduledRequest]) -> None:
     """Order them so that each keeps its row of the step before if that still exists: what the
     device holds of a request, such as its block table, then need not be sent again."""
     rows: list[ScheduledRequest | None] = [None] * len(decodes)
@@ -481,12 +490,10 @@ def _keep_rows(decodes: list[ScheduledRequest]) -> list[ScheduledRequest]:
             rows[row] = each
         else:
             moved.append(each)
-    ordered: list[ScheduledRequest] = []
     for row, kept in enumerate(rows):
         each = moved.pop() if kept is None else kept
         each.request.row = row
-        ordered.append(each)
-    return ordered
+        decodes[row] = each
 
 
 class _WaitingQueue:

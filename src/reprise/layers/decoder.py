@@ -87,9 +87,12 @@ class CausalLM(nn.Module):
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
         return self.model(token_ids, positions, metadata)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden_size] to [R, vocab_size], in the compute dtype."""
-        return ops.linear(hidden, self.lm_head.weight, None)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given."""
+        if out is None:
+            return ops.linear(hidden, self.lm_head.weight, None)
+        ops.linear_into(hidden, self.lm_head.weight, out)
+        return out
 
     def attention_layers(self) -> Iterator[SelfAttention]:
         """The layers that own a KV cache, in the order in which they run."""

@@ -2,7 +2,7 @@
 
 from reprise.ops.argmax import argmax
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
-from reprise.ops.linear import linear, linear_add, norm_gated_linear, norm_linear
+from reprise.ops.linear import linear, linear_add, linear_into, norm_gated_linear, norm_linear
 from reprise.ops.paged_attention import paged_attention
 from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
 from reprise.ops.rms_norm import rms_norm
@@ -19,6 +19,7 @@ __all__ = [
     "fused_add_rms_norm",
     "linear",
     "linear_add",
+    "linear_into",
     "needs_triton",
     "norm_gated_linear",
     "norm_linear",

@@ -26,6 +26,14 @@ EDITS = 1024
 """Entries of block tables that travel with a step's other inputs; more take a copy of their own."""
 
 
+def to_device(array: Ints, platform: Platform) -> Tensor:
+    """The array on the device, without waiting for the work that the device has to do before."""
+    host = torch.from_numpy(array)
+    if platform.pins_memory:
+        host = host.pin_memory()
+    return host.to(platform.device, non_blocking=True)
+
+
 class Arena:
     """Arrays in one piece of device memory, filled from one piece of host memory.
 
@@ -424,13 +432,6 @@ class StepBuffers:
             places, values = (
                 [each.device[:count] for each in arrays]
                 if count <= EDITS
-                else [self._copied(each) for each in edits]
+                else [to_device(each, self._platform) for each in edits]
             )
             self._flat_tables.index_copy_(0, places, values)
-
-    def _copied(self, array: Ints) -> Tensor:
-        """On the device, without waiting for it."""
-        host = torch.from_numpy(array)
-        if self._platform.pins_memory:
-            host = host.pin_memory()
-        return host.to(self._platform.device, non_blocking=True)

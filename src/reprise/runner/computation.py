@@ -72,7 +72,7 @@ class ForwardPass:
             self._buffers.metadata(shape.num_tokens, shape.num_requests, shape.query_len),
         )
         if shape.phase == "decode":
-            return self._logits[: shape.num_tokens].copy_(self._causal_lm.logits(hidden))
+            return self._causal_lm.logits(hidden, self._logits[: shape.num_tokens])
         return self._hidden[: shape.num_tokens].copy_(hidden)
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +27,10 @@ from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
 from reprise.platforms import Platform
 from reprise.progress import progress
-from reprise.runner.buffers import Sampled, StepBuffers
+from reprise.runner.buffers import Sampled, StepBuffers, to_device
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
-from reprise.runner.output import PendingOutput
+from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, top_logprobs
 from reprise.step import ScheduledStep
 
@@ -112,6 +114,10 @@ class ModelRunner:
                 self._capture_graphs()
         self.sampler = Sampler(self.model.vocab_size, platform)
         self._last_sampled: Sampled | None = None
+        # Two in turn: while a step is under way, the one before it may still be read.
+        self._landings = itertools.cycle(
+            [Landing(config.max_num_seqs, platform), Landing(config.max_num_seqs, platform)]
+        )
 
     def submit(self, step: ScheduledStep) -> PendingOutput:
         """Start computing a step; its results arrive through the returned handle.
@@ -136,9 +142,10 @@ class ModelRunner:
             if sampling:
                 if step.phase == "mixed" or len(sampling) < requests:
                     result = result[self.buffers.sampling_rows(len(sampling))]
-                sampled, logprobs = self.sampler(self._logits(step, result), sampling)
+                logits = self._logits(step, result)
+                sampled, logprobs = self.sampler(logits, sampling, step.continues)
                 self._last_sampled = Sampled(sampling, sampled)
-            return PendingOutput(step, sampled, logprobs, prompt_logprobs, self.platform)
+            return PendingOutput(step, sampled, logprobs, prompt_logprobs, next(self._landings))
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
@@ -166,7 +173,7 @@ class ModelRunner:
     def _logprobs_of(
         self, step: ScheduledStep, rows: Tensor, targets: Sequence[int], count: int
     ) -> LogprobTensors:
-        chosen = torch.tensor(targets, dtype=torch.int64).to(self.platform.device)
+        chosen = to_device(np.array(targets, dtype=np.int64), self.platform)
         parts = [
             top_logprobs(self._logits(step, part).float(), ids, count)
             for part, ids in zip(

@@ -19,12 +19,42 @@ from reprise.step import ScheduledStep
 class StepOutput:
     """What a step produced, on the host."""
 
-    sampled: list[list[int]]
-    """New tokens of each of the step's requests, in their order; empty if it sampled none."""
-    logprobs: list[list[Logprobs]] | None = None
-    """For each of the step's requests, an entry a new token."""
+    sampled: Sequence[int | None]
+    """The new token of each of the step's requests, in their order; None where it samples none."""
+    logprobs: list[Logprobs | None] | None = None
+    """Of these tokens, where their requests want them; None: nowhere."""
     prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)
     """By request id: entries for the prompt tokens behind the ones that this step computed."""
+
+
+class Landing:
+    """Host memory where a step's tokens arrive, and the event that says that they have.
+
+    Both take long to make, so steps use a few of them in turn.
+
+    Args:
+        max_tokens: Most tokens that a step samples.
+        platform: The device that they come from.
+    """
+
+    def __init__(self, max_tokens: int, platform: Platform) -> None:
+        self._tokens = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=platform.pins_memory)
+        self._numbers = self._tokens.numpy()
+        self._count = 0
+        self._arrived: Any = platform.event()
+
+    def send(self, tokens: Tensor | None) -> None:
+        """Start copying ``tokens`` [S] int64, if there are any."""
+        self._count = 0 if tokens is None else len(tokens)
+        if tokens is not None:
+            self._tokens[: self._count].copy_(tokens, non_blocking=True)
+        self._arrived.record()
+
+    def wait(self) -> list[int]:
+        """The tokens, when all that was submitted before :meth:`send` is done."""
+        self._arrived.synchronize()
+        found: list[int] = self._numbers[: self._count].tolist()
+        return found
 
 
 class PendingOutput:
@@ -35,7 +65,7 @@ class PendingOutput:
         tokens: [S] int64 on the device, one for each sampling request; None if there are none.
         logprobs: Of the same rows, if any request wants them.
         prompt_logprobs: Request id to log probabilities of its prompt's tokens.
-        platform: The device.
+        landing: No other step uses it before this one has been waited for.
     """
 
     def __init__(
@@ -44,35 +74,28 @@ class PendingOutput:
         tokens: Tensor | None,
         logprobs: LogprobTensors | None,
         prompt_logprobs: dict[str, LogprobTensors],
-        platform: Platform,
+        landing: Landing,
     ) -> None:
         self._step = step
-        self._tokens = None if tokens is None else _to_host(tokens, platform)
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
-        self._done: Any = platform.event()
-        self._done.record(platform.current_stream())
+        self._landing = landing
+        landing.send(tokens)
 
     def wait(self) -> StepOutput:
-        self._done.synchronize()
-        requests = self._step.requests
-        tokens = [] if self._tokens is None else self._tokens.tolist()
-        if len(tokens) == len(requests):
-            rows: Sequence[int] = range(len(requests))
-            sampled = [[token] for token in tokens]
-        else:
-            rows = [row for row, each in enumerate(requests) if each.samples]
-            sampled = [[] for _ in requests]
-            for row, token in zip(rows, tokens, strict=True):
-                sampled[row] = [token]
-        logprobs: list[list[Logprobs]] | None = None
+        tokens = self._landing.wait()
+        scheduled = self._step.requests
+        sampled: Sequence[int | None] = tokens
+        if len(tokens) < len(scheduled):
+            found = iter(tokens)
+            sampled = [next(found) if each.samples else None for each in scheduled]
+        logprobs: list[Logprobs | None] | None = None
         if self._logprobs is not None:
-            entries = to_logprobs(self._logprobs)
-            logprobs = [[] for _ in requests]
-            for row, entry in zip(rows, entries, strict=True):
-                wanted = requests[row].request.params.logprobs
-                if wanted is not None:
-                    logprobs[row] = [_shorten(entry, wanted)]
+            entries = iter(to_logprobs(self._logprobs))
+            logprobs = [
+                _shorten(next(entries), each.request.params.logprobs) if each.samples else None
+                for each in scheduled
+            ]
         return StepOutput(
             sampled,
             logprobs,
@@ -96,18 +119,13 @@ def to_logprobs(tensors: LogprobTensors) -> list[Logprobs]:
     return entries
 
 
-def _shorten(entry: Logprobs, count: int) -> Logprobs:
+def _shorten(entry: Logprobs, count: int | None) -> Logprobs | None:
     """Keep the chosen token and the ``count`` likeliest; neighbours may have wanted more."""
+    if count is None:
+        return None
     chosen = next(iter(entry))
     return {
         token: value
         for token, value in entry.items()
         if token == chosen or (value.rank is not None and value.rank <= count)
     }
-
-
-def _to_host(tensor: Tensor, platform: Platform) -> Tensor:
-    if platform.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=platform.pins_memory)
-    return host.copy_(tensor, non_blocking=True)

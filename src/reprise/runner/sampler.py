@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from reprise import ops
 from reprise.platforms import Platform
 from reprise.request import Request
+from reprise.runner.buffers import to_device
 
 
 @dataclass
@@ -41,13 +43,14 @@ class Sampler:
         self._penalties: dict[str, _PenaltyState] = {}
 
     def __call__(
-        self, logits: Tensor, requests: Sequence[Request]
+        self, logits: Tensor, requests: Sequence[Request], continues: bool = False
     ) -> tuple[Tensor, LogprobTensors | None]:
         """Draw.
 
         Args:
             logits: [R, V] in the compute dtype, one row a request.
             requests: The requests of the rows.
+            continues: The last draw was for the same rows, one token earlier.
 
         Returns:
             [R] int64 token ids, and log probabilities if any request wants them.
@@ -60,9 +63,12 @@ class Sampler:
         if batch.greedy:
             tokens = ops.argmax(adjusted)
         else:
-            generated = [_num_generated(each) for each in requests]
-            positions = torch.tensor(generated, dtype=torch.int64).to(self.platform.device)
-            tokens = ops.sample(adjusted, *batch.parameters, positions)
+            if continues and batch.positions is not None:
+                batch.positions += 1
+            else:
+                generated = np.array([_num_generated(each) for each in requests], dtype=np.int64)
+                batch.positions = to_device(generated, self.platform)
+            tokens = ops.sample(adjusted, *batch.parameters, batch.positions)
         for row, request in batch.penalised:
             self._penalties[request.request_id].output_counts.scatter_add_(
                 0, tokens[row : row + 1], _one(self.platform)
@@ -91,15 +97,15 @@ class Sampler:
         logits = raw.clone()
         for row, request in batch.biased:
             bias = request.params.logit_bias or {}
-            ids = torch.tensor(list(bias), dtype=torch.int64).to(self.platform.device)
-            values = torch.tensor(list(bias.values()), dtype=torch.float32)
-            logits[row].index_add_(0, ids, values.to(self.platform.device))
+            ids = to_device(np.array(list(bias), dtype=np.int64), self.platform)
+            values = to_device(np.array(list(bias.values()), dtype=np.float32), self.platform)
+            logits[row].index_add_(0, ids, values)
         for row, request in batch.penalised:
             self._penalise(logits[row], request)
         for row, request in batch.held_open:
             if _num_generated(request) < request.params.min_tokens:
-                stops = sorted(request.stop_token_ids)
-                logits[row, torch.tensor(stops, dtype=torch.int64)] = -torch.inf
+                stops = np.array(sorted(request.stop_token_ids), dtype=np.int64)
+                logits[row].index_fill_(0, to_device(stops, self.platform), -torch.inf)
         return logits
 
     def _penalise(self, logits: Tensor, request: Request) -> None:
@@ -140,12 +146,12 @@ class _PenaltyState:
     """Which tokens a request's prompt holds and how often each was generated: [V] both."""
 
     def __init__(self, request: Request, vocab_size: int, platform: Platform) -> None:
-        prompt = torch.zeros(vocab_size, dtype=torch.bool)
-        prompt[torch.tensor(request.prompt_token_ids, dtype=torch.int64)] = True
-        generated = torch.tensor(request.output_token_ids, dtype=torch.int64)
-        counts = torch.bincount(generated, minlength=vocab_size).to(torch.int32)
-        self.in_prompt = prompt.to(platform.device)
-        self.output_counts = counts.to(platform.device)
+        prompt = np.zeros(vocab_size, dtype=np.bool_)
+        prompt[request.prompt_token_ids] = True
+        generated = np.array(request.output_token_ids, dtype=np.int64)
+        counts = np.bincount(generated, minlength=vocab_size).astype(np.int32)
+        self.in_prompt = to_device(prompt, platform)
+        self.output_counts = to_device(counts, platform)
 
 
 class _Batch:
@@ -153,6 +159,7 @@ class _Batch:
 
     def __init__(self, requests: Sequence[Request], platform: Platform) -> None:
         self.given = requests
+        self._platform = platform
         parameters = [each.params for each in requests]
         rows = list(enumerate(requests))
         self.greedy = all(each.greedy for each in parameters)
@@ -166,14 +173,21 @@ class _Batch:
         self.num_logprobs = max(counts, default=None)
         self.plain = self.greedy and not self.adjusted and self.num_logprobs is None
         """Nothing is asked for but the likeliest token."""
-        self.parameters = tuple(
-            torch.from_numpy(np.array(values, dtype=kind)).to(platform.device)
+        self.positions: Tensor | None = None
+        """[R] int64 on the device: how many tokens each request had before the last draw."""
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Of the draw, an array each: temperature, top-k, top-p, min-p and seed."""
+        parameters = [each.params for each in self.given]
+        return tuple(
+            to_device(np.array(values, dtype=kind), self._platform)
             for values, kind in (
                 ([0.0 if each.greedy else each.temperature for each in parameters], np.float32),
                 ([max(each.top_k, 0) for each in parameters], np.int32),
                 ([each.top_p for each in parameters], np.float32),
                 ([each.min_p for each in parameters], np.float32),
-                ([each.seed for each in requests], np.int64),
+                ([each.seed for each in self.given], np.int64),
             )
         )
 

@@ -56,6 +56,13 @@ def _linear_add(make: Maker) -> list[Arguments]:
     return [{**each, "residual": make.randn(len(each["x"]), 96)} for each in _linear(make)]
 
 
+def _linear_into(make: Maker) -> list[Arguments]:
+    return [
+        {"x": make.randn(rows, 64), "weight": make.randn(96, 64) / 8, "out": make.randn(rows, 96)}
+        for rows in (1, 5)
+    ]
+
+
 def _rms_norm(make: Maker) -> list[Arguments]:
     return [
         {"x": make.randn(*shape), "weight": make.randn(shape[-1]), "eps": EPS}
@@ -153,6 +160,7 @@ CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
     "norm_linear": _norm_linear,
     "norm_gated_linear": _norm_linear,
     "linear_add": _linear_add,
+    "linear_into": _linear_into,
     "rms_norm": _rms_norm,
     "fused_add_rms_norm": _fused_add_rms_norm,
     "silu_and_mul": _silu_and_mul,

@@ -13,18 +13,26 @@ def _needs_onednn(platform: Platform) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
-def _with_implementations(declared: Op) -> Op:
-    for name, requires in (("triton", needs_triton), ("onednn", _needs_onednn)):
+_REQUIREMENTS = {"triton": needs_triton, "onednn": _needs_onednn}
+
+
+def _with(declared: Op, *names: str) -> Op:
+    for name in names:
         target = f"reprise.ops.linear.{name}:{declared.name}"
-        declared.implementation(name, target, requires=requires)
+        declared.implementation(name, target, requires=_REQUIREMENTS[name])
     return declared
 
 
-linear = _with_implementations(op("linear", reference.linear, fake=reference.fake_linear))
-norm_linear = _with_implementations(
-    op("norm_linear", reference.norm_linear, fake=reference.fake_norm_linear)
+linear = _with(op("linear", reference.linear, fake=reference.fake_linear), "triton", "onednn")
+norm_linear = _with(
+    op("norm_linear", reference.norm_linear, fake=reference.fake_norm_linear), "triton", "onednn"
 )
-norm_gated_linear = _with_implementations(
-    op("norm_gated_linear", reference.norm_gated_linear, fake=reference.fake_norm_gated_linear)
+norm_gated_linear = _with(
+    op("norm_gated_linear", reference.norm_gated_linear, fake=reference.fake_norm_gated_linear),
+    "triton",
+    "onednn",
 )
-linear_add = _with_implementations(op("linear_add", reference.linear_add, mutates=("residual",)))
+linear_add = _with(
+    op("linear_add", reference.linear_add, mutates=("residual",)), "triton", "onednn"
+)
+linear_into = _with(op("linear_into", reference.linear_into, mutates=("out",)), "onednn")

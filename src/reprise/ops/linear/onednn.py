@@ -37,3 +37,7 @@ def norm_gated_linear(
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     residual.add_(linear(x, weight, bias))
+
+
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    out.copy_(linear(x, weight, None))

@@ -1,3 +1,4 @@
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,6 +66,17 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
         residual: [T, N].
     """
     residual.add_(linear(x, weight, bias))
+
+
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write ``x @ weight.T`` into ``out``.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        out: [T, N].
+    """
+    torch.mm(x, weight.t(), out=out)
 
 
 def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -74,7 +74,9 @@ def split_config(
     block_n, num_warps = (32, 1) if small else (64, 4)
     if block_d > 128:
         block_n = 32
-    share = 2 if 8 * programs <= device.multiprocessors else 1
+    # More programs share out long requests among short ones more evenly; one that gets nothing
+    # to do costs little. In between they only cut the work smaller.
+    share = 3 if small else 2 if 8 * programs <= device.multiprocessors else 1
     # Keys and values on their way to a program are all but those in use. As deep as leaves room
     # for two programs on a multiprocessor.
     tile = 2 * block_n * block_d * element_size
