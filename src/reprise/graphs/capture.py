@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, parts done, parts in all."""
 
 VERIFY_SHARE = 0.25
-VERIFY_SECONDS = 2.0
+VERIFY_SECONDS = 1.5
 """Verification may take this share of capture time, or so many seconds if that is longer. Every
 graph gets its first probe in any case."""
 LOCATE_AT_MOST = 2
