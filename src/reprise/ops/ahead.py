@@ -52,6 +52,8 @@ def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
         # threads that meet a new kernel at the same time both compile it.
         for wave in waves:
             _run(table, wave)
+    if known:
+        logger.info("kernels of %d op calls are ready", len(known))
     return len(known)
 
 

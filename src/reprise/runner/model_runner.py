@@ -214,7 +214,9 @@ class ModelRunner:
 
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
-        decode = {StepShape.decode(min(most, size)) for size in (1, 16, 64, 256, most)}
+        decode = [
+            StepShape.decode(n) for n in sorted({min(most, n) for n in (1, 16, 64, 256, most)})
+        ]
         compile_ahead(self.ops, [lambda: run(mixed), lambda: run(*decode)])
 
     def _measure_activations(self) -> int:

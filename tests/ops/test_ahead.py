@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from reprise import ops
+from reprise.ops import OpTable
+from reprise.ops.ahead import compile_ahead
+
+
+@pytest.fixture
+def table(platform) -> OpTable:
+    reason = ops.rms_norm.implementations["triton"].requires(platform)
+    if reason is not None:
+        pytest.skip(reason)
+    return OpTable(platform, {"rms_norm": "triton", "silu_and_mul": "reference"})
+
+
+def test_each_distinct_call_is_made_once_and_the_forward_computes_nothing(table, randn) -> None:
+    weight, seen, main = randn(8), [], threading.current_thread()
+    original = table.functions["rms_norm"]
+
+    def recorded(x, weight, eps):
+        seen.append((x.shape, threading.current_thread() is main))
+        return original(x, weight, eps)
+
+    table.functions["rms_norm"] = recorded
+    table.functions["silu_and_mul"] = lambda x: pytest.fail("it compiles nothing")
+
+    def forward(rows: int) -> None:
+        for _ in range(3):
+            normed = ops.rms_norm(randn(rows, 8), weight, 1e-6)
+            assert normed.shape == (rows, 8)
+        assert ops.silu_and_mul(normed).shape == (rows, 4)
+        assert not seen, "calls wait until all are known"
+
+    assert compile_ahead(table, [lambda: forward(2), lambda: [forward(2), forward(5)]]) == 2
+    assert sorted(seen) == [(torch.Size([2, 8]), False), (torch.Size([5, 8]), False)]
+    with table.activate():
+        x = randn(2, 8)
+        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6), x * scale * weight)
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_step(table, randn, caplog) -> None:
+    def broken(x, weight, eps):
+        raise RuntimeError("no such instruction")
+
+    table.functions["rms_norm"] = broken
+    compile_ahead(table, [lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)])
+    assert "rms_norm" in caplog.text
+    assert "no such instruction" in caplog.text
