@@ -105,7 +105,8 @@ def print_record(record: dict[str, Any], as_json: bool, rows: Sequence[tuple[Any
         return
     from rich.console import Console
 
-    console = Console()
+    # Figures are never cut, even where the terminal is narrow.
+    console = Console(width=max(100, Console().width))
     facts = f"{record['model']} ({record['load_format']} weights, {record['dtype']})"
     console.print(f"[bold]{record['benchmark']}[/]: {facts} on {record['device_name']}")
     console.print(_table(rows))
