@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import install_package
 from typer.testing import CliRunner, Result
 
 BROKEN = Path(__file__).parents[1] / "broken_platform"
@@ -37,14 +37,5 @@ def invoke() -> Iterator[Callable[..., Result]]:
 @pytest.fixture
 def broken_platforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package of broken platforms, as pip would leave it."""
-    project = tomllib.loads((BROKEN / "pyproject.toml").read_text())["project"]
-    information = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    information.mkdir()
-    header = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    (information / "METADATA").write_text(header)
-    lines = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
-    (information / "entry_points.txt").write_text("\n".join(lines))
-    (tmp_path / "reprise_broken").symlink_to(BROKEN / "reprise_broken", target_is_directory=True)
+    install_package(BROKEN, tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
-from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_ids, token_ids
+from helpers import (
+    TinyModels,
+    assert_idle,
+    generate,
+    greedy,
+    install_package,
+    make_llm,
+    random_ids,
+    token_ids,
+)
 
 from reprise import LLM, platforms
 from reprise.errors import PlatformError
@@ -18,17 +26,7 @@ PACKAGE = Path(__file__).parent
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as pip would leave it after installing the package, made without a network."""
     site = tmp_path_factory.mktemp("site")
-    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
-    information = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    information.mkdir()
-    header = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    (information / "METADATA").write_text(header)
-    lines = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
-    (information / "entry_points.txt").write_text("\n".join(lines))
-    for module in (project["name"].replace("-", "_"),):
-        (site / module).symlink_to(PACKAGE / module, target_is_directory=True)
+    install_package(PACKAGE, site)
     return site
 
 
