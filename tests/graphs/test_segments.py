@@ -14,7 +14,7 @@ SPLITS = ("nowhere", "breaks", "ops", "all")
 
 def capture(platform, toy, shape, split, pool=None):
     with torch.inference_mode(), toy.ops.activate():
-        toy.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+        toy.pad(shape.empty, shape)
         with platform.capture_stream(), intercept(None):
             toy.forward(shape, toy.model)
         graph = SegmentedGraph(platform, pool or platform.graph_pool())

@@ -91,7 +91,7 @@ class Capturer:
 
     def empty_inputs(self, shape: StepShape) -> None:
         """Fill the inputs with what graphs are captured on: padding alone."""
-        self._computation.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+        self._computation.pad(shape.empty, shape)
 
     # ---- capture -------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class GraphRunner:
         return any(self.requested.of(phase) not in idle for phase in PHASES)
 
     def _trial(self, shape: StepShape) -> None:
-        self.computation.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+        self.computation.pad(shape.empty, shape)
         self.computation.forward(shape, self.computation.model)
 
     # ---- start-up ------------------------------------------------------------------------

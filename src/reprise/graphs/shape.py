@@ -29,6 +29,11 @@ class StepShape:
         return StepShape("mixed", num_tokens, num_requests, 0)
 
     @property
+    def empty(self) -> StepShape:
+        """A step of this kind without any row: padded to this one, it is padding alone."""
+        return StepShape(self.phase, 0, 0, self.query_len)
+
+    @property
     def size(self) -> int:
         """What buckets count: requests in the decode phase, tokens in the mixed phase."""
         return self.num_requests if self.phase == "decode" else self.num_tokens

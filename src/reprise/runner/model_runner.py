@@ -207,7 +207,7 @@ class ModelRunner:
 
         def run(*shapes: StepShape) -> None:
             for shape in shapes:
-                self.forward_pass.pad(StepShape(shape.phase, 0, 0, shape.query_len), shape)
+                self.forward_pass.pad(shape.empty, shape)
                 result = self.forward_pass.forward(shape)
                 if shape.phase == "decode":
                     ops.argmax(result)

@@ -56,7 +56,7 @@ class Sampler:
             [R] int64 token ids, and log probabilities if any request wants them.
         """
         batch = self._batch_of(requests)
-        if batch.plain:  # the widest values are the same ones in any dtype
+        if batch.plain:  # the largest value is the same one in float32
             return ops.argmax(logits), None
         raw = logits.float()
         adjusted = self._adjust(raw, batch)
