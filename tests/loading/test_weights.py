@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reprise.errors import LoadError
+from reprise.loading import transfer
+from reprise.loading.weights import checkpoint_tensors
 
 PROMPT = random_ids(1, 20)
 
@@ -137,6 +140,39 @@ def test_fewer_layers_by_an_override(tiny: TinyModels, device: str) -> None:
     )
     assert len(list(llm.engine.runner.model.attention_layers())) == 1
     assert len(generate(llm, [PROMPT], greedy(3))[0]) == 3
+
+
+@pytest.mark.parametrize("staging", [1, 1000, 8 << 20])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters_are_what_the_shards_hold(
+    tmp_path: Path,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    tied: bool,
+    staging: int,
+) -> None:
+    """In pieces of any size, merged layers and heads that share the embedding included."""
+    monkeypatch.setattr(transfer, "STAGING_BYTES", staging)
+    model = random_model(architecture, tie_word_embeddings=tied, vocab_size=157)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    stored: dict[str, Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        stored.update(load_file(file))
+    for dtype in (torch.float32, torch.bfloat16):
+        llm = make_llm(tmp_path, device, dtype=str(dtype).removeprefix("torch."))
+        loaded = checkpoint_tensors(llm.engine.runner.model)
+        assert loaded.keys() == stored.keys()
+        for name, tensor in loaded.items():
+            assert torch.equal(tensor.cpu(), stored[name].to(dtype)), name
+
+
+def test_log_says_how_fast(tiny: TinyModels, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "reprise.loading"):
+        make_llm(tiny("llama"), device)
+    (line,) = [each.message for each in caplog.records if each.message.startswith("weights")]
+    assert re.fullmatch(r"weights: \d+\.\d\d GiB \(auto\) in \d+\.\d\d s, \d+\.\d\d GB/s", line)
 
 
 # ---- faults ------------------------------------------------------------------------------
@@ -264,6 +300,21 @@ def test_all_wrong_tensors_are_listed_at_once(copy: Path, device: str) -> None:
         "model.layers.0.mlp.gate_proj.weight: [64, 96] in the file, [96, 64] in the model",
     ):
         assert each in message
+
+
+def test_a_truncated_shard_among_good_ones(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, it alone, and before anything is copied."""
+    random_model("qwen3").save_pretrained(tmp_path, max_shard_size="100KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    truncated = files[len(files) // 2]
+    truncated.write_bytes(truncated.read_bytes()[:-2])
+    monkeypatch.setattr(transfer.ThreadPoolExecutor, "submit", lambda *_: pytest.fail("copies"))
+    with pytest.raises(LoadError) as caught:
+        make_llm(tmp_path, device)
+    message = str(caught.value)
+    assert [each for each in files if each.name in message] == [truncated]
 
 
 def test_weights_of_another_config(tiny: TinyModels, tmp_path: Path, device: str) -> None:

@@ -7,37 +7,48 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reprise.errors import LoadError
+from reprise.loading.transfer import Copy, transfer
+from reprise.platforms import Platform
 from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
 
 
-def load_weights(model: nn.Module, path: Path, load_format: str, seed: int = 0) -> None:
+def load_weights(
+    model: nn.Module, path: Path, load_format: str, platform: Platform, seed: int = 0
+) -> None:
     """Fill every parameter of ``model``, in the dtype and on the device that it has.
 
     Args:
         model: Its parameter names are the checkpoint's; merged layers say what they merge.
         path: Directory of a checkpoint.
         load_format: ``auto`` and ``safetensors`` read files; ``dummy`` fills at random.
+        platform: Drives the device.
         seed: Of ``dummy``.
 
     Raises:
-        LoadError: A file is missing or corrupted, or tensors do not fit; lists all of them.
+        LoadError: A file is missing or corrupted, tensors do not fit (lists all of them, and
+            nothing has been copied), or one cannot be copied.
     """
     started = time.perf_counter()
     if load_format == "dummy":
         _fill_at_random(model, seed)
     else:
-        _load_files(model, _weight_files(path))
+        _load_files(model, _weight_files(path), platform)
     total = sum(each.numel() * each.element_size() for each in model.parameters())
     seconds = time.perf_counter() - started
-    logger.info("weights: %.2f GiB (%s) in %.2f s", total / 2**30, load_format, seconds)
+    logger.info(
+        "weights: %.2f GiB (%s) in %.2f s, %.2f GB/s",
+        total / 2**30,
+        load_format,
+        seconds,
+        total / seconds / 1e9,
+    )
 
 
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -92,55 +103,57 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _load_files(model: nn.Module, files: list[Path]) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    destinations = checkpoint_tensors(model)
+def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = set(destinations)
+    targets = checkpoint_tensors(model)
+    missing = set(targets)
     unexpected: list[str] = []
     misshapen: list[str] = []
-    again: list[tuple[Path, str]] = []
-    """A tied head may be stored though it is the embedding once more."""
-    with progress("weights", len(destinations)) as bar, torch.no_grad():
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dict
-                        target = destinations.get(name)
-                        if target is None:
-                            if name in parameters:
-                                again.append((file, name))
-                            elif not _is_computed(name):
-                                unexpected.append(name)
-                            continue
-                        problem = _copy(tensors, name, target)
-                        if problem is not None:
-                            misshapen.append(problem)
-                        missing.discard(name)
-                        bar.advance()
-            except (SafetensorError, OSError) as error:
-                raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
-    different = []
-    if not missing:
-        different = [name for file, name in again if not _equals(file, name, parameters[name])]
+    different: list[str] = []
+    copies: dict[str, Copy] = {}
+    for name, (file, source) in _stored_tensors(files).items():
+        missing.discard(name)
+        if name in targets:
+            target = targets[name]
+            if source.shape != target.shape:
+                shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
+                misshapen.append(f"{name}: {shapes}")
+                continue
+        elif name in parameters:
+            # A tied head may be stored though it is the embedding once more: if it is.
+            if source.shape != parameters[name].shape:
+                different.append(name)
+                continue
+            target = torch.empty_like(parameters[name])
+        else:
+            if not _is_computed(name):
+                unexpected.append(name)
+            continue
+        copies[name] = Copy(f"{name} of {file}", source, target)
+    if missing or unexpected or misshapen:
+        _report(missing, unexpected, misshapen, different)
+    transfer(list(copies.values()), platform)
+    different += [
+        name
+        for name, copy in copies.items()
+        if name not in targets and not torch.equal(copy.target, parameters[name])
+    ]
     _report(missing, unexpected, misshapen, different)
 
 
-def _equals(file: Path, name: str, parameter: Tensor) -> bool:
-    from safetensors import safe_open
+def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
+    """Every tensor of the files with the file that has it, mapped and not yet read."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as tensors:
-        stored = tensors.get_tensor(name)
-    return stored.shape == parameter.shape and torch.equal(stored.to(parameter), parameter)
-
-
-def _copy(tensors: Any, name: str, target: Tensor) -> str | None:
-    found = tensors.get_slice(name).get_shape()
-    if list(target.shape) != list(found):
-        return f"{name}: {list(found)} in the file, {list(target.shape)} in the model"
-    target.copy_(tensors.get_tensor(name))
-    return None
+    stored: dict[str, tuple[Path, Tensor]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    stored[name] = file, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
+    return stored
 
 
 def _is_computed(name: str) -> bool:

@@ -73,7 +73,7 @@ class ModelRunner:
                     device=platform.device,
                 )
             with timeline.phase("weights"):
-                load_weights(self.model, checkpoint.path, config.load_format, config.seed)
+                load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
             self.buffers = StepBuffers(
                 max(self.max_tokens, config.max_num_seqs),
                 config.max_num_seqs,

@@ -1,0 +1,149 @@
+"""Copy tensors from mapped files to where they belong, in threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reprise.errors import LoadError
+from reprise.platforms import Platform
+from reprise.progress import progress
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that copy. A few read from memory as fast as it goes; more would fight for it."""
+STAGING_BYTES = 8 << 20
+"""Of one staging buffer, of which each thread has two. Enough to hide what it costs to start a
+copy, and little enough to stay in the processor's cache until the device has read it."""
+
+SHOW_EVERY_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One tensor to fill from another one of the same shape; dtypes may differ."""
+
+    name: str
+    """For messages: the tensor, and where it comes from."""
+    source: Tensor
+    """On the host; may be the mapped content of a file."""
+    target: Tensor
+    """On the platform's device."""
+
+    def pieces(self, nbytes: int) -> Iterator[Copy]:
+        """Groups of rows with at most ``nbytes`` at the target, or one row if that has more."""
+        if self.target.numel() == 0:
+            return
+        source, target = (torch.atleast_1d(each.detach()) for each in (self.source, self.target))
+        rows = max(1, nbytes // target[0].nbytes)
+        for part, into in zip(source.split(rows), target.split(rows), strict=True):
+            yield replace(self, source=part, target=into)
+
+
+def transfer(copies: Sequence[Copy], platform: Platform) -> None:
+    """Make all copies; they have landed when this returns, and when it raises nothing runs on.
+
+    Raises:
+        LoadError: One of them failed; its name and the reason. The others were stopped.
+    """
+    pieces = [piece for each in copies for piece in each.pieces(STAGING_BYTES)]
+    total = sum(each.target.nbytes for each in pieces)
+    largest = max((each.target.nbytes for each in pieces), default=0)
+    of_thread = threading.local()
+    # Torch converts with threads of its own: as many at a time as that leaves cores for.
+    conversions = threading.BoundedSemaphore(max(1, WORKERS // torch.get_num_threads()))
+
+    def make(piece: Copy) -> int:
+        try:
+            if not hasattr(of_thread, "lane"):
+                platform.activate()
+                kind = StagedLane if platform.pins_memory else Lane
+                of_thread.lane = kind(platform, largest, conversions)
+            # The mode is a thread's own; only in it may the caller's parameters be written to.
+            with torch.inference_mode():
+                of_thread.lane.copy(piece.target, piece.source)
+        except Exception as error:  # a device fails with errors of many types
+            raise LoadError(
+                f"{piece.name} cannot be copied to {platform.device}: {error}"
+            ) from error
+        return piece.target.nbytes
+
+    # The caller's stream may still be making the targets; the threads use streams of their own.
+    platform.synchronize()
+    done = 0
+    pool = ThreadPoolExecutor(WORKERS, "reprise-weights")
+    try:
+        with progress("weights (MiB)", total >> 20) as bar:
+            pending = {pool.submit(make, each) for each in pieces}
+            while pending:
+                # Not after each piece: the threads would wait for this one to take note.
+                finished, pending = wait(pending, SHOW_EVERY_SECONDS, FIRST_EXCEPTION)
+                done += sum(each.result() for each in finished)
+                bar.show(bar.what, done >> 20, bar.total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        platform.synchronize()
+
+
+class Lane:
+    """One thread's way to the device.
+
+    Args:
+        platform: Of the targets, and active in this thread.
+        nbytes: Of the largest target.
+        conversions: Held while torch converts between dtypes.
+    """
+
+    def __init__(
+        self, platform: Platform, nbytes: int, conversions: threading.BoundedSemaphore
+    ) -> None:
+        self.platform = platform
+        self.conversions = conversions
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Fill ``target`` from host memory, now or in the order of the device's work."""
+        host = target.device.type == "cpu" and target.is_contiguous() and source.is_contiguous()
+        if host and target.dtype == source.dtype:
+            # Torch would start a team of threads in each of ours.
+            np.copyto(_bytes(target), _bytes(source))
+        else:
+            with self.conversions:
+                target.copy_(source)
+
+
+class StagedLane(Lane):
+    """Through two page-locked buffers in turn: one is filled while the device reads the other."""
+
+    def __init__(
+        self, platform: Platform, nbytes: int, conversions: threading.BoundedSemaphore
+    ) -> None:
+        super().__init__(platform, nbytes, conversions)
+        self._stream = platform.stream()
+        pin = platform.pins_memory
+        buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        reads = [platform.event() for _ in buffers]
+        for each in reads:
+            each.record(self._stream)
+        self._turns = itertools.cycle(zip(buffers, reads, strict=True))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        buffer, read = next(self._turns)
+        read.synchronize()
+        staged = buffer[: target.nbytes].view(target.dtype).view(target.shape)
+        super().copy(staged, source)
+        with self.platform.use_stream(self._stream):
+            target.copy_(staged, non_blocking=True)
+        read.record(self._stream)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
+    # Any stride is contiguous where there is one element, but not to a view of bytes.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
