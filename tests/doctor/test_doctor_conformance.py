@@ -51,6 +51,27 @@ def test_every_fault_and_every_op_has_its_contract():
         assert f"op_is_deterministic:{name}" in kit.CONTRACTS
 
 
+def test_ops_know_the_platform_that_they_are_tried_on(platform, device, monkeypatch):
+    """Else kernels would be tried without programmatic dependent launch, and used with it."""
+    from reprise.ops import all_ops
+    from reprise.ops.registry import Implementation, active_platform
+
+    seen = []
+
+    def spy(logits):
+        seen.append(active_platform())
+        return logits.argmax(dim=1)
+
+    op = all_ops()["argmax"]
+    monkeypatch.setattr(op, "implementations", {
+        "reference": op.implementations["reference"],
+        "spy": Implementation("argmax", "spy", spy),
+    })  # fmt: skip
+    kit.CONTRACTS["op_matches_reference:argmax"].check(kit.Kit(platform, device))
+    assert seen
+    assert all(each is platform for each in seen)
+
+
 def test_the_record_is_complete(report):
     data = json.loads(json.dumps(report.to_dict()))
     assert data["conforms"] is not report.failed

@@ -65,16 +65,16 @@ def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[...,
         grid: Of that launch.
 
     Returns:
-        A function of the same arguments. They may be other tensors of equal dtype and alignment;
-        numbers must be the same.
+        A function of the same arguments and options. Tensors may be others of equal dtype and
+        alignment; numbers must be the same.
     """
     if compiled is None:
         return kernel[grid]
     run = compiled[(*grid, 1, 1)[:3]]
     names = kernel.arg_names
 
-    def again(*args: Any, **constants: Any) -> None:
-        run(*args, *(constants[name] for name in names[len(args) :]))
+    def again(*args: Any, **options: Any) -> None:
+        run(*args, *(options[name] for name in names[len(args) :]))
 
     return again
 

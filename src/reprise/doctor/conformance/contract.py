@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from reprise.ops import OpTable
 from reprise.platforms import Platform
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class Kit:
         self.platform = platform
         self.device = device
         """What the user typed after ``--device``."""
+
+    @functools.cached_property
+    def ops(self) -> OpTable:
+        """What an engine on the platform would call; active, it tells ops which platform it is."""
+        return OpTable(self.platform)
 
     @functools.cached_property
     def llm(self) -> LLM:

@@ -28,8 +28,8 @@ def matches_reference(kit: Kit, op: Op) -> str:
             continue
         for dtype in _dtypes(kit):
             for number, arguments in enumerate(_cases(kit, op, dtype)):
-                expected = _run(op, op.implementations["reference"].function, arguments)
-                got = _run(op, implementation.function, arguments)
+                expected = _run(kit, op, op.implementations["reference"].function, arguments)
+                got = _run(kit, op, implementation.function, arguments)
                 for which, tensor in expected.items():
                     _compare(f"{name}, {dtype}, case {number}, {which}", tensor, got[which])
         done.append(name)
@@ -45,9 +45,9 @@ def is_deterministic(kit: Kit, op: Op) -> str:
     chosen = op.choose(kit.platform)
     for dtype in _dtypes(kit):
         for number, arguments in enumerate(_cases(kit, op, dtype)):
-            first = _run(op, chosen.function, arguments)
+            first = _run(kit, op, chosen.function, arguments)
             for _ in range(2):
-                again = _run(op, chosen.function, arguments)
+                again = _run(kit, op, chosen.function, arguments)
                 for which, tensor in first.items():
                     need(
                         same_bits(tensor, again[which]),
@@ -70,10 +70,12 @@ def _cases(kit: Kit, op: Op, dtype: torch.dtype) -> list[Arguments]:
     return CASES[op.name](Maker(kit.platform, dtype))
 
 
-def _run(op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
+def _run(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
     """What a call returns and writes, from copies of its arguments."""
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with torch.inference_mode():
+    # A kernel that starts early takes for granted that weights and lengths were there long before.
+    kit.platform.synchronize()
+    with torch.inference_mode(), kit.ops.activate():
         result = function(**copied)
     found = {name: copied[name] for name in op.mutates}
     if isinstance(result, Tensor):
