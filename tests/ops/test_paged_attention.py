@@ -142,6 +142,7 @@ CASES = {
 }  # fmt: skip
 LARGE_CASES = {
     "decode of many": decode(*range(1, 1500, 13), 0, heads=16, kv_heads=8, head_size=128, tail=5),
+    "decode of many of equal length": decode(*[200] * 40, heads=16, kv_heads=8, head_size=128),
     "one long among short": decode(30000, *[77] * 15, heads=32, kv_heads=8, head_size=128),
     "drafts in a long context": Case((20000, 4), (4, 4), 32, 8, 128, query_len=4),
     "prefill of 3000": Case((3000,), (3000,), 32, 8, 128),

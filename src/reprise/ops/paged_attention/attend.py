@@ -25,7 +25,7 @@ class Config:
     num_warps: int
     num_stages: int
     share: int = 1
-    """Split kernel: programs for each multiprocessor beside one for each request."""
+    """Split kernel: programs that a multiprocessor runs at a time."""
 
 
 class Call(NamedTuple):
