@@ -7,7 +7,7 @@ import torch
 
 from reprise import ops
 from reprise.ops import OpTable
-from reprise.ops.ahead import compile_ahead
+from reprise.ops.ahead import compile_ahead, wake_compiler
 
 
 @pytest.fixture
@@ -52,3 +52,33 @@ def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_step(table, ran
     compile_ahead(table, [lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)])
     assert "rms_norm" in caplog.text
     assert "no such instruction" in caplog.text
+
+
+def test_waking_the_compiler_survives_a_kernel_that_does_not_compile(
+    table, platform, monkeypatch, caplog
+) -> None:
+    def broken(x, weight, eps):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(type(platform), "preferred", {"rms_norm": ("triton",)})
+    wake_compiler(platform)
+    assert not caplog.records
+    monkeypatch.setattr(ops.rms_norm.implementations["triton"], "target", broken)
+    wake_compiler(platform)
+    assert "no such instruction" in caplog.text
+
+
+def test_break_ops_are_compiled_first(table, randn, monkeypatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(ops.rms_norm, "break_op", True)
+    table.chosen["silu_and_mul"] = ops.silu_and_mul.implementations["triton"]
+    table.functions["rms_norm"] = lambda x, weight, eps: order.append("break op")
+    table.functions["silu_and_mul"] = lambda x: order.append("other")
+
+    def forward(rows: int) -> None:
+        ops.silu_and_mul(randn(rows, 8))
+
+    compile_ahead(
+        table, [lambda: None, lambda: forward(1), lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)]
+    )
+    assert order == ["break op", "other"]

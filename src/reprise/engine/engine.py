@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from reprise import platforms, timeline
@@ -18,6 +19,7 @@ from reprise.engine.prompt import to_token_ids
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 from reprise.errors import ConfigError, RequestError
 from reprise.loading import open_checkpoint
+from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
@@ -56,7 +58,8 @@ class Engine:
             for each in adjustments:
                 logger.info("%s", each)
             self.config = config
-            with timeline.phase("config"), self.platform.warming_up():
+            waking = partial(wake_compiler, self.platform)
+            with timeline.phase("config"), self.platform.warming_up(then=waking):
                 checkpoint = open_checkpoint(
                     config.model,
                     revision=config.revision,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from reprise.ops.registry import Op, OpTable, intercept
+from reprise.ops.rms_norm import rms_norm
+from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
         key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
         if key not in known and table.chosen[op.name].compiles:
             known.add(key)
-            waves[-1].append((op.name, partial(function, *args, **kwargs)))
+            # Break ops have kernels of their own, the ones that take longest.
+            waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)
 
     with torch.inference_mode(), table.activate():
@@ -55,6 +58,21 @@ def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
     if known:
         logger.info("kernels of %d op calls are ready", len(known))
     return len(known)
+
+
+def wake_compiler(platform: Platform) -> None:
+    """Compile one small kernel, and with it pay what the first kernel of a process pays: loading
+    the compiler and its driver, and fingerprinting them for the kernel cache."""
+    table = OpTable(platform)
+    if not table.chosen["rms_norm"].compiles:
+        return
+    row = torch.ones(1, 16, dtype=platform.default_dtype, device=platform.device)
+    with torch.inference_mode(), table.activate():
+        try:
+            rms_norm(row, row[0], 1e-6)
+        except Exception as error:
+            # Those that are needed may compile, and fail by name where they do not.
+            logger.warning("the first kernel does not compile: %s", error)
 
 
 def _run(table: OpTable, calls: list[tuple[str, Callable[[], Any]]]) -> None:

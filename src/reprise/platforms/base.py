@@ -7,7 +7,7 @@ import importlib.util
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -168,9 +168,14 @@ class Platform(ABC):
         """Make this device the current one of the calling thread."""
 
     @contextlib.contextmanager
-    def warming_up(self) -> Iterator[None]:
-        """Run :meth:`warm_up` beside the ``with`` block; both are done when it ends."""
-        thread = threading.Thread(target=self.warm_up, name="reprise-warm-up")
+    def warming_up(self, then: Callable[[], None]) -> Iterator[None]:
+        """Run :meth:`warm_up` and ``then`` beside the ``with`` block; all is done when it ends."""
+
+        def work() -> None:
+            self.warm_up()
+            then()
+
+        thread = threading.Thread(target=work, name="reprise-warm-up")
         thread.start()
         try:
             yield

@@ -205,19 +205,16 @@ class ModelRunner:
     def _compile_kernels(self) -> None:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
 
-        def run(*shapes: StepShape) -> None:
+        def run(*shapes: StepShape) -> Tensor:
             for shape in shapes:
                 self.forward_pass.pad(shape.empty, shape)
                 result = self.forward_pass.forward(shape)
-                if shape.phase == "decode":
-                    ops.argmax(result)
+            return result
 
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
-        decode = [
-            StepShape.decode(n) for n in sorted({min(most, n) for n in (1, 16, 64, 256, most)})
-        ]
-        compile_ahead(self.ops, [lambda: run(mixed), lambda: run(*decode)])
+        decode = [StepShape.decode(n) for n in sorted({1, min(most, 256), most})]
+        compile_ahead(self.ops, [lambda: run(mixed), lambda: ops.argmax(run(*decode))])
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""
@@ -231,7 +228,7 @@ class ModelRunner:
                 tokens, requests = self.max_tokens, self.config.max_num_seqs
                 self.forward_pass.forward(StepShape.mixed(tokens, requests))
                 logits = self.forward_pass.forward(StepShape.decode(requests)).float()
-                ops.argmax(logits.clone().softmax(dim=-1) + logits)
+                logits.clone().softmax(dim=-1).add_(logits)
                 del logits
             self.platform.synchronize()
             peak = self.platform.peak_memory_allocated() - before

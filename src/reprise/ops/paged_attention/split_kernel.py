@@ -108,8 +108,8 @@ def _arrivals(count: int, device: torch.device) -> Tensor:
 
 
 def _few_sizes(count: int) -> int:
-    """A power of four from 16: few sizes, so few compilations."""
-    size = 16
+    """A power of four from 256: few sizes, so few compilations."""
+    size = 256
     while size < count:
         size *= 4
     return size
