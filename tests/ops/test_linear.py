@@ -20,11 +20,12 @@ def test_product_and_bias(implementation, randn, rows, name) -> None:
 
 
 # One row in a narrow type has a kernel of its own: sizes below a tile, odd ones, several tiles.
-SIZES = [(1, 1), (3, 40), (7, 100), (5, 4100), (16, 64)]
+# So have a few rows with whole steps of 128 inputs, of which programs may share a tile.
+SIZES = [(1, 1), (3, 40), (7, 100), (5, 4100), (16, 64), (9, 128), (32, 512), (130, 256)]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 100])
 @pytest.mark.parametrize(("features", "inputs"), SIZES)
 @pytest.mark.parametrize(
     "op", [linear, norm_linear, norm_gated_linear, linear_add], ids=lambda op: op.name

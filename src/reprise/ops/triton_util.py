@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from reprise.ops.registry import active_platform
+from reprise.ops.registry import active_platform, op_memory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Python on the host (``TRITON_INTERPRET=1``), as in the tests on a CPU."""
@@ -54,6 +55,30 @@ def depend(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+def arrivals(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` int32 zeros, in which programs that share work find out who is the last.
+
+    A launch leaves them as zeros and touches them only behind :func:`depend`; an engine's launches
+    run one after the other. So all kernels can use the same ones.
+    """
+    size = max(8192, triton.next_power_of_2(count))
+    memory, key = op_memory(), ("arrivals", device, size)
+    if key not in memory:
+        memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
+    found: Tensor = memory[key]
+    return found
+
+
+@triton.jit
+def dot(a, b, acc, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a @ b + acc. The interpreter multiplies float32 correctly and bfloat16 as integers."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # "ieee" concerns float32 alone: no rounding to tf32.
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:

@@ -6,7 +6,8 @@ another's result, so there is no second pass. The norm of ``x`` is computed agai
 that is cheaper than a launch. Where a kernel may start before its predecessor has ended, the first
 weights are on their way by the time ``x`` is there.
 
-More rows, and float32, go to the device's BLAS: with them its matrix units win.
+More rows with a small weight are for :mod:`few_rows_kernel`; all else, and float32, goes to the
+device's BLAS.
 """
 
 import torch
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
 from reprise.ops.triton_util import depend, launch_options
@@ -30,7 +32,7 @@ _MOST_WEIGHTS = 1 << 27
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes as in the reference."""
     if not _one_row(x, weight):
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias)
     out = x.new_empty((1, weight.shape[0]))
     _launch(x, weight, bias, out)
     return out
@@ -41,7 +43,7 @@ def norm_linear(
 ) -> Tensor:
     """Shapes as in the reference."""
     if not _one_row(x, weight):
-        return F.linear(rms_norm(x, norm_weight, eps), weight, bias)
+        return _product(rms_norm(x, norm_weight, eps), weight, bias)
     out = x.new_empty((1, weight.shape[0]))
     _launch(x, weight, bias, out, norm_weight, eps)
     return out
@@ -52,7 +54,7 @@ def norm_gated_linear(
 ) -> Tensor:
     """Shapes as in the reference."""
     if not _one_row(x, weight):
-        return silu_and_mul(F.linear(rms_norm(x, norm_weight, eps), weight, bias))
+        return silu_and_mul(_product(rms_norm(x, norm_weight, eps), weight, bias))
     out = x.new_empty((1, weight.shape[0] // 2))
     _launch(x, weight, bias, out, norm_weight, eps, gated=True)
     return out
@@ -63,9 +65,20 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     if _one_row(x, weight):
         _launch(x, weight, bias, residual, add=True)
         return
+    if supports_few_rows(x, weight):
+        launch_few_rows(x, weight, bias, residual, add=True)
+        return
     if bias is not None:
         residual.add_(bias)
     torch.addmm(residual, x, weight.t(), out=residual)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not supports_few_rows(x, weight):
+        return F.linear(x, weight, bias)
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    launch_few_rows(x, weight, bias, out)
+    return out
 
 
 def _one_row(x: Tensor, weight: Tensor) -> bool:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, launch_options
+from reprise.ops.triton_util import INTERPRETED, dot, launch_options
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def attend(
             value = tl.load(value_ptr + offset, mask=real_channel, other=0.0)
 
         scores = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.float32)
-        scores = _dot(query, tl.trans(key), scores, WIDEN)
+        scores = dot(query, tl.trans(key), scores, WIDEN)
         factor = scale * 1.4426950408889634
         if CAPPED:
             # tanh(x) = 1 - 2 / (exp(2x) + 1), which has the right limits.
@@ -176,7 +176,7 @@ def attend(
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, axis=1)
         acc = acc * decay[:, None]
-        acc = _dot(weights.to(value.dtype), value, acc, WIDEN)
+        acc = dot(weights.to(value.dtype), value, acc, WIDEN)
         row_max = new_max
         block = next_block
     return acc, row_sum, row_max
@@ -188,13 +188,3 @@ def blocks(table_ptr, start, lowest, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.
     key_position = start + tl.arange(0, BLOCK_N)
     there = (key_position >= lowest) & (key_position < end)
     return tl.load(table_ptr + key_position // BLOCK_SIZE, mask=there, other=0)
-
-
-@triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    """a @ b + acc. The interpreter multiplies float32 correctly and bfloat16 as integers."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    # "ieee" concerns float32 alone: no rounding to tf32.
-    return tl.dot(a, b, acc, input_precision="ieee")

@@ -17,8 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.paged_attention.attend import Call, Config, attend, blocks
-from reprise.ops.registry import op_memory
-from reprise.ops.triton_util import INTERPRETED, DeviceLimits, depend, limits, relaunch
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    DeviceLimits,
+    arrivals,
+    depend,
+    limits,
+    relaunch,
+)
 
 _MIN_KEYS = 64
 """A program with fewer keys costs more to merge than it saves."""
@@ -72,7 +78,7 @@ def launch_split(call: Call, config: Config | None = None) -> Callable[[], None]
         "MIN_TILES": max(1, _MIN_KEYS // config.block_n),
         "MERGED": min(8, max(4, 2 * config.num_warps)),
     }
-    inputs = (*call.tensors(), _arrivals(requests * kv_heads, query.device))
+    inputs = (*call.tensors(), arrivals(requests * kv_heads, query.device))
     sizes = (tokens, requests, programs, *call.strides_and_numbers())
     grid = (programs * kv_heads,)
 
@@ -95,16 +101,6 @@ def _programs(requests: int, most: int) -> int:
     else:
         even = requests // triton.cdiv(requests, max(1, most))
     return even if even >= 0.9 * most else most
-
-
-def _arrivals(count: int, device: torch.device) -> Tensor:
-    """At least ``count`` zeros, in which programs that share a request find out who is the last.
-    A launch leaves them as zeros; an engine's launches run one after the other."""
-    size = max(8192, triton.next_power_of_2(count))
-    memory, key = op_memory(), ("split attention", device, size)
-    if key not in memory:
-        memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
-    return memory[key]
 
 
 def _few_sizes(count: int) -> int:
