@@ -26,18 +26,19 @@ from reprise.ops.triton_util import (
     relaunch,
 )
 
+_FEW_REQUESTS = 16
 _MIN_KEYS = 64
 """A program with fewer keys costs more to merge than it saves."""
 
 
 def split_config(
-    rows: int, programs: int, head_size: int, element_size: int, device: DeviceLimits
+    rows: int, requests: int, head_size: int, element_size: int, device: DeviceLimits
 ) -> Config:
     """For the split kernel.
 
     Args:
         rows: Query heads of a KV head times new tokens.
-        programs: The fewest that the step can have: requests times KV heads.
+        requests: Of the step.
         head_size: Channels of a head.
         element_size: Bytes of one.
         device: Where it runs.
@@ -49,7 +50,7 @@ def split_config(
     if element_size == 4:  # products hold their operands in registers
         return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
     # Few requests need much on its way to each program; many fill a multiprocessor better if small.
-    small = block_m * block_d <= 16 * 128 and programs > device.multiprocessors
+    small = block_m * block_d <= 16 * 128 and requests > _FEW_REQUESTS
     block_n, num_warps, share = (32, 2, 4) if small else (64, 4, 2)
     if block_d > 128:
         block_n = 32
@@ -67,7 +68,7 @@ def launch_split(call: Call, config: Config | None = None) -> Callable[[], None]
     requests = call.block_tables.shape[0]
     device = limits(query.device)
     config = config or split_config(
-        call.group * query_len, requests * kv_heads, head_size, query.element_size(), device
+        call.group * query_len, requests, head_size, query.element_size(), device
     )
     programs = _programs(requests, config.share * device.multiprocessors // kv_heads)
     options = {
@@ -104,8 +105,8 @@ def _programs(requests: int, most: int) -> int:
 
 
 def _few_sizes(count: int) -> int:
-    """A power of four from 256: few sizes, so few compilations."""
-    size = 256
+    """Few sizes, so few compilations. One warp looks through few requests without a barrier."""
+    size = _FEW_REQUESTS if count <= _FEW_REQUESTS else 256
     while size < count:
         size *= 4
     return size
