@@ -21,7 +21,9 @@ def test_product_and_bias(implementation, randn, rows, name) -> None:
 
 # One row in a narrow type has a kernel of its own: sizes below a tile, odd ones, several tiles.
 # So have a few rows with whole steps of 128 inputs, of which programs may share a tile.
-SIZES = [(1, 1), (3, 40), (7, 100), (5, 4100), (16, 64), (9, 128), (32, 512), (130, 256)]
+SIZES = [
+    (1, 1), (3, 40), (7, 100), (5, 4100), (16, 64), (9, 128), (40, 256), (32, 512), (130, 256),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -31,7 +31,7 @@ from reprise.runner.buffers import Sampled, StepBuffers, to_device
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
 from reprise.runner.output import Landing, PendingOutput
-from reprise.runner.sampler import LogprobTensors, Sampler, top_logprobs
+from reprise.runner.sampler import LogprobTensors, Sampler, example_draw, top_logprobs
 from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,12 @@ class ModelRunner:
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         decode = [StepShape.decode(n) for n in sorted({1, min(most, 256), most})]
-        compile_ahead(self.ops, [lambda: run(mixed), lambda: ops.argmax(run(*decode))])
+
+        def first() -> None:
+            example_draw(self.model.vocab_size, self.platform)
+            run(mixed)
+
+        compile_ahead(self.ops, [first, lambda: ops.argmax(run(*decode))])
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""

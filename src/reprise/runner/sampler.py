@@ -15,6 +15,9 @@ from reprise.platforms import Platform
 from reprise.request import Request
 from reprise.runner.buffers import to_device
 
+_PARAMETERS = (np.float32, np.int32, np.float32, np.float32, np.int64)
+"""Types of temperature, top-k, top-p, min-p and seed, as ``ops.sample`` takes them."""
+
 
 @dataclass
 class LogprobTensors:
@@ -142,6 +145,13 @@ def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> LogprobTensors:
     )
 
 
+def example_draw(vocab_size: int, platform: Platform) -> Tensor:
+    """A draw as of one request, [1]: it calls the op that all draws call which are not greedy."""
+    logits = torch.zeros(1, vocab_size, device=platform.device)
+    ones = [to_device(np.ones(1, dtype=kind), platform) for kind in (*_PARAMETERS, np.int64)]
+    return ops.sample(logits, *ones)
+
+
 class _PenaltyState:
     """Which tokens a request's prompt holds and how often each was generated: [V] both."""
 
@@ -180,15 +190,16 @@ class _Batch:
     def parameters(self) -> tuple[Tensor, ...]:
         """Of the draw, an array each: temperature, top-k, top-p, min-p and seed."""
         parameters = [each.params for each in self.given]
+        columns = (
+            [0.0 if each.greedy else each.temperature for each in parameters],
+            [max(each.top_k, 0) for each in parameters],
+            [each.top_p for each in parameters],
+            [each.min_p for each in parameters],
+            [each.seed for each in self.given],
+        )
         return tuple(
             to_device(np.array(values, dtype=kind), self._platform)
-            for values, kind in (
-                ([0.0 if each.greedy else each.temperature for each in parameters], np.float32),
-                ([max(each.top_k, 0) for each in parameters], np.int32),
-                ([each.top_p for each in parameters], np.float32),
-                ([each.min_p for each in parameters], np.float32),
-                ([each.seed for each in self.given], np.int64),
-            )
+            for values, kind in zip(columns, _PARAMETERS, strict=True)
         )
 
     def is_for(self, requests: Sequence[Request]) -> bool:

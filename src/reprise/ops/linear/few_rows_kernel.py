@@ -1,4 +1,5 @@
-"""Products of few rows with a small weight in Triton, on the matrix units, in one launch.
+"""Products of few rows with a small weight in Triton, on the matrix units, in one launch, with the
+activation behind them if there is one.
 
 A small weight has too few tiles to occupy a device. The BLAS then shares out the inputs of a tile
 to several programs and launches a second kernel that sums; here the last of these programs to end
@@ -24,7 +25,7 @@ class Config:
     block_m: int = 64
     """Rows of a tile; with fewer the matrix units of Hopper cannot be used in full."""
     block_n: int = 32
-    """Features of a tile."""
+    """Rows of the weight that a tile takes; with an activation one half are gates."""
     block_k: int = 128
     """Inputs of one step of the inner loop."""
     num_stages: int = 5
@@ -34,13 +35,14 @@ class Config:
 
 
 _DEFAULT = Config()
+_GATED = Config(block_n=64, num_stages=4)
 _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 23
 """Elements of a weight beyond which the BLAS is as fast; so it is where tiles alone are more than
 the device has multiprocessors."""
 
 
-def supports_few_rows(x: Tensor, weight: Tensor) -> bool:
+def supports_few_rows(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     """Whether :func:`launch_few_rows` computes this product, and as fast as the BLAS."""
     return (
         2 <= x.shape[0] <= _MOST_ROWS
@@ -49,7 +51,7 @@ def supports_few_rows(x: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and weight.shape[1] % _DEFAULT.block_k == 0
         and weight.numel() <= _MOST_WEIGHTS
-        and _tiles(x, weight, _DEFAULT) <= limits(x.device).multiprocessors
+        and _tiles(x, weight, _GATED if gated else _DEFAULT) <= limits(x.device).multiprocessors
     )
 
 
@@ -64,7 +66,8 @@ def launch_few_rows(
     out: Tensor,
     *,
     add: bool = False,
-    config: Config = _DEFAULT,
+    gated: bool = False,
+    config: Config | None = None,
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``out``, or add it if ``add``.
 
@@ -74,10 +77,12 @@ def launch_few_rows(
         bias: [N], or None.
         out: [T, N].
         add: Keep what ``out`` holds and add to it.
+        gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
+            ``silu(gate) * up``.
         config: Sizes.
     """
     rows, inputs = x.shape
-    features = weight.shape[0]
+    config = config or (_GATED if gated else _DEFAULT)
     tiles = _tiles(x, weight, config)
     splits = config.splits
     if splits == 0:
@@ -97,11 +102,12 @@ def launch_few_rows(
         partial,
         arrivals(tiles, x.device),
         rows,
-        features,
+        out.shape[1],
         x.stride(0),
         out.stride(0),
         INPUTS=inputs,
         ADD=add,
+        GATED=gated,
         SPLITS=splits,
         WIDEN=INTERPRETED,
         BLOCK_M=config.block_m,
@@ -127,6 +133,7 @@ def few_rows_kernel(
     out_stride,
     INPUTS: tl.constexpr,
     ADD: tl.constexpr,
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,19 +143,22 @@ def few_rows_kernel(
 ):
     """One program multiplies one share of the inputs into a tile of ``out``.
 
-    x: [rows, INPUTS]; weight: [features, INPUTS]; out: [rows, features]; partial: [SPLITS, tiles,
-    BLOCK_M, BLOCK_N] float32; arrivals: [tiles], how many programs are done with a tile.
+    x: [rows, INPUTS]; weight: [features, INPUTS], twice as many rows if GATED; out: [rows,
+    features]; partial: [SPLITS, tiles, BLOCK_M, BLOCK_N] float32; arrivals: [tiles], how many
+    programs are done with a tile.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     row_tiles = tl.cdiv(rows, BLOCK_M)
     # Programs next to each other read the same rows of the weight.
     row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
+    n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     k = split * SHARE + tl.arange(0, BLOCK_K)
     real_row = (row < rows)[:, None]
-    real_feature = (n < features)[None, :]
+    real_feature = (feature < features)[None, :]
     x_ptr += row.to(tl.int64)[:, None] * x_stride + k[None, :]
     weight_ptr += n.to(tl.int64)[None, :] * INPUTS + k[:, None]
     depend(EARLY)
@@ -175,8 +185,16 @@ def few_rows_kernel(
                 # Just written: the nearest cache may hold older values.
                 acc += tl.load(partial_ptr + other * size, cache_modifier=".cg")
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
-        target = out_ptr + row.to(tl.int64)[:, None] * out_stride + n[None, :]
+            acc += tl.load(bias_ptr + n, mask=feature < features, other=0.0).to(tl.float32)[None, :]
+        kind = out_ptr.dtype.element_ty
+        result = acc
+        if GATED:
+            pairs = tl.reshape(acc.to(kind).to(tl.float32), [BLOCK_M, 2, WIDTH])
+            gate, up = tl.split(tl.permute(pairs, [0, 2, 1]))
+            result = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32) * up
+        column = tile // row_tiles * WIDTH + tl.arange(0, WIDTH)
+        target = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+        real = real_row & (column < features)[None, :]
         if ADD:
-            acc += tl.load(target, mask=real_row & real_feature, other=0.0).to(tl.float32)
-        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=real_row & real_feature)
+            result += tl.load(target, mask=real, other=0.0).to(tl.float32)
+        tl.store(target, result.to(kind), mask=real)

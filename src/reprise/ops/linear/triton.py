@@ -53,11 +53,15 @@ def norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Shapes as in the reference."""
-    if not _one_row(x, weight):
-        return silu_and_mul(_product(rms_norm(x, norm_weight, eps), weight, bias))
-    out = x.new_empty((1, weight.shape[0] // 2))
-    _launch(x, weight, bias, out, norm_weight, eps, gated=True)
-    return out
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    if _one_row(x, weight):
+        _launch(x, weight, bias, out, norm_weight, eps, gated=True)
+        return out
+    normed = rms_norm(x, norm_weight, eps)
+    if supports_few_rows(normed, weight, gated=True):
+        launch_few_rows(normed, weight, bias, out, gated=True)
+        return out
+    return silu_and_mul(_product(normed, weight, bias))
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:

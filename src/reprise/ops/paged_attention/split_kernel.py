@@ -49,11 +49,12 @@ def split_config(
         return Config(block_m, 64, 1, 1)
     if element_size == 4:  # products hold their operands in registers
         return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
-    # Few requests need much on its way to each program; many fill a multiprocessor better if small.
-    small = block_m * block_d <= 16 * 128 and requests > _FEW_REQUESTS
-    block_n, num_warps, share = (32, 2, 4) if small else (64, 4, 2)
-    if block_d > 128:
-        block_n = 32
+    if block_m * block_d > 16 * 128:
+        block_n, num_warps, share = 64 if block_d <= 128 else 32, 4, 2
+    elif requests <= _FEW_REQUESTS:
+        block_n, num_warps, share = 32, 4, 3
+    else:
+        block_n, num_warps, share = 32, 2, 4
     # Keys and values on their way to a program are all but those in use.
     tile = 2 * block_n * block_d * element_size
     deep = share * (2 * tile + 8 * 1024) <= device.shared_memory
