@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -82,3 +83,13 @@ def test_break_ops_are_compiled_first(table, randn, monkeypatch) -> None:
         table, [lambda: None, lambda: forward(1), lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)]
     )
     assert order == ["break op", "other"]
+
+
+def test_no_wave_waits_for_the_pass_beside(table, randn) -> None:
+    waves_are_done, found = threading.Event(), []
+    table.functions["rms_norm"] = lambda x, weight, eps: waves_are_done.set()
+    table.chosen["silu_and_mul"] = ops.silu_and_mul.implementations["triton"]
+    table.functions["silu_and_mul"] = lambda x: found.append(waves_are_done.wait(30))
+    forward = partial(ops.rms_norm, randn(1, 8), randn(8), 1e-6)
+    assert compile_ahead(table, [forward], beside=lambda: ops.silu_and_mul(randn(1, 8))) == 2
+    assert found == [True]

@@ -6,7 +6,7 @@ import contextvars
 import logging
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,20 +20,28 @@ from reprise.platforms import Platform
 logger = logging.getLogger(__name__)
 
 
-def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
-    """Call once, in parallel threads, every op that ``forwards`` call and that compiles kernels.
+_Call = tuple[str, Callable[[], Any]]
 
-    The forwards are run without computing: op calls return memory of any content. They must not
+
+def compile_ahead(
+    table: OpTable,
+    forwards: Iterable[Callable[[], Any]],
+    beside: Callable[[], Any] = lambda: None,
+) -> int:
+    """Call once, in parallel threads, every op that the passes call and that compiles kernels.
+
+    The passes are run without computing: op calls return memory of any content. They must not
     look into it. Calls whose arguments agree in shapes, strides and dtypes count as one.
 
     Args:
         table: The implementations.
         forwards: Passes over the shapes to prepare, the most different ones first.
+        beside: A pass that shares no kernel with these.
 
     Returns:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
-    waves: list[list[tuple[str, Callable[[], Any]]]] = []
+    waves: list[list[_Call]] = []
     known: set[Any] = set()
 
     def note(
@@ -43,20 +51,25 @@ def compile_ahead(table: OpTable, forwards: Iterable[Callable[[], Any]]) -> int:
         if key not in known and table.chosen[op.name].compiles:
             known.add(key)
             # Break ops have kernels of their own, the ones that take longest.
-            waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))
+            wave = waves[1 if op.break_op and len(waves) > 1 else -1]
+            wave.append((op.name, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)
 
     with torch.inference_mode(), table.activate():
         with intercept(note):
-            for forward in forwards:
+            for each in (beside, *forwards):
                 waves.append([])
-                forward()
-        # A wave after the other: most of what a later one calls is compiled by then, while two
-        # threads that meet a new kernel at the same time both compile it.
-        for wave in waves:
-            _run(table, wave)
-    if known:
-        logger.info("kernels of %d op calls are ready", len(known))
+                each()
+        if not known:
+            return 0
+        with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
+            aside = _start(pool, table, waves[0])
+            # A wave after the other: most of what a later one calls is compiled by then, while
+            # two threads that meet a new kernel at the same time both compile it.
+            for wave in waves[1:]:
+                _finish(_start(pool, table, wave))
+            _finish(aside)
+    logger.info("kernels of %d op calls are ready", len(known))
     return len(known)
 
 
@@ -75,7 +88,9 @@ def wake_compiler(platform: Platform) -> None:
             logger.warning("the first kernel does not compile: %s", error)
 
 
-def _run(table: OpTable, calls: list[tuple[str, Callable[[], Any]]]) -> None:
+def _start(
+    pool: ThreadPoolExecutor, table: OpTable, calls: list[_Call]
+) -> list[tuple[str, Future[None]]]:
     def run(call: Callable[[], Any]) -> None:
         table.platform.activate()
         # Libraries want a thread to have used the device before it calls them.
@@ -83,16 +98,14 @@ def _run(table: OpTable, calls: list[tuple[str, Callable[[], Any]]]) -> None:
         with torch.inference_mode():
             call()
 
-    if not calls:
-        return
-    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1)) as pool:
-        running = [
-            (name, pool.submit(contextvars.copy_context().run, run, call)) for name, call in calls
-        ]
-        for name, each in running:
-            error = each.exception()
-            if error is not None:
-                logger.warning("kernels of op %s were not compiled ahead: %s", name, error)
+    return [(name, pool.submit(contextvars.copy_context().run, run, call)) for name, call in calls]
+
+
+def _finish(running: list[tuple[str, Future[None]]]) -> None:
+    for name, each in running:
+        error = each.exception()
+        if error is not None:
+            logger.warning("kernels of op %s were not compiled ahead: %s", name, error)
 
 
 def _signature(value: Any) -> Any:

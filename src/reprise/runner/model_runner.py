@@ -215,11 +215,11 @@ class ModelRunner:
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         decode = [StepShape.decode(n) for n in sorted({1, min(most, 256), most})]
 
-        def first() -> None:
-            example_draw(self.model.vocab_size, self.platform)
-            run(mixed)
-
-        compile_ahead(self.ops, [first, lambda: ops.argmax(run(*decode))])
+        compile_ahead(
+            self.ops,
+            [lambda: run(mixed), lambda: ops.argmax(run(*decode))],
+            beside=lambda: example_draw(self.model.vocab_size, self.platform),
+        )
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""

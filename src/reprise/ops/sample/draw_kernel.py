@@ -95,23 +95,21 @@ def draw_kernel(
 
     cut = bound
     total = tl.sum(group_mass)
-    if by_k:
-        cut = threshold(
-            candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima, real_group,
-            compact, count, temperature, largest, cut, top_k.to(tl.int64),
-            False, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
-        )  # fmt: skip
-        total = _total_kept_mass(
-            candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
-            -float("inf"), BLOCK,
-        )  # fmt: skip
-    if by_p:
-        target = _fraction(total, (top_p * 16777216.0).to(tl.int64))
-        cut = threshold(
-            candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima, real_group,
-            compact, count, temperature, largest, cut, target,
-            True, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
-        )  # fmt: skip
+    # The nucleus is one of what top-k keeps. A loop, since two copies compile twice as long.
+    for by_mass in tl.range(2, loop_unroll_factor=1):
+        if (by_p & (by_mass == 1)) | (by_k & (by_mass == 0)):
+            mass = _fraction(total, (top_p * 16777216.0).to(tl.int64))
+            cut = threshold(
+                candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima,
+                real_group, compact, count, temperature, largest, cut,
+                tl.where(by_mass == 1, mass, top_k.to(tl.int64)), by_mass == 1,
+                VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
+            )  # fmt: skip
+            if by_mass == 0:
+                total = _total_kept_mass(
+                    candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
+                    -float("inf"), BLOCK,
+                )  # fmt: skip
 
     total = _total_kept_mass(
         candidates_ptr, logits_ptr, compact, count, temperature, largest, cut, floor, BLOCK

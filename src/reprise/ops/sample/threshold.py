@@ -117,7 +117,7 @@ def threshold(
     largest,
     least,
     target,
-    BY_MASS: tl.constexpr,
+    by_mass,
     VOCAB: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_PER_STEP: tl.constexpr,
@@ -133,7 +133,7 @@ def threshold(
     high = _key(largest)
     listed = compact
     if compact == 0:
-        near, far = _narrow(logits_ptr, temperature, largest, least, target, BY_MASS, VOCAB, BLOCK)
+        near, far = _narrow(logits_ptr, temperature, largest, least, target, by_mass, VOCAB, BLOCK)
         found, tokens, mass = collect(
             logits_ptr, groups_ptr, candidates_ptr, candidate_ids_ptr, maxima, real, temperature,
             largest, near, far, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY,
@@ -143,10 +143,10 @@ def threshold(
         if found <= CAPACITY:
             listed = found <= CAPACITY
             count = found
-            target -= mass if BY_MASS else tokens
+            target -= tl.where(by_mass, mass, tokens)
     return _cut(
         candidates_ptr, logits_ptr, listed, count, temperature, largest, least, low, high, target,
-        BY_MASS, BLOCK,
+        by_mass, BLOCK,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _narrow(
     largest,
     least,
     target,
-    BY_MASS: tl.constexpr,
+    by_mass,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -175,15 +175,13 @@ def _narrow(
         for start in tl.range(0, VOCAB, BLOCK, num_stages=3):
             index = start + tl.arange(0, BLOCK)[:, None]
             x = load_scaled(logits_ptr + index, index < VOCAB, temperature)
-            if BY_MASS:
+            weight = (x >= least).to(tl.float32)
+            if by_mass:
                 weight = tl.where(x >= least, tl.exp(x - largest), 0.0)
-            else:
-                weight = tl.where(x >= least, 1.0, 0.0)
             above += tl.where(x > pivots, weight, 0.0)
         found = tl.sum(above, axis=0)[None, :]
         goal = target.to(tl.float32)
-        if BY_MASS:
-            goal = goal / 1099511627776.0
+        goal = tl.where(by_mass, goal / 1099511627776.0, goal)
         # Nothing is above ``largest``, so the last pivot of a first pass holds for certain.
         low = tl.max(tl.where(found > goal * 1.0001, pivots, low))
         high = tl.min(tl.where(found < goal * 0.9999, pivots, high))
@@ -202,7 +200,7 @@ def _cut(
     low,
     high,
     target,
-    BY_MASS: tl.constexpr,
+    by_mass,
     BLOCK: tl.constexpr,
 ):
     """Smallest number above which there is less than ``target``, counted in tokens or in mass.
@@ -216,10 +214,9 @@ def _cut(
         above = tl.zeros([BLOCK, 8], dtype=tl.int64)
         for start in range(0, count, BLOCK):
             x = load_block(candidates_ptr, logits_ptr, compact, start, count, temperature, BLOCK)
-            if BY_MASS:
+            weight = (x >= least).to(tl.int64)
+            if by_mass:
                 weight = tl.where(x >= least, fixed_mass(x, largest), 0)
-            else:
-                weight = (x >= least).to(tl.int64)
             above += tl.where(x[:, None] > _number(pivots)[None, :], weight[:, None], 0)
         too_much = tl.sum(above, axis=0) >= target
         low = tl.max(tl.where(too_much, pivots, low))
