@@ -69,6 +69,8 @@ def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, ex
         ("wrong_extent", "paged_attention", "full"),
         ("dtype_drift", "rotary_cache", "full"),
         ("dtype_drift", "silu_and_mul", "breakable"),
+        ("dirty_memory", "paged_attention", "full"),
+        ("dirty_memory", "silu_and_mul", "breakable"),
     ],
 )
 def test_faults_are_caught_by_the_first_canary(toy, make_runner, fault, op, executor, caplog):
@@ -106,6 +108,7 @@ def test_a_fault_ends_with_its_context(toy):
             assert fault.summary
     toy.ops.functions.pop("rms_norm")
     assert {**toy.ops.functions, **before} == dict(toy.ops.functions)
+    assert faults.DirtyMemory.name not in toy.ops.memory
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)

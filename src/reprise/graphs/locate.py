@@ -22,6 +22,7 @@ from reprise.graphs.segments import (
     tensor_arguments,
 )
 from reprise.graphs.shape import StepShape
+from reprise.graphs.state import StepState, memory_of_ops
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
 
@@ -108,18 +109,19 @@ def locate(
             lambda: computation.forward(bucket, computation.model), "all" if whole else "ops"
         )
         fill()
-        state = computation.state(live)
+        state = StepState(computation, live)
         before = state.read()
         trace = _trace(computation, bucket, computation.model)
         state.write(before)
         poison(computation.outputs(bucket).values())
         poison_memory(platform.graph_pool_memory(pool))
-        found = _walk(fresh, trace)
+        memory = memory_of_ops(computation.ops)
+        found = _walk(fresh, trace, memory)
         state.write(before)
         if agree(found is None) and original is not None and original.num_breaks > 0:
             trace = _trace(computation, bucket, model)
             state.write(before)
-            found = _walk(original, trace)
+            found = _walk(original, trace, memory)
             state.write(before)
         return found
     except OpCaptureError as error:
@@ -150,7 +152,7 @@ def _trace(
             result = function(*args, **kwargs)
         if isinstance(result, Tensor):
             written = {**written, "result": result}
-        traced.outputs = _fingerprints(written)
+        traced.outputs = _fingerprints({**written, **memory_of_ops(computation.ops)})
         trace[str(call)] = traced
         return result
 
@@ -159,7 +161,9 @@ def _trace(
     return trace
 
 
-def _walk(graph: SegmentedGraph, trace: dict[str, _Traced]) -> Location | None:
+def _walk(
+    graph: SegmentedGraph, trace: dict[str, _Traced], memory: dict[str, Tensor]
+) -> Location | None:
     """Replay step by step; the first difference. All steps run, since ranks may communicate."""
     segments = 0
     found: Location | None = None
@@ -176,9 +180,13 @@ def _walk(graph: SegmentedGraph, trace: dict[str, _Traced]) -> Location | None:
             suspect = _first_wrong(traced.inputs, call.outputs)
             step.run()
             if wrong is None:
-                wrong = _first_wrong(traced.outputs, call.outputs)
-                if wrong is not None and suspect is not None and _right_if_fed(step, call, traced):
-                    wrong, produced = suspect, False
+                results = {**call.outputs, **memory}
+                wrong = _first_wrong(traced.outputs, results)
+                if wrong is not None and suspect is not None:
+                    _feed(call, traced)
+                    step.run()
+                    if _first_wrong(traced.outputs, results) is None:
+                        wrong, produced = suspect, False
             if wrong is not None:
                 found = Location(segments, str(call), wrong, produced, right)
             right = str(call)
@@ -186,8 +194,8 @@ def _walk(graph: SegmentedGraph, trace: dict[str, _Traced]) -> Location | None:
     return found
 
 
-def _right_if_fed(step: Segment | Break, call: Call, traced: _Traced) -> bool:
-    """Whether the op computes right once what it updates in place holds eager's values.
+def _feed(call: Call, traced: _Traced) -> None:
+    """Give what an op updates in place eager's values.
 
     An argument that is written only holds garbage before, which says nothing.
     """
@@ -195,8 +203,6 @@ def _right_if_fed(step: Segment | Break, call: Call, traced: _Traced) -> bool:
         eager = traced.inputs.get(name)
         if eager is not None and eager.shape == tensor.shape:
             tensor.copy_(eager)
-    step.run()
-    return _first_wrong(traced.outputs, call.outputs) is None
 
 
 def _watched(step: Segment | Break) -> Call | None:

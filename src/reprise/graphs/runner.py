@@ -18,6 +18,7 @@ from reprise.graphs.computation import Computation
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.shape import PHASES, Phase, StepShape
+from reprise.graphs.state import StepState
 from reprise.graphs.verify import VerifyMode, check_live
 from reprise.ops.registry import Op, OpTable, intercept
 from reprise.platforms import Platform
@@ -248,7 +249,7 @@ class GraphRunner:
         assert cell.graph is not None
         self._canaries += 1
         computation, executor = self.computation, cell.info.executor
-        state = computation.state(shape)
+        state = StepState(computation, shape)
         before = state.read()
         model = self.capturer.model(executor)
         found: object

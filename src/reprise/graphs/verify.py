@@ -16,9 +16,10 @@ from reprise.graphs.compare import (
     poison,
     poison_memory,
 )
-from reprise.graphs.computation import Computation, State
+from reprise.graphs.computation import Computation
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.shape import StepShape
+from reprise.graphs.state import StepState
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def check_probe(
         memory: All memory of the graph's pool (may be empty, if unknown).
         exact: Compare bits.
     """
-    state = computation.state(live)
+    state = StepState(computation, live)
     before = state.read()
     for output in computation.outputs(bucket).values():
         output.zero_()
@@ -104,7 +105,7 @@ def check_live(
 
     Afterwards outputs and state are those of the eager run, whatever the verdict.
     """
-    state = computation.state(live)
+    state = StepState(computation, live)
     before = state.read()
     poison(computation.outputs(live).values())
     graph.replay()
@@ -114,6 +115,6 @@ def check_live(
     return first_difference(_results(computation, state, live), got, exact=exact)
 
 
-def _results(computation: Computation, state: State, live: StepShape) -> dict[str, Tensor]:
+def _results(computation: Computation, state: StepState, live: StepShape) -> dict[str, Tensor]:
     """Copies of all that a step of this shape produced."""
     return {**copies(computation.outputs(live)), **state.read()}

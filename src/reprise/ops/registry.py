@@ -33,7 +33,7 @@ _library = torch.library.Library("reprise", "DEF")
 _ops: dict[str, Op] = {}
 _active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
 _defaults: dict[str, OpTable] = {}
-_memory_outside_engines: dict[Any, Any] = {}
+_memory_outside_engines: dict[str, torch.Tensor] = {}
 
 Interceptor = Callable[["Op", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Called instead of an op's implementation: ``interceptor(op, function, args, kwargs)``."""
@@ -246,7 +246,7 @@ class OpTable:
             name: each.choose(platform, overrides.get(name)) for name, each in _ops.items()
         }
         self.functions = _LateFunctions(self)
-        self.memory: dict[Any, Any] = {}
+        self.memory: dict[str, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -279,8 +279,11 @@ def active_platform() -> Platform | None:
     return None if table is None else table.platform
 
 
-def op_memory() -> dict[Any, Any]:
-    """What implementations keep on the device from call to call; one for each engine."""
+def op_memory() -> dict[str, torch.Tensor]:
+    """What implementations keep on the device from call to call; one for each engine.
+
+    Graph verification compares and restores it as it does a step's results.
+    """
     table = _active.get()
     return _memory_outside_engines if table is None else table.memory
 

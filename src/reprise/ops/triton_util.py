@@ -64,11 +64,10 @@ def arrivals(count: int, device: torch.device) -> Tensor:
     run one after the other. So all kernels can use the same ones.
     """
     size = max(8192, triton.next_power_of_2(count))
-    memory, key = op_memory(), ("arrivals", device, size)
+    memory, key = op_memory(), f"{size} arrivals on {device}"
     if key not in memory:
         memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
-    found: Tensor = memory[key]
-    return found
+    return memory[key]
 
 
 @triton.jit

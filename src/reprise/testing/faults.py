@@ -56,6 +56,10 @@ class Fault(ABC):
     def run(self, named: dict[str, Any]) -> Any:
         """Do the op's work, badly if it is being captured. ``named``: its arguments."""
 
+    def close(self) -> None:
+        """Leave the table as it was."""
+        self.table.functions[self.op.name] = self.original
+
     def proceed(self, named: dict[str, Any]) -> Any:
         """The op's real work."""
         return launch(self.original, **named)
@@ -222,6 +226,25 @@ class DtypeDrift(Fault):
         return self.proceed_with(named, name, tensor.to(lower).to(tensor.dtype))
 
 
+class DirtyMemory(Fault):
+    name = "dirty_memory"
+    summary = "the graph leaves in disorder what ops keep from call to call"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.kept = torch.zeros(4, dtype=torch.int32, device=table.platform.device)
+        table.memory[self.name] = self.kept
+
+    def close(self) -> None:
+        super().close()
+        del self.table.memory[self.name]
+
+    def run(self, named: dict[str, Any]) -> Any:
+        if capturing():
+            self.kept.add_(1)
+        return self.proceed(named)
+
+
 class ReturnedOutput(Fault):
     name = "returned_output"
     summary = "a break op returns a new tensor instead of writing its output"
@@ -245,7 +268,7 @@ FAULTS: dict[str, type[Fault]] = {
     each.name: each
     for each in (
         StaleScalar, StalePointer, FreshAllocation, UnwrittenOutput, HostSync, SideStreamRace,
-        WrongExtent, DtypeDrift, ReturnedOutput,
+        WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
     )
 }  # fmt: skip
 """Every fault by name."""
@@ -265,7 +288,7 @@ def inject(fault: str, table: OpTable, op: str) -> Iterator[Fault]:
     try:
         yield broken
     finally:
-        table.functions[op] = broken.original
+        broken.close()
 
 
 def _named(fault: str) -> Callable[[OpTable, str], contextlib.AbstractContextManager[Fault]]:
@@ -285,4 +308,5 @@ host_sync = _named("host_sync")
 side_stream_race = _named("side_stream_race")
 wrong_extent = _named("wrong_extent")
 dtype_drift = _named("dtype_drift")
+dirty_memory = _named("dirty_memory")
 returned_output = _named("returned_output")
