@@ -18,7 +18,6 @@ only in that step's ``update``: no two requests use a block in steps that are un
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from bisect import insort
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from reprise.cache import CacheManager
+from reprise.engine.waiting_queue import WaitingQueue
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
 from reprise.step import ScheduledRequest, ScheduledStep
@@ -115,7 +115,7 @@ class Scheduler:
     def _forget_all(self) -> None:
         self._requests: dict[str, Request] = {}
         """All that are not finished."""
-        self._waiting = _WaitingQueue()
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []
         """By urgency. May contain finished requests while ``_running_is_stale``."""
         self._running_is_stale = False
@@ -494,36 +494,3 @@ def _keep_rows(decodes: list[ScheduledRequest]) -> None:
         each = moved.pop() if kept is None else kept
         each.request.row = row
         decodes[row] = each
-
-
-class _WaitingQueue:
-    """A heap by urgency; requests that finish while they wait are discarded from it."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Request]] = []
-        self._num_discarded = 0
-
-    def __len__(self) -> int:
-        return len(self._heap) - self._num_discarded
-
-    def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.urgency, request))
-
-    def first(self) -> Request:
-        while self._heap[0][1].finish_reason is not None:
-            heapq.heappop(self._heap)
-            self._num_discarded -= 1
-        return self._heap[0][1]
-
-    def pop(self) -> Request:
-        request = self.first()
-        heapq.heappop(self._heap)
-        return request
-
-    def count_discarded(self) -> None:
-        """A queued request has finished; its entry goes when it comes up, or with many others."""
-        self._num_discarded += 1
-        if self._num_discarded > len(self._heap) // 2:
-            self._heap = [entry for entry in self._heap if entry[1].finish_reason is None]
-            heapq.heapify(self._heap)
-            self._num_discarded = 0
