@@ -29,6 +29,7 @@ class Config:
     block_k: int = 128
     """Inputs of one step of the inner loop."""
     num_stages: int = 5
+    """At most: fewer where shared memory holds fewer tiles of both operands."""
     num_warps: int = 4
     splits: int = 0
     """Programs that share a tile; 0: as many as occupy the device."""
@@ -44,15 +45,22 @@ the device has multiprocessors."""
 
 def supports_few_rows(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     """Whether :func:`launch_few_rows` computes this product, and as fast as the BLAS."""
+    config = _GATED if gated else _DEFAULT
     return (
         2 <= x.shape[0] <= _MOST_ROWS
         and x.dtype is not torch.float32
         and x.stride(1) == 1
         and weight.is_contiguous()
-        and weight.shape[1] % _DEFAULT.block_k == 0
+        and weight.shape[1] % config.block_k == 0
         and weight.numel() <= _MOST_WEIGHTS
-        and _tiles(x, weight, _GATED if gated else _DEFAULT) <= limits(x.device).multiprocessors
+        and _tiles(x, weight, config) <= limits(x.device).multiprocessors
+        and _stages(config, x) > 0
     )
+
+
+def _stages(config: Config, x: Tensor) -> int:
+    stage = (config.block_m + config.block_n) * config.block_k * x.element_size()
+    return min(config.num_stages, limits(x.device).shared_memory // stage)
 
 
 def _tiles(x: Tensor, weight: Tensor, config: Config) -> int:
@@ -114,7 +122,7 @@ def launch_few_rows(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=_stages(config, x),
         **launch_options(),
     )
 

@@ -1,0 +1,46 @@
+"""Kernels compile, and fit, for devices that are not there.
+
+The interpreter takes code that a compiler refuses, and knows no limits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reprise.ops
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+KERNELS = {
+    name
+    for each in Path(reprise.ops.__file__).parent.rglob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", each.read_text(), re.MULTILINE)
+}
+TARGETS = {
+    "Hopper": ("cuda", "90", 232448),
+    "Ada": ("cuda", "89", 101376),
+    "CDNA 3": ("hip", "gfx942", 65536),
+}
+"""Backend, architecture, bytes of shared memory that a program can have."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_and_fits(device, target) -> None:
+    if device != "cpu":
+        pytest.skip("no device takes part, so the run without one is enough")
+    pytest.importorskip("triton")
+    backend, architecture, limit = TARGETS[target]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), backend, architecture, str(limit)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert not [each for each in found if "error" in each]
+    assert not [each for each in found if each["shared_memory"] > limit]
+    assert {each["kernel"] for each in found} == KERNELS
