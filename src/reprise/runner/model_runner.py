@@ -214,7 +214,6 @@ class ModelRunner:
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         decode = [StepShape.decode(n) for n in sorted({1, min(most, 256), most})]
-
         compile_ahead(
             self.ops,
             [lambda: run(mixed), lambda: ops.argmax(run(*decode))],

@@ -95,7 +95,7 @@ def draw_kernel(
 
     cut = bound
     total = tl.sum(group_mass)
-    # The nucleus is one of what top-k keeps. A loop, since two copies compile twice as long.
+    # The nucleus is one of what top-k keeps. A loop: two copies would take a third more to compile.
     for by_mass in tl.range(2, loop_unroll_factor=1):
         if (by_p & (by_mass == 1)) | (by_k & (by_mass == 0)):
             mass = _fraction(total, (top_p * 16777216.0).to(tl.int64))
