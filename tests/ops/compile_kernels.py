@@ -4,7 +4,8 @@
     python compile_kernels.py hip gfx942 65536
 
 Arguments: Triton's backend, its architecture, and the bytes of shared memory that a program can
-have there. Prints one JSON object a kernel: its name and bytes of shared memory; or an op's, with its error.
+have there. Prints one JSON object a kernel, its name and bytes of shared memory; where an op
+fails, its name and the error.
 """
 
 from __future__ import annotations
