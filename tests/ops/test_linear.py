@@ -53,6 +53,19 @@ def test_triton(implementation, dtypes, randn, op, features, inputs, rows, with_
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_what_the_kernel_of_few_rows_takes(implementation, randn) -> None:
+    implementation(norm_gated_linear, "triton")
+    from reprise.ops.linear.few_rows_kernel import supports_few_rows
+
+    x, weight = randn(2, 256, dtype=torch.float16), randn(80, 256, dtype=torch.float16)
+    for gated in (False, True):
+        assert supports_few_rows(x, weight[:32], gated)
+        assert not supports_few_rows(x[:1], weight[:32], gated)
+        assert not supports_few_rows(x.float(), weight[:32].float(), gated)
+        assert not supports_few_rows(x[:, :200], weight[:32, :200].contiguous(), gated)
+    assert supports_few_rows(x, weight, gated=True)
+
+
 def called(function, op, named, residual):
     if op is not linear_add:
         return function(**named)

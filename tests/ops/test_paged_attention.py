@@ -304,6 +304,22 @@ def test_triton_takes_views_of_larger_tensors(implementation, platform) -> None:
         assert wide[:, :, :8].isnan().all()
 
 
+@pytest.mark.parametrize("query_len", [0, 1])
+def test_rows_without_any_request_are_cleared(implementation, platform, query_len) -> None:
+    batch = Batch(decode(5), torch.float32, platform.device)
+    out = torch.full((3, 4, 64), torch.nan, device=platform.device)
+    nothing = {
+        "query": torch.zeros_like(out),
+        "block_tables": batch.arguments["block_tables"][:0],
+        "seq_lens": batch.arguments["seq_lens"][:0],
+        "query_start_loc": batch.arguments["query_start_loc"][:1],
+        "out": out,
+        "query_len": query_len,
+    }
+    implementation(paged_attention, "triton")(**{**batch.arguments, **nothing})
+    assert not out.any()
+
+
 def test_triton_refuses_caches_of_different_layout(implementation, platform) -> None:
     function = implementation(paged_attention, "triton")
     batch = Batch(decode(5), torch.float32, platform.device)

@@ -97,7 +97,7 @@ def locate(
         model: What it captured.
         agree: Whether all ranks say True.
     """
-    state = None
+    state, before = None, {}
     try:
         reset()
         pool = platform.graph_pool()
@@ -122,7 +122,6 @@ def locate(
             trace = _trace(computation, bucket, model)
             state.write(before)
             found = _walk(original, trace, memory)
-            state.write(before)
         return found
     except OpCaptureError as error:
         return Location(0, str(error.call), "", produced=True, refused=True)
@@ -132,6 +131,8 @@ def locate(
     finally:
         if state is None:
             fill()
+        else:
+            state.write(before)
 
 
 def _trace(
@@ -147,7 +148,7 @@ def _trace(
         call = Call(op.name, counts.get(op.name, 0))
         counts[op.name] = call.index + 1
         inputs, written = tensor_arguments(op, args, kwargs)
-        traced = _Traced(_fingerprints(inputs), {})
+        traced = _Traced(_fingerprints({**inputs, **memory_of_ops(computation.ops)}), {})
         with intercept(None):
             result = function(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -175,7 +176,7 @@ def _walk(
             step.run()
         else:
             reads = {k: v for k, v in call.inputs.items() if k not in call.outputs}
-            wrong = _first_wrong(traced.inputs, reads)
+            wrong = _first_wrong(traced.inputs, {**reads, **memory})
             produced = wrong is None
             suspect = _first_wrong(traced.inputs, call.outputs)
             step.run()
@@ -183,7 +184,7 @@ def _walk(
                 results = {**call.outputs, **memory}
                 wrong = _first_wrong(traced.outputs, results)
                 if wrong is not None and suspect is not None:
-                    _feed(call, traced)
+                    _feed(results, traced)
                     step.run()
                     if _first_wrong(traced.outputs, results) is None:
                         wrong, produced = suspect, False
@@ -194,12 +195,12 @@ def _walk(
     return found
 
 
-def _feed(call: Call, traced: _Traced) -> None:
-    """Give what an op updates in place eager's values.
+def _feed(updated: dict[str, Tensor], traced: _Traced) -> None:
+    """Give what an op updates in place the values that it had in eager execution.
 
     An argument that is written only holds garbage before, which says nothing.
     """
-    for name, tensor in call.outputs.items():
+    for name, tensor in updated.items():
         eager = traced.inputs.get(name)
         if eager is not None and eager.shape == tensor.shape:
             tensor.copy_(eager)

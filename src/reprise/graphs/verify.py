@@ -79,17 +79,18 @@ def check_probe(
     """
     state = StepState(computation, live)
     before = state.read()
-    for output in computation.outputs(bucket).values():
-        output.zero_()
-    computation.forward(bucket, model)
-    expected = _results(computation, state, live)
-    state.write(before)
-    poison(computation.outputs(bucket).values())
-    poison_memory(memory)
-    graph.replay()
-    found = first_difference(expected, _results(computation, state, live), exact=exact)
-    state.write(before)
-    return found
+    try:
+        for output in computation.outputs(bucket).values():
+            output.zero_()
+        computation.forward(bucket, model)
+        expected = _results(computation, state, live)
+        state.write(before)
+        poison(computation.outputs(bucket).values())
+        poison_memory(memory)
+        graph.replay()
+        return first_difference(expected, _results(computation, state, live), exact=exact)
+    finally:
+        state.write(before)
 
 
 def check_live(

@@ -50,7 +50,7 @@ def compile_ahead(
         key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
         if key not in known and table.chosen[op.name].compiles:
             known.add(key)
-            # Break ops have kernels of their own, the ones that take longest.
+            # Break ops have kernels of their own, the longest of a wave.
             wave = waves[1 if op.break_op and len(waves) > 1 else -1]
             wave.append((op.name, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)

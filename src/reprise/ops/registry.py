@@ -282,7 +282,8 @@ def active_platform() -> Platform | None:
 def op_memory() -> dict[str, torch.Tensor]:
     """What implementations keep on the device from call to call; one for each engine.
 
-    Graph verification compares and restores it as it does a step's results.
+    Graph verification compares it, and puts it back, as it does the cache slots. To be made in an
+    eager call, never under capture: then it would lie in the memory of a graph's pool.
     """
     table = _active.get()
     return _memory_outside_engines if table is None else table.memory

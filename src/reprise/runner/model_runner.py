@@ -213,7 +213,8 @@ class ModelRunner:
 
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
-        decode = [StepShape.decode(n) for n in sorted({1, min(most, 256), most})]
+        sizes = sorted({min(n, most) for n in (1, 128, 256, most)})
+        decode = [StepShape.decode(n) for n in sizes]
         compile_ahead(
             self.ops,
             [lambda: run(mixed), lambda: ops.argmax(run(*decode))],

@@ -31,8 +31,6 @@ class Config:
     num_stages: int = 5
     """At most: fewer where shared memory holds fewer tiles of both operands."""
     num_warps: int = 4
-    splits: int = 0
-    """Programs that share a tile; 0: as many as occupy the device."""
 
 
 _DEFAULT = Config()
@@ -75,7 +73,6 @@ def launch_few_rows(
     *,
     add: bool = False,
     gated: bool = False,
-    config: Config | None = None,
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``out``, or add it if ``add``.
 
@@ -87,17 +84,15 @@ def launch_few_rows(
         add: Keep what ``out`` holds and add to it.
         gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
             ``silu(gate) * up``.
-        config: Sizes.
     """
     rows, inputs = x.shape
-    config = config or (_GATED if gated else _DEFAULT)
+    config = _GATED if gated else _DEFAULT
     tiles = _tiles(x, weight, config)
-    splits = config.splits
-    if splits == 0:
-        splits = 1
-        steps, most = inputs // config.block_k, limits(x.device).multiprocessors // tiles
-        while 2 * splits <= most and steps % (2 * splits) == 0:
-            splits *= 2
+    # Programs that share a tile: as many as occupy the device.
+    splits = 1
+    steps, most = inputs // config.block_k, limits(x.device).multiprocessors // tiles
+    while 2 * splits <= most and steps % (2 * splits) == 0:
+        splits *= 2
     partial = out
     if splits > 1:
         size = tiles * config.block_m * config.block_n

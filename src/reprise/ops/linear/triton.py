@@ -53,15 +53,19 @@ def norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Shapes as in the reference."""
-    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    size = weight.shape[0] // 2
     if _one_row(x, weight):
+        out = x.new_empty((1, size))
         _launch(x, weight, bias, out, norm_weight, eps, gated=True)
         return out
     normed = rms_norm(x, norm_weight, eps)
     if supports_few_rows(normed, weight, gated=True):
+        out = x.new_empty((x.shape[0], size))
         launch_few_rows(normed, weight, bias, out, gated=True)
         return out
-    return silu_and_mul(_product(normed, weight, bias))
+    product = _product(normed, weight, bias)
+    del normed  # here a step has its peak of memory
+    return silu_and_mul(product)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:

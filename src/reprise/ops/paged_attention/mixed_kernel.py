@@ -26,12 +26,12 @@ def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLi
     return Config(max(128, smallest), 64 if wide else 128, 8, 2 if wide else 3)
 
 
-def launch_mixed(call: Call, config: Config | None = None) -> Callable[[], None]:
+def launch_mixed(call: Call) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     tokens, _, head_size = call.query.shape
     kv_heads, requests, group = call.key_cache.shape[2], call.block_tables.shape[0], call.group
     device = limits(call.query.device)
-    config = config or mixed_config(group, head_size, call.query.element_size(), device)
+    config = mixed_config(group, head_size, call.query.element_size(), device)
     block_q = config.block_m // group
     # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
     tiles = triton.cdiv(tokens, block_q) + requests

@@ -61,16 +61,14 @@ def split_config(
     return Config(block_m, block_n, num_warps, 3 if deep else 2, share)
 
 
-def launch_split(call: Call, config: Config | None = None) -> Callable[[], None]:
+def launch_split(call: Call) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     query, query_len = call.query, call.query_len
     tokens, heads, head_size = query.shape
     kv_heads = call.key_cache.shape[2]
     requests = call.block_tables.shape[0]
     device = limits(query.device)
-    config = config or split_config(
-        call.group * query_len, requests, head_size, query.element_size(), device
-    )
+    config = split_config(call.group * query_len, requests, head_size, query.element_size(), device)
     programs = _programs(requests, config.share * device.multiprocessors // kv_heads)
     options = {
         **call.options(config),
@@ -98,6 +96,8 @@ def launch_split(call: Call, config: Config | None = None) -> Callable[[], None]
 def _programs(requests: int, most: int) -> int:
     """Programs for each KV head: as many as run at a time, or a few less where requests of equal
     length are then cut nowhere but between programs."""
+    if requests == 0:
+        return most
     if requests < most:
         even = most // requests * requests
     else:
