@@ -80,6 +80,25 @@ def dot(a, b, acc, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@triton.jit
+def silu(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x * sigmoid(x) of float32, rounded to ``dtype`` as by an op of its own; float32."""
+    return (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def is_last(arrivals_ptr, count):  # type: ignore[no-untyped-def]
+    """Whether the calling program is the last of ``count`` to call this: see :func:`arrivals`.
+
+    The last one may read what the others stored before their calls."""
+    # All threads have stored before one announces it.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(arrivals_ptr, 0)
+    return last
+
+
 def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     """A way to repeat a launch without the host work that Triton does before each.
 

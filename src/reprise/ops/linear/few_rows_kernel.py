@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, arrivals, depend, dot, launch_options, limits
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    arrivals,
+    depend,
+    dot,
+    is_last,
+    launch_options,
+    limits,
+    silu,
+)
 
 
 @dataclass(frozen=True)
@@ -177,12 +186,9 @@ def few_rows_kernel(
         size = tl.num_programs(0) // SPLITS * (BLOCK_M * BLOCK_N)
         partial_ptr += tile * (BLOCK_M * BLOCK_N) + within
         tl.store(partial_ptr + split * size, acc)
-        # All threads have stored before one announces it.
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        last = is_last(arrivals_ptr + tile, SPLITS)
     if last:
         if SPLITS > 1:
-            tl.store(arrivals_ptr + tile, 0)
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             for other in tl.static_range(SPLITS):
                 # Just written: the nearest cache may hold older values.
@@ -194,7 +200,7 @@ def few_rows_kernel(
         if GATED:
             pairs = tl.reshape(acc.to(kind).to(tl.float32), [BLOCK_M, 2, WIDTH])
             gate, up = tl.split(tl.permute(pairs, [0, 2, 1]))
-            result = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32) * up
+            result = silu(gate, kind) * up
         column = tile // row_tiles * WIDTH + tl.arange(0, WIDTH)
         target = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
         real = real_row & (column < features)[None, :]

@@ -19,7 +19,7 @@ from torch import Tensor
 from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
-from reprise.ops.triton_util import depend, launch_options
+from reprise.ops.triton_util import depend, launch_options, silu
 
 _FEATURES = 4
 """Rows of the weight that a program takes."""
@@ -202,8 +202,7 @@ def one_row_kernel(
         if bias_ptr is not None:
             acc_up += tl.load(bias_ptr + features + n, mask=real, other=0.0).to(tl.float32)
         gate = acc.to(kind).to(tl.float32)
-        activated = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
-        acc = activated * acc_up.to(kind).to(tl.float32)
+        acc = silu(gate, kind) * acc_up.to(kind).to(tl.float32)
     if ADD:
         acc += tl.load(out_ptr + n, mask=real, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, acc.to(kind), mask=real)

@@ -113,8 +113,8 @@ def mixed_attention_kernel(
             too_far = middle
     begin = tl.load(starts_ptr + request)
     new = tl.load(starts_ptr + request + 1) - begin
-    token += (tile - begin // BLOCK_Q - request) * BLOCK_Q
     first_token = (tile - begin // BLOCK_Q - request) * BLOCK_Q
+    token += first_token
     if first_token >= new:
         return
     length = tl.load(seq_lens_ptr + request)

@@ -22,11 +22,13 @@ from reprise.ops.triton_util import (
     DeviceLimits,
     arrivals,
     depend,
+    is_last,
     limits,
     relaunch,
 )
 
 _FEW_REQUESTS = 16
+"""Up to so many, each program gets more warps, and what looks through all requests is smaller."""
 _MIN_KEYS = 64
 """A program with fewer keys costs more to merge than it saves."""
 
@@ -288,11 +290,7 @@ def split_attention_kernel(
                 mask=used_channel,
             )
             tl.store(log_sums_ptr + partial_row, row_max + tl.log2(row_sum), mask=used)
-            # All threads have stored before one announces it.
-            tl.debug_barrier()
-            arrival_ptr = arrivals_ptr + request * KV_HEADS + kv_head
-            if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == sharers - 1:
-                tl.store(arrival_ptr, 0)
+            if is_last(arrivals_ptr + request * KV_HEADS + kv_head, sharers):
                 _merge(
                     partial_ptr, log_sums_ptr, out_ptr + begin.to(tl.int64) * out_stride,
                     owner, sharers, new, kv_head, out_stride, out_head_stride,

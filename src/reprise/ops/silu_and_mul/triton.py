@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import depend, launch_options
+from reprise.ops.triton_util import depend, launch_options, silu
 
 _BLOCK = 1024
 
@@ -30,7 +30,5 @@ def silu_and_mul_kernel(
     depend(EARLY)
     gate = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(start + SIZE, mask=inside, other=0.0).to(tl.float32)
-    # The activation is rounded before the product, as two separate ops would.
-    activated = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-    y = (activated * up).to(out_ptr.dtype.element_ty)
+    y = (silu(gate, out_ptr.dtype.element_ty) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SIZE + column, y, mask=inside)
