@@ -116,19 +116,19 @@ def test_what_ops_keep_is_as_before_a_failed_probe(toy, make_runner, monkeypatch
             replay()
             raise RuntimeError("out of memory")
 
-        if raises:
-            monkeypatch.setattr(cell.graph, "replay", failing)
+        def probe() -> str:
+            shape = cell.shape
+            with torch.inference_mode(), toy.ops.activate():
+                return str(check_probe(toy, cell.graph, shape, shape, toy.model, [], exact=True))
+
         toy.fill(cell.shape, 3)
         before = fault.kept.clone()
-        with torch.inference_mode(), toy.ops.activate():
-            if raises:
-                with pytest.raises(RuntimeError, match="out of memory"):
-                    check_probe(toy, cell.graph, cell.shape, cell.shape, toy.model, [], exact=True)
-            else:
-                found = check_probe(
-                    toy, cell.graph, cell.shape, cell.shape, toy.model, [], exact=True
-                )
-                assert "memory of ops" in str(found)
+        if raises:
+            monkeypatch.setattr(cell.graph, "replay", failing)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                probe()
+        else:
+            assert "memory of ops" in probe()
         assert torch.equal(fault.kept, before)
 
 

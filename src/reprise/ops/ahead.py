@@ -41,7 +41,7 @@ def compile_ahead(
     Returns:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
-    waves: list[list[_Call]] = []
+    waves: list[list[_Call]] = [[]]
     known: set[Any] = set()
 
     def note(
@@ -51,22 +51,23 @@ def compile_ahead(
         if key not in known and table.chosen[op.name].compiles:
             known.add(key)
             # Break ops have kernels of their own, the longest of a wave.
-            wave = waves[1 if op.break_op and len(waves) > 1 else -1]
-            wave.append((op.name, partial(function, *args, **kwargs)))
+            waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)
 
     with torch.inference_mode(), table.activate():
         with intercept(note):
-            for each in (beside, *forwards):
+            beside()
+            alone = waves.pop()
+            for forward in forwards:
                 waves.append([])
-                each()
+                forward()
         if not known:
             return 0
         with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-            aside = _start(pool, table, waves[0])
+            aside = _start(pool, table, alone)
             # A wave after the other: most of what a later one calls is compiled by then, while
             # two threads that meet a new kernel at the same time both compile it.
-            for wave in waves[1:]:
+            for wave in waves:
                 _finish(_start(pool, table, wave))
             _finish(aside)
     logger.info("kernels of %d op calls are ready", len(known))

@@ -233,11 +233,12 @@ class DirtyMemory(Fault):
     def __init__(self, table: OpTable, op: Op) -> None:
         super().__init__(table, op)
         self.kept = torch.zeros(4, dtype=torch.int32, device=table.platform.device)
-        table.memory[f"{self.name} {op.name}"] = self.kept
+        self.key = f"{self.name} {op.name}"
+        table.memory[self.key] = self.kept
 
     def close(self) -> None:
         super().close()
-        del self.table.memory[f"{self.name} {self.op.name}"]
+        del self.table.memory[self.key]
 
     def run(self, named: dict[str, Any]) -> Any:
         if capturing():
