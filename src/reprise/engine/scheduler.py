@@ -213,6 +213,16 @@ class Scheduler:
         """Forget all cached prefixes; requests that run keep what they have."""
         self.cache.reset_prefix_cache()
 
+    def recompute(self) -> int:
+        """Have every running request computed again from its tokens and forget every cached
+        prefix, because what the cache holds may be wrong. Returns the number of requests."""
+        self.cache.reset_prefix_cache()
+        running = self._live_running()
+        self._running = []
+        for request in running:
+            self._preempt(request, "what it computed may be wrong")
+        return len(running)
+
     def stats(self) -> SchedulerStats:
         pool = self.cache.pool
         return SchedulerStats(
@@ -354,13 +364,13 @@ class Scheduler:
             if self._num_holding_blocks:
                 return False  # an update will bring blocks; more victims might not be needed
             victim = self._running.pop()
-            self._preempt(victim)
+            self._preempt(victim, "out of cache blocks")
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
-        logger.debug("request %s is preempted: out of cache blocks", request.request_id)
+    def _preempt(self, request: Request, reason: str) -> None:
+        logger.debug("request %s is preempted: %s", request.request_id, reason)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1

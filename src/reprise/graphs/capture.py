@@ -111,10 +111,10 @@ class Capturer:
     def _try(self, cell: Cell, executor: Executor) -> str | None:
         """Capture; returns why it failed."""
         computation, model = self._computation, self.model(executor)
-        if self._pool is None:
-            self._pool = self._platform.graph_pool()
         self._memory.clear()
         try:
+            if self._pool is None:
+                self._pool = self._platform.graph_pool()
             self.empty_inputs(cell.shape)
             # Kernels are compiled and tuned, and workspaces allocated, outside of the capture.
             with self._platform.capture_stream(), intercept(None):
@@ -127,7 +127,7 @@ class Capturer:
         except Exception as error:
             # What a failed capture leaves in the pool is unknown; take another one.
             self._pool = None
-            return f"capture failed: {type(error).__name__}: {_first_line(error)}"
+            return f"capture failed: {describe(error)}"
         self._anchors.setdefault(id(graph.pool), graph)
         cell.graph = graph
         cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
@@ -202,7 +202,7 @@ class Capturer:
                 self._memory[id(pool)], exact=self._exact,
             )  # fmt: skip
         except Exception as error:
-            found = f"{type(error).__name__}: {_first_line(error)}"
+            found = describe(error)
         if self._agree(found is None):
             return None
         where = ""
@@ -214,11 +214,15 @@ class Capturer:
 
     def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
         """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
-        location = locate(
-            self._computation, self._platform, cell.shape, live, fill,
-            lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
-            self._agree,
-        )  # fmt: skip
+        try:
+            location = locate(
+                self._computation, self._platform, cell.shape, live, fill,
+                lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
+                self._agree,
+            )  # fmt: skip
+        except Exception as error:
+            # The graph is wrong all the same, and is to be refused.
+            return f"; not traced to an op: {describe(error)}"
         return "" if location is None else f"; {location}"
 
     def blind_inputs(self, cells: list[Cell]) -> list[str]:
@@ -242,6 +246,7 @@ class Capturer:
         return blind
 
 
-def _first_line(error: BaseException) -> str:
+def describe(error: Exception) -> str:
+    """Its type and the first line of its message."""
     lines = [each for each in str(error).splitlines() if each.strip()]
-    return lines[0].strip() if lines else repr(error)
+    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"

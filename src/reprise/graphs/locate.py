@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.errors import GraphError
 from reprise.graphs.compare import poison, poison_memory, same_bits
 from reprise.graphs.computation import Computation
 from reprise.graphs.segments import (
@@ -25,8 +23,6 @@ from reprise.graphs.shape import StepShape
 from reprise.graphs.state import StepState, memory_of_ops
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
-
-logger = logging.getLogger(__name__)
 
 COPY_LIMIT = 4 << 20
 """Larger tensors (caches) are compared by a sum over their bits instead of being copied."""
@@ -125,9 +121,6 @@ def locate(
         return found
     except OpCaptureError as error:
         return Location(0, str(error.call), "", produced=True, refused=True)
-    except (GraphError, RuntimeError) as error:
-        logger.debug("the divergence of %s cannot be traced: %s", bucket, error)
-        return None
     finally:
         if state is None:
             fill()

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
-from reprise.errors import GraphError
 from reprise.graphs.buckets import Buckets
-from reprise.graphs.capture import Agree, Capturer, Cell, Progress
+from reprise.graphs.capture import Agree, Capturer, Cell, Progress, describe
 from reprise.graphs.computation import Computation
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
@@ -85,7 +84,8 @@ class GraphRunner:
         self._eager_steps = 0
         self._replays = 0
         self._canaries = 0
-        self._canary_failures = 0
+        self.canary_failures = 0
+        """Canaries that were wrong; replays before them may have been wrong too."""
         self._blind: list[str] = []
 
     def _resolve(self, used: Iterable[Op] | None) -> ResolvedPlan:
@@ -225,7 +225,7 @@ class GraphRunner:
                 if every and self._replays % every == 0:
                     self._canary(cell, shape)
                 else:
-                    cell.graph.replay()
+                    self._replay(cell)
         return next(iter(computation.outputs(shape).values()))
 
     def padded(self, shape: StepShape) -> StepShape:
@@ -244,6 +244,14 @@ class GraphRunner:
             return None
         return self.cells.get((shape.phase, shape.query_len, bucket))
 
+    def _replay(self, cell: Cell) -> None:
+        assert cell.graph is not None
+        try:
+            cell.graph.replay()
+        except Exception as error:
+            self.capturer.quarantine(cell, cell.info.executor, f"replay: {describe(error)}")
+            raise
+
     def _canary(self, cell: Cell, shape: StepShape) -> None:
         """Replay, recompute eagerly, compare; the eager results are what the caller gets."""
         assert cell.graph is not None
@@ -254,14 +262,16 @@ class GraphRunner:
         model = self.capturer.model(executor)
         found: object
         try:
-            found = check_live(computation, cell.graph, cell.shape, shape, model, exact=self._exact)
-        except GraphError as error:
-            found = error
+            found = check_live(
+                computation, cell.graph, cell.shape, shape, model, state, before, exact=self._exact
+            )
+        except Exception as error:
+            found = describe(error)
             state.write(before)
             computation.forward(cell.shape, model)
         if self._agree(found is None):
             return
-        self._canary_failures += 1
+        self.canary_failures += 1
         inputs = computation.inputs(cell.shape)
         live = {name: each.clone() for name, each in inputs.items()}
 
@@ -293,7 +303,7 @@ class GraphRunner:
             graphs=[each.info for each in self.cells.values()],
             eager_steps=self._eager_steps,
             canaries=self._canaries,
-            canary_failures=self._canary_failures,
+            canary_failures=self.canary_failures,
             memory=self.memory,
             capture_seconds=self._seconds[0],
             verify_seconds=self._seconds[1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +99,15 @@ def check_live(
     bucket: StepShape,
     live: StepShape,
     model: Callable[..., Any],
+    state: StepState,
+    before: Mapping[str, Tensor],
     *,
     exact: bool,
 ) -> Difference | None:
-    """Replay a live step, then compute it eagerly from the same state, and compare.
+    """Replay a live step, then compute it eagerly from the state ``before``, and compare.
 
     Afterwards outputs and state are those of the eager run, whatever the verdict.
     """
-    state = StepState(computation, live)
-    before = state.read()
     poison(computation.outputs(live).values())
     graph.replay()
     got = _results(computation, state, live)

@@ -338,7 +338,8 @@ class StepBuffers:
         """Make the rows from a step's end to a bucket's end harmless: null block, length 0."""
         if self._padded == (tokens, requests, to_tokens, to_requests):
             return
-        self._padded = None
+        # Rows are overwritten that the next step might have continued.
+        self._last_rows = self._padded = None
         self._write_padding(tokens, requests, to_tokens, to_requests)
         for span in (
             self.query_start_loc.span(requests + 1, to_requests + 1),

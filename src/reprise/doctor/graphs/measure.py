@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from reprise.runner import ModelRunner
 from reprise.testing import faults
 
 Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
 
 CONTEXTS = (1, 64, 512, 2048, 8192, 32768, 131072)
 BUCKETS = Buckets(decode=(1, 4, 16, 64), mixed=(16, 64, 256))
@@ -266,17 +269,21 @@ class _Measurement:
     def _locate(
         self, graphs: GraphRunner, cell: Cell, executor: Executor, probe: Probe
     ) -> Where | None:
-        location = locate(
-            self.computation,
-            self.platform,
-            cell.shape,
-            probe.live,
-            probe.fill,
-            lambda: graphs.capturer.empty_inputs(cell.shape),
-            cell.graph,
-            graphs.capturer.model(executor),
-            lambda ok: ok,
-        )
+        try:
+            location = locate(
+                self.computation,
+                self.platform,
+                cell.shape,
+                probe.live,
+                probe.fill,
+                lambda: graphs.capturer.empty_inputs(cell.shape),
+                cell.graph,
+                graphs.capturer.model(executor),
+                lambda ok: ok,
+            )
+        except Exception as error:
+            logger.warning("%s of %s: not traced to an op: %s", executor, cell.shape, error)
+            return None
         return None if location is None else self.places.where(location)
 
     # ---- timelines -----------------------------------------------------------------------

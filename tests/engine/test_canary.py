@@ -1,0 +1,152 @@
+"""An engine whose graphs go bad while it serves: callers are right again from the canary on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+
+from reprise import LLM
+from reprise.graphs import capture
+from reprise.graphs.segments import SegmentedGraph
+from reprise.runner import model_runner
+
+SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> TinyModel:
+    return tiny("qwen3")
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
+    """``spoil(change)``: from now on ``change(n)`` follows the n-th replay of a graph."""
+    replay = SegmentedGraph.replay
+
+    def start(change: Callable[[int], None]) -> None:
+        count = 0
+
+        def replay_and_change(self: SegmentedGraph) -> None:
+            nonlocal count
+            replay(self)
+            count += 1
+            change(count)
+
+        monkeypatch.setattr(SegmentedGraph, "replay", replay_and_change)
+
+    return start
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one memory", "host and device"])
+@pytest.mark.parametrize("requests", [1, 2, 3])
+def test_steps_after_a_refusal_continue_where_the_one_before_ended(
+    model: TinyModel, device: str, monkeypatch: Any, spoil: Any, shared: bool, requests: int
+) -> None:
+    if shared and device != "cpu":
+        pytest.skip("an accelerator has memory of its own")
+    buffers = functools.partial(model_runner.StepBuffers, shared=shared)
+    monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+    llm = make_llm(
+        model, device, **SMALL, graph_mode="decode=full,mixed=none",
+        graph_buckets="decode=1,2,4", graph_verify="canary:5",
+    )  # fmt: skip
+    llm.engine._depth = 2
+    logits = llm.engine.runner.forward_pass._logits
+    spoil(lambda count: logits.neg_() if count == 5 else None)
+    prompts = [random_ids(70 + n, 60) for n in range(requests)]
+    for _ in range(2):  # the second time from the prefix cache
+        for prompt, output in zip(prompts, generate(llm, prompts, greedy(40)), strict=True):
+            assert model.is_greedy(prompt, output)
+    assert llm.graph_report().canary_failures == 1
+    assert_idle(llm)
+
+
+def test_what_a_bad_graph_wrote_is_computed_again(
+    model: TinyModel, device: str, spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make_llm(
+        model, device, **SMALL, graph_mode="decode=none,mixed=full",
+        graph_buckets="mixed=64", graph_verify="canary:3",
+    )  # fmt: skip
+    forward_pass = llm.engine.runner.forward_pass
+    buffers, layer = forward_pass._buffers, forward_pass._layers[0]
+
+    def spoil_keys(count: int) -> None:
+        tokens = int(buffers.query_start_loc.device[1])
+        layer.key_cache.flatten(0, 1)[buffers.slot_mapping.device[:tokens]] *= -1
+
+    spoil(spoil_keys)
+    bad = random_ids(5, 40)
+    wrong = generate(llm, [bad], greedy(24))[0]
+    assert not model.is_greedy(bad, wrong), "the fault does something"
+
+    # Its request is under way when the third replay, of the other one, is found wrong.
+    engine = llm.engine
+    running = engine.add("running", random_ids(6, 40), greedy(24))
+    while running.completions[0].request.num_output_tokens < 5:
+        engine.step()
+    with caplog.at_level(logging.WARNING):
+        other = engine.add("other", random_ids(7, 40), greedy(24))
+        while engine.has_work:
+            engine.step()
+    assert llm.graph_report().canary_failures == 1
+    assert "computed again" in caplog.text
+    assert running.output().metrics.num_preemptions == 1
+    assert model.is_greedy(random_ids(7, 40), other.output().outputs[0].token_ids)
+    tokens = running.output().outputs[0].token_ids
+    assert model.is_greedy([*random_ids(6, 40), *tokens[:6]], tokens[6:])
+
+    again = llm.generate([{"prompt_token_ids": bad}], greedy(24), use_tqdm=False)[0]
+    assert again.metrics.num_cached_tokens == 0
+    assert model.is_greedy(bad, again.outputs[0].token_ids)
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("verify", ["startup", "canary:1"])
+def test_a_graph_that_raises_is_refused(
+    model: TinyModel, device: str, monkeypatch: Any, verify: str
+) -> None:
+    llm = small_llm(model, device, verify)
+
+    def fail(self: SegmentedGraph) -> None:
+        raise LookupError("no such kernel")
+
+    monkeypatch.setattr(SegmentedGraph, "replay", fail)
+    prompt = random_ids(8, 9)
+    if verify == "startup":
+        # Nothing has computed the step another way: its requests end, and the next ones do well.
+        with pytest.raises(LookupError):
+            generate(llm, [prompt], greedy(8))
+    assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])
+    (refused,) = llm.graph_report().quarantined
+    assert "LookupError: no such kernel" in refused.quarantined
+    assert_idle(llm)
+
+
+def test_a_fault_that_cannot_be_traced_is_refused_all_the_same(
+    model: TinyModel, device: str, monkeypatch: Any, spoil: Any
+) -> None:
+    llm = small_llm(model, device, "canary:2")
+    logits = llm.engine.runner.forward_pass._logits
+
+    def fail(*args: Any) -> None:
+        raise LookupError("no trace")
+
+    monkeypatch.setattr(capture, "locate", fail)
+    spoil(lambda count: logits.neg_() if count == 2 else None)
+    prompt = random_ids(8, 9)
+    assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])
+    (refused,) = llm.graph_report().quarantined
+    assert "not traced to an op: LookupError: no trace" in refused.quarantined
+
+
+def small_llm(model: TinyModel, device: str, verify: str) -> LLM:
+    return make_llm(
+        model, device, **SMALL, graph_mode="decode=full,mixed=none", graph_buckets="decode=1",
+        graph_verify=verify,
+    )  # fmt: skip
