@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 from helpers import TinyModels, greedy, make_llm, random_ids
 
-from reprise import AsyncLLM, RequestOutput, SamplingParams
+from reprise import AsyncLLM, RequestOutput, SamplingParams, platforms
 from reprise.errors import CapacityError, RepriseError, RequestError
+from reprise.platforms import Platform
+from reprise.runner import ModelRunner
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "max_num_seqs": 4, "num_blocks": 65, "skip_tokenizer_init": True,
@@ -143,3 +146,65 @@ def test_a_closed_engine_says_so(tiny: TinyModels, device: str) -> None:
             await last(llm.generate([1], greedy(2)))
 
     asyncio.run(main())
+
+
+def test_the_engines_thread_makes_its_device_current(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: set[str] = set()
+    steps: set[str] = set()
+    chosen = type(platforms.resolve(device))
+    activate, submit = chosen.activate, ModelRunner.submit
+
+    def activate_and_note(self: Platform) -> None:
+        activate(self)
+        current.add(threading.current_thread().name)
+
+    def submit_and_note(self: ModelRunner, step: Any) -> Any:
+        steps.add(threading.current_thread().name)
+        return submit(self, step)
+
+    monkeypatch.setattr(chosen, "activate", activate_and_note)
+    monkeypatch.setattr(ModelRunner, "submit", submit_and_note)
+    output = run(tiny, device, lambda llm: last(llm.generate([1, 2], greedy(3))))
+    assert len(output.outputs[0].token_ids) == 3
+    assert steps
+    assert steps <= current
+    llm = make_llm(tiny("qwen3"), device)
+
+    async def elsewhere() -> None:
+        await asyncio.to_thread(llm.generate, [[1, 2]], greedy(3), use_tqdm=False)
+
+    asyncio.run(elsewhere())
+    assert len(steps) == 2
+    assert steps <= current
+
+
+def test_a_long_text_keeps_nobody_waiting(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+
+    class Slow:
+        def encode(self, text: str) -> list[int]:
+            assert held.wait(30)
+            return [1, 2, 3]
+
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+            assert held.wait(30)
+            raise ValueError("no roles")
+
+    async def scenario(llm: AsyncLLM) -> tuple[RequestOutput, RequestOutput]:
+        monkeypatch.setattr(llm.engine, "tokenizer", Slow())
+        params = greedy(5, detokenize=False)
+        slow = asyncio.create_task(last(llm.generate("text", params)))
+        chat = asyncio.create_task(last(llm.chat([{"role": "user", "content": "x"}], params)))
+        quick = await last(llm.generate([1, 2, 3], params, request_id="quick"))
+        assert not slow.done()
+        held.set()
+        with pytest.raises(RequestError, match="no roles"):
+            await chat
+        return quick, await slow
+
+    quick, slow = run(tiny, device, scenario)
+    assert slow.outputs[0].token_ids == quick.outputs[0].token_ids

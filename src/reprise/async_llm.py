@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from reprise.config import EngineConfig
@@ -40,10 +41,11 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._closed = False
         self._lock = threading.Lock()
+        self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
 
-    async def generate(
+    def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams | None = None,
@@ -66,22 +68,7 @@ class AsyncLLM:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
         """
-        name = f"async-{next(self._ids)}" if request_id is None else request_id
-        stream = _Stream(asyncio.get_running_loop())
-
-        def add() -> None:
-            self.engine.add(name, prompt, sampling_params, priority)
-            self._streams[name] = stream
-
-        try:
-            await self._call(add)
-            while True:
-                output = await stream.next()
-                yield output
-                if output.finished:
-                    return
-        finally:
-            self._submit(lambda: self._abort(name, stream))
+        return self._stream(lambda: prompt, sampling_params, request_id, priority)
 
     def chat(
         self,
@@ -94,13 +81,44 @@ class AsyncLLM:
         **template_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Stream the answer to a conversation; arguments as of :meth:`generate`."""
-        prompt = chat_prompt(
-            self.engine.tokenizer,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            **template_arguments,
-        )
-        return self.generate(prompt, sampling_params, request_id, priority=priority)
+
+        def prompt() -> Any:
+            return chat_prompt(
+                self.engine.tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                **template_arguments,
+            )
+
+        return self._stream(prompt, sampling_params, request_id, priority)
+
+    async def _stream(
+        self,
+        prompt: Callable[[], Any],
+        sampling_params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+    ) -> AsyncIterator[RequestOutput]:
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        stream = _Stream(asyncio.get_running_loop())
+        # Neither the engine nor other callers wait for the tokenizer.
+        with self._open():
+            preparing = self._tokenizing.submit(lambda: self.engine.prepare(prompt()))
+        prepared = await asyncio.wrap_future(preparing)
+
+        def add() -> None:
+            self.engine.add(name, prepared, sampling_params, priority)
+            self._streams[name] = stream
+
+        try:
+            await self._call(add)
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._submit(lambda: self._abort(name, stream))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream delivers a last output with finish reason ``abort``."""
@@ -117,6 +135,7 @@ class AsyncLLM:
                 return
             self._closed = True
             self._commands.put(None)
+        self._tokenizing.shutdown(wait=False)
         self._thread.join()
 
     async def __aenter__(self) -> Self:
@@ -137,16 +156,23 @@ class AsyncLLM:
             except Exception as error:
                 future.set_exception(error)
 
-        with self._lock:  # a command behind the end would never be answered
-            if self._closed:
-                raise RepriseError("the engine was shut down; create a new AsyncLLM")
+        with self._open():  # a command behind the end would never be answered
             self._submit(run)
         return await asyncio.wrap_future(future)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """The engine is not shut down during the ``with`` block."""
+        with self._lock:
+            if self._closed:
+                raise RepriseError("the engine was shut down; create a new AsyncLLM")
+            yield
 
     def _submit(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
 
     def _loop(self) -> None:
+        self.engine.platform.activate()
         while True:
             block = not self.engine.has_work
             try:
@@ -172,7 +198,7 @@ class AsyncLLM:
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
         for group in groups:
             stream = self._streams.get(group.request_id)
-            if stream is not None:
+            if stream is not None and (group.finished or stream.taken):
                 stream.put(group.output())
             if group.finished:
                 self._streams.pop(group.request_id, None)
@@ -192,6 +218,11 @@ class _Stream:
         self._ready = asyncio.Event()
         self._latest: RequestOutput | None = None
         self._error: Exception | None = None
+
+    @property
+    def taken(self) -> bool:
+        """The coroutine has what was put last, so it is worth while to put more."""
+        return not self._ready.is_set()
 
     def put(self, output: RequestOutput) -> None:
         self._latest = output

@@ -136,6 +136,7 @@ class LLM:
         return self.engine.stats()
 
     def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
+        self.engine.platform.activate()  # of the calling thread, which may be a new one
         unfinished = {each.request_id for each in groups}
         with progress("generating", len(groups), visible=show) as bar:
             while unfinished:

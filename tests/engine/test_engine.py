@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 
@@ -109,6 +111,25 @@ def test_ids_are_unique_among_the_unfinished(llm: LLM, expected: list[list[int]]
         engine.add("x", PROMPTS[2], greedy(STEPS, n=3))
     finish(engine)
     assert [each.output().outputs[0].token_ids for each in (first, second)] == expected[:2]
+    assert_idle(llm)
+
+
+def test_an_id_like_that_of_a_finished_completion_is_a_request_of_its_own(
+    llm: LLM, expected: list[list[int]]
+) -> None:
+    engine = llm.engine
+    draws = SamplingParams(n=2, seed=3, max_tokens=60)
+    first, second = (each.token_ids for each in llm.generate([PROMPTS[1]], draws)[0].outputs)
+    early = next(token for token in first[:10] if token not in second)
+    group = engine.add("a", PROMPTS[1], dataclasses.replace(draws, stop_token_ids=[early]))
+    while not group.completions[0].request.is_finished:
+        engine.step()
+    assert not group.finished
+    stranger = engine.add("a#0", PROMPTS[0], greedy(STEPS))
+    engine.step()
+    assert engine.abort(["a"]) == [group]
+    finish(engine)
+    assert stranger.output().outputs[0].token_ids == expected[0]
     assert_idle(llm)
 
 

@@ -15,7 +15,7 @@ from reprise import platforms, timeline
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
-from reprise.engine.prompt import to_token_ids
+from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 from reprise.errors import ConfigError, RequestError
 from reprise.loading import open_checkpoint
@@ -71,9 +71,16 @@ class Engine:
                 with timeline.phase("tokenizer"):
                     self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
             self.generation_config = checkpoint.generation_config
-            self.eos_token_ids = checkpoint.stop_token_ids
             self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
+        stops = checkpoint.stop_token_ids
+        self.eos_token_ids = frozenset(each for each in stops if 0 <= each < self.vocab_size)
+        if stops != self.eos_token_ids:
+            logger.warning(
+                "end-of-sequence tokens %s are dropped: the vocabulary has ids 0 to %d",
+                sorted(stops - self.eos_token_ids),
+                self.vocab_size - 1,
+            )
         self.max_model_len = self.runner.max_model_len
         if self.runner.max_tokens < config.max_num_seqs:
             raise ConfigError(
@@ -95,6 +102,7 @@ class Engine:
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
         self._num_added = 0
+        self._canary_failures = 0
         self.wait_seconds = 0.0
         """Time that steps have spent waiting for the device; the rest is the host's."""
         self.startup_seconds = time.perf_counter() - started
@@ -111,6 +119,14 @@ class Engine:
         recommended = {name: value for name, value in found.items() if value is not None}
         return SamplingParams(**{**recommended, **changes})
 
+    def prepare(self, prompt: Any) -> PreparedPrompt:
+        """What :meth:`add` does to a prompt first. Any thread may call it.
+
+        Raises:
+            RequestError: The prompt is invalid.
+        """
+        return prepare(prompt, self.tokenizer, self.vocab_size)
+
     def add(
         self,
         request_id: str,
@@ -122,7 +138,8 @@ class Engine:
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Text, token ids, or a dictionary with ``prompt`` or ``prompt_token_ids``.
+            prompt: Text, token ids, a dictionary with ``prompt`` or ``prompt_token_ids``, or what
+                :meth:`prepare` returned.
             params: None: :meth:`default_sampling_params`.
             priority: Lower is more urgent.
 
@@ -143,10 +160,10 @@ class Engine:
                 "(skip_tokenizer_init=True): use stop_token_ids"
             )
         self._check_token_ids(params)
-        text, token_ids = to_token_ids(prompt, self.tokenizer, self.vocab_size)
+        prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, token_ids, params, priority)
+            request = self._new_request(request_id, index, prepared.token_ids, params, priority)
             completions.append(Completion(index, request, self.tokenizer))
         for index, each in enumerate(completions):
             try:
@@ -156,7 +173,7 @@ class Engine:
                     self.scheduler.abort(added.request.request_id)
                 raise
         self._num_added += 1
-        group = CompletionGroup(request_id, text, params, completions)
+        group = CompletionGroup(request_id, prepared.text, params, completions)
         self._groups[request_id] = group
         for each in completions:
             self._completions[each.request] = (group, each)
@@ -167,7 +184,9 @@ class Engine:
         ended = [self._groups[name] for name in dict.fromkeys(request_ids) if name in self._groups]
         for group in ended:
             for each in group.completions:
-                self.scheduler.abort(each.request.request_id)
+                # The name of one that has finished may be another request's by now.
+                if not each.request.is_finished:
+                    self.scheduler.abort(each.request.request_id)
             self._forget(group)
         return ended
 
@@ -187,6 +206,7 @@ class Engine:
             step = self.scheduler.schedule()
             if step is not None:
                 self._outstanding.append((step, self.runner.submit(step)))
+                self._heed_canaries()
             if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
                 return []
             oldest, pending = self._outstanding[0]
@@ -198,6 +218,23 @@ class Engine:
         except BaseException:
             self.start_over()
             raise
+
+    def _heed_canaries(self) -> None:
+        """Compute again what a graph computed that a canary has found wrong since.
+
+        Its replays since the canary before may have been wrong too. Tokens that callers have got
+        cannot be taken back, keys and values can.
+        """
+        failures = self.runner.graphs.canary_failures
+        if failures == self._canary_failures:
+            return
+        self._canary_failures = failures
+        count = self.scheduler.recompute()
+        logger.warning(
+            "a graph was wrong: cached prefixes are forgotten and %d running request(s) computed "
+            "again, for it may have written what they read",
+            count,
+        )
 
     def start_over(self) -> None:
         """Abort everything, in whatever state an exception left it, and be ready for requests."""

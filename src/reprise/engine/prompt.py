@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 from reprise.errors import RequestError
@@ -34,8 +35,17 @@ def split_prompts(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def to_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> tuple[str | None, list[int]]:
-    """The prompt's text, if it was given as text, and its token ids.
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt that :func:`prepare` has accepted."""
+
+    text: str | None
+    """If it was given as text."""
+    token_ids: list[int]
+
+
+def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
+    """Check a prompt and make it into token ids.
 
     Raises:
         RequestError: It is empty, of a wrong type, or has ids outside the vocabulary.
@@ -71,7 +81,7 @@ def to_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> tuple[str | No
             f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
-    return text, list(ids)
+    return PreparedPrompt(text, list(ids))
 
 
 def chat_prompt(
