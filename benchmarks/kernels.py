@@ -3,7 +3,7 @@
     python benchmarks/kernels.py                     # all ops
     python benchmarks/kernels.py --only paged sample # those whose name contains one of these
 
-Shapes are those of Qwen3-0.6B and Qwen3-8B in bfloat16. Times are of replays of a device graph
+Shapes are those of Qwen3-0.6B and Qwen3-8B in bfloat16, and one with narrow heads. Times are of replays of a device graph
 that holds many calls, over several copies of the inputs where one would stay in the cache. The
 last column is the share of what this device reached in the same run: bytes moved by a large copy,
 or operations of a large matrix product.
@@ -45,6 +45,8 @@ class Model:
 
 SMALL = Model("0.6B", 1024, 16, 8, 128, 3072)
 LARGE = Model("8B", 4096, 32, 8, 128, 12288)
+NARROW = Model("heads of 64", 2048, 32, 8, 64, 8192, 128256)
+"""Llama 3.2 1B's shapes, for attention."""
 
 
 @dataclass
@@ -137,6 +139,8 @@ class Bench:
         yield self.attention(SMALL, [8192], 8192, "prefill 8192")
         yield self.attention(LARGE, [2048] * 4, 2048, "prefill 4 x 2048")
         yield self.attention(LARGE, [32768], 2048, "chunk of 2048 at 32768")
+        yield self.attention(NARROW, [8192], 8192, "prefill 8192")
+        yield self.attention(NARROW, [2048] * 4, 2048, "prefill 4 x 2048")
         yield from self.sampling()
 
     def elementwise(self, model: Model, tokens: int) -> Iterator[Case]:
@@ -268,6 +272,7 @@ class Bench:
                 exact=True,
             )
         for rows in (1, 64):
+            yield self.penalties(rows)
             for name, kind in kinds.items():
 
                 def arguments(rows: int = rows, kind: dict[str, Any] = kind) -> dict[str, Any]:
@@ -289,6 +294,28 @@ class Bench:
                 yield Case(
                     "sample", f"R={rows}, {name}", arguments, 4 * rows * LARGE.vocab, exact=True
                 )
+
+    def penalties(self, rows: int) -> Case:
+        def arguments() -> dict[str, Any]:
+            number = torch.arange(rows, device=self.device)
+            strength = torch.full((rows,), 1.1, device=self.device)
+            return {
+                "logits": self.randn(rows, LARGE.vocab, dtype=torch.float32),
+                "rows": number,
+                "seen": torch.randint(3, (rows, LARGE.vocab), device=self.device).int(),
+                "slots": number,
+                "repetition": strength,
+                "presence": strength,
+                "frequency": strength,
+            }
+
+        return Case(
+            "apply_penalties",
+            f"R={rows}",
+            arguments,
+            3 * 4 * rows * LARGE.vocab,
+            outputs=("logits",),
+        )
 
     # ---- one line ------------------------------------------------------------------------
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from reprise.errors import RequestError
 
+MAX_COMPLETIONS = 16384
+"""Of one prompt, as in vLLM: they are created between two steps, while other requests wait."""
+
 MAX_LOGPROBS = 20
 """Most alternatives that can be returned for one position."""
 
@@ -99,6 +102,8 @@ class SamplingParams:
             return
         if not _is_integer(value) or value < low:
             raise _invalid(name, value, remedy)
+        if name == "n" and value > MAX_COMPLETIONS:
+            raise _invalid(name, value, f"give at most {MAX_COMPLETIONS}, or several requests")
 
     def _check_number(self, name: str, test: Any, remedy: str) -> None:
         value = _finite(getattr(self, name))

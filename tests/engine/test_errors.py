@@ -105,6 +105,7 @@ def test_bad_prompt(
         ({"top_p": 2}, ["top_p=2", "at most 1"]),
         ({"temperature": -0.1}, ["temperature=-0.1", "at least 0"]),
         ({"min_tokens": 9, "max_tokens": 4}, ["min_tokens=9", "max_tokens=4"]),
+        ({"n": 16385}, ["n=16385", "at most 16384"]),
         ({"stop": "x", "detokenize": False}, ["stop='x'", "stop_token_ids"]),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +24,7 @@ from helpers import (
     text_model,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -370,3 +373,48 @@ def test_the_token_that_ends_is_no_text(tiny: TinyModels, device: str, story: li
     output = written(llm, greedy(STEPS))
     assert output.token_ids == story[: story.index(story[4]) + 1]
     assert output.text == expected.rstrip("\ufffd")
+
+
+def test_work_of_a_draw_does_not_grow_with_the_rows(llm: LLM) -> None:
+    """Each call of torch is a launch on an accelerator."""
+    asked = {"logit_bias": {3: 1.0}, "repetition_penalty": 1.1, "min_tokens": 30}
+    params = SamplingParams(max_tokens=40, stop_token_ids=[5], logprobs=2, **asked)
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    def calls(requests: int) -> int:
+        engine = llm.engine
+        for number in range(requests):
+            engine.add(f"{number}", random_ids(number, 8), params)
+        for _ in range(6):
+            engine.step()
+        with Count() as count:
+            engine.step()
+        engine.abort([f"{number}" for number in range(requests)])
+        while engine.has_work:
+            engine.step()
+        return count.number
+
+    assert calls(1) == calls(4) > 0
+    assert_idle(llm)
+
+
+def test_top_k_above_any_vocabulary_keeps_all(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8, seed=3, temperature=0.9)
+    assert one(llm, replace(params, top_k=2**40)) == one(llm, params)
+
+
+def test_an_end_of_sequence_token_that_is_no_token_is_dropped(
+    tiny: TinyModels, device: str, best: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        llm = make_llm(tiny("qwen3", eos_token_id=[best[9], VOCAB + 40]), device)
+    assert str([VOCAB + 40]) in caplog.text
+    first = best.index(best[9])
+    assert one(llm, greedy(STEPS)) == best[: first + 1]
+    assert len(one(llm, greedy(STEPS, min_tokens=STEPS))) == STEPS

@@ -95,6 +95,7 @@ def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
         yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows)
         yield "argmax", lambda f, rows=rows: f(empty(rows, VOCAB))
     yield "sample", sample
+    yield "apply_penalties", penalties
     for head_size in (128, 256):
         for requests, heads, new in ((4, HEADS, 1), (64, HEADS, 1), (4, 64, 2)):
             yield (
@@ -132,6 +133,12 @@ def attention(
 def sample(function: Callable[..., Any]) -> None:
     number, seed = torch.ones(1), torch.ones(1, dtype=torch.int64)
     function(torch.empty(1, VOCAB), number, number.int(), number, number, seed, seed)
+
+
+def penalties(function: Callable[..., Any]) -> None:
+    row, number = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    seen = torch.zeros(1, VOCAB, dtype=torch.int32)
+    function(torch.empty(1, VOCAB), row, seen, row, number, number, number)
 
 
 def empty(*shape: int) -> Tensor:

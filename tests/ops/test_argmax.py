@@ -29,6 +29,15 @@ def test_signs_infinities_and_ties(implementation, platform, name) -> None:
 
 
 @pytest.mark.parametrize("name", list(argmax.implementations))
+def test_what_is_no_number_gives_a_token(implementation, platform, name) -> None:
+    nan = float("nan")
+    rows = torch.tensor([[nan] * 5, [nan, 1.0, 2.0, nan, 0.0], [-nan] * 5], device=platform.device)
+    found = implementation(argmax, name)(rows)
+    assert int(found.min()) >= 0
+    assert int(found.max()) < 5
+
+
+@pytest.mark.parametrize("name", list(argmax.implementations))
 def test_strided_rows(implementation, randn, name) -> None:
     function = implementation(argmax, name)
     wide = randn(4, 6000)

@@ -194,6 +194,27 @@ def test_masked_tokens_are_never_drawn(implementation, platform, name) -> None:
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("vocab", [300, 20000])
+def test_logits_that_are_no_numbers_give_tokens_of_the_vocabulary(
+    implementation, platform, name, vocab
+) -> None:
+    """A draw from memory that is not the row's would end the next step of all requests."""
+    kinds: list[Row] = [
+        {"temperature": 0.0}, {}, {"top_k": 5}, {"top_k": 290}, {"top_p": 0.9}, {"min_p": 0.1},
+        {"top_k": 5, "top_p": 0.9, "min_p": 0.1},
+    ]  # fmt: skip
+    nan, inf = torch.nan, torch.inf
+    for spoilt in ([nan], [inf], [-inf], [nan, 0.0], [inf, nan]):
+        logits = torch.tensor(spoilt).repeat(len(kinds), vocab)[:, :vocab].contiguous()
+        drawn = implementation(sample, name)(
+            **arguments(logits.to(platform.device), with_draws(kinds))
+        )
+        assert int(drawn.min()) >= 0
+        assert int(drawn.max()) < vocab
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_row_does_not_depend_on_its_neighbours(implementation, randn, name) -> None:
     function = implementation(sample, name)

@@ -1,5 +1,6 @@
 """The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
 
+from reprise.ops.apply_penalties import apply_penalties
 from reprise.ops.argmax import argmax
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
 from reprise.ops.linear import linear, linear_add, linear_into, norm_gated_linear, norm_linear
@@ -14,6 +15,7 @@ __all__ = [
     "Op",
     "OpTable",
     "all_ops",
+    "apply_penalties",
     "argmax",
     "find",
     "fused_add_rms_norm",

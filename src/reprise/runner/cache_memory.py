@@ -43,9 +43,7 @@ def plan_blocks(
     else:
         budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
         blocks = budget // bytes_per_block
-        reason = f"gpu_memory_utilization={config.gpu_memory_utilization}"
-        if platform.device.type == "cpu":
-            reason = "the platform's default"
+        reason = platform.cache_reason(config.gpu_memory_utilization)
     if blocks < 2:
         raise CapacityError(
             f"the KV cache ({reason}) has room for {max(blocks, 0)} block(s) of {bytes_per_block} "

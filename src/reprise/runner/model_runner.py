@@ -31,7 +31,7 @@ from reprise.runner.buffers import Sampled, StepBuffers, to_device
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
 from reprise.runner.output import Landing, PendingOutput
-from reprise.runner.sampler import LogprobTensors, Sampler, example_draw, top_logprobs
+from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
 from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class ModelRunner:
             self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
             with timeline.phase("capture"):
                 self._capture_graphs()
-        self.sampler = Sampler(self.model.vocab_size, platform)
+        self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
         self._last_sampled: Sampled | None = None
         # Two in turn: while a step is under way, the one before it may still be read.
         self._landings = itertools.cycle(
@@ -213,12 +213,12 @@ class ModelRunner:
 
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
-        sizes = sorted({min(n, most) for n in (1, 128, 256, most)})
+        sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
         decode = [StepShape.decode(n) for n in sizes]
         compile_ahead(
             self.ops,
-            [lambda: run(mixed), lambda: ops.argmax(run(*decode))],
-            beside=lambda: example_draw(self.model.vocab_size, self.platform),
+            [lambda: self.model.logits(run(mixed)[:1]), lambda: ops.argmax(run(*decode))],
+            beside=lambda: example_draws(self.model.vocab_size, self.platform),
         )
 
     def _measure_activations(self) -> int:

@@ -41,7 +41,17 @@ class Landing:
         self._tokens = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=platform.pins_memory)
         self._numbers = self._tokens.numpy()
         self._count = 0
+        self._pinned = platform.pins_memory
         self._arrived: Any = platform.event()
+
+    def take(self, tensors: LogprobTensors) -> LogprobTensors:
+        """Start copying to new host memory; :meth:`send` comes after."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+            return host.copy_(tensor, non_blocking=True)
+
+        return LogprobTensors(copy(tensors.token_ids), copy(tensors.logprobs), copy(tensors.ranks))
 
     def send(self, tokens: Tensor | None) -> None:
         """Start copying ``tokens`` [S] int64, if there are any."""
@@ -77,8 +87,8 @@ class PendingOutput:
         landing: Landing,
     ) -> None:
         self._step = step
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
+        self._logprobs = None if logprobs is None else landing.take(logprobs)
+        self._prompt_logprobs = {name: landing.take(each) for name, each in prompt_logprobs.items()}
         self._landing = landing
         landing.send(tokens)
 
@@ -91,41 +101,37 @@ class PendingOutput:
             sampled = [next(found) if each.samples else None for each in scheduled]
         logprobs: list[Logprobs | None] | None = None
         if self._logprobs is not None:
-            entries = iter(to_logprobs(self._logprobs))
-            logprobs = [
-                _shorten(next(entries), each.request.params.logprobs) if each.samples else None
-                for each in scheduled
-            ]
-        return StepOutput(
-            sampled,
-            logprobs,
-            {name: to_logprobs(tensors) for name, tensors in self._prompt_logprobs.items()},
-        )
+            counts = [each.request.params.logprobs for each in scheduled if each.samples]
+            entries = iter(to_logprobs(self._logprobs, counts))
+            logprobs = [next(entries) if each.samples else None for each in scheduled]
+        return StepOutput(sampled, logprobs, self._of_prompts())
+
+    def _of_prompts(self) -> dict[str, list[Logprobs]]:
+        found: dict[str, list[Logprobs]] = {}
+        for name, tensors in self._prompt_logprobs.items():
+            wanted = [tensors.token_ids.shape[1] - 1] * len(tensors.ranks)
+            found[name] = [each for each in to_logprobs(tensors, wanted) if each is not None]
+        return found
 
 
-def to_logprobs(tensors: LogprobTensors) -> list[Logprobs]:
-    """One dictionary a row: the chosen token, then the likeliest ones by rank."""
-    entries: list[Logprobs] = []
+def to_logprobs(tensors: LogprobTensors, counts: Sequence[int | None]) -> list[Logprobs | None]:
+    """For each row the chosen token and the ``counts`` likeliest ones by rank; None for None.
+
+    The tensors are on the host and may list more, because a neighbour wanted them.
+    """
+    entries: list[Logprobs | None] = []
     columns: Sequence[Any] = (
         tensors.token_ids.tolist(),
         tensors.logprobs.tolist(),
         tensors.ranks.tolist(),
     )
-    for ids, values, rank in zip(*columns, strict=True):
+    for ids, values, rank, count in zip(*columns, counts, strict=True):
+        if count is None:
+            entries.append(None)
+            continue
         entry: Logprobs = {ids[0]: Logprob(values[0], rank)}
-        for position, (token, value) in enumerate(zip(ids[1:], values[1:], strict=True), 1):
+        likeliest = zip(ids[1 : count + 1], values[1 : count + 1], strict=True)
+        for position, (token, value) in enumerate(likeliest, 1):
             entry.setdefault(token, Logprob(value, position))
         entries.append(entry)
     return entries
-
-
-def _shorten(entry: Logprobs, count: int | None) -> Logprobs | None:
-    """Keep the chosen token and the ``count`` likeliest; neighbours may have wanted more."""
-    if count is None:
-        return None
-    chosen = next(iter(entry))
-    return {
-        token: value
-        for token, value in entry.items()
-        if token == chosen or (value.rank is not None and value.rank <= count)
-    }

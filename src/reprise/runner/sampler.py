@@ -14,7 +14,9 @@ from reprise import ops
 from reprise.platforms import Platform
 from reprise.request import Request
 from reprise.runner.buffers import to_device
+from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
 
+_INT32_MAX = np.iinfo(np.int32).max
 _PARAMETERS = (np.float32, np.int32, np.float32, np.float32, np.int64)
 """Types of temperature, top-k, top-p, min-p and seed, as ``ops.sample`` takes them."""
 
@@ -33,17 +35,18 @@ class LogprobTensors:
 
 
 class Sampler:
-    """Draws one token for each of a step's sampling rows.
+    """Draws one token for each of a step's sampling rows, without waiting for the device.
 
-    State that grows with a request (token counts for the penalties) stays on the device from
-    draw to draw, so that a draw never waits for the host.
+    Args:
+        vocab_size: Of the logits.
+        max_requests: Most requests at a time.
+        platform: The device.
     """
 
-    def __init__(self, vocab_size: int, platform: Platform) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, max_requests: int, platform: Platform) -> None:
         self.platform = platform
         self._batch: _Batch | None = None
-        self._penalties: dict[str, _PenaltyState] = {}
+        self._seen = SeenTokens(vocab_size, max_requests, platform)
 
     def __call__(
         self, logits: Tensor, requests: Sequence[Request], continues: bool = False
@@ -62,7 +65,7 @@ class Sampler:
         if batch.plain:  # the largest value is the same one in float32
             return ops.argmax(logits), None
         raw = logits.float()
-        adjusted = self._adjust(raw, batch)
+        adjusted = batch.adjust(raw.clone()) if batch.adjusts else raw
         if batch.greedy:
             tokens = ops.argmax(adjusted)
         else:
@@ -72,60 +75,26 @@ class Sampler:
                 generated = np.array([_num_generated(each) for each in requests], dtype=np.int64)
                 batch.positions = to_device(generated, self.platform)
             tokens = ops.sample(adjusted, *batch.parameters, batch.positions)
-        for row, request in batch.penalised:
-            self._penalties[request.request_id].output_counts.scatter_add_(
-                0, tokens[row : row + 1], _one(self.platform)
-            )
+        if batch.penalties is not None:
+            batch.penalties.count(tokens)
         wanted = batch.num_logprobs
         return tokens, None if wanted is None else top_logprobs(raw, tokens, wanted)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Drop the state of requests that ended or were preempted."""
         for request_id in request_ids:
-            self._penalties.pop(request_id, None)
+            if self._seen.release(request_id):
+                self._batch = None  # it may name the slot
 
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
-        self._penalties.clear()
+        self._seen.forget()
 
     def _batch_of(self, requests: Sequence[Request]) -> _Batch:
         if self._batch is None or not self._batch.is_for(requests):
-            self._batch = _Batch(requests, self.platform)
+            self._batch = _Batch(requests, self._seen)
         return self._batch
-
-    def _adjust(self, raw: Tensor, batch: _Batch) -> Tensor:
-        if not batch.adjusted:
-            return raw
-        logits = raw.clone()
-        for row, request in batch.biased:
-            bias = request.params.logit_bias or {}
-            ids = to_device(np.array(list(bias), dtype=np.int64), self.platform)
-            values = to_device(np.array(list(bias.values()), dtype=np.float32), self.platform)
-            logits[row].index_add_(0, ids, values)
-        for row, request in batch.penalised:
-            self._penalise(logits[row], request)
-        for row, request in batch.held_open:
-            if _num_generated(request) < request.params.min_tokens:
-                stops = np.array(sorted(request.stop_token_ids), dtype=np.int64)
-                logits[row].index_fill_(0, to_device(stops, self.platform), -torch.inf)
-        return logits
-
-    def _penalise(self, logits: Tensor, request: Request) -> None:
-        """In place on one row [V]: repetition (Keskar et al. 2019), presence and frequency."""
-        state = self._penalties.get(request.request_id)
-        if state is None:
-            state = _PenaltyState(request, self.vocab_size, self.platform)
-            self._penalties[request.request_id] = state
-        parameters = request.params
-        counts = state.output_counts
-        produced = counts > 0
-        if parameters.repetition_penalty != 1:
-            factor = parameters.repetition_penalty
-            repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits.copy_(torch.where(produced | state.in_prompt, repeated, logits))
-        logits.sub_(counts * parameters.frequency_penalty)
-        logits.sub_(produced * parameters.presence_penalty)
 
 
 def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> LogprobTensors:
@@ -145,46 +114,90 @@ def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> LogprobTensors:
     )
 
 
-def example_draw(vocab_size: int, platform: Platform) -> Tensor:
-    """A draw as of one request, [1]: it calls the op that all draws call which are not greedy."""
+def example_draws(vocab_size: int, platform: Platform) -> None:
+    """Draws as of one request that call every op which draws may call, beside plain argmax."""
     logits = torch.zeros(1, vocab_size, device=platform.device)
     ones = [to_device(np.ones(1, dtype=kind), platform) for kind in (*_PARAMETERS, np.int64)]
-    return ops.sample(logits, *ones)
-
-
-class _PenaltyState:
-    """Which tokens a request's prompt holds and how often each was generated: [V] both."""
-
-    def __init__(self, request: Request, vocab_size: int, platform: Platform) -> None:
-        prompt = np.zeros(vocab_size, dtype=np.bool_)
-        prompt[request.prompt_token_ids] = True
-        generated = np.array(request.output_token_ids, dtype=np.int64)
-        counts = np.bincount(generated, minlength=vocab_size).astype(np.int32)
-        self.in_prompt = to_device(prompt, platform)
-        self.output_counts = to_device(counts, platform)
+    ops.sample(logits, *ones)
+    ops.argmax(logits)
+    seen = logits.int()
+    row, *strengths = (
+        to_device(np.zeros(1, dtype=kind), platform)
+        for kind in (np.int64, np.float32, np.float32, np.float32)
+    )
+    ops.apply_penalties(logits, row, seen, row, *strengths)
 
 
 class _Batch:
     """What a set of requests asks of the sampler; built again only when the set changes."""
 
-    def __init__(self, requests: Sequence[Request], platform: Platform) -> None:
+    def __init__(self, requests: Sequence[Request], seen: SeenTokens) -> None:
         self.given = requests
-        self._platform = platform
+        self._platform = seen.platform
+        self._vocab_size = seen.vocab_size
         parameters = [each.params for each in requests]
         rows = list(enumerate(requests))
         self.greedy = all(each.greedy for each in parameters)
-        self.biased = [(i, each) for i, each in rows if each.params.logit_bias]
-        self.penalised = [(i, each) for i, each in rows if _is_penalised(each)]
-        self.held_open = [
-            (i, each) for i, each in rows if each.params.min_tokens > 0 and each.stop_token_ids
+        self.penalties: Penalties | None = None
+        penalised = [(row, each) for row, each in rows if is_penalised(each)]
+        if penalised:
+            self.penalties = Penalties(penalised, seen)
+        self._bias = self._biases(rows)
+        self._held_open = [
+            (row, each) for row, each in rows if each.params.min_tokens > 0 and each.stop_token_ids
         ]
-        self.adjusted = bool(self.biased or self.penalised or self.held_open)
+        self._closed: Tensor | None = None
+        """Flat indices of the tokens that may not end requests yet."""
+        self.adjusts = bool(penalised or self._bias or self._held_open)
         counts = [each.logprobs for each in parameters if each.logprobs is not None]
         self.num_logprobs = max(counts, default=None)
-        self.plain = self.greedy and not self.adjusted and self.num_logprobs is None
+        self.plain = self.greedy and not self.adjusts and self.num_logprobs is None
         """Nothing is asked for but the likeliest token."""
         self.positions: Tensor | None = None
         """[R] int64 on the device: how many tokens each request had before the last draw."""
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Bias, penalties and minimum lengths, in place on [R, V] float32."""
+        flat = logits.view(-1)
+        if self._bias is not None:
+            flat.index_add_(0, *self._bias)
+        if self.penalties is not None:
+            self.penalties.apply(logits)
+        if self._held_open:
+            self._hold_open()
+        if self._closed is not None:
+            flat.index_fill_(0, self._closed, -torch.inf)
+        return logits
+
+    def _biases(self, rows: Sequence[tuple[int, Request]]) -> tuple[Tensor, Tensor] | None:
+        """Flat indices of biased logits, and the biases."""
+        biases = {
+            row * self._vocab_size + token: bias
+            for row, request in rows
+            for token, bias in (request.params.logit_bias or {}).items()
+        }
+        if not biases:
+            return None
+        places = np.array(list(biases), dtype=np.int64)
+        values = np.array(list(biases.values()), dtype=np.float32)
+        return to_device(places, self._platform), to_device(values, self._platform)
+
+    def _hold_open(self) -> None:
+        """Renew the tokens that may not end requests yet, when one has become long enough."""
+        held = [
+            (row, each)
+            for row, each in self._held_open
+            if _num_generated(each) < each.params.min_tokens
+        ]
+        if self._closed is not None and len(held) == len(self._held_open):
+            return
+        self._held_open = held
+        places = [
+            row * self._vocab_size + token for row, each in held for token in each.stop_token_ids
+        ]
+        self._closed = None
+        if places:
+            self._closed = to_device(np.array(places, dtype=np.int64), self._platform)
 
     @functools.cached_property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -192,7 +205,7 @@ class _Batch:
         parameters = [each.params for each in self.given]
         columns = (
             [0.0 if each.greedy else each.temperature for each in parameters],
-            [max(each.top_k, 0) for each in parameters],
+            [min(max(each.top_k, 0), _INT32_MAX) for each in parameters],
             [each.top_p for each in parameters],
             [each.min_p for each in parameters],
             [each.seed for each in self.given],
@@ -209,16 +222,3 @@ class _Batch:
 def _num_generated(request: Request) -> int:
     """Tokens before the one that is being drawn, which the scheduler counts as pending already."""
     return request.num_output_tokens + request.num_pending - 1
-
-
-def _is_penalised(request: Request) -> bool:
-    parameters = request.params
-    return (
-        parameters.repetition_penalty != 1
-        or parameters.presence_penalty != 0
-        or parameters.frequency_penalty != 0
-    )
-
-
-def _one(platform: Platform) -> Tensor:
-    return torch.ones(1, dtype=torch.int32, device=platform.device)

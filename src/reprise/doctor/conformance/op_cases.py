@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from reprise.ops.apply_penalties import IN_PROMPT
 from reprise.platforms import Platform
 
 Arguments = dict[str, Any]
@@ -154,7 +155,29 @@ def _sample(make: Maker) -> list[Arguments]:
     ]
 
 
+def _apply_penalties(make: Maker) -> list[Arguments]:
+    if make.dtype is not torch.float32:
+        return []  # as above
+
+    def floats(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=make.device)
+
+    seen = make.ints([0, 1, 3, IN_PROMPT, IN_PROMPT + 2], torch.int32).repeat(3, 100)
+    return [
+        {
+            "logits": make.randn(4, 500).float() * 3,
+            "rows": make.ints([3, 0]),
+            "seen": seen,
+            "slots": make.ints([1, 2]),
+            "repetition": floats(1.3, 1.0),
+            "presence": floats(0.0, 0.5),
+            "frequency": floats(0.2, 0.7),
+        }
+    ]
+
+
 CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
+    "apply_penalties": _apply_penalties,
     "argmax": _argmax,
     "linear": _linear,
     "norm_linear": _norm_linear,

@@ -127,8 +127,9 @@ def draw_kernel(
             reached = passed + tl.cumsum(mass, axis=0) > target
             drawn = tl.min(tl.where(reached, start + tl.arange(0, BLOCK), VOCAB))
         passed += here
-    drawn = tl.minimum(drawn, count - 1)
-    if compact:
+    # Nothing is found among logits that are all NaN; a token of the vocabulary it must be.
+    drawn = tl.where(count > 0, tl.minimum(drawn, count - 1), VOCAB - 1)
+    if compact & (count > 0):
         drawn = tl.load(candidate_ids_ptr + drawn)
     tl.store(out_ptr + row, drawn.to(tl.int64))
 
