@@ -95,6 +95,21 @@ def test_unscaled(platform: Any, theta: float, head_size: int) -> None:
             )
 
 
+def test_part_of_a_head(platform: Any) -> None:
+    """The rotated channels are those of a smaller head."""
+
+    def table(head_size: int, **more: float) -> torch.Tensor:
+        return rotary_table(
+            {"rope_theta": 1e4, **more},
+            head_size=head_size,
+            max_position_embeddings=64,
+            length=40,
+            device=platform.device,
+        )
+
+    assert torch.equal(table(32, partial_rotary_factor=0.5), table(16))
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
@@ -103,6 +118,12 @@ def test_unscaled(platform: Any, theta: float, head_size: int) -> None:
         ({"rope_theta": "big"}, "rope_theta='big'"),
         ({"rope_type": "linear", "rope_theta": 1e4}, "factor=None"),
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor=0"),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}, "factor='x'"),
+        (
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": "x"},
+            "beta_fast='x'",
+        ),
+        ({"rope_theta": 1e4, "partial_rotary_factor": "x"}, "partial_rotary_factor='x'"),
         ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}, "low_freq_factor=None"),
     ],
 )

@@ -93,6 +93,41 @@ def test_tied_checkpoint_that_stores_its_head(
     check_greedy(TinyModel(tmp_path), device)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tied_checkpoint_that_stores_its_head_alone(
+    tmp_path: Path, device: str, architecture: str
+) -> None:
+    random_model(architecture, tie_word_embeddings=True).save_pretrained(tmp_path)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(tmp_path, rename)
+    check_greedy(TinyModel(tmp_path), device)
+
+
+@pytest.mark.parametrize("beside", ["adapter_model.safetensors", "model_old.safetensors"])
+def test_other_files_beside_the_models_are_not_read(copy: Path, device: str, beside: str) -> None:
+    zeros = {name: each * 0 for name, each in load_file(copy / "model.safetensors").items()}
+    save_file(zeros, copy / beside, {"format": "pt"})
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "no such file"}}')
+    check_greedy(TinyModel(copy), device)
+
+
+def test_files_of_any_name(copy: Path, device: str) -> None:
+    shard(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "model-00001-of-00002.safetensors").rename(copy / "weights.safetensors")
+    prompt = greedy(8)
+    output = generate(make_llm(copy, device), [PROMPT], prompt)[0]
+    shutil.copy(copy / "weights.safetensors", copy / "once more.safetensors")
+    with pytest.raises(LoadError) as caught:
+        make_llm(copy, device)
+    for each in ("once more.safetensors", "weights.safetensors", "remove one"):
+        assert each in str(caught.value)
+    assert len(output) == 8
+
+
 def test_stored_rotary_frequencies_are_ignored(tmp_path: Path, device: str) -> None:
     random_model("llama").save_pretrained(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -228,6 +263,11 @@ def index_without_a_map(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def index_of_numbers(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+
+
 def index_of_a_wrong_type(path: Path) -> None:
     shard(path)
     (path / "model.safetensors.index.json").write_text("[1, 2]")
@@ -261,6 +301,7 @@ def shard(path: Path) -> None:
         (truncated_shard, ["model-00002-of-00002.safetensors", "corrupted"]),
         (spoiled_index, ["index.json", "not a valid weight index"]),
         (index_without_a_map, ["index.json", "not a valid weight index", "weight_map"]),
+        (index_of_numbers, ["index.json", "not a valid weight index"]),
         (index_of_a_wrong_type, ["index.json", "not a valid weight index"]),
     ],
 )

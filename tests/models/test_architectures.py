@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import TinyModels, generate, greedy, make_llm, random_ids, recorded_logits
+from transformers import AutoConfig
 
 from reprise.errors import ModelError
+from reprise.models.qwen3 import build
 
 STEPS = 64
 LLAMA3 = {
@@ -100,12 +102,17 @@ def test_the_tests_models_are_worth_testing_with(tiny: TinyModels, architecture:
         assert float((model.logits(changed)[-1] - logits[-1]).abs().max()) > 1e-3
 
 
+HALF_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
 @pytest.mark.parametrize(
     ("architecture", "overrides", "named"),
     [
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("llama", {"rope_parameters": HALF_ROTATED}, "partial_rotary_factor=0.5"),
+        ("qwen3", {"rope_parameters": HALF_ROTATED}, "partial_rotary_factor=0.5"),
     ],
 )
 def test_what_an_architecture_does_not_compute_is_refused(
@@ -115,3 +122,22 @@ def test_what_an_architecture_does_not_compute_is_refused(
         make_llm(tiny(architecture), device, hf_overrides=overrides)
     assert named in str(caught.value)
     assert "supported: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "'chunked_attention'"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "sliding_window=None"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "sliding_window=0"),
+    ],
+)
+def test_layers_that_qwen3_has_not_are_refused(
+    tiny: TinyModels, device: str, changes: dict[str, Any], named: str
+) -> None:
+    config = AutoConfig.from_pretrained(tiny("qwen3").path)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelError) as caught:
+        build(config, max_model_len=64, dtype=torch.float32, device=torch.device(device))
+    assert named in str(caught.value)

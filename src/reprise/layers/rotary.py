@@ -38,7 +38,7 @@ def rotary_table(
         ModelError: The scaling type is not supported.
     """
     kind = parameters.get("rope_type", "default")
-    rotated = int(head_size * float(parameters.get("partial_rotary_factor") or 1.0))
+    rotated = int(head_size * _number(parameters, "partial_rotary_factor", 1.0))
     theta = _number(parameters, "rope_theta")
     exponent = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
     frequencies = 1.0 / theta**exponent
@@ -59,8 +59,10 @@ def rotary_table(
     return torch.cat((angles.cos() * magnitude, angles.sin() * magnitude), dim=-1).to(device)
 
 
-def _number(parameters: Mapping[str, Any], name: str) -> float:
+def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = parameters.get(name)
+    if value is None:
+        value = default
     if not isinstance(value, int | float) or value <= 0:
         raise ModelError(
             f"rope_parameters {name}={value!r} must be a number above 0 for "
@@ -90,29 +92,28 @@ def _yarn(
     max_position_embeddings: int,
 ) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023): NTK-by-parts interpolation (eq. 23) and attention scale (eq. 22)."""
-    original = parameters.get("original_max_position_embeddings") or max_position_embeddings
-    factor = float(parameters.get("factor") or max_position_embeddings / original)
-    magnitude = parameters.get("attention_factor")
-    if magnitude is None:
-        scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        if scale and scale_all:
-            magnitude = _magnitude(factor, scale) / _magnitude(factor, scale_all)
-        else:
-            magnitude = _magnitude(factor, 1.0)
+    original = _number(parameters, "original_max_position_embeddings", max_position_embeddings)
+    factor = _number(parameters, "factor", max_position_embeddings / original)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        scales = _number(parameters, "mscale"), _number(parameters, "mscale_all_dim")
+        magnitude = _magnitude(factor, scales[0]) / _magnitude(factor, scales[1])
+    else:
+        magnitude = _magnitude(factor, 1.0)
+    magnitude = _number(parameters, "attention_factor", magnitude)
 
     def channel(rotations: float) -> float:
         """The channel whose wavelength fits ``rotations`` times into the original context."""
         return rotated * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = channel(parameters.get("beta_fast") or 32.0)
-    high = channel(parameters.get("beta_slow") or 1.0)
+    low = channel(_number(parameters, "beta_fast", 32.0))
+    high = channel(_number(parameters, "beta_slow", 1.0))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
     if low == high:
         high += 0.001
     ramp = ((torch.arange(rotated // 2).float() - low) / (high - low)).clamp(0, 1)
-    return frequencies / factor * ramp + frequencies * (1 - ramp), float(magnitude)
+    return frequencies / factor * ramp + frequencies * (1 - ramp), magnitude
 
 
 def _magnitude(factor: float, scale: float) -> float:

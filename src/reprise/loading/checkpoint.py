@@ -88,7 +88,15 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
     if not config_only:
         patterns.append("*.safetensors")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=patterns,
+                # The same weights once more, in the formats of other tools.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
     except Exception as error:  # the hub client raises network and HTTP errors of many types
         raise ModelError(
             f"model={model!r} is neither a local directory nor a model that could be fetched from "

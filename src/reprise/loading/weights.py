@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -82,15 +82,16 @@ def _fill_at_random(model: nn.Module, seed: int) -> None:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    """As transformers chooses them, or all there are: other tools choose other names."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(path / name for name in names)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise LoadError(f"{index} is not a valid weight index: {error!r}") from error
-        files = [path / name for name in names]
         absent = [each.name for each in files if not each.is_file()]
         if absent:
             raise LoadError(f"{path} lacks {', '.join(absent)}, which {index.name} lists")
@@ -111,7 +112,12 @@ def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None
     misshapen: list[str] = []
     different: list[str] = []
     copies: dict[str, Copy] = {}
-    for name, (file, source) in _stored_tensors(files).items():
+    stored = _stored_tensors(files)
+    for name in missing - stored.keys():
+        alias = _alias(name, targets[name], parameters)
+        if alias in stored:
+            stored[name] = stored.pop(alias)
+    for name, (file, source) in stored.items():
         missing.discard(name)
         if name in targets:
             target = targets[name]
@@ -150,10 +156,24 @@ def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    if name in stored:
+                        raise LoadError(
+                            f"{name} is in {stored[name][0]} and in {file}: remove one of them, or "
+                            "name the files to load in model.safetensors.index.json"
+                        )
                     stored[name] = file, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
     return stored
+
+
+def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
+    """Another name that a checkpoint may have for a tied parameter: it stores one of them."""
+    for other, parameter in parameters.items():
+        same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
+        if same and other != name:
+            return other
+    return None
 
 
 def _is_computed(name: str) -> bool:

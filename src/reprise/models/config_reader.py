@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reprise.errors import ModelError
@@ -43,6 +44,22 @@ def require_sizes(config: PretrainedConfig) -> None:
         )
     if head_size(config) % 2:
         raise ModelError(f"config field head_dim={head_size(config)} must be even")
+
+
+def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Of an architecture that rotates all channels of a head.
+
+    Raises:
+        ModelError: The config asks for fewer.
+    """
+    parameters: Mapping[str, Any] = config.rope_parameters
+    share = parameters.get("partial_rotary_factor")
+    if share not in (None, 1):
+        raise ModelError(
+            f"rope_parameters partial_rotary_factor={share!r} is not supported for "
+            f"{config.model_type!r}; supported: 1"
+        )
+    return parameters
 
 
 def require(config: PretrainedConfig, **expected: Any) -> None:

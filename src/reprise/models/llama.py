@@ -16,7 +16,7 @@ from reprise.layers import (
     SelfAttention,
     rotary_table,
 )
-from reprise.models.config_reader import head_size, require, require_sizes
+from reprise.models.config_reader import head_size, require, require_sizes, rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +33,7 @@ def build(
     require(config, hidden_act="silu")
     require_sizes(config)
     cos_sin = rotary_table(
-        config.rope_parameters,
+        rope_parameters(config),
         head_size=head_size(config),
         max_position_embeddings=config.max_position_embeddings,
         length=max_model_len,

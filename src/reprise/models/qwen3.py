@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from reprise.errors import ModelError
 from reprise.layers import (
     CausalLM,
     Decoder,
@@ -16,7 +17,7 @@ from reprise.layers import (
     SelfAttention,
     rotary_table,
 )
-from reprise.models.config_reader import head_size, require, require_sizes
+from reprise.models.config_reader import head_size, require, require_sizes, rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +34,7 @@ def build(
     require(config, hidden_act="silu")
     require_sizes(config)
     cos_sin = rotary_table(
-        config.rope_parameters,
+        rope_parameters(config),
         head_size=head_size(config),
         max_position_embeddings=config.max_position_embeddings,
         length=max_model_len,
@@ -42,6 +43,22 @@ def build(
 
     def norm() -> RMSNorm:
         return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def window(kind: str) -> int:
+        if kind == "full_attention":
+            return 0
+        size = config.sliding_window
+        if kind != "sliding_attention":
+            raise ModelError(
+                f"config field layer_types has {kind!r}, which is not supported; supported: "
+                "'full_attention', 'sliding_attention'"
+            )
+        if not isinstance(size, int) or size < 1:
+            raise ModelError(
+                f"config field sliding_window={size!r} must be a whole number of at least 1 where "
+                "layer_types has 'sliding_attention'"
+            )
+        return size
 
     def layer(kind: str) -> DecoderLayer:
         attention = SelfAttention(
@@ -53,7 +70,7 @@ def build(
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             qk_norm_eps=config.rms_norm_eps,
-            sliding_window=config.sliding_window if kind == "sliding_attention" else 0,
+            sliding_window=window(kind),
             dtype=dtype,
             device=device,
         )
