@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -9,7 +9,10 @@ import torch
 from reprise import platforms
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, GraphError, PlatformError
+from reprise.ops import OpTable
 from reprise.platforms import Adjustment, MemoryInfo, Platform
+from reprise.platforms import accelerator as accelerator_module
+from reprise.platforms.accelerator import AcceleratorPlatform
 from reprise.platforms.cpu import CpuPlatform
 
 
@@ -88,7 +91,10 @@ def test_an_absent_device_says_why_and_lists_what_is_here():
     assert "cpu" in str(error.value).split("Available here:")[1]
 
 
-@pytest.mark.parametrize(("device", "part"), [("cpu:7", "out of range"), ("cpu:x", "NAME:INDEX")])
+@pytest.mark.parametrize(
+    ("device", "part"),
+    [("cpu:7", "out of range"), ("auto:99", "out of range"), ("cpu:x", "NAME:INDEX")],
+)
 def test_a_bad_index_is_refused(device, part):
     with pytest.raises(PlatformError, match=part):
         platforms.resolve(device)
@@ -125,6 +131,17 @@ def test_a_broken_plug_in_does_not_break_the_others(monkeypatch, value, part):
         platforms.resolve("broken")
     assert part in platforms.available()["broken"]
     assert platforms.resolve("cpu").name == "cpu"
+
+
+def test_a_plug_in_whose_probe_raises_says_no_to_itself_alone(abacus, monkeypatch):
+    def probe(cls):
+        raise OSError("libabacus.so: cannot open shared object file")
+
+    monkeypatch.setattr(Abacus, "unavailable_reason", classmethod(probe))
+    assert "libabacus.so" in platforms.available()["abacus"]
+    assert not isinstance(platforms.resolve("auto"), Abacus)
+    with pytest.raises(PlatformError, match=r"OSError: libabacus\.so"):
+        platforms.resolve("abacus")
 
 
 def test_a_plug_in_cannot_take_a_built_in_name(monkeypatch):
@@ -188,3 +205,27 @@ def test_a_platform_without_graphs_says_so():
     for call in (plain.graph_pool, plain.new_graph, plain.capture_stream):
         with pytest.raises(GraphError, match="'plain' has no device graphs"):
             call()
+
+
+def test_an_accelerator_that_says_no_more_than_it_must_runs_by_the_references():
+    """The class that docs/adding-a-platform.md prints."""
+
+    class Bare(AcceleratorPlatform):
+        name = "bare"
+        device_type = "cpu"
+        graph_class = None
+
+    bare = Bare()
+    assert not bare.has_graphs
+    assert not bare.has_triton
+    assert {each.name for each in OpTable(bare).chosen.values()} <= {"torch", "reference"}
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm", "xpu"])
+def test_triton_runs_where_it_has_a_backend_for_the_device(monkeypatch, name):
+    accelerator = platforms.load(name)
+    backend = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}[name]
+    for installed in ([], ["other"], ["other", backend]):
+        found = EntryPoints(EntryPoint(each, "x", "triton.backends") for each in installed)
+        monkeypatch.setattr(accelerator_module, "entry_points", lambda group, found=found: found)
+        assert accelerator(0).has_triton is (backend in installed)

@@ -59,13 +59,17 @@ def load(name: str) -> type[Platform]:
 
 def available() -> dict[str, str | None]:
     """Every known platform with the reason why it cannot be used here (None: it can)."""
-    report: dict[str, str | None] = {}
-    for name in names():
-        try:
-            report[name] = load(name).unavailable_reason()
-        except PlatformError as error:
-            report[name] = str(error)
-    return report
+    return {name: _unavailable_reason(name) for name in names()}
+
+
+def _unavailable_reason(name: str) -> str | None:
+    try:
+        return load(name).unavailable_reason()
+    except PlatformError as error:
+        return str(error)
+    except Exception as error:
+        # A plug-in whose probe raises, for want of its driver for one, says no to itself alone.
+        return f"{type(error).__name__}: {error}"
 
 
 def resolve(device: str = "auto") -> Platform:
@@ -79,14 +83,15 @@ def resolve(device: str = "auto") -> Platform:
         raise PlatformError(f"device={device!r}: expected NAME or NAME:INDEX, such as cuda:0")
     if name == "auto":
         usable = [load(each) for each, reason in available().items() if reason is None]
-        return max(usable, key=lambda each: each.priority)(int(index_text or 0))
-    platform = load(name)
-    reason = platform.unavailable_reason()
-    if reason is not None:
-        here = [each for each, why in available().items() if why is None]
-        raise PlatformError(
-            f"device={device!r} is not available: {reason}. Available here: {', '.join(here)}"
-        )
+        platform = max(usable, key=lambda each: each.priority)
+    else:
+        platform = load(name)
+        reason = _unavailable_reason(name)
+        if reason is not None:
+            here = [each for each, why in available().items() if why is None]
+            raise PlatformError(
+                f"device={device!r} is not available: {reason}. Available here: {', '.join(here)}"
+            )
     index = int(index_text or 0)
     if index >= platform.device_count():
         raise PlatformError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,8 @@ class AcceleratorPlatform(Platform):
     asynchronous: ClassVar[bool] = True
     counts_memory: ClassVar[bool] = True
     preferred: ClassVar = {"*": ("triton", "torch", "reference")}
+    triton_backend: ClassVar[str | None] = None
+    """The backend of Triton that compiles for the device (its entry point), or None."""
     reserve_bytes: ClassVar[int] = GIB // 4
     """Left free beside the KV cache, for allocator fragmentation and library workspaces."""
 
@@ -65,9 +67,9 @@ class AcceleratorPlatform(Platform):
     def device_name(self) -> str:
         return str(self.module().get_device_name(self.index))
 
-    @property
+    @functools.cached_property
     def has_triton(self) -> bool:
-        return importlib.util.find_spec("triton") is not None
+        return self.triton_backend in entry_points(group="triton.backends").names
 
     @property
     def default_dtype(self) -> torch.dtype:
@@ -108,8 +110,9 @@ class AcceleratorPlatform(Platform):
 
     @property
     def has_graphs(self) -> bool:
-        named = self.graph_class is not None and hasattr(self.module(), self.graph_class)
-        return named or hasattr(torch.accelerator, "Graph")
+        if self.graph_class is None:
+            return False
+        return hasattr(self.module(), self.graph_class) or hasattr(torch.accelerator, "Graph")
 
     def graph_pool(self) -> Any:
         return self.module().graph_pool_handle()

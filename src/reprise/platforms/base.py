@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -141,7 +140,7 @@ class Platform(ABC):
     @property
     def has_triton(self) -> bool:
         """Whether Triton kernels can run on this device."""
-        return importlib.util.find_spec("triton") is not None
+        return False
 
     @property
     def supports_pdl(self) -> bool:
@@ -243,6 +242,10 @@ class Platform(ABC):
         memory = self.memory_info()
         used = memory.total - memory.free
         return int(memory.total * utilization) - used - activation_bytes
+
+    def cache_reason(self, utilization: float) -> str:
+        """What :meth:`cache_budget` followed, for people."""
+        return f"gpu_memory_utilization={utilization}"
 
     # ---- graphs --------------------------------------------------------------------------
 

@@ -106,3 +106,6 @@ class CpuPlatform(Platform):
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         free = self.memory_info().free - activation_bytes
         return min(self.default_cache_bytes, free // 4)
+
+    def cache_reason(self, utilization: float) -> str:
+        return "the platform's default"

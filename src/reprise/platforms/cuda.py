@@ -17,6 +17,7 @@ class CudaPlatform(AcceleratorPlatform):
     device_type = "cuda"
     dist_backend = "nccl"
     visible_devices_variable = "CUDA_VISIBLE_DEVICES"
+    triton_backend = "nvidia"
     graph_class = "CUDAGraph"
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"

@@ -12,6 +12,7 @@ class RocmPlatform(AcceleratorPlatform):
     device_type = "cuda"
     dist_backend = "nccl"
     visible_devices_variable = "HIP_VISIBLE_DEVICES"
+    triton_backend = "amd"
     graph_class = "CUDAGraph"
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"

@@ -12,6 +12,7 @@ class XpuPlatform(AcceleratorPlatform):
     device_type = "xpu"
     dist_backend = "xccl"
     visible_devices_variable = "ZE_AFFINITY_MASK"
+    triton_backend = "intel"
     graph_class = "XPUGraph"
     graph_memory = "skip"
     graph_memory_reason = "free memory as the Level Zero driver reports it lags behind captures"
