@@ -167,6 +167,38 @@ def test_a_text_that_has_no_tokens(llm: LLM) -> None:
     assert_idle(llm)
 
 
+def test_text_that_is_no_unicode(llm: LLM) -> None:
+    """As Python reads bytes from a command line that are no UTF-8."""
+    for call in (
+        lambda: llm.generate("a\udcff", greedy(4)),
+        lambda: llm.chat([{"role": "user", "content": "a\udcff"}], greedy(4)),
+    ):
+        with pytest.raises(RequestError, match="not valid text"):
+            call()
+    assert_idle(llm)
+
+
+def test_template_variables_may_be_those_that_have_a_name(llm: LLM) -> None:
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}!{% endif %}"
+    found = [
+        llm.chat(
+            [{"role": "user", "content": "hi"}], greedy(2), chat_template=template,
+            chat_template_kwargs={"add_generation_prompt": each},
+        )[0].prompt
+        for each in (True, False)
+    ]  # fmt: skip
+    assert found == ["hi!", "hi"]
+
+
+def test_names_that_vllms_users_know(model: TinyModel, device: str) -> None:
+    llm = LLM(
+        str(model.path), device=device, num_blocks=9, enforce_eager=True, dtype="float",
+        trust_remote_code=True, tensor_parallel_size=1, max_num_seqs=2,
+    )  # fmt: skip
+    assert llm.engine.config.graph_mode == "none"
+    assert llm.engine.config.dtype == "float32"
+
+
 def test_paths_can_be_path_objects(model: TinyModel, device: str) -> None:
     llm = LLM(model.path, device=device, num_blocks=9, max_num_seqs=2, tokenizer=model.path)  # type: ignore[arg-type]
     assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3

@@ -75,5 +75,5 @@ def test_generate_shows_a_bar_only_if_asked(use_tqdm, tiny: TinyModels, device, 
     # Whatever start-up has shown is not the matter.
     stderr.truncate(0)
     llm.generate([random_ids(0, 5), random_ids(1, 7)], greedy(3), use_tqdm=use_tqdm)
-    assert ("generating" in stderr.getvalue()) is use_tqdm
+    assert ("generating, 6 tokens" in stderr.getvalue()) is use_tqdm
     assert bool(stderr.getvalue()) is use_tqdm

@@ -45,7 +45,8 @@ class EngineConfig:
     block_size: int | None = None
     """Tokens in one block of the KV cache, a power of two; None: the platform's."""
     gpu_memory_utilization: float = 0.9
-    """Share of the device's memory that this engine may use, whatever the device."""
+    """Share of an accelerator's memory that this engine may use. On a CPU the cache has a fixed
+    size unless one of the next two options is given."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: what ``gpu_memory_utilization`` leaves."""
     num_blocks: int | None = None
@@ -110,6 +111,7 @@ class EngineConfig:
     @classmethod
     def from_arguments(cls, **arguments: Any) -> EngineConfig:
         """Build from keyword arguments; unknown names get an error that lists the known ones."""
+        _translate(arguments)
         known = {each.name for each in dataclasses.fields(cls)}
         unknown = sorted(set(arguments) - known)
         if unknown:
@@ -134,6 +136,20 @@ class EngineConfig:
             raise ConfigError(f"{name}={value!r} must be a positive whole number")
 
 
+def _translate(arguments: dict[str, Any]) -> None:
+    """Take vLLM's names for what has another one here or needs none, in place."""
+    if arguments.pop("enforce_eager", False):
+        arguments.setdefault("graph_mode", "none")
+    # No checkpoint's code is ever run: what an architecture computes stands in reprise/models.
+    arguments.pop("trust_remote_code", None)
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if arguments.get(name) == 1:
+            del arguments[name]
+    if arguments.get("dtype") in _DTYPE_ALIASES:
+        arguments["dtype"] = _DTYPE_ALIASES[arguments["dtype"]]
+
+
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
     (("model", "tokenizer", "revision"), (str, type(None)), "a string or None"),
     (("device",), str, "a string, such as 'auto' or 'cuda:1'"),

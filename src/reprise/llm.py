@@ -105,9 +105,11 @@ class LLM:
             chat_prompt(
                 self.engine.tokenizer,
                 each,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **(chat_template_kwargs or {}),
+                **{
+                    "chat_template": chat_template,
+                    "add_generation_prompt": add_generation_prompt,
+                    **(chat_template_kwargs or {}),
+                },
             )
             for each in conversations
         ]
@@ -138,12 +140,16 @@ class LLM:
     def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
         self.engine.platform.activate()  # of the calling thread, which may be a new one
         unfinished = {each.request_id for each in groups}
+        scheduler = self.engine.scheduler
+        before = scheduler.num_generated_tokens
         with progress("generating", len(groups), visible=show) as bar:
             while unfinished:
                 for group in self.engine.step():
-                    if group.finished and group.request_id in unfinished:
-                        unfinished.remove(group.request_id)
-                        bar.advance()
+                    if group.finished:
+                        unfinished.discard(group.request_id)
+                tokens = scheduler.num_generated_tokens - before
+                done = len(groups) - len(unfinished)
+                bar.show(f"generating, {tokens} tokens", done, len(groups))
         # Steps that run ahead may still hold blocks of finished requests.
         while self.engine.has_work:
             self.engine.step()

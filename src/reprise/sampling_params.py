@@ -49,7 +49,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -100 to 100."""
     seed: int | None = None
-    """Same seed, same tokens; None or -1: a random one."""
+    """Same seed, same tokens; None or -1: the engine's seed and the number of requests before it
+    make one."""
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the context holds."""
     min_tokens: int = 0

@@ -73,6 +73,7 @@ def test_what_a_bad_graph_wrote_is_computed_again(
         model, device, **SMALL, graph_mode="decode=none,mixed=full",
         graph_buckets="mixed=64", graph_verify="canary:3",
     )  # fmt: skip
+    llm.engine._depth = 2
     forward_pass = llm.engine.runner.forward_pass
     buffers, layer = forward_pass._buffers, forward_pass._layers[0]
 
@@ -98,8 +99,9 @@ def test_what_a_bad_graph_wrote_is_computed_again(
     assert "computed again" in caplog.text
     assert running.output().metrics.num_preemptions == 1
     assert model.is_greedy(random_ids(7, 40), other.output().outputs[0].token_ids)
+    # Those of steps that were under way then may be wrong.
     tokens = running.output().outputs[0].token_ids
-    assert model.is_greedy([*random_ids(6, 40), *tokens[:6]], tokens[6:])
+    assert model.is_greedy([*random_ids(6, 40), *tokens[:9]], tokens[9:])
 
     again = llm.generate([{"prompt_token_ids": bad}], greedy(24), use_tqdm=False)[0]
     assert again.metrics.num_cached_tokens == 0

@@ -80,6 +80,8 @@ PROMPTS: dict[str, tuple[Any, type[RepriseError], list[str]]] = {
     "None": ([None], RequestError, ["None", "integers"]),
     "a number": (7, RequestError, ["prompt", "7", "list of token ids"]),
     "text without a tokenizer": ("hello", RequestError, ["'hello'", "skip_tokenizer_init"]),
+    "bytes": (b"abc", RequestError, ["b'abc'"]),
+    "bytes as ids": ({"prompt_token_ids": b"abc"}, RequestError, ["integers"]),
     "no known key": ({"text": "hi"}, RequestError, ["text", "prompt_token_ids"]),
     "nested lists": ([[[1, 2]]], RequestError, ["prompt_token_ids", "[1, 2]"]),
 }
@@ -218,6 +220,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[RepriseError], list[str]]] = {
         {"gpu_memory_utilization": "0.5"},
         ConfigError,
         ["gpu_memory_utilization='0.5'"],
+    ),
+    "cache beyond memory": (
+        {"num_blocks": 10**12},
+        CapacityError,
+        ["1000000000000 blocks", "are free", "num_blocks"],
+    ),
+    "several devices": (
+        {"tensor_parallel_size": 2},
+        ConfigError,
+        ["unknown option tensor_parallel_size"],
     ),
     "dtype": ({"dtype": "int3"}, ConfigError, ["dtype='int3'", "float32", "bfloat16"]),
     "load format": ({"load_format": "gguf"}, ConfigError, ["load_format='gguf'", "safetensors"]),

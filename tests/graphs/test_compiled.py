@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,6 @@ from torch._dynamo.utils import counters
 from toy import Toy
 
 from reprise.graphs import Segment, StepShape
-from reprise.graphs.compiled import cache_directory
 from reprise.testing import faults
 
 
@@ -62,6 +64,19 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
     assert counters["inductor"]["fxgraph_cache_hit"] >= pieces
 
 
-def test_compiled_code_is_kept_in_the_users_cache(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(cache_directory()) == "/somewhere/reprise/inductor"
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path):
+    """In a process of its own: transformers has the compiler choose a directory when imported."""
+    variables = {"XDG_CACHE_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    script = (
+        "import os, reprise; reprise.LLM(device='cpu', num_blocks=9, graph_mode='none');"
+        "print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+
+    def chosen(**more):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=variables | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert chosen() == f"{tmp_path}/reprise/inductor"
+    assert chosen(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")

@@ -13,6 +13,7 @@ from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_id
 from reprise import LLM
 from reprise.errors import LoadError, ModelError, RepriseError
 from reprise.loading import open_checkpoint
+from reprise.loading.checkpoint import DEMO_MODEL
 
 
 @pytest.fixture
@@ -111,10 +112,19 @@ def test_spoiled_generation_config(copy: Path, content: str) -> None:
 
 
 def test_no_tokenizer(copy: Path) -> None:
-    with pytest.raises(ModelError) as caught:
-        LLM(str(copy), device="cpu")
-    assert "skip_tokenizer_init=True" in str(caught.value)
-    assert str(copy) in str(caught.value)
+    for tokenizer, reason in ((None, str(copy)), ("/no/such/place", "no such directory")):
+        with pytest.raises(ModelError) as caught:
+            LLM(str(copy), device="cpu", tokenizer=tokenizer)
+        assert "skip_tokenizer_init=True" in str(caught.value)
+        assert reason in str(caught.value)
+
+
+def test_demo_model_without_its_tokenizer(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(DEMO_MODEL, tmp_path / "demo"))
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="no tokenizer in"):
+        LLM(str(path), device="cpu")
 
 
 def test_config_of_older_transformers(copy: Path, device: str) -> None:

@@ -2,14 +2,13 @@
 
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine, EngineStats
-from reprise.engine.prompt import Prompt, chat_prompt, split_prompts
+from reprise.engine.prompt import chat_prompt, split_prompts
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 
 __all__ = [
     "CompletionGroup",
     "Engine",
     "EngineStats",
-    "Prompt",
     "Scheduler",
     "SchedulerStats",
     "chat_prompt",

@@ -18,6 +18,7 @@ from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 from reprise.errors import ConfigError, RequestError
+from reprise.graphs import keep_compiled_code
 from reprise.loading import open_checkpoint
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
@@ -51,6 +52,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         started = time.perf_counter()
+        keep_compiled_code()
         with timeline.recording() as self.startup:
             with timeline.phase("platform"):
                 self.platform = platforms.resolve(config.device)

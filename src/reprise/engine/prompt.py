@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from reprise.errors import RequestError
 
 
-class TextPrompt(TypedDict):
-    prompt: str
-
-
 class TokensPrompt(TypedDict):
-    prompt: NotRequired[str]
+    prompt: str
     prompt_token_ids: list[int]
-
-
-Prompt = str | TextPrompt | TokensPrompt | Sequence[int]
 
 
 def split_prompts(prompts: Any) -> list[Any]:
     """A single prompt, or a sequence of them, as a list."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError(
             f"prompt={prompts!r}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
@@ -70,8 +63,9 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 f"prompt={text[:40]!r} is text and no tokenizer is loaded "
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
-        ids = tokenizer.encode(text)
-    if not isinstance(ids, Sequence) or not all(_is_id(each) for each in ids):
+        ids = _encode(tokenizer, text)
+    listed = isinstance(ids, Sequence) and not isinstance(ids, bytes | bytearray)
+    if not listed or not all(_is_id(each) for each in ids):
         raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
@@ -105,7 +99,19 @@ def chat_prompt(
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_arguments)
     except Exception as error:  # Jinja and transformers raise many types
         raise RequestError(f"messages do not fit the chat template: {error}") from error
-    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+    return {"prompt": text, "prompt_token_ids": _encode(tokenizer, text, add_special_tokens=False)}
+
+
+def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"prompt={text[:40]!r} is not valid text ({error.reason}, character {error.start}): "
+            "give UTF-8, decoded"
+        ) from error
+    found: list[int] = tokenizer.encode(text, **options)
+    return found
 
 
 def _is_id(value: Any) -> bool:

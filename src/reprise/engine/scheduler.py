@@ -108,7 +108,8 @@ class Scheduler:
         self._num_steps = 0
         self._num_decode_tokens = 0
         self._num_prefill_tokens = 0
-        self._num_generated_tokens = 0
+        self.num_generated_tokens = 0
+        """Of all requests, from the start."""
         self._num_preemptions = 0
         self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
 
@@ -234,7 +235,7 @@ class Scheduler:
             total_steps=self._num_steps,
             total_decode_tokens=self._num_decode_tokens,
             total_prefill_tokens=self._num_prefill_tokens,
-            total_generated_tokens=self._num_generated_tokens,
+            total_generated_tokens=self.num_generated_tokens,
             total_preemptions=self._num_preemptions,
             total_prefix_queries=self.cache.prefix_queries,
             total_prefix_hits=self.cache.prefix_hits,
@@ -431,7 +432,7 @@ class Scheduler:
             if request.block_ids:  # kept for this step, the last one that writes them
                 cache.free(request)
                 self._num_holding_blocks -= 1
-        self._num_generated_tokens += len(updated)
+        self.num_generated_tokens += len(updated)
         return updated
 
     def _finish_at(self, request: Request, token: int) -> None:

@@ -4,6 +4,7 @@ Knows tensors, ops and platforms; knows nothing of models or requests.
 """
 
 from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
+from reprise.graphs.compiled import keep_compiled_code
 from reprise.graphs.computation import Computation, Probe, State
 from reprise.graphs.memory import predict
 from reprise.graphs.plan import (
@@ -42,6 +43,7 @@ __all__ = [
     "StepShape",
     "VerifyMode",
     "default_buckets",
+    "keep_compiled_code",
     "parse_buckets",
     "parse_plan",
     "parse_verify",

@@ -25,10 +25,16 @@ from reprise.ops.registry import find
 from reprise.platforms.device_graph import launch
 
 
-def cache_directory() -> Path:
-    """Where compiled code is kept, so that a second start compiles nothing."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "reprise" / "inductor"
+def keep_compiled_code() -> None:
+    """Choose where compiled code is kept, so that a second start compiles nothing.
+
+    Call it before transformers is imported, which has the compiler choose a temporary directory.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:  # there is no home
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/reprise/inductor")
 
 
 def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +43,6 @@ def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
     The first dimension of every tensor argument (also in dataclasses) is taken as dynamic. The
     ops still go through the dispatcher, so a graph capture ends its segments at break ops.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
     pieces = _Pieces()
     compiled = torch.compile(model, backend=pieces, fullgraph=True)
 

@@ -37,16 +37,24 @@ class Checkpoint:
         Raises:
             ModelError: There is none; the message tells how to go without.
         """
-        from transformers import AutoTokenizer
-
         source = name or str(self.path)
         try:
-            return AutoTokenizer.from_pretrained(source, revision=revision)
+            from transformers import AutoTokenizer
+
+            found = AutoTokenizer.from_pretrained(source, revision=revision)
+            # That is what transformers makes of a directory without a tokenizer's files.
+            if len(found) <= len(set(found.all_special_ids)):
+                raise FileNotFoundError("it would know special tokens alone")
+            # The first call may change the tokenizer, which no thread may do while others use it.
+            found.encode("")
         except Exception as error:  # transformers raises many types for a missing tokenizer
+            missing = _is_path(source) and not Path(source).expanduser().exists()
+            reason = "no such directory" if missing else f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"no tokenizer in {source!r} ({type(error).__name__}: {error}); give tokenizer=, "
+                f"no tokenizer in {source!r} ({reason}); give tokenizer=, "
                 "or skip_tokenizer_init=True and prompts as token ids"
             ) from error
+        return found
 
 
 def open_checkpoint(
@@ -76,11 +84,16 @@ def open_checkpoint(
     return Checkpoint(path, _read_config(config_file, overrides or {}), _generation_config(path))
 
 
+def _is_path(name: str) -> bool:
+    """It cannot be a hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _locate(model: str, revision: str | None, config_only: bool) -> Path:
     local = Path(model).expanduser()
     if local.exists():
         return local
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if _is_path(model):
         raise ModelError(f"model={model!r}: no such directory")
     from huggingface_hub import snapshot_download
 

@@ -6,7 +6,6 @@ import logging
 import math
 
 import torch
-from torch import Tensor
 
 from reprise.config import EngineConfig
 from reprise.errors import CapacityError
@@ -88,10 +87,26 @@ def fit_model_len(requested: int | None, wanted: int, num_blocks: int, block_siz
 
 
 def allocate_cache(
-    model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, platform: Platform
 ) -> None:
-    """Give every attention layer its keys and values, [num_blocks, block_size, Hkv, D] each."""
-    for layer in model.attention_layers():
-        shape = (2, num_blocks, block_size, layer.num_kv_heads, layer.head_size)
-        both: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        layer.bind_cache(both[0], both[1])
+    """Give every attention layer its keys and values, [num_blocks, block_size, Hkv, D] each.
+
+    Raises:
+        CapacityError: The device has not so much memory.
+    """
+    wanted = num_blocks * block_bytes(model, block_size, dtype)
+    free = platform.memory_info().free + platform.memory_reserved() - platform.memory_allocated()
+    try:
+        # A system may promise more than it has.
+        if wanted > free:
+            raise MemoryError("more than is free")
+        for layer in model.attention_layers():
+            shape = (2, num_blocks, block_size, layer.num_kv_heads, layer.head_size)
+            both = platform.zeros(shape, dtype)
+            layer.bind_cache(both[0], both[1])
+    except (MemoryError, RuntimeError) as error:
+        raise CapacityError(
+            f"a KV cache of {num_blocks} blocks, {wanted / 2**30:.2f} GiB, does not fit, "
+            f"{free / 2**30:.2f} GiB are free ({str(error).splitlines()[0]}); lower num_blocks, "
+            "kv_cache_memory_bytes or gpu_memory_utilization"
+        ) from error

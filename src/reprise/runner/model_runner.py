@@ -90,7 +90,7 @@ class ModelRunner:
                 max_requests=config.max_num_seqs,
             )
             # Until its size is known the cache is the null block alone.
-            allocate_cache(self.model, 1, self.block_size, self.dtype, platform.device)
+            allocate_cache(self.model, 1, self.block_size, self.dtype, platform)
             with timeline.phase("compile"):
                 self._compile_kernels()
             with timeline.phase("profile"):
@@ -106,9 +106,7 @@ class ModelRunner:
                 config.max_model_len, wanted_len, self.num_blocks, self.block_size
             )
             with timeline.phase("cache"):
-                allocate_cache(
-                    self.model, self.num_blocks, self.block_size, self.dtype, platform.device
-                )
+                allocate_cache(self.model, self.num_blocks, self.block_size, self.dtype, platform)
             self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
             with timeline.phase("capture"):
                 self._capture_graphs()
