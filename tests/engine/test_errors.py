@@ -224,7 +224,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[RepriseError], list[str]]] = {
     "cache beyond memory": (
         {"num_blocks": 10**12},
         CapacityError,
-        ["1000000000000 blocks", "are free", "num_blocks"],
+        ["1000000000000 blocks", "does not fit", "num_blocks"],
     ),
     "several devices": (
         {"tensor_parallel_size": 2},

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -232,9 +232,10 @@ class Platform(ABC):
     def empty_cache(self) -> None:  # noqa: B027 - a platform without a cache has none to empty
         """Return cached, unused memory to the driver."""
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A large tensor of zeros on the device."""
-        return torch.zeros(*shape, dtype=dtype, device=self.device)
+    def zeros(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Many zeros on the device, in one dimension. Raises MemoryError or RuntimeError if it has
+        not so much memory."""
+        return torch.zeros(count, dtype=dtype, device=self.device)
 
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         """Bytes that the KV cache may take, once the weights are loaded.

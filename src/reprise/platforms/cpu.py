@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import os
 import shutil
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,10 +104,13 @@ class CpuPlatform(Platform):
         total = os.sysconf("SC_PHYS_PAGES") * page
         return MemoryInfo(free=_available_memory() or total // 2, total=total)
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        # The system's zeros: pages that nobody writes take neither time nor memory.
-        size = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(*shape)
+    def zeros(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        # The system's zeros: pages that nobody writes take neither time nor memory. So it would
+        # promise more than it has, too.
+        size, free = count * dtype.itemsize, _available_memory()
+        if free is not None and size > free:
+            raise MemoryError(f"{free / GIB:.2f} GiB are free")
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype)
 
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         free = self.memory_info().free - activation_bytes

@@ -94,19 +94,16 @@ def allocate_cache(
     Raises:
         CapacityError: The device has not so much memory.
     """
-    wanted = num_blocks * block_bytes(model, block_size, dtype)
-    free = platform.memory_info().free + platform.memory_reserved() - platform.memory_allocated()
+    layers = list(model.attention_layers())
+    shapes = [(2, num_blocks, block_size, each.num_kv_heads, each.head_size) for each in layers]
+    sizes = [math.prod(shape) for shape in shapes]
     try:
-        # A system may promise more than it has.
-        if wanted > free:
-            raise MemoryError("more than is free")
-        for layer in model.attention_layers():
-            shape = (2, num_blocks, block_size, layer.num_kv_heads, layer.head_size)
-            both = platform.zeros(shape, dtype)
-            layer.bind_cache(both[0], both[1])
+        parts = platform.zeros(sum(sizes), dtype).split(sizes)
     except (MemoryError, RuntimeError) as error:
         raise CapacityError(
-            f"a KV cache of {num_blocks} blocks, {wanted / 2**30:.2f} GiB, does not fit, "
-            f"{free / 2**30:.2f} GiB are free ({str(error).splitlines()[0]}); lower num_blocks, "
+            f"a KV cache of {num_blocks} blocks, {sum(sizes) * dtype.itemsize / 2**30:.2f} GiB, "
+            f"does not fit ({str(error).splitlines()[0]}); lower num_blocks, "
             "kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
+    for layer, shape, part in zip(layers, shapes, parts, strict=True):
+        layer.bind_cache(*part.view(shape))
