@@ -66,7 +66,8 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
 
 def test_compiled_code_is_kept_in_the_users_cache(tmp_path):
     """In a process of its own: transformers has the compiler choose a directory when imported."""
-    variables = {"XDG_CACHE_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)
     script = (
         "import os, reprise; reprise.LLM(device='cpu', num_blocks=9, graph_mode='none');"
         "print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
