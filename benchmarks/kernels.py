@@ -3,10 +3,10 @@
     python benchmarks/kernels.py                     # all ops
     python benchmarks/kernels.py --only paged sample # those whose name contains one of these
 
-Shapes are those of Qwen3-0.6B and Qwen3-8B in bfloat16, and one with narrow heads. Times are of replays of a device graph
-that holds many calls, over several copies of the inputs where one would stay in the cache. The
-last column is the share of what this device reached in the same run: bytes moved by a large copy,
-or operations of a large matrix product.
+Shapes are those of Qwen3-0.6B and Qwen3-8B in bfloat16, and for attention of a model with narrow
+heads. Times are of replays of a device graph that holds many calls, over several copies of the
+inputs where one would stay in the cache. The last column is the share of what this device reached
+in the same run: bytes moved by a large copy, or operations of a large matrix product.
 """
 
 from __future__ import annotations

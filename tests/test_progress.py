@@ -52,6 +52,13 @@ def test_no_bar_if_not_wanted(stderr):
     assert bar.done == 4
 
 
+def test_bar_at_once(stderr, monkeypatch):
+    monkeypatch.setattr("reprise.progress.SHOW_AFTER_SECONDS", 60.0)
+    with progress("waiting", 3, at_once=True):
+        pass
+    assert "0/3" in stderr.getvalue()
+
+
 def test_no_bar_without_a_terminal(stderr, monkeypatch):
     monkeypatch.setattr(stderr, "isatty", lambda: False)
     with progress("counting", 3) as bar:

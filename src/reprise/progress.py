@@ -26,16 +26,19 @@ class Counter:
         what: What the work is called.
         total: Its number of parts; 0 if that is known only with the first :meth:`show`.
         visible: Whether the bar may appear. It does so on a terminal only.
+        at_once: Do not wait until the work turns out to take long.
     """
 
-    def __init__(self, what: str, total: int, visible: bool = True) -> None:
+    def __init__(self, what: str, total: int, visible: bool = True, at_once: bool = False) -> None:
         self.what = what
         self.total = total
         self.done = 0
-        self._started = time.perf_counter()
+        self._earliest = time.perf_counter() + (0 if at_once else SHOW_AFTER_SECONDS)
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
         self._bar: Progress | None = None
+        if at_once:
+            self.advance(0)
 
     def advance(self, parts: int = 1) -> None:
         """Some more parts are done."""
@@ -45,8 +48,7 @@ class Counter:
         """``done`` of ``total`` parts of ``what`` are done."""
         self.what, self.done, self.total = what, done, total
         if self._bar is None:
-            early = time.perf_counter() - self._started < SHOW_AFTER_SECONDS
-            if early or not self._visible:
+            if time.perf_counter() < self._earliest or not self._visible:
                 return
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -68,12 +70,14 @@ class Counter:
 
 
 @contextmanager
-def progress(what: str, total: int, visible: bool = True) -> Iterator[Counter]:
+def progress(
+    what: str, total: int, visible: bool = True, at_once: bool = False
+) -> Iterator[Counter]:
     """Show a bar on standard error with a count and an estimate, if the block takes long.
 
     Args: As for :class:`Counter`.
     """
-    counter = Counter(what, total, visible)
+    counter = Counter(what, total, visible, at_once)
     try:
         yield counter
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -151,6 +152,32 @@ def test_tables_for_people(model, device):
     assert "ms/step" in result.stdout
     assert "prefill share" in result.stdout
     assert "medians of 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [
+        (("latency", "--batch-size", "1,2", "--output-lens", "2,4"), 2 * (1 + 3 * 2)),
+        (("throughput", "--num-prompts", "2", "--input-len-range", "4:4",
+          "--output-len-range", "2:2"), 1 + 2),
+        (("startup",), 2),
+    ],
+    ids=["latency", "throughput", "startup"],
+)  # fmt: skip
+def test_runs_are_counted_on_a_terminal(model, device, arguments, runs, monkeypatch):
+    from reprise import progress
+    from reprise.cli.app import app
+
+    monkeypatch.setattr(progress, "SHOW_AFTER_SECONDS", 0.0)
+    # Rich takes every stream for a terminal then.
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "160"}
+    command = ["bench", *arguments, *dummy(model, device), "--repeats", "2", "--json"]
+    result = CliRunner().invoke(app, command, env=terminal)
+    assert result.exit_code == 0, result.stderr
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stderr)
+    assert arguments[0] in plain
+    assert f"{runs}/{runs}" in plain
+    assert json.loads(result.stdout)["benchmark"] == arguments[0]
 
 
 def test_preset_configs_are_models_that_can_be_built():

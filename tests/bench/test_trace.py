@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -88,6 +89,23 @@ def test_trace_holds_whole_steps_of_resident_requests(tiny: TinyModels, device, 
     assert llm.stats().num_requests == 0
 
 
+def test_a_file_that_cannot_be_written_is_an_error(tiny: TinyModels, device, tmp_path):
+    llm = make_llm(tiny(max_position_embeddings=256), device)
+    with pytest.raises(OSError):
+        record_trace(llm.engine, [random_ids(0, 8)], tmp_path / "nowhere" / "trace.json")
+    assert not llm.engine.has_work
+
+
+def test_the_profilers_own_messages_are_off(monkeypatch):
+    from reprise.cli.app import app
+
+    # Set and unset, so that it is as before in the end.
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "0")
+    monkeypatch.delenv("KINETO_LOG_LEVEL")
+    CliRunner().invoke(app, ["bench", "latency", "--output-lens", "9,5"])
+    assert os.environ["KINETO_LOG_LEVEL"] == "99"
+
+
 def test_requests_that_end_too_early_are_an_error(tiny: TinyModels, device, tmp_path):
     llm = make_llm(tiny(max_position_embeddings=64), device)
     with pytest.raises(RepriseError, match=f"hold {STEPS} decode steps of 1 requests, and held"):
@@ -129,6 +147,7 @@ def test_trace_option(work, requests, tmp_path):
     [
         (("--trace", "trace.txt"), "ends in .json"),
         (("--trace", "nowhere/trace.json"), "is not a directory"),
+        (("--trace", "link.json"), "cannot write"),
         (("--trace", "trace.json", "--input-len", "200"), "holds 256"),
     ],
 )
@@ -138,10 +157,13 @@ def test_traces_that_could_not_be_made_are_refused_at_once(
     from reprise.cli.app import app
 
     monkeypatch.chdir(tmp_path)
+    link = tmp_path / "link.json"
+    link.symlink_to("nowhere/trace.json")
     result = CliRunner().invoke(app, ["bench", "latency", *requests, *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == [link]
 
 
 def test_table_of_kernels(capsys):

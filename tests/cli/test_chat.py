@@ -43,6 +43,24 @@ def test_a_full_context_is_an_error_of_the_turn_only(invoke):
     assert "42" in result.stdout
 
 
+def test_a_refused_request_is_an_error_of_the_turn_only(invoke, monkeypatch):
+    from reprise.cli import chat
+    from reprise.errors import RequestError
+
+    def stream(llm, prompt, params):
+        if "unfit" in str(prompt):
+            raise RequestError("this text is unfit")
+        return original(llm, prompt, params)
+
+    original = chat.stream
+    monkeypatch.setattr(chat, "stream", stream)
+    result = invoke("chat", *GREEDY, "-q", input="an unfit text\nWhat is 12 + 30?\n")
+    assert result.exit_code == 0
+    assert result.stderr == "error: this text is unfit\n"
+    # The second turn would be refused as well if the first were still part of it.
+    assert "42" in result.stdout
+
+
 def test_a_model_without_a_chat_template_is_refused(invoke, tmp_path):
     from pathlib import Path
 
@@ -72,16 +90,47 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
         chat.close()
 
 
-class Terminal:
-    """``reprise ARGUMENTS`` in a pseudo terminal."""
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_something_is_shown_until_the_model_is_ready():
+    program = (
+        "import logging, time, reprise.llm\n"
+        "from reprise.cli.logs import LogLevel, configure\n"
+        "from reprise.cli.streaming import load\n"
+        "configure(LogLevel.WARNING)\n"
+        "class LLM:\n"
+        "    def __init__(self):\n"
+        "        logging.getLogger('reprise').warning('a decision')\n"
+        "        time.sleep(2.5)\n"
+        "        print('built')\n"
+        "reprise.llm.LLM = LLM\n"
+        "load({})"
+    )
+    loading = Terminal(program=("-c", program), term="xterm")
+    try:
+        loading.wait_for("built")
+        assert loading.seen.count("starting") >= 2
+        # A log line does not begin behind the spinner.
+        before = loading.seen.partition("WARNING")[0].rpartition("starting")[2]
+        assert "\x1b[2K" in before
+        assert loading.exit_status() == 0
+    finally:
+        loading.close()
 
-    def __init__(self, *arguments: str) -> None:
+
+class Terminal:
+    """``reprise ARGUMENTS``, or another program of Python, in a pseudo terminal."""
+
+    def __init__(
+        self, *arguments: str, program: tuple[str, ...] = ("-m", "reprise"), term: str = "dumb"
+    ) -> None:
         import pty
 
         self._child, self._terminal = pty.fork()
         if self._child == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(sys.executable, [sys.executable, "-m", "reprise", *arguments])
+            os.environ["TERM"] = term
+            os.execv(sys.executable, [sys.executable, *program, *arguments])
+        self.seen = ""
+        """All that was read."""
         self._unread = b""
         self._ended = False
 
@@ -94,7 +143,9 @@ class Terminal:
         while wanted not in self._unread:
             patience = max(0, deadline - time.monotonic())
             assert select.select([self._terminal], [], [], patience)[0], self._unread
-            self._unread += os.read(self._terminal, 4096)
+            read = os.read(self._terminal, 4096)
+            self._unread += read
+            self.seen += read.decode(errors="replace")
         self._unread = self._unread.partition(wanted)[2]
 
     def exit_status(self, seconds: float = 30) -> int:

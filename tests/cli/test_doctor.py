@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import reprise
 from reprise import ops, platforms
+from reprise.errors import ConfigError
 
 
 def one_json_line(result):
@@ -53,6 +56,43 @@ def test_ops_with_an_override(invoke, device):
     failed = invoke("doctor", "ops", "--device", device, "--op", "rms_norm=nothing")
     assert failed.exit_code == 2
     assert "has no implementation 'nothing'" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "option", [("--device", "nope"), ("--json",), ("--debug",), ("--log-level", "info")]
+)
+def test_options_before_a_subcommand_are_refused(invoke, option):
+    result = invoke("doctor", *option, "ops", env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert result.exit_code == 2
+    assert f"{option[0]} has no effect before a subcommand" in result.stderr
+    assert result.stdout == ""
+
+
+def test_the_graphs_are_shown_even_if_their_page_cannot_be_written(invoke, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    import reprise.doctor.graphs
+    from reprise.cli.doctor import graphs
+
+    def write_page(matrix, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    matrix = SimpleNamespace(to_dict=lambda: {"cells": []}, bad=[])
+    monkeypatch.setattr(graphs, "_measure", lambda *given: matrix)
+    monkeypatch.setattr(reprise.doctor.graphs, "write_page", write_page)
+    page = str(tmp_path / "page.html")
+    result = invoke("doctor", "graphs", "--json", "--html", page)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout) == {"cells": []}
+    assert result.stderr == f"error: {page}: No space left on device\n"
+
+
+@pytest.mark.parametrize("text", ["²", "0", "1,x", ""])
+def test_contexts_that_are_no_lengths_are_refused(text):
+    from reprise.cli.doctor.graphs import _contexts
+
+    with pytest.raises(ConfigError, match="such as 1,512"):
+        _contexts(text, 4096)
 
 
 def test_ops_as_a_table(invoke):

@@ -82,8 +82,9 @@ def test_errors_are_one_line_and_exit_2(invoke, arguments, message):
 
 def test_debug_gives_the_traceback(invoke):
     result = invoke("generate", "x", "--device", "warp", "--debug")
-    assert result.exit_code == 1
-    assert "unknown" in str(result.exception)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Traceback")
+    assert "PlatformError: device='warp' is unknown" in result.stderr
 
 
 def test_an_unknown_architecture_is_named(invoke, tmp_path):

@@ -20,6 +20,8 @@ COMMANDS = [
     ("bench", "startup"),
     ("doctor",),
     ("doctor", "ops"),
+    ("doctor", "graphs"),
+    ("doctor", "conformance"),
 ]
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -29,6 +31,7 @@ def test_every_command_has_help(invoke, command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "Usage: reprise" in result.output
+    assert "\\" not in result.output
 
 
 def test_every_engine_option_is_a_flag_with_its_documentation(invoke):
@@ -39,6 +42,14 @@ def test_every_engine_option_is_a_flag_with_its_documentation(invoke):
             assert flags.get(each.name, "--" + each.name.replace("_", "-")) in text
     assert "New tokens in one step" in text
     assert "[default: 256]" in text
+
+
+def test_defaults_are_named_once(invoke):
+    text = invoke("doctor", "graphs", "--help", env=WIDE).output
+    line = next(each for each in text.splitlines() if "--max-num-batched-tokens" in each)
+    assert "[default: 256]" in line
+    assert "Default:" not in line
+    assert "[default: qwen3-0.6b]" in invoke("bench", "startup", "--help", env=WIDE).output
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,10 @@ def test_version(invoke):
         (("generate", "--hf-overrides", "{x}"), "not valid JSON"),
         (("generate", "--hf-overrides", "[1]"), "not a JSON object"),
         (("bench", "latency", "--batch-size", "1,x"), "such as 1,64"),
+        (("bench", "latency", "--batch-size", "²"), "such as 1,64"),
+        (("bench", "latency", "--output-lens", "9,5", "--model", "./nowhere"), "shorter first"),
         (("bench", "throughput", "--input-len-range", "9:3"), "LOW:HIGH"),
+        (("bench", "throughput", "--input-len-range", "²:³"), "LOW:HIGH"),
         (("bench", "latency", "--workload", "9b"), "0.6b-bs1"),
     ],
 )

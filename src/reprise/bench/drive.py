@@ -21,8 +21,6 @@ class Run:
 
     seconds: float
     """Until the last token of all."""
-    first_token_seconds: float
-    """Until every request had its first token."""
     steps: int
     wait_seconds: float
     """Of ``seconds``, what the host spent waiting for the device."""
@@ -63,5 +61,4 @@ def run(engine: Engine, prompts: Sequence[list[int]], output_lens: Sequence[int]
     ended = time.perf_counter()
     while engine.has_work:
         engine.step()
-    first = [each.completions[0].request.first_token_time or ended for each in groups]
-    return Run(ended - began, max(first) - began, steps, engine.wait_seconds - waited)
+    return Run(ended - began, steps, engine.wait_seconds - waited)

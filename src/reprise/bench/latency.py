@@ -7,6 +7,7 @@ happens once a request cancels out.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from reprise.bench.trace import check_traceable, record_trace
 from reprise.engine import Engine
 from reprise.errors import ConfigError
 from reprise.llm import LLM
+from reprise.progress import Counter, progress
 from reprise.runner.cache_memory import block_bytes
 
 
@@ -42,16 +44,15 @@ def latency(
     Raises:
         RepriseError: The engine does not start, or the requests do not fit it.
     """
-    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
-    _check(engine, work)
-    if trace is not None:
-        check_traceable(engine, max(work.input_lens))
-    floor = measure_floor(engine.platform, engine.runner.dtype)
-    results = [
-        _measure(engine, work, floor, batch_size, input_len, repeats, seed)
-        for batch_size in work.batch_sizes
-        for input_len in work.input_lens
-    ]
+    shapes = list(itertools.product(work.batch_sizes, work.input_lens))
+    with progress("latency", len(shapes) * (1 + 3 * repeats)) as bar:
+        engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
+        _check(engine, work)
+        if trace is not None:
+            check_traceable(engine, max(work.input_lens))
+        floor = measure_floor(engine.platform, engine.runner.dtype)
+        bar.advance(0)  # to be seen during the first run, which may take long
+        results = [_measure(engine, work, floor, *each, repeats, seed, bar) for each in shapes]
     traced = {}
     if trace is not None:
         lengths = [max(work.input_lens)] * max(work.batch_sizes)
@@ -74,9 +75,7 @@ def latency(
 
 def _check(engine: Engine, work: LatencyWork) -> None:
     for batch_size in work.batch_sizes:
-        short, long = work.lengths(batch_size)
-        if not 1 <= short < long:
-            raise ConfigError(f"output_lens={short},{long}: give two lengths, the shorter first")
+        _, long = work.lengths(batch_size)
         check_fits(engine, max(work.input_lens) + long)
         if batch_size > engine.config.max_num_seqs:
             raise ConfigError(
@@ -93,12 +92,16 @@ def _measure(
     input_len: int,
     repeats: int,
     seed: int,
+    bar: Counter,
 ) -> dict[str, Any]:
+    """Takes ``1 + 3 * repeats`` runs, each counted by ``bar``."""
     short, long = work.lengths(batch_size)
     prompts = random_prompts([input_len] * batch_size, engine.vocab_size, seed)
 
     def timed(output_len: int) -> Run:
-        return run(engine, prompts, [output_len] * batch_size)
+        result = run(engine, prompts, [output_len] * batch_size)
+        bar.advance()
+        return result
 
     timed(long)
     first = [timed(1).seconds for _ in range(repeats)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reprise.errors import ConfigError
+
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_MODEL = "qwen3-0.6b"
 
@@ -33,13 +35,25 @@ def engine_arguments(model: str | None, options: Mapping[str, Any]) -> dict[str,
 
 @dataclass(frozen=True)
 class LatencyWork:
-    """Requests of one length, all at once. ``None`` for the output lengths: by batch size."""
+    """Requests of one length, all at once. ``None`` for the output lengths: by batch size.
+
+    Raises:
+        ConfigError: The output lengths are not a shorter and a longer one.
+    """
 
     batch_sizes: tuple[int, ...] = (1,)
     input_lens: tuple[int, ...] = (128,)
     output_lens: tuple[int, int] | None = None
     model: str = DEFAULT_MODEL
     engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.output_lens is not None:
+            short, long = self.output_lens
+            if not 1 <= short < long:
+                raise ConfigError(
+                    f"output_lens={short},{long}: give two lengths, the shorter first"
+                )
 
     def lengths(self, batch_size: int) -> tuple[int, int]:
         """The two output lengths between which the time of a step is measured."""

@@ -19,6 +19,7 @@ from typing import Any
 from reprise.bench.presets import DEFAULT_MODEL, engine_arguments
 from reprise.bench.record import heading
 from reprise.errors import RepriseError
+from reprise.progress import progress
 
 PARTS = (
     "interpreter", "import", "platform", "config", "tokenizer", "model", "weights", "compile",
@@ -45,7 +46,11 @@ def startup(
         RepriseError: The engine does not start.
     """
     arguments = engine_arguments(model, options)
-    found = [_start(arguments, cold) for _ in range(repeats)]
+    found = []
+    with progress("startup", repeats, at_once=True) as bar:
+        for _ in range(repeats):
+            found.append(_start(arguments, cold))
+            bar.advance()
     parts = {name: _median(each["parts"].get(name, 0.0) for each in found) for name in PARTS}
     facts = {**found[-1]["facts"], "model": model or DEFAULT_MODEL}
     facts.pop("startup_seconds")

@@ -13,6 +13,7 @@ from reprise.bench.presets import ThroughputWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
 from reprise.llm import LLM
+from reprise.progress import progress
 
 WARM_UP_TOKENS = 8
 
@@ -37,16 +38,22 @@ def throughput(
     Raises:
         RepriseError: The engine does not start, or the requests do not fit it.
     """
-    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
     inputs, outputs = lengths(work, seed)
-    check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
-    if trace is not None:
-        check_traceable(engine, max(inputs))
-    prompts = random_prompts(inputs, engine.vocab_size, seed)
-    run(engine, prompts, [min(each, WARM_UP_TOKENS) for each in outputs])
-    before = engine.stats().scheduler
-    runs = [run(engine, prompts, outputs) for _ in range(repeats)]
-    after = engine.stats().scheduler
+    with progress("throughput", 1 + repeats) as bar:
+        engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
+        check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
+        if trace is not None:
+            check_traceable(engine, max(inputs))
+        prompts = random_prompts(inputs, engine.vocab_size, seed)
+        bar.advance(0)  # to be seen during the first run, which may take long
+        run(engine, prompts, [min(each, WARM_UP_TOKENS) for each in outputs])
+        bar.advance()
+        before = engine.stats().scheduler
+        runs = []
+        for _ in range(repeats):
+            runs.append(run(engine, prompts, outputs))
+            bar.advance()
+        after = engine.stats().scheduler
     seconds = statistics.median(each.seconds for each in runs)
     traced = {} if trace is None else {"trace": record_trace(engine, prompts, trace)}
     return {

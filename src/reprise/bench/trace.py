@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
 
     Raises:
         RepriseError: Some step was not a decode step of the whole batch.
+        OSError: The file cannot be written.
     """
     # The profiler's library for this device is torn down some time after a recording. That may
     # happen in the middle of the next one, which is then empty; so keep it.
@@ -108,7 +110,8 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
         lengths = [each.completions[0].request.num_tokens for each in groups]
         with _named_phases():
             recorded = _record(engine, len(prompts), {ProfilerActivity.CPU, *on_device})
-    recorded.export_chrome_trace(str(path))
+    with _exported(recorded, path.name) as file:
+        shutil.copyfile(file, path)
     return {
         "file": str(path),
         "batch_size": len(prompts),
@@ -229,11 +232,18 @@ def _advance(engine: Engine, steps: int) -> None:
 
 def _events(recorded: profile) -> list[dict[str, Any]]:
     """By way of a file: the format is the same for every version of torch and every device."""
-    with tempfile.TemporaryDirectory(prefix="reprise-trace-") as directory:
-        file = Path(directory) / "trace.json"
-        recorded.export_chrome_trace(str(file))
+    with _exported(recorded, "trace.json") as file:
         events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     return events
+
+
+@contextlib.contextmanager
+def _exported(recorded: profile, name: str) -> Iterator[Path]:
+    """A file with the trace, for the block. The profiler does not tell if it could write a file."""
+    with tempfile.TemporaryDirectory(prefix="reprise-trace-") as directory:
+        file = Path(directory) / name
+        recorded.export_chrome_trace(str(file))
+        yield file
 
 
 @contextlib.contextmanager

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+
 
 def main() -> None:
     """Run ``reprise`` with the arguments of this process."""
-    from reprise.cli.app import app
     from reprise.cli.failures import reported
 
+    # Commands report their own failures; this is for what happens before and after one.
     with reported(debug=False):
+        _mend_streams()
+        from reprise.cli.app import app
+
         app(prog_name="reprise")
+
+
+def _mend_streams() -> None:
+    """Give what a shell has closed an empty stand-in, and let no character stop the program."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # The engine refuses such a text with a message; decoding would end the program.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

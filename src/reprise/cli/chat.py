@@ -13,7 +13,7 @@ from reprise.cli.command import command
 from reprise.cli.failures import print_error
 from reprise.cli.options import engine_options, sampling_options
 from reprise.cli.streaming import Writer, load, stream, summary, write
-from reprise.errors import CapacityError, RepriseError
+from reprise.errors import CapacityError, RepriseError, RequestError
 
 if TYPE_CHECKING:
     from reprise.llm import LLM
@@ -90,7 +90,10 @@ class Conversation:
                 self.answer(text)
 
     def answer(self, text: str) -> None:
-        """One turn. An interrupted answer stays in the conversation as far as it came."""
+        """One turn.
+
+        A refused one is dropped. An interrupted answer stays in the conversation as far as it came.
+        """
         from reprise.engine import chat_prompt
 
         self.messages.append(_message("user", text))
@@ -103,9 +106,10 @@ class Conversation:
                 writer.show(output.outputs[0].text)
         except KeyboardInterrupt:
             typer.secho(" (stopped)", err=True, dim=True, nl=False)
-        except CapacityError as error:
+        except (CapacityError, RequestError) as error:
             self.messages.pop()
-            print_error(f"{error}; /reset begins anew")
+            remedy = "; /reset begins anew" if isinstance(error, CapacityError) else ""
+            print_error(f"{error}{remedy}")
             return
         write("\n")
         self.messages.append(_message("assistant", writer.text))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import typer
 
 from reprise.errors import RepriseError
 
@@ -23,25 +22,51 @@ def reported(debug: bool) -> Iterator[None]:
     """Turn failures of the block into a line on standard error and an exit status.
 
     Args:
-        debug: Let a :class:`RepriseError` pass, so that Python prints its traceback.
+        debug: Print the traceback of an error in place of the line.
+
+    Raises:
+        SystemExit: Instead of the failure. It works within click and outside of it.
     """
     try:
         yield
     except RepriseError as error:
-        if debug:
-            raise
-        print_error(str(error))
-        raise typer.Exit(EXIT_ERROR) from None
+        _report(str(error), debug)
+        raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
+        import typer
+
         typer.secho("\ninterrupted", err=True, dim=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader has left, as head does. Python would complain when it flushes at exit.
+        # The reader has left, as head does.
+        _discard_unwritten()
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        about = "" if error.filename is None else f"{error.filename}: "
+        _report(f"{about}{error.strerror or error}", debug)
+        _discard_unwritten()
+        raise SystemExit(EXIT_ERROR) from None
+
+
+def _report(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    else:
+        print_error(message)
+
+
+def _discard_unwritten() -> None:
+    """What standard output does not take is lost: Python would try again at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(EXIT_BROKEN_PIPE) from None
 
 
 def print_error(message: str) -> None:
     """``error: ...`` on one line of standard error."""
+    # Here, as Ctrl-C may come while it is imported.
+    import typer
+
     typer.secho("error: ", err=True, fg=typer.colors.RED, bold=True, nl=False)
     typer.secho(" ".join(message.split()), err=True, fg=typer.colors.RED)

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import types
 from collections.abc import Callable, Mapping
@@ -20,6 +21,9 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
+
+_OF_NONE = re.compile(r"[;.] None: [^;.]*\.")
+"""What a field's documentation says of None."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,15 @@ class FieldOptions:
         return next((p for p, names in self.panels.items() if name in names), self.default_panel)
 
     def _help(self, each: dataclasses.Field[Any], special: Special) -> str:
-        text = special.help
+        text, default = special.help, self.shown_defaults.get(each.name, each.default)
         if text is None:
             text = _documentation(self.source).get(each.name, "")
             # In an option's help, None is what holds when the option is absent.
-            text = text.replace("``", "").replace("; None: ", "; default: ")
-            text = text.replace(". None: ", ". Default: ")
+            text = text.replace("``", "")
+            if default is not None:
+                text = _OF_NONE.sub(".", text)  # the command puts something else in its place
+            text = text.replace("; None: ", "; default: ").replace(". None: ", ". Default: ")
         text = text.replace("[", "\\[")
-        default = self.shown_defaults.get(each.name, each.default)
         if default is None or default is dataclasses.MISSING or isinstance(default, bool):
             return text
         return f"{text} [dim]\\[default: {default}][/dim]"

@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LIBRARY_SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -41,3 +45,11 @@ def configure(level: LogLevel) -> None:
     warnings = logging.getLogger("py.warnings")
     warnings.handlers = [handler]
     warnings.setLevel("WARNING" if level in (LogLevel.DEBUG, LogLevel.INFO) else "CRITICAL")
+
+
+def console() -> Console:
+    """That of the log lines, which appear above what moves on it. After :func:`configure`."""
+    from rich.logging import RichHandler
+
+    handlers = logging.getLogger("reprise").handlers
+    return next(each.console for each in handlers if isinstance(each, RichHandler))

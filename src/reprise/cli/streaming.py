@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from reprise.cli.logs import console
+
 if TYPE_CHECKING:
+    from rich.live import Live
+
     from reprise.engine import CompletionGroup, Engine
     from reprise.llm import LLM
     from reprise.outputs import RequestOutput
@@ -21,14 +26,21 @@ _ids = itertools.count()
 
 def load(options: Mapping[str, Any]) -> LLM:
     """Import the engine, which takes seconds, and load a model."""
-    from rich.console import Console
-
-    if sys.stderr.isatty():
-        with Console(stderr=True).status("starting"):
-            from reprise.llm import LLM
-    else:
+    with _spinner() if sys.stderr.isatty() else contextlib.nullcontext():
         from reprise.llm import LLM
-    return LLM(**options)
+
+        return LLM(**options)
+
+
+def _spinner() -> Live:
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    # Drawn seldom, and in nobody's way: the bars of loading and downloads share its line.
+    return Live(
+        Spinner("dots", "starting", style="status.spinner"), console=console(),
+        refresh_per_second=1, transient=True, redirect_stdout=False, redirect_stderr=False,
+    )  # fmt: skip
 
 
 def stream(llm: LLM, prompt: Any, params: SamplingParams) -> Iterator[RequestOutput]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from reprise.cli.bench import latency, startup, throughput
@@ -11,6 +13,13 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def quieten() -> None:
+    # The profiler's library reads it when torch is imported. Its lines are no figures.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 
 for _each in (latency, throughput, startup):
     _each.register(app)

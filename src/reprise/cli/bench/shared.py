@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reprise.bench.presets import model_names
+from reprise.bench.presets import DEFAULT_MODEL, model_names
 from reprise.cli.fields import FieldOptions
+from reprise.cli.files import output_file
 from reprise.cli.options import engine_options
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Model = Annotated[
         "--model",
         "-m",
         help=f"Directory, Hugging Face id, or a config with random weights: "
-        f"{', '.join(model_names())}.",
+        f"{', '.join(model_names())}. [dim]\\[default: {DEFAULT_MODEL}][/dim]",
         show_default=False,
     ),
 ]
@@ -35,12 +36,10 @@ Seed = Annotated[int, typer.Option(help="Of the random prompts.")]
 
 
 def _trace_file(path: Path | None) -> Path | None:
-    """Refuse at once what could not be written in the end."""
+    """As :func:`output_file`, with a name that the profiler understands."""
     if path is not None and not path.name.endswith((".json", ".json.gz")):
         raise typer.BadParameter(f"{str(path)!r}: give a name that ends in .json or .json.gz")
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{str(path.parent)!r} is not a directory")
-    return path
+    return output_file(path)
 
 
 Trace = Annotated[
@@ -73,7 +72,7 @@ def numbers(text: str) -> tuple[int, ...]:
         typer.BadParameter: Not a list of positive whole numbers.
     """
     parts = text.split(",")
-    if not all(each.strip().isdigit() and int(each) > 0 for each in parts):
+    if not all(each.strip().isdecimal() and int(each) > 0 for each in parts):
         raise typer.BadParameter(f"{text!r} is not a list of positive numbers, such as 1,64")
     return tuple(int(each) for each in parts)
 
@@ -85,7 +84,7 @@ def span(text: str) -> tuple[int, int]:
         typer.BadParameter: Not two positive whole numbers in order.
     """
     low, _, high = text.partition(":")
-    if not (low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
+    if not (low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high)):
         raise typer.BadParameter(f"{text!r} is not a range LOW:HIGH, such as 100:1024")
     return int(low), int(high)
 

@@ -10,6 +10,7 @@ import typer
 
 from reprise.cli.command import command
 from reprise.cli.doctor.group import table
+from reprise.cli.files import output_file
 from reprise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ def conformance(
     ] = None,
     as_json: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the verdicts to this file as well.", dir_okay=False),
+        typer.Option(
+            "--json",
+            help="Write the verdicts to this file as well.",
+            dir_okay=False,
+            callback=output_file,
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the text of the contracts and try nothing.")

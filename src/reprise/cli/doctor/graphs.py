@@ -9,6 +9,7 @@ import typer
 
 from reprise.cli.command import command
 from reprise.cli.doctor.group import AsJson, print_json
+from reprise.cli.files import output_file
 from reprise.cli.options import engine_options
 from reprise.errors import ConfigError
 
@@ -37,12 +38,15 @@ def graphs(
         typer.Option(
             help="Break an op on purpose while graphs are captured, to see what that looks like; "
             "'list' names the faults.",
-            metavar="NAME\\[:OP]",
+            metavar="NAME[:OP]",
         ),
     ] = None,
     as_json: AsJson = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with figures to this file.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="Write a page with figures to this file.", dir_okay=False, callback=output_file
+        ),
     ] = None,
     *,
     engine: dict[str, Any],
@@ -54,18 +58,18 @@ def graphs(
     if fault == "list":
         _list_faults()
         return
-    from reprise.doctor.graphs import write_page
-
     matrix = _measure(executors, contexts, fault, engine)
-    if html is not None:
-        write_page(matrix, html)
     if as_json:
         print_json(matrix.to_dict())
     else:
         from reprise.cli.doctor.graphs_table import show
 
         show(matrix)
-        if html is not None:
+    if html is not None:
+        from reprise.doctor.graphs import write_page
+
+        write_page(matrix, html)
+        if not as_json:
             typer.echo(f"page written to {html}")
     if matrix.bad:
         raise typer.Exit(EXIT_WRONG)
@@ -120,7 +124,7 @@ def _executors(text: str) -> list[Executor]:
 
 def _contexts(text: str, longest: int) -> list[int]:
     parts = [each.strip() for each in text.split(",") if each.strip()]
-    if not parts or any(not each.isdigit() or int(each) == 0 for each in parts):
+    if not parts or any(not each.isdecimal() or int(each) == 0 for each in parts):
         raise ConfigError(f"--contexts {text}: expected lengths such as 1,512,4096")
     lengths = sorted({int(each) for each in parts})
     if lengths[-1] > longest:

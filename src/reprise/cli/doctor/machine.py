@@ -20,12 +20,22 @@ def machine(
     'reprise doctor ops' lists the ops and their implementations.
     """
     if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx)
         return
     report = inspect_machine(device)
     if as_json:
         print_json(report)
     else:
         _show(report)
+
+
+def _refuse_options(ctx: typer.Context) -> None:
+    """Options before a subcommand are of this report, and would have no effect."""
+    for each in ctx.command.params:
+        source = ctx.get_parameter_source(each.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
+            ctx.fail(f"{each.opts[0]} has no effect before a subcommand: give it after '{command}'")
 
 
 def inspect_machine(device: str) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""What a process of its own says and leaves with when something fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reprise.cli import failures
+
+FULL = Path("/dev/full")
+GENERATE = "generate x -n 2 -q --device cpu --num-blocks 160"
+
+
+def reprise(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``reprise LINE`` by a shell."""
+    return subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m reprise {line}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_an_error_is_one_line_or_with_debug_its_traceback():
+    short = reprise("doctor --device nope")
+    long = reprise("doctor --device nope --debug")
+    assert short.returncode == long.returncode == 2
+    assert short.stderr.startswith("error: device='nope' is unknown")
+    assert len(short.stderr.splitlines()) == 1
+    assert long.stderr.startswith("Traceback")
+    assert "PlatformError: device='nope' is unknown" in long.stderr.splitlines()[-1]
+    assert "Exit" not in long.stderr
+
+
+def test_ctrl_c_before_a_command_runs():
+    """As when it comes while the commands are imported."""
+    program = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'reprise.cli.app':\n"
+        "            print('importing', flush=True)\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from reprise.cli import main\n"
+        "main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted"
+
+
+def test_failures_outside_of_click_leave_with_their_status(capsys):
+    with pytest.raises(SystemExit) as left, failures.reported(debug=False):
+        raise KeyboardInterrupt
+    assert left.value.code == 130
+    with pytest.raises(SystemExit) as left, failures.reported(debug=False):
+        Path("/nowhere/at/all").read_text()
+    assert left.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1] == "error: /nowhere/at/all: No such file or directory"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("line", ["--help", "doctor --json", GENERATE])
+def test_output_that_is_not_taken_is_one_line(line):
+    result = reprise(f"{line} > {FULL}")
+    assert result.returncode == 2
+    assert result.stderr == "error: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_empty_ones(closed):
+    result = reprise(f"{GENERATE} {closed}")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert bool(result.stdout) is (closed != ">&-")
+
+
+def test_a_chat_without_input_ends():
+    result = reprise("chat --device cpu --num-blocks 160 <&-")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_characters_that_the_terminal_lacks_are_replaced():
+    result = reprise("doctor conformance --device cpu --only streams_order_work",
+                     PYTHONIOENCODING="ascii")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "? conforms" in result.stdout
+
+
+def test_input_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "input").write_bytes(b"a\xffb")
+    result = reprise(f"generate - --device cpu --num-blocks 160 < {tmp_path}/input")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "is not valid text" in result.stderr
