@@ -68,7 +68,7 @@ class AsyncLLM:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
         """
-        return self._stream(lambda: prompt, sampling_params, request_id, priority)
+        return self._outputs(lambda: prompt, sampling_params, request_id, priority)
 
     def chat(
         self,
@@ -90,9 +90,9 @@ class AsyncLLM:
                 **template_arguments,
             )
 
-        return self._stream(prompt, sampling_params, request_id, priority)
+        return self._outputs(prompt, sampling_params, request_id, priority)
 
-    async def _stream(
+    async def _outputs(
         self,
         prompt: Callable[[], Any],
         sampling_params: SamplingParams | None,

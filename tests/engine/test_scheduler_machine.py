@@ -286,6 +286,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.reset_prefix_cache()
         self.version += 1
 
+    @rule()
+    def recompute(self) -> None:
+        running = len(self._running())
+        assert self.scheduler.recompute() == running
+        assert not self._running()
+        self.version += 1
+
     # ------------------------------------------------------------------ the loop
 
     def _running(self) -> list[Request]:
