@@ -6,10 +6,16 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from helpers import TinyModels
+
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("reprise", deadline=None)
+hypothesis.settings.load_profile("reprise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

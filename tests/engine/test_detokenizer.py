@@ -17,8 +17,10 @@ from reprise.sampling_params import SamplingParams
 REPLACEMENT = "\ufffd"
 SPECIAL = 0
 
+# At the end of a text the replacement character itself is held back like half a character.
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT)
 TEXTS = st.text(
-    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aeé漢字👍🏽\u200d \n")),
+    st.one_of(CHARACTERS, st.sampled_from("aeé漢字👍🏽\u200d \n")),
     max_size=40,
 )
 STOPS = st.lists(st.text("ab漢👍 ", min_size=1, max_size=3), min_size=1, max_size=3)
@@ -99,8 +101,7 @@ def check_growth(states: list[str], expected: str) -> None:
     for earlier, later in zip(["", *states], states, strict=False):
         assert later.startswith(earlier)
     assert (states[-1] if states else "") == expected
-    if REPLACEMENT not in expected:
-        assert not any(REPLACEMENT in each for each in states)
+    assert not any(REPLACEMENT in each for each in states)
 
 
 @given(text=TEXTS, prompt=TEXTS)
@@ -127,7 +128,7 @@ def test_characters_cut_anywhere(case: tuple[str, list[int]]) -> None:
 def test_byte_fallback(text: str, prompt: str) -> None:
     """Each byte of a rare character is a token; the first word's space is not text."""
     tokenizer = byte_fallback()
-    text = text.replace("▁", "_").replace(REPLACEMENT, "?")
+    text = text.replace("▁", "_")
     before = tokenizer.encode(prompt)
     ids = tokenizer.encode(prompt + text)[len(before) :]
     states, _ = feed(tokenizer, ids, before)
