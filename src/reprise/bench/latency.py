@@ -45,13 +45,12 @@ def latency(
         RepriseError: The engine does not start, or the requests do not fit it.
     """
     shapes = list(itertools.product(work.batch_sizes, work.input_lens))
-    with progress("latency", len(shapes) * (1 + 3 * repeats)) as bar:
-        engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
-        _check(engine, work)
-        if trace is not None:
-            check_traceable(engine, max(work.input_lens))
-        floor = measure_floor(engine.platform, engine.runner.dtype)
-        bar.advance(0)  # to be seen during the first run, which may take long
+    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
+    _check(engine, work)
+    if trace is not None:
+        check_traceable(engine, max(work.input_lens))
+    floor = measure_floor(engine.platform, engine.runner.dtype)
+    with progress("latency", len(shapes) * (1 + 3 * repeats), at_once=True) as bar:
         results = [_measure(engine, work, floor, *each, repeats, seed, bar) for each in shapes]
     traced = {}
     if trace is not None:

@@ -38,14 +38,13 @@ def throughput(
     Raises:
         RepriseError: The engine does not start, or the requests do not fit it.
     """
+    engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
     inputs, outputs = lengths(work, seed)
-    with progress("throughput", 1 + repeats) as bar:
-        engine = LLM(**engine_arguments(work.model, {**work.engine, **options})).engine
-        check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
-        if trace is not None:
-            check_traceable(engine, max(inputs))
-        prompts = random_prompts(inputs, engine.vocab_size, seed)
-        bar.advance(0)  # to be seen during the first run, which may take long
+    check_fits(engine, max(a + b for a, b in zip(inputs, outputs, strict=True)))
+    if trace is not None:
+        check_traceable(engine, max(inputs))
+    prompts = random_prompts(inputs, engine.vocab_size, seed)
+    with progress("throughput", 1 + repeats, at_once=True) as bar:
         run(engine, prompts, [min(each, WARM_UP_TOKENS) for each in outputs])
         bar.advance()
         before = engine.stats().scheduler

@@ -18,7 +18,7 @@ def split_prompts(prompts: Any) -> list[Any]:
     """A single prompt, or a sequence of them, as a list."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+    if not _is_list(prompts):
         raise RequestError(
             f"prompt={prompts!r}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
@@ -64,8 +64,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
         ids = _encode(tokenizer, text)
-    listed = isinstance(ids, Sequence) and not isinstance(ids, bytes | bytearray)
-    if not listed or not all(_is_id(each) for each in ids):
+    if not _is_list(ids) or not all(_is_id(each) for each in ids):
         raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
@@ -112,6 +111,11 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
         ) from error
     found: list[int] = tokenizer.encode(text, **options)
     return found
+
+
+def _is_list(value: Any) -> bool:
+    """Bytes are numbers to Python, and text that nobody decoded to us."""
+    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
 
 
 def _is_id(value: Any) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from reprise.graphs.compare import Difference, same_bits
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.computation import Computation, Probe
-from reprise.graphs.locate import locate
+from reprise.graphs.locate import Location, locate
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
@@ -215,15 +215,19 @@ class Capturer:
     def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
         """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
         try:
-            location = locate(
-                self._computation, self._platform, cell.shape, live, fill,
-                lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
-                self._agree,
-            )  # fmt: skip
+            location = self.locate(cell, live, fill)
         except Exception as error:
             # The graph is wrong all the same, and is to be refused.
             return f"; not traced to an op: {describe(error)}"
         return "" if location is None else f"; {location}"
+
+    def locate(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> Location | None:
+        """Where the cell's graph diverges on what ``fill`` writes; raises what the search does."""
+        return locate(
+            self._computation, self._platform, cell.shape, live, fill,
+            lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
+            self._agree,
+        )  # fmt: skip
 
     def blind_inputs(self, cells: list[Cell]) -> list[str]:
         """Inputs to which no probe of the phase's first cell gives a new value."""

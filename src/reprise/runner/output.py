@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,39 +99,39 @@ class PendingOutput:
         if len(tokens) < len(scheduled):
             found = iter(tokens)
             sampled = [next(found) if each.samples else None for each in scheduled]
-        logprobs: list[Logprobs | None] | None = None
-        if self._logprobs is not None:
-            counts = [each.request.params.logprobs for each in scheduled if each.samples]
-            entries = iter(to_logprobs(self._logprobs, counts))
-            logprobs = [next(entries) if each.samples else None for each in scheduled]
-        return StepOutput(sampled, logprobs, self._of_prompts())
+        prompts = {
+            name: [_entry(row, len(row[0]) - 1) for row in _rows(tensors)]
+            for name, tensors in self._prompt_logprobs.items()
+        }
+        return StepOutput(sampled, self._of_samples(), prompts)
 
-    def _of_prompts(self) -> dict[str, list[Logprobs]]:
-        found: dict[str, list[Logprobs]] = {}
-        for name, tensors in self._prompt_logprobs.items():
-            wanted = [tensors.token_ids.shape[1] - 1] * len(tensors.ranks)
-            found[name] = [each for each in to_logprobs(tensors, wanted) if each is not None]
+    def _of_samples(self) -> list[Logprobs | None] | None:
+        if self._logprobs is None:
+            return None
+        rows = _rows(self._logprobs)
+        found: list[Logprobs | None] = []
+        for each in self._step.requests:
+            row = next(rows) if each.samples else None
+            count = each.request.params.logprobs
+            found.append(None if row is None or count is None else _entry(row, count))
         return found
 
 
-def to_logprobs(tensors: LogprobTensors, counts: Sequence[int | None]) -> list[Logprobs | None]:
-    """For each row the chosen token and the ``counts`` likeliest ones by rank; None for None.
+_Row = tuple[list[int], list[float], int]
+"""Token ids and log probabilities, the chosen token first, and the chosen one's rank."""
 
-    The tensors are on the host and may list more, because a neighbour wanted them.
-    """
-    entries: list[Logprobs | None] = []
-    columns: Sequence[Any] = (
-        tensors.token_ids.tolist(),
-        tensors.logprobs.tolist(),
-        tensors.ranks.tolist(),
-    )
-    for ids, values, rank, count in zip(*columns, counts, strict=True):
-        if count is None:
-            entries.append(None)
-            continue
-        entry: Logprobs = {ids[0]: Logprob(values[0], rank)}
-        likeliest = zip(ids[1 : count + 1], values[1 : count + 1], strict=True)
-        for position, (token, value) in enumerate(likeliest, 1):
-            entry.setdefault(token, Logprob(value, position))
-        entries.append(entry)
-    return entries
+
+def _rows(tensors: LogprobTensors) -> Iterator[_Row]:
+    """Of tensors on the host."""
+    columns = (tensors.token_ids.tolist(), tensors.logprobs.tolist(), tensors.ranks.tolist())
+    return zip(*columns, strict=True)
+
+
+def _entry(row: _Row, count: int) -> Logprobs:
+    """The chosen token and the ``count`` likeliest by rank: a neighbour may have wanted more."""
+    ids, values, rank = row
+    entry: Logprobs = {ids[0]: Logprob(values[0], rank)}
+    likeliest = zip(ids[1 : count + 1], values[1 : count + 1], strict=True)
+    for position, (token, value) in enumerate(likeliest, 1):
+        entry.setdefault(token, Logprob(value, position))
+    return entry

@@ -28,6 +28,10 @@ class Maker:
     def ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
+    def floats(self, *values: float) -> torch.Tensor:
+        """float32, whatever ``dtype`` is."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
 
 def _linear(make: Maker) -> list[Arguments]:
     return [
@@ -139,16 +143,13 @@ def _sample(make: Maker) -> list[Arguments]:
     if make.dtype is not torch.float32:
         return []  # logits are float32, whatever the model computes in
 
-    def floats(*values: float) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=make.device)
-
     return [
         {
             "logits": make.randn(4, 500).float() * 3,
-            "temperature": floats(0.0, 0.7, 1.0, 1.3),
+            "temperature": make.floats(0.0, 0.7, 1.0, 1.3),
             "top_k": make.ints([0, 20, 0, 5], torch.int32),
-            "top_p": floats(1.0, 0.9, 0.8, 1.0),
-            "min_p": floats(0.0, 0.0, 0.05, 0.0),
+            "top_p": make.floats(1.0, 0.9, 0.8, 1.0),
+            "min_p": make.floats(0.0, 0.0, 0.05, 0.0),
             "seeds": make.ints([1, 2, 3, 4]),
             "positions": make.ints([0, 1, 2, 3]),
         }
@@ -159,9 +160,6 @@ def _apply_penalties(make: Maker) -> list[Arguments]:
     if make.dtype is not torch.float32:
         return []  # as above
 
-    def floats(*values: float) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=make.device)
-
     seen = make.ints([0, 1, 3, IN_PROMPT, IN_PROMPT + 2], torch.int32).repeat(3, 100)
     return [
         {
@@ -169,9 +167,9 @@ def _apply_penalties(make: Maker) -> list[Arguments]:
             "rows": make.ints([3, 0]),
             "seen": seen,
             "slots": make.ints([1, 2]),
-            "repetition": floats(1.3, 1.0),
-            "presence": floats(0.0, 0.5),
-            "frequency": floats(0.2, 0.7),
+            "repetition": make.floats(1.3, 1.0),
+            "presence": make.floats(0.0, 0.5),
+            "frequency": make.floats(0.2, 0.7),
         }
     ]
 

@@ -23,7 +23,6 @@ from reprise.doctor.graphs.timeline import eager_bars, graph_bars
 from reprise.doctor.timing import median_ms
 from reprise.graphs import PHASES, Buckets, GraphPlan, GraphRunner, Phase, Probe, StepShape, predict
 from reprise.graphs.capture import Cell
-from reprise.graphs.locate import locate
 from reprise.graphs.plan import Executor
 from reprise.graphs.verify import check_probe
 from reprise.runner import ModelRunner
@@ -263,26 +262,14 @@ class _Measurement:
             return made
         made.largest_difference, made.tensor = found.largest, found.tensor
         made.reason = str(found)
-        made.where = self._locate(graphs, cell, executor, probe)
+        made.where = self._locate(graphs, cell, probe)
         return made
 
-    def _locate(
-        self, graphs: GraphRunner, cell: Cell, executor: Executor, probe: Probe
-    ) -> Where | None:
+    def _locate(self, graphs: GraphRunner, cell: Cell, probe: Probe) -> Where | None:
         try:
-            location = locate(
-                self.computation,
-                self.platform,
-                cell.shape,
-                probe.live,
-                probe.fill,
-                lambda: graphs.capturer.empty_inputs(cell.shape),
-                cell.graph,
-                graphs.capturer.model(executor),
-                lambda ok: ok,
-            )
+            location = graphs.capturer.locate(cell, probe.live, probe.fill)
         except Exception as error:
-            logger.warning("%s of %s: not traced to an op: %s", executor, cell.shape, error)
+            logger.warning("%s of %s: not traced: %s", cell.info.executor, cell.shape, error)
             return None
         return None if location is None else self.places.where(location)
 
