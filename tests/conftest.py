@@ -51,6 +51,14 @@ def platform(device: str):
     return found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def time_to_verify() -> None:
+    """On a busy machine too, start-up proves graphs on all probes: tests rely on what was proven."""
+    from reprise.graphs import prove
+
+    prove.VERIFY_SECONDS = 120.0
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Makes tiny random checkpoints: ``tiny("qwen3", num_hidden_layers=3).path``."""

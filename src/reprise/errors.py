@@ -37,3 +37,11 @@ class OpError(RepriseError, RuntimeError):
 
 class GraphError(RepriseError, RuntimeError):
     """A computation cannot be captured as a device graph, or a graph was misused."""
+
+
+class WeightsLostError(GraphError):
+    """A graph changed weights that cannot be loaded again: nothing computed from them is right."""
+
+
+class GraphReplayError(GraphError):
+    """A replay failed before the step was computed; its graph is refused, others serve on."""

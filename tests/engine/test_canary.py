@@ -11,7 +11,7 @@ import pytest
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 
 from reprise import LLM
-from reprise.graphs import capture
+from reprise.graphs import prove
 from reprise.graphs.segments import SegmentedGraph
 from reprise.runner import model_runner
 
@@ -53,7 +53,7 @@ def test_steps_after_a_refusal_continue_where_the_one_before_ended(
     monkeypatch.setattr(model_runner, "StepBuffers", buffers)
     llm = make_llm(
         model, device, **SMALL, graph_mode="decode=full,mixed=none",
-        graph_buckets="decode=1,2,4", graph_verify="canary:5",
+        graph_buckets="decode=1,2,4", graph_verify="canary:1",
     )  # fmt: skip
     llm.engine._depth = 2
     logits = llm.engine.runner.forward_pass._logits
@@ -67,13 +67,16 @@ def test_steps_after_a_refusal_continue_where_the_one_before_ended(
 
 
 def test_what_a_bad_graph_wrote_is_computed_again(
-    model: TinyModel, device: str, spoil: Any, caplog: pytest.LogCaptureFixture
+    model: TinyModel, device: str, monkeypatch: Any, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = make_llm(
         model, device, **SMALL, graph_mode="decode=none,mixed=full",
-        graph_buckets="mixed=64", graph_verify="canary:3",
+        graph_buckets="mixed=64", graph_verify="startup",
     )  # fmt: skip
     llm.engine._depth = 2
+    graphs = llm.engine.runner.graphs
+    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays == 3)
+    monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
     forward_pass = llm.engine.runner.forward_pass
     buffers, layer = forward_pass._buffers, forward_pass._layers[0]
 
@@ -133,13 +136,13 @@ def test_a_graph_that_raises_is_refused(
 def test_a_fault_that_cannot_be_traced_is_refused_all_the_same(
     model: TinyModel, device: str, monkeypatch: Any, spoil: Any
 ) -> None:
-    llm = small_llm(model, device, "canary:2")
+    llm = small_llm(model, device, "canary:1")
     logits = llm.engine.runner.forward_pass._logits
 
     def fail(*args: Any) -> None:
         raise LookupError("no trace")
 
-    monkeypatch.setattr(capture, "locate", fail)
+    monkeypatch.setattr(prove, "locate", fail)
     spoil(lambda count: logits.neg_() if count == 2 else None)
     prompt = random_ids(8, 9)
     assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])

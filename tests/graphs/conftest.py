@@ -35,7 +35,8 @@ def make_runner(platform):
     def make(toy, plan="full", *, decode=(1, 2, 4), mixed=(16, 32), verify="startup", **more):
         return GraphRunner(
             toy, platform, parse_plan(plan), Buckets(tuple(decode), tuple(mixed)),
-            toy.max_requests, verify=parse_verify(verify), **more,
+            toy.max_requests, **more,
+            verify=parse_verify(verify) if isinstance(verify, str) else verify,
         )  # fmt: skip
 
     return make

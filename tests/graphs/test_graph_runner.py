@@ -144,12 +144,13 @@ def test_verification_can_be_off(toy, make_runner):
 
 
 def test_every_graph_gets_a_probe_and_more_only_within_the_budget(toy, make_runner, monkeypatch):
-    monkeypatch.setattr("reprise.graphs.capture.VERIFY_SECONDS", 0.0)
-    monkeypatch.setattr("reprise.graphs.capture.VERIFY_SHARE", 0.0)
+    monkeypatch.setattr("reprise.graphs.prove.VERIFY_SECONDS", 0.0)
+    monkeypatch.setattr("reprise.graphs.prove.VERIFY_SHARE", 0.0)
     runner = make_runner(toy, "full")
     runner.capture_all()
     assert [each.probes for each in runner.report().graphs] == [1] * 5
-    assert all(each.verified for each in runner.report().graphs)
+    assert not any(each.verified for each in runner.report().graphs)
+    assert {each.proof for each in runner.report().graphs} == {"partly proven (1 of 2 probes)"}
 
 
 def test_inputs_that_no_probe_changes_are_reported(toy, make_runner, caplog):
@@ -224,7 +225,8 @@ def test_the_canary_sees_no_ghosts(toy, make_runner, plan):
         assert torch.equal(runner.run(shape), hidden)
         assert all(torch.equal(a, b) for a, b in zip(caches, after, strict=True))
     report = runner.report()
-    assert (report.canaries, report.canary_failures) == (20, 0)
+    assert 10 < report.canaries < 50
+    assert report.canary_failures == 0
     assert report.replays == 60
 
 
@@ -239,11 +241,14 @@ def test_the_canary_catches_a_graph_that_goes_bad_while_serving(toy, make_runner
         toy.hidden[0].neg_()
 
     cell.graph.replay = broken
-    hidden, _, _ = padded(runner, toy, StepShape.decode(2), 1)
-    assert not torch.equal(runner.run(StepShape.decode(2)), hidden)
-    hidden, after, caches = padded(runner, toy, StepShape.decode(2), 2)
-    assert torch.equal(runner.run(StepShape.decode(2)), hidden)
-    assert all(torch.equal(a, b) for a, b in zip(caches, after, strict=True))
+    for seed in range(100):
+        hidden, after, caches = padded(runner, toy, StepShape.decode(2), seed)
+        right = torch.equal(runner.run(StepShape.decode(2)), hidden)
+        assert all(torch.equal(a, b) for a, b in zip(caches, after, strict=True))
+        if runner.canary_failures:
+            break
+        assert not right
+    assert right, "what leaves is the eager result"
     report = runner.report()
     assert report.canary_failures == 1
     (bad,) = report.quarantined

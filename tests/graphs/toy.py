@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.graphs import Probe, StepShape
+from reprise.graphs import Facts, Kind, Probe, Region, StepShape
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 
@@ -81,21 +81,36 @@ class Model(nn.Module):
         return x
 
 
+FACTS = Facts(
+    step={"padding": ("none", "some"), "requests": ("one", "several")},
+    row={"new tokens": ("one", "several"), "context": ("short", "long")},
+)
+
+
 class Slots:
-    def __init__(self, model: Model, slots: Tensor) -> None:
-        self.slots = slots.unique()
-        self.caches = {
-            f"layer {number} {name}": cache.view(-1, KV_HEADS, HEAD_SIZE)
-            for number, layer in enumerate(model.layers)
-            for name, cache in (("key", layer.key_cache), ("value", layer.value_cache))
-        }
+    def __init__(self, caches: Mapping[str, Tensor], slots: Tensor) -> None:
+        self.slots = slots.clone()
+        self.caches = caches
 
     def read(self) -> Mapping[str, Tensor]:
-        return {name: cache[self.slots] for name, cache in self.caches.items()}
+        return {name: rows[self.slots].unsqueeze(0) for name, rows in self._rows()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
+        for name, rows in self._rows():
+            rows[self.slots] = values[name][0]
+
+    def names(self, key: str) -> Sequence[str]:
+        return [key]
+
+    def written(self) -> Tensor:
+        return self.slots // BLOCK
+
+    def near(self) -> Tensor:
+        return torch.arange(len(next(iter(self.caches.values()))), device=self.slots.device)
+
+    def _rows(self) -> Iterator[tuple[str, Tensor]]:
         for name, cache in self.caches.items():
-            cache[self.slots] = values[name]
+            yield name, cache.view(-1, KV_HEADS * HEAD_SIZE)
 
 
 class Toy:
@@ -107,6 +122,7 @@ class Toy:
         self.platform = platform
         self.ops = OpTable(platform)
         self.max_requests = max_requests
+        self.largest = StepShape.mixed(max_tokens, max_requests)
         self.blocks_each = MAX_LEN // BLOCK
         self.num_blocks = 1 + self.blocks_each * max_requests
         self.model = Model(layers, self.num_blocks, platform.default_dtype, platform.device)
@@ -157,17 +173,51 @@ class Toy:
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         return {"hidden": self.hidden[: shape.num_tokens]}
 
-    def probes(self, bucket: StepShape) -> Sequence[Probe]:
+    def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
         def probe(name: str, seed: int, longest: int) -> Probe:
             def fill() -> None:
                 self.fill(bucket, seed=seed, longest=longest)
 
-            return Probe(name, fill, bucket)
+            fill()
+            kind = self.kind(bucket, bucket)
+            return Probe(name, fill, bucket, kind)
 
         return [probe("longest context", 1, MAX_LEN), probe("short contexts", 2, 24)]
 
-    def state(self, live: StepShape) -> Slots:
-        return Slots(self.model, self.slot_mapping[: live.num_tokens])
+    facts = FACTS
+    lost: Sequence[str] | None = None
+
+    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
+        lengths = self.seq_lens[: live.num_requests].cpu().numpy()
+        counts = self.query_start_loc[: live.num_requests + 1].cpu().numpy()
+        rows = FACTS.code((counts[1:] - counts[:-1] > 1).astype(int), (lengths > 24).astype(int))
+        return Kind((int(live != bucket), int(live.num_requests > 1)), rows)
+
+    def memory(self) -> Mapping[str, Region]:
+        regions = {name: Region(each, "input") for name, each in self.inputs(self.largest).items()}
+        for name, each in self.caches().items():
+            regions[name] = Region(each, "cache", "block")
+        for name, each in self.ops.memory.items():
+            regions[f"memory of ops ({name})"] = Region(each, "ops")
+        for name, each in self.weights().items():
+            regions[name] = Region(each, "weight")
+        return regions
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: each.data for name, each in getattr(self.model, "named_parameters", dict)()}
+
+    def mend(self, weights: Sequence[str]) -> None:
+        self.lost = weights
+
+    def caches(self) -> dict[str, Tensor]:
+        return {
+            f"layer {number} {name}": cache
+            for number, layer in enumerate(self.model.layers)
+            for name, cache in (("key", layer.key_cache), ("value", layer.value_cache))
+        }
+
+    def state(self, bucket: StepShape) -> Slots:
+        return Slots(self.caches(), self.slot_mapping[: bucket.num_tokens])
 
     # ---- steps ---------------------------------------------------------------------------
 

@@ -96,6 +96,10 @@ def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
         yield "argmax", lambda f, rows=rows: f(empty(rows, VOCAB))
     yield "sample", sample
     yield "apply_penalties", penalties
+    for units in (None, torch.zeros(20, dtype=torch.int64)):
+        words = torch.empty(2, 40, 8192, dtype=torch.int32)
+        yield "checksum", lambda f, words=words, units=units: f(words, units)
+    yield "checksum", lambda f: f(torch.empty(1, 1, 1 << 20, dtype=torch.int32), None)
     for head_size in (128, 256):
         for requests, heads, new in ((4, HEADS, 1), (64, HEADS, 1), (4, 64, 2)):
             yield (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from reprise.cache.block_pool import BlockPool
 from reprise.cache.prefix import NO_PARENT, PrefixIndex, block_digest
 from reprise.errors import ConfigError
+
+_NO_EPOCH = -1
 
 
 class CacheUser(Protocol):
@@ -134,6 +136,15 @@ class CacheManager:
         blocks, but nobody will share them."""
         self.index.clear()
         self._epoch += 1
+
+    def forget_blocks(self, blocks: Iterable[int]) -> None:
+        """What these blocks hold is wrong: nobody may share them any more."""
+        for block in blocks:
+            self.index.evict(block)
+
+    def never_share(self, request: CacheUser) -> None:
+        """Do not offer the blocks that the request has now to others, whatever is computed yet."""
+        request.cache_epoch = _NO_EPOCH
 
     def start_over(self) -> None:
         """Take back all blocks and forget what they hold, in whatever state an interruption left

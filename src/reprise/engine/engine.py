@@ -104,7 +104,6 @@ class Engine:
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
         self._num_added = 0
-        self._canary_failures = 0
         self.wait_seconds = 0.0
         """Time that steps have spent waiting for the device; the rest is the host's."""
         self.startup_seconds = time.perf_counter() - started
@@ -222,21 +221,31 @@ class Engine:
             raise
 
     def _heed_canaries(self) -> None:
-        """Compute again what a graph computed that a canary has found wrong since.
+        """Compute again what a graph has spoiled that was found wrong.
 
-        Its replays since the canary before may have been wrong too. Tokens that callers have got
-        cannot be taken back, keys and values can.
+        Its replays since it was last found right may have been wrong too. Tokens that callers have
+        got cannot be taken back, keys and values can.
         """
-        failures = self.runner.graphs.canary_failures
-        if failures == self._canary_failures:
+        damage = self.runner.graphs.take_damage()
+        if damage is None:
             return
-        self._canary_failures = failures
-        count = self.scheduler.recompute()
-        logger.warning(
-            "a graph was wrong: cached prefixes are forgotten and %d running request(s) computed "
-            "again, for it may have written what they read",
-            count,
-        )
+        if damage.earlier:
+            count = self.scheduler.recompute()
+            logger.warning(
+                "graph %s was wrong: cached prefixes are forgotten and %d running request(s) "
+                "computed again, for it may have written what they read",
+                damage.name,
+                count,
+            )
+        elif damage.units:
+            owners = self.scheduler.recompute_owners(damage.units)
+            logger.warning(
+                "graph %s has written block(s) %s, which its step did not own: what the cache had "
+                "of them is forgotten, and computed again for %s",
+                damage.name,
+                ", ".join(map(str, sorted(damage.units))),
+                ", ".join(owners) or "no running request",
+            )
 
     def start_over(self) -> None:
         """Abort everything, in whatever state an exception left it, and be ready for requests."""

@@ -22,7 +22,7 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -223,6 +223,18 @@ class Scheduler:
         for request in running:
             self._preempt(request, "what it computed may be wrong")
         return len(running)
+
+    def recompute_owners(self, blocks: Collection[int]) -> list[str]:
+        """Have every running request computed again that owns one of the blocks, and forget what
+        they held, because it is wrong. Returns the requests' ids."""
+        self.cache.forget_blocks(blocks)
+        running = self._live_running()
+        owners = [each for each in running if not set(blocks).isdisjoint(each.block_ids)]
+        self._running = [each for each in running if each not in owners]
+        for request in owners:
+            self.cache.never_share(request)
+            self._preempt(request, "blocks of it were overwritten")
+        return [each.request_id for each in owners]
 
     def stats(self) -> SchedulerStats:
         pool = self.cache.pool

@@ -6,6 +6,7 @@ Knows tensors, ops and platforms; knows nothing of models or requests.
 from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
 from reprise.graphs.compiled import keep_compiled_code
 from reprise.graphs.computation import Computation, Probe, State
+from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
 from reprise.graphs.plan import (
     Downgrade,
@@ -15,8 +16,9 @@ from reprise.graphs.plan import (
     parse_plan,
     resolve,
 )
+from reprise.graphs.regions import Region
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
-from reprise.graphs.runner import GraphRunner
+from reprise.graphs.runner import Damage, GraphRunner, Ran
 from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph
 from reprise.graphs.shape import PHASES, Phase, StepShape
 from reprise.graphs.verify import VerifyMode, parse_verify
@@ -27,15 +29,20 @@ __all__ = [
     "Buckets",
     "Call",
     "Computation",
+    "Damage",
     "Downgrade",
     "Executor",
+    "Facts",
     "GraphInfo",
     "GraphMemory",
     "GraphPlan",
     "GraphReport",
     "GraphRunner",
+    "Kind",
     "Phase",
     "Probe",
+    "Ran",
+    "Region",
     "ResolvedPlan",
     "Segment",
     "SegmentedGraph",

@@ -1,4 +1,4 @@
-"""Start-up of a graph runner: capture every bucket, prove each graph, fall back where it fails."""
+"""Capture of buckets as graphs, with the next executor where one fails."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.graphs.compare import Difference, same_bits
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.computation import Computation, Probe
-from reprise.graphs.locate import Location, locate
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
-from reprise.graphs.shape import StepShape
-from reprise.graphs.verify import check_probe
+from reprise.graphs.shape import Phase, StepShape
+from reprise.graphs.verify import describe
 from reprise.ops.registry import intercept
 from reprise.platforms import Platform
 
@@ -30,15 +28,11 @@ logger = logging.getLogger(__name__)
 
 Agree = Callable[[bool], bool]
 """True if all ranks say True. Called in the same order on each rank."""
+Key = tuple[Phase, int, int]
+"""Phase, query length and size of a bucket."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, parts done, parts in all."""
 
-VERIFY_SHARE = 0.25
-VERIFY_SECONDS = 1.5
-"""Verification may take this share of capture time, or so many seconds if that is longer. Every
-graph gets its first probe in any case."""
-LOCATE_AT_MOST = 2
-"""Graphs of one phase and executor whose fault is traced to its op; the rest fail alike."""
 WARN_AT_MOST = 3
 
 
@@ -50,24 +44,30 @@ class Cell:
     info: GraphInfo
     graph: SegmentedGraph | None = None
     probes: list[Probe] = field(default_factory=list)
+    """What it is proven on at start-up."""
+
+    @property
+    def key(self) -> Key:
+        return self.shape.phase, self.shape.query_len, self.shape.size
+
+    @property
+    def family(self) -> tuple[Phase, int, Executor]:
+        """Graphs of one family were captured alike: what goes wrong in one may in the others."""
+        return self.shape.phase, self.shape.query_len, self.info.executor
 
 
 class Capturer:
-    """Captures and verifies the cells of one computation."""
+    """Captures the cells of one computation."""
 
-    def __init__(
-        self, computation: Computation, platform: Platform, agree: Agree, *, exact: bool
-    ) -> None:
+    def __init__(self, computation: Computation, platform: Platform, agree: Agree) -> None:
         self._computation = computation
         self._platform = platform
         self._agree = agree
-        self._exact = exact
         self._pool: Any = None
         self._memory: dict[int, list[Tensor]] = {}
         self._anchors: dict[int, SegmentedGraph] = {}
         """One graph of each pool, kept whatever its verdict: a pool dies with its last graph."""
         self._compiled: Callable[..., Any] | None = None
-        self._located: dict[tuple[str, Executor], int] = {}
         self._logged: Counter[tuple[str, Executor]] = Counter()
 
     def model(self, executor: Executor) -> Callable[..., Any]:
@@ -88,6 +88,12 @@ class Capturer:
                 yield
         finally:
             gc.unfreeze()
+
+    def memory(self, graph: SegmentedGraph) -> list[Tensor]:
+        """All memory of a graph's pool, to be overwritten."""
+        if id(graph.pool) not in self._memory:
+            self._memory[id(graph.pool)] = self._platform.graph_pool_memory(graph.pool)
+        return self._memory[id(graph.pool)]
 
     def empty_inputs(self, shape: StepShape) -> None:
         """Fill the inputs with what graphs are captured on: padding alone."""
@@ -149,108 +155,3 @@ class Capturer:
             logger.warning("graph %s quarantined (%s): %s", cell.shape, executor, reason)
         if times == WARN_AT_MOST:
             logger.warning("further %s graphs (%s) fail silently", info.phase, executor)
-
-    # ---- verification --------------------------------------------------------------------
-
-    def verify(self, cells: list[Cell], capture_seconds: float, progress: Progress | None) -> None:
-        """Probe each graph; a graph that fails is replaced by its fallback and probed again."""
-        started = time.perf_counter()
-        budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
-        for done, cell in enumerate(cells):
-            cell.probes = list(self._computation.probes(cell.shape))
-            self._verify(cell, 0)
-            if progress is not None:
-                progress("verify graphs", done + 1, len(cells))
-        for number in range(1, max((len(each.probes) for each in cells), default=0)):
-            for cell in cells:
-                spent = time.perf_counter() - started
-                if not self._agree(spent < budget):
-                    return
-                if number < len(cell.probes):
-                    self._verify(cell, number)
-
-    def _verify(self, cell: Cell, number: int) -> None:
-        started = time.perf_counter()
-        while cell.graph is not None:
-            # A fallback has to pass the earlier probes too.
-            failed = None
-            for each in range(cell.info.probes, number + 1):
-                failed = self._probe(cell, cell.probes[each])
-                if failed is not None:
-                    break
-                cell.info.probes += 1
-            if failed is None:
-                cell.info.verified = True
-                break
-            executor = cell.info.executor
-            self.quarantine(cell, executor, failed)
-            cell.info.probes = 0
-            self.capture(cell, FALLBACK[executor])
-        cell.info.verify_seconds += time.perf_counter() - started
-
-    def _probe(self, cell: Cell, probe: Probe) -> str | None:
-        """Why the cell's graph is wrong on the probe; None: it is right."""
-        assert cell.graph is not None
-        pool = cell.graph.pool
-        if id(pool) not in self._memory:
-            self._memory[id(pool)] = self._platform.graph_pool_memory(pool)
-        model = self.model(cell.info.executor)
-        probe.fill()
-        try:
-            found: Difference | str | None = check_probe(
-                self._computation, cell.graph, cell.shape, probe.live, model,
-                self._memory[id(pool)], exact=self._exact,
-            )  # fmt: skip
-        except Exception as error:
-            found = describe(error)
-        if self._agree(found is None):
-            return None
-        where = ""
-        key = (cell.shape.phase, cell.info.executor)
-        if self._located.get(key, 0) < LOCATE_AT_MOST:
-            self._located[key] = self._located.get(key, 0) + 1
-            where = self.where(cell, probe.live, probe.fill)
-        return f"probe {probe.name!r}: {found or 'wrong on another rank'}{where}"
-
-    def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
-        """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
-        try:
-            location = self.locate(cell, live, fill)
-        except Exception as error:
-            # The graph is wrong all the same, and is to be refused.
-            return f"; not traced to an op: {describe(error)}"
-        return "" if location is None else f"; {location}"
-
-    def locate(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> Location | None:
-        """Where the cell's graph diverges on what ``fill`` writes; raises what the search does."""
-        return locate(
-            self._computation, self._platform, cell.shape, live, fill,
-            lambda: self.empty_inputs(cell.shape), cell.graph, self.model(cell.info.executor),
-            self._agree,
-        )  # fmt: skip
-
-    def blind_inputs(self, cells: list[Cell]) -> list[str]:
-        """Inputs to which no probe of the phase's first cell gives a new value."""
-        blind: list[str] = []
-        phases: set[str] = set()
-        for cell in cells:
-            if cell.shape.phase in phases or not cell.probes:
-                continue
-            phases.add(cell.shape.phase)
-            self.empty_inputs(cell.shape)
-            inputs = self._computation.inputs(cell.shape)
-            before = {name: each.clone() for name, each in inputs.items()}
-            unchanged = set(before)
-            for probe in cell.probes:
-                probe.fill()
-                unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
-            blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
-        if blind:
-            logger.warning("graph probes change no value of: %s", ", ".join(blind))
-        return blind
-
-
-def describe(error: Exception) -> str:
-    """Its type and the first line of its message."""
-    lines = [each for each in str(error).splitlines() if each.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE_ULPS = 32
-"""Allowed difference where an op is declared nondeterministic: this many epsilons of the dtype,
-relative to the largest expected magnitude of the tensor."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -36,47 +32,60 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(_bytes(a), _bytes(b))
 
 
-def difference(name: str, expected: Tensor, got: Tensor, *, exact: bool) -> Difference | None:
-    """How ``got`` differs from ``expected``; None: it does not.
+def differs(expected: Tensor, got: Tensor, bound: float | None = None) -> Tensor:
+    """A boolean scalar on the device: whether two tensors of equal shape and dtype differ.
 
     Args:
-        name: Of the tensor, for the report.
         expected: What eager execution computed.
-        got: What the replay computed, same shape and dtype.
-        exact: Compare bits; else allow the tolerance of nondeterministic ops.
+        got: What the replay computed.
+        bound: None: compare bits. Else the allowed difference of an element, relative to the
+            largest expected magnitude in its row (the last dimension).
     """
-    if same_bits(expected, got):
+    if bound is None or not expected.is_floating_point():
+        return (_bytes(expected) != _bytes(got)).any()
+    return _wrong(expected, got, bound).any()
+
+
+def difference(
+    name: str, expected: Tensor, got: Tensor, bound: float | None = None
+) -> Difference | None:
+    """How ``got`` differs from ``expected``; None: it does not. Arguments as of :func:`differs`."""
+    if not bool(differs(expected, got, bound)):
         return None
     if not expected.is_floating_point():
-        gap = (expected.long() - got.long()).abs()
+        gap = (expected.long() - got.long()).abs().double()
         wrong = gap != 0
     else:
-        wide, other = expected.double(), got.double()
-        gap = (wide - other).abs()
-        allowed = 0.0
-        if not exact:
-            largest = wide.abs().nan_to_num(0.0, 0.0, 0.0).amax().item()
-            allowed = TOLERANCE_ULPS * torch.finfo(expected.dtype).eps * float(largest)
-        # A NaN on one side alone is wrong, which no comparison of a NaN says by itself.
-        wrong = ~((gap <= allowed) | (wide.isnan() & other.isnan()) | (wide == other))
-    count = int(wrong.sum())
-    if count == 0 and (not exact or not expected.is_floating_point()):
-        return None
+        gap = (expected.double() - got.double()).abs()
+        wrong = _wrong(expected, got, bound or 0.0)
     # Equal values of different bits: zeros of either sign, or NaNs with different payloads.
-    count = max(count, 1)
-    return Difference(name, float(gap.double()[wrong].max()) if wrong.any() else 0.0,
-                      count, expected.numel())  # fmt: skip
+    count = max(int(wrong.sum()), 1)
+    return Difference(
+        name, float(gap[wrong].max()) if wrong.any() else 0.0, count, expected.numel()
+    )
 
 
-def first_difference(
-    expected: Mapping[str, Tensor], got: Mapping[str, Tensor], *, exact: bool
-) -> Difference | None:
-    """The first tensor, in the order of ``expected``, that differs."""
-    for name, tensor in expected.items():
-        found = difference(name, tensor, got[name], exact=exact)
-        if found is not None:
-            return found
-    return None
+def relative_difference(expected: Tensor, got: Tensor) -> float:
+    """The largest difference of an element, relative to the largest magnitude in its row; infinity
+    where one side alone is no number."""
+    wide, other = expected.double(), got.double()
+    gap = (wide - other).abs() / _largest(wide).clamp(min=torch.finfo(torch.float64).tiny)
+    gap = torch.where((wide == other) | (wide.isnan() & other.isnan()), 0.0, gap)
+    return float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
+
+
+def _wrong(expected: Tensor, got: Tensor, bound: float) -> Tensor:
+    wide, other = expected.double(), got.double()
+    close = (wide - other).abs() <= bound * _largest(wide)
+    # A NaN on one side alone is wrong, which no comparison of a NaN says by itself.
+    return ~(close | (wide.isnan() & other.isnan()) | (wide == other))
+
+
+def _largest(wide: Tensor) -> Tensor:
+    """Of each row, the largest finite magnitude."""
+    if wide.dim() == 0:
+        return wide.abs().nan_to_num(0.0, 0.0, 0.0)
+    return wide.abs().nan_to_num(0.0, 0.0, 0.0).amax(dim=-1, keepdim=True)
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from reprise.graphs.kinds import Facts, Kind
+from reprise.graphs.regions import Region
 from reprise.graphs.shape import StepShape
 from reprise.ops.registry import OpTable
 
@@ -23,16 +25,28 @@ class Probe:
     the same values each time it is called."""
     live: StepShape
     """The rows that are real; at most the bucket's."""
+    kind: Kind
+    """What the graph is proven on if it is right on this probe."""
 
 
 class State(Protocol):
-    """The part of the state (cache slots) that the current inputs would write."""
+    """The part of the caches that the current inputs would write, padding rows included."""
 
     def read(self) -> Mapping[str, Tensor]:
-        """Copies of the tensors, by name (``layer 3 key``). The null block is not among them."""
+        """Copies of what lies there: [C, T, X], of C caches the rows of the step's T tokens."""
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`read` returned."""
+
+    def names(self, key: str) -> Sequence[str]:
+        """The names of the C caches, as :meth:`Computation.memory` has them."""
+
+    def written(self) -> Tensor:
+        """[K] int64, the units of the caches that hold these rows."""
+
+    def near(self) -> Tensor:
+        """[K] int64, the units that the step reads or writes, and those next to the written ones
+        in memory: where a graph that is a little wrong does its harm."""
 
 
 class Computation(Protocol):
@@ -68,11 +82,32 @@ class Computation(Protocol):
         The first is what ``GraphRunner.run`` returns.
         """
 
-    def probes(self, bucket: StepShape) -> Sequence[Probe]:
-        """Probes of a bucket, the most telling first: that one has the longest context.
+    def memory(self) -> Mapping[str, Region]:
+        """All memory that a step reads, writes, or that lies beside: whatever a graph could spoil.
 
-        Together they give every input another value than :meth:`pad` does.
+        Static outputs are not in it, since every step overwrites them.
         """
 
-    def state(self, live: StepShape) -> State:
-        """The state that ``forward`` would write now, for the rows of ``live``."""
+    def mend(self, weights: Sequence[str]) -> None:
+        """Give damaged weights (names of :meth:`memory`) the content that they were loaded with.
+
+        Raises:
+            Exception: The source is gone.
+        """
+
+    @property
+    def facts(self) -> Facts:
+        """The terms in which kinds of steps are told."""
+
+    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
+        """What is true of the step that the static inputs hold now. Reads no device memory."""
+
+    def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
+        """Probes of a bucket, the most telling first: that one has the longest context.
+
+        Together they give every input another value than :meth:`pad` does, and they are of all
+        kinds that concern a step as a whole. Those of an anchor are of all kinds of rows, too.
+        """
+
+    def state(self, bucket: StepShape) -> State:
+        """The state that ``forward`` would write now."""

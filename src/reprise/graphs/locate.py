@@ -20,7 +20,7 @@ from reprise.graphs.segments import (
     tensor_arguments,
 )
 from reprise.graphs.shape import StepShape
-from reprise.graphs.state import StepState, memory_of_ops
+from reprise.graphs.verify import StepMemory, memory_of_ops
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
 
@@ -105,18 +105,18 @@ def locate(
             lambda: computation.forward(bucket, computation.model), "all" if whole else "ops"
         )
         fill()
-        state = StepState(computation, live)
-        before = state.read()
+        state = StepMemory(computation, bucket, live)
+        before = state.state()
         trace = _trace(computation, bucket, computation.model)
-        state.write(before)
+        state.put(before)
         poison(computation.outputs(bucket).values())
         poison_memory(platform.graph_pool_memory(pool))
         memory = memory_of_ops(computation.ops)
         found = _walk(fresh, trace, memory)
-        state.write(before)
+        state.put(before)
         if agree(found is None) and original is not None and original.num_breaks > 0:
             trace = _trace(computation, bucket, model)
-            state.write(before)
+            state.put(before)
             found = _walk(original, trace, memory)
         return found
     except OpCaptureError as error:
@@ -125,7 +125,7 @@ def locate(
         if state is None:
             fill()
         else:
-            state.write(before)
+            state.put(before)
 
 
 def _trace(

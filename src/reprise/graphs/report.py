@@ -24,7 +24,8 @@ class GraphInfo:
     segments: int = 0
     breaks: int = 0
     verified: bool = False
-    """Its graph matched eager execution on at least one probe."""
+    """Its graph matched eager execution on the whole planned set of probes: its own, and those of
+    the graphs that stand for its family."""
     quarantined: str | None = None
     """Why a graph that was planned is not replayed."""
     bytes: int = 0
@@ -33,12 +34,40 @@ class GraphInfo:
     replays: int = 0
     probes: int = 0
     """On which the graph matched."""
+    planned_probes: int = 0
+    pairs: int = 0
+    """Facts about steps, and pairs of facts, for which the graph is trusted."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Of every fact whether it was proven at ``start``, ``live``, on the ``family``'s anchors, or
+    is ``not yet met``."""
+    canaries: int = 0
+    """Live steps on which it was compared with eager execution."""
+    eager_steps: int = 0
+    """Steps of kinds that were not proven, run eagerly instead."""
+    canary_every: int | None = None
+    """One in so many replays is compared; None: none for that reason alone."""
+    check_seconds: float = 0.0
+    """What a comparison takes."""
+    replay_seconds: float = 0.0
     capture_seconds: float = 0.0
     verify_seconds: float = 0.0
 
     @property
     def name(self) -> str:
         return f"{self.phase}[{self.bucket}]"
+
+    @property
+    def proof(self) -> str:
+        """How far its graph is proven, in words."""
+        if self.executor == "none":
+            return "no graph"
+        if self.verified:
+            return "verified"
+        if self.probes == 0:
+            return "not proven"
+        if self.probes < self.planned_probes:
+            return f"partly proven ({self.probes} of {self.planned_probes} probes)"
+        return "proven but for its family's anchors"
 
 
 @dataclass
@@ -68,8 +97,13 @@ class GraphReport:
     eager_steps: int
     """Steps that no graph ran."""
     canaries: int
-    """Replays that were recomputed eagerly."""
+    """Replays that were compared with eager execution."""
     canary_failures: int
+    unproven_eager: int
+    """Steps of kinds that were not proven, run eagerly since canaries had cost enough."""
+    bounds: dict[Executor, float]
+    """Of executors whose graphs are not exact: the allowed difference, relative to a row's largest
+    magnitude."""
     memory: GraphMemory
     capture_seconds: float
     verify_seconds: float

@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reprise import timeline
+from reprise.errors import GraphReplayError
 from reprise.graphs.buckets import Buckets
-from reprise.graphs.capture import Agree, Capturer, Cell, Progress, describe
+from reprise.graphs.canary import CanaryPolicy
+from reprise.graphs.capture import Agree, Capturer, Cell, Key, Progress
 from reprise.graphs.computation import Computation
+from reprise.graphs.guard import Guard, Scope
+from reprise.graphs.kinds import Kind
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
+from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
-from reprise.graphs.shape import PHASES, Phase, StepShape
-from reprise.graphs.state import StepState
-from reprise.graphs.verify import VerifyMode, check_live
-from reprise.ops.registry import Op, OpTable, intercept
+from reprise.graphs.shape import PHASES, StepShape
+from reprise.graphs.trust import Ledger
+from reprise.graphs.verify import Verdict, VerifyMode, describe, examine
+from reprise.ops.registry import Implementation, Op, OpTable, intercept
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -36,6 +42,35 @@ def ops_used(table: OpTable, forward: Callable[[], Any]) -> list[Op]:
     with torch.inference_mode(), table.activate(), intercept(note):
         forward()
     return list(used.values())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a step was computed."""
+
+    graph: Key | None
+    """The graph that computed it; None: eager execution did."""
+    proven: bool
+    """It was compared with eager execution, and what left is the eager result."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a graph that was found wrong has left behind, for the owner of the requests."""
+
+    graph: Key
+    name: str
+    """For people: ``decode[4]``."""
+    units: frozenset[int]
+    """Units of the caches that it changed and must not have."""
+    earlier: bool
+    """Replays before this one went unseen, and may have been wrong as well."""
+
+
+def largest_error(used: Iterable[Implementation]) -> float | None:
+    """The largest declared error of the implementations that are not exact; None: all are. One
+    that varies makes all that follows it vary."""
+    return max((each.error for each in used if each.error is not None), default=None)
 
 
 class GraphRunner:
@@ -76,28 +111,40 @@ class GraphRunner:
         self._agree = agree
         self._query_lens = tuple(query_lens)
         self._max_requests = max_requests
+        self._error: float | None = None
         self.plan = self._resolve(used)
-        self.capturer = Capturer(computation, platform, agree, exact=self._exact)
-        self.cells: dict[tuple[Phase, int, int], Cell] = {}
-        """By phase, query length and bucket."""
-        self._seconds = [0.0, 0.0]
+        self.cells: dict[Key, Cell] = {}
+        self.guard = Guard(computation)
+        self.canary = CanaryPolicy(verify)
+        self._start_capturing()
+        self._capture_seconds = self._verify_seconds = 0.0
         self._eager_steps = 0
-        self._replays = 0
-        self._canaries = 0
+        self._unproven_eager = 0
+        self._turn = 0
+        self._unseen: dict[Key, int] = {}
+        """Replays of each graph since it was last found right."""
         self.canary_failures = 0
-        """Canaries that were wrong; replays before them may have been wrong too."""
+        self.ran = Ran(None, proven=False)
+        """How the last step was computed."""
+        self._damage: Damage | None = None
         self._blind: list[str] = []
+
+    def _start_capturing(self) -> None:
+        self.ledger = Ledger(self.computation.facts)
+        self.capturer = Capturer(self.computation, self.platform, self._agree)
+        self.prover = Prover(
+            self.computation, self.platform, self.capturer, self.ledger, self.guard, self._agree,
+            error=self._error,
+        )  # fmt: skip
 
     def _resolve(self, used: Iterable[Op] | None) -> ResolvedPlan:
         shape = StepShape.decode(1)
-        self._exact = True
         support = {}
         if self._may_capture():
             if used is None:
                 used = ops_used(self.computation.ops, lambda: self._trial(shape))
             used = list(used)
-            # One op that is allowed to vary makes all that follows it vary.
-            self._exact = all(op.deterministic for op in used)
+            self._error = largest_error(self.computation.ops.implementation_of(op) for op in used)
             support = support_of(self.computation.ops, used)
         return resolve(
             self.requested,
@@ -148,17 +195,18 @@ class GraphRunner:
                 if progress is not None:
                     progress("capture graphs", done + 1, len(shapes))
             self.platform.synchronize()
-            self._seconds[0] = time.perf_counter() - started
+            self._capture_seconds = time.perf_counter() - started
             if free is not None:
                 self.memory.actual = max(0, free - (self._free_memory() or 0))
             if self.verify.startup:
                 started = time.perf_counter()
                 with timeline.phase("verify"):
                     cells = list(self.cells.values())
-                    self.capturer.verify(cells, self._seconds[0], progress)
-                    self._blind = self.capturer.blind_inputs(cells)
-                self._seconds[1] = time.perf_counter() - started
+                    self.prover.prove(cells, self._capture_seconds, progress)
+                    self._blind = self.prover.blind_inputs(cells)
+                self._verify_seconds = time.perf_counter() - started
         self._log_summary()
+        self.canary.announce([each for each in self.cells.values() if each.graph is not None])
 
     def capture(self, shape: StepShape) -> Cell:
         """Capture one bucket with the plan's executor, or the next one that works."""
@@ -166,13 +214,13 @@ class GraphRunner:
         info = GraphInfo(shape.phase, shape.size, shape.query_len, planned, planned)
         info.predicted_bytes = self.predicted_bytes.get(shape)
         cell = self.cells[shape.phase, shape.query_len, shape.size] = Cell(shape, info)
-        self.capturer.capture(cell, planned)
+        self.prover.capture(cell, planned)
         return cell
 
     def discard(self) -> None:
         """Forget all graphs and give their memory back."""
         self.cells.clear()
-        self.capturer = Capturer(self.computation, self.platform, self._agree, exact=self._exact)
+        self._start_capturing()
         self.platform.synchronize()
         self.platform.empty_cache()
 
@@ -192,12 +240,14 @@ class GraphRunner:
         infos = [each.info for each in self.cells.values()]
         running = [each for each in infos if each.executor != "none"]
         logger.info(
-            "graphs: %s; %d captured in %.2f s, %d verified in %.2f s, %d quarantined, %.1f MiB",
+            "graphs: %s; %d captured in %.2f s; in %.2f s %d verified, %d proven in part (live "
+            "steps of other kinds are compared, or run eagerly), %d quarantined; %.1f MiB",
             self.plan,
             len(running),
-            self._seconds[0],
-            sum(each.verified for each in infos),
-            self._seconds[1],
+            self._capture_seconds,
+            self._verify_seconds,
+            sum(each.verified for each in running),
+            sum(not each.verified for each in running) if self.verify.startup else 0,
             sum(each.quarantined is not None for each in infos),
             sum(each.bytes for each in infos) / 2**20,
         )
@@ -207,26 +257,36 @@ class GraphRunner:
     def run(self, shape: StepShape) -> Tensor:
         """Compute one step; the static inputs hold its values.
 
+        A step of a kind that its graph was not proven on is never replayed unseen: it is compared
+        with eager execution, or runs eagerly where comparisons have cost enough lately.
+
         Returns:
             The first output's rows of this step, overwritten by the next one.
+
+        Raises:
+            GraphReplayError: A replay failed and nothing has computed the step; its graph is
+                refused.
+            WeightsLostError: A graph has changed weights that cannot be loaded again.
         """
         computation = self.computation
         with torch.inference_mode(), computation.ops.activate():
             cell = self._cell_for(shape)
             if cell is None or cell.graph is None:
-                self._eager_steps += 1
-                computation.forward(shape, computation.model)
+                self._run_eagerly(shape)
             else:
-                if shape != cell.shape:
-                    computation.pad(shape, cell.shape)
-                self._replays += 1
-                cell.info.replays += 1
-                every = self.verify.canary
-                if every and self._replays % every == 0:
-                    self._canary(cell, shape)
-                else:
-                    self._replay(cell)
+                self._run_graph(cell, shape)
         return next(iter(computation.outputs(shape).values()))
+
+    def take_damage(self) -> Damage | None:
+        """What the last step's graph has left behind, told once; None: nothing."""
+        damage, self._damage = self._damage, None
+        return damage
+
+    def weights_changed(self) -> None:
+        """The weights were refilled on purpose: they are right as they are now."""
+        with torch.inference_mode(), self.computation.ops.activate():
+            if self.verify.startup and self.plan.captures:
+                self.guard.learn_weights()
 
     def padded(self, shape: StepShape) -> StepShape:
         """What a step of this shape is padded to: its bucket, or nothing more if none holds it."""
@@ -244,53 +304,132 @@ class GraphRunner:
             return None
         return self.cells.get((shape.phase, shape.query_len, bucket))
 
+    def _run_eagerly(self, shape: StepShape) -> None:
+        self._eager_steps += 1
+        self.ran = Ran(None, proven=False)
+        self.guard.forget()
+        self.computation.forward(shape, self.computation.model)
+
+    def _run_graph(self, cell: Cell, shape: StepShape) -> None:
+        computation, policy = self.computation, self.canary
+        if shape != cell.shape:
+            computation.pad(shape, cell.shape)
+        unproven = None
+        if policy.checks_kinds:
+            kind = computation.kind(shape, cell.shape)
+            if not self.ledger.trusts(cell.key, kind):
+                unproven = kind
+        if unproven is not None and not policy.checks_everything and not policy.may_meet():
+            cell.info.eager_steps += 1
+            self._unproven_eager += 1
+            self._run_eagerly(shape)
+            return
+        cell.info.replays += 1
+        if policy.is_due(cell) or unproven is not None:
+            self._compare(cell, shape, unproven)
+        else:
+            self.guard.forget()
+            self._unseen[cell.key] = self._unseen.get(cell.key, 0) + 1
+            self.ran = Ran(cell.key, proven=False)
+            self._replay(cell)
+
     def _replay(self, cell: Cell) -> None:
         assert cell.graph is not None
         try:
             cell.graph.replay()
         except Exception as error:
-            self.capturer.quarantine(cell, cell.info.executor, f"replay: {describe(error)}")
-            raise
+            reason = f"replay: {describe(error)}"
+            self._refuse(cell, reason, frozenset())
+            raise GraphReplayError(f"graph {cell.info.name}: {reason}") from error
 
-    def _canary(self, cell: Cell, shape: StepShape) -> None:
-        """Replay, recompute eagerly, compare; the eager results are what the caller gets."""
+    # ---- canaries ------------------------------------------------------------------------
+
+    def _compare(self, cell: Cell, shape: StepShape, unproven: Kind | None) -> None:
+        """Compute eagerly, replay, compare; the eager results are what the caller gets."""
         assert cell.graph is not None
-        self._canaries += 1
-        computation, executor = self.computation, cell.info.executor
-        state = StepState(computation, shape)
-        before = state.read()
-        model = self.capturer.model(executor)
-        found: object
-        try:
-            found = check_live(
-                computation, cell.graph, cell.shape, shape, model, state, before, exact=self._exact
-            )
-        except Exception as error:
-            found = describe(error)
-            state.write(before)
-            computation.forward(cell.shape, model)
-        if self._agree(found is None):
+        self.platform.synchronize()  # what was submitted before is not the canary's time
+        began = time.perf_counter()
+        cell.info.canaries += 1
+        computation = self.computation
+        verdict = examine(
+            computation, self.guard, cell.graph, cell.shape, shape, computation.model,
+            self._scope(cell), bound=self.prover.bound(cell.info.executor), keep=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        cell.info.check_seconds += (seconds - cell.info.check_seconds) / 2
+        if unproven is not None:
+            self.canary.met(seconds)
+        if self._agree(verdict.right):
+            self._unseen[cell.key] = 0
+            self.ran = Ran(cell.key, proven=True)
+            if unproven is not None:
+                self.ledger.prove(cell.key, unproven, "live")
             return
+        self.ran = Ran(None, proven=False)
         self.canary_failures += 1
-        inputs = computation.inputs(cell.shape)
-        live = {name: each.clone() for name, each in inputs.items()}
+        self._make_good(cell, shape, verdict)
+
+    def _scope(self, cell: Cell) -> Scope:
+        if self.canary.checks_everything:
+            return Scope()
+        self._turn += 1
+        return self.guard.part(self.computation.state(cell.shape).near(), self._turn)
+
+    def _make_good(self, cell: Cell, shape: StepShape, verdict: Verdict) -> None:
+        """Refuse a graph that was found wrong, and repair what it did. Inputs, state and outputs
+        are those of the eager run already."""
+        weights = [each.name for each in verdict.changes if each.owner == "weight"]
+        units = {
+            each.index
+            for each in verdict.changes
+            if each.owner == "cache" and each.index is not None
+        }
+        if weights:
+            self.prover.mend()
+        where = "" if verdict.changes and not verdict.differences else self._where(cell, shape)
+        reason = f"canary: {verdict.told or 'wrong on another rank'}{where}"
+        self._refuse(cell, reason, frozenset(units), earlier=any(e.before for e in verdict.changes))
+
+    def _where(self, cell: Cell, shape: StepShape) -> str:
+        """The op at which the graph leaves the path of eager execution on the step at hand."""
+        computation = self.computation
+        inputs = {k: v.clone() for k, v in computation.inputs(cell.shape).items()}
+        outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
+        state = computation.state(cell.shape)
+        rows = state.read()
 
         def refill() -> None:
-            for name, values in live.items():
-                inputs[name].copy_(values)
+            for name, tensor in computation.inputs(cell.shape).items():
+                tensor.copy_(inputs[name])
 
-        state.write(before)
-        where = self.capturer.where(cell, shape, refill)
+        where = self.prover.where(cell, shape, refill)
         refill()
-        state.write(before)
-        reason = f"canary: {found or 'wrong on another rank'}{where}"
-        self.capturer.quarantine(cell, executor, reason)
-        computation.forward(cell.shape, computation.model)
+        state.write(rows)
+        for name, tensor in computation.outputs(shape).items():
+            tensor.copy_(outputs[name])
+        return where
+
+    def _refuse(
+        self, cell: Cell, reason: str, units: frozenset[int], *, earlier: bool = False
+    ) -> None:
+        """Never replay the cell's graph again; look at its siblings soon."""
+        family = cell.family
+        unseen = self._unseen.pop(cell.key, 0)
+        self.capturer.quarantine(cell, cell.info.executor, reason)
+        self.ledger.leave(cell.key)
+        siblings = [e for e in self.cells.values() if e.graph is not None and e.family == family]
+        self.canary.hurry(siblings)
+        self._damage = Damage(cell.key, cell.info.name, units, earlier or unseen > 0)
 
     # ---- report --------------------------------------------------------------------------
 
     def report(self) -> GraphReport:
         """What has been captured, proven, refused and replayed so far."""
+        for cell in self.cells.values():
+            info = cell.info
+            info.pairs = self.ledger.num_pairs(cell.key)
+            info.facts = self.ledger.known(cell.key) if cell.graph is not None else {}
+            info.canary_every = self.canary.every(cell) if cell.graph is not None else None
         return GraphReport(
             requested=str(self.requested),
             plan={phase: self.plan.of(phase) for phase in PHASES},
@@ -302,10 +441,12 @@ class GraphRunner:
             verify=str(self.verify),
             graphs=[each.info for each in self.cells.values()],
             eager_steps=self._eager_steps,
-            canaries=self._canaries,
+            canaries=sum(each.info.canaries for each in self.cells.values()),
             canary_failures=self.canary_failures,
+            unproven_eager=self._unproven_eager,
+            bounds=dict(self.prover.bounds),
             memory=self.memory,
-            capture_seconds=self._seconds[0],
-            verify_seconds=self._seconds[1],
+            capture_seconds=self._capture_seconds,
+            verify_seconds=self._verify_seconds,
             blind_inputs=self._blind,
         )  # fmt: skip

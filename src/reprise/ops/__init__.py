@@ -2,6 +2,7 @@
 
 from reprise.ops.apply_penalties import apply_penalties
 from reprise.ops.argmax import argmax
+from reprise.ops.checksum import checksum
 from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
 from reprise.ops.linear import linear, linear_add, linear_into, norm_gated_linear, norm_linear
 from reprise.ops.paged_attention import paged_attention
@@ -17,6 +18,7 @@ __all__ = [
     "all_ops",
     "apply_penalties",
     "argmax",
+    "checksum",
     "find",
     "fused_add_rms_norm",
     "linear",

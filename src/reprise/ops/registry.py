@@ -70,6 +70,9 @@ class Implementation:
     """
     requires: Requirement = runs_anywhere
     graph_support: GraphSupport = "always"
+    error: float | None = None
+    """None: the same inputs give the same bits. Else the largest difference between two calls of
+    the same inputs, relative to the largest magnitude in a row of the result."""
 
     @property
     def compiles(self) -> bool:
@@ -96,8 +99,6 @@ class Op:
     """Names of the arguments that the op writes."""
     break_op: bool
     """The op must run outside the graph in piecewise executors."""
-    deterministic: bool
-    """Same inputs, same bits; verification then compares bitwise."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     fake: Callable[..., Any] = _nothing
@@ -113,6 +114,7 @@ class Op:
         *,
         requires: Requirement = runs_anywhere,
         graph_support: GraphSupport = "always",
+        error: float | None = None,
     ) -> None:
         """Add a way to compute this op.
 
@@ -121,11 +123,12 @@ class Op:
             target: A function with the op's signature, or ``"module:function"`` to import late.
             requires: Says whether a platform can run it.
             graph_support: For break ops, the steps in which it may be captured.
+            error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
         """
         if name in self.implementations:
             raise OpError(f"op {self.name!r} already has an implementation {name!r}")
         self.implementations[name] = Implementation(
-            self.name, name, target, requires, graph_support
+            self.name, name, target, requires, graph_support, error
         )
 
     def choose(self, platform: Platform, override: str | None = None) -> Implementation:
@@ -159,7 +162,7 @@ def op(
     *,
     mutates: tuple[str, ...] = (),
     break_op: bool = False,
-    deterministic: bool = True,
+    error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupport | None = None,
 ) -> Op:
@@ -171,7 +174,7 @@ def op(
         mutates: Names of arguments that the op writes.
         break_op: Whether piecewise graph executors must run it outside their graphs. Such an op
             writes into outputs that its caller allocated, and returns nothing.
-        deterministic: Whether equal inputs give equal bits.
+        error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
     """
@@ -183,9 +186,12 @@ def op(
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
-    declared = Op(name, schema, mutates, break_op, deterministic, fake=fake or _nothing)
+    declared = Op(name, schema, mutates, break_op, fake=fake or _nothing)
     declared.implementation(
-        "reference", reference, graph_support=graph_support or ("never" if break_op else "always")
+        "reference",
+        reference,
+        graph_support=graph_support or ("never" if break_op else "always"),
+        error=error,
     )
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -248,6 +254,12 @@ class OpTable:
         self.functions = _LateFunctions(self)
         self.memory: dict[str, torch.Tensor] = {}
 
+    def implementation_of(self, op: Op) -> Implementation:
+        """What computes ``op`` here."""
+        if op.name not in self.chosen:  # declared after the table was made
+            self.chosen[op.name] = op.choose(self.platform)
+        return self.chosen[op.name]
+
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
         """Route op calls of this thread to this table within the ``with`` block."""
@@ -266,10 +278,7 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
         self._table = table
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        chosen = self._table.chosen
-        if name not in chosen:  # declared after the table was made
-            chosen[name] = _ops[name].choose(self._table.platform)
-        self[name] = chosen[name].function
+        self[name] = self._table.implementation_of(_ops[name]).function
         return self[name]
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from reprise.attention import AttentionMetadata
+from reprise.graphs.kinds import Kind
+from reprise.graphs.shape import StepShape
 from reprise.platforms import Platform
 from reprise.request import Request
+from reprise.runner.kinds import RowLayouts, kind_of_step
 from reprise.step import ScheduledRequest, ScheduledStep
 
 Ints = np.ndarray[Any, Any]
@@ -157,6 +160,7 @@ class StepBuffers:
         shared: bool | None = None,
     ) -> None:
         self.block_size = block_size
+        self.max_tokens, self.max_requests = max_tokens, max_requests
         per_request, per_token = (max_requests, torch.int32), (max_tokens, torch.int64)
         row_numbers = (max_requests, torch.int64)
         self._arena = Arena(
@@ -200,6 +204,10 @@ class StepBuffers:
         """What the block tables hold, on the host."""
         self._owners: list[list[int] | None] = [None] * max_requests
         self._filled = [0] * max_requests
+        self.layouts = RowLayouts(max_requests)
+        self._counts: Ints = np.ones(max_requests, dtype=np.int64)
+        self._step: tuple[Ints, Ints] = (self._counts[:0], self._counts[:0])
+        """Of the step that was filled last, new tokens and lengths of its requests."""
         self._last_rows: tuple[int, int] | None = None
         """Of the last step, if the next one can continue it: requests, and rows with padding."""
         self._padded: tuple[int, int, int, int] | None = None
@@ -245,12 +253,15 @@ class StepBuffers:
             columns = positions[begun] // size
             blocks: list[int] = []
             for row, column in zip(begun.tolist(), columns.tolist(), strict=True):
-                blocks.append(scheduled[row].block_ids[column])
+                owned = scheduled[row].block_ids
+                blocks.append(owned[column])
+                self.layouts.append(row, owned[column], owned[column - 1] if column else None)
                 self._filled[row] = column + 1
             values = np.array(blocks, dtype=np.int32)
             places = begun * self._tables.shape[1] + columns
             self._tables.reshape(-1)[places] = values
             slots[begun] = values.astype(np.int64) * size
+        self._step = (self._counts[:requests], lengths[:requests])
         self._upload(
             [self.seq_lens.span(0, num_rows)],
             (places, values),
@@ -265,6 +276,7 @@ class StepBuffers:
         counts = np.array([each.num_tokens for each in scheduled], dtype=np.int64)
         starts = np.array([each.start for each in scheduled], dtype=np.int64)
         self._write_rows(counts, starts + counts)
+        self._step = (counts, starts + counts)
         samples = np.array([each.samples for each in scheduled])
         sampling = int(samples.sum())
         self._sampling_rows.host[:sampling] = (np.cumsum(counts) - 1)[samples]
@@ -349,6 +361,38 @@ class StepBuffers:
             # Each alone: between them lie tokens that only the device knows.
             self._arena.upload([span])
 
+    def kind(self, bucket: StepShape) -> Kind:
+        """The kind of the step that was filled last, padded to ``bucket``."""
+        counts, lengths = self._step
+        layouts = self.layouts.codes(len(counts))
+        return kind_of_step(counts, lengths, layouts, bucket, self.block_size)
+
+    def blocks_near(self, bucket: StepShape, num_blocks: int) -> Ints:
+        """Blocks that the step in the buffers reads or writes, those next to the written ones, and
+        the null block: [K] int64, ascending.
+
+        Args:
+            bucket: What the step is padded to.
+            num_blocks: Of the cache.
+        """
+        near = np.zeros(num_blocks + 1, dtype=bool)
+        lengths = self.seq_lens.host[: bucket.num_requests]
+        for row, length in enumerate(lengths.tolist()):
+            near[self._tables[row, : -(-length // self.block_size)]] = True
+        written = self.slot_mapping.host[: bucket.num_tokens] // self.block_size
+        for each in (written - 1, written, written + 1):
+            near[each] = True  # -1 is the last one, which does not exist
+        return near[:num_blocks].nonzero()[0]
+
+    def arrays(self) -> dict[str, Tensor]:
+        """All device memory of this, by name."""
+        names = (
+            "query_start_loc", "sampling_rows", "pending_targets", "pending_sources", "seq_lens",
+            "edit_places", "edit_values", "positions", "slot_mapping", "input_ids",
+        )  # fmt: skip
+        arrays = dict(zip(names, (each.device for each in self._arena.arrays), strict=True))
+        return {**arrays, "block_tables": self.block_tables}
+
     def metadata(self, tokens: int, requests: int, query_len: int) -> AttentionMetadata:
         """Views of the device side for a step of this size."""
         return AttentionMetadata(
@@ -388,6 +432,7 @@ class StepBuffers:
                 continue
             places += range(row * width + filled, row * width + len(blocks))
             values += blocks[filled:]
+            self.layouts.extend(row, blocks[filled:], blocks[filled - 1] if filled else None)
             self._owners[row], self._filled[row] = blocks, len(blocks)
         edits = np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
         self._tables.reshape(-1)[edits[0]] = edits[1]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reprise.errors import LoadError
 from reprise.graphs.computation import Probe
+from reprise.graphs.kinds import Facts, Kind
+from reprise.graphs.regions import Region, Stack, stacked
 from reprise.graphs.shape import StepShape
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
+from reprise.runner.kinds import FACTS
 from reprise.runner.probes import ProbeMaker
 
 
@@ -31,6 +36,8 @@ class ForwardPass:
         max_tokens: Most tokens in a mixed step.
         max_requests: Most requests in a step.
     """
+
+    facts: Facts = FACTS
 
     def __init__(
         self,
@@ -52,6 +59,17 @@ class ForwardPass:
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
         self._logits = torch.zeros(max_requests, model.vocab_size, dtype=dtype, device=device)
         self._probes: ProbeMaker | None = None
+        self._stacked: tuple[Tensor, list[Stack]] | None = None
+        self._weights = weights_of(model)
+        parameters = {name for name, _ in model.named_parameters()}
+        self._tables = {
+            name: each.cpu() for name, each in self._weights.items() if name not in parameters
+        }
+        """What follows from the config (rotary tables), to be put back if a graph changes it."""
+        self.beside: Callable[[], Mapping[str, Tensor]] = dict
+        """What lies on the device beside what a step reads and writes: the sampler's memory."""
+        self.reload: Callable[[Sequence[str]], None] | None = None
+        """Loads weights again, by their names in :meth:`memory`."""
 
     def use_cache(self, num_blocks: int, max_model_len: int) -> None:
         """The cache has this many blocks and contexts this many tokens at most: probes can use
@@ -63,6 +81,7 @@ class ForwardPass:
             max_model_len=max_model_len,
             num_blocks=num_blocks,
         )
+        self._buffers.layouts.use_cache(num_blocks)
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
@@ -88,39 +107,117 @@ class ForwardPass:
             return {"logits": self._logits[: shape.num_tokens]}
         return {"hidden": self._hidden[: shape.num_tokens]}
 
-    def probes(self, bucket: StepShape) -> Sequence[Probe]:
+    def memory(self) -> Mapping[str, Region]:
+        used = self._buffers.layouts.highest + 2
+        caches = self._caches()
+        regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
+        for name, each in caches.items():
+            regions[name] = Region(each, "cache", "block", min(used, len(each)))
+        for name, each in self.ops.memory.items():
+            regions[f"memory of ops ({name})"] = Region(each, "ops")
+        for name, each in self._weights.items():
+            regions[name] = Region(each, "weight")
+        for name, each in self.beside().items():
+            regions[name] = Region(each, "beside")
+        return regions
+
+    def mend(self, weights: Sequence[str]) -> None:
+        if self.reload is None:
+            raise LoadError(f"the source of {', '.join(weights)} is gone")
+        self.reload(weights)
+
+    def restore_tables(self) -> None:
+        """Give tables that follow from the config the content that they were made with."""
+        for name, each in self._tables.items():
+            self._weights[name].copy_(each)
+
+    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
+        return self._buffers.kind(bucket)
+
+    def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
         assert self._probes is not None, "use_cache comes first"
-        return self._probes.probes(bucket)
+        return self._probes.probes(bucket, anchor)
 
     def probe(self, bucket: StepShape, context: int) -> Probe:
         """One probe whose longest request has ``context`` tokens, for diagnosis."""
         assert self._probes is not None, "use_cache comes first"
         return self._probes.probe(bucket, context)
 
-    def state(self, live: StepShape) -> WrittenSlots:
-        return WrittenSlots(self._layers, self._buffers.slot_mapping.device[: live.num_tokens])
+    def state(self, bucket: StepShape) -> WrittenSlots:
+        slots = self._buffers.slot_mapping.device[: bucket.num_tokens]
+        return WrittenSlots(self._stacks(), slots, self._buffers, bucket)
+
+    def _caches(self) -> dict[str, Tensor]:
+        return {
+            f"layer {number} {name}": cache
+            for number, layer in enumerate(self._layers)
+            for name, cache in (("key", layer.key_cache), ("value", layer.value_cache))
+        }
+
+    def _stacks(self) -> list[Stack]:
+        first = self._layers[0].key_cache
+        if self._stacked is None or self._stacked[0] is not first:
+            self._stacked = first, stacked(self._caches())
+        return self._stacked[1]
 
 
 class WrittenSlots:
     """The cache slots that the current inputs write, in every layer.
 
     Args:
-        layers: Attention layers with their caches.
-        slots: [T] int64, the live rows of the slot mapping.
+        stacks: The caches, [C, N, B, ...] each.
+        slots: [T] int64, the slot mapping of the step, padding included.
+        buffers: Hold the step.
+        bucket: What it is padded to.
     """
 
-    def __init__(self, layers: Sequence[Any], slots: Tensor) -> None:
-        self._layers = layers
+    def __init__(
+        self, stacks: Sequence[Stack], slots: Tensor, buffers: StepBuffers, bucket: StepShape
+    ) -> None:
+        self._names = {f"caches {number}": each.names for number, each in enumerate(stacks)}
+        self._rows = {
+            name: stack.tensor.flatten(1, 2).flatten(2)
+            for name, stack in zip(self._names, stacks, strict=True)
+        }
         self._slots = slots.clone()
+        self._buffers = buffers
+        self._bucket = bucket
 
     def read(self) -> Mapping[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for number, layer in enumerate(self._layers):
-            values[f"layer {number} key"] = layer.key_cache.flatten(0, 1)[self._slots]
-            values[f"layer {number} value"] = layer.value_cache.flatten(0, 1)[self._slots]
-        return values
+        return {name: rows[:, self._slots] for name, rows in self._rows.items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        for number, layer in enumerate(self._layers):
-            layer.key_cache.flatten(0, 1)[self._slots] = values[f"layer {number} key"]
-            layer.value_cache.flatten(0, 1)[self._slots] = values[f"layer {number} value"]
+        for name, rows in self._rows.items():
+            rows[:, self._slots] = values[name]
+
+    def names(self, key: str) -> Sequence[str]:
+        return self._names[key]
+
+    def written(self) -> Tensor:
+        return self._slots // self._buffers.block_size
+
+    def near(self) -> Tensor:
+        num_blocks = min(each.shape[1] // self._buffers.block_size for each in self._rows.values())
+        blocks = self._buffers.blocks_near(self._bucket, num_blocks)
+        return torch.from_numpy(blocks).to(self._slots.device)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the model has from the start, by name: parameters, buffers, tables."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    named = itertools.chain(
+        model.named_parameters(),
+        model.named_buffers(),
+        (
+            (f"{path}.{name}" if path else name, value)
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ),
+    )
+    for name, tensor in named:
+        if tensor.numel() and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            found[name] = tensor.detach()
+    return found

@@ -111,6 +111,9 @@ class ModelRunner:
             with timeline.phase("capture"):
                 self._capture_graphs()
         self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
+        self.forward_pass.beside = self.sampler.memory
+        self._checkpoint = checkpoint.path
+        self.forward_pass.reload = self._reload
         self._last_sampled: Sampled | None = None
         # Two in turn: while a step is under way, the one before it may still be read.
         self._landings = itertools.cycle(
@@ -150,6 +153,13 @@ class ModelRunner:
         self.buffers.forget_tables()
         self.sampler.forget()
         self._last_sampled = None
+
+    def _reload(self, weights: Sequence[str]) -> None:
+        """Load the model's parameters again, and what it computes from the config."""
+        logger.warning("loading the weights again: %s were changed", ", ".join(weights))
+        config = self.config
+        load_weights(self.model, self._checkpoint, config.load_format, self.platform, config.seed)
+        self.forward_pass.restore_tables()
 
     def _logits(self, step: ScheduledStep, rows: Tensor) -> Tensor:
         """Logits of rows of a step's result, which for a decode step they are already."""

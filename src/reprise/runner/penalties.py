@@ -39,6 +39,10 @@ class SeenTokens:
         size = (self._max_requests, self.vocab_size)
         return torch.zeros(size, dtype=torch.int32, device=self.platform.device)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The counts, once there are any."""
+        return {"counts": self.counts} if "counts" in self.__dict__ else {}
+
     def slot_of(self, request: Request) -> int:
         """The request's row of :attr:`counts`, which is made from its tokens if it has none."""
         slot = self._slots.get(request.request_id)
@@ -90,6 +94,17 @@ class Penalties:
         )
         self._counts = seen.counts
         self._ones = torch.ones_like(self._rows, dtype=torch.int32)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What this keeps on the device, by name."""
+        names = ("repetition", "presence", "frequency")
+        return {
+            "penalised rows": self._rows,
+            "slots": self._slots,
+            "starts": self._starts,
+            "ones": self._ones,
+            **dict(zip(names, self._strengths, strict=True)),
+        }
 
     def apply(self, logits: Tensor) -> None:
         """Change the rows of ``logits`` [R, V] float32 in place."""

@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from reprise.graphs.computation import Probe
+from reprise.graphs.kinds import Ints
 from reprise.graphs.shape import StepShape
-from reprise.runner.buffers import Ints, StepBuffers
+from reprise.runner.buffers import StepBuffers
+from reprise.runner.kinds import (
+    CONTEXTS,
+    NEW_TOKENS,
+    RowLayouts,
+    class_of,
+    context_class,
+    kind_of_step,
+)
 
-MIN_BLOCKS = 64
-"""Cache blocks, spread over the whole cache, that hold the contexts of the probes."""
+BANK = 64
+"""Blocks of random content, repeated over all blocks of probes."""
+STRATA = 64
+"""Token ids of probes come from each so many-th part of the vocabulary in turn."""
+
+NEIGHBOURS, SOME_NEIGHBOURS, SCATTERED = 1, 2, 3
+LOWER, UPPER, BOTH = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a probe."""
+
+    new: int
+    """Its new tokens."""
+    length: int
+    """All its tokens, the new ones included."""
+    layout: int
+    half: int
+
+
+class Area:
+    """A run of blocks in one half of the cache. Those that rows write are given out once each, from
+    the end; those that they read may be read by many."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        self.next = end
+
+    @property
+    def left(self) -> int:
+        return self.next - self.begin
+
+    def take(self, count: int) -> int:
+        """The first of ``count`` neighbours that no other row writes."""
+        self.next -= count
+        return self.next
+
+    def scattered(self, count: int, random: np.random.Generator) -> Ints:
+        """Blocks of which none follows the one before it."""
+        every_other = np.arange(self.begin, self.end, 2, dtype=np.int32)
+        if len(every_other) == 0:
+            return np.zeros(0, dtype=np.int32)
+        return np.resize(random.permutation(every_other), count)
 
 
 class ProbeMaker:
-    """Makes the inputs of probes. All of them read and write a few blocks of random content.
+    """Makes the inputs of probes, which between them are of all kinds that start-up can prove.
 
-    Contexts may repeat blocks, so that the longest context needs few of them; blocks that a step
-    writes are each written by one request only.
+    Rows have lengths at the upper end of their class, since there a bound that a graph has wrong
+    shows. They read from two runs of blocks, at the lower and the upper end of the cache; contexts
+    may repeat blocks, but what a step writes is written by one row only.
 
     Args:
         buffers: Where the inputs go.
@@ -41,111 +95,290 @@ class ProbeMaker:
     ) -> None:
         self._buffers = buffers
         self._layers = layers
-        self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._num_blocks = num_blocks
-        self._blocks: Ints = np.zeros(0, dtype=np.int32)
-        self._filled = False
+        size = buffers.block_size
+        longest = -(-max_model_len // size)
+        self._half = (num_blocks + 1) // 2
+        # Room for the longest context and for what a large step writes.
+        most = longest + max(2 * buffers.max_requests, -(-buffers.max_tokens // size)) + 1
+        self._lower_end = min(self._half, 1 + most)
+        self._upper_begin = max(self._half, num_blocks - most)
+        self._has_content = np.zeros(num_blocks, dtype=bool)
+        strata = [vocab_size * part // STRATA for part in range(STRATA)]
+        self._ids = np.array([0, vocab_size - 1, *strata], dtype=np.int64)
 
-    def probes(self, bucket: StepShape) -> list[Probe]:
+    # ---- sets of probes ------------------------------------------------------------------
+
+    def probes(self, bucket: StepShape, anchor: bool) -> list[Probe]:
         """The most telling probe first; see :class:`reprise.graphs.computation.Computation`."""
-        whole = self._most_requests(bucket)
-        part = max(1, whole * 2 // 3)
-        return [
-            self._probe("longest context", bucket, whole, self._max_model_len, seed=1),
-            self._probe("part of the bucket", bucket, part, self._max_model_len // 2, seed=2),
-            self._probe("short contexts", bucket, whole, self._buffers.block_size + 1, seed=3),
-        ]
+        make = self._decode_probes if bucket.phase == "decode" else self._mixed_probes
+        return list(make(bucket, anchor))
 
     def probe(self, bucket: StepShape, context: int) -> Probe:
         """A full bucket whose longest request has exactly ``context`` tokens."""
-        whole = self._most_requests(bucket)
-        return self._probe(f"context of {context}", bucket, whole, context, seed=4)
+        most = self._most_requests(bucket)
+        new = bucket.query_len if bucket.phase == "decode" else 1
+        rows = [Row(new, max(new, context), SCATTERED, number % 2) for number in range(most)]
+        if bucket.phase == "mixed":
+            spare = min(bucket.num_tokens - most, context - 1)
+            rows[0] = Row(1 + spare, context, SCATTERED, LOWER)
+        shorter = [Row(each.new, max(each.new, context >> number), each.layout, each.half)
+                   for number, each in enumerate(rows)]  # fmt: skip
+        return self._probe(f"context of {context}", bucket, shorter, seed=4)
+
+    def _decode_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
+        rows = self._decode_rows(bucket.query_len)
+        most = self._most_requests(bucket)
+        begin = 0 if anchor else bucket.num_requests
+        yield self._probe("longest context", bucket, _cycle(rows, most, begin), seed=1)
+        if bucket.num_requests > 1:
+            live = min(most, max(1, bucket.num_requests * 3 // 4))
+            yield self._probe("padded", bucket, _cycle(rows, live, begin + most), seed=2)
+        if bucket.num_requests > 2:
+            few = min(most, max(1, bucket.num_requests // 2 - (bucket.num_requests > 3)))
+            yield self._probe("mostly padding", bucket, _cycle(rows, few, begin + 2 * most), seed=3)
+        if anchor:
+            for number, first in enumerate(range(most, len(rows), most)):
+                some = rows[first : first + most]
+                yield self._probe(f"rows {number + 2}", bucket, some, seed=5 + number)
+
+    def _mixed_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
+        size = bucket.num_tokens
+        rows = self._mixed_rows(size)
+        begin = 0 if anchor else bucket.num_tokens
+        decodes = self._decode_rows(1)
+        room = max(1, self._most_requests(bucket) - 1)
+        beside = min(room, size // 4)
+        prompt = [*_cycle(decodes, beside, begin), self._chunk(size - beside, begin)]
+        yield self._probe("a prompt beside decodes", bucket, prompt, seed=1)
+        yield self._probe("one prompt", bucket, [self._chunk(size, 0)], seed=2)
+        live = max(1, size * 3 // 4)
+        yield self._probe("a prefix hit alone, padded", bucket, [self._behind(live, begin)], seed=3)
+        if size > 3:
+            few = max(2, size * 3 // 8)
+            halves = [self._chunk(few - few // 2, 1), self._behind(few // 2, begin + 1)]
+            yield self._probe("two chunks, mostly padding", bucket, halves, seed=4)
+            thirds = [self._chunk(max(1, live // 3), 2 + number) for number in range(3)]
+            yield self._probe("chunks alone, padded", bucket, thirds, seed=5)
+            single = min(room, max(1, size // 8))
+            mixture = [*_cycle(decodes, single, begin + 7), *_split(rows, live - single, begin)]
+            yield self._probe("chunks beside decodes, padded", bucket, mixture, seed=6)
+        if bucket.num_requests < size:
+            others = bucket.num_requests - 1
+            every = [*_cycle(decodes, others, begin + 3), self._chunk(size - others, 3)]
+            yield self._probe("every row", bucket, every, seed=7)
+        if anchor:
+            left = list(rows)
+            for number in itertools.count():
+                if not left:
+                    break
+                some, left = _fit(left, size, self._most_requests(bucket))
+                yield self._probe(f"rows {number + 1}", bucket, some, seed=8 + number)
+
+    # ---- rows ----------------------------------------------------------------------------
+
+    def _decode_rows(self, new: int) -> list[Row]:
+        """Every class of contexts with every layout, half, and place in a block."""
+        size = self._buffers.block_size
+        rows = []
+        # The longest first, so that it is in every probe.
+        for number, (cls, layout) in enumerate(
+            itertools.product(reversed(range(CONTEXTS)), (NEIGHBOURS, SOME_NEIGHBOURS, SCATTERED))
+        ):
+            length = self._top(cls, number)
+            if length is None:
+                continue
+            if (layout + 2 * cls) % 3 == 0 and length > size:
+                length = (length - new) // size * size + new  # it begins a block
+            rows.append(Row(new, max(new, length), layout, (layout + cls) % 3))
+        short = max(new, min(size, self._max_model_len))
+        rows += [Row(new, short, NEIGHBOURS, half) for half in (LOWER, UPPER)]
+        rows.append(Row(new, new, NEIGHBOURS, LOWER))
+        longest = max(new, self._max_model_len)
+        return [Row(new, longest, SCATTERED, BOTH), *rows]
+
+    def _mixed_rows(self, limit: int) -> list[Row]:
+        """Every class of new tokens with every class of contexts, small ones first."""
+        size = self._buffers.block_size
+        rows = []
+        number = 0
+        for new_class in range(1, NEW_TOKENS):
+            new = min(4**new_class, limit, self._max_model_len)
+            if int(class_of(new)) != new_class:
+                break
+            rows.append(Row(new, new, 1 + number % 3, number % 3))
+            for cls in range(CONTEXTS):
+                length = self._top(cls, number)
+                number += 1
+                if length is None or length < new:
+                    continue
+                layout = 1 + (cls + new_class) % 3
+                start = length - new
+                if number % 2 and start >= size:
+                    start = start // size * size  # as behind a prefix hit
+                rows.append(Row(new, start + new, layout, (cls + 2 * new_class) % 3))
+        return rows
+
+    def _top(self, cls: int, number: int) -> int | None:
+        """The longest context of a class, or now and then the power of two below it; None: contexts
+        are shorter."""
+        top = min(4 ** (cls + 2), self._max_model_len)
+        if int(context_class(top)) != cls:
+            return None
+        below = 2 * 4 ** (cls + 1)
+        return below if number % 4 == 3 and below < top else top
+
+    def _chunk(self, new: int, number: int) -> Row:
+        """A fresh prompt."""
+        new = max(1, min(new, self._max_model_len))
+        return Row(new, new, 1 + number % 3, number % 3)
+
+    def _behind(self, new: int, number: int) -> Row:
+        """A chunk behind a prefix hit, as long as can be."""
+        size = self._buffers.block_size
+        start = max(0, self._max_model_len - new) // size * size
+        new = max(1, min(new, self._max_model_len - start))
+        return Row(new, start + new, 1 + number % 3, number % 3)
 
     def _most_requests(self, bucket: StepShape) -> int:
         """Live requests whose written blocks are all different."""
-        return max(1, min(bucket.num_requests, bucket.num_tokens, (self._num_blocks - 1) // 2))
+        blocks = -(-max(1, bucket.query_len) // self._buffers.block_size) + 1
+        most = max(1, (self._num_blocks - 1) // (2 if blocks == 2 else blocks))
+        return max(1, min(bucket.num_requests, bucket.num_tokens, most))
 
-    def _probe(self, name: str, bucket: StepShape, requests: int, longest: int, seed: int) -> Probe:
+    # ---- one probe -----------------------------------------------------------------------
+
+    def _probe(self, name: str, bucket: StepShape, rows: Sequence[Row], seed: int) -> Probe:
         random = np.random.default_rng([seed, bucket.size, bucket.query_len])
-        counts = self._new_tokens(bucket, requests, random)
-        lengths = np.minimum(longest, counts + self._contexts(requests, longest, random))
-        counts = np.minimum(counts, lengths)
-        tables = self._tables(counts, lengths, random)
+        rows = self._that_fit(rows, bucket)
+        tables = self._tables(rows, random)
+        counts = np.array([each.new for each in rows], dtype=np.int64)
+        lengths = np.array([each.length for each in rows], dtype=np.int64)
+        layouts = RowLayouts(len(rows))
+        layouts.use_cache(self._num_blocks)
+        for row, table in enumerate(tables):
+            layouts.extend(row, table, None)
         tokens = int(counts.sum())
-        ids = random.integers(0, self._vocab_size, tokens)
-        live = StepShape(bucket.phase, tokens, requests, bucket.query_len)
+        ids = np.resize(np.roll(self._ids, -int(random.integers(len(self._ids)))), tokens)
+        if bucket.num_tokens <= 2:  # few tokens meet few ids: each probe others
+            ids = self._ids[(np.arange(tokens) + seed * tokens) % len(self._ids)]
+        width = max(map(len, tables))
+        table = np.zeros((len(rows), width), dtype=np.int32)
+        for row, blocks in enumerate(tables):
+            table[row, : len(blocks)] = blocks
+
+        used = np.unique(table)
 
         def fill() -> None:
-            self._fill_blocks()
-            self._buffers.fill_rows(counts, lengths, tables, ids)
-            self._buffers.fill_padding(tokens, requests, bucket.num_tokens, bucket.num_requests)
+            self._fill_blocks(used)
+            self._buffers.fill_rows(counts, lengths, table, ids)
+            self._buffers.fill_padding(tokens, len(rows), bucket.num_tokens, bucket.num_requests)
 
-        return Probe(name, fill, live)
+        live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
+        kind = kind_of_step(
+            counts, lengths, layouts.codes(len(rows)), bucket, self._buffers.block_size
+        )
+        return Probe(name, fill, live, kind)
 
-    def _new_tokens(self, bucket: StepShape, requests: int, random: np.random.Generator) -> Ints:
-        """New tokens of each request; in a mixed step most decode and the last are chunks."""
-        if bucket.phase == "decode":
-            return np.full(requests, bucket.query_len)
-        counts = np.ones(requests, dtype=np.int64)
-        blocks_left = self._num_blocks - 1 - requests
-        spare = bucket.num_tokens - requests
-        for row in range(requests - 1, max(-1, requests - 4), -1):
-            room = min(blocks_left * self._buffers.block_size, self._max_model_len - 1)
-            extra = int(min(spare, room, spare if row == requests - 3 else spare // 2 + 1))
-            counts[row] += max(0, extra)
-            spare -= max(0, extra)
-            blocks_left -= -(-max(0, extra) // self._buffers.block_size)
-        return counts
-
-    def _contexts(self, requests: int, longest: int, random: np.random.Generator) -> Ints:
-        """Tokens before the new ones: one request as long as can be, a few spread evenly on a
-        logarithmic scale, the rest short, so that a probe is cheap."""
-        contexts = random.integers(0, 4 * self._buffers.block_size, requests)
-        spread = np.geomspace(max(2, longest), 1, num=min(requests, 8)).astype(np.int64)
-        contexts[: len(spread)] = spread
-        return contexts
-
-    def _tables(self, counts: Ints, lengths: Ints, random: np.random.Generator) -> Ints:
-        """Scattered block tables; the blocks that new tokens go to are each used once."""
+    def _that_fit(self, rows: Sequence[Row], bucket: StepShape) -> list[Row]:
+        """As many of the rows as the bucket and the cache have room for; at least one."""
         size = self._buffers.block_size
-        first = (lengths - counts) // size
-        last = (lengths - 1) // size
-        written = int((last - first + 1).sum())
-        wanted = min(self._num_blocks - 1, max(MIN_BLOCKS, 2 * written))
-        self._take_blocks(wanted)
-        shuffled = random.permutation(self._blocks[:wanted])
-        fresh, shared = shuffled[:written], shuffled[written:] if wanted > written else shuffled
-        tables = np.zeros((len(counts), int(last.max()) + 1), dtype=np.int32)
-        begin = 0
-        for row in range(len(counts)):
-            tables[row, : first[row]] = random.choice(shared, first[row])
-            end = begin + int(last[row] - first[row]) + 1
-            tables[row, first[row] : last[row] + 1] = fresh[begin:end]
-            begin = end
-        return tables
+        tokens, blocks = bucket.num_tokens, self._num_blocks - 1
+        fitting: list[Row] = []
+        for each in rows:
+            written = (each.length - 1) // size - (each.length - each.new) // size + 1
+            if written > blocks and not fitting:
+                new = min(each.new, blocks * size)
+                each, written = Row(new, new, each.layout, each.half), blocks
+            if each.new > tokens or written > blocks or len(fitting) == bucket.num_requests:
+                continue
+            tokens -= each.new
+            blocks -= written
+            fitting.append(each)
+        return fitting
 
-    def _take_blocks(self, count: int) -> None:
-        """Choose blocks from the whole cache, the highest included, keeping those chosen before."""
-        if count > len(self._blocks):
-            spread = np.linspace(self._num_blocks - 1, 1, count).astype(np.int32)
-            rest = np.setdiff1d(spread, self._blocks)
-            more = np.setdiff1d(np.arange(1, self._num_blocks, dtype=np.int32), spread)
-            candidates = np.concatenate((self._blocks, rest, more[: 2 * count]))
-            _, order = np.unique(candidates, return_index=True)
-            self._blocks = candidates[np.sort(order)][:count].astype(np.int32)
-            self._filled = False
+    def _tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
+        """The blocks of each row; those that it writes belong to it alone."""
+        areas = (Area(1, self._lower_end), Area(self._upper_begin, self._num_blocks))
+        tables: list[Ints | None] = [None] * len(rows)
+        # Long ones first: neighbours need room before what they write.
+        for index in sorted(range(len(rows)), key=lambda each: -rows[each].length):
+            tables[index] = self._table(rows[index], areas, random)
+        return [each for each in tables if each is not None]
 
-    def _fill_blocks(self) -> None:
-        """Random content for the probes' blocks, the same at every call."""
-        if self._filled:
+    def _table(self, row: Row, areas: tuple[Area, Area], random: np.random.Generator) -> Ints:
+        size = self._buffers.block_size
+        first, last = (row.length - row.new) // size, (row.length - 1) // size
+        written = last - first + 1
+        own = areas[1 if row.half == UPPER else 0]
+        if own.left < written:
+            own = max(areas, key=lambda each: each.left)
+        if own.left < written:  # what is left lies in both
+            parts = [np.arange(each.take(count), each.next + count, dtype=np.int32)
+                     for each in areas if (count := min(each.left, written))]  # fmt: skip
+            mine = np.concatenate(parts)[:written]
+            return np.concatenate((np.resize(mine, first), mine)).astype(np.int32)
+        begin = own.take(written)
+        mine = np.arange(begin, begin + written, dtype=np.int32)
+        if row.layout == NEIGHBOURS and begin - first >= own.begin and row.half != BOTH:
+            return np.arange(begin - first, begin + written, dtype=np.int32)
+        if row.layout == SCATTERED:
+            mine = mine[::-1]
+        other = areas[0] if own is areas[1] else areas[1]
+        source = other if row.half == BOTH and other.end > other.begin else own
+        read = source.scattered(first, random)
+        if len(read) < first:
+            read = np.resize(mine, first)
+        if row.layout != SCATTERED and first > 2:
+            half = min(first // 2, source.end - source.begin)
+            read[:half] = np.arange(source.begin, source.begin + half)
+        return np.concatenate((read, mine)).astype(np.int32)
+
+    def _fill_blocks(self, blocks: Ints) -> None:
+        """Random content for blocks that have none yet."""
+        new = blocks[~self._has_content[blocks]]
+        if len(new) == 0:
             return
+        self._has_content[new] = True
         device = self._layers[0].key_cache.device
-        blocks = torch.from_numpy(self._blocks).to(device, torch.int64)
         generator = torch.Generator(device=device).manual_seed(0)
-        for layer in self._layers:
-            for cache in (layer.key_cache, layer.value_cache):
-                shape = (len(blocks), *cache.shape[1:])
-                content = torch.randn(shape, generator=generator, device=device)
-                cache[blocks] = content.to(cache.dtype)
-        self._filled = True
+        places = torch.from_numpy(new.astype(np.int64)).to(device)
+        banks: dict[Any, torch.Tensor] = {}
+        caches = [each for layer in self._layers for each in (layer.key_cache, layer.value_cache)]
+        for number, cache in enumerate(caches):
+            kind = (cache.shape[1:], cache.dtype)
+            if kind not in banks:
+                content = torch.randn((BANK, *cache.shape[1:]), generator=generator, device=device)
+                banks[kind] = content.to(cache.dtype)
+            cache[places] = banks[kind][(places * 7 + number) % BANK]
+
+
+def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:
+    """The first row, then others from ``begin`` on in turn."""
+    others = [rows[1 + (begin + number) % (len(rows) - 1)] for number in range(count - 1)]
+    return [rows[0], *others] if begin % 3 == 0 or count > 1 else [rows[begin % len(rows)]]
+
+
+def _split(rows: Sequence[Row], tokens: int, begin: int) -> list[Row]:
+    """Rows in turn, as long as their new tokens fit."""
+    found: list[Row] = []
+    for number in range(len(rows)):
+        each = rows[(begin + number) % len(rows)]
+        if each.new <= tokens:
+            found.append(each)
+            tokens -= each.new
+    return found
+
+
+def _fit(rows: Sequence[Row], tokens: int, most: int) -> tuple[list[Row], list[Row]]:
+    """Rows for one step, the first of them in any case, and those that are left."""
+    taken, left = [rows[0]], []
+    tokens -= rows[0].new
+    for each in rows[1:]:
+        if each.new <= tokens and len(taken) < most:
+            taken.append(each)
+            tokens -= each.new
+        else:
+            left.append(each)
+    return taken, left

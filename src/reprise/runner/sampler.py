@@ -86,6 +86,13 @@ class Sampler:
             if self._seen.release(request_id):
                 self._batch = None  # it may name the slot
 
+    def memory(self) -> dict[str, Tensor]:
+        """What lies on the device from draw to draw, by name."""
+        found = self._seen.memory()
+        if self._batch is not None:
+            found.update(self._batch.memory())
+        return {f"sampler's {name}": each for name, each in found.items() if each.numel()}
+
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
@@ -214,6 +221,21 @@ class _Batch:
             to_device(np.array(values, dtype=kind), self._platform)
             for values, kind in zip(columns, _PARAMETERS, strict=True)
         )
+
+    def memory(self) -> dict[str, Tensor]:
+        """The batch's tensors, by name."""
+        found: dict[str, Tensor | None] = {
+            "positions": self.positions,
+            "closed tokens": self._closed,
+        }
+        if self._bias is not None:
+            found.update(zip(("biased tokens", "biases"), self._bias, strict=True))
+        if "parameters" in self.__dict__:  # not before somebody has asked for them
+            names = ("temperature", "top_k", "top_p", "min_p", "seeds")
+            found.update(zip(names, self.parameters, strict=True))
+        if self.penalties is not None:
+            found.update(self.penalties.memory())
+        return {name: each for name, each in found.items() if each is not None}
 
     def is_for(self, requests: Sequence[Request]) -> bool:
         return requests is self.given or requests == self.given

@@ -41,12 +41,12 @@ def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
             name: {
                 "chosen": chosen[name].name,
                 "break_op": op.break_op,
-                "deterministic": op.deterministic,
                 "mutates": list(op.mutates),
                 "implementations": {
                     each.name: {
                         "unusable": each.requires(platform),
                         "graph_support": each.graph_support,
+                        "error": each.error,
                     }
                     for each in op.implementations.values()
                 },

@@ -174,9 +174,21 @@ def _apply_penalties(make: Maker) -> list[Arguments]:
     ]
 
 
+def _checksum(make: Maker) -> list[Arguments]:
+    if make.dtype is not torch.float32:
+        return []  # words are words
+    words = make.randn(2, 9, 200).view(torch.int32)
+    return [
+        {"words": words, "units": None},
+        {"words": words, "units": make.ints([8, 0, 3])},
+        {"words": make.randn(1, 1, 70_000).view(torch.int32), "units": None},
+    ]
+
+
 CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
     "apply_penalties": _apply_penalties,
     "argmax": _argmax,
+    "checksum": _checksum,
     "linear": _linear,
     "norm_linear": _norm_linear,
     "norm_gated_linear": _norm_linear,

@@ -24,7 +24,6 @@ from reprise.doctor.timing import median_ms
 from reprise.graphs import PHASES, Buckets, GraphPlan, GraphRunner, Phase, Probe, StepShape, predict
 from reprise.graphs.capture import Cell
 from reprise.graphs.plan import Executor
-from reprise.graphs.verify import check_probe
 from reprise.runner import ModelRunner
 from reprise.testing import faults
 
@@ -193,6 +192,7 @@ class _Measurement:
                 for shape in graphs.shapes()
                 if shape.phase not in missing
             ]
+            graphs.prover.begin(captured)
             for cell in reversed(captured):
                 for context in self.matrix.contexts:
                     self.matrix.cells.append(self._cell(graphs, cell, executor, context))
@@ -242,32 +242,23 @@ class _Measurement:
             return made
         made.captured = True
         probe = self.computation.probe(shape, context)
-        model = graphs.capturer.model(executor)
-        memory = self.platform.graph_pool_memory(cell.graph.pool)
-        probe.fill()
-        exact = self.places.deterministic
-        try:
-            found = check_probe(
-                self.computation, cell.graph, shape, probe.live, model, memory, exact=exact
-            )
-        except Exception as error:
-            made.reason = f"{type(error).__name__}: {error}"
-            made.where = self.places.in_text(made.reason)
-            return made
-        if found is None:
+        verdict = graphs.prover.compare(cell, probe)
+        if verdict.right:
             made.verified, made.largest_difference = True, 0.0
             made.eager_ms, made.replay_ms = median_ms(
                 self.platform, self._forward(shape), cell.graph.replay
             )
             return made
-        made.largest_difference, made.tensor = found.largest, found.tensor
-        made.reason = str(found)
-        made.where = self._locate(graphs, cell, probe)
+        made.reason = verdict.told
+        if verdict.differences:
+            worst = verdict.differences[0]
+            made.largest_difference, made.tensor = worst.largest, worst.tensor
+        made.where = self.places.in_text(made.reason) or self._locate(graphs, cell, probe)
         return made
 
     def _locate(self, graphs: GraphRunner, cell: Cell, probe: Probe) -> Where | None:
         try:
-            location = graphs.capturer.locate(cell, probe.live, probe.fill)
+            location = graphs.prover.locate(cell, probe.live, probe.fill)
         except Exception as error:
             logger.warning("%s of %s: not traced: %s", cell.info.executor, cell.shape, error)
             return None

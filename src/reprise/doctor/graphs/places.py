@@ -50,10 +50,6 @@ class Places:
             with intercept(note):
                 forward()
 
-    @property
-    def deterministic(self) -> bool:
-        return all(each.deterministic for each in self.ops.values())
-
     def module(self, call: str) -> str:
         return self.modules.get(call, "")
 

@@ -1,0 +1,122 @@
+"""When a live step is compared with eager execution."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from reprise.graphs.capture import Cell
+from reprise.graphs.verify import VerifyMode
+
+logger = logging.getLogger(__name__)
+
+BACKGROUND_SHARE = 0.004
+"""Of the time of replays, for canaries of steps that are trusted already."""
+UNPROVEN_SHARE = 0.005
+WINDOW_SECONDS = 60.0
+"""Canaries of unproven kinds may take that share of this time; together with those above they
+cost less than 1 %."""
+
+
+class CanaryPolicy:
+    """Chooses canaries, for each graph by itself, without a rhythm that a fault could share.
+
+    The number of replays to the next canary is drawn anew each time (geometric, so that no replay
+    is safer than another), from a generator that is seeded by the graph's name.
+
+    Args:
+        mode: How many.
+        seed: Of the draws.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, mode: VerifyMode, seed: int = 0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._mode = mode
+        self._seed = seed
+        self._clock = clock
+        self._left: dict[object, int] = {}
+        self._random: dict[object, random.Random] = {}
+        self._spent: deque[tuple[float, float]] = deque()
+
+    @property
+    def checks_kinds(self) -> bool:
+        """Whether steps of unproven kinds may not be replayed unseen."""
+        return self._mode.startup
+
+    @property
+    def checks_everything(self) -> bool:
+        """Whether each replay is compared, and all memory with it."""
+        return self._mode.canary == 1
+
+    def is_due(self, cell: Cell) -> bool:
+        """Count a replay; whether it is to be compared."""
+        left = self._left.get(cell.key)
+        every = self.every(cell)
+        if every == 1:
+            return True
+        if every is None and left is None:
+            return False
+        if left is None:
+            assert every is not None
+            left = self._draw(cell, every)
+        self._left[cell.key] = left - 1
+        if left > 1:
+            return False
+        del self._left[cell.key]
+        return True
+
+    def every(self, cell: Cell) -> int | None:
+        """One in so many replays of the graph is to be compared, on average; None: none."""
+        if self._mode.canary:
+            return self._mode.canary
+        info = cell.info
+        if not self._mode.background or not info.replay_seconds:
+            return None
+        return max(2, math.ceil(info.check_seconds / (BACKGROUND_SHARE * info.replay_seconds)))
+
+    def hurry(self, cells: Sequence[Cell]) -> None:
+        """Compare the next replay of each."""
+        for cell in cells:
+            self._left[cell.key] = 1
+
+    def may_meet(self) -> bool:
+        """Whether a canary of an unproven kind can be afforded now."""
+        limit = self._clock() - WINDOW_SECONDS
+        while self._spent and self._spent[0][0] < limit:
+            self._spent.popleft()
+        return sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS
+
+    def met(self, seconds: float) -> None:
+        """A canary of an unproven kind took so long."""
+        self._spent.append((self._clock(), seconds))
+
+    def announce(self, cells: Sequence[Cell]) -> None:
+        """Log how soon a graph that goes wrong is found."""
+        chosen = {each.info.name: every for each in cells if (every := self.every(each))}
+        if not self._mode.background or not chosen:
+            return
+        graphs = [each for each in cells if each.info.name in chosen]
+        often = min(graphs, key=lambda each: chosen[each.info.name])
+        seldom = max(graphs, key=lambda each: chosen[each.info.name])
+        logger.info(
+            "graphs: live canaries take at most %.1f %% of the time: one in %d replays of %s to "
+            "one in %d of %s; a graph that goes wrong is found after %d to %d tokens on average",
+            100 * (BACKGROUND_SHARE + UNPROVEN_SHARE),
+            chosen[often.info.name], often.info.name, chosen[seldom.info.name], seldom.info.name,
+            min(chosen[each.info.name] * each.shape.num_requests for each in graphs),
+            max(chosen[each.info.name] * each.shape.num_requests for each in graphs),
+        )  # fmt: skip
+
+    def _draw(self, cell: Cell, every: int) -> int:
+        generator = self._random.get(cell.key)
+        if generator is None:
+            generator = self._random[cell.key] = random.Random(f"{self._seed} {cell.key}")
+        # The inverse of the geometric distribution with mean ``every``.
+        uniform = 1.0 - generator.random()
+        return 1 + int(math.log(uniform) / math.log1p(-1.0 / every))

@@ -1,0 +1,222 @@
+"""Whether a step changed memory that it may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reprise import ops
+from reprise.graphs.compare import copies, differs
+from reprise.graphs.computation import Computation
+from reprise.graphs.regions import Owner, Region, Stack, as_words, owned, stacked
+
+PARTS = 16
+"""A background canary checks the memory that its step has nothing to do with in so many parts, one
+after the other."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A piece of memory that changed although nothing may have changed it."""
+
+    name: str
+    owner: Owner
+    unit: str | None = None
+    index: int | None = None
+    """Which unit; None: the tensor as a whole."""
+    before: bool = False
+    """It had changed already when the step began."""
+
+    def __str__(self) -> str:
+        where = "" if self.index is None else f", {self.unit} {self.index}"
+        when = " (changed before the step)" if self.before else ""
+        return f"{self.name}{where}{when}"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What to look at besides inputs, memory of ops and what lies beside: those are small."""
+
+    units: Tensor | None = None
+    """[K] int64, units of the caches; None: all."""
+    part: int | None = None
+    """Which of :data:`PARTS` of the weights; None: all of them; negative: none."""
+
+
+@dataclass
+class Before:
+    """The memory before a step, as copies and sums; and, once checked, the sums behind it."""
+
+    scope: Scope
+    copied: dict[str, Tensor]
+    caches: list[tuple[Stack, Tensor]]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    caches_after: list[tuple[Stack, Tensor]] = field(default_factory=list)
+    weights_after: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Guard:
+    """Compares the memory of a computation before and after a step.
+
+    Inputs and what lies beside are copied. Caches and weights are too large for that: a sum over
+    each unit is compared instead (``ops.checksum``).
+
+    Args:
+        computation: Lists its memory.
+    """
+
+    def __init__(self, computation: Computation) -> None:
+        self._computation = computation
+        self._weights: dict[str, Tensor] = {}
+        """Sums of the weights as they were loaded."""
+        self._carried: list[tuple[Stack, Tensor]] | None = None
+        """Sums of all caches behind the step that was checked last; None: others ran since."""
+
+    def learn_weights(self) -> None:
+        """The weights are right as they are now."""
+        self._weights = {
+            name: _sum(each) for name, each in owned(self._computation.memory(), "weight").items()
+        }
+
+    def part(self, near: Tensor, turn: int) -> Scope:
+        """``near`` and a :data:`PARTS`-th of all other units and of the weights."""
+        memory = self._computation.memory()
+        count = max((_used(memory, name) for name in owned(memory, "cache")), default=0)
+        part = turn % PARTS
+        rest = torch.arange(min(part, count), count, PARTS, device=near.device)
+        return Scope(torch.cat((near, rest)), part)
+
+    def forget(self) -> None:
+        """A step runs that is not checked."""
+        self._carried = None
+
+    def before(self, scope: Scope) -> Before:
+        """Take down the memory that a step must leave alone."""
+        memory = self._computation.memory()
+        kept = copies(owned(memory, "input", "beside"))
+        stacks = stacked(owned(memory, "cache"))
+        if scope.units is None and self._carries(memory, stacks):
+            assert self._carried is not None
+            sums = self._carried
+        else:
+            sums = [(each, _unit_sums(memory, each, scope.units)) for each in stacks]
+        before = Before(scope, kept, sums)
+        if scope.part is not None:  # with all weights at every step, the step before has looked
+            before.weights = self._weight_sums(memory, scope)
+        self._carried = None
+        return before
+
+    def flags(self, before: Before) -> list[Tensor]:
+        """For each check a boolean scalar on the device, true if something has changed. The rows
+        that the step may write must have been put back."""
+        memory = self._computation.memory()
+        tensors = owned(memory, "input", "beside")
+        flags = [differs(kept, tensors[name]) for name, kept in before.copied.items()]
+        units = before.scope.units
+        before.caches_after = [
+            (stack, _unit_sums(memory, stack, units)) for stack, _ in before.caches
+        ]
+        flags += [
+            (now != then).any()
+            for (_, now), (_, then) in zip(before.caches_after, before.caches, strict=True)
+        ]
+        before.weights_after = self._weight_sums(memory, before.scope)
+        for sums in (before.weights, before.weights_after):
+            flags += [(each != self._weights[name]).any() for name, each in sums.items()]
+        return flags
+
+    def changes(self, before: Before) -> list[Change]:
+        """What :meth:`flags` found, in detail."""
+        memory = self._computation.memory()
+        found = [
+            Change(name, memory[name].owner)
+            for name, kept in before.copied.items()
+            if bool(differs(kept, memory[name].tensor))
+        ]
+        for (stack, now), (_, then) in zip(before.caches_after, before.caches, strict=True):
+            for region, position in (now != then).nonzero().tolist():
+                name, units = stack.names[region], before.scope.units
+                index = position if units is None else int(units[position])
+                found.append(Change(name, "cache", memory[name].unit, index))
+        changed_before = [
+            name for name, each in before.weights.items() if not self._is_right(name, each)
+        ]
+        for name, each in before.weights_after.items():
+            if not self._is_right(name, each):
+                found.append(Change(name, "weight", before=name in changed_before))
+        return found
+
+    def put_back(self, before: Before) -> None:
+        """Give inputs and what lies beside the content that they had."""
+        tensors = owned(self._computation.memory(), "input", "beside")
+        for name, kept in before.copied.items():
+            tensors[name].copy_(kept)
+
+    def carry(self, before: Before, written: Tensor | None) -> None:
+        """Use the sums behind this step as those before the next one.
+
+        Args:
+            before: Of this step, whose check found nothing.
+            written: [K] int64, units that have been written since the check.
+        """
+        if before.scope.units is not None:
+            return
+        memory = self._computation.memory()
+        for stack, sums in before.caches_after:
+            if written is not None:
+                sums[:, written] = _unit_sums(memory, stack, written)
+        self._carried = before.caches_after
+
+    def wrong_weights(self) -> list[str]:
+        """Weights that are not what they were when they were loaded."""
+        memory = self._computation.memory()
+        return [
+            name
+            for name, each in self._weight_sums(memory, Scope()).items()
+            if not self._is_right(name, each)
+        ]
+
+    def _carries(self, memory: Mapping[str, Region], stacks: list[Stack]) -> bool:
+        """Whether the carried sums are those of the caches as they are in use now."""
+        return (
+            self._carried is not None
+            and len(self._carried) == len(stacks)
+            and all(
+                then.tensor.data_ptr() == now.tensor.data_ptr()
+                and sums.shape == (len(now.names), _used(memory, now.names[0]))
+                for (then, sums), now in zip(self._carried, stacks, strict=True)
+            )
+        )
+
+    def _is_right(self, name: str, sums: Tensor) -> bool:
+        return torch.equal(sums, self._weights[name])
+
+    def _weight_sums(self, memory: Mapping[str, Region], scope: Scope) -> dict[str, Tensor]:
+        part = scope.part
+        if part is not None and part < 0:
+            return {}
+        return {
+            name: _sum(memory[name].tensor)
+            for number, name in enumerate(self._weights)
+            if part is None or number % PARTS == part
+        }
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return ops.checksum(as_words(tensor.reshape(1, 1, -1)), None)
+
+
+def _unit_sums(memory: Mapping[str, Region], stack: Stack, units: Tensor | None) -> Tensor:
+    """[R, K] int64: of each tensor of the stack, the sums of some units or of all used ones."""
+    words = as_words(stack.tensor.flatten(2))
+    return ops.checksum(
+        words[:, : _used(memory, stack.names[0])] if units is None else words, units
+    )
+
+
+def _used(memory: Mapping[str, Region], name: str) -> int:
+    region = memory[name]
+    return len(region.tensor) if region.used is None else region.used

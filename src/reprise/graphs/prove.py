@@ -1,0 +1,375 @@
+"""Proof of graphs at start-up: each bucket on what concerns it alone, anchors on everything."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from reprise.errors import WeightsLostError
+from reprise.graphs.capture import Agree, Capturer, Cell, Progress
+from reprise.graphs.compare import copies, relative_difference, same_bits
+from reprise.graphs.computation import Computation, Probe
+from reprise.graphs.guard import Guard, Scope
+from reprise.graphs.locate import Location, locate
+from reprise.graphs.plan import FALLBACK, Executor
+from reprise.graphs.regions import owned
+from reprise.graphs.shape import StepShape
+from reprise.graphs.trust import Ledger
+from reprise.graphs.verify import Verdict, describe, examine
+from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
+
+VERIFY_SHARE = 0.25
+VERIFY_SECONDS = 1.5
+"""Verification may take this share of capture time, or so many seconds if that is longer. Every
+graph gets its first probe in any case; what is left out is met by live steps."""
+LOCATE_AT_MOST = 2
+"""Graphs of one phase and executor whose fault is traced to its op; the rest fail alike."""
+NOISE_FACTOR = 8
+"""An inexact graph may differ from eager execution by so many times what eager execution differs
+from itself."""
+NO_WEIGHTS = -1
+
+
+class Prover:
+    """Compares graphs with eager execution, refuses those that differ, and says where.
+
+    Args:
+        computation: What was captured.
+        platform: Where.
+        capturer: Captures the fallback of a refused graph.
+        ledger: Takes down what was proven.
+        guard: Of the computation's memory.
+        agree: Whether all ranks say True.
+        error: None if all ops in use are exact; else the largest declared relative error.
+    """
+
+    def __init__(
+        self,
+        computation: Computation,
+        platform: Platform,
+        capturer: Capturer,
+        ledger: Ledger,
+        guard: Guard,
+        agree: Agree,
+        *,
+        error: float | None,
+    ) -> None:
+        self._computation = computation
+        self._platform = platform
+        self._capturer = capturer
+        self.ledger = ledger
+        self._guard = guard
+        self._agree = agree
+        self._error = error
+        self._located: Counter[Hashable] = Counter()
+        self.bounds: dict[Executor, float] = {}
+        """Of executors whose graphs are not exact: the allowed difference, relative to the largest
+        magnitude of a row."""
+
+    # ---- start-up ------------------------------------------------------------------------
+
+    def prove(self, cells: list[Cell], capture_seconds: float, progress: Progress | None) -> None:
+        """Probe every graph; one that fails is replaced by its fallback and probed again."""
+        started = time.perf_counter()
+        budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
+        self.begin(cells)
+        for done, cell in enumerate(cells):
+            self._meet(cell, 0)
+            if progress is not None:
+                progress("verify graphs", done + 1, len(cells))
+        for number in range(1, max((len(each.probes) for each in cells), default=0)):
+            for cell in cells:
+                if number >= len(cell.probes) or cell.info.probes < number:
+                    continue
+                spent = time.perf_counter() - started
+                if self._agree(spent + cell.info.check_seconds < budget):
+                    self._meet(cell, number)
+        self._find_spoilers(cells)
+        self._conclude(cells)
+
+    def begin(self, cells: list[Cell]) -> None:
+        """Choose anchors and probes, take down the weights, measure bounds."""
+        self._guard.learn_weights()
+        self._plan(cells)
+        self._measure_bounds(cells)
+
+    def _plan(self, cells: list[Cell]) -> None:
+        families: dict[Hashable, list[Cell]] = defaultdict(list)
+        for cell in cells:
+            if cell.graph is not None:
+                families[cell.family].append(cell)
+        anchors: set[Hashable] = set()
+        for family in families.values():
+            ordered = sorted(family, key=lambda each: each.shape.size)
+            anchors |= {ordered[i].key for i in (0, len(ordered) // 2, -1)}
+        for cell in cells:
+            cell.probes = list(self._computation.probes(cell.shape, cell.key in anchors))
+            cell.info.planned_probes = len(cell.probes)
+            if cell.key in anchors:
+                self.ledger.plan(cell.key, [each.kind for each in cell.probes])
+
+    def _meet(self, cell: Cell, number: int) -> None:
+        """Prove the cell's graph on its next probe; a fallback has to pass the earlier ones too."""
+        started = time.perf_counter()
+        while cell.graph is not None:
+            failed = None
+            for each in range(cell.info.probes, number + 1):
+                failed = self._probe(cell, cell.probes[each], timed=each == 0)
+                if failed is not None:
+                    break
+                cell.info.probes += 1
+                self.ledger.prove(cell.key, cell.probes[each].kind, "start")
+            if failed is None:
+                break
+            self._replace(cell, failed)
+        cell.info.verify_seconds += time.perf_counter() - started
+
+    def capture(self, cell: Cell, executor: Executor) -> None:
+        """Give the cell a graph that is known nothing of: see :meth:`Capturer.capture`."""
+        self.ledger.leave(cell.key)
+        self._capturer.capture(cell, executor)
+        if cell.graph is not None:
+            self.ledger.enter(cell.key, cell.family)
+
+    def _replace(self, cell: Cell, reason: str) -> None:
+        """Refuse the cell's graph; the next executor that can be captured takes over."""
+        executor = cell.info.executor
+        self._capturer.quarantine(cell, executor, reason)
+        cell.info.probes = 0
+        self.capture(cell, FALLBACK[executor])
+
+    def _probe(self, cell: Cell, probe: Probe, *, timed: bool) -> str | None:
+        """Why the cell's graph is wrong on the probe; None: it is right."""
+        began = time.perf_counter()
+        verdict = self.compare(cell, probe, timed=timed)
+        cell.info.check_seconds = time.perf_counter() - began
+        if self._agree(verdict.right):
+            return None
+        where = ""
+        if self._located[cell.family] < LOCATE_AT_MOST:
+            self._located[cell.family] += 1
+            where = self.where(cell, probe.live, probe.fill)
+        return f"probe {probe.name!r}: {verdict.told or 'wrong on another rank'}{where}"
+
+    def compare(self, cell: Cell, probe: Probe, *, timed: bool = False) -> Verdict:
+        """Whether the cell's graph is right on a probe; the state is as before.
+
+        What the compiler made of the model has to be what was captured, to the bit, and what the
+        model says, as far as its roundings go.
+        """
+        assert cell.graph is not None
+        executor = cell.info.executor
+        compiled, written = self._capturer.model(executor), self._computation.model
+        comparisons = [(compiled, self._inexact)]
+        if compiled is not written:
+            comparisons.append((written, self.bound(executor)))
+        verdict = Verdict()
+        for model, bound in comparisons:
+            try:
+                probe.fill()
+                scope = Scope(self._computation.state(cell.shape).near(), NO_WEIGHTS)
+                verdict = examine(
+                    self._computation, self._guard, cell.graph, cell.shape, probe.live, model,
+                    scope, bound=bound, pool=self._capturer.memory(cell.graph), keep=False,
+                    synchronize=self._platform.synchronize if timed else None,
+                )  # fmt: skip
+            except Exception as error:
+                verdict = Verdict(error=describe(error))
+            if timed:
+                cell.info.replay_seconds = verdict.replay_seconds or 0.0
+            if not verdict.right:
+                break
+        return verdict
+
+    def _find_spoilers(self, cells: list[Cell]) -> None:
+        """If weights have changed since verification began, refuse the graphs that change them."""
+        wrong = self._guard.wrong_weights()
+        if self._agree(not wrong):
+            return
+        logger.warning("graphs have changed weights: %s", ", ".join(wrong))
+        for cell in cells:
+            while cell.graph is not None and cell.probes:
+                reason = self._spoils(cell)
+                if self._agree(reason is None):
+                    break
+                self._replace(cell, reason or "wrong on another rank")
+                # All that counts has to be proven again, on the fallback.
+                self._meet(cell, 0)
+
+    def _spoils(self, cell: Cell) -> str | None:
+        """Why the graph may not run: the weights that its probes change. They are right after."""
+        self.mend()
+        for probe in cell.probes[: cell.info.probes]:
+            probe.fill()
+            before = self._computation.state(cell.shape)
+            rows = before.read()
+            assert cell.graph is not None
+            cell.graph.replay()
+            before.write(rows)
+        wrong = self._guard.wrong_weights()
+        self.mend(wrong)
+        return f"it changed {', '.join(wrong)}, which nothing may change" if wrong else None
+
+    def mend(self, wrong: Sequence[str] | None = None) -> None:
+        """Load damaged weights again.
+
+        Args:
+            wrong: Their names; None: find out.
+
+        Raises:
+            WeightsLostError: They are not what they were when they were loaded first.
+        """
+        found = self._guard.wrong_weights() if wrong is None else wrong
+        if not found:
+            return
+        self._computation.mend(found)
+        still = self._guard.wrong_weights()
+        if still:
+            raise WeightsLostError(
+                f"a graph has changed {', '.join(still)} and loading them again did not help: "
+                "start the engine anew, with graph_mode='none' if it happens again"
+            )
+        logger.warning("loaded again, since a graph had changed them: %s", ", ".join(found))
+
+    def _conclude(self, cells: list[Cell]) -> None:
+        """A graph is verified if its own probes and those of its family's anchors all ran."""
+        lacking = {
+            cell.family
+            for cell in cells
+            if cell.graph is not None and cell.info.probes < len(cell.probes)
+            and self.ledger.is_anchor(cell.key)
+        }  # fmt: skip
+        for cell in cells:
+            own = cell.graph is not None and 0 < len(cell.probes) == cell.info.probes
+            cell.info.verified = own and cell.family not in lacking
+
+    # ---- bounds --------------------------------------------------------------------------
+
+    @property
+    def _inexact(self) -> float | None:
+        """The bound where eager execution does not repeat itself; None: it does, to the bit."""
+        return None if self._error is None else self.bounds.get("none", self._error)
+
+    def bound(self, executor: Executor) -> float | None:
+        """How much a graph may differ from the model as written; None: by no bit."""
+        found = self.bounds.get(executor)
+        return self._inexact if found is None else max(found, self._inexact or 0.0)
+
+    def _measure_bounds(self, cells: list[Cell]) -> None:
+        """From what eager execution does, so that a wrong graph cannot widen its own bound."""
+        first = next((each for each in cells if each.graph is not None and each.probes), None)
+        if first is None:
+            return
+        executors = {each.info.executor for each in cells}
+        smallest = torch.finfo(self._output_dtype(first)).eps
+        if self._error is not None:
+            noise = self._noise(cells, jitter=False)
+            self.bounds["none"] = min(self._error, max(NOISE_FACTOR * noise, 4 * smallest))
+            logger.info(
+                "graphs: ops in use are inexact; two eager runs differ by %.2g of a row's largest "
+                "value, a graph may differ by %.2g", noise, self.bounds["none"],
+            )  # fmt: skip
+        if "compiled" in executors:
+            noise = self._noise(cells, jitter=True)
+            limit = float(smallest**0.5)
+            self.bounds["compiled"] = min(limit, max(2 * NOISE_FACTOR * noise, 16 * smallest))
+            logger.info(
+                "graphs: compiled code rounds in other places; one unit in the last place of each "
+                "norm's weights makes %.2g of a row's largest value, a graph may differ by %.2g",
+                noise, self.bounds["compiled"],
+            )  # fmt: skip
+
+    def _noise(self, cells: list[Cell], *, jitter: bool) -> float:
+        """The largest relative difference of two eager runs, over the first probe of some cells.
+
+        Args:
+            jitter: Between the runs, change every vector among the weights by one unit in the last
+                place up or down: what other roundings would do.
+        """
+        probed = [each for each in cells if each.probes]
+        largest = 0.0
+        for cell in {each.key: each for each in (probed[0], probed[-1])}.values():
+            cell.probes[0].fill()
+            first = self._results(cell.shape, cell.probes[0].live)
+            vectors = [
+                each
+                for each in owned(self._computation.memory(), "weight").values()
+                if each.dim() == 1 and each.is_floating_point()
+            ]
+            kept = [each.clone() for each in vectors]
+            if jitter:
+                for number, each in enumerate(vectors):
+                    each.mul_(1 + _signs(each, number) * torch.finfo(each.dtype).eps)
+            second = self._results(cell.shape, cell.probes[0].live)
+            for each, value in zip(vectors, kept, strict=True):
+                each.copy_(value)
+            for name, value in first.items():
+                if value.is_floating_point():
+                    largest = max(largest, relative_difference(value, second[name]))
+        return largest
+
+    def _results(self, bucket: StepShape, live: StepShape) -> dict[str, Tensor]:
+        state = self._computation.state(bucket)
+        before = state.read()
+        self._computation.forward(bucket, self._computation.model)
+        written = {name: each[:, : live.num_tokens] for name, each in state.read().items()}
+        results = {**written, **copies(self._computation.outputs(live))}
+        state.write(before)
+        return results
+
+    def _output_dtype(self, cell: Cell) -> torch.dtype:
+        return next(iter(self._computation.outputs(cell.shape).values())).dtype
+
+    # ---- places --------------------------------------------------------------------------
+
+    def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
+        """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
+        try:
+            location = self.locate(cell, live, fill)
+        except Exception as error:
+            # The graph is wrong all the same, and is to be refused.
+            return f"; not traced to an op: {describe(error)}"
+        return "" if location is None else f"; {location}"
+
+    def locate(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> Location | None:
+        """Where the cell's graph diverges on what ``fill`` writes; raises what the search does."""
+        return locate(
+            self._computation, self._platform, cell.shape, live, fill,
+            lambda: self._capturer.empty_inputs(cell.shape), cell.graph,
+            self._capturer.model(cell.info.executor), self._agree,
+        )  # fmt: skip
+
+    def blind_inputs(self, cells: list[Cell]) -> list[str]:
+        """Inputs to which no probe of the phase's first cell gives a new value."""
+        blind: list[str] = []
+        phases: set[str] = set()
+        for cell in cells:
+            if cell.shape.phase in phases or not cell.probes:
+                continue
+            phases.add(cell.shape.phase)
+            self._capturer.empty_inputs(cell.shape)
+            inputs = self._computation.inputs(cell.shape)
+            before = {name: each.clone() for name, each in inputs.items()}
+            unchanged = set(before)
+            for probe in cell.probes:
+                if not unchanged:
+                    break
+                probe.fill()
+                unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
+            blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
+        if blind:
+            logger.warning("graph probes change no value of: %s", ", ".join(blind))
+        return blind
+
+
+def _signs(vector: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, vector.shape, generator=generator) * 2 - 1
+    return signs.to(vector.device, vector.dtype)

@@ -1,0 +1,5 @@
+from reprise.ops.checksum.reference import fake, reference
+from reprise.ops.registry import needs_triton, op
+
+checksum = op("checksum", reference, fake=fake)
+checksum.implementation("triton", "reprise.ops.checksum.triton:checksum", requires=needs_triton)

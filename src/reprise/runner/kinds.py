@@ -1,0 +1,150 @@
+"""What the host knows of a step that a graph could depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from reprise.cache import NULL_BLOCK
+from reprise.graphs.kinds import Facts, Ints, Kind
+from reprise.graphs.shape import StepShape
+
+FACTS = Facts(
+    step={
+        "padding": ("none", "some", "half or more"),
+        "requests": ("one", "several", "in every row"),
+        "largest request": ("no more than half of the bucket", "most of it"),
+        "decodes": ("none", "beside chunks", "alone"),
+    },
+    row={
+        "begins": ("at the first token", "at a block", "within a block"),
+        "new tokens": ("1", "to 4", "to 16", "to 64", "to 256", "to 1024", "to 4096", "more"),
+        "context": ("to 16", "to 64", "to 256", "to 1024", "to 4096", "to 16k", "to 64k", "more"),
+        "blocks": ("one", "neighbours", "some neighbours", "scattered"),
+        "cache": ("lower half", "upper half", "both halves"),
+    },
+)
+"""Classes of counts and lengths are powers of four; start-up proves each at its upper end, where a
+bound that a graph has wrong shows."""
+NEW_TOKENS, CONTEXTS = 8, 8
+_SHORTEST = 2
+"""Contexts to 4**2 tokens are one class."""
+
+
+def class_of(values: Any) -> Any:
+    """0 for 1, 1 for 2 to 4, 2 for 5 to 16, ...: numbers of at least 1, or arrays of them."""
+    return (np.frexp(np.subtract(values, 1))[1] + 1) >> 1
+
+
+def context_class(lengths: Any) -> Any:
+    return np.clip(class_of(lengths) - _SHORTEST, 0, CONTEXTS - 1)
+
+
+class RowLayouts:
+    """Where the blocks of each row lie, kept up to date as block tables grow.
+
+    Args:
+        max_rows: Rows of the block tables.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._half = 0
+        self._pairs = np.zeros((max_rows, 2), dtype=bool)
+        """Whether a block follows its predecessor in memory, and whether one does not."""
+        self._halves = np.zeros((max_rows, 2), dtype=bool)
+        """Whether a block lies in the lower half of the cache, and whether one in the upper."""
+        self._codes = np.zeros(max_rows, dtype=np.int64)
+        self.highest = NULL_BLOCK
+        """Of all blocks that were ever in a table."""
+
+    def use_cache(self, num_blocks: int) -> None:
+        """The cache has this many blocks."""
+        self._half = (num_blocks + 1) // 2
+        self.highest = NULL_BLOCK
+
+    def extend(self, row: int, blocks: Sequence[int] | Ints, last: int | None) -> None:
+        """The row's table gets further blocks.
+
+        Args:
+            row: Of the tables.
+            blocks: What is added, at least one.
+            last: The block before them; None: the table begins with them.
+        """
+        new = np.asarray(blocks)
+        whole = new if last is None else np.concatenate(([last], new))
+        follows = whole[1:] == whole[:-1] + 1
+        lower = new < self._half
+        pairs = (bool(follows.any()), not follows.all())
+        halves = (bool(lower.any()), not lower.all())
+        if last is None:
+            self._pairs[row], self._halves[row] = pairs, halves
+        else:
+            self._pairs[row] |= pairs
+            self._halves[row] |= halves
+        self.highest = max(self.highest, int(new.max()))
+        joined, apart = self._pairs[row]
+        blocks_code = 1 if joined and not apart else 2 if joined else 3 if apart else 0
+        in_lower, in_upper = self._halves[row]
+        self._codes[row] = blocks_code * 3 + (2 if in_lower and in_upper else int(in_upper))
+
+    def append(self, row: int, block: int, last: int | None) -> None:
+        """:meth:`extend` by one block, as decodes do."""
+        if last is None:
+            self.extend(row, (block,), None)
+            return
+        code = int(self._codes[row])
+        blocks_code, half_code = divmod(code, 3)
+        if block == last + 1:
+            self._pairs[row, 0] = True
+            blocks_code = (1, 1, 2, 2)[blocks_code]
+        else:
+            self._pairs[row, 1] = True
+            blocks_code = (3, 2, 2, 3)[blocks_code]
+        upper = int(block >= self._half)
+        self._halves[row, upper] = True
+        if half_code != upper:
+            half_code = 2
+        self._codes[row] = blocks_code * 3 + half_code
+        self.highest = max(self.highest, block)
+
+    def codes(self, rows: int) -> tuple[Ints, Ints]:
+        """Values of ``blocks`` and ``cache`` of the first rows."""
+        return np.divmod(self._codes[:rows], 3)
+
+
+def kind_of_step(
+    counts: Ints, lengths: Ints, layouts: tuple[Ints, Ints], bucket: StepShape, block_size: int
+) -> Kind:
+    """The kind of a step.
+
+    Args:
+        counts: [R], new tokens of each request.
+        lengths: [R], tokens of each request, the new ones included.
+        layouts: [R] each, values of ``blocks`` and ``cache``.
+        bucket: What the step is padded to.
+        block_size: Tokens in a block.
+    """
+    starts = lengths - counts
+    within = np.where(starts % block_size == 0, 1, 2)
+    begins = np.where(starts == 0, 0, within)
+    new = np.minimum(class_of(counts), NEW_TOKENS - 1)
+    rows = FACTS.code(begins, new, context_class(lengths), *layouts)
+    return Kind(_facts_of_step(counts, bucket), rows)
+
+
+def _facts_of_step(counts: Ints, bucket: StepShape) -> tuple[int, int, int, int]:
+    requests = len(counts)
+    if bucket.phase == "decode":
+        live, size = requests, bucket.num_requests
+        tokens, largest = size, 1
+        decodes = 2
+    else:
+        live, size = int(counts.sum()), bucket.num_tokens
+        tokens, largest = size, int(counts.max())
+        single = int((counts == 1).sum())
+        decodes = 2 if single == requests else int(single > 0)
+    padding = 0 if live == size else 1 if 2 * live > size else 2
+    several = 0 if requests == 1 else 2 if requests == bucket.num_requests else 1
+    return padding, several, int(2 * largest > tokens), decodes
