@@ -51,10 +51,12 @@ class ProbeMaker:
         """The most telling probe first; see :class:`reprise.graphs.computation.Computation`."""
         whole = self._most_requests(bucket)
         part = max(1, whole * 2 // 3)
+        half = max(1, self._max_model_len // 2)
+        short = min(self._max_model_len, self._buffers.block_size + 1)
         return [
             self._probe("longest context", bucket, whole, self._max_model_len, seed=1),
-            self._probe("part of the bucket", bucket, part, self._max_model_len // 2, seed=2),
-            self._probe("short contexts", bucket, whole, self._buffers.block_size + 1, seed=3),
+            self._probe("part of the bucket", bucket, part, half, seed=2),
+            self._probe("short contexts", bucket, whole, short, seed=3),
         ]
 
     def probe(self, bucket: StepShape, context: int) -> Probe:
