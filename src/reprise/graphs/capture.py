@@ -101,38 +101,54 @@ class Capturer:
         info = cell.info
         while executor != "none":
             reason = self._try(cell, executor)
-            if self._agree(reason is None):
+            if reason is None:
                 break
-            self.quarantine(cell, executor, reason or "capture failed on another rank")
+            self.quarantine(cell, executor, reason)
             executor = FALLBACK[executor]
         info.executor = executor
         info.capture_seconds += time.perf_counter() - started
 
     def _try(self, cell: Cell, executor: Executor) -> str | None:
-        """Capture; returns why it failed."""
-        computation, model = self._computation, self.model(executor)
+        """Capture; returns why it failed, here or on another rank.
+
+        A vote follows each stage: a rank that failed says no before the others begin a pass over
+        the model, in whose collectives they would wait for it.
+        """
         self._memory.clear()
-        try:
-            if self._pool is None:
-                self._pool = self._platform.graph_pool()
-            self.empty_inputs(cell.shape)
-            # Kernels are compiled and tuned, and workspaces allocated, outside of the capture.
-            with self._platform.capture_stream(), intercept(None):
-                computation.forward(cell.shape, model)
-            graph = SegmentedGraph(self._platform, self._pool)
-            graph.capture(
-                lambda: computation.forward(cell.shape, model),
-                "nowhere" if executor == "full" else "breaks",
-            )
-        except Exception as error:
-            # What a failed capture leaves in the pool is unknown; take another one.
-            self._pool = None
-            return f"capture failed: {describe(error)}"
+        for stage in (self._prepare, self._warm_up, self._record):
+            reason = None
+            try:
+                stage(cell, executor)
+            except Exception as error:
+                # What a failed capture leaves in the pool is unknown; take another one.
+                self._pool = None
+                reason = f"capture failed: {describe(error)}"
+            if not self._agree(reason is None):
+                return reason or "capture failed on another rank"
+        return None
+
+    def _prepare(self, cell: Cell, executor: Executor) -> None:
+        """All that a rank does alone."""
+        self.model(executor)
+        if self._pool is None:
+            self._pool = self._platform.graph_pool()
+        self.empty_inputs(cell.shape)
+
+    def _warm_up(self, cell: Cell, executor: Executor) -> None:
+        """Compile and tune kernels, and allocate workspaces, outside of the capture."""
+        with self._platform.capture_stream(), intercept(None):
+            self._computation.forward(cell.shape, self.model(executor))
+
+    def _record(self, cell: Cell, executor: Executor) -> None:
+        graph = SegmentedGraph(self._platform, self._pool)
+        graph.capture(
+            lambda: self._computation.forward(cell.shape, self.model(executor)),
+            "nowhere" if executor == "full" else "breaks",
+        )
         self._anchors.setdefault(id(graph.pool), graph)
         cell.graph = graph
         cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
         cell.info.bytes = graph.nbytes
-        return None
 
     def quarantine(self, cell: Cell, executor: Executor, reason: str) -> None:
         """The cell's graph is never replayed again."""
@@ -192,12 +208,18 @@ class Capturer:
         """Why the cell's graph is wrong on the probe; None: it is right."""
         assert cell.graph is not None
         pool = cell.graph.pool
-        if id(pool) not in self._memory:
-            self._memory[id(pool)] = self._platform.graph_pool_memory(pool)
-        model = self.model(cell.info.executor)
-        probe.fill()
+        found: Difference | str | None = None
         try:
-            found: Difference | str | None = check_probe(
+            if id(pool) not in self._memory:
+                self._memory[id(pool)] = self._platform.graph_pool_memory(pool)
+            probe.fill()
+        except Exception as error:
+            found = describe(error)
+        if not self._agree(found is None):
+            return f"probe {probe.name!r} cannot be made: {found or 'on another rank'}"
+        model = self.model(cell.info.executor)
+        try:
+            found = check_probe(
                 self._computation, cell.graph, cell.shape, probe.live, model,
                 self._memory[id(pool)], exact=self._exact,
             )  # fmt: skip
@@ -230,11 +252,11 @@ class Capturer:
         )  # fmt: skip
 
     def blind_inputs(self, cells: list[Cell]) -> list[str]:
-        """Inputs to which no probe of the phase's first cell gives a new value."""
+        """Inputs to which no probe of the phase's first graph gives a new value."""
         blind: list[str] = []
         phases: set[str] = set()
         for cell in cells:
-            if cell.shape.phase in phases or not cell.probes:
+            if cell.shape.phase in phases or cell.graph is None:
                 continue
             phases.add(cell.shape.phase)
             self.empty_inputs(cell.shape)
@@ -242,7 +264,8 @@ class Capturer:
             before = {name: each.clone() for name, each in inputs.items()}
             unchanged = set(before)
             for probe in cell.probes:
-                probe.fill()
+                with contextlib.suppress(Exception):  # one that time did not allow before
+                    probe.fill()
                 unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
             blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
         if blind:
