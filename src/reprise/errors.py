@@ -37,3 +37,7 @@ class OpError(RepriseError, RuntimeError):
 
 class GraphError(RepriseError, RuntimeError):
     """A computation cannot be captured as a device graph, or a graph was misused."""
+
+
+class GraphReplayError(GraphError):
+    """A replay raised. The graph is not replayed again; what it was to write is unknown."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
+from reprise.errors import GraphReplayError
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.capture import Agree, Capturer, Cell, Progress, describe
 from reprise.graphs.computation import Computation
@@ -249,8 +250,9 @@ class GraphRunner:
         try:
             cell.graph.replay()
         except Exception as error:
-            self.capturer.quarantine(cell, cell.info.executor, f"replay: {describe(error)}")
-            raise
+            reason = f"replay: {describe(error)}"
+            self.capturer.quarantine(cell, cell.info.executor, reason)
+            raise GraphReplayError(f"graph {cell.info.name}: {reason}") from error
 
     def _canary(self, cell: Cell, shape: StepShape) -> None:
         """Replay, recompute eagerly, compare; the eager results are what the caller gets."""
