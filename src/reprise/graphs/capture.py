@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise.errors import describe
 from reprise.graphs.compare import Difference, same_bits
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.computation import Computation, Probe
@@ -271,9 +272,3 @@ class Capturer:
         if blind:
             logger.warning("graph probes change no value of: %s", ", ".join(blind))
         return blind
-
-
-def describe(error: Exception) -> str:
-    """Its type and the first line of its message."""
-    lines = [each for each in str(error).splitlines() if each.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"

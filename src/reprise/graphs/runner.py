@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
-from reprise.errors import GraphReplayError
+from reprise.errors import GraphReplayError, describe
 from reprise.graphs.buckets import Buckets
-from reprise.graphs.capture import Agree, Capturer, Cell, Progress, describe
+from reprise.graphs.capture import Agree, Capturer, Cell, Progress
 from reprise.graphs.computation import Computation
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
@@ -150,8 +150,8 @@ class GraphRunner:
                     progress("capture graphs", done + 1, len(shapes))
             self.platform.synchronize()
             self._seconds[0] = time.perf_counter() - started
-            if free is not None:
-                self.memory.actual = max(0, free - (self._free_memory() or 0))
+            if free is not None and (left := self._free_memory()) is not None:
+                self.memory.actual = max(0, free - left)
             if self.verify.startup:
                 started = time.perf_counter()
                 with timeline.phase("verify"):
@@ -174,19 +174,22 @@ class GraphRunner:
         """Forget all graphs and give their memory back."""
         self.cells.clear()
         self.capturer = Capturer(self.computation, self.platform, self._agree, exact=self._exact)
-        self.platform.synchronize()
-        self.platform.empty_cache()
+        try:
+            self.platform.synchronize()
+            self.platform.empty_cache()
+        except Exception as error:  # if the device is lost, the next step says so
+            logger.warning("graph memory: not given back (%s)", describe(error))
 
     def _free_memory(self) -> int | None:
         """Free bytes, for the report alone; None where they cannot be measured."""
         if self.platform.graph_memory != "measure":
             return None
-        self.platform.synchronize()
-        self.platform.empty_cache()
         try:
+            self.platform.synchronize()
+            self.platform.empty_cache()
             return self.platform.memory_info().free
         except Exception as error:
-            logger.warning("graph memory: not measured (%s: %s)", type(error).__name__, error)
+            logger.warning("graph memory: not measured (%s)", describe(error))
             return None
 
     def _log_summary(self) -> None:
