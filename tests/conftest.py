@@ -53,7 +53,7 @@ def platform(device: str):
 
 @pytest.fixture(scope="session", autouse=True)
 def time_to_verify() -> None:
-    """On a busy machine too, start-up proves graphs on all probes: tests rely on what was proven."""
+    """On a busy machine too, start-up meets all probes: tests rely on what was proven."""
     from reprise.graphs import prove
 
     prove.VERIFY_SECONDS = 120.0

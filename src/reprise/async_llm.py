@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from reprise.config import EngineConfig
 from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt
-from reprise.errors import RepriseError
+from reprise.errors import RepriseError, describe
 from reprise.outputs import RequestOutput
 from reprise.sampling_params import SamplingParams
 
@@ -37,10 +39,15 @@ class AsyncLLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
         self._ids = itertools.count()
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._closed = False
+        """Of requests that the engine has; for its thread alone."""
+        self._preparing: dict[_Stream, str] = {}
+        """Request ids of those whose prompts are being tokenized; under the lock."""
+        self._closed: str | None = None
+        """Why nothing more is accepted."""
         self._lock = threading.Lock()
+        _living.add(self)
         self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
@@ -101,16 +108,21 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         name = f"async-{next(self._ids)}" if request_id is None else request_id
         stream = _Stream(asyncio.get_running_loop())
-        # Neither the engine nor other callers wait for the tokenizer.
         with self._open():
+            self._preparing[stream] = name
+            # Neither the engine nor other callers wait for the tokenizer.
             preparing = self._tokenizing.submit(lambda: self.engine.prepare(prompt()))
-        prepared = await asyncio.wrap_future(preparing)
 
         def add() -> None:
             self.engine.add(name, prepared, sampling_params, priority)
             self._streams[name] = stream
+            with self._lock:
+                del self._preparing[stream]
+            if stream.aborted:
+                self._end([name])
 
         try:
+            prepared = await asyncio.wrap_future(preparing)
             await self._call(add)
             while True:
                 output = await stream.next()
@@ -118,11 +130,21 @@ class AsyncLLM:
                 if output.finished:
                     return
         finally:
-            self._submit(lambda: self._abort(name, stream))
+            with self._lock:
+                self._preparing.pop(stream, None)
+            self._commands.put(_Command(lambda: self._leave(name, stream)))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream delivers a last output with finish reason ``abort``."""
-        await self._call(lambda: self._deliver(self.engine.abort([request_id])))
+
+        def abort() -> None:
+            with self._lock:
+                preparing = [each for each, name in self._preparing.items() if name == request_id]
+            for stream in preparing:
+                stream.aborted = True  # it ends as soon as the engine has it
+            self._end([request_id])
+
+        await self._call(abort)
 
     async def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""
@@ -131,10 +153,9 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """Abort all requests and stop the engine's thread."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._commands.put(None)
+            if self._closed is None:
+                self._closed = "the engine was shut down; create a new AsyncLLM"
+                self._commands.put(None)
         self._tokenizing.shutdown(wait=False)
         self._thread.join()
 
@@ -147,53 +168,81 @@ class AsyncLLM:
     async def _call(self, function: Callable[[], T]) -> T:
         """Run in the engine's thread, between two steps."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
         with self._open():  # a command behind the end would never be answered
-            self._submit(run)
+            self._commands.put(_Command(function, future))
         return await asyncio.wrap_future(future)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """The engine is not shut down during the ``with`` block."""
         with self._lock:
-            if self._closed:
-                raise RepriseError("the engine was shut down; create a new AsyncLLM")
+            if self._closed is not None:
+                raise RepriseError(self._closed)
             yield
 
-    def _submit(self, command: Callable[[], None]) -> None:
-        self._commands.put(command)
+    # ---- the engine's thread ---------------------------------------------------------------
 
     def _loop(self) -> None:
-        self.engine.platform.activate()
+        try:
+            self.engine.platform.activate()
+            self._serve()
+        except BaseException as error:
+            # Nobody else would tell those who wait.
+            logger.critical("the engine's thread ended", exc_info=True)
+            self._close(f"the engine's thread ended ({describe(error)}); create a new AsyncLLM")
+
+    def _serve(self) -> None:
         while True:
             block = not self.engine.has_work
             try:
                 command = self._commands.get(block=block)
             except queue.Empty:
-                self._advance()
-                continue
+                command = _Command(lambda: self._attempt(self._step))
             if command is None:
                 break
-            command()
-        self._deliver(self.engine.abort(list(self._streams)))
+            command.run()
+        self._attempt(lambda: self._deliver(self.engine.abort(list(self._streams))))
 
-    def _advance(self) -> None:
+    def _step(self) -> None:
+        self._deliver(self.engine.step())
+
+    def _end(self, request_ids: Sequence[str]) -> None:
+        self._attempt(lambda: self._deliver(self.engine.abort(request_ids)))
+
+    def _leave(self, request_id: str, stream: _Stream) -> None:
+        """A stream's reader is gone."""
+        # A later request may have the same id.
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._end([request_id])
+
+    def _attempt(self, change: Callable[[], None]) -> None:
+        """Do what changes requests. If it fails half-way every request ends, and its caller learns
+        why; the engine serves on."""
         try:
-            self._deliver(self.engine.step())
+            change()
         except Exception as error:
-            # The engine aborted every request and serves on; their callers learn why.
-            logger.exception("a step failed; all running requests are aborted")
-            for stream in self._streams.values():
-                stream.fail(error)
-            self._streams.clear()
+            logger.exception("the engine failed; all running requests are aborted")
+            self._fail_streams(error)
+            self.engine.start_over()
+            raise
+
+    def _fail_streams(self, error: Exception) -> None:
+        for stream in self._streams.values():
+            stream.fail(error)
+        self._streams.clear()
+
+    def _close(self, reason: str) -> None:
+        """The thread is over, here or, after a fork, in this process: let nobody wait for it."""
+        error = RepriseError(reason)
+        with self._lock:
+            self._closed = reason
+        self._fail_streams(error)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command.refuse(error)
 
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
         for group in groups:
@@ -203,11 +252,59 @@ class AsyncLLM:
             if group.finished:
                 self._streams.pop(group.request_id, None)
 
-    def _abort(self, request_id: str, stream: _Stream) -> None:
-        # A later request may have the same id.
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
-            self.engine.abort([request_id])
+
+_living: weakref.WeakSet[AsyncLLM] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for each in _living:
+        each._lock = threading.Lock()  # a thread of the parent may have held it
+        each._commands = queue.SimpleQueue()
+        each._close(
+            "this process was forked and the engine's thread runs in its parent; create the "
+            "AsyncLLM in the process that uses it"
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Command:
+    """What the engine's thread is to do between two steps.
+
+    Args:
+        function: Does it.
+        future: Gets the result or the exception, which then concerns its owner alone; None: nobody
+            waits, and exceptions were dealt with.
+    """
+
+    def __init__(self, function: Callable[[], Any], future: Future[Any] | None = None) -> None:
+        self._function = function
+        self._future = future
+
+    def run(self) -> None:
+        if self._future is not None and not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except Exception as error:
+            self._refuse(error)
+        except BaseException as error:
+            self._refuse(RepriseError(f"the engine's thread ended ({describe(error)})"))
+            raise
+        else:
+            if self._future is not None:
+                self._future.set_result(result)
+
+    def refuse(self, error: Exception) -> None:
+        """It is not going to be done."""
+        if self._future is None or self._future.set_running_or_notify_cancel():
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if self._future is not None:
+            self._future.set_exception(error)
 
 
 class _Stream:
@@ -218,6 +315,8 @@ class _Stream:
         self._ready = asyncio.Event()
         self._latest: RequestOutput | None = None
         self._error: Exception | None = None
+        self.aborted = False
+        """Before the engine had its request."""
 
     @property
     def taken(self) -> bool:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def describe(error: BaseException) -> str:
+    """Its type and the first line of its message."""
+    lines = [each for each in str(error).splitlines() if each.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"
+
+
 class RepriseError(Exception):
     """Base of all typed errors. The message names the field, the value and the remedy."""
 
@@ -44,4 +50,4 @@ class WeightsLostError(GraphError):
 
 
 class GraphReplayError(GraphError):
-    """A replay failed before the step was computed; its graph is refused, others serve on."""
+    """A replay raised. The graph is not replayed again; what it was to write is unknown."""

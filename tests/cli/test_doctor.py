@@ -43,8 +43,8 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
         for each in op.implementations.values():
             found = facts["implementations"][each.name]
             assert found == {
-                "unusable": each.requires(platform),
-                "graph_support": each.graph_support,
+                "unusable": each.unusable(platform),
+                "graph_support": each.graph_support_on(platform),
             }
 
 

@@ -123,10 +123,6 @@ def test_a_graph_that_raises_is_refused(
 
     monkeypatch.setattr(SegmentedGraph, "replay", fail)
     prompt = random_ids(8, 9)
-    if verify == "startup":
-        # Nothing has computed the step another way: its requests end, and the next ones do well.
-        with pytest.raises(LookupError):
-            generate(llm, [prompt], greedy(8))
     assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])
     (refused,) = llm.graph_report().quarantined
     assert "LookupError: no such kernel" in refused.quarantined

@@ -99,6 +99,19 @@ def test_an_op_without_graph_support_downgrades_the_plan(
     assert busy_tokens(graphed, temperature=0) == busy_tokens(eager, temperature=0)
 
 
+@pytest.mark.parametrize("longest", [2, 15, 16])
+def test_contexts_of_less_than_a_block(tiny: TinyModels, device: str, longest: int) -> None:
+    model, prompt = tiny("qwen3"), random_ids(5, max(1, longest - 4))
+    llm = make_llm(
+        model, device, max_model_len=longest, graph_mode="full", max_num_seqs=4,
+        graph_buckets="decode=1,4;mixed=8",
+    )  # fmt: skip
+    assert all(each.verified for each in llm.graph_report().graphs)
+    (output,) = llm.generate([prompt], greedy(longest), use_tqdm=False)
+    assert len(prompt) + len(output.outputs[0].token_ids) == longest
+    assert model.is_greedy(prompt, output.outputs[0].token_ids)
+
+
 @pytest.mark.parametrize("lie", [-(1 << 30), 0, 1 << 60, RuntimeError("no such counter")])
 def test_graph_memory_that_fails_or_lies_never_stops_start_up(
     tiny: TinyModels, platform: Platform, monkeypatch: pytest.MonkeyPatch, lie: Any

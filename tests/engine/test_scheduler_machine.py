@@ -293,6 +293,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self._running()
         self.version += 1
 
+    @rule()
+    def drop_steps(self) -> None:
+        """A step failed; what those under way did to the cache and the rows is anyone's guess."""
+        running = len(self._running())
+        while self.device.queue and len(self.device.queue) > self.num_steps % 2:
+            self.device.run_oldest()
+        self.device.queue.clear()
+        self.device.rows.clear()
+        assert self.scheduler.drop_steps() == running
+        assert self.scheduler.num_outstanding == 0
+        self.last_rows = {}
+        self.version += 1
+
     # ------------------------------------------------------------------ the loop
 
     def _running(self) -> list[Request]:

@@ -10,17 +10,21 @@ import torch
 from torch._dynamo.utils import counters
 from toy import Toy
 
-from reprise.graphs import Segment, StepShape
+from reprise.graphs import Segment, StepShape, keep_compiled_code
 from reprise.testing import faults
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, platform):
+    """An empty one, in place of one that cannot be written."""
     reason = platform.compiler_missing()
     if reason is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        file = tmp_path_factory.mktemp("inductor") / "file"
+        file.touch()
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{file}/below")
+        keep_compiled_code()
         yield
 
 
@@ -64,20 +68,48 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
     assert counters["inductor"]["fxgraph_cache_hit"] >= pieces
 
 
-def test_compiled_code_is_kept_in_the_users_cache(tmp_path):
+SCRIPT = """
+import os, sys, reprise
+llm = reprise.LLM(device="cpu", num_blocks=9, block_size=8, max_num_seqs=1, graph_mode=sys.argv[1],
+                  graph_buckets="decode=1;mixed=8")
+tokens = llm.generate("1 + 1 =", reprise.SamplingParams(temperature=0, max_tokens=2))
+print([each.executor for each in llm.graph_report().graphs], len(tokens[0].outputs[0].token_ids))
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
+
+
+def start(mode, **changes):
     """In a process of its own: transformers has the compiler choose a directory when imported."""
-    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    script = (
-        "import os, reprise; reprise.LLM(device='cpu', num_blocks=9, graph_mode='none');"
-        "print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
-    )
+    variables = {k: v for k, v in os.environ.items() if k not in CACHE_VARIABLES} | changes
+    command = [sys.executable, "-c", SCRIPT, mode]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return *done.stdout.splitlines(), done.stderr
 
-    def chosen(**more):
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=variables | more, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
 
-    assert chosen() == f"{tmp_path}/reprise/inductor"
-    assert chosen(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "XDG_CACHE_HOME")
+
+
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path):
+    (_, chosen, _) = start("none", XDG_CACHE_HOME=str(tmp_path))
+    assert chosen == f"{tmp_path}/reprise/inductor"
+
+
+@pytest.mark.parametrize("variables", [["XDG_CACHE_HOME"], ["HOME", "TORCHINDUCTOR_CACHE_DIR"]])
+def test_a_cache_that_cannot_be_written_costs_no_graph(tmp_path, variables):
+    file = tmp_path / "file"
+    file.touch()
+    executors, chosen, log = start("full", **dict.fromkeys(variables, f"{file}/below"))
+    assert executors == "['full', 'full'] 2"
+    assert f"{file} is not a directory (TORCHINDUCTOR_CACHE_DIR chooses)" in log
+    assert ("(TRITON_CACHE_DIR chooses)" in log) == ("HOME" in variables)
+    assert not os.path.exists(chosen), "the temporary directory is gone with its process"
+
+
+def test_a_choice_that_can_be_written_stays(tmp_path, monkeypatch):
+    mine = str(tmp_path / "mine")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, mine)
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] == mine
+    assert not os.path.exists(mine), "it is made when something is compiled"

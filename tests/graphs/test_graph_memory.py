@@ -81,11 +81,60 @@ def test_a_lying_measurement_is_left_out(runner, readings, note, caplog):
     assert memory.predicted == (None if "failed" in note else sum(each.bytes for each in infos))
 
 
-def test_no_measurement_without_need():
+def test_no_measurement_without_need(caplog):
     platform = load("cpu")()
     for plan, note in (("none", "captures no graphs"), ("full", platform.graph_memory_reason)):
         runner = GraphRunner(Toy(platform), platform, parse_plan(plan), Buckets((1,), (16,)), 8)
-        memory = predict(runner)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="reprise.graphs.memory"):
+            memory = predict(runner)
         assert memory.predicted is None
         assert note in memory.note
         assert runner.report().memory is memory
+        (line,) = caplog.messages
+        assert note in line
+
+
+def test_where_the_driver_is_not_asked_the_allocators_count_is_reserved(runner, monkeypatch):
+    monkeypatch.setattr(Measuring, "graph_memory", "skip")
+    monkeypatch.setattr(Measuring, "counts_memory", True)
+    monkeypatch.setattr(Measuring, "memory_info", lambda self: 1 // 0)
+    memory = predict(runner)
+    assert memory.note == f"the driver's part is not measured: {Measuring.graph_memory_reason}"
+    runner.capture_all()
+    assert memory.predicted == sum(each.bytes for each in runner.report().graphs) > 0
+    assert memory.actual is None
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_memory_calls_that_fail_from_some_call_on_cost_the_numbers_alone(
+    runner, monkeypatch, calls
+):
+    left = [calls]
+
+    def failing(kept):
+        def call(self):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("the driver is gone")
+            return kept(self)
+
+        return call
+
+    for name in ("memory_info", "empty_cache", "memory_reserved"):
+        monkeypatch.setattr(Measuring, name, failing(getattr(Measuring, name)))
+    memory = predict(runner)
+    assert memory.failed
+    assert memory.note == "measurement failed: RuntimeError: the driver is gone"
+    runner.capture_all()
+    assert memory.actual is None
+    assert memory.predicted is None
+    assert all(each.verified for each in runner.report().graphs)
+
+
+@pytest.mark.parametrize("name", ["rocm", "xpu"])
+def test_platforms_without_a_conformance_record_do_not_ask_the_driver(name):
+    platform = load(name)
+    assert platform.graph_memory == "skip"
+    assert platform.counts_memory
+    assert platform.graph_memory_reason != load("cuda").graph_memory_reason

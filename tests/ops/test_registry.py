@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reprise import ops
 from reprise.errors import OpError
+from reprise.graphs.plan import support_of
 from reprise.ops import OpTable, all_ops, find, registry, rms_norm
 from reprise.platforms.cpu import CpuPlatform
 
@@ -59,6 +60,7 @@ def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
             ints(5, 8, dtype=torch.int32), ints(0, 1, 2, dtype=torch.int32),
             torch.zeros(2, 4, 16, device=device), 0.25, 0, 0.0, 1,
         ),
+        "checksum": (ints(3, -1, 7, 0, 5, 9, dtype=torch.int32).view(1, 3, 2), ints(2, 0)),
         "sample": (
             randn(2, 11), randn(2).abs(), ints(0, 3, dtype=torch.int32), randn(2).sigmoid(),
             torch.zeros(2, device=device), ints(1, 2), ints(0, 0),
@@ -167,12 +169,60 @@ def test_an_override_wins() -> None:
     assert table.functions["rms_norm"] is rms_norm.implementations["reference"].function
 
 
-def test_implementations_are_imported_when_first_called(undeclared) -> None:
+def test_implementations_are_imported_when_they_are_considered(undeclared) -> None:
     declared = registry.op("late", does_nothing)
-    declared.implementation("absent", "reprise.no_such_module:function")
-    table = OpTable(CpuPlatform(), {"late": "absent"})
-    with table.activate(), pytest.raises(ModuleNotFoundError):
-        declared(torch.zeros(1))
+    declared.implementation("absent", "reprise.no_such_module:function", requires=lambda _: "no")
+    declared.implementation("unloved", "reprise.no_such_module:function")
+    assert OpTable(CpuPlatform()).chosen["late"].name == "reference"
+    assert all(each.import_failure is None for each in declared.implementations.values())
+
+
+BROKEN_MODULES = {
+    "absent": ("no_such_driver_package", "ModuleNotFoundError"),
+    "old": ("raise RuntimeError('driver too old')", "RuntimeError: driver too old"),
+    "empty": ("x = 1", "AttributeError"),
+    "wrong": ("function = 1", "TypeError: 1 is no function"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODULES)
+def test_an_implementation_that_does_not_import_is_skipped(
+    undeclared, tmp_path, monkeypatch, caplog, name
+) -> None:
+    code, reason = BROKEN_MODULES[name]
+    if name == "absent":
+        code = f"import {code}"
+    (tmp_path / f"vendor_{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    class Prefers(CpuPlatform):
+        preferred: ClassVar = {"*": ("vendor", "second", "reference")}
+
+    declared = registry.op(f"stranded_{name}", plus_one, fake=torch.empty_like)
+    declared.implementation("vendor", f"vendor_{name}:function")
+    declared.implementation("second", lambda x: x + 2)
+    for _ in range(2):
+        table = OpTable(Prefers())
+        assert table.chosen[declared.name].name == "second"
+    with table.activate():
+        assert declared(torch.zeros(())).item() == 2
+    (line,) = caplog.messages
+    assert line.startswith(
+        f"op {declared.name}: vendor is skipped, it cannot be imported: {reason}"
+    )
+    with pytest.raises(OpError, match=f"--op {declared.name}=vendor: it cannot be imported"):
+        OpTable(CpuPlatform(), {declared.name: "vendor"})
+
+
+def test_an_implementation_whose_requirement_raises_is_skipped(undeclared) -> None:
+    def requires(platform: Any) -> str | None:
+        raise OSError("libvendor.so: no such file")
+
+    declared = registry.op("demanding", plus_one, fake=torch.empty_like)
+    declared.implementation("triton", lambda x: x, requires=requires)
+    assert OpTable(WantsTriton(), {}).chosen["demanding"].name == "reference"
+    reason = declared.implementations["triton"].unusable(CpuPlatform())
+    assert reason == "its requirement fails: OSError: libvendor.so: no such file"
 
 
 # ---- declaration -----------------------------------------------------------------------------
@@ -217,8 +267,26 @@ def test_graph_support_of_references(undeclared) -> None:
     chosen = registry.op(
         "chosen_support", writes, mutates=("out",), break_op=True, graph_support="uniform_batch"
     )
-    support = [each.implementations["reference"].graph_support for each in (plain, broken, chosen)]
+    references = [each.implementations["reference"] for each in (plain, broken, chosen)]
+    support = [each.graph_support_on(CpuPlatform()) for each in references]
     assert support == ["always", "never", "uniform_batch"]
+
+
+def test_graph_support_may_depend_on_the_platform(undeclared) -> None:
+    def support(platform: Any) -> Any:
+        return {"cpu": "always", "wants_triton": "single_token_decode"}.get(platform.name, "some")
+
+    declared = registry.op("depends", writes, mutates=("out",), break_op=True)
+    declared.implementation("vendor", writes, graph_support=support)
+    for platform, level in ((CpuPlatform(), "always"), (WantsTriton(), "single_token_decode")):
+        table = OpTable(platform, {"depends": "vendor"})
+        assert support_of(table, [declared]) == {"depends (vendor)": level}
+
+    class Other(CpuPlatform):
+        name = "other"
+
+    with pytest.raises(OpError, match="graph_support='some' of 'vendor' must be one of never"):
+        declared.implementations["vendor"].graph_support_on(Other())
 
 
 def test_a_declared_op_runs_and_is_known_to_the_dispatcher(undeclared) -> None:

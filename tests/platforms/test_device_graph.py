@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ import torch.nn.functional as F
 
 from reprise import ops
 from reprise.errors import GraphError
-from reprise.platforms.device_graph import capturing, host_code, in_capture_pass, launch
+from reprise.platforms import load
+from reprise.platforms.device_graph import (
+    AcceleratorGraph,
+    capturing,
+    host_code,
+    in_capture_pass,
+    launch,
+)
 from reprise.platforms.recorded_graph import RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
 
@@ -175,6 +184,35 @@ def test_capture_is_visible_while_it_lasts(platform, make):
     captured(platform, step)
     assert seen == [(False, False), (True, True)]
     assert not in_capture_pass()
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_an_accelerators_graph_needs_no_count_of_its_memory(monkeypatch, counted):
+    class Graph:
+        capture_begin = capture_end = replay = lambda self, **_: None
+
+    class Uncounted(load("cuda")):
+        graph_class = "Graph"
+        calls = 0
+
+        @classmethod
+        def module(cls):
+            return SimpleNamespace(Graph=Graph)
+
+        def capture_stream(self):
+            return contextlib.nullcontext()
+
+        def memory_reserved(self):
+            self.calls += 1
+            if self.calls > counted:
+                raise RuntimeError("the driver is gone")
+            return 1 << 20
+
+    monkeypatch.delattr(torch.accelerator, "Graph", raising=False)
+    graph = AcceleratorGraph(Uncounted(), pool=None)
+    graph.capture(lambda: None)
+    graph.replay()
+    assert graph.nbytes == 0
 
 
 # ---- recorded graphs -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
-from reprise.errors import ConfigError, RequestError
+from reprise.errors import ConfigError, GraphReplayError, RequestError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import open_checkpoint
 from reprise.ops.ahead import wake_compiler
@@ -104,6 +104,8 @@ class Engine:
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
         self._num_added = 0
+        self._failed_replays = 0
+        """Since the last step that succeeded."""
         self.wait_seconds = 0.0
         """Time that steps have spent waiting for the device; the rest is the host's."""
         self.startup_seconds = time.perf_counter() - started
@@ -200,25 +202,45 @@ class Engine:
     def step(self) -> list[CompletionGroup]:
         """Advance by one forward pass. Returns the requests that have new tokens or ended.
 
-        If the device fails, or the caller is interrupted, every request is aborted and the engine
-        is ready for new ones when the exception arrives.
+        A graph whose replay raises costs time alone: running requests are computed again without
+        it. If the device fails, or the caller is interrupted, every request is aborted and the
+        engine is ready for new ones when the exception arrives.
         """
         try:
-            step = self.scheduler.schedule()
-            if step is not None:
-                self._outstanding.append((step, self.runner.submit(step)))
-                self._heed_canaries()
-            if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
+            try:
+                return self._advance()
+            except GraphReplayError as error:
+                self._compute_again(error)
                 return []
-            oldest, pending = self._outstanding[0]
-            began = time.perf_counter()
-            output = pending.wait()
-            self.wait_seconds += time.perf_counter() - began
-            self._outstanding.popleft()
-            return self._take(oldest, output)
         except BaseException:
             self.start_over()
             raise
+
+    def _advance(self) -> list[CompletionGroup]:
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._outstanding.append((step, self.runner.submit(step)))
+            self._heed_canaries()
+        if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
+            return []
+        oldest, pending = self._outstanding[0]
+        began = time.perf_counter()
+        output = pending.wait()
+        self.wait_seconds += time.perf_counter() - began
+        self._outstanding.popleft()
+        self._failed_replays = 0
+        return self._take(oldest, output)
+
+    def _compute_again(self, error: GraphReplayError) -> None:
+        """Drop the steps under way, whose results are lost, and all that they may have spoiled."""
+        self._failed_replays += 1
+        if self._failed_replays > len(self.runner.graphs.cells):
+            raise error  # each refuses one graph, so something else is wrong
+        self._outstanding.clear()
+        count = self.scheduler.drop_steps()
+        self.runner.forget_steps()
+        self.platform.synchronize()
+        logger.warning("%s; %d running request(s) are computed again without it", error, count)
 
     def _heed_canaries(self) -> None:
         """Compute again what a graph has spoiled that was found wrong.

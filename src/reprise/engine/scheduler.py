@@ -236,6 +236,23 @@ class Scheduler:
             self._preempt(request, "blocks of it were overwritten")
         return [each.request_id for each in owners]
 
+    def drop_steps(self) -> int:
+        """Forget every step that awaits its update, as if none had run, and :meth:`recompute`.
+
+        For when the results of these steps are lost. The runner must forget its requests too.
+        """
+        in_flight = [each.request for step in self._outstanding for each in step.requests]
+        for request in dict.fromkeys(in_flight):
+            request.num_in_flight = request.num_pending = 0
+            if request.status is not RequestStatus.RUNNING and request.block_ids:
+                self.cache.free(request)  # kept for these steps alone
+        self._outstanding.clear()
+        self._num_holding_blocks = 0
+        self._last_decodes = []
+        count = self.recompute()
+        self._released = []
+        return count
+
     def stats(self) -> SchedulerStats:
         pool = self.cache.pool
         return SchedulerStats(

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise.errors import describe
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.computation import Computation, Probe
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.shape import Phase, StepShape
-from reprise.graphs.verify import describe
 from reprise.ops.registry import intercept
 from reprise.platforms import Platform
 
@@ -107,38 +107,54 @@ class Capturer:
         info = cell.info
         while executor != "none":
             reason = self._try(cell, executor)
-            if self._agree(reason is None):
+            if reason is None:
                 break
-            self.quarantine(cell, executor, reason or "capture failed on another rank")
+            self.quarantine(cell, executor, reason)
             executor = FALLBACK[executor]
         info.executor = executor
         info.capture_seconds += time.perf_counter() - started
 
     def _try(self, cell: Cell, executor: Executor) -> str | None:
-        """Capture; returns why it failed."""
-        computation, model = self._computation, self.model(executor)
+        """Capture; returns why it failed, here or on another rank.
+
+        A vote follows each stage: a rank that failed says no before the others begin a pass over
+        the model, in whose collectives they would wait for it.
+        """
         self._memory.clear()
-        try:
-            if self._pool is None:
-                self._pool = self._platform.graph_pool()
-            self.empty_inputs(cell.shape)
-            # Kernels are compiled and tuned, and workspaces allocated, outside of the capture.
-            with self._platform.capture_stream(), intercept(None):
-                computation.forward(cell.shape, model)
-            graph = SegmentedGraph(self._platform, self._pool)
-            graph.capture(
-                lambda: computation.forward(cell.shape, model),
-                "nowhere" if executor == "full" else "breaks",
-            )
-        except Exception as error:
-            # What a failed capture leaves in the pool is unknown; take another one.
-            self._pool = None
-            return f"capture failed: {describe(error)}"
+        for stage in (self._prepare, self._warm_up, self._record):
+            reason = None
+            try:
+                stage(cell, executor)
+            except Exception as error:
+                # What a failed capture leaves in the pool is unknown; take another one.
+                self._pool = None
+                reason = f"capture failed: {describe(error)}"
+            if not self._agree(reason is None):
+                return reason or "capture failed on another rank"
+        return None
+
+    def _prepare(self, cell: Cell, executor: Executor) -> None:
+        """All that a rank does alone."""
+        self.model(executor)
+        if self._pool is None:
+            self._pool = self._platform.graph_pool()
+        self.empty_inputs(cell.shape)
+
+    def _warm_up(self, cell: Cell, executor: Executor) -> None:
+        """Compile and tune kernels, and allocate workspaces, outside of the capture."""
+        with self._platform.capture_stream(), intercept(None):
+            self._computation.forward(cell.shape, self.model(executor))
+
+    def _record(self, cell: Cell, executor: Executor) -> None:
+        graph = SegmentedGraph(self._platform, self._pool)
+        graph.capture(
+            lambda: self._computation.forward(cell.shape, self.model(executor)),
+            "nowhere" if executor == "full" else "breaks",
+        )
         self._anchors.setdefault(id(graph.pool), graph)
         cell.graph = graph
         cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
         cell.info.bytes = graph.nbytes
-        return None
 
     def quarantine(self, cell: Cell, executor: Executor, reason: str) -> None:
         """The cell's graph is never replayed again."""

@@ -8,9 +8,13 @@ came back wrong. Such ops, break ops among them, are therefore called as they ar
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +28,58 @@ from torch.fx.passes.split_module import split_module
 from reprise.ops.registry import find
 from reprise.platforms.device_graph import launch
 
+logger = logging.getLogger(__name__)
+
 
 def keep_compiled_code() -> None:
     """Choose where compiled code is kept, so that a second start compiles nothing.
 
-    Call it before transformers is imported, which has the compiler choose a temporary directory.
+    A directory that cannot be written, the user's own choice too, is replaced by a temporary one:
+    importing the compiler makes it, and transformers imports the compiler though nothing is to be
+    compiled. Call it before.
     """
+    home = os.path.expanduser("~")
+    base = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    triton = os.environ.get("TRITON_HOME") or home
+    _keep("TORCHINDUCTOR_CACHE_DIR", f"{base}/reprise/inductor", always=True)
+    _keep("TRITON_CACHE_DIR", f"{triton}/.triton/cache", always=False)
+
+
+def _keep(variable: str, default: str, *, always: bool) -> None:
+    """Set the variable if its directory is to be replaced, or ``always``."""
+    wanted = os.environ.get(variable) or default
+    reason = _unwritable(Path(wanted))
+    if reason is not None:
+        used = tempfile.mkdtemp(prefix="reprise-")
+        atexit.register(_remove, used, os.getpid())
+        logger.warning(
+            "compiled code is kept in %s until the process ends, not in %s: %s (%s chooses)",
+            used,
+            wanted,
+            reason,
+            variable,
+        )
+        os.environ[variable] = used
+    elif always:
+        os.environ[variable] = wanted
+
+
+def _unwritable(directory: Path) -> str | None:
+    """Why no file can be made in the directory, which need not exist yet; None: one can."""
+    nearest = directory.absolute()
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    except RuntimeError:  # there is no home
-        return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/reprise/inductor")
+        while not nearest.exists():
+            nearest = nearest.parent
+    except OSError as error:
+        return f"{nearest}: {error.strerror}"
+    if not nearest.is_dir():
+        return f"{nearest} is not a directory"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written"
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a child of a fork
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:

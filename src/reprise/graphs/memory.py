@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from reprise.errors import describe
 from reprise.graphs.report import GraphMemory
 from reprise.graphs.runner import GraphRunner
 from reprise.graphs.shape import Phase, StepShape
@@ -24,6 +25,8 @@ def predict(runner: GraphRunner, free_memory: Callable[[], int] | None = None) -
     The allocator knows exactly by how much each capture made the shared pool grow; the second
     bucket stands for the rest. What a driver takes for a graph besides shows in the free memory
     alone: it is the mean over further captures of the second bucket, when all kernels are loaded.
+    Where the driver's numbers are of no use (``Platform.graph_memory`` is ``skip``) the
+    allocator's count is all there is.
     Never raises: a measurement that fails or lies is logged and left out.
 
     Args:
@@ -37,40 +40,50 @@ def predict(runner: GraphRunner, free_memory: Callable[[], int] | None = None) -
     platform = runner.platform
     if not runner.plan.captures:
         memory.note = "the plan captures no graphs"
+        logger.info("graph memory: none, %s", memory.note)
         return memory
     if platform.graph_memory != "measure":
-        memory.note = f"not measured: {platform.graph_memory_reason}"
-        logger.info("graph memory: %s", memory.note)
-        return memory
+        memory.note = f"the driver's part is not measured: {platform.graph_memory_reason}"
+        if not platform.counts_memory:
+            logger.info("graph memory: %s", memory.note)
+            return memory
     try:
-        total = platform.memory_info().total
-        measured = _measure(runner, free_memory or (lambda: platform.memory_info().free))
+        total, measured = _measure(runner, free_memory)
     except Exception as error:
-        memory.note = f"measurement failed: {type(error).__name__}: {error}"
+        memory.failed = True
+        memory.note = f"measurement failed: {describe(error)}"
         logger.warning("graph memory: %s; taken as 0", memory.note)
         return memory
     finally:
         runner.discard()
     pool = sum(each for each, _ in measured.values())
     driver = sum(each for _, each in measured.values())
+    doubt = None
     if any(each < 0 for _, each in measured.values()):
-        memory.note = "free memory grew during captures"
-    elif pool + driver > MOST * total:
-        memory.note = f"{pool + driver} bytes are not credible on a device of {total}"
-    if memory.note:
+        doubt = "free memory grew during captures"
+    elif total is not None and pool + driver > MOST * total:
+        doubt = f"{pool + driver} bytes are not credible on a device of {total}"
+    if doubt is not None:
         driver = 0
         measured = {shape: (each, 0) for shape, (each, _) in measured.items()}
-        logger.warning("graph memory: %s; only the pool is counted", memory.note)
+        memory.note = doubt
+        logger.warning("graph memory: %s; only the pool is counted", doubt)
     memory.predicted = pool + driver
     runner.predicted_bytes = {shape: sum(each) for shape, each in measured.items()}
-    logger.info("graph memory: %.1f MiB predicted", memory.predicted / 2**20)
+    note = f" ({memory.note})" if doubt is None and memory.note else ""
+    logger.info("graph memory: %.1f MiB predicted%s", memory.predicted / 2**20, note)
     return memory
 
 
 def _measure(
-    runner: GraphRunner, free_memory: Callable[[], int]
-) -> dict[StepShape, tuple[int, int]]:
-    """Bytes in the pool and in the driver, of every bucket."""
+    runner: GraphRunner, free_memory: Callable[[], int] | None
+) -> tuple[int | None, dict[StepShape, tuple[int, int]]]:
+    """Bytes of the device, None if its driver is not asked; and of every bucket, in the pool and
+    in the driver."""
+    platform = runner.platform
+    asks = platform.graph_memory == "measure"
+    total = platform.memory_info().total if asks else None
+    free_memory = free_memory or (lambda: platform.memory_info().free)
     pool: dict[Phase, list[int]] = {}
     driver: dict[Phase, int] = {}
     shapes = runner.shapes()
@@ -81,18 +94,18 @@ def _measure(
             if len(known) < 2:
                 known.append(runner.capture(shape).info.bytes)
                 seconds[shape.phase] = shape
-        for phase, shape in seconds.items():
-            before = _settled(runner.platform, free_memory)
+        for phase, shape in seconds.items() if asks else ():
+            before = _settled(platform, free_memory)
             # The runner forgets a cell that is captured again, but its graph must live on.
             cells = [runner.capture(shape) for _ in range(REPEATS)]
-            taken = before - _settled(runner.platform, free_memory)
+            taken = before - _settled(platform, free_memory)
             grown = sum(each.info.bytes for each in cells)
             driver[phase] = (taken - grown) // REPEATS
     costs: dict[StepShape, tuple[int, int]] = {}
     for shape in shapes:
         known = pool[shape.phase]
-        costs[shape] = (known.pop(0) if len(known) > 1 else known[0], driver[shape.phase])
-    return costs
+        costs[shape] = (known.pop(0) if len(known) > 1 else known[0], driver.get(shape.phase, 0))
+    return total, costs
 
 
 def _settled(platform: Platform, free_memory: Callable[[], int]) -> int:

@@ -119,7 +119,9 @@ def parse_plan(text: str) -> GraphPlan:
 def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:
     """Graph support of the break ops among ``used``, by ``"op (implementation)"``."""
     return {
-        f"{op.name} ({table.chosen[op.name].name})": table.chosen[op.name].graph_support
+        f"{op.name} ({table.chosen[op.name].name})": table.chosen[op.name].graph_support_on(
+            table.platform
+        )
         for op in used
         if op.break_op
     }

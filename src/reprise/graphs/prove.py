@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from reprise.errors import WeightsLostError
+from reprise.errors import WeightsLostError, describe
 from reprise.graphs.capture import Agree, Capturer, Cell, Progress
 from reprise.graphs.compare import copies, relative_difference, same_bits
 from reprise.graphs.computation import Computation, Probe
@@ -20,7 +21,7 @@ from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.regions import owned
 from reprise.graphs.shape import StepShape
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import Verdict, describe, examine
+from reprise.graphs.verify import Verdict, examine
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class Prover:
         began = time.perf_counter()
         verdict = self.compare(cell, probe, timed=timed)
         cell.info.check_seconds = time.perf_counter() - began
+        if not verdict.ran:
+            return f"probe {probe.name!r}: {verdict.told}"
         if self._agree(verdict.right):
             return None
         where = ""
@@ -174,10 +177,19 @@ class Prover:
         for model, bound in comparisons:
             try:
                 probe.fill()
+                pool = self._capturer.memory(cell.graph)
+            except Exception as error:
+                verdict = Verdict(error=f"it cannot be made: {describe(error)}")
+            # A rank that says no says so before the others wait for it in a collective.
+            if not self._agree(verdict.right):
+                return Verdict(
+                    error=verdict.error or "it cannot be made: on another rank", ran=False
+                )
+            try:
                 scope = Scope(self._computation.state(cell.shape).near(), NO_WEIGHTS)
                 verdict = examine(
                     self._computation, self._guard, cell.graph, cell.shape, probe.live, model,
-                    scope, bound=bound, pool=self._capturer.memory(cell.graph), keep=False,
+                    scope, bound=bound, pool=pool, keep=False,
                     synchronize=self._platform.synchronize if timed else None,
                 )  # fmt: skip
             except Exception as error:
@@ -347,11 +359,11 @@ class Prover:
         )  # fmt: skip
 
     def blind_inputs(self, cells: list[Cell]) -> list[str]:
-        """Inputs to which no probe of the phase's first cell gives a new value."""
+        """Inputs to which no probe of the phase's first graph gives a new value."""
         blind: list[str] = []
         phases: set[str] = set()
         for cell in cells:
-            if cell.shape.phase in phases or not cell.probes:
+            if cell.shape.phase in phases or cell.graph is None:
                 continue
             phases.add(cell.shape.phase)
             self._capturer.empty_inputs(cell.shape)
@@ -361,7 +373,8 @@ class Prover:
             for probe in cell.probes:
                 if not unchanged:
                     break
-                probe.fill()
+                with contextlib.suppress(Exception):  # one that time did not allow before
+                    probe.fill()
                 unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
             blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
         if blind:

@@ -80,6 +80,8 @@ class GraphMemory:
     """Free memory before all captures minus after; None: not measured."""
     note: str = ""
     """Why there is no prediction, or what was wrong with it."""
+    failed: bool = False
+    """The measurement raised; the device may be unusable since."""
 
 
 @dataclass

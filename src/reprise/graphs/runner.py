@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
-from reprise.errors import GraphReplayError
+from reprise.errors import GraphReplayError, describe
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import Agree, Capturer, Cell, Key, Progress
@@ -24,7 +24,7 @@ from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.shape import PHASES, StepShape
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import Verdict, VerifyMode, describe, examine
+from reprise.graphs.verify import Verdict, VerifyMode, examine
 from reprise.ops.registry import Implementation, Op, OpTable, intercept
 from reprise.platforms import Platform
 
@@ -196,8 +196,8 @@ class GraphRunner:
                     progress("capture graphs", done + 1, len(shapes))
             self.platform.synchronize()
             self._capture_seconds = time.perf_counter() - started
-            if free is not None:
-                self.memory.actual = max(0, free - (self._free_memory() or 0))
+            if free is not None and (left := self._free_memory()) is not None:
+                self.memory.actual = max(0, free - left)
             if self.verify.startup:
                 started = time.perf_counter()
                 with timeline.phase("verify"):
@@ -221,19 +221,22 @@ class GraphRunner:
         """Forget all graphs and give their memory back."""
         self.cells.clear()
         self._start_capturing()
-        self.platform.synchronize()
-        self.platform.empty_cache()
+        try:
+            self.platform.synchronize()
+            self.platform.empty_cache()
+        except Exception as error:  # if the device is lost, the next step says so
+            logger.warning("graph memory: not given back (%s)", describe(error))
 
     def _free_memory(self) -> int | None:
         """Free bytes, for the report alone; None where they cannot be measured."""
         if self.platform.graph_memory != "measure":
             return None
-        self.platform.synchronize()
-        self.platform.empty_cache()
         try:
+            self.platform.synchronize()
+            self.platform.empty_cache()
             return self.platform.memory_info().free
         except Exception as error:
-            logger.warning("graph memory: not measured (%s: %s)", type(error).__name__, error)
+            logger.warning("graph memory: not measured (%s)", describe(error))
             return None
 
     def _log_summary(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.errors import ConfigError
+from reprise.errors import ConfigError, describe
 from reprise.graphs.compare import Difference, copies, difference, differs, poison, poison_memory
 from reprise.graphs.computation import Computation, State
 from reprise.graphs.guard import Before, Change, Guard, Scope
@@ -66,6 +66,8 @@ class Verdict:
     """Memory that the replay changed and may not change."""
     error: str | None = None
     """Why there was nothing to compare."""
+    ran: bool = True
+    """There was a replay."""
     replay_seconds: float | None = None
     """None: not measured."""
 
@@ -158,12 +160,6 @@ def _timed(run: Callable[[], None], synchronize: Callable[[], None] | None) -> f
     run()
     synchronize()
     return time.perf_counter() - began
-
-
-def describe(error: Exception) -> str:
-    """Its type and the first line of its message."""
-    lines = [each for each in str(error).splitlines() if each.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"
 
 
 def memory_of_ops(table: OpTable) -> dict[str, Tensor]:

@@ -11,20 +11,26 @@ import contextlib
 import contextvars
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from reprise import platforms
-from reprise.errors import OpError
+from reprise.errors import OpError, describe
 from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
 
 GraphSupport = Literal["never", "single_token_decode", "uniform_batch", "always"]
 """In which steps a break op's implementation may run inside a graph. ``never``: in none;
 ``single_token_decode``: when each request has one new token; ``uniform_batch``: when all requests
 have the same number of new tokens; ``always``: in any step."""
+
+GraphSupportOn = GraphSupport | Callable[[Platform], GraphSupport]
+"""The same everywhere, or by platform."""
 
 Requirement = Callable[[Platform], str | None]
 """Returns None if the implementation runs on the platform, else the reason why not."""
@@ -57,7 +63,7 @@ def needs_triton(platform: Platform) -> str | None:
 
 @dataclass
 class Implementation:
-    """One way to compute an op; its function is imported when it is first called."""
+    """One way to compute an op; its function is imported when a table considers it."""
 
     op: str
     name: str
@@ -69,10 +75,43 @@ class Implementation:
     same each time. Breakable graphs call break ops that way.
     """
     requires: Requirement = runs_anywhere
-    graph_support: GraphSupport = "always"
+    graph_support: GraphSupportOn = "always"
     error: float | None = None
     """None: the same inputs give the same bits. Else the largest difference between two calls of
     the same inputs, relative to the largest magnitude in a row of the result."""
+    import_failure: str | None = field(default=None, init=False)
+    """Why its function cannot be had, once that was tried."""
+
+    def unusable(self, platform: Platform) -> str | None:
+        """Why it cannot run on the platform; None: it can, and its function is imported."""
+        try:
+            reason = self.requires(platform)
+        except Exception as error:
+            return f"its requirement fails: {describe(error)}"
+        if reason is not None:
+            return reason
+        if self.import_failure is None:
+            try:
+                self.function  # noqa: B018 - imports
+            except Exception as error:  # a module may raise anything
+                self.import_failure = f"it cannot be imported: {describe(error)}"
+                logger.warning("op %s: %s is skipped, %s", self.op, self.name, self.import_failure)
+        return self.import_failure
+
+    def graph_support_on(self, platform: Platform) -> GraphSupport:
+        """In which steps it may run inside a graph of the platform.
+
+        Raises:
+            OpError: What it declares is no level of support.
+        """
+        declared = self.graph_support
+        level = declared(platform) if callable(declared) else declared
+        if level not in get_args(GraphSupport):
+            raise OpError(
+                f"op {self.op!r}: graph_support={level!r} of {self.name!r} must be one of "
+                f"{', '.join(get_args(GraphSupport))}"
+            )
+        return level
 
     @property
     def compiles(self) -> bool:
@@ -84,7 +123,8 @@ class Implementation:
         if isinstance(self.target, str):
             module, _, attribute = self.target.partition(":")
             self.target = getattr(importlib.import_module(module), attribute)
-        assert callable(self.target)
+        if not callable(self.target):
+            raise TypeError(f"{self.target!r} is no function")
         return self.target
 
 
@@ -113,7 +153,7 @@ class Op:
         target: str | Callable[..., Any],
         *,
         requires: Requirement = runs_anywhere,
-        graph_support: GraphSupport = "always",
+        graph_support: GraphSupportOn = "always",
         error: float | None = None,
     ) -> None:
         """Add a way to compute this op.
@@ -122,7 +162,8 @@ class Op:
             name: How ``--op NAME=IMPL`` and ``Platform.preferred`` call it.
             target: A function with the op's signature, or ``"module:function"`` to import late.
             requires: Says whether a platform can run it.
-            graph_support: For break ops, the steps in which it may be captured.
+            graph_support: For break ops, the steps in which it may be captured; may be a function
+                of the platform.
             error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
         """
         if name in self.implementations:
@@ -135,7 +176,8 @@ class Op:
         """The implementation to use on ``platform``.
 
         Raises:
-            OpError: ``override`` names none, or one that this platform cannot run.
+            OpError: ``override`` names none, or one that this platform cannot run or that does
+                not import.
         """
         if override is not None:
             chosen = self.implementations.get(override)
@@ -144,14 +186,14 @@ class Op:
                     f"op {self.name!r} has no implementation {override!r}; "
                     f"it has: {', '.join(self.implementations)}"
                 )
-            reason = chosen.requires(platform)
+            reason = chosen.unusable(platform)
             if reason is not None:
                 raise OpError(f"--op {self.name}={override}: {reason} ({platform.name})")
             return chosen
         order = platform.preferred.get(self.name, platform.preferred.get("*", ()))
         for name in (*order, "reference"):
             candidate = self.implementations.get(name)
-            if candidate is not None and candidate.requires(platform) is None:
+            if candidate is not None and candidate.unusable(platform) is None:
                 return candidate
         raise OpError(f"op {self.name!r} has no implementation for platform {platform.name!r}")
 
@@ -164,7 +206,7 @@ def op(
     break_op: bool = False,
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
-    graph_support: GraphSupport | None = None,
+    graph_support: GraphSupportOn | None = None,
 ) -> Op:
     """Declare an op. Its reference implementation's signature becomes its schema.
 
@@ -271,7 +313,7 @@ class OpTable:
 
 
 class _LateFunctions(dict[str, Callable[..., Any]]):
-    """Op name to function; imports an implementation's module when it is first called."""
+    """Op name to function; chooses for ops that were declared after the table was made."""
 
     def __init__(self, table: OpTable) -> None:
         super().__init__()

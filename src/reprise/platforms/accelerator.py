@@ -29,7 +29,6 @@ class AcceleratorPlatform(Platform):
     priority: ClassVar[int] = 100
     pins_memory: ClassVar[bool] = True
     graphs_by_default: ClassVar[bool] = True
-    supports_aux_streams: ClassVar[bool] = True
     asynchronous: ClassVar[bool] = True
     counts_memory: ClassVar[bool] = True
     preferred: ClassVar = {"*": ("triton", "torch", "reference")}

@@ -98,8 +98,9 @@ class Platform(ABC):
     graphs_by_default: ClassVar[bool] = False
     """Whether ``graph_mode=auto`` captures graphs."""
     graph_memory: ClassVar[Literal["measure", "skip"]] = "skip"
+    """Whether the driver's free memory tells what graphs take. ``skip``: reserve what the
+    allocator counts, where it does (``counts_memory``)."""
     graph_memory_reason: ClassVar[str] = "the platform captures no graphs"
-    supports_aux_streams: ClassVar[bool] = False
     pins_memory: ClassVar[bool] = False
     """Host memory may be page-locked, so that copies to the device are asynchronous."""
     fp8_dtype: ClassVar[torch.dtype | None] = None

@@ -187,6 +187,8 @@ class AcceleratorGraph(DeviceGraph):
             wanted = {"pool": pool, "capture_error_mode": "thread_local"}
             self._begin_arguments = {k: v for k, v in wanted.items() if k in known}
         self._nbytes = 0
+        self._reserved: int | None = None
+        """Before the capture."""
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +202,7 @@ class AcceleratorGraph(DeviceGraph):
         return self._platform.capture_stream()
 
     def _begin(self) -> None:
-        self._nbytes = -self._platform.memory_reserved()
+        self._reserved = self._memory_reserved()
         self._graph.capture_begin(**self._begin_arguments)
 
     def _end(self) -> None:
@@ -217,7 +219,14 @@ class AcceleratorGraph(DeviceGraph):
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
-        self._nbytes = max(0, self._nbytes + self._platform.memory_reserved())
+        before, after = self._reserved, self._memory_reserved()
+        self._nbytes = 0 if before is None or after is None else max(0, after - before)
+
+    def _memory_reserved(self) -> int | None:
+        try:
+            return self._platform.memory_reserved()
+        except Exception:  # a count for people: no graph is refused for want of it
+            return None
 
     def _replay(self) -> None:
         self._graph.replay()

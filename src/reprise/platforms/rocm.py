@@ -14,8 +14,8 @@ class RocmPlatform(AcceleratorPlatform):
     visible_devices_variable = "HIP_VISIBLE_DEVICES"
     triton_backend = "amd"
     graph_class = "CUDAGraph"
-    graph_memory = "measure"
-    graph_memory_reason = "mem_get_info reports what the driver gives to graphs"
+    graph_memory = "skip"
+    graph_memory_reason = "no conformance record shows that HIP's free memory heeds captures"
     fp8_dtype = torch.float8_e4m3fnuz
 
     @classmethod

@@ -8,7 +8,7 @@ import math
 import torch
 
 from reprise.config import EngineConfig
-from reprise.errors import CapacityError
+from reprise.errors import CapacityError, PlatformError, describe
 from reprise.layers import CausalLM
 from reprise.platforms import Platform
 
@@ -33,6 +33,7 @@ def plan_blocks(
 
     Raises:
         CapacityError: Not even a request of one block fits.
+        PlatformError: The device does not tell its memory.
     """
     most_useful = math.ceil(max_model_len / block_size) * config.max_num_seqs + 1
     if config.num_blocks is not None:
@@ -40,7 +41,13 @@ def plan_blocks(
     elif config.kv_cache_memory_bytes is not None:
         blocks, reason = config.kv_cache_memory_bytes // bytes_per_block, "kv_cache_memory_bytes"
     else:
-        budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
+        try:
+            budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
+        except Exception as error:  # drivers fail with errors of many types
+            raise PlatformError(
+                f"the memory of {platform.device} cannot be measured ({describe(error)}); "
+                "say how large the KV cache is to be with num_blocks or kv_cache_memory_bytes"
+            ) from error
         blocks = budget // bytes_per_block
         reason = platform.cache_reason(config.gpu_memory_utilization)
     if blocks < 2:
@@ -102,7 +109,7 @@ def allocate_cache(
     except (MemoryError, RuntimeError) as error:
         raise CapacityError(
             f"a KV cache of {num_blocks} blocks, {sum(sizes) * dtype.itemsize / 2**30:.2f} GiB, "
-            f"does not fit ({str(error).splitlines()[0]}); lower num_blocks, "
+            f"does not fit ({describe(error)}); lower num_blocks, "
             "kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
     for layer, shape, part in zip(layers, shapes, parts, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from reprise import models, ops, timeline
 from reprise.config import EngineConfig
-from reprise.errors import ModelError
+from reprise.errors import ModelError, PlatformError, RepriseError, describe
 from reprise.graphs import (
     GraphRunner,
     StepShape,
@@ -96,20 +97,11 @@ class ModelRunner:
             with timeline.phase("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
-                if config.graph_memory_profile == "auto":
-                    activation_bytes += predict(self.graphs).predicted or 0
-            bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
-            self.num_blocks = plan_blocks(
-                config, platform, bytes_per_block, self.block_size, wanted_len, activation_bytes
-            )
-            self.max_model_len = fit_model_len(
-                config.max_model_len, wanted_len, self.num_blocks, self.block_size
-            )
-            with timeline.phase("cache"):
-                allocate_cache(self.model, self.num_blocks, self.block_size, self.dtype, platform)
-            self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
-            with timeline.phase("capture"):
-                self._capture_graphs()
+                activation_bytes += self._predict_graphs()
+            with self._after_prediction():
+                self._make_cache(wanted_len, activation_bytes)
+                with timeline.phase("capture"):
+                    self._capture_graphs()
         self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
         self.forward_pass.beside = self.sampler.memory
         self._checkpoint = checkpoint.path
@@ -205,6 +197,41 @@ class ModelRunner:
             verify=parse_verify(config.graph_verify),
         )
 
+    def _predict_graphs(self) -> int:
+        """Bytes to keep free for graphs."""
+        if self.config.graph_memory_profile == "off":
+            self.graphs.memory.note = "not predicted: graph_memory_profile=off"
+            return 0
+        return predict(self.graphs).predicted or 0
+
+    @contextlib.contextmanager
+    def _after_prediction(self) -> Iterator[None]:
+        """What fails in the ``with`` block may fail because predicting spoiled the device."""
+        try:
+            yield
+        except Exception as error:
+            if not self.graphs.memory.failed:
+                raise
+            kind = type(error) if isinstance(error, RepriseError) else PlatformError
+            raise kind(
+                f"{error}; before, the prediction of graph memory failed "
+                f"({self.graphs.memory.note}): start with --graph-memory-profile off "
+                "(graph_memory_profile='off') to leave it out"
+            ) from error
+
+    def _make_cache(self, wanted_len: int, reserved_bytes: int) -> None:
+        config, platform = self.config, self.platform
+        bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
+        self.num_blocks = plan_blocks(
+            config, platform, bytes_per_block, self.block_size, wanted_len, reserved_bytes
+        )
+        self.max_model_len = fit_model_len(
+            config.max_model_len, wanted_len, self.num_blocks, self.block_size
+        )
+        with timeline.phase("cache"):
+            allocate_cache(self.model, self.num_blocks, self.block_size, self.dtype, platform)
+        self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
+
     def _capture_graphs(self) -> None:
         with progress("graphs", 0) as bar:
             self.graphs.capture_all(bar.show)
@@ -233,10 +260,11 @@ class ModelRunner:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""
         if not self.platform.counts_memory:
             return 0
-        self.platform.synchronize()
-        self.platform.reset_peak_memory()
-        before = self.platform.memory_allocated()
+        peak = 0
         try:
+            self.platform.synchronize()
+            self.platform.reset_peak_memory()
+            before = self.platform.memory_allocated()
             with self.ops.activate():
                 tokens, requests = self.max_tokens, self.config.max_num_seqs
                 self.forward_pass.forward(StepShape.mixed(tokens, requests))
@@ -245,10 +273,9 @@ class ModelRunner:
                 del logits
             self.platform.synchronize()
             peak = self.platform.peak_memory_allocated() - before
-        except RuntimeError as error:
-            peak = 0
-            logger.warning("activation memory could not be measured (%s); assuming none", error)
-        self.platform.empty_cache()
+            self.platform.empty_cache()
+        except Exception as error:  # drivers fail with errors of many types
+            logger.warning("activation memory could not be measured (%s)", describe(error))
         logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self.max_tokens)
         return peak
 

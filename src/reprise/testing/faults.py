@@ -168,7 +168,7 @@ class SideStreamRace(Fault):
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if not platform.supports_aux_streams:
+        if not platform.asynchronous:
             return "the platform has one order of work"
         return super().inexpressible(op, executor, platform)
 

@@ -44,8 +44,8 @@ def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
                 "mutates": list(op.mutates),
                 "implementations": {
                     each.name: {
-                        "unusable": each.requires(platform),
-                        "graph_support": each.graph_support,
+                        "unusable": each.unusable(platform),
+                        "graph_support": each.graph_support_on(platform),
                         "error": each.error,
                     }
                     for each in op.implementations.values()

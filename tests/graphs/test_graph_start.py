@@ -1,0 +1,107 @@
+"""Start-up of graphs when something beside the graphs themselves fails."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import Toy
+
+from reprise.graphs import StepShape
+
+WAIT = 20
+"""Seconds; ranks that meet need a hundredth of it."""
+
+
+@pytest.mark.parametrize("what", ["fill", "graph_pool_memory"])
+def test_a_probe_that_cannot_be_made_refuses_the_graph(toy, make_runner, monkeypatch, what):
+    def fail(*_):
+        raise ValueError("no such block")
+
+    if what == "fill":
+        probes = toy.probes
+        toy.probes = lambda *what: [replace(each, fill=fail) for each in probes(*what)]
+    else:
+        monkeypatch.setattr(type(toy.platform), "graph_pool_memory", fail)
+    runner = make_runner(toy, "full", decode=(2,), mixed=())
+    runner.capture_all()
+    (info,) = runner.report().graphs
+    assert (info.executor, info.verified) == ("none", False)
+    assert "cannot be made: ValueError: no such block" in info.quarantined
+    toy.fill(StepShape.decode(2), 1)
+    assert torch.equal(runner.run(StepShape.decode(2)), toy.eager(StepShape.decode(2)))
+
+
+class Ranks:
+    """Two ranks in threads: a vote and a collective wait for both, and fail if one never comes."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2)
+        self.lock = threading.Lock()
+        self.votes = []
+
+    def agree(self, ok):
+        with self.lock:
+            self.votes.append(ok)
+        self.barrier.wait(WAIT)
+        verdict = all(self.votes[-2:])
+        self.barrier.wait(WAIT)
+        return verdict
+
+    def collective(self):
+        self.barrier.wait(WAIT)
+
+
+@pytest.mark.parametrize("failing", ["graph_pool", "pad", "eager pass", "fill"])
+def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkeypatch, failing):
+    """Wherever one rank raises at start-up, both get the same executors and both end."""
+    ranks = Ranks()
+    toys = [Toy(platform) for _ in range(2)]
+    broken = toys[1]
+    runners = [
+        make_runner(toy, "full", decode=(2,), mixed=(), agree=ranks.agree, used=[]) for toy in toys
+    ]
+
+    def fail(*_):
+        raise ValueError("only here")
+
+    for toy in toys:
+        model = toy.model
+
+        def computes(tokens, positions, meta, model=model):
+            ranks.collective()
+            return model(tokens, positions, meta)
+
+        computes.layers = model.layers
+        toy.model = computes
+    if failing == "graph_pool":
+
+        class Broken(type(platform)):
+            graph_pool = fail
+
+        runners[1].capturer._platform = Broken()
+    elif failing == "pad":
+        broken.pad = fail
+    elif failing == "eager pass":
+        forward, calls = broken.forward, []
+
+        def forward_once(shape, model):
+            forward(shape, model)
+            calls.append(shape)
+            if len(calls) == 1:
+                fail()
+
+        broken.forward = forward_once
+    else:
+        probes = broken.probes
+        broken.probes = lambda *what: [replace(each, fill=fail) for each in probes(*what)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(each.capture_all) for each in runners]:
+            done.result(2 * WAIT)
+    mine, other = (each.report().graphs[0] for each in runners)
+    assert mine.executor == other.executor != "full"
+    assert "another rank" in mine.quarantined
+    assert "only here" in other.quarantined

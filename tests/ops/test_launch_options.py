@@ -1,0 +1,64 @@
+"""How kernels are launched on each platform: no option that its Triton backend does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from reprise.ops import OpTable, triton_util
+from reprise.platforms import _BUILT_IN, load
+
+IN_ORDER = {"EARLY": False}
+EARLY = {"EARLY": True, "launch_pdl": True}
+CASES: list[tuple[str, tuple[int, int] | None, Mapping[str, bool]]] = [
+    ("cpu", None, IN_ORDER),
+    ("xpu", None, IN_ORDER),
+    ("rocm", (9, 4), IN_ORDER),
+    ("rocm", (12, 0), IN_ORDER),
+    ("cuda", (8, 0), IN_ORDER),
+    ("cuda", (8, 9), IN_ORDER),
+    ("cuda", (9, 0), EARLY),
+    ("cuda", (12, 0), EARLY),
+]
+"""Platform, what its driver calls the device's capability, options."""
+
+
+def test_every_platform_has_a_case() -> None:
+    assert {name for name, _, _ in CASES} == set(_BUILT_IN)
+
+
+@pytest.mark.parametrize(("name", "capability", "options"), CASES)
+def test_launch_options(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: Any, options: Mapping[str, bool]
+) -> None:
+    class Device(load(name)):  # type: ignore[misc]
+        has_triton = False  # nothing is compiled here
+
+        @classmethod
+        def module(cls) -> Any:
+            class Module:
+                @staticmethod
+                def get_device_capability(index: int) -> Any:
+                    return capability
+
+            return Module
+
+    monkeypatch.setattr(triton_util, "INTERPRETED", False)
+    with OpTable(Device()).activate():
+        assert triton_util.launch_options() == options
+
+
+def test_launch_options_outside_an_engine_and_under_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Device(load("cuda")):  # type: ignore[misc]
+        has_triton = False
+        supports_pdl = True
+
+    monkeypatch.setattr(triton_util, "INTERPRETED", False)
+    assert triton_util.launch_options() == IN_ORDER
+    monkeypatch.setattr(triton_util, "INTERPRETED", True)
+    with OpTable(Device()).activate():
+        assert triton_util.launch_options() == IN_ORDER
