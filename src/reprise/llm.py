@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from reprise.config import EngineConfig
 from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt, split_prompts
@@ -18,7 +21,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate. Threads may share one: their calls take turns.
 
     Args:
         model: Local directory, Hugging Face id, or None for the bundled demo model.
@@ -31,6 +34,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
         self._ids = itertools.count()
+        self._lock = threading.RLock()
 
     def generate(
         self,
@@ -60,17 +64,18 @@ class LLM:
         params = _one_each("sampling_params", sampling_params, SamplingParams, len(inputs))
         priorities = _one_each("priority", priority or 0, int, len(inputs))
         groups: list[CompletionGroup] = []
-        try:
-            for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
-                groups.append(self.engine.add(f"{next(self._ids)}", prompt, each, urgency))
-            self._run(groups, use_tqdm)
-        except RepriseError:
-            self.engine.abort([each.request_id for each in groups])
-            raise
-        except BaseException:
-            self.engine.start_over()
-            raise
-        return [each.output() for each in groups]
+        with self._lock:
+            try:
+                for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
+                    groups.append(self.engine.add(f"{next(self._ids)}", prompt, each, urgency))
+                self._run(groups, use_tqdm)
+            except RepriseError:
+                self.engine.abort([each.request_id for each in groups])
+                raise
+            except BaseException:
+                self.engine.start_over()
+                raise
+            return [each.output() for each in groups]
 
     def chat(
         self,
@@ -127,7 +132,27 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.engine.scheduler.reset_prefix_cache()
+        with self._lock:
+            self.engine.scheduler.reset_prefix_cache()
+
+    def update_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights while the model stands ready, as in reinforcement learning.
+
+        They are copied into the memory that the old ones had, so graphs stay valid; cached
+        prefixes are forgotten. Weights that are not given keep their values.
+
+        Args:
+            weights: By the name that a checkpoint has for each, as
+                ``transformers_model.state_dict()`` gives them. Shapes are the checkpoint's;
+                dtypes of floating point numbers are converted. On any device.
+
+        Raises:
+            LoadError: Names, shapes or dtypes do not fit: all of them are listed, and nothing was
+                changed. Or a copy failed: then it has to be made good by a further call before
+                anything is generated.
+        """
+        with self._lock:
+            self.engine.update_weights(weights)
 
     def graph_report(self) -> GraphReport:
         """The resolved graph plan, and what is known of every captured graph."""

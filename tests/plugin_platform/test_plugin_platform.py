@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,46 @@ def test_asking_for_graphs_that_it_has_not(
         llm = make_llm(model, toy, max_num_seqs=2, graph_mode="full")
     assert "decode: full -> none (platform toy has no device graphs)" in caplog.text
     assert model.is_greedy(prompt, generate(llm, [prompt], greedy(9))[0])
+
+
+def test_graphs_of_a_plug_in(toy: str, tiny: TinyModels, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is asked for: its data says that it captures, and that its memory can be measured."""
+    model = tiny("qwen3")
+    options = {"graph_mode": "auto", "graph_buckets": "decode=1,2,4;mixed=8,32"}
+    llm = make_llm(model, f"{toy}-graphs", max_num_seqs=4, graph_verify="canary:2", **options)
+    report = llm.graph_report()
+    assert report.plan == {"decode": "full", "mixed": "breakable"}
+    assert all(each.verified and each.quarantined is None for each in report.graphs)
+    assert report.memory.note == ""
+    assert report.memory.predicted == pytest.approx(report.memory.actual, rel=0.3)
+    before = llm.engine.platform.num_replays
+    prompts = [random_ids(n, 5 * n) for n in range(1, 8)]
+    for prompt, output in zip(prompts, generate(llm, prompts, greedy(20)), strict=True):
+        assert model.is_greedy(prompt, output)
+    report = llm.graph_report()
+    assert llm.engine.platform.num_replays > before
+    assert report.replays > 20
+    assert report.canary_failures == 0
+
+
+def test_the_suites_graph_tests_pass_on_it(installed: Path) -> None:
+    """As its maker would run them: ``pytest --device toy-graphs``."""
+    tests = PACKAGE.parent
+    command = [
+        sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
+        "--device", "toy-graphs", "-k", "not compiled and not demo and not llama and not lies",
+        str(tests / "graphs" / "test_graph_runner.py"),
+        str(tests / "engine" / "test_graph_executors.py"),
+    ]  # fmt: skip
+    paths = [str(installed), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in paths if each)}
+    done = subprocess.run(
+        command, env=variables, cwd=tests.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 30
 
 
 def test_a_plug_in_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

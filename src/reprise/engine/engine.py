@@ -17,9 +17,9 @@ from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
-from reprise.errors import ConfigError, GraphReplayError, RequestError
+from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
 from reprise.graphs import keep_compiled_code
-from reprise.loading import open_checkpoint
+from reprise.loading import NamedTensors, open_checkpoint, plan_update, update_weights
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
@@ -104,6 +104,8 @@ class Engine:
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
         self._num_added = 0
+        self._half_updated: set[str] = set()
+        """Weights that may be neither old nor new, since replacing them was interrupted."""
         self._failed_replays = 0
         """Since the last step that succeeded."""
         self.wait_seconds = 0.0
@@ -149,7 +151,13 @@ class Engine:
         Raises:
             RequestError: The prompt or the parameters are invalid.
             CapacityError: The prompt is longer than the context or the cache.
+            LoadError: :meth:`update_weights` was interrupted.
         """
+        if self._half_updated:
+            raise LoadError(
+                f"update_weights was interrupted: {', '.join(sorted(self._half_updated))} may be "
+                "half replaced; call it again with them"
+            )
         if request_id in self._groups:
             raise RequestError(f"request_id={request_id!r} is already running; give a new one")
         params = self.default_sampling_params() if params is None else params
@@ -268,6 +276,27 @@ class Engine:
                 ", ".join(map(str, sorted(damage.units))),
                 ", ".join(owners) or "no running request",
             )
+
+    def update_weights(self, weights: NamedTensors) -> None:
+        """Replace values of the model's parameters in place and forget all cached prefixes.
+
+        Raises:
+            RequestError: Requests are unfinished: they would be computed with both.
+            LoadError: Weights do not fit, then nothing has changed; or one could not be copied.
+                No request is accepted then until it has been replaced.
+        """
+        if self.has_work:
+            raise RequestError(
+                f"update_weights while {len(self._groups)} request(s) are running: wait for them, "
+                "or abort them"
+            )
+        self.platform.activate()
+        copies = plan_update(self.runner.model, weights)
+        self.scheduler.reset_prefix_cache()
+        self._half_updated |= copies.keys()
+        update_weights(copies, self.platform)
+        self._half_updated -= copies.keys()
+        self.runner.weights_replaced()
 
     def start_over(self) -> None:
         """Abort everything, in whatever state an exception left it, and be ready for requests."""

@@ -256,7 +256,8 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         pool = self.cache.pool
         return SchedulerStats(
-            num_running=len(self._live_running()),
+            # Read alone: another thread than the engine's may ask.
+            num_running=sum(each.finish_reason is None for each in self._running),
             num_waiting=len(self._waiting),
             num_blocks_used=pool.num_used,
             num_blocks=pool.num_blocks - 1,

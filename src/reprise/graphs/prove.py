@@ -241,12 +241,16 @@ class Prover:
         found = self._guard.wrong_weights() if wrong is None else wrong
         if not found:
             return
-        self._computation.mend(found)
-        still = self._guard.wrong_weights()
+        reason, still = "they are wrong after it", found
+        try:
+            self._computation.mend(found)
+            still = self._guard.wrong_weights()
+        except Exception as error:
+            reason = describe(error)
         if still:
             raise WeightsLostError(
-                f"a graph has changed {', '.join(still)} and loading them again did not help: "
-                "start the engine anew, with graph_mode='none' if it happens again"
+                f"a graph has changed {', '.join(still)} and loading them again did not help "
+                f"({reason}): start the engine anew, with graph_mode='none' if it happens again"
             )
         logger.warning("loaded again, since a graph had changed them: %s", ", ".join(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from reprise.platforms import Platform
 from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
+
+NO_FIT = "the checkpoint does not fit the model"
+NOT_TIED = "not equal to what the config ties it to"
 
 
 def load_weights(
@@ -111,10 +114,16 @@ def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None
     unexpected: list[str] = []
     misshapen: list[str] = []
     different: list[str] = []
+    misfits: dict[str, Collection[str]] = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        NOT_TIED: different,
+    }
     copies: dict[str, Copy] = {}
     stored = _stored_tensors(files)
     for name in missing - stored.keys():
-        alias = _alias(name, targets[name], parameters)
+        alias = tied_name(name, targets[name], parameters)
         if alias in stored:
             stored[name] = stored.pop(alias)
     for name, (file, source) in stored.items():
@@ -132,19 +141,19 @@ def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None
                 continue
             target = torch.empty_like(parameters[name])
         else:
-            if not _is_computed(name):
+            if not is_computed(name):
                 unexpected.append(name)
             continue
         copies[name] = Copy(f"{name} of {file}", source, target)
     if missing or unexpected or misshapen:
-        _report(missing, unexpected, misshapen, different)
+        refuse_misfits(NO_FIT, misfits)
     transfer(list(copies.values()), platform)
     different += [
         name
         for name, copy in copies.items()
         if name not in targets and not torch.equal(copy.target, parameters[name])
     ]
-    _report(missing, unexpected, misshapen, different)
+    refuse_misfits(NO_FIT, misfits)
 
 
 def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
@@ -167,7 +176,7 @@ def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
     return stored
 
 
-def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
+def tied_name(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
     """Another name that a checkpoint may have for a tied parameter: it stores one of them."""
     for other, parameter in parameters.items():
         same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
@@ -176,23 +185,17 @@ def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str |
     return None
 
 
-def _is_computed(name: str) -> bool:
+def is_computed(name: str) -> bool:
     """Buffers that old checkpoints store although they follow from the config."""
     return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
 
 
-def _report(
-    missing: set[str], unexpected: list[str], misshapen: list[str], different: list[str]
-) -> None:
+def refuse_misfits(what: str, misfits: Mapping[str, Collection[str]]) -> None:
+    """Raise a LoadError that lists all tensors that do not fit, by kind, if there are any."""
     problems = [
         f"{kind} ({len(names)}): {', '.join(sorted(names))}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape", misshapen),
-            ("not equal to what the config ties it to", different),
-        )
+        for kind, names in misfits.items()
         if names
     ]
     if problems:
-        raise LoadError("the checkpoint does not fit the model; " + "; ".join(problems))
+        raise LoadError(f"{what}; " + "; ".join(problems))

@@ -146,6 +146,11 @@ class ModelRunner:
         self.sampler.forget()
         self._last_sampled = None
 
+    def weights_replaced(self) -> None:
+        """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
+        self.forward_pass.reload = None
+        self.graphs.weights_changed()
+
     def _reload(self, weights: Sequence[str]) -> None:
         """Load the model's parameters again, and what it computes from the config."""
         logger.warning("loading the weights again: %s were changed", ", ".join(weights))

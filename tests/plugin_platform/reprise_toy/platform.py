@@ -10,7 +10,6 @@ import torch
 from reprise.platforms import Adjustment, MemoryInfo, Platform
 
 MEMORY = 1 << 28
-MOST_REQUESTS = 4
 
 
 class ToyPlatform(Platform):
@@ -19,6 +18,7 @@ class ToyPlatform(Platform):
     priority = -1
     default_block_size = 8
     default_batched_tokens = 64
+    most_requests = 4
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -35,10 +35,12 @@ class ToyPlatform(Platform):
         return MemoryInfo(free=MEMORY, total=MEMORY)
 
     def check_config(self, config: Any) -> tuple[Any, list[Adjustment]]:
-        if config.max_num_seqs <= MOST_REQUESTS:
+        if config.max_num_seqs <= self.most_requests:
             return config, []
-        change = Adjustment("max_num_seqs", config.max_num_seqs, MOST_REQUESTS, "a toy is small")
-        return config.replace(max_num_seqs=MOST_REQUESTS), [change]
+        change = Adjustment(
+            "max_num_seqs", config.max_num_seqs, self.most_requests, "a toy is small"
+        )
+        return config.replace(max_num_seqs=self.most_requests), [change]
 
     # Its calls return when their work is done: there is no order of work to manage.
 
