@@ -18,8 +18,8 @@ BACKGROUND_SHARE = 0.004
 """Of the time of replays, for canaries of steps that are trusted already."""
 UNPROVEN_SHARE = 0.005
 WINDOW_SECONDS = 60.0
-"""Canaries of unproven kinds may take that share of this time; together with those above they
-cost less than 1 %."""
+"""Canaries of unproven kinds may take that share of the last so many seconds; together with those
+above they cost less than 1 %."""
 
 
 class CanaryPolicy:
@@ -43,6 +43,7 @@ class CanaryPolicy:
         self._left: dict[object, int] = {}
         self._random: dict[object, random.Random] = {}
         self._spent: deque[tuple[float, float]] = deque()
+        self._began: float | None = None
 
     @property
     def checks_kinds(self) -> bool:
@@ -87,10 +88,13 @@ class CanaryPolicy:
 
     def may_meet(self) -> bool:
         """Whether a canary of an unproven kind can be afforded now."""
-        limit = self._clock() - WINDOW_SECONDS
-        while self._spent and self._spent[0][0] < limit:
+        now = self._clock()
+        if self._began is None:
+            self._began = now
+        while self._spent and self._spent[0][0] < now - WINDOW_SECONDS:
             self._spent.popleft()
-        return sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS
+        window = min(WINDOW_SECONDS, now - self._began)
+        return sum(each for _, each in self._spent) <= UNPROVEN_SHARE * window
 
     def met(self, seconds: float) -> None:
         """A canary of an unproven kind took so long."""

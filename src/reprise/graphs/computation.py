@@ -106,7 +106,8 @@ class Computation(Protocol):
         """Probes of a bucket, the most telling first: that one has the longest context.
 
         Together they give every input another value than :meth:`pad` does, and they are of all
-        kinds that concern a step as a whole. Those of an anchor are of all kinds of rows, too.
+        kinds that concern a step as a whole. Those of an anchor are of all kinds of rows, too. The
+        first is the same for both.
         """
 
     def state(self, bucket: StepShape) -> State:

@@ -11,7 +11,7 @@ from torch import Tensor
 from reprise import ops
 from reprise.graphs.compare import copies, differs
 from reprise.graphs.computation import Computation
-from reprise.graphs.regions import Owner, Region, Stack, as_words, owned, stacked
+from reprise.graphs.regions import Owner, Region, Span, Stack, as_words, owned, spans, stacked
 
 PARTS = 16
 """A background canary checks the memory that its step has nothing to do with in so many parts, one
@@ -51,7 +51,8 @@ class Before:
     """The memory before a step, as copies and sums; and, once checked, the sums behind it."""
 
     scope: Scope
-    copied: dict[str, Tensor]
+    memory: Mapping[str, Region]
+    copied: list[tuple[Span, Tensor]]
     caches: list[tuple[Stack, Tensor]]
     weights: dict[str, Tensor] = field(default_factory=dict)
     caches_after: list[tuple[Stack, Tensor]] = field(default_factory=list)
@@ -70,16 +71,24 @@ class Guard:
 
     def __init__(self, computation: Computation) -> None:
         self._computation = computation
+        self._at_rest: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         """Sums of the weights as they were loaded."""
         self._carried: list[tuple[Stack, Tensor]] | None = None
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
     def learn_weights(self) -> None:
-        """The weights are right as they are now."""
+        """The weights are right as they are now, and ops are between two steps."""
+        self._at_rest = copies(owned(self._computation.memory(), "ops"))
         self._weights = {
             name: _sum(each) for name, each in owned(self._computation.memory(), "weight").items()
         }
+
+    def settle_ops(self) -> None:
+        """Bring what ops keep into the order that they leave it in: a replay broke off."""
+        for name, tensor in owned(self._computation.memory(), "ops").items():
+            if name in self._at_rest:
+                tensor.copy_(self._at_rest[name])
 
     def part(self, near: Tensor, turn: int) -> Scope:
         """``near`` and a :data:`PARTS`-th of all other units and of the weights."""
@@ -96,14 +105,14 @@ class Guard:
     def before(self, scope: Scope) -> Before:
         """Take down the memory that a step must leave alone."""
         memory = self._computation.memory()
-        kept = copies(owned(memory, "input", "beside"))
+        kept = [(each, each.bytes.clone()) for each in spans(owned(memory, "input", "beside"))]
         stacks = stacked(owned(memory, "cache"))
         if scope.units is None and self._carries(memory, stacks):
             assert self._carried is not None
             sums = self._carried
         else:
             sums = [(each, _unit_sums(memory, each, scope.units)) for each in stacks]
-        before = Before(scope, kept, sums)
+        before = Before(scope, memory, kept, sums)
         if scope.part is not None:  # with all weights at every step, the step before has looked
             before.weights = self._weight_sums(memory, scope)
         self._carried = None
@@ -112,9 +121,8 @@ class Guard:
     def flags(self, before: Before) -> list[Tensor]:
         """For each check a boolean scalar on the device, true if something has changed. The rows
         that the step may write must have been put back."""
-        memory = self._computation.memory()
-        tensors = owned(memory, "input", "beside")
-        flags = [differs(kept, tensors[name]) for name, kept in before.copied.items()]
+        memory = before.memory
+        flags = [differs(kept, span.bytes) for span, kept in before.copied]
         units = before.scope.units
         before.caches_after = [
             (stack, _unit_sums(memory, stack, units)) for stack, _ in before.caches
@@ -130,12 +138,12 @@ class Guard:
 
     def changes(self, before: Before) -> list[Change]:
         """What :meth:`flags` found, in detail."""
-        memory = self._computation.memory()
-        found = [
-            Change(name, memory[name].owner)
-            for name, kept in before.copied.items()
-            if bool(differs(kept, memory[name].tensor))
-        ]
+        memory = before.memory
+        found: list[Change] = []
+        for span, kept in before.copied:
+            for name, tensor in span.tensors.items():
+                if bool(differs(_part(span, kept, tensor), tensor)):
+                    found.append(Change(name, memory[name].owner))
         for (stack, now), (_, then) in zip(before.caches_after, before.caches, strict=True):
             for region, position in (now != then).nonzero().tolist():
                 name, units = stack.names[region], before.scope.units
@@ -151,9 +159,8 @@ class Guard:
 
     def put_back(self, before: Before) -> None:
         """Give inputs and what lies beside the content that they had."""
-        tensors = owned(self._computation.memory(), "input", "beside")
-        for name, kept in before.copied.items():
-            tensors[name].copy_(kept)
+        for span, kept in before.copied:
+            span.bytes.copy_(kept)
 
     def carry(self, before: Before, written: Tensor | None) -> None:
         """Use the sums behind this step as those before the next one.
@@ -164,7 +171,7 @@ class Guard:
         """
         if before.scope.units is not None:
             return
-        memory = self._computation.memory()
+        memory = before.memory
         for stack, sums in before.caches_after:
             if written is not None:
                 sums[:, written] = _unit_sums(memory, stack, written)
@@ -203,6 +210,15 @@ class Guard:
             for number, name in enumerate(self._weights)
             if part is None or number % PARTS == part
         }
+
+
+def _part(span: Span, kept: Tensor, tensor: Tensor) -> Tensor:
+    """What a copy of the span has of one of its tensors."""
+    if kept.dtype == tensor.dtype and kept.shape == tensor.shape:
+        return kept
+    begin = tensor.data_ptr() - span.bytes.data_ptr()
+    own = kept[begin : begin + tensor.nbytes].clone()  # its address suits any dtype
+    return own.view(tensor.dtype).view(tensor.shape)
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ LOCATE_AT_MOST = 2
 NOISE_FACTOR = 8
 """An inexact graph may differ from eager execution by so many times what eager execution differs
 from itself."""
+USELESS = 0.85
+"""A graph whose replay takes this share of eager execution's time gains nothing: while the device
+computes, the host is ahead."""
 NO_WEIGHTS = -1
 
 
@@ -85,6 +88,8 @@ class Prover:
             self._meet(cell, 0)
             if progress is not None:
                 progress("verify graphs", done + 1, len(cells))
+        self._drop_useless(cells)
+        self._plan(cells)
         for number in range(1, max((len(each.probes) for each in cells), default=0)):
             for cell in cells:
                 if number >= len(cell.probes) or cell.info.probes < number:
@@ -96,12 +101,36 @@ class Prover:
         self._conclude(cells)
 
     def begin(self, cells: list[Cell]) -> None:
-        """Choose anchors and probes, take down the weights, measure bounds."""
+        """Choose probes, take down the weights, measure bounds."""
         self._guard.learn_weights()
-        self._plan(cells)
+        for cell in cells:
+            cell.probes = list(self._computation.probes(cell.shape, anchor=False))
         self._measure_bounds(cells)
 
+    def _drop_useless(self, cells: list[Cell]) -> None:
+        """Run eagerly what a graph makes no faster, since the device is busy for longer than the
+        host: its proof would take as long as that of others."""
+        if not self._platform.asynchronous:
+            return  # there is no other time than the host's
+        dropped = []
+        for cell in cells:
+            info = cell.info
+            slow = info.replay_seconds >= USELESS * info.eager_seconds
+            if cell.graph is None or cell.shape.phase != "mixed" or not self._agree(slow):
+                continue
+            cell.graph = None
+            info.dropped = (
+                f"eager execution takes {1e3 * info.eager_seconds:.1f} ms, "
+                f"a replay {1e3 * info.replay_seconds:.1f}"
+            )
+            info.executor, info.segments, info.breaks = "none", 0, 0
+            self.ledger.leave(cell.key)
+            dropped.append(f"{info.name} ({info.dropped})")
+        if dropped:
+            logger.info("graphs that gain nothing are left out: %s", ", ".join(dropped))
+
     def _plan(self, cells: list[Cell]) -> None:
+        """Choose the anchors of each family: they meet all kinds of rows."""
         families: dict[Hashable, list[Cell]] = defaultdict(list)
         for cell in cells:
             if cell.graph is not None:
@@ -111,7 +140,8 @@ class Prover:
             ordered = sorted(family, key=lambda each: each.shape.size)
             anchors |= {ordered[i].key for i in (0, len(ordered) // 2, -1)}
         for cell in cells:
-            cell.probes = list(self._computation.probes(cell.shape, cell.key in anchors))
+            if cell.key in anchors:
+                cell.probes = list(self._computation.probes(cell.shape, anchor=True))
             cell.info.planned_probes = len(cell.probes)
             if cell.key in anchors:
                 self.ledger.plan(cell.key, [each.kind for each in cell.probes])
@@ -196,6 +226,7 @@ class Prover:
                 verdict = Verdict(error=describe(error))
             if timed:
                 cell.info.replay_seconds = verdict.replay_seconds or 0.0
+                cell.info.eager_seconds = verdict.eager_seconds or 0.0
             if not verdict.right:
                 break
         return verdict

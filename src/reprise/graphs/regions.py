@@ -83,6 +83,40 @@ def _distance(first: Tensor, second: Tensor) -> int | None:
     return gap if alike and gap > 0 else None
 
 
+@dataclass(frozen=True)
+class Span:
+    """Tensors that lie close together in one storage, such as the arrays of an arena: as bytes."""
+
+    tensors: Mapping[str, Tensor]
+    bytes: Tensor
+    """[B] uint8, all of them and what lies between."""
+
+
+def spans(tensors: Mapping[str, Tensor]) -> list[Span]:
+    """The tensors in as few spans as can be without much between them that is not theirs."""
+    storages: dict[int, dict[str, Tensor]] = {}
+    for name, each in tensors.items():
+        storages.setdefault(each.untyped_storage().data_ptr(), {})[name] = each
+    found: list[Span] = []
+    for group in storages.values():
+        begin = min(_begin(each) for each in group.values())
+        end = max(_begin(each) + each.nbytes for each in group.values())
+        if all(each.is_contiguous() for each in group.values()) and (
+            end - begin <= 2 * sum(each.nbytes for each in group.values())
+        ):
+            first = next(iter(group.values()))
+            flat = torch.empty(0, dtype=torch.uint8, device=first.device)
+            flat.set_(first.untyped_storage(), begin, (end - begin,), (1,))
+            found.append(Span(group, flat))
+        else:
+            found += [Span({name: each}, each) for name, each in group.items()]
+    return found
+
+
+def _begin(tensor: Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.itemsize
+
+
 def as_words(units: Tensor) -> Tensor:
     """[R, N, W] int32 over the bytes of ``units`` [R, N, X], whose last dimension is contiguous.
 

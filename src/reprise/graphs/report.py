@@ -49,6 +49,9 @@ class GraphInfo:
     check_seconds: float = 0.0
     """What a comparison takes."""
     replay_seconds: float = 0.0
+    eager_seconds: float = 0.0
+    dropped: str | None = None
+    """Why a graph that could be captured is not used although nothing is wrong with it."""
     capture_seconds: float = 0.0
     verify_seconds: float = 0.0
 
@@ -60,7 +63,7 @@ class GraphInfo:
     def proof(self) -> str:
         """How far its graph is proven, in words."""
         if self.executor == "none":
-            return "no graph"
+            return "no graph" if self.dropped is None else "not used"
         if self.verified:
             return "verified"
         if self.probes == 0:

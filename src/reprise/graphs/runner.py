@@ -343,6 +343,7 @@ class GraphRunner:
         except Exception as error:
             reason = f"replay: {describe(error)}"
             self._refuse(cell, reason, frozenset())
+            self.guard.settle_ops()
             raise GraphReplayError(f"graph {cell.info.name}: {reason}") from error
 
     # ---- canaries ------------------------------------------------------------------------
@@ -354,10 +355,18 @@ class GraphRunner:
         began = time.perf_counter()
         cell.info.canaries += 1
         computation = self.computation
-        verdict = examine(
-            computation, self.guard, cell.graph, cell.shape, shape, computation.model,
-            self._scope(cell), bound=self.prover.bound(cell.info.executor), keep=True,
-        )  # fmt: skip
+        try:
+            verdict = examine(
+                computation, self.guard, cell.graph, cell.shape, shape, computation.model,
+                self._scope(cell), bound=self.prover.bound(cell.info.executor), keep=True,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "graph %s: a canary lacks memory and its step runs eagerly: %s",
+                cell.info.name, describe(error),
+            )  # fmt: skip
+            self._run_eagerly(shape)
+            return
         seconds = time.perf_counter() - began
         cell.info.check_seconds += (seconds - cell.info.check_seconds) / 2
         if unproven is not None:

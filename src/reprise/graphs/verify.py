@@ -68,8 +68,9 @@ class Verdict:
     """Why there was nothing to compare."""
     ran: bool = True
     """There was a replay."""
-    replay_seconds: float | None = None
+    eager_seconds: float | None = None
     """None: not measured."""
+    replay_seconds: float | None = None
 
     @property
     def right(self) -> bool:
@@ -118,21 +119,21 @@ def examine(
         pool: All memory of the graph's pool, to be overwritten before the replay, since a graph
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
-        synchronize: Waits for the device; the replay is timed with it.
+        synchronize: Waits for the device; both runs are timed with it.
     """
     step = StepMemory(computation, bucket, live)
     before = guard.before(scope)
     at_first = step.state()
-    for output in computation.outputs(bucket).values():
-        output.zero_()
-    computation.forward(bucket, model)
-    step.meet_new_memory(at_first)
-    expected, outputs = step.state(), copies(step.outputs)
-    step.put(at_first)
-    poison(computation.outputs(bucket).values())
-    poison_memory(pool)
     verdict = Verdict()
     try:
+        for output in computation.outputs(bucket).values():
+            output.zero_()
+        verdict.eager_seconds = _timed(lambda: computation.forward(bucket, model), synchronize)
+        step.meet_new_memory(at_first)
+        expected, outputs = step.state(), copies(step.outputs)
+        step.put(at_first)
+        poison(computation.outputs(bucket).values())
+        poison_memory(pool)
         try:
             verdict.replay_seconds = _timed(graph.replay, synchronize)
         except Exception as error:
@@ -140,18 +141,22 @@ def examine(
         got = step.state()
         step.put(at_first)
         _judge(verdict, step, guard, before, (expected, outputs), got, bound)
-    finally:
+    except BaseException:
         guard.put_back(before)
-        step.put(expected if keep else at_first)
-        if keep:
-            for name, output in step.outputs.items():
-                output.copy_(outputs[name])
+        step.put(at_first)
+        raise
+    if not verdict.right:
+        guard.put_back(before)
+    if keep:
+        step.put(expected)
+        for name, output in step.outputs.items():
+            output.copy_(outputs[name])
     if keep and verdict.right:
         guard.carry(before, step.written)
     return verdict
 
 
-def _timed(run: Callable[[], None], synchronize: Callable[[], None] | None) -> float | None:
+def _timed(run: Callable[[], Any], synchronize: Callable[[], None] | None) -> float | None:
     if synchronize is None:
         run()
         return None

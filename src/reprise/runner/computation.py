@@ -61,6 +61,7 @@ class ForwardPass:
         self._probes: ProbeMaker | None = None
         self._stacked: tuple[Tensor, list[Stack]] | None = None
         self._weights = weights_of(model)
+        self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         parameters = {name for name, _ in model.named_parameters()}
         self._tables = {
             name: each.cpu() for name, each in self._weights.items() if name not in parameters
@@ -115,8 +116,7 @@ class ForwardPass:
             regions[name] = Region(each, "cache", "block", min(used, len(each)))
         for name, each in self.ops.memory.items():
             regions[f"memory of ops ({name})"] = Region(each, "ops")
-        for name, each in self._weights.items():
-            regions[name] = Region(each, "weight")
+        regions.update(self._weight_regions)
         for name, each in self.beside().items():
             regions[name] = Region(each, "beside")
         return regions

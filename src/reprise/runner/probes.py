@@ -25,6 +25,8 @@ from reprise.runner.kinds import (
 
 BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
+MOST_EXTRA = 5
+"""Probes of an anchor that concern rows alone."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
 
@@ -128,53 +130,60 @@ class ProbeMaker:
         return self._probe(f"context of {context}", bucket, shorter, seed=4)
 
     def _decode_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
+        """Without padding and with some; anchors meet all rows, as many as there is time for."""
         rows = self._decode_rows(bucket.query_len)
-        most = self._most_requests(bucket)
-        begin = 0 if anchor else bucket.num_requests
-        yield self._probe("longest context", bucket, _cycle(rows, most, begin), seed=1)
-        if bucket.num_requests > 1:
-            live = min(most, max(1, bucket.num_requests * 3 // 4))
+        size, most = bucket.num_requests, self._most_requests(bucket)
+        begin = 0 if anchor else size
+        yield self._probe("longest context", bucket, _take(rows, most), seed=1)
+        live = min(most, size * 3 // 4)
+        if 2 * live > size:
             yield self._probe("padded", bucket, _cycle(rows, live, begin + most), seed=2)
-        if bucket.num_requests > 2:
-            few = min(most, max(1, bucket.num_requests // 2 - (bucket.num_requests > 3)))
-            yield self._probe("mostly padding", bucket, _cycle(rows, few, begin + 2 * most), seed=3)
-        if anchor:
-            for number, first in enumerate(range(most, len(rows), most)):
-                some = rows[first : first + most]
-                yield self._probe(f"rows {number + 2}", bucket, some, seed=5 + number)
+        if not anchor:
+            return
+        if size > 1:
+            few = _cycle(rows, min(most, size // 2), begin + 2 * most)
+            yield self._probe("mostly padding", bucket, few, seed=3)
+        left = rows[most:]
+        for number in range(min(MOST_EXTRA, -(-len(left) // most))):
+            # A graph of few rows meets every other one: the larger anchors meet them all.
+            some = left[number :: -(-len(left) // most)] if most > 1 else [_spread(left, number)]
+            yield self._probe(f"rows {number + 2}", bucket, some[:most], seed=5 + number)
 
     def _mixed_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
         size = bucket.num_tokens
-        rows = self._mixed_rows(size)
-        begin = 0 if anchor else bucket.num_tokens
+        begin = 0 if anchor else size
         decodes = self._decode_rows(1)
         room = max(1, self._most_requests(bucket) - 1)
         beside = min(room, size // 4)
-        prompt = [*_cycle(decodes, beside, begin), self._chunk(size - beside, begin)]
+        prompt = [*_cycle(decodes, beside, 0), self._chunk(size - beside, 0)]
         yield self._probe("a prompt beside decodes", bucket, prompt, seed=1)
-        yield self._probe("one prompt", bucket, [self._chunk(size, 0)], seed=2)
         live = max(1, size * 3 // 4)
         yield self._probe("a prefix hit alone, padded", bucket, [self._behind(live, begin)], seed=3)
+        if size > 3:
+            single = min(room, max(1, size // 8))
+            third = max(1, (live - single) // 3)
+            chunks = [self._chunk(third, 1), self._behind(third, begin), self._chunk(third, 2)]
+            chunks = [*_cycle(decodes, single, begin + 7), *chunks]
+            yield self._probe("chunks beside decodes, padded", bucket, chunks, seed=6)
+        if bucket.num_requests < size:
+            others = bucket.num_requests - 1
+            every = [*_cycle(decodes, others, begin + 3), self._chunk(size - others, 3)]
+            yield self._probe("every row", bucket, every, seed=7)
+        if not anchor:
+            return
+        yield self._probe("one prompt", bucket, [self._chunk(size, 0)], seed=2)
         if size > 3:
             few = max(2, size * 3 // 8)
             halves = [self._chunk(few - few // 2, 1), self._behind(few // 2, begin + 1)]
             yield self._probe("two chunks, mostly padding", bucket, halves, seed=4)
             thirds = [self._chunk(max(1, live // 3), 2 + number) for number in range(3)]
             yield self._probe("chunks alone, padded", bucket, thirds, seed=5)
-            single = min(room, max(1, size // 8))
-            mixture = [*_cycle(decodes, single, begin + 7), *_split(rows, live - single, begin)]
-            yield self._probe("chunks beside decodes, padded", bucket, mixture, seed=6)
-        if bucket.num_requests < size:
-            others = bucket.num_requests - 1
-            every = [*_cycle(decodes, others, begin + 3), self._chunk(size - others, 3)]
-            yield self._probe("every row", bucket, every, seed=7)
-        if anchor:
-            left = list(rows)
-            for number in itertools.count():
-                if not left:
-                    break
-                some, left = _fit(left, size, self._most_requests(bucket))
-                yield self._probe(f"rows {number + 1}", bucket, some, seed=8 + number)
+        left = self._mixed_rows(size)
+        for number in range(MOST_EXTRA):
+            if not left:
+                break
+            some, left = _fit(left, size, self._most_requests(bucket))
+            yield self._probe(f"rows {number + 1}", bucket, some, seed=8 + number)
 
     # ---- rows ----------------------------------------------------------------------------
 
@@ -354,21 +363,20 @@ class ProbeMaker:
             cache[places] = banks[kind][(places * 7 + number) % BANK]
 
 
+def _take(rows: Sequence[Row], count: int) -> list[Row]:
+    """So many, each in turn."""
+    return [rows[number % len(rows)] for number in range(count)]
+
+
 def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:
     """The first row, then others from ``begin`` on in turn."""
-    others = [rows[1 + (begin + number) % (len(rows) - 1)] for number in range(count - 1)]
-    return [rows[0], *others] if begin % 3 == 0 or count > 1 else [rows[begin % len(rows)]]
+    others = rows[1:]
+    return [rows[0], *(others[(begin + n) % len(others)] for n in range(count - 1))][:count]
 
 
-def _split(rows: Sequence[Row], tokens: int, begin: int) -> list[Row]:
-    """Rows in turn, as long as their new tokens fit."""
-    found: list[Row] = []
-    for number in range(len(rows)):
-        each = rows[(begin + number) % len(rows)]
-        if each.new <= tokens:
-            found.append(each)
-            tokens -= each.new
-    return found
+def _spread(rows: Sequence[Row], number: int) -> Row:
+    """One of the rows, so that a few numbers meet each attribute's values."""
+    return rows[(number * 7 + number // 3) % len(rows)]
 
 
 def _fit(rows: Sequence[Row], tokens: int, most: int) -> tuple[list[Row], list[Row]]:
