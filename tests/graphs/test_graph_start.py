@@ -58,6 +58,8 @@ class Ranks:
 @pytest.mark.parametrize("failing", ["graph_pool", "pad", "eager pass", "fill"])
 def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkeypatch, failing):
     """Wherever one rank raises at start-up, both get the same executors and both end."""
+    if platform.asynchronous:
+        pytest.skip("two threads cannot capture on one device at the same time")
     ranks = Ranks()
     toys = [Toy(platform) for _ in range(2)]
     broken = toys[1]

@@ -43,7 +43,6 @@ class CanaryPolicy:
         self._left: dict[object, int] = {}
         self._random: dict[object, random.Random] = {}
         self._spent: deque[tuple[float, float]] = deque()
-        self._began: float | None = None
 
     @property
     def checks_kinds(self) -> bool:
@@ -88,13 +87,10 @@ class CanaryPolicy:
 
     def may_meet(self) -> bool:
         """Whether a canary of an unproven kind can be afforded now."""
-        now = self._clock()
-        if self._began is None:
-            self._began = now
-        while self._spent and self._spent[0][0] < now - WINDOW_SECONDS:
+        limit = self._clock() - WINDOW_SECONDS
+        while self._spent and self._spent[0][0] < limit:
             self._spent.popleft()
-        window = min(WINDOW_SECONDS, now - self._began)
-        return sum(each for _, each in self._spent) <= UNPROVEN_SHARE * window
+        return sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS
 
     def met(self, seconds: float) -> None:
         """A canary of an unproven kind took so long."""

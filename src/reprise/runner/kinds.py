@@ -72,6 +72,14 @@ class RowLayouts:
             blocks: What is added, at least one.
             last: The block before them; None: the table begins with them.
         """
+        if last is None and len(blocks) == 1:
+            block = int(blocks[0])
+            upper = block >= self._half
+            self._pairs[row] = False
+            self._halves[row] = not upper, upper
+            self._codes[row] = int(upper)
+            self.highest = max(self.highest, block)
+            return
         new = np.asarray(blocks)
         whole = new if last is None else np.concatenate(([last], new))
         follows = whole[1:] == whole[:-1] + 1

@@ -25,7 +25,7 @@ from reprise.runner.kinds import (
 
 BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
-MOST_EXTRA = 5
+MOST_EXTRA = 4
 """Probes of an anchor that concern rows alone."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
@@ -53,6 +53,7 @@ class Area:
     def __init__(self, begin: int, end: int) -> None:
         self.begin, self.end = begin, end
         self.next = end
+        self._shuffled: Ints | None = None
 
     @property
     def left(self) -> int:
@@ -64,11 +65,16 @@ class Area:
         return self.next
 
     def scattered(self, count: int, random: np.random.Generator) -> Ints:
-        """Blocks of which none follows the one before it."""
-        every_other = np.arange(self.begin, self.end, 2, dtype=np.int32)
-        if len(every_other) == 0:
-            return np.zeros(0, dtype=np.int32)
-        return np.resize(random.permutation(every_other), count)
+        """Blocks of which none follows the one before it; none if the area is empty."""
+        if self._shuffled is None:
+            every_other = np.arange(self.begin, self.end, 2, dtype=np.int32)
+            self._shuffled = random.permutation(every_other)
+        size = len(self._shuffled)
+        if size == 0:
+            return self._shuffled
+        places = np.arange(count)
+        places += int(random.integers(size))
+        return self._shuffled[places % size]
 
 
 class ProbeMaker:
@@ -134,7 +140,7 @@ class ProbeMaker:
         rows = self._decode_rows(bucket.query_len)
         size, most = bucket.num_requests, self._most_requests(bucket)
         begin = 0 if anchor else size
-        yield self._probe("longest context", bucket, _take(rows, most), seed=1)
+        yield self._probe("longest context", bucket, _cycle(rows, most, 0), seed=1)
         live = min(most, size * 3 // 4)
         if 2 * live > size:
             yield self._probe("padded", bucket, _cycle(rows, live, begin + most), seed=2)
@@ -176,10 +182,8 @@ class ProbeMaker:
             few = max(2, size * 3 // 8)
             halves = [self._chunk(few - few // 2, 1), self._behind(few // 2, begin + 1)]
             yield self._probe("two chunks, mostly padding", bucket, halves, seed=4)
-            thirds = [self._chunk(max(1, live // 3), 2 + number) for number in range(3)]
-            yield self._probe("chunks alone, padded", bucket, thirds, seed=5)
         left = self._mixed_rows(size)
-        for number in range(MOST_EXTRA):
+        for number in range(MOST_EXTRA - 1):
             if not left:
                 break
             some, left = _fit(left, size, self._most_requests(bucket))
@@ -329,6 +333,8 @@ class ProbeMaker:
             mine = np.concatenate(parts)[:written]
             return np.concatenate((np.resize(mine, first), mine)).astype(np.int32)
         begin = own.take(written)
+        if first == 0 and written == 1:
+            return np.array((begin,), dtype=np.int32)
         mine = np.arange(begin, begin + written, dtype=np.int32)
         if row.layout == NEIGHBOURS and begin - first >= own.begin and row.half != BOTH:
             return np.arange(begin - first, begin + written, dtype=np.int32)
@@ -363,15 +369,13 @@ class ProbeMaker:
             cache[places] = banks[kind][(places * 7 + number) % BANK]
 
 
-def _take(rows: Sequence[Row], count: int) -> list[Row]:
-    """So many, each in turn."""
-    return [rows[number % len(rows)] for number in range(count)]
-
-
 def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:
-    """The first row, then others from ``begin`` on in turn."""
+    """The first row, then others from ``begin`` on in turn; when all have had theirs, short ones,
+    which are there to fill the step."""
     others = rows[1:]
-    return [rows[0], *(others[(begin + n) % len(others)] for n in range(count - 1))][:count]
+    turn = [others[(begin + n) % len(others)] for n in range(min(count - 1, len(others)))]
+    short = min(rows, key=lambda each: each.length)
+    return [rows[0], *turn, *([short] * (count - 1 - len(turn)))][:count]
 
 
 def _spread(rows: Sequence[Row], number: int) -> Row:
