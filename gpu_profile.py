@@ -1,29 +1,26 @@
-import cProfile, pstats, time, sys, torch
+import time, torch, cProfile, pstats
+from reprise.graphs import prove
+from reprise.runner import probes as P
+orig=prove.Prover.prove
+import reprise.graphs.prove as pv
+def prove_(self, cells, cs, pr):
+    t=[]
+    m=self._meet
+    def meet(cell, n):
+        b=time.perf_counter(); m(cell,n); t.append((cell.info.name,n,round(1e3*(time.perf_counter()-b),1)))
+    self._meet=meet
+    for name in ("begin","_plan","_drop_useless","_find_spoilers","_measure_bounds"):
+        f=getattr(self,name)
+        def g(*a,f=f,name=name):
+            b=time.perf_counter(); r=f(*a); print(name, round(1e3*(time.perf_counter()-b),1)); return r
+        setattr(self,name,g)
+    b=time.perf_counter()
+    orig(self,cells,cs,pr)
+    print("prove", round(time.perf_counter()-b,3), "sum of meets", sum(x[2] for x in t)/1e3, len(t))
+    print(t)
+prove.Prover.prove=prove_
 from reprise import LLM
 from reprise.bench.presets import engine_arguments
-from reprise.graphs.shape import StepShape
-e = LLM(**engine_arguments("qwen3-0.6b", {"dtype":"bfloat16","max_model_len":4096,"graph_verify":"auto"})).engine
-g = e.runner.graphs
-p = g.platform
-def t(f, n=5):
-    f(); p.synchronize()
-    b=time.perf_counter()
-    for _ in range(n): f()
-    p.synchronize()
-    return 1e3*(time.perf_counter()-b)/n
-with torch.inference_mode(), g.computation.ops.activate():
-    for key in [("decode",1,1),("decode",1,64),("decode",1,256),("mixed",0,64),("mixed",0,1024),("mixed",0,4096)]:
-        c = g.cells[key]
-        pr = c.probes[min(1,len(c.probes)-1)]
-        pr.fill()
-        fw = lambda: g.computation.forward(c.shape, g.computation.model)
-        print(key, "eager", round(t(fw),2), "replay", round(t(c.graph.replay),2), "fill", round(t(pr.fill),2),
-              "state", round(t(lambda: g.computation.state(c.shape).read()),2), "near", round(t(lambda: g.computation.state(c.shape).near()),2),
-              "memory", round(t(lambda: g.computation.memory()),2),
-              "compare", round(t(lambda: g.prover.compare(c, pr)),2), flush=True)
-    for key in [("decode",1,1),("decode",1,64)]:
-        c = g.cells[key]; pr = c.probes[1]
-        prof = cProfile.Profile(); prof.enable()
-        for _ in range(5): g.prover.compare(c, pr)
-        prof.disable()
-        pstats.Stats(prof).sort_stats("cumtime").print_stats(45)
+import sys
+e = LLM(**engine_arguments(sys.argv[1], {"dtype":"bfloat16","max_model_len":4096,"graph_verify":"auto"})).engine
+print("startup", e.startup_seconds)

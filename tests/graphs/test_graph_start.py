@@ -23,7 +23,9 @@ def test_a_probe_that_cannot_be_made_refuses_the_graph(toy, make_runner, monkeyp
 
     if what == "fill":
         probes = toy.probes
-        toy.probes = lambda *what: [replace(each, fill=fail) for each in probes(*what)]
+        toy.probes = lambda *what, **anchor: [
+            replace(each, fill=fail) for each in probes(*what, **anchor)
+        ]
     else:
         monkeypatch.setattr(type(toy.platform), "graph_pool_memory", fail)
     runner = make_runner(toy, "full", decode=(2,), mixed=())
@@ -99,7 +101,9 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
         broken.forward = forward_once
     else:
         probes = broken.probes
-        broken.probes = lambda *what: [replace(each, fill=fail) for each in probes(*what)]
+        broken.probes = lambda *what, **anchor: [
+            replace(each, fill=fail) for each in probes(*what, **anchor)
+        ]
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(each.capture_all) for each in runners]:
             done.result(2 * WAIT)

@@ -21,7 +21,7 @@ from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.regions import owned
 from reprise.graphs.shape import StepShape
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import Verdict, examine
+from reprise.graphs.verify import Later, Verdict, examine, examine_later
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -90,15 +90,64 @@ class Prover:
                 progress("verify graphs", done + 1, len(cells))
         self._drop_useless(cells)
         self._plan(cells)
-        for number in range(1, max((len(each.probes) for each in cells), default=0)):
-            for cell in cells:
-                if number >= len(cell.probes) or cell.info.probes < number:
-                    continue
-                spent = time.perf_counter() - started
-                if self._agree(spent + cell.info.check_seconds < budget):
-                    self._meet(cell, number)
+        self._meet_others(cells, started + budget)
         self._find_spoilers(cells)
         self._conclude(cells)
+
+    def _meet_others(self, cells: list[Cell], deadline: float) -> None:
+        """Every further probe that there is time for, each submitted before the one before it has
+        its verdict."""
+        under_way: tuple[Cell, int, Later] | None = None
+        for number in range(1, max((len(each.probes) for each in cells), default=0)):
+            for cell in cells:
+                if cell.graph is None or number >= len(cell.probes):
+                    continue
+                time_left = deadline - time.perf_counter()
+                if not self._agree(cell.info.check_seconds < time_left):
+                    continue
+                later = self._submit(cell, cell.probes[number])
+                self._settle(under_way)
+                under_way = None
+                # A graph that was replaced has to meet all its probes again.
+                if later is None or cell.info.probes < number:
+                    self._meet(cell, number)
+                else:
+                    under_way = (cell, number, later)
+        self._settle(under_way)
+
+    def _submit(self, cell: Cell, probe: Probe) -> Later | None:
+        """Start a comparison; None: it has to be made step by step."""
+        executor = cell.info.executor
+        if self._capturer.model(executor) is not self._computation.model:
+            return None
+        assert cell.graph is not None
+        try:
+            probe.fill()
+            scope = Scope(self._computation.state(cell.shape).near(), NO_WEIGHTS)
+            later = examine_later(
+                self._computation, self._guard, cell.graph, cell.shape, probe.live, scope,
+                self._platform, bound=self.bound(executor),
+                pool=self._capturer.memory(cell.graph),
+            )  # fmt: skip
+        except Exception as error:
+            logger.debug("probe %r of %s: %s", probe.name, cell.info.name, describe(error))
+            later = None
+        return later if self._agree(later is not None) else None
+
+    def _settle(self, under_way: tuple[Cell, int, Later] | None) -> None:
+        """Heed the verdict of a comparison that was submitted."""
+        if under_way is None:
+            return
+        cell, number, later = under_way
+        if self._agree(later.right()):
+            cell.info.probes = number + 1
+            self.ledger.prove(cell.key, cell.probes[number].kind, "start")
+            return
+        graph = cell.graph
+        self._meet(cell, number)  # again, to say what is wrong
+        if cell.graph is graph and graph is not None:
+            self._replace(cell, f"probe {cell.probes[number].name!r}: wrong now and then")
+            self._meet(cell, number)
 
     def begin(self, cells: list[Cell]) -> None:
         """Choose probes, take down the weights, measure bounds."""

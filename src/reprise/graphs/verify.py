@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.errors import ConfigError, describe
+from reprise.errors import ConfigError, GraphError, describe
 from reprise.graphs.compare import Difference, copies, difference, differs, poison, poison_memory
 from reprise.graphs.computation import Computation, State
-from reprise.graphs.guard import Before, Change, Guard, Scope
+from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.shape import StepShape
 from reprise.ops.registry import OpTable
+from reprise.platforms import Platform
 
 
 @dataclass(frozen=True)
@@ -121,39 +122,135 @@ def examine(
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
         synchronize: Waits for the device; both runs are timed with it.
     """
-    step = StepMemory(computation, bucket, live)
-    before = guard.before(scope)
-    at_first = step.state()
-    verdict = Verdict()
-    try:
-        for output in computation.outputs(bucket).values():
-            output.zero_()
-        verdict.eager_seconds = _timed(lambda: computation.forward(bucket, model), synchronize)
-        step.meet_new_memory(at_first)
-        expected, outputs = step.state(), copies(step.outputs)
-        step.put(at_first)
-        poison(computation.outputs(bucket).values())
-        poison_memory(pool)
-        try:
-            verdict.replay_seconds = _timed(graph.replay, synchronize)
-        except Exception as error:
-            verdict.error = describe(error)
-        got = step.state()
-        step.put(at_first)
-        _judge(verdict, step, guard, before, (expected, outputs), got, bound)
-    except BaseException:
-        guard.put_back(before)
-        step.put(at_first)
-        raise
-    if not verdict.right:
-        guard.put_back(before)
+    both = _Both(computation, guard, bucket, live, scope)
+    both.run(graph, model, pool, bound, synchronize)
+    verdict = both.verdict
+    if verdict.error is not None or both.flag.item():
+        both.tell(bound)
+        guard.put_back(both.before)
     if keep:
-        step.put(expected)
-        for name, output in step.outputs.items():
-            output.copy_(outputs[name])
-    if keep and verdict.right:
-        guard.carry(before, step.written)
+        both.keep_eager()
+        if verdict.right:
+            guard.carry(both.before, both.step.written)
     return verdict
+
+
+class Later:
+    """A comparison under way. What it read is back in place for the work that is submitted next.
+
+    Args:
+        differs: A boolean scalar on the device.
+        platform: The device.
+    """
+
+    def __init__(self, differs: Tensor, platform: Platform) -> None:
+        self._found = torch.empty((), dtype=torch.bool, pin_memory=platform.pins_memory)
+        self._found.copy_(differs, non_blocking=True)
+        self._arrived = platform.event()
+        self._arrived.record()
+
+    def right(self) -> bool:
+        """Wait for the verdict."""
+        self._arrived.synchronize()
+        return not bool(self._found)
+
+
+def examine_later(
+    computation: Computation,
+    guard: Guard,
+    graph: SegmentedGraph,
+    bucket: StepShape,
+    live: StepShape,
+    scope: Scope,
+    platform: Platform,
+    *,
+    bound: float | None,
+    pool: Sequence[Tensor],
+) -> Later:
+    """:func:`examine` without waiting: whether all is right, and no more than that.
+
+    While the device compares, the host can prepare the next comparison.
+
+    Raises:
+        Exception: The replay did.
+    """
+    both = _Both(computation, guard, bucket, live, scope)
+    both.run(graph, computation.model, pool, bound, None)
+    if both.verdict.error is not None:
+        raise GraphError(both.verdict.error)
+    guard.put_back(both.before)
+    return Later(both.flag, platform)
+
+
+class _Both:
+    """Eager execution and replay of one step, and what they left behind."""
+
+    def __init__(
+        self,
+        computation: Computation,
+        guard: Guard,
+        bucket: StepShape,
+        live: StepShape,
+        scope: Scope,
+    ) -> None:
+        self._computation, self._guard, self._bucket = computation, guard, bucket
+        self.step = StepMemory(computation, bucket, live)
+        self.before = guard.before(scope)
+        self.verdict = Verdict()
+
+    def run(
+        self,
+        graph: SegmentedGraph,
+        model: Callable[..., Any],
+        pool: Sequence[Tensor],
+        bound: float | None,
+        synchronize: Callable[[], None] | None,
+    ) -> None:
+        """Compute both ways; afterwards the state is as before."""
+        computation, step, verdict = self._computation, self.step, self.verdict
+        at_first = step.state()
+        try:
+            for output in computation.outputs(self._bucket).values():
+                output.zero_()
+            verdict.eager_seconds = _timed(
+                lambda: computation.forward(self._bucket, model), synchronize
+            )
+            step.meet_new_memory(at_first)
+            self.expected, self.outputs = step.state(), copies(step.outputs)
+            step.put(at_first)
+            poison(computation.outputs(self._bucket).values())
+            poison_memory(pool)
+            try:
+                verdict.replay_seconds = _timed(graph.replay, synchronize)
+            except Exception as error:
+                verdict.error = describe(error)
+            self.got = step.state()
+            step.put(at_first)
+            flags = [differs(e, step.outputs[name], bound) for name, e in self.outputs.items()]
+            flags += step.same(self.expected, self.got, bound)
+            flags += self._guard.flags(self.before)
+            self.flag = torch.stack(flags).any()
+        except BaseException:
+            self._guard.put_back(self.before)
+            step.put(at_first)
+            raise
+
+    def tell(self, bound: float | None) -> None:
+        """What differs, in detail."""
+        step = self.step
+        pairs = [(name, each, step.outputs[name]) for name, each in self.outputs.items()]
+        eager, replayed = step.live(self.expected), step.live(self.got)
+        pairs += [(name, each, replayed[name]) for name, each in eager.items()]
+        if self.verdict.error is None:
+            found = (difference(name, each, other, bound) for name, each, other in pairs)
+            self.verdict.differences += [each for each in found if each is not None]
+        self.verdict.changes += self._guard.changes(self.before)
+
+    def keep_eager(self) -> None:
+        """Leave what eager execution left."""
+        self.step.put(self.expected)
+        for name, output in self.step.outputs.items():
+            output.copy_(self.outputs[name])
 
 
 def _timed(run: Callable[[], Any], synchronize: Callable[[], None] | None) -> float | None:
@@ -224,38 +321,6 @@ class StepMemory:
             rows = slice(None) if name in self._ops else (slice(None), slice(self._tokens))
             flags.append(differs(each[rows], got[name][rows], bound))
         return flags
-
-
-def _judge(
-    verdict: Verdict,
-    step: StepMemory,
-    guard: Guard,
-    before: Before,
-    expected: tuple[Values, Values],
-    got: Values,
-    bound: float | None,
-) -> None:
-    """Compare what the replay left with what eager execution did; reads the device once.
-
-    Args:
-        verdict: Gets what is found.
-        expected: Of eager execution, the state and the outputs.
-        got: The state that the replay left; its outputs are where they belong.
-    """
-    state, outputs = expected
-    live = step.outputs
-    flags = [differs(each, live[name], bound) for name, each in outputs.items()]
-    flags += step.same(state, got, bound)
-    flags += guard.flags(before)
-    if not torch.stack(flags).any().item():
-        return
-    pairs = [(name, each, live[name]) for name, each in outputs.items()]
-    eager, replayed = step.live(state), step.live(got)
-    pairs += [(name, each, replayed[name]) for name, each in eager.items()]
-    if verdict.error is None:
-        found = (difference(name, each, other, bound) for name, each, other in pairs)
-        verdict.differences += [each for each in found if each is not None]
-    verdict.changes += guard.changes(before)
 
 
 def _more(found: Sequence[object]) -> str:
