@@ -1,26 +1,16 @@
-import time, torch, cProfile, pstats
+import time, torch, cProfile, pstats, sys
 from reprise.graphs import prove
-from reprise.runner import probes as P
-orig=prove.Prover.prove
-import reprise.graphs.prove as pv
-def prove_(self, cells, cs, pr):
-    t=[]
-    m=self._meet
-    def meet(cell, n):
-        b=time.perf_counter(); m(cell,n); t.append((cell.info.name,n,round(1e3*(time.perf_counter()-b),1)))
-    self._meet=meet
-    for name in ("begin","_plan","_drop_useless","_find_spoilers","_measure_bounds"):
-        f=getattr(self,name)
-        def g(*a,f=f,name=name):
-            b=time.perf_counter(); r=f(*a); print(name, round(1e3*(time.perf_counter()-b),1)); return r
-        setattr(self,name,g)
+orig=prove.Prover._meet_others
+def timed(self, cells, deadline):
+    pr=cProfile.Profile() if len(sys.argv)>2 else None
     b=time.perf_counter()
-    orig(self,cells,cs,pr)
-    print("prove", round(time.perf_counter()-b,3), "sum of meets", sum(x[2] for x in t)/1e3, len(t))
-    print(t)
-prove.Prover.prove=prove_
+    if pr: pr.enable()
+    orig(self, cells, deadline)
+    if pr: pr.disable()
+    print("others", round(time.perf_counter()-b,3), "left", round(deadline-time.perf_counter(),3), sum(c.info.probes for c in cells), "of", sum(c.info.planned_probes for c in cells))
+    if pr: pstats.Stats(pr).sort_stats("tottime").print_stats(40)
+prove.Prover._meet_others=timed
 from reprise import LLM
 from reprise.bench.presets import engine_arguments
-import sys
 e = LLM(**engine_arguments(sys.argv[1], {"dtype":"bfloat16","max_model_len":4096,"graph_verify":"auto"})).engine
-print("startup", e.startup_seconds)
+print("startup", e.startup_seconds, "verify", e.runner.graphs._verify_seconds)

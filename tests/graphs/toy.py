@@ -103,6 +103,9 @@ class Slots:
     def written(self) -> Tensor:
         return self.slots // BLOCK
 
+    def beside(self) -> Tensor:
+        return self.near()
+
     def near(self) -> Tensor:
         return torch.arange(len(next(iter(self.caches.values()))), device=self.slots.device)
 

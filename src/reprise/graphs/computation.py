@@ -44,9 +44,12 @@ class State(Protocol):
     def written(self) -> Tensor:
         """[K] int64, the units of the caches that hold these rows."""
 
+    def beside(self) -> Tensor:
+        """[K] int64, the units that the step writes, those next to them in memory, and the null
+        unit: where a graph that is a little wrong does its harm."""
+
     def near(self) -> Tensor:
-        """[K] int64, the units that the step reads or writes, and those next to the written ones
-        in memory: where a graph that is a little wrong does its harm."""
+        """[K] int64, those of :meth:`beside`, and all that the step reads."""
 
 
 class Computation(Protocol):

@@ -74,6 +74,7 @@ class Guard:
         self._at_rest: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         """Sums of the weights as they were loaded."""
+        self._stacked: tuple[list[int], list[Stack]] | None = None
         self._carried: list[tuple[Stack, Tensor]] | None = None
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
@@ -106,7 +107,7 @@ class Guard:
         """Take down the memory that a step must leave alone."""
         memory = self._computation.memory()
         kept = [(each, each.bytes.clone()) for each in spans(owned(memory, "input", "beside"))]
-        stacks = stacked(owned(memory, "cache"))
+        stacks = self._stacks(memory)
         if scope.units is None and self._carries(memory, stacks):
             assert self._carried is not None
             sums = self._carried
@@ -185,6 +186,14 @@ class Guard:
             for name, each in self._weight_sums(memory, Scope()).items()
             if not self._is_right(name, each)
         ]
+
+    def _stacks(self, memory: Mapping[str, Region]) -> list[Stack]:
+        """The caches; they are stacked again only when there are others."""
+        caches = owned(memory, "cache")
+        places = [each.data_ptr() for each in caches.values()]
+        if self._stacked is None or self._stacked[0] != places:
+            self._stacked = places, stacked(caches)
+        return self._stacked[1]
 
     def _carries(self, memory: Mapping[str, Region], stacks: list[Stack]) -> bool:
         """Whether the carried sums are those of the caches as they are in use now."""

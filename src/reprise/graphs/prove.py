@@ -36,8 +36,9 @@ NOISE_FACTOR = 8
 """An inexact graph may differ from eager execution by so many times what eager execution differs
 from itself."""
 USELESS = 0.85
-"""A graph whose replay takes this share of eager execution's time gains nothing: while the device
-computes, the host is ahead."""
+BUSY_SECONDS = 0.005
+"""A graph whose replay takes this share of eager execution's time, and so long, gains nothing:
+while the device computes, the host is ahead."""
 NO_WEIGHTS = -1
 
 
@@ -123,7 +124,7 @@ class Prover:
         assert cell.graph is not None
         try:
             probe.fill()
-            scope = Scope(self._computation.state(cell.shape).near(), NO_WEIGHTS)
+            scope = Scope(self._computation.state(cell.shape).beside(), NO_WEIGHTS)
             later = examine_later(
                 self._computation, self._guard, cell.graph, cell.shape, probe.live, scope,
                 self._platform, bound=self.bound(executor),
@@ -164,7 +165,7 @@ class Prover:
         dropped = []
         for cell in cells:
             info = cell.info
-            slow = info.replay_seconds >= USELESS * info.eager_seconds
+            slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
             if cell.graph is None or cell.shape.phase != "mixed" or not self._agree(slow):
                 continue
             cell.graph = None
@@ -265,7 +266,7 @@ class Prover:
                     error=verdict.error or "it cannot be made: on another rank", ran=False
                 )
             try:
-                scope = Scope(self._computation.state(cell.shape).near(), NO_WEIGHTS)
+                scope = Scope(self._computation.state(cell.shape).beside(), NO_WEIGHTS)
                 verdict = examine(
                     self._computation, self._guard, cell.graph, cell.shape, probe.live, model,
                     scope, bound=bound, pool=pool, keep=False,

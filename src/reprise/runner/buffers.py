@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise.attention import AttentionMetadata
+from reprise.cache import NULL_BLOCK
 from reprise.graphs.kinds import Kind
 from reprise.graphs.shape import StepShape
 from reprise.platforms import Platform
@@ -367,18 +368,21 @@ class StepBuffers:
         layouts = self.layouts.codes(len(counts))
         return kind_of_step(counts, lengths, layouts, bucket, self.block_size)
 
-    def blocks_near(self, bucket: StepShape, num_blocks: int) -> Ints:
-        """Blocks that the step in the buffers reads or writes, those next to the written ones, and
-        the null block: [K] int64, ascending.
+    def blocks_near(self, bucket: StepShape, num_blocks: int, *, reads: bool) -> Ints:
+        """Blocks that the step in the buffers writes, those next to them, and the null block:
+        [K] int64, ascending.
 
         Args:
             bucket: What the step is padded to.
             num_blocks: Of the cache.
+            reads: Those that the step reads, too.
         """
         near = np.zeros(num_blocks + 1, dtype=bool)
-        lengths = self.seq_lens.host[: bucket.num_requests]
-        for row, length in enumerate(lengths.tolist()):
-            near[self._tables[row, : -(-length // self.block_size)]] = True
+        near[NULL_BLOCK] = True
+        if reads:
+            lengths = self.seq_lens.host[: bucket.num_requests]
+            for row, length in enumerate(lengths.tolist()):
+                near[self._tables[row, : -(-length // self.block_size)]] = True
         written = self.slot_mapping.host[: bucket.num_tokens] // self.block_size
         for each in (written - 1, written, written + 1):
             near[each] = True  # -1 is the last one, which does not exist

@@ -196,9 +196,15 @@ class WrittenSlots:
     def written(self) -> Tensor:
         return self._slots // self._buffers.block_size
 
+    def beside(self) -> Tensor:
+        return self._blocks(reads=False)
+
     def near(self) -> Tensor:
+        return self._blocks(reads=True)
+
+    def _blocks(self, *, reads: bool) -> Tensor:
         num_blocks = min(each.shape[1] // self._buffers.block_size for each in self._rows.values())
-        blocks = self._buffers.blocks_near(self._bucket, num_blocks)
+        blocks = self._buffers.blocks_near(self._bucket, num_blocks, reads=reads)
         return torch.from_numpy(blocks).to(self._slots.device)
 
 
