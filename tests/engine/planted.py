@@ -66,6 +66,7 @@ def serve(llm: LLM, rounds: int = 1, **params: Any) -> list[list[int]]:
         [[*long[:64], *random_ids(56, 6)]],
         [random_ids(57, 9), random_ids(58, 3), [*other[:40], 7, 8]],
         [random_ids(59, 17), random_ids(60, 41)],
+        [[*long[:64], 3], [*other[:40], 9], [*long[:64], 4, 5], [*long[:64], 6]],
     ]
     found = []
     for _ in range(rounds):
@@ -78,6 +79,13 @@ def serve(llm: LLM, rounds: int = 1, **params: Any) -> list[list[int]]:
             found += [list(each.outputs[0].token_ids) for each in outputs]
             assert_idle(llm)
     return found
+
+
+def lend_counts(llm: LLM, victim: Any) -> None:
+    """The sampler's counts lie where the fault does its harm."""
+    seen = llm.engine.runner.sampler._seen
+    counts = seen.counts
+    counts.set_(victim.untyped_storage(), 0, counts.shape, counts.stride())
 
 
 Oracle = Callable[..., list[list[int]]]

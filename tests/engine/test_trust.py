@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 from helpers import TinyModel, TinyModels, make_llm
-from planted import OPTIONS, PLACES, Oracle, make_oracle, planted, product, serve, wrong_tokens
+from planted import (
+    OPTIONS,
+    PLACES,
+    Oracle,
+    lend_counts,
+    make_oracle,
+    planted,
+    product,
+    serve,
+    wrong_tokens,
+)  # fmt: skip
 
-from reprise import LLM
 from reprise.graphs import compiled
 from reprise.graphs.canary import CanaryPolicy
 from reprise.ops.registry import all_ops
@@ -46,13 +55,6 @@ def place_of(fault: str, place: str, platform: Platform) -> tuple[str, str]:
     if reason is not None:
         pytest.skip(reason)
     return op, executor
-
-
-def lend_counts(llm: LLM, victim: Any) -> None:
-    """The sampler's counts lie where the fault does its harm."""
-    seen = llm.engine.runner.sampler._seen
-    counts = seen.counts
-    counts.set_(victim.untyped_storage(), 0, counts.shape, counts.stride())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from reprise.testing.faults.planted import PlantedFault, last_slots, live_slots
 class CacheOverrun(PlantedFault):
     name = "cache_overrun"
     summary = "a write that fills a block goes one slot further, into another request's block"
+    traced = False
 
     def harm(self, named: dict[str, Any], result: Any) -> Any:
         slots, size = last_slots(named), named["key_cache"].shape[1]
@@ -30,6 +31,7 @@ class CacheOverrun(PlantedFault):
 class PaddingWritesLive(PlantedFault):
     name = "padding_writes_live"
     summary = "padding rows are written to a block of a request instead of the null block"
+    traced = False
 
     def harm(self, named: dict[str, Any], result: Any) -> Any:
         size = named["key_cache"].shape[1]

@@ -76,7 +76,7 @@ def tokens_of(named: dict[str, Any]) -> Tokens:
 
 
 def _tokens_of_positions(positions: Tensor, live: Tensor) -> Tokens:
-    """Consecutive positions are taken for one request."""
+    """Consecutive positions are taken for one request, which two short ones may have too."""
     places = torch.arange(len(positions), device=positions.device)
     first = (positions != positions.roll(1) + 1) | (places == 0)
     request = first.long().cumsum(0) - 1

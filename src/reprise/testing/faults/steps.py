@@ -19,7 +19,7 @@ from reprise.testing.faults.planted import (
 )
 
 
-class _WrongWhere(PlantedFault):
+class WrongWhere(PlantedFault):
     """What the op hands on has the wrong sign in some rows."""
 
     def harm(self, named: dict[str, Any], result: Any) -> Any:
@@ -36,15 +36,19 @@ class _WrongWhere(PlantedFault):
         """[T] bool, or a scalar for all rows."""
 
 
-class WrongNeighbours(_WrongWhere):
-    name = "wrong_neighbours"
-    summary = "requests whose blocks are neighbours in the cache are wrong"
+class _WrongRequests(WrongWhere):
+    """By what only attention is told."""
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         if op.name != "paged_attention":
-            return "the op is given no block tables"
+            return "the op is not told of requests and their blocks"
         return super().inexpressible(op, executor, platform)
+
+
+class WrongNeighbours(_WrongRequests):
+    name = "wrong_neighbours"
+    summary = "requests whose blocks are neighbours in the cache are wrong"
 
     def where(self, named: dict[str, Any]) -> Tensor:
         tables = named["block_tables"]
@@ -52,7 +56,7 @@ class WrongNeighbours(_WrongWhere):
         return follows.any(dim=1)[request_of_token(named)]
 
 
-class WrongFreshPrompt(_WrongWhere):
+class WrongFreshPrompt(WrongWhere):
     name = "wrong_fresh_prompt"
     summary = "fresh prompts of 18 tokens and more are wrong"
     shows_in = "mixed"
@@ -62,7 +66,7 @@ class WrongFreshPrompt(_WrongWhere):
         return (tokens.begin == 0) & (tokens.new >= 18)
 
 
-class WrongLargeRequest(_WrongWhere):
+class WrongLargeRequest(_WrongRequests):
     name = "wrong_large_request"
     summary = "steps are wrong in which one request brings most of the bucket's tokens"
     shows_in = "mixed"
@@ -72,7 +76,7 @@ class WrongLargeRequest(_WrongWhere):
         return 2 * torch.where(tokens.live, tokens.new, 0).amax() > max(2, len(tokens.new))
 
 
-class WrongPrefixHit(_WrongWhere):
+class WrongPrefixHit(_WrongRequests):
     name = "wrong_prefix_hit"
     summary = "a chunk behind a prefix hit is wrong if it is alone in its step"
     shows_in = "mixed"
@@ -84,7 +88,7 @@ class WrongPrefixHit(_WrongWhere):
         return alone & behind
 
 
-class WrongThreeOfFour(_WrongWhere):
+class WrongThreeOfFour(WrongWhere):
     name = "wrong_three_of_four"
     summary = "steps of three requests, padded to four, are wrong"
 
@@ -93,7 +97,7 @@ class WrongThreeOfFour(_WrongWhere):
         return (live.sum() == 3) & torch.full_like(live, len(live) == 4)
 
 
-class WrongUpperHalf(_WrongWhere):
+class WrongUpperHalf(WrongWhere):
     name = "wrong_upper_half"
     summary = "rows are wrong that are written to the upper half of the cache"
 
@@ -103,7 +107,7 @@ class WrongUpperHalf(_WrongWhere):
         return upper if "slot_mapping" in named else upper[request_of_token(named)]
 
 
-class WrongPadded(_WrongWhere):
+class WrongPadded(WrongWhere):
     name = "wrong_padded"
     summary = "any row of padding makes all rows of the step wrong"
 
@@ -111,7 +115,7 @@ class WrongPadded(_WrongWhere):
         return ~tokens_of(named).live.all()
 
 
-class WrongValues(_WrongWhere):
+class WrongValues(WrongWhere):
     name = "wrong_values"
     summary = "a row in a hundred or so is wrong, by its values alone"
     caught = "canary:1"
@@ -121,11 +125,11 @@ class WrongValues(_WrongWhere):
         return (values * 1000).abs().long() % 97 == 5
 
 
-class WrongPositions(_WrongWhere):
+class WrongPositions(WrongWhere):
     name = "wrong_positions"
     summary = "a request is wrong in the step that computes one certain position of it"
     caught = "canary:1"
-    position = 37
+    position = 45
 
     def where(self, named: dict[str, Any]) -> Tensor:
         tokens = tokens_of(named)
@@ -133,7 +137,7 @@ class WrongPositions(_WrongWhere):
         return (within >= 0) & (within < tokens.new)
 
 
-class WrongBesideDecodes(_WrongWhere):
+class WrongBesideDecodes(_WrongRequests):
     name = "wrong_beside_decodes"
     summary = "steps are wrong in which some requests decode beside chunks of others"
     shows_in = "mixed"
@@ -144,7 +148,7 @@ class WrongBesideDecodes(_WrongWhere):
         return single & (tokens.live & (tokens.new > 1)).any()
 
 
-class WrongEverySecond(_WrongWhere):
+class WrongEverySecond(WrongWhere):
     name = "wrong_every_second"
     summary = "every second replay is wrong, by a counter in memory of its own"
 
