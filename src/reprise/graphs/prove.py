@@ -151,6 +151,7 @@ class Prover:
 
     def begin(self, cells: list[Cell]) -> None:
         """Choose probes, measure bounds. The weights have been taken down."""
+        self._guard.learn_ops()
         for cell in cells:
             cell.probes = list(self._computation.probes(cell.shape, anchor=False))
         self._measure_bounds(cells)
