@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEVICE ?= cpu
 JOBS ?= 2
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-long lint format setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/reprise generate "Once upon a time" --max-tokens 250
@@ -13,6 +13,10 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE)
+
+# All combinations of faults, executors and modes; test has every pair of them.
+test-long: lint
+	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE) --long
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -20,9 +20,13 @@ hypothesis.settings.load_profile("reprise")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="platform to test on: cpu, cuda, xpu, ...")
+    parser.addoption(
+        "--long", action="store_true", help="all combinations; an accelerator always gets them"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: left out unless --long is given")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts its background jobs so, and children inherit it: the tests that interrupt
         # a process would wait for ever.
@@ -33,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
         # Before torch is imported: tiny models gain nothing from threads, and where cores are
         # shared they wait for each other for most of the time.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long") or config.getoption("--device") != "cpu":
+        return
+    left_out = [each for each in items if each.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [each for each in items if not each.get_closest_marker("long")]
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def tokens(llm: LLM, prompts: list[list[int]], count: int = 12) -> list[list[int
 
 @pytest.mark.parametrize("executor", ["full", "breakable"])
 @pytest.mark.parametrize("op", ["paged_attention", "rotary_cache"])
-@pytest.mark.parametrize("name", sorted(faults.FAULTS))
+@pytest.mark.parametrize("name", sorted(faults.RECORDED))
 def test_no_wrong_token_leaves(
     tiny: TinyModels,
     platform: Platform,

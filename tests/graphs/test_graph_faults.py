@@ -40,7 +40,7 @@ def steps_are_right(runner, toy):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("fault", faults.FAULTS)
+@pytest.mark.parametrize("fault", faults.RECORDED)
 def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, executor, caplog):
     reason = faults.FAULTS[fault].inexpressible(all_ops()[op], executor, platform)
     if reason is not None:

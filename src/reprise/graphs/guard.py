@@ -79,11 +79,14 @@ class Guard:
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
     def learn_weights(self) -> None:
-        """The weights are right as they are now, and ops are between two steps."""
-        self._at_rest = copies(owned(self._computation.memory(), "ops"))
+        """The weights are right as they are now."""
         self._weights = {
             name: _sum(each) for name, each in owned(self._computation.memory(), "weight").items()
         }
+
+    def learn_ops(self) -> None:
+        """Ops are between two steps, and what they keep has been made."""
+        self._at_rest = copies(owned(self._computation.memory(), "ops"))
 
     def settle_ops(self) -> None:
         """Bring what ops keep into the order that they leave it in: a replay broke off."""

@@ -151,8 +151,8 @@ class Prover:
             self._meet(cell, number)
 
     def begin(self, cells: list[Cell]) -> None:
-        """Choose probes, take down the weights, measure bounds."""
-        self._guard.learn_weights()
+        """Choose probes, measure bounds. The weights have been taken down."""
+        self._guard.learn_ops()
         for cell in cells:
             cell.probes = list(self._computation.probes(cell.shape, anchor=False))
         self._measure_bounds(cells)

@@ -17,7 +17,7 @@ from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import Agree, Capturer, Cell, Key, Progress
 from reprise.graphs.computation import Computation
-from reprise.graphs.guard import Guard, Scope
+from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.kinds import Kind
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
 from reprise.graphs.prove import Prover
@@ -189,6 +189,8 @@ class GraphRunner:
             return
         free = self._free_memory()
         with self.capturer.ready():
+            if self.verify.startup or self.verify.canary:
+                self.guard.learn_weights()  # before anything could have changed them
             started = time.perf_counter()
             for done, shape in enumerate(shapes):
                 self.capture(shape)
@@ -390,21 +392,26 @@ class GraphRunner:
     def _make_good(self, cell: Cell, shape: StepShape, verdict: Verdict) -> None:
         """Refuse a graph that was found wrong, and repair what it did. Inputs, state and outputs
         are those of the eager run already."""
-        weights = [each.name for each in verdict.changes if each.owner == "weight"]
-        units = {
-            each.index
-            for each in verdict.changes
-            if each.owner == "cache" and each.index is not None
-        }
-        if weights:
-            self.prover.mend()
-        where = "" if verdict.changes and not verdict.differences else self._where(cell, shape)
+        changes, where = list(verdict.changes), ""
+        self._mend(changes)
+        if verdict.differences or not changes:
+            where, more = self._where(cell, shape)
+            self._mend(more)
+            changes += more
+        units = {each.index for each in changes if each.owner == "cache" and each.index is not None}
         reason = f"canary: {verdict.told or 'wrong on another rank'}{where}"
         self._refuse(cell, reason, frozenset(units), earlier=any(e.before for e in verdict.changes))
 
-    def _where(self, cell: Cell, shape: StepShape) -> str:
-        """The op at which the graph leaves the path of eager execution on the step at hand."""
+    def _mend(self, changes: Iterable[Change]) -> None:
+        if any(each.owner == "weight" for each in changes):
+            self.prover.mend()
+
+    def _where(self, cell: Cell, shape: StepShape) -> tuple[str, list[Change]]:
+        """The op at which the graph leaves the path of eager execution on the step at hand, and
+        what the search has changed, which replays what is wrong: inputs and memory beside are as
+        before."""
         computation = self.computation
+        before = self.guard.before(Scope())
         inputs = {k: v.clone() for k, v in computation.inputs(cell.shape).items()}
         outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
         state = computation.state(cell.shape)
@@ -419,7 +426,10 @@ class GraphRunner:
         state.write(rows)
         for name, tensor in computation.outputs(shape).items():
             tensor.copy_(outputs[name])
-        return where
+        self.guard.flags(before)
+        changes = self.guard.changes(before)
+        self.guard.put_back(before)
+        return where, changes
 
     def _refuse(
         self, cell: Cell, reason: str, units: frozenset[int], *, earlier: bool = False

@@ -64,9 +64,12 @@ class ForwardPass:
         self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         parameters = {name for name, _ in model.named_parameters()}
         self._tables = {
-            name: each.cpu() for name, each in self._weights.items() if name not in parameters
+            name: each.detach().cpu().clone()
+            for name, each in self._weights.items()
+            if name not in parameters or each.dim() < 2
         }
-        """What follows from the config (rotary tables), to be put back if a graph changes it."""
+        """What follows from the config (rotary tables), to be put back if a graph changes it, and
+        vectors: they are small, and random weights leave them as the model makes them."""
         self.beside: Callable[[], Mapping[str, Tensor]] = dict
         """What lies on the device beside what a step reads and writes: the sampler's memory."""
         self.reload: Callable[[Sequence[str]], None] | None = None

@@ -90,6 +90,11 @@ class ModelRunner:
                 max_tokens=self.max_tokens,
                 max_requests=config.max_num_seqs,
             )
+            # Before graphs are captured: what they spoil has to be known, and made good.
+            self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
+            self.forward_pass.beside = self.sampler.memory
+            self._checkpoint = checkpoint.path
+            self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null block alone.
             allocate_cache(self.model, 1, self.block_size, self.dtype, platform)
             with timeline.phase("compile"):
@@ -102,10 +107,6 @@ class ModelRunner:
                 self._make_cache(wanted_len, activation_bytes)
                 with timeline.phase("capture"):
                     self._capture_graphs()
-        self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
-        self.forward_pass.beside = self.sampler.memory
-        self._checkpoint = checkpoint.path
-        self.forward_pass.reload = self._reload
         self._last_sampled: Sampled | None = None
         # Two in turn: while a step is under way, the one before it may still be read.
         self._landings = itertools.cycle(

@@ -15,6 +15,7 @@ from reprise.ops import all_ops
 from reprise.sampling_params import SamplingParams
 from reprise.testing.faults import FAULTS
 
+STARTUP = VerifyMode()
 BUCKETS = Buckets(decode=(2, 4), mixed=(8, 32))
 PROMPTS = [[5, 17, 3], list(range(20, 61)), [9], [7, 7, 100, 200, 300, 400, 500]]
 TOKENS = 12
@@ -31,7 +32,9 @@ def tokens(kit: Kit) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def graphs_of(kit: Kit, executor: Executor, buckets: Buckets) -> Iterator[GraphRunner]:
+def graphs_of(
+    kit: Kit, executor: Executor, buckets: Buckets, verify: VerifyMode = STARTUP
+) -> Iterator[GraphRunner]:
     """The demo model with freshly captured graphs; afterwards it has none again."""
     kit.need_graphs()
     runner = kit.llm.engine.runner
@@ -41,7 +44,7 @@ def graphs_of(kit: Kit, executor: Executor, buckets: Buckets) -> Iterator[GraphR
         GraphPlan(executor, executor),
         buckets,
         runner.config.max_num_seqs,
-        verify=VerifyMode(startup=True),
+        verify=verify,
     )
     eager = runner.graphs
     for each in made.plan.downgrades:
@@ -93,17 +96,26 @@ def fault_is_caught(kit: Kit, fault: str) -> str:
 def _inject(kit: Kit, fault: str, op: str, executor: Any) -> None:
     from reprise.testing import faults
 
-    table = kit.llm.engine.runner.ops
+    kind = FAULTS[fault]
+    runner = kit.llm.engine.runner
     kit.need_graphs()
+    every_replay = kind.caught == "canary:1"
+    expected = tokens(kit) if every_replay else []
+    decode = kind.shows_in == "decode"
+    buckets = Buckets(decode=(4,) if decode else (), mixed=() if decode else (32,))
+    verify = VerifyMode(canary=int(every_replay))
     with (
         _quiet(),
-        faults.inject(fault, table, op),
-        graphs_of(kit, executor, Buckets(decode=(2,), mixed=())) as graphs,
+        faults.inject(fault, runner.ops, op, runner.forward_pass),
+        graphs_of(kit, executor, buckets, verify) as graphs,
     ):
+        if every_replay:
+            need(tokens(kit) == expected, f"{fault} in {op} gave wrong tokens under canary:1")
         (info,) = graphs.report().graphs
     if info.quarantined is None:
         raise Broken(f"{fault} in {op} went unseen by the {executor} executor")
-    need(f"{op} #" in info.quarantined, f"{op} is not named: {info.quarantined}")
+    if kind.traced:
+        need(f"{op} #" in info.quarantined, f"{op} is not named: {info.quarantined}")
 
 
 @contextlib.contextmanager
@@ -131,6 +143,7 @@ for _fault, _kind in FAULTS.items():
         f"fault_is_caught:{_fault}",
         "faults",
         f"Verification catches it when {_kind.summary}.\n\n"
-        "In the full and in the breakable executor, wherever the fault can exist there.",
+        "In the full and in the breakable executor, wherever the fault can exist there: by the\n"
+        "probes of start-up, or, if values alone decide, by canary:1.",
         functools.partial(fault_is_caught, fault=_fault),
     )

@@ -165,7 +165,7 @@ class _Measurement:
             self.matrix.notes.append(f"{executor}: {name} cannot exist in {op} here: {reason}")
             yield
             return
-        with faults.inject(name, self.runner.ops, op):
+        with faults.inject(name, self.runner.ops, op, self.computation):
             yield
 
     def executor(self, executor: Executor) -> None:
@@ -187,11 +187,13 @@ class _Measurement:
         )
         self.matrix.memory_note = predict(graphs).note
         with graphs.capturer.ready():
+            graphs.guard.learn_weights()
             captured = [
                 self._capture(graphs, shape)
                 for shape in graphs.shapes()
                 if shape.phase not in missing
             ]
+            graphs.prover.mend()
             graphs.prover.begin(captured)
             for cell in reversed(captured):
                 for context in self.matrix.contexts:
@@ -243,6 +245,11 @@ class _Measurement:
         made.captured = True
         probe = self.computation.probe(shape, context)
         verdict = graphs.prover.compare(cell, probe)
+        spoiled = graphs.guard.wrong_weights()
+        if spoiled:
+            graphs.prover.mend(spoiled)
+            made.reason = f"it changed {', '.join(spoiled)}, which nothing may change"
+            return made
         if verdict.right:
             made.verified, made.largest_difference = True, 0.0
             made.eager_ms, made.replay_ms = median_ms(

@@ -1,90 +1,16 @@
-"""Faults that real engines have had in their graphs, to be put into real ops on purpose.
-
-Each fault is a context manager that wraps the implementation of one op in an op table. Eager
-execution stays right; a graph that is captured inside goes wrong. Verification must catch it::
-
-    with faults.stale_scalar(table, "paged_attention"):
-        runner.capture_all()
-    assert runner.report().quarantined
-"""
+"""Faults of what a capture keeps: values, addresses, order, precision."""
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reprise.ops.registry import Op, OpTable, all_ops
+from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
-from reprise.platforms.device_graph import capturing, host_code, in_capture_pass, launch
-
-PIECEWISE = ("breakable", "compiled")
-
-EXTENTS = {"paged_attention": "seq_lens", "rotary_cache": "positions"}
-"""The argument of an op that says how far it reaches; graphs captured with it too small."""
-
-
-class Fault(ABC):
-    """One way to break an op under capture. An instance is one op broken once."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-
-    def __init__(self, table: OpTable, op: Op) -> None:
-        self.table = table
-        self.op = op
-        self.original = table.functions[op.name]
-        self.names = [each.name for each in op.overload._schema.arguments]
-
-    @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        """Why this fault cannot exist in ``op`` under ``executor``; None: it can."""
-        if executor in PIECEWISE and op.break_op:
-            return "a break op runs eagerly between segments, where this is allowed"
-        return None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        with host_code():
-            return self.run(named)
-
-    @abstractmethod
-    def run(self, named: dict[str, Any]) -> Any:
-        """Do the op's work, badly if it is being captured. ``named``: its arguments."""
-
-    def close(self) -> None:
-        """Leave the table as it was."""
-        self.table.functions[self.op.name] = self.original
-
-    def proceed(self, named: dict[str, Any]) -> Any:
-        """The op's real work."""
-        return launch(self.original, **named)
-
-    def target(self, named: dict[str, Any]) -> str:
-        """The input that the fault corrupts: the op's extent, else its first activation."""
-        extent = EXTENTS.get(self.op.name)
-        if extent is not None:
-            return extent
-        return next(name for name, each in named.items() if isinstance(each, Tensor))
-
-    def activation(self, named: dict[str, Any]) -> str:
-        """The first floating-point argument."""
-        return next(
-            name
-            for name, each in named.items()
-            if isinstance(each, Tensor) and each.is_floating_point()
-        )
-
-    def proceed_with(self, named: dict[str, Any], name: str, value: Tensor) -> Any:
-        """The op's real work with another value of one input."""
-        if name in self.op.mutates:
-            named[name].copy_(value)
-            return self.proceed(named)
-        return self.proceed({**named, name: value})
+from reprise.platforms.device_graph import capturing, in_capture_pass
+from reprise.testing.faults.base import EXTENTS, PIECEWISE, Fault
 
 
 class StaleScalar(Fault):
@@ -263,51 +189,3 @@ class ReturnedOutput(Fault):
         fresh = torch.empty_like(named[name])
         self.proceed({**named, name: fresh})
         return fresh
-
-
-FAULTS: dict[str, type[Fault]] = {
-    each.name: each
-    for each in (
-        StaleScalar, StalePointer, FreshAllocation, UnwrittenOutput, HostSync, SideStreamRace,
-        WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
-    )
-}  # fmt: skip
-"""Every fault by name."""
-
-
-@contextlib.contextmanager
-def inject(fault: str, table: OpTable, op: str) -> Iterator[Fault]:
-    """Break ``op`` in ``table`` within the ``with`` block.
-
-    Args:
-        fault: A name in :data:`FAULTS`.
-        table: The table that the computation runs with.
-        op: Name of the op.
-    """
-    broken = FAULTS[fault](table, all_ops()[op])
-    table.functions[op] = broken
-    try:
-        yield broken
-    finally:
-        broken.close()
-
-
-def _named(fault: str) -> Callable[[OpTable, str], contextlib.AbstractContextManager[Fault]]:
-    def broken(table: OpTable, op: str) -> contextlib.AbstractContextManager[Fault]:
-        return inject(fault, table, op)
-
-    broken.__name__ = fault
-    broken.__doc__ = f"Break ``op`` in ``table``: {FAULTS[fault].summary}."
-    return broken
-
-
-stale_scalar = _named("stale_scalar")
-stale_pointer = _named("stale_pointer")
-fresh_allocation = _named("fresh_allocation")
-unwritten_output = _named("unwritten_output")
-host_sync = _named("host_sync")
-side_stream_race = _named("side_stream_race")
-wrong_extent = _named("wrong_extent")
-dtype_drift = _named("dtype_drift")
-dirty_memory = _named("dirty_memory")
-returned_output = _named("returned_output")

@@ -1,0 +1,136 @@
+"""Faults that real engines have had in their graphs, to be put into real ops on purpose.
+
+Each fault is a context manager that wraps the implementation of one op in an op table. Eager
+execution stays right; a graph that is captured inside goes wrong. Verification must catch it::
+
+    with faults.stale_scalar(table, "paged_attention"):
+        runner.capture_all()
+    assert runner.report().quarantined
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from reprise.ops.registry import OpTable, all_ops
+from reprise.testing.faults.base import Fault
+from reprise.testing.faults.memory import (
+    CacheOverrun,
+    ChangedBeside,
+    ChangedLengths,
+    ChangedTables,
+    ChangedWeight,
+    PaddingWritesLive,
+)
+from reprise.testing.faults.planted import PlantedFault
+from reprise.testing.faults.recorded import (
+    DirtyMemory,
+    DtypeDrift,
+    FreshAllocation,
+    HostSync,
+    ReturnedOutput,
+    SideStreamRace,
+    StalePointer,
+    StaleScalar,
+    UnwrittenOutput,
+    WrongExtent,
+)
+from reprise.testing.faults.steps import (
+    WrongBesideDecodes,
+    WrongEverySecond,
+    WrongFreshPrompt,
+    WrongLargeRequest,
+    WrongNeighbours,
+    WrongPadded,
+    WrongPositions,
+    WrongPrefixHit,
+    WrongThreeOfFour,
+    WrongUpperHalf,
+    WrongValues,
+)
+
+FAULTS: dict[str, type[Fault]] = {
+    each.name: each
+    for each in (
+        StaleScalar, StalePointer, FreshAllocation, UnwrittenOutput, HostSync, SideStreamRace,
+        WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
+        CacheOverrun, PaddingWritesLive, ChangedTables, ChangedLengths, ChangedWeight,
+        ChangedBeside,
+        WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
+        WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
+        WrongEverySecond,
+    )
+}  # fmt: skip
+"""Every fault by name."""
+RECORDED = [name for name, each in FAULTS.items() if not issubclass(each, PlantedFault)]
+"""Those of what a capture keeps: any step shows them."""
+
+
+@contextlib.contextmanager
+def inject(fault: str, table: OpTable, op: str, computation: Any = None) -> Iterator[Fault]:
+    """Break ``op`` in ``table`` within the ``with`` block.
+
+    Args:
+        fault: A name in :data:`FAULTS`.
+        table: The table that the computation runs with.
+        op: Name of the op.
+        computation: A :class:`reprise.runner.computation.ForwardPass` that lists what the fault
+            spoils of others' memory as lying beside it.
+    """
+    broken = FAULTS[fault](table, all_ops()[op])
+    table.functions[op] = broken
+    try:
+        with contextlib.nullcontext() if computation is None else _beside(computation, broken):
+            yield broken
+    finally:
+        broken.close()
+
+
+@contextlib.contextmanager
+def _beside(computation: Any, broken: Fault) -> Iterator[None]:
+    others = computation.beside
+    computation.beside = lambda: {**others(), **broken.beside}
+    try:
+        yield
+    finally:
+        computation.beside = others
+
+
+def _named(fault: str) -> Callable[[OpTable, str], contextlib.AbstractContextManager[Fault]]:
+    def broken(table: OpTable, op: str) -> contextlib.AbstractContextManager[Fault]:
+        return inject(fault, table, op)
+
+    broken.__name__ = fault
+    broken.__doc__ = f"Break ``op`` in ``table``: {FAULTS[fault].summary}."
+    return broken
+
+
+stale_scalar = _named("stale_scalar")
+stale_pointer = _named("stale_pointer")
+fresh_allocation = _named("fresh_allocation")
+unwritten_output = _named("unwritten_output")
+host_sync = _named("host_sync")
+side_stream_race = _named("side_stream_race")
+wrong_extent = _named("wrong_extent")
+dtype_drift = _named("dtype_drift")
+dirty_memory = _named("dirty_memory")
+returned_output = _named("returned_output")
+cache_overrun = _named("cache_overrun")
+padding_writes_live = _named("padding_writes_live")
+changed_tables = _named("changed_tables")
+changed_lengths = _named("changed_lengths")
+changed_weight = _named("changed_weight")
+changed_beside = _named("changed_beside")
+wrong_neighbours = _named("wrong_neighbours")
+wrong_fresh_prompt = _named("wrong_fresh_prompt")
+wrong_large_request = _named("wrong_large_request")
+wrong_prefix_hit = _named("wrong_prefix_hit")
+wrong_three_of_four = _named("wrong_three_of_four")
+wrong_upper_half = _named("wrong_upper_half")
+wrong_padded = _named("wrong_padded")
+wrong_values = _named("wrong_values")
+wrong_positions = _named("wrong_positions")
+wrong_beside_decodes = _named("wrong_beside_decodes")
+wrong_every_second = _named("wrong_every_second")

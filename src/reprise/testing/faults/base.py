@@ -1,0 +1,88 @@
+"""What every fault is: one op of a table, broken under capture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from reprise.graphs.shape import Phase
+from reprise.ops.registry import Op, OpTable
+from reprise.platforms import Platform
+from reprise.platforms.device_graph import host_code, launch
+
+PIECEWISE = ("breakable", "compiled")
+
+EXTENTS = {"paged_attention": "seq_lens", "rotary_cache": "positions"}
+"""The argument of an op that says how far it reaches; graphs captured with it too small."""
+
+
+class Fault(ABC):
+    """One way to break an op under capture. An instance is one op broken once."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    caught: ClassVar[Literal["startup", "canary:1"]] = "startup"
+    """By what it is caught before a wrong token: by the default mode, on a probe or on the first
+    live step of its kind; or only by ``canary:1``, which compares every replay
+    and all memory."""
+    shows_in: ClassVar[Phase] = "decode"
+    """A phase whose steps it can make wrong, or whose memory it can spoil."""
+    traced: ClassVar[bool] = True
+    """Its op can be told from what the op writes; else the report names the memory alone."""
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        self.table = table
+        self.op = op
+        self.original = table.functions[op.name]
+        self.names = [each.name for each in op.overload._schema.arguments]
+        self.beside: Mapping[str, Tensor] = {}
+        """Memory of others that it spoils. Who injects it lists it beside the computation."""
+
+    @classmethod
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
+        """Why this fault cannot exist in ``op`` under ``executor``; None: it can."""
+        if executor in PIECEWISE and op.break_op:
+            return "a break op runs eagerly between segments, where this is allowed"
+        return None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        with host_code():
+            return self.run(named)
+
+    @abstractmethod
+    def run(self, named: dict[str, Any]) -> Any:
+        """Do the op's work, badly if it is being captured. ``named``: its arguments."""
+
+    def close(self) -> None:
+        """Leave the table as it was."""
+        self.table.functions[self.op.name] = self.original
+
+    def proceed(self, named: dict[str, Any]) -> Any:
+        """The op's real work."""
+        return launch(self.original, **named)
+
+    def target(self, named: dict[str, Any]) -> str:
+        """The input that the fault corrupts: the op's extent, else its first activation."""
+        extent = EXTENTS.get(self.op.name)
+        if extent is not None:
+            return extent
+        return next(name for name, each in named.items() if isinstance(each, Tensor))
+
+    def activation(self, named: dict[str, Any]) -> str:
+        """The first floating-point argument."""
+        return next(
+            name
+            for name, each in named.items()
+            if isinstance(each, Tensor) and each.is_floating_point()
+        )
+
+    def proceed_with(self, named: dict[str, Any], name: str, value: Tensor) -> Any:
+        """The op's real work with another value of one input."""
+        if name in self.op.mutates:
+            named[name].copy_(value)
+            return self.proceed(named)
+        return self.proceed({**named, name: value})

@@ -1,0 +1,164 @@
+"""No wrong token: what is planted in graphs, against what trust and canaries promise."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from helpers import TinyModel, TinyModels, make_llm
+from planted import (
+    OPTIONS,
+    PLACES,
+    Oracle,
+    lend_counts,
+    make_oracle,
+    planted,
+    product,
+    serve,
+    wrong_tokens,
+)  # fmt: skip
+
+from reprise.graphs import compiled
+from reprise.graphs.canary import CanaryPolicy
+from reprise.ops.registry import all_ops
+from reprise.platforms import Platform
+from reprise.runner.probes import ProbeMaker
+from reprise.testing import faults
+
+MEMORY = (
+    "cache_overrun", "padding_writes_live", "changed_tables", "changed_lengths", "changed_weight",
+    "changed_beside",
+)  # fmt: skip
+KINDS = (
+    "wrong_neighbours", "wrong_fresh_prompt", "wrong_large_request", "wrong_prefix_hit",
+    "wrong_three_of_four", "wrong_upper_half", "wrong_padded", "wrong_beside_decodes",
+)  # fmt: skip
+PENALTIES = {"frequency_penalty": 0.5, "presence_penalty": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> TinyModel:
+    return tiny("qwen3")
+
+
+@pytest.fixture(scope="module")
+def oracle(model: TinyModel, device: str) -> Oracle:
+    return make_oracle(model, device)
+
+
+def place_of(fault: str, place: str, platform: Platform) -> tuple[str, str]:
+    op, executor = PLACES[place]
+    reason = faults.FAULTS[fault].inexpressible(all_ops()[op], executor, platform)
+    if executor == "compiled":
+        reason = reason or platform.compiler_missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return op, executor
+
+
+@pytest.mark.parametrize(
+    ("fault", "place", "begins"), product(MEMORY, list(PLACES), ["at once", "later"])
+)
+def test_spoiled_memory_gives_no_wrong_token(
+    model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
+    caplog: pytest.LogCaptureFixture, fault: str, place: str, begins: str,
+) -> None:  # fmt: skip
+    op, executor = place_of(fault, place, platform)
+    params = PENALTIES if fault == "changed_beside" else {}
+    with (
+        planted(monkeypatch, faults.FAULTS[fault], op, active=begins == "at once") as found,
+        caplog.at_level(logging.WARNING),
+    ):
+        llm = make_llm(
+            model, device, **OPTIONS, graph_mode=f"decode={executor},mixed={executor}",
+            graph_verify="canary:1",
+        )  # fmt: skip
+        (broken,) = found
+        if fault == "changed_beside":
+            lend_counts(llm, broken.victim)
+        if begins == "later":
+            assert not llm.graph_report().quarantined
+            broken.active.fill_(True)
+        assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0
+    report = llm.graph_report()
+    assert report.quarantined
+    if begins == "later":
+        assert report.canary_failures
+    told = " ".join(each.quarantined for each in report.quarantined)
+    assert f"{op} #" in told or "which is not its own" in told or "nothing may change" in told
+
+
+@pytest.mark.parametrize(
+    ("fault", "place", "verify", "start"),
+    product(
+        KINDS, list(PLACES), ["startup", "auto"],
+        ["all probes", "one probe, live canaries", "one probe, eager steps"],
+    ),
+)  # fmt: skip
+def test_kinds_of_steps_that_are_wrong_are_never_replayed(
+    model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
+    fault: str, place: str, verify: str, start: str,
+) -> None:  # fmt: skip
+    """Start-up meets them; if it does not, live steps of kinds it has not met are compared, or run
+    eagerly."""
+    op, executor = place_of(fault, place, platform)
+    if start != "all probes":
+        probes = ProbeMaker.probes
+        monkeypatch.setattr(ProbeMaker, "probes", lambda *args: probes(*args)[:1])
+        affordable = start.endswith("live canaries")
+        monkeypatch.setattr(CanaryPolicy, "may_meet", lambda self: affordable)
+    with planted(monkeypatch, faults.FAULTS[fault], op):
+        llm = make_llm(model, device, **OPTIONS, graph_mode=executor, graph_verify=verify)
+        assert wrong_tokens(serve(llm), oracle()) == 0
+    report = llm.graph_report()
+    if start != "one probe, eager steps":
+        assert report.quarantined, "the fault was met"
+
+
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    product(("wrong_values", "wrong_positions", "wrong_every_second"), list(PLACES)),
+)
+def test_what_only_each_replay_shows(
+    model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
+    fault: str, place: str,
+) -> None:  # fmt: skip
+    op, executor = place_of(fault, place, platform)
+    with planted(monkeypatch, faults.FAULTS[fault], op, active=False) as found:
+        llm = make_llm(model, device, **OPTIONS, graph_mode=executor, graph_verify="canary:1")
+        found[0].active.fill_(True)
+        assert wrong_tokens(serve(llm), oracle()) == 0
+    assert llm.graph_report().canary_failures
+
+
+@pytest.mark.parametrize("verify", ["startup", "canary:1"])
+@pytest.mark.parametrize("harm", ["one percent", "a constant"])
+def test_a_compiler_that_changes_the_model_is_found_out(
+    model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
+    harm: str, verify: str,
+) -> None:  # fmt: skip
+    """Compiled code is compared with the model as written, not with itself run eagerly."""
+    reason = platform.compiler_missing()
+    if reason is not None:
+        pytest.skip(reason)
+    compile_piece = compiled._compile
+
+    def changed(piece: Any, examples: Any) -> Any:
+        function = compile_piece(piece, examples)
+
+        def call(*args: Any) -> Any:
+            results = function(*args)
+            for each in results if isinstance(results, tuple | list) else [results]:
+                if harm == "one percent":
+                    each.mul_(1.01)
+                else:
+                    each.add_(0.125)
+            return results
+
+        return call
+
+    monkeypatch.setattr(compiled, "_compile", changed)
+    llm = make_llm(model, device, **OPTIONS, graph_mode="compiled", graph_verify=verify)
+    assert wrong_tokens(serve(llm), oracle()) == 0
+    assert all(each.quarantined for each in llm.graph_report().graphs)

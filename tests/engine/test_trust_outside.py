@@ -1,0 +1,297 @@
+"""Faults that no list of the project has, thought of from outside: what each mode makes of them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from helpers import TinyModel, TinyModels, make_llm
+from planted import OPTIONS, Oracle, lend_counts, make_oracle, planted, serve, wrong_tokens
+from torch import Tensor
+
+from reprise.ops.registry import Op, OpTable
+from reprise.testing.faults.planted import (
+    PlantedFault,
+    last_slots,
+    request_of_token,
+    tokens_of,
+    used_blocks,
+)
+from reprise.testing.faults.steps import WrongWhere
+
+
+class Outside(PlantedFault):
+    op_name: ClassVar[str] = "paged_attention"
+    start: ClassVar[Literal["refused", "passes"]] = "refused"
+    """What start-up makes of it."""
+
+
+class OnlyCanary(Outside):
+    start = "passes"
+
+
+def block_table_rows(named: dict[str, Any], rows: Tensor) -> Tensor:
+    """[T] bool from [R] bool."""
+    return rows[request_of_token(named)]
+
+
+class FarWrite(OnlyCanary):
+    """It writes a row of a block that neither the step nor a neighbour of its blocks has."""
+
+    name = "far_write"
+    summary = "a stray pointer hits a block far away"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        blocks, size = named["key_cache"].shape[:2]
+        slots = (last_slots(named)[:1] + blocks * size // 2 + 3 * size) % (blocks * size)
+        rows = named["value_cache"].flatten(0, 1)
+        rows[slots] = torch.where(self.active, -rows[slots], rows[slots])
+        return result
+
+
+class PreviousStep(Outside, WrongWhere):
+    """A row of the step before shows through."""
+
+    name = "previous_step"
+    summary = "stale state: what the step before left is added"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.before = torch.zeros((), dtype=torch.int64, device=table.platform.device)
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        now = named["seq_lens"].sum()
+        wrong = (self.before != 0) & (self.before % 3 == 0) & (self.before != now)
+        if self.is_last(named):
+            self.before.copy_(now)
+        return wrong
+
+
+class StaleTable(Outside, WrongWhere):
+    name = "stale_table"
+    summary = "it follows the table of a request that has left its row"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        gone = named["seq_lens"] == 0
+        return (gone & (named["block_tables"][:, 0] != 0)).any()
+
+
+class NullBlock(Outside, WrongWhere):
+    name = "null_block"
+    summary = "it depends on what padding has left in the null block"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        return (named["key_cache"][0] != 0).any()
+
+
+class ManyInARow(OnlyCanary, WrongWhere):
+    """A marker in memory that graphs share tells which of them ran before."""
+
+    name = "many_in_a_row"
+    summary = "the same graph for the ninth time in a row is wrong"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.state = torch.zeros(2, dtype=torch.int64, device=table.platform.device)
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        size = len(named["query"])
+        if self.is_last(named):
+            same = self.state[0] == size
+            self.state[1] = torch.where(same, self.state[1] + self.active, 0)
+            self.state[0] = torch.where(self.active, size, self.state[0])
+        return self.state[1] >= 9
+
+
+class Counter(OnlyCanary, WrongWhere):
+    name = "counter"
+    summary = "a counter of replays wraps after 70"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.count = torch.zeros((), dtype=torch.int64, device=table.platform.device)
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        if self.is_last(named):
+            self.count.add_(self.active)
+        return self.count > 70
+
+
+class HalfRow(Outside):
+    name = "half_row"
+    summary = "the last heads of the last row are not written"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        out = named["out"]
+        kept = torch.full_like(out[-1, -1], torch.nan)
+        row = (named["query_start_loc"][-1] - 1).clamp(min=0).long().view(1)
+        out[row, -1] = torch.where(self.active, kept, out[row, -1])
+        return result
+
+
+class OneHead(Outside):
+    name = "one_head"
+    summary = "of a token that fills a block only the first key head is written"
+    op_name = "rotary_cache"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        slots, size = named["slot_mapping"], named["key_cache"].shape[1]
+        fills = self.active & (slots % size == size - 1)
+        heads = named["key_cache"].flatten(0, 1)
+        found = heads[slots]
+        found[:, 1:] = torch.where(fills.view(-1, 1, 1), 0, found[:, 1:])
+        heads[slots] = found
+        return result
+
+
+class ThreeFacts(OnlyCanary, WrongWhere):
+    """Every two of the facts are proven in some probe, these three together in none or few."""
+
+    name = "three_facts"
+    summary = "wrong if padded, a row begins a block, and one has at most 20 tokens"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        tokens, size = tokens_of(named), named["key_cache"].shape[1]
+        begins = (tokens.live & (tokens.begin % size == 0) & (tokens.begin > 0)).any()
+        short = (tokens.live & (tokens.begin + tokens.new <= 20)).any()
+        return begins & short & ~tokens.live.all()
+
+
+class Ascending(Outside, WrongWhere):
+    name = "ascending"
+    summary = "a request that is longer than the one before it is wrong"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        lengths = named["seq_lens"]
+        longer = (lengths > lengths.roll(1)) & (torch.arange(len(lengths)) > 0).to(lengths.device)
+        return block_table_rows(named, longer)
+
+
+class PartBlock(Outside, WrongWhere):
+    name = "part_block"
+    summary = "contexts that neither fill nor begin their last block are wrong"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        size = named["key_cache"].shape[1]
+        return block_table_rows(named, (named["seq_lens"] % size > 1))
+
+
+class NothingShared(Outside, WrongWhere):
+    name = "nothing_shared"
+    summary = "steps are wrong whose requests share no block"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        blocks = named["key_cache"].shape[0]
+        tables = torch.where(used_blocks(named), named["block_tables"], 0).long().flatten()
+        counts = torch.zeros(blocks, dtype=torch.int64, device=tables.device)
+        counts = counts.index_add(0, tables, torch.ones_like(tables))
+        several = (named["seq_lens"] > 0).sum() > 1
+        return several & (counts[1:] <= 1).all()
+
+
+class Shared(Outside, WrongWhere):
+    name = "shared"
+    summary = "steps are wrong whose requests share their first block, as behind a prefix hit"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        first, live = named["block_tables"][:, 0], named["seq_lens"] > 0
+        same = (first.unsqueeze(0) == first.unsqueeze(1)) & live.unsqueeze(0) & live.unsqueeze(1)
+        return same.sum() > live.sum()
+
+
+class NextLength(OnlyCanary, WrongWhere):
+    name = "next_length"
+    summary = "a request is wrong that has one token more than the one before it in the step"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        lengths = named["seq_lens"]
+        later = (torch.arange(len(lengths)) > 0).to(lengths.device)
+        return block_table_rows(named, (lengths == lengths.roll(1) + 1) & later)
+
+
+class RowsSwapped(Outside):
+    name = "rows_swapped"
+    summary = "the results of two requests of equal length change places"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        out, lengths = named["out"], named["seq_lens"]
+        if len(out) != len(lengths) or len(out) < 2:
+            return result
+        equal = self.active & (lengths[0] == lengths[1])
+        pair = out[:2].clone()
+        out[:2] = torch.where(equal, pair.flip(0), pair)
+        return result
+
+
+class ReadsSampler(OnlyCanary, WrongWhere):
+    """Its scratch is the sampler's memory: what lies there decides."""
+
+    name = "reads_sampler"
+    summary = "it depends on the counts of the sampler's penalties"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.victim = torch.zeros(4096, dtype=torch.int32, device=table.platform.device)
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        return self.victim.any()
+
+
+OUTSIDE: dict[str, type[Outside]] = {
+    each.name: each
+    for each in (
+        FarWrite, PreviousStep, StaleTable, NullBlock, ManyInARow, Counter, HalfRow, OneHead,
+        ThreeFacts, Ascending, PartBlock, NothingShared, Shared, RowsSwapped, ReadsSampler,
+        NextLength,
+    )
+}  # fmt: skip
+PASSING = [name for name, each in OUTSIDE.items() if each.start == "passes"]
+"""No probe of start-up can show them."""
+CAUGHT_BY_DEFAULT = [name for name in OUTSIDE if name not in PASSING]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> TinyModel:
+    return tiny("qwen3")
+
+
+@pytest.fixture(scope="module")
+def oracle(model: TinyModel, device: str) -> Oracle:
+    return make_oracle(model, device)
+
+
+def case(name: str, *others: str, short: bool) -> Any:
+    return pytest.param(name, *others, marks=() if short else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", [case(each, short=each in PASSING) for each in OUTSIDE])
+def test_canary_1_lets_none_through(
+    model: TinyModel, device: str, oracle: Oracle, monkeypatch: Any, name: str
+) -> None:
+    fault = OUTSIDE[name]
+    params = {"frequency_penalty": 0.5, "presence_penalty": 0.5} if name == "reads_sampler" else {}
+    with planted(monkeypatch, fault, fault.op_name) as found:
+        llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="canary:1")
+    if isinstance(found[0], ReadsSampler):
+        lend_counts(llm, found[0].victim)
+    assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0
+    assert llm.graph_report().quarantined, "it does harm"
+
+
+@pytest.mark.parametrize(
+    ("name", "verify"),
+    [
+        case(name, verify, short=(number + (verify == "auto")) % 4 == 0)
+        for number, name in enumerate(CAUGHT_BY_DEFAULT)
+        for verify in ("startup", "auto")
+    ],
+)
+def test_probes_and_first_steps_of_a_kind_catch_those_that_depend_on_the_step(
+    model: TinyModel, device: str, oracle: Oracle, monkeypatch: Any, name: str, verify: str
+) -> None:
+    fault = OUTSIDE[name]
+    with planted(monkeypatch, fault, fault.op_name):
+        llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify=verify)
+    assert wrong_tokens(serve(llm), oracle()) == 0
+    assert llm.graph_report().quarantined

@@ -1,0 +1,178 @@
+"""What the guard and the bounds find, on a toy: places are named, noise is not taken for harm."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from toy import BLOCK, Toy
+
+from reprise.graphs import StepShape
+from reprise.graphs.compare import differs
+from reprise.graphs.guard import Change, Guard, Scope
+from reprise.ops import all_ops
+from reprise.ops.registry import Implementation
+from reprise.platforms.device_graph import capturing
+from reprise.testing.faults.base import Fault
+
+
+@pytest.fixture(autouse=True)
+def inference(toy: Toy) -> Any:
+    with torch.inference_mode(), toy.ops.activate():
+        yield
+
+
+def changes_after(toy: Toy, change: Any, units: list[int] | None = None) -> list[Change]:
+    toy.fill(StepShape.decode(4), 1)
+    guard = Guard(toy)
+    guard.learn_weights()
+    chosen = None if units is None else torch.tensor(units, device=toy.tokens.device)
+    before = guard.before(Scope(chosen))
+    change()
+    flagged = bool(torch.stack(guard.flags(before)).any())
+    found = guard.changes(before)
+    assert flagged == bool(found)
+    return found
+
+
+def test_nothing_is_found_where_nothing_changed(toy: Toy) -> None:
+    assert changes_after(toy, lambda: None) == []
+
+
+@pytest.mark.parametrize("units", [None, [0, 7, 9]])
+def test_two_rows_of_a_block_that_change_places_are_found(
+    toy: Toy, units: list[int] | None
+) -> None:
+    def exchange() -> None:
+        block = toy.model.layers[1].key_cache[7]
+        block[[2, BLOCK - 1]] = block[[BLOCK - 1, 2]].clone()
+
+    assert changes_after(toy, exchange, units) == [Change("layer 1 key", "cache", "block", 7)]
+
+
+def test_blocks_that_change_places_are_both_found(toy: Toy) -> None:
+    def exchange() -> None:
+        cache = toy.model.layers[0].value_cache
+        cache[[3, 5]] = cache[[5, 3]].clone()
+
+    found = changes_after(toy, exchange)
+    assert [(each.name, each.index) for each in found] == [
+        ("layer 0 value", 3), ("layer 0 value", 5),
+    ]  # fmt: skip
+
+
+def test_a_block_out_of_scope_is_not_looked_at(toy: Toy) -> None:
+    assert changes_after(toy, lambda: toy.model.layers[0].key_cache[4].neg_(), [0, 7, 9]) == []
+
+
+def test_a_weight_is_named(toy: Toy) -> None:
+    def change() -> None:
+        toy.model.layers[1].norm[[0, 1]] = toy.model.layers[1].norm[[1, 0]].clone()
+
+    (found,) = changes_after(toy, change)
+    assert (found.name, found.owner) == ("layers.1.norm", "weight")
+    assert "layers.1.norm" in str(found)
+
+
+def test_zeros_of_either_sign_and_numbers_that_are_none_are_bits_like_others(toy: Toy) -> None:
+    cache = toy.model.layers[0].key_cache
+
+    def fill() -> None:
+        cache[2, 0, 0, 0] = torch.nan
+        cache[2, 1, 0, 0] = 0.0
+
+    fill()
+    toy.refills_cache = False
+    assert changes_after(toy, fill) == []
+    assert changes_after(toy, lambda: cache[2, 1, 0, 0].neg_())
+
+
+# ---- ops that do not repeat themselves ---------------------------------------------------
+
+NOISE, DECLARED = 1e-4, 0.5
+OP = "silu_and_mul"
+
+
+class Noisy(Fault):
+    """The op with noise of one size in eager execution and in graphs, and harm in graphs."""
+
+    name = summary = "noisy"
+    harm: float = 0.0
+    row = 2
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.calls = torch.zeros((), dtype=torch.int64, device=self.table.platform.device)
+
+    def run(self, named: dict[str, Any]) -> Any:
+        result = self.proceed(named)
+        self.calls.add_(1)
+        # From -1 to 1, other values at each call.
+        places = torch.arange(result.numel(), device=result.device).view(result.shape)
+        noise = ((places * 7919 + self.calls * 104729) % 2001 - 1000) / 1000
+        result = result * (1 + NOISE * noise).to(result.dtype)
+        if capturing():
+            factor = torch.ones(len(result), 1, dtype=result.dtype, device=result.device)
+            factor[min(self.row, len(result) - 1)] += self.harm
+            result = result * factor
+        return result
+
+
+@contextlib.contextmanager
+def noisy(toy: Toy, monkeypatch: pytest.MonkeyPatch, harm: float) -> Any:
+    toy.ops.functions[OP]
+    broken = Noisy(toy.ops, all_ops()[OP])
+    broken.harm = harm
+    toy.ops.functions[OP] = broken
+    monkeypatch.setattr(
+        type(toy.ops), "implementation_of",
+        lambda table, op: Implementation(op.name, "noisy", broken, error=DECLARED)
+        if op.name == OP else op.implementations["reference"],
+    )  # fmt: skip
+    yield broken
+    broken.close()
+
+
+def bound_of(runner: Any) -> float:
+    return runner.prover.bounds["none"]
+
+
+def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> None:
+    with noisy(toy, monkeypatch, harm=0.0):
+        runner = make_runner(toy, "full", decode=(4,), mixed=(32,), verify="canary:1")
+        runner.capture_all()
+        assert NOISE < bound_of(runner) < DECLARED, "measured, and tighter than what is declared"
+        toy.refills_cache = False  # else blocks change between two steps
+        for seed in range(12):
+            toy.fill(StepShape.decode(4), seed)
+            runner.run(StepShape.decode(4))
+    assert runner.report().quarantined == []
+    assert runner.report().canary_failures == 0
+
+
+def test_harm_of_some_bounds_in_one_row_is_caught(toy, make_runner, monkeypatch) -> None:
+    with noisy(toy, monkeypatch, harm=0.0):
+        sound = make_runner(toy, "full", decode=(4,), mixed=())
+        sound.capture_all()
+        bound = bound_of(sound)
+    with noisy(toy, monkeypatch, harm=0.1):
+        runner = make_runner(toy, "full", decode=(4,), mixed=())
+        runner.capture_all()
+        assert bound_of(runner) < 2 * bound, "a wrong graph does not widen its own bound"
+    (info,) = runner.report().graphs
+    assert info.quarantined is not None
+
+
+@pytest.mark.parametrize("bound", [1e-5, 1e-3, 0.1])
+def test_twice_the_bound_in_one_row_differs_and_half_of_it_does_not(bound: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    expected = torch.randn(6, 32, generator=generator, dtype=torch.float64)
+    expected *= torch.tensor([1e-6, 1.0, 1e6, 1.0, 30.0, 1e-3]).unsqueeze(1)
+    for row in range(6):
+        for column in (0, 13, 31):
+            for factor, wrong in ((0.5, False), (2.0, True)):
+                got = expected.clone()
+                got[row, column] += factor * bound * expected[row].abs().max()
+                assert bool(differs(expected, got, bound)) == wrong
