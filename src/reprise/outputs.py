@@ -34,6 +34,9 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the end-of-text token."""
+    suspect_from: int | None = None
+    """Tokens from this one on (counted from 0) may be wrong: a graph drew them unseen that a canary
+    found wrong later. None: no graph that drew them has been found wrong."""
 
     @property
     def finished(self) -> bool:
@@ -72,3 +75,9 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[Logprobs | None] | None = None
     """One entry a prompt token (None for the first), if requested."""
+
+    @property
+    def suspect_from(self) -> int | None:
+        """The first token of any completion that may be wrong, see :class:`CompletionOutput`."""
+        found = [each.suspect_from for each in self.outputs if each.suspect_from is not None]
+        return min(found, default=None)

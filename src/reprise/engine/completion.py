@@ -59,6 +59,7 @@ class Completion:
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            suspect_from=request.suspect_from,
         )
 
 

@@ -17,6 +17,7 @@ from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.suspects import Suspects
 from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import NamedTensors, open_checkpoint, plan_update, update_weights
@@ -106,6 +107,7 @@ class Engine:
         self._num_added = 0
         self._half_updated: set[str] = set()
         """Weights that may be neither old nor new, since replacing them was interrupted."""
+        self._suspects = Suspects()
         self._failed_replays = 0
         """Since the last step that succeeded."""
         self.wait_seconds = 0.0
@@ -228,6 +230,7 @@ class Engine:
         step = self.scheduler.schedule()
         if step is not None:
             self._outstanding.append((step, self.runner.submit(step)))
+            self._suspects.note(step, self.runner.graphs.ran)
             self._heed_canaries()
         if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
             return []
@@ -259,6 +262,14 @@ class Engine:
         damage = self.runner.graphs.take_damage()
         if damage is None:
             return
+        suspect = self._suspects.accuse(damage.graph)
+        if suspect:
+            logger.warning(
+                "%d token(s) that callers may have were drawn from graph %s since it was last "
+                "found right: see suspect_from of their outputs",
+                suspect,
+                damage.name,
+            )
         if damage.earlier:
             count = self.scheduler.recompute()
             logger.warning(

@@ -93,7 +93,7 @@ class CanaryPolicy:
         return sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS
 
     def met(self, seconds: float) -> None:
-        """A canary of an unproven kind took so long."""
+        """A canary of an unproven kind took so much longer than its step would have eagerly."""
         self._spent.append((self._clock(), seconds))
 
     def announce(self, cells: Sequence[Cell]) -> None:

@@ -36,6 +36,16 @@ def limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own costs the host microseconds a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def launch_options() -> dict[str, Any]:
     """For every launch of a kernel that calls :func:`depend`: its constant and its option."""
     platform = active_platform()
@@ -63,7 +73,7 @@ def arrivals(count: int, device: torch.device) -> Tensor:
     A launch leaves them as zeros and touches them only behind :func:`depend`; an engine's launches
     run one after the other. So all kernels can use the same ones.
     """
-    size = max(8192, triton.next_power_of_2(count))
+    size = max(8192, next_power_of_2(count))
     memory, key = op_memory(), f"{size} arrivals on {device}"
     if key not in memory:
         memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
@@ -124,4 +134,4 @@ def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[...,
 
 def warps(elements: int, per_thread: int = 8) -> int:
     """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two up to 16."""
-    return min(16, max(1, triton.next_power_of_2(elements // (32 * per_thread))))
+    return min(16, max(1, next_power_of_2(elements // (32 * per_thread))))

@@ -3,6 +3,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.triton_util import cdiv
+
 _PART = 1 << 16
 """Words of a unit that one program takes: long units are shared out."""
 
@@ -18,8 +20,8 @@ def checksum(words: Tensor, units: Tensor | None) -> Tensor:
     # Several short units in a program share the factors of their places.
     group = 1 if length > _PART or count == 1 else 8
     block = 4096 // group
-    parts = triton.cdiv(length, _PART)
-    checksum_kernel[(triton.cdiv(count, group), regions, parts)](
+    parts = cdiv(length, _PART)
+    checksum_kernel[(cdiv(count, group), regions, parts)](
         words, units, sums, words.stride(0), words.stride(1), count, length,
         HAS_UNITS=units is not None, GROUP=group, BLOCK=block, PART=_PART, num_warps=8,
     )  # fmt: skip

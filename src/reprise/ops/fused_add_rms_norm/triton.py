@@ -2,13 +2,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import depend, launch_options, warps
+from reprise.ops.triton_util import depend, launch_options, next_power_of_2, warps
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     """x, residual: [T, D], rows may be strided."""
     rows, size = x.shape
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     fused_add_rms_norm_kernel[(rows,)](
         x,
         residual,

@@ -18,6 +18,7 @@ from torch import Tensor
 from reprise.ops.triton_util import (
     INTERPRETED,
     arrivals,
+    cdiv,
     depend,
     dot,
     is_last,
@@ -71,7 +72,7 @@ def _stages(config: Config, x: Tensor) -> int:
 
 
 def _tiles(x: Tensor, weight: Tensor, config: Config) -> int:
-    return triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(weight.shape[0], config.block_n)
+    return cdiv(x.shape[0], config.block_m) * cdiv(weight.shape[0], config.block_n)
 
 
 def launch_few_rows(

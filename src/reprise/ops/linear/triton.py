@@ -19,7 +19,7 @@ from torch import Tensor
 from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
-from reprise.ops.triton_util import depend, launch_options, silu
+from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2, silu
 
 _FEATURES = 4
 """Rows of the weight that a program takes."""
@@ -104,11 +104,11 @@ def _launch(
     eps: float = 0.0, *, gated: bool = False, add: bool = False,
 ) -> None:  # fmt: skip
     inputs, features = x.shape[1], out.shape[1]
-    block_k = triton.next_power_of_2(inputs)
+    block_k = next_power_of_2(inputs)
     if block_k > 4096:
         block_k = 1024
     block_n = _FEATURES // 2 if gated else _FEATURES
-    one_row_kernel[(triton.cdiv(features, block_n),)](
+    one_row_kernel[(cdiv(features, block_n),)](
         x,
         norm_weight,
         weight,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, dot, launch_options
+from reprise.ops.triton_util import INTERPRETED, dot, launch_options, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Call(NamedTuple):
             "WIDEN": INTERPRETED,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": triton.next_power_of_2(head_size),
+            "BLOCK_D": next_power_of_2(head_size),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             **launch_options(),

@@ -8,13 +8,21 @@ import triton
 import triton.language as tl
 
 from reprise.ops.paged_attention.attend import Call, Config, attend, blocks
-from reprise.ops.triton_util import INTERPRETED, DeviceLimits, depend, limits, relaunch
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    DeviceLimits,
+    cdiv,
+    depend,
+    limits,
+    next_power_of_2,
+    relaunch,
+)
 
 
 def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
     """For the mixed kernel; ``group`` is query heads of a KV head."""
-    smallest = triton.next_power_of_2(group)
-    wide, narrow = triton.next_power_of_2(head_size) > 128, head_size <= 64
+    smallest = next_power_of_2(group)
+    wide, narrow = next_power_of_2(head_size) > 128, head_size <= 64
     if INTERPRETED:
         return Config(max(32, smallest), 64, 1, 1)
     if element_size == 4:
@@ -35,7 +43,7 @@ def launch_mixed(call: Call) -> Callable[[], None]:
     config = mixed_config(group, head_size, call.query.element_size(), device)
     block_q = config.block_m // group
     # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
-    tiles = triton.cdiv(tokens, block_q) + requests
+    tiles = cdiv(tokens, block_q) + requests
     args = (*call.tensors(), tokens, requests, *call.strides_and_numbers())
     options = {**call.options(config), "GROUP": group, "BLOCK_Q": block_q}
     grid = (tiles * kv_heads,)

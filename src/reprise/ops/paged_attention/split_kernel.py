@@ -21,9 +21,11 @@ from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
     arrivals,
+    cdiv,
     depend,
     is_last,
     limits,
+    next_power_of_2,
     relaunch,
 )
 
@@ -45,8 +47,8 @@ def split_config(
         element_size: Bytes of one.
         device: Where it runs.
     """
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_d = triton.next_power_of_2(head_size)
+    block_m = max(16, next_power_of_2(rows))
+    block_d = next_power_of_2(head_size)
     if INTERPRETED:  # its time goes by the number of steps
         return Config(block_m, 64, 1, 1)
     if element_size == 4:  # products hold their operands in registers
@@ -103,7 +105,7 @@ def _programs(requests: int, most: int) -> int:
     if requests < most:
         even = most // requests * requests
     else:
-        even = requests // triton.cdiv(requests, max(1, most))
+        even = requests // cdiv(requests, max(1, most))
     return even if even >= 0.9 * most else most
 
 

@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import depend, launch_options, warps
+from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2, warps
 
 _TILE = 4096
 """Elements of a program: it takes several heads of one token, which share its angles."""
@@ -26,9 +26,9 @@ def rotary_cache(
     query_heads = heads - 2 * kv_heads
     out = qkv.new_empty((tokens, query_heads, head_size))
     half = cos_sin.shape[1] // 2
-    heads_per_program = max(1, _TILE // triton.next_power_of_2(head_size))
-    heads_per_program = min(heads_per_program, triton.next_power_of_2(heads))
-    rotary_cache_kernel[(tokens, triton.cdiv(heads, heads_per_program))](
+    heads_per_program = max(1, _TILE // next_power_of_2(head_size))
+    heads_per_program = min(heads_per_program, next_power_of_2(heads))
+    rotary_cache_kernel[(tokens, cdiv(heads, heads_per_program))](
         qkv,
         positions,
         cos_sin,
@@ -48,10 +48,10 @@ def rotary_cache(
         HEAD_SIZE=head_size,
         HALF=half,
         BLOCK_SIZE=block_size,
-        BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
+        BLOCK_HALF=next_power_of_2(half),
+        BLOCK_REST=next_power_of_2(max(1, head_size - 2 * half)),
         HEADS=heads_per_program,
-        num_warps=warps(triton.next_power_of_2(head_size) * heads_per_program, per_thread=32),
+        num_warps=warps(next_power_of_2(head_size) * heads_per_program, per_thread=32),
         **launch_options(),
     )
     return out

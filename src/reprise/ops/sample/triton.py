@@ -7,11 +7,11 @@ whose maximum says that they may hold a kept token (``threshold.py``).
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from reprise.ops.sample.draw_kernel import draw_kernel
 from reprise.ops.sample.group_kernel import group_kernel
+from reprise.ops.triton_util import cdiv, next_power_of_2
 
 _GROUPS_PER_PROGRAM = 32
 _MOST_GROUPS = 2048
@@ -34,8 +34,8 @@ def sample(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     rows, vocab = logits.shape
-    group = max(128, triton.next_power_of_2(triton.cdiv(vocab, _MOST_GROUPS)))
-    groups = triton.cdiv(vocab, group)
+    group = max(128, next_power_of_2(cdiv(vocab, _MOST_GROUPS)))
+    groups = cdiv(vocab, group)
     maxima = logits.new_empty((rows, groups), dtype=torch.float32)
     masses = logits.new_empty((rows, groups), dtype=torch.float32)
     chosen_groups = logits.new_empty((rows, groups), dtype=torch.int32)
@@ -43,7 +43,7 @@ def sample(
     candidates = logits.new_empty((rows, capacity), dtype=torch.float32)
     candidate_ids = logits.new_empty((rows, capacity), dtype=torch.int32)
     out = logits.new_empty((rows,), dtype=torch.int64)
-    programs = triton.cdiv(groups, _GROUPS_PER_PROGRAM)
+    programs = cdiv(groups, _GROUPS_PER_PROGRAM)
     group_kernel[(rows * programs,)](
         logits,
         temperature,
@@ -75,7 +75,7 @@ def sample(
         GROUP=group,
         GROUPS=groups,
         GROUPS_PER_STEP=max(1, 4096 // group),
-        BLOCK_G=triton.next_power_of_2(groups),
+        BLOCK_G=next_power_of_2(groups),
         CAPACITY=capacity,
         BLOCK=_BLOCK,
         num_warps=8,
