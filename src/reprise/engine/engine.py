@@ -260,6 +260,7 @@ class Engine:
         if damage is None:
             return
         if damage.earlier:
+            self.runner.sampler.forget()
             count = self.scheduler.recompute()
             logger.warning(
                 "graph %s was wrong: cached prefixes are forgotten and %d running request(s) "
