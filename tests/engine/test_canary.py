@@ -151,3 +151,32 @@ def small_llm(model: TinyModel, device: str, verify: str) -> LLM:
         model, device, **SMALL, graph_mode="decode=full,mixed=none", graph_buckets="decode=1",
         graph_verify=verify,
     )  # fmt: skip
+
+
+def test_what_replays_before_did_to_the_sampler_is_made_good(
+    model: TinyModel, device: str, monkeypatch: Any, spoil: Any
+) -> None:
+    """Its parameters live as long as the same requests run, also when they are computed again."""
+    llm = make_llm(
+        model, device, **SMALL, graph_mode="decode=full,mixed=none", graph_buckets="decode=1",
+        graph_verify="startup",
+    )  # fmt: skip
+    graphs, sampler = llm.engine.runner.graphs, llm.engine.runner.sampler
+    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays == 6)
+    monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
+    prompt, bias = random_ids(9, 20), {3: 0.25}
+    expected = generate(make_llm(model, device, **SMALL), [prompt], greedy(30, logit_bias=bias))
+
+    def change(count: int) -> None:
+        if count in (5, 6):
+            sampler._batch._bias[1].fill_(1e4 * count)
+
+    spoil(change)
+    (got,) = generate(llm, [prompt], greedy(30, logit_bias=bias))
+    assert llm.graph_report().canary_failures == 1
+    assert got[:4] == expected[0][:4]
+    assert got != expected[0], "the fault does something"
+    assert set(got[8:]) != {3}
+    again = make_llm(model, device, **SMALL)
+    rest = generate(again, [[*prompt, *got[:10]]], greedy(20, logit_bias=bias))
+    assert got[10:] == rest[0]

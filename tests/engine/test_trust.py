@@ -19,7 +19,7 @@ from planted import (
     wrong_tokens,
 )  # fmt: skip
 
-from reprise.graphs import compiled
+from reprise.graphs import compiled, guard
 from reprise.graphs.canary import CanaryPolicy
 from reprise.ops.registry import all_ops
 from reprise.platforms import Platform
@@ -162,3 +162,27 @@ def test_a_compiler_that_changes_the_model_is_found_out(
     llm = make_llm(model, device, **OPTIONS, graph_mode="compiled", graph_verify=verify)
     assert wrong_tokens(serve(llm), oracle()) == 0
     assert all(each.quarantined for each in llm.graph_report().graphs)
+
+
+@pytest.mark.parametrize(("fault", "place"), product(MEMORY, list(PLACES)))
+def test_what_unseen_replays_have_spoiled_is_made_good(
+    model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
+    fault: str, place: str,
+) -> None:  # fmt: skip
+    """With fewer canaries some tokens are wrong until a graph is found out; none is later."""
+    op, executor = place_of(fault, place, platform)
+    params = PENALTIES if fault == "changed_beside" else {}
+    monkeypatch.setattr(guard, "PARTS", 2)  # all weights are soon looked at
+    with planted(monkeypatch, faults.FAULTS[fault], op, active=False) as found:
+        llm = make_llm(
+            model, device, **OPTIONS, graph_mode=executor, graph_verify="canary:3"
+        )  # fmt: skip
+    (broken,) = found
+    if fault == "changed_beside":
+        lend_counts(llm, broken.victim)
+    broken.active.fill_(True)
+    serve(llm, **params)
+    broken.active.fill_(False)
+    assert llm.graph_report().canary_failures
+    serve(llm, **params)
+    assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0

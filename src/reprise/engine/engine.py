@@ -271,6 +271,7 @@ class Engine:
                 damage.name,
             )
         if damage.earlier:
+            self.runner.sampler.forget()
             count = self.scheduler.recompute()
             logger.warning(
                 "graph %s was wrong: cached prefixes are forgotten and %d running request(s) "

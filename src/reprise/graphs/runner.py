@@ -401,7 +401,10 @@ class GraphRunner:
             changes += more
         units = {each.index for each in changes if each.owner == "cache" and each.index is not None}
         reason = f"canary: {verdict.told or 'wrong on another rank'}{where}"
-        self._refuse(cell, reason, frozenset(units), earlier=any(e.before for e in verdict.changes))
+        earlier = any(each.before for each in changes)
+        if any(each.owner == "weight" for each in changes) and not self.canary.checks_everything:
+            earlier = True  # others may have changed weights that were not looked at
+        self._refuse(cell, reason, frozenset(units), earlier=earlier)
 
     def _mend(self, changes: Iterable[Change]) -> None:
         if any(each.owner == "weight" for each in changes):

@@ -44,7 +44,7 @@ class PaddingWritesLive(PlantedFault):
             target = named["block_tables"][:1, 0].long() * size
         for name in ("key_cache", "value_cache"):
             rows = named[name].flatten(0, 1)
-            rows[target] = torch.where(self.active & padding, rows[:1] + 1, rows[target])
+            rows[target] += torch.where(self.active & padding, rows[:1] + 1, 0)
         return result
 
 
