@@ -83,7 +83,7 @@ class Request:
     num_preemptions: int = field(default=0, init=False)
 
     suspect_from: int | None = field(default=None, init=False)
-    """The first output token that may be wrong, since a graph drew it that was found wrong later."""
+    """The first output token that may be wrong: a graph drew it that was found wrong later."""
 
     block_ids: list[int] = field(default_factory=list, init=False, repr=False)
     """Blocks in order of position, kept by the cache manager. Grows in place while the request

@@ -180,3 +180,26 @@ def test_what_replays_before_did_to_the_sampler_is_made_good(
     again = make_llm(model, device, **SMALL)
     rest = generate(again, [[*prompt, *got[:10]]], greedy(20, logit_bias=bias))
     assert got[10:] == rest[0]
+
+
+def test_tokens_drawn_since_the_last_proof_are_marked(
+    model: TinyModel, device: str, monkeypatch: Any, spoil: Any
+) -> None:
+    llm = small_llm(model, device, "startup")
+    graphs = llm.engine.runner.graphs
+    logits = llm.engine.runner.forward_pass._logits
+    # Compared are the replays of 5 tokens and of 9: right then, and wrong.
+    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays in (5, 9))
+    monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
+    spoil(lambda count: logits.neg_() if count >= 6 else None)
+    prompt = random_ids(8, 9)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy(12), use_tqdm=False)
+    # Token 0 came from the prompt's eager step, replay n drew token n.
+    assert output.suspect_from == output.outputs[0].suspect_from == 6
+    tokens = output.outputs[0].token_ids
+    assert model.is_greedy(prompt, tokens[:6])
+    assert not model.is_greedy(prompt, tokens[:9])
+    assert model.is_greedy([*prompt, *tokens[:9]], tokens[9:])
+    (later,) = llm.generate([{"prompt_token_ids": prompt}], greedy(12), use_tqdm=False)
+    assert later.suspect_from is None
+    assert model.is_greedy(prompt, later.outputs[0].token_ids)

@@ -35,14 +35,14 @@ class Buckets:
 
 
 def default_buckets(max_requests: int, max_tokens: int) -> Buckets:
-    """1, 2, 4, then every 8 (every 16 above 64, every 32 above 256) requests; powers of two of
+    """1, 2, 4, then every 8 (every 16 above 32, every 32 above 128) requests; powers of two of
     tokens. Each has to be captured and proven, and a row of padding costs little.
 
     Args:
         max_requests: Most requests in a step.
         max_tokens: Most new tokens in a step.
     """
-    decode = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, LARGEST_DECODE + 1, 32)]
+    decode = [1, 2, 4, 8, 16, 24, 32, *range(48, 129, 16), *range(160, LARGEST_DECODE + 1, 32)]
     mixed = [1 << power for power in range(3, LARGEST_MIXED.bit_length())]
     return Buckets(
         decode=_up_to(decode, min(max_requests, LARGEST_DECODE)),

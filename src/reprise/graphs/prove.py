@@ -85,11 +85,21 @@ class Prover:
         started = time.perf_counter()
         budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
         self.begin(cells)
-        for done, cell in enumerate(cells):
-            self._meet(cell, 0)
+        useless: str | None = None
+        # Small ones first: what gains nothing at one size gains nothing at any above it.
+        for done, cell in enumerate(sorted(cells, key=lambda each: each.shape.num_tokens)):
+            if cell.shape.phase == "mixed" and useless is not None:
+                self._drop(cell, useless)
+            else:
+                self._meet(cell, 0)
+                useless = self._uselessness(cell) or useless
+                if useless is not None and cell.shape.phase == "mixed":
+                    self._drop(cell, useless)
             if progress is not None:
                 progress("verify graphs", done + 1, len(cells))
-        self._drop_useless(cells)
+        if useless is not None:
+            names = ", ".join(each.info.name for each in cells if each.info.dropped)
+            logger.info("graphs that gain nothing are left out: %s (%s)", names, useless)
         self._plan(cells)
         self._meet_others(cells, started + budget)
         self._find_spoilers(cells)
@@ -99,6 +109,18 @@ class Prover:
         """Every further probe that there is time for, each submitted before the one before it has
         its verdict."""
         under_way: tuple[Cell, int, Later] | None = None
+        # Anchors first: what they lack, their whole family lacks.
+        for anchors in (True, False):
+            under_way = self._meet_some(
+                [each for each in cells if self.ledger.is_anchor(each.key) == anchors],
+                deadline, under_way,
+            )  # fmt: skip
+        self._settle(under_way)
+
+    def _meet_some(
+        self, cells: list[Cell], deadline: float, under_way: tuple[Cell, int, Later] | None
+    ) -> tuple[Cell, int, Later] | None:
+        """See :meth:`_meet_others`. Returns the comparison that is still under way."""
         for number in range(1, max((len(each.probes) for each in cells), default=0)):
             for cell in cells:
                 if cell.graph is None or number >= len(cell.probes):
@@ -114,7 +136,7 @@ class Prover:
                     self._meet(cell, number)
                 else:
                     under_way = (cell, number, later)
-        self._settle(under_way)
+        return under_way
 
     def _submit(self, cell: Cell, probe: Probe) -> Later | None:
         """Start a comparison; None: it has to be made step by step."""
@@ -157,27 +179,26 @@ class Prover:
             cell.probes = list(self._computation.probes(cell.shape, anchor=False))
         self._measure_bounds(cells)
 
-    def _drop_useless(self, cells: list[Cell]) -> None:
-        """Run eagerly what a graph makes no faster, since the device is busy for longer than the
-        host: its proof would take as long as that of others."""
-        if not self._platform.asynchronous:
-            return  # there is no other time than the host's
-        dropped = []
-        for cell in cells:
-            info = cell.info
-            slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
-            if cell.graph is None or cell.shape.phase != "mixed" or not self._agree(slow):
-                continue
-            cell.graph = None
-            info.dropped = (
-                f"eager execution takes {1e3 * info.eager_seconds:.1f} ms, "
-                f"a replay {1e3 * info.replay_seconds:.1f}"
-            )
-            info.executor, info.segments, info.breaks = "none", 0, 0
-            self.ledger.leave(cell.key)
-            dropped.append(f"{info.name} ({info.dropped})")
-        if dropped:
-            logger.info("graphs that gain nothing are left out: %s", ", ".join(dropped))
+    def _uselessness(self, cell: Cell) -> str | None:
+        """Why the cell's graph makes steps no faster, if so: the device is busy for longer than the
+        host, which is ahead of it. To prove it would take as long as to prove others."""
+        info = cell.info
+        if not self._platform.asynchronous or cell.graph is None or cell.shape.phase != "mixed":
+            return None  # without a device of its own there is no other time than the host's
+        slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
+        if not self._agree(slow):
+            return None
+        return (
+            f"at {info.bucket} tokens eager execution takes {1e3 * info.eager_seconds:.1f} ms, "
+            f"a replay {1e3 * info.replay_seconds:.1f}"
+        )
+
+    def _drop(self, cell: Cell, reason: str) -> None:
+        """Run the cell's steps eagerly though nothing is wrong with its graph."""
+        info = cell.info
+        cell.graph, info.dropped = None, reason
+        info.executor, info.segments, info.breaks = "none", 0, 0
+        self.ledger.leave(cell.key)
 
     def _plan(self, cells: list[Cell]) -> None:
         """Choose the anchors of each family: they meet all kinds of rows."""

@@ -25,7 +25,7 @@ from reprise.runner.kinds import (
 
 BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
-MOST_EXTRA = 4
+MOST_EXTRA = 3
 """Probes of an anchor that concern rows alone."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
@@ -183,7 +183,7 @@ class ProbeMaker:
             halves = [self._chunk(few - few // 2, 1), self._behind(few // 2, begin + 1)]
             yield self._probe("two chunks, mostly padding", bucket, halves, seed=4)
         left = self._mixed_rows(size)
-        for number in range(MOST_EXTRA - 1):
+        for number in range(MOST_EXTRA - 1 - (size < 32)):
             if not left:
                 break
             some, left = _fit(left, size, self._most_requests(bucket))
