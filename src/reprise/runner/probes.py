@@ -27,6 +27,8 @@ BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
 MOST_EXTRA = 3
 """Probes of an anchor that concern rows alone."""
+MIDDLE = 8
+"""Blocks behind the middle of the cache to which rows write whose neighbours lie before it."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
 
@@ -314,6 +316,7 @@ class ProbeMaker:
     def _tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
         """The blocks of each row; those that it writes belong to it alone."""
         areas = (Area(1, self._lower_end), Area(self._upper_begin, self._num_blocks))
+        self._middle = Area(self._half, self._half + MIDDLE)
         tables: list[Ints | None] = [None] * len(rows)
         # Long ones first: neighbours need room before what they write.
         for index in sorted(range(len(rows)), key=lambda each: -rows[each].length):
@@ -324,6 +327,14 @@ class ProbeMaker:
         size = self._buffers.block_size
         first, last = (row.length - row.new) // size, (row.length - 1) // size
         written = last - first + 1
+        middle = self._middle
+        if (
+            row.layout == NEIGHBOURS and row.half == BOTH
+            and MIDDLE <= first <= self._half - self._lower_end
+            and written <= middle.left and middle.end <= self._upper_begin
+        ):  # fmt: skip
+            begin = middle.take(written)
+            return np.arange(begin - first, begin + written, dtype=np.int32)
         own = areas[1 if row.half == UPPER else 0]
         if own.left < written:
             own = max(areas, key=lambda each: each.left)
