@@ -65,6 +65,7 @@ def test_latency(model, device):
     assert record["graphs"]["quarantined"] == 0
     assert record["graphs"]["captured"] == record["graphs"]["verified"]
     assert record["floor"]["copy_tb_per_s"] > 0
+    assert record["floor"]["read_tb_per_s"] > 0
     assert record["floor"]["weight_bytes"] == record["floor"]["decode_weight_bytes"]
     shapes = [(each["batch_size"], each["input_len"]) for each in record["results"]]
     assert shapes == [(1, 20), (1, 40), (3, 20), (3, 40)]
@@ -127,7 +128,7 @@ def test_startup_reports_why_the_engine_did_not_start(monkeypatch, output, messa
     ("arguments", "message"),
     [
         (("--input-len", "600"), "holds 512"),
-        (("--batch-size", "300"), "max_num_seqs=256"),
+        (("--batch-size", "300"), "--max-num-seqs=256"),
         (("--output-lens", "9,3"), "shorter first"),
     ],
 )
@@ -198,6 +199,7 @@ def test_preset_configs_are_models_that_can_be_built():
         "llama-3.2-1b": 1_235_814_400,
         "qwen3-0.6b": 596_049_920,
         "qwen3-8b": 8_190_735_360,
+        "smollm2-135m": 134_515_008,
     }
 
 

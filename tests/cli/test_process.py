@@ -29,9 +29,10 @@ def test_it_ends_when_the_last_token_is_out():
 
 def test_exit_handlers_run_and_the_status_is_kept():
     program = (
-        "import atexit, sys, threading, time\n"
+        "import atexit, sys, threading\n"
         "atexit.register(print, 'exit handler')\n"
-        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "def late(): threading.main_thread().join(); print('thread')\n"
+        "threading.Thread(target=late).start()\n"
         "from reprise.cli import main\n"
         "sys.argv = ['reprise', *sys.argv[1:]]\n"
         "main()"
