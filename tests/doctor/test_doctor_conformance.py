@@ -129,3 +129,23 @@ def test_an_unknown_contract_lists_the_known_ones(invoke):
     result = invoke("doctor", "conformance", "--only", "nothing")
     assert result.exit_code == 2
     assert "graphs_share_a_pool" in result.stderr
+
+
+def test_a_busy_moment_is_no_broken_clock():
+    """Another program had the processor between the events and the host's clock."""
+    from reprise.doctor.conformance import order
+
+    long, wall = 8.0, 8.1
+    assert order._wrong(0.5, long, wall) is None
+    for short, between, seen in ((0.0, long, wall), (5.0, long, wall), (0.5, long, 80.0)):
+        assert order._wrong(short, between, seen) is not None
+
+
+@pytest.mark.parametrize("busy", [1, 5])
+def test_timing_is_tried_again_on_a_busy_machine(busy, monkeypatch):
+    from reprise.doctor.conformance import order
+
+    verdicts = iter(["the machine was busy"] * busy + [None])
+    monkeypatch.setattr(order, "_wrong", lambda *times: next(verdicts))
+    report = kit.conformance("cpu", {}, kit.select(["events_time_work"]))
+    assert not report.failed
