@@ -27,9 +27,10 @@ SMALL = ("--num-blocks", "160", "--device", "cpu")
 SMALLER = {
     "generate": ("-n", "4", *SMALL),
     "chat": SMALL,
-    "doctor graphs": ("--graph-buckets", "decode=1;mixed=16", "--contexts", "16", *SMALL),
+    "doctor graphs": ("--executors", "none,full", "--graph-buckets", "decode=1;mixed=16",
+                      "--contexts", "16", *SMALL),
     "bench latency": ("--load-format", "dummy", "--output-lens", "2,4", "--repeats", "1", *SMALL),
-}
+}  # fmt: skip
 """Options of ours behind those that are printed: the last one counts."""
 
 

@@ -36,7 +36,7 @@ def test_a_ratio_is_that_of_the_times_which_are_shown(monkeypatch, capsys):
     eager, *graphs = (each for each in capsys.readouterr().out.splitlines() if " 1  " in each)
     (taken,) = set(re.findall(r"([\d.]+) ms", eager))
     for line in graphs:
-        for replay, ratio in re.findall(r"([\d.]+) ms ([\d.]+)×", line):
+        for replay, ratio in re.findall(r"([\d.]+) ms ([\d.]+)\u00d7", line):
             assert float(taken) / float(replay) == pytest.approx(float(ratio), abs=0.5)
     assert len(graphs) == 2
 
@@ -48,7 +48,7 @@ def test_eighty_columns_hold_it(monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 80
     for context in ("1", "64", "512", "2K", "8K", "32K", "128K"):
         assert re.search(rf"\b{context} tokens", out), context
-    assert out.count("100.00 ms 11×") == 2 * 2 * len(CONTEXTS)
+    assert out.count("100.00 ms 11\u00d7") == 2 * 2 * len(CONTEXTS)
 
 
 def test_noise_is_not_coloured():
