@@ -17,7 +17,7 @@ of which stay: with Python's own number, a tenth of the start would be spent loo
 
 
 def main() -> None:
-    """Run ``reprise`` with the arguments of this process."""
+    """Run ``reprise`` with the arguments of this process, which then ends."""
     from reprise.cli.failures import reported
 
     gc.set_threshold(YOUNG_OBJECTS)
