@@ -74,9 +74,11 @@ def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[
 
 
 def _flags(parameters: Iterable[inspect.Parameter]) -> Iterator[tuple[str, str]]:
-    """The options among a command's parameters: name and longest flag."""
+    """The options among a command's parameters: name and long flag."""
     for each in parameters:
         for about in get_args(each.annotation):
             if isinstance(about, typer.models.OptionInfo):
-                derived = "--" + each.name.replace("_", "-")
-                yield each.name, max(about.param_decls or (), key=len, default=derived)
+                # In an annotation typer takes the first name for the default.
+                names = (about.default, *(about.param_decls or ()))
+                long = [name for name in names if isinstance(name, str) and name.startswith("--")]
+                yield each.name, long[0] if long else "--" + each.name.replace("_", "-")
