@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from reprise import openmp as openmp  # before torch, wherever that is imported first
+
 if TYPE_CHECKING:
     from reprise.async_llm import AsyncLLM
     from reprise.errors import RepriseError

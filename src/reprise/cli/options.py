@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from reprise.bench.presets import model_names
 from reprise.cli.fields import FieldOptions, Special, json_object
 from reprise.config import EngineConfig
 from reprise.sampling_params import SamplingParams
@@ -16,6 +18,16 @@ def _op_override(text: str) -> tuple[str, str]:
     if not name or not implementation:
         raise typer.BadParameter(f"{text!r} is not NAME=IMPL; 'reprise doctor ops' lists both")
     return name, implementation
+
+
+def _model(text: str) -> str:
+    """A model for an engine; the names that benchmarks give to random weights are no models."""
+    if text in model_names() and not Path(text).exists():
+        raise typer.BadParameter(
+            f"{text!r} is a configuration that 'reprise bench' fills with random weights; here "
+            "give a directory or a Hugging Face id, such as Qwen/Qwen3-0.6B"
+        )
+    return text
 
 
 ENGINE_PANELS = {
@@ -36,6 +48,8 @@ ENGINE_SPECIAL = {
     "model": Special(
         flags=("--model", "-m"),
         help="Local directory or Hugging Face id; default: the bundled demo model.",
+        metavar="TEXT",
+        parse=_model,
     ),
     "ops": Special(
         flags=("--op",),

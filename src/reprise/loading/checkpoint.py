@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -85,8 +86,24 @@ def open_checkpoint(
 
 
 def _is_path(name: str) -> bool:
-    """It cannot be a hub id."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    """It cannot be a hub id, or is hardly one: the directory that it would be in is here."""
+    if name.startswith((".", "/", "~")) or name.endswith(("/", *_FILES)) or name.count("/") > 1:
+        return True
+    return "\\" in name or ("/" in name and Path(name).parent.is_dir())
+
+
+_FILES = (".json", ".safetensors", ".bin", ".gguf")
+
+
+def _similar(name: str) -> str:
+    """A hint at a directory or file here whose name is nearly this one, or nothing."""
+    path = Path(name).expanduser()
+    with contextlib.suppress(OSError):
+        known = [each.name for each in path.parent.iterdir()]
+        found = difflib.get_close_matches(path.name, known, n=1)
+        if found:
+            return f"; did you mean {str(path.parent / found[0])!r}?"
+    return ""
 
 
 def _locate(model: str, revision: str | None, config_only: bool) -> Path:
@@ -94,7 +111,7 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
     if local.exists():
         return local
     if _is_path(model):
-        raise ModelError(f"model={model!r}: no such directory")
+        raise ModelError(f"model={model!r}: no such directory{_similar(model)}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -113,7 +130,7 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
     except Exception as error:  # the hub client raises network and HTTP errors of many types
         raise ModelError(
             f"model={model!r} is neither a local directory nor a model that could be fetched from "
-            f"the Hugging Face hub ({type(error).__name__}: {error})"
+            f"the Hugging Face hub ({type(error).__name__}: {error}){_similar(model)}"
         ) from error
 
 
