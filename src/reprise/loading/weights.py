@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from reprise.errors import LoadError
+from reprise.layers import CausalLM
 from reprise.loading.transfer import Copy, transfer
+from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
 from reprise.progress import progress
 
@@ -20,9 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: nn.Module, path: Path, load_format: str, platform: Platform, seed: int = 0
+    model: CausalLM, path: Path, load_format: str, platform: Platform, seed: int = 0
 ) -> None:
     """Fill every parameter of ``model``, in the dtype and on the device that it has.
+
+    A head that the config ties and the checkpoint stores with other values gets its own weight.
 
     Args:
         model: Its parameter names are the checkpoint's; merged layers say what they merge.
@@ -39,7 +43,7 @@ def load_weights(
     if load_format == "dummy":
         _fill_at_random(model, seed)
     else:
-        _load_files(model, _weight_files(path), platform)
+        _load_files(model, path, platform)
     total = sum(each.numel() * each.element_size() for each in model.parameters())
     seconds = time.perf_counter() - started
     logger.info(
@@ -81,90 +85,47 @@ def _fill_at_random(model: nn.Module, seed: int) -> None:
             bar.advance()
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """As transformers chooses them, or all there are: other tools choose other names."""
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(path / name for name in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise LoadError(f"{index} is not a valid weight index: {error!r}") from error
-        absent = [each.name for each in files if not each.is_file()]
-        if absent:
-            raise LoadError(f"{path} lacks {', '.join(absent)}, which {index.name} lists")
-        return files
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise LoadError(
-            f"{path} has no *.safetensors file; use load_format='dummy' for random weights"
-        )
-    return files
+LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a weight may be stored in. Numbers of any other dtype mean nothing without more."""
 
 
-def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None:
+def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = checkpoint_tensors(model)
     missing = set(targets)
-    unexpected: list[str] = []
-    misshapen: list[str] = []
-    different: list[str] = []
+    problems = _Problems()
     copies: dict[str, Copy] = {}
-    stored = _stored_tensors(files)
+    stored = stored_tensors(path)
     for name in missing - stored.keys():
         alias = _alias(name, targets[name], parameters)
         if alias in stored:
             stored[name] = stored.pop(alias)
     for name, (file, source) in stored.items():
         missing.discard(name)
-        if name in targets:
-            target = targets[name]
-            if source.shape != target.shape:
-                shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
-                misshapen.append(f"{name}: {shapes}")
-                continue
-        elif name in parameters:
-            # A tied head may be stored though it is the embedding once more: if it is.
-            if source.shape != parameters[name].shape:
-                different.append(name)
-                continue
-            target = torch.empty_like(parameters[name])
-        else:
+        target = targets.get(name, parameters.get(name))
+        if target is None:
             if not _is_computed(name):
-                unexpected.append(name)
-            continue
-        copies[name] = Copy(f"{name} of {file}", source, target)
-    if missing or unexpected or misshapen:
-        _report(missing, unexpected, misshapen, different)
+                problems.unexpected.append(name)
+        elif source.shape != target.shape:
+            shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
+            problems.misshapen.append(f"{name}: {shapes}")
+        elif source.dtype not in LOADABLE:
+            problems.not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
+        else:
+            # A tied head may be stored though it is the embedding once more: if it is.
+            target = target if name in targets else torch.empty_like(target)
+            copies[name] = Copy(f"{name} of {file}", source, target)
+    problems.missing.extend(missing)
+    problems.report()
     transfer(list(copies.values()), platform)
-    different += [
-        name
-        for name, copy in copies.items()
-        if name not in targets and not torch.equal(copy.target, parameters[name])
-    ]
-    _report(missing, unexpected, misshapen, different)
-
-
-def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of the files with the file that has it, mapped and not yet read."""
-    from safetensors import SafetensorError, safe_open
-
-    stored: dict[str, tuple[Path, Tensor]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if name in stored:
-                        raise LoadError(
-                            f"{name} is in {stored[name][0]} and in {file}: remove one of them, or "
-                            "name the files to load in model.safetensors.index.json"
-                        )
-                    stored[name] = file, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
-    return stored
+    for name, copy in copies.items():
+        if name not in targets and not torch.equal(copy.target, parameters[name]):
+            model.untie(copy.target)
+            logger.warning(
+                "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
+                "stores another one; the stored one is used",
+                name,
+            )
 
 
 def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
@@ -178,21 +139,34 @@ def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str |
 
 def _is_computed(name: str) -> bool:
     """Buffers that old checkpoints store although they follow from the config."""
-    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-
-
-def _report(
-    missing: set[str], unexpected: list[str], misshapen: list[str], different: list[str]
-) -> None:
-    problems = [
-        f"{kind} ({len(names)}): {', '.join(sorted(names))}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape", misshapen),
-            ("not equal to what the config ties it to", different),
+    return name.endswith(
+        (
+            ".rotary_emb.inv_freq",
+            ".rotary_emb.cos_cached",
+            ".rotary_emb.sin_cached",
+            ".attn.bias",
+            ".attn.masked_bias",
         )
-        if names
-    ]
-    if problems:
-        raise LoadError("the checkpoint does not fit the model; " + "; ".join(problems))
+    )
+
+
+@dataclass
+class _Problems:
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    not_plain: list[str] = field(default_factory=list)
+
+    def report(self) -> None:
+        """Raise one error for all there are."""
+        kinds = (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("wrong shape", self.misshapen),
+            ("not plain floating-point numbers, as in a quantised checkpoint", self.not_plain),
+        )
+        problems = [
+            f"{kind} ({len(names)}): {', '.join(sorted(names))}" for kind, names in kinds if names
+        ]
+        if problems:
+            raise LoadError("the checkpoint does not fit the model; " + "; ".join(problems))
