@@ -9,6 +9,7 @@ from reprise.errors import ConfigError, ModelError
 from reprise.layers import parameters_of
 
 _OF_EVERY_TYPE = ("rope_theta", "partial_rotary_factor")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def resolve_rope(
@@ -37,9 +38,16 @@ def resolve_rope(
         return result
     rope = _over(file, upper)
     _refuse_unknown(rope, upper)
+    if _ORIGINAL in (_parameters(rope) or ()):
+        # Beside the parameters it says something about the model, whatever the type was.
+        for source, said in ((given, file), (overrides, upper)):
+            if source.get(_ORIGINAL) is not None:
+                _set(said, _ORIGINAL, source[_ORIGINAL])
+                if source is overrides or _ORIGINAL not in upper:
+                    rope[_ORIGINAL] = source[_ORIGINAL]
     if rope:
         result["rope_parameters"] = rope
-    for name in _OF_EVERY_TYPE:
+    for name in (*_OF_EVERY_TYPE, _ORIGINAL):
         if name in result and name in rope:
             result[name] = rope[name]
     return result
@@ -61,21 +69,25 @@ def _said(source: Mapping[str, Any], name: str) -> dict[str, Any]:
         if kind is not None:
             value.setdefault("rope_type", kind)
         result = _over(result, value)
-    for field in (*_OF_EVERY_TYPE, "original_max_position_embeddings"):
-        value = source.get(field)
-        if value is None or (field not in _OF_EVERY_TYPE and not _takes(result, field)):
-            continue
-        if result.setdefault(field, value) != value:
-            raise ModelError(
-                f"{name}: {field}={value!r} and rope_parameters with {field}={result[field]!r} "
-                "contradict each other; remove one"
-            )
+    for field in _OF_EVERY_TYPE:
+        if source.get(field) is not None:
+            _set(result, field, source[field])
     return result
 
 
-def _takes(rope: Mapping[str, Any], field: str) -> bool:
+def _set(rope: dict[str, Any], field: str, value: Any) -> None:
+    """What stands beside the parameters and in them must be the same."""
+    if rope.setdefault(field, value) != value:
+        raise ModelError(
+            f"{field}={value!r} and rope_parameters with {field}={rope[field]!r} contradict each "
+            "other; remove one"
+        )
+
+
+def _parameters(rope: Mapping[str, Any]) -> frozenset[str] | None:
+    """Names that parameters of this type may have; None if the type is not known."""
     kind = rope.get("rope_type", "default")
-    return isinstance(kind, str) and field in (parameters_of(kind) or ())
+    return parameters_of(kind) if isinstance(kind, str) else None
 
 
 def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,13 +108,13 @@ def _by_layer(file: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 
 
 def _refuse_unknown(rope: Mapping[str, Any], upper: Mapping[str, Any]) -> None:
-    kind = rope.get("rope_type", "default")
-    takes = parameters_of(kind) if isinstance(kind, str) else None
+    takes = _parameters(rope)
     if takes is None:
         return  # an unknown type, which the architecture file refuses
     for name in upper:
         if name not in takes:
             raise ConfigError(
-                f"hf_overrides: rope_parameters has {name!r}, which rope_type={kind!r} does not "
-                f"take; it takes: {', '.join(sorted(takes))}"
+                f"hf_overrides: rope_parameters has {name!r}, which rope_type="
+                f"{rope.get('rope_type', 'default')!r} does not take; it takes: "
+                f"{', '.join(sorted(takes))}"
             )
