@@ -7,7 +7,7 @@ import difflib
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from reprise.loading.rope import resolve_rope
 
 logger = logging.getLogger(__name__)
 
+_DEEPEST = 64
+"""Levels of a JSON file. One more and reading it, or showing what is wrong, may not end well."""
 _LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Fields with one entry a layer."""
 _CLASSIFIERS = ("id2label", "label2id", "num_labels", "problem_type")
@@ -99,9 +101,18 @@ def read_object(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("its brackets are nested too deeply") from error
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [below for each in level for below in _within(each)]
+    if level:
+        raise ValueError("its brackets are nested too deeply")
     if not isinstance(content, dict):
         raise ValueError(f"a JSON object is expected, not {str(content)[:100]!r}")
     return content
+
+
+def _within(value: Any) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 LARGEST_SIZE = 2**31 - 1
 """Kernels count in 32 bits."""
+LARGEST_HEAD = 65536
+"""Channels. The rotary table is computed on the host before anything can be too large for it."""
 MOST_LAYERS = 10_000
 """More than any model has. A config that asks for more is wrong, and would build for ever."""
 
@@ -76,8 +78,8 @@ def head_size(config: PretrainedConfig) -> int:
                 f"config field hidden_size={hidden} must be a multiple of "
                 f"num_attention_heads={heads} where head_dim is not given"
             )
-    if size % 2:
-        raise ModelError(f"config field head_dim={size} must be even")
+    if size % 2 or size > LARGEST_HEAD:
+        raise ModelError(f"config field head_dim={size} must be even and at most {LARGEST_HEAD}")
     return size
 
 

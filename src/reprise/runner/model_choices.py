@@ -113,6 +113,7 @@ def build_model(
 
 def _sizes(config: Any) -> str:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "head_dim")  # fmt: skip
+             "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+             "rope_parameters")  # fmt: skip
     found = ((name, getattr(config, name, None)) for name in names)
     return ", ".join(f"{name}={value}" for name, value in found if value is not None)
