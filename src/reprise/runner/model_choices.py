@@ -93,22 +93,20 @@ def build_model(
     memory = platform.memory_info()
     # A float32 rotary table, and int32 block tables.
     tables = 4 * (max_model_len * channels + table_blocks)
+    too_much = (
+        f"{weights / 2**30:.2f} GiB of weights ({_sizes(config)}) and {tables / 2**30:.2f} GiB of "
+        f"tables (max_model_len={max_model_len}) do not fit on {platform.device}, which has "
+        f"{memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free; use a "
+        "smaller model, dtype or max_model_len"
+    )
     if weights > memory.total or tables > memory.free:
-        raise CapacityError(
-            f"{weights / 2**30:.2f} GiB of weights ({_sizes(config)}) and {tables / 2**30:.2f} GiB "
-            f"of tables (max_model_len={max_model_len}) are more than {platform.device} has, "
-            f"{memory.total / 2**30:.2f} GiB with {memory.free / 2**30:.2f} GiB free; use a "
-            "smaller model, dtype or max_model_len"
-        )
+        raise CapacityError(too_much)
     try:
         return models.build(
             config, max_model_len=max_model_len, dtype=dtype, device=platform.device
         )
     except (RuntimeError, MemoryError) as error:
-        raise CapacityError(
-            f"the model's {weights / 2**30:.2f} GiB do not fit on {platform.device} "
-            f"({str(error).splitlines()[0]}); use a smaller model or dtype"
-        ) from error
+        raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 
 
 def _sizes(config: Any) -> str:
