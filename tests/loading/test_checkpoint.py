@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,14 @@ def test_heads_that_do_not_fit_the_width(copy: Path) -> None:
     """Newer transformers refuses the config; with older ones the weights do not fit."""
     change_config(copy, hidden_size=65)
     check_refused(copy, RepriseError, ["65"])
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_fifos_do_not_hang(copy: Path, name: str) -> None:
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    check_refused(copy, RepriseError, [name])
+    check_refused(copy / name, ModelError, [name, "the checkpoint's directory"])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\x00", "[" * 100_000])

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import (
@@ -19,6 +20,7 @@ from helpers import (
     random_ids,
     recorded_logits,
 )
+from hypothesis import HealthCheck, assume, given, settings
 
 from reprise import LLM
 from reprise.errors import ConfigError, ModelError
@@ -287,6 +289,17 @@ def test_overrides_that_mean_nothing(
         open_checkpoint(str(copy), overrides=overrides)
     for each in named:
         assert each in str(caught.value)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(), st.none() | st.integers() | st.text())
+def test_any_unknown_key(copy: Path, name: str, value: Any) -> None:
+    """At both places where overrides are a mapping."""
+    assume(not hasattr(open_checkpoint(str(copy)).config, name))
+    for overrides in ({name: value}, {"rope_parameters": {**SCALING, name: value}}):
+        with pytest.raises(ConfigError, match="hf_overrides") as caught:
+            open_checkpoint(str(copy), overrides=overrides)
+        assert repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize(

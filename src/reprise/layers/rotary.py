@@ -82,9 +82,10 @@ def default_length(parameters: Mapping[str, Any], max_position_embeddings: int) 
     Raises:
         ModelError: A parameter is no number above 0.
     """
+    longest = context_length(parameters, max_position_embeddings)
     if parameters.get("rope_type") == "longrope":
-        return int(_stretch(parameters, max_position_embeddings)[0])
-    return context_length(parameters, max_position_embeddings)
+        return min(longest, max(1, int(_stretch(parameters, max_position_embeddings)[0])))
+    return longest
 
 
 def describe_rotary(

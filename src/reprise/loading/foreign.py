@@ -36,7 +36,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 def foreign_content(path: Path) -> str:
     """What else lies in a directory, or is a file, and the remedy; empty if nothing is known."""
-    names = [path.name] if path.is_file() else [each.name for each in sorted(path.iterdir())]
+    names = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
     for pattern, meaning in _KINDS:
         found = [name for name in names if Path(name).match(pattern)]
         if found:

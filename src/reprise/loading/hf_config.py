@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 import logging
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,9 @@ def read_object(file: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It holds something else.
+        ValueError: It holds something else, or is no regular file.
     """
+    require_regular(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -109,6 +111,20 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"a JSON object is expected, not {str(content)[:100]!r}")
     return content
+
+
+def require_regular(file: Path) -> None:
+    """Refuse what would hang a reader, such as a FIFO.
+
+    Raises:
+        OSError: There is nothing, or it cannot be looked at.
+        ValueError: It is no regular file, nor a link to one.
+    """
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"it is {'a directory' if stat.S_ISDIR(mode) else 'a FIFO or a device'}, not a file"
+        )
 
 
 def _within(value: Any) -> Collection[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from reprise.errors import LoadError
 from reprise.loading.foreign import foreign_content
-from reprise.loading.hf_config import read_object
+from reprise.loading.hf_config import read_object, require_regular
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
@@ -34,6 +33,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
     stored: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         try:
+            require_regular(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
                     if name in stored:
@@ -59,14 +59,14 @@ def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, Path]]:
     """
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists():
-        return _regular([whole]), {}
+        return [whole], {}
     if index.exists():
         places = _index(index)
         files = sorted(set(places.values()))
         absent = [each.name for each in files if not each.exists()]
         if absent:
             raise LoadError(f"{path} lacks {', '.join(absent)}, which {index.name} lists")
-        return _regular(files), places
+        return files, places
     files = sorted(path.glob("*.safetensors"))
     if not files:
         found = foreign_content(path)
@@ -74,7 +74,7 @@ def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, Path]]:
             f"{path} has no *.safetensors file{f' ({found})' if found else ''}; use "
             "load_format='dummy' for random weights"
         )
-    return _regular(files), {}
+    return files, {}
 
 
 def _index(file: Path) -> dict[str, Path]:
@@ -84,7 +84,6 @@ def _index(file: Path) -> dict[str, Path]:
         LoadError: It is no such map, or leads out of the directory.
     """
     try:
-        _regular([file])
         places: Any = read_object(file)["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
             raise ValueError("weight_map must give a file name for each tensor")
@@ -97,13 +96,3 @@ def _index(file: Path) -> dict[str, Path]:
                 "the checkpoint's directory"
             )
     return {tensor: file.parent / name for tensor, name in places.items()}
-
-
-def _regular(files: list[Path]) -> list[Path]:
-    """Refuse what would hang a reader, such as a FIFO."""
-    for file in files:
-        mode = file.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO or a device"
-            raise LoadError(f"{file} is corrupted or unreadable: it is {kind}, not a file")
-    return files

@@ -20,6 +20,9 @@ from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a weight may be stored in. Numbers of any other dtype mean nothing without scales."""
+
 
 def load_weights(
     model: CausalLM, path: Path, load_format: str, platform: Platform, seed: int = 0
@@ -85,10 +88,6 @@ def _fill_at_random(model: nn.Module, seed: int) -> None:
             bar.advance()
 
 
-LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What a weight may be stored in. Numbers of any other dtype mean nothing without more."""
-
-
 def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = checkpoint_tensors(model)
@@ -109,7 +108,7 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
         elif source.shape != target.shape:
             shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
             problems.misshapen.append(f"{name}: {shapes}")
-        elif source.dtype not in LOADABLE:
+        elif source.dtype not in _PLAIN:
             problems.not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
         else:
             # A tied head may be stored though it is the embedding once more: if it is.

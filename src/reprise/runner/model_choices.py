@@ -46,16 +46,18 @@ def choose_model_len(requested: int | None, config: Any) -> int:
     """
     trained = models.whole_number(config, "max_position_embeddings")
     rope = getattr(config, "rope_parameters", None) or {}
-    most = context_length(rope, trained)
     length = default_length(rope, trained) if requested is None else requested
+    most = context_length(rope, trained)
     if length > most:
+        remedy = {
+            "rope_type": "yarn",
+            "factor": float(-(-length // trained)),
+            "original_max_position_embeddings": trained,
+        }
         raise ModelError(
-            f"max_model_len={requested} exceeds the {most} positions of the model "
+            f"max_model_len={length} exceeds the {most} positions of the model "
             f"(max_position_embeddings={trained}, {describe_rotary(rope, trained, length)}); "
-            "lower it, or stretch the positions: hf_overrides={'rope_parameters': {'rope_type': "
-            "'yarn', 'factor': "
-            f"{-(-requested // trained) if requested else 2}.0, "
-            f"'original_max_position_embeddings': {trained}}}}}"
+            f"lower it, or stretch the positions: hf_overrides={{'rope_parameters': {remedy}}}"
         )
     if rope:
         logger.info("RoPE: %s; context %d", describe_rotary(rope, trained, length), length)
