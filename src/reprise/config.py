@@ -146,18 +146,24 @@ def _translate(arguments: dict[str, Any]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if arguments.get(name) == 1:
             del arguments[name]
-    overrides = arguments.get("hf_overrides")
-    if isinstance(overrides, Mapping) and "max_model_len" in overrides:
-        length = overrides["max_model_len"]
-        if arguments.get("max_model_len") not in (None, length):
-            raise ConfigError(
-                f"max_model_len={arguments['max_model_len']} and max_model_len={length} in "
-                "hf_overrides contradict each other; give one of them"
-            )
-        arguments["max_model_len"] = length
-        arguments["hf_overrides"] = {k: v for k, v in overrides.items() if k != "max_model_len"}
+    _take_model_len(arguments)
     if arguments.get("dtype") in _DTYPE_ALIASES:
         arguments["dtype"] = _DTYPE_ALIASES[arguments["dtype"]]
+
+
+def _take_model_len(arguments: dict[str, Any]) -> None:
+    """Out of ``hf_overrides``, where vLLM's example of context extension has it, in place."""
+    overrides = arguments.get("hf_overrides")
+    if not isinstance(overrides, Mapping) or "max_model_len" not in overrides:
+        return
+    length = overrides["max_model_len"]
+    if arguments.get("max_model_len") not in (None, length):
+        raise ConfigError(
+            f"max_model_len={arguments['max_model_len']} and max_model_len={length} in "
+            "hf_overrides contradict each other; give one of them"
+        )
+    arguments["max_model_len"] = length
+    arguments["hf_overrides"] = {k: v for k, v in overrides.items() if k != "max_model_len"}
 
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}

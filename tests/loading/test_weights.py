@@ -147,6 +147,19 @@ def test_tied_by_the_config_but_stored_with_another_head(
     assert TinyModel(path).is_greedy(PROMPT, generate(llm, [PROMPT], greedy(24))[0])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_weight_beside_its_parts_is_unexpected(
+    tmp_path: Path, device: str, tied: bool
+) -> None:
+    """It has the name of a parameter of ours, and of nothing that a checkpoint has."""
+    random_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(128, 64)}))
+    with pytest.raises(LoadError, match="unexpected") as caught:
+        make_llm(tmp_path, device)
+    assert name in str(caught.value)
+
+
 def test_tied_head_of_another_shape(copy: Path, device: str) -> None:
     rewrite(copy, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(5, 7)}))
     with pytest.raises(LoadError, match=r"wrong shape.*lm_head.weight: \[5, 7\] in the file"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
 
+HEAD = "lm_head.weight"
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a weight may be stored in. Numbers of any other dtype mean nothing without scales."""
 
@@ -92,42 +92,54 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = checkpoint_tensors(model)
     missing = set(targets)
-    problems = _Problems()
+    unexpected: list[str] = []
+    misshapen: list[str] = []
+    not_plain: list[str] = []
     copies: dict[str, Copy] = {}
     stored = stored_tensors(path)
     for name in missing - stored.keys():
-        alias = _alias(name, targets[name], parameters)
+        alias = tied_name(name, targets[name], parameters)
         if alias in stored:
             stored[name] = stored.pop(alias)
     for name, (file, source) in stored.items():
         missing.discard(name)
-        target = targets.get(name, parameters.get(name))
+        target = targets.get(name)
+        if target is None and model.tied and name == HEAD:
+            target = parameters[HEAD]
         if target is None:
-            if not _is_computed(name):
-                problems.unexpected.append(name)
+            if not is_computed(name):
+                unexpected.append(name)
         elif source.shape != target.shape:
             shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
-            problems.misshapen.append(f"{name}: {shapes}")
+            misshapen.append(f"{name}: {shapes}")
         elif source.dtype not in _PLAIN:
-            problems.not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
+            not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
         else:
             # A tied head may be stored though it is the embedding once more: if it is.
             target = target if name in targets else torch.empty_like(target)
             copies[name] = Copy(f"{name} of {file}", source, target)
-    problems.missing.extend(missing)
-    problems.report()
+    refuse_misfits(
+        "the checkpoint does not fit the model",
+        {
+            "missing": missing,
+            "unexpected": unexpected,
+            "wrong shape": misshapen,
+            "not plain floating-point numbers, as in a quantised checkpoint": not_plain,
+        },
+    )
     transfer(list(copies.values()), platform)
-    for name, copy in copies.items():
-        if name not in targets and not torch.equal(copy.target, parameters[name]):
-            model.untie(copy.target)
+    if HEAD in copies and HEAD not in targets:
+        head = copies[HEAD].target
+        if not torch.equal(head, parameters[HEAD]):
+            model.untie(head)
             logger.warning(
                 "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
                 "stores another one; the stored one is used",
-                name,
+                HEAD,
             )
 
 
-def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
+def tied_name(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
     """Another name that a checkpoint may have for a tied parameter: it stores one of them."""
     for other, parameter in parameters.items():
         same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
@@ -136,7 +148,7 @@ def _alias(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str |
     return None
 
 
-def _is_computed(name: str) -> bool:
+def is_computed(name: str) -> bool:
     """Buffers that old checkpoints store although they follow from the config."""
     return name.endswith(
         (
@@ -149,23 +161,12 @@ def _is_computed(name: str) -> bool:
     )
 
 
-@dataclass
-class _Problems:
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    not_plain: list[str] = field(default_factory=list)
-
-    def report(self) -> None:
-        """Raise one error for all there are."""
-        kinds = (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("wrong shape", self.misshapen),
-            ("not plain floating-point numbers, as in a quantised checkpoint", self.not_plain),
-        )
-        problems = [
-            f"{kind} ({len(names)}): {', '.join(sorted(names))}" for kind, names in kinds if names
-        ]
-        if problems:
-            raise LoadError("the checkpoint does not fit the model; " + "; ".join(problems))
+def refuse_misfits(what: str, misfits: Mapping[str, Collection[str]]) -> None:
+    """Raise a LoadError that lists all tensors that do not fit, by kind, if there are any."""
+    problems = [
+        f"{kind} ({len(names)}): {', '.join(sorted(names))}"
+        for kind, names in misfits.items()
+        if names
+    ]
+    if problems:
+        raise LoadError(f"{what}; " + "; ".join(problems))
