@@ -118,6 +118,8 @@ FUZZ = settings(
 @given(st.sampled_from(ARCHITECTURES), st.sampled_from(FIELDS), VALUES)
 @example("smollm3", "no_rope_layer_interval", 0)
 @example("llama", "num_labels", 10**12)
+@example("llama", "architectures", [""])
+@example("llama", "model_type", "")
 @example("llama", "hidden_size", 2**31 - 1)
 @example("qwen3", "head_dim", 2**31 - 2)
 def test_any_value_of_any_field(

@@ -56,13 +56,13 @@ def build(
     """
     builder = _first_known(config.architectures or ())
     if builder is None:
-        raise _not_supported(config.architectures or ["(none given)"])
+        raise _not_supported(config.architectures or ())
     return builder(config, max_model_len=max_model_len, dtype=dtype, device=device)
 
 
 def _not_supported(names: Sequence[str], kind: str = "") -> ModelError:
     return ModelError(
-        f"architecture {', '.join(names)}{kind} is not supported; supported: "
+        f"architectures={list(names)!r}{kind} is not supported; supported: "
         f"{', '.join(architectures())}. docs/adding-a-model.md tells how to add one"
     )
 
