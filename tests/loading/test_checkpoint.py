@@ -199,6 +199,7 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
         ({"max_position_embeddings": None}, ["max_position_embeddings"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0"]),
         ({"dtype": "float99"}, ["float99"]),
+        ({"dtype": "int8"}, ["dtype=torch.int8"]),
     ],
 )
 def test_config_that_cannot_be_built(copy: Path, fields: dict[str, Any], named: list[str]) -> None:

@@ -29,8 +29,8 @@ def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype
     stored = getattr(config, "dtype", None) or torch.float32
     if isinstance(stored, str):
         stored = getattr(torch, stored, stored)
-    if not isinstance(stored, torch.dtype):
-        raise ModelError(f"config field dtype={stored!r} is unknown; give dtype=")
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        raise ModelError(f"config field dtype={stored!r} is no floating-point type; give dtype=")
     if platform.prefers_dtype(stored):
         return stored
     chosen = platform.default_dtype
