@@ -76,9 +76,15 @@ class TinyModels:
 
 
 def tiny_config(architecture: str, **fields: Any) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
-    kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[architecture]
+    kind = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "smollm3": SmolLM3Config,
+    }[architecture]
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -91,8 +97,12 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
-    return kind(**{**values, **fields})
+    values.update(fields)
+    if values["head_dim"] is None:
+        del values["head_dim"]
+    return kind(**values)
 
 
 def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:

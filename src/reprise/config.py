@@ -35,7 +35,8 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     """``dummy`` needs a config alone and fills the weights with random values."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the Hugging Face config to replace."""
+    """Fields of the Hugging Face config to replace; objects are merged, and RoPE may be spelled as
+    in transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: what the model was trained for."""
     max_num_seqs: int = 256
@@ -145,8 +146,24 @@ def _translate(arguments: dict[str, Any]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if arguments.get(name) == 1:
             del arguments[name]
+    _take_model_len(arguments)
     if arguments.get("dtype") in _DTYPE_ALIASES:
         arguments["dtype"] = _DTYPE_ALIASES[arguments["dtype"]]
+
+
+def _take_model_len(arguments: dict[str, Any]) -> None:
+    """Out of ``hf_overrides``, where vLLM's example of context extension has it, in place."""
+    overrides = arguments.get("hf_overrides")
+    if not isinstance(overrides, Mapping) or "max_model_len" not in overrides:
+        return
+    length = overrides["max_model_len"]
+    if arguments.get("max_model_len") not in (None, length):
+        raise ConfigError(
+            f"max_model_len={arguments['max_model_len']} and max_model_len={length} in "
+            "hf_overrides contradict each other; give one of them"
+        )
+    arguments["max_model_len"] = length
+    arguments["hf_overrides"] = {k: v for k, v in overrides.items() if k != "max_model_len"}
 
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
