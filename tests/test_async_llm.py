@@ -190,6 +190,9 @@ def test_a_long_text_keeps_nobody_waiting(
             assert held.wait(30)
             return [1, 2, 3]
 
+        def get_chat_template(self, *args: Any) -> str:
+            return "{{ messages }}"
+
         def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
             assert held.wait(30)
             raise ValueError("no roles")

@@ -1,6 +1,7 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
 from reprise.loading.checkpoint import Checkpoint, open_checkpoint
+from reprise.loading.tokenizer import end_of_text_id
 from reprise.loading.weights import load_weights
 
-__all__ = ["Checkpoint", "load_weights", "open_checkpoint"]
+__all__ = ["Checkpoint", "end_of_text_id", "load_weights", "open_checkpoint"]

@@ -1,0 +1,213 @@
+"""Messages and tools of the OpenAI API, checked and put into the form that a template takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from reprise.engine.template import ChatTemplate, Message
+from reprise.errors import RequestError
+
+_ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations",
+            "reasoning", "reasoning_content"}  # fmt: skip
+"""Keys of messages that come back from the OpenAI API and from servers that follow it."""
+_REFUSED = {
+    "audio": "this engine reads text alone",
+    "function_call": "give tool_calls",
+}
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of parts, and the key that holds their text."""
+_TOOL = {"type", "function"}
+_FUNCTION = {"name", "description", "parameters", "strict"}
+_TOOL_CALL = {"id", "type", "function", "index"}
+_CALLED = {"name", "arguments"}
+
+
+def read_messages(
+    messages: Any, template: ChatTemplate, content_format: str = "auto"
+) -> list[Message]:
+    """Messages as the template takes them.
+
+    Raises:
+        RequestError: A message is malformed, or has something that neither the OpenAI API nor the
+            template knows; the message names the place.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages={messages!r}: give a list of messages")
+    if not messages:
+        raise RequestError("messages is empty: give at least one message")
+    return [
+        _Reader(f"messages[{index}]", template, content_format).message(each)
+        for index, each in enumerate(messages)
+    ]
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools as templates take them; None if there are none.
+
+    Raises:
+        RequestError: A tool is malformed.
+    """
+    if not tools:
+        return None
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise RequestError(f"tools={tools!r}: give a list of dictionaries")
+    for index, tool in enumerate(tools):
+        place = f"tools[{index}]"
+        _check(place, tool, _TOOL)
+        _check_function(place, tool, _FUNCTION)
+    return [dict(each) for each in tools]
+
+
+class _Reader:
+    """Reads one message.
+
+    Args:
+        place: Of the message, for errors.
+        template: That it is read for.
+        content_format: ``string``, ``openai`` or ``auto``.
+    """
+
+    def __init__(self, place: str, template: ChatTemplate, content_format: str) -> None:
+        self._place = place
+        self._template = template
+        self._format = content_format
+
+    def message(self, given: Any) -> Message:
+        place = self._place
+        _check(place, given, _MESSAGE | _REFUSED.keys() | self._template.names)
+        for key, why in _REFUSED.items():
+            if given.get(key) is not None and key not in self._template.names:
+                raise RequestError(f"{place} has the key {key!r}: {why}")
+        # What is null is not there.
+        read = {key: value for key, value in given.items() if value is not None}
+        role = self._role(read.get("role"))
+        calls = read.pop("tool_calls", None)
+        content = read.pop("content", None)
+        if content is None:
+            content = read.get("refusal")
+        if content is None and not calls and role != "assistant":
+            raise RequestError(f"{place} has no content: give a string")
+        read["role"] = role
+        if calls:
+            read["tool_calls"] = self._tool_calls(calls)
+        if content is not None:
+            read["content"] = self._content(content, role)
+        elif calls:
+            read |= self._template.tool_call_forms[1]
+        elif role == "assistant":
+            read["content"] = ""
+        self._rename_reasoning(read)
+        return read
+
+    def _role(self, role: Any) -> str:
+        if not isinstance(role, str) or not role:
+            raise RequestError(f"{self._place} has role={role!r}: give one of {', '.join(_ROLES)}")
+        if role == "developer" and role not in self._template.names:
+            return "system"  # the name that it had before
+        if role not in _ROLES and not self._template.content_forms(role):
+            raise RequestError(
+                f"{self._place} has role={role!r}, which the chat template drops: "
+                f"give one of {', '.join(_ROLES)}"
+            )
+        return role
+
+    def _content(self, content: Any, role: str) -> Any:
+        if isinstance(content, str):
+            texts = [content]
+        elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
+            texts = [self._part(index, each) for index, each in enumerate(content)]
+        else:
+            raise RequestError(f"{self._place}.content={content!r}: give a string")
+        given = "string" if isinstance(content, str) else "parts"
+        wanted = {"string": "string", "openai": "parts", "auto": given}[self._format]
+        forms = self._template.content_forms(role)
+        if self._format == "auto" and forms and given not in forms:
+            (wanted,) = forms
+        elif self._format == "auto" and not forms:
+            wanted = "string"
+        if wanted == "string":
+            return "\n".join(texts)
+        return [{"type": "text", "text": each} for each in texts]
+
+    def _part(self, index: int, part: Any) -> str:
+        place = f"{self._place}.content[{index}]"
+        if isinstance(part, str):
+            return part
+        if not isinstance(part, Mapping):
+            raise RequestError(f'{place}={part!r}: give {{"type": "text", "text": ...}}')
+        kind = part.get("type")
+        if not isinstance(kind, str) or kind not in _PARTS:
+            raise RequestError(f"{place} is of type {kind!r}: this engine reads text alone")
+        key = _PARTS[kind]
+        _check(
+            place, part, {"type", key, "annotations"} if kind == "output_text" else {"type", key}
+        )
+        text = part.get(key)
+        if not isinstance(text, str):
+            raise RequestError(f"{place}.{key}={text!r}: give a string")
+        return text
+
+    def _tool_calls(self, calls: Any) -> list[dict[str, Any]]:
+        place = f"{self._place}.tool_calls"
+        if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
+            raise RequestError(f"{place}={calls!r}: give a list of tool calls")
+        read = []
+        for index, call in enumerate(calls):
+            here = f"{place}[{index}]"
+            _check(here, call, _TOOL_CALL | self._template.names)
+            _check_function(here, call, _CALLED | self._template.names)
+            arguments = self._arguments(here, call["function"].get("arguments"))
+            function = {**call["function"], "arguments": arguments}
+            read.append({"type": "function", **call, "function": function})
+        return read
+
+    def _arguments(self, place: str, given: Any) -> Any:
+        """A dictionary, or JSON of one, whichever the template shows as JSON."""
+        arguments = given
+        if isinstance(given, str):
+            try:
+                arguments = json.loads(given or "{}")
+            except ValueError as error:
+                raise RequestError(
+                    f"{place}.function.arguments={given!r} is not valid JSON: {error}"
+                ) from error
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, Mapping):
+            raise RequestError(f"{place}.function.arguments={given!r}: give a JSON object")
+        if self._template.tool_call_forms[0]:
+            return dict(arguments)
+        return (
+            given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
+        )
+
+    def _rename_reasoning(self, message: Message) -> None:
+        """Servers and templates disagree on the name of what the model thought."""
+        for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+            if name in message and name not in self._template.names:
+                thought = message.pop(name)
+                if other in self._template.names:
+                    message.setdefault(other, thought)
+
+
+def _check(place: str, value: Any, known: Collection[str]) -> None:
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{place}={value!r}: give a dictionary")
+    for key in value:
+        if key not in known:
+            raise RequestError(f"{place} has the unknown key {key!r}")
+
+
+def _check_function(place: str, value: Mapping[str, Any], known: Collection[str]) -> None:
+    kind, function = value.get("type", "function"), value.get("function")
+    if kind != "function":
+        raise RequestError(f"{place}.type={kind!r}: give 'function'")
+    if not isinstance(function, Mapping):
+        raise RequestError(f'{place}.function={function!r}: give {{"name": ...}}')
+    _check(f"{place}.function", function, known)
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"{place}.function.name={name!r}: give a string")
