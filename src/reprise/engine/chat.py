@@ -74,13 +74,6 @@ def chat_prompt(
         raise RequestError(f"the chat template does not read {unread[0]!r}; its variables: {known}")
     read = read_messages(messages, template, chat_template_content_format)
     text = template.render(read, **options, **variables)
-    for index, message in enumerate(read):
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                raise RequestError(
-                    f"messages[{index}].tool_calls: the chat template does not show them"
-                    + (" beside content" if message.get("content") else "")
-                )
     return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)}
 
 

@@ -88,17 +88,17 @@ class _Reader:
         content = read.pop("content", None)
         if content is None:
             content = read.get("refusal")
+        if calls and not content:
+            content = None
         if content is None and not calls and role != "assistant":
             raise RequestError(f"{place} has no content: give a string")
         read["role"] = role
-        if calls:
-            read["tool_calls"] = self._tool_calls(calls)
         if content is not None:
             read["content"] = self._content(content, role)
-        elif calls:
-            read |= self._template.tool_call_forms[1]
-        elif role == "assistant":
+        elif not calls:
             read["content"] = ""
+        if calls:
+            read |= self._calls(calls, beside_content=content is not None)
         self._rename_reasoning(read)
         return read
 
@@ -150,8 +150,19 @@ class _Reader:
             raise RequestError(f"{place}.{key}={text!r}: give a string")
         return text
 
-    def _tool_calls(self, calls: Any) -> list[dict[str, Any]]:
-        place = f"{self._place}.tool_calls"
+    def _calls(self, calls: Any, beside_content: bool) -> Message:
+        """Tool calls, and what says that there is no content if there is none."""
+        place, form = f"{self._place}.tool_calls", self._template.tool_call_form
+        if form is None:
+            raise RequestError(f"{place}: the chat template does not show tool calls")
+        if beside_content and not form.beside_content:
+            raise RequestError(f"{place}: the chat template shows tool calls without content alone")
+        if not beside_content and form.no_content is None:
+            raise RequestError(f"{place}: the chat template shows tool calls beside content alone")
+        read: Message = {"tool_calls": self._tool_calls(place, calls, form.as_dictionary)}
+        return read if beside_content else {**read, **(form.no_content or {})}
+
+    def _tool_calls(self, place: str, calls: Any, as_dictionary: bool) -> list[dict[str, Any]]:
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise RequestError(f"{place}={calls!r}: give a list of tool calls")
         read = []
@@ -159,30 +170,10 @@ class _Reader:
             here = f"{place}[{index}]"
             _check(here, call, _TOOL_CALL | self._template.names)
             _check_function(here, call, _CALLED | self._template.names)
-            arguments = self._arguments(here, call["function"].get("arguments"))
+            arguments = _arguments(here, call["function"].get("arguments"), as_dictionary)
             function = {**call["function"], "arguments": arguments}
             read.append({"type": "function", **call, "function": function})
         return read
-
-    def _arguments(self, place: str, given: Any) -> Any:
-        """A dictionary, or JSON of one, whichever the template shows as JSON."""
-        arguments = given
-        if isinstance(given, str):
-            try:
-                arguments = json.loads(given or "{}")
-            except ValueError as error:
-                raise RequestError(
-                    f"{place}.function.arguments={given!r} is not valid JSON: {error}"
-                ) from error
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, Mapping):
-            raise RequestError(f"{place}.function.arguments={given!r}: give a JSON object")
-        if self._template.tool_call_forms[0]:
-            return dict(arguments)
-        return (
-            given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
-        )
 
     def _rename_reasoning(self, message: Message) -> None:
         """Servers and templates disagree on the name of what the model thought."""
@@ -191,6 +182,22 @@ class _Reader:
                 thought = message.pop(name)
                 if other in self._template.names:
                     message.setdefault(other, thought)
+
+
+def _arguments(place: str, given: Any, as_dictionary: bool) -> Any:
+    """A tool call's arguments, which were given as a dictionary or as JSON of one."""
+    place = f"{place}.function.arguments"
+    arguments = {} if given is None or given == "" else given
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise RequestError(f"{place}={given!r} is not valid JSON: {error}") from error
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f"{place}={given!r}: give a JSON object")
+    if as_dictionary:
+        return dict(arguments)
+    return given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
 
 
 def _check(place: str, value: Any, known: Collection[str]) -> None:

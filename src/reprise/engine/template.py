@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from reprise.errors import RequestError
@@ -47,6 +49,18 @@ def template_of(
             templates.clear()
         templates[text] = ChatTemplate(text, weakref.ref(tokenizer))
     return templates[text]
+
+
+@dataclass(frozen=True)
+class ToolCallForm:
+    """What a template makes tool calls of."""
+
+    as_dictionary: bool
+    """It takes arguments as a dictionary; otherwise as JSON."""
+    no_content: Message | None
+    """The part of a message that stands for no content; None: it must have some."""
+    beside_content: bool
+    """It shows tool calls of a message that has content."""
 
 
 class ChatTemplate:
@@ -118,23 +132,23 @@ class ChatTemplate:
         return self._forms[role]
 
     @functools.cached_property
-    def tool_call_forms(self) -> tuple[bool, Message]:
-        """Whether tool calls take their arguments as a dictionary, and what a message that has
-        nothing but tool calls has for a content."""
+    def tool_call_form(self) -> ToolCallForm | None:
+        """How messages show their tool calls, arguments and all; None: they do not."""
         arguments = {_KEY: _VALUE}
-        contents: list[Message] = [{}, {"content": None}, {"content": ""}]
+        nothings: list[Message] = [{}, {"content": None}, {"content": ""}]
         for form in (arguments, json.dumps(arguments)):
-            for content in contents:
-                shown = self._try([_OTHER, _call(content, form)])
-                as_python, twice = f"'{_KEY}'", f'\\"{_KEY}'
-                if (
-                    all(each in shown for each in (_NAME, _KEY, _VALUE))
-                    and as_python not in shown
-                    and twice not in shown
-                    and "None" not in shown
-                ):
-                    return isinstance(form, dict), content
-        return True, {"content": ""}
+            shown = [self._shows_call(form, each) for each in (*nothings, {"content": _TEXT})]
+            if any(shown):
+                nothing = next(itertools.compress(nothings, shown), None)
+                return ToolCallForm(isinstance(form, dict), nothing, shown[-1])
+        return None
+
+    def _shows_call(self, arguments: Any, content: Message) -> bool:
+        shown = self._try([_OTHER, _call(content, arguments)])
+        as_python, twice = f"'{_KEY}'", f'\\"{_KEY}'
+        wanted = (_NAME, _KEY, _VALUE, content.get("content") or "")
+        unwanted = (as_python, twice, "None")
+        return all(map(shown.__contains__, wanted)) and not any(map(shown.__contains__, unwanted))
 
     def _around(self, role: str, content: Any) -> list[Message]:
         """The shortest usual conversation with such a message."""
@@ -144,8 +158,8 @@ class ChatTemplate:
         if role == "system":
             return [message, _OTHER]
         if role == "tool":
-            as_dictionary, nothing = self.tool_call_forms
-            call = _call(nothing, {} if as_dictionary else "{}")
+            form = self.tool_call_form or ToolCallForm(True, {"content": ""}, True)
+            call = _call(form.no_content or {}, {} if form.as_dictionary else "{}")
             return [_OTHER, call, message | {"name": _NAME, "tool_call_id": "0"}]
         return [_OTHER, message, _OTHER]
 
