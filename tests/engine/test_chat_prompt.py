@@ -51,6 +51,12 @@ NULL_ONLY = (  # as DeepSeek's: tool calls where content is none, concatenated
     "{% for call in m.tool_calls %}{{ call.function.name + ':' + call.function.arguments }}"
     "{% endfor %}]{% else %}{{ '[' + m.role + '|' + m.content + ']' }}{% endif %}{% endfor %}"
 )
+NINE_LETTERS = (  # as Mistral's: the whole function as JSON, ids of a certain length
+    "None: {% for m in messages %}[{{ m.role }}|{% if m.tool_calls is defined %}"
+    "{% for call in m.tool_calls %}"
+    "{% if call.id|length != 9 %}{{ raise_exception('id') }}{% endif %}"
+    "{{ call.function | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}]{% endfor %}"
+)
 EMPTY_ONLY = AS_JSON.replace("{{ m.content }}", "{{ '' + m.content }}")
 
 
@@ -113,6 +119,21 @@ def test_tool_calls(template: str, arguments: Any, nothing: dict[str, Any]) -> N
     message = {"role": "assistant", **nothing, "tool_calls": [call(arguments)]}
     messages = [{"role": "user", "content": "x"}, message]
     assert render(messages, template) == '[user|x][assistant|add:{"a": "b", "n": 1}]'
+
+
+def test_tool_calls_of_a_strict_template() -> None:
+    calls = {**call('{"a": 1}'), "id": "abcdefghi"}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [calls]}]
+    shown = '{"name": "add", "arguments": {"a": 1}}'
+    assert render(messages, NINE_LETTERS) == f"None: [assistant|{shown}]"
+    with pytest.raises(RequestError, match="messages do not fit the chat template: id"):
+        render([{"role": "assistant", "tool_calls": [call("{}")]}], NINE_LETTERS)
+
+
+def test_a_template_that_takes_nothing_but_parts() -> None:
+    strict = ITERATES.replace("part.text", "part['text'] + ''")
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    assert render(messages, strict) == "[user|hi][assistant|hi][user|hi]"
 
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])

@@ -14,6 +14,7 @@ import pytest
 from helpers import CORPUS, byte_level_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from reprise.errors import ModelError
 from reprise.loading import end_of_text_id, open_checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.loading.tokenizer import load_tokenizer
@@ -190,6 +191,51 @@ def test_without_a_tokenizer_json_transformers_decides(tmp_path: Path) -> None:
     found = load_tokenizer(tmp_path)
     assert found.encode("abc") == [4, 3]
     assert end_of_text_id(found) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "\udcff"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"eos_token": {"text": "<eos>"}}'),
+        ("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}'),
+        ("special_tokens_map.json", '"<eos>"'),
+        ("chat_template.jinja", "\udcff"),
+    ],
+)
+def test_spoiled_files(tmp_path: Path, file: str, content: str) -> None:
+    write(tmp_path, byte_level())
+    (tmp_path / file).write_text(content, errors="surrogateescape")
+    with pytest.raises(ModelError, match="no tokenizer in") as caught:
+        open_checkpoint(None).tokenizer(str(tmp_path))
+    assert "skip_tokenizer_init=True" in str(caught.value)
+
+
+def test_what_is_fetched_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its templates in a folder too, but nothing that other tools put into folders."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def fetch(name: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any) -> str:
+        assert (name, revision) == ("someone/something", "v2")
+        files = [
+            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+            "chat_template.jinja", "additional_chat_templates/rag.jinja", "original/params.json",
+            "model.safetensors", "original/tokenizer.model", "onnx/model.safetensors",
+            "tokenizer.model", "consolidated.json", "README.md",
+        ]  # fmt: skip
+        found = filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert set(found) == {*files[:6], "tokenizer.model"}
+        return str(write(tmp_path, byte_level()))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert len(open_checkpoint(None).tokenizer("someone/something", "v2")) == 330
 
 
 def test_starting_imports_no_compiler() -> None:

@@ -31,13 +31,14 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._alone: dict[int, str] = {}
-        self._anchor: list[int] | None = None
         if self._backend is None:
             self._special = frozenset(tokenizer.all_special_ids)
-            return
-        added = self._backend.get_added_tokens_decoder()
-        self._special = frozenset(each for each, token in added.items() if token.special)
+        else:
+            added = self._backend.get_added_tokens_decoder()
+            self._special = frozenset(each for each, token in added.items() if token.special)
+        self._anchor = self._find_anchor()
+        self._anchor_text = self.decode(self._anchor, False)
+        self._alone: dict[int, str] = {}
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if self._backend is not None:
@@ -62,11 +63,11 @@ class TokenTexts:
         """
         text = self._alone.get(token)
         if text is None:
-            if self._anchor is None:
-                self._anchor = self._find_anchor()
-            before = self.decode(self._anchor, False)
             text = self.decode([*self._anchor, token], False)
-            text = text[len(before) :] if text.startswith(before) else self.decode([token], False)
+            if text.startswith(self._anchor_text):
+                text = text[len(self._anchor_text) :]
+            else:
+                text = self.decode([token], False)
             self._alone[token] = text
         return text
 

@@ -154,8 +154,8 @@ class Engine:
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Text, token ids, a dictionary of :data:`reprise.engine.prompt.Prompt`, or what
-                :meth:`prepare` returned.
+            prompt: Text, token ids, a dictionary as of :func:`reprise.engine.prompt.prepare`, or
+                what :meth:`prepare` returned.
             params: None: :meth:`default_sampling_params`.
             priority: Lower is more urgent.
 

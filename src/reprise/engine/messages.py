@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from reprise.engine.prompt import short
 from reprise.engine.template import ChatTemplate, Message
 from reprise.errors import RequestError
 
@@ -35,7 +36,7 @@ def read_messages(
             template knows; the message names the place.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages={messages!r}: give a list of messages")
+        raise RequestError(f"messages={short(messages)}: give a list of messages")
     if not messages:
         raise RequestError("messages is empty: give at least one message")
     return [
@@ -53,7 +54,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise RequestError(f"tools={tools!r}: give a list of dictionaries")
+        raise RequestError(f"tools={short(tools)}: give a list of dictionaries")
     for index, tool in enumerate(tools):
         place = f"tools[{index}]"
         _check(place, tool, _TOOL)
@@ -104,12 +105,14 @@ class _Reader:
 
     def _role(self, role: Any) -> str:
         if not isinstance(role, str) or not role:
-            raise RequestError(f"{self._place} has role={role!r}: give one of {', '.join(_ROLES)}")
+            raise RequestError(
+                f"{self._place} has role={short(role)}: give one of {', '.join(_ROLES)}"
+            )
         if role == "developer" and role not in self._template.names:
             return "system"  # the name that it had before
         if role not in _ROLES and not self._template.content_forms(role):
             raise RequestError(
-                f"{self._place} has role={role!r}, which the chat template drops: "
+                f"{self._place} has role={short(role)}, which the chat template drops: "
                 f"give one of {', '.join(_ROLES)}"
             )
         return role
@@ -120,7 +123,7 @@ class _Reader:
         elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
             texts = [self._part(index, each) for index, each in enumerate(content)]
         else:
-            raise RequestError(f"{self._place}.content={content!r}: give a string")
+            raise RequestError(f"{self._place}.content={short(content)}: give a string")
         given = "string" if isinstance(content, str) else "parts"
         wanted = {"string": "string", "openai": "parts", "auto": given}[self._format]
         forms = self._template.content_forms(role)
@@ -137,17 +140,17 @@ class _Reader:
         if isinstance(part, str):
             return part
         if not isinstance(part, Mapping):
-            raise RequestError(f'{place}={part!r}: give {{"type": "text", "text": ...}}')
+            raise RequestError(f'{place}={short(part)}: give {{"type": "text", "text": ...}}')
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in _PARTS:
-            raise RequestError(f"{place} is of type {kind!r}: this engine reads text alone")
+            raise RequestError(f"{place} is of type {short(kind)}: this engine reads text alone")
         key = _PARTS[kind]
         _check(
             place, part, {"type", key, "annotations"} if kind == "output_text" else {"type", key}
         )
         text = part.get(key)
         if not isinstance(text, str):
-            raise RequestError(f"{place}.{key}={text!r}: give a string")
+            raise RequestError(f"{place}.{key}={short(text)}: give a string")
         return text
 
     def _calls(self, calls: Any, beside_content: bool) -> Message:
@@ -164,7 +167,7 @@ class _Reader:
 
     def _tool_calls(self, place: str, calls: Any, as_dictionary: bool) -> list[dict[str, Any]]:
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
-            raise RequestError(f"{place}={calls!r}: give a list of tool calls")
+            raise RequestError(f"{place}={short(calls)}: give a list of tool calls")
         read = []
         for index, call in enumerate(calls):
             here = f"{place}[{index}]"
@@ -192,9 +195,9 @@ def _arguments(place: str, given: Any, as_dictionary: bool) -> Any:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise RequestError(f"{place}={given!r} is not valid JSON: {error}") from error
+            raise RequestError(f"{place}={short(given)} is not valid JSON: {error}") from error
     if not isinstance(arguments, Mapping):
-        raise RequestError(f"{place}={given!r}: give a JSON object")
+        raise RequestError(f"{place}={short(given)}: give a JSON object")
     if as_dictionary:
         return dict(arguments)
     return given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
@@ -202,7 +205,7 @@ def _arguments(place: str, given: Any, as_dictionary: bool) -> Any:
 
 def _check(place: str, value: Any, known: Collection[str]) -> None:
     if not isinstance(value, Mapping):
-        raise RequestError(f"{place}={value!r}: give a dictionary")
+        raise RequestError(f"{place}={short(value)}: give a dictionary")
     for key in value:
         if key not in known:
             raise RequestError(f"{place} has the unknown key {key!r}")
@@ -211,10 +214,10 @@ def _check(place: str, value: Any, known: Collection[str]) -> None:
 def _check_function(place: str, value: Mapping[str, Any], known: Collection[str]) -> None:
     kind, function = value.get("type", "function"), value.get("function")
     if kind != "function":
-        raise RequestError(f"{place}.type={kind!r}: give 'function'")
+        raise RequestError(f"{place}.type={short(kind)}: give 'function'")
     if not isinstance(function, Mapping):
-        raise RequestError(f'{place}.function={function!r}: give {{"name": ...}}')
+        raise RequestError(f'{place}.function={short(function)}: give {{"name": ...}}')
     _check(f"{place}.function", function, known)
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise RequestError(f"{place}.function.name={name!r}: give a string")
+        raise RequestError(f"{place}.function.name={short(name)}: give a string")

@@ -82,13 +82,13 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
             )
         ids = encode(tokenizer, text)
     if not _is_list(ids) or not all(_is_id(each) for each in ids):
-        raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
+        raise RequestError(f"prompt_token_ids={short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
     wrong = [each for each in ids if not 0 <= each < vocab_size]
     if wrong:
         raise RequestError(
-            f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
+            f"prompt_token_ids contains {short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
     return PreparedPrompt(text, list(ids), salt)
@@ -108,9 +108,9 @@ def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:
             f"prompt has the keys {list(prompt)}: give 'prompt' or 'prompt_token_ids'"
         )
     if text is not None and not isinstance(text, str):
-        raise RequestError(f"prompt={_short(text)}: give a string; ids are for 'prompt_token_ids'")
+        raise RequestError(f"prompt={short(text)}: give a string; ids are for 'prompt_token_ids'")
     if salt is not None and (not isinstance(salt, str) or not salt):
-        raise RequestError(f"cache_salt={_short(salt)}: give a string that is not empty, or None")
+        raise RequestError(f"cache_salt={short(salt)}: give a string that is not empty, or None")
     # Any string of Python's is a salt, also one that is no valid text.
     return text, ids, b"" if salt is None else salt.encode("utf-8", "surrogatepass")
 
@@ -141,6 +141,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """For messages of errors."""
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."

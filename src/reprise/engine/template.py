@@ -22,7 +22,8 @@ _KEY, _VALUE, _NAME = "kgqxk", "kgqxv", "kgqxn"
 _PROVIDED = {"messages", "raise_exception", "strftime_now"}
 """Variables that transformers sets."""
 
-_OTHER = {"role": "user", "content": "x"}
+_CALL_ID = "kgqx00000"
+"""Of the length that Mistral's templates insist on."""
 
 _known: weakref.WeakKeyDictionary[Any, dict[str, ChatTemplate]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +40,7 @@ def template_of(
         raise RequestError(f"chat_template={chat_template!r}: give a Jinja template, or None")
     try:
         text: str = tokenizer.get_chat_template(chat_template, tools)
-    except ValueError as error:
+    except Exception as error:  # transformers raises many types
         raise RequestError(
             f"the tokenizer has no chat template; give chat_template= ({error})"
         ) from error
@@ -144,11 +145,19 @@ class ChatTemplate:
         return None
 
     def _shows_call(self, arguments: Any, content: Message) -> bool:
-        shown = self._try([_OTHER, _call(content, arguments)])
-        as_python, twice = f"'{_KEY}'", f'\\"{_KEY}'
+        shown = self._try([self._other, _call(content, arguments)])
         wanted = (_NAME, _KEY, _VALUE, content.get("content") or "")
-        unwanted = (as_python, twice, "None")
-        return all(map(shown.__contains__, wanted)) and not any(map(shown.__contains__, unwanted))
+        as_python, twice = f"'{_KEY}'", f'\\"{_KEY}'
+        printed_null = "None" in shown and "None" not in self._text
+        return all(each in shown for each in wanted) and not (
+            as_python in shown or twice in shown or printed_null
+        )
+
+    @property
+    def _other(self) -> Message:
+        """A message that every conversation may begin with."""
+        strings = self.content_forms("user") != {"parts"}
+        return {"role": "user", "content": "x" if strings else [{"type": "text", "text": "x"}]}
 
     def _around(self, role: str, content: Any) -> list[Message]:
         """The shortest usual conversation with such a message."""
@@ -156,12 +165,12 @@ class ChatTemplate:
         if role == "user":
             return [message]
         if role == "system":
-            return [message, _OTHER]
+            return [message, self._other]
         if role == "tool":
             form = self.tool_call_form or ToolCallForm(True, {"content": ""}, True)
             call = _call(form.no_content or {}, {} if form.as_dictionary else "{}")
-            return [_OTHER, call, message | {"name": _NAME, "tool_call_id": "0"}]
-        return [_OTHER, message, _OTHER]
+            return [self._other, call, message | {"name": _NAME, "tool_call_id": _CALL_ID}]
+        return [self._other, message, self._other]
 
     def _try(self, messages: Sequence[Message]) -> str:
         try:
@@ -172,5 +181,5 @@ class ChatTemplate:
 
 def _call(content: Message, arguments: Any) -> Message:
     function = {"name": _NAME, "arguments": arguments}
-    call = {"id": "0", "type": "function", "function": function}
+    call = {"id": _CALL_ID, "type": "function", "function": function}
     return {"role": "assistant", **content, "tool_calls": [call]}
