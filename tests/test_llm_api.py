@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import (
     TinyModel,
     TinyModels,
@@ -202,6 +203,11 @@ def test_cache_salt_keeps_tenants_apart(model: TinyModel, device: str) -> None:
         ({"cache_salt": "x"}, "'prompt' or 'prompt_token_ids'"),
         ({}, "'prompt' or 'prompt_token_ids'"),
         ({"prompt_token_ids": "abc"}, "prompt_token_ids='abc'"),
+        ({"prompt_embeds": torch.ones(2, 2)}, "'prompt_embeds'"),
+        ({"prompt": "a", "prompt_embeds": torch.ones(2, 2).numpy()}, "'prompt_embeds'"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "'multi_modal_data'"),
+        ([None], "prompt_token_ids=None"),
+        ([3.5], "prompt_token_ids=3.5"),
     ],
 )
 def test_bad_prompts(llm: LLM, prompt: Any, named: str) -> None:
@@ -285,6 +291,14 @@ def test_text_that_ends_within_a_character(llm: LLM) -> None:
     output = llm.generate("a", greedy(1, logit_bias={half: 100.0}))[0].outputs[0]
     assert output.token_ids == [half]
     assert output.text == tokenizer.decode([half]) == "\ufffd"
+    group = llm.engine.add("aborted", "a", greedy(20, logit_bias={half: 100.0}))
+    while not group.output().outputs[0].token_ids:
+        llm.engine.step()
+    assert group.output().outputs[0].text == ""
+    llm.engine.abort(["aborted"])
+    assert group.output().outputs[0].text == "\ufffd"
+    while llm.engine.has_work:
+        llm.engine.step()
 
 
 def test_no_names_of_tokens_without_text(llm: LLM) -> None:

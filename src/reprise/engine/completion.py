@@ -56,12 +56,15 @@ class Completion:
             found = self.detokenizer.finish()
         return found
 
+    def finish(self) -> None:
+        """It was aborted: no token follows."""
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+
     def output(self) -> CompletionOutput:
         request = self.request
         text = ""
         if self.detokenizer is not None:
-            if request.is_finished:  # aborted ones too
-                self.detokenizer.finish()
             text = self.detokenizer.text[: self.detokenizer.stable_length(request.is_finished)]
         return CompletionOutput(
             index=self.index,

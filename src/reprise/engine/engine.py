@@ -203,6 +203,7 @@ class Engine:
                 # The name of one that has finished may be another request's by now.
                 if not each.request.is_finished:
                     self.scheduler.abort(each.request.request_id)
+                    each.finish()
             self._forget(group)
         return ended
 

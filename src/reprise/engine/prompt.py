@@ -73,8 +73,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
         text, ids, salt = _read_mapping(prompt)
     elif isinstance(prompt, str):
         text, ids = prompt, None
-    if ids is None:
-        assert text is not None
+    if ids is None and text is not None:
         if tokenizer is None:
             raise RequestError(
                 f"prompt={text[:40]!r} is text and no tokenizer is loaded "
@@ -97,9 +96,11 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
 def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:
     """Its text, its token ids and its salt; text or ids are there."""
     for key, value in prompt.items():
-        if key in _KEYS or (key in _REFUSED and (value is None or value == {})):
+        if key in _KEYS:
             continue
         if key in _REFUSED:
+            if value is None or (isinstance(value, Mapping) and not value):
+                continue
             raise RequestError(f"prompt has the key {key!r}: {_REFUSED[key]}")
         raise RequestError(f"prompt has the unknown key {key!r}: give {', '.join(_KEYS)}")
     text, ids, salt = (prompt.get(key) for key in _KEYS)
