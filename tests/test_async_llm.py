@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 import pytest
@@ -214,12 +214,11 @@ def test_a_long_text_keeps_nobody_waiting(
             assert held.wait(30)
             return [1, 2, 3]
 
-        def get_chat_template(self, *args: Any) -> str:
-            return "{{ messages }}"
+        special_tokens_map: Mapping[str, str] = {}
 
-        def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        def get_chat_template(self, *args: Any) -> str:
             assert held.wait(30)
-            raise ValueError("no roles")
+            return "{{ raise_exception('no roles') }}"
 
     async def scenario(llm: AsyncLLM) -> tuple[RequestOutput, RequestOutput]:
         monkeypatch.setattr(llm.engine, "tokenizer", Slow())

@@ -298,7 +298,7 @@ def test_going_on_with_the_last_message() -> None:
         tokenizer(), messages, add_generation_prompt=False, continue_final_message=True
     )["prompt"]
     assert prompt.endswith("assistant: The answer")
-    with pytest.raises(RequestError, match="not compatible"):
+    with pytest.raises(RequestError, match="give add_generation_prompt=False"):
         chat_prompt(tokenizer(), messages, continue_final_message=True)
 
 

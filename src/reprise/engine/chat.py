@@ -59,6 +59,11 @@ def chat_prompt(
     for name in ("add_generation_prompt", "continue_final_message"):
         if not isinstance(options[name], bool):
             raise RequestError(f"{name}={options[name]!r}: give True or False")
+    if options["add_generation_prompt"] and options["continue_final_message"]:
+        raise RequestError(
+            "continue_final_message=True and add_generation_prompt=True exclude each other: "
+            "give add_generation_prompt=False"
+        )
     if chat_template_content_format not in ("auto", "string", "openai"):
         raise RequestError(
             f"chat_template_content_format={chat_template_content_format!r}: "

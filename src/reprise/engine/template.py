@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,6 @@ _PROVIDED = {"messages", "raise_exception", "strftime_now"}
 _CALL_ID = "kgqx00000"
 """Of the length that Mistral's templates insist on."""
 
-_known: weakref.WeakKeyDictionary[Any, dict[str, ChatTemplate]] = weakref.WeakKeyDictionary()
-
 
 def template_of(
     tokenizer: Any, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None
@@ -44,12 +41,7 @@ def template_of(
         raise RequestError(
             f"the tokenizer has no chat template; give chat_template= ({error})"
         ) from error
-    templates = _known.setdefault(tokenizer, {})
-    if text not in templates:
-        if len(templates) > 32:  # of callers who make a new one for each request
-            templates.clear()
-        templates[text] = ChatTemplate(text, weakref.ref(tokenizer))
-    return templates[text]
+    return _of_text(text, tuple(tokenizer.special_tokens_map.items()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class ToolCallForm:
 
 
 class ChatTemplate:
-    """One template of a tokenizer.
+    """One template.
 
     Templates differ in what they take: text as a string or as a list of parts, arguments of tool
     calls as JSON or as a dictionary, no content as None, as an empty string or not at all. What one
@@ -74,17 +66,17 @@ class ChatTemplate:
 
     Args:
         text: In Jinja, with transformers' extensions.
-        tokenizer: Renders it, with its special tokens.
+        special_tokens: Of the tokenizer by name; the template may read them.
 
     Raises:
         RequestError: It is no template.
     """
 
-    def __init__(self, text: str, tokenizer: weakref.ref[Any]) -> None:
+    def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
         from jinja2 import Environment, TemplateError, meta, nodes
 
         self._text = text
-        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         # transformers' own block, which changes nothing that is read.
         plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", text)
         try:
@@ -106,15 +98,19 @@ class ChatTemplate:
         Raises:
             RequestError: The messages do not fit the template.
         """
-        tokenizer = self._tokenizer()
-        assert tokenizer is not None, "who renders has the tokenizer"
+        # Not the tokenizer's apply_chat_template: newer ones drop what is null, which templates of
+        # DeepSeek ask for.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            text: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, chat_template=self._text, **variables
+            rendered, _ = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self._text,
+                **{**self._special_tokens, **variables},
             )
         except Exception as error:  # Jinja and transformers raise many types
             raise RequestError(f"messages do not fit the chat template: {error}") from error
-        return text
+        return str(rendered[0])
 
     def content_forms(self, role: str) -> frozenset[str]:
         """``string`` and ``parts``: in which of them a message of this role shows its text."""
@@ -177,6 +173,11 @@ class ChatTemplate:
             return self.render(messages)
         except RequestError:
             return ""
+
+
+@functools.lru_cache(maxsize=64)  # callers may make a new one for each request
+def _of_text(text: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    return ChatTemplate(text, dict(special_tokens))
 
 
 def _call(content: Message, arguments: Any) -> Message:
