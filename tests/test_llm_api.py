@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import (
     TinyModel,
     TinyModels,
@@ -21,7 +25,7 @@ from helpers import (
 )
 
 import reprise
-from reprise import LLM, SamplingParams
+from reprise import LLM, AsyncLLM, SamplingParams
 from reprise.errors import RepriseError, RequestError
 
 
@@ -140,6 +144,167 @@ def test_bad_messages(llm: LLM, messages: Any, named: str) -> None:
 def test_bad_template(llm: LLM) -> None:
     with pytest.raises(RequestError, match="chat template"):
         llm.chat([{"role": "user", "content": "hi"}], chat_template="{% for %}")
+
+
+def test_chats_take_the_same_arguments_everywhere() -> None:
+    """Besides what only a list of requests, or only a stream, has."""
+    offline, streaming = (inspect.signature(each.chat).parameters for each in (LLM, AsyncLLM))
+    assert offline.keys() - {"use_tqdm"} == streaming.keys() - {"request_id"}
+    for name in offline.keys() & streaming.keys() - {"self", "messages", "sampling_params"}:
+        assert offline[name].kind == streaming[name].kind == inspect.Parameter.KEYWORD_ONLY
+        if name != "priority":
+            assert offline[name] == streaming[name]
+
+
+def test_chats_with_tools(llm: LLM) -> None:
+    template = "{{ tools[0].function.name }}{{ documents[0].title }}{{ messages[-1].content }}"
+    tool = {"type": "function", "function": {"name": "add"}}
+    messages = [{"role": "user", "content": "hi"}]
+    output = llm.chat(
+        [messages, messages], greedy(2), tools=[tool], documents=[{"title": "!"}],
+        chat_template=template, priority=[1, 0],
+    )  # fmt: skip
+    assert [each.prompt for each in output] == ["add!hi"] * 2
+    going_on = llm.chat(
+        [*messages, {"role": "assistant", "content": "The answer"}], greedy(2),
+        add_generation_prompt=False, continue_final_message=True,
+    )  # fmt: skip
+    assert str(going_on[0].prompt).endswith("assistant: The answer")
+
+
+def cached(llm: LLM, prompt: Any) -> int:
+    return llm.generate(prompt, greedy(2))[0].metrics.num_cached_tokens
+
+
+def test_cache_salt_keeps_tenants_apart(model: TinyModel, device: str) -> None:
+    """Nobody learns from the time to the first token what others have asked."""
+    llm = make_llm(model, device)
+    ids = random_ids(3, 50)
+    salted = [{"prompt_token_ids": ids, "cache_salt": each} for each in ("a", "b", "\udc80", "é")]
+    plain = {"prompt_token_ids": ids}
+    for prompt in (*salted, plain):
+        assert cached(llm, prompt) == 0
+        assert cached(llm, prompt) == 48
+    assert cached(llm, {**plain, "cache_salt": None}) == 48
+    outputs = llm.generate([*salted, plain], greedy(8))
+    assert len({tuple(each) for each in token_ids(outputs)}) == 1
+    for salt in ("", 3, b"a", ["a"]):
+        with pytest.raises(RequestError, match="cache_salt="):
+            llm.generate({**plain, "cache_salt": salt}, greedy(2))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ({"prompt": 3}, "prompt=3"),
+        ({"prompt": [1, 2]}, "prompt=\\[1, 2\\]"),
+        ({"prompt": b"a", "prompt_token_ids": [1]}, "prompt=b'a'"),
+        ({"prompt": None, "prompt_token_ids": None}, "'prompt' or 'prompt_token_ids'"),
+        ({"cache_salt": "x"}, "'prompt' or 'prompt_token_ids'"),
+        ({}, "'prompt' or 'prompt_token_ids'"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids='abc'"),
+        ({"prompt_embeds": torch.ones(2, 2)}, "'prompt_embeds'"),
+        ({"prompt": "a", "prompt_embeds": torch.ones(2, 2).numpy()}, "'prompt_embeds'"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "'multi_modal_data'"),
+        ([None], "prompt_token_ids=None"),
+        ([3.5], "prompt_token_ids=3.5"),
+    ],
+)
+def test_bad_prompts(llm: LLM, prompt: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        llm.generate(prompt, greedy(2))
+
+
+def test_null_is_absent_in_prompts(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("a cat")
+    for prompt in (
+        {"prompt": "a cat", "prompt_token_ids": None},
+        {"prompt": None, "prompt_token_ids": ids},
+    ):
+        assert llm.generate(prompt, greedy(2))[0].prompt_token_ids == ids
+
+
+def copy_of(model: TinyModel, path: Path, **files: Any) -> Path:
+    """A checkpoint with some of its JSON files changed."""
+    target = Path(shutil.copytree(model.path, path / "copy"))
+    for name, fields in files.items():
+        file = target / f"{name}.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, **fields}))
+    return target
+
+
+def test_the_tokenizers_own_end_of_text(
+    model: TinyModel, device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither config lists it, as many fine-tuned checkpoints have it."""
+    llm = make_llm(model, device)
+    eos = llm.get_tokenizer().eos_token_id
+    to_the_end = greedy(8, logit_bias={eos: 100.0})
+    stopped = llm.generate("a cat", to_the_end)[0].outputs[0]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", None)
+    assert stopped.token_ids == [eos]
+    ignored = llm.generate("a cat", greedy(8, logit_bias={eos: 100.0}, ignore_eos=True))
+    assert token_ids(ignored) == [[eos] * 8]
+    with caplog.at_level(logging.INFO):
+        other = copy_of(model, tmp_path, generation_config={"eos_token_id": [7, 9]})
+        assert make_llm(other, device).engine.eos_token_ids == {7, 9, eos}
+    assert f"token {eos} (<eos>) ends a text too" in caplog.text
+    none = copy_of(model, tmp_path / "none", tokenizer_config={"eos_token": None})
+    assert make_llm(none, device).engine.eos_token_ids == set()
+
+
+def test_recommended_length(model: TinyModel, device: str, tmp_path: Path) -> None:
+    path = copy_of(model, tmp_path, generation_config={"max_new_tokens": 23})
+    llm = make_llm(path, device)
+    assert llm.get_default_sampling_params().max_tokens == 23
+    quiet = {"ignore_eos": True}
+    assert [len(each) for each in token_ids(llm.generate(["a"], SamplingParams(**quiet)))] == [16]
+    output = llm.generate("a")[0].outputs[0]
+    assert len(output.token_ids) == 23 or output.finish_reason == "stop"
+
+
+def test_text_of_the_token_that_stops(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    cat = tokenizer.encode(" cat")[-1]
+    bias = {cat: 100.0}
+    for include in (False, True):
+        output = llm.generate(
+            "The",
+            greedy(8, logit_bias=bias, stop_token_ids=[cat], include_stop_str_in_output=include),
+        )[0].outputs[0]
+        assert (output.finish_reason, output.stop_reason) == ("stop", cat)
+        assert output.text == (tokenizer.decode([cat]) if include else "")
+    # A special one shows only if special tokens do.
+    eos = tokenizer.eos_token_id
+    for skip in (True, False):
+        params = greedy(
+            8, logit_bias={eos: 100.0}, include_stop_str_in_output=True, skip_special_tokens=skip
+        )
+        assert llm.generate("The", params)[0].outputs[0].text == ("" if skip else "<eos>")
+
+
+def test_text_that_ends_within_a_character(llm: LLM) -> None:
+    """As it does when the limit of tokens cuts it, or its last character is U+FFFD itself."""
+    tokenizer = llm.get_tokenizer()
+    half = tokenizer.encode("漢字")[0]
+    output = llm.generate("a", greedy(1, logit_bias={half: 100.0}))[0].outputs[0]
+    assert output.token_ids == [half]
+    assert output.text == tokenizer.decode([half]) == "\ufffd"
+    group = llm.engine.add("aborted", "a", greedy(20, logit_bias={half: 100.0}))
+    while not group.output().outputs[0].token_ids:
+        llm.engine.step()
+    assert group.output().outputs[0].text == ""
+    llm.engine.abort(["aborted"])
+    assert group.output().outputs[0].text == "\ufffd"
+    while llm.engine.has_work:
+        llm.engine.step()
+
+
+def test_no_names_of_tokens_without_text(llm: LLM) -> None:
+    output = llm.generate("a", greedy(2, logprobs=1, detokenize=False))[0].outputs[0]
+    for entry in output.logprobs or []:
+        assert all(each.decoded_token is None for each in entry.values())
 
 
 def test_no_tokenizer(model: TinyModel, device: str) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from reprise.config import EngineConfig
-from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt
+from reprise.engine import CompletionGroup, ContentFormat, Engine, EngineStats, chat_prompt
 from reprise.errors import RepriseError, describe
 from reprise.outputs import RequestOutput
 from reprise.sampling_params import SamplingParams
@@ -66,7 +66,7 @@ class AsyncLLM:
         the engine skips intermediate states, never tokens.
 
         Args:
-            prompt: Text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
+            prompt: As one of :meth:`reprise.LLM.generate`.
             sampling_params: None: as the checkpoint recommends.
             request_id: None: a new one.
             priority: Lower is more urgent.
@@ -83,18 +83,29 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        priority: int = 0,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
         add_generation_prompt: bool = True,
-        **template_arguments: Any,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """Stream the answer to a conversation; arguments as of :meth:`generate`."""
+        """Stream the answer to a conversation; arguments as of :meth:`reprise.LLM.chat` and
+        :meth:`generate`."""
 
         def prompt() -> Any:
             return chat_prompt(
                 self.engine.tokenizer,
                 messages,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
-                **template_arguments,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
             )
 
         return self._outputs(prompt, sampling_params, request_id, priority)

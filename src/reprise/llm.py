@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from reprise.config import EngineConfig
-from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt, split_prompts
+from reprise.engine import (
+    CompletionGroup,
+    ContentFormat,
+    Engine,
+    EngineStats,
+    chat_prompt,
+    split_prompts,
+)
 from reprise.errors import RepriseError, RequestError
 from reprise.graphs import GraphReport
 from reprise.outputs import RequestOutput
@@ -48,7 +55,8 @@ class LLM:
 
         Args:
             prompts: A prompt or a list of them: text, token ids, ``{"prompt": ...}`` or
-                ``{"prompt_token_ids": [...]}``.
+                ``{"prompt_token_ids": [...]}``. With ``"cache_salt": ...`` in the dictionary it
+                shares cached prefixes only with prompts of the same salt.
             sampling_params: For all prompts, or one for each; None: as the checkpoint recommends.
             priority: One for each prompt; lower is more urgent.
             use_tqdm: Show progress on standard error if it takes long.
@@ -83,22 +91,34 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several.
 
         Args:
-            messages: ``[{"role": "user", "content": "hi"}, ...]``, or a list of such lists.
+            messages: ``[{"role": "user", "content": "hi"}, ...]`` as the OpenAI API has them, or a
+                list of such lists.
             sampling_params: As in :meth:`generate`.
-            chat_template: Jinja template to use instead of the tokenizer's.
+            chat_template: As of :func:`reprise.engine.chat.chat_prompt`, like the next six.
+            chat_template_content_format: How the template gets a message's text.
             add_generation_prompt: End the prompt where the assistant's answer begins.
+            continue_final_message: Let the model go on where the last message ends.
+            tools: That the model may call.
+            documents: That the template reads.
             chat_template_kwargs: Further variables of the template.
+            priority: As in :meth:`generate`.
             use_tqdm: As in :meth:`generate`.
 
         Raises:
-            RequestError: The messages are malformed or the tokenizer has no chat template.
+            RequestError: The messages are malformed, the tokenizer has no chat template, or
+                tools or documents were given that the template does not read.
         """
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError(
@@ -110,15 +130,17 @@ class LLM:
             chat_prompt(
                 self.engine.tokenizer,
                 each,
-                **{
-                    "chat_template": chat_template,
-                    "add_generation_prompt": add_generation_prompt,
-                    **(chat_template_kwargs or {}),
-                },
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
             )
             for each in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> Any:
         """transformers' tokenizer."""

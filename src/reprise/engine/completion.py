@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from reprise.engine.detokenizer import Detokenizer, fast_decoder
+from reprise.engine.detokenizer import Detokenizer, TokenTexts
 from reprise.outputs import (
     CompletionOutput,
     Logprobs,
@@ -17,19 +16,25 @@ from reprise.sampling_params import SamplingParams
 
 
 class Completion:
-    """One of a request's completions, while it grows."""
+    """One of a request's completions, while it grows.
 
-    def __init__(self, index: int, request: Request, tokenizer: Any) -> None:
+    Args:
+        index: Among the request's ``n``.
+        request: The scheduler's.
+        texts: Of the tokenizer; None: token ids only.
+    """
+
+    def __init__(self, index: int, request: Request, texts: TokenTexts | None) -> None:
         self.index = index
         self.request = request
         self.logprobs: list[Logprobs] | None = None
         self.cumulative_logprob: float | None = None
         if request.params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
-        self.tokenizer = tokenizer
+        self.texts = texts if request.params.detokenize else None
         self.detokenizer: Detokenizer | None = None
-        if tokenizer is not None and request.params.detokenize:
-            self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
+        if self.texts is not None:
+            self.detokenizer = Detokenizer(self.texts, request.prompt_token_ids, request.params)
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
@@ -38,13 +43,23 @@ class Completion:
         if logprobs is not None:
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
-            name_tokens(logprobs, self.tokenizer)
+            name_tokens(logprobs, self.texts)
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs[token].logprob
-        # A token that ends the request is not part of its text.
-        if self.detokenizer is None or self.request.finish_reason == "stop":
+        if self.detokenizer is None:
             return None
-        return self.detokenizer.append([token])
+        found, reason = None, self.request.finish_reason
+        # A token that ends the request is part of its text only if that is asked for.
+        if reason != "stop" or self.request.params.include_stop_str_in_output:
+            found = self.detokenizer.append([token])
+        if found is None and reason is not None:
+            found = self.detokenizer.finish()
+        return found
+
+    def finish(self) -> None:
+        """It was aborted: no token follows."""
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
 
     def output(self) -> CompletionOutput:
         request = self.request
@@ -62,13 +77,11 @@ class Completion:
         )
 
 
-def name_tokens(entry: Logprobs, tokenizer: Any) -> None:
+def name_tokens(entry: Logprobs, texts: TokenTexts | None) -> None:
     """Add the text of each token, which may be part of a character only."""
-    if tokenizer is None:
-        return
-    decode = fast_decoder(tokenizer, skip_special_tokens=False)
-    for token, logprob in entry.items():
-        logprob.decoded_token = decode([token])
+    if texts is not None:
+        for token, logprob in entry.items():
+            logprob.decoded_token = texts.of(token)
 
 
 class CompletionGroup:
@@ -109,7 +122,7 @@ class CompletionGroup:
         """The step that began at token ``start`` gave these for the tokens behind it."""
         assert self.prompt_logprobs is not None
         for entry in entries:
-            name_tokens(entry, self.completions[0].tokenizer)
+            name_tokens(entry, self.completions[0].texts)
         self.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
 
     def output(self) -> RequestOutput:

@@ -15,11 +15,18 @@ from reprise import platforms, timeline
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
+from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
 from reprise.graphs import keep_compiled_code
-from reprise.loading import NamedTensors, open_checkpoint, plan_update, update_weights
+from reprise.loading import (
+    NamedTensors,
+    end_of_text_id,
+    open_checkpoint,
+    plan_update,
+    update_weights,
+)
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
@@ -75,14 +82,8 @@ class Engine:
             self.generation_config = checkpoint.generation_config
             self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
-        stops = checkpoint.stop_token_ids
-        self.eos_token_ids = frozenset(each for each in stops if 0 <= each < self.vocab_size)
-        if stops != self.eos_token_ids:
-            logger.warning(
-                "end-of-sequence tokens %s are dropped: the vocabulary has ids 0 to %d",
-                sorted(stops - self.eos_token_ids),
-                self.vocab_size - 1,
-            )
+        self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
+        self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)
         self.max_model_len = self.runner.max_model_len
         if self.runner.max_tokens < config.max_num_seqs:
             raise ConfigError(
@@ -114,12 +115,31 @@ class Engine:
         self.startup_seconds = time.perf_counter() - started
         logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
 
+    def _end_of_text(self, listed: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a text: those that the configs list, and the tokenizer's own."""
+        own = None if self.tokenizer is None else end_of_text_id(self.tokenizer)
+        stops = listed if own is None else listed | {own}
+        if stops != listed:
+            logger.info(
+                "token %d (%s) ends a text too: the tokenizer says so, the configs list %s",
+                own, self.tokenizer.eos_token, sorted(listed) or "none",
+            )  # fmt: skip
+        known = frozenset(each for each in stops if 0 <= each < self.vocab_size)
+        if stops != known:
+            logger.warning(
+                "end-of-sequence tokens %s are dropped: the vocabulary has ids 0 to %d",
+                sorted(stops - known),
+                self.vocab_size - 1,
+            )
+        return known
+
     # ---- requests ------------------------------------------------------------------------
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation config recommends."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found = {name: self.generation_config.get(name) for name in names}
+        found["max_tokens"] = self.generation_config.get("max_new_tokens")
         if self.generation_config.get("do_sample") is False:
             found["temperature"] = 0.0
         recommended = {name: value for name, value in found.items() if value is not None}
@@ -144,8 +164,8 @@ class Engine:
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Text, token ids, a dictionary with ``prompt`` or ``prompt_token_ids``, or what
-                :meth:`prepare` returned.
+            prompt: Text, token ids, a dictionary as of :func:`reprise.engine.prompt.prepare`, or
+                what :meth:`prepare` returned.
             params: None: :meth:`default_sampling_params`.
             priority: Lower is more urgent.
 
@@ -175,8 +195,8 @@ class Engine:
         prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, prepared.token_ids, params, priority)
-            completions.append(Completion(index, request, self.tokenizer))
+            request = self._new_request(request_id, index, prepared, params, priority)
+            completions.append(Completion(index, request, self._texts))
         for index, each in enumerate(completions):
             try:
                 self.scheduler.add(each.request)
@@ -199,6 +219,7 @@ class Engine:
                 # The name of one that has finished may be another request's by now.
                 if not each.request.is_finished:
                     self.scheduler.abort(each.request.request_id)
+                    each.finish()
             self._forget(group)
         return ended
 
@@ -341,14 +362,15 @@ class Engine:
             del self._completions[each.request]
 
     def _new_request(
-        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,
+        self, request_id: str, index: int, prompt: PreparedPrompt, params: SamplingParams,
         priority: int,
     ) -> Request:  # fmt: skip
         return Request(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
-            prompt_token_ids=token_ids,
+            prompt_token_ids=prompt.token_ids,
             params=params,
             priority=priority,
+            cache_salt=prompt.cache_salt,
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params, index),
         )

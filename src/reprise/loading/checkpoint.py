@@ -12,6 +12,7 @@ from typing import Any
 from reprise.errors import LoadError, ModelError
 from reprise.loading.foreign import foreign_content
 from reprise.loading.hf_config import check_token_ids, read_config, read_object
+from reprise.loading.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 
@@ -41,22 +42,19 @@ class Checkpoint:
         """
         source = name or str(self.path)
         try:
-            from transformers import AutoTokenizer
-
-            found = AutoTokenizer.from_pretrained(source, revision=revision)
-            # That is what transformers makes of a directory without a tokenizer's files.
-            if len(found) <= len(set(found.all_special_ids)):
-                raise FileNotFoundError("it would know special tokens alone")
-            # The first call may change the tokenizer, which no thread may do while others use it.
-            found.encode("")
+            path = _locate(name, revision, config_only=True) if name else self.path
+            return load_tokenizer(path.parent if path.is_file() else path)
         except Exception as error:  # transformers raises many types for a missing tokenizer
             missing = _is_path(source) and not Path(source).expanduser().exists()
-            reason = "no such directory" if missing else f"{type(error).__name__}: {error}"
+            reason = (
+                f"no such directory{_similar(source)}"
+                if missing
+                else f"{type(error).__name__}: {error}"
+            )
             raise ModelError(
                 f"no tokenizer in {source!r} ({reason}); give tokenizer=, "
                 "or skip_tokenizer_init=True and prompts as token ids"
             ) from error
-        return found
 
 
 def open_checkpoint(
@@ -139,8 +137,12 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
                 model,
                 revision=revision,
                 allow_patterns=patterns,
-                # The same weights once more, in the formats of other tools.
-                ignore_patterns=["*/*", "consolidated*"],
+                # The same weights once more, in the formats of other tools. Further chat templates
+                # lie in a folder too.
+                ignore_patterns=[
+                    "consolidated*",
+                    *(f"*/{each}" for each in patterns if each != "*.jinja"),
+                ],
             )
         )
     except Exception as error:  # the hub client raises network and HTTP errors of many types
