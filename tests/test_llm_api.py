@@ -73,7 +73,7 @@ def test_outputs(llm: LLM) -> None:
         assert each.prompt_logprobs is None
         assert [each.index for each in each.outputs] == [0, 1]
         for completion in each.outputs:
-            assert completion.finished
+            assert completion.finished()
             assert len(completion.token_ids) == 6
             assert completion.finish_reason == "length"
             # Also if all completions end in one step.

@@ -6,17 +6,22 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from reprise.config import EngineConfig
 from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt
-from reprise.errors import RepriseError
+from reprise.errors import RepriseError, RequestError
+from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
-from reprise.sampling_params import SamplingParams
+from reprise.sampling_params import RequestOutputKind, SamplingParams
+from reprise.vllm_names import refuse_others
 
 T = TypeVar("T")
 
@@ -35,7 +40,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
+        self.engine = Engine(EngineConfig(model=model, **options))
         self._ids = itertools.count()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -45,6 +50,11 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> Self:
+        """From options that were put together before."""
+        return cls(**engine_args.arguments())
+
     def generate(
         self,
         prompt: Any,
@@ -52,23 +62,27 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        **others: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Stream a request's output: each item holds everything generated so far.
+        """Stream a request's output.
 
-        Leaving the loop early, or cancelling the task, aborts the request. A consumer slower than
-        the engine skips intermediate states, never tokens.
+        Each item holds what ``sampling_params.output_kind`` says: everything generated so far, what
+        is new, or, once, everything. Leaving the loop early, or cancelling the task, aborts the
+        request. A consumer slower than the engine gets the tokens of several steps at once.
 
         Args:
             prompt: Text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
             sampling_params: None: as the checkpoint recommends.
             request_id: None: a new one.
             priority: Lower is more urgent.
+            **others: vLLM's other arguments, which must ask for nothing.
 
         Raises:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
         """
-        return self._outputs(lambda: prompt, sampling_params, request_id, priority)
+        refuse_others(self.generate, others)
+        return self._outputs(lambda: prompt, _own(sampling_params), request_id, priority)
 
     def chat(
         self,
@@ -90,7 +104,7 @@ class AsyncLLM:
                 **template_arguments,
             )
 
-        return self._outputs(prompt, sampling_params, request_id, priority)
+        return self._outputs(prompt, _own(sampling_params), request_id, priority)
 
     async def _outputs(
         self,
@@ -106,17 +120,23 @@ class AsyncLLM:
             preparing = self._tokenizing.submit(lambda: self.engine.prepare(prompt()))
         prepared = await asyncio.wrap_future(preparing)
 
-        def add() -> None:
-            self.engine.add(name, prepared, sampling_params, priority)
+        def add() -> RequestOutputKind:
+            kind = self.engine.add(name, prepared, sampling_params, priority).params.output_kind
+            stream.final_only = kind is RequestOutputKind.FINAL_ONLY
             self._streams[name] = stream
+            return kind
 
         try:
-            await self._call(add)
-            while True:
-                output = await stream.next()
-                yield output
-                if output.finished:
-                    return
+            kind = await self._call(add)
+            whole: RequestOutput | None = None
+            while whole is None or not whole.finished:
+                delta = await stream.next()
+                if whole is None or kind is RequestOutputKind.DELTA:
+                    whole = delta
+                else:
+                    whole.extend(delta)
+                # Here and not in the engine's thread, whose steps all streams wait for.
+                yield whole.copy() if kind is RequestOutputKind.CUMULATIVE else whole
         finally:
             self._submit(lambda: self._abort(name, stream))
 
@@ -128,8 +148,31 @@ class AsyncLLM:
         """The engine's metrics at this moment."""
         return await self._call(self.engine.stats)
 
+    async def get_metrics(self) -> list[Metric]:
+        """As of :meth:`reprise.LLM.get_metrics`."""
+        return await self._call(self.engine.metrics)
+
+    async def get_tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        if self.engine.tokenizer is None:
+            raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
+        return self.engine.tokenizer
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True, for vLLM's may fail."""
+        await self._call(lambda: self.engine.scheduler.reset_prefix_cache())
+        return True
+
+    async def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
+        """As of :meth:`reprise.LLM.start_profile`."""
+        await self._call(lambda: self.engine.profiler.start(directory))
+
+    async def stop_profile(self) -> Path:
+        """As of :meth:`reprise.LLM.stop_profile`."""
+        return await self._call(self.engine.profiler.stop)
+
     def shutdown(self) -> None:
-        """Abort all requests and stop the engine's thread."""
+        """Abort all requests, stop the engine's thread and free the device's memory."""
         with self._lock:
             if self._closed:
                 return
@@ -184,6 +227,7 @@ class AsyncLLM:
                 break
             command()
         self._deliver(self.engine.abort(list(self._streams)))
+        self.engine.close()
 
     def _advance(self) -> None:
         try:
@@ -198,8 +242,8 @@ class AsyncLLM:
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
         for group in groups:
             stream = self._streams.get(group.request_id)
-            if stream is not None and (group.finished or stream.taken):
-                stream.put(group.output())
+            if stream is not None and (group.finished or stream.wants_more):
+                stream.put(group.delta())
             if group.finished:
                 self._streams.pop(group.request_id, None)
 
@@ -210,22 +254,28 @@ class AsyncLLM:
             self.engine.abort([request_id])
 
 
+def _own(params: Any) -> Any:
+    """A copy: the caller may change his before the engine's thread takes them."""
+    return params.clone() if isinstance(params, SamplingParams) else params
+
+
 class _Stream:
-    """Hands the latest output from the engine's thread to one coroutine."""
+    """Hands what is new from the engine's thread to one coroutine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.final_only = False
         self._loop = loop
         self._ready = asyncio.Event()
-        self._latest: RequestOutput | None = None
+        self._deltas: deque[RequestOutput] = deque()
         self._error: Exception | None = None
 
     @property
-    def taken(self) -> bool:
+    def wants_more(self) -> bool:
         """The coroutine has what was put last, so it is worth while to put more."""
-        return not self._ready.is_set()
+        return not self.final_only and not self._deltas
 
-    def put(self, output: RequestOutput) -> None:
-        self._latest = output
+    def put(self, delta: RequestOutput) -> None:
+        self._deltas.append(delta)
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -233,12 +283,15 @@ class _Stream:
         self._wake()
 
     async def next(self) -> RequestOutput:
-        await self._ready.wait()
-        self._ready.clear()
+        while not self._deltas and self._error is None:
+            await self._ready.wait()
+            self._ready.clear()
         if self._error is not None:
             raise self._error
-        assert self._latest is not None
-        return self._latest
+        found = self._deltas.popleft()
+        while self._deltas:  # the last one may be put before this one was taken
+            found.extend(self._deltas.popleft())
+        return found
 
     def _wake(self) -> None:
         try:

@@ -37,3 +37,7 @@ class OpError(RepriseError, RuntimeError):
 
 class GraphError(RepriseError, RuntimeError):
     """A computation cannot be captured as a device graph, or a graph was misused."""
+
+
+class UnsupportedError(RepriseError, AttributeError):
+    """A part of vLLM's interface that Reprise does not have."""

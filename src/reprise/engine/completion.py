@@ -11,6 +11,7 @@ from reprise.outputs import (
     Logprobs,
     RequestMetrics,
     RequestOutput,
+    WholeLogprobs,
 )
 from reprise.request import Request
 from reprise.sampling_params import SamplingParams
@@ -30,6 +31,8 @@ class Completion:
         self.detokenizer: Detokenizer | None = None
         if tokenizer is not None and request.params.detokenize:
             self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
+        self._sent: tuple[int, int, bool | None] = (0, 0, None)
+        """Tokens and characters that deltas have had, and whether the last had the end."""
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
@@ -38,7 +41,8 @@ class Completion:
         if logprobs is not None:
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
-            name_tokens(logprobs, self.tokenizer)
+            if self.request.params.detokenize:
+                name_tokens(logprobs, self.tokenizer)
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs[token].logprob
         # A token that ends the request is not part of its text.
@@ -47,16 +51,33 @@ class Completion:
         return self.detokenizer.append([token])
 
     def output(self) -> CompletionOutput:
+        """Everything so far."""
+        return self._output(0, 0, self._length())
+
+    def delta(self) -> CompletionOutput | None:
+        """What is new since the last call; None if nothing is. The first call always returns."""
+        tokens, characters, _ = self._sent
+        length = self._length()
+        now = (self.request.num_output_tokens, length, self.request.is_finished)
+        if now == self._sent:
+            return None
+        self._sent = now
+        return self._output(tokens, characters, length)
+
+    def _length(self) -> int:
+        """Characters that can be shown."""
+        if self.detokenizer is None:
+            return 0
+        return self.detokenizer.stable_length(self.request.is_finished)
+
+    def _output(self, first_token: int, begin: int, end: int) -> CompletionOutput:
         request = self.request
-        text = ""
-        if self.detokenizer is not None:
-            text = self.detokenizer.text[: self.detokenizer.stable_length(request.is_finished)]
         return CompletionOutput(
             index=self.index,
-            text=text,
-            token_ids=list(request.output_token_ids),
+            text="" if self.detokenizer is None else self.detokenizer.text[begin:end],
+            token_ids=request.output_token_ids[first_token:],
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            logprobs=None if self.logprobs is None else self.logprobs[first_token:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -67,6 +88,9 @@ def name_tokens(entry: Logprobs, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     decode = fast_decoder(tokenizer, skip_special_tokens=False)
+    if isinstance(entry, WholeLogprobs):
+        entry.decode = lambda token: decode([token])
+        return
     for token, logprob in entry.items():
         logprob.decoded_token = decode([token])
 
@@ -96,6 +120,8 @@ class CompletionGroup:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
+        self._began = False
+        """Whether a delta was taken."""
 
     @property
     def finished(self) -> bool:
@@ -108,12 +134,28 @@ class CompletionGroup:
     def set_prompt_logprobs(self, start: int, entries: Sequence[Logprobs]) -> None:
         """The step that began at token ``start`` gave these for the tokens behind it."""
         assert self.prompt_logprobs is not None
-        for entry in entries:
-            name_tokens(entry, self.completions[0].tokenizer)
+        if self.params.detokenize:
+            for entry in entries:
+                name_tokens(entry, self.completions[0].tokenizer)
         self.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
 
     def output(self) -> RequestOutput:
-        """A snapshot: it does not change when the completions grow."""
+        """Everything so far: a snapshot, which does not change when the completions grow."""
+        return self._output([each.output() for each in self.completions], self.prompt_logprobs)
+
+    def delta(self) -> RequestOutput:
+        """What is new since the last call, in time that does not grow with what is not.
+
+        Log probabilities of the prompt are in the first delta alone.
+        """
+        news = [each.delta() for each in self.completions]
+        prompt_logprobs = None if self._began else self.prompt_logprobs
+        self._began = True
+        return self._output([each for each in news if each is not None], prompt_logprobs)
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_logprobs: list[Logprobs | None] | None
+    ) -> RequestOutput:
         requests = [each.request for each in self.completions]
         first = requests[0]
         tokens_at = [each.first_token_time for each in requests if each.first_token_time]
@@ -122,7 +164,7 @@ class CompletionGroup:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=[each.output() for each in self.completions],
+            outputs=outputs,
             finished=self.finished,
             metrics=RequestMetrics(
                 arrival_time=first.arrival_time,
@@ -132,5 +174,5 @@ class CompletionGroup:
                 num_cached_tokens=first.num_cached_tokens,
                 num_preemptions=sum(each.num_preemptions for each in requests),
             ),
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import time
@@ -12,14 +13,19 @@ from functools import partial
 from typing import Any
 
 from reprise import platforms, timeline
+from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
+from reprise.engine.observations import Observations
+from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.submission import bad_word_tokens, check_choice, check_params, truncated
 from reprise.errors import ConfigError, RequestError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import open_checkpoint
+from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
@@ -71,7 +77,9 @@ class Engine:
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
                 with timeline.phase("tokenizer"):
-                    self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
+                    self.tokenizer = checkpoint.tokenizer(
+                        config.tokenizer, config.tokenizer_revision or config.revision
+                    )
             self.generation_config = checkpoint.generation_config
             self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
@@ -103,6 +111,10 @@ class Engine:
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
+        self.profiler = Profiler(self.platform)
+        self._observations = Observations(
+            config.model or "demo", self.max_model_len, self.runner.max_tokens
+        )
         self._num_added = 0
         self._canary_failures = 0
         self.wait_seconds = 0.0
@@ -154,19 +166,20 @@ class Engine:
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
-        if not isinstance(priority, int):
+        params = params.snapshot()
+        priority = plain(priority)
+        if not is_whole(priority):
             raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                f"stop={params.stop!r} needs text and no tokenizer is loaded "
-                "(skip_tokenizer_init=True): use stop_token_ids"
-            )
-        self._check_token_ids(params)
+        check_params(params, self.tokenizer, self.vocab_size, self.config.max_logprobs)
+        bad_words = bad_word_tokens(tuple(params.bad_words or ()), self.tokenizer, self.vocab_size)
         prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
+        most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
+        token_ids = truncated(prepared.token_ids, params, most)
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, prepared.token_ids, params, priority)
+            request = self._new_request(request_id, index, token_ids, params, priority, bad_words)
             completions.append(Completion(index, request, self.tokenizer))
+        check_choice(params, completions[0].request.stop_token_ids, bad_words)
         for index, each in enumerate(completions):
             try:
                 self.scheduler.add(each.request)
@@ -247,6 +260,17 @@ class Engine:
         self._completions.clear()
         self.platform.synchronize()
 
+    def close(self) -> None:
+        """Abort everything and free the device's memory. The engine is of no use afterwards."""
+        try:
+            if self.profiler.running:
+                self.profiler.stop()
+            self.start_over()
+        finally:
+            del self.runner, self.scheduler
+            gc.collect()
+            self.platform.empty_cache()
+
     def stats(self) -> EngineStats:
         return EngineStats(
             scheduler=self.scheduler.stats(),
@@ -254,9 +278,14 @@ class Engine:
             startup_seconds=self.startup_seconds,
         )
 
+    def metrics(self) -> list[Metric]:
+        """All metrics of this moment."""
+        return self._observations.metrics(self.scheduler.stats())
+
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         completions = self._completions
+        self._observations.step(step.num_tokens)
         if output.prompt_logprobs:
             for scheduled in step.requests:
                 entries = output.prompt_logprobs.get(scheduled.request.request_id)
@@ -289,10 +318,11 @@ class Engine:
         del self._groups[group.request_id]
         for each in group.completions:
             del self._completions[each.request]
+            self._observations.ended(each.request)
 
     def _new_request(
         self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,
-        priority: int,
+        priority: int, bad_words: tuple[tuple[int, ...], ...],
     ) -> Request:  # fmt: skip
         return Request(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
@@ -301,6 +331,7 @@ class Engine:
             priority=priority,
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params, index),
+            bad_words=bad_words,
         )
 
     def _seed(self, params: SamplingParams, index: int) -> int:
@@ -312,12 +343,3 @@ class Engine:
         )
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
-
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}: the vocabulary has ids 0 to "
-                        f"{self.vocab_size - 1}"
-                    )

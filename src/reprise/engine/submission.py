@@ -1,0 +1,119 @@
+"""What the engine asks of sampling parameters beyond what they check themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reprise.errors import RequestError
+from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
+
+MAX_LOGPROBS = 20
+"""Most alternatives by number for one position, unless ``max_logprobs`` says otherwise."""
+
+
+def check_params(
+    params: SamplingParams, tokenizer: Any, vocab_size: int, max_logprobs: int | None
+) -> None:
+    """Refuse what this model, tokenizer or engine cannot give.
+
+    Raises:
+        RequestError: A token is not in the vocabulary, a text needs a tokenizer that there is
+            not, or more log probabilities are wanted than ``max_logprobs``.
+    """
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        for token in getattr(params, name) or ():
+            if token >= vocab_size:
+                raise RequestError(
+                    f"{name} has token {token}: the vocabulary has ids 0 to {vocab_size - 1}"
+                )
+    if tokenizer is None:
+        for name, remedy in (("stop", "use stop_token_ids"), ("bad_words", "use logit_bias")):
+            if getattr(params, name):
+                raise RequestError(
+                    f"{name}={getattr(params, name)!r} needs text and no tokenizer is loaded "
+                    f"(skip_tokenizer_init=True): {remedy}"
+                )
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is None or max_logprobs == WHOLE_VOCABULARY:
+            continue
+        if max_logprobs is None and wanted == WHOLE_VOCABULARY:
+            continue
+        limit = MAX_LOGPROBS if max_logprobs is None else max_logprobs
+        if (vocab_size if wanted == WHOLE_VOCABULARY else wanted) > limit:
+            raise RequestError(
+                f"{name}={wanted}: give at most {limit}, or raise the engine's max_logprobs"
+            )
+
+
+def check_choice(
+    params: SamplingParams, stop_token_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
+) -> None:
+    """Refuse parameters that leave no token to draw.
+
+    Args:
+        params: Of the request.
+        stop_token_ids: What ends it, which ``min_tokens`` forbids at first.
+        bad_words: See :func:`bad_word_tokens`.
+
+    Raises:
+        RequestError: No token in ``allowed_token_ids`` may ever be drawn.
+    """
+    if params.allowed_token_ids is None:
+        return
+    allowed = set(params.allowed_token_ids)
+    if params.min_tokens > 0 and allowed <= stop_token_ids:
+        raise RequestError(
+            f"allowed_token_ids={params.allowed_token_ids!r} all end the request, and "
+            f"min_tokens={params.min_tokens} forbids that: allow another token"
+        )
+    if allowed <= {word[0] for word in bad_words if len(word) == 1}:
+        raise RequestError(
+            f"allowed_token_ids={params.allowed_token_ids!r} are all bad_words: allow another token"
+        )
+
+
+def truncated(token_ids: list[int], params: SamplingParams, most: int) -> list[int]:
+    """The last tokens of a prompt, as many as ``truncate_prompt_tokens`` says.
+
+    Args:
+        token_ids: The prompt's.
+        params: Of the request.
+        most: Tokens that prompt and output may have together.
+
+    Raises:
+        RequestError: It says more than a prompt may have.
+    """
+    wanted = params.truncate_prompt_tokens
+    if wanted is None:
+        return token_ids
+    if wanted >= most:
+        raise RequestError(
+            f"truncate_prompt_tokens={wanted}: a prompt holds at most {most - 1} tokens here; give "
+            "-1 for as many as leave room for max_tokens"
+        )
+    if wanted == -1:
+        wanted = max(1, most - (params.max_tokens or 1))
+    return token_ids[-wanted:]
+
+
+def bad_word_tokens(
+    words: tuple[str, ...], tokenizer: Any, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word, as it begins a text and as it follows a space.
+
+    Raises:
+        RequestError: A word has no tokens.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.lstrip(" ") or word
+        for text in (bare, f" {bare}"):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if any(each >= vocab_size for each in ids):
+                continue  # the model has no such token, so it cannot draw it
+            if ids:
+                found[ids] = None
+            elif text == bare:
+                raise RequestError(f"bad_words has {word!r}, which the tokenizer drops: remove it")
+    return tuple(found)
