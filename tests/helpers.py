@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, RequestOutput, SamplingParams
 
@@ -165,6 +166,30 @@ def assert_idle(llm: LLM) -> None:
     assert stats.scheduler.num_waiting == 0
     assert stats.scheduler.num_blocks_used == 0
     assert not llm.engine.has_work
+
+
+def calls_of_a_step(llm: LLM, params: Sequence[SamplingParams]) -> int:
+    """Calls of torch in a decode step of one request for each of ``params``. Each is a launch on an
+    accelerator."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    engine = llm.engine
+    for number, each in enumerate(params):
+        engine.add(f"{number}", random_ids(number, 8), each)
+    for _ in range(6):
+        engine.step()
+    with Count() as count:
+        engine.step()
+    engine.abort([f"{number}" for number in range(len(params))])
+    while engine.has_work:
+        engine.step()
+    return count.number
 
 
 @contextlib.contextmanager
