@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from reprise.arguments import is_whole, plain
 from reprise.errors import RequestError
 
 
@@ -16,6 +17,7 @@ class TokensPrompt(TypedDict):
 
 def split_prompts(prompts: Any) -> list[Any]:
     """A single prompt, or a sequence of them, as a list."""
+    prompts = plain(prompts)
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not _is_list(prompts):
@@ -23,7 +25,7 @@ def split_prompts(prompts: Any) -> list[Any]:
             f"prompt={prompts!r}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
         )
-    if prompts and all(_is_id(each) for each in prompts):
+    if prompts and all(is_whole(plain(each)) for each in prompts):
         return [prompts]
     return list(prompts)
 
@@ -56,6 +58,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
             )
     else:
         ids = prompt
+    ids = plain(ids)
     if isinstance(ids, str):
         text = ids
         if tokenizer is None:
@@ -64,7 +67,8 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
         ids = _encode(tokenizer, text)
-    if not _is_list(ids) or not all(_is_id(each) for each in ids):
+    ids = [plain(each) for each in ids] if _is_list(ids) else ids
+    if not _is_list(ids) or not all(is_whole(each) for each in ids):
         raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
@@ -74,7 +78,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
             f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
-    return PreparedPrompt(text, list(ids))
+    return PreparedPrompt(text, ids)
 
 
 def chat_prompt(
@@ -116,10 +120,6 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
 def _is_list(value: Any) -> bool:
     """Bytes are numbers to Python, and text that nobody decoded to us."""
     return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _short(value: Any) -> str:
