@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def plain(value: Any) -> Any:
     """Numbers and arrays of numpy and torch as Python's numbers and lists; others as they are."""
-    convert = None if isinstance(value, type) else getattr(value, "tolist", None)
+    convert = None if isinstance(value, type | memoryview) else getattr(value, "tolist", None)
     return convert() if callable(convert) else value
 
 

@@ -240,12 +240,17 @@ class AsyncLLM:
             self._streams.clear()
 
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
+        # Waking a loop takes a system call, so its streams are woken together.
+        woken: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for group in groups:
             stream = self._streams.get(group.request_id)
             if stream is not None and (group.finished or stream.wants_more):
                 stream.put(group.delta())
+                woken.setdefault(stream.loop, []).append(stream)
             if group.finished:
                 self._streams.pop(group.request_id, None)
+        for loop, streams in woken.items():
+            _wake(loop, streams)
 
     def _abort(self, request_id: str, stream: _Stream) -> None:
         # A later request may have the same id.
@@ -264,8 +269,8 @@ class _Stream:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.final_only = False
-        self._loop = loop
-        self._ready = asyncio.Event()
+        self.loop = loop
+        self.ready = asyncio.Event()
         self._deltas: deque[RequestOutput] = deque()
         self._error: Exception | None = None
 
@@ -275,17 +280,17 @@ class _Stream:
         return not self.final_only and not self._deltas
 
     def put(self, delta: RequestOutput) -> None:
+        """Whoever puts wakes the coroutine too."""
         self._deltas.append(delta)
-        self._wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._wake()
+        _wake(self.loop, [self])
 
     async def next(self) -> RequestOutput:
         while not self._deltas and self._error is None:
-            await self._ready.wait()
-            self._ready.clear()
+            await self.ready.wait()
+            self.ready.clear()
         if self._error is not None:
             raise self._error
         found = self._deltas.popleft()
@@ -293,8 +298,15 @@ class _Stream:
             found.extend(self._deltas.popleft())
         return found
 
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:
-            logger.debug("the event loop of a stream was closed; its output is dropped")
+
+def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
+    """Have the coroutines look at what was put for them."""
+
+    def wake() -> None:
+        for each in streams:
+            each.ready.set()
+
+    try:
+        loop.call_soon_threadsafe(wake)
+    except RuntimeError:
+        logger.debug("the event loop of a stream was closed; its output is dropped")

@@ -120,6 +120,7 @@ class CompletionGroup:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
+        self._metrics: RequestMetrics | None = None
         self._began = False
         """Whether a delta was taken."""
 
@@ -156,23 +157,39 @@ class CompletionGroup:
     def _output(
         self, outputs: list[CompletionOutput], prompt_logprobs: list[Logprobs | None] | None
     ) -> RequestOutput:
-        requests = [each.request for each in self.completions]
-        first = requests[0]
-        tokens_at = [each.first_token_time for each in requests if each.first_token_time]
-        finished_at = [each.finished_time for each in requests if each.finished_time]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=first.prompt_token_ids,
+            prompt_token_ids=self.completions[0].request.prompt_token_ids,
             outputs=outputs,
             finished=self.finished,
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_scheduled_time=first.first_scheduled_time,
-                first_token_time=min(tokens_at, default=None),
-                finished_time=max(finished_at, default=None) if self.finished else None,
-                num_cached_tokens=first.num_cached_tokens,
-                num_preemptions=sum(each.num_preemptions for each in requests),
-            ),
+            metrics=self._metrics_now(),
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _metrics_now(self) -> RequestMetrics:
+        """Made anew when they have changed: seldom between the first token and the last."""
+        first = self.completions[0].request
+        preemptions = first.num_preemptions
+        if len(self.completions) > 1:
+            preemptions = sum(each.request.num_preemptions for each in self.completions)
+        known = self._metrics
+        if (
+            known is not None
+            and known.first_token_time is not None
+            and known.num_preemptions == preemptions
+            and not self.finished
+        ):
+            return known
+        requests = [each.request for each in self.completions]
+        tokens_at = [each.first_token_time for each in requests if each.first_token_time]
+        finished_at = [each.finished_time for each in requests if each.finished_time]
+        self._metrics = RequestMetrics(
+            arrival_time=first.arrival_time,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=min(tokens_at, default=None),
+            finished_time=max(finished_at, default=None) if self.finished else None,
+            num_cached_tokens=first.num_cached_tokens,
+            num_preemptions=preemptions,
+        )
+        return self._metrics

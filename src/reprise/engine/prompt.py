@@ -119,7 +119,7 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 def _is_list(value: Any) -> bool:
     """Bytes are numbers to Python, and text that nobody decoded to us."""
-    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
+    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview)
 
 
 def _short(value: Any) -> str:
