@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprise import LLM, RequestOutput, SamplingParams
+from reprise import LLM, RequestOutput, RequestOutputKind, SamplingParams
 
 VOCAB = 160
 CONTEXT = 256
@@ -213,6 +215,16 @@ def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
     finally:
         runner.sampler = sampler
 
+
+ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e-46, 1e300,
+    math.nan, math.inf, "", "a", "\udcff", b"a", [], [None], [1], [-1], ["a"], [["a"]], [1.5],
+    (), ("a", 1), {}, {1: 1}, {1: None}, {None: 1}, {"a": "b"}, set(), {3}, range(3), object(),
+    np.nan, np.float32(0.3), np.int8(-1), np.bool_(True), np.array([]), np.array([[1]]),
+    np.array(["a"]), np.array(3), np.array([1, 2]), torch.tensor(1), torch.tensor([1.0]), int,
+    RequestOutputKind.DELTA, complex(1), memoryview(b"ab"), slice(1),
+]  # fmt: skip
+"""What nobody should hand in as an option: of every type, at every edge."""
 
 TEXT_VOCAB = 340
 CORPUS = [

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import ODD
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reprise.errors import RequestError
 from reprise.sampling_params import RequestOutputKind, SamplingParams
@@ -251,3 +255,34 @@ def test_numbers_of_other_makes(make: Any) -> None:
     for value in asdict(params).values():
         for each in value if isinstance(value, tuple) else (value,):
             assert type(each) in (int, float, bool, str, dict, type(None), RequestOutputKind)
+
+
+NAMES = [each.name for each in fields(SamplingParams)]
+
+
+def refusal(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=500)
+@given(
+    st.dictionaries(
+        st.sampled_from([each.name for each in fields(SamplingParams)]), st.sampled_from(ODD)
+    )
+)
+def test_any_value_is_accepted_or_refused_by_name(values: dict[str, Any]) -> None:
+    """Whether given at once or later; what was accepted once is accepted again."""
+    later = SamplingParams()
+    for name, value in values.items():
+        setattr(later, name, value)
+    message = refusal(lambda: SamplingParams(**values))
+    assert refusal(later.snapshot) == message
+    if message is None:
+        params = SamplingParams(**values)
+        assert later.snapshot() == params == params.snapshot() == params.clone()
+    else:
+        assert message.partition("=")[0] in values

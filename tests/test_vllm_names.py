@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm
+from helpers import ODD, TinyModel, TinyModels, assert_idle, greedy, make_llm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reprise import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, SamplingParams, vllm_names
 from reprise.config import EngineConfig
@@ -180,6 +183,19 @@ def test_words_that_mean_something_here(tmp_path: Path) -> None:
     for values in ({"seed": True}, {"max_logprobs": -2}, {"max_logprobs": 1.5}):
         with pytest.raises(ConfigError):
             EngineConfig(**values)
+
+
+@settings(max_examples=400)
+@given(st.sampled_from([each.name for each in fields(EngineConfig)]), st.sampled_from(ODD))
+def test_any_value_is_accepted_or_refused_by_name(name: str, value: Any) -> None:
+    try:
+        config = EngineConfig(**{name: value})
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = f"{name}="
+        assert EngineConfig(**config.arguments()) == config.replace() == config
+    assert f"{name}=" in message
 
 
 def test_methods_that_there_are_not(llm: LLM) -> None:

@@ -118,7 +118,9 @@ class EngineConfig:
             for name in names:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                    raise ConfigError(f"{name}={getattr(self, name)!r} must be {wanted}")
+                    raise ConfigError(f"{name}={value!r} must be {wanted}")
+        if not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
+            raise ConfigError(f"ops={self.ops!r} must map names of ops to names of implementations")
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
         self._one_of("graph_memory_profile", ("auto", "off"))
@@ -134,7 +136,7 @@ class EngineConfig:
         if size is not None and size & (size - 1):
             raise ConfigError(f"block_size={size} must be a power of two, such as 16")
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization={share!r} must be above 0 and at most 1")
         if self.num_blocks is not None:
             if self.num_blocks < 2:
@@ -187,6 +189,8 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
         "a string or None",
     ),
     (("device",), str, "a string, such as 'auto' or 'cuda:1'"),
+    (("graph_mode", "graph_verify"), str, "a string"),
+    (("graph_buckets",), (str, type(None)), "a string, such as '1,2,4', or None"),
     (("hf_overrides", "ops"), Mapping, "a dictionary"),
     (("seed",), int, "a whole number"),
     (("enable_prefix_caching", "skip_tokenizer_init"), bool, "True or False"),
