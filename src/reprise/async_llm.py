@@ -117,11 +117,13 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop())
         # Neither the engine nor other callers wait for the tokenizer.
         with self._open():
-            preparing = self._tokenizing.submit(lambda: self.engine.prepare(prompt()))
-        prepared = await asyncio.wrap_future(preparing)
+            preparing = self._tokenizing.submit(
+                lambda: (self.engine.prepare(prompt()), self.engine.prepare_params(sampling_params))
+            )
+        prepared, params = await asyncio.wrap_future(preparing)
 
         def add() -> RequestOutputKind:
-            kind = self.engine.add(name, prepared, sampling_params, priority).params.output_kind
+            kind = self.engine.add(name, prepared, params, priority).params.output_kind
             stream.final_only = kind is RequestOutputKind.FINAL_ONLY
             self._streams[name] = stream
             return kind

@@ -200,6 +200,8 @@ def test_refusals(llm: LLM, letters: list[int]) -> None:
     for values, named in (
         ({"allowed_token_ids": [TEXT_VOCAB]}, "allowed_token_ids has token 340"),
         ({"allowed_token_ids": letters[:1], "bad_words": [text]}, "are all bad_words"),
+        ({"bad_words": ["漢" * 200]}, "bad_words has one of [0-9]+ tokens: give at most 256"),
+        ({"bad_words": [f"{n:06d}" * 4 for n in range(9000)]}, "bad_words have [0-9]+ tokens"),
     ):
         with pytest.raises(RequestError, match=named):
             one(llm, greedy(4, **values))

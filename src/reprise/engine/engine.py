@@ -21,7 +21,7 @@ from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
-from reprise.engine.submission import bad_word_tokens, check_choice, check_params, truncated
+from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
 from reprise.errors import ConfigError, RequestError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import open_checkpoint
@@ -141,11 +141,23 @@ class Engine:
         """
         return prepare(prompt, self.tokenizer, self.vocab_size)
 
+    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
+        """What :meth:`add` does to parameters first. Any thread may call it.
+
+        Raises:
+            RequestError: A parameter is invalid.
+        """
+        params = self.default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+        limit = self.config.max_logprobs
+        return prepare_params(params, self.tokenizer, self.vocab_size, limit)
+
     def add(
         self,
         request_id: str,
         prompt: Any,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PreparedParams | None = None,
         priority: int = 0,
     ) -> CompletionGroup:
         """Accept a request.
@@ -154,7 +166,7 @@ class Engine:
             request_id: Unique among the unfinished ones.
             prompt: Text, token ids, a dictionary with ``prompt`` or ``prompt_token_ids``, or what
                 :meth:`prepare` returned.
-            params: None: :meth:`default_sampling_params`.
+            params: None: :meth:`default_sampling_params`; or what :meth:`prepare_params` returned.
             priority: Lower is more urgent.
 
         Raises:
@@ -163,23 +175,19 @@ class Engine:
         """
         if request_id in self._groups:
             raise RequestError(f"request_id={request_id!r} is already running; give a new one")
-        params = self.default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
-        params = params.snapshot()
+        accepted = params if isinstance(params, PreparedParams) else self.prepare_params(params)
+        params = accepted.params
         priority = plain(priority)
         if not is_whole(priority):
             raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
-        check_params(params, self.tokenizer, self.vocab_size, self.config.max_logprobs)
-        bad_words = bad_word_tokens(tuple(params.bad_words or ()), self.tokenizer, self.vocab_size)
         prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
         most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
         token_ids = truncated(prepared.token_ids, params, most)
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, token_ids, params, priority, bad_words)
+            request = self._new_request(request_id, index, token_ids, accepted, priority)
             completions.append(Completion(index, request, self.tokenizer))
-        check_choice(params, completions[0].request.stop_token_ids, bad_words)
+        check_choice(accepted, completions[0].request.stop_token_ids)
         for index, each in enumerate(completions):
             try:
                 self.scheduler.add(each.request)
@@ -321,9 +329,10 @@ class Engine:
             self._observations.ended(each.request)
 
     def _new_request(
-        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,
-        priority: int, bad_words: tuple[tuple[int, ...], ...],
+        self, request_id: str, index: int, token_ids: list[int], accepted: PreparedParams,
+        priority: int,
     ) -> Request:  # fmt: skip
+        params = accepted.params
         return Request(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
             prompt_token_ids=token_ids,
@@ -331,7 +340,7 @@ class Engine:
             priority=priority,
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params, index),
-            bad_words=bad_words,
+            bad_words=accepted.bad_words,
         )
 
     def _seed(self, params: SamplingParams, index: int) -> int:

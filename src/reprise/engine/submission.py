@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from reprise.errors import RequestError
@@ -11,15 +12,39 @@ MAX_LOGPROBS = 20
 """Most alternatives by number for one position, unless ``max_logprobs`` says otherwise."""
 
 
-def check_params(
+MAX_WORD_TOKENS = 256
+"""Of one bad word: so many tokens are kept of every request that has bad words."""
+MAX_WORDS_TOKENS = 1 << 18
+"""Of all bad words of a request: all are compared in every step."""
+
+
+@dataclass(frozen=True)
+class PreparedParams:
+    """Parameters that the engine has accepted; nobody changes them any more."""
+
+    params: SamplingParams
+    bad_words: tuple[tuple[int, ...], ...]
+    """Token ids."""
+
+
+def prepare_params(
     params: SamplingParams, tokenizer: Any, vocab_size: int, max_logprobs: int | None
-) -> None:
-    """Refuse what this model, tokenizer or engine cannot give.
+) -> PreparedParams:
+    """Take a copy, refuse what this model, tokenizer or engine cannot give, and tokenize.
 
     Raises:
-        RequestError: A token is not in the vocabulary, a text needs a tokenizer that there is
-            not, or more log probabilities are wanted than ``max_logprobs``.
+        RequestError: A field is invalid, a token is not in the vocabulary, a text needs a tokenizer
+            that there is not, or more is wanted than the engine gives.
     """
+    params = params.snapshot()
+    _check(params, tokenizer, vocab_size, max_logprobs)
+    words = tuple(params.bad_words or ())
+    return PreparedParams(params, bad_word_tokens(words, tokenizer, vocab_size))
+
+
+def _check(
+    params: SamplingParams, tokenizer: Any, vocab_size: int, max_logprobs: int | None
+) -> None:
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         for token in getattr(params, name) or ():
             if token >= vocab_size:
@@ -46,19 +71,17 @@ def check_params(
             )
 
 
-def check_choice(
-    params: SamplingParams, stop_token_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
-) -> None:
+def check_choice(prepared: PreparedParams, stop_token_ids: frozenset[int]) -> None:
     """Refuse parameters that leave no token to draw.
 
     Args:
-        params: Of the request.
+        prepared: Of the request.
         stop_token_ids: What ends it, which ``min_tokens`` forbids at first.
-        bad_words: See :func:`bad_word_tokens`.
 
     Raises:
         RequestError: No token in ``allowed_token_ids`` may ever be drawn.
     """
+    params = prepared.params
     if params.allowed_token_ids is None:
         return
     allowed = set(params.allowed_token_ids)
@@ -67,7 +90,7 @@ def check_choice(
             f"allowed_token_ids={params.allowed_token_ids!r} all end the request, and "
             f"min_tokens={params.min_tokens} forbids that: allow another token"
         )
-    if allowed <= {word[0] for word in bad_words if len(word) == 1}:
+    if allowed <= {word[0] for word in prepared.bad_words if len(word) == 1}:
         raise RequestError(
             f"allowed_token_ids={params.allowed_token_ids!r} are all bad_words: allow another token"
         )
@@ -103,7 +126,7 @@ def bad_word_tokens(
     """Token ids of each word, as it begins a text and as it follows a space.
 
     Raises:
-        RequestError: A word has no tokens.
+        RequestError: A word has no tokens, or they are too many.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -116,4 +139,15 @@ def bad_word_tokens(
                 found[ids] = None
             elif text == bare:
                 raise RequestError(f"bad_words has {word!r}, which the tokenizer drops: remove it")
+    longest = max(map(len, found), default=0)
+    if longest > MAX_WORD_TOKENS:
+        raise RequestError(
+            f"bad_words has one of {longest} tokens: give at most {MAX_WORD_TOKENS} in each"
+        )
+    total = sum(map(len, found))
+    if total > MAX_WORDS_TOKENS:
+        raise RequestError(
+            f"bad_words have {total} tokens, with and without a leading space: give at most "
+            f"{MAX_WORDS_TOKENS} in all"
+        )
     return tuple(found)

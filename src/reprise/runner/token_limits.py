@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ BAD = -1e30
 a bad token is drawn, not one that is not allowed. Divided by any temperature that draws it is a
 number in float32 still."""
 
-_ANY, _NONE = -1, -2
-"""No tokens: an entry of a prefix that every token matches, and a place before the first token."""
+_NONE = -1
+"""Before the first token."""
 
 
 class ForbiddenTokens(RequestSlots):
@@ -58,6 +59,19 @@ class AllowedTokens:
         logits.masked_fill_(self._mask, -torch.inf)
 
 
+class Words(NamedTuple):
+    """A request's bad words, of N tokens before their last ones."""
+
+    tokens: Ints
+    """[N]"""
+    distances: Ints
+    """[N]: how far before the word's last token each is, from 1."""
+    words: Ints
+    """[N]: the word that each belongs to."""
+    last: Ints
+    """[B]: each word's last token."""
+
+
 class RecentTokens(RequestSlots):
     """The newest output tokens of each request that has bad words, and the words."""
 
@@ -65,28 +79,28 @@ class RecentTokens(RequestSlots):
         super().__init__(vocab_size, max_requests, platform)
         size = (max_requests, 1)
         self.tokens = torch.full(size, _NONE, dtype=torch.int64, device=platform.device)
-        """[S, W]: the newest is last. W grows with the longest word."""
+        """[S, L]: the newest is last. L grows with the longest word."""
 
     def forget(self) -> None:
         super().forget()
-        self.words: dict[str, tuple[Ints, Ints]] = {}
-        """By request id: prefixes [B, P], aligned right, and last tokens [B]."""
+        self.words: dict[str, Words] = {}
+        """By request id."""
 
     def release(self, request_id: str) -> bool:
         self.words.pop(request_id, None)
         return super().release(request_id)
 
     def fill(self, slot: int, request: Request) -> None:
-        words = request.bad_words
-        width = max(1, *(len(word) - 1 for word in words))
-        missing = width - self.tokens.shape[1]
+        lengths = np.array([len(word) - 1 for word in request.bad_words], dtype=np.int64)
+        missing = int(lengths.max()) - self.tokens.shape[1]
         if missing > 0:  # those who have slots need no more than they have
             self.tokens = torch.nn.functional.pad(self.tokens, (missing, 0), value=_NONE)
-        prefixes = np.full((len(words), width), _ANY, dtype=np.int64)
-        for row, word in enumerate(words):
-            prefixes[row, width - len(word) + 1 :] = word[:-1]
-        last = np.array([word[-1] for word in words], dtype=np.int64)
-        self.words[request.request_id] = prefixes, last
+        self.words[request.request_id] = Words(
+            np.array([each for word in request.bad_words for each in word[:-1]], dtype=np.int64),
+            np.array([n for length in lengths for n in range(length, 0, -1)], dtype=np.int64),
+            np.repeat(np.arange(len(lengths)), lengths),
+            np.array([word[-1] for word in request.bad_words], dtype=np.int64),
+        )
         recent = np.full(self.tokens.shape[1], _NONE, dtype=np.int64)
         known = request.output_token_ids[-len(recent) :]
         recent[len(recent) - len(known) :] = known
@@ -100,33 +114,44 @@ class BadWords:
         self._recent = recent
         slots = [recent.slot_of(request) for _, request in rows]
         words = [recent.words[request.request_id] for _, request in rows]
-        counts = [len(last) for _, last in words]
-        self._width = max(prefixes.shape[1] for prefixes, _ in words)
-        prefixes = np.full((sum(counts), self._width), _ANY, dtype=np.int64)
-        begin = 0
-        for each, _ in words:
-            prefixes[begin : begin + len(each), self._width - each.shape[1] :] = each
-            begin += len(each)
-        numbers = np.array([row for row, _ in rows], dtype=np.int64)
-        starts = np.repeat(numbers * recent.vocab_size, counts)
+        length = recent.tokens.shape[1]
+        firsts = np.cumsum([0, *(len(each.last) for each in words)])
         columns = (
-            numbers,
+            np.array([row for row, _ in rows], dtype=np.int64),
             np.array(slots, dtype=np.int64),
-            np.repeat(np.array(slots, dtype=np.int64), counts),
-            prefixes,
-            starts + np.concatenate([last for _, last in words]),
+            np.concatenate([each.tokens for each in words]),
+            np.concatenate(
+                [
+                    (slot + 1) * length - each.distances
+                    for slot, each in zip(slots, words, strict=True)
+                ]
+            ),
+            np.concatenate(
+                [first + each.words for first, each in zip(firsts[:-1], words, strict=True)]
+            ),
+            np.concatenate(
+                [
+                    row * recent.vocab_size + each.last
+                    for (row, _), each in zip(rows, words, strict=True)
+                ]
+            ),
         )
-        self._rows, self._slots, self._slot_of_word, self._prefixes, self._places = (
-            to_device(each, recent.platform) for each in columns
-        )
-        self._any = self._prefixes == _ANY
+        (
+            self._rows,
+            self._slots,
+            self._tokens,
+            self._places,  # in all recent tokens
+            self._words,
+            self._targets,  # in all logits
+        ) = (to_device(each, recent.platform) for each in columns)
 
     def apply(self, logits: Tensor) -> None:
         """Make the last tokens of words whose others were drawn last bad, in place on ``logits``
         [R, V] float32."""
-        recent = self._recent.tokens[:, -self._width :].index_select(0, self._slot_of_word)
-        drawn = ((recent == self._prefixes) | self._any).all(dim=1)
-        logits.view(-1).index_add_(0, self._places, drawn * BAD)
+        recent = self._recent.tokens.view(-1).index_select(0, self._places)
+        missing = torch.zeros_like(self._targets, dtype=torch.int32)
+        missing.index_add_(0, self._words, (recent != self._tokens).int())
+        logits.view(-1).index_add_(0, self._targets, (missing == 0) * BAD)
 
     def count(self, tokens: Tensor) -> None:
         """Note what was drawn, [R] int64."""
