@@ -20,13 +20,19 @@ def plain_list(value: Any) -> Any:
     """As :func:`plain`, the elements of a list or a similar collection too."""
     value = plain(value)
     if isinstance(value, list | tuple | set | frozenset | range):
-        return [plain(each) for each in value]
+        return list(value) if all(type(each) is int for each in value) else list(map(plain, value))
     return value
 
 
 def is_whole(value: object) -> bool:
     """A whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """The value for an error's message, which is read by people."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def unknown_names(what: str, unknown: Iterable[str], known: Collection[str]) -> str:

@@ -59,6 +59,9 @@ class WholeLogprobs(Mapping[int, Logprob]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # the tokenizer stays here
+
     def __repr__(self) -> str:
         return f"WholeLogprobs({self._chosen}: {self[self._chosen]}, ... {len(self)} tokens)"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
 
-from reprise.arguments import is_whole, plain, plain_list, takes_names
+from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
 from reprise.vllm_names import SAMPLING, drop_neutral
 
@@ -294,12 +294,11 @@ _FLAGS = [
 
 
 def _invalid(name: str, value: object, remedy: str) -> RequestError:
-    shown = repr(value)
-    return RequestError(f"{name}={shown if len(shown) < 200 else shown[:197] + '...'}: {remedy}")
+    return RequestError(f"{name}={shown(value)}: {remedy}")
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOKEN_LIMIT
+def _is_token(value: Any) -> bool:
+    return is_whole(value) and 0 <= value < _TOKEN_LIMIT
 
 
 def _finite(value: object) -> float | None:

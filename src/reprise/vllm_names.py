@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reprise.arguments import plain, unknown_names
+from reprise.arguments import plain, shown, unknown_names
 from reprise.errors import RequestError
 
 ANY_FLAG = (True, False)
@@ -358,7 +358,7 @@ def drop_neutral(
         if group is None:
             unknown.append(name)
         elif not is_neutral(value, group.neutral[name]):
-            raise error(f"{name}={value!r}: {group.instead}")
+            raise error(f"{name}={shown(value)}: {group.instead}")
     if unknown:
         raise error(unknown_names(what, sorted(unknown), known))
     return left

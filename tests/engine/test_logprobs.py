@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,6 +222,7 @@ def test_a_whole_vocabulary_reads_like_a_dictionary(tiny: TinyModels, device: st
         with pytest.raises(KeyError):
             whole[unknown]
     assert TEXT_VOCAB not in whole
+    assert pickle.loads(pickle.dumps(whole)) == dict(whole)
 
 
 @pytest.mark.parametrize(

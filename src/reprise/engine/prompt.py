@@ -67,7 +67,8 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
         ids = _encode(tokenizer, text)
-    ids = [plain(each) for each in ids] if _is_list(ids) else ids
+    if _is_list(ids) and not all(type(each) is int for each in ids):
+        ids = [plain(each) for each in ids]
     if not _is_list(ids) or not all(is_whole(each) for each in ids):
         raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
     if len(ids) == 0:
@@ -78,7 +79,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
             f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
-    return PreparedPrompt(text, ids)
+    return PreparedPrompt(text, list(ids))
 
 
 def chat_prompt(

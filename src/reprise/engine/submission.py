@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
 
 MAX_LOGPROBS = 20
 """Most alternatives by number for one position, unless ``max_logprobs`` says otherwise."""
-
-
 MAX_WORD_TOKENS = 256
 """Of one bad word: so many tokens are kept of every request that has bad words."""
 MAX_WORDS_TOKENS = 1 << 18
@@ -55,7 +54,7 @@ def _check(
         for name, remedy in (("stop", "use stop_token_ids"), ("bad_words", "use logit_bias")):
             if getattr(params, name):
                 raise RequestError(
-                    f"{name}={getattr(params, name)!r} needs text and no tokenizer is loaded "
+                    f"{name}={shown(getattr(params, name))} needs text and no tokenizer is loaded "
                     f"(skip_tokenizer_init=True): {remedy}"
                 )
     for name in ("logprobs", "prompt_logprobs"):
@@ -84,16 +83,16 @@ def check_choice(prepared: PreparedParams, stop_token_ids: frozenset[int]) -> No
     params = prepared.params
     if params.allowed_token_ids is None:
         return
-    allowed = set(params.allowed_token_ids)
-    if params.min_tokens > 0 and allowed <= stop_token_ids:
+    allowed = params.allowed_token_ids
+    named = f"allowed_token_ids={shown(allowed)}"
+    if params.min_tokens > 0 and all(each in stop_token_ids for each in allowed):
         raise RequestError(
-            f"allowed_token_ids={params.allowed_token_ids!r} all end the request, and "
-            f"min_tokens={params.min_tokens} forbids that: allow another token"
+            f"{named} all end the request, and min_tokens={params.min_tokens} forbids that: allow "
+            "another token"
         )
-    if allowed <= {word[0] for word in prepared.bad_words if len(word) == 1}:
-        raise RequestError(
-            f"allowed_token_ids={params.allowed_token_ids!r} are all bad_words: allow another token"
-        )
+    bad = {word[0] for word in prepared.bad_words if len(word) == 1}
+    if all(each in bad for each in allowed):
+        raise RequestError(f"{named} are all bad_words: allow another token")
 
 
 def truncated(token_ids: list[int], params: SamplingParams, most: int) -> list[int]:
