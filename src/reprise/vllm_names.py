@@ -156,8 +156,12 @@ ENGINE = [
             "multi_step_stream_outputs": ANY_FLAG, "scheduler_delay_factor": (0,),
             "scheduler_reserve_full_isl": ANY_FLAG, "use_v2_block_manager": ANY_FLAG,
             "disable_async_output_proc": ANY_FLAG, "stream_interval": (1,),
-            "prefix_caching_hash_algo": ("sha256", "builtin"), "performance_mode": ("balanced",),
+            "performance_mode": ("balanced",),
         },
+    ),
+    Group(
+        "prefixes are found by the BLAKE2b digests of their tokens",
+        {"prefix_caching_hash_algo": ("sha256", "sha256_cbor", "builtin")},
     ),
     Group(
         "attention is chosen with ops={'paged_attention': ...}; see 'reprise doctor ops'",
@@ -207,7 +211,7 @@ ENGINE = [
     ),
     Group(
         "give chat_template= to chat()",
-        {"chat_template": (), "chat_template_content_format": ("auto",)},
+        {"chat_template": ()},
     ),
     Group(
         "log probabilities are those of the model's unmodified logits",
@@ -255,7 +259,7 @@ REQUEST = [
     ),
     Group(
         "models read text: images, audio and video are not supported",
-        {"mm_processor_kwargs": ({},), "chat_template_content_format": ("auto",)},
+        {"mm_processor_kwargs": ({},)},
     ),
     Group("tracing is not supported", {"trace_headers": ({},)}),
     Group(
@@ -272,7 +276,11 @@ REQUEST = [
 SAMPLING = [
     Group(
         "structured outputs are not supported",
-        {"structured_outputs": (), "guided_decoding": (), "thinking_token_budget": (-1,)},
+        {"structured_outputs": (), "guided_decoding": ()},
+    ),
+    Group(
+        "a budget for thinking is not supported: use max_tokens",
+        {"thinking_token_budget": (-1,)},
     ),
     Group(
         "custom logits processors are not supported: use logit_bias, allowed_token_ids, "
@@ -303,7 +311,7 @@ SAMPLING = [
     ),
     Group("tokens are drawn, never given", {"trace_decode_token_ids": ([],)}),
     Group(
-        "slow readers get several tokens at once; fast ones get every step's",
+        "each step's tokens are delivered, several steps' at once to slow readers",
         {"stream_interval": (1,)},
     ),
     Group("every request gets a copy", {"skip_clone": ANY_FLAG}),
