@@ -210,7 +210,7 @@ def test_a_long_text_keeps_nobody_waiting(
     held = threading.Event()
 
     class Slow:
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, **_: Any) -> list[int]:
             assert held.wait(30)
             return [1, 2, 3]
 
@@ -225,11 +225,15 @@ def test_a_long_text_keeps_nobody_waiting(
         params = greedy(5, detokenize=False)
         slow = asyncio.create_task(last(llm.generate("text", params)))
         chat = asyncio.create_task(last(llm.chat([{"role": "user", "content": "x"}], params)))
+        words = greedy(5, detokenize=False, bad_words=["a word"])
+        wordy = asyncio.create_task(last(llm.generate([1, 2, 3], words)))
         quick = await last(llm.generate([1, 2, 3], params, request_id="quick"))
         assert not slow.done()
+        assert not wordy.done()
         held.set()
         with pytest.raises(RequestError, match="no roles"):
             await chat
+        await wordy
         return quick, await slow
 
     quick, slow = run(tiny, device, scenario)

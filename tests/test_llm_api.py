@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import gzip
 import inspect
 import json
 import logging
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -77,7 +80,7 @@ def test_outputs(llm: LLM) -> None:
         assert each.prompt_logprobs is None
         assert [each.index for each in each.outputs] == [0, 1]
         for completion in each.outputs:
-            assert completion.finished
+            assert completion.finished()
             assert len(completion.token_ids) == 6
             assert completion.finish_reason == "length"
             # Also if all completions end in one step.
@@ -151,7 +154,8 @@ def test_chats_take_the_same_arguments_everywhere() -> None:
     offline, streaming = (inspect.signature(each.chat).parameters for each in (LLM, AsyncLLM))
     assert offline.keys() - {"use_tqdm"} == streaming.keys() - {"request_id"}
     for name in offline.keys() & streaming.keys() - {"self", "messages", "sampling_params"}:
-        assert offline[name].kind == streaming[name].kind == inspect.Parameter.KEYWORD_ONLY
+        kind = inspect.Parameter.VAR_KEYWORD if name == "others" else inspect.Parameter.KEYWORD_ONLY
+        assert offline[name].kind == streaming[name].kind == kind
         if name != "priority":
             assert offline[name] == streaming[name]
 
@@ -355,18 +359,135 @@ def test_template_variables_may_be_those_that_have_a_name(llm: LLM) -> None:
     assert found == ["hi!", "hi"]
 
 
-def test_names_that_vllms_users_know(model: TinyModel, device: str) -> None:
-    llm = LLM(
-        str(model.path), device=device, num_blocks=9, enforce_eager=True, dtype="float",
-        trust_remote_code=True, tensor_parallel_size=1, max_num_seqs=2,
-    )  # fmt: skip
-    assert llm.engine.config.graph_mode == "none"
-    assert llm.engine.config.dtype == "float32"
-
-
 def test_paths_can_be_path_objects(model: TinyModel, device: str) -> None:
     llm = LLM(model.path, device=device, num_blocks=9, max_num_seqs=2, tokenizer=model.path)  # type: ignore[arg-type]
     assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3
+
+
+def test_shutdown_frees_the_model(model: TinyModel, device: str) -> None:
+    def modules() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects())
+
+    before = modules()
+    with make_llm(model, device) as llm:
+        assert modules() > before
+        assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3
+    assert modules() == before
+    llm.shutdown()  # again: nothing to do
+    for call in (
+        lambda: llm.generate("a", greedy(3)),
+        lambda: llm.generate([], greedy(3)),
+        lambda: llm.chat([{"role": "user", "content": "hi"}]),
+        llm.get_tokenizer,
+        llm.get_metrics,
+        llm.get_default_sampling_params,
+        llm.reset_prefix_cache,
+        llm.start_profile,
+        llm.stop_profile,
+        llm.graph_report,
+        llm.stats,
+        lambda: llm.engine,
+    ):
+        with pytest.raises(RepriseError, match="the engine was shut down; create a new LLM"):
+            call()
+
+
+def test_a_block_that_raises_shuts_down_too(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device)
+
+    def interrupted() -> None:
+        with llm:
+            llm.engine.add("left", "a text", greedy(50))
+            llm.engine.step()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    with pytest.raises(RepriseError, match="shut down"):
+        llm.stats()
+
+
+def test_priority_has_one_entry_a_prompt(llm: LLM) -> None:
+    for priority in ([], [1], np.array([1]), [1, 2, 3]):
+        with pytest.raises(RequestError, match=r"priority has \d entries for 2 prompt"):
+            llm.generate(["a", "b"], greedy(2), priority=priority)
+    for priority in ([1.5, 2], ["x", "y"], [True, False], "ab", 1.5):
+        with pytest.raises(RequestError, match="priority"):
+            llm.generate(["a", "b"], greedy(2), priority=priority)
+    for priority in (None, [2, 1], np.array([2, 1]), (np.int64(3), 4)):
+        assert len(llm.generate(["a", "b"], greedy(2), priority=priority)) == 2
+    assert llm.generate([], priority=[]) == []
+    assert_idle(llm)
+
+
+def test_numbers_of_other_makes_as_prompts(llm: LLM) -> None:
+    ids = [5, 6, 7]
+    expected = token_ids(llm.generate(ids, greedy(4)))
+    array = np.array(ids)
+    forms: list[Any] = [array, torch.tensor(ids), list(array), {"prompt_token_ids": array}]
+    for form in [*forms, [array], np.array([ids]), [list(array)]]:
+        outputs = llm.generate(form, greedy(4))
+        assert token_ids(outputs) == expected
+        assert [type(each) for each in outputs[0].prompt_token_ids] == [int] * 3
+    for wrong in (np.array([1.5]), np.array([True]), [np.float32(1)]):
+        with pytest.raises(RequestError):
+            llm.generate(wrong, greedy(4))
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(None, 20), (1, 1), (7, 7), (20, 20), (30, 20)])
+def test_truncated_prompts(llm: LLM, model: TinyModel, wanted: int | None, kept: int) -> None:
+    prompt = random_ids(1, 20)
+    output = llm.generate([prompt], greedy(5, truncate_prompt_tokens=wanted))[0]
+    assert output.prompt_token_ids == prompt[-kept:]
+    assert model.is_greedy(prompt[-kept:], output.outputs[0].token_ids)
+
+
+def test_a_prompt_is_truncated_to_what_fits(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device, max_model_len=48, skip_tokenizer_init=True)
+    prompt = random_ids(1, 100)
+    for max_tokens, kept in ((16, 32), (47, 1), (100, 1), (None, 47)):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, truncate_prompt_tokens=-1)
+        output = llm.generate([prompt], params)[0]
+        assert output.prompt_token_ids == prompt[-kept:]
+        assert len(output.outputs[0].token_ids) == min(max_tokens or 48, 48 - kept)
+    for wanted in (48, 1000):
+        with pytest.raises(RequestError, match=f"truncate_prompt_tokens={wanted}.*at most 47"):
+            llm.generate([prompt], greedy(4, truncate_prompt_tokens=wanted))
+    assert_idle(llm)
+
+
+def test_cached_tokens(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device)
+    prompt = random_ids(1, 40)
+    fresh, again = (llm.generate([prompt], greedy(2))[0] for _ in range(2))
+    assert (fresh.num_cached_tokens, again.num_cached_tokens) == (0, 32)
+    unread = llm.generate([prompt], greedy(2, skip_reading_prefix_cache=True))[0]
+    assert unread.num_cached_tokens == 0
+    assert token_ids([unread]) == token_ids([again])
+    assert llm.reset_prefix_cache() is True
+    assert llm.generate([prompt], greedy(2))[0].num_cached_tokens == 0
+
+
+def test_a_profile_is_a_trace(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RepriseError, match="call start_profile"):
+        llm.stop_profile()
+    llm.start_profile(tmp_path / "a")
+    with pytest.raises(RepriseError, match="call stop_profile"):
+        llm.start_profile()
+    llm.generate("a", greedy(3))
+    file = llm.stop_profile()
+    assert file.parent == tmp_path / "a"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert any(each.get("name", "").startswith("aten::") for each in events)
+    monkeypatch.setenv("REPRISE_PROFILE_DIR", str(tmp_path / "b"))
+    llm.start_profile()
+    assert llm.stop_profile().parent == tmp_path / "b"
+    with pytest.raises(RepriseError, match="cannot be made"):
+        llm.start_profile(file / "below")
+    llm.start_profile(tmp_path)  # a refused one leaves nothing behind
+    llm.stop_profile()
 
 
 def test_engines_side_by_side(tiny: TinyModels, device: str) -> None:

@@ -47,3 +47,7 @@ class GraphError(RepriseError, RuntimeError):
 
 class GraphReplayError(GraphError):
     """A replay raised. The graph is not replayed again; what it was to write is unknown."""
+
+
+class UnsupportedError(RepriseError, AttributeError):
+    """A part of vLLM's interface that Reprise does not have."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.request import FinishReason
 
-
-@dataclass(slots=True)
-class Logprob:
-    """Log probability of one token at one position, under the model's unmodified logits."""
-
-    logprob: float
-    rank: int | None = None
-    """1 is the likeliest token."""
-    decoded_token: str | None = None
-
-
-Logprobs = dict[int, Logprob]
-"""Token id to its log probability; the chosen token comes first."""
+__all__ = [
+    "CompletionOutput",
+    "Logprob",
+    "Logprobs",
+    "RequestMetrics",
+    "RequestOutput",
+    "WholeLogprobs",
+]
 
 
 @dataclass(slots=True)
@@ -35,9 +32,24 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the end-of-text token."""
 
-    @property
     def finished(self) -> bool:
+        """Whether it has ended."""
         return self.finish_reason is not None
+
+    def extend(self, later: CompletionOutput) -> None:
+        """Add what is new since this one: a delta that came later."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
+    def copy(self) -> Self:
+        """One whose lists are its own."""
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
 
 
 @dataclass(slots=True)
@@ -72,3 +84,25 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[Logprobs | None] | None = None
     """One entry a prompt token (None for the first), if requested."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose keys and values came from the prefix cache."""
+        return self.metrics.num_cached_tokens
+
+    def extend(self, later: RequestOutput) -> None:
+        """Add what is new since this one: a delta that came later."""
+        known = {each.index: each for each in self.outputs}
+        for each in later.outputs:
+            if each.index in known:
+                known[each.index].extend(each)
+            else:
+                self.outputs.append(each)
+        self.finished = later.finished
+        self.metrics = later.metrics
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = later.prompt_logprobs
+
+    def copy(self) -> Self:
+        """One whose completions are its own."""
+        return replace(self, outputs=[each.copy() for each in self.outputs])

@@ -32,8 +32,8 @@ def _model(text: str) -> str:
 
 ENGINE_PANELS = {
     "Model": (
-        "model", "tokenizer", "revision", "dtype", "load_format", "hf_overrides",
-        "skip_tokenizer_init",
+        "model", "tokenizer", "revision", "tokenizer_revision", "dtype", "load_format",
+        "hf_overrides", "skip_tokenizer_init",
     ),
     "Memory and batching": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
@@ -41,7 +41,7 @@ ENGINE_PANELS = {
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": ("device", "ops"),
-    "Sampling": ("seed",),
+    "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip
 
 ENGINE_SPECIAL = {

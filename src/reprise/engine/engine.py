@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from reprise import platforms, timeline
+from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
+from reprise.engine.observations import Observations
+from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
 from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import (
@@ -27,6 +32,7 @@ from reprise.loading import (
     plan_update,
     update_weights,
 )
+from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
@@ -78,7 +84,9 @@ class Engine:
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
                 with timeline.phase("tokenizer"):
-                    self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
+                    self.tokenizer = checkpoint.tokenizer(
+                        config.tokenizer, config.tokenizer_revision or config.revision
+                    )
             self.generation_config = checkpoint.generation_config
             self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
@@ -104,6 +112,10 @@ class Engine:
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
+        self.profiler = Profiler(self.platform)
+        self._observations = Observations(
+            config.model or "demo", self.max_model_len, self.runner.max_tokens
+        )
         self._num_added = 0
         self._half_updated: set[str] = set()
         """Weights that may be neither old nor new, since replacing them was interrupted."""
@@ -153,11 +165,23 @@ class Engine:
         """
         return prepare(prompt, self.tokenizer, self.vocab_size)
 
+    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
+        """What :meth:`add` does to parameters first. Any thread may call it.
+
+        Raises:
+            RequestError: A parameter is invalid.
+        """
+        params = self.default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+        limit = self.config.max_logprobs
+        return prepare_params(params, self.tokenizer, self.vocab_size, limit)
+
     def add(
         self,
         request_id: str,
         prompt: Any,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PreparedParams | None = None,
         priority: int = 0,
     ) -> CompletionGroup:
         """Accept a request.
@@ -166,7 +190,7 @@ class Engine:
             request_id: Unique among the unfinished ones.
             prompt: Text, token ids, a dictionary as of :func:`reprise.engine.prompt.prepare`, or
                 what :meth:`prepare` returned.
-            params: None: :meth:`default_sampling_params`.
+            params: None: :meth:`default_sampling_params`; or what :meth:`prepare_params` returned.
             priority: Lower is more urgent.
 
         Raises:
@@ -181,22 +205,19 @@ class Engine:
             )
         if request_id in self._groups:
             raise RequestError(f"request_id={request_id!r} is already running; give a new one")
-        params = self.default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
-        if not isinstance(priority, int):
+        accepted = params if isinstance(params, PreparedParams) else self.prepare_params(params)
+        params = accepted.params
+        priority = plain(priority)
+        if not is_whole(priority):
             raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                f"stop={params.stop!r} needs text and no tokenizer is loaded "
-                "(skip_tokenizer_init=True): use stop_token_ids"
-            )
-        self._check_token_ids(params)
         prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
+        most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
+        prepared = replace(prepared, token_ids=truncated(prepared.token_ids, params, most))
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, prepared, params, priority)
+            request = self._new_request(request_id, index, prepared, accepted, priority)
             completions.append(Completion(index, request, self._texts))
+        check_choice(accepted, completions[0].request.stop_token_ids)
         for index, each in enumerate(completions):
             try:
                 self.scheduler.add(each.request)
@@ -318,6 +339,17 @@ class Engine:
         self._completions.clear()
         self.platform.synchronize()
 
+    def close(self) -> None:
+        """Abort everything and free the device's memory. The engine is of no use afterwards."""
+        try:
+            if self.profiler.running:
+                self.profiler.stop()
+            self.start_over()
+        finally:
+            del self.runner, self.scheduler
+            gc.collect()
+            self.platform.empty_cache()
+
     def stats(self) -> EngineStats:
         return EngineStats(
             scheduler=self.scheduler.stats(),
@@ -325,9 +357,14 @@ class Engine:
             startup_seconds=self.startup_seconds,
         )
 
+    def metrics(self) -> list[Metric]:
+        """All metrics of this moment."""
+        return self._observations.metrics(self.scheduler.stats())
+
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         completions = self._completions
+        self._observations.step(step.num_tokens)
         if output.prompt_logprobs:
             for scheduled in step.requests:
                 entries = output.prompt_logprobs.get(scheduled.request.request_id)
@@ -360,11 +397,13 @@ class Engine:
         del self._groups[group.request_id]
         for each in group.completions:
             del self._completions[each.request]
+            self._observations.ended(each.request)
 
     def _new_request(
-        self, request_id: str, index: int, prompt: PreparedPrompt, params: SamplingParams,
+        self, request_id: str, index: int, prompt: PreparedPrompt, accepted: PreparedParams,
         priority: int,
     ) -> Request:  # fmt: skip
+        params = accepted.params
         return Request(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
             prompt_token_ids=prompt.token_ids,
@@ -373,6 +412,7 @@ class Engine:
             cache_salt=prompt.cache_salt,
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params, index),
+            bad_words=accepted.bad_words,
         )
 
     def _seed(self, params: SamplingParams, index: int) -> int:
@@ -384,12 +424,3 @@ class Engine:
         )
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
-
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}: the vocabulary has ids 0 to "
-                        f"{self.vocab_size - 1}"
-                    )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from reprise.arguments import is_whole, plain
 from reprise.errors import RequestError
 
 
@@ -31,6 +32,7 @@ wrappers always pass them."""
 
 def split_prompts(prompts: Any) -> list[Any]:
     """A single prompt, or a sequence of them, as a list."""
+    prompts = plain(prompts)
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not _is_list(prompts):
@@ -38,7 +40,7 @@ def split_prompts(prompts: Any) -> list[Any]:
             f"prompt={prompts!r}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
         )
-    if prompts and all(_is_id(each) for each in prompts):
+    if prompts and all(is_whole(plain(each)) for each in prompts):
         return [prompts]
     return list(prompts)
 
@@ -73,6 +75,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
         text, ids, salt = _read_mapping(prompt)
     elif isinstance(prompt, str):
         text, ids = prompt, None
+    ids = plain(ids)
     if ids is None and text is not None:
         if tokenizer is None:
             raise RequestError(
@@ -80,7 +83,9 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
         ids = encode(tokenizer, text)
-    if not _is_list(ids) or not all(_is_id(each) for each in ids):
+    if _is_list(ids) and not all(type(each) is int for each in ids):
+        ids = [plain(each) for each in ids]
+    if not _is_list(ids) or not all(is_whole(each) for each in ids):
         raise RequestError(f"prompt_token_ids={short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
@@ -134,12 +139,9 @@ def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def _is_list(value: Any) -> bool:
-    """Bytes are numbers to Python, and text that nobody decoded to us."""
-    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Bytes are numbers to Python, and text that nobody decoded to us; text is a list of texts."""
+    others = str | bytes | bytearray | memoryview
+    return isinstance(value, Sequence) and not isinstance(value, others)
 
 
 def short(value: Any) -> str:

@@ -33,6 +33,7 @@ from reprise.runner.computation import ForwardPass
 from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
+from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ class ModelRunner:
             last = self._last_sampled
             self.buffers.fill(step, last, self.graphs.padded(shape).num_requests)
             result = self.graphs.run(shape)
-            prompt_logprobs = self._prompt_logprobs(step, result)
+            landing = next(self._landings)
+            prompt_logprobs = self._prompt_logprobs(step, result, landing)
             if step.continues and last is not None:
                 sampling = last.requests
             else:
@@ -137,7 +139,7 @@ class ModelRunner:
                 logits = self._logits(step, result)
                 sampled, logprobs = self.sampler(logits, sampling, step.continues)
                 self._last_sampled = Sampled(sampling, sampled)
-            return PendingOutput(step, sampled, logprobs, prompt_logprobs, next(self._landings))
+            return PendingOutput(step, sampled, logprobs, prompt_logprobs, landing)
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
@@ -149,8 +151,10 @@ class ModelRunner:
         """Logits of rows of a step's result, which for a decode step they are already."""
         return rows if step.phase == "decode" else self.model.logits(rows)
 
-    def _prompt_logprobs(self, step: ScheduledStep, result: Tensor) -> dict[str, LogprobTensors]:
-        found: dict[str, LogprobTensors] = {}
+    def _prompt_logprobs(
+        self, step: ScheduledStep, result: Tensor, landing: Landing
+    ) -> dict[str, list[LogprobTensors]]:
+        found: dict[str, list[LogprobTensors]] = {}
         begin = step.num_decodes  # one token each, and none of a prompt behind it
         for each in step.requests[step.num_decodes :]:
             wanted = each.request.params.prompt_logprobs
@@ -158,25 +162,25 @@ class ModelRunner:
             targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
             if wanted is not None and targets:
                 rows = result[begin : begin + len(targets)]
-                found[each.request.request_id] = self._logprobs_of(step, rows, targets, wanted)
+                found[each.request.request_id] = [
+                    landing.take(part)  # at once, so that the device never holds all of them
+                    for part in self._logprobs_of(step, rows, targets, wanted)
+                ]
             begin += each.num_tokens
         return found
 
     def _logprobs_of(
         self, step: ScheduledStep, rows: Tensor, targets: Sequence[int], count: int
-    ) -> LogprobTensors:
+    ) -> Iterator[LogprobTensors]:
         chosen = to_device(np.array(targets, dtype=np.int64), self.platform)
-        parts = [
-            top_logprobs(self._logits(step, part).float(), ids, count)
-            for part, ids in zip(
-                rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
-            )
-        ]
-        return LogprobTensors(
-            torch.cat([each.token_ids for each in parts]),
-            torch.cat([each.logprobs for each in parts]),
-            torch.cat([each.ranks for each in parts]),
-        )
+        for part, ids in zip(
+            rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
+        ):
+            logits = self._logits(step, part).float()
+            whole = None
+            if count == WHOLE_VOCABULARY:
+                whole = torch.arange(len(part), device=part.device)
+            yield top_logprobs(logits, ids, max(count, 0), whole)
 
     def _plan_graphs(self) -> GraphRunner:
         config = self.config
