@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from reprise import models
-from reprise.errors import CapacityError, ModelError
+from reprise.errors import CapacityError, ModelError, describe
 from reprise.layers import CausalLM, context_length, default_length, describe_rotary
-from reprise.platforms import Platform
+from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +92,18 @@ def build_model(
         channels = max((each.head_size for each in shape.attention_layers()), default=0)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise ModelError(f"a model of {_sizes(config)} cannot be built: {error}") from error
-    memory = platform.memory_info()
     # A float32 rotary table, and int32 block tables.
     tables = 4 * (max_model_len * channels + table_blocks)
+    memory = _known_memory(platform)
+    has = "" if memory is None else (
+        f", which has {memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free"
+    )  # fmt: skip
     too_much = (
         f"{weights / 2**30:.2f} GiB of weights ({_sizes(config)}) and {tables / 2**30:.2f} GiB of "
-        f"tables (max_model_len={max_model_len}) do not fit on {platform.device}, which has "
-        f"{memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free; use a "
+        f"tables (max_model_len={max_model_len}) do not fit on {platform.device}{has}; use a "
         "smaller model, dtype or max_model_len"
     )
-    if weights > memory.total or tables > memory.free:
+    if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:
         return models.build(
@@ -109,6 +111,25 @@ def build_model(
         )
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
+
+
+def _known_memory(platform: Platform) -> MemoryInfo | None:
+    """None: the device does not tell it, or tells what cannot be."""
+    try:
+        memory = platform.memory_info()
+    except Exception as error:  # drivers fail with errors of many types
+        logger.warning(
+            "whether the model fits is not known before it is there: the memory of %s cannot be "
+            "measured (%s)", platform.device, describe(error),
+        )  # fmt: skip
+        return None
+    if 0 <= memory.free <= memory.total:
+        return memory
+    logger.warning(
+        "whether the model fits is not known before it is there: %s reports %d bytes of memory, "
+        "%d of them free", platform.device, memory.total, memory.free,
+    )  # fmt: skip
+    return None
 
 
 def _sizes(config: Any) -> str:
