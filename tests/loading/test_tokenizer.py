@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CORPUS, byte_level_tokenizer
+from helpers import CORPUS, TinyModels, byte_level_tokenizer, text_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from reprise import LLM
 from reprise.errors import ModelError
 from reprise.loading import end_of_text_id, open_checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
@@ -236,6 +237,26 @@ def test_what_is_fetched_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert len(open_checkpoint(None).tokenizer("someone/something", "v2")) == 330
+
+
+def test_a_tokenizer_may_be_of_another_revision(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = text_model(tiny)
+    asked = []
+
+    def fetch(name: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(model.path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    options: dict[str, Any] = {"device": device, "num_blocks": 9, "enforce_eager": True}
+    LLM("someone/something", revision="v1", **options)
+    LLM("someone/something", revision="v1", tokenizer_revision="v2", **options)
+    LLM(str(model.path), tokenizer="other/words", tokenizer_revision="v3", **options)
+    LLM(str(model.path), tokenizer_revision="v4", **options)  # as revision= of a directory
+    model_v1 = ("someone/something", "v1")
+    assert asked == [model_v1, model_v1, ("someone/something", "v2"), ("other/words", "v3")]
 
 
 def test_starting_imports_no_compiler() -> None:

@@ -84,8 +84,10 @@ class Engine:
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
                 with timeline.phase("tokenizer"):
+                    # The model's files are of its own revision.
+                    other = config.model if config.tokenizer_revision else None
                     self.tokenizer = checkpoint.tokenizer(
-                        config.tokenizer, config.tokenizer_revision or config.revision
+                        config.tokenizer or other, config.tokenizer_revision or config.revision
                     )
             self.generation_config = checkpoint.generation_config
             self.runner = ModelRunner(config, self.platform, checkpoint)
