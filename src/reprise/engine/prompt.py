@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from reprise.arguments import is_whole, plain
+from reprise.arguments import is_whole, plain, shown
 from reprise.errors import RequestError
 
 
@@ -146,5 +146,4 @@ def _is_list(value: Any) -> bool:
 
 def short(value: Any) -> str:
     """For messages of errors."""
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
+    return shown(value, 60)
