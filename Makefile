@@ -8,8 +8,8 @@ JOBS ?= 2
 .PHONY: demo test test-long lint format setup clean
 
 demo: $(VENV)/.installed
-	$(BIN)/reprise generate "Once upon a time" --max-tokens 250
-	$(BIN)/reprise generate "47 + 38 =" --max-tokens 4
+	$(BIN)/reprise generate "Once upon a time" --echo --max-tokens 250
+	$(BIN)/reprise generate "47 + 38 =" --echo --max-tokens 4
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE)
@@ -32,9 +32,11 @@ setup: $(VENV)/.installed-test
 
 # torch comes first: pinned, so that another package's open range does not pull a larger build.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): downloads torch (0.2 GB for CPUs alone, some 3 GB with CUDA, which"
+	@echo "is what Linux gets unless torch is there or pip is told otherwise) and 0.1 GB of others."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprise import LLM, RequestOutput, SamplingParams
+from reprise import LLM, RequestOutput, RequestOutputKind, SamplingParams
 
 VOCAB = 160
 CONTEXT = 256
@@ -76,9 +79,15 @@ class TinyModels:
 
 
 def tiny_config(architecture: str, **fields: Any) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
-    kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[architecture]
+    kind = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "smollm3": SmolLM3Config,
+    }[architecture]
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -91,8 +100,12 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
-    return kind(**{**values, **fields})
+    values.update(fields)
+    if values["head_dim"] is None:
+        del values["head_dim"]
+    return kind(**values)
 
 
 def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
@@ -167,6 +180,30 @@ def assert_idle(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+def calls_of_a_step(llm: LLM, params: Sequence[SamplingParams]) -> int:
+    """Calls of torch in a decode step of one request for each of ``params``. Each is a launch on an
+    accelerator."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    engine = llm.engine
+    for number, each in enumerate(params):
+        engine.add(f"{number}", random_ids(number, 8), each)
+    for _ in range(6):
+        engine.step()
+    with Count() as count:
+        engine.step()
+    engine.abort([f"{number}" for number in range(len(params))])
+    while engine.has_work:
+        engine.step()
+    return count.number
+
+
 @contextlib.contextmanager
 def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
     """The logits [V] of every draw within the ``with`` block, by request id."""
@@ -188,6 +225,16 @@ def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
     finally:
         runner.sampler = sampler
 
+
+ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e-46, 1e300,
+    math.nan, math.inf, "", "a", "\udcff", b"a", [], [None], [1], [-1], ["a"], [["a"]], [1.5],
+    (), ("a", 1), {}, {1: 1}, {1: None}, {None: 1}, {"a": "b"}, set(), {3}, range(3), object(),
+    np.nan, np.float32(0.3), np.int8(-1), np.bool_(True), np.array([]), np.array([[1]]),
+    np.array(["a"]), np.array(3), np.array([1, 2]), torch.tensor(1), torch.tensor([1.0]), int,
+    RequestOutputKind.DELTA, complex(1), memoryview(b"ab"), slice(1),
+]  # fmt: skip
+"""What nobody should hand in as an option: of every type, at every edge."""
 
 TEXT_VOCAB = 340
 CORPUS = [

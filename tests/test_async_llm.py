@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 import pytest
-from helpers import TinyModels, greedy, make_llm, random_ids
+from helpers import TinyModels, greedy, make_llm, random_ids, text_model
 
 from reprise import AsyncLLM, RequestOutput, SamplingParams, platforms
 from reprise.errors import CapacityError, RepriseError, RequestError
@@ -65,6 +65,30 @@ def test_outputs_grow_and_only_the_last_is_finished(tiny: TinyModels, device: st
     assert lengths == sorted(lengths)
     assert lengths[-1] == 12
     assert [each.finished for each in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+def test_text_grows_to_what_the_library_makes_of_all_ids(tiny: TinyModels, device: str) -> None:
+    """Random models stop within characters; other streams are beside it."""
+    path = str(text_model(tiny).path)
+    params = [SamplingParams(max_tokens=20 + seed, seed=seed, temperature=2.0) for seed in range(6)]
+    prompt = "👍🏽 "
+
+    async def main() -> None:
+        options = {**OPTIONS, "skip_tokenizer_init": False}
+        async with AsyncLLM(path, device=device, **options) as llm:
+            decode = llm.engine.tokenizer.backend_tokenizer.decode
+
+            async def one(each: SamplingParams) -> None:
+                texts = [""]
+                async for output in llm.generate(prompt, each):
+                    texts.append(output.outputs[0].text)
+                    assert texts[-1].startswith(texts[-2])
+                ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+                assert prompt + texts[-1] == decode(ids)
+
+            await asyncio.wait_for(asyncio.gather(*map(one, params)), 60)
+
+    asyncio.run(main())
 
 
 def test_leaving_a_stream_aborts_its_request(tiny: TinyModels, device: str) -> None:
@@ -186,24 +210,30 @@ def test_a_long_text_keeps_nobody_waiting(
     held = threading.Event()
 
     class Slow:
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, **_: Any) -> list[int]:
             assert held.wait(30)
             return [1, 2, 3]
 
-        def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        special_tokens_map: Mapping[str, str] = {}
+
+        def get_chat_template(self, *args: Any) -> str:
             assert held.wait(30)
-            raise ValueError("no roles")
+            return "{{ raise_exception('no roles') }}"
 
     async def scenario(llm: AsyncLLM) -> tuple[RequestOutput, RequestOutput]:
         monkeypatch.setattr(llm.engine, "tokenizer", Slow())
         params = greedy(5, detokenize=False)
         slow = asyncio.create_task(last(llm.generate("text", params)))
         chat = asyncio.create_task(last(llm.chat([{"role": "user", "content": "x"}], params)))
+        words = greedy(5, detokenize=False, bad_words=["a word"])
+        wordy = asyncio.create_task(last(llm.generate([1, 2, 3], words)))
         quick = await last(llm.generate([1, 2, 3], params, request_id="quick"))
         assert not slow.done()
+        assert not wordy.done()
         held.set()
         with pytest.raises(RequestError, match="no roles"):
             await chat
+        await wordy
         return quick, await slow
 
     quick, slow = run(tiny, device, scenario)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from helpers import TinyModel, TinyModels, greedy, random_ids
@@ -158,7 +158,7 @@ def test_an_output_that_cannot_be_made(
         running = await started(llm, 2)
         with monkeypatch.context() as broken:
             kind = type(next(iter(llm.engine._groups.values())))
-            broken.setattr(kind, "output", raiser(ValueError("no text")))
+            broken.setattr(kind, "delta", raiser(ValueError("no text")))
             results = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(each, ValueError) for each in results)
         assert await serves(llm, model)
@@ -178,9 +178,10 @@ def test_abort_during_tokenization(
             assert held.wait(30)
             return [1, 2, 3]
 
-        def apply_chat_template(self, *_: Any, **__: Any) -> str:
-            self.encode("")
-            return "text"
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
+        def get_chat_template(self, *_: Any) -> str:
+            return "{{ messages[0].content }}"
 
     async def scenario(llm: AsyncLLM) -> None:
         monkeypatch.setattr(llm.engine, "tokenizer", Slow())

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import gzip
+import inspect
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers import (
     TinyModel,
     TinyModels,
@@ -21,7 +28,7 @@ from helpers import (
 )
 
 import reprise
-from reprise import LLM, SamplingParams
+from reprise import LLM, AsyncLLM, SamplingParams
 from reprise.errors import RepriseError, RequestError
 
 
@@ -73,7 +80,7 @@ def test_outputs(llm: LLM) -> None:
         assert each.prompt_logprobs is None
         assert [each.index for each in each.outputs] == [0, 1]
         for completion in each.outputs:
-            assert completion.finished
+            assert completion.finished()
             assert len(completion.token_ids) == 6
             assert completion.finish_reason == "length"
             # Also if all completions end in one step.
@@ -142,6 +149,168 @@ def test_bad_template(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "hi"}], chat_template="{% for %}")
 
 
+def test_chats_take_the_same_arguments_everywhere() -> None:
+    """Besides what only a list of requests, or only a stream, has."""
+    offline, streaming = (inspect.signature(each.chat).parameters for each in (LLM, AsyncLLM))
+    assert offline.keys() - {"use_tqdm"} == streaming.keys() - {"request_id"}
+    for name in offline.keys() & streaming.keys() - {"self", "messages", "sampling_params"}:
+        kind = inspect.Parameter.VAR_KEYWORD if name == "others" else inspect.Parameter.KEYWORD_ONLY
+        assert offline[name].kind == streaming[name].kind == kind
+        if name != "priority":
+            assert offline[name] == streaming[name]
+
+
+def test_chats_with_tools(llm: LLM) -> None:
+    template = "{{ tools[0].function.name }}{{ documents[0].title }}{{ messages[-1].content }}"
+    tool = {"type": "function", "function": {"name": "add"}}
+    messages = [{"role": "user", "content": "hi"}]
+    output = llm.chat(
+        [messages, messages], greedy(2), tools=[tool], documents=[{"title": "!"}],
+        chat_template=template, priority=[1, 0],
+    )  # fmt: skip
+    assert [each.prompt for each in output] == ["add!hi"] * 2
+    going_on = llm.chat(
+        [*messages, {"role": "assistant", "content": "The answer"}], greedy(2),
+        add_generation_prompt=False, continue_final_message=True,
+    )  # fmt: skip
+    assert str(going_on[0].prompt).endswith("assistant: The answer")
+
+
+def cached(llm: LLM, prompt: Any) -> int:
+    return llm.generate(prompt, greedy(2))[0].metrics.num_cached_tokens
+
+
+def test_cache_salt_keeps_tenants_apart(model: TinyModel, device: str) -> None:
+    """Nobody learns from the time to the first token what others have asked."""
+    llm = make_llm(model, device)
+    ids = random_ids(3, 50)
+    salted = [{"prompt_token_ids": ids, "cache_salt": each} for each in ("a", "b", "\udc80", "é")]
+    plain = {"prompt_token_ids": ids}
+    for prompt in (*salted, plain):
+        assert cached(llm, prompt) == 0
+        assert cached(llm, prompt) == 48
+    assert cached(llm, {**plain, "cache_salt": None}) == 48
+    outputs = llm.generate([*salted, plain], greedy(8))
+    assert len({tuple(each) for each in token_ids(outputs)}) == 1
+    for salt in ("", 3, b"a", ["a"]):
+        with pytest.raises(RequestError, match="cache_salt="):
+            llm.generate({**plain, "cache_salt": salt}, greedy(2))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ({"prompt": 3}, "prompt=3"),
+        ({"prompt": [1, 2]}, "prompt=\\[1, 2\\]"),
+        ({"prompt": b"a", "prompt_token_ids": [1]}, "prompt=b'a'"),
+        ({"prompt": None, "prompt_token_ids": None}, "'prompt' or 'prompt_token_ids'"),
+        ({"cache_salt": "x"}, "'prompt' or 'prompt_token_ids'"),
+        ({}, "'prompt' or 'prompt_token_ids'"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids='abc'"),
+        ({"prompt_embeds": torch.ones(2, 2)}, "'prompt_embeds'"),
+        ({"prompt": "a", "prompt_embeds": torch.ones(2, 2).numpy()}, "'prompt_embeds'"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "'multi_modal_data'"),
+        ([None], "prompt_token_ids=None"),
+        ([3.5], "prompt_token_ids=3.5"),
+    ],
+)
+def test_bad_prompts(llm: LLM, prompt: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        llm.generate(prompt, greedy(2))
+
+
+def test_null_is_absent_in_prompts(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("a cat")
+    for prompt in (
+        {"prompt": "a cat", "prompt_token_ids": None},
+        {"prompt": None, "prompt_token_ids": ids},
+    ):
+        assert llm.generate(prompt, greedy(2))[0].prompt_token_ids == ids
+
+
+def copy_of(model: TinyModel, path: Path, **files: Any) -> Path:
+    """A checkpoint with some of its JSON files changed."""
+    target = Path(shutil.copytree(model.path, path / "copy"))
+    for name, fields in files.items():
+        file = target / f"{name}.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, **fields}))
+    return target
+
+
+def test_the_tokenizers_own_end_of_text(
+    model: TinyModel, device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither config lists it, as many fine-tuned checkpoints have it."""
+    llm = make_llm(model, device)
+    eos = llm.get_tokenizer().eos_token_id
+    to_the_end = greedy(8, logit_bias={eos: 100.0})
+    stopped = llm.generate("a cat", to_the_end)[0].outputs[0]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", None)
+    assert stopped.token_ids == [eos]
+    ignored = llm.generate("a cat", greedy(8, logit_bias={eos: 100.0}, ignore_eos=True))
+    assert token_ids(ignored) == [[eos] * 8]
+    with caplog.at_level(logging.INFO):
+        other = copy_of(model, tmp_path, generation_config={"eos_token_id": [7, 9]})
+        assert make_llm(other, device).engine.eos_token_ids == {7, 9, eos}
+    assert f"token {eos} (<eos>) ends a text too" in caplog.text
+    none = copy_of(model, tmp_path / "none", tokenizer_config={"eos_token": None})
+    assert make_llm(none, device).engine.eos_token_ids == set()
+
+
+def test_recommended_length(model: TinyModel, device: str, tmp_path: Path) -> None:
+    path = copy_of(model, tmp_path, generation_config={"max_new_tokens": 23})
+    llm = make_llm(path, device)
+    assert llm.get_default_sampling_params().max_tokens == 23
+    quiet = {"ignore_eos": True}
+    assert [len(each) for each in token_ids(llm.generate(["a"], SamplingParams(**quiet)))] == [16]
+    output = llm.generate("a")[0].outputs[0]
+    assert len(output.token_ids) == 23 or output.finish_reason == "stop"
+
+
+def test_text_of_the_token_that_stops(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    cat = tokenizer.encode(" cat")[-1]
+    bias = {cat: 100.0}
+    for include in (False, True):
+        output = llm.generate(
+            "The",
+            greedy(8, logit_bias=bias, stop_token_ids=[cat], include_stop_str_in_output=include),
+        )[0].outputs[0]
+        assert (output.finish_reason, output.stop_reason) == ("stop", cat)
+        assert output.text == (tokenizer.decode([cat]) if include else "")
+    # A special one shows only if special tokens do.
+    eos = tokenizer.eos_token_id
+    for skip in (True, False):
+        params = greedy(
+            8, logit_bias={eos: 100.0}, include_stop_str_in_output=True, skip_special_tokens=skip
+        )
+        assert llm.generate("The", params)[0].outputs[0].text == ("" if skip else "<eos>")
+
+
+def test_text_that_ends_within_a_character(llm: LLM) -> None:
+    """As it does when the limit of tokens cuts it, or its last character is U+FFFD itself."""
+    tokenizer = llm.get_tokenizer()
+    half = tokenizer.encode("漢字")[0]
+    output = llm.generate("a", greedy(1, logit_bias={half: 100.0}))[0].outputs[0]
+    assert output.token_ids == [half]
+    assert output.text == tokenizer.decode([half]) == "\ufffd"
+    group = llm.engine.add("aborted", "a", greedy(20, logit_bias={half: 100.0}))
+    while not group.output().outputs[0].token_ids:
+        llm.engine.step()
+    assert group.output().outputs[0].text == ""
+    llm.engine.abort(["aborted"])
+    assert group.output().outputs[0].text == "\ufffd"
+    while llm.engine.has_work:
+        llm.engine.step()
+
+
+def test_no_names_of_tokens_without_text(llm: LLM) -> None:
+    output = llm.generate("a", greedy(2, logprobs=1, detokenize=False))[0].outputs[0]
+    for entry in output.logprobs or []:
+        assert all(each.decoded_token is None for each in entry.values())
+
+
 def test_no_tokenizer(model: TinyModel, device: str) -> None:
     llm = make_llm(model, device, skip_tokenizer_init=True)
     for call in (llm.get_tokenizer, lambda: llm.chat([{"role": "user", "content": "hi"}])):
@@ -190,18 +359,135 @@ def test_template_variables_may_be_those_that_have_a_name(llm: LLM) -> None:
     assert found == ["hi!", "hi"]
 
 
-def test_names_that_vllms_users_know(model: TinyModel, device: str) -> None:
-    llm = LLM(
-        str(model.path), device=device, num_blocks=9, enforce_eager=True, dtype="float",
-        trust_remote_code=True, tensor_parallel_size=1, max_num_seqs=2,
-    )  # fmt: skip
-    assert llm.engine.config.graph_mode == "none"
-    assert llm.engine.config.dtype == "float32"
-
-
 def test_paths_can_be_path_objects(model: TinyModel, device: str) -> None:
     llm = LLM(model.path, device=device, num_blocks=9, max_num_seqs=2, tokenizer=model.path)  # type: ignore[arg-type]
     assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3
+
+
+def test_shutdown_frees_the_model(model: TinyModel, device: str) -> None:
+    def modules() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects())
+
+    before = modules()
+    with make_llm(model, device) as llm:
+        assert modules() > before
+        assert len(llm.generate("a", greedy(3))[0].outputs[0].token_ids) == 3
+    assert modules() == before
+    llm.shutdown()  # again: nothing to do
+    for call in (
+        lambda: llm.generate("a", greedy(3)),
+        lambda: llm.generate([], greedy(3)),
+        lambda: llm.chat([{"role": "user", "content": "hi"}]),
+        llm.get_tokenizer,
+        llm.get_metrics,
+        llm.get_default_sampling_params,
+        llm.reset_prefix_cache,
+        llm.start_profile,
+        llm.stop_profile,
+        llm.graph_report,
+        llm.stats,
+        lambda: llm.engine,
+    ):
+        with pytest.raises(RepriseError, match="the engine was shut down; create a new LLM"):
+            call()
+
+
+def test_a_block_that_raises_shuts_down_too(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device)
+
+    def interrupted() -> None:
+        with llm:
+            llm.engine.add("left", "a text", greedy(50))
+            llm.engine.step()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    with pytest.raises(RepriseError, match="shut down"):
+        llm.stats()
+
+
+def test_priority_has_one_entry_a_prompt(llm: LLM) -> None:
+    for priority in ([], [1], np.array([1]), [1, 2, 3]):
+        with pytest.raises(RequestError, match=r"priority has \d entries for 2 prompt"):
+            llm.generate(["a", "b"], greedy(2), priority=priority)
+    for priority in ([1.5, 2], ["x", "y"], [True, False], "ab", 1.5):
+        with pytest.raises(RequestError, match="priority"):
+            llm.generate(["a", "b"], greedy(2), priority=priority)
+    for priority in (None, [2, 1], np.array([2, 1]), (np.int64(3), 4)):
+        assert len(llm.generate(["a", "b"], greedy(2), priority=priority)) == 2
+    assert llm.generate([], priority=[]) == []
+    assert_idle(llm)
+
+
+def test_numbers_of_other_makes_as_prompts(llm: LLM) -> None:
+    ids = [5, 6, 7]
+    expected = token_ids(llm.generate(ids, greedy(4)))
+    array = np.array(ids)
+    forms: list[Any] = [array, torch.tensor(ids), list(array), {"prompt_token_ids": array}]
+    for form in [*forms, [array], np.array([ids]), [list(array)]]:
+        outputs = llm.generate(form, greedy(4))
+        assert token_ids(outputs) == expected
+        assert [type(each) for each in outputs[0].prompt_token_ids] == [int] * 3
+    for wrong in (np.array([1.5]), np.array([True]), [np.float32(1)]):
+        with pytest.raises(RequestError):
+            llm.generate(wrong, greedy(4))
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(None, 20), (1, 1), (7, 7), (20, 20), (30, 20)])
+def test_truncated_prompts(llm: LLM, model: TinyModel, wanted: int | None, kept: int) -> None:
+    prompt = random_ids(1, 20)
+    output = llm.generate([prompt], greedy(5, truncate_prompt_tokens=wanted))[0]
+    assert output.prompt_token_ids == prompt[-kept:]
+    assert model.is_greedy(prompt[-kept:], output.outputs[0].token_ids)
+
+
+def test_a_prompt_is_truncated_to_what_fits(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device, max_model_len=48, skip_tokenizer_init=True)
+    prompt = random_ids(1, 100)
+    for max_tokens, kept in ((16, 32), (47, 1), (100, 1), (None, 47)):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, truncate_prompt_tokens=-1)
+        output = llm.generate([prompt], params)[0]
+        assert output.prompt_token_ids == prompt[-kept:]
+        assert len(output.outputs[0].token_ids) == min(max_tokens or 48, 48 - kept)
+    for wanted in (48, 1000):
+        with pytest.raises(RequestError, match=f"truncate_prompt_tokens={wanted}.*at most 47"):
+            llm.generate([prompt], greedy(4, truncate_prompt_tokens=wanted))
+    assert_idle(llm)
+
+
+def test_cached_tokens(model: TinyModel, device: str) -> None:
+    llm = make_llm(model, device)
+    prompt = random_ids(1, 40)
+    fresh, again = (llm.generate([prompt], greedy(2))[0] for _ in range(2))
+    assert (fresh.num_cached_tokens, again.num_cached_tokens) == (0, 32)
+    unread = llm.generate([prompt], greedy(2, skip_reading_prefix_cache=True))[0]
+    assert unread.num_cached_tokens == 0
+    assert token_ids([unread]) == token_ids([again])
+    assert llm.reset_prefix_cache() is True
+    assert llm.generate([prompt], greedy(2))[0].num_cached_tokens == 0
+
+
+def test_a_profile_is_a_trace(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RepriseError, match="call start_profile"):
+        llm.stop_profile()
+    llm.start_profile(tmp_path / "a")
+    with pytest.raises(RepriseError, match="call stop_profile"):
+        llm.start_profile()
+    llm.generate("a", greedy(3))
+    file = llm.stop_profile()
+    assert file.parent == tmp_path / "a"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert any(each.get("name", "").startswith("aten::") for each in events)
+    monkeypatch.setenv("REPRISE_PROFILE_DIR", str(tmp_path / "b"))
+    llm.start_profile()
+    assert llm.stop_profile().parent == tmp_path / "b"
+    with pytest.raises(RepriseError, match="cannot be made"):
+        llm.start_profile(file / "below")
+    llm.start_profile(tmp_path)  # a refused one leaves nothing behind
+    llm.stop_profile()
 
 
 def test_engines_side_by_side(tiny: TinyModels, device: str) -> None:

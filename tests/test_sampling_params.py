@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, replace
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from helpers import ODD
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reprise.errors import RequestError
-from reprise.sampling_params import SamplingParams
+from reprise.sampling_params import RequestOutputKind, SamplingParams
 
 
 def test_defaults_are_those_of_vllm() -> None:
@@ -40,6 +47,11 @@ def test_defaults_are_those_of_vllm() -> None:
         {"stop": ["a", "b"], "stop_token_ids": [1, 2]},
         {"stop": [], "detokenize": False},
         {"logprobs": 0, "prompt_logprobs": 20},
+        {"logprobs": -1, "prompt_logprobs": -1},
+        {"repetition_penalty": 1e-30},
+        {"repetition_penalty": 1e30},
+        {"allowed_token_ids": [3], "bad_words": ["a", "a b"], "truncate_prompt_tokens": -1},
+        {"output_kind": RequestOutputKind.DELTA, "skip_reading_prefix_cache": True},
     ],
 )
 def test_valid(values: dict[str, Any]) -> None:
@@ -89,15 +101,35 @@ def test_valid(values: dict[str, Any]) -> None:
         ("stop_token_ids", [True]),
         ("stop_token_ids", 5),
         ("stop_token_ids", [2**40]),
-        ("logprobs", -1),
-        ("logprobs", 21),
+        ("logprobs", -2),
         ("logprobs", True),
-        ("prompt_logprobs", -1),
+        ("prompt_logprobs", -2),
         ("prompt_logprobs", 2.0),
         ("ignore_eos", 1),
         ("detokenize", None),
         ("skip_special_tokens", "no"),
         ("include_stop_str_in_output", 0),
+        # Zero, infinite or no number for the device, which computes in float32.
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e39),
+        ("temperature", 1e39),
+        ("top_p", 1e-46),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [1.5]),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", "12"),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", [3]),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("skip_reading_prefix_cache", 1),
+        ("output_kind", 1),
+        ("output_kind", None),
+        ("stop_token_ids", np.array([1.5])),
+        ("max_tokens", np.float64(3)),
+        ("temperature", np.array([0.5])),
     ],
 )
 def test_invalid_names_field_value_and_remedy(name: str, value: Any) -> None:
@@ -123,11 +155,6 @@ def test_conflicts(values: dict[str, Any], culprit: str, other: str) -> None:
     assert other in str(error.value)
 
 
-def test_negative_one_logprobs_says_that_it_is_not_supported() -> None:
-    with pytest.raises(RequestError, match="vocabulary is not supported"):
-        SamplingParams(logprobs=-1)
-
-
 def test_one_form_for_equivalent_values() -> None:
     assert SamplingParams(stop="END").stop_strings == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
@@ -141,13 +168,121 @@ def test_greedy(temperature: float, greedy: bool) -> None:
     assert SamplingParams(temperature=temperature).greedy is greedy
 
 
-def test_immutable_and_independent_of_what_was_given() -> None:
+def test_fields_may_change_and_are_validated_when_submitted() -> None:
     bias = {1: 2.0}
     params = SamplingParams(logit_bias=bias)
     bias[1] = 100.0
     assert params.logit_bias == {1: 2.0}
-    with pytest.raises(FrozenInstanceError):
-        params.n = 2  # type: ignore[misc]
-    assert replace(params, n=2, stop="x").stop_strings == ("x",)
+    params.stop, params.stop_token_ids, params.n = "END", [np.int64(7)], 2
+    assert params.stop_strings == ("END",)
+    taken = params.snapshot()
+    assert (taken.stop, taken.stop_token_ids, taken.n) == ("END", (7,), 2)
+    params.n = 3
+    assert taken.n == 2
+    params.temperature = -1
+    with pytest.raises(RequestError, match="temperature=-1"):
+        params.snapshot()
     with pytest.raises(RequestError):
-        replace(params, n=0)
+        replace(taken, n=0)
+
+
+def test_clone_shares_nothing() -> None:
+    params = SamplingParams(logit_bias={1: 2.0}, stop=["a"])
+    clone = params.clone()
+    assert clone == params
+    assert clone.logit_bias is not None
+    clone.logit_bias[1] = 5.0  # type: ignore[index]
+    assert params.logit_bias == {1: 2.0}
+    assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_from_optional_takes_what_json_has() -> None:
+    nothing = {each.name: None for each in fields(SamplingParams)}
+    assert SamplingParams.from_optional(**nothing) == SamplingParams()
+    params = SamplingParams.from_optional(logit_bias={"17": -3}, temperature=None, max_tokens=4)
+    assert params == SamplingParams(logit_bias={17: -3.0}, max_tokens=4)
+    for key in ("x", "-1", "1.0", "²"):
+        with pytest.raises(RequestError, match="logit_bias"):
+            SamplingParams.from_optional(logit_bias={key: 1})
+
+
+@pytest.mark.parametrize("set_later", [False, True])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("temprature", "temperature"), ("max_token", "max_tokens"), ("logprob", "logprobs")],
+)
+def test_unknown_names_are_named(name: str, meant: str, set_later: bool) -> None:
+    def give() -> None:
+        if set_later:
+            setattr(SamplingParams(), name, 1)
+        else:
+            SamplingParams(**{name: 1})
+
+    with pytest.raises(RequestError, match=rf"{name} \(did you mean {meant}\?\)"):
+        give()
+
+
+def test_values_without_a_name_are_refused() -> None:
+    """The order of the fields is not vLLM's, so they would silently mean something else."""
+    with pytest.raises(RequestError, match=r"SamplingParams\(1, 0.5\)"):
+        SamplingParams(1, 0.5)  # type: ignore[misc]
+
+
+NUMBERS: dict[str, Any] = {
+    "n": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "seed": 9,
+    "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    "max_tokens": 9, "min_tokens": 1, "logprobs": 2, "prompt_logprobs": 3,
+    "truncate_prompt_tokens": 4, "ignore_eos": True, "detokenize": False,
+    "stop_token_ids": [1, 2], "allowed_token_ids": [3, 4], "logit_bias": {5: 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: np.array(value)[()],
+        np.array,
+        torch.tensor,
+        lambda value: [np.int64(each) for each in value] if isinstance(value, list) else value,
+    ],
+    ids=["scalars", "arrays", "tensors", "lists of scalars"],
+)
+def test_numbers_of_other_makes(make: Any) -> None:
+    given = {name: make(value) for name, value in NUMBERS.items() if name != "logit_bias"}
+    given["logit_bias"] = {np.int64(5): np.float32(1.5)}
+    params = SamplingParams(**given)
+    assert params == SamplingParams(**NUMBERS)
+    for value in asdict(params).values():
+        for each in value if isinstance(value, tuple) else (value,):
+            assert type(each) in (int, float, bool, str, dict, type(None), RequestOutputKind)
+
+
+NAMES = [each.name for each in fields(SamplingParams)]
+
+
+def refusal(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=500)
+@given(
+    st.dictionaries(
+        st.sampled_from([each.name for each in fields(SamplingParams)]), st.sampled_from(ODD)
+    )
+)
+def test_any_value_is_accepted_or_refused_by_name(values: dict[str, Any]) -> None:
+    """Whether given at once or later; what was accepted once is accepted again."""
+    later = SamplingParams()
+    for name, value in values.items():
+        setattr(later, name, value)
+    message = refusal(lambda: SamplingParams(**values))
+    assert refusal(later.snapshot) == message
+    if message is None:
+        params = SamplingParams(**values)
+        assert later.snapshot() == params == params.snapshot() == params.clone()
+    else:
+        assert message.partition("=")[0] in values

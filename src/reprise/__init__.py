@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from reprise import openmp as openmp  # before torch, wherever that is imported first
+
 if TYPE_CHECKING:
     from reprise.async_llm import AsyncLLM
+    from reprise.config import EngineConfig as AsyncEngineArgs
+    from reprise.config import EngineConfig as EngineArgs
     from reprise.errors import RepriseError
     from reprise.llm import LLM
     from reprise.outputs import CompletionOutput, RequestOutput
-    from reprise.sampling_params import SamplingParams
+    from reprise.sampling_params import RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "CompletionOutput",
+    "EngineArgs",
     "RepriseError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
 ]
@@ -25,17 +32,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "reprise.llm",
-    "AsyncLLM": "reprise.async_llm",
-    "CompletionOutput": "reprise.outputs",
-    "RepriseError": "reprise.errors",
-    "RequestOutput": "reprise.outputs",
-    "SamplingParams": "reprise.sampling_params",
+    "LLM": "reprise.llm:LLM",
+    "AsyncEngineArgs": "reprise.config:EngineConfig",
+    "AsyncLLM": "reprise.async_llm:AsyncLLM",
+    "CompletionOutput": "reprise.outputs:CompletionOutput",
+    "EngineArgs": "reprise.config:EngineConfig",
+    "RepriseError": "reprise.errors:RepriseError",
+    "RequestOutput": "reprise.outputs:RequestOutput",
+    "RequestOutputKind": "reprise.sampling_params:RequestOutputKind",
+    "SamplingParams": "reprise.sampling_params:SamplingParams",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that the command line can answer --help without loading torch.
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, _, original = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(module), original)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,15 +10,19 @@ import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from reprise.config import EngineConfig
-from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt
-from reprise.errors import RepriseError, describe
+from reprise.engine import CompletionGroup, ContentFormat, Engine, EngineStats, chat_prompt
+from reprise.errors import RepriseError, RequestError, describe
+from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
-from reprise.sampling_params import SamplingParams
+from reprise.sampling_params import RequestOutputKind, SamplingParams
+from reprise.vllm_names import refuse_others
 
 T = TypeVar("T")
 
@@ -37,7 +41,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
+        self.engine = Engine(EngineConfig(model=model, **options))
         self._ids = itertools.count()
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -52,6 +56,11 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> Self:
+        """From options that were put together before."""
+        return cls(**engine_args.arguments())
+
     def generate(
         self,
         prompt: Any,
@@ -59,23 +68,27 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        **others: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Stream a request's output: each item holds everything generated so far.
+        """Stream a request's output.
 
-        Leaving the loop early, or cancelling the task, aborts the request. A consumer slower than
-        the engine skips intermediate states, never tokens.
+        Each item holds what ``sampling_params.output_kind`` says: everything generated so far, what
+        is new, or, once, everything. Leaving the loop early, or cancelling the task, aborts the
+        request. A consumer slower than the engine gets the tokens of several steps at once.
 
         Args:
-            prompt: Text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
+            prompt: As one of :meth:`reprise.LLM.generate`.
             sampling_params: None: as the checkpoint recommends.
             request_id: None: a new one.
             priority: Lower is more urgent.
+            **others: vLLM's other arguments, which must ask for nothing.
 
         Raises:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
         """
-        return self._outputs(lambda: prompt, sampling_params, request_id, priority)
+        refuse_others(self.generate, others)
+        return self._outputs(lambda: prompt, _own(sampling_params), request_id, priority)
 
     def chat(
         self,
@@ -83,21 +96,34 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        priority: int = 0,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
         add_generation_prompt: bool = True,
-        **template_arguments: Any,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        **others: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Stream the answer to a conversation; arguments as of :meth:`generate`."""
+        """Stream the answer to a conversation; arguments as of :meth:`reprise.LLM.chat` and
+        :meth:`generate`."""
+        refuse_others(self.chat, others)
 
         def prompt() -> Any:
             return chat_prompt(
                 self.engine.tokenizer,
                 messages,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
-                **template_arguments,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
             )
 
-        return self._outputs(prompt, sampling_params, request_id, priority)
+        return self._outputs(prompt, _own(sampling_params), request_id, priority)
 
     async def _outputs(
         self,
@@ -111,24 +137,32 @@ class AsyncLLM:
         with self._open():
             self._preparing[stream] = name
             # Neither the engine nor other callers wait for the tokenizer.
-            preparing = self._tokenizing.submit(lambda: self.engine.prepare(prompt()))
+            preparing = self._tokenizing.submit(
+                lambda: (self.engine.prepare(prompt()), self.engine.prepare_params(sampling_params))
+            )
 
-        def add() -> None:
-            self.engine.add(name, prepared, sampling_params, priority)
+        def add() -> RequestOutputKind:
+            kind = self.engine.add(name, prepared, params, priority).params.output_kind
+            stream.final_only = kind is RequestOutputKind.FINAL_ONLY
             self._streams[name] = stream
             with self._lock:
                 del self._preparing[stream]
             if stream.aborted:
                 self._end([name])
+            return kind
 
         try:
-            prepared = await asyncio.wrap_future(preparing)
-            await self._call(add)
-            while True:
-                output = await stream.next()
-                yield output
-                if output.finished:
-                    return
+            prepared, params = await asyncio.wrap_future(preparing)
+            kind = await self._call(add)
+            whole: RequestOutput | None = None
+            while whole is None or not whole.finished:
+                delta = await stream.next()
+                if whole is None or kind is RequestOutputKind.DELTA:
+                    whole = delta
+                else:
+                    whole.extend(delta)
+                # Here and not in the engine's thread, whose steps all streams wait for.
+                yield whole.copy() if kind is RequestOutputKind.CUMULATIVE else whole
         finally:
             with self._lock:
                 self._preparing.pop(stream, None)
@@ -150,8 +184,31 @@ class AsyncLLM:
         """The engine's metrics at this moment."""
         return await self._call(self.engine.stats)
 
+    async def get_metrics(self) -> list[Metric]:
+        """As of :meth:`reprise.LLM.get_metrics`."""
+        return await self._call(self.engine.metrics)
+
+    async def get_tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        if self.engine.tokenizer is None:
+            raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
+        return self.engine.tokenizer
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True, for vLLM's may fail."""
+        await self._call(lambda: self.engine.scheduler.reset_prefix_cache())
+        return True
+
+    async def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
+        """As of :meth:`reprise.LLM.start_profile`."""
+        await self._call(lambda: self.engine.profiler.start(directory))
+
+    async def stop_profile(self) -> Path:
+        """As of :meth:`reprise.LLM.stop_profile`."""
+        return await self._call(self.engine.profiler.stop)
+
     def shutdown(self) -> None:
-        """Abort all requests and stop the engine's thread."""
+        """Abort all requests, stop the engine's thread and free the device's memory."""
         with self._lock:
             if self._closed is None:
                 self._closed = "the engine was shut down; create a new AsyncLLM"
@@ -201,7 +258,10 @@ class AsyncLLM:
             if command is None:
                 break
             command.run()
-        self._attempt(lambda: self._deliver(self.engine.abort(list(self._streams))))
+        try:
+            self._attempt(lambda: self._deliver(self.engine.abort(list(self._streams))))
+        finally:
+            self.engine.close()
 
     def _step(self) -> None:
         self._deliver(self.engine.step())
@@ -245,12 +305,17 @@ class AsyncLLM:
                     command.refuse(error)
 
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
+        # Waking a loop takes a system call, so its streams are woken together.
+        woken: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for group in groups:
             stream = self._streams.get(group.request_id)
-            if stream is not None and (group.finished or stream.taken):
-                stream.put(group.output())
+            if stream is not None and (group.finished or stream.wants_more):
+                stream.put(group.delta())
+                woken.setdefault(stream.loop, []).append(stream)
             if group.finished:
                 self._streams.pop(group.request_id, None)
+        for loop, streams in woken.items():
+            _wake(loop, streams)
 
 
 _living: weakref.WeakSet[AsyncLLM] = weakref.WeakSet()
@@ -307,40 +372,56 @@ class _Command:
             self._future.set_exception(error)
 
 
+def _own(params: Any) -> Any:
+    """A copy: the caller may change his before the engine's thread takes them."""
+    return params.clone() if isinstance(params, SamplingParams) else params
+
+
 class _Stream:
-    """Hands the latest output from the engine's thread to one coroutine."""
+    """Hands what is new from the engine's thread to one coroutine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._ready = asyncio.Event()
-        self._latest: RequestOutput | None = None
+        self.final_only = False
+        self.loop = loop
+        self.ready = asyncio.Event()
+        self._deltas: deque[RequestOutput] = deque()
         self._error: Exception | None = None
         self.aborted = False
         """Before the engine had its request."""
 
     @property
-    def taken(self) -> bool:
+    def wants_more(self) -> bool:
         """The coroutine has what was put last, so it is worth while to put more."""
-        return not self._ready.is_set()
+        return not self.final_only and not self._deltas
 
-    def put(self, output: RequestOutput) -> None:
-        self._latest = output
-        self._wake()
+    def put(self, delta: RequestOutput) -> None:
+        """Whoever puts wakes the coroutine too."""
+        self._deltas.append(delta)
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._wake()
+        _wake(self.loop, [self])
 
     async def next(self) -> RequestOutput:
-        await self._ready.wait()
-        self._ready.clear()
+        while not self._deltas and self._error is None:
+            await self.ready.wait()
+            self.ready.clear()
         if self._error is not None:
             raise self._error
-        assert self._latest is not None
-        return self._latest
+        found = self._deltas.popleft()
+        while self._deltas:  # the last one may be put before this one was taken
+            found.extend(self._deltas.popleft())
+        return found
 
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:
-            logger.debug("the event loop of a stream was closed; its output is dropped")
+
+def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
+    """Have the coroutines look at what was put for them."""
+
+    def wake() -> None:
+        for each in streams:
+            each.ready.set()
+
+    try:
+        loop.call_soon_threadsafe(wake)
+    except RuntimeError:
+        logger.debug("the event loop of a stream was closed; its output is dropped")

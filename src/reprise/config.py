@@ -8,18 +8,57 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from reprise.arguments import is_whole, plain, takes_names
 from reprise.errors import ConfigError
+from reprise.vllm_names import ENGINE, drop_neutral
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's names and values as this configuration's."""
+    left = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else plain(value)
+        for name, value in drop_neutral(
+            arguments, ENGINE, _NAMES, "option", ConfigError, also=_OTHER_NAMES
+        ).items()
+        if value is not None or name not in _VLLM_HAS_NONE
+    }
+    eager = left.pop("enforce_eager", None)
+    if eager is not None and not isinstance(eager, bool):
+        raise ConfigError(f"enforce_eager={eager!r} must be True or False")
+    if eager and left.setdefault("graph_mode", "none") not in ("none", "NONE"):
+        raise ConfigError(
+            f"enforce_eager=True and graph_mode={left['graph_mode']!r} contradict each other; "
+            "give one of them"
+        )
+    blocks = left.pop("num_gpu_blocks_override", None)
+    if blocks is not None:
+        if "num_blocks" in left:
+            raise ConfigError(
+                f"num_gpu_blocks_override={blocks} and num_blocks={left['num_blocks']} are the "
+                "same option; give one of them"
+            )
+        left["num_blocks"] = blocks
+    _take_model_len(left)
+    dtype = str(left.get("dtype")).removeprefix("torch.")  # as torch's own dtypes are written
+    dtype = _DTYPE_ALIASES.get(dtype, dtype)
+    if dtype in get_args(Dtype):
+        left["dtype"] = dtype
+    return left
+
+
+@takes_names(_translate, ConfigError)
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Options of one engine. The names are the command line's flags and ``LLM``'s arguments.
 
+    vLLM's other names are accepted where they ask for nothing: see :mod:`reprise.vllm_names`.
+
     Raises:
-        ConfigError: A value is out of range, or two options contradict each other.
+        ConfigError: A name is unknown, a value is out of range, or two options contradict each
+            other.
     """
 
     model: str | None = None
@@ -28,6 +67,8 @@ class EngineConfig:
     """Directory or id of the tokenizer; None: the model's."""
     revision: str | None = None
     """Branch, tag or commit on the Hugging Face hub."""
+    tokenizer_revision: str | None = None
+    """The same for the tokenizer; None: the model's."""
     device: str = "auto"
     """Platform name, optionally with an index (``cuda:1``); ``auto`` takes the best one here."""
     dtype: Dtype = "auto"
@@ -35,7 +76,8 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     """``dummy`` needs a config alone and fills the weights with random values."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the Hugging Face config to replace."""
+    """Fields of the Hugging Face config to replace; objects are merged, and RoPE may be spelled as
+    in transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: what the model was trained for."""
     max_num_seqs: int = 256
@@ -63,6 +105,9 @@ class EngineConfig:
     """Sizes to capture, ``1,2,4,8`` or ``decode=1,2,4;mixed=64,128``; None: by the limits."""
     graph_memory_profile: Literal["auto", "off"] = "auto"
     """Predict the memory of graphs before the cache takes the rest, where the platform can."""
+    max_logprobs: int | None = None
+    """Most log probabilities that a request may ask for at one position; -1: any number. None: 20,
+    or the whole vocabulary at once."""
     seed: int = 0
     """Seed of requests that bring none."""
     skip_tokenizer_init: bool = False
@@ -73,19 +118,27 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for names, kind, wanted in _KINDS:
             for name in names:
-                if not isinstance(getattr(self, name), kind):
-                    raise ConfigError(f"{name}={getattr(self, name)!r} must be {wanted}")
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                    raise ConfigError(f"{name}={value!r} must be {wanted}")
+        if not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
+            raise ConfigError(f"ops={self.ops!r} must map names of ops to names of implementations")
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
         self._one_of("graph_memory_profile", ("auto", "off"))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
                      "kv_cache_memory_bytes", "num_blocks"):  # fmt: skip
             self._positive(name)
+        limit = self.max_logprobs
+        if limit is not None and (not is_whole(limit) or limit < -1):
+            raise ConfigError(
+                f"max_logprobs={limit!r} must be a whole number of at least 0, or -1 for any number"
+            )
         size = self.block_size
         if size is not None and size & (size - 1):
             raise ConfigError(f"block_size={size} must be a power of two, such as 16")
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization={share!r} must be above 0 and at most 1")
         if self.num_blocks is not None:
             if self.num_blocks < 2:
@@ -108,20 +161,9 @@ class EngineConfig:
         """A copy with some options changed, validated again."""
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_arguments(cls, **arguments: Any) -> EngineConfig:
-        """Build from keyword arguments; unknown names get an error that lists the known ones."""
-        _translate(arguments)
-        known = {each.name for each in dataclasses.fields(cls)}
-        unknown = sorted(set(arguments) - known)
-        if unknown:
-            raise ConfigError(
-                f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-            )
-        for name, value in arguments.items():
-            if isinstance(value, os.PathLike):
-                arguments[name] = os.fspath(value)
-        return cls(**arguments)
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's keyword arguments that make an equal one."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -132,27 +174,40 @@ class EngineConfig:
         value = getattr(self, name)
         if value is None and name != "max_num_seqs":
             return
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if not is_whole(value) or value <= 0:
             raise ConfigError(f"{name}={value!r} must be a positive whole number")
 
 
-def _translate(arguments: dict[str, Any]) -> None:
-    """Take vLLM's names for what has another one here or needs none, in place."""
-    if arguments.pop("enforce_eager", False):
-        arguments.setdefault("graph_mode", "none")
-    # No checkpoint's code is ever run: what an architecture computes stands in reprise/models.
-    arguments.pop("trust_remote_code", None)
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if arguments.get(name) == 1:
-            del arguments[name]
-    if arguments.get("dtype") in _DTYPE_ALIASES:
-        arguments["dtype"] = _DTYPE_ALIASES[arguments["dtype"]]
+def _take_model_len(arguments: dict[str, Any]) -> None:
+    """Out of ``hf_overrides``, where vLLM's example of context extension has it, in place."""
+    overrides = arguments.get("hf_overrides")
+    if not isinstance(overrides, Mapping) or "max_model_len" not in overrides:
+        return
+    length = plain(overrides["max_model_len"])
+    if arguments.get("max_model_len") not in (None, length):
+        raise ConfigError(
+            f"max_model_len={arguments['max_model_len']} and max_model_len={length} in "
+            "hf_overrides contradict each other; give one of them"
+        )
+    arguments["max_model_len"] = length
+    arguments["hf_overrides"] = {k: v for k, v in overrides.items() if k != "max_model_len"}
 
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override")
+"""vLLM's names of what has another one here."""
+_VLLM_HAS_NONE = ("seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides")
+"""Where vLLM takes None for the default."""
+_NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))
 _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
-    (("model", "tokenizer", "revision"), (str, type(None)), "a string or None"),
+    (
+        ("model", "tokenizer", "revision", "tokenizer_revision"),
+        (str, type(None)),
+        "a string or None",
+    ),
     (("device",), str, "a string, such as 'auto' or 'cuda:1'"),
+    (("graph_mode", "graph_verify"), str, "a string"),
+    (("graph_buckets",), (str, type(None)), "a string, such as '1,2,4', or None"),
     (("hf_overrides", "ops"), Mapping, "a dictionary"),
     (("seed",), int, "a whole number"),
     (("enable_prefix_caching", "skip_tokenizer_init"), bool, "True or False"),

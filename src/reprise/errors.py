@@ -51,3 +51,7 @@ class WeightsLostError(GraphError):
 
 class GraphReplayError(GraphError):
     """A replay raised. The graph is not replayed again; what it was to write is unknown."""
+
+
+class UnsupportedError(RepriseError, AttributeError):
+    """A part of vLLM's interface that Reprise does not have."""

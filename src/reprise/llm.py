@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor
 
+from reprise.arguments import plain_list
 from reprise.config import EngineConfig
-from reprise.engine import CompletionGroup, Engine, EngineStats, chat_prompt, split_prompts
-from reprise.errors import RepriseError, RequestError
+from reprise.engine import (
+    CompletionGroup,
+    ContentFormat,
+    Engine,
+    EngineStats,
+    chat_prompt,
+    split_prompts,
+)
+from reprise.errors import RepriseError, RequestError, UnsupportedError
 from reprise.graphs import GraphReport
+from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
 from reprise.sampling_params import SamplingParams
+from reprise.vllm_names import METHODS, refuse_others
 
 Message = Mapping[str, Any]
 
@@ -23,18 +35,37 @@ Message = Mapping[str, Any]
 class LLM:
     """A model ready to generate. Threads may share one: their calls take turns.
 
+    As a context manager it shuts the engine down at the end of the block.
+
     Args:
         model: Local directory, Hugging Face id, or None for the bundled demo model.
-        **options: The fields of :class:`reprise.config.EngineConfig`.
+        **options: The fields of :class:`reprise.config.EngineConfig`, and vLLM's other names where
+            they ask for nothing (:mod:`reprise.vllm_names`).
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.from_arguments(model=model, **options))
+        self._engine: Engine | None = Engine(EngineConfig(model=model, **options))
         self._ids = itertools.count()
         self._lock = threading.RLock()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> Self:
+        """From options that were put together before."""
+        return cls(**engine_args.arguments())
+
+    @property
+    def engine(self) -> Engine:
+        """What computes.
+
+        Raises:
+            RepriseError: It was shut down.
+        """
+        if self._engine is None:
+            raise RepriseError("the engine was shut down; create a new LLM")
+        return self._engine
 
     def generate(
         self,
@@ -43,15 +74,18 @@ class LLM:
         *,
         priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one continuous batch.
 
         Args:
             prompts: A prompt or a list of them: text, token ids, ``{"prompt": ...}`` or
-                ``{"prompt_token_ids": [...]}``.
+                ``{"prompt_token_ids": [...]}``. With ``"cache_salt": ...`` in the dictionary it
+                shares cached prefixes only with prompts of the same salt.
             sampling_params: For all prompts, or one for each; None: as the checkpoint recommends.
             priority: One for each prompt; lower is more urgent.
             use_tqdm: Show progress on standard error if it takes long.
+            **others: vLLM's other arguments, which must ask for nothing.
 
         Returns:
             One output a prompt, in their order.
@@ -60,20 +94,26 @@ class LLM:
             RequestError: A prompt or parameter is invalid; then nothing is generated.
             CapacityError: A prompt does not fit the context or the cache; likewise.
         """
+        refuse_others(self.generate, others)
+        if not isinstance(use_tqdm, bool):
+            raise RequestError(f"use_tqdm={use_tqdm!r}: give True or False")
+        engine = self.engine
         inputs = split_prompts(prompts)
         params = _one_each("sampling_params", sampling_params, SamplingParams, len(inputs))
-        priorities = _one_each("priority", priority or 0, int, len(inputs))
+        urgencies = 0 if priority is None else plain_list(priority)
+        priorities = _one_each("priority", urgencies, int, len(inputs))
         groups: list[CompletionGroup] = []
         with self._lock:
+            engine = self.engine
             try:
                 for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
-                    groups.append(self.engine.add(f"{next(self._ids)}", prompt, each, urgency))
+                    groups.append(engine.add(f"{next(self._ids)}", prompt, each, urgency))
                 self._run(groups, use_tqdm)
             except RepriseError:
-                self.engine.abort([each.request_id for each in groups])
+                engine.abort([each.request_id for each in groups])
                 raise
             except BaseException:
-                self.engine.start_over()
+                engine.start_over()
                 raise
             return [each.output() for each in groups]
 
@@ -83,23 +123,38 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several.
 
         Args:
-            messages: ``[{"role": "user", "content": "hi"}, ...]``, or a list of such lists.
+            messages: ``[{"role": "user", "content": "hi"}, ...]`` as the OpenAI API has them, or a
+                list of such lists.
             sampling_params: As in :meth:`generate`.
-            chat_template: Jinja template to use instead of the tokenizer's.
+            chat_template: As of :func:`reprise.engine.chat.chat_prompt`, like the next six.
+            chat_template_content_format: How the template gets a message's text.
             add_generation_prompt: End the prompt where the assistant's answer begins.
+            continue_final_message: Let the model go on where the last message ends.
+            tools: That the model may call.
+            documents: That the template reads.
             chat_template_kwargs: Further variables of the template.
+            priority: As in :meth:`generate`.
             use_tqdm: As in :meth:`generate`.
+            **others: As in :meth:`generate`.
 
         Raises:
-            RequestError: The messages are malformed or the tokenizer has no chat template.
+            RequestError: The messages are malformed, the tokenizer has no chat template, or
+                tools or documents were given that the template does not read.
         """
+        refuse_others(self.chat, others)
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError(
                 f"messages={messages!r}: give a list of messages, or a list of such lists"
@@ -110,15 +165,17 @@ class LLM:
             chat_prompt(
                 self.engine.tokenizer,
                 each,
-                **{
-                    "chat_template": chat_template,
-                    "add_generation_prompt": add_generation_prompt,
-                    **(chat_template_kwargs or {}),
-                },
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
             )
             for each in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> Any:
         """transformers' tokenizer."""
@@ -130,10 +187,11 @@ class LLM:
         """What the checkpoint's generation config recommends."""
         return self.engine.default_sampling_params()
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True, for vLLM's may fail."""
         with self._lock:
             self.engine.scheduler.reset_prefix_cache()
+        return True
 
     def update_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights while the model stands ready, as in reinforcement learning.
@@ -153,6 +211,53 @@ class LLM:
         """
         with self._lock:
             self.engine.update_weights(weights)
+
+    def get_metrics(self) -> list[Metric]:
+        """What is counted from the start, and gauges of this moment: see
+        :mod:`reprise.metrics`."""
+        return self.engine.metrics()
+
+    def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
+        """Record what host and device do until :meth:`stop_profile`.
+
+        Args:
+            directory: For the file; None: ``REPRISE_PROFILE_DIR``, or ``reprise-profile`` in the
+                working directory.
+
+        Raises:
+            RepriseError: A profile is being recorded already.
+            ConfigError: The directory cannot be made.
+        """
+        with self._lock:
+            self.engine.profiler.start(directory)
+
+    def stop_profile(self) -> Path:
+        """Write what was recorded, for Chrome's or Perfetto's trace viewer. Returns the file.
+
+        Raises:
+            RepriseError: Nothing is being recorded.
+        """
+        with self._lock:
+            return self.engine.profiler.stop()
+
+    def shutdown(self) -> None:
+        """Free the device's memory, after calls of other threads that are under way. Every other
+        call afterwards raises a RepriseError."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in METHODS:
+            raise UnsupportedError(f"LLM.{name}: {METHODS[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def graph_report(self) -> GraphReport:
         """The resolved graph plan, and what is known of every captured graph."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.request import FinishReason
 
-
-@dataclass(slots=True)
-class Logprob:
-    """Log probability of one token at one position, under the model's unmodified logits."""
-
-    logprob: float
-    rank: int | None = None
-    """1 is the likeliest token."""
-    decoded_token: str | None = None
-
-
-Logprobs = dict[int, Logprob]
-"""Token id to its log probability; the chosen token comes first."""
+__all__ = [
+    "CompletionOutput",
+    "Logprob",
+    "Logprobs",
+    "RequestMetrics",
+    "RequestOutput",
+    "WholeLogprobs",
+]
 
 
 @dataclass(slots=True)
@@ -38,9 +35,25 @@ class CompletionOutput:
     """Tokens from this one on (counted from 0) may be wrong: a graph drew them unseen that a canary
     found wrong later. None: no graph that drew them has been found wrong."""
 
-    @property
     def finished(self) -> bool:
+        """Whether it has ended."""
         return self.finish_reason is not None
+
+    def extend(self, later: CompletionOutput) -> None:
+        """Add what is new since this one: a delta that came later."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.suspect_from = later.suspect_from
+
+    def copy(self) -> Self:
+        """One whose lists are its own."""
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
 
 
 @dataclass(slots=True)
@@ -81,3 +94,25 @@ class RequestOutput:
         """The first token of any completion that may be wrong, see :class:`CompletionOutput`."""
         found = [each.suspect_from for each in self.outputs if each.suspect_from is not None]
         return min(found, default=None)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose keys and values came from the prefix cache."""
+        return self.metrics.num_cached_tokens
+
+    def extend(self, later: RequestOutput) -> None:
+        """Add what is new since this one: a delta that came later."""
+        known = {each.index: each for each in self.outputs}
+        for each in later.outputs:
+            if each.index in known:
+                known[each.index].extend(each)
+            else:
+                self.outputs.append(each)
+        self.finished = later.finished
+        self.metrics = later.metrics
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = later.prompt_logprobs
+
+    def copy(self) -> Self:
+        """One whose completions are its own."""
+        return replace(self, outputs=[each.copy() for each in self.outputs])

@@ -47,7 +47,9 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     """The model's end-of-sequence tokens; emptied if the request ignores them."""
     skip_prefix_cache: bool = False
-    """Compute every token, even if the cache has it; always so with prompt logprobs."""
+    """Compute every token, even if the cache has it; so with prompt logprobs, or if asked for."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of ``params.bad_words``: each one's last is not drawn behind the others."""
     cache_salt: bytes = b""
     """Requests share cached blocks only with requests of the same salt."""
     seed: int = 0
@@ -105,8 +107,8 @@ class Request:
         if self.params.ignore_eos:
             self.eos_token_ids = frozenset()
         self.stop_token_ids = self.eos_token_ids.union(self.params.stop_token_ids or ())
-        if self.params.prompt_logprobs is not None:
-            # Logprobs come from computing a token; a cached one is not computed.
+        # Logprobs come from computing a token; a cached one is not computed.
+        if self.params.skip_reading_prefix_cache or self.params.prompt_logprobs is not None:
             self.skip_prefix_cache = True
 
     @property

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self
 
+from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
+from reprise.vllm_names import SAMPLING, drop_neutral
 
 MAX_COMPLETIONS = 16384
 """Of one prompt, as in vLLM: they are created between two steps, while other requests wait."""
 
-MAX_LOGPROBS = 20
-"""Most alternatives that can be returned for one position."""
-
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature the most likely token is taken."""
 
+WHOLE_VOCABULARY = -1
+"""As ``logprobs`` and ``prompt_logprobs``."""
+
 _SEED_LIMIT = 2**63
 _TOKEN_LIMIT = 2**31
+_PENALTY_LIMIT = 1e30
+"""Logits of any model, times or divided by this, are numbers in float32."""
 
 
-@dataclass(frozen=True)
+class RequestOutputKind(Enum):
+    """What each item of a stream holds."""
+
+    CUMULATIVE = 0
+    """Everything generated so far."""
+    DELTA = 1
+    """What is new since the item before."""
+    FINAL_ONLY = 2
+    """Everything; the stream has one item, at the end."""
+
+
+def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
+    return drop_neutral(arguments, SAMPLING, _NAMES, "sampling parameter", RequestError)
+
+
+@takes_names(_translate, RequestError)
+@dataclass(kw_only=True)
 class SamplingParams:
-    """Validated once, when created. Names and defaults are vLLM's.
+    """Names and defaults are vLLM's. Numbers may be numpy's, lists may be arrays.
+
+    Fields may be changed until a request is submitted, which takes a copy. Values are validated
+    when the object is made and when it is submitted. vLLM's other names are accepted where they
+    ask for nothing: see :mod:`reprise.vllm_names`.
 
     Raises:
-        RequestError: A value has the wrong type, is out of range, or conflicts with another one.
+        RequestError: A name is unknown, or a value has the wrong type, is out of range, or
+            conflicts with another one.
     """
 
     n: int = 1
@@ -48,6 +77,11 @@ class SamplingParams:
     """Subtracted from a token's logit once for each time that it is in the output."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -100 to 100."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these tokens are drawn. The end-of-sequence token is not among them unless listed."""
+    bad_words: Sequence[str] | None = None
+    """Texts that are not generated: of their tokens, with and without a leading space, the last
+    one is never drawn behind the others. If no other token is allowed it is drawn nevertheless."""
     seed: int | None = None
     """Same seed, same tokens; None or -1: the engine's seed and the number of requests before it
     make one."""
@@ -62,9 +96,16 @@ class SamplingParams:
     ignore_eos: bool = False
     """End-of-sequence tokens of the model do not end the request."""
     logprobs: int | None = None
-    """Return the logprob of each sampled token and of this many most likely ones."""
+    """Return the logprob of each sampled token and of this many most likely ones; -1: of the whole
+    vocabulary. The engine's ``max_logprobs`` is the limit."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
+    truncate_prompt_tokens: int | None = None
+    """Use this many last tokens of the prompt; -1: as many as leave room for ``max_tokens``."""
+    skip_reading_prefix_cache: bool | None = None
+    """Compute every token of the prompt, as with ``prompt_logprobs``."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What each item of a stream holds. ``LLM`` returns whole outputs whatever it says."""
     skip_special_tokens: bool = True
     """Special tokens do not appear in the text."""
     spaces_between_special_tokens: bool = True
@@ -74,43 +115,85 @@ class SamplingParams:
     detokenize: bool = True
     """Produce text; False: token ids only."""
 
-    stop_strings: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    """``stop`` in one form."""
-
     def __post_init__(self) -> None:
         for name, low, remedy in _INTEGERS:
             self._check_integer(name, low, remedy)
         for name, test, remedy in _NUMBERS:
             self._check_number(name, test, remedy)
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise _invalid(name, getattr(self, name), "give True or False")
+            self._check_flag(name)
         self._check_logit_bias()
         self._check_seed()
-        for name in ("logprobs", "prompt_logprobs"):
-            self._check_logprobs(name)
-        self._check_stops()
+        self._check_tokens("stop_token_ids")
+        self._check_tokens("allowed_token_ids")
+        self._check_texts("stop")
+        self._check_texts("bad_words")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            kinds = ", ".join(each.name for each in RequestOutputKind)
+            remedy = f"give a RequestOutputKind: {kinds}"
+            raise _invalid("output_kind", self.output_kind, remedy)
         self._check_conflicts()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _NAMES or _translate({name: value}):
+            super().__setattr__(name, value)
+
+    @classmethod
+    def from_optional(cls, **values: Any) -> Self:
+        """As the constructor, for values from JSON: None is the default, and ``logit_bias`` may
+        have token ids as text."""
+        bias = values.get("logit_bias")
+        if isinstance(bias, Mapping):
+            values["logit_bias"] = {_number_in(token): each for token, each in bias.items()}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def clone(self) -> Self:
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
+
+    def snapshot(self) -> Self:
+        """A validated copy.
+
+        Raises:
+            RequestError: A field was changed to an invalid value.
+        """
+        return dataclasses.replace(self)
 
     @property
     def greedy(self) -> bool:
         """The most likely token is taken at each position."""
         return self.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` in one form."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
     def _check_integer(self, name: str, low: int, remedy: str) -> None:
-        value = getattr(self, name)
-        if name == "max_tokens" and value is None:
+        value = plain(getattr(self, name))
+        if value is None and name in _OPTIONAL:
             return
-        if not _is_integer(value) or value < low:
+        if not is_whole(value) or value < low:
             raise _invalid(name, value, remedy)
         if name == "n" and value > MAX_COMPLETIONS:
             raise _invalid(name, value, f"give at most {MAX_COMPLETIONS}, or several requests")
+        if name == "truncate_prompt_tokens" and value == 0:
+            raise _invalid(name, value, remedy)
+        super().__setattr__(name, value)
 
-    def _check_number(self, name: str, test: Any, remedy: str) -> None:
-        value = _finite(getattr(self, name))
-        if value is None or not test(value):
-            raise _invalid(name, getattr(self, name), remedy)
-        object.__setattr__(self, name, value)
+    def _check_number(self, name: str, test: Callable[[float], bool], remedy: str) -> None:
+        value = plain(getattr(self, name))
+        number = _finite(value)
+        # The device computes in float32: what is not zero here may be zero there.
+        if number is None or not test(number) or not test(_float32(number)):
+            raise _invalid(name, value, remedy)
+        super().__setattr__(name, number)
+
+    def _check_flag(self, name: str) -> None:
+        value = plain(getattr(self, name))
+        if not isinstance(value, bool) and not (value is None and name in _OPTIONAL):
+            raise _invalid(name, value, "give True or False")
+        super().__setattr__(name, value)
 
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
@@ -120,49 +203,49 @@ class SamplingParams:
             raise _invalid("logit_bias", self.logit_bias, remedy)
         biases: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
-            number = _finite(bias)
+            token, number = plain(token), _finite(plain(bias))
             if not _is_token(token) or number is None or abs(number) > 100:
                 raise _invalid("logit_bias", {token: bias}, remedy)
             biases[token] = number
         # Copied, so that a caller who changes his dict does not change a running request.
-        object.__setattr__(self, "logit_bias", biases or None)
+        super().__setattr__("logit_bias", biases or None)
 
     def _check_seed(self) -> None:
-        if self.seed is None:
+        seed = plain(self.seed)
+        if seed is not None and (not is_whole(seed) or not -_SEED_LIMIT <= seed < _SEED_LIMIT):
+            raise _invalid("seed", seed, "give an integer of 64 bits, or None")
+        super().__setattr__("seed", None if seed == -1 else seed)
+
+    def _check_tokens(self, name: str) -> None:
+        given = getattr(self, name)
+        if given is None and name in _OPTIONAL:
             return
-        if not _is_integer(self.seed) or not -_SEED_LIMIT <= self.seed < _SEED_LIMIT:
-            raise _invalid("seed", self.seed, "give an integer of 64 bits, or None")
-        if self.seed == -1:
-            object.__setattr__(self, "seed", None)
-
-    def _check_logprobs(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if _is_integer(value) and value == -1:
-            remedy = f"the whole vocabulary is not supported, give 0 to {MAX_LOGPROBS}"
-            raise _invalid(name, value, remedy)
-        if not _is_integer(value) or not 0 <= value <= MAX_LOGPROBS:
-            raise _invalid(name, value, f"give an integer from 0 to {MAX_LOGPROBS}, or None")
-
-    def _check_stops(self) -> None:
-        stops = () if self.stop is None else self.stop
-        strings = (stops,) if isinstance(stops, str) else stops
-        remedy = "give a string or a list of strings, none of them empty"
-        if not isinstance(strings, list | tuple):
-            raise _invalid("stop", self.stop, remedy)
-        for string in strings:
-            if not isinstance(string, str) or not string:
-                raise _invalid("stop", self.stop, remedy)
-        object.__setattr__(self, "stop_strings", tuple(strings))
-
-        tokens = () if self.stop_token_ids is None else self.stop_token_ids
+        tokens = plain_list(() if given is None else given)
         remedy = "give a list of token ids"
-        if not isinstance(tokens, list | tuple | set | frozenset):
-            raise _invalid("stop_token_ids", tokens, remedy)
-        if not all(_is_token(token) for token in tokens):
-            raise _invalid("stop_token_ids", tokens, remedy)
-        object.__setattr__(self, "stop_token_ids", tuple(tokens))
+        if name in _OPTIONAL:
+            remedy += ", at least one, or None"
+            if isinstance(tokens, list) and not tokens:
+                raise _invalid(name, given, remedy)
+        if not isinstance(tokens, list) or not all(_is_token(token) for token in tokens):
+            raise _invalid(name, given, remedy)
+        super().__setattr__(name, tuple(dict.fromkeys(tokens)))
+
+    def _check_texts(self, name: str) -> None:
+        given = getattr(self, name)
+        if given is None:
+            return
+        if name == "stop" and isinstance(given, str):
+            given = [given]
+        texts = plain_list(given)
+        remedy = "give a list of strings, none of them empty"
+        if name == "stop":
+            remedy = "give a string or a list of strings, none of them empty"
+        if not isinstance(texts, list):
+            raise _invalid(name, given, remedy)
+        if not all(isinstance(each, str) and each for each in texts):
+            raise _invalid(name, getattr(self, name), remedy)
+        if not isinstance(getattr(self, name), str):
+            super().__setattr__(name, tuple(dict.fromkeys(texts)))
 
     def _check_conflicts(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -173,22 +256,36 @@ class SamplingParams:
             raise _invalid("stop", self.stop, remedy)
 
 
+_NAMES = frozenset(each.name for each in dataclasses.fields(SamplingParams))
+_OPTIONAL = {
+    "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids",
+    "skip_reading_prefix_cache",
+}  # fmt: skip
 _INTEGERS = [
     ("n", 1, "give an integer of at least 1"),
     ("top_k", -1, "give an integer of at least 1, or 0 (or -1) for all tokens"),
     ("max_tokens", 1, "give an integer of at least 1, or None"),
     ("min_tokens", 0, "give an integer of at least 0"),
+    ("logprobs", -1, "give an integer of at least 0, -1 for the whole vocabulary, or None"),
+    ("prompt_logprobs", -1, "give an integer of at least 0, -1 for the whole vocabulary, or None"),
+    ("truncate_prompt_tokens", -1, "give an integer of at least 1, -1 for what fits, or None"),
 ]
-_NUMBERS = [
-    ("temperature", lambda x: x >= 0, "give a number of at least 0; 0 is greedy"),
+_NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
+    ("temperature", lambda x: 0 <= x < math.inf, "give a number of at least 0; 0 is greedy"),
     ("top_p", lambda x: 0 < x <= 1, "give a number above 0 and at most 1"),
     ("min_p", lambda x: 0 <= x <= 1, "give a number from 0 to 1"),
-    ("repetition_penalty", lambda x: x > 0, "give a number above 0; 1 is no penalty"),
+    (
+        "repetition_penalty",
+        lambda x: 0.99 / _PENALTY_LIMIT <= x <= 1.01 * _PENALTY_LIMIT,  # rounded, too
+        f"give a number from {1 / _PENALTY_LIMIT:g} to {_PENALTY_LIMIT:g}, so that logits stay "
+        "numbers in float32; 1 is no penalty",
+    ),
     ("presence_penalty", lambda x: -2 <= x <= 2, "give a number from -2 to 2"),
     ("frequency_penalty", lambda x: -2 <= x <= 2, "give a number from -2 to 2"),
 ]
 _FLAGS = [
     "ignore_eos",
+    "skip_reading_prefix_cache",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
@@ -197,15 +294,11 @@ _FLAGS = [
 
 
 def _invalid(name: str, value: object, remedy: str) -> RequestError:
-    return RequestError(f"{name}={value!r}: {remedy}")
+    return RequestError(f"{name}={shown(value)}: {remedy}")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOKEN_LIMIT
+def _is_token(value: Any) -> bool:
+    return is_whole(value) and 0 <= value < _TOKEN_LIMIT
 
 
 def _finite(value: object) -> float | None:
@@ -217,3 +310,18 @@ def _finite(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def _float32(value: float) -> float:
+    """The nearest number in float32, which is infinite beyond its range."""
+    try:
+        found: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return found
+
+
+def _number_in(token: Any) -> Any:
+    """A token id that JSON made a text."""
+    text = token if isinstance(token, str) else ""
+    return int(text) if text.isascii() and text.isdigit() else token

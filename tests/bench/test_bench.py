@@ -65,6 +65,7 @@ def test_latency(model, device):
     assert record["graphs"]["quarantined"] == 0
     assert record["graphs"]["captured"] == record["graphs"]["verified"]
     assert record["floor"]["copy_tb_per_s"] > 0
+    assert record["floor"]["read_tb_per_s"] > 0
     assert record["floor"]["weight_bytes"] == record["floor"]["decode_weight_bytes"]
     shapes = [(each["batch_size"], each["input_len"]) for each in record["results"]]
     assert shapes == [(1, 20), (1, 40), (3, 20), (3, 40)]
@@ -127,7 +128,7 @@ def test_startup_reports_why_the_engine_did_not_start(monkeypatch, output, messa
     ("arguments", "message"),
     [
         (("--input-len", "600"), "holds 512"),
-        (("--batch-size", "300"), "max_num_seqs=256"),
+        (("--batch-size", "300"), "--max-num-seqs=256"),
         (("--output-lens", "9,3"), "shorter first"),
     ],
 )
@@ -198,6 +199,7 @@ def test_preset_configs_are_models_that_can_be_built():
         "llama-3.2-1b": 1_235_814_400,
         "qwen3-0.6b": 596_049_920,
         "qwen3-8b": 8_190_735_360,
+        "smollm2-135m": 134_515_008,
     }
 
 
@@ -213,3 +215,43 @@ def test_request_lengths_depend_on_the_seed_alone():
     assert lengths(work, 3) == lengths(work, 3) != lengths(work, 4)
     assert set(lengths(work, 3)[0]) == {10, 11, 12}
     assert set(lengths(work, 3)[1]) == {1, 2}
+
+
+def test_the_floor_is_the_fastest_that_memory_was_seen_to_be():
+    from reprise.bench.floor import Floor
+
+    assert Floor(2.0, 3.0, 1.0).bytes_per_second == 3.0
+    assert Floor(3.0, 2.0, 1.0).bytes_per_second == 3.0
+
+
+def test_reading_beats_the_floor_by_nothing(platform):
+    """What the weights' bytes take to be read, by whatever reads them, is no less than the floor.
+
+    A copy alone is no such bound: a processor reads faster than it copies.
+    """
+    import torch
+
+    from reprise.bench.floor import _seconds, measure_floor
+
+    weights = torch.ones(1 << 24, dtype=torch.float32, device=platform.device)
+    with torch.inference_mode():
+        floor = measure_floor(platform, torch.float32, weights.nbytes)
+        taken = _seconds(platform, weights.sum)
+    # On a busy machine either measurement may have met the better moment.
+    assert taken >= 0.6 * weights.nbytes / floor.bytes_per_second
+
+
+def test_tables_fit_eighty_columns(model, device):
+    from reprise.cli.app import app
+
+    result = CliRunner().invoke(
+        app,
+        ["bench", "latency", *dummy(model, device), "--output-lens", "2,4", "--repeats", "1"],
+        env={"COLUMNS": "80"},
+    )
+    assert result.exit_code == 0, result.stderr
+    tables = [each for each in result.stdout.splitlines() if "─" in each or "ms" in each]
+    assert tables
+    assert max(map(len, tables)) <= 80
+    for heading in ("ms/step", "x floor", "out tok/s", "first token ms", "prefill share"):
+        assert heading in result.stdout

@@ -27,9 +27,39 @@ def test_commands(invoke):
     )
     assert result.exit_code == 0
     assert result.stdout == ""
-    assert "Ctrl-C  stop the answer" in result.stderr
+    assert "Ctrl-C         stop the answer" in result.stderr
     assert "unknown command /nonsense" in result.stderr
     assert "conversation forgotten" in result.stderr
+
+
+@pytest.mark.parametrize("word", ["/exit", "/bye"])
+def test_other_words_for_leaving(invoke, word):
+    result = invoke("chat", *GREEDY, "-q", input=f"{word}\nWhat is 1 + 1?\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_system_message_may_be_set_at_any_time(invoke, monkeypatch):
+    from reprise.cli import chat
+
+    conversations = []
+    original = chat.Conversation.answer
+
+    def answer(self, text):
+        original(self, text)
+        conversations.append([(each["role"], each["content"]) for each in self.messages[:-1]])
+
+    monkeypatch.setattr(chat.Conversation, "answer", answer)
+    turns = "/system\nhi\n/system Be brief.\nand now\n/system\n/reset\nanew\n"
+    result = invoke("chat", *GREEDY, "-q", "-n", "2", input=turns)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "no system message", "system message set", "Be brief.", "conversation forgotten"
+    ]  # fmt: skip
+    first, second, third = conversations
+    assert first == [("user", "hi")]
+    assert second[0] == ("system", "Be brief.")
+    assert [role for role, _ in second] == ["system", "user", "assistant", "user"]
+    assert third == [("system", "Be brief."), ("user", "anew")]
 
 
 def test_a_full_context_is_an_error_of_the_turn_only(invoke):
@@ -88,6 +118,26 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
         assert chat.exit_status() == 0
     finally:
         chat.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_a_pasted_block_is_one_turn():
+    """With the terminal's marks around it, and without: dumb terminals set none."""
+    for term, pasted in (
+        ("dumb", "What is\n12 + 30?\n"),
+        ("xterm", "\x1b[200~What is\r12 + 30?\x1b[201~\r"),
+    ):
+        chat = Terminal("chat", *GREEDY, "-n", "4", term=term)
+        try:
+            chat.wait_for("> ")
+            chat.type(pasted)
+            chat.wait_for("first token after")
+            chat.wait_for("> ")
+            chat.type("\x04")
+            assert chat.exit_status() == 0
+            assert chat.seen.count("first token after") == 1
+        finally:
+            chat.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")

@@ -31,11 +31,30 @@ def test_an_error_is_one_line_or_with_debug_its_traceback():
     short = reprise("doctor --device nope")
     long = reprise("doctor --device nope --debug")
     assert short.returncode == long.returncode == 2
-    assert short.stderr.startswith("error: device='nope' is unknown")
+    assert short.stderr.startswith("error: --device='nope' is unknown")
     assert len(short.stderr.splitlines()) == 1
     assert long.stderr.startswith("Traceback")
     assert "PlatformError: device='nope' is unknown" in long.stderr.splitlines()[-1]
     assert "Exit" not in long.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("max_model_len=9 exceeds max_position_embeddings=8; lower it",
+         "--max-model-len=9 exceeds max_position_embeddings=8; lower it"),
+        ("raise max_model_len or the cache", "raise --max-model-len or the cache"),
+        ("give skip_tokenizer_init=True", "give --skip-tokenizer-init"),
+        ("enable_prefix_caching=False helps", "--no-enable-prefix-caching helps"),
+        ("device='x' is no device of this model", "--device='x' is no device of this model"),
+        ("/tmp/max_model_len/model=x my_max_model_len max_model_lens",
+         "/tmp/max_model_len/model=x my_max_model_len max_model_lens"),
+    ],
+)  # fmt: skip
+def test_errors_speak_of_flags(message, shown):
+    names = ("max_model_len", "skip_tokenizer_init", "enable_prefix_caching", "device", "model")
+    flags = {name: "--" + name.replace("_", "-") for name in names}
+    assert failures.in_flags(message, flags) == shown
 
 
 def test_ctrl_c_before_a_command_runs():

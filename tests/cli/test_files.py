@@ -38,7 +38,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, name):
     "arguments",
     [
         ("doctor", "graphs", "--html", "nowhere/x.html"),
-        ("doctor", "conformance", "--json", "nowhere/x.json"),
+        ("doctor", "graphs", "--html", "nowhere/at/all/x.html"),
         ("bench", "latency", "--trace", "link.json"),
     ],
 )

@@ -62,9 +62,9 @@ def test_seed_decides_the_draws(invoke):
     ("arguments", "message"),
     [
         (("x", "--model", "./nowhere"), "no such directory"),
-        (("x", "--device", "warp"), "device='warp' is unknown"),
-        (("x", *GREEDY, "--top-p", "2"), "top_p=2.0"),
-        (("x", *GREEDY, "--max-tokens", "-4"), "max_tokens=-4"),
+        (("x", "--device", "warp"), "--device='warp' is unknown"),
+        (("x", *GREEDY, "--top-p", "2"), "--top-p=2.0"),
+        (("x", *GREEDY, "--max-tokens", "-4"), "--max-tokens=-4"),
         (("x", "--op", "nope=torch"), "no such op"),
         (("x", "--block-size", "7"), "power of two"),
         (("", *GREEDY), "empty"),
@@ -78,6 +78,45 @@ def test_errors_are_one_line_and_exit_2(invoke, arguments, message):
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("chat",), ("doctor", "graphs")])
+def test_names_of_benchmarks_are_no_models(invoke, command):
+    result = invoke(*command, "--model", "qwen3-0.6b", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "random weights" in result.stderr
+    assert "Qwen/Qwen3-0.6B" in result.stderr
+
+
+@pytest.mark.parametrize("typed", ["models/qwen", "./models/qwen", "models/x/y", "models/a.gguf"])
+def test_a_mistyped_path_is_not_sought_on_the_hub(invoke, typed, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetched(*arguments, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "qwen3").mkdir(parents=True)
+    result = invoke("generate", "x", "--model", typed)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: --model='{typed}': no such directory")
+    if typed.endswith("qwen"):
+        assert "did you mean 'models/qwen3'?" in result.stderr
+
+
+def test_what_the_hub_does_not_have_may_be_a_directory_here(invoke, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def absent(*arguments, **options):
+        raise OSError("404")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smol-lm2").mkdir()
+    result = invoke("generate", "x", "--model", "smol-lm")
+    assert result.exit_code == 2
+    assert "did you mean 'smol-lm2'?" in result.stderr
 
 
 def test_debug_gives_the_traceback(invoke):

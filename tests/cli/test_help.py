@@ -57,10 +57,11 @@ def test_defaults_are_named_once(invoke):
 )
 def test_help_and_usage_errors_do_not_import_torch(arguments):
     program = (
-        "import sys\nfrom reprise.cli import main\n"
+        "import atexit, sys\nfrom reprise.cli import main\n"
         f"sys.argv = ['reprise', *{arguments!r}]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print('loaded', [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        "heavy = 'torch', 'transformers', 'numpy'\n"
+        "atexit.register(lambda: print('loaded', [m for m in heavy if m in sys.modules]))\n"
+        "main()"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stdout.splitlines()[-1] == "loaded []"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,18 +12,16 @@ import pytest
 from helpers import byte_level_tokenizer
 from hypothesis import example, given
 
-from reprise.engine.detokenizer import Detokenizer
+from reprise.engine.detokenizer import UNFINISHED, Detokenizer, TokenTexts
 from reprise.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
 SPECIAL = 0
 
-# At the end of a text the replacement character itself is held back like half a character.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT)
-TEXTS = st.text(
-    st.one_of(CHARACTERS, st.sampled_from("aeé漢字👍🏽\u200d \n")),
-    max_size=40,
+CHARACTERS = st.one_of(
+    st.characters(exclude_categories=["Cs"]), st.sampled_from("aeé漢字👍🏽\u200d \n\ufffd")
 )
+TEXTS = st.text(CHARACTERS, max_size=40)
 STOPS = st.lists(st.text("ab漢👍 ", min_size=1, max_size=3), min_size=1, max_size=3)
 STOPPABLE = st.text("ab漢👍 ", max_size=30)
 
@@ -87,75 +86,172 @@ def cut_anywhere(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> tupl
 
 def feed(
     tokenizer: Any, ids: Sequence[int], prompt: Sequence[int] = (), **params: Any
-) -> tuple[list[str], Detokenizer]:
-    """The text after each token."""
-    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams(**params))
+) -> list[str]:
+    """The text after each token, and at last the whole text."""
+    detokenizer = Detokenizer(TokenTexts(tokenizer), prompt, SamplingParams(**params))
     states = []
     for token_id in ids:
         assert detokenizer.append([token_id]) is None
         states.append(detokenizer.text)
-    return states, detokenizer
+    assert detokenizer.finish() is None
+    assert detokenizer.finish() is None
+    return [*states, detokenizer.text]
+
+
+def library(tokenizer: Any, ids: Sequence[int], prompt: Sequence[int] = (), **options: Any) -> str:
+    """What the library makes of all ids, behind what it makes of the prompt's.
+
+    A character that the prompt begins belongs to the ids that complete it.
+    """
+    decode = tokenizer.backend_tokenizer.decode
+    before, whole = (decode(each, **options) for each in ([*prompt], [*prompt, *ids]))
+    while not whole.startswith(before):
+        assert before.endswith(REPLACEMENT)
+        before = before[:-1]
+    return whole[len(before) :]
 
 
 def check_growth(states: list[str], expected: str) -> None:
-    for earlier, later in zip(["", *states], states, strict=False):
+    for earlier, later in itertools.pairwise(["", *states]):
         assert later.startswith(earlier)
-    assert (states[-1] if states else "") == expected
-    assert not any(REPLACEMENT in each for each in states)
+    assert states[-1] == expected
 
 
 @given(text=TEXTS, prompt=TEXTS)
 @example(text="漢字" * 12, prompt="漢")
+@example(text="a\ufffd", prompt="\ufffd")
 def test_tokenized_text(text: str, prompt: str) -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode(text)
-    states, _ = feed(tokenizer, ids, tokenizer.encode(prompt))
     assert tokenizer.decode(ids) == text
-    check_growth(states, text)
+    check_growth(feed(tokenizer, ids, tokenizer.encode(prompt)), text)
 
 
 @given(case=cut_anywhere())
 def test_characters_cut_anywhere(case: tuple[str, list[int]]) -> None:
     text, ids = case
-    states, _ = feed(byte_level(), ids)
+    states = feed(byte_level(), ids)
     check_growth(states, text)
-    # As early as possible: only the bytes of the last character are held back.
-    for count, state in enumerate(states, 1):
-        assert state == byte_level().decode(ids[:count]).rstrip(REPLACEMENT)
+    # As early as possible: only what may be the bytes of the last character is held back.
+    for count, state in enumerate(states[:-1], 1):
+        so_far = byte_level().decode(ids[:count])
+        assert so_far.rstrip(REPLACEMENT) == state.rstrip(REPLACEMENT)
+        assert len(so_far) - len(state) <= UNFINISHED
 
 
-@given(text=TEXTS.map(str.strip), prompt=st.sampled_from(["", "a", " b", "👍"]))
+@given(
+    text=TEXTS.map(str.strip),
+    prompt=st.one_of(st.sampled_from(["", "a", " b", "👍", "🎉🎉", "é" * 40]), TEXTS),
+)
+@example(text="👍", prompt="🎉🎉")
+@example(text="🎉" * 30 + "é" * 30, prompt="a🎉🎉")
 def test_byte_fallback(text: str, prompt: str) -> None:
     """Each byte of a rare character is a token; the first word's space is not text."""
     tokenizer = byte_fallback()
-    text = text.replace("▁", "_")
     before = tokenizer.encode(prompt)
     ids = tokenizer.encode(prompt + text)[len(before) :]
-    states, _ = feed(tokenizer, ids, before)
-    check_growth(states, tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :])
+    check_growth(feed(tokenizer, ids, before), library(tokenizer, ids, before))
 
 
-@given(ids=st.lists(st.integers(0, 339), max_size=60))
-def test_any_tokens(ids: list[int]) -> None:
+@given(
+    ids=st.lists(st.integers(0, 339), max_size=60), prompt=st.lists(st.integers(0, 339)),
+    skip=st.booleans(),
+)  # fmt: skip
+@example(ids=[*range(130, 200)], prompt=[130, 131], skip=True)
+def test_any_tokens(ids: list[int], prompt: list[int], skip: bool) -> None:
     """Invalid text grows too, is never revised and never gets stuck."""
-    states, _ = feed(byte_level(), ids)
-    for earlier, later in zip(["", *states], states, strict=False):
-        assert later.startswith(earlier)
-    for count in range(12, len(ids) + 1):
-        if byte_level().decode(ids[count - 12 : count], skip_special_tokens=True):
-            assert states[count - 1] != (states[count - 13] if count > 12 else "")
+    states = feed(byte_level(), ids, prompt, skip_special_tokens=skip)
+    check_growth(states, library(byte_level(), ids, prompt, skip_special_tokens=skip))
+    for count, state in enumerate(states[:-1], 1):
+        so_far = library(byte_level(), ids[:count], prompt, skip_special_tokens=skip)
+        assert len(so_far) - len(state) <= UNFINISHED
+
+
+@given(
+    ids=st.lists(st.integers(0, 266), max_size=60),
+    prompt=st.lists(st.integers(0, 266)),
+    skip=st.booleans(),
+)
+def test_any_byte_tokens(ids: list[int], prompt: list[int], skip: bool) -> None:
+    """One wrong byte spoils its neighbours, but not what is out, and not what comes later."""
+    tokenizer = byte_fallback()
+    after = tokenizer.convert_tokens_to_ids(["▁a", "ab", "<0xC3>", "<0xA9>", "▁b"])
+    states = feed(tokenizer, [*ids, *after], prompt, skip_special_tokens=skip)
+    check_growth(states, states[-1])
+    assert states[-1].endswith("aabé b")
+    whole = tokenizer.backend_tokenizer.decode([*prompt, *ids], skip_special_tokens=skip)
+    if REPLACEMENT not in whole:
+        expected = library(tokenizer, ids, prompt, skip_special_tokens=skip)
+        check_growth(feed(tokenizer, ids, prompt, skip_special_tokens=skip), expected)
+
+
+WORDS = ["<eos>", "<unk>", "▁", "▁a", "a", "##a", "b</w>", "</w>", "c", "▁▁", "."]
+
+
+@functools.cache
+def words(kind: str) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    decoder = {
+        "none": None,
+        "metaspace": decoders.Metaspace(),
+        "wordpiece": decoders.WordPiece(),
+        "suffix": decoders.BPEDecoder(),
+    }[kind]
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("kind", ["none", "metaspace", "wordpiece", "suffix"])
+@given(
+    ids=st.lists(st.integers(0, len(WORDS) + 3), max_size=40),
+    prompt=st.lists(st.integers(0, len(WORDS) + 3), max_size=20),
+    skip=st.booleans(),
+)
+def test_other_decoders(kind: str, ids: list[int], prompt: list[int], skip: bool) -> None:
+    """Also ids that the tokenizer does not have, for a model may have more."""
+    states = feed(words(kind), ids, prompt, skip_special_tokens=skip)
+    check_growth(states, library(words(kind), ids, prompt, skip_special_tokens=skip))
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-@given(cut=st.integers(0, 10), count=st.integers(1, 3), skip=st.booleans())
-def test_special_tokens(make: Any, cut: int, count: int, skip: bool) -> None:
+@given(cut=st.integers(0, 10), count=st.integers(1, 80), skip=st.booleans(), before=st.booleans())
+def test_special_tokens(make: Any, cut: int, count: int, skip: bool, before: bool) -> None:
     tokenizer = make()
+    prompt = tokenizer.encode("a")
     ids = tokenizer.encode("ab a b ab")
-    ids[cut:cut] = [SPECIAL] * count
-    states, _ = feed(tokenizer, ids, tokenizer.encode("a"), skip_special_tokens=skip)
-    before = tokenizer.encode("a")
-    whole = tokenizer.decode([*before, *ids], skip_special_tokens=skip)
-    check_growth(states, whole[len("a") :])
+    if before:
+        prompt += [SPECIAL] * count
+    else:
+        ids[cut:cut] = [SPECIAL] * count
+    expected = library(tokenizer, ids, prompt, skip_special_tokens=skip)
+    check_growth(feed(tokenizer, ids, prompt, skip_special_tokens=skip), expected)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@given(data=st.data())
+def test_texts_of_tokens(make: Any, data: st.DataObject) -> None:
+    """Those of a text's tokens, one after the other, are the text."""
+    tokenizer = make()
+    ids = tokenizer.encode(data.draw(st.text("ab e", max_size=12)))
+    texts = TokenTexts(tokenizer)
+    joined = "".join(map(texts.of, ids))
+    assert tokenizer.decode(ids) in (joined, joined.removeprefix(" "))
+    assert texts.of(SPECIAL) == "<eos>"
+
+
+def test_texts_of_tokens_keep_their_space() -> None:
+    tokenizer = byte_fallback()
+    texts = TokenTexts(tokenizer)
+    named = {token: texts.of(tokenizer.convert_tokens_to_ids(token)) for token in ("▁a", "a", "▁")}
+    assert named == {"▁a": " a", "a": "a", "▁": " "}
+    assert texts.of(tokenizer.convert_tokens_to_ids("<0xC3>")) == REPLACEMENT
 
 
 @given(case=cut_anywhere(STOPPABLE), stops=STOPS, include=st.booleans(), minimum=st.integers(0, 9))
@@ -166,11 +262,11 @@ def test_stop_strings(
     params = SamplingParams(
         stop=stops, include_stop_str_in_output=include, min_tokens=minimum, max_tokens=None
     )
-    detokenizer = Detokenizer(byte_level(), [], params)
+    detokenizer = Detokenizer(TokenTexts(byte_level()), [], params)
     before = ""
     for count in range(1, len(ids) + 1):
         found = detokenizer.append([ids[count - 1]])
-        text = byte_level().decode(ids[:count]).rstrip(REPLACEMENT)
+        text = byte_level().decode(ids[:count]).rstrip(REPLACEMENT)  # STOPPABLE has none
         expected = naive_stop(text, len(before), stops) if count >= minimum else None
         if expected is None:
             assert found is None
@@ -187,12 +283,22 @@ def test_stop_strings(
 
 
 def naive_stop(text: str, num_old: int, stops: list[str]) -> tuple[int, str] | None:
-    """The first occurrence of a stop string that ends behind the first ``num_old`` characters."""
-    for position in range(len(text)):
-        for stop in stops:
-            if text.startswith(stop, position) and position + len(stop) > num_old:
-                return position, stop
+    """The stop string that is complete first behind the first ``num_old`` characters, as if each
+    character came alone; of two at once the longer one."""
+    for end in range(num_old + 1, len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return end - len(stop), stop
     return None
+
+
+@pytest.mark.parametrize("stops", [["cat", "a"], ["a", "cat"], ["a c", "a"], ["at"]])
+def test_one_token_completes_two_stop_strings(stops: list[str]) -> None:
+    ids = byte_level().encode("The cat")
+    assert byte_level().decode(ids[-1:]) == " cat"
+    detokenizer = Detokenizer(TokenTexts(byte_level()), [], SamplingParams(stop=stops))
+    assert detokenizer.append(ids) == next(each for each in ("a", "at") if each in stops)
+    assert detokenizer.text == "The c"
 
 
 @given(case=cut_anywhere(STOPPABLE), stops=STOPS)
@@ -200,7 +306,7 @@ def test_streams_show_no_part_of_a_stop_string(
     case: tuple[str, list[int]], stops: list[str]
 ) -> None:
     _, ids = case
-    detokenizer = Detokenizer(byte_level(), [], SamplingParams(stop=stops))
+    detokenizer = Detokenizer(TokenTexts(byte_level()), [], SamplingParams(stop=stops))
     shown = ""
     for token_id in ids:
         found = detokenizer.append([token_id])
@@ -215,6 +321,6 @@ def test_streams_show_no_part_of_a_stop_string(
 def test_many_tokens_at_once_are_as_one_by_one() -> None:
     ids = byte_level().encode("Once upon a time, 漢字 👍🏽 END of it")
     params = SamplingParams(stop=["END"])
-    at_once = Detokenizer(byte_level(), [], params)
+    at_once = Detokenizer(TokenTexts(byte_level()), [], params)
     assert at_once.append(ids) == "END"
     assert at_once.text == "Once upon a time, 漢字 👍🏽 "

@@ -63,7 +63,7 @@ def test_outputs_grow(llm: LLM, expected: list[list[int]]) -> None:
         output = each.outputs[0]
         assert output.token_ids == expected[0][: len(output.token_ids)]
         assert len(output.logprobs or []) == len(output.token_ids)
-        assert each.finished == output.finished == (len(output.token_ids) == STEPS)
+        assert each.finished == output.finished() == (len(output.token_ids) == STEPS)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7])

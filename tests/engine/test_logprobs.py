@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from helpers import (
 from torch import Tensor
 
 from reprise import LLM, SamplingParams
+from reprise.errors import RequestError
 from reprise.outputs import Logprobs
 
 PROMPT = random_ids(1, 45)
@@ -177,3 +179,76 @@ def test_tokens_have_text(tiny: TinyModels, device: str) -> None:
         for token, value in entry.items():
             assert 0 <= token < TEXT_VOCAB
             assert value.decoded_token == tokenizer.decode([token])
+
+
+def test_of_the_whole_vocabulary(llm: LLM, model: TinyModel, tolerance: float) -> None:
+    """Beside requests that want few or none, which get no more than they asked for."""
+    params = [
+        greedy(6, logprobs=-1),
+        greedy(6, logprobs=2),
+        greedy(6),
+        SamplingParams(max_tokens=4, seed=1, logprobs=-1, prompt_logprobs=-1),
+    ]
+    prompts = [PROMPT, *STRANGERS, PROMPT]
+    outputs = llm.generate(prompts, params)
+    for prompt, each, output in zip(prompts, params, outputs, strict=True):
+        found = output.outputs[0]
+        if each.logprobs is None:
+            assert found.logprobs is None
+            continue
+        assert found.logprobs is not None
+        count = VOCAB if each.logprobs == -1 else each.logprobs
+        rows = model.logprobs([*prompt, *found.token_ids])[len(prompt) - 1 : -1]
+        for entry, token, row in zip(found.logprobs, found.token_ids, rows, strict=True):
+            check_entry(entry, token, count, row, tolerance)
+    check_prompt(outputs[3].prompt_logprobs, PROMPT, VOCAB, model.logprobs(PROMPT), tolerance)
+    assert [each.prompt_logprobs for each in outputs[:3]] == [None] * 3
+    assert_idle(llm)
+
+
+def test_a_whole_vocabulary_reads_like_a_dictionary(tiny: TinyModels, device: str) -> None:
+    llm = make_llm(text_model(tiny), device)
+    tokenizer = llm.get_tokenizer()
+    few, whole = (
+        llm.generate(["Once upon a time"], greedy(1, logprobs=count))[0].outputs[0].logprobs[0]
+        for count in (20, -1)
+    )
+    assert list(whole)[:20] == list(few)
+    assert {token: whole[token] for token in few} == few
+    assert len(whole) == len(dict(whole)) == TEXT_VOCAB
+    assert sum(torch.tensor(each.logprob).exp() for each in whole.values()) == pytest.approx(1)
+    assert all(each.decoded_token == tokenizer.decode([token]) for token, each in whole.items())
+    for unknown in (-1, TEXT_VOCAB):
+        with pytest.raises(KeyError):
+            whole[unknown]
+    assert TEXT_VOCAB not in whole
+    assert pickle.loads(pickle.dumps(whole)) == dict(whole)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fine", "refused"),
+    [(None, (20, -1), (21,)), (5, (5,), (6, -1)), (-1, (21, VOCAB, -1), ()), (VOCAB, (-1,), ())],
+)
+def test_the_engines_limit(
+    model: TinyModel, device: str, limit: int | None, fine: tuple[int], refused: tuple[int]
+) -> None:
+    llm = make_llm(model, device, max_logprobs=limit)
+    for count in fine:
+        output = llm.generate([PROMPT], greedy(1, logprobs=count, prompt_logprobs=count))[0]
+        assert output.outputs[0].logprobs is not None
+        assert len(output.outputs[0].logprobs[0]) == (VOCAB if count == -1 else count)
+    for name in ("logprobs", "prompt_logprobs"):
+        for count in refused:
+            with pytest.raises(RequestError, match=f"{name}={count}: give at most"):
+                llm.generate([PROMPT], greedy(1, **{name: count}))
+
+
+def test_tokens_have_no_text_without_detokenizing(tiny: TinyModels, device: str) -> None:
+    llm = make_llm(text_model(tiny), device)
+    for count in (1, -1):
+        params = greedy(3, logprobs=count, prompt_logprobs=count, detokenize=False)
+        output = llm.generate(["Once upon a time"], params)[0]
+        entries = [*(output.outputs[0].logprobs or []), *(output.prompt_logprobs or [])[1:]]
+        assert entries
+        for entry in entries:
+            assert {each.decoded_token for each in entry.values()} == {None}

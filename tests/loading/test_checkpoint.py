@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,111 @@ def test_neither_a_directory_nor_an_id(monkeypatch: pytest.MonkeyPatch, name: st
         LLM(name, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a\0b", "~nobody-of-that-name/model", "/" + "y" * 300]
+)
+def test_names_that_are_no_paths(name: str) -> None:
+    with pytest.raises(ModelError, match="model="):
+        LLM(name, device="cpu")
+
+
 def test_directory_without_a_config(tmp_path: Path) -> None:
     check_refused(tmp_path, ModelError, [str(tmp_path), "config.json"])
 
 
-@pytest.mark.parametrize("content", ["", "{", "\x00\xff", "[]", "3", '"qwen3"', "null"])
+FOREIGN = [
+    ("model-Q4_K_M.gguf", ["GGUF", "llama.cpp", "Hugging Face format"]),
+    ("pytorch_model.bin", ["pickled", "save_pretrained"]),
+    ("pytorch_model-00001-of-00002.bin", ["pickled", "save_pretrained"]),
+    ("model.pth", ["pickled", "save_pretrained"]),
+    ("consolidated.00.pth", ["own format"]),
+    ("consolidated.safetensors", ["own format"]),
+    ("tf_model.h5", ["TensorFlow"]),
+    ("flax_model.msgpack", ["Flax"]),
+    ("model.onnx", ["ONNX"]),
+]
+
+
+@pytest.mark.parametrize(("name", "named"), FOREIGN)
+def test_directories_of_other_formats(copy: Path, name: str, named: list[str]) -> None:
+    """With a config and without; and the file itself."""
+    if not name.endswith(".safetensors"):
+        (copy / "model.safetensors").rename(copy / name)
+        check_refused(copy, LoadError, [name, "no *.safetensors", *named])
+    else:
+        (copy / "model.safetensors").rename(copy / name)
+    (copy / "config.json").unlink()
+    check_refused(copy, ModelError, [name, "no config.json", *named])
+    check_refused(copy / name, ModelError, [name, "the checkpoint's directory", *named])
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    check_refused(tmp_path, ModelError, ["adapter_config.json", "merge it into its base model"])
+
+
+def test_a_file_that_is_not_the_config(copy: Path) -> None:
+    (copy / "other.json").write_text((copy / "config.json").read_text())
+    check_refused(copy / "other.json", ModelError, ["other.json", "the checkpoint's directory"])
+
+
+@pytest.mark.parametrize("names", ["drop", [], None])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_architectures_by_the_model_type(
+    tiny: TinyModels,
+    tmp_path: Path,
+    device: str,
+    caplog: pytest.LogCaptureFixture,
+    architecture: str,
+    names: Any,
+) -> None:
+    """They are those of transformers' AutoModelForCausalLM, which is the oracle of the tokens."""
+    path = Path(shutil.copytree(tiny(architecture).path, tmp_path / "model"))
+    change_config(path, architectures=names)
+    prompt = random_ids(1, 20)
+    with caplog.at_level("INFO", "reprise"):
+        (output,) = generate(make_llm(path, device), [prompt], greedy(8))
+    assert TinyModel(path).is_greedy(prompt, output)
+    assert any("architectures: " in each.message for each in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
+         "text_config": {"model_type": "qwen3_vl_text"}, "vision_config": {"depth": 2}},
+        {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"],
+         "text_config": {}, "vision_config": {}},
+        {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+         "text_config": {}, "vision_config": {}},
+        {"model_type": "qwen2_audio", "architectures": ["Qwen2AudioForConditionalGeneration"],
+         "audio_config": {}},
+        {"model_type": "not_yet_known", "architectures": ["NewVLForConditionalGeneration"],
+         "vision_config": {}},
+    ],
+)  # fmt: skip
+def test_multimodal_models_are_called_so(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Before anything of their config is read, by whatever version of transformers."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = [config["architectures"][0], "multimodal", "not supported", "Qwen3ForCausalLM"]
+    check_refused(tmp_path, ModelError, named)
+
+
+@pytest.mark.parametrize(
+    "eos", ["stop", 1.5, [1, "x"], {"a": 1}, True, [[1]], [None]]
+)  # fmt: skip
+def test_end_of_text_that_is_no_token(copy: Path, eos: Any) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    check_refused(copy, LoadError, ["generation_config.json", "eos_token_id"])
+    (copy / "generation_config.json").unlink()
+    change_config(copy, eos_token_id=eos)
+    check_refused(copy, ModelError, ["config.json", "eos_token_id"])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "\x00\xff", "[]", "3", '"qwen3"', "null", "[" * 100_000, '{"a":' * 9999]
+)
 def test_config_that_is_none(copy: Path, content: str) -> None:
     (copy / "config.json").write_text(content, encoding="latin-1")
     check_refused(copy, ModelError, ["config.json"])
@@ -73,16 +174,16 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
     [
         ({"model_type": "drop"}, ["model_type"]),
         ({"model_type": 3}, ["model_type"]),
-        ({"model_type": "nonesuch"}, ["LlamaForCausalLM", "nonesuch"]),
+        ({"model_type": "nonesuch"}, ["LlamaForCausalLM", "nonesuch", "newer"]),
         ({"architectures": ["NoneSuchForCausalLM"]}, ["NoneSuchForCausalLM", "Qwen3ForCausalLM"]),
-        ({"architectures": []}, ["none given", "LlamaForCausalLM"]),
-        ({"architectures": "drop"}, ["none given", "LlamaForCausalLM"]),
-        ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
+        ({"architectures": "drop", "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"architectures": "drop", "model_type": "vit"}, ["no architectures", "'vit'"]),
+        ({"architectures": [], "model_type": "nonesuch"}, ["no architectures", "'nonesuch'"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures='LlamaForCausalLM'"]),
         ({"architectures": 3}, ["architectures"]),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel"]),
         ({"model_type": "bert", "architectures": ["BertModel"]}, ["BertModel"]),
         ({"hidden_size": "wide"}, ["hidden_size", "wide"]),
-        ({"hidden_size": 65}, ["hidden", "65"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers=0"]),
         ({"vocab_size": -4}, ["vocab_size=-4"]),
@@ -98,6 +199,7 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
         ({"max_position_embeddings": None}, ["max_position_embeddings"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0"]),
         ({"dtype": "float99"}, ["float99"]),
+        ({"dtype": "int8"}, ["dtype=torch.int8"]),
     ],
 )
 def test_config_that_cannot_be_built(copy: Path, fields: dict[str, Any], named: list[str]) -> None:
@@ -105,7 +207,21 @@ def test_config_that_cannot_be_built(copy: Path, fields: dict[str, Any], named: 
     check_refused(copy, ModelError, named)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_heads_that_do_not_fit_the_width(copy: Path) -> None:
+    """Newer transformers refuses the config; with older ones the weights do not fit."""
+    change_config(copy, hidden_size=65)
+    check_refused(copy, RepriseError, ["65"])
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_fifos_do_not_hang(copy: Path, name: str) -> None:
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    check_refused(copy, RepriseError, [name])
+    check_refused(copy / name, ModelError, [name, "the checkpoint's directory"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00", "[" * 100_000])
 def test_spoiled_generation_config(copy: Path, content: str) -> None:
     (copy / "generation_config.json").write_text(content)
     check_refused(copy, LoadError, ["generation_config.json"])

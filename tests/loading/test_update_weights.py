@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +45,21 @@ def test_as_a_fresh_engine(tiny: TinyModels, device: str, architecture: str, exe
     assert not report.quarantined
     for name, each in llm.engine.runner.model.named_parameters():
         assert each.data_ptr() == addresses[name]
+
+
+def test_a_head_that_the_checkpoint_has_untied(
+    tiny: TinyModels, tmp_path: Path, device: str
+) -> None:
+    """The config ties it to the embedding, what is stored does not, so neither do new weights."""
+    old, new = tiny("llama"), tiny("llama", seed=5)
+    path = Path(shutil.copytree(old.path, tmp_path / "model"))
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    llm = make_llm(path, device)
+    llm.update_weights(weights(new))
+    assert generate(llm, PROMPTS, greedy(12)) == generate(
+        make_llm(new, device), PROMPTS, greedy(12)
+    )
 
 
 def test_some_weights_alone_and_other_dtypes(tiny: TinyModels, device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reprise.errors import LoadError
+from reprise.errors import LoadError, ModelError
 from reprise.loading import transfer
 from reprise.loading.weights import checkpoint_tensors
 
@@ -118,11 +119,77 @@ def test_files_of_any_name(copy: Path, device: str) -> None:
     assert len(output) == 8
 
 
-def test_stored_rotary_frequencies_are_ignored(tmp_path: Path, device: str) -> None:
+def test_stored_rotary_tables_are_ignored(tmp_path: Path, device: str) -> None:
     random_model("llama").save_pretrained(tmp_path)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(8)}))
+
+    def store(tensors: dict[str, Tensor]) -> None:
+        for name in ("inv_freq", "cos_cached", "sin_cached"):
+            tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = torch.zeros(1, 1, 8, 16)
+
+    rewrite(tmp_path, store)
     check_greedy(TinyModel(tmp_path), device)
+
+
+def test_tied_by_the_config_but_stored_with_another_head(
+    tiny: TinyModels, tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is stored is used, as transformers does, and said."""
+    path = Path(shutil.copytree(tiny("llama").path, tmp_path / "model"))
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    with caplog.at_level("WARNING", "reprise"):
+        check_greedy(TinyModel(path), device)
+    (line,) = [each.message for each in caplog.records if each.name == "reprise.loading.weights"]
+    assert "lm_head.weight" in line
+    assert "the stored one is used" in line
+    llm = make_llm(path, device, graph_mode="full")
+    assert not llm.engine.runner.model.tied
+    assert TinyModel(path).is_greedy(PROMPT, generate(llm, [PROMPT], greedy(24))[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_weight_beside_its_parts_is_unexpected(
+    tmp_path: Path, device: str, tied: bool
+) -> None:
+    """It has the name of a parameter of ours, and of nothing that a checkpoint has."""
+    random_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(128, 64)}))
+    with pytest.raises(LoadError, match="unexpected") as caught:
+        make_llm(tmp_path, device)
+    assert name in str(caught.value)
+
+
+def test_tied_head_of_another_shape(copy: Path, device: str) -> None:
+    rewrite(copy, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(5, 7)}))
+    with pytest.raises(LoadError, match=r"wrong shape.*lm_head.weight: \[5, 7\] in the file"):
+        make_llm(copy, device, hf_overrides={"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_of_a_tensor_in_two_shards_the_index_decides(copy: Path, device: str, chosen: int) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    shard(copy)
+    right = load_file(copy / "model-00001-of-00002.safetensors") | load_file(
+        copy / "model-00002-of-00002.safetensors"
+    )
+    for number in (1, 2):
+        file = copy / f"model-0000{number}-of-00002.safetensors"
+        tensors = load_file(file)
+        tensors[name] = right[name] * (1 if number == chosen else 0)
+        save_file(tensors, file, {"format": "pt"})
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][name] = f"model-0000{chosen}-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    model = make_llm(copy, device).engine.runner.model
+    for each, tensor in checkpoint_tensors(model).items():
+        assert torch.equal(tensor.cpu(), right[each]), each
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    with pytest.raises(LoadError, match="remove one of them") as caught:
+        make_llm(copy, device)
+    assert name in str(caught.value)
 
 
 def test_dummy_weights_need_a_config_alone(tiny: TinyModels, tmp_path: Path, device: str) -> None:
@@ -160,11 +227,28 @@ def test_config_overrides(tiny: TinyModels, tmp_path: Path, device: str) -> None
 
 
 def test_fewer_layers_by_an_override(tiny: TinyModels, device: str) -> None:
-    llm = make_llm(
-        tiny("llama"), device, load_format="dummy", hf_overrides={"num_hidden_layers": 1}
-    )
-    assert len(list(llm.engine.runner.model.attention_layers())) == 1
-    assert len(generate(llm, [PROMPT], greedy(3))[0]) == 3
+    """Lists of the file with an entry for each layer are cut; a list that is given is not."""
+    fields: dict[str, dict[str, Any]] = {
+        "llama": {},
+        "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "smollm3": {"no_rope_layers": [0, 1, 1]},
+    }
+    for architecture, others in fields.items():
+        model = tiny(architecture, num_hidden_layers=3, **others)
+        written = json.loads((model.path / "config.json").read_text())
+        assert architecture == "llama" or len(written["layer_types"]) == 3
+        options = {"load_format": "dummy", "hf_overrides": {"num_hidden_layers": 2}}
+        layers = list(make_llm(model, device, **options).engine.runner.model.attention_layers())
+        assert len(layers) == 2
+        if architecture == "qwen3":
+            assert [each.sliding_window for each in layers] == [0, 8]
+        if architecture == "smollm3":
+            assert [each.cos_sin.shape[1] for each in layers] == [2, 16]
+    both = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 3}
+    with pytest.raises(ModelError, match="layer_types"):
+        make_llm(tiny("qwen3"), device, load_format="dummy", hf_overrides=both)
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        make_llm(tiny("qwen3"), device, load_format="dummy", hf_overrides={"num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize("staging", [1, 1000, 8 << 20])
@@ -232,6 +316,58 @@ def spoiled_header(path: Path) -> None:
     file.write_bytes(content)
 
 
+def fifo(path: Path) -> None:
+    """To open it would wait for a writer, for ever."""
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+
+
+def fifo_of_any_name(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "weights.safetensors")
+
+
+def fifo_as_shard(path: Path) -> None:
+    missing_shard(path)
+    os.mkfifo(path / "model-00002-of-00002.safetensors")
+
+
+def fifo_as_index(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").unlink()
+    os.mkfifo(path / "model.safetensors.index.json")
+
+
+def device_as_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("/dev/zero")
+
+
+def directory_as_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").mkdir()
+
+
+def index_to(name: str) -> Callable[[Path], None]:
+    """An index with one entry changed."""
+
+    def change(path: Path) -> None:
+        shutil.copy(path / "model.safetensors", path.parent / "outside.safetensors")
+        shard(path)
+        index = path / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.norm.weight"] = name.format(parent=path.parent)
+        index.write_text(json.dumps(content))
+
+    change.__name__ = f"index_to_{name}"[:40]
+    return change
+
+
+def nested_index(path: Path) -> None:
+    shard(path)
+    (path / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
 def missing_shard(path: Path) -> None:
     shard(path)
     (path / "model-00002-of-00002.safetensors").unlink()
@@ -293,6 +429,20 @@ def shard(path: Path) -> None:
         (index_without_a_map, ["index.json", "not a valid weight index", "weight_map"]),
         (index_of_numbers, ["index.json", "not a valid weight index"]),
         (index_of_a_wrong_type, ["index.json", "not a valid weight index"]),
+        (nested_index, ["index.json", "not a valid weight index", "nested"]),
+        (fifo, ["model.safetensors", "a FIFO"]),
+        (fifo_of_any_name, ["weights.safetensors", "a FIFO"]),
+        (fifo_as_shard, ["model-00002-of-00002.safetensors", "a FIFO"]),
+        (fifo_as_index, ["index.json", "a FIFO"]),
+        (device_as_weights, ["model.safetensors", "a device"]),
+        (directory_as_weights, ["model.safetensors", "a directory"]),
+        (index_to("../outside.safetensors"), ["model.norm.weight", "'../outside.safetensors'"]),
+        (index_to("{parent}/outside.safetensors"), ["model.norm.weight", "outside.safetensors'"]),
+        (index_to("a/../../outside.safetensors"), ["model.norm.weight", "not in the checkpoint"]),
+        (index_to(""), ["a directory"]),
+        (index_to("\0"), ["model.norm.weight", "not in the checkpoint"]),
+        (index_to("x" * 5000), ["cannot be read", "too long"]),
+        (index_to("config.json"), ["config.json", "corrupted"]),
     ],
 )
 def test_broken_files(
@@ -357,6 +507,3 @@ def test_weights_of_another_config(tiny: TinyModels, tmp_path: Path, device: str
     with pytest.raises(LoadError) as bias:
         make_llm(path, device, hf_overrides={"attention_bias": True})
     assert "missing (8)" in str(bias.value)
-    with pytest.raises(LoadError) as head:
-        make_llm(path, device, hf_overrides={"tie_word_embeddings": True})
-    assert "ties it to (1): lm_head.weight" in str(head.value)

@@ -92,7 +92,8 @@ def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
         )
         wide, out = empty(rows, INNER), empty(rows, HIDDEN)
         yield "linear_add", lambda f, x=wide, out=out: f(x, empty(HIDDEN, INNER), None, out)
-        yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows)
+        yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows, HEAD_SIZE)
+        yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows, 2)  # without positions
         yield "argmax", lambda f, rows=rows: f(empty(rows, VOCAB))
     yield "sample", sample
     yield "apply_penalties", penalties
@@ -112,12 +113,12 @@ def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
         )
 
 
-def rotary_cache(function: Callable[..., Any], rows: int) -> None:
+def rotary_cache(function: Callable[..., Any], rows: int, rotated: int) -> None:
     cache = empty(2, 4, 16, KV_HEADS, HEAD_SIZE)
     numbers = torch.zeros(rows, dtype=torch.int64)
     function(
         empty(rows, (HEADS + 2 * KV_HEADS) * HEAD_SIZE), numbers,
-        torch.empty(4096, HEAD_SIZE), numbers, cache[0], cache[1], empty(HEAD_SIZE),
+        torch.empty(4096, rotated), numbers, cache[0], cache[1], empty(HEAD_SIZE),
         empty(HEAD_SIZE), 1e-6,
     )  # fmt: skip
 

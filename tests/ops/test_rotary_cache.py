@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reprise.layers import identity_table
 from reprise.ops import rotary_cache
 
 EPS = 1e-6
@@ -71,6 +72,17 @@ def test_reference_agrees_with_transformers(randn) -> None:
         torch.testing.assert_close(cache.flatten(0, 1)[slots], expected[0, live])
 
 
+def test_a_table_that_rotates_nothing(implementation, randn) -> None:
+    """That of layers without positions: queries and keys go through bit by bit."""
+    for function in (reference, implementation(rotary_cache, "triton")):
+        arguments = make(randn, 5, 4, 2, 64, 64, torch.float32)
+        arguments["cos_sin"] = identity_table(50, arguments["qkv"].device)
+        query, key, _ = arguments["qkv"].view(5, 8, 64).split([4, 2, 2], dim=1)
+        assert torch.equal(function(**arguments), query)
+        slots = arguments["slot_mapping"][:3]
+        assert torch.equal(arguments["key_cache"].flatten(0, 1)[slots], key[:3])
+
+
 def test_reference_rotates_only_the_first_channels(randn) -> None:
     arguments = make(randn, 4, 2, 1, 64, 16, torch.float32)
     found = reference(**arguments)
@@ -90,6 +102,7 @@ def test_reference_rotates_only_the_first_channels(randn) -> None:
         (17, 8, 2, 128, 128, True, True),
         (3, 7, 1, 256, 64, False, True),
         (4, 3, 3, 64, 24, True, False),
+        (5, 4, 2, 64, 2, False, False),
         (0, 2, 1, 64, 64, False, False),
     ],
 )

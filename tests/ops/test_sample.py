@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reprise.ops import sample
 from reprise.ops.sample.reference import uniform
+from reprise.runner.token_limits import BAD
 
 reference = sample.implementations["reference"].function
 ROUNDING = 3e-6
@@ -195,6 +196,21 @@ def test_masked_tokens_are_never_drawn(implementation, platform, name) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_bad_tokens_are_drawn_where_no_other_is_allowed(implementation, platform, name) -> None:
+    """What the sampler makes of bad words: see BAD in runner/token_limits.py."""
+    kinds: list[Row] = [{}, {"top_k": 1, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.5}]
+    half = [{"temperature": each, **kind} for each in (1.0, 2e-5) for kind in kinds]
+    rows = with_draws(half * 2)
+    logits = torch.full((16, 300), BAD)
+    logits[:8, [3, 200]] = torch.tensor([1.0, 2.0])  # good ones
+    logits[8:] = -torch.inf  # not allowed
+    logits[8:, [7, 9]] = BAD
+    drawn = implementation(sample, name)(**arguments(logits.to(platform.device), rows)).tolist()
+    assert set(drawn[:8]) <= {3, 200}
+    assert set(drawn[8:]) <= {7, 9}
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("vocab", [300, 20000])
 def test_logits_that_are_no_numbers_give_tokens_of_the_vocabulary(

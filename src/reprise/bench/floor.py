@@ -19,6 +19,7 @@ TRIALS = 5
 PATIENCE_SECONDS = 1.0
 """No further trial is begun after this time; a slow device gives fewer, longer ones."""
 LARGEST_PRODUCT = 8192
+READ_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,39 @@ class Floor:
 
     copy_bytes_per_second: float
     """Bytes read plus bytes written, of a copy from device memory to device memory."""
+    read_bytes_per_second: float
+    """Of as much memory as a decode step reads, by a sum or a matrix-vector product."""
     matmul_flops_per_second: float
     """Of a large square product in the compute dtype, on random data."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What bounds a step that reads weights. A processor reads faster than it copies, and what
+        fits its cache faster still."""
+        return max(self.copy_bytes_per_second, self.read_bytes_per_second)
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "copy_tb_per_s": round(self.copy_bytes_per_second / 1e12, 4),
+            "read_tb_per_s": round(self.read_bytes_per_second / 1e12, 4),
             "matmul_tflops_per_s": round(self.matmul_flops_per_second / 1e12, 3),
         }
 
 
-def measure_floor(platform: Platform, dtype: torch.dtype) -> Floor:
-    """Takes about a second."""
+def measure_floor(platform: Platform, dtype: torch.dtype, step_bytes: int) -> Floor:
+    """Takes a second or two.
+
+    Args:
+        platform: What to measure.
+        dtype: Compute dtype.
+        step_bytes: What a decode step reads.
+    """
     with torch.inference_mode():
-        floor = Floor(_copy_rate(platform), _matmul_rate(platform, dtype))
+        floor = Floor(
+            _copy_rate(platform),
+            _read_rate(platform, dtype, step_bytes),
+            _matmul_rate(platform, dtype),
+        )
     platform.empty_cache()
     return floor
 
@@ -69,6 +89,17 @@ def _copy_rate(platform: Platform) -> float:
             break
         count *= 2
     return rate
+
+
+def _read_rate(platform: Platform, dtype: torch.dtype, step_bytes: int) -> float:
+    """Of ``step_bytes``, or of as much as there is room for: then no cache holds it either."""
+    nbytes = min(step_bytes, platform.memory_info().free // 4)
+    columns = max(1, min(READ_COLUMNS, nbytes // dtype.itemsize))
+    rows = max(1, nbytes // (columns * dtype.itemsize))
+    matrix = torch.ones(rows, columns, dtype=dtype, device=platform.device)
+    vector, out = matrix[0].clone(), matrix.new_empty(rows)
+    works = (matrix.sum, functools.partial(torch.mv, matrix, vector, out=out))
+    return size([matrix]) / min(_seconds(platform, work) for work in works)
 
 
 def _matmul_rate(platform: Platform, dtype: torch.dtype) -> float:

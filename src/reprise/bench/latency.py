@@ -49,7 +49,8 @@ def latency(
     _check(engine, work)
     if trace is not None:
         check_traceable(engine, max(work.input_lens))
-    floor = measure_floor(engine.platform, engine.runner.dtype)
+    step_bytes = decode_bytes(engine.runner.model)
+    floor = measure_floor(engine.platform, engine.runner.dtype, step_bytes)
     with progress("latency", len(shapes) * (1 + 3 * repeats), at_once=True) as bar:
         results = [_measure(engine, work, floor, *each, repeats, seed, bar) for each in shapes]
     traced = {}
@@ -64,8 +65,8 @@ def latency(
         "floor": {
             **floor.as_dict(),
             "weight_bytes": size(engine.runner.model.parameters()),
-            "decode_weight_bytes": decode_bytes(engine.runner.model),
-            "weights_ms": _ms(decode_bytes(engine.runner.model) / floor.copy_bytes_per_second),
+            "decode_weight_bytes": step_bytes,
+            "weights_ms": _ms(step_bytes / floor.bytes_per_second),
         },
         "results": results,
         **traced,
@@ -110,7 +111,7 @@ def _measure(
     step, prefill = statistics.median(steps), statistics.median(first)
     context = input_len + (short + long) / 2
     kv_bytes = block_bytes(engine.runner.model, 1, engine.runner.dtype) * context * batch_size
-    least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.copy_bytes_per_second
+    least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.bytes_per_second
     host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))
     return {
         "batch_size": batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
 MAX_TOKENS = 1024
 
 HELP = """\
-/reset  forget the conversation
-/help   this list
-/quit   leave, as Ctrl-D does
-Ctrl-C  stop the answer"""
+/reset         forget the conversation
+/system TEXT   set the system message; without a text, show it
+/help          this list
+/quit          leave, as /exit, /bye and Ctrl-D do
+Ctrl-C         stop the answer
+A block of lines that is pasted is one turn."""
+
+LEAVE = ("/quit", "/exit", "/bye")
+PASTE_SECONDS = 0.05
+"""What a terminal has ready so soon behind a line was not typed."""
 
 
 def chat(
@@ -65,7 +72,10 @@ class Conversation:
         self._terminal = sys.stdin.isatty()
         if self._terminal:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 - gives input() line editing and history
+                import readline  # gives input() line editing and history
+
+                # The terminal then says where a paste begins and ends.
+                readline.parse_and_bind("set enable-bracketed-paste on")
 
     def reset(self) -> None:
         """Forget all turns but the system message."""
@@ -77,17 +87,31 @@ class Conversation:
             typer.secho("/help lists the commands, Ctrl-D leaves.", err=True, dim=True)
         while (line := self._read()) is not None:
             text = line.strip()
-            if text == "/quit":
+            name, _, rest = text.partition(" ")
+            if text in LEAVE:
                 return
             if text == "/reset":
                 self.reset()
                 typer.secho("conversation forgotten", err=True, dim=True)
             elif text == "/help":
                 typer.secho(HELP, err=True, dim=True)
-            elif text.startswith("/") and " " not in text:
+            elif name == "/system":
+                self.instruct(rest.strip())
+            elif text.startswith("/") and len(text.split()) == 1:
                 print_error(f"unknown command {text}; /help lists the commands")
             elif text:
                 self.answer(text)
+
+    def instruct(self, text: str) -> None:
+        """Set the system message of this conversation, or show it if ``text`` is empty."""
+        if not text:
+            typer.secho(self.system or "no system message", err=True, dim=True)
+            return
+        if self.system is not None:
+            del self.messages[0]
+        self.system = text
+        self.messages.insert(0, _message("system", text))
+        typer.secho("system message set", err=True, dim=True)
 
     def answer(self, text: str) -> None:
         """One turn.
@@ -116,11 +140,20 @@ class Conversation:
         if output is not None and output.finished and not self.quiet:
             typer.secho(summary(output), err=True, dim=True)
 
+    def _with_pasted(self, line: str) -> str:
+        """A line and what a terminal that does not mark a paste has ready behind it."""
+        lines = [line]
+        with contextlib.suppress(EOFError):  # the next call meets it again
+            while _more_is_there():
+                lines.append(input())
+        return "\n".join(lines)
+
     def _read(self) -> str | None:
-        """The next line, or None at the end."""
+        """The next line, or in a terminal the block that was pasted; None at the end."""
         while True:
             try:
-                return input("> " if self._terminal else "")
+                line = input("> " if self._terminal else "")
+                return self._with_pasted(line) if self._terminal else line
             except EOFError:
                 if self._terminal:
                     write("\n")
@@ -129,6 +162,14 @@ class Conversation:
                 if not self._terminal:
                     raise
                 typer.secho("\nCtrl-D leaves", err=True, dim=True)
+
+
+def _more_is_there() -> bool:
+    """Whether standard input, a terminal, has another line ready."""
+    try:
+        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    except (OSError, ValueError):  # where terminals are no files to wait for
+        return False
 
 
 def _message(role: str, content: str) -> dict[str, str]:

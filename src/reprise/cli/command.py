@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -56,11 +56,12 @@ def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[
     ]
     derived = [each for group in groups.values() for each in group.parameters()]
     parameters = [*own, *derived, *COMMON]
+    flags = dict(_flags(parameters))
 
     def run(**arguments: Any) -> None:
         debug, level = arguments.pop("debug"), arguments.pop("log_level")
         given = {each: group.take(arguments) for each, group in groups.items()}
-        with reported(debug):
+        with reported(debug, flags):
             configure(level)
             function(**arguments, **given)
 
@@ -70,3 +71,14 @@ def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def _flags(parameters: Iterable[inspect.Parameter]) -> Iterator[tuple[str, str]]:
+    """The options among a command's parameters: name and long flag."""
+    for each in parameters:
+        for about in get_args(each.annotation):
+            if isinstance(about, typer.models.OptionInfo):
+                # In an annotation typer takes the first name for the default.
+                names = (about.default, *(about.param_decls or ()))
+                long = [name for name in names if isinstance(name, str) and name.startswith("--")]
+                yield each.name, long[0] if long else "--" + each.name.replace("_", "-")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from reprise.errors import RepriseError
@@ -18,11 +19,12 @@ EXIT_BROKEN_PIPE = 141
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
+def reported(debug: bool, flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turn failures of the block into a line on standard error and an exit status.
 
     Args:
         debug: Print the traceback of an error in place of the line.
+        flags: As in :func:`in_flags`.
 
     Raises:
         SystemExit: Instead of the failure. It works within click and outside of it.
@@ -30,7 +32,7 @@ def reported(debug: bool) -> Iterator[None]:
     try:
         yield
     except RepriseError as error:
-        _report(str(error), debug)
+        _report(in_flags(str(error), flags or {}), debug)
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         import typer
@@ -46,6 +48,24 @@ def reported(debug: bool) -> Iterator[None]:
         _report(f"{about}{error.strerror or error}", debug)
         _discard_unwritten()
         raise SystemExit(EXIT_ERROR) from None
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """An error's text with the names of fields, as Python's users give them, as flags.
+
+    Args:
+        message: Such as ``max_num_seqs=0 must be a positive whole number``.
+        flags: Field name to flag. A name that is an ordinary word is a field only before ``=``.
+    """
+    for name, flag in flags.items():
+        field = re.escape(name)
+        # Switches take no value.
+        off = f"--no-{flag.removeprefix('--')}"
+        message = re.sub(rf"(?<![\w./-]){field}=True\b", flag, message)
+        message = re.sub(rf"(?<![\w./-]){field}=False\b", off, message)
+        behind = r"(?!\w)" if "_" in name else "(?==)"
+        message = re.sub(rf"(?<![\w./-]){field}{behind}", flag, message)
+    return message
 
 
 def _report(message: str, debug: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from reprise.bench.presets import model_names
 from reprise.cli.fields import FieldOptions, Special, json_object
 from reprise.config import EngineConfig
 from reprise.sampling_params import SamplingParams
@@ -18,10 +20,20 @@ def _op_override(text: str) -> tuple[str, str]:
     return name, implementation
 
 
+def _model(text: str) -> str:
+    """A model for an engine; the names that benchmarks give to random weights are no models."""
+    if text in model_names() and not Path(text).exists():
+        raise typer.BadParameter(
+            f"{text!r} is a configuration that 'reprise bench' fills with random weights; here "
+            "give a directory or a Hugging Face id, such as Qwen/Qwen3-0.6B"
+        )
+    return text
+
+
 ENGINE_PANELS = {
     "Model": (
-        "model", "tokenizer", "revision", "dtype", "load_format", "hf_overrides",
-        "skip_tokenizer_init",
+        "model", "tokenizer", "revision", "tokenizer_revision", "dtype", "load_format",
+        "hf_overrides", "skip_tokenizer_init",
     ),
     "Memory and batching": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
@@ -29,13 +41,15 @@ ENGINE_PANELS = {
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": ("device", "ops"),
-    "Sampling": ("seed",),
+    "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip
 
 ENGINE_SPECIAL = {
     "model": Special(
         flags=("--model", "-m"),
         help="Local directory or Hugging Face id; default: the bundled demo model.",
+        metavar="TEXT",
+        parse=_model,
     ),
     "ops": Special(
         flags=("--op",),

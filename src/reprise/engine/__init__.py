@@ -1,12 +1,14 @@
 """Requests, the scheduler and the step loop."""
 
+from reprise.engine.chat import ContentFormat, chat_prompt
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine, EngineStats
-from reprise.engine.prompt import chat_prompt, split_prompts
+from reprise.engine.prompt import split_prompts
 from reprise.engine.scheduler import Scheduler, SchedulerStats
 
 __all__ = [
     "CompletionGroup",
+    "ContentFormat",
     "Engine",
     "EngineStats",
     "Scheduler",

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from reprise.engine.detokenizer import Detokenizer, fast_decoder
+from reprise.engine.detokenizer import Detokenizer, TokenTexts
 from reprise.outputs import (
     CompletionOutput,
     Logprobs,
     RequestMetrics,
     RequestOutput,
+    WholeLogprobs,
 )
 from reprise.request import Request
 from reprise.sampling_params import SamplingParams
 
 
 class Completion:
-    """One of a request's completions, while it grows."""
+    """One of a request's completions, while it grows.
 
-    def __init__(self, index: int, request: Request, tokenizer: Any) -> None:
+    Args:
+        index: Among the request's ``n``.
+        request: The scheduler's.
+        texts: Of the tokenizer; None: token ids only.
+    """
+
+    def __init__(self, index: int, request: Request, texts: TokenTexts | None) -> None:
         self.index = index
         self.request = request
         self.logprobs: list[Logprobs] | None = None
         self.cumulative_logprob: float | None = None
         if request.params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
-        self.tokenizer = tokenizer
+        self.texts = texts if request.params.detokenize else None
         self.detokenizer: Detokenizer | None = None
-        if tokenizer is not None and request.params.detokenize:
-            self.detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, request.params)
+        if self.texts is not None:
+            self.detokenizer = Detokenizer(self.texts, request.prompt_token_ids, request.params)
+        self._sent: tuple[int, int, bool | None] = (0, 0, None)
+        """Tokens and characters that deltas have had, and whether the last had the end."""
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
@@ -38,38 +46,67 @@ class Completion:
         if logprobs is not None:
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
-            name_tokens(logprobs, self.tokenizer)
+            name_tokens(logprobs, self.texts)
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs[token].logprob
-        # A token that ends the request is not part of its text.
-        if self.detokenizer is None or self.request.finish_reason == "stop":
+        if self.detokenizer is None:
             return None
-        return self.detokenizer.append([token])
+        found, reason = None, self.request.finish_reason
+        # A token that ends the request is part of its text only if that is asked for.
+        if reason != "stop" or self.request.params.include_stop_str_in_output:
+            found = self.detokenizer.append([token])
+        if found is None and reason is not None:
+            found = self.detokenizer.finish()
+        return found
+
+    def finish(self) -> None:
+        """It was aborted: no token follows."""
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
 
     def output(self) -> CompletionOutput:
+        """Everything so far."""
+        return self._output(0, 0, self._length())
+
+    def delta(self) -> CompletionOutput | None:
+        """What is new since the last call; None if nothing is. The first call always returns."""
+        tokens, characters, _ = self._sent
+        length = self._length()
+        now = (self.request.num_output_tokens, length, self.request.is_finished)
+        if now == self._sent:
+            return None
+        self._sent = now
+        return self._output(tokens, characters, length)
+
+    def _length(self) -> int:
+        """Characters that can be shown."""
+        if self.detokenizer is None:
+            return 0
+        return self.detokenizer.stable_length(self.request.is_finished)
+
+    def _output(self, first_token: int, begin: int, end: int) -> CompletionOutput:
         request = self.request
-        text = ""
-        if self.detokenizer is not None:
-            text = self.detokenizer.text[: self.detokenizer.stable_length(request.is_finished)]
         return CompletionOutput(
             index=self.index,
-            text=text,
-            token_ids=list(request.output_token_ids),
+            text="" if self.detokenizer is None else self.detokenizer.text[begin:end],
+            token_ids=request.output_token_ids[first_token:],
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            logprobs=None if self.logprobs is None else self.logprobs[first_token:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             suspect_from=request.suspect_from,
         )
 
 
-def name_tokens(entry: Logprobs, tokenizer: Any) -> None:
+def name_tokens(entry: Logprobs, texts: TokenTexts | None) -> None:
     """Add the text of each token, which may be part of a character only."""
-    if tokenizer is None:
+    if texts is None:
         return
-    decode = fast_decoder(tokenizer, skip_special_tokens=False)
+    if isinstance(entry, WholeLogprobs):
+        entry.decode = texts.of
+        return
     for token, logprob in entry.items():
-        logprob.decoded_token = decode([token])
+        logprob.decoded_token = texts.of(token)
 
 
 class CompletionGroup:
@@ -97,6 +134,9 @@ class CompletionGroup:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
+        self._metrics: RequestMetrics | None = None
+        self._began = False
+        """Whether a delta was taken."""
 
     @property
     def finished(self) -> bool:
@@ -110,28 +150,59 @@ class CompletionGroup:
         """The step that began at token ``start`` gave these for the tokens behind it."""
         assert self.prompt_logprobs is not None
         for entry in entries:
-            name_tokens(entry, self.completions[0].tokenizer)
+            name_tokens(entry, self.completions[0].texts)
         self.prompt_logprobs[start + 1 : start + 1 + len(entries)] = entries
 
     def output(self) -> RequestOutput:
-        """A snapshot: it does not change when the completions grow."""
-        requests = [each.request for each in self.completions]
-        first = requests[0]
-        tokens_at = [each.first_token_time for each in requests if each.first_token_time]
-        finished_at = [each.finished_time for each in requests if each.finished_time]
+        """Everything so far: a snapshot, which does not change when the completions grow."""
+        return self._output([each.output() for each in self.completions], self.prompt_logprobs)
+
+    def delta(self) -> RequestOutput:
+        """What is new since the last call, in time that does not grow with what is not.
+
+        Log probabilities of the prompt are in the first delta alone.
+        """
+        news = [each.delta() for each in self.completions]
+        prompt_logprobs = None if self._began else self.prompt_logprobs
+        self._began = True
+        return self._output([each for each in news if each is not None], prompt_logprobs)
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_logprobs: list[Logprobs | None] | None
+    ) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=first.prompt_token_ids,
-            outputs=[each.output() for each in self.completions],
+            prompt_token_ids=self.completions[0].request.prompt_token_ids,
+            outputs=outputs,
             finished=self.finished,
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_scheduled_time=first.first_scheduled_time,
-                first_token_time=min(tokens_at, default=None),
-                finished_time=max(finished_at, default=None) if self.finished else None,
-                num_cached_tokens=first.num_cached_tokens,
-                num_preemptions=sum(each.num_preemptions for each in requests),
-            ),
-            prompt_logprobs=self.prompt_logprobs,
+            metrics=self._metrics_now(),
+            prompt_logprobs=prompt_logprobs,
         )
+
+    def _metrics_now(self) -> RequestMetrics:
+        """Made anew when they have changed: seldom between the first token and the last."""
+        first = self.completions[0].request
+        preemptions = first.num_preemptions
+        if len(self.completions) > 1:
+            preemptions = sum(each.request.num_preemptions for each in self.completions)
+        known = self._metrics
+        if (
+            known is not None
+            and known.first_token_time is not None
+            and known.num_preemptions == preemptions
+            and not self.finished
+        ):
+            return known
+        requests = [each.request for each in self.completions]
+        tokens_at = [each.first_token_time for each in requests if each.first_token_time]
+        finished_at = [each.finished_time for each in requests if each.finished_time]
+        self._metrics = RequestMetrics(
+            arrival_time=first.arrival_time,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=min(tokens_at, default=None),
+            finished_time=max(finished_at, default=None) if self.finished else None,
+            num_cached_tokens=first.num_cached_tokens,
+            num_preemptions=preemptions,
+        )
+        return self._metrics

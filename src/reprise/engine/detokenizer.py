@@ -2,53 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from reprise.sampling_params import SamplingParams
 
-CONTEXT_TOKENS = 6
-"""Prompt tokens that are decoded along, since a token's text can depend on its predecessors."""
-
-PATIENCE = 8
-"""Tokens without a whole character after which what there is is emitted as it is."""
-
 REPLACEMENT = "\ufffd"
 
+UNFINISHED = 3
+"""Most bytes that a character can have while another one is still to come. Decoders show them as
+one replacement character or as one for each byte."""
 
-def fast_decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[int]], str]:
-    """The quickest way to turn ids into text that this tokenizer has."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return lambda ids: backend.decode(ids, skip_special_tokens=skip_special_tokens)
-    return lambda ids: tokenizer.decode(
-        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+LONGEST = 16
+"""Tokens that wait for their text to settle; behind so many, the first ones have."""
+
+CONTEXTS = (4, 8, 16, 32, 64)
+"""Numbers of a prompt's last tokens that may be needed to decode what follows."""
 
 
-class Detokenizer:
-    """The growing text of one completion. Emits whole characters only, and finds stop strings.
+class TokenTexts:
+    """The texts of a tokenizer's ids, as its own decoder gives them.
 
     Args:
         tokenizer: transformers' tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is None:
+            self._special = frozenset(tokenizer.all_special_ids)
+        else:
+            added = self._backend.get_added_tokens_decoder()
+            self._special = frozenset(each for each, token in added.items() if token.special)
+        self._anchor = self._find_anchor()
+        self._anchor_text = self.decode(self._anchor, False)
+        self._alone: dict[int, str] = {}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def is_silent(self, token: int, skip_special_tokens: bool) -> bool:
+        """The decoder never sees this token: texts are as if it were not there."""
+        if skip_special_tokens and token in self._special:
+            return True
+        # A model's vocabulary may be padded beyond the tokenizer's.
+        return self._backend is not None and self._backend.id_to_token(token) is None
+
+    def of(self, token: int) -> str:
+        """A token's text within a text; a replacement character for a part of a character.
+
+        Decoders drop the space that the first word of a text begins with.
+        """
+        text = self._alone.get(token)
+        if text is None:
+            text = self.decode([*self._anchor, token], False)
+            if text.startswith(self._anchor_text):
+                text = text[len(self._anchor_text) :]
+            else:
+                text = self.decode([token], False)
+            self._alone[token] = text
+        return text
+
+    def _find_anchor(self) -> list[int]:
+        """A token with a text of its own that begins a text."""
+        for letter in "aA0":
+            for token in self._tokenizer.encode(letter, add_special_tokens=False)[-1:]:
+                if token not in self._special and self.decode([token], False).strip() == letter:
+                    return [token]
+        return []
+
+
+class Detokenizer:
+    """The growing text of one completion: what the tokenizer makes of all its ids behind those of
+    the prompt. Characters come out when they are whole, and stop strings are found.
+
+    Decoders of byte tokens (``<0xE6>``) spoil a whole run of them for one that does not fit.
+    Characters that have come out already stay as they are.
+
+    Args:
+        texts: Of the tokenizer.
         prompt_token_ids: Of the request; its last tokens are context of the first new one.
         params: Of the request.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_token_ids: Sequence[int], params: SamplingParams
+        self, texts: TokenTexts, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
         self.text = ""
-        self._decode = fast_decoder(tokenizer, params.skip_special_tokens)
+        self._texts = texts
         self._params = params
+        self._skip_special = params.skip_special_tokens
         self._num_tokens = 0
-        self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        """Tokens that are decoded together: text before them cannot change any more."""
-        self._num_context = len(self._window)
-        """The first tokens of the window: their text is part of ``text`` or of the prompt."""
-        self._num_emitted = len(self._decode(self._window))
-        """The first characters of the window's text: likewise."""
-        self._num_stalled = 0
+        self._context: list[int] = []
+        """Tokens whose text is out, or is the prompt's: decoded along, since a token's text can
+        depend on its predecessors."""
+        self._context_text = ""
+        self._pending: list[int] = []
+        """The tokens behind it."""
+        self._num_out = 0
+        """Characters of theirs that are out."""
+        self._unsure = ""
+        """The rest of their text: replacement characters, which may become others."""
+        self._begin(prompt_token_ids)
         stops = params.stop_strings
         self._held_back = 0
         if stops and not params.include_stop_str_in_output:
@@ -59,50 +122,102 @@ class Detokenizer:
         or None."""
         for token_id in token_ids:
             self._num_tokens += 1
-            added = self._next_characters(token_id)
-            if not added:
+            if self._texts.is_silent(token_id, self._skip_special):
                 continue
-            self.text += added
-            if self._num_tokens >= self._params.min_tokens:
-                found = self._find_stop(len(added))
-                if found is not None:
-                    return found
+            found = self._take(self._next_characters(token_id))
+            if found is not None:
+                return found
         return None
 
-    def _next_characters(self, token_id: int) -> str:
-        """The characters that this token completes."""
-        window = self._window
-        window.append(token_id)
-        text = self._decode(window)
-        whole = text.rstrip(REPLACEMENT)
-        if len(whole) < len(text) and self._num_stalled < PATIENCE:
-            # A character whose other bytes are still to come looks like an invalid one.
-            added = whole[self._num_emitted :]
-            self._num_emitted += len(added)
-            self._num_stalled = 0 if added else self._num_stalled + 1
-            return added
-        added = text[self._num_emitted :]
-        if not added and len(window) == self._num_context + 1:
-            window.pop()  # a special token: invisible, and no context for what follows
-            return ""
-        self._window = window[self._num_context :]
-        self._num_context = len(self._window)
-        self._num_emitted = len(self._decode(self._window))
-        self._num_stalled = 0
-        return added
+    def finish(self) -> str | None:
+        """No token follows: what looks like the beginning of a character is out as it is. Returns
+        as :meth:`append` does."""
+        unsure, self._unsure = self._unsure, ""
+        return self._take(unsure)
 
     def stable_length(self, finished: bool) -> int:
         """Characters of ``text`` that no stop string can take back any more."""
         return len(self.text) if finished else max(0, len(self.text) - self._held_back)
 
-    def _find_stop(self, num_new: int) -> str | None:
-        """The stop string that begins first in the text that the new characters complete."""
-        first, found = len(self.text), None
+    def _begin(self, prompt: Sequence[int]) -> None:
+        """Make the prompt's end the context: enough of it to begin with a whole character."""
+        seen = (each for each in reversed(prompt) if not self._is_silent(each))
+        last = list(itertools.islice(seen, CONTEXTS[-1]))[::-1]
+        for count in CONTEXTS:
+            self._context = last[-count:]
+            self._context_text = self._decode(self._context)
+            if self._context_text and not self._context_text.startswith(REPLACEMENT):
+                return
+
+    def _next_characters(self, token_id: int) -> str:
+        """The characters that this token completes."""
+        self._pending.append(token_id)
+        text = self._pending_text()
+        whole = text.rstrip(REPLACEMENT)
+        settled = max(len(whole), len(text) - UNFINISHED, self._num_out)
+        added, self._unsure = text[self._num_out : settled], text[settled:]
+        self._num_out = settled
+        if added and not self._unsure:
+            self._advance(text)
+        elif len(self._pending) > LONGEST:
+            added += self._advance_within_pending()
+        return added
+
+    def _pending_text(self) -> str:
+        """What the pending tokens add to the text of the context."""
+        before, text = self._context_text, self._decode(self._context + self._pending)
+        if text.startswith(before):
+            return text[len(before) :]
+        pairs = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(before, text, strict=False)
+        )
+        common = sum(1 for _ in pairs)
+        if not before[common:].strip(REPLACEMENT):
+            return text[common:]  # they complete a character that the context began
+        return self._decode(self._pending)  # they spoil the context's run of bytes
+
+    def _advance(self, text: str) -> None:
+        """The pending tokens, whose text is out, become the context."""
+        context, self._pending, self._num_out = self._pending, [], 0
+        context_text = self._decode(context)
+        if context_text.count(REPLACEMENT) != text.count(REPLACEMENT):
+            # They begin within a character.
+            context = (self._context + context)[-CONTEXTS[-1] :]
+            context_text = self._decode(context)
+        self._context, self._context_text = context, context_text
+
+    def _advance_within_pending(self) -> str:
+        """Likewise for the first ones of tokens that do not settle; returns what comes out."""
+        keep = UNFINISHED + 1
+        self._context = self._pending[:-keep][-2 * keep :]
+        self._context_text = self._decode(self._context)
+        self._pending = self._pending[-keep:]
+        text = self._pending_text()
+        self._num_out = len(text) - len(self._unsure)
+        if self._num_out >= 0 and text.endswith(self._unsure):
+            return ""
+        out, self._unsure, self._num_out = self._unsure, "", len(text)
+        return out
+
+    def _take(self, added: str) -> str | None:
+        """Add characters to the text, and look for the stop string that is complete first."""
+        self.text += added
+        if not added or self._num_tokens < self._params.min_tokens:
+            return None
+        first, found = (len(self.text) + 1, 0), None
         for stop in self._params.stop_strings:
-            begin = self.text.find(stop, max(0, len(self.text) - num_new - len(stop) + 1))
-            if begin != -1 and begin < first:
-                first, found = begin, stop
+            begin = self.text.find(stop, max(0, len(self.text) - len(added) - len(stop) + 1))
+            # Of two that are complete at once the longer one, so that nothing of it is shown.
+            if begin != -1 and (begin + len(stop), begin) < first:
+                first, found = (begin + len(stop), begin), stop
         if found is not None:
-            keep = len(found) if self._params.include_stop_str_in_output else 0
-            self.text = self.text[: first + keep]
+            end, begin = first
+            self.text = self.text[: end if self._params.include_stop_str_in_output else begin]
+            self._unsure = ""
         return found
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._texts.decode(ids, self._skip_special)
+
+    def _is_silent(self, token: int) -> bool:
+        return self._texts.is_silent(token, self._skip_special)

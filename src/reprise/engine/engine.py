@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from reprise import platforms, timeline
+from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
+from reprise.engine.detokenizer import TokenTexts
+from reprise.engine.observations import Observations
+from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
 from reprise.engine.suspects import Suspects
 from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
 from reprise.graphs import keep_compiled_code
-from reprise.loading import NamedTensors, open_checkpoint, plan_update, update_weights
+from reprise.loading import (
+    NamedTensors,
+    end_of_text_id,
+    open_checkpoint,
+    plan_update,
+    update_weights,
+)
+from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
 from reprise.request import Request
@@ -72,18 +85,16 @@ class Engine:
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
                 with timeline.phase("tokenizer"):
-                    self.tokenizer = checkpoint.tokenizer(config.tokenizer, config.revision)
+                    # The model's files are of its own revision.
+                    other = config.model if config.tokenizer_revision else None
+                    self.tokenizer = checkpoint.tokenizer(
+                        config.tokenizer or other, config.tokenizer_revision or config.revision
+                    )
             self.generation_config = checkpoint.generation_config
             self.runner = ModelRunner(config, self.platform, checkpoint)
         self.vocab_size = self.runner.model.vocab_size
-        stops = checkpoint.stop_token_ids
-        self.eos_token_ids = frozenset(each for each in stops if 0 <= each < self.vocab_size)
-        if stops != self.eos_token_ids:
-            logger.warning(
-                "end-of-sequence tokens %s are dropped: the vocabulary has ids 0 to %d",
-                sorted(stops - self.eos_token_ids),
-                self.vocab_size - 1,
-            )
+        self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
+        self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)
         self.max_model_len = self.runner.max_model_len
         if self.runner.max_tokens < config.max_num_seqs:
             raise ConfigError(
@@ -104,6 +115,10 @@ class Engine:
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
+        self.profiler = Profiler(self.platform)
+        self._observations = Observations(
+            config.model or "demo", self.max_model_len, self.runner.max_tokens
+        )
         self._num_added = 0
         self._half_updated: set[str] = set()
         """Weights that may be neither old nor new, since replacing them was interrupted."""
@@ -115,12 +130,31 @@ class Engine:
         self.startup_seconds = time.perf_counter() - started
         logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
 
+    def _end_of_text(self, listed: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a text: those that the configs list, and the tokenizer's own."""
+        own = None if self.tokenizer is None else end_of_text_id(self.tokenizer)
+        stops = listed if own is None else listed | {own}
+        if stops != listed:
+            logger.info(
+                "token %d (%s) ends a text too: the tokenizer says so, the configs list %s",
+                own, self.tokenizer.eos_token, sorted(listed) or "none",
+            )  # fmt: skip
+        known = frozenset(each for each in stops if 0 <= each < self.vocab_size)
+        if stops != known:
+            logger.warning(
+                "end-of-sequence tokens %s are dropped: the vocabulary has ids 0 to %d",
+                sorted(stops - known),
+                self.vocab_size - 1,
+            )
+        return known
+
     # ---- requests ------------------------------------------------------------------------
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation config recommends."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found = {name: self.generation_config.get(name) for name in names}
+        found["max_tokens"] = self.generation_config.get("max_new_tokens")
         if self.generation_config.get("do_sample") is False:
             found["temperature"] = 0.0
         recommended = {name: value for name, value in found.items() if value is not None}
@@ -134,20 +168,32 @@ class Engine:
         """
         return prepare(prompt, self.tokenizer, self.vocab_size)
 
+    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
+        """What :meth:`add` does to parameters first. Any thread may call it.
+
+        Raises:
+            RequestError: A parameter is invalid.
+        """
+        params = self.default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+        limit = self.config.max_logprobs
+        return prepare_params(params, self.tokenizer, self.vocab_size, limit)
+
     def add(
         self,
         request_id: str,
         prompt: Any,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PreparedParams | None = None,
         priority: int = 0,
     ) -> CompletionGroup:
         """Accept a request.
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Text, token ids, a dictionary with ``prompt`` or ``prompt_token_ids``, or what
-                :meth:`prepare` returned.
-            params: None: :meth:`default_sampling_params`.
+            prompt: Text, token ids, a dictionary as of :func:`reprise.engine.prompt.prepare`, or
+                what :meth:`prepare` returned.
+            params: None: :meth:`default_sampling_params`; or what :meth:`prepare_params` returned.
             priority: Lower is more urgent.
 
         Raises:
@@ -162,22 +208,19 @@ class Engine:
             )
         if request_id in self._groups:
             raise RequestError(f"request_id={request_id!r} is already running; give a new one")
-        params = self.default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
-        if not isinstance(priority, int):
+        accepted = params if isinstance(params, PreparedParams) else self.prepare_params(params)
+        params = accepted.params
+        priority = plain(priority)
+        if not is_whole(priority):
             raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                f"stop={params.stop!r} needs text and no tokenizer is loaded "
-                "(skip_tokenizer_init=True): use stop_token_ids"
-            )
-        self._check_token_ids(params)
         prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
+        most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
+        prepared = replace(prepared, token_ids=truncated(prepared.token_ids, params, most))
         completions: list[Completion] = []
         for index in range(params.n):
-            request = self._new_request(request_id, index, prepared.token_ids, params, priority)
-            completions.append(Completion(index, request, self.tokenizer))
+            request = self._new_request(request_id, index, prepared, accepted, priority)
+            completions.append(Completion(index, request, self._texts))
+        check_choice(accepted, completions[0].request.stop_token_ids)
         for index, each in enumerate(completions):
             try:
                 self.scheduler.add(each.request)
@@ -200,6 +243,7 @@ class Engine:
                 # The name of one that has finished may be another request's by now.
                 if not each.request.is_finished:
                     self.scheduler.abort(each.request.request_id)
+                    each.finish()
             self._forget(group)
         return ended
 
@@ -319,6 +363,17 @@ class Engine:
         self._completions.clear()
         self.platform.synchronize()
 
+    def close(self) -> None:
+        """Abort everything and free the device's memory. The engine is of no use afterwards."""
+        try:
+            if self.profiler.running:
+                self.profiler.stop()
+            self.start_over()
+        finally:
+            del self.runner, self.scheduler
+            gc.collect()
+            self.platform.empty_cache()
+
     def stats(self) -> EngineStats:
         return EngineStats(
             scheduler=self.scheduler.stats(),
@@ -326,9 +381,14 @@ class Engine:
             startup_seconds=self.startup_seconds,
         )
 
+    def metrics(self) -> list[Metric]:
+        """All metrics of this moment."""
+        return self._observations.metrics(self.scheduler.stats())
+
     def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         completions = self._completions
+        self._observations.step(step.num_tokens)
         if output.prompt_logprobs:
             for scheduled in step.requests:
                 entries = output.prompt_logprobs.get(scheduled.request.request_id)
@@ -361,18 +421,22 @@ class Engine:
         del self._groups[group.request_id]
         for each in group.completions:
             del self._completions[each.request]
+            self._observations.ended(each.request)
 
     def _new_request(
-        self, request_id: str, index: int, token_ids: list[int], params: SamplingParams,
+        self, request_id: str, index: int, prompt: PreparedPrompt, accepted: PreparedParams,
         priority: int,
     ) -> Request:  # fmt: skip
+        params = accepted.params
         return Request(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
-            prompt_token_ids=token_ids,
+            prompt_token_ids=prompt.token_ids,
             params=params,
             priority=priority,
+            cache_salt=prompt.cache_salt,
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params, index),
+            bad_words=accepted.bad_words,
         )
 
     def _seed(self, params: SamplingParams, index: int) -> int:
@@ -384,12 +448,3 @@ class Engine:
         )
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
-
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}: the vocabulary has ids 0 to "
-                        f"{self.vocab_size - 1}"
-                    )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from reprise.arguments import is_whole, plain, shown
 from reprise.errors import RequestError
 
 
@@ -14,8 +15,24 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_INPUTS = "this engine reads text and token ids alone"
+_REFUSED = {
+    "multi_modal_data": _INPUTS,
+    "multi_modal_uuids": _INPUTS,
+    "mm_processor_kwargs": _INPUTS,
+    "prompt_embeds": _INPUTS,
+    "token_type_ids": "models here have no token types",
+    "encoder_prompt": "models here have no encoder",
+    "decoder_prompt": "models here have no encoder",
+}
+"""Keys of vLLM's prompts that mean something which is not here. Empty ones are accepted, since
+wrappers always pass them."""
+
+
 def split_prompts(prompts: Any) -> list[Any]:
     """A single prompt, or a sequence of them, as a list."""
+    prompts = plain(prompts)
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not _is_list(prompts):
@@ -23,7 +40,7 @@ def split_prompts(prompts: Any) -> list[Any]:
             f"prompt={prompts!r}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
         )
-    if prompts and all(_is_id(each) for each in prompts):
+    if prompts and all(is_whole(plain(each)) for each in prompts):
         return [prompts]
     return list(prompts)
 
@@ -35,73 +52,81 @@ class PreparedPrompt:
     text: str | None
     """If it was given as text."""
     token_ids: list[int]
+    cache_salt: bytes = b""
+    """Cached prefixes are shared only with prompts of the same salt."""
 
 
 def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
     """Check a prompt and make it into token ids.
 
+    Args:
+        prompt: Text, token ids, or a dictionary with ``prompt``, ``prompt_token_ids`` (which count
+            if both are there) and ``cache_salt``.
+        tokenizer: transformers' tokenizer, or None if none is loaded.
+        vocab_size: Ids are smaller.
+
     Raises:
-        RequestError: It is empty, of a wrong type, or has ids outside the vocabulary.
+        RequestError: It is empty, of a wrong type, has a key that means nothing here or ids outside
+            the vocabulary.
     """
-    text: str | None = None
+    text, salt = None, b""
+    ids: Any = prompt
     if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            text = prompt.get("prompt")
-            ids = prompt["prompt_token_ids"]
-        elif "prompt" in prompt:
-            text = ids = prompt["prompt"]
-        else:
-            raise RequestError(
-                f"prompt has the keys {sorted(prompt)}: give 'prompt' or 'prompt_token_ids'"
-            )
-    else:
-        ids = prompt
-    if isinstance(ids, str):
-        text = ids
+        text, ids, salt = _read_mapping(prompt)
+    elif isinstance(prompt, str):
+        text, ids = prompt, None
+    ids = plain(ids)
+    if ids is None and text is not None:
         if tokenizer is None:
             raise RequestError(
                 f"prompt={text[:40]!r} is text and no tokenizer is loaded "
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
-        ids = _encode(tokenizer, text)
-    if not _is_list(ids) or not all(_is_id(each) for each in ids):
-        raise RequestError(f"prompt_token_ids={_short(ids)}: give a list of integers")
+        ids = encode(tokenizer, text)
+    if _is_list(ids) and not all(type(each) is int for each in ids):
+        ids = [plain(each) for each in ids]
+    if not _is_list(ids) or not all(is_whole(each) for each in ids):
+        raise RequestError(f"prompt_token_ids={short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
     wrong = [each for each in ids if not 0 <= each < vocab_size]
     if wrong:
         raise RequestError(
-            f"prompt_token_ids contains {_short(wrong)}: the vocabulary has ids 0 to "
+            f"prompt_token_ids contains {short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
-    return PreparedPrompt(text, list(ids))
+    return PreparedPrompt(text, list(ids), salt)
 
 
-def chat_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template_arguments: Any
-) -> TokensPrompt:
-    """A conversation as the prompt that the model was trained on.
+def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:
+    """Its text, its token ids and its salt; text or ids are there."""
+    for key, value in prompt.items():
+        if key in _KEYS:
+            continue
+        if key in _REFUSED:
+            if value is None or (isinstance(value, Mapping) and not value):
+                continue
+            raise RequestError(f"prompt has the key {key!r}: {_REFUSED[key]}")
+        raise RequestError(f"prompt has the unknown key {key!r}: give {', '.join(_KEYS)}")
+    text, ids, salt = (prompt.get(key) for key in _KEYS)
+    if text is None and ids is None:
+        raise RequestError(
+            f"prompt has the keys {list(prompt)}: give 'prompt' or 'prompt_token_ids'"
+        )
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"prompt={short(text)}: give a string; ids are for 'prompt_token_ids'")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError(f"cache_salt={short(salt)}: give a string that is not empty, or None")
+    # Any string of Python's is a salt, also one that is no valid text.
+    return text, ids, b"" if salt is None else salt.encode("utf-8", "surrogatepass")
 
-    Args:
-        tokenizer: transformers' tokenizer, or None if none is loaded.
-        messages: ``[{"role": "user", "content": "hi"}, ...]``.
-        **template_arguments: Of ``apply_chat_template`` and variables of the template.
+
+def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """A text's token ids.
 
     Raises:
-        RequestError: The messages are malformed or the tokenizer has no chat template.
+        RequestError: It has halves of surrogate pairs.
     """
-    if tokenizer is None:
-        raise RequestError("messages need a tokenizer, and skip_tokenizer_init=True loads none")
-    if not messages:
-        raise RequestError("messages is empty: give at least one message")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_arguments)
-    except Exception as error:  # Jinja and transformers raise many types
-        raise RequestError(f"messages do not fit the chat template: {error}") from error
-    return {"prompt": text, "prompt_token_ids": _encode(tokenizer, text, add_special_tokens=False)}
-
-
-def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -114,14 +139,11 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def _is_list(value: Any) -> bool:
-    """Bytes are numbers to Python, and text that nobody decoded to us."""
-    return isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
+    """Bytes are numbers to Python, and text that nobody decoded to us; text is a list of texts."""
+    others = str | bytes | bytearray | memoryview
+    return isinstance(value, Sequence) and not isinstance(value, others)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
+def short(value: Any) -> str:
+    """For messages of errors."""
+    return shown(value, 60)

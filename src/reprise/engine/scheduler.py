@@ -57,6 +57,8 @@ class SchedulerStats:
     """Scheduled as a request's one last token."""
     total_prefill_tokens: int
     """All other scheduled tokens, recomputed ones included."""
+    total_prompt_tokens: int
+    """Of the prompts of requests that began to run; each counts once."""
     total_generated_tokens: int
     total_preemptions: int
     total_prefix_queries: int
@@ -108,6 +110,7 @@ class Scheduler:
         self._num_steps = 0
         self._num_decode_tokens = 0
         self._num_prefill_tokens = 0
+        self._num_prompt_tokens = 0
         self.num_generated_tokens = 0
         """Of all requests, from the start."""
         self._num_preemptions = 0
@@ -265,6 +268,7 @@ class Scheduler:
             total_steps=self._num_steps,
             total_decode_tokens=self._num_decode_tokens,
             total_prefill_tokens=self._num_prefill_tokens,
+            total_prompt_tokens=self._num_prompt_tokens,
             total_generated_tokens=self.num_generated_tokens,
             total_preemptions=self._num_preemptions,
             total_prefix_queries=self.cache.prefix_queries,
@@ -382,6 +386,7 @@ class Scheduler:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = time.perf_counter()
                 request.num_cached_tokens = num_cached
+                self._num_prompt_tokens += request.num_prompt_tokens
                 if cache.enable_prefix_caching and not request.skip_prefix_cache:
                     cache.record_lookup(num_tokens, num_cached)
             insort(running, request, key=_by_urgency)

@@ -6,7 +6,14 @@ from reprise.layers.embedding import Embedding
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
-from reprise.layers.rotary import rotary_table
+from reprise.layers.rotary import (
+    context_length,
+    default_length,
+    describe_rotary,
+    identity_table,
+    parameters_of,
+    rotary_table,
+)
 
 __all__ = [
     "CausalLM",
@@ -18,5 +25,10 @@ __all__ = [
     "MergedLinear",
     "RMSNorm",
     "SelfAttention",
+    "context_length",
+    "default_length",
+    "describe_rotary",
+    "identity_table",
+    "parameters_of",
     "rotary_table",
 ]

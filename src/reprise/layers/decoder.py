@@ -83,6 +83,13 @@ class CausalLM(nn.Module):
     def tied(self) -> bool:
         return self.lm_head is self.model.embed_tokens
 
+    def untie(self, weight: Tensor) -> None:
+        """Give the head a weight of its own, [vocab_size, hidden_size]."""
+        nowhere = torch.device("meta")
+        head = Linear(self.hidden_size, self.vocab_size, dtype=weight.dtype, device=nowhere)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        self.lm_head = head
+
     def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
         return self.model(token_ids, positions, metadata)

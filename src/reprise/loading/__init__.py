@@ -1,12 +1,14 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
 from reprise.loading.checkpoint import Checkpoint, open_checkpoint
+from reprise.loading.tokenizer import end_of_text_id
 from reprise.loading.update import NamedTensors, plan_update, update_weights
 from reprise.loading.weights import load_weights
 
 __all__ = [
     "Checkpoint",
     "NamedTensors",
+    "end_of_text_id",
     "load_weights",
     "open_checkpoint",
     "plan_update",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reprise.errors import LoadError, ModelError
+from reprise.loading.foreign import foreign_content
+from reprise.loading.hf_config import check_token_ids, read_config, read_object
+from reprise.loading.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 
@@ -39,22 +42,19 @@ class Checkpoint:
         """
         source = name or str(self.path)
         try:
-            from transformers import AutoTokenizer
-
-            found = AutoTokenizer.from_pretrained(source, revision=revision)
-            # That is what transformers makes of a directory without a tokenizer's files.
-            if len(found) <= len(set(found.all_special_ids)):
-                raise FileNotFoundError("it would know special tokens alone")
-            # The first call may change the tokenizer, which no thread may do while others use it.
-            found.encode("")
+            path = _locate(name, revision, config_only=True) if name else self.path
+            return load_tokenizer(path.parent if path.is_file() else path)
         except Exception as error:  # transformers raises many types for a missing tokenizer
             missing = _is_path(source) and not Path(source).expanduser().exists()
-            reason = "no such directory" if missing else f"{type(error).__name__}: {error}"
+            reason = (
+                f"no such directory{_similar(source)}"
+                if missing
+                else f"{type(error).__name__}: {error}"
+            )
             raise ModelError(
                 f"no tokenizer in {source!r} ({reason}); give tokenizer=, "
                 "or skip_tokenizer_init=True and prompts as token ids"
             ) from error
-        return found
 
 
 def open_checkpoint(
@@ -76,25 +76,56 @@ def open_checkpoint(
         ModelError: Not found, or its config cannot be read.
     """
     path = DEMO_MODEL if model is None else _locate(model, revision, config_only)
-    if path.is_file():
+    if path.name == "config.json" and path.is_file():
         path = path.parent
+    if not path.is_dir():
+        raise ModelError(
+            f"model={str(path)!r} is no directory and no config.json"
+            f"{_in_brackets(foreign_content(path))}; give the checkpoint's directory"
+        )
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise ModelError(f"model={str(path)!r} has no config.json: it is no checkpoint")
-    return Checkpoint(path, _read_config(config_file, overrides or {}), _generation_config(path))
+        raise ModelError(
+            f"model={str(path)!r} has no config.json: it is no checkpoint"
+            f"{_in_brackets(foreign_content(path))}"
+        )
+    return Checkpoint(path, read_config(config_file, overrides or {}), _generation_config(path))
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def _is_path(name: str) -> bool:
-    """It cannot be a hub id."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    """It cannot be a hub id, or is hardly one: the directory that it would be in is here."""
+    if name.startswith((".", "/", "~")) or name.endswith(("/", *_FILES)) or name.count("/") > 1:
+        return True
+    return "\\" in name or ("/" in name and Path(name).parent.is_dir())
+
+
+_FILES = (".json", ".safetensors", ".bin", ".gguf")
+
+
+def _similar(name: str) -> str:
+    """A hint at a directory or file here whose name is nearly this one, or nothing."""
+    path = Path(name).expanduser()
+    with contextlib.suppress(OSError):
+        known = [each.name for each in path.parent.iterdir()]
+        found = difflib.get_close_matches(path.name, known, n=1)
+        if found:
+            return f"; did you mean {str(path.parent / found[0])!r}?"
+    return ""
 
 
 def _locate(model: str, revision: str | None, config_only: bool) -> Path:
-    local = Path(model).expanduser()
-    if local.exists():
-        return local
+    try:
+        local = Path(model).expanduser()
+        if local.exists():
+            return local
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, no such user
+        raise ModelError(f"model={model!r} is no path: {error}") from error
     if _is_path(model):
-        raise ModelError(f"model={model!r}: no such directory")
+        raise ModelError(f"model={model!r}: no such directory{_similar(model)}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -106,68 +137,28 @@ def _locate(model: str, revision: str | None, config_only: bool) -> Path:
                 model,
                 revision=revision,
                 allow_patterns=patterns,
-                # The same weights once more, in the formats of other tools.
-                ignore_patterns=["*/*", "consolidated*"],
+                # The same weights once more, in the formats of other tools. Further chat templates
+                # lie in a folder too.
+                ignore_patterns=[
+                    "consolidated*",
+                    *(f"*/{each}" for each in patterns if each != "*.jinja"),
+                ],
             )
         )
     except Exception as error:  # the hub client raises network and HTTP errors of many types
         raise ModelError(
             f"model={model!r} is neither a local directory nor a model that could be fetched from "
-            f"the Hugging Face hub ({type(error).__name__}: {error})"
+            f"the Hugging Face hub ({type(error).__name__}: {error}){_similar(model)}"
         ) from error
-
-
-@contextlib.contextmanager
-def _without_docstrings() -> Iterator[None]:
-    """Import transformers' config classes without having their docstrings completed.
-
-    That step alone imports the auto classes of all models and the compiler: seconds at start.
-    """
-    import transformers.utils
-
-    completing = transformers.utils.auto_docstring
-
-    def leave(*args: Any, **_: Any) -> Any:
-        return args[0] if args and callable(args[0]) else leave
-
-    transformers.utils.auto_docstring = leave
-    try:
-        yield
-    finally:
-        transformers.utils.auto_docstring = completing
-
-
-def _read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        raw = _read_object(file)
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid: {error}") from error
-    kind = raw.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise ModelError(f"{file} names no model_type; is it a model's config?")
-    raw.update(overrides)
-    try:
-        with _without_docstrings():
-            return AutoConfig.for_model(kind, **raw)
-    except Exception as error:  # transformers validates fields with errors of many types
-        named = raw.get("architectures") or kind
-        raise ModelError(f"{file}: cannot read the config of {named}: {error}") from error
 
 
 def _generation_config(path: Path) -> Mapping[str, Any]:
     file = path / "generation_config.json"
-    if not file.is_file():
+    if not file.exists():
         return {}
     try:
-        return _read_object(file)
-    except ValueError as error:
+        content = read_object(file)
+        check_token_ids(content.get("eos_token_id"))
+    except (ValueError, OSError) as error:
         raise LoadError(f"{file} is not valid: {error}") from error
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON object is expected, not {content!r}")
     return content

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from reprise.errors import LoadError
 from reprise.loading.transfer import Copy, transfer
 from reprise.loading.weights import (
-    NOT_TIED,
     checkpoint_tensors,
     is_computed,
     refuse_misfits,
@@ -74,7 +73,7 @@ def plan_update(model: nn.Module, weights: NamedTensors) -> dict[str, Copy]:
             "unexpected": unexpected,
             "wrong shape": misshapen,
             "wrong dtype": unusable,
-            NOT_TIED: different,
+            "not equal to what the config ties it to": different,
         },
     )
     return copies

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -12,20 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from reprise.errors import LoadError
+from reprise.layers import CausalLM
 from reprise.loading.transfer import Copy, transfer
+from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
 from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
 
-NO_FIT = "the checkpoint does not fit the model"
-NOT_TIED = "not equal to what the config ties it to"
+HEAD = "lm_head.weight"
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a weight may be stored in. Numbers of any other dtype mean nothing without scales."""
 
 
 def load_weights(
-    model: nn.Module, path: Path, load_format: str, platform: Platform, seed: int = 0
+    model: CausalLM, path: Path, load_format: str, platform: Platform, seed: int = 0
 ) -> None:
     """Fill every parameter of ``model``, in the dtype and on the device that it has.
+
+    A head that the config ties and the checkpoint stores with other values gets its own weight.
 
     Args:
         model: Its parameter names are the checkpoint's; merged layers say what they merge.
@@ -42,7 +46,7 @@ def load_weights(
     if load_format == "dummy":
         _fill_at_random(model, seed)
     else:
-        _load_files(model, _weight_files(path), platform)
+        _load_files(model, path, platform)
     total = sum(each.numel() * each.element_size() for each in model.parameters())
     seconds = time.perf_counter() - started
     logger.info(
@@ -84,96 +88,55 @@ def _fill_at_random(model: nn.Module, seed: int) -> None:
             bar.advance()
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """As transformers chooses them, or all there are: other tools choose other names."""
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(path / name for name in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise LoadError(f"{index} is not a valid weight index: {error!r}") from error
-        absent = [each.name for each in files if not each.is_file()]
-        if absent:
-            raise LoadError(f"{path} lacks {', '.join(absent)}, which {index.name} lists")
-        return files
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise LoadError(
-            f"{path} has no *.safetensors file; use load_format='dummy' for random weights"
-        )
-    return files
-
-
-def _load_files(model: nn.Module, files: list[Path], platform: Platform) -> None:
+def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = checkpoint_tensors(model)
     missing = set(targets)
     unexpected: list[str] = []
     misshapen: list[str] = []
-    different: list[str] = []
-    misfits: dict[str, Collection[str]] = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "wrong shape": misshapen,
-        NOT_TIED: different,
-    }
+    not_plain: list[str] = []
     copies: dict[str, Copy] = {}
-    stored = _stored_tensors(files)
+    stored = stored_tensors(path)
     for name in missing - stored.keys():
         alias = tied_name(name, targets[name], parameters)
         if alias in stored:
             stored[name] = stored.pop(alias)
     for name, (file, source) in stored.items():
         missing.discard(name)
-        if name in targets:
-            target = targets[name]
-            if source.shape != target.shape:
-                shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
-                misshapen.append(f"{name}: {shapes}")
-                continue
-        elif name in parameters:
-            # A tied head may be stored though it is the embedding once more: if it is.
-            if source.shape != parameters[name].shape:
-                different.append(name)
-                continue
-            target = torch.empty_like(parameters[name])
-        else:
+        target = targets.get(name)
+        if target is None and model.tied and name == HEAD:
+            target = parameters[HEAD]
+        if target is None:
             if not is_computed(name):
                 unexpected.append(name)
-            continue
-        copies[name] = Copy(f"{name} of {file}", source, target)
-    if missing or unexpected or misshapen:
-        refuse_misfits(NO_FIT, misfits)
+        elif source.shape != target.shape:
+            shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
+            misshapen.append(f"{name}: {shapes}")
+        elif source.dtype not in _PLAIN:
+            not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
+        else:
+            # A tied head may be stored though it is the embedding once more: if it is.
+            target = target if name in targets else torch.empty_like(target)
+            copies[name] = Copy(f"{name} of {file}", source, target)
+    refuse_misfits(
+        "the checkpoint does not fit the model",
+        {
+            "missing": missing,
+            "unexpected": unexpected,
+            "wrong shape": misshapen,
+            "not plain floating-point numbers, as in a quantised checkpoint": not_plain,
+        },
+    )
     transfer(list(copies.values()), platform)
-    different += [
-        name
-        for name, copy in copies.items()
-        if name not in targets and not torch.equal(copy.target, parameters[name])
-    ]
-    refuse_misfits(NO_FIT, misfits)
-
-
-def _stored_tensors(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of the files with the file that has it, mapped and not yet read."""
-    from safetensors import SafetensorError, safe_open
-
-    stored: dict[str, tuple[Path, Tensor]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if name in stored:
-                        raise LoadError(
-                            f"{name} is in {stored[name][0]} and in {file}: remove one of them, or "
-                            "name the files to load in model.safetensors.index.json"
-                        )
-                    stored[name] = file, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
-    return stored
+    if HEAD in copies and HEAD not in targets:
+        head = copies[HEAD].target
+        if not torch.equal(head, parameters[HEAD]):
+            model.untie(head)
+            logger.warning(
+                "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
+                "stores another one; the stored one is used",
+                HEAD,
+            )
 
 
 def tied_name(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
@@ -187,7 +150,15 @@ def tied_name(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> st
 
 def is_computed(name: str) -> bool:
     """Buffers that old checkpoints store although they follow from the config."""
-    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
+    return name.endswith(
+        (
+            ".rotary_emb.inv_freq",
+            ".rotary_emb.cos_cached",
+            ".rotary_emb.sin_cached",
+            ".attn.bias",
+            ".attn.masked_bias",
+        )
+    )
 
 
 def refuse_misfits(what: str, misfits: Mapping[str, Collection[str]]) -> None:

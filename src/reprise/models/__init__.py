@@ -1,5 +1,6 @@
 """One file an architecture; the registry finds it by the name that checkpoints carry."""
 
-from reprise.models.registry import architectures, build
+from reprise.models.config_reader import require_layer_count, whole_number
+from reprise.models.registry import architectures, build, require_known
 
-__all__ = ["architectures", "build"]
+__all__ = ["architectures", "build", "require_known", "require_layer_count", "whole_number"]

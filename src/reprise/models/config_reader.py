@@ -10,20 +10,77 @@ from reprise.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
-def head_size(config: PretrainedConfig) -> int:
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
-
+LARGEST_SIZE = 2**31 - 1
+"""Kernels count in 32 bits."""
+LARGEST_HEAD = 65536
+"""Channels. The rotary table is computed on the host before anything can be too large for it."""
+MOST_LAYERS = 10_000
+"""More than any model has. A config that asks for more is wrong, and would build for ever."""
 
 _SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "max_position_embeddings",
 )
+
+
+def whole_number(config: PretrainedConfig, name: str) -> int:
+    """A field that must be a whole number of at least 1.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"config field {name}={value!r} must be a whole number of at least 1")
+    if value > LARGEST_SIZE:
+        raise ModelError(f"config field {name}={value} must be at most {LARGEST_SIZE}")
+    return value
+
+
+def require_layer_count(layers: int) -> None:
+    """Refuse a number of layers that nobody means.
+
+    Raises:
+        ModelError: There are more than :data:`MOST_LAYERS`.
+    """
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(f"config field num_hidden_layers={layers} must be at most {MOST_LAYERS}")
+
+
+def layer_count(config: PretrainedConfig) -> int:
+    """``num_hidden_layers``.
+
+    Raises:
+        ModelError: It is no number of layers.
+    """
+    layers = whole_number(config, "num_hidden_layers")
+    require_layer_count(layers)
+    return layers
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Channels of a head: ``head_dim``, or an equal share of ``hidden_size``.
+
+    Raises:
+        ModelError: It is no even number.
+    """
+    if getattr(config, "head_dim", None) is not None:
+        size = whole_number(config, "head_dim")
+    else:
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        size = hidden // heads
+        if size * heads != hidden:
+            raise ModelError(
+                f"config field hidden_size={hidden} must be a multiple of "
+                f"num_attention_heads={heads} where head_dim is not given"
+            )
+    if size % 2 or size > LARGEST_HEAD:
+        raise ModelError(f"config field head_dim={size} must be even and at most {LARGEST_HEAD}")
+    return size
 
 
 def require_sizes(config: PretrainedConfig) -> None:
@@ -32,27 +89,88 @@ def require_sizes(config: PretrainedConfig) -> None:
     Raises:
         ModelError: Names the field, its value and what it must be.
     """
+    layer_count(config)
     for name in _SIZES:
-        value = getattr(config, name, None)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"config field {name}={value!r} must be a whole number of at least 1")
+        whole_number(config, name)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ModelError(
             f"config field num_attention_heads={heads} must be a multiple of "
             f"num_key_value_heads={kv_heads}"
         )
-    if head_size(config) % 2:
-        raise ModelError(f"config field head_dim={head_size(config)} must be even")
+    head_size(config)
+
+
+def flag(config: PretrainedConfig, name: str) -> bool:
+    """A field that says yes or no.
+
+    Raises:
+        ModelError: It says neither.
+    """
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise ModelError(f"config field {name}={value!r} must be true or false")
+    return value
+
+
+def norm_eps(config: PretrainedConfig) -> float:
+    """``rms_norm_eps``.
+
+    Raises:
+        ModelError: It is no number that a mean square can be raised by.
+    """
+    value = config.rms_norm_eps
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ModelError(
+            f"config field rms_norm_eps={value!r} must be a number of at least 0 and below 1"
+        )
+    return float(value)
+
+
+def window_size(config: PretrainedConfig) -> int:
+    """``sliding_window`` of an architecture, or of the layers, that have one.
+
+    Raises:
+        ModelError: It is no number of tokens.
+    """
+    return whole_number(config, "sliding_window")
+
+
+def sliding_windows(config: PretrainedConfig) -> list[int]:
+    """The window of each layer, 0 for none, by ``layer_types``.
+
+    Raises:
+        ModelError: A layer is of another type, or the list is not one of all layers.
+    """
+    kinds, layers = config.layer_types, layer_count(config)
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers:
+        raise ModelError(
+            f"config field layer_types={kinds!r} must be a list of num_hidden_layers={layers} names"
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ModelError(
+                f"config field layer_types has {kind!r}, which is not supported; supported: "
+                "'full_attention', 'sliding_attention'"
+            )
+    return [window_size(config) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Of an architecture that rotates all channels of a head.
+    """Of an architecture that rotates all channels of a head, alike in all layers.
 
     Raises:
-        ModelError: The config asks for fewer.
+        ModelError: The config asks for something else.
     """
-    parameters: Mapping[str, Any] = config.rope_parameters
+    parameters = config.rope_parameters
+    if not isinstance(parameters, Mapping):
+        raise ModelError(f"config field rope_parameters={parameters!r} must be an object")
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ModelError(
+            f"config field rope_parameters has others for {', '.join(nested)}, which is not "
+            f"supported for {config.model_type!r}; supported: one RoPE for all layers"
+        )
     share = parameters.get("partial_rotary_factor")
     if share not in (None, 1):
         raise ModelError(

@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reprise.layers import (
-    CausalLM,
-    Decoder,
-    DecoderLayer,
-    Embedding,
-    GatedMLP,
-    RMSNorm,
-    SelfAttention,
-    rotary_table,
-)
-from reprise.models.config_reader import head_size, require, require_sizes, rope_parameters
+from reprise.layers import CausalLM
+from reprise.models.config_reader import flag
+from reprise.models.dense import build_dense
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,47 +22,13 @@ def build(
     Raises:
         ModelError: The config asks for something that this architecture file does not compute.
     """
-    require(config, hidden_act="silu")
-    require_sizes(config)
-    cos_sin = rotary_table(
-        rope_parameters(config),
-        head_size=head_size(config),
-        max_position_embeddings=config.max_position_embeddings,
-        length=max_model_len,
-        device=device,
-    )
-
-    def norm() -> RMSNorm:
-        return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-
-    def layer() -> DecoderLayer:
-        attention = SelfAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_size(config),
-            cos_sin,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            dtype=dtype,
-            device=device,
-        )
-        mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            bias=config.mlp_bias,
-            dtype=dtype,
-            device=device,
-        )
-        return DecoderLayer(attention, mlp, norm(), norm())
-
-    embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-    decoder = Decoder(embedding, [layer() for _ in range(config.num_hidden_layers)], norm())
-    return CausalLM(
-        decoder,
-        config.vocab_size,
-        config.hidden_size,
-        tie_word_embeddings=config.tie_word_embeddings,
+    attention_bias = flag(config, "attention_bias")
+    return build_dense(
+        config,
+        max_model_len=max_model_len,
         dtype=dtype,
         device=device,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=flag(config, "mlp_bias"),
     )

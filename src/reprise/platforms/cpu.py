@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 from typing import Any, ClassVar
@@ -11,12 +12,16 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from reprise.openmp import waiting
 from reprise.platforms.base import HostStream, MemoryInfo, Platform
+from reprise.platforms.cpu_limits import usable_cpus
 from reprise.platforms.device_graph import DeviceGraph
 from reprise.platforms.recorded_graph import RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
 
 GIB = 1 << 30
+
+logger = logging.getLogger(__name__)
 
 
 def _available_memory() -> int | None:
@@ -31,6 +36,22 @@ def _available_memory() -> int | None:
     return None
 
 
+def settle_threads() -> None:
+    """Have no more threads compute than CPUs are there for them, unless the user chose a number.
+
+    torch counts the machine's CPUs. A container's share of their time is often less, and threads
+    beyond it stand still, with all that wait for them, until the next period.
+    """
+    count = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        reason = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
+    else:
+        cpus, reason = usable_cpus()
+        if cpus < count:
+            torch.set_num_threads(cpus)
+    logger.info("CPU threads: %d (%s), %s", torch.get_num_threads(), reason, waiting)
+
+
 class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
@@ -40,6 +61,10 @@ class CpuPlatform(Platform):
     default_batched_tokens = 1024
     default_cache_bytes = 4 * GIB
     """The KV cache takes this much, or a quarter of the free memory if that is less."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self._settled = False
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -66,7 +91,10 @@ class CpuPlatform(Platform):
         return dtype is torch.float32
 
     def activate(self) -> None:
-        """The CPU is always current."""
+        """The CPU is always current. The first call settles how many threads compute."""
+        if not self._settled:
+            self._settled = True
+            settle_threads()
 
     def synchronize(self) -> None:
         """Work on the CPU is finished when the call that started it returns."""

@@ -8,7 +8,7 @@ import math
 import torch
 
 from reprise.config import EngineConfig
-from reprise.errors import CapacityError, PlatformError, describe
+from reprise.errors import CapacityError, PlatformError, RepriseError, describe
 from reprise.layers import CausalLM
 from reprise.platforms import Platform
 
@@ -43,6 +43,8 @@ def plan_blocks(
     else:
         try:
             budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
+        except RepriseError:
+            raise
         except Exception as error:  # drivers fail with errors of many types
             raise PlatformError(
                 f"the memory of {platform.device} cannot be measured ({describe(error)}); "

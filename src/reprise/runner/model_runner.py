@@ -6,15 +6,14 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reprise import models, ops, timeline
+from reprise import ops, timeline
 from reprise.config import EngineConfig
-from reprise.errors import ModelError, PlatformError, RepriseError, describe
+from reprise.errors import PlatformError, RepriseError, describe
 from reprise.graphs import (
     GraphRunner,
     StepShape,
@@ -31,8 +30,10 @@ from reprise.progress import progress
 from reprise.runner.buffers import Sampled, StepBuffers, to_device
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.computation import ForwardPass
+from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
+from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
@@ -65,20 +66,22 @@ class ModelRunner:
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         self.max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
         self.block_size = config.block_size or platform.default_block_size
+        blocks_of_request = -(-wanted_len // self.block_size)
         with torch.inference_mode():
             with timeline.phase("model"):
-                self.model = models.build(
+                self.model = build_model(
                     checkpoint.config,
                     max_model_len=wanted_len,
+                    table_blocks=config.max_num_seqs * blocks_of_request,
                     dtype=self.dtype,
-                    device=platform.device,
+                    platform=platform,
                 )
             with timeline.phase("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
             self.buffers = StepBuffers(
                 max(self.max_tokens, config.max_num_seqs),
                 config.max_num_seqs,
-                -(-wanted_len // self.block_size),
+                blocks_of_request,
                 self.block_size,
                 platform,
             )
@@ -127,7 +130,8 @@ class ModelRunner:
             last = self._last_sampled
             self.buffers.fill(step, last, self.graphs.padded(shape).num_requests)
             result = self.graphs.run(shape)
-            prompt_logprobs = self._prompt_logprobs(step, result)
+            landing = next(self._landings)
+            prompt_logprobs = self._prompt_logprobs(step, result, landing)
             if step.continues and last is not None:
                 sampling = last.requests
             else:
@@ -139,7 +143,7 @@ class ModelRunner:
                 logits = self._logits(step, result)
                 sampled, logprobs = self.sampler(logits, sampling, step.continues)
                 self._last_sampled = Sampled(sampling, sampled)
-            return PendingOutput(step, sampled, logprobs, prompt_logprobs, next(self._landings))
+            return PendingOutput(step, sampled, logprobs, prompt_logprobs, landing)
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
@@ -163,8 +167,10 @@ class ModelRunner:
         """Logits of rows of a step's result, which for a decode step they are already."""
         return rows if step.phase == "decode" else self.model.logits(rows)
 
-    def _prompt_logprobs(self, step: ScheduledStep, result: Tensor) -> dict[str, LogprobTensors]:
-        found: dict[str, LogprobTensors] = {}
+    def _prompt_logprobs(
+        self, step: ScheduledStep, result: Tensor, landing: Landing
+    ) -> dict[str, list[LogprobTensors]]:
+        found: dict[str, list[LogprobTensors]] = {}
         begin = step.num_decodes  # one token each, and none of a prompt behind it
         for each in step.requests[step.num_decodes :]:
             wanted = each.request.params.prompt_logprobs
@@ -172,25 +178,25 @@ class ModelRunner:
             targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
             if wanted is not None and targets:
                 rows = result[begin : begin + len(targets)]
-                found[each.request.request_id] = self._logprobs_of(step, rows, targets, wanted)
+                found[each.request.request_id] = [
+                    landing.take(part)  # at once, so that the device never holds all of them
+                    for part in self._logprobs_of(step, rows, targets, wanted)
+                ]
             begin += each.num_tokens
         return found
 
     def _logprobs_of(
         self, step: ScheduledStep, rows: Tensor, targets: Sequence[int], count: int
-    ) -> LogprobTensors:
+    ) -> Iterator[LogprobTensors]:
         chosen = to_device(np.array(targets, dtype=np.int64), self.platform)
-        parts = [
-            top_logprobs(self._logits(step, part).float(), ids, count)
-            for part, ids in zip(
-                rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
-            )
-        ]
-        return LogprobTensors(
-            torch.cat([each.token_ids for each in parts]),
-            torch.cat([each.logprobs for each in parts]),
-            torch.cat([each.ranks for each in parts]),
-        )
+        for part, ids in zip(
+            rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
+        ):
+            logits = self._logits(step, part).float()
+            whole = None
+            if count == WHOLE_VOCABULARY:
+                whole = torch.arange(len(part), device=part.device)
+            yield top_logprobs(logits, ids, max(count, 0), whole)
 
     def _plan_graphs(self) -> GraphRunner:
         config = self.config
@@ -284,47 +290,3 @@ class ModelRunner:
             logger.warning("activation memory could not be measured (%s)", describe(error))
         logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self.max_tokens)
         return peak
-
-
-def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype:
-    """The compute dtype: as requested, else the checkpoint's where the device computes in it.
-
-    Raises:
-        ModelError: The platform does not compute in the requested dtype.
-    """
-    if requested != "auto":
-        dtype = getattr(torch, requested)
-        if not platform.supports_dtype(dtype):
-            raise ModelError(f"dtype={requested!r} is not supported by device {platform.name!r}")
-        return dtype
-    stored = getattr(config, "dtype", None) or torch.float32
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, stored)
-    if not isinstance(stored, torch.dtype):
-        raise ModelError(f"config field dtype={stored!r} is unknown; give dtype=")
-    if platform.prefers_dtype(stored):
-        return stored
-    chosen = platform.default_dtype
-    logger.info("dtype: %s -> %s (faster on %s)", stored, chosen, platform.name)
-    return chosen
-
-
-def choose_model_len(requested: int | None, config: Any) -> int:
-    """The longest context in tokens.
-
-    Raises:
-        ModelError: The request exceeds what the model's positions were made for.
-    """
-    trained = getattr(config, "max_position_embeddings", None)
-    if not isinstance(trained, int) or trained < 1:
-        raise ModelError(
-            f"config field max_position_embeddings={trained!r} must be a whole number of at least 1"
-        )
-    if requested is None:
-        return trained
-    if requested > trained:
-        raise ModelError(
-            f"max_model_len={requested} exceeds the model's max_position_embeddings={trained}; "
-            "lower it, or extend the positions with hf_overrides (rope_parameters)"
-        )
-    return requested

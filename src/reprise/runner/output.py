@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.outputs import Logprob, Logprobs
+from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.platforms import Platform
 from reprise.runner.sampler import LogprobTensors
+from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.step import ScheduledStep
 
 
@@ -51,7 +52,12 @@ class Landing:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
             return host.copy_(tensor, non_blocking=True)
 
-        return LogprobTensors(copy(tensors.token_ids), copy(tensors.logprobs), copy(tensors.ranks))
+        return LogprobTensors(
+            copy(tensors.token_ids),
+            copy(tensors.logprobs),
+            copy(tensors.ranks),
+            None if tensors.whole is None else copy(tensors.whole),
+        )
 
     def send(self, tokens: Tensor | None) -> None:
         """Start copying ``tokens`` [S] int64, if there are any."""
@@ -74,7 +80,8 @@ class PendingOutput:
         step: What was computed.
         tokens: [S] int64 on the device, one for each sampling request; None if there are none.
         logprobs: Of the same rows, if any request wants them.
-        prompt_logprobs: Request id to log probabilities of its prompt's tokens.
+        prompt_logprobs: Request id to log probabilities of its prompt's tokens, in parts that
+            ``landing`` has taken.
         landing: No other step uses it before this one has been waited for.
     """
 
@@ -83,12 +90,12 @@ class PendingOutput:
         step: ScheduledStep,
         tokens: Tensor | None,
         logprobs: LogprobTensors | None,
-        prompt_logprobs: dict[str, LogprobTensors],
+        prompt_logprobs: dict[str, list[LogprobTensors]],
         landing: Landing,
     ) -> None:
         self._step = step
         self._logprobs = None if logprobs is None else landing.take(logprobs)
-        self._prompt_logprobs = {name: landing.take(each) for name, each in prompt_logprobs.items()}
+        self._prompt_logprobs = prompt_logprobs
         self._landing = landing
         landing.send(tokens)
 
@@ -100,20 +107,25 @@ class PendingOutput:
             found = iter(tokens)
             sampled = [next(found) if each.samples else None for each in scheduled]
         prompts = {
-            name: [_entry(row, len(row[0]) - 1) for row in _rows(tensors)]
-            for name, tensors in self._prompt_logprobs.items()
+            name: [
+                _entry(row, len(row[0]) - 1 if part.whole is None else WHOLE_VOCABULARY, whole)
+                for part in parts
+                for whole in [_whole(part)]
+                for row in _rows(part)
+            ]
+            for name, parts in self._prompt_logprobs.items()
         }
         return StepOutput(sampled, self._of_samples(), prompts)
 
     def _of_samples(self) -> list[Logprobs | None] | None:
         if self._logprobs is None:
             return None
-        rows = _rows(self._logprobs)
+        rows, whole = _rows(self._logprobs), _whole(self._logprobs)
         found: list[Logprobs | None] = []
         for each in self._step.requests:
             row = next(rows) if each.samples else None
             count = each.request.params.logprobs
-            found.append(None if row is None or count is None else _entry(row, count))
+            found.append(None if row is None or count is None else _entry(row, count, whole))
         return found
 
 
@@ -127,10 +139,17 @@ def _rows(tensors: LogprobTensors) -> Iterator[_Row]:
     return zip(*columns, strict=True)
 
 
-def _entry(row: _Row, count: int) -> Logprobs:
+def _whole(tensors: LogprobTensors) -> Iterator[Any]:
+    """[V] of each row that wants the whole vocabulary, in memory that callers may keep."""
+    return iter(()) if tensors.whole is None else (row.copy() for row in tensors.whole.numpy())
+
+
+def _entry(row: _Row, count: int, whole: Iterator[Any]) -> Logprobs:
     """The chosen token and the ``count`` likeliest by rank: a neighbour may have wanted more."""
     ids, values, rank = row
-    entry: Logprobs = {ids[0]: Logprob(values[0], rank)}
+    if count == WHOLE_VOCABULARY:
+        return WholeLogprobs(ids[0], next(whole))
+    entry = {ids[0]: Logprob(values[0], rank)}
     likeliest = zip(ids[1 : count + 1], values[1 : count + 1], strict=True)
     for position, (token, value) in enumerate(likeliest, 1):
         entry.setdefault(token, Logprob(value, position))

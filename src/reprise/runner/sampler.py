@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from reprise.platforms import Platform
 from reprise.request import Request
 from reprise.runner.buffers import to_device
 from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
+from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
+from reprise.sampling_params import WHOLE_VOCABULARY
 
 _INT32_MAX = np.iinfo(np.int32).max
 _PARAMETERS = (np.float32, np.int32, np.float32, np.float32, np.int64)
@@ -26,12 +29,14 @@ class LogprobTensors:
     """For each row: the chosen token first, then the most likely ones.
 
     ``token_ids`` [R, 1 + n] int64, ``logprobs`` [R, 1 + n] float32, ``ranks`` [R] int64 (of the
-    chosen token, 1 is the likeliest).
+    chosen token, 1 is the likeliest). ``whole`` [W, V] float32: all log probabilities of the rows
+    that want the whole vocabulary, in their order.
     """
 
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
+    whole: Tensor | None = None
 
 
 class Sampler:
@@ -46,7 +51,11 @@ class Sampler:
     def __init__(self, vocab_size: int, max_requests: int, platform: Platform) -> None:
         self.platform = platform
         self._batch: _Batch | None = None
-        self._seen = SeenTokens(vocab_size, max_requests, platform)
+        self._kept = _Kept(
+            SeenTokens(vocab_size, max_requests, platform),
+            ForbiddenTokens(vocab_size, max_requests, platform),
+            RecentTokens(vocab_size, max_requests, platform),
+        )
 
     def __call__(
         self, logits: Tensor, requests: Sequence[Request], continues: bool = False
@@ -75,49 +84,70 @@ class Sampler:
                 generated = np.array([_num_generated(each) for each in requests], dtype=np.int64)
                 batch.positions = to_device(generated, self.platform)
             tokens = ops.sample(adjusted, *batch.parameters, batch.positions)
-        if batch.penalties is not None:
-            batch.penalties.count(tokens)
+        for each in (batch.penalties, batch.bad_words):
+            if each is not None:
+                each.count(tokens)
         wanted = batch.num_logprobs
-        return tokens, None if wanted is None else top_logprobs(raw, tokens, wanted)
+        if wanted is None:
+            return tokens, None
+        return tokens, top_logprobs(raw, tokens, wanted, batch.whole_rows)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Drop the state of requests that ended or were preempted."""
         for request_id in request_ids:
-            if self._seen.release(request_id):
-                self._batch = None  # it may name the slot
+            for slots in self._kept:
+                if slots.release(request_id):
+                    self._batch = None  # it may name the slot
 
     def memory(self) -> dict[str, Tensor]:
-        """What lies on the device from draw to draw, by name."""
-        found = self._seen.memory()
+        """What lies on the device from draw to draw, by name: every tensor that anything here holds
+        on to."""
+        holders: list[Any] = [*self._kept]
         if self._batch is not None:
-            found.update(self._batch.memory())
-        return {f"sampler's {name}": each for name, each in found.items() if each.numel()}
+            batch = self._batch
+            holders += [batch, batch.penalties, batch.bad_words, batch.allowed]
+        found: dict[int, tuple[str, Tensor]] = {}
+        for holder in holders:
+            for name, value in vars(holder).items() if holder is not None else ():
+                tensors = value if isinstance(value, tuple | list) else (value,)
+                for number, each in enumerate(tensors):
+                    if isinstance(each, Tensor) and each.numel():
+                        label = f"{type(holder).__name__.strip('_')}.{name.strip('_')}"
+                        found.setdefault(each.data_ptr(), (f"sampler's {label} {number}", each))
+        return dict(found.values())
 
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
-        self._seen.forget()
+        for slots in self._kept:
+            slots.forget()
 
     def _batch_of(self, requests: Sequence[Request]) -> _Batch:
         if self._batch is None or not self._batch.is_for(requests):
-            self._batch = _Batch(requests, self._seen)
+            self._batch = _Batch(requests, self._kept)
         return self._batch
 
 
-def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> LogprobTensors:
+def top_logprobs(
+    logits: Tensor, chosen: Tensor, count: int, whole: Tensor | None = None
+) -> LogprobTensors:
     """Log probabilities of ``chosen`` [R] and of the ``count`` likeliest tokens.
 
     Args:
         logits: [R, V] float32, as the model gave them.
         chosen: [R] int64.
         count: Likeliest tokens to list beside the chosen one.
+        whole: [W] int64, rows whose whole vocabulary is wanted.
     """
     logprobs = logits.log_softmax(dim=-1)
     of_chosen = logprobs.gather(1, chosen.unsqueeze(1))
     ranks = (logprobs > of_chosen).sum(dim=-1) + 1
     values, ids = logprobs.topk(min(count, logits.shape[1]), dim=-1)
     return LogprobTensors(
-        torch.cat((chosen.unsqueeze(1), ids), dim=1), torch.cat((of_chosen, values), dim=1), ranks
+        torch.cat((chosen.unsqueeze(1), ids), dim=1),
+        torch.cat((of_chosen, values), dim=1),
+        ranks,
+        None if whole is None else logprobs.index_select(0, whole),
     )
 
 
@@ -135,41 +165,66 @@ def example_draws(vocab_size: int, platform: Platform) -> None:
     ops.apply_penalties(logits, row, seen, row, *strengths)
 
 
+class _Kept(NamedTuple):
+    """What stays on the device from draw to draw."""
+
+    seen: SeenTokens
+    forbidden: ForbiddenTokens
+    recent: RecentTokens
+
+
 class _Batch:
     """What a set of requests asks of the sampler; built again only when the set changes."""
 
-    def __init__(self, requests: Sequence[Request], seen: SeenTokens) -> None:
+    def __init__(self, requests: Sequence[Request], kept: _Kept) -> None:
         self.given = requests
-        self._platform = seen.platform
-        self._vocab_size = seen.vocab_size
+        self._platform = kept.seen.platform
+        self._vocab_size = kept.seen.vocab_size
         parameters = [each.params for each in requests]
         rows = list(enumerate(requests))
         self.greedy = all(each.greedy for each in parameters)
         self.penalties: Penalties | None = None
         penalised = [(row, each) for row, each in rows if is_penalised(each)]
         if penalised:
-            self.penalties = Penalties(penalised, seen)
+            self.penalties = Penalties(penalised, kept.seen)
+        self.bad_words: BadWords | None = None
+        worded = [(row, each) for row, each in rows if each.bad_words]
+        if worded:
+            self.bad_words = BadWords(worded, kept.recent)
+        self.allowed: AllowedTokens | None = None
+        limited = [(row, each) for row, each in rows if each.params.allowed_token_ids is not None]
+        if limited:
+            self.allowed = AllowedTokens(limited, len(rows), kept.forbidden)
         self._bias = self._biases(rows)
         self._held_open = [
             (row, each) for row, each in rows if each.params.min_tokens > 0 and each.stop_token_ids
         ]
         self._closed: Tensor | None = None
         """Flat indices of the tokens that may not end requests yet."""
-        self.adjusts = bool(penalised or self._bias or self._held_open)
+        self.adjusts = bool(penalised or worded or limited or self._bias or self._held_open)
         counts = [each.logprobs for each in parameters if each.logprobs is not None]
-        self.num_logprobs = max(counts, default=None)
+        self.num_logprobs = max((max(each, 0) for each in counts), default=None)
+        self.whole_rows: Tensor | None = None
+        """[W] int64: rows whose log probabilities are wanted of the whole vocabulary."""
+        whole = [row for row, each in rows if each.params.logprobs == WHOLE_VOCABULARY]
+        if whole:
+            self.whole_rows = to_device(np.array(whole, dtype=np.int64), self._platform)
         self.plain = self.greedy and not self.adjusts and self.num_logprobs is None
         """Nothing is asked for but the likeliest token."""
         self.positions: Tensor | None = None
         """[R] int64 on the device: how many tokens each request had before the last draw."""
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """Bias, penalties and minimum lengths, in place on [R, V] float32."""
+        """All that requests ask for before the draw, in place on [R, V] float32."""
         flat = logits.view(-1)
         if self._bias is not None:
             flat.index_add_(0, *self._bias)
         if self.penalties is not None:
             self.penalties.apply(logits)
+        if self.bad_words is not None:
+            self.bad_words.apply(logits)
+        if self.allowed is not None:
+            self.allowed.apply(logits)
         if self._held_open:
             self._hold_open()
         if self._closed is not None:
@@ -221,21 +276,6 @@ class _Batch:
             to_device(np.array(values, dtype=kind), self._platform)
             for values, kind in zip(columns, _PARAMETERS, strict=True)
         )
-
-    def memory(self) -> dict[str, Tensor]:
-        """The batch's tensors, by name."""
-        found: dict[str, Tensor | None] = {
-            "positions": self.positions,
-            "closed tokens": self._closed,
-        }
-        if self._bias is not None:
-            found.update(zip(("biased tokens", "biases"), self._bias, strict=True))
-        if "parameters" in self.__dict__:  # not before somebody has asked for them
-            names = ("temperature", "top_k", "top_p", "min_p", "seeds")
-            found.update(zip(names, self.parameters, strict=True))
-        if self.penalties is not None:
-            found.update(self.penalties.memory())
-        return {name: each for name, each in found.items() if each is not None}
 
     def is_for(self, requests: Sequence[Request]) -> bool:
         return requests is self.given or requests == self.given

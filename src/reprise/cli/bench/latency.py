@@ -17,6 +17,7 @@ from reprise.cli.bench.shared import (
     bench_engine_options,
     numbers,
     print_record,
+    rows,
 )
 from reprise.cli.command import command
 from reprise.cli.fields import choice
@@ -65,7 +66,7 @@ def latency(
     """Measure the time of a decode step and the time to first token.
 
     A step's time is the slope between a short and a long output, so that prefill cancels out. The
-    floor beside it is the time to read the weights and the context once, at the copy bandwidth
+    floor beside it is the time to read the weights and the context once, at the best bandwidth
     measured in the same run. The prefill share is of the rate of a large matrix product, likewise.
     """
     work = LatencyWork() if workload is None else LATENCY[workload.value]
@@ -82,7 +83,8 @@ def latency(
     from reprise.bench.latency import latency as measure
 
     record = measure(work, engine, repeats, seed, trace)
-    columns = {
+    results = record["results"]
+    decode = {
         "batch": "batch_size",
         "input": "input_len",
         "ms/step": "ms_per_step",
@@ -90,14 +92,24 @@ def latency(
         "floor ms": "floor_ms",
         "x floor": "times_floor",
         "out tok/s": "tokens_per_s",
+    }
+    prefill = {
+        "batch": "batch_size",
+        "input": "input_len",
         "first token ms": "first_token_ms",
         "prefill tok/s": "prefill_tokens_per_s",
     }
-    rows: list[tuple[Any, ...]] = [(*columns, "prefill share")]
-    for each in record["results"]:
-        share = f"{each['prefill_share_of_matmul_rate']:.1%}"
-        rows.append((*(each[key] for key in columns.values()), share))
-    print_record(record, as_json, rows)
+    shares = [f"{each['prefill_share_of_matmul_rate']:.1%}" for each in results]
+    firsts = rows(results, prefill)
+    print_record(
+        record,
+        as_json,
+        rows(results, decode),
+        [
+            (*firsts[0], "prefill share"),
+            *((*a, b) for a, b in zip(firsts[1:], shares, strict=True)),
+        ],
+    )
 
 
 def register(app: typer.Typer) -> None:

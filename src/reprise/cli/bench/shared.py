@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-KERNEL_WIDTH = 64
+KERNEL_WIDTH = 40
 """Longer names of kernels are cut in tables; JSON has them whole."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")]
@@ -89,13 +89,18 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def print_record(record: dict[str, Any], as_json: bool, rows: Sequence[tuple[Any, ...]]) -> None:
+def rows(results: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[tuple[Any, ...]]:
+    """A table: the headings, then a row for each of ``results``; ``columns``: heading to key."""
+    return [tuple(columns), *(tuple(each[key] for key in columns.values()) for each in results)]
+
+
+def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[Any, ...]]) -> None:
     """To standard output.
 
     Args:
         record: All figures.
-        as_json: One line; ``rows`` are not shown.
-        rows: The first holds the headings of a table.
+        as_json: One line; ``tables`` are not shown.
+        *tables: The first row of each holds the headings.
     """
     if as_json:
         import json
@@ -105,10 +110,11 @@ def print_record(record: dict[str, Any], as_json: bool, rows: Sequence[tuple[Any
     from rich.console import Console
 
     # Figures are never cut, even where the terminal is narrow.
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(80, Console().width))
     facts = f"{record['model']} ({record['load_format']} weights, {record['dtype']})"
     console.print(f"[bold]{record['benchmark']}[/]: {facts} on {record['device_name']}")
-    console.print(_table(rows))
+    for each in tables:
+        console.print(_table(each))
     if "trace" in record:
         _print_trace(console, record["trace"])
     known = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -138,11 +144,13 @@ def _print_trace(console: Console, trace: dict[str, Any]) -> None:
             f"[bold]trace[/]: {about}, {trace['ms_per_step']} ms a step, of which the device was "
             f"busy for {trace['device_busy_ms']} ms (idle: {trace['device_idle_share']:.1%})"
         )
-        rows: list[tuple[Any, ...]] = [("kernel", "a step", "us/step", "share")]
+        kernels: list[tuple[Any, ...]] = [("kernel", "a step", "us/step", "share")]
         for each in trace["kernels"]:
             name = each["name"]
             if len(name) > KERNEL_WIDTH:
                 name = f"{name[: KERNEL_WIDTH - 1]}…"
-            rows.append((name, each["count_per_step"], each["us_per_step"], f"{each['share']:.1%}"))
-        console.print(_table(rows))
+            kernels.append(
+                (name, each["count_per_step"], each["us_per_step"], f"{each['share']:.1%}")
+            )
+        console.print(_table(kernels))
     console.print(f"written to {trace['file']}", style="dim", markup=False)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reprise.cli.command import command
-from reprise.cli.doctor.group import table
-from reprise.cli.files import output_file
+from reprise.cli.doctor.group import AsJson, print_json, table
 from reprise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,15 +25,7 @@ def conformance(
             help="Contracts to try, by name or group, with * and ?; repeatable.", metavar="PATTERN"
         ),
     ] = None,
-    as_json: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            help="Write the verdicts to this file as well.",
-            dir_okay=False,
-            callback=output_file,
-        ),
-    ] = None,
+    as_json: AsJson = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the text of the contracts and try nothing.")
     ] = False,
@@ -60,9 +49,10 @@ def conformance(
     facts = {**heading("doctor conformance"), "versions": versions()}
     with progress("conformance", len(chosen)) as bar:
         report = kit.conformance(device, facts, chosen, bar.show)
-    _show(report)
-    if as_json is not None:
-        as_json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report)
     if report.failed:
         raise typer.Exit(EXIT_FAILED)
 

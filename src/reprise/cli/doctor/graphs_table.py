@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +14,9 @@ from reprise.doctor.graphs.markup import gap, milliseconds, size, times
 from reprise.doctor.graphs.page import BUCKET_OF, short
 from reprise.doctor.graphs.report import GraphMatrix, MatrixCell
 from reprise.graphs import PHASES, Phase
+
+LABEL_WIDTH, CELL_WIDTH = 28, 17
+"""Columns that the labels of a row take, and the longest cell: ``✗ NO GRAPH`` or two numbers."""
 
 
 def show(matrix: GraphMatrix) -> None:
@@ -27,7 +32,8 @@ def show(matrix: GraphMatrix) -> None:
         )
     for phase in PHASES:
         if matrix.buckets[phase]:
-            console.print(_grid(matrix, phase))
+            for contexts in _fitting(matrix.contexts, console.width):
+                console.print(_grid(matrix, phase, contexts))
     for each in matrix.absent:
         console.print(f"[dim]{each.executor}, {each.phase}: not here: {escape(each.reason)}[/]")
     for note in matrix.notes:
@@ -42,8 +48,15 @@ def show(matrix: GraphMatrix) -> None:
         console.print(f"[bold green]✓ all {len(graphs)} cells verified[/]")
 
 
-def _grid(matrix: GraphMatrix, phase: Phase) -> Table:
-    heads = [f"{short(each)} tokens" for each in matrix.contexts]
+def _fitting(contexts: Sequence[int], width: int) -> Iterator[Sequence[int]]:
+    """The columns in parts, each of which a terminal of this width holds."""
+    count = max(1, (width - LABEL_WIDTH) // CELL_WIDTH)
+    for begin in range(0, len(contexts), count):
+        yield contexts[begin : begin + count]
+
+
+def _grid(matrix: GraphMatrix, phase: Phase, contexts: Sequence[int]) -> Table:
+    heads = [f"{short(each)} tokens" for each in contexts]
     title = f"{phase}: replay time and speed-up over eager, by longest context"
     made = table(title, "executor", BUCKET_OF[phase], *heads)
     missing = {each.executor for each in matrix.absent if each.phase == phase}
@@ -52,7 +65,7 @@ def _grid(matrix: GraphMatrix, phase: Phase) -> Table:
             continue
         for index, bucket in enumerate(matrix.buckets[phase]):
             label = ("eager" if executor == "none" else executor) if index == 0 else ""
-            cells = [matrix.cell(executor, phase, bucket, each) for each in matrix.contexts]
+            cells = [matrix.cell(executor, phase, bucket, each) for each in contexts]
             made.add_row(label, str(bucket), *(_cell(each) for each in cells))
         made.add_section()
     return made
@@ -66,7 +79,10 @@ def _cell(cell: MatrixCell | None) -> Text:
     if cell.speedup is None:
         return Text(milliseconds(cell.eager_ms), style="dim")
     text = Text(milliseconds(cell.replay_ms))
-    style = "cyan" if cell.speedup >= 1.05 else "yellow" if cell.speedup < 0.95 else "dim"
+    # What may be noise is no result: neither a small difference nor one that comes and goes.
+    style = "dim"
+    if cell.sure and not 0.95 <= cell.speedup < 1.05:
+        style = "cyan" if cell.speedup > 1 else "yellow"
     return text.append(f" {times(cell.speedup)}", style=style)
 
 

@@ -9,6 +9,7 @@ import torch
 from reprise.doctor.conformance.contract import Kit, contract, need
 
 ROUNDS = 8
+TRIALS = 10
 
 
 @contract("order")
@@ -75,27 +76,34 @@ def events_time_work(kit: Kit) -> str:
     platform = kit.platform
 
     def measure(rounds: int) -> tuple[float, float]:
-        best = (float("inf"), float("inf"))
-        for _ in range(3):
-            began, ended = platform.event(timing=True), platform.event(timing=True)
-            platform.synchronize()
-            wall = time.perf_counter()
-            began.record(platform.current_stream())
-            kit.burn(rounds)
-            ended.record(platform.current_stream())
-            platform.synchronize()
-            wall = (time.perf_counter() - wall) * 1e3
-            best = min(best, (float(began.elapsed_time(ended)), wall))
-        return best
+        began, ended = platform.event(timing=True), platform.event(timing=True)
+        platform.synchronize()
+        wall = time.perf_counter()
+        began.record(platform.current_stream())
+        kit.burn(rounds)
+        ended.record(platform.current_stream())
+        platform.synchronize()
+        return float(began.elapsed_time(ended)), (time.perf_counter() - wall) * 1e3
 
     kit.burn(ROUNDS)
-    short, _ = measure(1)
-    long, wall = measure(2 * ROUNDS)
-    need(short > 0, f"elapsed_time() is {short:.3f} ms for work that takes time")
-    need(
-        long > 2 * short,
-        f"{2 * ROUNDS} times the work takes {long:.3f} ms, the single amount {short:.3f} ms",
-    )
-    need(long <= wall * 1.05 + 0.5, f"events say {long:.3f} ms, the host's clock {wall:.3f} ms")
-    need(long >= wall * 0.2, f"events say {long:.3f} ms, the host's clock {wall:.3f} ms")
+    # Another program may have the processor at any moment, between two lines of this one too: a
+    # trial decides nothing against the platform, only that none of many shows what is right.
+    wrong: str | None = None
+    for _ in range(TRIALS):
+        (short, _), (long, wall) = measure(1), measure(2 * ROUNDS)
+        wrong = _wrong(short, long, wall)
+        if wrong is None:
+            break
+    need(wrong is None, wrong or "")
     return f"{long:.2f} ms by events, {wall:.2f} ms by the host's clock"
+
+
+def _wrong(short: float, long: float, wall: float) -> str | None:
+    """What cannot be in the times, in ms, of one round of work and of many; None: they can."""
+    if short <= 0:
+        return f"elapsed_time() is {short:.3f} ms for work that takes time"
+    if long <= 2 * short:
+        return f"{2 * ROUNDS} times the work takes {long:.3f} ms, the single amount {short:.3f} ms"
+    if not wall * 0.2 <= long <= wall * 1.05 + 0.5:
+        return f"events say {long:.3f} ms, the host's clock {wall:.3f} ms"
+    return None

@@ -93,7 +93,9 @@ def _tiles(matrix: GraphMatrix) -> str:
     tiles = [(f"{verified} / {len(matrix.graphs)}", "cells verified")]
     if faster:
         tiles.append((times(statistics.median(faster)), "median speed-up"))
-        tiles.append((times(max(faster)), "largest speed-up"))
+        certain = [each.speedup for each in matrix.cells if each.sure and each.speedup is not None]
+        if certain:
+            tiles.append((times(max(certain)), "largest speed-up"))
     tiles += [(size(taken), f"graph memory, {name}") for name, taken in memory.items()]
     made = [f"<div class='tile'><b>{esc(b)}</b><span>{esc(s)}</span></div>" for b, s in tiles]
     return f"<div class='tiles'>{''.join(made)}</div>\n"
@@ -152,7 +154,7 @@ def _cell(cell: MatrixCell | None, matrix: GraphMatrix, reason: str | None) -> s
         return f"<td class='broken' {tip}><a href='{target}' aria-label='wrong'>✗</a></td>"
     if cell.speedup is None:
         return f"<td class='eager' {tip}>{esc(_brief(cell.eager_ms))}</td>"
-    back, ink = colour(cell.speedup)
+    back, ink = colour(cell.speedup if cell.sure else 1.0)
     style = f"background:{back};color:{ink}"
     return f"<td style='{style}' {tip} tabindex='0'>{esc(times(cell.speedup))}</td>"
 

@@ -57,7 +57,10 @@ class MatrixCell:
     tensor: str | None = None
     """The output or state that differs first."""
     eager_ms: float | None = None
+    """Where the report has a row of eager execution: what stands there."""
     replay_ms: float | None = None
+    sure: bool = False
+    """Every turn of eager execution and replay agrees on which is faster."""
     reason: str | None = None
     """Why the cell is bad."""
     where: Where | None = None

@@ -1,0 +1,71 @@
+"""What callers hand in: numbers of any make, and names that are almost right."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's numbers and lists; others as they are."""
+    convert = None if isinstance(value, type | memoryview) else getattr(value, "tolist", None)
+    return convert() if callable(convert) else value
+
+
+def plain_list(value: Any) -> Any:
+    """As :func:`plain`, the elements of a list or a similar collection too."""
+    value = plain(value)
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return list(value) if all(type(each) is int for each in value) else list(map(plain, value))
+    return value
+
+
+def is_whole(value: object) -> bool:
+    """A whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """The value for an error's message, which is read by people."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def unknown_names(what: str, unknown: Iterable[str], known: Collection[str]) -> str:
+    """The message for names that do not exist, with the one that was probably meant."""
+    parts = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        parts.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return f"unknown {what} {', '.join(parts)}; known: {', '.join(sorted(known))}"
+
+
+def takes_names(
+    translate: Callable[[dict[str, Any]], dict[str, Any]], error: type[Exception]
+) -> Callable[[type[T]], type[T]]:
+    """For a dataclass: check and translate the names that its constructor is called with.
+
+    Args:
+        translate: Keyword arguments as given to keyword arguments of fields.
+        error: What to raise for arguments without a name.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def __init__(self: Any, *unnamed: Any, **arguments: Any) -> None:
+            if unnamed:
+                raise error(
+                    f"{cls.__name__}({', '.join(map(repr, unnamed))}): give each value's name"
+                )
+            made(self, **translate(arguments))
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        return cls
+
+    return decorate

@@ -1,0 +1,239 @@
+"""Read a checkpoint's config: file, overrides and older spellings into one transformers config."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import json
+import logging
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from reprise import models
+from reprise.errors import ConfigError, ModelError
+from reprise.loading.quantization import refuse_quantized
+from reprise.loading.rope import resolve_rope
+
+logger = logging.getLogger(__name__)
+
+_DEEPEST = 64
+"""Levels of a JSON file. One more and reading it, or showing what is wrong, may not end well."""
+_LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Fields with one entry a layer."""
+_CLASSIFIERS = ("id2label", "label2id", "num_labels", "problem_type")
+"""Fields of classification heads; a language model has none, and transformers makes lists of
+``num_labels`` entries."""
+_READ_WHERE_GIVEN = frozenset(
+    {"architectures", "dtype", "head_dim", "model_type", "original_max_position_embeddings",
+     "partial_rotary_factor", "quantization_config", "rope_parameters", "rope_scaling",
+     "rope_theta", "torch_dtype"}
+)  # fmt: skip
+"""Fields that mean something also where neither the file nor transformers' class has them."""
+
+
+def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
+    """transformers' ``PretrainedConfig`` of a ``config.json``.
+
+    Args:
+        file: The config.
+        overrides: Fields to replace; objects are merged, field by field. RoPE may be spelled as
+            transformers 4 or 5 does, in the file and here.
+
+    Raises:
+        ConfigError: An override has no meaning for such a config.
+        ModelError: The config cannot be read, or its model not be built or loaded.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        given = read_object(file)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not valid: {error}") from error
+    raw = _merged(given, overrides)
+    raw["architectures"] = _architectures(raw, file)
+    models.require_known(raw)
+    refuse_quantized(file.parent, raw, overrides)
+    raw = resolve_rope(raw, given, overrides)
+    _cut_layer_lists(raw, given, overrides)
+    for name in _CLASSIFIERS:
+        raw.pop(name, None)
+    kind = raw.pop("model_type")
+    try:
+        with _without_docstrings():
+            known = CONFIG_MAPPING[kind]
+    except KeyError as error:
+        raise ModelError(
+            f"{file}: model_type={kind!r} of {', '.join(raw['architectures'])} is not one that "
+            "the installed transformers knows; a newer one may"
+        ) from error
+    _refuse_unknown(overrides, given, known)
+    # Before transformers makes lists of that many entries.
+    models.require_layer_count(raw.get("num_hidden_layers", 1))
+    config = _construct(known, raw, file)
+    try:
+        check_token_ids(config.eos_token_id)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from error
+    return config
+
+
+def check_token_ids(eos_token_id: Any) -> None:
+    """Of a config or a generation config.
+
+    Raises:
+        ValueError: It is no token id, list of them, or None.
+    """
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if eos_token_id is not None and not all(type(each) is int for each in ids):
+        raise ValueError(f"eos_token_id={eos_token_id!r} must be a token id or a list of them")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds something else, or is no regular file.
+    """
+    require_regular(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [below for each in level for below in _within(each)]
+    if level:
+        raise ValueError("its brackets are nested too deeply")
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON object is expected, not {str(content)[:100]!r}")
+    return content
+
+
+def require_regular(file: Path) -> None:
+    """Refuse what would hang a reader, such as a FIFO.
+
+    Raises:
+        OSError: There is nothing, or it cannot be looked at.
+        ValueError: It is no regular file, nor a link to one.
+    """
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"it is {'a directory' if stat.S_ISDIR(mode) else 'a FIFO or a device'}, not a file"
+        )
+
+
+def _within(value: Any) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """``upper`` laid over ``lower``; objects in objects likewise."""
+    result = dict(lower)
+    for name, value in upper.items():
+        below = result.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _merged(below, value)
+        result[name] = value
+    return result
+
+
+def _architectures(raw: Mapping[str, Any], file: Path) -> list[str]:
+    """As given, or what transformers' AutoModelForCausalLM makes of the model_type."""
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(kind, str):
+        raise ModelError(f"{file}: model_type={kind!r} must name a kind of model")
+    if names is not None and (
+        not isinstance(names, list) or not all(isinstance(each, str) for each in names)
+    ):
+        raise ModelError(f"{file}: architectures={names!r} must be a list of names")
+    if names:
+        return names
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    derived = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if derived is None:
+        raise ModelError(
+            f"{file} names no architectures, and model_type={kind!r} has no causal language model "
+            "in transformers"
+        )
+    names = [derived] if isinstance(derived, str) else list(derived)
+    logger.info("architectures: %s (none given; by model_type %r)", ", ".join(names), kind)
+    return names
+
+
+def _cut_layer_lists(
+    raw: dict[str, Any], given: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Fewer layers by an override: the file's lists of layers end there too."""
+    layers = overrides.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return
+    for name in _LAYER_LISTS:
+        values = given.get(name)
+        if name not in overrides and isinstance(values, list) and len(values) > layers > 0:
+            raw[name] = values[:layers]
+            logger.info("%s: first %d of %d (num_hidden_layers)", name, layers, len(values))
+
+
+def _refuse_unknown(overrides: Mapping[str, Any], given: Mapping[str, Any], known: type) -> None:
+    fields = {
+        each.name
+        for base in known.__mro__
+        for each in inspect.signature(base).parameters.values()
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    }
+    fields = (fields | given.keys() | _READ_WHERE_GIVEN).difference(_CLASSIFIERS)
+    for name in overrides:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), sorted(fields), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"hf_overrides has {name!r}, which {known.__name__} does not have{hint}"
+            )
+
+
+def _construct(known: type, raw: Mapping[str, Any], file: Path) -> Any:
+    try:
+        return known(**raw)
+    except Exception as error:  # transformers validates fields with errors of many types
+        names = _culprits(known, raw)
+        shown = ", ".join(f"{name}={raw[name]!r}" for name in names)
+        raise ModelError(
+            f"{file}: cannot read the config of {', '.join(raw['architectures'])}"
+            f"{f' ({shown})' if shown else ''}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _culprits(known: type, raw: Mapping[str, Any]) -> list[str]:
+    """Fields without any one of which the config can be read: many errors name none."""
+    found = []
+    for name in raw:
+        with contextlib.suppress(Exception):
+            known(**{other: value for other, value in raw.items() if other != name})
+            found.append(name)
+    return found
+
+
+@contextlib.contextmanager
+def _without_docstrings() -> Iterator[None]:
+    """Import transformers' config classes without having their docstrings completed.
+
+    That step alone imports the auto classes of all models and the compiler: seconds at start.
+    """
+    import transformers.utils
+
+    completing = transformers.utils.auto_docstring
+
+    def leave(*args: Any, **_: Any) -> Any:
+        return args[0] if args and callable(args[0]) else leave
+
+    transformers.utils.auto_docstring = leave
+    try:
+        yield
+    finally:
+        transformers.utils.auto_docstring = completing

@@ -1,0 +1,111 @@
+"""The dense decoder that models since Llama share: an architecture file says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from reprise.layers import (
+    CausalLM,
+    Decoder,
+    DecoderLayer,
+    Embedding,
+    GatedMLP,
+    RMSNorm,
+    SelfAttention,
+    identity_table,
+    rotary_table,
+)
+from reprise.models.config_reader import (
+    flag,
+    head_size,
+    norm_eps,
+    require,
+    require_sizes,
+    rope_parameters,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def build_dense(
+    config: PretrainedConfig,
+    *,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    windows: Sequence[int] | None = None,
+    rotates: Sequence[bool] | None = None,
+) -> CausalLM:
+    """Grouped-query attention with rotary positions, gated feed-forward, RMS norms before both.
+
+    Args:
+        config: Gives sizes, RoPE, epsilon and tying.
+        max_model_len: Positions to tabulate.
+        dtype: Of the parameters.
+        device: Of the parameters.
+        qkv_bias: The projections to Q, K and V have a bias.
+        output_bias: The attention's output projection has one.
+        mlp_bias: The feed-forward's projections have one.
+        qk_norm: Query and key heads are normalised.
+        windows: Tokens that a token of each layer sees, itself included, 0 for all; None: all.
+        rotates: Whether each layer rotates its queries and keys; None: all do.
+
+    Returns:
+        The model with unset weights.
+
+    Raises:
+        ModelError: The config asks for something that is not computed here.
+    """
+    require(config, hidden_act="silu")
+    require_sizes(config)
+    layers = config.num_hidden_layers
+    eps = norm_eps(config)
+    cos_sin = rotary_table(
+        rope_parameters(config),
+        head_size=head_size(config),
+        max_position_embeddings=config.max_position_embeddings,
+        length=max_model_len,
+        device=device,
+    )
+    still = None if rotates is None or all(rotates) else identity_table(max_model_len, device)
+
+    def norm() -> RMSNorm:
+        return RMSNorm(config.hidden_size, eps, dtype=dtype, device=device)
+
+    def layer(index: int) -> DecoderLayer:
+        attention = SelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_size(config),
+            cos_sin if still is None or rotates is None or rotates[index] else still,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            qk_norm_eps=eps if qk_norm else None,
+            sliding_window=0 if windows is None else windows[index],
+            dtype=dtype,
+            device=device,
+        )
+        mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, bias=mlp_bias, dtype=dtype, device=device
+        )
+        return DecoderLayer(attention, mlp, norm(), norm())
+
+    embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    decoder = Decoder(embedding, [layer(index) for index in range(layers)], norm())
+    return CausalLM(
+        decoder,
+        config.vocab_size,
+        config.hidden_size,
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
+        dtype=dtype,
+        device=device,
+    )

@@ -1,0 +1,140 @@
+"""What config and options decide before weights are loaded: dtype, context, the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from reprise import models
+from reprise.errors import CapacityError, ModelError, describe
+from reprise.layers import CausalLM, context_length, default_length, describe_rotary
+from reprise.platforms import MemoryInfo, Platform
+
+logger = logging.getLogger(__name__)
+
+
+def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype:
+    """The compute dtype: as requested, else the checkpoint's where the device computes in it.
+
+    Raises:
+        ModelError: The platform does not compute in the requested dtype.
+    """
+    if requested != "auto":
+        dtype = getattr(torch, requested)
+        if not platform.supports_dtype(dtype):
+            raise ModelError(f"dtype={requested!r} is not supported by device {platform.name!r}")
+        return dtype
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, stored)
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        raise ModelError(f"config field dtype={stored!r} is no floating-point type; give dtype=")
+    if platform.prefers_dtype(stored):
+        return stored
+    chosen = platform.default_dtype
+    logger.info("dtype: %s -> %s (faster on %s)", stored, chosen, platform.name)
+    return chosen
+
+
+def choose_model_len(requested: int | None, config: Any) -> int:
+    """The longest context in tokens: at most what the positions are made for.
+
+    Raises:
+        ModelError: The request exceeds that.
+    """
+    trained = models.whole_number(config, "max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    length = default_length(rope, trained) if requested is None else requested
+    most = context_length(rope, trained)
+    if length > most:
+        remedy = {
+            "rope_type": "yarn",
+            "factor": float(-(-length // trained)),
+            "original_max_position_embeddings": trained,
+        }
+        raise ModelError(
+            f"max_model_len={length} exceeds the {most} positions of the model "
+            f"(max_position_embeddings={trained}, {describe_rotary(rope, trained, length)}); "
+            f"lower it, or stretch the positions: hf_overrides={{'rope_parameters': {remedy}}}"
+        )
+    if rope:
+        logger.info("RoPE: %s; context %d", describe_rotary(rope, trained, length), length)
+    return length
+
+
+def build_model(
+    config: Any,
+    *,
+    max_model_len: int,
+    table_blocks: int,
+    dtype: torch.dtype,
+    platform: Platform,
+) -> CausalLM:
+    """The model with unset weights, after it has been made sure that the device can hold it.
+
+    Args:
+        config: transformers' ``PretrainedConfig``.
+        max_model_len: Longest context in tokens.
+        table_blocks: Entries of all requests' block tables.
+        dtype: Of the weights.
+        platform: Drives the device.
+
+    Raises:
+        ModelError: The config describes no model that can be built.
+        CapacityError: The device has not so much memory.
+    """
+    try:
+        # Sizes alone, in no memory: an absurd config must not claim the machine's.
+        shape = models.build(config, max_model_len=1, dtype=dtype, device=torch.device("meta"))
+        weights = sum(each.nbytes for each in shape.parameters())
+        channels = max((each.head_size for each in shape.attention_layers()), default=0)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ModelError(f"a model of {_sizes(config)} cannot be built: {error}") from error
+    # A float32 rotary table, and int32 block tables.
+    tables = 4 * (max_model_len * channels + table_blocks)
+    memory = _known_memory(platform)
+    has = "" if memory is None else (
+        f", which has {memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free"
+    )  # fmt: skip
+    too_much = (
+        f"{weights / 2**30:.2f} GiB of weights ({_sizes(config)}) and {tables / 2**30:.2f} GiB of "
+        f"tables (max_model_len={max_model_len}) do not fit on {platform.device}{has}; use a "
+        "smaller model, dtype or max_model_len"
+    )
+    if memory is not None and (weights > memory.total or tables > memory.free):
+        raise CapacityError(too_much)
+    try:
+        return models.build(
+            config, max_model_len=max_model_len, dtype=dtype, device=platform.device
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
+
+
+def _known_memory(platform: Platform) -> MemoryInfo | None:
+    """None: the device does not tell it, or tells what cannot be."""
+    try:
+        memory = platform.memory_info()
+    except Exception as error:  # drivers fail with errors of many types
+        logger.warning(
+            "whether the model fits is not known before it is there: the memory of %s cannot be "
+            "measured (%s)", platform.device, describe(error),
+        )  # fmt: skip
+        return None
+    if 0 <= memory.free <= memory.total:
+        return memory
+    logger.warning(
+        "whether the model fits is not known before it is there: %s reports %d bytes of memory, "
+        "%d of them free", platform.device, memory.total, memory.free,
+    )  # fmt: skip
+    return None
+
+
+def _sizes(config: Any) -> str:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+             "rope_parameters")  # fmt: skip
+    found = ((name, getattr(config, name, None)) for name in names)
+    return ", ".join(f"{name}={value}" for name, value in found if value is not None)

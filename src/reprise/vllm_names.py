@@ -1,0 +1,429 @@
+"""Names that vLLM documents and that Reprise has no use for, or another word.
+
+Wrappers pass all of vLLM's options, most of them at the value that means "off". Each name is
+accepted at such a value and refused at any other, with the reason; None always means "off". The
+README's table is made from this one: ``python -m reprise.vllm_names``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reprise.arguments import plain, shown, unknown_names
+from reprise.errors import RequestError
+
+ANY_FLAG = (True, False)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names that one reason is about."""
+
+    instead: str
+    """What to say at other values."""
+    neutral: Mapping[str, tuple[Any, ...]]
+    """Name to the values, besides None, at which it asks for nothing."""
+
+
+ENGINE = [
+    Group(
+        "LoRA adapters are not supported: merge the adapter into the checkpoint",
+        {
+            "enable_lora": (False,), "max_loras": (1,), "max_lora_rank": (16,),
+            "max_cpu_loras": (), "lora_dtype": ("auto",), "fully_sharded_loras": (False,),
+            "lora_extra_vocab_size": (256, 0), "default_mm_loras": ({},),
+            "enable_tower_connector_lora": (False,), "specialize_active_lora": (False,),
+            "enable_lora_bias": (False,), "long_lora_scaling_factors": (),
+            "enable_prompt_adapter": (False,), "max_prompt_adapters": (1,),
+            "max_prompt_adapter_token": (0,),
+        },
+    ),
+    Group(
+        "quantised weights and caches are not supported: load the unquantised checkpoint",
+        {
+            "quantization": (), "allow_deprecated_quantization": (False,),
+            "quantization_param_path": (), "calculate_kv_scales": (False,),
+            "kv_cache_dtype": ("auto",), "kv_cache_dtype_skip_layers": ([],),
+        },
+    ),
+    Group(
+        "one engine uses one device: start one engine for each device",
+        {
+            "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,),
+            "data_parallel_size": (1,), "data_parallel_size_local": (1,),
+            "data_parallel_rank": (0,), "data_parallel_start_rank": (0,),
+            "data_parallel_address": (), "data_parallel_rpc_port": (),
+            "data_parallel_backend": ("mp",), "data_parallel_hybrid_lb": (False,),
+            "data_parallel_external_lb": (False,), "prefill_context_parallel_size": (1,),
+            "decode_context_parallel_size": (1,), "dcp_kv_cache_interleave_size": (1,),
+            "cp_kv_cache_interleave_size": (1,), "dcp_comm_backend": ("ag_rs",),
+            "distributed_executor_backend": ("uni", "mp"), "distributed_timeout_seconds": (),
+            "nnodes": (1,), "node_rank": (0,), "master_addr": ("127.0.0.1",),
+            "master_port": (29501,), "disable_custom_all_reduce": ANY_FLAG,
+            "max_parallel_loading_workers": (), "ray_workers_use_nsight": (False,),
+            "disable_nccl_for_dp_synchronization": ANY_FLAG, "worker_cls": ("auto",),
+            "worker_extension_cls": ("",), "enable_fault_tolerance": (False,),
+            "enable_elastic_ep": (False,), "numa_bind": (False,), "numa_bind_nodes": (),
+            "numa_bind_cpus": (),
+        },
+    ),
+    Group(
+        "mixtures of experts are not supported",
+        {
+            "enable_expert_parallel": (False,), "enable_eplb": (False,), "eplb_config": ({},),
+            "expert_placement_strategy": ("linear",), "num_redundant_experts": (0,),
+            "all2all_backend": ("allgather_reducescatter",), "enable_dbo": (False,),
+            "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),
+            "dbo_prefill_token_threshold": (512,), "moe_backend": ("auto",),
+            "enable_return_routed_experts": (False,), "enable_ep_weight_filter": (False,),
+        },
+    ),
+    Group(
+        "speculative decoding is not supported",
+        {
+            "speculative_config": ({},), "speculative_model": (), "num_speculative_tokens": (),
+            "num_lookahead_slots": (0,), "spec_decode_acceptance_method": (),
+        },
+    ),
+    Group(
+        "models generate text: embeddings, classification and scores are not supported",
+        {
+            "task": ("auto", "generate"), "runner": ("auto", "generate"),
+            "convert": ("auto", "none"), "pooler_config": ({},), "override_pooler_config": ({},),
+            "enable_prompt_embeds": (False,),
+        },
+    ),
+    Group(
+        "models read text: images, audio and video are not supported",
+        {
+            "limit_mm_per_prompt": ({},), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},),
+            "mm_processor_cache_gb": (4, 0), "mm_processor_cache_type": ("lru",),
+            "mm_shm_cache_max_object_size_mb": (128,), "mm_encoder_only": (False,),
+            "mm_encoder_tp_mode": ("weights",), "mm_encoder_attn_backend": (),
+            "mm_tensor_ipc": ("direct_rpc",), "disable_mm_preprocessor_cache": ANY_FLAG,
+            "disable_chunked_mm_input": ANY_FLAG, "interleave_mm_strings": (False,),
+            "skip_mm_profiling": ANY_FLAG, "video_pruning_rate": (0,),
+            "enable_mm_embeds": (False,), "enable_mm_processor_stats": (False,),
+            "language_model_only": ANY_FLAG, "allowed_local_media_path": ("",),
+            "allowed_media_domains": ([],), "io_processor_plugin": (),
+        },
+    ),
+    Group(
+        "structured outputs and output parsers are not supported",
+        {
+            "structured_outputs_config": ({},), "guided_decoding_backend": ("auto", "xgrammar"),
+            "guided_decoding_disable_fallback": (False,),
+            "guided_decoding_disable_any_whitespace": (False,),
+            "guided_decoding_disable_additional_properties": (False,),
+            "reasoning_parser": ("",), "reasoning_parser_plugin": ("",), "reasoning_config": ({},),
+        },
+    ),
+    Group(
+        "custom logits processors are not supported: use logit_bias, allowed_token_ids, "
+        "bad_words or the penalties of SamplingParams",
+        {"logits_processors": ([],), "logits_processor_pattern": ()},
+    ),
+    Group(
+        "the cache lives on the device, and requests that lack room are computed again",
+        {
+            "swap_space": (4, 0), "cpu_offload_gb": (0,), "cpu_offload_params": ([],),
+            "offload_backend": ("auto",), "offload_group_size": (0,),
+            "offload_num_in_group": (1,), "offload_prefetch_step": (1,), "offload_params": ([],),
+            "kv_offloading_size": (), "kv_offloading_backend": ("native",),
+            "preemption_mode": ("recompute",), "enable_sleep_mode": (False,),
+            "kv_transfer_config": ({},), "kv_events_config": ({},), "ec_transfer_config": ({},),
+            "weight_transfer_config": ({},), "kv_sharing_fast_prefill": (False,),
+            "disable_hybrid_kv_cache_manager": ANY_FLAG, "mamba_cache_dtype": ("auto",),
+            "mamba_ssm_cache_dtype": ("auto",), "mamba_block_size": (),
+            "mamba_cache_mode": ("none",), "afd_config": ({},),
+        },
+    ),
+    Group(
+        "prompts longer than a step are computed in chunks: set max_num_batched_tokens",
+        {
+            "enable_chunked_prefill": (True,), "max_num_partial_prefills": (1,),
+            "max_long_partial_prefills": (1,), "long_prefill_token_threshold": (0,),
+        },
+    ),
+    Group(
+        "the scheduler is one: by priority, then by arrival, one step ahead where devices allow",
+        {
+            "scheduling_policy": ("fcfs", "priority"), "scheduler_cls": (),
+            "async_scheduling": (True,), "num_scheduler_steps": (1,),
+            "multi_step_stream_outputs": ANY_FLAG, "scheduler_delay_factor": (0,),
+            "scheduler_reserve_full_isl": ANY_FLAG, "use_v2_block_manager": ANY_FLAG,
+            "disable_async_output_proc": ANY_FLAG, "stream_interval": (1,),
+            "performance_mode": ("balanced",),
+        },
+    ),
+    Group(
+        "prefixes are found by the BLAKE2b digests of their tokens",
+        {"prefix_caching_hash_algo": ("sha256", "sha256_cbor", "builtin")},
+    ),
+    Group(
+        "attention is chosen with ops={'paged_attention': ...}; see 'reprise doctor ops'",
+        {
+            "attention_backend": ("auto",), "attention_config": ({},),
+            "override_attention_dtype": (), "disable_cascade_attn": ANY_FLAG,
+            "disable_sliding_window": (False,), "kernel_config": ({},),
+            "linear_backend": ("auto",), "enable_flashinfer_autotune": ANY_FLAG,
+        },
+    ),
+    Group(
+        "graphs are chosen with graph_mode=, graph_buckets= and graph_verify=",
+        {
+            "compilation_config": ({},), "cudagraph_capture_sizes": ([],),
+            "max_cudagraph_capture_size": (), "max_seq_len_to_capture": (8192,),
+            "max_context_len_to_capture": (), "optimization_level": (2,), "ir_op_priority": ({},),
+        },
+    ),
+    Group(
+        "positions are set with hf_overrides={'rope_parameters': {...}}",
+        {"rope_scaling": ({},), "rope_theta": ()},
+    ),
+    Group(
+        "give SamplingParams; get_default_sampling_params() is what the checkpoint recommends",
+        {"generation_config": ("auto",), "override_generation_config": ({},)},
+    ),
+    Group(
+        "checkpoints are Hugging Face directories or ids with safetensors, read by Reprise alone",
+        {
+            "tokenizer_mode": ("auto", "hf"), "config_format": ("auto", "hf"),
+            "model_impl": ("auto",), "hf_config_path": (), "code_revision": (),
+            "model_weights": ("",), "model_loader_extra_config": ({},),
+            "safetensors_load_strategy": ("lazy",), "pt_load_map_location": ("cpu",),
+            "ignore_patterns": ("original/**/*", ["original/**/*"], []),
+            "additional_config": ({},), "model_class_overrides": ({},),
+            "tokenizer_pool_size": (0,), "tokenizer_pool_type": ("ray",),
+            "tokenizer_pool_extra_config": ({},), "renderer_num_workers": (1,),
+        },
+    ),
+    Group(
+        "no code of a checkpoint is ever run: supported architectures are in reprise/models",
+        {"trust_remote_code": ANY_FLAG},
+    ),
+    Group(
+        "the hub's client decides: set HF_TOKEN, HF_HOME, or give a local directory",
+        {"hf_token": (), "download_dir": ()},
+    ),
+    Group(
+        "give chat_template= to chat()",
+        {"chat_template": ()},
+    ),
+    Group(
+        "log probabilities are those of the model's unmodified logits",
+        {"logprobs_mode": ("raw_logprobs",)},
+    ),
+    Group(
+        "metrics are always on, see get_metrics(); tracing is start_profile() and 'reprise bench'",
+        {
+            "disable_log_stats": ANY_FLAG, "disable_log_requests": ANY_FLAG,
+            "enable_log_requests": (False,), "aggregate_engine_logging": (False,),
+            "show_hidden_metrics_for_version": (), "otlp_traces_endpoint": (),
+            "collect_detailed_traces": ([],), "kv_cache_metrics": (False,),
+            "kv_cache_metrics_sample": (0.01,), "cudagraph_metrics": (False,),
+            "enable_layerwise_nvtx_tracing": (False,), "enable_mfu_metrics": (False,),
+            "enable_logging_iteration_details": (False,), "profiler_config": ({},),
+        },
+    ),
+    Group(
+        "progress shows on a terminal's standard error and nowhere else",
+        {"use_tqdm_on_load": (True,)},
+    ),
+    Group(
+        "this is the HTTP server's business",
+        {
+            "served_model_name": (), "tokens_only": (False,), "shutdown_timeout": (0,),
+            "engine_use_ray": (False,), "disable_frontend_multiprocessing": ANY_FLAG,
+            "fail_on_environ_validation": (False,),
+        },
+    ),
+]  # fmt: skip
+"""Options of ``LLM``, ``AsyncLLM``, ``EngineArgs`` and ``AsyncEngineArgs``."""
+
+REQUEST = [
+    Group(
+        "LoRA adapters are not supported: merge the adapter into the checkpoint",
+        {"lora_request": ([],), "prompt_adapter_request": ([],)},
+    ),
+    Group(
+        "structured outputs are not supported",
+        {"guided_options_request": ({},)},
+    ),
+    Group(
+        "give the prompt as token ids to tokenize it otherwise",
+        {"tokenization_kwargs": ({},), "prompt_text": ()},
+    ),
+    Group(
+        "models read text: images, audio and video are not supported",
+        {"mm_processor_kwargs": ({},)},
+    ),
+    Group("tracing is not supported", {"trace_headers": ({},)}),
+    Group(
+        "one engine uses one device: start one engine for each device",
+        {"data_parallel_rank": (0,)},
+    ),
+    Group(
+        "output parsers are not supported",
+        {"reasoning_ended": (False,), "reasoning_parser_kwargs": ({},)},
+    ),
+]
+"""Arguments of ``generate`` and ``chat``."""
+
+SAMPLING = [
+    Group(
+        "structured outputs are not supported",
+        {"structured_outputs": (), "guided_decoding": ()},
+    ),
+    Group(
+        "a budget for thinking is not supported: use max_tokens",
+        {"thinking_token_budget": (-1,)},
+    ),
+    Group(
+        "custom logits processors are not supported: use logit_bias, allowed_token_ids, "
+        "bad_words or the penalties",
+        {"logits_processors": ([],), "extra_args": ({},)},
+    ),
+    Group(
+        "beam search is not supported: use n and a temperature",
+        {
+            "best_of": (1,), "use_beam_search": (False,), "length_penalty": (1,),
+            "early_stopping": (False,),
+        },
+    ),
+    Group(
+        "give logprobs, or prompt_logprobs: the entries have every token that they count",
+        {
+            "flat_logprobs": (False,), "logprob_token_ids": ([],),
+            "prompt_logprob_token_ids": ([],), "prompt_logprob_start": (0,),
+        },
+    ),
+    Group(
+        "end the request with stop, stop_token_ids or abort",
+        {"repetition_detection": ()},
+    ),
+    Group(
+        "mixtures of experts are not supported",
+        {"routed_experts_prompt_start": (0,)},
+    ),
+    Group("tokens are drawn, never given", {"trace_decode_token_ids": ([],)}),
+    Group(
+        "each step's tokens are delivered, several steps' at once to slow readers",
+        {"stream_interval": (1,)},
+    ),
+    Group("every request gets a copy", {"skip_clone": ANY_FLAG}),
+]  # fmt: skip
+"""Fields of ``SamplingParams``."""
+
+METHODS = {
+    "beam_search": "beam search is not supported: use SamplingParams(n=...) with a temperature",
+    **dict.fromkeys(
+        ("encode", "embed", "classify", "score", "reward"),
+        "models generate text: embeddings, classification and scores are not supported",
+    ),
+    **dict.fromkeys(
+        ("sleep", "wake_up"), "sleeping is not supported: shutdown() frees the device's memory"
+    ),
+    **dict.fromkeys(
+        ("collective_rpc", "apply_model"), "the engine runs in this process: use llm.engine.runner"
+    ),
+    "llm_engine": "the engine is llm.engine",
+    "set_tokenizer": "give tokenizer= to the constructor",
+    "reset_mm_cache": "images, audio and video are not supported, so there is no such cache",
+    "preprocess_chat": "give messages to chat()",
+}
+"""Attributes of vLLM's ``LLM`` that there are not, and what to say."""
+
+
+def drop_neutral(
+    given: Mapping[str, Any],
+    groups: Collection[Group],
+    known: Collection[str],
+    what: str,
+    error: type[Exception],
+    also: Collection[str] = (),
+) -> dict[str, Any]:
+    """The arguments without those that ask for nothing.
+
+    Args:
+        given: Keyword arguments.
+        groups: vLLM's names that may be among them.
+        known: Names that mean something here.
+        what: What an argument is called in errors.
+        error: What to raise.
+        also: Names that mean something too and that errors do not recommend.
+    """
+    left: dict[str, Any] = {}
+    unknown = []
+    for name, value in given.items():
+        if name in known or name in also:
+            left[name] = value
+            continue
+        group = next((each for each in groups if name in each.neutral), None)
+        if group is None:
+            unknown.append(name)
+        elif not is_neutral(value, group.neutral[name]):
+            raise error(f"{name}={shown(value)}: {group.instead}")
+    if unknown:
+        raise error(unknown_names(what, sorted(unknown), known))
+    return left
+
+
+def refuse_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None:
+    """Check what a method of an engine was called with beside its own arguments.
+
+    Raises:
+        RequestError: It asks for something, or nobody knows its name.
+    """
+    known = [name for name in inspect.signature(method).parameters if name != "others"]
+    drop_neutral(others, REQUEST, known, f"argument of {method.__name__}():", RequestError)
+
+
+def is_neutral(value: Any, neutral: Collection[Any]) -> bool:
+    """Whether the value is None or one of the neutral ones; 1 is not True."""
+    value = plain(value)
+    if value is None:
+        return True
+    if isinstance(value, list) and value and all(each is None for each in value):
+        return True  # one for each prompt
+    flag = isinstance(value, bool)
+    return any(isinstance(each, bool) == flag and bool(each == value) for each in neutral)
+
+
+def markdown() -> str:
+    """The tables of the README."""
+    lines = []
+    titles = (
+        ("`LLM(...)`, `AsyncLLM(...)`, `EngineArgs(...)`", ENGINE),
+        ("`generate(...)`, `chat(...)`", REQUEST),
+        ("`SamplingParams(...)`", SAMPLING),
+    )
+    for title, groups in titles:
+        lines += [f"| {title}: accepted at | at any other value |", "| --- | --- |"]
+        for group in groups:
+            names = ", ".join(_shown(name, values) for name, values in group.neutral.items())
+            lines.append(f"| {names} | {_sentence(group.instead)} |")
+        lines.append("")
+    lines += ["| not on `LLM` | |", "| --- | --- |"]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in METHODS.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    lines += [f"| {', '.join(names)} | {_sentence(reason)} |" for reason, names in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, values: tuple[Any, ...]) -> str:
+    if values == ANY_FLAG:
+        return f"`{name}`"
+    return f"`{name}={values[0]!r}`" if values else f"`{name}=None`"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,133 @@
+"""Quantised checkpoints are refused by the name of their method, wherever it stands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyModels, generate, greedy, make_llm, random_ids
+from safetensors.torch import load_file, save_file
+
+from reprise.errors import LoadError, ModelError
+from reprise.loading import open_checkpoint
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "NVFP4": {"producer": {"name": "modelopt"}, "quant_algo": "NVFP4"},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "no named method": {},
+}
+
+
+@pytest.fixture
+def copy(tiny: TinyModels, tmp_path: Path) -> Path:
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny("qwen3").path, tmp_path / "model"))
+
+
+def change_config(path: Path, **fields: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_config_of_a_method(copy: Path, device: str, method: str, load_format: str) -> None:
+    change_config(copy, quantization_config=CONFIGS[method])
+    with pytest.raises(ModelError, match="quantised") as caught:
+        make_llm(copy, device, load_format=load_format)
+    assert method in str(caught.value)
+    assert "config field quantization_config" in str(caught.value)
+
+
+def test_every_method_of_transformers(copy: Path) -> None:
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    assert len(QuantizationMethod) > 10
+    for each in QuantizationMethod:
+        change_config(copy, quantization_config={"quant_method": each.value})
+        with pytest.raises(ModelError, match=f"quantised with '{each.value}'"):
+            open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("value", ["gptq", 4, [], {"quant_method": 3}])
+def test_odd_configs(copy: Path, device: str, field: str, value: Any) -> None:
+    change_config(copy, **{field: value})
+    with pytest.raises(ModelError, match="quantised") as caught:
+        make_llm(copy, device)
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ],
+)
+def test_file_of_a_method(copy: Path, device: str, name: str, method: str) -> None:
+    (copy / name).write_text("{}")
+    with pytest.raises(ModelError, match="quantised") as caught:
+        make_llm(copy, device)
+    assert method in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_overrides(copy: Path, device: str) -> None:
+    """They may say that a checkpoint is quantised, and that it is not; then its weights decide."""
+    quantized = {"quantization_config": CONFIGS["fp8"]}
+    with pytest.raises(ModelError, match="'fp8'"):
+        make_llm(copy, device, hf_overrides=quantized)
+    prompt = random_ids(1, 9)
+    plain = generate(make_llm(copy, device), [prompt], greedy(8))
+    change_config(copy, **quantized)
+    (copy / "quantize_config.json").write_text("{}")
+    llm = make_llm(copy, device, hf_overrides={"quantization_config": None})
+    assert generate(llm, [prompt], greedy(8)) == plain
+
+
+def test_null_is_no_method(copy: Path, device: str) -> None:
+    change_config(copy, quantization_config=None)
+    make_llm(copy, device)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    ],
+)
+def test_numbers_that_mean_nothing_alone(copy: Path, device: str, dtype: torch.dtype) -> None:
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoadError, match="not plain floating-point numbers") as caught:
+        make_llm(copy, device, hf_overrides={"quantization_config": None})
+    assert f"{name}: {str(dtype).removeprefix('torch.')}" in str(caught.value)
+
+
+def test_doubles_are_plain_numbers(copy: Path, device: str) -> None:
+    prompt = random_ids(1, 9)
+    expected = generate(make_llm(copy, device), [prompt], greedy(8))
+    file = copy / "model.safetensors"
+    save_file({k: v.double() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert generate(make_llm(copy, device), [prompt], greedy(8)) == expected
