@@ -117,7 +117,7 @@ def test_page_table_and_json_show_them(clean):
     text = console.export_text()
     line = next(each for each in text.splitlines() if "decodes: alone" in each)
     assert line.split()[-4:] == ["●"] * 4
-    assert "of no probe of this phase: decodes: none" in text
+    assert "not yet met by any of these graphs: " in text
     data = json.loads(json.dumps(clean.to_dict()))
     assert data["ok"]
     assert data["proofs"][0]["facts"]["padding: none"] in STATES

@@ -28,7 +28,7 @@ def kinds_tables(matrix: GraphMatrix) -> Iterator[RenderableType]:
         known, unknown = met(mine)
         yield _table(phase, mine, known)
         if unknown:
-            yield Text(f"  of no probe of this phase: {'; '.join(unknown)}", style="dim")
+            yield Text(f"  not yet met by any of these graphs: {'; '.join(unknown)}", style="dim")
     used = {each.state(fact) for each in matrix.proofs for fact in (each.facts or ("any",))}
     for state in MARKS:
         if state in used:
@@ -42,10 +42,9 @@ def _table(phase: Phase, proofs: Sequence[Proof], known: Sequence[str]) -> Table
         heads += [f"{name}\n{buckets[0]}", *(f"\n{each}" for each in buckets[1:])]
     title = f"{phase}: kinds of steps that start-up proves, by graph ({BUCKET_OF[phase]})"
     made = table(title, "fact", *heads)
-    for column in made.columns:
-        column.no_wrap = True
-    for column in made.columns[1:]:
-        column.justify = "center"
+    for column, head in zip(made.columns[1:], heads, strict=True):
+        column.justify, column.no_wrap = "center", True
+        column.min_width = max(map(len, head.split("\n")))
     for _, names in itertools.groupby(known or ("any",), lambda name: name.split(": ")[0]):
         for name in names:
             made.add_row(name, *(_mark(each, name) for each in proofs))

@@ -82,7 +82,7 @@ def _table(phase: Phase, proofs: Sequence[Proof]) -> str:
         )
         rows += f"<tr class='first'><th colspan='2'>{label}</th>{shown}</tr>"
     note = (
-        f"<p class='soft corner'>Of no probe of this phase: {esc('; '.join(unknown))}.</p>"
+        f"<p class='soft corner'>Not yet met by any of these graphs: {esc('; '.join(unknown))}.</p>"
         if unknown
         else ""
     )
