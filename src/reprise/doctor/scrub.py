@@ -69,7 +69,8 @@ class Scrubber:
     def text(self, text: str) -> str:
         """A text without what is private in it."""
         for path, public in self._known.items():
-            text = re.sub(rf"{re.escape(path)}(?![\w-])", lambda _, p=public: p, text)
+            replacement = public.replace("\\", r"\\")
+            text = re.sub(rf"{re.escape(path)}(?![\w-])", replacement, text)
         text = _PATH.sub(lambda match: _last_part(match.group()), text)
         for name, public in self._names.items():
             text = name.sub(public, text)
