@@ -162,6 +162,15 @@ def test_models_by_hub_id_or_directory(tmp_path, monkeypatch):
     assert Scrubber(["hush/mine"]).text("loading hush/mine now") == "loading mine now"
 
 
+def test_users_and_machines_have_no_names(monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "hush")
+    monkeypatch.setattr("socket.gethostname", lambda: "box-17")
+    scrubber = Scrubber()
+    assert scrubber.text("torchinductor_hush on box-17") == "torchinductor_<user> on <host>"
+    assert scrubber.text("hushed") == "hushed"
+    assert scrubber.data({"hush": ["box-17", 3, None]}) == {"<user>": ["<host>", 3, None]}
+
+
 NAMES = st.text(string.ascii_letters + string.digits + "-_", min_size=1, max_size=8)
 
 

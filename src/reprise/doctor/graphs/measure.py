@@ -274,7 +274,7 @@ class _Measurement:
         if verdict.differences:
             worst = verdict.differences[0]
             made.largest_difference, made.tensor = worst.largest, worst.tensor
-        elif verdict.changes:
+        elif verdict.changes and verdict.error is None:
             # The results are right, so that no op leaves the path.
             made.tensor = str(verdict.changes[0])
             return made
