@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 DEVICE ?= cpu
 JOBS ?= 2
 
-.PHONY: demo test test-long lint format setup clean
+.PHONY: demo why test test-long lint format setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/reprise generate "Once upon a time" --echo --max-tokens 250
 	$(BIN)/reprise generate "47 + 38 =" --echo --max-tokens 4
+
+# What goes wrong in engines on new hardware, and what answers it here: docs/why.md, run.
+why: $(VENV)/.installed
+	$(BIN)/python tools/why.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE)

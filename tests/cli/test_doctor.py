@@ -45,6 +45,7 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
             assert found == {
                 "unusable": each.unusable(platform),
                 "graph_support": each.graph_support_on(platform),
+                "error": each.error,
             }
 
 
@@ -77,7 +78,7 @@ def test_the_graphs_are_shown_even_if_their_page_cannot_be_written(invoke, monke
     def write_page(matrix, path):
         raise OSError(28, "No space left on device", str(path))
 
-    matrix = SimpleNamespace(to_dict=lambda: {"cells": []}, bad=[])
+    matrix = SimpleNamespace(to_dict=lambda: {"cells": []}, ok=True)
     monkeypatch.setattr(graphs, "_measure", lambda *given: matrix)
     monkeypatch.setattr(reprise.doctor.graphs, "write_page", write_page)
     page = str(tmp_path / "page.html")

@@ -22,6 +22,7 @@ COMMANDS = [
     ("doctor", "ops"),
     ("doctor", "graphs"),
     ("doctor", "conformance"),
+    ("doctor", "report"),
 ]
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 

@@ -5,12 +5,13 @@ A further report is one more file here with a function ``register``.
 
 from __future__ import annotations
 
-from reprise.cli.doctor import conformance, graphs, machine, ops
+from reprise.cli.doctor import conformance, graphs, machine, ops, report
 from reprise.cli.doctor.group import app
 
 machine.register(app)
 ops.register(app)
 graphs.register(app)
 conformance.register(app)
+report.register(app)
 
 __all__ = ["app"]

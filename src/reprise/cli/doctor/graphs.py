@@ -71,7 +71,7 @@ def graphs(
         write_page(matrix, html)
         if not as_json:
             typer.echo(f"page written to {html}")
-    if matrix.bad:
+    if not matrix.ok:
         raise typer.Exit(EXIT_WRONG)
 
 

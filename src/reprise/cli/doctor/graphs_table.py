@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from reprise.cli.doctor.group import table
-from reprise.doctor.graphs.markup import gap, milliseconds, size, times
-from reprise.doctor.graphs.page import BUCKET_OF, short
+from reprise.cli.doctor.kinds_table import kinds_tables
+from reprise.doctor.graphs.markup import BUCKET_OF, gap, milliseconds, short, size, times
 from reprise.doctor.graphs.report import GraphMatrix, MatrixCell
 from reprise.graphs import PHASES, Phase
 
@@ -34,17 +34,21 @@ def show(matrix: GraphMatrix) -> None:
         if matrix.buckets[phase]:
             for contexts in _fitting(matrix.contexts, console.width):
                 console.print(_grid(matrix, phase, contexts))
+    for made in kinds_tables(matrix):
+        console.print(made)
     for each in matrix.absent:
         console.print(f"[dim]{each.executor}, {each.phase}: not here: {escape(each.reason)}[/]")
     for note in matrix.notes:
         console.print(f"[dim]{escape(note)}[/]")
     console.print(f"[dim]{_memory(matrix)}[/]")
-    if matrix.bad:
+    if not matrix.ok:
         console.print(_failures(matrix))
     graphs = matrix.graphs
     if matrix.bad:
         console.print(f"[bold red]✗ {len(matrix.bad)} of {len(graphs)} cells are wrong[/]")
-    elif graphs:
+    if matrix.refused:
+        console.print(f"[bold red]✗ start-up refuses {len(matrix.refused)} further graphs[/]")
+    if matrix.ok and graphs:
         console.print(f"[bold green]✓ all {len(graphs)} cells verified[/]")
 
 
@@ -89,19 +93,16 @@ def _cell(cell: MatrixCell | None) -> Text:
 def _failures(matrix: GraphMatrix) -> Table:
     made = table("What is wrong, and where it begins", "cell", "layer", "op", "tensor",
                  "difference", "reason")  # fmt: skip
-    for cell in matrix.bad:
-        where = cell.where
-        layer = op = tensor = "-"
+    for each in matrix.failures:
+        where = each.where
+        layer, op, tensor = "-", "-", each.tensor or "-"
         if where is not None:
             layer = str(where.layer) if where.layer is not None else where.module or "-"
             op = f"{where.op} #{where.call}"
-            tensor = where.tensor or "-"
             if where.tensor and not where.produced:
                 tensor += " (received)"
-        name = f"[red]{cell.name}[/]".replace("[" + str(cell.bucket), r"\[" + str(cell.bucket))
-        made.add_row(
-            name, layer, op, tensor, gap(cell.largest_difference), escape(cell.reason or "")
-        )
+        name = Text(each.name, style="red")
+        made.add_row(name, layer, op, escape(tensor), gap(each.difference), escape(each.reason))
     return made
 
 

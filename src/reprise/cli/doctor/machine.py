@@ -46,24 +46,10 @@ def inspect_machine(device: str) -> dict[str, Any]:
     """
     from reprise import platforms
     from reprise.bench.record import versions
+    from reprise.doctor.facts import device_facts
 
-    chosen = platforms.resolve(device)
-    memory = chosen.memory_info()
     return {
-        "device": {
-            "platform": chosen.name,
-            "device": str(chosen.device),
-            "name": chosen.device_name,
-            "count": type(chosen).device_count(),
-            "memory_free": memory.free,
-            "memory_total": memory.total,
-            "default_dtype": str(chosen.default_dtype).removeprefix("torch."),
-            "triton": chosen.has_triton,
-            "graphs": chosen.has_graphs,
-            "graph_memory": chosen.graph_memory,
-            "graph_memory_reason": chosen.graph_memory_reason,
-            "distributed": chosen.dist_backend,
-        },
+        "device": device_facts(platforms.resolve(device)),
         "platforms": platforms.available(),
         "versions": versions(),
     }

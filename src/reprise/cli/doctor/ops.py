@@ -31,28 +31,13 @@ def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
     """
     from reprise import ops as registry
     from reprise import platforms
+    from reprise.doctor.facts import op_facts
 
     platform = platforms.resolve(device)
-    chosen = registry.OpTable(platform, overrides).chosen
     return {
         "platform": platform.name,
         "device_name": platform.device_name,
-        "ops": {
-            name: {
-                "chosen": chosen[name].name,
-                "break_op": op.break_op,
-                "mutates": list(op.mutates),
-                "implementations": {
-                    each.name: {
-                        "unusable": each.unusable(platform),
-                        "graph_support": each.graph_support_on(platform),
-                        "error": each.error,
-                    }
-                    for each in op.implementations.values()
-                },
-            }
-            for name, op in sorted(registry.all_ops().items())
-        },
+        "ops": op_facts(platform, registry.OpTable(platform, overrides).chosen),
     }
 
 

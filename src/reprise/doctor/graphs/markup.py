@@ -13,6 +13,9 @@ RAMP = ((-1.0, (214, 184, 120)), (0.0, (240, 239, 233)), (1.0, (189, 215, 231)),
 """Colours by the binary logarithm of the speed-up. Sand is slower, blue is faster; red means
 wrong and nothing else."""
 
+BUCKET_OF = {"decode": "requests", "mixed": "tokens"}
+"""What the size of a bucket counts."""
+
 
 def esc(value: object) -> str:
     """Text for HTML content and attributes."""
@@ -36,6 +39,11 @@ def ramp_gradient() -> str:
     span = RAMP[-1][0] - RAMP[0][0]
     stops = [f"rgb({r} {g} {b}) {100 * (at - RAMP[0][0]) / span:.0f}%" for at, (r, g, b) in RAMP]
     return f"linear-gradient(to right, {', '.join(stops)})"
+
+
+def short(number: int) -> str:
+    """``2048`` as ``2K``."""
+    return f"{number // 1024}K" if number >= 1024 and number % 1024 == 0 else str(number)
 
 
 def milliseconds(value: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reprise.doctor.graphs.places import Places
+from reprise.doctor.graphs.proof import proof_of, refusal
 from reprise.doctor.graphs.report import (
     Absent,
     BucketMemory,
@@ -230,7 +231,20 @@ class _Measurement:
                     (total,) = median_ms(self.platform, found.graph.replay)
                     bars = graph_bars(self.platform, found.graph, self.places)
                     self._add_timeline(executor, shape, context, total, bars)
+            self._prove(graphs, captured, executor)
         graphs.discard()
+
+    def _prove(self, graphs: GraphRunner, captured: list[Cell], executor: Executor) -> None:
+        """What start-up would prove of the graphs, in the time that it would take for it."""
+        graphs.prover.mend()  # what has run so far is not to be taken for right
+        seconds = sum(each.info.capture_seconds for each in captured)
+        graphs.prover.prove(captured, seconds, lambda *_: self.progress(f"verify {executor}"))
+        proven = {id(each.info) for each in captured}
+        self.matrix.proofs += [
+            proof_of(executor, each, self.places)
+            for each in reversed(graphs.report().graphs)
+            if id(each) in proven
+        ]
 
     def _capture(self, graphs: GraphRunner, shape: StepShape) -> Cell:
         """Capture a bucket; ``graph`` stays None if that fails, ``info`` says why."""
@@ -261,8 +275,7 @@ class _Measurement:
         shape = cell.shape
         made = MatrixCell(executor, shape.phase, shape.size, context)
         if cell.graph is None:
-            made.reason = cell.info.quarantined or "nothing was captured"
-            made.reason = made.reason.split("; then ")[0].removeprefix(f"{executor}: ")
+            made.reason = refusal(executor, cell.info)
             made.where = self.places.in_text(made.reason)
             return made
         made.captured = True
@@ -272,6 +285,7 @@ class _Measurement:
         if spoiled:
             graphs.prover.mend(spoiled)
             made.reason = f"it changed {', '.join(spoiled)}, which nothing may change"
+            made.tensor = spoiled[0]
             return made
         if verdict.right:
             made.verified, made.largest_difference = True, 0.0
@@ -283,6 +297,10 @@ class _Measurement:
         if verdict.differences:
             worst = verdict.differences[0]
             made.largest_difference, made.tensor = worst.largest, worst.tensor
+        elif verdict.changes and verdict.error is None:
+            # The results are right, so that no op leaves the path.
+            made.tensor = str(verdict.changes[0])
+            return made
         made.where = self.places.in_text(made.reason) or self._locate(graphs, cell, probe)
         return made
 

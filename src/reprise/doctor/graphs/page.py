@@ -7,20 +7,21 @@ from importlib.resources import files
 from pathlib import Path
 
 from reprise.doctor.graphs.figures import memory_figure, timeline_figure
+from reprise.doctor.graphs.kinds import kinds_section
 from reprise.doctor.graphs.markup import (
+    BUCKET_OF,
     colour,
     esc,
     gap,
     hint,
     milliseconds,
     ramp_gradient,
+    short,
     size,
     times,
 )
 from reprise.doctor.graphs.report import GraphMatrix, MatrixCell, Timeline
 from reprise.graphs import PHASES, Phase
-
-BUCKET_OF = {"decode": "requests", "mixed": "tokens"}
 
 
 def write_page(matrix: GraphMatrix, path: Path) -> None:
@@ -35,6 +36,7 @@ def render(matrix: GraphMatrix) -> str:
         _verdict(matrix),
         _tiles(matrix),
         _heat_maps(matrix),
+        kinds_section(matrix),
         _failures(matrix),
         _timelines(matrix),
         _memory(matrix),
@@ -65,11 +67,14 @@ def _head(matrix: GraphMatrix) -> str:
 
 
 def _verdict(matrix: GraphMatrix) -> str:
-    graphs, bad = matrix.graphs, matrix.bad
-    if bad:
+    graphs, bad, refused = matrix.graphs, matrix.bad, matrix.refused
+    if bad or refused:
         ops = list(dict.fromkeys(str(e.where).split(", ")[0] for e in bad if e.where is not None))
         first = f" First divergence: <code>{esc(', '.join(ops[:3]))}</code>." if ops else ""
         text = f"<strong>{len(bad)} of {len(graphs)} cells are wrong.</strong>{first}"
+        if refused:
+            names = ", ".join(each.name.removesuffix(" at start-up") for each in refused)
+            text += f" Start-up refuses {'further ' if bad else ''}graphs: {esc(names)}."
         text = f"<div class='verdict wrong'><span class='mark'>✗</span><div>{text}</div></div>\n"
     else:
         text = (
@@ -159,11 +164,6 @@ def _cell(cell: MatrixCell | None, matrix: GraphMatrix, reason: str | None) -> s
     return f"<td style='{style}' {tip} tabindex='0'>{esc(times(cell.speedup))}</td>"
 
 
-def short(number: int) -> str:
-    """``2048`` as ``2K``."""
-    return f"{number // 1024}K" if number >= 1024 and number % 1024 == 0 else str(number)
-
-
 def _brief(ms: float | None) -> str:
     return "-" if ms is None else f"{ms:.1f}ms" if ms < 100 else f"{ms:.0f}ms"
 
@@ -172,31 +172,31 @@ def _brief(ms: float | None) -> str:
 
 
 def _failures(matrix: GraphMatrix) -> str:
-    if not matrix.bad:
+    if matrix.ok:
         return ""
     heads = ("cell", "layer", "op", "tensor", "segment", "largest difference", "reason")
     rows = ""
-    for index, cell in enumerate(matrix.bad):
-        where = cell.where
-        layer, op, tensor, segment = "-", "-", "-", "-"
+    for index, each in enumerate(matrix.failures):
+        where = each.where
+        layer, op, tensor, segment = "-", "-", each.tensor or "-", "-"
         if where is not None:
             layer = f"layer {where.layer}" if where.layer is not None else where.module or "-"
             op = f"{where.op} #{where.call}"
-            tensor = where.tensor or "-"
             if where.tensor and not where.produced:
                 tensor += f" (wrong before the op; right after {where.after or 'the start'})"
             segment = "-" if where.segment is None else str(where.segment)
         module = f" title='{esc(where.module)}'" if where is not None else ""
         rows += (
-            f"<tr id='wrong-{index}' class='failure'><td class='name'>{esc(cell.name)}</td>"
+            f"<tr id='wrong-{index}' class='failure'><td class='name'>{esc(each.name)}</td>"
             f"<td class='layer'{module}>{esc(layer)}</td><td class='op'><code>{esc(op)}</code></td>"
             f"<td class='tensor'><code>{esc(tensor)}</code></td><td>{esc(segment)}</td>"
-            f"<td>{esc(gap(cell.largest_difference))}</td><td>{esc(cell.reason)}</td></tr>"
+            f"<td>{esc(gap(each.difference))}</td><td>{esc(each.reason)}</td></tr>"
         )
     head = "".join(f"<th>{each}</th>" for each in heads)
     return (
         "<h2 id='wrong'>What is wrong</h2>\n<p class='soft'>The first op, in the order of the "
-        "forward pass, at which replay left the path of eager execution.</p>\n"
+        "forward pass, at which replay left the path of eager execution. Where the results are "
+        "right and other memory was changed, the tensor and its block or parameter.</p>\n"
         f"<div class='card'><table class='list'><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>\n"
     )

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from reprise.graphs import Phase
 
+PROVEN = ("start", "family", "live")
+STATES = (*PROVEN, "not yet met", "refused", "not used")
+"""What can be known of a fact and a graph; the first four are those of ``GraphInfo.facts``."""
+
 
 @dataclass
 class Where:
@@ -55,7 +59,8 @@ class MatrixCell:
     largest_difference: float | None = None
     """In the first tensor that differs; NaN: the replay left values unwritten."""
     tensor: str | None = None
-    """The output or state that differs first."""
+    """The output or state that differs first; else the memory beside that the graph changed, with
+    its block."""
     eager_ms: float | None = None
     """Where the report has a row of eager execution: what stands there."""
     replay_ms: float | None = None
@@ -79,6 +84,51 @@ class MatrixCell:
     @property
     def name(self) -> str:
         return f"{self.executor} {self.phase}[{self.bucket}] at {self.context} tokens"
+
+
+@dataclass
+class Proof:
+    """What start-up's verification made of one graph."""
+
+    executor: str
+    phase: Phase
+    bucket: int
+    verdict: str
+    """``GraphInfo.proof``, ``refused``, or ``not used``."""
+    probes: int
+    planned_probes: int
+    pairs: int
+    """Facts about steps, and pairs of facts, for which the graph is trusted."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """One of :data:`STATES` of every fact; empty if the graph does not run."""
+    reason: str | None = None
+    """Why it does not run."""
+    where: Where | None = None
+    """The op that the reason names, if it does."""
+
+    @property
+    def refused(self) -> bool:
+        return self.verdict == "refused"
+
+    @property
+    def name(self) -> str:
+        return f"{self.executor} {self.phase}[{self.bucket}] at start-up"
+
+    def state(self, fact: str) -> str:
+        return self.facts.get(fact, self.verdict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One line of what is wrong."""
+
+    name: str
+    reason: str
+    where: Where | None
+    """None: it is wrong beside the results of ops, or was not traced to one."""
+    tensor: str
+    """What differs or was changed, as far as it is known; with its block."""
+    difference: float | None = None
 
 
 @dataclass
@@ -143,6 +193,8 @@ class GraphMatrix:
     fault: dict[str, str] | None = None
     """``name``, ``op``, ``summary`` of the fault that was injected."""
     cells: list[MatrixCell] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
+    """What start-up proves of each graph."""
     absent: list[Absent] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
     memory: list[BucketMemory] = field(default_factory=list)
@@ -152,6 +204,32 @@ class GraphMatrix:
     @property
     def bad(self) -> list[MatrixCell]:
         return [each for each in self.cells if each.bad]
+
+    @property
+    def refused(self) -> list[Proof]:
+        """The graphs that start-up refuses although no cell shows why."""
+        shown = {(each.executor, each.phase, each.bucket) for each in self.bad}
+        return [
+            each
+            for each in self.proofs
+            if each.refused and (each.executor, each.phase, each.bucket) not in shown
+        ]
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Everything that is wrong, cells first."""
+        found = []
+        for each in self.bad:
+            tensor = (each.where.tensor if each.where is not None else "") or each.tensor or ""
+            reason = each.reason or ""
+            found.append(Failure(each.name, reason, each.where, tensor, each.largest_difference))
+        return found + [
+            Failure(each.name, each.reason or "", each.where, "") for each in self.refused
+        ]
+
+    @property
+    def ok(self) -> bool:
+        return not self.bad and not self.refused
 
     @property
     def graphs(self) -> list[MatrixCell]:
@@ -169,7 +247,7 @@ class GraphMatrix:
         for cell, made in zip(self.cells, data["cells"], strict=True):
             made["speedup"] = cell.speedup
         plain: dict[str, Any] = _plain(data)
-        return {"ok": not self.bad, **plain}
+        return {"ok": self.ok, **plain}
 
 
 def _plain(value: Any) -> Any:
