@@ -47,9 +47,14 @@ def child(model: str, mode: str, prompts: int, repeats: int, options: dict[str, 
                 "failures": report.canary_failures,
                 "proof": collections.Counter(each.proof for each in report.graphs),
                 "probes": sum(each.probes for each in report.graphs),
-                "canary_ms": {
-                    each.name: [round(1e3 * each.check_seconds, 2), round(1e3 * each.replay_seconds, 2),
-                                each.canary_every, each.canaries]
+                # Milliseconds of a comparison and of a replay, one in how many, and how many.
+                "canaries": {
+                    each.name: [
+                        round(1e3 * each.check_seconds, 2),
+                        round(1e3 * each.replay_seconds, 2),
+                        each.canary_every,
+                        each.canaries,
+                    ]
                     for each in report.graphs
                     if each.canaries or each.bucket in (1, 64, 256)
                 },

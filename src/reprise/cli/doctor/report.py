@@ -45,7 +45,7 @@ def report(
     from reprise.doctor.report import bug_report, kept_log, made_up_steps
     from reprise.llm import LLM
 
-    config = EngineConfig.from_arguments(**engine)
+    config = EngineConfig(**engine)
     running, steps = None, None
     with kept_log() as log:
         try:
