@@ -250,7 +250,7 @@ def test_the_tokenizers_own_end_of_text(
     assert stopped.token_ids == [eos]
     ignored = llm.generate("a cat", greedy(8, logit_bias={eos: 100.0}, ignore_eos=True))
     assert token_ids(ignored) == [[eos] * 8]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="reprise"):
         other = copy_of(model, tmp_path, generation_config={"eos_token_id": [7, 9]})
         assert make_llm(other, device).engine.eos_token_ids == {7, 9, eos}
     assert f"token {eos} (<eos>) ends a text too" in caplog.text

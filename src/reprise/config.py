@@ -98,9 +98,11 @@ class EngineConfig:
     graph_mode: str = "auto"
     """Executor of each phase: ``auto``, ``none``, ``full``, ``breakable``, ``compiled``, or
     ``decode=full,mixed=breakable``; vLLM's names (``FULL_AND_PIECEWISE``, ...) work too."""
-    graph_verify: str = "startup"
-    """When graphs are compared with eager execution: ``off``, ``startup``, or ``canary:N``, which
-    also recomputes one in N live steps."""
+    graph_verify: str = "auto"
+    """When graphs are compared with eager execution: ``off``; ``startup``, and the first live step
+    of each kind that start-up has not met; ``auto``, which also compares as many live steps as cost
+    less than 1 %; or ``canary:N``, one in N replays of each graph (``canary:1``: every one, and all
+    memory with it)."""
     graph_buckets: str | None = None
     """Sizes to capture, ``1,2,4,8`` or ``decode=1,2,4;mixed=64,128``; None: by the limits."""
     graph_memory_profile: Literal["auto", "off"] = "auto"

@@ -83,7 +83,7 @@ def serve(llm: LLM, rounds: int = 1, **params: Any) -> list[list[int]]:
 
 def lend_counts(llm: LLM, victim: Any) -> None:
     """The sampler's counts lie where the fault does its harm."""
-    seen = llm.engine.runner.sampler._seen
+    seen = llm.engine.runner.sampler._kept.seen
     counts = seen.counts
     counts.set_(victim.untyped_storage(), 0, counts.shape, counts.stride())
 
