@@ -143,7 +143,10 @@ def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> Non
     with noisy(toy, monkeypatch, harm=0.0):
         runner = make_runner(toy, "full", decode=(4,), mixed=(32,), verify="canary:1")
         runner.capture_all()
-        assert NOISE < bound_of(runner) < DECLARED, "measured, and tighter than what is declared"
+        bound = bound_of(runner)
+        assert NOISE < bound <= DECLARED
+        # Measured, and tighter than what is declared, unless the dtype is as coarse.
+        assert (bound < DECLARED) == (4 * torch.finfo(toy.hidden.dtype).eps < DECLARED)
         toy.refills_cache = False  # else blocks change between two steps
         for seed in range(12):
             toy.fill(StepShape.decode(4), seed)

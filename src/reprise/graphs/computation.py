@@ -45,8 +45,8 @@ class State(Protocol):
         """[K] int64, the units of the caches that hold these rows."""
 
     def beside(self) -> Tensor:
-        """[K] int64, the units that the step writes, those next to them in memory, and the null
-        unit: where a graph that is a little wrong does its harm."""
+        """[K] int64, the units that the step writes, those next to them in memory, the first of
+        each request, and the null unit: where a graph that is a little wrong does its harm."""
 
     def near(self) -> Tensor:
         """[K] int64, those of :meth:`beside`, and all that the step reads."""

@@ -287,7 +287,8 @@ class Prover:
                     error=verdict.error or "it cannot be made: on another rank", ran=False
                 )
             try:
-                scope = Scope(self._computation.state(cell.shape).beside(), NO_WEIGHTS)
+                state = self._computation.state(cell.shape)
+                scope = Scope(state.near() if timed else state.beside(), NO_WEIGHTS)
                 verdict = examine(
                     self._computation, self._guard, cell.graph, cell.shape, probe.live, model,
                     scope, bound=bound, pool=pool, keep=False,

@@ -369,8 +369,8 @@ class StepBuffers:
         return kind_of_step(counts, lengths, layouts, bucket, self.block_size)
 
     def blocks_near(self, bucket: StepShape, num_blocks: int, *, reads: bool) -> Ints:
-        """Blocks that the step in the buffers writes, those next to them, and the null block:
-        [K] int64, ascending.
+        """Blocks that the step in the buffers writes, those next to them, the first of each row,
+        and the null block: [K] int64, ascending.
 
         Args:
             bucket: What the step is padded to.
@@ -379,6 +379,7 @@ class StepBuffers:
         """
         near = np.zeros(num_blocks + 1, dtype=bool)
         near[NULL_BLOCK] = True
+        near[self._tables[: bucket.num_requests, 0]] = True
         if reads:
             lengths = self.seq_lens.host[: bucket.num_requests]
             for row, length in enumerate(lengths.tolist()):
