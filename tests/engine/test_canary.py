@@ -203,3 +203,26 @@ def test_tokens_drawn_since_the_last_proof_are_marked(
     (later,) = llm.generate([{"prompt_token_ids": prompt}], greedy(12), use_tqdm=False)
     assert later.suspect_from is None
     assert model.is_greedy(prompt, later.outputs[0].token_ids)
+
+
+def test_the_first_canary_of_a_kind_compares_the_draw(
+    model: TinyModel, device: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An op that draws wrong is told, and its reference's token leaves."""
+    llm = small_llm(model, device, "startup")
+    runner = llm.engine.runner
+    graphs = runner.graphs
+    # Every step is the first of its kind.
+    monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: False)
+    monkeypatch.setattr(graphs.canary, "may_meet", lambda: True)
+    right = runner.ops.functions["argmax"]
+    decoding = (1, model.reference.config.vocab_size)
+
+    def wrong(logits: Any) -> Any:
+        return right(logits) + 1 if logits.shape == decoding and graphs.ran.first else right(logits)
+
+    monkeypatch.setitem(runner.ops.functions, "argmax", wrong)
+    prompt = random_ids(8, 9)
+    with caplog.at_level(logging.WARNING, logger="reprise"):
+        assert model.is_greedy(prompt, generate(llm, [prompt], greedy(6))[0])
+    assert "op argmax draws tokens" in caplog.text

@@ -52,6 +52,8 @@ class Ran:
     """The graph that computed it; None: eager execution did."""
     proven: bool
     """It was compared with eager execution, and what left is the eager result."""
+    first: bool = False
+    """No step of its kind had been proven before."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +378,7 @@ class GraphRunner:
             self.canary.met(max(seconds - cell.info.eager_seconds, seconds / 4))
         if self._agree(verdict.right):
             self._unseen[cell.key] = 0
-            self.ran = Ran(cell.key, proven=True)
+            self.ran = Ran(cell.key, proven=True, first=unproven is not None)
             if unproven is not None:
                 self.ledger.prove(cell.key, unproven, "live")
             return

@@ -141,7 +141,9 @@ class ModelRunner:
                 if step.phase == "mixed" or len(sampling) < requests:
                     result = result[self.buffers.sampling_rows(len(sampling))]
                 logits = self._logits(step, result)
-                sampled, logprobs = self.sampler(logits, sampling, step.continues)
+                sampled, logprobs = self.sampler(
+                    logits, sampling, step.continues, self.graphs.ran.first
+                )
                 self._last_sampled = Sampled(sampling, sampled)
             return PendingOutput(step, sampled, logprobs, prompt_logprobs, landing)
 

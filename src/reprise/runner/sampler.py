@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
 
+logger = logging.getLogger(__name__)
+
+CHECKED_ROWS = 8
+"""Rows of a draw that are compared with the reference, whose memory and time are many times as
+much."""
 _INT32_MAX = np.iinfo(np.int32).max
 _PARAMETERS = (np.float32, np.int32, np.float32, np.float32, np.int64)
 """Types of temperature, top-k, top-p, min-p and seed, as ``ops.sample`` takes them."""
@@ -58,7 +64,11 @@ class Sampler:
         )
 
     def __call__(
-        self, logits: Tensor, requests: Sequence[Request], continues: bool = False
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        continues: bool = False,
+        check: bool = False,
     ) -> tuple[Tensor, LogprobTensors | None]:
         """Draw.
 
@@ -66,24 +76,26 @@ class Sampler:
             logits: [R, V] in the compute dtype, one row a request.
             requests: The requests of the rows.
             continues: The last draw was for the same rows, one token earlier.
+            check: Compare with the reference of the op that draws, which waits for the device.
 
         Returns:
             [R] int64 token ids, and log probabilities if any request wants them.
         """
         batch = self._batch_of(requests)
+        draw = _checked if check else _drawn
         if batch.plain:  # the largest value is the same one in float32
-            return ops.argmax(logits), None
+            return draw(ops.argmax, logits), None
         raw = logits.float()
         adjusted = batch.adjust(raw.clone()) if batch.adjusts else raw
         if batch.greedy:
-            tokens = ops.argmax(adjusted)
+            tokens = draw(ops.argmax, adjusted)
         else:
             if continues and batch.positions is not None:
                 batch.positions += 1
             else:
                 generated = np.array([_num_generated(each) for each in requests], dtype=np.int64)
                 batch.positions = to_device(generated, self.platform)
-            tokens = ops.sample(adjusted, *batch.parameters, batch.positions)
+            tokens = draw(ops.sample, adjusted, *batch.parameters, batch.positions)
         for each in (batch.penalties, batch.bad_words):
             if each is not None:
                 each.count(tokens)
@@ -126,6 +138,30 @@ class Sampler:
         if self._batch is None or not self._batch.is_for(requests):
             self._batch = _Batch(requests, self._kept)
         return self._batch
+
+
+def _drawn(op: ops.Op, *arguments: Tensor) -> Tensor:
+    return cast(Tensor, op(*arguments))
+
+
+def _checked(op: ops.Op, *arguments: Tensor) -> Tensor:
+    """The op's tokens, after a look at what its reference draws from some of the rows.
+
+    The likeliest token is the reference's if they differ; a sampled one may lie on the edge of a
+    rounding.
+    """
+    tokens = _drawn(op, *arguments)
+    some = [each[:CHECKED_ROWS] for each in arguments]
+    expected = op.implementations["reference"].function(*some)
+    drawn = tokens[:CHECKED_ROWS]
+    if torch.equal(expected, drawn):
+        return tokens
+    logger.warning(
+        "op %s draws tokens %s where its reference draws %s: choose another implementation with "
+        "--op %s=reference if this is not rare",
+        op.name, drawn.tolist(), expected.tolist(), op.name,
+    )  # fmt: skip
+    return tokens if op is ops.sample else torch.cat((expected, tokens[CHECKED_ROWS:]))
 
 
 def top_logprobs(
