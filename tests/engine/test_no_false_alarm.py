@@ -121,3 +121,22 @@ def test_draws_with_all_that_the_sampler_keeps(model: TinyModel, device: str) ->
     llm = watched(model, device)
     assert serve(llm, **params) == serve(make_llm(model, device, **OPTIONS), **params)
     assert_no_alarm(llm)
+
+
+@pytest.mark.parametrize(("num_blocks", "max_model_len"), [(12, 176), (24, 256)])
+def test_a_cache_that_one_step_nearly_fills(
+    tiny: TinyModels, device: str, num_blocks: int, max_model_len: int
+) -> None:
+    """What probes write then lies in both halves of it."""
+    model = tiny("llama")
+    llm = make_llm(
+        model, device, block_size=16, num_blocks=num_blocks, max_num_seqs=8,
+        max_num_batched_tokens=256, max_model_len=max_model_len, graph_mode="full",
+        graph_buckets="decode=1,8;mixed=256", graph_verify="canary:1",
+    )  # fmt: skip
+    prompts = [random_ids(31 + n, 20 + 40 * n) for n in range(3)]
+    for prompt, output in zip(prompts, generate(llm, prompts, greedy(8)), strict=True):
+        assert model.is_greedy(prompt, output)
+    report = llm.graph_report()
+    assert all(each.probes == each.planned_probes > 0 for each in report.graphs)
+    assert report.quarantined == []

@@ -176,7 +176,7 @@ class Prover:
         """Choose probes, measure bounds. The weights have been taken down."""
         self._guard.learn_ops()
         for cell in cells:
-            cell.probes = list(self._computation.probes(cell.shape, anchor=False))
+            cell.probes = self._probes_of(cell, anchor=False)
         self._measure_bounds(cells)
 
     def _uselessness(self, cell: Cell) -> str | None:
@@ -200,6 +200,14 @@ class Prover:
         info.executor, info.segments, info.breaks = "none", 0, 0
         self.ledger.leave(cell.key)
 
+    def _probes_of(self, cell: Cell, *, anchor: bool) -> list[Probe]:
+        """None if they cannot be made: the graph is then proven by live steps alone."""
+        try:
+            return list(self._computation.probes(cell.shape, anchor=anchor))
+        except Exception as error:
+            logger.warning("graph %s has no probes: %s", cell.info.name, describe(error))
+            return []
+
     def _plan(self, cells: list[Cell]) -> None:
         """Choose the anchors of each family: they meet all kinds of rows."""
         families: dict[Hashable, list[Cell]] = defaultdict(list)
@@ -212,7 +220,7 @@ class Prover:
             anchors |= {ordered[i].key for i in (0, len(ordered) // 2, -1)}
         for cell in cells:
             if cell.key in anchors:
-                cell.probes = list(self._computation.probes(cell.shape, anchor=True))
+                cell.probes = self._probes_of(cell, anchor=True)
             cell.info.planned_probes = len(cell.probes)
             if cell.key in anchors:
                 self.ledger.plan(cell.key, [each.kind for each in cell.probes])
@@ -222,7 +230,7 @@ class Prover:
         started = time.perf_counter()
         while cell.graph is not None:
             failed = None
-            for each in range(cell.info.probes, number + 1):
+            for each in range(cell.info.probes, min(number + 1, len(cell.probes))):
                 failed = self._probe(cell, cell.probes[each], timed=each == 0)
                 if failed is not None:
                     break

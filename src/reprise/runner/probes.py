@@ -339,9 +339,13 @@ class ProbeMaker:
         if own.left < written:
             own = max(areas, key=lambda each: each.left)
         if own.left < written:  # what is left lies in both
-            parts = [np.arange(each.take(count), each.next + count, dtype=np.int32)
-                     for each in areas if (count := min(each.left, written))]  # fmt: skip
-            mine = np.concatenate(parts)[:written]
+            parts, missing = [], written
+            for each in areas:
+                count = min(each.left, missing)
+                begin = each.take(count)
+                parts.append(np.arange(begin, begin + count, dtype=np.int32))
+                missing -= count
+            mine = np.concatenate(parts)
             return np.concatenate((np.resize(mine, first), mine)).astype(np.int32)
         begin = own.take(written)
         if first == 0 and written == 1:
