@@ -88,13 +88,11 @@ class Prover:
         useless: str | None = None
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, cell in enumerate(sorted(cells, key=lambda each: each.shape.num_tokens)):
-            if cell.shape.phase == "mixed" and useless is not None:
-                self._drop(cell, useless)
-            else:
+            if useless is None or cell.shape.phase != "mixed":
                 self._meet(cell, 0)
-                useless = self._uselessness(cell) or useless
-                if useless is not None and cell.shape.phase == "mixed":
-                    self._drop(cell, useless)
+                useless = useless or self._uselessness(cell)
+            if useless is not None and cell.shape.phase == "mixed":
+                self._drop(cell, useless)
             if progress is not None:
                 progress("verify graphs", done + 1, len(cells))
         if useless is not None:
@@ -128,11 +126,12 @@ class Prover:
                 time_left = deadline - time.perf_counter()
                 if not self._agree(cell.info.check_seconds < time_left):
                     continue
+                graph = cell.graph
                 later = self._submit(cell, cell.probes[number])
                 self._settle(under_way)
                 under_way = None
-                # A graph that was replaced has to meet all its probes again.
-                if later is None or cell.info.probes < number:
+                # A graph that was replaced meanwhile has to meet all its probes, this one too.
+                if later is None or cell.graph is not graph or cell.info.probes < number:
                     self._meet(cell, number)
                 else:
                     under_way = (cell, number, later)
