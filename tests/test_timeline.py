@@ -1,4 +1,4 @@
-"""Phases of a start add up."""
+"""Spans of a start add up."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from reprise import timeline
 
 
-def test_phases_are_kept_in_order_and_add_up():
+def test_spans_are_kept_in_order_and_add_up():
     with timeline.recording() as seconds:
         began = time.perf_counter()
-        with timeline.phase("outer"):
+        with timeline.span("outer"):
             time.sleep(0.02)
-            with timeline.phase("inner"):
+            with timeline.span("inner"):
                 time.sleep(0.03)
-        with timeline.phase("outer"):
+        with timeline.span("outer"):
             time.sleep(0.01)
         elapsed = time.perf_counter() - began
     assert list(seconds) == ["inner", "outer"]
@@ -24,12 +24,12 @@ def test_phases_are_kept_in_order_and_add_up():
     assert sum(seconds.values()) == pytest.approx(elapsed, abs=0.005)
 
 
-def test_without_a_recording_a_phase_costs_nothing_and_fails_as_its_block_does():
-    with pytest.raises(KeyError), timeline.phase("unheard"):
+def test_without_a_recording_a_span_costs_nothing_and_fails_as_its_block_does():
+    with pytest.raises(KeyError), timeline.span("unheard"):
         raise KeyError
     with timeline.recording() as seconds:
-        with pytest.raises(KeyError), timeline.phase("failed"):
+        with pytest.raises(KeyError), timeline.span("failed"):
             raise KeyError
-        with timeline.phase("next"):
+        with timeline.span("next"):
             pass
     assert set(seconds) == {"failed", "next"}

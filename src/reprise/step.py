@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from reprise.request import Request
+from reprise.shape import StepShape
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +41,9 @@ class ScheduledStep:
     request's token is the one that the step before samples."""
 
     @property
-    def phase(self) -> Literal["decode", "mixed"]:
-        """``decode``: each request contributes one token."""
-        return "decode" if self.num_tokens == len(self.requests) else "mixed"
+    def shape(self) -> StepShape:
+        """What the step costs: it says which graph may run it."""
+        num_requests = len(self.requests)
+        if self.num_tokens == num_requests:
+            return StepShape.decode(num_requests)
+        return StepShape.mixed(self.num_tokens, num_requests)

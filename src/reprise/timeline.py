@@ -1,4 +1,4 @@
-"""Where the time goes while an engine starts: named phases, in seconds."""
+"""Where the time goes while an engine starts: named spans, in seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 class _Recording:
     seconds: dict[str, float] = field(default_factory=dict)
     inner: float = 0.0
-    """Spent in the phases inside the current one."""
+    """Spent in the spans inside the current one."""
 
 
 _current: ContextVar[_Recording | None] = ContextVar("timeline", default=None)
@@ -21,7 +21,7 @@ _current: ContextVar[_Recording | None] = ContextVar("timeline", default=None)
 
 @contextmanager
 def recording() -> Iterator[dict[str, float]]:
-    """Collect the phases of this block in the dictionary that it yields, in their order."""
+    """Collect the spans of this block in the dictionary that it yields, in their order."""
     token = _current.set(_Recording())
     try:
         current = _current.get()
@@ -32,10 +32,10 @@ def recording() -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
+def span(name: str) -> Iterator[None]:
     """Count this block's time under ``name``, if somebody is recording.
 
-    A phase inside another one counts under its own name alone, so the phases add up.
+    A span inside another one counts under its own name alone, so the spans add up.
     """
     current = _current.get()
     if current is None:

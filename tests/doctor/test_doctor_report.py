@@ -66,7 +66,7 @@ def test_the_command_tells_all_that_a_bug_report_needs(invoke, device, model, tm
     for each in graphs["graphs"]:
         assert each["facts"]["padding: none"] in ("start", "family", "live")
     assert {"predicted", "actual", "note"} <= set(graphs["memory"])
-    assert {"weights", "capture", "verify"} <= set(found["startup"]["phases"])
+    assert {"weights", "capture", "verify"} <= set(found["startup"]["spans"])
     assert found["steps"]["steps"] >= 1
     assert any("KV cache: 33 blocks" in each for each in found["log"])
     assert "failure" not in found

@@ -75,7 +75,7 @@ def test_what_a_bad_graph_wrote_is_computed_again(
     )  # fmt: skip
     llm.engine._depth = 2
     graphs = llm.engine.runner.graphs
-    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays == 3)
+    monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: bucket.info.replays == 3)
     monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
     forward_pass = llm.engine.runner.forward_pass
     buffers, layer = forward_pass._buffers, forward_pass._layers[0]
@@ -162,7 +162,7 @@ def test_what_replays_before_did_to_the_sampler_is_made_good(
         graph_verify="startup",
     )  # fmt: skip
     graphs, sampler = llm.engine.runner.graphs, llm.engine.runner.sampler
-    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays == 6)
+    monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: bucket.info.replays == 6)
     monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
     prompt, bias = random_ids(9, 20), {3: 0.25}
     expected = generate(make_llm(model, device, **SMALL), [prompt], greedy(30, logit_bias=bias))
@@ -189,7 +189,7 @@ def test_tokens_drawn_since_the_last_proof_are_marked(
     graphs = llm.engine.runner.graphs
     logits = llm.engine.runner.forward_pass._logits
     # Compared are the replays of 5 tokens and of 9: right then, and wrong.
-    monkeypatch.setattr(graphs.canary, "is_due", lambda cell: cell.info.replays in (5, 9))
+    monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: bucket.info.replays in (5, 9))
     monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
     spoil(lambda count: logits.neg_() if count >= 6 else None)
     prompt = random_ids(8, 9)

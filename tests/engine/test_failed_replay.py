@@ -32,22 +32,22 @@ class Failing:
         self.replays = 0
         self.at = at
         self.graphs = llm.engine.runner.graphs
-        for cell in self.graphs.cells.values():
-            self._wrap(cell, cell.graph.replay)
+        for bucket in self.graphs.bucket_graphs.values():
+            self._wrap(bucket, bucket.graph.replay)
 
-    def _wrap(self, cell: Any, replay: Any) -> None:
+    def _wrap(self, bucket: Any, replay: Any) -> None:
         def failing() -> None:
             replay()
             if self.replays in self.at:
                 self.replays += 1
-                for each in self.graphs.computation.outputs(cell.shape).values():
+                for each in self.graphs.computation.outputs(bucket.shape).values():
                     each.fill_(float("nan"))
                 for layer in self.graphs.computation.model.attention_layers():
                     layer.key_cache.fill_(7.0)
                 raise RuntimeError("launch failed")
             self.replays += 1
 
-        cell.graph.replay = failing
+        bucket.graph.replay = failing
 
 
 def results(outputs: list[RequestOutput]) -> list[Any]:

@@ -64,11 +64,11 @@ def test_prefill_then_decode() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a", 5, max_tokens=2))
     step = scheduled(scheduler)
-    assert (step.phase, step.num_tokens, step.num_decodes) == ("mixed", 5, 0)
+    assert (step.shape.phase, step.num_tokens, step.num_decodes) == ("mixed", 5, 0)
     assert parts(step) == [("a", 0, 5, True)]
     assert run(scheduler, step, 7) == [a]
     step = scheduled(scheduler)
-    assert (step.phase, step.index) == ("decode", 1)
+    assert (step.shape.phase, step.index) == ("decode", 1)
     assert parts(step) == [("a", 5, 1, True)]
     assert not step.requests[0].pending
     run(scheduler, step, 8)
@@ -80,7 +80,7 @@ def test_prefill_then_decode() -> None:
 def test_prompt_of_one_token_is_a_decode_step() -> None:
     scheduler = make()
     added(scheduler, request("a", 1), request("b", 1))
-    assert scheduled(scheduler).phase == "decode"
+    assert scheduled(scheduler).shape.phase == "decode"
 
 
 def test_long_prompt_is_chunked_and_never_stalls_decodes() -> None:
@@ -92,9 +92,9 @@ def test_long_prompt_is_chunked_and_never_stalls_decodes() -> None:
         step = scheduled(scheduler)
         assert [part[0] for part in parts(step)] == ["a", "b"]
         assert parts(step)[1] == ("b", start, count, samples)
-        assert (step.num_tokens, step.num_decodes, step.phase) == (8, 1, "mixed")
+        assert (step.num_tokens, step.num_decodes, step.shape.phase) == (8, 1, "mixed")
         run(scheduler, step)
-    assert scheduled(scheduler).phase == "decode"
+    assert scheduled(scheduler).shape.phase == "decode"
 
 
 def test_started_prompt_continues_before_a_more_urgent_one_starts() -> None:

@@ -329,7 +329,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(part.num_tokens == 1 for part in parts[: step.num_decodes])
         assert not any(part.pending for part in parts[step.num_decodes :])
         single = all(part.num_tokens == 1 for part in parts)
-        assert step.phase == ("decode" if single else "mixed")
+        assert step.shape.phase == ("decode" if single else "mixed")
         self._check_rows(step)
         scheduled = {part.request for part in parts}
         if decodable - scheduled:

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 from toy import Toy
 
-from reprise.graphs import Segment, StepShape, keep_compiled_code
+from reprise.graphs import Segment, keep_compiled_code
+from reprise.shape import StepShape
 from reprise.testing import faults
 
 
@@ -48,7 +49,7 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
     # Layers are compiled once for all of them; so are numbers of tokens.
     pieces = counters["inductor"]["fxgraph_cache_miss"]
     assert 3 <= pieces <= 6
-    graph = runner._cell_for(StepShape.decode(4)).graph
+    graph = runner._bucket_for(StepShape.decode(4)).graph
     assert [str(each) for each in graph.steps[2].calls] == [
         "fused_add_rms_norm #0", "silu_and_mul #0", "fused_add_rms_norm #1", "rotary_cache #1",
     ]  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reprise.graphs import StepShape
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.verify import VerifyMode, examine
 from reprise.ops import all_ops
 from reprise.platforms.device_graph import capturing
+from reprise.shape import StepShape
 from reprise.testing import faults
 
 OPS = ("paged_attention", "rotary_cache", "fused_add_rms_norm")
@@ -22,8 +22,8 @@ def steps_are_right(runner, toy):
     for shape in STEPS:
         toy.fill(shape, 5)
         before = [each.clone() for each in caches]
-        bucket = runner._cell_for(shape).shape
-        graph = runner._cell_for(shape).graph
+        bucket = runner._bucket_for(shape).shape
+        graph = runner._bucket_for(shape).graph
         if graph is not None:
             toy.pad(shape, bucket)
         expected = toy.eager(bucket if graph is not None else shape)[: shape.num_tokens]
@@ -110,25 +110,25 @@ def test_what_ops_keep_is_as_before_a_failed_probe(toy, make_runner, monkeypatch
     with faults.dirty_memory(toy.ops, "silu_and_mul") as fault:
         runner = make_runner(toy, "full", decode=(4,), mixed=(), verify="off")
         runner.capture_all()
-        (cell,) = runner.cells.values()
-        replay = cell.graph.replay
+        (bucket,) = runner.bucket_graphs.values()
+        replay = bucket.graph.replay
 
         def failing() -> None:
             replay()
             raise RuntimeError("out of memory")
 
         def probe() -> str:
-            shape = cell.shape
+            shape = bucket.shape
             with torch.inference_mode(), toy.ops.activate():
                 return examine(
-                    toy, Guard(toy), cell.graph, shape, shape, toy.model, Scope(),
+                    toy, Guard(toy), bucket.graph, shape, shape, toy.model, Scope(),
                     bound=None, keep=False,
                 ).told  # fmt: skip
 
-        toy.fill(cell.shape, 3)
+        toy.fill(bucket.shape, 3)
         before = fault.kept.clone()
         if raises:
-            monkeypatch.setattr(cell.graph, "replay", failing)
+            monkeypatch.setattr(bucket.graph, "replay", failing)
             assert "RuntimeError: out of memory" in probe()
         else:
             assert "memory of ops" in probe()

@@ -47,7 +47,7 @@ def runner():
 def test_two_buckets_a_phase_predict_the_rest(runner):
     memory = predict(runner)
     assert memory.note == ""
-    assert runner.cells == {}
+    assert runner.bucket_graphs == {}
     before = Measuring.taken
     runner.capture_all()
     actual = Measuring.taken - before

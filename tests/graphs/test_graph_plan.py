@@ -6,7 +6,6 @@ from reprise.errors import ConfigError
 from reprise.graphs import (
     Buckets,
     GraphPlan,
-    StepShape,
     default_buckets,
     parse_buckets,
     parse_plan,
@@ -14,6 +13,7 @@ from reprise.graphs import (
     resolve,
 )
 from reprise.platforms import load
+from reprise.shape import StepShape
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from toy import MAX_LEN, Toy
 
 from reprise.errors import GraphError
-from reprise.graphs import StepShape
+from reprise.shape import StepShape
 
 STEPS = [
     *(StepShape.decode(n) for n in (1, 2, 3, 4)),
@@ -22,7 +22,7 @@ def padded(runner, toy, shape, seed):
     toy.fill(shape, seed)
     caches = [each for layer in toy.model.layers for each in (layer.key_cache, layer.value_cache)]
     before = [each.clone() for each in caches]
-    bucket = runner._cell_for(shape).shape
+    bucket = runner._bucket_for(shape).shape
     toy.pad(shape, bucket)
     hidden = toy.eager(bucket)[: shape.num_tokens]
     after = [each[1:].clone() for each in caches]
@@ -237,14 +237,14 @@ def test_the_canary_sees_no_ghosts(toy, make_runner, plan):
 def test_the_canary_catches_a_graph_that_goes_bad_while_serving(toy, make_runner, caplog):
     runner = make_runner(toy, "full", verify="canary:2", decode=(2, 4), mixed=())
     runner.capture_all()
-    cell = runner._cell_for(StepShape.decode(2))
-    replay = cell.graph.replay
+    bucket = runner._bucket_for(StepShape.decode(2))
+    replay = bucket.graph.replay
 
     def broken():
         replay()
         toy.hidden[0].neg_()
 
-    cell.graph.replay = broken
+    bucket.graph.replay = broken
     for seed in range(100):
         hidden, after, caches = padded(runner, toy, StepShape.decode(2), seed)
         right = torch.equal(runner.run(StepShape.decode(2)), hidden)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import Toy
 
-from reprise.graphs import StepShape
+from reprise.shape import StepShape
 
 WAIT = 20
 """Seconds; ranks that meet need a hundredth of it."""

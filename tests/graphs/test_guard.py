@@ -9,12 +9,12 @@ import pytest
 import torch
 from toy import BLOCK, Toy
 
-from reprise.graphs import StepShape
 from reprise.graphs.compare import differs
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.ops import all_ops
 from reprise.ops.registry import Implementation
 from reprise.platforms.device_graph import capturing
+from reprise.shape import StepShape
 from reprise.testing.faults.base import Fault
 
 

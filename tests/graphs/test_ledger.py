@@ -129,13 +129,13 @@ def test_a_family_is_trusted_once_its_anchors_are() -> None:
 # ---- when canaries run -------------------------------------------------------------------
 
 
-def cell(key: object = "a", replay: float = 1.0, check: float = 2.0) -> Any:
+def bucket(key: object = "a", replay: float = 1.0, check: float = 2.0) -> Any:
     info = SimpleNamespace(name=str(key), replay_seconds=replay, check_seconds=check)
     return SimpleNamespace(key=key, info=info, shape=SimpleNamespace(num_requests=4))
 
 
 def due(policy: CanaryPolicy, count: int, which: Any = None) -> list[int]:
-    which = which or cell()
+    which = which or bucket()
     return [number for number in range(count) if policy.is_due(which)]
 
 
@@ -159,22 +159,24 @@ def test_every_second_replay_is_met_as_often_as_the_others(every: int) -> None:
 
 def test_each_graph_has_its_own_draws() -> None:
     policy = CanaryPolicy(VerifyMode(canary=4))
-    seldom, often = cell("seldom"), cell("often")
+    seldom, often = bucket("seldom"), bucket("often")
     found = 0
     for number in range(4000):
         policy.is_due(often)
         found += number % 10 == 0 and policy.is_due(seldom)
     assert 50 < found < 150, "a graph that runs seldom is met at its own rate"
     fresh = CanaryPolicy(VerifyMode(canary=4))
-    assert due(fresh, 50, cell("one")) != due(fresh, 50, cell("two"))
+    assert due(fresh, 50, bucket("one")) != due(fresh, 50, bucket("two"))
     again = CanaryPolicy(VerifyMode(canary=4))
-    assert due(again, 50, cell("one")) == due(CanaryPolicy(VerifyMode(canary=4)), 50, cell("one"))
+    assert due(again, 50, bucket("one")) == due(
+        CanaryPolicy(VerifyMode(canary=4)), 50, bucket("one")
+    )
 
 
 @given(st.floats(1e-6, 1e-1), st.floats(1e-6, 1.0))
 def test_background_canaries_cost_no_more_than_their_share(replay: float, check: float) -> None:
     policy = CanaryPolicy(VerifyMode(background=True))
-    every = policy.every(cell(replay=replay, check=check))
+    every = policy.every(bucket(replay=replay, check=check))
     assert every is not None
     assert every >= 2
     assert check / every <= 0.004 * replay * 1.000001
@@ -184,7 +186,7 @@ def test_background_canaries_cost_no_more_than_their_share(replay: float, check:
 def test_without_canaries_none_is_due_but_after_a_sibling_failed(mode: VerifyMode) -> None:
     policy = CanaryPolicy(mode)
     assert due(policy, 1000) == []
-    policy.hurry([cell()])
+    policy.hurry([bucket()])
     assert due(policy, 1000) == [0]
 
 

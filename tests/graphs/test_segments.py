@@ -5,9 +5,10 @@ import torch
 from toy import Toy
 
 from reprise.errors import GraphError
-from reprise.graphs import Break, Segment, SegmentedGraph, StepShape
+from reprise.graphs import Break, Segment, SegmentedGraph
 from reprise.ops.registry import intercept
 from reprise.platforms.device_graph import in_capture_pass
+from reprise.shape import StepShape
 
 SPLITS = ("nowhere", "breaks", "ops", "all")
 

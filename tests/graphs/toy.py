@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.graphs import Facts, Kind, Probe, Region, StepShape
+from reprise.graphs import Facts, Kind, Probe, Region
 from reprise.ops import OpTable
 from reprise.platforms import Platform
+from reprise.shape import StepShape
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCAB = 64, 4, 2, 32, 96, 128
 BLOCK, MAX_LEN = 16, 128

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from reprise.graphs.shape import StepShape
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import FACTS, RowLayouts
 from reprise.runner.probes import ProbeMaker
+from reprise.shape import StepShape
 
 BLOCKS = 24
 

@@ -88,11 +88,11 @@ def _start(arguments: Mapping[str, Any], cold: bool) -> dict[str, Any]:
     parts = {
         "interpreter": moments["alive"] - began,
         "import": moments["imported"] - moments["alive"],
-        **result["phases"],
+        **result["spans"],
         "first_token": moments["first_token"] - moments["ready"],
     }
     loading = moments["ready"] - moments["imported"]
-    parts["other"] = max(0.0, loading - sum(result["phases"].values()))
+    parts["other"] = max(0.0, loading - sum(result["spans"].values()))
     return {
         "facts": result["facts"],
         "parts": parts,

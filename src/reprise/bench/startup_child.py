@@ -1,7 +1,7 @@
 """The process whose start is measured: ``python -m reprise.bench.startup_child JSON``.
 
 Prints one JSON line: the moments it passed, by the wall clock that its parent reads too, and the
-engine's phases.
+engine's spans.
 """
 
 import time
@@ -32,7 +32,7 @@ def main() -> None:
     from reprise.bench.record import engine_facts
 
     facts = engine_facts(arguments["model"], engine)
-    print(json.dumps({"moments": moments, "phases": engine.startup, "facts": facts}))
+    print(json.dumps({"moments": moments, "spans": engine.startup, "facts": facts}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Two windows are recorded, one after the other, while the same requests decode. The first records
 the device's work alone, and the figures come from it: to record every op on the host takes the
 host several times as long as the op itself, and a device that waits for a slowed host looks idle.
-The second records the host too, with the engine's phases as named ranges, and becomes the file;
+The second records the host too, with the engine's spans as named ranges, and becomes the file;
 the gaps on its device are wider than without a profiler.
 """
 
@@ -108,7 +108,7 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
                 logger.warning("the profiler saw no work on %s", engine.platform.device)
             figures.update(found or {})
         lengths = [each.completions[0].request.num_tokens for each in groups]
-        with _named_phases():
+        with _named_spans():
             recorded = _record(engine, len(prompts), {ProfilerActivity.CPU, *on_device})
     with _exported(recorded, path.name) as file:
         shutil.copyfile(file, path)
@@ -247,8 +247,8 @@ def _exported(recorded: profile, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named_phases() -> Iterator[None]:
-    """Within the block the host's phases are named ranges for the profiler.
+def _named_spans() -> Iterator[None]:
+    """Within the block the host's spans are named ranges for the profiler.
 
     From the outside, since naming a range costs microseconds even when nothing is recorded.
     """

@@ -142,7 +142,7 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
         "graphs": runner.graphs.report().to_dict(),
         "startup": {
             "seconds": round(engine.startup_seconds, 3),
-            "phases": {name: round(each, 4) for name, each in engine.startup.items()},
+            "spans": {name: round(each, 4) for name, each in engine.startup.items()},
         },
         "stats": dataclasses.asdict(engine.stats()),
     }

@@ -68,14 +68,14 @@ class Engine:
         started = time.perf_counter()
         keep_compiled_code()
         with timeline.recording() as self.startup:
-            with timeline.phase("platform"):
+            with timeline.span("platform"):
                 self.platform = platforms.resolve(config.device)
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
             self.config = config
             waking = partial(wake_compiler, self.platform)
-            with timeline.phase("config"), self.platform.warming_up(then=waking):
+            with timeline.span("config"), self.platform.warming_up(then=waking):
                 checkpoint = open_checkpoint(
                     config.model,
                     revision=config.revision,
@@ -84,7 +84,7 @@ class Engine:
                 )
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
-                with timeline.phase("tokenizer"):
+                with timeline.span("tokenizer"):
                     # The model's files are of its own revision.
                     other = config.model if config.tokenizer_revision else None
                     self.tokenizer = checkpoint.tokenizer(
@@ -289,7 +289,7 @@ class Engine:
     def _compute_again(self, error: GraphReplayError) -> None:
         """Drop the steps under way, whose results are lost, and all that they may have spoiled."""
         self._failed_replays += 1
-        if self._failed_replays > len(self.runner.graphs.cells):
+        if self._failed_replays > len(self.runner.graphs.bucket_graphs):
             raise error  # each refuses one graph, so something else is wrong
         self._outstanding.clear()
         count = self.scheduler.drop_steps()

@@ -5,7 +5,7 @@ Knows tensors, ops and platforms; knows nothing of models or requests.
 
 from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
 from reprise.graphs.compiled import keep_compiled_code
-from reprise.graphs.computation import Computation, Probe, State
+from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
 from reprise.graphs.plan import (
@@ -20,11 +20,9 @@ from reprise.graphs.regions import Region
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.runner import Damage, GraphRunner, Ran
 from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph
-from reprise.graphs.shape import PHASES, Phase, StepShape
 from reprise.graphs.verify import VerifyMode, parse_verify
 
 __all__ = [
-    "PHASES",
     "Break",
     "Buckets",
     "Call",
@@ -39,7 +37,6 @@ __all__ = [
     "GraphReport",
     "GraphRunner",
     "Kind",
-    "Phase",
     "Probe",
     "Ran",
     "Region",
@@ -47,7 +44,6 @@ __all__ = [
     "Segment",
     "SegmentedGraph",
     "State",
-    "StepShape",
     "VerifyMode",
     "default_buckets",
     "keep_compiled_code",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reprise.errors import ConfigError
-from reprise.graphs.shape import PHASES, Phase
+from reprise.shape import PHASES, Phase
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from reprise.graphs.capture import Cell
+from reprise.graphs.capture import BucketGraph
 from reprise.graphs.verify import VerifyMode
 
 logger = logging.getLogger(__name__)
@@ -54,36 +54,36 @@ class CanaryPolicy:
         """Whether each replay is compared, and all memory with it."""
         return self._mode.canary == 1
 
-    def is_due(self, cell: Cell) -> bool:
+    def is_due(self, bucket: BucketGraph) -> bool:
         """Count a replay; whether it is to be compared."""
-        left = self._left.get(cell.key)
-        every = self.every(cell)
+        left = self._left.get(bucket.key)
+        every = self.every(bucket)
         if every == 1:
             return True
         if every is None and left is None:
             return False
         if left is None:
             assert every is not None
-            left = self._draw(cell, every)
-        self._left[cell.key] = left - 1
+            left = self._draw(bucket, every)
+        self._left[bucket.key] = left - 1
         if left > 1:
             return False
-        del self._left[cell.key]
+        del self._left[bucket.key]
         return True
 
-    def every(self, cell: Cell) -> int | None:
+    def every(self, bucket: BucketGraph) -> int | None:
         """One in so many replays of the graph is to be compared, on average; None: none."""
         if self._mode.canary:
             return self._mode.canary
-        info = cell.info
+        info = bucket.info
         if not self._mode.background or not info.replay_seconds:
             return None
         return max(2, math.ceil(info.check_seconds / (BACKGROUND_SHARE * info.replay_seconds)))
 
-    def hurry(self, cells: Sequence[Cell]) -> None:
+    def hurry(self, buckets: Sequence[BucketGraph]) -> None:
         """Compare the next replay of each."""
-        for cell in cells:
-            self._left[cell.key] = 1
+        for bucket in buckets:
+            self._left[bucket.key] = 1
 
     def may_meet(self) -> bool:
         """Whether a canary of an unproven kind can be afforded now."""
@@ -96,12 +96,12 @@ class CanaryPolicy:
         """A canary of an unproven kind took so much longer than its step would have eagerly."""
         self._spent.append((self._clock(), seconds))
 
-    def announce(self, cells: Sequence[Cell]) -> None:
+    def announce(self, buckets: Sequence[BucketGraph]) -> None:
         """Log how soon a graph that goes wrong is found."""
-        chosen = {each.info.name: every for each in cells if (every := self.every(each))}
+        chosen = {each.info.name: every for each in buckets if (every := self.every(each))}
         if not self._mode.background or not chosen:
             return
-        graphs = [each for each in cells if each.info.name in chosen]
+        graphs = [each for each in buckets if each.info.name in chosen]
         often = min(graphs, key=lambda each: chosen[each.info.name])
         seldom = max(graphs, key=lambda each: chosen[each.info.name])
         logger.info(
@@ -113,10 +113,10 @@ class CanaryPolicy:
             max(chosen[each.info.name] * each.shape.num_requests for each in graphs),
         )  # fmt: skip
 
-    def _draw(self, cell: Cell, every: int) -> int:
-        generator = self._random.get(cell.key)
+    def _draw(self, bucket: BucketGraph, every: int) -> int:
+        generator = self._random.get(bucket.key)
         if generator is None:
-            generator = self._random[cell.key] = random.Random(f"{self._seed} {cell.key}")
+            generator = self._random[bucket.key] = random.Random(f"{self._seed} {bucket.key}")
         # The inverse of the geometric distribution with mean ``every``.
         uniform = 1.0 - generator.random()
         return 1 + int(math.log(uniform) / math.log1p(-1.0 / every))

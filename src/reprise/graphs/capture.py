@@ -16,13 +16,13 @@ from torch import Tensor
 
 from reprise.errors import describe
 from reprise.graphs.compiled import compile_model
-from reprise.graphs.computation import Computation, Probe
+from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
-from reprise.graphs.shape import Phase, StepShape
 from reprise.ops.registry import intercept
 from reprise.platforms import Platform
+from reprise.shape import Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ WARN_AT_MOST = 3
 
 
 @dataclass
-class Cell:
+class BucketGraph:
     """One bucket of one phase, and the graph that runs it, if any."""
 
     shape: StepShape
@@ -57,7 +57,7 @@ class Cell:
 
 
 class Capturer:
-    """Captures the cells of one computation."""
+    """Captures the graphs of one computation."""
 
     def __init__(self, computation: Computation, platform: Platform, agree: Agree) -> None:
         self._computation = computation
@@ -101,20 +101,20 @@ class Capturer:
 
     # ---- capture -------------------------------------------------------------------------
 
-    def capture(self, cell: Cell, executor: Executor) -> None:
-        """Give the cell a graph; if it cannot be captured, the next executor, down to eager."""
+    def capture_or_fall_back(self, bucket: BucketGraph, executor: Executor) -> None:
+        """Give the bucket a graph; if it cannot be captured, the next executor, down to eager."""
         started = time.perf_counter()
-        info = cell.info
+        info = bucket.info
         while executor != "none":
-            reason = self._try(cell, executor)
+            reason = self._try(bucket, executor)
             if reason is None:
                 break
-            self.quarantine(cell, executor, reason)
+            self.quarantine(bucket, executor, reason)
             executor = FALLBACK[executor]
         info.executor = executor
         info.capture_seconds += time.perf_counter() - started
 
-    def _try(self, cell: Cell, executor: Executor) -> str | None:
+    def _try(self, bucket: BucketGraph, executor: Executor) -> str | None:
         """Capture; returns why it failed, here or on another rank.
 
         A vote follows each stage: a rank that failed says no before the others begin a pass over
@@ -124,7 +124,7 @@ class Capturer:
         for stage in (self._prepare, self._warm_up, self._record):
             reason = None
             try:
-                stage(cell, executor)
+                stage(bucket, executor)
             except Exception as error:
                 # What a failed capture leaves in the pool is unknown; take another one.
                 self._pool = None
@@ -133,33 +133,33 @@ class Capturer:
                 return reason or "capture failed on another rank"
         return None
 
-    def _prepare(self, cell: Cell, executor: Executor) -> None:
+    def _prepare(self, bucket: BucketGraph, executor: Executor) -> None:
         """All that a rank does alone."""
         self.model(executor)
         if self._pool is None:
             self._pool = self._platform.graph_pool()
-        self.empty_inputs(cell.shape)
+        self.empty_inputs(bucket.shape)
 
-    def _warm_up(self, cell: Cell, executor: Executor) -> None:
+    def _warm_up(self, bucket: BucketGraph, executor: Executor) -> None:
         """Compile and tune kernels, and allocate workspaces, outside of the capture."""
         with self._platform.capture_stream(), intercept(None):
-            self._computation.forward(cell.shape, self.model(executor))
+            self._computation.forward(bucket.shape, self.model(executor))
 
-    def _record(self, cell: Cell, executor: Executor) -> None:
+    def _record(self, bucket: BucketGraph, executor: Executor) -> None:
         graph = SegmentedGraph(self._platform, self._pool)
         graph.capture(
-            lambda: self._computation.forward(cell.shape, self.model(executor)),
+            lambda: self._computation.forward(bucket.shape, self.model(executor)),
             "nowhere" if executor == "full" else "breaks",
         )
         self._anchors.setdefault(id(graph.pool), graph)
-        cell.graph = graph
-        cell.info.segments, cell.info.breaks = graph.num_segments, graph.num_breaks
-        cell.info.bytes = graph.nbytes
+        bucket.graph = graph
+        bucket.info.segments, bucket.info.breaks = graph.num_segments, graph.num_breaks
+        bucket.info.bytes = graph.nbytes
 
-    def quarantine(self, cell: Cell, executor: Executor, reason: str) -> None:
-        """The cell's graph is never replayed again."""
-        cell.graph = None
-        info = cell.info
+    def quarantine(self, bucket: BucketGraph, executor: Executor, reason: str) -> None:
+        """The bucket's graph is never replayed again."""
+        bucket.graph = None
+        info = bucket.info
         info.verified, info.segments, info.breaks, info.bytes = False, 0, 0, 0
         info.executor = "none"
         earlier = "" if info.quarantined is None else f"{info.quarantined}; then "
@@ -168,6 +168,6 @@ class Capturer:
         self._logged[info.phase, executor] += 1
         times = self._logged[info.phase, executor]
         if times <= WARN_AT_MOST:
-            logger.warning("graph %s quarantined (%s): %s", cell.shape, executor, reason)
+            logger.warning("graph %s quarantined (%s): %s", bucket.shape, executor, reason)
         if times == WARN_AT_MOST:
             logger.warning("further %s graphs (%s) fail silently", info.phase, executor)

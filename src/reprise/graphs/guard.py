@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.graphs.compare import copies, differs
-from reprise.graphs.computation import Computation
+from reprise.graphs.contract import Computation
 from reprise.graphs.regions import Owner, Region, Span, Stack, as_words, owned, spans, stacked
 
 PARTS = 16

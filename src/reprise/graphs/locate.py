@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprise.graphs.compare import poison, poison_memory, same_bits
-from reprise.graphs.computation import Computation
+from reprise.graphs.contract import Computation
 from reprise.graphs.segments import (
     Break,
     Call,
@@ -19,10 +19,10 @@ from reprise.graphs.segments import (
     SegmentedGraph,
     tensor_arguments,
 )
-from reprise.graphs.shape import StepShape
 from reprise.graphs.verify import StepMemory, memory_of_ops
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
+from reprise.shape import StepShape
 
 COPY_LIMIT = 4 << 20
 """Larger tensors (caches) are compared by a sum over their bits instead of being copied."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from reprise.errors import describe
 from reprise.graphs.report import GraphMemory
 from reprise.graphs.runner import GraphRunner
-from reprise.graphs.shape import Phase, StepShape
 from reprise.platforms import Platform
+from reprise.shape import Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,14 @@ def _measure(
         for shape in shapes:
             known = pool.setdefault(shape.phase, [])
             if len(known) < 2:
-                known.append(runner.capture(shape).info.bytes)
+                known.append(runner.capture_bucket(shape).info.bytes)
                 seconds[shape.phase] = shape
         for phase, shape in seconds.items() if asks else ():
             before = _settled(platform, free_memory)
-            # The runner forgets a cell that is captured again, but its graph must live on.
-            cells = [runner.capture(shape) for _ in range(REPEATS)]
+            # The runner forgets a bucket that is captured again, but its graph must live on.
+            buckets = [runner.capture_bucket(shape) for _ in range(REPEATS)]
             taken = before - _settled(platform, free_memory)
-            grown = sum(each.info.bytes for each in cells)
+            grown = sum(each.info.bytes for each in buckets)
             driver[phase] = (taken - grown) // REPEATS
     costs: dict[StepShape, tuple[int, int]] = {}
     for shape in shapes:

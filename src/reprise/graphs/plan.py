@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from reprise.errors import ConfigError
-from reprise.graphs.shape import PHASES, Phase
 from reprise.ops.registry import GraphSupport, Op, OpTable
 from reprise.platforms import Platform
+from reprise.shape import PHASES, Phase
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from reprise.errors import WeightsLostError, describe
-from reprise.graphs.capture import Agree, Capturer, Cell, Progress
+from reprise.graphs.capture import Agree, BucketGraph, Capturer, Progress
 from reprise.graphs.compare import copies, relative_difference, same_bits
-from reprise.graphs.computation import Computation, Probe
+from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.regions import owned
-from reprise.graphs.shape import StepShape
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import Later, Verdict, examine, examine_later
 from reprise.platforms import Platform
+from reprise.shape import StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -80,109 +80,114 @@ class Prover:
 
     # ---- start-up ------------------------------------------------------------------------
 
-    def prove(self, cells: list[Cell], capture_seconds: float, progress: Progress | None) -> None:
+    def prove(
+        self, buckets: list[BucketGraph], capture_seconds: float, progress: Progress | None
+    ) -> None:
         """Probe every graph; one that fails is replaced by its fallback and probed again."""
         started = time.perf_counter()
         budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
-        self.begin(cells)
+        self.begin(buckets)
         useless: str | None = None
         # Small ones first: what gains nothing at one size gains nothing at any above it.
-        for done, cell in enumerate(sorted(cells, key=lambda each: each.shape.num_tokens)):
-            if useless is None or cell.shape.phase != "mixed":
-                self._meet(cell, 0)
-                useless = useless or self._uselessness(cell)
-            if useless is not None and cell.shape.phase == "mixed":
-                self._drop(cell, useless)
+        for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):
+            if useless is None or bucket.shape.phase != "mixed":
+                self._meet(bucket, 0)
+                useless = useless or self._uselessness(bucket)
+            if useless is not None and bucket.shape.phase == "mixed":
+                self._drop(bucket, useless)
             if progress is not None:
-                progress("verify graphs", done + 1, len(cells))
+                progress("verify graphs", done + 1, len(buckets))
         if useless is not None:
-            names = ", ".join(each.info.name for each in cells if each.info.dropped)
+            names = ", ".join(each.info.name for each in buckets if each.info.dropped)
             logger.info("graphs that gain nothing are left out: %s (%s)", names, useless)
-        self._plan(cells)
-        self._meet_others(cells, started + budget)
-        self._find_spoilers(cells)
-        self._conclude(cells)
+        self._plan(buckets)
+        self._meet_others(buckets, started + budget)
+        self._find_spoilers(buckets)
+        self._conclude(buckets)
 
-    def _meet_others(self, cells: list[Cell], deadline: float) -> None:
+    def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
         """Every further probe that there is time for, each submitted before the one before it has
         its verdict."""
-        under_way: tuple[Cell, int, Later] | None = None
+        under_way: tuple[BucketGraph, int, Later] | None = None
         # Anchors first: what they lack, their whole family lacks.
         for anchors in (True, False):
             under_way = self._meet_some(
-                [each for each in cells if self.ledger.is_anchor(each.key) == anchors],
+                [each for each in buckets if self.ledger.is_anchor(each.key) == anchors],
                 deadline, under_way,
             )  # fmt: skip
         self._settle(under_way)
 
     def _meet_some(
-        self, cells: list[Cell], deadline: float, under_way: tuple[Cell, int, Later] | None
-    ) -> tuple[Cell, int, Later] | None:
+        self,
+        buckets: list[BucketGraph],
+        deadline: float,
+        under_way: tuple[BucketGraph, int, Later] | None,
+    ) -> tuple[BucketGraph, int, Later] | None:
         """See :meth:`_meet_others`. Returns the comparison that is still under way."""
-        for number in range(1, max((len(each.probes) for each in cells), default=0)):
-            for cell in cells:
-                if cell.graph is None or number >= len(cell.probes):
+        for number in range(1, max((len(each.probes) for each in buckets), default=0)):
+            for bucket in buckets:
+                if bucket.graph is None or number >= len(bucket.probes):
                     continue
                 time_left = deadline - time.perf_counter()
-                if not self._agree(cell.info.check_seconds < time_left):
+                if not self._agree(bucket.info.check_seconds < time_left):
                     continue
-                graph = cell.graph
-                later = self._submit(cell, cell.probes[number])
+                graph = bucket.graph
+                later = self._submit(bucket, bucket.probes[number])
                 self._settle(under_way)
                 under_way = None
                 # A graph that was replaced meanwhile has to meet all its probes, this one too.
-                if later is None or cell.graph is not graph or cell.info.probes < number:
-                    self._meet(cell, number)
+                if later is None or bucket.graph is not graph or bucket.info.probes < number:
+                    self._meet(bucket, number)
                 else:
-                    under_way = (cell, number, later)
+                    under_way = (bucket, number, later)
         return under_way
 
-    def _submit(self, cell: Cell, probe: Probe) -> Later | None:
+    def _submit(self, bucket: BucketGraph, probe: Probe) -> Later | None:
         """Start a comparison; None: it has to be made step by step."""
-        executor = cell.info.executor
+        executor = bucket.info.executor
         if self._capturer.model(executor) is not self._computation.model:
             return None
-        assert cell.graph is not None
+        assert bucket.graph is not None
         try:
             probe.fill()
-            scope = Scope(self._computation.state(cell.shape).beside(), NO_WEIGHTS)
+            scope = Scope(self._computation.state(bucket.shape).beside(), NO_WEIGHTS)
             later = examine_later(
-                self._computation, self._guard, cell.graph, cell.shape, probe.live, scope,
+                self._computation, self._guard, bucket.graph, bucket.shape, probe.live, scope,
                 self._platform, bound=self.bound(executor),
-                pool=self._capturer.memory(cell.graph),
+                pool=self._capturer.memory(bucket.graph),
             )  # fmt: skip
         except Exception as error:
-            logger.debug("probe %r of %s: %s", probe.name, cell.info.name, describe(error))
+            logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
             later = None
         return later if self._agree(later is not None) else None
 
-    def _settle(self, under_way: tuple[Cell, int, Later] | None) -> None:
+    def _settle(self, under_way: tuple[BucketGraph, int, Later] | None) -> None:
         """Heed the verdict of a comparison that was submitted."""
         if under_way is None:
             return
-        cell, number, later = under_way
+        bucket, number, later = under_way
         if self._agree(later.right()):
-            cell.info.probes = number + 1
-            self.ledger.prove(cell.key, cell.probes[number].kind, "start")
+            bucket.info.probes = number + 1
+            self.ledger.prove(bucket.key, bucket.probes[number].kind, "start")
             return
-        graph = cell.graph
-        self._meet(cell, number)  # again, to say what is wrong
-        if cell.graph is graph and graph is not None:
-            self._replace(cell, f"probe {cell.probes[number].name!r}: wrong now and then")
-            self._meet(cell, number)
+        graph = bucket.graph
+        self._meet(bucket, number)  # again, to say what is wrong
+        if bucket.graph is graph and graph is not None:
+            self._replace(bucket, f"probe {bucket.probes[number].name!r}: wrong now and then")
+            self._meet(bucket, number)
 
-    def begin(self, cells: list[Cell]) -> None:
+    def begin(self, buckets: list[BucketGraph]) -> None:
         """Choose probes, measure bounds. The weights have been taken down."""
         self._guard.learn_ops()
-        for cell in cells:
-            cell.probes = self._probes_of(cell, anchor=False)
-        self._measure_bounds(cells)
+        for bucket in buckets:
+            bucket.probes = self._probes_of(bucket, anchor=False)
+        self._measure_bounds(buckets)
 
-    def _uselessness(self, cell: Cell) -> str | None:
-        """Why the cell's graph makes steps no faster, if so: the device is busy for longer than the
-        host, which is ahead of it. To prove it would take as long as to prove others."""
-        info = cell.info
-        if not self._platform.asynchronous or cell.graph is None or cell.shape.phase != "mixed":
+    def _uselessness(self, bucket: BucketGraph) -> str | None:
+        """Why the bucket's graph makes steps no faster, if so: the device is busy for longer than
+        the host, which is ahead of it. To prove it would take as long as to prove others."""
+        info = bucket.info
+        if not self._platform.asynchronous or bucket.graph is None or bucket.shape.phase != "mixed":
             return None  # without a device of its own there is no other time than the host's
         slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
         if not self._agree(slow):
@@ -192,91 +197,91 @@ class Prover:
             f"a replay {1e3 * info.replay_seconds:.1f}"
         )
 
-    def _drop(self, cell: Cell, reason: str) -> None:
-        """Run the cell's steps eagerly though nothing is wrong with its graph."""
-        info = cell.info
-        cell.graph, info.dropped = None, reason
+    def _drop(self, bucket: BucketGraph, reason: str) -> None:
+        """Run the bucket's steps eagerly though nothing is wrong with its graph."""
+        info = bucket.info
+        bucket.graph, info.dropped = None, reason
         info.executor, info.segments, info.breaks = "none", 0, 0
-        self.ledger.leave(cell.key)
+        self.ledger.leave(bucket.key)
 
-    def _probes_of(self, cell: Cell, *, anchor: bool) -> list[Probe]:
+    def _probes_of(self, bucket: BucketGraph, *, anchor: bool) -> list[Probe]:
         """None if they cannot be made: the graph is then proven by live steps alone."""
         try:
-            return list(self._computation.probes(cell.shape, anchor=anchor))
+            return list(self._computation.probes(bucket.shape, anchor=anchor))
         except Exception as error:
-            logger.warning("graph %s has no probes: %s", cell.info.name, describe(error))
+            logger.warning("graph %s has no probes: %s", bucket.info.name, describe(error))
             return []
 
-    def _plan(self, cells: list[Cell]) -> None:
+    def _plan(self, buckets: list[BucketGraph]) -> None:
         """Choose the anchors of each family: they meet all kinds of rows."""
-        families: dict[Hashable, list[Cell]] = defaultdict(list)
-        for cell in cells:
-            if cell.graph is not None:
-                families[cell.family].append(cell)
+        families: dict[Hashable, list[BucketGraph]] = defaultdict(list)
+        for bucket in buckets:
+            if bucket.graph is not None:
+                families[bucket.family].append(bucket)
         anchors: set[Hashable] = set()
         for family in families.values():
             ordered = sorted(family, key=lambda each: each.shape.size)
             anchors |= {ordered[i].key for i in (0, len(ordered) // 2, -1)}
-        for cell in cells:
-            if cell.key in anchors:
-                cell.probes = self._probes_of(cell, anchor=True)
-            cell.info.planned_probes = len(cell.probes)
-            if cell.key in anchors:
-                self.ledger.plan(cell.key, [each.kind for each in cell.probes])
+        for bucket in buckets:
+            if bucket.key in anchors:
+                bucket.probes = self._probes_of(bucket, anchor=True)
+            bucket.info.planned_probes = len(bucket.probes)
+            if bucket.key in anchors:
+                self.ledger.plan(bucket.key, [each.kind for each in bucket.probes])
 
-    def _meet(self, cell: Cell, number: int) -> None:
-        """Prove the cell's graph on its next probe; a fallback has to pass the earlier ones too."""
+    def _meet(self, bucket: BucketGraph, number: int) -> None:
+        """Prove the graph on the bucket's next probe; a fallback has to pass earlier ones too."""
         started = time.perf_counter()
-        while cell.graph is not None:
+        while bucket.graph is not None:
             failed = None
-            for each in range(cell.info.probes, min(number + 1, len(cell.probes))):
-                failed = self._probe(cell, cell.probes[each], timed=each == 0)
+            for each in range(bucket.info.probes, min(number + 1, len(bucket.probes))):
+                failed = self._probe(bucket, bucket.probes[each], timed=each == 0)
                 if failed is not None:
                     break
-                cell.info.probes += 1
-                self.ledger.prove(cell.key, cell.probes[each].kind, "start")
+                bucket.info.probes += 1
+                self.ledger.prove(bucket.key, bucket.probes[each].kind, "start")
             if failed is None:
                 break
-            self._replace(cell, failed)
-        cell.info.verify_seconds += time.perf_counter() - started
+            self._replace(bucket, failed)
+        bucket.info.verify_seconds += time.perf_counter() - started
 
-    def capture(self, cell: Cell, executor: Executor) -> None:
-        """Give the cell a graph that is known nothing of: see :meth:`Capturer.capture`."""
-        self.ledger.leave(cell.key)
-        self._capturer.capture(cell, executor)
-        if cell.graph is not None:
-            self.ledger.enter(cell.key, cell.family)
+    def capture_unproven(self, bucket: BucketGraph, executor: Executor) -> None:
+        """Give the bucket a graph of which nothing is known yet."""
+        self.ledger.leave(bucket.key)
+        self._capturer.capture_or_fall_back(bucket, executor)
+        if bucket.graph is not None:
+            self.ledger.enter(bucket.key, bucket.family)
 
-    def _replace(self, cell: Cell, reason: str) -> None:
-        """Refuse the cell's graph; the next executor that can be captured takes over."""
-        executor = cell.info.executor
-        self._capturer.quarantine(cell, executor, reason)
-        cell.info.probes = 0
-        self.capture(cell, FALLBACK[executor])
+    def _replace(self, bucket: BucketGraph, reason: str) -> None:
+        """Refuse the bucket's graph; the next executor that can be captured takes over."""
+        executor = bucket.info.executor
+        self._capturer.quarantine(bucket, executor, reason)
+        bucket.info.probes = 0
+        self.capture_unproven(bucket, FALLBACK[executor])
 
-    def _probe(self, cell: Cell, probe: Probe, *, timed: bool) -> str | None:
-        """Why the cell's graph is wrong on the probe; None: it is right."""
+    def _probe(self, bucket: BucketGraph, probe: Probe, *, timed: bool) -> str | None:
+        """Why the bucket's graph is wrong on the probe; None: it is right."""
         began = time.perf_counter()
-        verdict = self.compare(cell, probe, timed=timed)
-        cell.info.check_seconds = time.perf_counter() - began
+        verdict = self.compare(bucket, probe, timed=timed)
+        bucket.info.check_seconds = time.perf_counter() - began
         if not verdict.ran:
             return f"probe {probe.name!r}: {verdict.told}"
         if self._agree(verdict.right):
             return None
         where = ""
-        if self._located[cell.family] < LOCATE_AT_MOST:
-            self._located[cell.family] += 1
-            where = self.where(cell, probe.live, probe.fill)
+        if self._located[bucket.family] < LOCATE_AT_MOST:
+            self._located[bucket.family] += 1
+            where = self.where(bucket, probe.live, probe.fill)
         return f"probe {probe.name!r}: {verdict.told or 'wrong on another rank'}{where}"
 
-    def compare(self, cell: Cell, probe: Probe, *, timed: bool = False) -> Verdict:
-        """Whether the cell's graph is right on a probe; the state is as before.
+    def compare(self, bucket: BucketGraph, probe: Probe, *, timed: bool = False) -> Verdict:
+        """Whether the bucket's graph is right on a probe; the state is as before.
 
         What the compiler made of the model has to be what was captured, to the bit, and what the
         model says, as far as its roundings go.
         """
-        assert cell.graph is not None
-        executor = cell.info.executor
+        assert bucket.graph is not None
+        executor = bucket.info.executor
         compiled, written = self._capturer.model(executor), self._computation.model
         comparisons = [(compiled, self._inexact)]
         if compiled is not written:
@@ -285,7 +290,7 @@ class Prover:
         for model, bound in comparisons:
             try:
                 probe.fill()
-                pool = self._capturer.memory(cell.graph)
+                pool = self._capturer.memory(bucket.graph)
             except Exception as error:
                 verdict = Verdict(error=f"it cannot be made: {describe(error)}")
             # A rank that says no says so before the others wait for it in a collective.
@@ -294,46 +299,46 @@ class Prover:
                     error=verdict.error or "it cannot be made: on another rank", ran=False
                 )
             try:
-                state = self._computation.state(cell.shape)
+                state = self._computation.state(bucket.shape)
                 scope = Scope(state.near() if timed else state.beside(), NO_WEIGHTS)
                 verdict = examine(
-                    self._computation, self._guard, cell.graph, cell.shape, probe.live, model,
+                    self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope, bound=bound, pool=pool, keep=False,
                     synchronize=self._platform.synchronize if timed else None,
                 )  # fmt: skip
             except Exception as error:
                 verdict = Verdict(error=describe(error))
             if timed:
-                cell.info.replay_seconds = verdict.replay_seconds or 0.0
-                cell.info.eager_seconds = verdict.eager_seconds or 0.0
+                bucket.info.replay_seconds = verdict.replay_seconds or 0.0
+                bucket.info.eager_seconds = verdict.eager_seconds or 0.0
             if not verdict.right:
                 break
         return verdict
 
-    def _find_spoilers(self, cells: list[Cell]) -> None:
+    def _find_spoilers(self, buckets: list[BucketGraph]) -> None:
         """If weights have changed since verification began, refuse the graphs that change them."""
         wrong = self._guard.wrong_weights()
         if self._agree(not wrong):
             return
         logger.warning("graphs have changed weights: %s", ", ".join(wrong))
-        for cell in cells:
-            while cell.graph is not None and cell.probes:
-                reason = self._spoils(cell)
+        for bucket in buckets:
+            while bucket.graph is not None and bucket.probes:
+                reason = self._spoils(bucket)
                 if self._agree(reason is None):
                     break
-                self._replace(cell, reason or "wrong on another rank")
+                self._replace(bucket, reason or "wrong on another rank")
                 # All that counts has to be proven again, on the fallback.
-                self._meet(cell, 0)
+                self._meet(bucket, 0)
 
-    def _spoils(self, cell: Cell) -> str | None:
+    def _spoils(self, bucket: BucketGraph) -> str | None:
         """Why the graph may not run: the weights that its probes change. They are right after."""
         self.mend()
-        for probe in cell.probes[: cell.info.probes]:
+        for probe in bucket.probes[: bucket.info.probes]:
             probe.fill()
-            before = self._computation.state(cell.shape)
+            before = self._computation.state(bucket.shape)
             rows = before.read()
-            assert cell.graph is not None
-            cell.graph.replay()
+            assert bucket.graph is not None
+            bucket.graph.replay()
             before.write(rows)
         wrong = self._guard.wrong_weights()
         self.mend(wrong)
@@ -364,17 +369,17 @@ class Prover:
             )
         logger.warning("loaded again, since a graph had changed them: %s", ", ".join(found))
 
-    def _conclude(self, cells: list[Cell]) -> None:
+    def _conclude(self, buckets: list[BucketGraph]) -> None:
         """A graph is verified if its own probes and those of its family's anchors all ran."""
         lacking = {
-            cell.family
-            for cell in cells
-            if cell.graph is not None and cell.info.probes < len(cell.probes)
-            and self.ledger.is_anchor(cell.key)
+            bucket.family
+            for bucket in buckets
+            if bucket.graph is not None and bucket.info.probes < len(bucket.probes)
+            and self.ledger.is_anchor(bucket.key)
         }  # fmt: skip
-        for cell in cells:
-            own = cell.graph is not None and 0 < len(cell.probes) == cell.info.probes
-            cell.info.verified = own and cell.family not in lacking
+        for bucket in buckets:
+            own = bucket.graph is not None and 0 < len(bucket.probes) == bucket.info.probes
+            bucket.info.verified = own and bucket.family not in lacking
 
     # ---- bounds --------------------------------------------------------------------------
 
@@ -388,22 +393,22 @@ class Prover:
         found = self.bounds.get(executor)
         return self._inexact if found is None else max(found, self._inexact or 0.0)
 
-    def _measure_bounds(self, cells: list[Cell]) -> None:
+    def _measure_bounds(self, buckets: list[BucketGraph]) -> None:
         """From what eager execution does, so that a wrong graph cannot widen its own bound."""
-        first = next((each for each in cells if each.graph is not None and each.probes), None)
+        first = next((each for each in buckets if each.graph is not None and each.probes), None)
         if first is None:
             return
-        executors = {each.info.executor for each in cells}
+        executors = {each.info.executor for each in buckets}
         smallest = torch.finfo(self._output_dtype(first)).eps
         if self._error is not None:
-            noise = self._noise(cells, jitter=False)
+            noise = self._noise(buckets, jitter=False)
             self.bounds["none"] = min(self._error, max(NOISE_FACTOR * noise, 4 * smallest))
             logger.info(
                 "graphs: ops in use are inexact; two eager runs differ by %.2g of a row's largest "
                 "value, a graph may differ by %.2g", noise, self.bounds["none"],
             )  # fmt: skip
         if "compiled" in executors:
-            noise = self._noise(cells, jitter=True)
+            noise = self._noise(buckets, jitter=True)
             limit = float(smallest**0.5)
             self.bounds["compiled"] = min(limit, max(2 * NOISE_FACTOR * noise, 16 * smallest))
             logger.info(
@@ -412,18 +417,18 @@ class Prover:
                 noise, self.bounds["compiled"],
             )  # fmt: skip
 
-    def _noise(self, cells: list[Cell], *, jitter: bool) -> float:
-        """The largest relative difference of two eager runs, over the first probe of some cells.
+    def _noise(self, buckets: list[BucketGraph], *, jitter: bool) -> float:
+        """The largest relative difference of two eager runs, over the first probe of some buckets.
 
         Args:
             jitter: Between the runs, change every vector among the weights by one unit in the last
                 place up or down: what other roundings would do.
         """
-        probed = [each for each in cells if each.probes]
+        probed = [each for each in buckets if each.probes]
         largest = 0.0
-        for cell in {each.key: each for each in (probed[0], probed[-1])}.values():
-            cell.probes[0].fill()
-            first = self._results(cell.shape, cell.probes[0].live)
+        for bucket in {each.key: each for each in (probed[0], probed[-1])}.values():
+            bucket.probes[0].fill()
+            first = self._results(bucket.shape, bucket.probes[0].live)
             vectors = [
                 each
                 for each in owned(self._computation.memory(), "weight").values()
@@ -433,7 +438,7 @@ class Prover:
             if jitter:
                 for number, each in enumerate(vectors):
                     each.mul_(1 + _signs(each, number) * torch.finfo(each.dtype).eps)
-            second = self._results(cell.shape, cell.probes[0].live)
+            second = self._results(bucket.shape, bucket.probes[0].live)
             for each, value in zip(vectors, kept, strict=True):
                 each.copy_(value)
             for name, value in first.items():
@@ -450,47 +455,49 @@ class Prover:
         state.write(before)
         return results
 
-    def _output_dtype(self, cell: Cell) -> torch.dtype:
-        return next(iter(self._computation.outputs(cell.shape).values())).dtype
+    def _output_dtype(self, bucket: BucketGraph) -> torch.dtype:
+        return next(iter(self._computation.outputs(bucket.shape).values())).dtype
 
     # ---- places --------------------------------------------------------------------------
 
-    def where(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> str:
+    def where(self, bucket: BucketGraph, live: StepShape, fill: Callable[[], None]) -> str:
         """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
         try:
-            location = self.locate(cell, live, fill)
+            location = self.locate(bucket, live, fill)
         except Exception as error:
             # The graph is wrong all the same, and is to be refused.
             return f"; not traced to an op: {describe(error)}"
         return "" if location is None else f"; {location}"
 
-    def locate(self, cell: Cell, live: StepShape, fill: Callable[[], None]) -> Location | None:
-        """Where the cell's graph diverges on what ``fill`` writes; raises what the search does."""
+    def locate(
+        self, bucket: BucketGraph, live: StepShape, fill: Callable[[], None]
+    ) -> Location | None:
+        """Where the graph diverges on what ``fill`` writes; raises what the search does."""
         return locate(
-            self._computation, self._platform, cell.shape, live, fill,
-            lambda: self._capturer.empty_inputs(cell.shape), cell.graph,
-            self._capturer.model(cell.info.executor), self._agree,
+            self._computation, self._platform, bucket.shape, live, fill,
+            lambda: self._capturer.empty_inputs(bucket.shape), bucket.graph,
+            self._capturer.model(bucket.info.executor), self._agree,
         )  # fmt: skip
 
-    def blind_inputs(self, cells: list[Cell]) -> list[str]:
+    def blind_inputs(self, buckets: list[BucketGraph]) -> list[str]:
         """Inputs to which no probe of the phase's first graph gives a new value."""
         blind: list[str] = []
         phases: set[str] = set()
-        for cell in cells:
-            if cell.shape.phase in phases or cell.graph is None:
+        for bucket in buckets:
+            if bucket.shape.phase in phases or bucket.graph is None:
                 continue
-            phases.add(cell.shape.phase)
-            self._capturer.empty_inputs(cell.shape)
-            inputs = self._computation.inputs(cell.shape)
+            phases.add(bucket.shape.phase)
+            self._capturer.empty_inputs(bucket.shape)
+            inputs = self._computation.inputs(bucket.shape)
             before = {name: each.clone() for name, each in inputs.items()}
             unchanged = set(before)
-            for probe in cell.probes:
+            for probe in bucket.probes:
                 if not unchanged:
                     break
                 with contextlib.suppress(Exception):  # one that time did not allow before
                     probe.fill()
                 unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
-            blind += [f"{cell.shape.phase}: {name}" for name in before if name in unchanged]
+            blind += [f"{bucket.shape.phase}: {name}" for name in before if name in unchanged]
         if blind:
             logger.warning("graph probes change no value of: %s", ", ".join(blind))
         return blind

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reprise.graphs.plan import Executor
-from reprise.graphs.shape import Phase
+from reprise.shape import Phase
 
 
 @dataclass

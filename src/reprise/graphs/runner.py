@@ -15,18 +15,18 @@ from reprise import timeline
 from reprise.errors import GraphReplayError, describe
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
-from reprise.graphs.capture import Agree, Capturer, Cell, Key, Progress
-from reprise.graphs.computation import Computation
+from reprise.graphs.capture import Agree, BucketGraph, Capturer, Key, Progress
+from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.kinds import Kind
 from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
-from reprise.graphs.shape import PHASES, StepShape
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import Verdict, VerifyMode, examine
 from reprise.ops.registry import Implementation, Op, OpTable, intercept
 from reprise.platforms import Platform
+from reprise.shape import PHASES, StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class GraphRunner:
         self._max_requests = max_requests
         self._error: float | None = None
         self.plan = self._resolve(used)
-        self.cells: dict[Key, Cell] = {}
+        self.bucket_graphs: dict[Key, BucketGraph] = {}
         self.guard = Guard(computation)
         self.canary = CanaryPolicy(verify)
         self._start_capturing()
@@ -195,7 +195,7 @@ class GraphRunner:
                 self.guard.learn_weights()  # before anything could have changed them
             started = time.perf_counter()
             for done, shape in enumerate(shapes):
-                self.capture(shape)
+                self.capture_bucket(shape)
                 if progress is not None:
                     progress("capture graphs", done + 1, len(shapes))
             self.platform.synchronize()
@@ -204,26 +204,30 @@ class GraphRunner:
                 self.memory.actual = max(0, free - left)
             if self.verify.startup:
                 started = time.perf_counter()
-                with timeline.phase("verify"):
-                    cells = list(self.cells.values())
-                    self.prover.prove(cells, self._capture_seconds, progress)
-                    self._blind = self.prover.blind_inputs(cells)
+                with timeline.span("verify"):
+                    buckets = list(self.bucket_graphs.values())
+                    self.prover.prove(buckets, self._capture_seconds, progress)
+                    self._blind = self.prover.blind_inputs(buckets)
                 self._verify_seconds = time.perf_counter() - started
         self._log_summary()
-        self.canary.announce([each for each in self.cells.values() if each.graph is not None])
+        self.canary.announce(
+            [each for each in self.bucket_graphs.values() if each.graph is not None]
+        )
 
-    def capture(self, shape: StepShape) -> Cell:
+    def capture_bucket(self, shape: StepShape) -> BucketGraph:
         """Capture one bucket with the plan's executor, or the next one that works."""
         planned = self.plan.of(shape.phase)
         info = GraphInfo(shape.phase, shape.size, shape.query_len, planned, planned)
         info.predicted_bytes = self.predicted_bytes.get(shape)
-        cell = self.cells[shape.phase, shape.query_len, shape.size] = Cell(shape, info)
-        self.prover.capture(cell, planned)
-        return cell
+        bucket = self.bucket_graphs[shape.phase, shape.query_len, shape.size] = BucketGraph(
+            shape, info
+        )
+        self.prover.capture_unproven(bucket, planned)
+        return bucket
 
     def discard(self) -> None:
         """Forget all graphs and give their memory back."""
-        self.cells.clear()
+        self.bucket_graphs.clear()
         self._start_capturing()
         try:
             self.platform.synchronize()
@@ -244,7 +248,7 @@ class GraphRunner:
             return None
 
     def _log_summary(self) -> None:
-        infos = [each.info for each in self.cells.values()]
+        infos = [each.info for each in self.bucket_graphs.values()]
         running = [each for each in infos if each.executor != "none"]
         logger.info(
             "graphs: %s; %d captured in %.2f s; in %.2f s %d verified, %d proven in part (live "
@@ -277,11 +281,11 @@ class GraphRunner:
         """
         computation = self.computation
         with torch.inference_mode(), computation.ops.activate():
-            cell = self._cell_for(shape)
-            if cell is None or cell.graph is None:
+            bucket = self._bucket_for(shape)
+            if bucket is None or bucket.graph is None:
                 self._run_eagerly(shape)
             else:
-                self._run_graph(cell, shape)
+                self._run_graph(bucket, shape)
         return next(iter(computation.outputs(shape).values()))
 
     def take_damage(self) -> Damage | None:
@@ -297,19 +301,19 @@ class GraphRunner:
 
     def padded(self, shape: StepShape) -> StepShape:
         """What a step of this shape is padded to: its bucket, or nothing more if none holds it."""
-        cell = self._cell_for(shape)
-        return shape if cell is None or cell.graph is None else cell.shape
+        bucket = self._bucket_for(shape)
+        return shape if bucket is None or bucket.graph is None else bucket.shape
 
     def executor_for(self, shape: StepShape) -> Executor:
         """What would run a step of this shape."""
-        cell = self._cell_for(shape)
-        return "none" if cell is None or cell.graph is None else cell.info.executor
+        bucket = self._bucket_for(shape)
+        return "none" if bucket is None or bucket.graph is None else bucket.info.executor
 
-    def _cell_for(self, shape: StepShape) -> Cell | None:
+    def _bucket_for(self, shape: StepShape) -> BucketGraph | None:
         bucket = self.buckets.bucket_for(shape.phase, shape.size)
         if bucket is None:
             return None
-        return self.cells.get((shape.phase, shape.query_len, bucket))
+        return self.bucket_graphs.get((shape.phase, shape.query_len, bucket))
 
     def _run_eagerly(self, shape: StepShape) -> None:
         self._eager_steps += 1
@@ -317,88 +321,88 @@ class GraphRunner:
         self.guard.forget()
         self.computation.forward(shape, self.computation.model)
 
-    def _run_graph(self, cell: Cell, shape: StepShape) -> None:
+    def _run_graph(self, bucket: BucketGraph, shape: StepShape) -> None:
         computation, policy = self.computation, self.canary
-        if shape != cell.shape:
-            computation.pad(shape, cell.shape)
+        if shape != bucket.shape:
+            computation.pad(shape, bucket.shape)
         unproven = None
         if policy.checks_kinds:
-            kind = computation.kind(shape, cell.shape)
-            if not self.ledger.trusts(cell.key, kind):
+            kind = computation.kind(shape, bucket.shape)
+            if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
         if unproven is not None and not policy.checks_everything and not policy.may_meet():
-            cell.info.eager_steps += 1
+            bucket.info.eager_steps += 1
             self._unproven_eager += 1
             self._run_eagerly(shape)
             return
-        cell.info.replays += 1
-        if policy.is_due(cell) or unproven is not None:
-            self._compare(cell, shape, unproven)
+        bucket.info.replays += 1
+        if policy.is_due(bucket) or unproven is not None:
+            self._compare(bucket, shape, unproven)
         else:
             self.guard.forget()
-            self._unseen[cell.key] = self._unseen.get(cell.key, 0) + 1
-            self.ran = Ran(cell.key, proven=False)
-            self._replay(cell)
+            self._unseen[bucket.key] = self._unseen.get(bucket.key, 0) + 1
+            self.ran = Ran(bucket.key, proven=False)
+            self._replay(bucket)
 
-    def _replay(self, cell: Cell) -> None:
-        assert cell.graph is not None
+    def _replay(self, bucket: BucketGraph) -> None:
+        assert bucket.graph is not None
         try:
-            cell.graph.replay()
+            bucket.graph.replay()
         except Exception as error:
             reason = f"replay: {describe(error)}"
-            self._refuse(cell, reason, frozenset())
+            self._refuse(bucket, reason, frozenset())
             self.guard.settle_ops()
-            raise GraphReplayError(f"graph {cell.info.name}: {reason}") from error
+            raise GraphReplayError(f"graph {bucket.info.name}: {reason}") from error
 
     # ---- canaries ------------------------------------------------------------------------
 
-    def _compare(self, cell: Cell, shape: StepShape, unproven: Kind | None) -> None:
+    def _compare(self, bucket: BucketGraph, shape: StepShape, unproven: Kind | None) -> None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets."""
-        assert cell.graph is not None
+        assert bucket.graph is not None
         self.platform.synchronize()  # what was submitted before is not the canary's time
         began = time.perf_counter()
-        cell.info.canaries += 1
+        bucket.info.canaries += 1
         computation = self.computation
         try:
             verdict = examine(
-                computation, self.guard, cell.graph, cell.shape, shape, computation.model,
-                self._scope(cell), bound=self.prover.bound(cell.info.executor), keep=True,
+                computation, self.guard, bucket.graph, bucket.shape, shape, computation.model,
+                self._scope(bucket), bound=self.prover.bound(bucket.info.executor), keep=True,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "graph %s: a canary lacks memory and its step runs eagerly: %s",
-                cell.info.name, describe(error),
+                bucket.info.name, describe(error),
             )  # fmt: skip
             self._run_eagerly(shape)
             return
         seconds = time.perf_counter() - began
-        cell.info.check_seconds += (seconds - cell.info.check_seconds) / 2
+        bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if unproven is not None:
             # The step would have run eagerly otherwise: what counts is what comes on top.
-            self.canary.met(max(seconds - cell.info.eager_seconds, seconds / 4))
+            self.canary.met(max(seconds - bucket.info.eager_seconds, seconds / 4))
         if self._agree(verdict.right):
-            self._unseen[cell.key] = 0
-            self.ran = Ran(cell.key, proven=True, first=unproven is not None)
+            self._unseen[bucket.key] = 0
+            self.ran = Ran(bucket.key, proven=True, first=unproven is not None)
             if unproven is not None:
-                self.ledger.prove(cell.key, unproven, "live")
+                self.ledger.prove(bucket.key, unproven, "live")
             return
         self.ran = Ran(None, proven=False)
         self.canary_failures += 1
-        self._make_good(cell, shape, verdict)
+        self._make_good(bucket, shape, verdict)
 
-    def _scope(self, cell: Cell) -> Scope:
+    def _scope(self, bucket: BucketGraph) -> Scope:
         if self.canary.checks_everything:
             return Scope()
         self._turn += 1
-        return self.guard.part(self.computation.state(cell.shape).near(), self._turn)
+        return self.guard.part(self.computation.state(bucket.shape).near(), self._turn)
 
-    def _make_good(self, cell: Cell, shape: StepShape, verdict: Verdict) -> None:
+    def _make_good(self, bucket: BucketGraph, shape: StepShape, verdict: Verdict) -> None:
         """Refuse a graph that was found wrong, and repair what it did. Inputs, state and outputs
         are those of the eager run already."""
         changes, where = list(verdict.changes), ""
         self._mend(changes)
         if verdict.differences or not changes:
-            where, more = self._where(cell, shape)
+            where, more = self._where(bucket, shape)
             self._mend(more)
             changes += more
         units = {each.index for each in changes if each.owner == "cache" and each.index is not None}
@@ -406,28 +410,28 @@ class GraphRunner:
         earlier = any(each.before for each in changes)
         if any(each.owner == "weight" for each in changes) and not self.canary.checks_everything:
             earlier = True  # others may have changed weights that were not looked at
-        self._refuse(cell, reason, frozenset(units), earlier=earlier)
+        self._refuse(bucket, reason, frozenset(units), earlier=earlier)
 
     def _mend(self, changes: Iterable[Change]) -> None:
         if any(each.owner == "weight" for each in changes):
             self.prover.mend()
 
-    def _where(self, cell: Cell, shape: StepShape) -> tuple[str, list[Change]]:
+    def _where(self, bucket: BucketGraph, shape: StepShape) -> tuple[str, list[Change]]:
         """The op at which the graph leaves the path of eager execution on the step at hand, and
         what the search has changed, which replays what is wrong: inputs and memory beside are as
         before."""
         computation = self.computation
         before = self.guard.before(Scope())
-        inputs = {k: v.clone() for k, v in computation.inputs(cell.shape).items()}
+        inputs = {k: v.clone() for k, v in computation.inputs(bucket.shape).items()}
         outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
-        state = computation.state(cell.shape)
+        state = computation.state(bucket.shape)
         rows = state.read()
 
         def refill() -> None:
-            for name, tensor in computation.inputs(cell.shape).items():
+            for name, tensor in computation.inputs(bucket.shape).items():
                 tensor.copy_(inputs[name])
 
-        where = self.prover.where(cell, shape, refill)
+        where = self.prover.where(bucket, shape, refill)
         refill()
         state.write(rows)
         for name, tensor in computation.outputs(shape).items():
@@ -438,26 +442,28 @@ class GraphRunner:
         return where, changes
 
     def _refuse(
-        self, cell: Cell, reason: str, units: frozenset[int], *, earlier: bool = False
+        self, bucket: BucketGraph, reason: str, units: frozenset[int], *, earlier: bool = False
     ) -> None:
-        """Never replay the cell's graph again; look at its siblings soon."""
-        family = cell.family
-        unseen = self._unseen.pop(cell.key, 0)
-        self.capturer.quarantine(cell, cell.info.executor, reason)
-        self.ledger.leave(cell.key)
-        siblings = [e for e in self.cells.values() if e.graph is not None and e.family == family]
+        """Never replay the bucket's graph again; look at its siblings soon."""
+        family = bucket.family
+        unseen = self._unseen.pop(bucket.key, 0)
+        self.capturer.quarantine(bucket, bucket.info.executor, reason)
+        self.ledger.leave(bucket.key)
+        siblings = [
+            e for e in self.bucket_graphs.values() if e.graph is not None and e.family == family
+        ]
         self.canary.hurry(siblings)
-        self._damage = Damage(cell.key, cell.info.name, units, earlier or unseen > 0)
+        self._damage = Damage(bucket.key, bucket.info.name, units, earlier or unseen > 0)
 
     # ---- report --------------------------------------------------------------------------
 
     def report(self) -> GraphReport:
         """What has been captured, proven, refused and replayed so far."""
-        for cell in self.cells.values():
-            info = cell.info
-            info.pairs = self.ledger.num_pairs(cell.key)
-            info.facts = self.ledger.known(cell.key) if cell.graph is not None else {}
-            info.canary_every = self.canary.every(cell) if cell.graph is not None else None
+        for bucket in self.bucket_graphs.values():
+            info = bucket.info
+            info.pairs = self.ledger.num_pairs(bucket.key)
+            info.facts = self.ledger.known(bucket.key) if bucket.graph is not None else {}
+            info.canary_every = self.canary.every(bucket) if bucket.graph is not None else None
         return GraphReport(
             requested=str(self.requested),
             plan={phase: self.plan.of(phase) for phase in PHASES},
@@ -467,9 +473,9 @@ class GraphRunner:
                 for each in self.plan.downgrades
             ],
             verify=str(self.verify),
-            graphs=[each.info for each in self.cells.values()],
+            graphs=[each.info for each in self.bucket_graphs.values()],
             eager_steps=self._eager_steps,
-            canaries=sum(each.info.canaries for each in self.cells.values()),
+            canaries=sum(each.info.canaries for each in self.bucket_graphs.values()),
             canary_failures=self.canary_failures,
             unproven_eager=self._unproven_eager,
             bounds=dict(self.prover.bounds),

@@ -30,7 +30,8 @@ class Call:
 
     op: str
     index: int
-    """How many calls of the same op came before it; in a decoder, its layer."""
+    """How many calls of the same op came before it in the pass. Layers may call it once, several
+    times or never."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Arguments by name; tensors in the pool are borrowed."""
     outputs: dict[str, Any] = field(default_factory=dict)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from reprise.errors import ConfigError, GraphError, describe
 from reprise.graphs.compare import Difference, copies, difference, differs, poison, poison_memory
-from reprise.graphs.computation import Computation, State
+from reprise.graphs.contract import Computation, State
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.segments import SegmentedGraph
-from reprise.graphs.shape import StepShape
 from reprise.ops.registry import OpTable
 from reprise.platforms import Platform
+from reprise.shape import StepShape
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 from reprise.attention import AttentionMetadata
 from reprise.cache import NULL_BLOCK
 from reprise.graphs.kinds import Kind
-from reprise.graphs.shape import StepShape
 from reprise.platforms import Platform
 from reprise.request import Request
 from reprise.runner.kinds import RowLayouts, kind_of_step
+from reprise.shape import StepShape
 from reprise.step import ScheduledRequest, ScheduledStep
 
 Ints = np.ndarray[Any, Any]
@@ -226,14 +226,15 @@ class StepBuffers:
         """
         self._arena.flip()
         rows = (len(step.requests), num_rows or len(step.requests))
+        decode = step.shape.phase == "decode"
         if step.continues and self._last_rows == rows:
             assert last is not None, "the step before has sampled"
             self._fill_next(step.requests, rows[1])
             self.input_ids.device[: rows[0]].copy_(last.tokens)
         else:
-            self._fill_anew(step, last, rows[1] if step.phase == "decode" else 0)
-            self._last_rows = rows if step.phase == "decode" else None
-        self._padded = (rows[0], rows[0], rows[1], rows[1]) if step.phase == "decode" else None
+            self._fill_anew(step, last, rows[1] if decode else 0)
+            self._last_rows = rows if decode else None
+        self._padded = (rows[0], rows[0], rows[1], rows[1]) if decode else None
 
     def _fill_next(self, scheduled: Sequence[ScheduledRequest], num_rows: int) -> None:
         """Write the same rows as in the last step, each with its next token. What it cost to loop

@@ -9,7 +9,7 @@ import numpy as np
 
 from reprise.cache import NULL_BLOCK
 from reprise.graphs.kinds import Facts, Ints, Kind
-from reprise.graphs.shape import StepShape
+from reprise.shape import StepShape
 
 FACTS = Facts(
     step={

@@ -14,14 +14,7 @@ from torch import Tensor
 from reprise import ops, timeline
 from reprise.config import EngineConfig
 from reprise.errors import PlatformError, RepriseError, describe
-from reprise.graphs import (
-    GraphRunner,
-    StepShape,
-    parse_buckets,
-    parse_plan,
-    parse_verify,
-    predict,
-)
+from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify, predict
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
@@ -29,11 +22,12 @@ from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.buffers import Sampled, StepBuffers, to_device
 from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
-from reprise.runner.computation import ForwardPass
+from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
 from reprise.sampling_params import WHOLE_VOCABULARY
+from reprise.shape import StepShape
 from reprise.step import ScheduledStep
 
 logger = logging.getLogger(__name__)
@@ -59,7 +53,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, platform: Platform, checkpoint: Checkpoint) -> None:
         self.config = config
         self.platform = platform
-        with timeline.phase("platform"):
+        with timeline.span("platform"):
             platform.activate()
         self.ops = OpTable(platform, config.ops)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
@@ -68,7 +62,7 @@ class ModelRunner:
         self.block_size = config.block_size or platform.default_block_size
         blocks_of_request = -(-wanted_len // self.block_size)
         with torch.inference_mode():
-            with timeline.phase("model"):
+            with timeline.span("model"):
                 self.model = build_model(
                     checkpoint.config,
                     max_model_len=wanted_len,
@@ -76,7 +70,7 @@ class ModelRunner:
                     dtype=self.dtype,
                     platform=platform,
                 )
-            with timeline.phase("weights"):
+            with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
             self.buffers = StepBuffers(
                 max(self.max_tokens, config.max_num_seqs),
@@ -100,15 +94,15 @@ class ModelRunner:
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null block alone.
             allocate_cache(self.model, 1, self.block_size, self.dtype, platform)
-            with timeline.phase("compile"):
+            with timeline.span("compile"):
                 self._compile_kernels()
-            with timeline.phase("profile"):
+            with timeline.span("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
                 activation_bytes += self._predict_graphs()
             with self._after_prediction():
                 self._make_cache(wanted_len, activation_bytes)
-                with timeline.phase("capture"):
+                with timeline.span("capture"):
                     self._capture_graphs()
         self._last_sampled: Sampled | None = None
         # Two in turn: while a step is under way, the one before it may still be read.
@@ -124,8 +118,7 @@ class ModelRunner:
         """
         self.sampler.release(step.released)
         requests = len(step.requests)
-        query_len = 1 if step.phase == "decode" else 0
-        shape = StepShape(step.phase, step.num_tokens, requests, query_len)
+        shape = step.shape
         with torch.inference_mode(), self.ops.activate():
             last = self._last_sampled
             self.buffers.fill(step, last, self.graphs.padded(shape).num_requests)
@@ -138,7 +131,7 @@ class ModelRunner:
                 sampling = [each.request for each in step.requests if each.samples]
             sampled, logprobs = None, None
             if sampling:
-                if step.phase == "mixed" or len(sampling) < requests:
+                if shape.phase == "mixed" or len(sampling) < requests:
                     result = result[self.buffers.sampling_rows(len(sampling))]
                 logits = self._logits(step, result)
                 sampled, logprobs = self.sampler(
@@ -167,7 +160,7 @@ class ModelRunner:
 
     def _logits(self, step: ScheduledStep, rows: Tensor) -> Tensor:
         """Logits of rows of a step's result, which for a decode step they are already."""
-        return rows if step.phase == "decode" else self.model.logits(rows)
+        return rows if step.shape.phase == "decode" else self.model.logits(rows)
 
     def _prompt_logprobs(
         self, step: ScheduledStep, result: Tensor, landing: Landing
@@ -242,7 +235,7 @@ class ModelRunner:
         self.max_model_len = fit_model_len(
             config.max_model_len, wanted_len, self.num_blocks, self.block_size
         )
-        with timeline.phase("cache"):
+        with timeline.span("cache"):
             allocate_cache(self.model, self.num_blocks, self.block_size, self.dtype, platform)
         self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
 

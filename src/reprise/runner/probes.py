@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reprise.graphs.computation import Probe
+from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
-from reprise.graphs.shape import StepShape
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import (
     CONTEXTS,
@@ -22,6 +21,7 @@ from reprise.runner.kinds import (
     context_class,
     kind_of_step,
 )
+from reprise.shape import StepShape
 
 BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
@@ -121,7 +121,7 @@ class ProbeMaker:
     # ---- sets of probes ------------------------------------------------------------------
 
     def probes(self, bucket: StepShape, anchor: bool) -> list[Probe]:
-        """The most telling probe first; see :class:`reprise.graphs.computation.Computation`."""
+        """The most telling probe first; see :class:`reprise.graphs.contract.Computation`."""
         make = self._decode_probes if bucket.phase == "decode" else self._mixed_probes
         return list(make(bucket, anchor))
 

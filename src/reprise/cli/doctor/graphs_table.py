@@ -13,7 +13,7 @@ from reprise.cli.doctor.group import table
 from reprise.cli.doctor.kinds_table import kinds_tables
 from reprise.doctor.graphs.markup import BUCKET_OF, gap, milliseconds, short, size, times
 from reprise.doctor.graphs.report import GraphMatrix, MatrixCell
-from reprise.graphs import PHASES, Phase
+from reprise.shape import PHASES, Phase
 
 LABEL_WIDTH, CELL_WIDTH = 28, 17
 """Columns that the labels of a row take, and the longest cell: ``✗ NO GRAPH`` or two numbers."""

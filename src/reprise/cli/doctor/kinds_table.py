@@ -14,7 +14,7 @@ from reprise.doctor.graphs.kinds import MARKS, MEANINGS
 from reprise.doctor.graphs.markup import BUCKET_OF, short
 from reprise.doctor.graphs.proof import met
 from reprise.doctor.graphs.report import GraphMatrix, Proof
-from reprise.graphs import PHASES, Phase
+from reprise.shape import PHASES, Phase
 
 STYLES = {"refused": "bold white on red", "not yet met": "dim", "not used": "dim"}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from reprise.doctor.graphs.markup import BUCKET_OF, esc, short
 from reprise.doctor.graphs.proof import met
 from reprise.doctor.graphs.report import GraphMatrix, Proof
-from reprise.graphs import PHASES, Phase
+from reprise.shape import PHASES, Phase
 
 MARKS = {
     "start": "●", "family": "◐", "live": "◆", "not yet met": "·", "refused": "✗", "not used": "-",

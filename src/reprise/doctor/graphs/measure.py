@@ -23,10 +23,11 @@ from reprise.doctor.graphs.report import (
 )
 from reprise.doctor.graphs.timeline import eager_bars, graph_bars
 from reprise.doctor.timing import compare_ms, median_ms
-from reprise.graphs import PHASES, Buckets, GraphPlan, GraphRunner, Phase, Probe, StepShape, predict
-from reprise.graphs.capture import Cell
+from reprise.graphs import Buckets, GraphPlan, GraphRunner, Probe, predict
+from reprise.graphs.capture import BucketGraph
 from reprise.graphs.plan import Executor
 from reprise.runner import ModelRunner
+from reprise.shape import PHASES, Phase, StepShape
 from reprise.testing import faults
 
 Progress = Callable[[str, int, int], None]
@@ -219,9 +220,9 @@ class _Measurement:
             ]
             graphs.prover.mend()
             graphs.prover.begin(captured)
-            for cell in reversed(captured):
+            for bucket in reversed(captured):
                 for context in self.matrix.contexts:
-                    self.matrix.cells.append(self._cell(graphs, cell, executor, context))
+                    self.matrix.cells.append(self._cell(graphs, bucket, executor, context))
                     self.progress(executor)
             for phase in PHASES:
                 shape, context = self.timeline_step(phase)
@@ -234,7 +235,7 @@ class _Measurement:
             self._prove(graphs, captured, executor)
         graphs.discard()
 
-    def _prove(self, graphs: GraphRunner, captured: list[Cell], executor: Executor) -> None:
+    def _prove(self, graphs: GraphRunner, captured: list[BucketGraph], executor: Executor) -> None:
         """What start-up would prove of the graphs, in the time that it would take for it."""
         graphs.prover.mend()  # what has run so far is not to be taken for right
         seconds = sum(each.info.capture_seconds for each in captured)
@@ -246,23 +247,27 @@ class _Measurement:
             if id(each) in proven
         ]
 
-    def _capture(self, graphs: GraphRunner, shape: StepShape) -> Cell:
+    def _capture(self, graphs: GraphRunner, shape: StepShape) -> BucketGraph:
         """Capture a bucket; ``graph`` stays None if that fails, ``info`` says why."""
         self.progress(f"capture {graphs.plan.of(shape.phase)}")
         measured = self.platform.graph_memory == "measure"
         before = self._free() if measured else 0
-        cell = graphs.capture(shape)
-        grown = cell.info.bytes
-        if cell.info.executor != cell.info.planned:
-            cell.graph = None
+        bucket = graphs.capture_bucket(shape)
+        grown = bucket.info.bytes
+        if bucket.info.executor != bucket.info.planned:
+            bucket.graph = None
         else:
             actual = max(0, before - self._free()) if measured else grown
             self.matrix.memory.append(
                 BucketMemory(
-                    cell.info.planned, shape.phase, shape.size, cell.info.predicted_bytes, actual
+                    bucket.info.planned,
+                    shape.phase,
+                    shape.size,
+                    bucket.info.predicted_bytes,
+                    actual,
                 )
             )
-        return cell
+        return bucket
 
     def _free(self) -> int:
         self.platform.synchronize()
@@ -270,17 +275,17 @@ class _Measurement:
         return self.platform.memory_info().free
 
     def _cell(
-        self, graphs: GraphRunner, cell: Cell, executor: Executor, context: int
+        self, graphs: GraphRunner, bucket: BucketGraph, executor: Executor, context: int
     ) -> MatrixCell:
-        shape = cell.shape
+        shape = bucket.shape
         made = MatrixCell(executor, shape.phase, shape.size, context)
-        if cell.graph is None:
-            made.reason = refusal(executor, cell.info)
+        if bucket.graph is None:
+            made.reason = refusal(executor, bucket.info)
             made.where = self.places.in_text(made.reason)
             return made
         made.captured = True
         probe = self.computation.probe(shape, context)
-        verdict = graphs.prover.compare(cell, probe)
+        verdict = graphs.prover.compare(bucket, probe)
         spoiled = graphs.guard.wrong_weights()
         if spoiled:
             graphs.prover.mend(spoiled)
@@ -290,7 +295,7 @@ class _Measurement:
         if verdict.right:
             made.verified, made.largest_difference = True, 0.0
             made.eager_ms, made.replay_ms, made.sure = compare_ms(
-                self.platform, self._forward(shape), cell.graph.replay
+                self.platform, self._forward(shape), bucket.graph.replay
             )
             return made
         made.reason = verdict.told
@@ -301,14 +306,14 @@ class _Measurement:
             # The results are right, so that no op leaves the path.
             made.tensor = str(verdict.changes[0])
             return made
-        made.where = self.places.in_text(made.reason) or self._locate(graphs, cell, probe)
+        made.where = self.places.in_text(made.reason) or self._locate(graphs, bucket, probe)
         return made
 
-    def _locate(self, graphs: GraphRunner, cell: Cell, probe: Probe) -> Where | None:
+    def _locate(self, graphs: GraphRunner, bucket: BucketGraph, probe: Probe) -> Where | None:
         try:
-            location = graphs.prover.locate(cell, probe.live, probe.fill)
+            location = graphs.prover.locate(bucket, probe.live, probe.fill)
         except Exception as error:
-            logger.warning("%s of %s: not traced: %s", cell.info.executor, cell.shape, error)
+            logger.warning("%s of %s: not traced: %s", bucket.info.executor, bucket.shape, error)
             return None
         return None if location is None else self.places.where(location)
 

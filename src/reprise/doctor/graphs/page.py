@@ -21,7 +21,7 @@ from reprise.doctor.graphs.markup import (
     times,
 )
 from reprise.doctor.graphs.report import GraphMatrix, MatrixCell, Timeline
-from reprise.graphs import PHASES, Phase
+from reprise.shape import PHASES, Phase
 
 
 def write_page(matrix: GraphMatrix, path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reprise.graphs import Phase
+from reprise.shape import Phase
 
 PROVEN = ("start", "family", "live")
 STATES = (*PROVEN, "not yet met", "refused", "not used")

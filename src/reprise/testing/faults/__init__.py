@@ -76,7 +76,7 @@ def inject(fault: str, table: OpTable, op: str, computation: Any = None) -> Iter
         fault: A name in :data:`FAULTS`.
         table: The table that the computation runs with.
         op: Name of the op.
-        computation: A :class:`reprise.runner.computation.ForwardPass` that lists what the fault
+        computation: A :class:`reprise.runner.forward_pass.ForwardPass` that lists what the fault
             spoils of others' memory as lying beside it.
     """
     broken = FAULTS[fault](table, all_ops()[op])

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from reprise.graphs.shape import Phase
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
 from reprise.platforms.device_graph import host_code, launch
+from reprise.shape import Phase
 
 PIECEWISE = ("breakable", "compiled")
 

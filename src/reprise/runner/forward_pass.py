@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.graphs.computation import Probe
+from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region, Stack, stacked
-from reprise.graphs.shape import StepShape
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import FACTS
 from reprise.runner.probes import ProbeMaker
+from reprise.shape import StepShape
 
 
 class ForwardPass:
-    """One forward pass over the step buffers (:class:`reprise.graphs.computation.Computation`).
+    """One forward pass over the step buffers (:class:`reprise.graphs.contract.Computation`).
 
     A decode step ends with logits, since every one of its rows is sampled; a mixed step ends with
     hidden states, of which only some rows are. Both outputs are static.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region
-from reprise.graphs.shape import StepShape
 from reprise.ops.registry import OpTable
+from reprise.shape import StepShape
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The size of a step, as far as graphs care."""
+"""The size of a step: what is scheduled, laid out and captured is told by it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["decode", "mixed"]
-"""``decode``: every request has the same number of new tokens; ``mixed``: anything else."""
+"""``decode``: every request has the same number of new tokens, its newest one and drafts behind it,
+which all get logits; ``mixed``: anything else."""
 PHASES: tuple[Phase, ...] = ("decode", "mixed")
 
 
