@@ -168,8 +168,8 @@ def test_inputs_that_no_probe_changes_are_reported(toy, make_runner, caplog):
 def test_a_forward_that_no_graph_can_hold_runs_eagerly(toy, make_runner, caplog):
     model = toy.model
 
-    def reads_lengths(tokens, positions, meta):
-        return model(tokens, positions, meta) * (1 if meta.seq_lens.sum().item() > 0 else 0)
+    def reads_lengths(batch):
+        return model(batch) * (1 if batch.seq_lens.sum().item() > 0 else 0)
 
     toy.model = reads_lengths
     reads_lengths.layers = model.layers

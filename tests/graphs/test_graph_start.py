@@ -75,9 +75,9 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
     for toy in toys:
         model = toy.model
 
-        def computes(tokens, positions, meta, model=model):
+        def computes(batch, model=model):
             ranks.collective()
-            return model(tokens, positions, meta)
+            return model(batch)
 
         computes.layers = model.layers
         toy.model = computes

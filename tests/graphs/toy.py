@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reprise import ops
+from reprise.cache import Batch, Table
 from reprise.graphs import Facts, Kind, Probe, Region
 from reprise.ops import OpTable
 from reprise.platforms import Platform
@@ -19,15 +19,6 @@ from reprise.shape import StepShape
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCAB = 64, 4, 2, 32, 96, 128
 BLOCK, MAX_LEN = 16, 128
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Metadata:
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    slot_mapping: Tensor
-    query_len: int
 
 
 class Layer(nn.Module):
@@ -43,15 +34,16 @@ class Layer(nn.Module):
                             dtype=self.qkv.dtype, device=self.qkv.device)  # fmt: skip
         self.key_cache, self.value_cache = cache[0], cache[1]
 
-    def forward(self, x: Tensor, residual: Tensor, positions: Tensor, meta: Metadata) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        table = batch.tables[0]
         query = ops.rotary_cache(
-            F.linear(x, self.qkv), positions, self.cos_sin, meta.slot_mapping,
+            F.linear(x, self.qkv), batch.positions, self.cos_sin, table.slots,
             self.key_cache, self.value_cache, None, None, 0.0,
         )  # fmt: skip
         attended = torch.empty_like(query)
         ops.paged_attention(
-            query, self.key_cache, self.value_cache, meta.block_tables, meta.seq_lens,
-            meta.query_start_loc, attended, HEAD_SIZE**-0.5, 0, 0.0, meta.query_len,
+            query, self.key_cache, self.value_cache, table.blocks, batch.seq_lens,
+            batch.query_start_loc, attended, HEAD_SIZE**-0.5, 0, 0.0, batch.query_len,
         )  # fmt: skip
         x = F.linear(attended.flatten(1), self.project)
         ops.fused_add_rms_norm(x, residual, self.norm, EPS)
@@ -73,11 +65,11 @@ class Model(nn.Module):
         self.norm = make(HIDDEN)
         self.layers = nn.ModuleList(Layer(make, cos_sin, blocks) for _ in range(layers))
 
-    def forward(self, tokens: Tensor, positions: Tensor, meta: Metadata) -> Tensor:
-        residual = F.embedding(tokens, self.embedding)
+    def forward(self, batch: Batch) -> Tensor:
+        residual = F.embedding(batch.token_ids, self.embedding)
         x = ops.rms_norm(residual, self.norm, EPS)
         for layer in self.layers:
-            x = layer(x, residual, positions, meta)
+            x = layer(x, residual, batch)
             ops.fused_add_rms_norm(x, residual, self.norm, EPS)
         return x
 
@@ -146,11 +138,12 @@ class Toy:
     def forward(self, shape: StepShape, model: Callable[..., Any]) -> None:
         self.forwards += 1
         tokens, requests = shape.num_tokens, shape.num_requests
-        meta = Metadata(
-            self.query_start_loc[: requests + 1], self.seq_lens[:requests],
-            self.block_tables[:requests], self.slot_mapping[:tokens], shape.query_len,
+        table = Table(self.block_tables[:requests], self.slot_mapping[:tokens])
+        batch = Batch(
+            self.tokens[:tokens], self.positions[:tokens], self.query_start_loc[: requests + 1],
+            self.seq_lens[:requests], (table,), shape.query_len,
         )  # fmt: skip
-        self.hidden[:tokens].copy_(model(self.tokens[:tokens], self.positions[:tokens], meta))
+        self.hidden[:tokens].copy_(model(batch))
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:
         for each in (self.tokens, self.positions, self.slot_mapping):

@@ -69,13 +69,14 @@ def check(
         starts.append(len(positions))
         lengths.append(each.start + each.num_tokens)
     tokens = len(positions)
-    metadata = buffers.metadata(tokens, len(scheduled), 0)
+    batch = buffers.batch(tokens, len(scheduled), 0)
     assert buffers.input_ids.device[:tokens].tolist() == input_ids
     assert buffers.positions.device[:tokens].tolist() == positions
-    assert metadata.slot_mapping.tolist() == slots
-    assert metadata.query_start_loc.tolist() == starts
-    assert metadata.seq_lens.tolist() == lengths
-    for each, table, length in zip(scheduled, metadata.block_tables.tolist(), lengths, strict=True):
+    assert batch.tables[0].slots.tolist() == slots
+    assert batch.query_start_loc.tolist() == starts
+    assert batch.seq_lens.tolist() == lengths
+    blocks = batch.tables[0].blocks.tolist()
+    for each, table, length in zip(scheduled, blocks, lengths, strict=True):
         used = -(-length // BLOCK)
         assert table[:used] == each.block_ids[:used]
 
@@ -145,12 +146,12 @@ def test_random_steps(platform: Platform, data: st.DataObject) -> None:
 def check_padding(
     buffers: StepBuffers, tokens: int, requests: int, to_tokens: int, to_requests: int
 ) -> None:
-    metadata = buffers.metadata(to_tokens, to_requests, 0)
+    batch = buffers.batch(to_tokens, to_requests, 0)
     more_tokens, more_requests = to_tokens - tokens, to_requests - requests
-    assert metadata.slot_mapping[tokens:].tolist() == [0] * more_tokens
+    assert batch.tables[0].slots[tokens:].tolist() == [0] * more_tokens
     assert buffers.positions.device[tokens:to_tokens].tolist() == [0] * more_tokens
-    assert metadata.seq_lens[requests:].tolist() == [0] * more_requests
-    assert metadata.query_start_loc[requests:].tolist() == [tokens] * (1 + more_requests)
+    assert batch.seq_lens[requests:].tolist() == [0] * more_requests
+    assert batch.query_start_loc[requests:].tolist() == [tokens] * (1 + more_requests)
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.attention import AttentionMetadata
+from reprise.cache import Batch
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.norm import RMSNorm
 
@@ -79,18 +79,14 @@ class SelfAttention(nn.Module):
         self.key_cache = key_cache
         self.value_cache = value_cache
 
-    def forward(
-        self, residual: Tensor, norm: RMSNorm, positions: Tensor, metadata: AttentionMetadata
-    ) -> None:
-        """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place.
-
-        positions: [T].
-        """
+    def forward(self, residual: Tensor, norm: RMSNorm, batch: Batch) -> None:
+        """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""
+        table = batch.tables[0]
         query = ops.rotary_cache(
             self.qkv_proj.of_norm(residual, norm),
-            positions,
+            batch.positions,
             self.cos_sin,
-            metadata.slot_mapping,
+            table.slots,
             self.key_cache,
             self.value_cache,
             None if self.q_norm is None else self.q_norm.weight,
@@ -102,13 +98,13 @@ class SelfAttention(nn.Module):
             query,
             self.key_cache,
             self.value_cache,
-            metadata.block_tables,
-            metadata.seq_lens,
-            metadata.query_start_loc,
+            table.blocks,
+            batch.seq_lens,
+            batch.query_start_loc,
             attended,
             self.scale,
             self.sliding_window,
             self.soft_cap,
-            metadata.query_len,
+            batch.query_len,
         )
         self.o_proj.add(attended.flatten(1), residual)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.attention import AttentionMetadata
+from reprise.cache import Batch
 from reprise.layers.attention import SelfAttention
 from reprise.layers.embedding import Embedding
 from reprise.layers.linear import Linear
@@ -32,9 +32,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = input_norm
         self.post_attention_layernorm = post_attention_norm
 
-    def forward(self, residual: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
-        """residual: [T, D], updated in place; positions: [T]."""
-        self.self_attn(residual, self.input_layernorm, positions, metadata)
+    def forward(self, residual: Tensor, batch: Batch) -> None:
+        """residual: [T, D], updated in place."""
+        self.self_attn(residual, self.input_layernorm, batch)
         self.mlp(residual, self.post_attention_layernorm)
 
 
@@ -48,11 +48,11 @@ class Decoder(nn.Module):
         self._layers = layers
         self.norm = norm
 
-    def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """token_ids, positions: [T] int64. Returns normalised hidden states [T, D]."""
-        residual = self.embed_tokens(token_ids)
+    def forward(self, batch: Batch) -> Tensor:
+        """Normalised hidden states [T, D]."""
+        residual = self.embed_tokens(batch.token_ids)
         for layer in self._layers:
-            layer(residual, positions, metadata)
+            layer(residual, batch)
         return self.norm(residual)
 
 
@@ -90,9 +90,9 @@ class CausalLM(nn.Module):
         head.weight = nn.Parameter(weight, requires_grad=False)
         self.lm_head = head
 
-    def forward(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
-        return self.model(token_ids, positions, metadata)
+        return self.model(batch)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given."""

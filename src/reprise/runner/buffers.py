@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.attention import AttentionMetadata
-from reprise.cache import NULL_BLOCK
+from reprise.cache import NULL_BLOCK, Batch, Table
 from reprise.graphs.kinds import Kind
 from reprise.platforms import Platform
 from reprise.request import Request
@@ -399,13 +398,15 @@ class StepBuffers:
         arrays = dict(zip(names, (each.device for each in self._arena.arrays), strict=True))
         return {**arrays, "block_tables": self.block_tables}
 
-    def metadata(self, tokens: int, requests: int, query_len: int) -> AttentionMetadata:
+    def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
         """Views of the device side for a step of this size."""
-        return AttentionMetadata(
+        table = Table(self.block_tables[:requests], self.slot_mapping.device[:tokens])
+        return Batch(
+            token_ids=self.input_ids.device[:tokens],
+            positions=self.positions.device[:tokens],
             query_start_loc=self.query_start_loc.device[: requests + 1],
             seq_lens=self.seq_lens.device[:requests],
-            block_tables=self.block_tables[:requests],
-            slot_mapping=self.slot_mapping.device[:tokens],
+            tables=(table,),
             query_len=query_len,
         )
 

@@ -90,9 +90,7 @@ class ForwardPass:
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
         hidden = (model or self.model)(
-            self._buffers.input_ids.device[: shape.num_tokens],
-            self._buffers.positions.device[: shape.num_tokens],
-            self._buffers.metadata(shape.num_tokens, shape.num_requests, shape.query_len),
+            self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)
         )
         if shape.phase == "decode":
             return self._causal_lm.logits(hidden, self._logits[: shape.num_tokens])

@@ -1,0 +1,41 @@
+"""The tensors of one step, as layers read them: the one argument of a layer beside activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the step's requests keep the cache rows of one lifetime."""
+
+    blocks: Tensor
+    """[R, M] int32: the cache blocks of each request, in the order of its tokens."""
+    slots: Tensor
+    """[T] int64: where each token's rows go; padding goes to the null block."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which tokens of which requests a step computes. All tensors are views of static memory.
+
+    The memory keeps its addresses from step to step and is refreshed in place, so a graph that
+    captured these views reads the current step's values when it replays. A layer reads all of
+    it on the device. What a new kind of layer needs to know of a step or of its requests is one
+    more field here, never one more argument.
+    """
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64: how many tokens each token's request has before it."""
+    query_start_loc: Tensor
+    """[R + 1] int32: request r owns tokens query_start_loc[r] to query_start_loc[r + 1]."""
+    seq_lens: Tensor
+    """[R] int32: tokens of each request, this step's included; 0 marks padding."""
+    tables: tuple[Table, ...]
+    """One for each lifetime of the model's caches."""
+    query_len: int
+    """New tokens of every request in a decode step, 0 in a mixed one."""
