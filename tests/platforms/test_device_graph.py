@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from reprise import ops
 from reprise.errors import GraphError
 from reprise.platforms import load
+from reprise.platforms.accelerator import AcceleratorGraph
 from reprise.platforms.device_graph import (
-    AcceleratorGraph,
     capturing,
     host_code,
     in_capture_pass,

@@ -12,7 +12,6 @@ from reprise.graphs.plan import (
     Downgrade,
     Executor,
     GraphPlan,
-    ResolvedPlan,
     parse_plan,
     resolve,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "Probe",
     "Ran",
     "Region",
-    "ResolvedPlan",
     "Segment",
     "SegmentedGraph",
     "State",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Generic, Literal, TypeVar, cast, get_args
 
 from reprise.errors import ConfigError
 from reprise.ops.registry import GraphSupport, Op, OpTable
@@ -39,25 +39,6 @@ graphs without one. Say ``compiled`` for pieces that a compiler has also optimis
 
 
 @dataclass(frozen=True)
-class GraphPlan:
-    """The executor of each phase; ``auto`` until it is resolved."""
-
-    decode: Wanted = "auto"
-    mixed: Wanted = "auto"
-
-    def of(self, phase: Phase) -> Wanted:
-        return self.decode if phase == "decode" else self.mixed
-
-    @property
-    def captures(self) -> bool:
-        """Whether any phase may run graphs."""
-        return (self.decode, self.mixed) != ("none", "none")
-
-    def __str__(self) -> str:
-        return f"decode={self.decode},mixed={self.mixed}"
-
-
-@dataclass(frozen=True)
 class Downgrade:
     """One phase that gets another executor than the one asked for."""
 
@@ -70,26 +51,32 @@ class Downgrade:
         return f"graph plan: {self.phase}: {self.wanted} -> {self.got} ({self.reason})"
 
 
+Choice = TypeVar("Choice", bound=str, covariant=True)
+"""``Wanted``: what was asked for. ``Executor``: what it was resolved to."""
+
+
 @dataclass(frozen=True)
-class ResolvedPlan:
-    """What each phase runs with, and why it is not what was asked for."""
+class GraphPlan(Generic[Choice]):
+    """The executor of each phase."""
 
-    decode: Executor
-    mixed: Executor
+    decode: Choice
+    mixed: Choice
     downgrades: tuple[Downgrade, ...] = ()
+    """Why it is not what was asked for; a plan that was asked for has none."""
 
-    def of(self, phase: Phase) -> Executor:
+    def of(self, phase: Phase) -> Choice:
         return self.decode if phase == "decode" else self.mixed
 
     @property
     def captures(self) -> bool:
+        """Whether any phase may run graphs."""
         return (self.decode, self.mixed) != ("none", "none")
 
     def __str__(self) -> str:
         return f"decode={self.decode},mixed={self.mixed}"
 
 
-def parse_plan(text: str) -> GraphPlan:
+def parse_plan(text: str) -> GraphPlan[Wanted]:
     """Read ``--graph-mode``.
 
     ``auto``, one executor for both phases, ``decode=full,mixed=breakable`` (a phase left out is
@@ -113,7 +100,7 @@ def parse_plan(text: str) -> GraphPlan:
                 f"{', '.join(each.upper() for each in ALIASES)}"
             )
         found[phase] = cast(Wanted, executor)
-    return GraphPlan(**found)
+    return GraphPlan(found.get("decode", "auto"), found.get("mixed", "auto"))
 
 
 def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:
@@ -128,14 +115,14 @@ def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:
 
 
 def resolve(
-    plan: GraphPlan,
+    plan: GraphPlan[Wanted],
     platform: Platform,
     support: Mapping[str, GraphSupport],
     *,
     query_len: int = 1,
     compiler_reason: str | None = None,
     verbose: bool = True,
-) -> ResolvedPlan:
+) -> GraphPlan[Executor]:
     """Settle the plan for a platform and a model's break ops; log each downgrade once.
 
     Args:
@@ -164,7 +151,7 @@ def resolve(
     if verbose:
         for each in downgrades:
             logger.warning("%s", each)
-    return ResolvedPlan(result["decode"], result["mixed"], tuple(downgrades))
+    return GraphPlan(result["decode"], result["mixed"], tuple(downgrades))
 
 
 def _automatic(phase: Phase) -> Executor:

@@ -19,7 +19,7 @@ from reprise.graphs.capture import Agree, BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.kinds import Kind
-from reprise.graphs.plan import Executor, GraphPlan, ResolvedPlan, resolve, support_of
+from reprise.graphs.plan import Executor, GraphPlan, Wanted, resolve, support_of
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.trust import Ledger
@@ -94,7 +94,7 @@ class GraphRunner:
         self,
         computation: Computation,
         platform: Platform,
-        plan: GraphPlan,
+        plan: GraphPlan[Wanted],
         buckets: Buckets,
         max_requests: int,
         *,
@@ -139,7 +139,7 @@ class GraphRunner:
             error=self._error,
         )  # fmt: skip
 
-    def _resolve(self, used: Iterable[Op] | None) -> ResolvedPlan:
+    def _resolve(self, used: Iterable[Op] | None) -> GraphPlan[Executor]:
         shape = StepShape.decode(1)
         support = {}
         if self._may_capture():

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from reprise.errors import GraphError
 from reprise.platforms.base import MemoryInfo, Platform
 from reprise.platforms.borrow import borrow_bytes
-from reprise.platforms.device_graph import AcceleratorGraph, DeviceGraph
+from reprise.platforms.device_graph import DeviceGraph
 
 GIB = 1 << 30
 
@@ -172,3 +176,69 @@ class AcceleratorPlatform(Platform):
         used = memory.total - memory.free - cached
         allowed = int(memory.total * utilization) - used
         return min(allowed, memory.free + cached) - activation_bytes - self.reserve_bytes
+
+
+class AcceleratorGraph(DeviceGraph):
+    """A graph of any device that PyTorch drives.
+
+    Made with ``torch.accelerator.Graph`` where this torch has it, else with the class that the
+    platform names (``graph_class``) in the device module.
+    """
+
+    def __init__(self, platform: AcceleratorPlatform, pool: Any) -> None:
+        super().__init__(pool)
+        self._platform = platform
+        self._begin_arguments: dict[str, Any] = {}
+        neutral = getattr(torch.accelerator, "Graph", None)
+        if neutral is not None:
+            self._graph = neutral(pool=pool, capture_error_mode="thread_local")
+        else:
+            assert platform.graph_class is not None
+            self._graph = getattr(platform.module(), platform.graph_class)()
+            known = inspect.signature(self._graph.capture_begin).parameters
+            wanted = {"pool": pool, "capture_error_mode": "thread_local"}
+            self._begin_arguments = {k: v for k, v in wanted.items() if k in known}
+        self._nbytes = 0
+        self._reserved: int | None = None
+        """Before the capture."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def may_own(self, tensor: Tensor) -> bool:
+        # All that is allocated on the device during capture goes to the pool.
+        return tensor.device == self._platform.device
+
+    def _stream(self) -> contextlib.AbstractContextManager[Any]:
+        return self._platform.capture_stream()
+
+    def _begin(self) -> None:
+        self._reserved = self._memory_reserved()
+        self._graph.capture_begin(**self._begin_arguments)
+
+    def _end(self) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                self._graph.capture_end()
+            except RuntimeError as error:
+                raise GraphError(f"the device refused the captured graph: {error}") from error
+        for warning in caught:
+            if "is empty" in str(warning.message):
+                self.empty = True
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+        before, after = self._reserved, self._memory_reserved()
+        self._nbytes = 0 if before is None or after is None else max(0, after - before)
+
+    def _memory_reserved(self) -> int | None:
+        try:
+            return self._platform.memory_reserved()
+        except Exception:  # a count for people: no graph is refused for want of it
+            return None
+
+    def _replay(self) -> None:
+        self._graph.replay()

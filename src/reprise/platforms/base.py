@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from reprise.errors import GraphError
+from reprise.platforms.host_queue import HostEvent, HostStream
 
 if TYPE_CHECKING:
     from reprise.config import EngineConfig
@@ -38,42 +38,6 @@ class Adjustment:
 
     def __str__(self) -> str:
         return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
-
-
-class HostEvent:
-    """An event of a device whose work is finished when it has been submitted."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self.seconds = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        """Milliseconds from this event to ``end``."""
-        return (end.seconds - self.seconds) * 1e3
-
-
-class HostStream:
-    """A stream of a device whose work is finished when it has been submitted."""
-
-    def wait_stream(self, other: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
 
 
 class Platform(ABC):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from reprise.openmp import waiting
-from reprise.platforms.base import HostStream, MemoryInfo, Platform
+from reprise.platforms.base import MemoryInfo, Platform
 from reprise.platforms.cpu_limits import usable_cpus
 from reprise.platforms.device_graph import DeviceGraph
+from reprise.platforms.host_queue import HostStream
 from reprise.platforms.recorded_graph import RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
 

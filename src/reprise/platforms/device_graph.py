@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from reprise.errors import GraphError
 
-if TYPE_CHECKING:
-    from reprise.platforms.accelerator import AcceleratorPlatform
-    from reprise.platforms.recorded_graph import Recorder
-
 T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Who sees the ops of a thread, on a platform whose graphs are recorded."""
+
+    def launch(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See :func:`launch`."""
+
+    def host_code(self) -> contextlib.AbstractContextManager[None]:
+        """See :func:`host_code`."""
 
 
 class _ThreadState(threading.local):
@@ -164,69 +169,3 @@ class DeviceGraph(ABC):
 
     @abstractmethod
     def _replay(self) -> None: ...
-
-
-class AcceleratorGraph(DeviceGraph):
-    """A graph of any device that PyTorch drives.
-
-    Made with ``torch.accelerator.Graph`` where this torch has it, else with the class that the
-    platform names (``graph_class``) in the device module.
-    """
-
-    def __init__(self, platform: AcceleratorPlatform, pool: Any) -> None:
-        super().__init__(pool)
-        self._platform = platform
-        self._begin_arguments: dict[str, Any] = {}
-        neutral = getattr(torch.accelerator, "Graph", None)
-        if neutral is not None:
-            self._graph = neutral(pool=pool, capture_error_mode="thread_local")
-        else:
-            assert platform.graph_class is not None
-            self._graph = getattr(platform.module(), platform.graph_class)()
-            known = inspect.signature(self._graph.capture_begin).parameters
-            wanted = {"pool": pool, "capture_error_mode": "thread_local"}
-            self._begin_arguments = {k: v for k, v in wanted.items() if k in known}
-        self._nbytes = 0
-        self._reserved: int | None = None
-        """Before the capture."""
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    def may_own(self, tensor: Tensor) -> bool:
-        # All that is allocated on the device during capture goes to the pool.
-        return tensor.device == self._platform.device
-
-    def _stream(self) -> contextlib.AbstractContextManager[Any]:
-        return self._platform.capture_stream()
-
-    def _begin(self) -> None:
-        self._reserved = self._memory_reserved()
-        self._graph.capture_begin(**self._begin_arguments)
-
-    def _end(self) -> None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                self._graph.capture_end()
-            except RuntimeError as error:
-                raise GraphError(f"the device refused the captured graph: {error}") from error
-        for warning in caught:
-            if "is empty" in str(warning.message):
-                self.empty = True
-            else:
-                warnings.warn_explicit(
-                    warning.message, warning.category, warning.filename, warning.lineno
-                )
-        before, after = self._reserved, self._memory_reserved()
-        self._nbytes = 0 if before is None or after is None else max(0, after - before)
-
-    def _memory_reserved(self) -> int | None:
-        try:
-            return self._platform.memory_reserved()
-        except Exception:  # a count for people: no graph is refused for want of it
-            return None
-
-    def _replay(self) -> None:
-        self._graph.replay()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from reprise.errors import GraphError
 from reprise.platforms.borrow import storage_key
-from reprise.platforms.device_graph import DeviceGraph, state
+from reprise.platforms.device_graph import DeviceGraph, Recorder, state
 from reprise.platforms.recorded_pool import RecordedPool
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -36,7 +36,7 @@ def recording() -> Iterator[Recorder]:
     if state.recorder is not None:
         yield state.recorder
         return
-    recorder = state.recorder = Recorder()
+    recorder = state.recorder = OpRecorder()
     try:
         # Only in inference mode do all calls reach the dispatcher before they are taken apart.
         with torch.inference_mode(), recorder:
@@ -178,7 +178,7 @@ class _Frame:
         self.expanded = False
 
 
-class Recorder(TorchDispatchMode):
+class OpRecorder(TorchDispatchMode):
     """Hands the ops of this thread to the graph that is being captured, if any."""
 
     def __init__(self) -> None:

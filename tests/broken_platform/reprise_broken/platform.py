@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from reprise.errors import GraphError
-from reprise.platforms.base import HostEvent
 from reprise.platforms.cpu import CpuPlatform
 from reprise.platforms.device_graph import DeviceGraph
+from reprise.platforms.host_queue import HostEvent
 from reprise.platforms.recorded_graph import RecordedGraph
 from reprise.platforms.recorded_pool import RecordedPool
 
