@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import Batch
+from reprise.layers.build import Build
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.norm import RMSNorm
 
@@ -13,6 +14,7 @@ class SelfAttention(nn.Module):
     """Grouped-query self-attention over the paged cache.
 
     Args:
+        build: How to make it.
         hidden_size: Width of the residual stream.
         num_heads: Query heads (Hq).
         num_kv_heads: Key and value heads (Hkv).
@@ -31,6 +33,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
+        build: Build,
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
@@ -43,8 +46,6 @@ class SelfAttention(nn.Module):
         sliding_window: int = 0,
         scale: float | None = None,
         soft_cap: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -55,6 +56,7 @@ class SelfAttention(nn.Module):
         self.soft_cap = soft_cap
         self.cos_sin = cos_sin
         self.qkv_proj = MergedLinear(
+            build,
             hidden_size,
             {
                 "q_proj": num_heads * head_size,
@@ -62,17 +64,13 @@ class SelfAttention(nn.Module):
                 "v_proj": num_kv_heads * head_size,
             },
             bias=qkv_bias,
-            dtype=dtype,
-            device=device,
         )
-        self.o_proj = Linear(
-            num_heads * head_size, hidden_size, bias=output_bias, dtype=dtype, device=device
-        )
+        self.o_proj = Linear(build, num_heads * head_size, hidden_size, bias=output_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
+            self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
 
     def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
         """Use these caches, [N, B, Hkv, D] each, from the next step on."""
