@@ -78,11 +78,11 @@ def test_what_a_bad_graph_wrote_is_computed_again(
     monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: bucket.info.replays == 3)
     monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
     forward_pass = llm.engine.runner.forward_pass
-    buffers, layer = forward_pass._buffers, forward_pass._layers[0]
+    buffers, cache = forward_pass._buffers, forward_pass._caches["layer 0"]
 
     def spoil_keys(count: int) -> None:
         tokens = int(buffers.query_start_loc.device[1])
-        layer.key_cache.flatten(0, 1)[buffers.slot_mapping.device[:tokens]] *= -1
+        cache.tensors["key"].flatten(0, 1)[buffers.slot_mapping.device[:tokens]] *= -1
 
     spoil(spoil_keys)
     bad = random_ids(5, 40)

@@ -42,8 +42,8 @@ class Failing:
                 self.replays += 1
                 for each in self.graphs.computation.outputs(bucket.shape).values():
                     each.fill_(float("nan"))
-                for layer in self.graphs.computation.model.attention_layers():
-                    layer.key_cache.fill_(7.0)
+                for cache in self.graphs.computation.model.caches().values():
+                    cache.tensors["key"].fill_(7.0)
                 raise RuntimeError("launch failed")
             self.replays += 1
 

@@ -12,7 +12,7 @@ from helpers import TinyModels
 from hypothesis import HealthCheck, example, given, settings
 
 from reprise.errors import RepriseError
-from reprise.layers import CausalLM
+from reprise.layers import CausalLM, SelfAttention
 from reprise.loading import open_checkpoint
 from reprise.platforms import Platform
 from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
@@ -104,7 +104,9 @@ def check(path: Path, config: dict[str, Any], field: str, platform: Platform) ->
         assert name in problem
         return
     assert all(each.dtype.is_floating_point for each in model.parameters())
-    for layer in model.attention_layers():
+    for layer in model.modules():
+        if not isinstance(layer, SelfAttention):
+            continue
         assert bool(layer.cos_sin[:4].isfinite().all())
 
 

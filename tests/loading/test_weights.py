@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reprise.errors import LoadError, ModelError
+from reprise.layers import SelfAttention
 from reprise.loading import transfer
 from reprise.loading.weights import checkpoint_tensors
 
@@ -238,7 +239,8 @@ def test_fewer_layers_by_an_override(tiny: TinyModels, device: str) -> None:
         written = json.loads((model.path / "config.json").read_text())
         assert architecture == "llama" or len(written["layer_types"]) == 3
         options = {"load_format": "dummy", "hf_overrides": {"num_hidden_layers": 2}}
-        layers = list(make_llm(model, device, **options).engine.runner.model.attention_layers())
+        modules = make_llm(model, device, **options).engine.runner.model.modules()
+        layers = [each for each in modules if isinstance(each, SelfAttention)]
         assert len(layers) == 2
         if architecture == "qwen3":
             assert [each.sliding_window for each in layers] == [0, 8]

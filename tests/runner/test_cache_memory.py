@@ -20,8 +20,8 @@ def model(tiny: TinyModels) -> TinyModel:
 
 
 def cache_bytes(llm: LLM) -> int:
-    layers = llm.engine.runner.model.attention_layers()
-    return sum(each.key_cache.nbytes + each.value_cache.nbytes for each in layers)
+    caches = llm.engine.runner.model.caches().values()
+    return sum(each.nbytes for cache in caches for each in cache.tensors.values())
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])

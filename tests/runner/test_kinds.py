@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from reprise.cache import KEPT, LayerCache, Rows
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import FACTS, RowLayouts
@@ -45,9 +46,12 @@ def test_layouts_do_not_depend_on_how_tables_grew(parts: list[list[int]]) -> Non
         assert layouts.highest == max(*whole, 10)
 
 
-class Layer:
-    def __init__(self, blocks: int, size: int, device: Any) -> None:
-        self.key_cache, self.value_cache = torch.zeros(2, blocks, size, 1, 2, device=device)
+def make_cache(blocks: int, size: int, device: Any) -> LayerCache:
+    rows = Rows((1, 2), torch.float32)
+    cache = LayerCache(KEPT, key=rows, value=rows)
+    key, value = torch.zeros(2, blocks, size, 1, 2, device=device)
+    cache.bind(0, {"key": key, "value": value})
+    return cache
 
 
 @settings(max_examples=60)
@@ -61,9 +65,9 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
     tokens = data.draw(st.integers(requests, 80), label="max_num_batched_tokens")
     columns = -(-longest // size)
     buffers = StepBuffers(tokens, requests, columns, size, platform)
-    layer = Layer(blocks, size, platform.device)
+    cache = make_cache(blocks, size, platform.device)
     maker = ProbeMaker(
-        buffers, [layer], vocab_size=50, max_model_len=longest, num_blocks=blocks
+        buffers, {"layer 0": cache}, vocab_size=50, max_model_len=longest, num_blocks=blocks
     )  # fmt: skip
     buckets = [StepShape.decode(n) for n in {1, requests}]
     buckets += [StepShape.mixed(n, min(n, requests)) for n in {1, min(3, tokens), tokens}]
@@ -106,8 +110,8 @@ def check_probe(
 @pytest.mark.parametrize("anchor", [True, False])
 def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anchor: bool) -> None:
     buffers = StepBuffers(64, 4, 16, 16, platform)
-    layer = Layer(65, 16, platform.device)
-    maker = ProbeMaker(buffers, [layer], vocab_size=6400, max_model_len=256, num_blocks=65)
+    caches = {"layer 0": make_cache(65, 16, platform.device)}
+    maker = ProbeMaker(buffers, caches, vocab_size=6400, max_model_len=256, num_blocks=65)
     seen: set[int] = set()
     for bucket in (StepShape.mixed(64, 4), StepShape.decode(4)):
         for probe in maker.probes(bucket, anchor):

@@ -18,11 +18,12 @@ from reprise.bench.floor import Floor, decode_bytes, measure_floor, size
 from reprise.bench.presets import LatencyWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
+from reprise.cache.memory import request_bytes
 from reprise.engine import Engine
 from reprise.errors import ConfigError
+from reprise.layers import SelfAttention
 from reprise.llm import LLM
 from reprise.progress import Counter, progress
-from reprise.runner.cache_memory import block_bytes
 
 
 def latency(
@@ -110,7 +111,7 @@ def _measure(
     waits = [(b.wait_seconds - a.wait_seconds) / (long - short) for a, b in pairs]
     step, prefill = statistics.median(steps), statistics.median(first)
     context = input_len + (short + long) / 2
-    kv_bytes = block_bytes(engine.runner.model, 1, engine.runner.dtype) * context * batch_size
+    kv_bytes = request_bytes(engine.runner.model.caches().values(), context) * batch_size
     least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.bytes_per_second
     host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))
     return {
@@ -138,7 +139,8 @@ def _prefill_flops(engine: Engine, batch_size: int, input_len: int) -> float:
     """Multiplications and additions of the matrix products, attention's visible half included."""
     model = engine.runner.model
     linear = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
-    attention = sum(each.num_heads * each.head_size for each in model.attention_layers())
+    mixers = [each for each in model.modules() if isinstance(each, SelfAttention)]
+    attention = sum(each.num_heads * each.head_size for each in mixers)
     head = model.vocab_size * model.hidden_size
     per_request = 2 * linear * input_len + 2 * attention * input_len**2 + 2 * head
     return float(batch_size * per_request)

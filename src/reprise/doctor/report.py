@@ -17,12 +17,12 @@ import torch
 from reprise import platforms
 from reprise.bench.drive import random_prompts, run
 from reprise.bench.record import heading, versions
+from reprise.cache.memory import block_bytes
 from reprise.config import EngineConfig
 from reprise.doctor.facts import device_facts, op_facts
 from reprise.doctor.scrub import Scrubber, public_name
 from reprise.engine import Engine
 from reprise.errors import describe
-from reprise.runner.cache_memory import block_bytes
 
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
@@ -127,7 +127,7 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
         "model": {
             "architecture": type(runner.model).__name__,
             "parameters": sum(each.numel() for each in runner.model.parameters()),
-            "attention_layers": len(list(runner.model.attention_layers())),
+            "cached_layers": len(runner.model.caches()),
             "vocab_size": engine.vocab_size,
             "dtype": str(runner.dtype).removeprefix("torch."),
             "max_model_len": engine.max_model_len,
@@ -135,7 +135,7 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
         "cache": {
             "num_blocks": runner.num_blocks,
             "block_size": runner.block_size,
-            "block_bytes": block_bytes(runner.model, runner.block_size, runner.dtype),
+            "block_bytes": block_bytes(runner.model.caches().values(), runner.block_size),
             "max_num_batched_tokens": runner.max_tokens,
         },
         "ops": op_facts(engine.platform, runner.ops.chosen),

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.cache import Batch
-from reprise.layers.build import Build
+from reprise.cache import KEPT, Batch, LayerCache, Rows
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.norm import RMSNorm
 
@@ -14,7 +13,6 @@ class SelfAttention(nn.Module):
     """Grouped-query self-attention over the paged cache.
 
     Args:
-        build: How to make it.
         hidden_size: Width of the residual stream.
         num_heads: Query heads (Hq).
         num_kv_heads: Key and value heads (Hkv).
@@ -28,12 +26,8 @@ class SelfAttention(nn.Module):
         soft_cap: See the op; 0: none.
     """
 
-    key_cache: Tensor
-    value_cache: Tensor
-
     def __init__(
         self,
-        build: Build,
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
@@ -46,6 +40,8 @@ class SelfAttention(nn.Module):
         sliding_window: int = 0,
         scale: float | None = None,
         soft_cap: float = 0.0,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -54,9 +50,10 @@ class SelfAttention(nn.Module):
         self.scale = head_size**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
+        rows = Rows((num_kv_heads, head_size), dtype)
+        self.cache = LayerCache(KEPT, key=rows, value=rows)
         self.cos_sin = cos_sin
         self.qkv_proj = MergedLinear(
-            build,
             hidden_size,
             {
                 "q_proj": num_heads * head_size,
@@ -64,29 +61,29 @@ class SelfAttention(nn.Module):
                 "v_proj": num_kv_heads * head_size,
             },
             bias=qkv_bias,
+            dtype=dtype,
+            device=device,
         )
-        self.o_proj = Linear(build, num_heads * head_size, hidden_size, bias=output_bias)
+        self.o_proj = Linear(
+            num_heads * head_size, hidden_size, bias=output_bias, dtype=dtype, device=device
+        )
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
-            self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
-
-    def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
-        """Use these caches, [N, B, Hkv, D] each, from the next step on."""
-        self.key_cache = key_cache
-        self.value_cache = value_cache
+            self.q_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
 
     def forward(self, residual: Tensor, norm: RMSNorm, batch: Batch) -> None:
         """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""
-        table = batch.tables[0]
+        table = batch.tables[self.cache.table]
+        key_cache, value_cache = self.cache.tensors["key"], self.cache.tensors["value"]
         query = ops.rotary_cache(
             self.qkv_proj.of_norm(residual, norm),
             batch.positions,
             self.cos_sin,
             table.slots,
-            self.key_cache,
-            self.value_cache,
+            key_cache,
+            value_cache,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             0.0 if self.q_norm is None else self.q_norm.eps,
@@ -94,8 +91,8 @@ class SelfAttention(nn.Module):
         attended = torch.empty_like(query)
         ops.paged_attention(
             query,
-            self.key_cache,
-            self.value_cache,
+            key_cache,
+            value_cache,
             table.blocks,
             batch.seq_lens,
             batch.query_start_loc,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.cache import Batch
+from reprise.cache import Batch, LayerCache
+from reprise.cache.spec import caches_of
 from reprise.layers.attention import SelfAttention
-from reprise.layers.build import Build
 from reprise.layers.embedding import Embedding
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
@@ -63,15 +60,15 @@ class CausalLM(nn.Module):
 
     def __init__(
         self,
-        build: Build,
         decoder: Decoder,
         vocab_size: int,
         hidden_size: int,
         *,
         tie_word_embeddings: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self._build = build
         self.model = decoder
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -79,7 +76,7 @@ class CausalLM(nn.Module):
         if tie_word_embeddings:
             self.lm_head = decoder.embed_tokens
         else:
-            self.lm_head = Linear(build, hidden_size, vocab_size)
+            self.lm_head = Linear(hidden_size, vocab_size, dtype=dtype, device=device)
 
     @property
     def tied(self) -> bool:
@@ -87,8 +84,8 @@ class CausalLM(nn.Module):
 
     def untie(self, weight: Tensor) -> None:
         """Give the head a weight of its own, [vocab_size, hidden_size]."""
-        nowhere = dataclasses.replace(self._build, device=torch.device("meta"))
-        head = Linear(nowhere, self.hidden_size, self.vocab_size)
+        nowhere = torch.device("meta")
+        head = Linear(self.hidden_size, self.vocab_size, dtype=weight.dtype, device=nowhere)
         head.weight = nn.Parameter(weight, requires_grad=False)
         self.lm_head = head
 
@@ -103,6 +100,6 @@ class CausalLM(nn.Module):
         ops.linear_into(hidden, self.lm_head.weight, out)
         return out
 
-    def attention_layers(self) -> Iterator[SelfAttention]:
-        """The layers that own a KV cache, in the order in which they run."""
-        return (each for each in self.modules() if isinstance(each, SelfAttention))
+    def caches(self) -> dict[str, LayerCache]:
+        """What the layers keep from step to step, in the order in which they were made."""
+        return caches_of(self)

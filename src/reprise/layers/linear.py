@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.layers.build import Build
 from reprise.layers.norm import RMSNorm
 
 
@@ -15,15 +13,23 @@ class Linear(nn.Module):
     """``x @ weight.T + bias``: [T, in_features] to [T, out_features]."""
 
     def __init__(
-        self, build: Build, in_features: int, out_features: int, *, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
-        weight = torch.empty(out_features, in_features, **options)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, **options), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, dtype=dtype, device=device), requires_grad=False
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -46,9 +52,15 @@ class MergedLinear(Linear):
     """
 
     def __init__(
-        self, build: Build, in_features: int, parts: dict[str, int], *, bias: bool = False
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        super().__init__(build, in_features, sum(parts.values()), bias=bias)
+        super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype, device=device)
         self.parts = parts
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from reprise.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Config: TypeAlias = "PretrainedConfig"
-"""As transformers reads it from a checkpoint's ``config.json``."""
 
 LARGEST_SIZE = 2**31 - 1
 """Kernels count in 32 bits."""
@@ -30,7 +27,7 @@ _SIZES = (
 )
 
 
-def whole_number(config: Config, name: str) -> int:
+def whole_number(config: PretrainedConfig, name: str) -> int:
     """A field that must be a whole number of at least 1.
 
     Raises:
@@ -54,7 +51,7 @@ def require_layer_count(layers: int) -> None:
         raise ModelError(f"config field num_hidden_layers={layers} must be at most {MOST_LAYERS}")
 
 
-def layer_count(config: Config) -> int:
+def layer_count(config: PretrainedConfig) -> int:
     """``num_hidden_layers``.
 
     Raises:
@@ -65,7 +62,7 @@ def layer_count(config: Config) -> int:
     return layers
 
 
-def head_size(config: Config) -> int:
+def head_size(config: PretrainedConfig) -> int:
     """Channels of a head: ``head_dim``, or an equal share of ``hidden_size``.
 
     Raises:
@@ -86,7 +83,7 @@ def head_size(config: Config) -> int:
     return size
 
 
-def require_sizes(config: Config) -> None:
+def require_sizes(config: PretrainedConfig) -> None:
     """Refuse a config from whose sizes no decoder can be built.
 
     Raises:
@@ -104,7 +101,7 @@ def require_sizes(config: Config) -> None:
     head_size(config)
 
 
-def flag(config: Config, name: str) -> bool:
+def flag(config: PretrainedConfig, name: str) -> bool:
     """A field that says yes or no.
 
     Raises:
@@ -116,7 +113,7 @@ def flag(config: Config, name: str) -> bool:
     return value
 
 
-def norm_eps(config: Config) -> float:
+def norm_eps(config: PretrainedConfig) -> float:
     """``rms_norm_eps``.
 
     Raises:
@@ -130,7 +127,7 @@ def norm_eps(config: Config) -> float:
     return float(value)
 
 
-def window_size(config: Config) -> int:
+def window_size(config: PretrainedConfig) -> int:
     """``sliding_window`` of an architecture, or of the layers, that have one.
 
     Raises:
@@ -139,7 +136,7 @@ def window_size(config: Config) -> int:
     return whole_number(config, "sliding_window")
 
 
-def sliding_windows(config: Config) -> list[int]:
+def sliding_windows(config: PretrainedConfig) -> list[int]:
     """The window of each layer, 0 for none, by ``layer_types``.
 
     Raises:
@@ -159,7 +156,7 @@ def sliding_windows(config: Config) -> list[int]:
     return [window_size(config) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def rope_parameters(config: Config) -> Mapping[str, Any]:
+def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
     """Of an architecture that rotates all channels of a head, alike in all layers.
 
     Raises:
@@ -183,7 +180,7 @@ def rope_parameters(config: Config) -> Mapping[str, Any]:
     return parameters
 
 
-def require(config: Config, **expected: Any) -> None:
+def require(config: PretrainedConfig, **expected: Any) -> None:
     """Refuse a config whose fields differ from what the architecture file computes.
 
     Raises:

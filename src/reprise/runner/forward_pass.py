@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise.cache.memory import cache_tensors
 from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
@@ -53,7 +54,7 @@ class ForwardPass:
         self.model: Callable[..., Any] = model
         self._causal_lm = model
         self._buffers = buffers
-        self._layers = list(model.attention_layers())
+        self._caches = model.caches()
         dtype = next(model.parameters()).dtype
         device = platform.device
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
@@ -80,7 +81,7 @@ class ForwardPass:
         them from now on."""
         self._probes = ProbeMaker(
             self._buffers,
-            self._layers,
+            self._caches,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
             num_blocks=num_blocks,
@@ -111,7 +112,7 @@ class ForwardPass:
 
     def memory(self) -> Mapping[str, Region]:
         used = self._buffers.layouts.highest + 2
-        caches = self._caches()
+        caches = cache_tensors(self._caches)
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
         for name, each in caches.items():
             regions[name] = Region(each, "cache", "block", min(used, len(each)))
@@ -148,17 +149,11 @@ class ForwardPass:
         slots = self._buffers.slot_mapping.device[: bucket.num_tokens]
         return WrittenSlots(self._stacks(), slots, self._buffers, bucket)
 
-    def _caches(self) -> dict[str, Tensor]:
-        return {
-            f"layer {number} {name}": cache
-            for number, layer in enumerate(self._layers)
-            for name, cache in (("key", layer.key_cache), ("value", layer.value_cache))
-        }
-
     def _stacks(self) -> list[Stack]:
-        first = self._layers[0].key_cache
+        tensors = cache_tensors(self._caches)
+        first = next(iter(tensors.values()))
         if self._stacked is None or self._stacked[0] is not first:
-            self._stacked = first, stacked(self._caches())
+            self._stacked = first, stacked(tensors)
         return self._stacked[1]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from reprise import models
 from reprise.errors import CapacityError, ModelError, describe
-from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
+from reprise.layers import CausalLM, context_length, default_length, describe_rotary
 from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
@@ -87,13 +87,13 @@ def build_model(
     """
     try:
         # Sizes alone, in no memory: an absurd config must not claim the machine's.
-        shape = models.build(config, Build(dtype, torch.device("meta"), max_model_len=1))
+        shape = models.build(config, max_model_len=1, dtype=dtype, device=torch.device("meta"))
         weights = sum(each.nbytes for each in shape.parameters())
-        channels = max((each.head_size for each in shape.attention_layers()), default=0)
+        position = _bytes_of_a_position(shape)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise ModelError(f"a model of {_sizes(config)} cannot be built: {error}") from error
-    # A float32 rotary table, and int32 block tables.
-    tables = 4 * (max_model_len * channels + table_blocks)
+    # What is tabulated for each position, and int32 block tables.
+    tables = max_model_len * position + 4 * table_blocks
     memory = _known_memory(platform)
     has = "" if memory is None else (
         f", which has {memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free"
@@ -106,9 +106,22 @@ def build_model(
     if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:
-        return models.build(config, Build(dtype, platform.device, max_model_len))
+        return models.build(
+            config, max_model_len=max_model_len, dtype=dtype, device=platform.device
+        )
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
+
+
+def _bytes_of_a_position(shape: CausalLM) -> int:
+    """Bytes of the rotary tables of a model for contexts of one token."""
+    tables = {
+        id(value): value
+        for module in shape.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(each.nbytes for each in tables.values())
 
 
 def _known_memory(platform: Platform) -> MemoryInfo | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise import ops, timeline
+from reprise.cache.memory import allocate_caches, block_bytes, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.errors import PlatformError, RepriseError, describe
 from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify, predict
@@ -21,7 +22,6 @@ from reprise.ops.ahead import compile_ahead
 from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.buffers import Sampled, StepBuffers, to_device
-from reprise.runner.cache_memory import allocate_cache, block_bytes, fit_model_len, plan_blocks
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
 from reprise.runner.output import Landing, PendingOutput
@@ -93,7 +93,7 @@ class ModelRunner:
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null block alone.
-            allocate_cache(self.model, 1, self.block_size, self.dtype, platform)
+            allocate_caches(self.model.caches().values(), 1, self.block_size, platform)
             with timeline.span("compile"):
                 self._compile_kernels()
             with timeline.span("profile"):
@@ -228,7 +228,8 @@ class ModelRunner:
 
     def _make_cache(self, wanted_len: int, reserved_bytes: int) -> None:
         config, platform = self.config, self.platform
-        bytes_per_block = block_bytes(self.model, self.block_size, self.dtype)
+        caches = self.model.caches().values()
+        bytes_per_block = block_bytes(caches, self.block_size)
         self.num_blocks = plan_blocks(
             config, platform, bytes_per_block, self.block_size, wanted_len, reserved_bytes
         )
@@ -236,7 +237,7 @@ class ModelRunner:
             config.max_model_len, wanted_len, self.num_blocks, self.block_size
         )
         with timeline.span("cache"):
-            allocate_cache(self.model, self.num_blocks, self.block_size, self.dtype, platform)
+            allocate_caches(caches, self.num_blocks, self.block_size, platform)
         self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
 
     def _capture_graphs(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from reprise.cache.memory import cache_tensors
+from reprise.cache.spec import LayerCache
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
 from reprise.runner.buffers import StepBuffers
@@ -88,7 +91,7 @@ class ProbeMaker:
 
     Args:
         buffers: Where the inputs go.
-        layers: Attention layers, whose caches get the random content.
+        caches: Those of the model, which get random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
         num_blocks: Of the cache, the null block included.
@@ -97,14 +100,14 @@ class ProbeMaker:
     def __init__(
         self,
         buffers: StepBuffers,
-        layers: Sequence[Any],
+        caches: Mapping[str, LayerCache],
         *,
         vocab_size: int,
         max_model_len: int,
         num_blocks: int,
     ) -> None:
         self._buffers = buffers
-        self._layers = layers
+        self._caches = caches
         self._max_model_len = max_model_len
         self._num_blocks = num_blocks
         size = buffers.block_size
@@ -371,17 +374,27 @@ class ProbeMaker:
         if len(new) == 0:
             return
         self._has_content[new] = True
-        device = self._layers[0].key_cache.device
+        caches = list(cache_tensors(self._caches).values())
+        device = caches[0].device
         generator = torch.Generator(device=device).manual_seed(0)
         places = torch.from_numpy(new.astype(np.int64)).to(device)
-        banks: dict[Any, torch.Tensor] = {}
-        caches = [each for layer in self._layers for each in (layer.key_cache, layer.value_cache)]
+        banks: dict[Any, Tensor] = {}
         for number, cache in enumerate(caches):
             kind = (cache.shape[1:], cache.dtype)
             if kind not in banks:
-                content = torch.randn((BANK, *cache.shape[1:]), generator=generator, device=device)
-                banks[kind] = content.to(cache.dtype)
+                banks[kind] = _random_rows((BANK, *cache.shape[1:]), cache.dtype, generator)
             cache[places] = banks[kind][(places * 7 + number) % BANK]
+
+
+def _random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers; where rows are not numbers but packed bytes, any bytes."""
+    device = generator.device
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+    bounds = torch.iinfo(dtype)
+    return torch.randint(
+        bounds.min, bounds.max + 1, shape, generator=generator, device=device, dtype=dtype
+    )
 
 
 def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:

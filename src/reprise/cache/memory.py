@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
+from reprise.cache.spec import LayerCache
 from reprise.config import EngineConfig
 from reprise.errors import CapacityError, PlatformError, RepriseError, describe
-from reprise.layers import CausalLM
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
 
 
-def block_bytes(model: CausalLM, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    per_token = sum(2 * each.num_kv_heads * each.head_size for each in model.attention_layers())
-    return per_token * block_size * dtype.itemsize
+def block_bytes(caches: Iterable[LayerCache], block_size: int) -> int:
+    """Bytes of one block over all caches."""
+    return sum(each.block_bytes(block_size) for each in caches)
+
+
+def request_bytes(caches: Iterable[LayerCache], length: float) -> float:
+    """Bytes of the rows that a request of ``length`` tokens needs to go on."""
+    return sum(each.token_bytes * each.lifetime.lasting(length) for each in caches)
 
 
 def plan_blocks(
@@ -95,24 +101,46 @@ def fit_model_len(requested: int | None, wanted: int, num_blocks: int, block_siz
     return capacity
 
 
-def allocate_cache(
-    model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, platform: Platform
+def allocate_caches(
+    caches: Iterable[LayerCache], num_blocks: int, block_size: int, platform: Platform
 ) -> None:
-    """Give every attention layer its keys and values, [num_blocks, block_size, Hkv, D] each.
+    """Give every cache its tensors, [num_blocks, block_size // every, *shape] each, of zeros.
 
     Raises:
         CapacityError: The device has not so much memory.
     """
-    layers = list(model.attention_layers())
-    shapes = [(2, num_blocks, block_size, each.num_kv_heads, each.head_size) for each in layers]
-    sizes = [math.prod(shape) for shape in shapes]
+    caches = list(caches)
+    shapes: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    for each in caches:
+        for rows in each.rows.values():
+            shape = (num_blocks, block_size // rows.every, *rows.shape)
+            shapes.setdefault(rows.dtype, []).append(shape)
+    total = num_blocks * block_bytes(caches, block_size)
     try:
-        parts = platform.zeros(sum(sizes), dtype).split(sizes)
+        parts = {dtype: _zeros(each, dtype, platform) for dtype, each in shapes.items()}
     except (MemoryError, RuntimeError) as error:
         raise CapacityError(
-            f"a KV cache of {num_blocks} blocks, {sum(sizes) * dtype.itemsize / 2**30:.2f} GiB, "
+            f"a KV cache of {num_blocks} blocks, {total / 2**30:.2f} GiB, "
             f"does not fit ({describe(error)}); lower num_blocks, "
             "kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
-    for layer, shape, part in zip(layers, shapes, parts, strict=True):
-        layer.bind_cache(*part.view(shape))
+    for each in caches:
+        each.bind(0, {name: next(parts[rows.dtype]) for name, rows in each.rows.items()})
+
+
+def _zeros(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, platform: Platform
+) -> Iterator[Tensor]:
+    """Tensors of these shapes, in one piece of memory: what is done to all takes few launches."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = platform.zeros(sum(sizes), dtype).split(sizes)
+    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def cache_tensors(caches: Mapping[str, LayerCache]) -> dict[str, Tensor]:
+    """The tensors of all caches, by names for people."""
+    return {
+        f"{name} {rows}": tensor
+        for name, cache in caches.items()
+        for rows, tensor in cache.tensors.items()
+    }
