@@ -154,17 +154,6 @@ class Bench:
             2 * hidden,
         )
         yield case(
-            "fused_add_rms_norm",
-            lambda: {
-                "x": self.randn(tokens, hidden),
-                "residual": self.randn(tokens, hidden),
-                "weight": self.randn(hidden),
-                "eps": EPS,
-            },
-            4 * hidden,
-            outputs=("x", "residual"),
-        )
-        yield case(
             "silu_and_mul",
             lambda: {"x": self.randn(tokens, 2 * model.intermediate)},
             3 * model.intermediate,

@@ -186,14 +186,13 @@ def test_preset_configs_are_models_that_can_be_built():
 
     from reprise import models
     from reprise.bench.presets import CONFIGS
+    from reprise.layers import Build
     from reprise.loading import open_checkpoint
 
     sizes = {}
     for name in model_names():
         config = open_checkpoint(str(CONFIGS / name), config_only=True).config
-        model = models.build(
-            config, max_model_len=64, dtype=torch.bfloat16, device=torch.device("meta")
-        )
+        model = models.build(config, Build(torch.bfloat16, torch.device("meta"), 64))
         sizes[name] = sum(each.numel() for each in model.parameters())
     assert sizes == {
         "llama-3.2-1b": 1_235_814_400,

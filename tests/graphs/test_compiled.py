@@ -51,7 +51,8 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
     assert 3 <= pieces <= 6
     graph = runner._bucket_for(StepShape.decode(4)).graph
     assert [str(each) for each in graph.steps[2].calls] == [
-        "fused_add_rms_norm #0", "silu_and_mul #0", "fused_add_rms_norm #1", "rotary_cache #1",
+        "linear_add #0", "rms_norm #1", "silu_and_mul #0", "linear_add #1", "rms_norm #2",
+        "rotary_cache #1",
     ]  # fmt: skip
     assert isinstance(graph.steps[2], Segment)
     for shape in (StepShape.decode(2), StepShape.decode(3)):

@@ -12,7 +12,7 @@ from reprise.platforms.device_graph import capturing
 from reprise.shape import StepShape
 from reprise.testing import faults
 
-OPS = ("paged_attention", "rotary_cache", "fused_add_rms_norm")
+OPS = ("paged_attention", "rotary_cache", "linear_add")
 EXECUTORS = ("full", "breakable")
 STEPS = (StepShape.decode(3), StepShape.mixed(20, 3))
 
@@ -67,7 +67,7 @@ def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, ex
         ("stale_pointer", "paged_attention", "full"),
         ("stale_pointer", "silu_and_mul", "breakable"),
         ("fresh_allocation", "paged_attention", "breakable"),
-        ("unwritten_output", "fused_add_rms_norm", "full"),
+        ("unwritten_output", "linear_add", "full"),
         ("unwritten_output", "silu_and_mul", "breakable"),
         ("wrong_extent", "paged_attention", "full"),
         ("dtype_drift", "rotary_cache", "full"),

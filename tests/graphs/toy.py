@@ -34,8 +34,9 @@ class Layer(nn.Module):
                             dtype=self.qkv.dtype, device=self.qkv.device)  # fmt: skip
         self.key_cache, self.value_cache = cache[0], cache[1]
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+    def forward(self, residual: Tensor, batch: Batch) -> None:
         table = batch.tables[0]
+        x = ops.rms_norm(residual, self.norm, EPS)
         query = ops.rotary_cache(
             F.linear(x, self.qkv), batch.positions, self.cos_sin, table.slots,
             self.key_cache, self.value_cache, None, None, 0.0,
@@ -45,9 +46,9 @@ class Layer(nn.Module):
             query, self.key_cache, self.value_cache, table.blocks, batch.seq_lens,
             batch.query_start_loc, attended, HEAD_SIZE**-0.5, 0, 0.0, batch.query_len,
         )  # fmt: skip
-        x = F.linear(attended.flatten(1), self.project)
-        ops.fused_add_rms_norm(x, residual, self.norm, EPS)
-        return F.linear(ops.silu_and_mul(F.linear(x, self.up)), self.down)
+        ops.linear_add(attended.flatten(1), self.project, None, residual)
+        x = ops.rms_norm(residual, self.norm, EPS)
+        ops.linear_add(ops.silu_and_mul(F.linear(x, self.up)), self.down, None, residual)
 
 
 class Model(nn.Module):
@@ -67,11 +68,9 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         residual = F.embedding(batch.token_ids, self.embedding)
-        x = ops.rms_norm(residual, self.norm, EPS)
         for layer in self.layers:
-            x = layer(x, residual, batch)
-            ops.fused_add_rms_norm(x, residual, self.norm, EPS)
-        return x
+            layer(residual, batch)
+        return ops.rms_norm(residual, self.norm, EPS)
 
 
 FACTS = Facts(step={"phase": ("any",)}, row={"context": ("short", "long")})

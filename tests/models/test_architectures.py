@@ -10,6 +10,7 @@ from helpers import TinyModels, generate, greedy, make_llm, random_ids, recorded
 from transformers import AutoConfig
 
 from reprise.errors import ModelError
+from reprise.layers import Build
 from reprise.models import build
 
 STEPS = 64
@@ -169,5 +170,5 @@ def test_fields_that_an_architecture_cannot_read_are_refused(
     # Past the checks of newer transformers: older ones have none.
     vars(config).update(changes)
     with pytest.raises(ModelError) as caught:
-        build(config, max_model_len=64, dtype=torch.float32, device=torch.device(device))
+        build(config, Build(torch.float32, torch.device(device), 64))
     assert named in str(caught.value)

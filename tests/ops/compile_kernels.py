@@ -82,7 +82,6 @@ def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
     for rows in (1, 64):
         x, gain = empty(rows, HIDDEN), empty(HIDDEN)
         yield "rms_norm", lambda f, x=x, gain=gain: f(x, gain, 1e-6)
-        yield "fused_add_rms_norm", lambda f, x=x, gain=gain: f(x, x.clone(), gain, 1e-6)
         yield "silu_and_mul", lambda f, x=x: f(x)
         yield "linear", lambda f, x=x: f(x, empty(VOCAB // 128, HIDDEN), None)
         yield "norm_linear", lambda f, x=x, g=gain: f(x, g, 1e-6, empty(4096, HIDDEN), empty(4096))

@@ -39,7 +39,6 @@ def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     cache = (4, 8, 2, 16)
     return {
         "rms_norm": (randn(3, 9, 16)[:, 2:5], randn(16), 1e-6),
-        "fused_add_rms_norm": (randn(3, 16), randn(3, 16), randn(16), 1e-6),
         "apply_penalties": (
             randn(3, 16), ints(2, 0), ints(*range(32), dtype=torch.int32).view(2, 16), ints(1, 0),
             randn(2).exp(), randn(2), randn(2),

@@ -248,7 +248,7 @@ def test_ops_of_a_transformer():
     def step():
         x = F.embedding(tokens, embedding)
         residual = torch.zeros_like(x)
-        ops.fused_add_rms_norm(x, residual, gain, 1e-6)
+        ops.linear_add(x, weight[:16], None, residual)
         x = ops.silu_and_mul(F.linear(x, weight, bias))
         x = ops.rms_norm(x.view(2, 2, 16).transpose(0, 1).reshape(4, 16), gain, 1e-6)
         x = torch.cat(x.chunk(2, dim=-1), dim=-1).float().contiguous()

@@ -1,6 +1,7 @@
 """Building blocks that models share. They call ops; they know no device and no request."""
 
 from reprise.layers.attention import SelfAttention
+from reprise.layers.build import Build
 from reprise.layers.decoder import CausalLM, Decoder, DecoderLayer
 from reprise.layers.embedding import Embedding
 from reprise.layers.linear import Linear, MergedLinear
@@ -16,6 +17,7 @@ from reprise.layers.rotary import (
 )
 
 __all__ = [
+    "Build",
     "CausalLM",
     "Decoder",
     "DecoderLayer",

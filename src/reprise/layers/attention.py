@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import KEPT, Batch, LayerCache, Rows
+from reprise.layers.build import Build
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.norm import RMSNorm
 
@@ -13,6 +14,7 @@ class SelfAttention(nn.Module):
     """Grouped-query self-attention over the paged cache.
 
     Args:
+        build: How to make it.
         hidden_size: Width of the residual stream.
         num_heads: Query heads (Hq).
         num_kv_heads: Key and value heads (Hkv).
@@ -28,6 +30,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
+        build: Build,
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
@@ -40,8 +43,6 @@ class SelfAttention(nn.Module):
         sliding_window: int = 0,
         scale: float | None = None,
         soft_cap: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -50,10 +51,11 @@ class SelfAttention(nn.Module):
         self.scale = head_size**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
-        rows = Rows((num_kv_heads, head_size), dtype)
+        rows = Rows((num_kv_heads, head_size), build.dtype)
         self.cache = LayerCache(KEPT, key=rows, value=rows)
         self.cos_sin = cos_sin
         self.qkv_proj = MergedLinear(
+            build,
             hidden_size,
             {
                 "q_proj": num_heads * head_size,
@@ -61,17 +63,13 @@ class SelfAttention(nn.Module):
                 "v_proj": num_kv_heads * head_size,
             },
             bias=qkv_bias,
-            dtype=dtype,
-            device=device,
         )
-        self.o_proj = Linear(
-            num_heads * head_size, hidden_size, bias=output_bias, dtype=dtype, device=device
-        )
+        self.o_proj = Linear(build, num_heads * head_size, hidden_size, bias=output_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(head_size, qk_norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
+            self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
 
     def forward(self, residual: Tensor, norm: RMSNorm, batch: Batch) -> None:
         """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from reprise import ops
 from reprise.cache import Batch, LayerCache
 from reprise.cache.spec import caches_of
 from reprise.layers.attention import SelfAttention
+from reprise.layers.build import Build
 from reprise.layers.embedding import Embedding
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
@@ -60,15 +63,15 @@ class CausalLM(nn.Module):
 
     def __init__(
         self,
+        build: Build,
         decoder: Decoder,
         vocab_size: int,
         hidden_size: int,
         *,
         tie_word_embeddings: bool,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
+        self._build = build
         self.model = decoder
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -76,7 +79,7 @@ class CausalLM(nn.Module):
         if tie_word_embeddings:
             self.lm_head = decoder.embed_tokens
         else:
-            self.lm_head = Linear(hidden_size, vocab_size, dtype=dtype, device=device)
+            self.lm_head = Linear(build, hidden_size, vocab_size)
 
     @property
     def tied(self) -> bool:
@@ -84,8 +87,8 @@ class CausalLM(nn.Module):
 
     def untie(self, weight: Tensor) -> None:
         """Give the head a weight of its own, [vocab_size, hidden_size]."""
-        nowhere = torch.device("meta")
-        head = Linear(self.hidden_size, self.vocab_size, dtype=weight.dtype, device=nowhere)
+        nowhere = dataclasses.replace(self._build, device=torch.device("meta"))
+        head = Linear(nowhere, self.hidden_size, self.vocab_size)
         head.weight = nn.Parameter(weight, requires_grad=False)
         self.lm_head = head
 

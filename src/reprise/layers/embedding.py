@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reprise.layers.build import Build
+
 
 class Embedding(nn.Module):
     """Token id to vector: [T] int64 to [T, hidden_size]."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, build: Build, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(
-            torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), requires_grad=False
+            torch.empty(vocab_size, hidden_size, dtype=build.dtype, device=build.device),
+            requires_grad=False,
         )
 
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reprise import ops
+from reprise.layers.build import Build
 from reprise.layers.norm import RMSNorm
 
 
@@ -13,23 +15,15 @@ class Linear(nn.Module):
     """``x @ weight.T + bias``: [T, in_features] to [T, out_features]."""
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, build: Build, in_features: int, out_features: int, *, bias: bool = False
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=dtype, device=device), requires_grad=False
-        )
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
-            if bias
-            else None
-        )
+        options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
+        weight = torch.empty(out_features, in_features, **options)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, **options), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -52,15 +46,9 @@ class MergedLinear(Linear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        parts: dict[str, int],
-        *,
-        bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, build: Build, in_features: int, parts: dict[str, int], *, bias: bool = False
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype, device=device)
+        super().__init__(build, in_features, sum(parts.values()), bias=bias)
         self.parts = parts
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:

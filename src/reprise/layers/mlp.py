@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from reprise import ops
+from reprise.layers.build import Build
 from reprise.layers.linear import Linear, MergedLinear
 from reprise.layers.norm import RMSNorm
 
@@ -12,20 +12,12 @@ class GatedMLP(nn.Module):
     """SwiGLU feed-forward: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, build: Build, hidden_size: int, intermediate_size: int, *, bias: bool = False
     ) -> None:
         super().__init__()
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias, dtype=dtype, device=device)
-        self.down_proj = Linear(
-            intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device
-        )
+        self.gate_up_proj = MergedLinear(build, hidden_size, parts, bias=bias)
+        self.down_proj = Linear(build, intermediate_size, hidden_size, bias=bias)
 
     def forward(self, residual: Tensor, norm: RMSNorm) -> None:
         """Add the feed-forward of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""

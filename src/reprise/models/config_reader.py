@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from reprise.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+Config: TypeAlias = "PretrainedConfig"
+"""As transformers reads it from a checkpoint's ``config.json``."""
 
 LARGEST_SIZE = 2**31 - 1
 """Kernels count in 32 bits."""
@@ -27,7 +30,7 @@ _SIZES = (
 )
 
 
-def whole_number(config: PretrainedConfig, name: str) -> int:
+def whole_number(config: Config, name: str) -> int:
     """A field that must be a whole number of at least 1.
 
     Raises:
@@ -51,7 +54,7 @@ def require_layer_count(layers: int) -> None:
         raise ModelError(f"config field num_hidden_layers={layers} must be at most {MOST_LAYERS}")
 
 
-def layer_count(config: PretrainedConfig) -> int:
+def layer_count(config: Config) -> int:
     """``num_hidden_layers``.
 
     Raises:
@@ -62,7 +65,7 @@ def layer_count(config: PretrainedConfig) -> int:
     return layers
 
 
-def head_size(config: PretrainedConfig) -> int:
+def head_size(config: Config) -> int:
     """Channels of a head: ``head_dim``, or an equal share of ``hidden_size``.
 
     Raises:
@@ -83,7 +86,7 @@ def head_size(config: PretrainedConfig) -> int:
     return size
 
 
-def require_sizes(config: PretrainedConfig) -> None:
+def require_sizes(config: Config) -> None:
     """Refuse a config from whose sizes no decoder can be built.
 
     Raises:
@@ -101,7 +104,7 @@ def require_sizes(config: PretrainedConfig) -> None:
     head_size(config)
 
 
-def flag(config: PretrainedConfig, name: str) -> bool:
+def flag(config: Config, name: str) -> bool:
     """A field that says yes or no.
 
     Raises:
@@ -113,7 +116,7 @@ def flag(config: PretrainedConfig, name: str) -> bool:
     return value
 
 
-def norm_eps(config: PretrainedConfig) -> float:
+def norm_eps(config: Config) -> float:
     """``rms_norm_eps``.
 
     Raises:
@@ -127,7 +130,7 @@ def norm_eps(config: PretrainedConfig) -> float:
     return float(value)
 
 
-def window_size(config: PretrainedConfig) -> int:
+def window_size(config: Config) -> int:
     """``sliding_window`` of an architecture, or of the layers, that have one.
 
     Raises:
@@ -136,7 +139,7 @@ def window_size(config: PretrainedConfig) -> int:
     return whole_number(config, "sliding_window")
 
 
-def sliding_windows(config: PretrainedConfig) -> list[int]:
+def sliding_windows(config: Config) -> list[int]:
     """The window of each layer, 0 for none, by ``layer_types``.
 
     Raises:
@@ -156,7 +159,7 @@ def sliding_windows(config: PretrainedConfig) -> list[int]:
     return [window_size(config) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
+def rope_parameters(config: Config) -> Mapping[str, Any]:
     """Of an architecture that rotates all channels of a head, alike in all layers.
 
     Raises:
@@ -180,7 +183,7 @@ def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
     return parameters
 
 
-def require(config: PretrainedConfig, **expected: Any) -> None:
+def require(config: Config, **expected: Any) -> None:
     """Refuse a config whose fields differ from what the architecture file computes.
 
     Raises:

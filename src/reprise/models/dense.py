@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 
 from reprise.layers import (
+    Build,
     CausalLM,
     Decoder,
     DecoderLayer,
@@ -19,6 +17,7 @@ from reprise.layers import (
     rotary_table,
 )
 from reprise.models.config_reader import (
+    Config,
     flag,
     head_size,
     norm_eps,
@@ -27,16 +26,11 @@ from reprise.models.config_reader import (
     rope_parameters,
 )
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 def build_dense(
-    config: PretrainedConfig,
+    config: Config,
+    build: Build,
     *,
-    max_model_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
     qkv_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
@@ -48,9 +42,7 @@ def build_dense(
 
     Args:
         config: Gives sizes, RoPE, epsilon and tying.
-        max_model_len: Positions to tabulate.
-        dtype: Of the parameters.
-        device: Of the parameters.
+        build: How to make the layers.
         qkv_bias: The projections to Q, K and V have a bias.
         output_bias: The attention's output projection has one.
         mlp_bias: The feed-forward's projections have one.
@@ -72,16 +64,21 @@ def build_dense(
         rope_parameters(config),
         head_size=head_size(config),
         max_position_embeddings=config.max_position_embeddings,
-        length=max_model_len,
-        device=device,
+        length=build.max_model_len,
+        device=build.device,
     )
-    still = None if rotates is None or all(rotates) else identity_table(max_model_len, device)
+    still = (
+        None
+        if rotates is None or all(rotates)
+        else identity_table(build.max_model_len, build.device)
+    )
 
     def norm() -> RMSNorm:
-        return RMSNorm(config.hidden_size, eps, dtype=dtype, device=device)
+        return RMSNorm(build, config.hidden_size, eps)
 
     def layer(index: int) -> DecoderLayer:
         attention = SelfAttention(
+            build,
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -91,21 +88,16 @@ def build_dense(
             output_bias=output_bias,
             qk_norm_eps=eps if qk_norm else None,
             sliding_window=0 if windows is None else windows[index],
-            dtype=dtype,
-            device=device,
         )
-        mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, bias=mlp_bias, dtype=dtype, device=device
-        )
+        mlp = GatedMLP(build, config.hidden_size, config.intermediate_size, bias=mlp_bias)
         return DecoderLayer(attention, mlp, norm(), norm())
 
-    embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    embedding = Embedding(build, config.vocab_size, config.hidden_size)
     decoder = Decoder(embedding, [layer(index) for index in range(layers)], norm())
     return CausalLM(
+        build,
         decoder,
         config.vocab_size,
         config.hidden_size,
         tie_word_embeddings=flag(config, "tie_word_embeddings"),
-        dtype=dtype,
-        device=device,
     )

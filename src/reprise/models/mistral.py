@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
-from reprise.layers import CausalLM
-from reprise.models.config_reader import layer_count, require, window_size
+from reprise.layers import Build, CausalLM
+from reprise.models.config_reader import Config, layer_count, require, window_size
 from reprise.models.dense import build_dense
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-def build(
-    config: PretrainedConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> CausalLM:
-    """The model that ``config`` describes, with unset weights, for up to ``max_model_len`` tokens.
-
-    Raises:
-        ModelError: The config asks for something that this architecture file does not compute.
-    """
+def build(config: Config, build: Build) -> CausalLM:
+    """See :func:`reprise.models.registry.build`."""
     # Readers of such a config disagree about whether it means anything.
     require(config, layer_types=None)
     size = 0 if config.sliding_window is None else window_size(config)
     return build_dense(
         config,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        device=device,
+        build,
         windows=[size] * layer_count(config),
     )

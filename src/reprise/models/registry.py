@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from reprise.errors import ModelError
-from reprise.layers import CausalLM
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from reprise.layers import Build, CausalLM
+from reprise.models.config_reader import Config
 
 ENTRY_POINT_GROUP = "reprise.models"
 
@@ -46,18 +42,26 @@ def require_known(raw: Mapping[str, Any]) -> None:
         raise _not_supported(raw["architectures"], kind)
 
 
-def build(
-    config: PretrainedConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> CausalLM:
-    """Build the model of the first architecture in ``config.architectures`` that is known.
+def build(config: Config, build: Build) -> CausalLM:
+    """The model that a config describes: of the first of its ``architectures`` that is known.
+
+    An architecture's file has a function of the same signature.
+
+    Args:
+        config: transformers' ``PretrainedConfig``.
+        build: How to make the layers.
+
+    Returns:
+        The model with unset weights, for contexts of up to ``build.max_model_len`` tokens.
 
     Raises:
-        ModelError: None is known; the message lists those that are.
+        ModelError: No architecture is known, or the config asks for something that the file of
+            its architecture does not compute.
     """
     builder = _first_known(config.architectures or ())
     if builder is None:
         raise _not_supported(config.architectures or ())
-    return builder(config, max_model_len=max_model_len, dtype=dtype, device=device)
+    return builder(config, build)
 
 
 def _not_supported(names: Sequence[str], kind: str = "") -> ModelError:

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
 from reprise.errors import ModelError
-from reprise.layers import CausalLM
-from reprise.models.config_reader import flag, layer_count, sliding_windows
+from reprise.layers import Build, CausalLM
+from reprise.models.config_reader import Config, flag, layer_count, sliding_windows
 from reprise.models.dense import build_dense
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-def build(
-    config: PretrainedConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> CausalLM:
-    """The model that ``config`` describes, with unset weights, for up to ``max_model_len`` tokens.
-
-    Raises:
-        ModelError: The config asks for something that this architecture file does not compute.
-    """
-    attention_bias = flag(config, "attention_bias")
+def build(config: Config, build: Build) -> CausalLM:
+    """See :func:`reprise.models.registry.build`."""
+    bias = flag(config, "attention_bias")
     return build_dense(
         config,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        device=device,
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
+        build,
+        qkv_bias=bias,
+        output_bias=bias,
         mlp_bias=flag(config, "mlp_bias"),
         windows=sliding_windows(config),
         rotates=_rotates(config),
     )
 
 
-def _rotates(config: PretrainedConfig) -> list[bool]:
+def _rotates(config: Config) -> list[bool]:
     """``no_rope_layers`` says 1 for a layer that rotates, in spite of its name.
 
     transformers fills it in from ``no_rope_layer_interval``.

@@ -3,7 +3,6 @@
 from reprise.ops.apply_penalties import apply_penalties
 from reprise.ops.argmax import argmax
 from reprise.ops.checksum import checksum
-from reprise.ops.fused_add_rms_norm import fused_add_rms_norm
 from reprise.ops.linear import linear, linear_add, linear_into, norm_gated_linear, norm_linear
 from reprise.ops.paged_attention import paged_attention
 from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
@@ -20,7 +19,6 @@ __all__ = [
     "argmax",
     "checksum",
     "find",
-    "fused_add_rms_norm",
     "linear",
     "linear_add",
     "linear_into",

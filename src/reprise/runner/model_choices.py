@@ -9,7 +9,7 @@ import torch
 
 from reprise import models
 from reprise.errors import CapacityError, ModelError, describe
-from reprise.layers import CausalLM, context_length, default_length, describe_rotary
+from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
 from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def build_model(
     """
     try:
         # Sizes alone, in no memory: an absurd config must not claim the machine's.
-        shape = models.build(config, max_model_len=1, dtype=dtype, device=torch.device("meta"))
+        shape = models.build(config, Build(dtype, torch.device("meta"), max_model_len=1))
         weights = sum(each.nbytes for each in shape.parameters())
         position = _bytes_of_a_position(shape)
     except (RuntimeError, OverflowError, MemoryError) as error:
@@ -106,9 +106,7 @@ def build_model(
     if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:
-        return models.build(
-            config, max_model_len=max_model_len, dtype=dtype, device=platform.device
-        )
+        return models.build(config, Build(dtype, platform.device, max_model_len))
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 

@@ -75,18 +75,6 @@ def _rms_norm(make: Maker) -> list[Arguments]:
     ]
 
 
-def _fused_add_rms_norm(make: Maker) -> list[Arguments]:
-    return [
-        {
-            "x": make.randn(rows, 128),
-            "residual": make.randn(rows, 128),
-            "weight": make.randn(128),
-            "eps": EPS,
-        }
-        for rows in (1, 9)
-    ]
-
-
 def _silu_and_mul(make: Maker) -> list[Arguments]:
     return [{"x": make.randn(rows, 192)} for rows in (1, 9)]
 
@@ -195,7 +183,6 @@ CASES: dict[str, Callable[[Maker], list[Arguments]]] = {
     "linear_add": _linear_add,
     "linear_into": _linear_into,
     "rms_norm": _rms_norm,
-    "fused_add_rms_norm": _fused_add_rms_norm,
     "silu_and_mul": _silu_and_mul,
     "rotary_cache": _rotary_cache,
     "paged_attention": _paged_attention,
