@@ -44,10 +44,9 @@ def broken(runner, op, spoil):
     """``spoil(arguments)`` follows the op, in graphs alone."""
     table = runner.ops
     original = table.functions[op]
-    names = [each.name for each in all_ops()[op].overload._schema.arguments]
 
     def run(*args, **kwargs):
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named = {**dict(zip(all_ops()[op].arguments, args, strict=False)), **kwargs}
         with host_code():
             result = launch(original, **named)
             if capturing():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from reprise import ops
-from reprise.ops import triton_util
-
-HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCAB = 1024, 16, 8, 128, 3072, 151936
+from reprise.ops import all_ops, triton_util
+from reprise.ops.cases import Maker
 
 
 def main(backend: str, architecture: str, shared_memory: int) -> None:
@@ -67,86 +65,28 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
         return compiled
 
     JITFunction.run = run
-    for name, call in calls():
-        implementation = getattr(ops, name).implementations["triton"].function
-        try:
-            call(implementation)
-        except Exception as error:
-            found.append((name, {"error": f"{type(error).__name__}: {error}"[:2000]}))
-        yield from found
-        found.clear()
+    make = EmptyMaker(torch.device("cpu"), torch.bfloat16)
+    for op in all_ops().values():
+        if "triton" not in op.implementations:
+            continue
+        for workload in filter(lambda each: each.compiled, op.cases.workloads(make)):
+            try:
+                op.implementations["triton"].function(**workload.arguments())
+            except Exception as error:
+                reason = f"{workload.shape}: {type(error).__name__}: {error}"
+                found.append((op.name, {"error": reason[:2000]}))
+            yield from found
+            found.clear()
 
 
-def calls() -> Iterator[tuple[str, Callable[[Callable[..., Any]], Any]]]:
-    """Calls of every op with a Triton implementation that between them need all kernels."""
-    for rows in (1, 64):
-        x, gain = empty(rows, HIDDEN), empty(HIDDEN)
-        yield "rms_norm", lambda f, x=x, gain=gain: f(x, gain, 1e-6)
-        yield "silu_and_mul", lambda f, x=x: f(x)
-        yield "linear", lambda f, x=x: f(x, empty(VOCAB // 128, HIDDEN), None)
-        yield "norm_linear", lambda f, x=x, g=gain: f(x, g, 1e-6, empty(4096, HIDDEN), empty(4096))
-        yield (
-            "norm_gated_linear",
-            lambda f, x=x, gain=gain: f(x, gain, 1e-6, empty(2 * INNER, HIDDEN), None),
-        )
-        wide, out = empty(rows, INNER), empty(rows, HIDDEN)
-        yield "linear_add", lambda f, x=wide, out=out: f(x, empty(HIDDEN, INNER), None, out)
-        yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows, HEAD_SIZE)
-        yield "rotary_cache", lambda f, rows=rows: rotary_cache(f, rows, 2)  # without positions
-        yield "argmax", lambda f, rows=rows: f(empty(rows, VOCAB))
-    yield "sample", sample
-    yield "apply_penalties", penalties
-    for units in (None, torch.zeros(20, dtype=torch.int64)):
-        words = torch.empty(2, 40, 8192, dtype=torch.int32)
-        yield "checksum", lambda f, words=words, units=units: f(words, units)
-    yield "checksum", lambda f: f(torch.empty(1, 1, 1 << 20, dtype=torch.int32), None)
-    for head_size in (128, 256):
-        for requests, heads, new in ((4, HEADS, 1), (64, HEADS, 1), (4, 64, 2)):
-            yield (
-                "paged_attention",
-                lambda f, shape=(requests, heads, head_size, new): attention(f, *shape, True),
-            )
-        yield (
-            "paged_attention",
-            lambda f, size=head_size: attention(f, 2, HEADS, size, 100, False),
-        )
+class EmptyMaker(Maker):
+    """Makes inputs whose content nobody reads."""
 
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)
 
-def rotary_cache(function: Callable[..., Any], rows: int, rotated: int) -> None:
-    cache = empty(2, 4, 16, KV_HEADS, HEAD_SIZE)
-    numbers = torch.zeros(rows, dtype=torch.int64)
-    function(
-        empty(rows, (HEADS + 2 * KV_HEADS) * HEAD_SIZE), numbers,
-        torch.empty(4096, rotated), numbers, cache[0], cache[1], empty(HEAD_SIZE),
-        empty(HEAD_SIZE), 1e-6,
-    )  # fmt: skip
-
-
-def attention(
-    function: Callable[..., Any], requests: int, heads: int, head_size: int, new: int, equal: bool
-) -> None:
-    cache = empty(2, 4, 16, KV_HEADS, head_size)
-    query = empty(requests * new, heads, head_size)
-    function(
-        query, cache[0], cache[1], torch.zeros(requests, 8, dtype=torch.int32),
-        torch.zeros(requests, dtype=torch.int32), torch.zeros(requests + 1, dtype=torch.int32),
-        torch.empty_like(query), 1.0, 0, 0.0, new if equal else 0,
-    )  # fmt: skip
-
-
-def sample(function: Callable[..., Any]) -> None:
-    number, seed = torch.ones(1), torch.ones(1, dtype=torch.int64)
-    function(torch.empty(1, VOCAB), number, number.int(), number, number, seed, seed)
-
-
-def penalties(function: Callable[..., Any]) -> None:
-    row, number = torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    seen = torch.zeros(1, VOCAB, dtype=torch.int32)
-    function(torch.empty(1, VOCAB), row, seen, row, number, number, number)
-
-
-def empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
+    def randint(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import pkgutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +14,10 @@ from reprise import ops
 from reprise.errors import OpError
 from reprise.graphs.plan import support_of
 from reprise.ops import OpTable, all_ops, find, registry, rms_norm
+from reprise.ops.cases import Cases, Maker
 from reprise.platforms.cpu import CpuPlatform
+
+CPU = torch.device("cpu")
 
 
 class WantsTriton(CpuPlatform):
@@ -26,48 +30,15 @@ class NoTriton(WantsTriton):
     has_triton = False
 
 
-def tensors(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
-    """Arguments of every op."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    cache = (4, 8, 2, 16)
-    return {
-        "rms_norm": (randn(3, 9, 16)[:, 2:5], randn(16), 1e-6),
-        "apply_penalties": (
-            randn(3, 16), ints(2, 0), ints(*range(32), dtype=torch.int32).view(2, 16), ints(1, 0),
-            randn(2).exp(), randn(2), randn(2),
-        ),
-        "argmax": (randn(3, 16),),
-        "linear": (randn(3, 16), randn(5, 16), randn(5)),
-        "norm_linear": (randn(3, 16), randn(16), 1e-6, randn(5, 16), randn(5)),
-        "norm_gated_linear": (randn(3, 16), randn(16), 1e-6, randn(10, 16), None),
-        "linear_into": (randn(3, 16), randn(5, 16), randn(3, 5)),
-        "linear_add": (randn(3, 16), randn(5, 16), randn(5), randn(3, 5)),
-        "silu_and_mul": (randn(3, 32),),
-        "rotary_cache": (
-            randn(3, 8 * 16), ints(0, 1, 2), randn(5, 16), ints(8, 9, 10), randn(*cache),
-            randn(*cache), randn(16), None, 1e-6,
-        ),
-        "paged_attention": (
-            randn(2, 4, 16), randn(*cache), randn(*cache), ints(1, 2, dtype=torch.int32).view(2, 1),
-            ints(5, 8, dtype=torch.int32), ints(0, 1, 2, dtype=torch.int32),
-            torch.zeros(2, 4, 16, device=device), 0.25, 0, 0.0, 1,
-        ),
-        "checksum": (ints(3, -1, 7, 0, 5, 9, dtype=torch.int32).view(1, 3, 2), ints(2, 0)),
-        "sample": (
-            randn(2, 11), randn(2).abs(), ints(0, 3, dtype=torch.int32), randn(2).sigmoid(),
-            torch.zeros(2, device=device), ints(1, 2), ints(0, 0),
-        ),
-    }  # fmt: skip
+ONE = Cases(lambda make: [{"x": make.randn(3)}])
+BUILT_IN = sorted(all_ops())
 
 
-BUILT_IN = sorted(tensors())
+def inputs(name: str, device: torch.device = CPU) -> Sequence[tuple[Any, ...]]:
+    """Arguments of an op, in order."""
+    op = all_ops()[name]
+    cases = op.cases.small(Maker(device, torch.float32))
+    return [tuple(each[argument] for argument in op.arguments) for each in cases]
 
 
 @pytest.fixture
@@ -79,27 +50,41 @@ def undeclared() -> Iterator[None]:
     registry._ops.update(before)
 
 
-def test_these_tests_cover_every_built_in_op() -> None:
-    declared = {name for name in ops.__all__ if isinstance(getattr(ops, name), ops.Op)}
-    assert declared == set(BUILT_IN)
+def test_every_op_has_inputs_and_workloads_for_its_kernels() -> None:
+    for name, op in all_ops().items():
+        assert inputs(name), name
+        if "triton" in op.implementations:
+            assert any(each.compiled for each in op.cases.workloads(Maker(CPU, torch.bfloat16)))
+
+
+def test_every_folder_is_declared_and_what_is_listed_is_all() -> None:
+    folders = {each.name for each in pkgutil.iter_modules(ops.__path__) if each.ispkg}
+    declared = {_folder(each) for each in all_ops().values()}
+    assert declared == folders
+    assert {name for name, each in vars(ops).items() if isinstance(each, ops.Op)} == set(BUILT_IN)
+
+
+def _folder(op: ops.Op) -> str:
+    return op.implementations["reference"].function.__module__.split(".")[2]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_opcheck(name) -> None:
     """Schema (what is mutated, what may alias) and fake implementation, by torch's own checks."""
-    torch.library.opcheck(all_ops()[name].overload, tensors()[name])
+    for each in inputs(name):
+        torch.library.opcheck(all_ops()[name].overload, each)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_fake_results_look_like_real_ones(name) -> None:
     op = all_ops()[name]
-    real = op(*tensors()[name])
-    with FakeTensorMode() as mode:
-        inputs = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in tensors()[name]]
-        fake = op(*inputs)
-    if real is None:
-        assert fake is None
-    else:
+    for arguments in inputs(name):
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+        if real is None:
+            assert fake is None
+            continue
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
         assert isinstance(fake, torch._subclasses.FakeTensor)
 
@@ -108,19 +93,18 @@ def test_fake_results_look_like_real_ones(name) -> None:
 def test_only_what_is_declared_is_written(name, platform) -> None:
     """By every implementation that runs here."""
     op = all_ops()[name]
-    names = [argument.name for argument in op.overload._schema.arguments]
     for each in op.implementations.values():
         if each.requires(platform) is not None:
             continue
-        arguments = tensors(str(platform.device))[name]
-        before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-        each.function(*arguments)
-        changed = {
-            argument
-            for argument, old, new in zip(names, before, arguments, strict=True)
-            if isinstance(new, Tensor) and not torch.equal(old, new)
-        }
-        assert changed == set(op.mutates), each.name
+        for arguments in inputs(name, platform.device):
+            before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+            each.function(*arguments)
+            changed = {
+                argument
+                for argument, old, new in zip(op.arguments, before, arguments, strict=True)
+                if isinstance(new, Tensor) and not torch.equal(old, new)
+            }
+            assert changed == set(op.mutates), each.name
 
 
 # ---- choice ----------------------------------------------------------------------------------
@@ -169,7 +153,7 @@ def test_an_override_wins() -> None:
 
 
 def test_implementations_are_imported_when_they_are_considered(undeclared) -> None:
-    declared = registry.op("late", does_nothing)
+    declared = registry.op("late", does_nothing, cases=ONE)
     declared.implementation("absent", "reprise.no_such_module:function", requires=lambda _: "no")
     declared.implementation("unloved", "reprise.no_such_module:function")
     assert OpTable(CpuPlatform()).chosen["late"].name == "reference"
@@ -197,7 +181,7 @@ def test_an_implementation_that_does_not_import_is_skipped(
     class Prefers(CpuPlatform):
         preferred: ClassVar = {"*": ("vendor", "second", "reference")}
 
-    declared = registry.op(f"stranded_{name}", plus_one, fake=torch.empty_like)
+    declared = registry.op(f"stranded_{name}", plus_one, cases=ONE, fake=torch.empty_like)
     declared.implementation("vendor", f"vendor_{name}:function")
     declared.implementation("second", lambda x: x + 2)
     for _ in range(2):
@@ -217,7 +201,7 @@ def test_an_implementation_whose_requirement_raises_is_skipped(undeclared) -> No
     def requires(platform: Any) -> str | None:
         raise OSError("libvendor.so: no such file")
 
-    declared = registry.op("demanding", plus_one, fake=torch.empty_like)
+    declared = registry.op("demanding", plus_one, cases=ONE, fake=torch.empty_like)
     declared.implementation("triton", lambda x: x, requires=requires)
     assert OpTable(WantsTriton(), {}).chosen["demanding"].name == "reference"
     reason = declared.implementations["triton"].unusable(CpuPlatform())
@@ -241,7 +225,7 @@ def writes(x: Tensor, out: Tensor) -> None:
 
 def test_an_op_is_declared_once() -> None:
     with pytest.raises(OpError, match="'rms_norm' is already declared"):
-        registry.op("rms_norm", does_nothing)
+        registry.op("rms_norm", does_nothing, cases=ONE)
 
 
 def test_an_implementation_is_added_once() -> None:
@@ -251,20 +235,36 @@ def test_an_implementation_is_added_once() -> None:
 
 def test_a_break_op_returns_nothing() -> None:
     with pytest.raises(OpError, match="break op 'returning' must write into its arguments"):
-        registry.op("returning", returns_a_tensor, break_op=True, fake=torch.empty_like)
+        registry.op("returning", returns_a_tensor, cases=ONE, break_op=True, fake=torch.empty_like)
     assert "returning" not in all_ops()
 
 
 def test_an_op_that_returns_needs_a_fake() -> None:
     with pytest.raises(OpError, match="'faceless' returns a value and declares no fake"):
-        registry.op("faceless", returns_a_tensor)
+        registry.op("faceless", returns_a_tensor, cases=ONE)
+
+
+def test_an_op_needs_cases() -> None:
+    with pytest.raises(TypeError, match="'cases'"):
+        registry.op("untried", does_nothing)
+    assert "untried" not in all_ops()
+
+
+def test_an_extent_is_an_argument() -> None:
+    with pytest.raises(OpError, match="extent='lengths' is no argument"):
+        registry.op("unbounded", does_nothing, cases=ONE, extent="lengths")
 
 
 def test_graph_support_of_references(undeclared) -> None:
-    plain = registry.op("plain_support", does_nothing)
-    broken = registry.op("break_support", writes, mutates=("out",), break_op=True)
+    plain = registry.op("plain_support", does_nothing, cases=ONE)
+    broken = registry.op("break_support", writes, cases=ONE, mutates=("out",), break_op=True)
     chosen = registry.op(
-        "chosen_support", writes, mutates=("out",), break_op=True, graph_support="uniform_batch"
+        "chosen_support",
+        writes,
+        cases=ONE,
+        mutates=("out",),
+        break_op=True,
+        graph_support="uniform_batch",
     )
     references = [each.implementations["reference"] for each in (plain, broken, chosen)]
     support = [each.graph_support_on(CpuPlatform()) for each in references]
@@ -275,7 +275,7 @@ def test_graph_support_may_depend_on_the_platform(undeclared) -> None:
     def support(platform: Any) -> Any:
         return {"cpu": "always", "wants_triton": "single_token_decode"}.get(platform.name, "some")
 
-    declared = registry.op("depends", writes, mutates=("out",), break_op=True)
+    declared = registry.op("depends", writes, cases=ONE, mutates=("out",), break_op=True)
     declared.implementation("vendor", writes, graph_support=support)
     for platform, level in ((CpuPlatform(), "always"), (WantsTriton(), "single_token_decode")):
         table = OpTable(platform, {"depends": "vendor"})
@@ -289,7 +289,7 @@ def test_graph_support_may_depend_on_the_platform(undeclared) -> None:
 
 
 def test_a_declared_op_runs_and_is_known_to_the_dispatcher(undeclared) -> None:
-    declared = registry.op("plus_one", writes, mutates=("out",), break_op=True)
+    declared = registry.op("plus_one", writes, cases=ONE, mutates=("out",), break_op=True)
     out = torch.zeros(3)
     assert torch.ops.reprise.plus_one(torch.ones(3), out) is None
     assert out.tolist() == [2.0, 2.0, 2.0]
@@ -316,7 +316,7 @@ def plus_one(x: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def which_way() -> Iterator[registry.Op]:
     """An op whose implementations can be told apart."""
-    declared = registry.op("which_way", plus_one, fake=torch.empty_like)
+    declared = registry.op("which_way", plus_one, cases=ONE, fake=torch.empty_like)
     declared.implementation("other", lambda x: x + 2)
     yield declared
     del registry._ops["which_way"]
@@ -348,7 +348,7 @@ def test_a_table_is_active_in_its_own_thread(which_way) -> None:
 
 def test_an_op_declared_after_the_table_is_chosen_then(undeclared) -> None:
     table = OpTable(CpuPlatform())
-    declared = registry.op("latecomer", plus_one, fake=torch.empty_like)
+    declared = registry.op("latecomer", plus_one, cases=ONE, fake=torch.empty_like)
     with table.activate():
         assert declared(torch.zeros(())).item() == 1
     assert table.chosen["latecomer"].name == "reference"
@@ -356,6 +356,6 @@ def test_an_op_declared_after_the_table_is_chosen_then(undeclared) -> None:
 
 def test_without_a_table_the_owner_of_the_tensor_chooses(monkeypatch, platform) -> None:
     monkeypatch.setattr(registry, "_defaults", {})
-    rms_norm(*tensors(str(platform.device))["rms_norm"])
+    rms_norm(*inputs("rms_norm", platform.device)[0])
     (table,) = registry._defaults.values()
     assert table.platform.device_type == platform.device_type

@@ -260,8 +260,7 @@ def tensor_arguments(
     op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensor arguments of a call by name: all of them, and those that the op writes."""
-    names = [each.name for each in op.overload._schema.arguments]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     return tensors, {name: tensors[name] for name in op.mutates if name in tensors}
 

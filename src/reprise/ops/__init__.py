@@ -1,35 +1,33 @@
-"""The ops that models are made of, one folder each: reference, Triton, and vendor versions."""
+"""The ops that models are made of, one folder each: reference, cases, Triton, vendors' versions.
 
-from reprise.ops.apply_penalties import apply_penalties
-from reprise.ops.argmax import argmax
-from reprise.ops.checksum import checksum
-from reprise.ops.linear import linear, linear_add, linear_into, norm_gated_linear, norm_linear
-from reprise.ops.paged_attention import paged_attention
-from reprise.ops.registry import Op, OpTable, all_ops, find, needs_triton, op, runs_anywhere
-from reprise.ops.rms_norm import rms_norm
-from reprise.ops.rotary_cache import rotary_cache
-from reprise.ops.sample import sample
-from reprise.ops.silu_and_mul import silu_and_mul
+Every folder in here is declared when this package is imported; what is listed can be called as
+``ops.NAME``.
+"""
 
-__all__ = [
-    "Op",
-    "OpTable",
-    "all_ops",
-    "apply_penalties",
-    "argmax",
-    "checksum",
-    "find",
-    "linear",
-    "linear_add",
-    "linear_into",
-    "needs_triton",
-    "norm_gated_linear",
-    "norm_linear",
-    "op",
-    "paged_attention",
-    "rms_norm",
-    "rotary_cache",
-    "runs_anywhere",
-    "sample",
-    "silu_and_mul",
-]
+import importlib
+import pkgutil
+
+from reprise.ops.apply_penalties import apply_penalties as apply_penalties
+from reprise.ops.argmax import argmax as argmax
+from reprise.ops.checksum import checksum as checksum
+from reprise.ops.linear import linear as linear
+from reprise.ops.linear import linear_add as linear_add
+from reprise.ops.linear import linear_into as linear_into
+from reprise.ops.linear import norm_gated_linear as norm_gated_linear
+from reprise.ops.linear import norm_linear as norm_linear
+from reprise.ops.paged_attention import paged_attention as paged_attention
+from reprise.ops.registry import Op as Op
+from reprise.ops.registry import OpTable as OpTable
+from reprise.ops.registry import all_ops as all_ops
+from reprise.ops.registry import find as find
+from reprise.ops.registry import needs_triton as needs_triton
+from reprise.ops.registry import op as op
+from reprise.ops.registry import runs_anywhere as runs_anywhere
+from reprise.ops.rms_norm import rms_norm as rms_norm
+from reprise.ops.rotary_cache import rotary_cache as rotary_cache
+from reprise.ops.sample import sample as sample
+from reprise.ops.silu_and_mul import silu_and_mul as silu_and_mul
+
+for _folder in pkgutil.iter_modules(__path__):
+    if _folder.ispkg:
+        importlib.import_module(f"{__name__}.{_folder.name}")

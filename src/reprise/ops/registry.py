@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import inspect
 import logging
@@ -20,6 +21,7 @@ import torch
 
 from reprise import platforms
 from reprise.errors import OpError, describe
+from reprise.ops.cases import Cases
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -139,12 +141,21 @@ class Op:
     """Names of the arguments that the op writes."""
     break_op: bool
     """The op must run outside the graph in piecewise executors."""
+    cases: Cases
+    """Inputs that its implementations are compared, timed and compiled on."""
+    extent: str | None = None
+    """The argument that says how far the op reaches into each request, if one does."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     kernel: Any = None
     """What the overload comes down to: the implementation of the active table."""
     fake: Callable[..., Any] = _nothing
     """Returns what the op would, with memory of any content."""
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """Their names, in order."""
+        return tuple(each.name for each in self.overload._schema.arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The dispatcher is for those who look on: compilers and recorders. Without them the way
@@ -208,8 +219,10 @@ def op(
     name: str,
     reference: Callable[..., Any],
     *,
+    cases: Cases,
     mutates: tuple[str, ...] = (),
     break_op: bool = False,
+    extent: str | None = None,
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupportOn | None = None,
@@ -219,22 +232,28 @@ def op(
     Args:
         name: Unique name; the op is ``torch.ops.reprise.<name>``.
         reference: Plain torch, runs on any device; the oracle of every other implementation.
+        cases: Its inputs for comparison with the reference, for timing and for compilation.
         mutates: Names of arguments that the op writes.
         break_op: Whether piecewise graph executors must run it outside their graphs. Such an op
             writes into outputs that its caller allocated, and returns nothing.
+        extent: Name of the argument that says how far the op reaches into each request: lengths
+            or positions. Faults in graphs are planted there.
         error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
     """
     if name in _ops:
         raise OpError(f"op {name!r} is already declared")
-    returns = inspect.signature(reference, eval_str=True).return_annotation
+    signature = inspect.signature(reference, eval_str=True)
+    returns = signature.return_annotation
+    if extent is not None and extent not in signature.parameters:
+        raise OpError(f"op {name!r}: extent={extent!r} is no argument of it")
     if fake is None and returns is not None:
         raise OpError(f"op {name!r} returns a value and declares no fake implementation")
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
-    declared = Op(name, schema, mutates, break_op, fake=fake or _nothing)
+    declared = Op(name, schema, mutates, break_op, cases, extent, fake=fake or _nothing)
     declared.implementation(
         "reference",
         reference,

@@ -11,8 +11,10 @@ from typing import Any
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Executor
-from reprise.ops import all_ops
+from reprise.graphs.runner import ops_used
+from reprise.ops import Op
 from reprise.sampling_params import SamplingParams
+from reprise.shape import StepShape
 from reprise.testing.faults import FAULTS
 
 STARTUP = VerifyMode()
@@ -20,7 +22,6 @@ BUCKETS = Buckets(decode=(2, 4), mixed=(8, 32))
 PROMPTS = [[5, 17, 3], list(range(20, 61)), [9], [7, 7, 100, 200, 300, 400, 500]]
 TOKENS = 12
 EXECUTORS: tuple[Executor, ...] = ("full", "breakable", "compiled")
-FAULTY_OPS = ("paged_attention", "rotary_cache")
 
 
 def tokens(kit: Kit) -> list[list[int]]:
@@ -76,17 +77,28 @@ def executor_is_exact(kit: Kit, executor: Executor) -> str:
     return f"{len(got)} requests, {replays} replays"
 
 
+def _with_extent(kit: Kit) -> list[Op]:
+    """The model's ops that know how far requests reach: most faults can be planted there."""
+    computation, shape = kit.llm.engine.runner.forward_pass, StepShape.decode(1)
+
+    def step() -> None:
+        computation.pad(shape.empty, shape)
+        computation.forward(shape)
+
+    return [each for each in ops_used(computation.ops, step) if each.extent is not None]
+
+
 def fault_is_caught(kit: Kit, fault: str) -> str:
     """Put the fault into an op; verification must refuse the graph and name the op."""
     kind, caught, reasons = FAULTS[fault], [], []
     for executor in ("full", "breakable"):
-        for op in FAULTY_OPS:
-            reason = kind.inexpressible(all_ops()[op], executor, kit.platform)
+        for op in _with_extent(kit):
+            reason = kind.inexpressible(op, executor, kit.platform)
             if reason is not None:
                 reasons.append(reason)
                 continue
-            _inject(kit, fault, op, executor)
-            caught.append(f"{op} in {executor}")
+            _inject(kit, fault, op.name, executor)
+            caught.append(f"{op.name} in {executor}")
             break
     if not caught:
         raise Skipped(f"cannot exist here: {reasons[0]}")

@@ -1,5 +1,6 @@
+from reprise.ops.argmax.cases import cases
 from reprise.ops.argmax.reference import fake, reference
 from reprise.ops.registry import needs_triton, op
 
-argmax = op("argmax", reference, fake=fake)
+argmax = op("argmax", reference, cases=cases, fake=fake)
 argmax.implementation("triton", "reprise.ops.argmax.triton:argmax", requires=needs_triton)

@@ -2,7 +2,7 @@
 
 import torch
 
-from reprise.ops.linear import reference
+from reprise.ops.linear import cases, reference
 from reprise.ops.registry import Op, needs_triton, op
 from reprise.platforms import Platform
 
@@ -16,23 +16,22 @@ def _needs_onednn(platform: Platform) -> str | None:
 _REQUIREMENTS = {"triton": needs_triton, "onednn": _needs_onednn}
 
 
-def _with(declared: Op, *names: str) -> Op:
-    for name in names:
-        target = f"reprise.ops.linear.{name}:{declared.name}"
-        declared.implementation(name, target, requires=_REQUIREMENTS[name])
+def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) -> Op:
+    declared = op(
+        name,
+        getattr(reference, name),
+        cases=getattr(cases, name),
+        mutates=mutates,
+        fake=getattr(reference, f"fake_{name}", None),
+    )
+    for each in implementations:
+        target = f"reprise.ops.linear.{each}:{name}"
+        declared.implementation(each, target, requires=_REQUIREMENTS[each])
     return declared
 
 
-linear = _with(op("linear", reference.linear, fake=reference.fake_linear), "triton", "onednn")
-norm_linear = _with(
-    op("norm_linear", reference.norm_linear, fake=reference.fake_norm_linear), "triton", "onednn"
-)
-norm_gated_linear = _with(
-    op("norm_gated_linear", reference.norm_gated_linear, fake=reference.fake_norm_gated_linear),
-    "triton",
-    "onednn",
-)
-linear_add = _with(
-    op("linear_add", reference.linear_add, mutates=("residual",)), "triton", "onednn"
-)
-linear_into = _with(op("linear_into", reference.linear_into, mutates=("out",)), "onednn")
+linear = _declare("linear", "triton", "onednn")
+norm_linear = _declare("norm_linear", "triton", "onednn")
+norm_gated_linear = _declare("norm_gated_linear", "triton", "onednn")
+linear_add = _declare("linear_add", "triton", "onednn", mutates=("residual",))
+linear_into = _declare("linear_into", "onednn", mutates=("out",))

@@ -1,3 +1,4 @@
+from reprise.ops.paged_attention.cases import cases
 from reprise.ops.paged_attention.reference import reference
 from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
@@ -10,7 +11,13 @@ def _needs_cpu_memory(platform: Platform) -> str | None:
 
 
 paged_attention = op(
-    "paged_attention", reference, mutates=("out",), break_op=True, graph_support="never"
+    "paged_attention",
+    reference,
+    cases=cases,
+    mutates=("out",),
+    break_op=True,
+    extent="seq_lens",
+    graph_support="never",
 )
 paged_attention.implementation(
     "triton",

@@ -15,9 +15,6 @@ from reprise.shape import Phase
 
 PIECEWISE = ("breakable", "compiled")
 
-EXTENTS = {"paged_attention": "seq_lens", "rotary_cache": "positions"}
-"""The argument of an op that says how far it reaches; graphs captured with it too small."""
-
 
 class Fault(ABC):
     """One way to break an op under capture. An instance is one op broken once."""
@@ -37,7 +34,6 @@ class Fault(ABC):
         self.table = table
         self.op = op
         self.original = table.functions[op.name]
-        self.names = [each.name for each in op.overload._schema.arguments]
         self.beside: Mapping[str, Tensor] = {}
         """Memory of others that it spoils. Who injects it lists it beside the computation."""
 
@@ -49,7 +45,7 @@ class Fault(ABC):
         return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        named = {**dict(zip(self.op.arguments, args, strict=False)), **kwargs}
         with host_code():
             return self.run(named)
 
@@ -67,9 +63,8 @@ class Fault(ABC):
 
     def target(self, named: dict[str, Any]) -> str:
         """The input that the fault corrupts: the op's extent, else its first activation."""
-        extent = EXTENTS.get(self.op.name)
-        if extent is not None:
-            return extent
+        if self.op.extent is not None:
+            return self.op.extent
         return next(name for name, each in named.items() if isinstance(each, Tensor))
 
     def activation(self, named: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
-from reprise.testing.faults.base import EXTENTS
 from reprise.testing.faults.planted import PlantedFault, last_slots, live_slots
 
 
@@ -50,29 +51,35 @@ class PaddingWritesLive(PlantedFault):
 
 class _ChangedInput(PlantedFault):
     traced = False
-    inputs: dict[str, str]
-    """By op."""
 
     def harm(self, named: dict[str, Any], result: Any) -> Any:
         if self.is_last(named):
-            tensor = named[self.inputs[self.op.name]]
+            tensor = self.input(named)
             tensor.copy_(torch.where(self.active, self.changed(tensor), tensor))
         return result
 
-    def changed(self, tensor: Any) -> Any:
+    @abstractmethod
+    def input(self, named: dict[str, Any]) -> Tensor: ...
+
+    def changed(self, tensor: Tensor) -> Tensor:
         return (tensor - 1).clamp(min=0)
 
 
 class ChangedTables(_ChangedInput):
     name = "changed_tables"
     summary = "the graph uses the memory of block tables or slots again behind their last use"
-    inputs = {"paged_attention": "block_tables", "rotary_cache": "slot_mapping"}  # noqa: RUF012
+
+    def input(self, named: dict[str, Any]) -> Tensor:
+        found: Tensor = named["block_tables" if "block_tables" in named else "slot_mapping"]
+        return found
 
 
 class ChangedLengths(_ChangedInput):
     name = "changed_lengths"
     summary = "the graph uses the memory of lengths or positions again behind their last use"
-    inputs = EXTENTS
+
+    def input(self, named: dict[str, Any]) -> Tensor:
+        return self.extent(named)
 
 
 class ChangedWeight(PlantedFault):
@@ -114,6 +121,6 @@ class ChangedBeside(PlantedFault):
     def harm(self, named: dict[str, Any], result: Any) -> Any:
         if self.is_last(named):
             places = torch.arange(self.elements, device=self.victim.device)
-            hit = places % 7 == named[EXTENTS[self.op.name]].sum() % 7
+            hit = places % 7 == self.extent(named).sum() % 7
             self.victim.add_(hit & self.active)
         return result

@@ -13,7 +13,18 @@ from torch import Tensor
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
 from reprise.platforms.device_graph import capturing
-from reprise.testing.faults.base import EXTENTS, Fault
+from reprise.testing.faults.base import Fault
+
+_TOLD = (
+    {"positions", "slot_mapping", "key_cache", "value_cache"},
+    {"query", "query_start_loc", "seq_lens", "block_tables", "key_cache", "value_cache"},
+)
+"""Arguments from which the requests of a step can be told."""
+
+
+def knows_requests(op: Op) -> bool:
+    """Whether the op's arguments tell the requests of a step and their place in a cache."""
+    return op.extent is not None and any(each <= set(op.arguments) for each in _TOLD)
 
 
 class PlantedFault(Fault):
@@ -27,7 +38,7 @@ class PlantedFault(Fault):
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if op.name not in EXTENTS:
+        if not knows_requests(op):
             return "the op knows nothing of requests"
         return super().inexpressible(op, executor, platform)
 
@@ -47,6 +58,12 @@ class PlantedFault(Fault):
             result: What the op's real work returned.
         """
 
+    def extent(self, named: dict[str, Any]) -> Tensor:
+        """How far the op reaches into each request, or where each of its tokens stands."""
+        assert self.op.extent is not None
+        found: Tensor = named[self.op.extent]
+        return found
+
     def is_last(self, named: dict[str, Any]) -> bool:
         """Whether this is the step's last call of the op: captures follow an eager pass."""
         return bool(named["key_cache"].data_ptr() == self._latest)
@@ -65,7 +82,7 @@ class Tokens:
 
 
 def tokens_of(named: dict[str, Any]) -> Tokens:
-    """What the arguments of an op of :data:`EXTENTS` say of the step's tokens."""
+    """What the arguments of an op that knows of requests say of the step's tokens."""
     if "positions" in named:
         return _tokens_of_positions(named["positions"], live_slots(named))
     starts, lengths = named["query_start_loc"].long(), named["seq_lens"].long()

@@ -10,7 +10,7 @@ from torch import Tensor
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
 from reprise.platforms.device_graph import capturing, in_capture_pass
-from reprise.testing.faults.base import EXTENTS, PIECEWISE, Fault
+from reprise.testing.faults.base import PIECEWISE, Fault
 
 
 class StaleScalar(Fault):
@@ -128,14 +128,15 @@ class WrongExtent(Fault):
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if op.name not in EXTENTS:
+        if op.extent is None:
             return "the op has no extent"
         return super().inexpressible(op, executor, platform)
 
     def run(self, named: dict[str, Any]) -> Any:
         if not capturing():
             return self.proceed(named)
-        name = EXTENTS[self.op.name]
+        name = self.op.extent
+        assert name is not None
         return self.proceed({**named, name: named[name].clamp(max=self.limit)})
 
 

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from reprise.ops.cases import (
+    BLOCK_SIZE,
+    EPS,
+    LARGE,
+    SMALL,
+    Arguments,
+    Cases,
+    Dimensions,
+    Maker,
+    Workload,
+)
+
+
+def _table(make: Maker, positions: int, rotated: int) -> Tensor:
+    """[positions, rotated] float32: cosines, then sines."""
+    exponents = torch.arange(0, rotated, 2) / rotated
+    angles = torch.arange(float(positions)).unsqueeze(1) * 10000.0**-exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=1).to(make.device)
+
+
+def _small(make: Maker) -> list[Arguments]:
+    norms = ((None, None), (make.randn(32), make.randn(32)))
+    return [
+        {
+            "qkv": make.randn(5, (4 + 2 + 2) * 32),
+            "positions": make.ints([0, 3, 17, 31, 0]),
+            "cos_sin": _table(make, 32, 32),
+            "slot_mapping": make.ints([17, 40, 23, 63, 0]),
+            "key_cache": make.randn(4, BLOCK_SIZE, 2, 32),
+            "value_cache": make.randn(4, BLOCK_SIZE, 2, 32),
+            "query_norm": query_norm,
+            "key_norm": key_norm,
+            "eps": EPS,
+        }
+        for query_norm, key_norm in norms
+    ]
+
+
+def _workload(make: Maker, model: Dimensions, tokens: int, rotated: int) -> Workload:
+    size = model.head_size
+
+    def arguments() -> Arguments:
+        blocks = tokens // BLOCK_SIZE + 2
+        cache = (blocks, BLOCK_SIZE, model.kv_heads, size)
+        return {
+            "qkv": make.randn(tokens, model.projected),
+            "positions": make.ints(range(tokens)),
+            "cos_sin": _table(make, max(tokens, 4096), rotated),
+            "slot_mapping": make.permutation((blocks - 1) * BLOCK_SIZE)[:tokens] + BLOCK_SIZE,
+            "key_cache": torch.zeros(cache, device=make.device, dtype=make.dtype),
+            "value_cache": torch.zeros(cache, device=make.device, dtype=make.dtype),
+            "query_norm": make.randn(size),
+            "key_norm": make.randn(size),
+            "eps": EPS,
+        }
+
+    few = f", {rotated} rotated" if rotated < size else ""
+    return Workload(
+        f"{model.name}, T={tokens}{few}",
+        arguments,
+        read_write=2 * 2 * tokens * model.projected,
+        compiled=model is SMALL and tokens <= 64,
+    )
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for model in (SMALL, LARGE):
+        for tokens in (1, 64, 8192):
+            yield _workload(make, model, tokens, model.head_size)
+    for tokens in (1, 64):
+        yield _workload(make, SMALL, tokens, 2)
+
+
+cases = Cases(_small, _workloads)
