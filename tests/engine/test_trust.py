@@ -107,7 +107,7 @@ def test_kinds_of_steps_that_are_wrong_are_never_replayed(
         probes = ProbeMaker.probes
         monkeypatch.setattr(ProbeMaker, "probes", lambda *args: probes(*args)[:1])
         affordable = start.endswith("live canaries")
-        monkeypatch.setattr(CanaryPolicy, "may_meet", lambda self: affordable)
+        monkeypatch.setattr(CanaryPolicy, "may_meet", lambda self, bucket: affordable)
     with planted(monkeypatch, faults.FAULTS[fault], op):
         llm = make_llm(model, device, **OPTIONS, graph_mode=executor, graph_verify=verify)
         assert wrong_tokens(serve(llm), oracle()) == 0

@@ -129,8 +129,10 @@ def test_a_family_is_trusted_once_its_anchors_are() -> None:
 # ---- when canaries run -------------------------------------------------------------------
 
 
-def bucket(key: object = "a", replay: float = 1.0, check: float = 2.0) -> Any:
-    info = SimpleNamespace(name=str(key), replay_seconds=replay, check_seconds=check)
+def bucket(key: object = "a", replay: float = 1.0, check: float = 2.0, eager: float = 1.0) -> Any:
+    info = SimpleNamespace(
+        name=str(key), replay_seconds=replay, check_seconds=check, eager_seconds=eager
+    )
     return SimpleNamespace(key=key, info=info, shape=SimpleNamespace(num_requests=4))
 
 
@@ -192,15 +194,30 @@ def test_without_canaries_none_is_due_but_after_a_sibling_failed(mode: VerifyMod
 
 def test_first_steps_of_kinds_have_a_budget_that_comes_back() -> None:
     now = 0.0
-    policy = CanaryPolicy(VerifyMode(), clock=lambda: now)
+    policy, which = CanaryPolicy(VerifyMode(), clock=lambda: now), bucket(eager=0.0)
     budget = UNPROVEN_SHARE * WINDOW_SECONDS
-    assert policy.may_meet()
-    policy.met(0.6 * budget)
-    assert policy.may_meet()
+    assert policy.may_meet(which)
+    policy.met(which, 0.6 * budget)
+    assert policy.may_meet(which)
     now = 10.0
-    policy.met(0.6 * budget)
-    assert not policy.may_meet()
+    policy.met(which, 0.6 * budget)
+    assert not policy.may_meet(which)
     now = WINDOW_SECONDS - 0.1
-    assert not policy.may_meet()
+    assert not policy.may_meet(which)
     now = WINDOW_SECONDS + 0.1
-    assert policy.may_meet()
+    assert policy.may_meet(which)
+
+
+def test_eager_steps_never_lose_more_than_the_canary_they_wait_for() -> None:
+    """Without a budget: a graph's steps of unproven kinds run eagerly until they have lost what a
+    comparison costs, and no step of another graph pays for it."""
+    policy = CanaryPolicy(VerifyMode(), clock=lambda: 0.0)
+    which, other = bucket("a", 1.0, 9.0, 3.0), bucket("b", 1.0, 9.0, 3.0)
+    policy.met(which, WINDOW_SECONDS)
+    for _ in range(3):  # an eager step loses 2 s, a comparison costs 6 s more than one
+        assert not policy.may_meet(which)
+        policy.put_off(which)
+    assert policy.may_meet(which)
+    assert not policy.may_meet(other)
+    policy.met(which, 9.0)
+    assert not policy.may_meet(which)

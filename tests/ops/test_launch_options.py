@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from reprise.ops import OpTable, triton_util
 from reprise.platforms import _BUILT_IN, load
@@ -62,3 +63,53 @@ def test_launch_options_outside_an_engine_and_under_the_interpreter(
     monkeypatch.setattr(triton_util, "INTERPRETED", True)
     with OpTable(Device()).activate():
         assert triton_util.launch_options() == IN_ORDER
+
+
+def test_a_launch_asks_the_compiler_once_for_each_set_of_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever a compilation may depend on makes another set, and each runs with all arguments."""
+    monkeypatch.setattr(triton_util, "INTERPRETED", False)
+    asked: list[Any] = []
+    ran: list[Any] = []
+
+    class Compiled:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args: ran.append((grid, args))
+
+    class Kernel:
+        arg_names = ("x_ptr", "bias_ptr", "size", "eps", "BLOCK", "FAST")
+
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*args: Any, **options: Any) -> Compiled:
+                asked.append(args)
+                return Compiled()
+
+            return run
+
+    kernel, memory = Kernel(), torch.zeros(64)
+    sets = [
+        ((memory, memory, 4, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory[1:], 4, 0.5), {"BLOCK": 16, "FAST": True}),  # another alignment
+        ((memory.int(), memory, 4, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, torch.empty(1 << 29, device="meta"), 4, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, None, 4, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory, 1, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory, True, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory, 1.0, 0.5), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory, 4, 0.25), {"BLOCK": 16, "FAST": True}),
+        ((memory, memory, 4, 0.5), {"BLOCK": 32, "FAST": True}),
+        ((memory, memory, 4, 0.5), {"BLOCK": 16, "FAST": False}),
+        ((memory, memory, 4, 0.5), {"BLOCK": 16, "FAST": True, "num_warps": 8}),
+    ]
+    for args, options in sets:
+        triton_util.launch(kernel, (2,))(*args, **options)
+    assert len(asked) == len(sets)
+    assert not ran
+    for args, options in sets:
+        triton_util.launch(kernel, (3,))(*args, **options)
+    assert len(asked) == len(sets)
+    for (grid, got), (args, options) in zip(ran, sets, strict=True):
+        assert grid == (3, 1, 1)
+        expected = (*args, options["BLOCK"], options["FAST"])
+        assert all(a is b for a, b in zip(got, expected, strict=True))

@@ -43,6 +43,7 @@ class CanaryPolicy:
         self._left: dict[object, int] = {}
         self._random: dict[object, random.Random] = {}
         self._spent: deque[tuple[float, float]] = deque()
+        self._lost: dict[object, float] = {}
 
     @property
     def checks_kinds(self) -> bool:
@@ -85,16 +86,27 @@ class CanaryPolicy:
         for bucket in buckets:
             self._left[bucket.key] = 1
 
-    def may_meet(self) -> bool:
-        """Whether a canary of an unproven kind can be afforded now."""
+    def may_meet(self, bucket: BucketGraph) -> bool:
+        """Whether a canary of an unproven kind can be afforded now, or costs no more than the
+        steps of the graph that ran eagerly for want of one have lost already: so that both cost at
+        most twice what the better one would."""
         limit = self._clock() - WINDOW_SECONDS
         while self._spent and self._spent[0][0] < limit:
             self._spent.popleft()
-        return sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS
+        if sum(each for _, each in self._spent) < UNPROVEN_SHARE * WINDOW_SECONDS:
+            return True
+        return 0 < _extra(bucket, bucket.info.check_seconds) <= self._lost.get(bucket.key, 0.0)
 
-    def met(self, seconds: float) -> None:
-        """A canary of an unproven kind took so much longer than its step would have eagerly."""
-        self._spent.append((self._clock(), seconds))
+    def put_off(self, bucket: BucketGraph) -> None:
+        """A step of an unproven kind runs eagerly, since a canary cannot be afforded."""
+        lost = max(0.0, bucket.info.eager_seconds - bucket.info.replay_seconds)
+        self._lost[bucket.key] = self._lost.get(bucket.key, 0.0) + lost
+
+    def met(self, bucket: BucketGraph, seconds: float) -> None:
+        """A canary of an unproven kind took so long. The step would have run eagerly otherwise:
+        what counts is what comes on top."""
+        self._lost.pop(bucket.key, None)
+        self._spent.append((self._clock(), _extra(bucket, seconds)))
 
     def announce(self, buckets: Sequence[BucketGraph]) -> None:
         """Log how soon a graph that goes wrong is found."""
@@ -120,3 +132,8 @@ class CanaryPolicy:
         # The inverse of the geometric distribution with mean ``every``.
         uniform = 1.0 - generator.random()
         return 1 + int(math.log(uniform) / math.log1p(-1.0 / every))
+
+
+def _extra(bucket: BucketGraph, seconds: float) -> float:
+    """What a canary of so many seconds costs above eager execution."""
+    return max(seconds - bucket.info.eager_seconds, seconds / 4)

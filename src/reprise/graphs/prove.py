@@ -74,6 +74,11 @@ class Prover:
         self._agree = agree
         self._error = error
         self._located: Counter[Hashable] = Counter()
+        self._under_way: tuple[BucketGraph, int, Later, float] | None = None
+        """A comparison of a probe that has been submitted, and the seconds that took. It has its
+        verdict while the next one is prepared."""
+        self._useless: BucketGraph | None = None
+        """The smallest whose graph gains nothing."""
         self.bounds: dict[Executor, float] = {}
         """Of executors whose graphs are not exact: the allowed difference, relative to the largest
         magnitude of a row."""
@@ -87,88 +92,88 @@ class Prover:
         started = time.perf_counter()
         budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
         self.begin(buckets)
-        useless: str | None = None
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):
-            if useless is None or bucket.shape.phase != "mixed":
-                self._meet(bucket, 0)
-                useless = useless or self._uselessness(bucket)
-            if useless is not None and bucket.shape.phase == "mixed":
-                self._drop(bucket, useless)
+            if self._useless is None or bucket.shape.phase != "mixed":
+                self._advance(bucket, 0)
             if progress is not None:
                 progress("verify graphs", done + 1, len(buckets))
-        if useless is not None:
-            names = ", ".join(each.info.name for each in buckets if each.info.dropped)
-            logger.info("graphs that gain nothing are left out: %s (%s)", names, useless)
+        self._settle()
+        self._drop_useless(buckets)
         self._plan(buckets)
-        self._meet_others(buckets, started + budget)
+        # Anchors first: what they lack, their whole family lacks.
+        for anchors in (True, False):
+            some = [each for each in buckets if self.ledger.is_anchor(each.key) == anchors]
+            self._meet_others(some, started + budget)
+        self._settle()
         self._find_spoilers(buckets)
         self._conclude(buckets)
 
     def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
-        """Every further probe that there is time for, each submitted before the one before it has
-        its verdict."""
-        under_way: tuple[BucketGraph, int, Later] | None = None
-        # Anchors first: what they lack, their whole family lacks.
-        for anchors in (True, False):
-            under_way = self._meet_some(
-                [each for each in buckets if self.ledger.is_anchor(each.key) == anchors],
-                deadline, under_way,
-            )  # fmt: skip
-        self._settle(under_way)
-
-    def _meet_some(
-        self,
-        buckets: list[BucketGraph],
-        deadline: float,
-        under_way: tuple[BucketGraph, int, Later] | None,
-    ) -> tuple[BucketGraph, int, Later] | None:
-        """See :meth:`_meet_others`. Returns the comparison that is still under way."""
+        """Every further probe that there is time for."""
         for number in range(1, max((len(each.probes) for each in buckets), default=0)):
             for bucket in buckets:
-                if bucket.graph is None or number >= len(bucket.probes):
-                    continue
-                time_left = deadline - time.perf_counter()
-                if not self._agree(bucket.info.check_seconds < time_left):
-                    continue
-                graph = bucket.graph
-                later = self._submit(bucket, bucket.probes[number])
-                self._settle(under_way)
-                under_way = None
-                # A graph that was replaced meanwhile has to meet all its probes, this one too.
-                if later is None or bucket.graph is not graph or bucket.info.probes < number:
-                    self._meet(bucket, number)
-                else:
-                    under_way = (bucket, number, later)
-        return under_way
+                if number < len(bucket.probes) and bucket.graph is not None:
+                    left = deadline - time.perf_counter()
+                    if self._agree(bucket.info.check_seconds < left):
+                        self._advance(bucket, number)
 
-    def _submit(self, bucket: BucketGraph, probe: Probe) -> Later | None:
+    def _advance(self, bucket: BucketGraph, number: int) -> None:
+        """Submit a comparison, then heed the verdict of the one that was submitted before."""
+        if bucket.graph is None or not bucket.probes:
+            self._settle()
+            return
+        began = time.perf_counter()
+        graph = bucket.graph
+        later = self._submit(bucket, number)
+        submitted = time.perf_counter() - began
+        self._settle()
+        # A graph that was replaced meanwhile has to meet all its probes, this one too.
+        if later is None or bucket.graph is not graph or bucket.info.probes < number:
+            self._meet(bucket, number)
+        else:
+            bucket.info.verify_seconds += submitted
+            self._under_way = (bucket, number, later, submitted)
+
+    def _submit(self, bucket: BucketGraph, number: int) -> Later | None:
         """Start a comparison; None: it has to be made step by step."""
-        executor = bucket.info.executor
+        executor, probe = bucket.info.executor, bucket.probes[number]
         if self._capturer.model(executor) is not self._computation.model:
             return None
         assert bucket.graph is not None
+        later, pool = None, None
         try:
             probe.fill()
-            scope = Scope(self._computation.state(bucket.shape).beside(), NO_WEIGHTS)
+            pool = self._capturer.memory(bucket.graph)
+        except Exception as error:
+            logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
+        # A rank that says no says so before the others wait for it in a collective.
+        if not self._agree(pool is not None):
+            return None
+        try:
+            state = self._computation.state(bucket.shape)
+            scope = Scope(state.beside() if number else state.near(), NO_WEIGHTS)
             later = examine_later(
                 self._computation, self._guard, bucket.graph, bucket.shape, probe.live, scope,
-                self._platform, bound=self.bound(executor),
-                pool=self._capturer.memory(bucket.graph),
+                self._platform, bound=self.bound(executor), pool=pool or [], timed=number == 0,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
-            later = None
         return later if self._agree(later is not None) else None
 
-    def _settle(self, under_way: tuple[BucketGraph, int, Later] | None) -> None:
-        """Heed the verdict of a comparison that was submitted."""
-        if under_way is None:
+    def _settle(self) -> None:
+        """Heed the verdict of the comparison under way."""
+        if self._under_way is None:
             return
-        bucket, number, later = under_way
+        bucket, number, later, submitted = self._under_way
+        self._under_way = None
         if self._agree(later.right()):
             bucket.info.probes = number + 1
             self.ledger.prove(bucket.key, bucket.probes[number].kind, "start")
+            if number == 0:
+                self._note_times(bucket, *later.seconds())
+                bucket.info.check_seconds = submitted + bucket.info.replay_seconds
+                self._find_useless(bucket)
             return
         graph = bucket.graph
         self._meet(bucket, number)  # again, to say what is wrong
@@ -183,26 +188,40 @@ class Prover:
             bucket.probes = self._probes_of(bucket, anchor=False)
         self._measure_bounds(buckets)
 
-    def _uselessness(self, bucket: BucketGraph) -> str | None:
-        """Why the bucket's graph makes steps no faster, if so: the device is busy for longer than
-        the host, which is ahead of it. To prove it would take as long as to prove others."""
-        info = bucket.info
-        if not self._platform.asynchronous or bucket.graph is None or bucket.shape.phase != "mixed":
-            return None  # without a device of its own there is no other time than the host's
-        slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
-        if not self._agree(slow):
-            return None
-        return (
-            f"at {info.bucket} tokens eager execution takes {1e3 * info.eager_seconds:.1f} ms, "
-            f"a replay {1e3 * info.replay_seconds:.1f}"
-        )
+    @staticmethod
+    def _note_times(bucket: BucketGraph, eager: float | None, replay: float | None) -> None:
+        bucket.info.eager_seconds, bucket.info.replay_seconds = eager or 0.0, replay or 0.0
 
-    def _drop(self, bucket: BucketGraph, reason: str) -> None:
-        """Run the bucket's steps eagerly though nothing is wrong with its graph."""
+    def _find_useless(self, bucket: BucketGraph) -> None:
+        """Whether the bucket's graph makes steps no faster: the device is busy for longer than the
+        host, which is ahead of it. To prove it would take as long as to prove others."""
         info = bucket.info
-        bucket.graph, info.dropped = None, reason
-        info.executor, info.segments, info.breaks = "none", 0, 0
-        self.ledger.leave(bucket.key)
+        # Without a device of its own there is no other time than the host's.
+        if not self._platform.asynchronous or bucket.graph is None or info.phase != "mixed":
+            return
+        slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
+        if self._useless is None and self._agree(slow):
+            self._useless = bucket
+
+    def _drop_useless(self, buckets: list[BucketGraph]) -> None:
+        """Run the steps of graphs that gain nothing eagerly, though nothing is wrong with them."""
+        if self._useless is None:
+            return
+        least = self._useless.info
+        reason = (
+            f"at {least.bucket} tokens eager execution takes {1e3 * least.eager_seconds:.1f} ms, "
+            f"a replay {1e3 * least.replay_seconds:.1f}"
+        )
+        dropped = []
+        for bucket in buckets:
+            info = bucket.info
+            if bucket.graph is None or info.phase != "mixed" or info.bucket < least.bucket:
+                continue
+            dropped.append(info.name)
+            bucket.graph, info.dropped = None, reason
+            info.executor, info.segments, info.breaks = "none", 0, 0
+            self.ledger.leave(bucket.key)
+        logger.info("graphs that gain nothing are left out: %s (%s)", ", ".join(dropped), reason)
 
     def _probes_of(self, bucket: BucketGraph, *, anchor: bool) -> list[Probe]:
         """None if they cannot be made: the graph is then proven by live steps alone."""
@@ -238,6 +257,8 @@ class Prover:
                 failed = self._probe(bucket, bucket.probes[each], timed=each == 0)
                 if failed is not None:
                     break
+                if each == 0:
+                    self._find_useless(bucket)
                 bucket.info.probes += 1
                 self.ledger.prove(bucket.key, bucket.probes[each].kind, "start")
             if failed is None:
@@ -304,13 +325,12 @@ class Prover:
                 verdict = examine(
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope, bound=bound, pool=pool, keep=False,
-                    synchronize=self._platform.synchronize if timed else None,
+                    timed_on=self._platform if timed else None,
                 )  # fmt: skip
             except Exception as error:
                 verdict = Verdict(error=describe(error))
             if timed:
-                bucket.info.replay_seconds = verdict.replay_seconds or 0.0
-                bucket.info.eager_seconds = verdict.eager_seconds or 0.0
+                self._note_times(bucket, verdict.eager_seconds, verdict.replay_seconds)
             if not verdict.right:
                 break
         return verdict

@@ -330,7 +330,8 @@ class GraphRunner:
             kind = computation.kind(shape, bucket.shape)
             if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
-        if unproven is not None and not policy.checks_everything and not policy.may_meet():
+        if unproven is not None and not policy.checks_everything and not policy.may_meet(bucket):
+            policy.put_off(bucket)
             bucket.info.eager_steps += 1
             self._unproven_eager += 1
             self._run_eagerly(shape)
@@ -378,8 +379,7 @@ class GraphRunner:
         seconds = time.perf_counter() - began
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if unproven is not None:
-            # The step would have run eagerly otherwise: what counts is what comes on top.
-            self.canary.met(max(seconds - bucket.info.eager_seconds, seconds / 4))
+            self.canary.met(bucket, seconds)
         if self._agree(verdict.right):
             self._unseen[bucket.key] = 0
             self.ran = Ran(bucket.key, proven=True, first=unproven is not None)

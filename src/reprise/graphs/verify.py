@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def examine(
     bound: float | None,
     pool: Sequence[Tensor] = (),
     keep: bool,
-    synchronize: Callable[[], None] | None = None,
+    timed_on: Platform | None = None,
 ) -> Verdict:
     """Compute the step that the static inputs hold, eagerly and then by replay, and compare.
 
@@ -120,14 +121,15 @@ def examine(
         pool: All memory of the graph's pool, to be overwritten before the replay, since a graph
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
-        synchronize: Waits for the device; both runs are timed with it.
+        timed_on: The device; None: the runs need not be timed.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, model, pool, bound, synchronize)
+    both.run(graph, model, pool, bound, timed_on)
     verdict = both.verdict
     if verdict.error is not None or both.flag.item():
         both.tell(bound)
         guard.put_back(both.before)
+    verdict.eager_seconds, verdict.replay_seconds = both.seconds()
     if keep:
         both.keep_eager()
         if verdict.right:
@@ -139,13 +141,14 @@ class Later:
     """A comparison under way. What it read is back in place for the work that is submitted next.
 
     Args:
-        differs: A boolean scalar on the device.
+        both: What was submitted.
         platform: The device.
     """
 
-    def __init__(self, differs: Tensor, platform: Platform) -> None:
+    def __init__(self, both: _Both, platform: Platform) -> None:
+        self._both = both
         self._found = torch.empty((), dtype=torch.bool, pin_memory=platform.pins_memory)
-        self._found.copy_(differs, non_blocking=True)
+        self._found.copy_(both.flag, non_blocking=True)
         self._arrived = platform.event()
         self._arrived.record()
 
@@ -153,6 +156,10 @@ class Later:
         """Wait for the verdict."""
         self._arrived.synchronize()
         return not bool(self._found)
+
+    def seconds(self) -> tuple[float | None, float | None]:
+        """Of eager execution and of the replay; after :meth:`right`."""
+        return self._both.seconds()
 
 
 def examine_later(
@@ -166,6 +173,7 @@ def examine_later(
     *,
     bound: float | None,
     pool: Sequence[Tensor],
+    timed: bool,
 ) -> Later:
     """:func:`examine` without waiting: whether all is right, and no more than that.
 
@@ -175,11 +183,11 @@ def examine_later(
         Exception: The replay did.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, computation.model, pool, bound, None)
+    both.run(graph, computation.model, pool, bound, platform if timed else None)
     if both.verdict.error is not None:
         raise GraphError(both.verdict.error)
     guard.put_back(both.before)
-    return Later(both.flag, platform)
+    return Later(both, platform)
 
 
 class _Both:
@@ -197,6 +205,7 @@ class _Both:
         self.step = StepMemory(computation, bucket, live)
         self.before = guard.before(scope)
         self.verdict = Verdict()
+        self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
 
     def run(
         self,
@@ -204,24 +213,27 @@ class _Both:
         model: Callable[..., Any],
         pool: Sequence[Tensor],
         bound: float | None,
-        synchronize: Callable[[], None] | None,
+        platform: Platform | None,
     ) -> None:
-        """Compute both ways; afterwards the state is as before."""
+        """Compute both ways; afterwards the state is as before. Timed if there is a platform."""
         computation, step, verdict = self._computation, self.step, self.verdict
+        if platform is not None:
+            self._watches = _Stopwatch(platform), _Stopwatch(platform)
+        eager, replay = self._watches or (contextlib.nullcontext(), contextlib.nullcontext())
         at_first = step.state()
         try:
             for output in computation.outputs(self._bucket).values():
                 output.zero_()
-            verdict.eager_seconds = _timed(
-                lambda: computation.forward(self._bucket, model), synchronize
-            )
+            with eager:
+                computation.forward(self._bucket, model)
             step.meet_new_memory(at_first)
             self.expected, self.outputs = step.state(), copies(step.outputs)
             step.put(at_first)
             poison(computation.outputs(self._bucket).values())
             poison_memory(pool)
             try:
-                verdict.replay_seconds = _timed(graph.replay, synchronize)
+                with replay:
+                    graph.replay()
             except Exception as error:
                 verdict.error = describe(error)
             self.got = step.state()
@@ -246,6 +258,13 @@ class _Both:
             self.verdict.differences += [each for each in found if each is not None]
         self.verdict.changes += self._guard.changes(self.before)
 
+    def seconds(self) -> tuple[float | None, float | None]:
+        """Of eager execution and of the replay, once the device is done with both."""
+        if self._watches is None or self.verdict.error is not None:
+            return None, None
+        eager, replay = self._watches
+        return eager.seconds(), replay.seconds()
+
     def keep_eager(self) -> None:
         """Leave what eager execution left."""
         self.step.put(self.expected)
@@ -253,15 +272,25 @@ class _Both:
             output.copy_(self.outputs[name])
 
 
-def _timed(run: Callable[[], Any], synchronize: Callable[[], None] | None) -> float | None:
-    if synchronize is None:
-        run()
-        return None
-    synchronize()
-    began = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - began
+class _Stopwatch:
+    """Times the work of a ``with`` block without waiting for it."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._begin, self._end = platform.event(timing=True), platform.event(timing=True)
+        self._host = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        self._begin.record()
+
+    def __exit__(self, *error: object) -> None:
+        self._end.record()
+        self._host = time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """What it would have taken alone: submitting it, or computing it, whichever is longer. The
+        device may have been behind when it was submitted."""
+        return max(self._host, float(self._begin.elapsed_time(self._end)) / 1e3)
 
 
 def memory_of_ops(table: OpTable) -> dict[str, Tensor]:

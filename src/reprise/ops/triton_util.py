@@ -109,8 +109,51 @@ def is_last(arrivals_ptr, count):  # type: ignore[no-untyped-def]
     return last
 
 
+_MOST_LAUNCHES = 4096
+"""Kinds of launches to remember; steps of ever new sizes would make ever more."""
+_launches: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """``kernel[grid]``: a function that launches, and returns the compiled kernel.
+
+    What Triton finds out before each launch, namely which compilation suits the arguments, is most
+    of what the host does in an eager step. Here it is asked once for each set of arguments: those
+    that agree in all that a compilation may depend on, the values of numbers included.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        grid: Programs along each dimension.
+    """
+    if INTERPRETED:
+        return kernel[grid]
+    names = kernel.arg_names
+
+    def run(*args: Any, **options: Any) -> Any:
+        key = (id(kernel), args[0].device, *map(_kind, args), *options, *options.values())
+        compiled = _launches.get(key)
+        if compiled is None:
+            compiled = kernel[grid](*args, **options)
+            if len(_launches) >= _MOST_LAUNCHES:
+                _launches.clear()
+            _launches[key] = compiled
+            return compiled
+        compiled[(*grid, 1, 1)[:3]](*args, *[options[name] for name in names[len(args) :]])
+        return compiled
+
+    return run
+
+
+def _kind(value: Any) -> Any:
+    """What a compilation may depend on. Compilers look at a tensor's alignment and at whether 32
+    bits address it."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0, value.nbytes < 1 << 31
+    return type(value), value
+
+
 def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """A way to repeat a launch without the host work that Triton does before each.
+    """A way to repeat a launch, with less host work still than :func:`launch`.
 
     Args:
         kernel: The ``triton.jit`` function.

@@ -194,7 +194,7 @@ class StepBuffers:
             self.input_ids,
         ) = self._arena.arrays
         self._per_token = (self.positions, self.slot_mapping, self.input_ids)
-        self._platform = platform
+        self.platform = platform
         shape = (max_requests, max_blocks)
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=platform.device)
         self._flat_tables = self.block_tables.view(-1)
@@ -336,7 +336,7 @@ class StepBuffers:
         self.forget_tables()
         requests, width = tables.shape
         self._tables[:requests, :width] = tables
-        self.block_tables[:requests].copy_(torch.from_numpy(self._tables[:requests]))
+        self.block_tables[:requests].copy_(to_device(self._tables[:requests], self.platform))
         self.input_ids.host[: len(token_ids)] = token_ids
         self._write_rows(counts, lengths)
         self._arena.upload(
@@ -485,6 +485,6 @@ class StepBuffers:
             places, values = (
                 [each.device[:count] for each in arrays]
                 if count <= EDITS
-                else [to_device(each, self._platform) for each in edits]
+                else [to_device(each, self.platform) for each in edits]
             )
             self._flat_tables.index_copy_(0, places, values)

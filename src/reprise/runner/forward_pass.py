@@ -17,7 +17,7 @@ from reprise.graphs.regions import Region, Stack, stacked
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
-from reprise.runner.buffers import StepBuffers
+from reprise.runner.buffers import StepBuffers, to_device
 from reprise.runner.kinds import FACTS
 from reprise.runner.probes import ProbeMaker
 from reprise.shape import StepShape
@@ -201,7 +201,7 @@ class WrittenSlots:
     def _blocks(self, *, reads: bool) -> Tensor:
         num_blocks = min(each.shape[1] // self._buffers.block_size for each in self._rows.values())
         blocks = self._buffers.blocks_near(self._bucket, num_blocks, reads=reads)
-        return torch.from_numpy(blocks).to(self._slots.device)
+        return to_device(blocks, self._buffers.platform)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from reprise.cache.memory import cache_tensors
 from reprise.cache.spec import LayerCache
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
-from reprise.runner.buffers import StepBuffers
+from reprise.runner.buffers import StepBuffers, to_device
 from reprise.runner.kinds import (
     CONTEXTS,
     NEW_TOKENS,
@@ -286,10 +286,8 @@ class ProbeMaker:
         for row, blocks in enumerate(tables):
             table[row, : len(blocks)] = blocks
 
-        used = np.unique(table)
-
         def fill() -> None:
-            self._fill_blocks(used)
+            self._fill_blocks(np.unique(table))
             self._buffers.fill_rows(counts, lengths, table, ids)
             self._buffers.fill_padding(tokens, len(rows), bucket.num_tokens, bucket.num_requests)
 
@@ -377,13 +375,15 @@ class ProbeMaker:
         caches = list(cache_tensors(self._caches).values())
         device = caches[0].device
         generator = torch.Generator(device=device).manual_seed(0)
-        places = torch.from_numpy(new.astype(np.int64)).to(device)
+        places = to_device(new.astype(np.int64), self._buffers.platform)
+        picks = places * 7 % BANK
         banks: dict[Any, Tensor] = {}
         for number, cache in enumerate(caches):
             kind = (cache.shape[1:], cache.dtype)
             if kind not in banks:
-                banks[kind] = _random_rows((BANK, *cache.shape[1:]), cache.dtype, generator)
-            cache[places] = banks[kind][(places * 7 + number) % BANK]
+                banks[kind] = _random_rows((2 * BANK, *cache.shape[1:]), cache.dtype, generator)
+            # Each cache begins at another place of the bank.
+            cache[places] = banks[kind][number % BANK :][picks]
 
 
 def _random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.apply_penalties.reference import IN_PROMPT
-from reprise.ops.triton_util import cdiv, depend, launch_options
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options
 
 _BLOCK = 4096
 
@@ -19,7 +19,7 @@ def apply_penalties(
 ) -> None:
     """Arguments as in the reference; rows of ``logits`` and ``seen`` may be strided."""
     vocab = logits.shape[1]
-    apply_penalties_kernel[(cdiv(vocab, _BLOCK), len(rows))](
+    launch(apply_penalties_kernel, (cdiv(vocab, _BLOCK), len(rows)))(
         logits, rows, seen, slots, repetition, presence, frequency,
         logits.stride(0), seen.stride(0), vocab,
         IN_PROMPT=IN_PROMPT, BLOCK=_BLOCK, num_warps=8, **launch_options(),

@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2
 
 _PART = 4096
 """Elements of a row that one program takes."""
@@ -18,10 +18,12 @@ def argmax(logits: Tensor) -> Tensor:
     keys = logits.new_empty((rows, parts), dtype=torch.int64)
     out = logits.new_empty((rows,), dtype=torch.int64)
     options = launch_options()
-    part_maxima_kernel[(parts, rows)](
+    launch(part_maxima_kernel, (parts, rows))(
         logits, keys, logits.stride(0), size, parts, BLOCK=_PART, num_warps=4, **options
     )
-    argmax_kernel[(rows,)](keys, out, parts, BLOCK=next_power_of_2(parts), num_warps=1, **options)
+    launch(argmax_kernel, (rows,))(
+        keys, out, parts, BLOCK=next_power_of_2(parts), num_warps=1, **options
+    )
     return out
 
 

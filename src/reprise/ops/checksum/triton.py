@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv
+from reprise.ops.triton_util import cdiv, launch
 
 _PART = 1 << 16
 """Words of a unit that one program takes: long units are shared out."""
@@ -21,7 +21,7 @@ def checksum(words: Tensor, units: Tensor | None) -> Tensor:
     group = 1 if length > _PART or count == 1 else 8
     block = 4096 // group
     parts = cdiv(length, _PART)
-    checksum_kernel[(cdiv(count, group), regions, parts)](
+    launch(checksum_kernel, (cdiv(count, group), regions, parts))(
         words, units, sums, words.stride(0), words.stride(1), count, length,
         HAS_UNITS=units is not None, GROUP=group, BLOCK=block, PART=_PART, num_warps=8,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from reprise.ops.triton_util import (
     depend,
     dot,
     is_last,
+    launch,
     launch_options,
     limits,
     silu,
@@ -107,7 +108,7 @@ def launch_few_rows(
     if splits > 1:
         size = tiles * config.block_m * config.block_n
         partial = x.new_empty((splits, size), dtype=torch.float32)
-    few_rows_kernel[(tiles * splits,)](
+    launch(few_rows_kernel, (tiles * splits,))(
         x,
         weight,
         bias,

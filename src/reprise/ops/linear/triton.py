@@ -19,7 +19,7 @@ from torch import Tensor
 from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
-from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2, silu
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, silu
 
 _FEATURES = 4
 """Rows of the weight that a program takes."""
@@ -108,7 +108,7 @@ def _launch(
     if block_k > 4096:
         block_k = 1024
     block_n = _FEATURES // 2 if gated else _FEATURES
-    one_row_kernel[(cdiv(features, block_n),)](
+    launch(one_row_kernel, (cdiv(features, block_n),))(
         x,
         norm_weight,
         weight,

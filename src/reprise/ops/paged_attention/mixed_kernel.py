@@ -13,6 +13,7 @@ from reprise.ops.triton_util import (
     DeviceLimits,
     cdiv,
     depend,
+    launch,
     limits,
     next_power_of_2,
     relaunch,
@@ -47,7 +48,7 @@ def launch_mixed(call: Call) -> Callable[[], None]:
     args = (*call.tensors(), tokens, requests, *call.strides_and_numbers())
     options = {**call.options(config), "GROUP": group, "BLOCK_Q": block_q}
     grid = (tiles * kv_heads,)
-    compiled = mixed_attention_kernel[grid](*args, **options)
+    compiled = launch(mixed_attention_kernel, grid)(*args, **options)
     again = relaunch(mixed_attention_kernel, compiled, grid)
     return lambda: again(*args, **options)
 

@@ -24,6 +24,7 @@ from reprise.ops.triton_util import (
     cdiv,
     depend,
     is_last,
+    launch,
     limits,
     next_power_of_2,
     relaunch,
@@ -92,7 +93,7 @@ def launch_split(call: Call) -> Callable[[], None]:
         partial = query.new_empty((*rows, head_size), dtype=torch.float32)
         return partial, query.new_empty(rows, dtype=torch.float32)
 
-    compiled = split_attention_kernel[grid](*inputs, *scratch(), *sizes, **options)
+    compiled = launch(split_attention_kernel, grid)(*inputs, *scratch(), *sizes, **options)
     again = relaunch(split_attention_kernel, compiled, grid)
     return lambda: again(*inputs, *scratch(), *sizes, **options)
 

@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2, warps
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, warps
 
 _TILE = 1024
 """Elements of a program that holds several short rows, such as attention heads."""
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.numel() // size
     block = next_power_of_2(size)
     rows_per_program = max(1, _TILE // block)
-    rms_norm_kernel[(cdiv(rows, rows_per_program),)](
+    launch(rms_norm_kernel, (cdiv(rows, rows_per_program),))(
         x,
         weight,
         out,

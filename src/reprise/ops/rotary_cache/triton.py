@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch_options, next_power_of_2, warps
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, warps
 
 _TILE = 4096
 """Elements of a program: it takes several heads of one token, which share its angles."""
@@ -28,7 +28,7 @@ def rotary_cache(
     half = cos_sin.shape[1] // 2
     heads_per_program = max(1, _TILE // next_power_of_2(head_size))
     heads_per_program = min(heads_per_program, next_power_of_2(heads))
-    rotary_cache_kernel[(tokens, cdiv(heads, heads_per_program))](
+    launch(rotary_cache_kernel, (tokens, cdiv(heads, heads_per_program)))(
         qkv,
         positions,
         cos_sin,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reprise.ops.sample.draw_kernel import draw_kernel
 from reprise.ops.sample.group_kernel import group_kernel
-from reprise.ops.triton_util import cdiv, next_power_of_2
+from reprise.ops.triton_util import cdiv, launch, next_power_of_2
 
 _GROUPS_PER_PROGRAM = 32
 _MOST_GROUPS = 2048
@@ -44,7 +44,7 @@ def sample(
     candidate_ids = logits.new_empty((rows, capacity), dtype=torch.int32)
     out = logits.new_empty((rows,), dtype=torch.int64)
     programs = cdiv(groups, _GROUPS_PER_PROGRAM)
-    group_kernel[(rows * programs,)](
+    launch(group_kernel, (rows * programs,))(
         logits,
         temperature,
         maxima,
@@ -56,7 +56,7 @@ def sample(
         GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM,
         num_warps=8,
     )
-    draw_kernel[(rows,)](
+    launch(draw_kernel, (rows,))(
         logits,
         temperature,
         top_k,

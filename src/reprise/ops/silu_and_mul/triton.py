@@ -2,7 +2,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch_options, silu
+from reprise.ops.triton_util import cdiv, depend, launch, launch_options, silu
 
 _BLOCK = 1024
 
@@ -12,7 +12,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     size = x.shape[-1] // 2
     out = x.new_empty((*x.shape[:-1], size))
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, 2 * size).contiguous()
-    silu_and_mul_kernel[(rows.shape[0], cdiv(size, _BLOCK))](
+    launch(silu_and_mul_kernel, (rows.shape[0], cdiv(size, _BLOCK)))(
         rows, out, rows.stride(0), SIZE=size, BLOCK=_BLOCK, num_warps=4, **launch_options()
     )
     return out
