@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ def changes_after(toy: Toy, change: Any, units: list[int] | None = None) -> list
     toy.fill(StepShape.decode(4), 1)
     guard = Guard(toy)
     guard.learn_weights()
-    chosen = None if units is None else torch.tensor(units, device=toy.tokens.device)
+    chosen = None
+    if units is not None:
+        chosen = {"block": torch.tensor(units, device=toy.tokens.device)}
     before = guard.before(Scope(chosen))
     change()
     flagged = bool(torch.stack(guard.flags(before)).any())
@@ -179,3 +182,39 @@ def test_twice_the_bound_in_one_row_differs_and_half_of_it_does_not(bound: float
                 got = expected.clone()
                 got[row, column] += factor * bound * expected[row].abs().max()
                 assert bool(differs(expected, got, bound)) == wrong
+
+
+def test_units_of_other_kinds_are_told_apart(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pools: unit 4 of one is not unit 4 of the other."""
+    memory = toy.memory
+
+    def two_pools() -> Any:
+        return {
+            name: dataclasses.replace(each, unit="slot") if name == "layer 1 key" else each
+            for name, each in memory().items()
+        }
+
+    monkeypatch.setattr(toy, "memory", two_pools)
+    toy.fill(StepShape.decode(4), 1)
+    guard = Guard(toy)
+    guard.learn_weights()
+    device = toy.tokens.device
+    looked_at = {
+        "block": torch.tensor([4], device=device),
+        "slot": torch.tensor([5], device=device),
+    }
+    first, second = toy.model.layers[0].key_cache, toy.model.layers[1].key_cache
+    for cache, unit, expected in (
+        (first, 4, [Change("layer 0 key", "cache", "block", 4)]),
+        (first, 5, []),
+        (second, 4, []),
+        (second, 5, [Change("layer 1 key", "cache", "slot", 5)]),
+    ):
+        before = guard.before(Scope(looked_at))
+        cache[unit].neg_()
+        assert bool(torch.stack(guard.flags(before)).any()) == bool(expected)
+        assert guard.changes(before) == expected
+        cache[unit].neg_()
+    everything = guard.part(looked_at, 0)
+    assert everything.units is not None
+    assert set(everything.units) == {"block", "slot"}

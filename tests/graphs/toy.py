@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reprise import ops
 from reprise.cache import Batch, Table
 from reprise.graphs import Facts, Kind, Probe, Region
+from reprise.graphs.regions import Units
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.shape import StepShape
@@ -92,14 +93,18 @@ class Slots:
     def names(self, key: str) -> Sequence[str]:
         return [key]
 
-    def written(self) -> Tensor:
-        return self.slots // BLOCK
+    def live(self, key: str, shape: StepShape) -> int:
+        return shape.num_tokens
 
-    def beside(self) -> Tensor:
+    def written(self) -> Units:
+        return {"block": self.slots // BLOCK}
+
+    def beside(self) -> Units:
         return self.near()
 
-    def near(self) -> Tensor:
-        return torch.arange(len(next(iter(self.caches.values()))), device=self.slots.device)
+    def near(self) -> Units:
+        count = len(next(iter(self.caches.values())))
+        return {"block": torch.arange(count, device=self.slots.device)}
 
     def _rows(self) -> Iterator[tuple[str, Tensor]]:
         for name, cache in self.caches.items():

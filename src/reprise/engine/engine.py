@@ -324,12 +324,12 @@ class Engine:
                 count,
             )
         elif damage.units:
-            owners = self.scheduler.recompute_owners(damage.units)
+            owners = self.scheduler.recompute_owners({index for _, index in damage.units})
             logger.warning(
-                "graph %s has written block(s) %s, which its step did not own: what the cache had "
+                "graph %s has written %s, which its step did not own: what the cache had "
                 "of them is forgotten, and computed again for %s",
                 damage.name,
-                ", ".join(map(str, sorted(damage.units))),
+                ", ".join(f"{unit} {index}" for unit, index in sorted(damage.units)),
                 ", ".join(owners) or "no running request",
             )
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from reprise.graphs.kinds import Facts, Kind
-from reprise.graphs.regions import Region
+from reprise.graphs.regions import Region, Units
 from reprise.ops.registry import OpTable
 from reprise.shape import StepShape
 
@@ -33,7 +33,8 @@ class State(Protocol):
     """The part of the caches that the current inputs would write, padding rows included."""
 
     def read(self) -> Mapping[str, Tensor]:
-        """Copies of what lies there: [C, T, X], of C caches the rows of the step's T tokens."""
+        """Copies of what lies there: [C, N, ...], of C caches the N rows that the step writes,
+        those of padding last."""
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`read` returned."""
@@ -41,15 +42,18 @@ class State(Protocol):
     def names(self, key: str) -> Sequence[str]:
         """The names of the C caches, as :meth:`Computation.memory` has them."""
 
-    def written(self) -> Tensor:
-        """[K] int64, the units of the caches that hold these rows."""
+    def live(self, key: str, shape: StepShape) -> int:
+        """How many of the N rows are not padding's, if ``shape`` has the real ones."""
 
-    def beside(self) -> Tensor:
-        """[K] int64, the units that the step writes, those next to them in memory, the first of
-        each request, and the null unit: where a graph that is a little wrong does its harm."""
+    def written(self) -> Units:
+        """The units of the caches that hold these rows."""
 
-    def near(self) -> Tensor:
-        """[K] int64, those of :meth:`beside`, and all that the step reads."""
+    def beside(self) -> Units:
+        """The units that the step writes, those next to them in memory, the first of each request,
+        and the null units: where a graph that is a little wrong does its harm."""
+
+    def near(self) -> Units:
+        """Those of :meth:`beside`, and all that the step reads."""
 
 
 class Computation(Protocol):

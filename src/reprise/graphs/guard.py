@@ -11,7 +11,17 @@ from torch import Tensor
 from reprise import ops
 from reprise.graphs.compare import copies, differs
 from reprise.graphs.contract import Computation
-from reprise.graphs.regions import Owner, Region, Span, Stack, as_words, owned, spans, stacked
+from reprise.graphs.regions import (
+    Owner,
+    Region,
+    Span,
+    Stack,
+    Units,
+    as_words,
+    owned,
+    spans,
+    stacked,
+)
 
 PARTS = 16
 """A background canary checks the memory that its step has nothing to do with in so many parts, one
@@ -40,8 +50,8 @@ class Change:
 class Scope:
     """What to look at besides inputs, memory of ops and what lies beside: those are small."""
 
-    units: Tensor | None = None
-    """[K] int64, units of the caches; None: all."""
+    units: Units | None = None
+    """Of the caches; None: all."""
     part: int | None = None
     """Which of :data:`PARTS` of the weights; None: all of them; negative: none."""
 
@@ -94,13 +104,19 @@ class Guard:
             if name in self._at_rest:
                 tensor.copy_(self._at_rest[name])
 
-    def part(self, near: Tensor, turn: int) -> Scope:
+    def part(self, near: Units, turn: int) -> Scope:
         """``near`` and a :data:`PARTS`-th of all other units and of the weights."""
         memory = self._computation.memory()
-        count = max((_used(memory, name) for name in owned(memory, "cache")), default=0)
         part = turn % PARTS
-        rest = torch.arange(min(part, count), count, PARTS, device=near.device)
-        return Scope(torch.cat((near, rest)), part)
+        counts: dict[str, int] = {}
+        for name in owned(memory, "cache"):
+            unit = memory[name].unit or ""
+            counts[unit] = max(counts.get(unit, 0), _used(memory, name))
+        units = {}
+        for unit, count in counts.items():
+            rest = torch.arange(min(part, count), count, PARTS, device=near[unit].device)
+            units[unit] = torch.cat((near[unit], rest))
+        return Scope(units, part)
 
     def forget(self) -> None:
         """A step runs that is not checked."""
@@ -115,7 +131,7 @@ class Guard:
             assert self._carried is not None
             sums = self._carried
         else:
-            sums = [(each, _unit_sums(memory, each, scope.units)) for each in stacks]
+            sums = [(each, _unit_sums(memory, each, _of(memory, each, scope))) for each in stacks]
         before = Before(scope, memory, kept, sums)
         if scope.part is not None:  # with all weights at every step, the step before has looked
             before.weights = self._weight_sums(memory, scope)
@@ -127,9 +143,9 @@ class Guard:
         that the step may write must have been put back."""
         memory = before.memory
         flags = [differs(kept, span.bytes) for span, kept in before.copied]
-        units = before.scope.units
         before.caches_after = [
-            (stack, _unit_sums(memory, stack, units)) for stack, _ in before.caches
+            (stack, _unit_sums(memory, stack, _of(memory, stack, before.scope)))
+            for stack, _ in before.caches
         ]
         flags += [
             (now != then).any()
@@ -150,7 +166,7 @@ class Guard:
                     found.append(Change(name, memory[name].owner))
         for (stack, now), (_, then) in zip(before.caches_after, before.caches, strict=True):
             for region, position in (now != then).nonzero().tolist():
-                name, units = stack.names[region], before.scope.units
+                name, units = stack.names[region], _of(memory, stack, before.scope)
                 index = position if units is None else int(units[position])
                 found.append(Change(name, "cache", memory[name].unit, index))
         changed_before = [
@@ -166,19 +182,20 @@ class Guard:
         for span, kept in before.copied:
             span.bytes.copy_(kept)
 
-    def carry(self, before: Before, written: Tensor | None) -> None:
+    def carry(self, before: Before, written: Units | None) -> None:
         """Use the sums behind this step as those before the next one.
 
         Args:
             before: Of this step, whose check found nothing.
-            written: [K] int64, units that have been written since the check.
+            written: Units that have been written since the check.
         """
         if before.scope.units is not None:
             return
         memory = before.memory
         for stack, sums in before.caches_after:
             if written is not None:
-                sums[:, written] = _unit_sums(memory, stack, written)
+                units = written[memory[stack.names[0]].unit or ""]
+                sums[:, units] = _unit_sums(memory, stack, units)
         self._carried = before.caches_after
 
     def wrong_weights(self) -> list[str]:
@@ -195,7 +212,9 @@ class Guard:
         caches = owned(memory, "cache")
         places = [each.data_ptr() for each in caches.values()]
         if self._stacked is None or self._stacked[0] != places:
-            self._stacked = places, stacked(caches)
+            kinds = dict.fromkeys(memory[name].unit for name in caches)
+            groups = [{k: v for k, v in caches.items() if memory[k].unit == kind} for kind in kinds]
+            self._stacked = places, [stack for group in groups for stack in stacked(group)]
         return self._stacked[1]
 
     def _carries(self, memory: Mapping[str, Region], stacks: list[Stack]) -> bool:
@@ -243,6 +262,11 @@ def _unit_sums(memory: Mapping[str, Region], stack: Stack, units: Tensor | None)
     return ops.checksum(
         words[:, : _used(memory, stack.names[0])] if units is None else words, units
     )
+
+
+def _of(memory: Mapping[str, Region], stack: Stack, scope: Scope) -> Tensor | None:
+    """Which units of the stack's tensors a scope has; None: all."""
+    return None if scope.units is None else scope.units[memory[stack.names[0]].unit or ""]
 
 
 def _used(memory: Mapping[str, Region], name: str) -> int:

@@ -470,7 +470,7 @@ class Prover:
         state = self._computation.state(bucket)
         before = state.read()
         self._computation.forward(bucket, self._computation.model)
-        written = {name: each[:, : live.num_tokens] for name, each in state.read().items()}
+        written = {name: each[:, : state.live(name, live)] for name, each in state.read().items()}
         results = {**written, **copies(self._computation.outputs(live))}
         state.write(before)
         return results

@@ -29,9 +29,14 @@ class Region:
     tensor: Tensor
     owner: Owner
     unit: str | None = None
-    """What an entry of its first dimension is, such as ``block``; None: the tensor is one thing."""
+    """What an entry of its first dimension is, such as ``block``: entries of the same number in
+    tensors of the same unit belong together. None: the tensor is one thing."""
     used: int | None = None
     """So many units have been used; what others hold, nobody will read. None: all."""
+
+
+Units = Mapping[str, Tensor]
+"""Numbers of units, [K] int64, by what they are: :attr:`Region.unit`."""
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class Damage:
     graph: Key
     name: str
     """For people: ``decode[4]``."""
-    units: frozenset[int]
-    """Units of the caches that it changed and must not have."""
+    units: frozenset[tuple[str, int]]
+    """Units of the caches, what and which, that it changed and must not have."""
     earlier: bool
     """Replays before this one went unseen, and may have been wrong as well."""
 
@@ -405,7 +405,11 @@ class GraphRunner:
             where, more = self._where(bucket, shape)
             self._mend(more)
             changes += more
-        units = {each.index for each in changes if each.owner == "cache" and each.index is not None}
+        units = {
+            (each.unit or "", each.index)
+            for each in changes
+            if each.owner == "cache" and each.index is not None
+        }
         reason = f"canary: {verdict.told or 'wrong on another rank'}{where}"
         earlier = any(each.before for each in changes)
         if any(each.owner == "weight" for each in changes) and not self.canary.checks_everything:
@@ -442,7 +446,12 @@ class GraphRunner:
         return where, changes
 
     def _refuse(
-        self, bucket: BucketGraph, reason: str, units: frozenset[int], *, earlier: bool = False
+        self,
+        bucket: BucketGraph,
+        reason: str,
+        units: frozenset[tuple[str, int]],
+        *,
+        earlier: bool = False,
     ) -> None:
         """Never replay the bucket's graph again; look at its siblings soon."""
         family = bucket.family

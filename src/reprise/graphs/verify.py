@@ -311,7 +311,7 @@ class StepMemory:
     def __init__(self, computation: Computation, bucket: StepShape, live: StepShape) -> None:
         self._computation = computation
         self._state: State = computation.state(bucket)
-        self._tokens = live.num_tokens
+        self._live = live
         self._ops = memory_of_ops(computation.ops)
         self.written = self._state.written()
         self.outputs = computation.outputs(live)
@@ -339,7 +339,7 @@ class StepMemory:
             if name in self._ops:
                 found[name] = each
             else:
-                rows = each[:, : self._tokens]
+                rows = each[:, : self._state.live(name, self._live)]
                 found.update(zip(self._state.names(name), rows, strict=True))
         return found
 
@@ -347,8 +347,12 @@ class StepMemory:
         """For each tensor a boolean scalar on the device, true if it differs."""
         flags = []
         for name, each in expected.items():
-            rows = slice(None) if name in self._ops else (slice(None), slice(self._tokens))
-            flags.append(differs(each[rows], got[name][rows], bound))
+            if name not in self._ops:
+                rows = self._state.live(name, self._live)
+                each, other = each[:, :rows], got[name][:, :rows]
+            else:
+                other = got[name]
+            flags.append(differs(each, other, bound))
         return flags
 
 

@@ -13,7 +13,7 @@ from reprise.cache.memory import cache_tensors
 from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
-from reprise.graphs.regions import Region, Stack, stacked
+from reprise.graphs.regions import Region, Stack, Units, stacked
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
@@ -189,14 +189,17 @@ class WrittenSlots:
     def names(self, key: str) -> Sequence[str]:
         return self._names[key]
 
-    def written(self) -> Tensor:
-        return self._slots // self._buffers.block_size
+    def live(self, key: str, shape: StepShape) -> int:
+        return shape.num_tokens
 
-    def beside(self) -> Tensor:
-        return self._blocks(reads=False)
+    def written(self) -> Units:
+        return {"block": self._slots // self._buffers.block_size}
 
-    def near(self) -> Tensor:
-        return self._blocks(reads=True)
+    def beside(self) -> Units:
+        return {"block": self._blocks(reads=False)}
+
+    def near(self) -> Units:
+        return {"block": self._blocks(reads=True)}
 
     def _blocks(self, *, reads: bool) -> Tensor:
         num_blocks = min(each.shape[1] // self._buffers.block_size for each in self._rows.values())
