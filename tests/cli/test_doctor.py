@@ -44,9 +44,27 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
             found = facts["implementations"][each.name]
             assert found == {
                 "unusable": each.unusable(platform),
+                "refuses": [],
                 "graph_support": each.graph_support_on(platform),
                 "error": each.error,
             }
+
+
+def test_ops_say_what_an_implementation_refuses(invoke, device, monkeypatch):
+    from reprise.ops.implementation import Implementation
+
+    attention = ops.all_ops()["paged_attention"]
+    narrow = Implementation(
+        "paged_attention", "narrow", lambda *args: None,
+        accepts=lambda query, **_: "heads are too wide" if query.shape[2] > 128 else None,
+    )  # fmt: skip
+    monkeypatch.setitem(attention.implementations, "narrow", narrow)
+    report = one_json_line(invoke("doctor", "ops", "--device", device, "--json"))
+    facts = report["ops"]["paged_attention"]["implementations"]
+    assert facts["narrow"]["refuses"] == ["heads are too wide (heads of 256, decode 4 x 48)"]
+    assert "heads are too wide" in " ".join(
+        invoke("doctor", "ops", "--device", device).stdout.split()
+    )
 
 
 def test_ops_with_an_override(invoke, device):

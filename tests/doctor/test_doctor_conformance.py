@@ -52,7 +52,8 @@ def test_every_fault_and_every_op_has_its_contract():
 def test_ops_know_the_platform_that_they_are_tried_on(platform, device, monkeypatch):
     """Else kernels would be tried without programmatic dependent launch, and used with it."""
     from reprise.ops import all_ops
-    from reprise.ops.registry import Implementation, active_platform
+    from reprise.ops.implementation import Implementation
+    from reprise.ops.registry import active_platform
 
     seen = []
 

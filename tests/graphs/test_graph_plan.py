@@ -69,6 +69,10 @@ SINGLE = {"paged_attention (single)": "single_token_decode"}
 NEVER = {"paged_attention (reference)": "never"}
 
 
+def both(support):
+    return {"decode": support, "mixed": support}
+
+
 @pytest.mark.parametrize(
     ("text", "support", "query_len", "decode", "mixed", "why"),
     [
@@ -87,7 +91,7 @@ NEVER = {"paged_attention (reference)": "never"}
     ],
 )
 def test_resolving_against_graph_support(text, support, query_len, decode, mixed, why):
-    resolved = resolve(parse_plan(text), WithGraphs(), support, query_len=query_len)
+    resolved = resolve(parse_plan(text), WithGraphs(), both(support), query_len=query_len)
     assert (resolved.decode, resolved.mixed) == (decode, mixed)
     assert len(resolved.downgrades) == len(why)
     for downgrade, expected in zip(resolved.downgrades, why, strict=True):
@@ -96,13 +100,13 @@ def test_resolving_against_graph_support(text, support, query_len, decode, mixed
 
 
 def test_auto_captures_nothing_where_graphs_are_off_by_default():
-    resolved = resolve(parse_plan("auto"), load("cpu")(), ALWAYS)
+    resolved = resolve(parse_plan("auto"), load("cpu")(), both(ALWAYS))
     assert not resolved.captures
     assert resolved.downgrades == ()
 
 
 def test_a_platform_without_graphs_runs_eagerly_and_says_so(caplog):
-    resolved = resolve(parse_plan("decode=full,mixed=compiled"), WithoutGraphs(), ALWAYS)
+    resolved = resolve(parse_plan("decode=full,mixed=compiled"), WithoutGraphs(), both(ALWAYS))
     assert not resolved.captures
     assert [each.reason for each in resolved.downgrades] == [
         "platform cpu has no device graphs"
@@ -112,7 +116,7 @@ def test_a_platform_without_graphs_runs_eagerly_and_says_so(caplog):
 
 def test_without_a_compiler_pieces_are_not_compiled():
     resolved = resolve(
-        parse_plan("compiled"), WithGraphs(), NEVER, compiler_reason="no compiler here"
+        parse_plan("compiled"), WithGraphs(), both(NEVER), compiler_reason="no compiler here"
     )
     assert (resolved.decode, resolved.mixed) == ("breakable", "breakable")
     assert resolved.downgrades[0].reason == "no compiler here"

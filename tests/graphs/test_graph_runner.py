@@ -9,6 +9,7 @@ import torch
 from toy import MAX_LEN, Toy
 
 from reprise.errors import GraphError
+from reprise.ops import all_ops
 from reprise.shape import StepShape
 
 STEPS = [
@@ -125,15 +126,40 @@ def test_the_report_is_plain_data(toy, make_runner):
 
 
 def test_downgrades_are_reported_and_logged(toy, make_runner, caplog):
-    chosen = toy.ops.chosen
-    chosen["paged_attention"] = dataclasses.replace(
-        chosen["paged_attention"], name="decoding", graph_support="single_token_decode"
-    )
+    (chosen, *_) = toy.ops.candidates["paged_attention"]
+    toy.ops.candidates["paged_attention"] = [
+        dataclasses.replace(chosen, name="decoding", graph_support="single_token_decode")
+    ]
     runner = make_runner(toy, "full", query_lens=(1, 2))
     (decode, mixed) = runner.report().downgrades
     assert decode["reason"].startswith("paged_attention (decoding)")
     assert (mixed["wanted"], mixed["got"]) == ("full", "breakable")
     assert len([each for each in caplog.records if "graph plan" in each.message]) == 2
+
+
+def test_the_plan_follows_what_computes_the_calls_of_each_phase(toy, make_runner):
+    (chosen, *_) = toy.ops.candidates["paged_attention"]
+    decoding = dataclasses.replace(
+        chosen, name="decoding", graph_support="single_token_decode",
+        accepts=lambda *args: None if args[-1] == 1 else "it takes one new token a request",
+    )  # fmt: skip
+    reference = all_ops()["paged_attention"].implementations["reference"]
+    toy.ops.candidates["paged_attention"] = [decoding, reference]
+    runner = make_runner(toy, "full")
+    # The reference can never be captured, but no decode step calls it.
+    assert (runner.plan.decode, runner.plan.mixed) == ("full", "breakable")
+    (mixed,) = runner.plan.downgrades
+    assert mixed.reason.startswith("paged_attention (reference)")
+    runner.capture_all()
+    for shape in (StepShape.decode(3), StepShape.mixed(10, 3)):
+        toy.fill(shape, 7)
+        expected = toy.eager(shape)
+        assert runner.executor_for(shape) != "none"
+        torch.testing.assert_close(runner.run(shape), expected)
+    names = {
+        each.implementation.name for each in toy.ops.choices["paged_attention"].answers.values()
+    }
+    assert names == {"decoding", "reference"}
 
 
 def test_verification_can_be_off(toy, make_runner):
@@ -215,7 +241,7 @@ def test_ranks_agree_on_every_verdict(toy, make_runner, votes, why):
 def test_many_failures_are_not_many_warnings(toy, make_runner, caplog):
     original = toy.ops.functions["rms_norm"]
     toy.ops.functions["rms_norm"] = lambda x, *rest: (_ for _ in ()).throw(GraphError("never"))
-    runner = make_runner(toy, "breakable", decode=range(1, 9), used=[])
+    runner = make_runner(toy, "breakable", decode=range(1, 9), used={})
     with caplog.at_level(logging.WARNING):
         runner.capture_all()
     assert len(runner.report().quarantined) == 10

@@ -13,7 +13,7 @@ from toy import BLOCK, Toy
 from reprise.graphs.compare import differs
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.ops import all_ops
-from reprise.ops.registry import Implementation
+from reprise.ops.implementation import Implementation
 from reprise.platforms.device_graph import capturing
 from reprise.shape import StepShape
 from reprise.testing.faults.base import Fault
@@ -131,7 +131,7 @@ def noisy(toy: Toy, monkeypatch: pytest.MonkeyPatch, harm: float) -> Any:
     toy.ops.functions[OP] = broken
     monkeypatch.setattr(
         type(toy.ops), "implementation_of",
-        lambda table, op: Implementation(op.name, "noisy", broken, error=DECLARED)
+        lambda table, op, args, kwargs: Implementation(op.name, "noisy", broken, error=DECLARED)
         if op.name == OP else op.implementations["reference"],
     )  # fmt: skip
     yield broken

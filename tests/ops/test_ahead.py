@@ -72,7 +72,7 @@ def test_waking_the_compiler_survives_a_kernel_that_does_not_compile(
 def test_break_ops_are_compiled_first(table, randn, monkeypatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(ops.rms_norm, "break_op", True)
-    table.chosen["silu_and_mul"] = ops.silu_and_mul.implementations["triton"]
+    table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
     table.functions["rms_norm"] = lambda x, weight, eps: order.append("break op")
     table.functions["silu_and_mul"] = lambda x: order.append("other")
 
@@ -88,7 +88,7 @@ def test_break_ops_are_compiled_first(table, randn, monkeypatch) -> None:
 def test_no_wave_waits_for_the_pass_beside(table, randn) -> None:
     waves_are_done, found = threading.Event(), []
     table.functions["rms_norm"] = lambda x, weight, eps: waves_are_done.set()
-    table.chosen["silu_and_mul"] = ops.silu_and_mul.implementations["triton"]
+    table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
     table.functions["silu_and_mul"] = lambda x: found.append(waves_are_done.wait(30))
     forward = partial(ops.rms_norm, randn(1, 8), randn(8), 1e-6)
     assert compile_ahead(table, [forward], beside=lambda: ops.silu_and_mul(randn(1, 8))) == 2

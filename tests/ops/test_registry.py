@@ -279,7 +279,8 @@ def test_graph_support_may_depend_on_the_platform(undeclared) -> None:
     declared.implementation("vendor", writes, graph_support=support)
     for platform, level in ((CpuPlatform(), "always"), (WantsTriton(), "single_token_decode")):
         table = OpTable(platform, {"depends": "vendor"})
-        assert support_of(table, [declared]) == {"depends (vendor)": level}
+        uses = [(declared, table.chosen["depends"])]
+        assert support_of(uses, platform) == {"depends (vendor)": level}
 
     class Other(CpuPlatform):
         name = "other"

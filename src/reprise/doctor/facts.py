@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from reprise import ops as registry
-from reprise.ops.registry import Implementation
+from reprise.ops import Op, OpTable
+from reprise.ops.cases import ShapeMaker
+from reprise.ops.implementation import Implementation
 from reprise.platforms import Platform
 
 
@@ -29,13 +32,10 @@ def device_facts(platform: Platform) -> dict[str, Any]:
     }
 
 
-def op_facts(platform: Platform, chosen: Mapping[str, Implementation]) -> dict[str, Any]:
-    """Of every op its implementations, the one in use, and why others cannot be.
-
-    Args:
-        platform: Where.
-        chosen: The implementation of each op that is in use.
-    """
+def op_facts(table: OpTable) -> dict[str, Any]:
+    """Of every op its implementations, the one that is wanted most, why others cannot be used, and
+    what computes the calls for which the arguments decide: those that the table has met."""
+    platform, chosen = table.platform, table.chosen
     return {
         name: {
             "chosen": chosen[name].name,
@@ -44,11 +44,29 @@ def op_facts(platform: Platform, chosen: Mapping[str, Implementation]) -> dict[s
             "implementations": {
                 each.name: {
                     "unusable": each.unusable(platform),
+                    "refuses": refusals(op, each),
                     "graph_support": each.graph_support_on(platform),
                     "error": each.error,
                 }
                 for each in op.implementations.values()
             },
+            "calls": [
+                {"call": e.call, "implementation": e.implementation.name, "refused": e.refused}
+                for e in (table.choices[name].answers.values() if name in table.choices else ())
+            ],
         }
         for name, op in sorted(registry.all_ops().items())
     }
+
+
+def refusals(op: Op, implementation: Implementation) -> list[str]:
+    """Why it does not compute some of the op's cases: each reason once, with a call that met it."""
+    make = ShapeMaker(torch.bfloat16)
+    calls = [("a small one", each) for each in op.cases.small(make)]
+    calls += [(each.shape, each.arguments()) for each in op.cases.workloads(make)]
+    reasons: dict[str, str] = {}
+    for shape, arguments in calls:
+        reason = implementation.refusal(**arguments)
+        if reason is not None:
+            reasons.setdefault(reason, shape)
+    return [f"{reason} ({shape})" for reason, shape in reasons.items()]

@@ -138,7 +138,7 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
             "block_bytes": block_bytes(runner.model.caches().values(), runner.block_size),
             "max_num_batched_tokens": runner.max_tokens,
         },
-        "ops": op_facts(engine.platform, runner.ops.chosen),
+        "ops": op_facts(runner.ops),
         "graphs": runner.graphs.report().to_dict(),
         "startup": {
             "seconds": round(engine.startup_seconds, 3),

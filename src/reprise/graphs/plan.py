@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast, get_args
 
 from reprise.errors import ConfigError
-from reprise.ops.registry import GraphSupport, Op, OpTable
+from reprise.ops.implementation import GraphSupport, Implementation
+from reprise.ops.registry import Op
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase
 
@@ -103,13 +104,13 @@ def parse_plan(text: str) -> GraphPlan[Wanted]:
     return GraphPlan(found.get("decode", "auto"), found.get("mixed", "auto"))
 
 
-def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:
-    """Graph support of the break ops among ``used``, by ``"op (implementation)"``."""
+def support_of(
+    uses: Iterable[tuple[Op, Implementation]], platform: Platform
+) -> dict[str, GraphSupport]:
+    """Graph support of the break ops among ``uses``, by ``"op (implementation)"``."""
     return {
-        f"{op.name} ({table.chosen[op.name].name})": table.chosen[op.name].graph_support_on(
-            table.platform
-        )
-        for op in used
+        f"{op.name} ({each.name})": each.graph_support_on(platform)
+        for op, each in uses
         if op.break_op
     }
 
@@ -117,7 +118,7 @@ def support_of(table: OpTable, used: Iterable[Op]) -> dict[str, GraphSupport]:
 def resolve(
     plan: GraphPlan[Wanted],
     platform: Platform,
-    support: Mapping[str, GraphSupport],
+    support: Mapping[Phase, Mapping[str, GraphSupport]],
     *,
     query_len: int = 1,
     compiler_reason: str | None = None,
@@ -128,7 +129,7 @@ def resolve(
     Args:
         plan: What was asked for.
         platform: Where it runs.
-        support: Of each break op in the model, see :func:`support_of`.
+        support: Of each break op that steps of a phase call, see :func:`support_of`.
         query_len: The most new tokens of a request in a decode step.
         compiler_reason: Why nothing can be compiled here; None: it can.
         verbose: Log the downgrades.
@@ -141,7 +142,9 @@ def resolve(
             wanted = _automatic(phase) if platform.graphs_by_default else "none"
         executor: Executor = wanted
         while True:
-            reason = _obstacle(executor, phase, platform, support, query_len, compiler_reason)
+            reason = _obstacle(
+                executor, phase, platform, support.get(phase, {}), query_len, compiler_reason
+            )
             if reason is None:
                 break
             lower = "none" if not platform.has_graphs else FALLBACK[executor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,24 +24,31 @@ from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import Verdict, VerifyMode, examine
-from reprise.ops.registry import Implementation, Op, OpTable, intercept
+from reprise.ops.implementation import Implementation
+from reprise.ops.registry import Op, OpTable, intercept
 from reprise.platforms import Platform
-from reprise.shape import PHASES, StepShape
+from reprise.shape import PHASES, Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
 
-def ops_used(table: OpTable, forward: Callable[[], Any]) -> list[Op]:
-    """The ops that ``forward`` calls, found by calling it."""
-    used: dict[str, Op] = {}
+Uses = Sequence[tuple[Op, Implementation]]
+"""Ops that are called, each with what computes it; one that several compute is there for each."""
+
+
+def uses_of(table: OpTable, forward: Callable[[], Any]) -> Uses:
+    """What ``forward`` calls, found by calling it. Nothing is computed: ops return memory of any
+    content."""
+    found: dict[tuple[str, str], tuple[Op, Implementation]] = {}
 
     def note(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        used[op.name] = op
-        return function(*args, **kwargs)
+        implementation = table.implementation_of(op, args, kwargs)
+        found[op.name, implementation.name] = op, implementation
+        return op.fake(*args, **kwargs)
 
     with torch.inference_mode(), table.activate(), intercept(note):
         forward()
-    return list(used.values())
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class GraphRunner:
         verify: When to compare graphs with eager execution.
         query_lens: New tokens of a request in decode steps; one set of decode graphs for each.
         agree: Collective AND over the ranks that compute together.
-        used: The ops in the computation; found by a trial run if left out.
+        used: What each phase calls; found by trial runs if left out.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class GraphRunner:
         verify: VerifyMode = VerifyMode(),  # noqa: B008 - frozen
         query_lens: Iterable[int] = (1,),
         agree: Agree = lambda ok: ok,
-        used: Iterable[Op] | None = None,
+        used: Mapping[Phase, Uses] | None = None,
     ) -> None:
         self.computation = computation
         self.platform = platform
@@ -139,19 +146,16 @@ class GraphRunner:
             error=self._error,
         )  # fmt: skip
 
-    def _resolve(self, used: Iterable[Op] | None) -> GraphPlan[Executor]:
-        shape = StepShape.decode(1)
-        support = {}
-        if self._may_capture():
-            if used is None:
-                used = ops_used(self.computation.ops, lambda: self._trial(shape))
-            used = list(used)
-            self._error = largest_error(self.computation.ops.implementation_of(op) for op in used)
-            support = support_of(self.computation.ops, used)
+    def _resolve(self, used: Mapping[Phase, Uses] | None) -> GraphPlan[Executor]:
+        if not self._may_capture():
+            used = {}
+        elif used is None:
+            used = {phase: self._uses(phase) for phase in PHASES}
+        self._error = largest_error(each for uses in used.values() for _, each in uses)
         return resolve(
             self.requested,
             self.platform,
-            support,
+            {phase: support_of(uses, self.platform) for phase, uses in used.items()},
             query_len=max(self._query_lens),
             compiler_reason=self.platform.compiler_missing(),
         )
@@ -160,9 +164,18 @@ class GraphRunner:
         idle = ("none",) if self.platform.graphs_by_default else ("none", "auto")
         return any(self.requested.of(phase) not in idle for phase in PHASES)
 
-    def _trial(self, shape: StepShape) -> None:
-        self.computation.pad(shape.empty, shape)
-        self.computation.forward(shape, self.computation.model)
+    def _uses(self, phase: Phase) -> Uses:
+        """What one small step of each kind calls."""
+        computation, shapes = self.computation, [StepShape.mixed(1, 1)]
+        if phase == "decode":
+            shapes = [StepShape.decode(1, each) for each in self._query_lens]
+
+        def forward() -> None:
+            for shape in shapes:
+                computation.pad(shape.empty, shape)
+                computation.forward(shape, computation.model)
+
+        return uses_of(computation.ops, forward)
 
     # ---- start-up ------------------------------------------------------------------------
 

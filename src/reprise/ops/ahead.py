@@ -48,7 +48,7 @@ def compile_ahead(
         op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
-        if key not in known and table.chosen[op.name].compiles:
+        if key not in known and table.implementation_of(op, args, kwargs).compiles:
             known.add(key)
             # Break ops have kernels of their own, the longest of a wave.
             waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))

@@ -56,6 +56,22 @@ class Maker:
         return torch.randperm(count, generator=self._generator).to(self.device)
 
 
+class ShapeMaker(Maker):
+    """Makes tensors without memory, for those who look at shapes alone."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(torch.device("meta"), dtype)
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def randint(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def permutation(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=self.device)
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """Sizes of a model."""

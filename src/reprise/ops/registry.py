@@ -10,32 +10,27 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from reprise import platforms
-from reprise.errors import OpError, describe
+from reprise.errors import OpError
 from reprise.ops.cases import Cases
+from reprise.ops.choice import ByArguments
+from reprise.ops.implementation import (
+    Accepts,
+    GraphSupportOn,
+    Implementation,
+    Requirement,
+    anything,
+)
+from reprise.ops.implementation import needs_triton as needs_triton
+from reprise.ops.implementation import runs_anywhere as runs_anywhere
 from reprise.platforms import Platform
-
-logger = logging.getLogger(__name__)
-
-GraphSupport = Literal["never", "single_token_decode", "uniform_batch", "always"]
-"""In which steps a break op's implementation may run inside a graph. ``never``: in none;
-``single_token_decode``: when each request has one new token; ``uniform_batch``: when all requests
-have the same number of new tokens; ``always``: in any step."""
-
-GraphSupportOn = GraphSupport | Callable[[Platform], GraphSupport]
-"""The same everywhere, or by platform."""
-
-Requirement = Callable[[Platform], str | None]
-"""Returns None if the implementation runs on the platform, else the reason why not."""
 
 _library = torch.library.Library("reprise", "DEF")
 _ops: dict[str, Op] = {}
@@ -53,81 +48,6 @@ _interceptor: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVa
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def runs_anywhere(platform: Platform) -> str | None:
-    return None
-
-
-def needs_triton(platform: Platform) -> str | None:
-    return None if platform.has_triton else "Triton cannot run on this platform"
-
-
-@dataclass
-class Implementation:
-    """One way to compute an op; its function is imported when a table considers it."""
-
-    op: str
-    name: str
-    target: str | Callable[..., Any]
-    """The function, or ``"module:function"``.
-
-    It may have an attribute ``bind``: a function of the same arguments that computes once and
-    returns a function that computes again on the same tensors, without the host work that is the
-    same each time. Breakable graphs call break ops that way.
-    """
-    requires: Requirement = runs_anywhere
-    graph_support: GraphSupportOn = "always"
-    error: float | None = None
-    """None: the same inputs give the same bits. Else the largest difference between two calls of
-    the same inputs, relative to the largest magnitude in a row of the result."""
-    import_failure: str | None = field(default=None, init=False)
-    """Why its function cannot be had, once that was tried."""
-
-    def unusable(self, platform: Platform) -> str | None:
-        """Why it cannot run on the platform; None: it can, and its function is imported."""
-        try:
-            reason = self.requires(platform)
-        except Exception as error:
-            return f"its requirement fails: {describe(error)}"
-        if reason is not None:
-            return reason
-        if self.import_failure is None:
-            try:
-                self.function  # noqa: B018 - imports
-            except Exception as error:  # a module may raise anything
-                self.import_failure = f"it cannot be imported: {describe(error)}"
-                logger.warning("op %s: %s is skipped, %s", self.op, self.name, self.import_failure)
-        return self.import_failure
-
-    def graph_support_on(self, platform: Platform) -> GraphSupport:
-        """In which steps it may run inside a graph of the platform.
-
-        Raises:
-            OpError: What it declares is no level of support.
-        """
-        declared = self.graph_support
-        level = declared(platform) if callable(declared) else declared
-        if level not in get_args(GraphSupport):
-            raise OpError(
-                f"op {self.op!r}: graph_support={level!r} of {self.name!r} must be one of "
-                f"{', '.join(get_args(GraphSupport))}"
-            )
-        return level
-
-    @property
-    def compiles(self) -> bool:
-        """Its kernels are compiled when they are first called."""
-        return self.requires is needs_triton
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        if isinstance(self.target, str):
-            module, _, attribute = self.target.partition(":")
-            self.target = getattr(importlib.import_module(module), attribute)
-        if not callable(self.target):
-            raise TypeError(f"{self.target!r} is no function")
-        return self.target
 
 
 @dataclass
@@ -170,6 +90,7 @@ class Op:
         target: str | Callable[..., Any],
         *,
         requires: Requirement = runs_anywhere,
+        accepts: Accepts = anything,
         graph_support: GraphSupportOn = "always",
         error: float | None = None,
     ) -> None:
@@ -179,6 +100,8 @@ class Op:
             name: How ``--op NAME=IMPL`` and ``Platform.preferred`` call it.
             target: A function with the op's signature, or ``"module:function"`` to import late.
             requires: Says whether a platform can run it.
+            accepts: Says whether it computes calls with such arguments. The next one that is
+                wanted computes those that it does not; the reference takes everything.
             graph_support: For break ops, the steps in which it may be captured; may be a function
                 of the platform.
             error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
@@ -186,11 +109,16 @@ class Op:
         if name in self.implementations:
             raise OpError(f"op {self.name!r} already has an implementation {name!r}")
         self.implementations[name] = Implementation(
-            self.name, name, target, requires, graph_support, error
+            self.name, name, target, requires, graph_support, error, accepts
         )
 
     def choose(self, platform: Platform, override: str | None = None) -> Implementation:
-        """The implementation to use on ``platform``.
+        """The implementation that is wanted most on ``platform``; see :meth:`candidates`."""
+        return self.candidates(platform, override)[0]
+
+    def candidates(self, platform: Platform, override: str | None = None) -> list[Implementation]:
+        """The implementations to use on ``platform``, most wanted first: each computes what those
+        before it do not accept, and the last accepts everything, unless it is the override.
 
         Raises:
             OpError: ``override`` names none, or one that this platform cannot run or that does
@@ -206,12 +134,15 @@ class Op:
             reason = chosen.unusable(platform)
             if reason is not None:
                 raise OpError(f"--op {self.name}={override}: {reason} ({platform.name})")
-            return chosen
+            return [chosen]
         order = platform.preferred.get(self.name, platform.preferred.get("*", ()))
-        for name in (*order, "reference"):
+        found: list[Implementation] = []
+        for name in dict.fromkeys((*order, "reference")):
             candidate = self.implementations.get(name)
             if candidate is not None and candidate.unusable(platform) is None:
-                return candidate
+                found.append(candidate)
+                if candidate.accepts is anything:
+                    return found
         raise OpError(f"op {self.name!r} has no implementation for platform {platform.name!r}")
 
 
@@ -316,17 +247,33 @@ class OpTable:
             if name not in _ops:
                 raise OpError(f"--op {name}=...: no such op; known: {', '.join(sorted(_ops))}")
         self.platform = platform
-        self.chosen = {
-            name: each.choose(platform, overrides.get(name)) for name, each in _ops.items()
+        self.candidates = {
+            name: each.candidates(platform, overrides.get(name)) for name, each in _ops.items()
         }
+        """By op, most wanted first; see :meth:`Op.candidates`."""
+        self.choices: dict[str, ByArguments] = {}
+        """The ops for which the arguments decide, and the answers given so far."""
         self.functions = _LateFunctions(self)
         self.memory: dict[str, torch.Tensor] = {}
 
-    def implementation_of(self, op: Op) -> Implementation:
-        """What computes ``op`` here."""
-        if op.name not in self.chosen:  # declared after the table was made
-            self.chosen[op.name] = op.choose(self.platform)
-        return self.chosen[op.name]
+    @property
+    def chosen(self) -> dict[str, Implementation]:
+        """The implementation of each op that is wanted most."""
+        return {name: found[0] for name, found in self.candidates.items()}
+
+    def implementation_of(
+        self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Implementation:
+        """What computes this call of ``op`` here.
+
+        Raises:
+            OpError: The user asked for an implementation that does not accept it.
+        """
+        self.functions[op.name]  # chooses, if the op was declared after the table was made
+        choice = self.choices.get(op.name)
+        if choice is None:
+            return self.candidates[op.name][0]
+        return choice.answer(args, kwargs).implementation
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -346,7 +293,14 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
         self._table = table
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        self[name] = self._table.implementation_of(_ops[name]).function
+        table, op = self._table, _ops[name]
+        if name not in table.candidates:  # declared after the table was made
+            table.candidates[name] = op.candidates(table.platform)
+        candidates = table.candidates[name]
+        if candidates[0].accepts is anything:
+            self[name] = candidates[0].function
+        else:
+            self[name] = table.choices[name] = ByArguments(name, op.arguments, candidates)
         return self[name]
 
 

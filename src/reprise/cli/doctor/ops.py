@@ -37,7 +37,7 @@ def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
     return {
         "platform": platform.name,
         "device_name": platform.device_name,
-        "ops": op_facts(platform, registry.OpTable(platform, overrides).chosen),
+        "ops": op_facts(registry.OpTable(platform, overrides)),
     }
 
 
@@ -46,13 +46,13 @@ def _show(report: dict[str, Any]) -> None:
 
     found = table(
         f"Ops on {report['platform']} ({report['device_name']})",
-        "op", "implementation", "used", "in graphs", "cannot run because",
+        "op", "implementation", "used", "in graphs", "cannot run, or refuses",
     )  # fmt: skip
     for name, op in report["ops"].items():
         label = f"{name} [dim](break op)[/]" if op["break_op"] else name
         for implementation, facts in op["implementations"].items():
             used = "[green]yes[/]" if implementation == op["chosen"] else ""
-            reason = facts["unusable"] or ""
+            reason = facts["unusable"] or "; ".join(facts["refuses"])
             found.add_row(label, implementation, used, facts["graph_support"], reason)
             label = ""
         found.add_section()

@@ -11,7 +11,7 @@ from typing import Any
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Executor
-from reprise.graphs.runner import ops_used
+from reprise.graphs.runner import uses_of
 from reprise.ops import Op
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -85,7 +85,7 @@ def _with_extent(kit: Kit) -> list[Op]:
         computation.pad(shape.empty, shape)
         computation.forward(shape)
 
-    return [each for each in ops_used(computation.ops, step) if each.extent is not None]
+    return [each for each, _ in uses_of(computation.ops, step) if each.extent is not None]
 
 
 def fault_is_caught(kit: Kit, fault: str) -> str:

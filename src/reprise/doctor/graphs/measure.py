@@ -201,7 +201,6 @@ class _Measurement:
             GraphPlan(executor, executor),
             self.buckets,
             self.runner.config.max_num_seqs,
-            used=self.places.ops.values(),
         )
         for each in graphs.plan.downgrades:
             if each.wanted == executor:

@@ -1,0 +1,122 @@
+"""The choice of an implementation by what it is called with, made once for each kind of call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from reprise.errors import OpError
+from reprise.ops.implementation import Implementation
+
+logger = logging.getLogger(__name__)
+
+
+def signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What is the same in all calls of a kind: of tensors the dtype and every dimension but the
+    first, which counts tokens or requests; numbers as they are."""
+    if kwargs:
+        return (*map(_static, args), *((name, _static(each)) for name, each in kwargs.items()))
+    return tuple(map(_static, args))
+
+
+def _static(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.shape[1:]
+    return tuple(map(_static, value)) if isinstance(value, list | tuple) else value
+
+
+def shown(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A kind of call for people: ``query [*, 32, 128] bfloat16, scale 0.088``."""
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return ", ".join(f"{name} {_shown(each)}" for name, each in named.items())
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    sizes = ", ".join(("*", *map(str, value.shape[1:]))) if value.dim() else ""
+    return f"[{sizes}] {str(value.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What computes one kind of call, and why others do not."""
+
+    call: str
+    """The kind of call, for people."""
+    implementation: Implementation
+    refused: dict[str, str]
+    """Reasons of the implementations that come before it, by name."""
+
+
+@dataclass
+class ByArguments:
+    """The function of an op for which the arguments decide who computes.
+
+    Args:
+        op: Its name.
+        arguments: Their names.
+        candidates: Those that the platform can run, most wanted first. The last takes everything,
+            unless it is the only one: the user asked for it, and nothing may take its place.
+    """
+
+    op: str
+    arguments: Sequence[str]
+    candidates: Sequence[Implementation]
+    answers: dict[Hashable, Answer] = field(default_factory=dict)
+    """By signature."""
+    _functions: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._functions.get(signature(args, kwargs))
+        if found is None:
+            found = self.answer(args, kwargs).implementation.function
+        return found(*args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """See :class:`Implementation`."""
+        function = self.answer(args, kwargs).implementation.function
+        bind = getattr(function, "bind", None)
+        if bind is not None:
+            bound: Callable[[], Any] = bind(*args, **kwargs)
+            return bound
+        function(*args, **kwargs)
+        return partial(function, *args, **kwargs)
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answer:
+        """Who computes a call; asked once for each kind.
+
+        Raises:
+            OpError: The user asked for an implementation that does not accept it.
+        """
+        key = signature(args, kwargs)
+        known = self.answers.get(key)
+        if known is not None:
+            return known
+        refused: dict[str, str] = {}
+        call = shown(self.arguments, args, kwargs)
+        for each in self.candidates:
+            reason = each.refusal(*args, **kwargs)
+            if reason is None:
+                break
+            refused[each.name] = reason
+        else:
+            raise OpError(
+                f"--op {self.op}={self.candidates[0].name}: {'; '.join(refused.values())} "
+                f"({call}); leave the choice to Reprise, or name another implementation"
+            )
+        for name, reason in refused.items():
+            if reason not in set(self._reasons(name)):
+                logger.info("op %s: %s and not %s (%s)", self.op, each.name, name, reason)
+        self._functions[key] = each.function
+        answer = self.answers[key] = Answer(call, each, refused)
+        return answer
+
+    def _reasons(self, name: str) -> Iterator[str]:
+        """Why an implementation was refused so far."""
+        return (each.refused[name] for each in self.answers.values() if name in each.refused)

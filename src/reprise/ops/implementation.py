@@ -1,0 +1,132 @@
+"""One way to compute an op: where it runs, what it takes, what it promises."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from reprise.errors import OpError, describe
+from reprise.platforms import Platform
+
+logger = logging.getLogger(__name__)
+
+GraphSupport = Literal["never", "single_token_decode", "uniform_batch", "always"]
+"""In which steps a break op's implementation may run inside a graph. ``never``: in none;
+``single_token_decode``: when each request has one new token; ``uniform_batch``: when all requests
+have the same number of new tokens; ``always``: in any step."""
+
+GraphSupportOn = GraphSupport | Callable[[Platform], GraphSupport]
+"""The same everywhere, or by platform."""
+
+Requirement = Callable[[Platform], str | None]
+"""Returns None if the implementation runs on the platform, else the reason why not."""
+
+Accepts = Callable[..., str | None]
+"""Called as the op is; returns None if the implementation computes such calls, else the reason why
+not. It sees dtypes, every dimension of a tensor but the first, and numbers: what is the same in all
+calls of a kind. Tensors are stand-ins without memory whose first dimension is 0."""
+
+
+def runs_anywhere(platform: Platform) -> str | None:
+    return None
+
+
+def anything(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+def needs_triton(platform: Platform) -> str | None:
+    return None if platform.has_triton else "Triton cannot run on this platform"
+
+
+def _stand_in(value: Any) -> Any:
+    """What a check sees of an argument: nothing that two calls of a kind could differ in."""
+    if isinstance(value, Tensor):
+        shape = (0, *value.shape[1:]) if value.dim() else ()
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+    return [_stand_in(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass
+class Implementation:
+    """One way to compute an op; its function is imported when a table considers it."""
+
+    op: str
+    name: str
+    target: str | Callable[..., Any]
+    """The function, or ``"module:function"``.
+
+    It may have an attribute ``bind``: a function of the same arguments that computes once and
+    returns a function that computes again on the same tensors, without the host work that is the
+    same each time. Breakable graphs call break ops that way.
+    """
+    requires: Requirement = runs_anywhere
+    graph_support: GraphSupportOn = "always"
+    error: float | None = None
+    """None: the same inputs give the same bits. Else the largest difference between two calls of
+    the same inputs, relative to the largest magnitude in a row of the result."""
+    accepts: Accepts = anything
+    import_failure: str | None = field(default=None, init=False)
+    """Why its function cannot be had, once that was tried."""
+
+    def unusable(self, platform: Platform) -> str | None:
+        """Why it cannot run on the platform; None: it can, and its function is imported."""
+        try:
+            reason = self.requires(platform)
+        except Exception as error:
+            return f"its requirement fails: {describe(error)}"
+        if reason is not None:
+            return reason
+        if self.import_failure is None:
+            try:
+                self.function  # noqa: B018 - imports
+            except Exception as error:  # a module may raise anything
+                self.import_failure = f"it cannot be imported: {describe(error)}"
+                logger.warning("op %s: %s is skipped, %s", self.op, self.name, self.import_failure)
+        return self.import_failure
+
+    def refusal(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why it does not compute such a call; None: it does."""
+        if self.accepts is anything:
+            return None
+        try:
+            return self.accepts(
+                *map(_stand_in, args), **{name: _stand_in(each) for name, each in kwargs.items()}
+            )
+        except Exception as error:  # a module may raise anything
+            return f"what it accepts cannot be told: {describe(error)}"
+
+    def graph_support_on(self, platform: Platform) -> GraphSupport:
+        """In which steps it may run inside a graph of the platform.
+
+        Raises:
+            OpError: What it declares is no level of support.
+        """
+        declared = self.graph_support
+        level = declared(platform) if callable(declared) else declared
+        if level not in get_args(GraphSupport):
+            raise OpError(
+                f"op {self.op!r}: graph_support={level!r} of {self.name!r} must be one of "
+                f"{', '.join(get_args(GraphSupport))}"
+            )
+        return level
+
+    @property
+    def compiles(self) -> bool:
+        """Its kernels are compiled when they are first called."""
+        return self.requires is needs_triton
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        if isinstance(self.target, str):
+            module, _, attribute = self.target.partition(":")
+            self.target = getattr(importlib.import_module(module), attribute)
+        if not callable(self.target):
+            raise TypeError(f"{self.target!r} is no function")
+        return self.target
