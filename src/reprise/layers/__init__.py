@@ -3,8 +3,10 @@
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
 from reprise.layers.decoder import CausalLM, Decoder, DecoderLayer
+from reprise.layers.destination import Destination
 from reprise.layers.embedding import Embedding
-from reprise.layers.linear import Linear, MergedLinear
+from reprise.layers.lazy import Normed, Product, add, tensor
+from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
 from reprise.layers.rotary import (
@@ -21,16 +23,20 @@ __all__ = [
     "CausalLM",
     "Decoder",
     "DecoderLayer",
+    "Destination",
     "Embedding",
     "GatedMLP",
     "Linear",
-    "MergedLinear",
+    "Normed",
+    "Product",
     "RMSNorm",
     "SelfAttention",
+    "add",
     "context_length",
     "default_length",
     "describe_rotary",
     "identity_table",
     "parameters_of",
     "rotary_table",
+    "tensor",
 ]

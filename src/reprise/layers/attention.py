@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from reprise import ops
 from reprise.cache import KEPT, Batch, LayerCache, Rows
 from reprise.layers.build import Build
-from reprise.layers.linear import Linear, MergedLinear
+from reprise.layers.lazy import Normed, Product
+from reprise.layers.linear import Linear
 from reprise.layers.norm import RMSNorm
 
 
@@ -54,7 +55,7 @@ class SelfAttention(nn.Module):
         rows = Rows((num_kv_heads, head_size), build.dtype)
         self.cache = LayerCache(KEPT, key=rows, value=rows)
         self.cos_sin = cos_sin
-        self.qkv_proj = MergedLinear(
+        self.qkv_proj = Linear(
             build,
             hidden_size,
             {
@@ -62,21 +63,24 @@ class SelfAttention(nn.Module):
                 "k_proj": num_kv_heads * head_size,
                 "v_proj": num_kv_heads * head_size,
             },
+            split="out",
             bias=qkv_bias,
         )
-        self.o_proj = Linear(build, num_heads * head_size, hidden_size, bias=output_bias)
+        self.o_proj = Linear(
+            build.at("o_proj"), num_heads * head_size, hidden_size, split="in", bias=output_bias
+        )
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
             self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
 
-    def forward(self, residual: Tensor, norm: RMSNorm, batch: Batch) -> None:
-        """Add the attention of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""
+    def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
+        """x: [T, hidden_size]. Returns as much."""
         table = batch.tables[self.cache.table]
         key_cache, value_cache = self.cache.tensors["key"], self.cache.tensors["value"]
         query = ops.rotary_cache(
-            self.qkv_proj.of_norm(residual, norm),
+            self.qkv_proj(x),
             batch.positions,
             self.cos_sin,
             table.slots,
@@ -100,4 +104,4 @@ class SelfAttention(nn.Module):
             self.soft_cap,
             batch.query_len,
         )
-        self.o_proj.add(attended.flatten(1), residual)
+        return Product(self.o_proj, attended.flatten(1))

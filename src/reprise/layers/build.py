@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from reprise.layers.formats import PLAIN, Formats
 
 
 @dataclass(frozen=True)
@@ -19,3 +21,11 @@ class Build:
     """Of all tensors; ``meta`` for sizes alone."""
     max_model_len: int
     """Longest context in tokens: what is tabulated by position has as many rows."""
+    formats: Formats = PLAIN
+    """Of the weights of products; :func:`reprise.models.build` reads them from the config."""
+    path: str = ""
+    """Where in the checkpoint the layer's tensors are."""
+
+    def at(self, name: str) -> Build:
+        """For a part of the layer, by its name in the checkpoint."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from reprise import ops
 from reprise.cache import Batch, LayerCache
 from reprise.cache.spec import caches_of
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
 from reprise.layers.embedding import Embedding
+from reprise.layers.lazy import Normed, add
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then feed-forward: each reads the normalised residual stream and adds to it."""
+    """Attention, then feed-forward: each reads the normalised residual stream and adds to it.
+
+    Both are called with such a :class:`Normed` and the batch, and give a tensor or a
+    :class:`reprise.layers.Product`.
+    """
 
     def __init__(
         self,
@@ -36,8 +39,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: Tensor, batch: Batch) -> None:
         """residual: [T, D], updated in place."""
-        self.self_attn(residual, self.input_layernorm, batch)
-        self.mlp(residual, self.post_attention_layernorm)
+        add(residual, self.self_attn(Normed(residual, self.input_layernorm), batch))
+        add(residual, self.mlp(Normed(residual, self.post_attention_layernorm), batch))
 
 
 class Decoder(nn.Module):
@@ -59,7 +62,16 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder with a language-model head: what every architecture file returns."""
+    """A decoder with a language-model head: what every architecture file returns.
+
+    Args:
+        build: How to make the head.
+        decoder: Gives the hidden states.
+        vocab_size: Of the embedding and the head.
+        hidden_size: Width of the hidden states.
+        tie_word_embeddings: The head's weight is the embedding's.
+        renames: Prefixes of names that checkpoints may have, to those that this model has.
+    """
 
     def __init__(
         self,
@@ -69,28 +81,26 @@ class CausalLM(nn.Module):
         hidden_size: int,
         *,
         tie_word_embeddings: bool,
+        renames: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self._build = build
+        self.renames: Mapping[str, str] = renames or {}
+        self._build = build.at("lm_head")
         self.model = decoder
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-        self.lm_head: Linear | Embedding
-        if tie_word_embeddings:
-            self.lm_head = decoder.embed_tokens
-        else:
-            self.lm_head = Linear(build, hidden_size, vocab_size)
-
-    @property
-    def tied(self) -> bool:
-        return self.lm_head is self.model.embed_tokens
+        self.tied = tie_word_embeddings
+        """The head's weight is the embedding's."""
+        self.lm_head = self._head(decoder.embed_tokens.tensors if self.tied else None)
 
     def untie(self, weight: Tensor) -> None:
         """Give the head a weight of its own, [vocab_size, hidden_size]."""
-        nowhere = dataclasses.replace(self._build, device=torch.device("meta"))
-        head = Linear(nowhere, self.hidden_size, self.vocab_size)
-        head.weight = nn.Parameter(weight, requires_grad=False)
-        self.lm_head = head
+        self.tied = False
+        self.lm_head = self._head({"weight": weight})
+
+    def _head(self, tensors: Mapping[str, Tensor] | None) -> Linear:
+        sizes = self.hidden_size, self.vocab_size
+        return Linear(self._build, *sizes, split="out", tensors=tensors)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
@@ -99,8 +109,8 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given."""
         if out is None:
-            return ops.linear(hidden, self.lm_head.weight, None)
-        ops.linear_into(hidden, self.lm_head.weight, out)
+            return self.lm_head(hidden)
+        self.lm_head.into(hidden, out)
         return out
 
     def caches(self) -> dict[str, LayerCache]:

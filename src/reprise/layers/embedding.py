@@ -12,10 +12,10 @@ class Embedding(nn.Module):
 
     def __init__(self, build: Build, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(vocab_size, hidden_size, dtype=build.dtype, device=build.device),
-            requires_grad=False,
-        )
+        weight = torch.empty(vocab_size, hidden_size, dtype=build.dtype, device=build.device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.tensors: dict[str, Tensor] = {"weight": self.weight}
+        """For the head of a model that ties it to the embedding."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, self.weight)

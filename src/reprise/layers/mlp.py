@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from reprise import ops
+from reprise.cache import Batch
 from reprise.layers.build import Build
-from reprise.layers.linear import Linear, MergedLinear
-from reprise.layers.norm import RMSNorm
+from reprise.layers.lazy import Normed, Product
+from reprise.layers.linear import Linear
 
 
 class GatedMLP(nn.Module):
@@ -16,11 +16,11 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = MergedLinear(build, hidden_size, parts, bias=bias)
-        self.down_proj = Linear(build, intermediate_size, hidden_size, bias=bias)
+        self.gate_up_proj = Linear(build, hidden_size, parts, split="out", bias=bias)
+        self.down_proj = Linear(
+            build.at("down_proj"), intermediate_size, hidden_size, split="in", bias=bias
+        )
 
-    def forward(self, residual: Tensor, norm: RMSNorm) -> None:
-        """Add the feed-forward of ``norm(residual)`` to ``residual`` [T, hidden_size], in place."""
-        up = self.gate_up_proj
-        gated = ops.norm_gated_linear(residual, norm.weight, norm.eps, up.weight, up.bias)
-        self.down_proj.add(gated, residual)
+    def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
+        """x: [T, hidden_size]. Returns as much. Reads nothing of the batch; others may."""
+        return Product(self.down_proj, self.gate_up_proj.gated(x))

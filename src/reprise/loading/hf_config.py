@@ -14,7 +14,7 @@ from typing import Any
 
 from reprise import models
 from reprise.errors import ConfigError, ModelError
-from reprise.loading.quantization import refuse_quantized
+from reprise.loading.quantization import refuse_unknown_methods
 from reprise.loading.rope import resolve_rope
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     raw = _merged(given, overrides)
     raw["architectures"] = _architectures(raw, file)
     models.require_known(raw)
-    refuse_quantized(file.parent, raw, overrides)
+    refuse_unknown_methods(file.parent, raw, overrides)
     raw = resolve_rope(raw, given, overrides)
     _cut_layer_lists(raw, given, overrides)
     for name in _CLASSIFIERS:

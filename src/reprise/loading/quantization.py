@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from reprise.errors import ModelError
+from reprise.layers.formats import methods
 
-_FIELDS = ("quantization_config", "compression_config")
+_READ = "quantization_config"
+"""The field that formats are read from (:func:`reprise.layers.formats.formats_of`)."""
+_FIELDS = (_READ, "compression_config")
 _FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -17,8 +20,10 @@ _FILES = {
 """Files of older tools, and of ModelOpt, that say it beside the config; and whose they are."""
 
 
-def refuse_quantized(path: Path, raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not plain floating-point numbers.
+def refuse_unknown_methods(
+    path: Path, raw: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint whose weights are in a format that cannot be read.
 
     Args:
         path: Of the checkpoint.
@@ -40,11 +45,16 @@ def refuse_quantized(path: Path, raw: Mapping[str, Any], overrides: Mapping[str,
 
 def _found(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in _FIELDS:
-        if raw.get(field) is not None:
-            yield f"config field {field}", _method(raw[field])
+        value = raw.get(field)
+        if value is not None and not (field == _READ and _is_known(value)):
+            yield f"config field {field}", _method(value)
     for name, tool in _FILES.items():
         if (path / name).exists():
             yield name, tool
+
+
+def _is_known(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("quant_method") in methods()
 
 
 def _method(value: Any) -> str:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.loading.transfer import Copy, transfer
-from reprise.loading.weights import (
-    checkpoint_tensors,
+from reprise.layers import CausalLM
+from reprise.loading.destinations import (
+    Misfits,
+    by_our_names,
+    converts,
+    destinations,
     is_computed,
-    refuse_misfits,
-    tied_name,
+    ties,
 )
+from reprise.loading.transfer import Copy, transfer
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -25,11 +28,11 @@ logger = logging.getLogger(__name__)
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def plan_update(model: nn.Module, weights: NamedTensors) -> dict[str, Copy]:
+def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, Copy]:
     """Check weights against the model and change nothing.
 
     Args:
-        model: Its parameter names are the checkpoint's; merged layers say what they merge.
+        model: Says what it takes (:func:`reprise.loading.destinations.destinations`).
         weights: By name in the checkpoint, some or all of them; on any device. Other dtypes of
             floating point numbers are converted.
 
@@ -40,42 +43,32 @@ def plan_update(model: nn.Module, weights: NamedTensors) -> dict[str, Copy]:
         LoadError: Lists all names that are unknown or come twice, all wrong shapes and dtypes, and
             tied tensors that differ.
     """
-    given, twice, no_tensors = _collect(weights)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = checkpoint_tensors(model)
+    misfits = Misfits("given", "needed")
+    wanted = destinations(model)
+    tied = ties(wanted)
+    given = by_our_names(_pairs(weights, misfits), model.renames, misfits)
     copies: dict[str, Copy] = {}
-    unexpected: list[str] = []
-    misshapen: list[str] = []
-    unusable: list[str] = []
-    different: list[str] = []
-    for name, source in given.items():
-        kept = name if name in targets else _kept_as(name, targets, parameters)
-        if kept is None:
-            if not is_computed(name):
-                unexpected.append(name)
+    for ours, (name, source) in given.items():
+        kept = tied[ours][0] if ours in tied else ours
+        if kept not in wanted:
+            if not is_computed(ours):
+                misfits.add("unexpected", name)
             continue
-        target = targets[kept]
-        if source.shape != target.shape:
-            misshapen.append(f"{name}: {list(source.shape)} given, {list(target.shape)} needed")
-        elif not _is_plain(source):
+        destination = wanted[kept]
+        if destination is None or not misfits.shape_fits(name, source.shape, destination):
+            continue
+        target = destination.target
+        usable = source.layout is torch.strided and not source.is_meta
+        if not usable or not converts(source.dtype, target.dtype):
             kind = "meta" if source.is_meta else f"{source.dtype}, {source.layout}"
-            unusable.append(f"{name}: {kind} given, {target.dtype} needed")
-        elif kept in copies:
-            if not _equal(copies[kept].source, source, target.dtype):
-                different.append(name)
-        else:
+            misfits.add("wrong dtype", f"{name}: {kind} given, {target.dtype} needed")
+            continue
+        source = source[destination.part]
+        if kept not in copies:
             copies[kept] = Copy(f"{name} of the new weights", source, target)
-    refuse_misfits(
-        "the new weights do not fit the model and nothing was changed",
-        {
-            "given twice": twice,
-            "no tensors": no_tensors,
-            "unexpected": unexpected,
-            "wrong shape": misshapen,
-            "wrong dtype": unusable,
-            "not equal to what the config ties it to": different,
-        },
-    )
+        elif not _equal(copies[kept].source, source, target.dtype):
+            misfits.add("not equal to what the config ties it to", name)
+    misfits.refuse("the new weights do not fit the model and nothing was changed")
     return copies
 
 
@@ -102,41 +95,20 @@ def update_weights(copies: Mapping[str, Copy], platform: Platform) -> None:
     )
 
 
-def _collect(weights: NamedTensors) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Tensors by name, names that came twice, and names of what is no tensor."""
+def _pairs(weights: NamedTensors, misfits: Misfits) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with their names; notes what is no such pair."""
     pairs: Iterable[Any] = weights.items() if isinstance(weights, Mapping) else weights
-    given: dict[str, Tensor] = {}
-    twice: list[str] = []
-    no_tensors: list[str] = []
     try:
         for name, tensor in pairs:
-            if name in given:
-                twice.append(str(name))
-            elif isinstance(name, str) and isinstance(tensor, Tensor):
-                given[name] = tensor
+            if isinstance(name, str) and isinstance(tensor, Tensor):
+                yield name, tensor
             else:
-                no_tensors.append(f"{name!r}: {type(tensor).__name__}")
+                misfits.add("no tensors", f"{name!r}: {type(tensor).__name__}")
     except (TypeError, ValueError) as error:
         raise LoadError(
             f"weights must be a mapping of names to tensors, or pairs of a name and a tensor: "
             f"{error}"
         ) from error
-    return given, twice, no_tensors
-
-
-def _kept_as(
-    name: str, targets: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> str | None:
-    """The name under which the model keeps a tensor that is tied to another one."""
-    if name not in parameters:
-        return None
-    return tied_name(name, parameters[name], targets)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Numbers that mean the same in another dtype; smaller ones come with scales."""
-    wide = tensor.is_floating_point() and tensor.element_size() > 1
-    return wide and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

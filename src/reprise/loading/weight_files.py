@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,8 +13,26 @@ from reprise.loading.foreign import foreign_content
 from reprise.loading.hf_config import read_object, require_regular
 
 
-def stored_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of a checkpoint with the file that has it, mapped and not yet read.
+class Stored(NamedTuple):
+    """A tensor in a file, mapped and not yet read."""
+
+    file: Path
+    slices: Any
+    """safetensors' slice of all of it."""
+
+    @property
+    def shape(self) -> list[int]:
+        shape: list[int] = self.slices.get_shape()
+        return shape
+
+    def read(self, part: tuple[slice, ...] = ()) -> Tensor:
+        """A part of it, or all. Its content is read from the file as it is used."""
+        tensor: Tensor = self.slices[part]
+        return tensor
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, by name.
 
     Of a tensor that several files have, the one counts that the index names.
 
@@ -30,7 +48,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
         files, index = _weight_files(path)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
-    stored: dict[str, tuple[Path, Tensor]] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         try:
             require_regular(file)
@@ -38,14 +56,14 @@ def stored_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
                     if name in stored:
                         chosen = index.get(name)
-                        if chosen not in (file, stored[name][0]):
+                        if chosen not in (file, stored[name].file):
                             raise LoadError(
-                                f"{name} is in {stored[name][0]} and in {file}: remove one of "
+                                f"{name} is in {stored[name].file} and in {file}: remove one of "
                                 "them, or name the files to load in model.safetensors.index.json"
                             )
                         if chosen != file:
                             continue
-                    stored[name] = file, tensors.get_tensor(name)
+                    stored[name] = Stored(file, tensors.get_slice(name))
         except (SafetensorError, OSError, ValueError) as error:
             raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
     return stored

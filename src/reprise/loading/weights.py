@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reprise.errors import LoadError
-from reprise.layers import CausalLM
+from reprise.layers import CausalLM, Linear
+from reprise.layers.formats import DENSE, Format
+from reprise.loading.destinations import (
+    Misfits,
+    by_our_names,
+    converts,
+    destinations,
+    is_computed,
+    is_plain,
+    ties,
+)
 from reprise.loading.transfer import Copy, transfer
 from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
 from reprise.progress import progress
 
 logger = logging.getLogger(__name__)
-
-HEAD = "lm_head.weight"
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What a weight may be stored in. Numbers of any other dtype mean nothing without scales."""
 
 
 def load_weights(
@@ -32,7 +36,7 @@ def load_weights(
     A head that the config ties and the checkpoint stores with other values gets its own weight.
 
     Args:
-        model: Its parameter names are the checkpoint's; merged layers say what they merge.
+        model: Says what it takes (:func:`reprise.loading.destinations.destinations`).
         path: Directory of a checkpoint.
         load_format: ``auto`` and ``safetensors`` read files; ``dummy`` fills at random.
         platform: Drives the device.
@@ -58,115 +62,67 @@ def load_weights(
     )
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Destination of each tensor that a checkpoint must have, by its name there."""
-    destinations: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        split = getattr(module, "checkpoint_tensors", None)
-        if split is not None:
-            parent = path.rpartition(".")[0]
-            tensors: Iterator[tuple[str, Tensor]] = split()
-        else:
-            parent = path
-            tensors = module.named_parameters(recurse=False)
-        for name, tensor in tensors:
-            if tensor.data_ptr() in seen and tensor.numel() > 0:
-                continue
-            seen.add(tensor.data_ptr())
-            destinations[f"{parent}.{name}" if parent else name] = tensor
-    return destinations
-
-
-def _fill_at_random(model: nn.Module, seed: int) -> None:
-    """Matrices as transformers initialises them (normal, 0.02); vectors keep their defaults."""
-    parameters = [each for each in model.parameters() if each.dim() > 1]
-    generator = torch.Generator(device=parameters[0].device).manual_seed(seed)
-    with progress("random weights", len(parameters)) as bar, torch.no_grad():
-        for each in parameters:
-            each.normal_(0.0, 0.02, generator=generator)
+def _fill_at_random(model: CausalLM, seed: int) -> None:
+    """As each format says; what has no format as plain numbers."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    modules = list(model.modules())
+    filled: set[int] = set()
+    with progress("random weights", len(modules)) as bar, torch.no_grad():
+        for module in modules:
+            format: Format = DENSE
+            tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+            if isinstance(module, Linear):
+                format, tensors = module.format, module.tensors
+            new = {name: each for name, each in tensors.items() if id(each) not in filled}
+            filled.update(map(id, tensors.values()))
+            format.fill_at_random(new, generator)
             bar.advance()
 
 
 def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = checkpoint_tensors(model)
-    missing = set(targets)
-    unexpected: list[str] = []
-    misshapen: list[str] = []
-    not_plain: list[str] = []
-    copies: dict[str, Copy] = {}
-    stored = stored_tensors(path)
-    for name in missing - stored.keys():
-        alias = tied_name(name, targets[name], parameters)
-        if alias in stored:
-            stored[name] = stored.pop(alias)
-    for name, (file, source) in stored.items():
-        missing.discard(name)
-        target = targets.get(name)
-        if target is None and model.tied and name == HEAD:
-            target = parameters[HEAD]
-        if target is None:
-            if not is_computed(name):
-                unexpected.append(name)
-        elif source.shape != target.shape:
-            shapes = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
-            misshapen.append(f"{name}: {shapes}")
-        elif source.dtype not in _PLAIN:
-            not_plain.append(f"{name}: {str(source.dtype).removeprefix('torch.')}")
+    misfits = Misfits("in the file", "in the model")
+    wanted = destinations(model)
+    stored = by_our_names(stored_tensors(path).items(), model.renames, misfits)
+    tied = ties(wanted)
+    twins: dict[str, Tensor] = {}
+    for other, (kept, shared) in tied.items():
+        if other in stored and kept in stored:
+            # The embedding once more: if it is.
+            twins[other] = torch.empty_like(shared.target)
+            wanted[other] = shared._replace(target=twins[other])
         else:
-            # A tied head may be stored though it is the embedding once more: if it is.
-            target = target if name in targets else torch.empty_like(target)
-            copies[name] = Copy(f"{name} of {file}", source, target)
-    refuse_misfits(
-        "the checkpoint does not fit the model",
-        {
-            "missing": missing,
-            "unexpected": unexpected,
-            "wrong shape": misshapen,
-            "not plain floating-point numbers, as in a quantised checkpoint": not_plain,
-        },
-    )
-    transfer(list(copies.values()), platform)
-    if HEAD in copies and HEAD not in targets:
-        head = copies[HEAD].target
-        if not torch.equal(head, parameters[HEAD]):
-            model.untie(head)
+            del wanted[other]
+            if other in stored:
+                stored[kept] = stored.pop(other)
+    copies: list[Copy] = []
+    for ours, destination in wanted.items():
+        if ours not in stored:
+            if destination is not None:
+                misfits.add("missing", ours)
+            continue
+        name, found = stored.pop(ours)
+        if destination is None or not misfits.shape_fits(name, found.shape, destination):
+            continue
+        source, target = found.read(destination.part), destination.target
+        dtype = str(source.dtype).removeprefix("torch.")
+        if converts(source.dtype, target.dtype):
+            copies.append(Copy(f"{name} of {found.file}", source, target))
+        elif is_plain(target.dtype):
+            kind = "not plain floating-point numbers, as in a quantised checkpoint"
+            misfits.add(kind, f"{name}: {dtype}")
+        else:
+            misfits.add("wrong dtype", f"{name}: {dtype} in the file, {target.dtype} needed")
+    for name, _ in stored.values():
+        if not is_computed(name):
+            misfits.add("unexpected", name)
+    misfits.refuse("the checkpoint does not fit the model")
+    transfer(copies, platform)
+    for other, twin in twins.items():
+        if not torch.equal(twin, tied[other][1].target):
+            model.untie(twin)
             logger.warning(
                 "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
                 "stores another one; the stored one is used",
-                HEAD,
+                other,
             )
-
-
-def tied_name(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> str | None:
-    """Another name that a checkpoint may have for a tied parameter: it stores one of them."""
-    for other, parameter in parameters.items():
-        same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
-        if same and other != name:
-            return other
-    return None
-
-
-def is_computed(name: str) -> bool:
-    """Buffers that old checkpoints store although they follow from the config."""
-    return name.endswith(
-        (
-            ".rotary_emb.inv_freq",
-            ".rotary_emb.cos_cached",
-            ".rotary_emb.sin_cached",
-            ".attn.bias",
-            ".attn.masked_bias",
-        )
-    )
-
-
-def refuse_misfits(what: str, misfits: Mapping[str, Collection[str]]) -> None:
-    """Raise a LoadError that lists all tensors that do not fit, by kind, if there are any."""
-    problems = [
-        f"{kind} ({len(names)}): {', '.join(sorted(names))}"
-        for kind, names in misfits.items()
-        if names
-    ]
-    if problems:
-        raise LoadError(f"{what}; " + "; ".join(problems))

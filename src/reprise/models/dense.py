@@ -77,8 +77,9 @@ def build_dense(
         return RMSNorm(build, config.hidden_size, eps)
 
     def layer(index: int) -> DecoderLayer:
+        here = build.at(f"model.layers.{index}")
         attention = SelfAttention(
-            build,
+            here.at("self_attn"),
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -89,7 +90,7 @@ def build_dense(
             qk_norm_eps=eps if qk_norm else None,
             sliding_window=0 if windows is None else windows[index],
         )
-        mlp = GatedMLP(build, config.hidden_size, config.intermediate_size, bias=mlp_bias)
+        mlp = GatedMLP(here.at("mlp"), config.hidden_size, config.intermediate_size, bias=mlp_bias)
         return DecoderLayer(attention, mlp, norm(), norm())
 
     embedding = Embedding(build, config.vocab_size, config.hidden_size)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
 from reprise.errors import ModelError
 from reprise.layers import Build, CausalLM
+from reprise.layers.formats import formats_of
 from reprise.models.config_reader import Config
 
 ENTRY_POINT_GROUP = "reprise.models"
@@ -49,19 +51,21 @@ def build(config: Config, build: Build) -> CausalLM:
 
     Args:
         config: transformers' ``PretrainedConfig``.
-        build: How to make the layers.
+        build: How to make the layers; formats are those that the config's ``quantization_config``
+            asks for.
 
     Returns:
         The model with unset weights, for contexts of up to ``build.max_model_len`` tokens.
 
     Raises:
-        ModelError: No architecture is known, or the config asks for something that the file of
-            its architecture does not compute.
+        ModelError: No architecture or no method of quantisation is known, or the config asks for
+            something that the file of its architecture does not compute.
     """
     builder = _first_known(config.architectures or ())
     if builder is None:
         raise _not_supported(config.architectures or ())
-    return builder(config, build)
+    formats = formats_of(getattr(config, "quantization_config", None))
+    return builder(config, replace(build, formats=formats))
 
 
 def _not_supported(names: Sequence[str], kind: str = "") -> ModelError:

@@ -80,21 +80,20 @@ def layer_number(module: str) -> int | None:
 
 
 def _owners(model: nn.Module) -> Mapping[int, str]:
-    """Address of every tensor that exactly one module owns, to the module's name."""
-    found: dict[int, set[nn.Module]] = {}
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        # A tied head has two names; the shorter one says more.
-        names[module] = min(names.get(module, name), name, key=len)
-        plain = [each for each in vars(module).values() if isinstance(each, Tensor)]
-        for tensor in (*module.parameters(recurse=False), *plain):
-            if tensor.numel():
-                found.setdefault(tensor.data_ptr(), set()).add(module)
-    return {
-        address: names[next(iter(modules))]
-        for address, modules in found.items()
-        if len(modules) == 1
-    }
+    """Address of every parameter, and of every other tensor that exactly one module owns, to the
+    module's name."""
+    parameters: dict[int, str] = {}
+    tables: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for tensor in module.parameters(recurse=False):
+            # A tied head and the embedding share one; the shorter name says more.
+            known = parameters.get(tensor.data_ptr(), name)
+            parameters[tensor.data_ptr()] = min(known, name, key=len)
+        for tensor in vars(module).values():
+            if isinstance(tensor, Tensor) and tensor.numel():
+                tables.setdefault(tensor.data_ptr(), []).append(name)
+    alone = {address: names[0] for address, names in tables.items() if len(names) == 1}
+    return {**alone, **parameters}
 
 
 def _common(names: list[str]) -> str:

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reprise import ops
+
+
+class Format(ABC):
+    """Makes, names and multiplies the tensors that a product's weight is stored in.
+
+    In what follows ``tensors`` are those that :meth:`tensors` made, filled by now, and ``bias``
+    is [out_features] in the compute dtype, or None. Activations are [T, features] in the compute
+    dtype. A format that can do more in one op than :meth:`linear` does overrides what is made of
+    it here.
+    """
+
+    grain: tuple[int, int] = (1, 1)
+    """Output and input features that one entry of some tensor stands for, as a scale of a block
+    does. The parts of a merged product have multiples of the first."""
+
+    @abstractmethod
+    def tensors(
+        self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Unset tensors, by the last part of their names in a checkpoint.
+
+        The first dimension of each is the output's: it has a row for every output feature, or one
+        for every ``grain[0]`` of them.
+
+        Args:
+            out_features: Of the product; of all parts, where it is merged.
+            in_features: Of the product.
+            dtype: Compute dtype.
+            device: Of the tensors; may be ``meta``.
+        """
+
+    @abstractmethod
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: [T, in_features] to [T, out_features]."""
+
+    def gated(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """``silu(first half) * second half`` of :meth:`linear`: to [T, out_features / 2]."""
+        return ops.silu_and_mul(self.linear(x, tensors, bias))
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """:meth:`linear` of x after its root mean square norm."""
+        return self.linear(ops.rms_norm(x, norm_weight, eps), tensors, bias)
+
+    def norm_gated(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """:meth:`gated` of x after its root mean square norm."""
+        return self.gated(ops.rms_norm(x, norm_weight, eps), tensors, bias)
+
+    def add(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, residual: Tensor
+    ) -> None:
+        """Add :meth:`linear` to ``residual`` [T, out_features], in place."""
+        residual.add_(self.linear(x, tensors, bias))
+
+    def into(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, out: Tensor
+    ) -> None:
+        """Write :meth:`linear` into ``out`` [T, out_features]."""
+        out.copy_(self.linear(x, tensors, bias))
+
+    def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        """Fill in place, for weights that no checkpoint has: matrices as transformers initialises
+        them (normal, 0.02), and nothing else. A format of other numbers says what they are."""
+        for each in tensors.values():
+            if each.dim() > 1:
+                each.normal_(0.0, 0.02, generator=generator)
+
+
+class Formats(Protocol):
+    """The formats of one checkpoint."""
+
+    def of(self, path: str) -> Format:
+        """Of the weight of the module that is called this in the checkpoint."""

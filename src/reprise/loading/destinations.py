@@ -1,0 +1,138 @@
+"""Where each tensor of a checkpoint goes, and whether it fits there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+
+from reprise.errors import LoadError, ModelError
+from reprise.layers import CausalLM, Destination
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Numbers that mean the same in each other's dtype. Those of any other mean nothing without
+scales, or nothing but themselves."""
+
+T = TypeVar("T")
+
+
+def destinations(model: CausalLM) -> dict[str, Destination | None]:
+    """By the name that a checkpoint has for each tensor of the model, or would have.
+
+    A module with a method ``destinations`` says itself what it takes, by full names; what it
+    knows and leaves to others is None. Of every other module the parameters' names are the
+    checkpoint's.
+
+    Raises:
+        ModelError: Two modules claim the same tensor.
+    """
+    found: dict[str, Destination | None] = {}
+    for path, module in model.named_modules():
+        own = getattr(module, "destinations", None)
+        pairs: Iterable[tuple[str, Destination | None]] = (
+            own()
+            if own is not None
+            else (
+                (f"{path}.{name}" if path else name, Destination(each))
+                for name, each in module.named_parameters(recurse=False)
+            )
+        )
+        for name, destination in pairs:
+            if name in found:
+                raise ModelError(
+                    f"{name} is claimed by two modules of the model, the second one {path!r}: "
+                    "give each its own path (build.at)"
+                )
+            found[name] = destination
+    return found
+
+
+def ties(wanted: Mapping[str, Destination | None]) -> dict[str, tuple[str, Destination]]:
+    """Names whose target has another name before: that name, and where both go."""
+    first: dict[object, str] = {}
+    found: dict[str, tuple[str, Destination]] = {}
+    for name, destination in wanted.items():
+        if destination is not None and destination.target.numel():
+            key = destination.target.data_ptr(), destination.target.shape
+            if first.setdefault(key, name) != name:
+                found[name] = first[key], destination
+    return found
+
+
+def by_our_names(
+    given: Iterable[tuple[str, T]], renames: Mapping[str, str], misfits: Misfits
+) -> dict[str, tuple[str, T]]:
+    """What is given, together with its name, by the name that the model has for it.
+
+    Args:
+        given: Name of each in the checkpoint.
+        renames: Prefix in a checkpoint to the prefix that the model has for it. The longest one
+            that fits counts.
+        misfits: Where to put what comes twice.
+    """
+    found: dict[str, tuple[str, T]] = {}
+    for name, each in given:
+        prefix = max((p for p in renames if name.startswith(p)), key=len, default="")
+        ours = renames.get(prefix, "") + name[len(prefix) :]
+        if ours in found:
+            misfits.add("given twice", name)
+        else:
+            found[ours] = name, each
+    return found
+
+
+def is_computed(name: str) -> bool:
+    """Buffers that old checkpoints store although they follow from the config."""
+    return name.endswith(
+        (
+            ".rotary_emb.inv_freq",
+            ".rotary_emb.cos_cached",
+            ".rotary_emb.sin_cached",
+            ".attn.bias",
+            ".attn.masked_bias",
+        )
+    )
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    return dtype in _PLAIN
+
+
+def converts(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether numbers keep their meaning when they are copied: dtypes agree or both are plain."""
+    return source == target or (is_plain(source) and is_plain(target))
+
+
+class Misfits:
+    """Collects all that is wrong with some tensors, so that one error says it.
+
+    Args:
+        given: Said behind what a tensor is: ``in the file``.
+        needed: Said behind what it should be: ``in the model``.
+    """
+
+    def __init__(self, given: str, needed: str) -> None:
+        self._given, self._needed = given, needed
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, text: str) -> None:
+        self._found.setdefault(kind, []).append(text)
+
+    def shape_fits(self, name: str, shape: Iterable[int], destination: Destination) -> bool:
+        """Whether a tensor of this shape has the part that goes there; it is noted if not."""
+        wanted = destination.target.shape if destination.shape is None else destination.shape
+        if list(shape) == list(wanted):
+            return True
+        shapes = f"{list(shape)} {self._given}, {list(wanted)} {self._needed}"
+        self.add("wrong shape", f"{name}: {shapes}")
+        return False
+
+    def refuse(self, what: str) -> None:
+        """Raise a LoadError that lists all that was noted, by kind, if there is anything."""
+        problems = [
+            f"{kind} ({len(texts)}): {', '.join(sorted(texts))}"
+            for kind, texts in self._found.items()
+        ]
+        if problems:
+            raise LoadError(f"{what}; " + "; ".join(problems))
