@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
+import torch
 
 from reprise.doctor import conformance as kit
 
@@ -47,6 +49,8 @@ def test_every_fault_and_every_op_has_its_contract():
     for name in all_ops():
         assert f"op_matches_reference:{name}" in kit.CONTRACTS
         assert f"op_is_deterministic:{name}" in kit.CONTRACTS
+        if all_ops()[name].break_op:
+            assert f"op_leaves_zeros:{name}" in kit.CONTRACTS
 
 
 def test_ops_know_the_platform_that_they_are_tried_on(platform, device, monkeypatch):
@@ -69,6 +73,65 @@ def test_ops_know_the_platform_that_they_are_tried_on(platform, device, monkeypa
     kit.CONTRACTS["op_matches_reference:argmax"].check(kit.Kit(platform, device))
     assert seen
     assert all(each is platform for each in seen)
+
+
+def keeps_padding(reference, **named):
+    before = named["out"].clone()
+    reference(**named)
+    behind = named["query_start_loc"][-1]
+    named["out"][behind:] = before[behind:]
+
+
+def keeps_empty_rows(reference, **named):
+    before = named["out"].clone()
+    reference(**named)
+    for row, length in enumerate(named["seq_lens"].tolist()):
+        begin, end = named["query_start_loc"][row : row + 2].tolist()
+        if length == 0:
+            named["out"][begin:end] = before[begin:end]
+
+
+def averages_nothing(reference, **named):
+    """Divides by the length, as a softmax over no key does."""
+    reference(**named)
+    for row, length in enumerate(named["seq_lens"].tolist()):
+        begin, end = named["query_start_loc"][row : row + 2].tolist()
+        named["out"][begin:end] *= named["seq_lens"][row] / length if length else torch.nan
+
+
+def lets_inputs_through(reference, **named):
+    reference(**named)
+    named["out"] += named["query"] * 0
+
+
+def reads_its_neighbour(reference, **named):
+    reference(**named)
+    named["out"][0] *= (named["seq_lens"][1] > 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (keeps_padding, "holds in places what it held before"),
+        (keeps_empty_rows, "holds in places what it held before"),
+        (averages_nothing, "is not zero though all lengths are"),
+        (lets_inputs_through, "is not zero though all lengths are"),
+        (reads_its_neighbour, "request 1 of length 0, out: differs by"),
+    ],
+)
+@pytest.mark.parametrize("name", ["vendor", "reference"])
+def test_rows_without_tokens_that_leave_something_are_found(
+    platform, device, monkeypatch, wrong, told, name
+):
+    from reprise.ops import all_ops
+    from reprise.ops.implementation import Implementation
+
+    op = all_ops()["paged_attention"]
+    reference = op.implementations["reference"]
+    broken = Implementation(op.name, name, functools.partial(wrong, reference.function))
+    monkeypatch.setattr(op, "implementations", {"reference": reference, name: broken})
+    with pytest.raises(kit.Broken, match=f"^{name}, case .*{told}"):
+        kit.CONTRACTS["op_leaves_zeros:paged_attention"].check(kit.Kit(platform, device))
 
 
 def test_the_record_is_complete(report):

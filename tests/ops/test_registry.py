@@ -255,6 +255,11 @@ def test_an_extent_is_an_argument() -> None:
         registry.op("unbounded", does_nothing, cases=ONE, extent="lengths")
 
 
+def test_state_is_written() -> None:
+    with pytest.raises(OpError, match=r"state=\('x',\) must be among mutates=\('out',\)"):
+        registry.op("stateful", writes, cases=ONE, mutates=("out",), state=("x",))
+
+
 def test_graph_support_of_references(undeclared) -> None:
     plain = registry.op("plain_support", does_nothing, cases=ONE)
     broken = registry.op("break_support", writes, cases=ONE, mutates=("out",), break_op=True)

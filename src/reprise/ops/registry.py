@@ -65,6 +65,8 @@ class Op:
     """Inputs that its implementations are compared, timed and compiled on."""
     extent: str | None = None
     """The argument that says how far the op reaches into each request, if one does."""
+    state: tuple[str, ...] = ()
+    """Those of :attr:`mutates` that live on from step to step."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     kernel: Any = None
@@ -154,6 +156,7 @@ def op(
     mutates: tuple[str, ...] = (),
     break_op: bool = False,
     extent: str | None = None,
+    state: tuple[str, ...] = (),
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupportOn | None = None,
@@ -169,6 +172,8 @@ def op(
             writes into outputs that its caller allocated, and returns nothing.
         extent: Name of the argument that says how far the op reaches into each request: lengths
             or positions. Faults in graphs are planted there.
+        state: Names among ``mutates`` of what lives on from step to step, such as a cache. What a
+            break op writes beside it are outputs: a row of length 0 leaves zeros there.
         error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
@@ -179,12 +184,14 @@ def op(
     returns = signature.return_annotation
     if extent is not None and extent not in signature.parameters:
         raise OpError(f"op {name!r}: extent={extent!r} is no argument of it")
+    if not set(state) <= set(mutates):
+        raise OpError(f"op {name!r}: state={state!r} must be among mutates={mutates!r}")
     if fake is None and returns is not None:
         raise OpError(f"op {name!r} returns a value and declares no fake implementation")
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
-    declared = Op(name, schema, mutates, break_op, cases, extent, fake=fake or _nothing)
+    declared = Op(name, schema, mutates, break_op, cases, extent, state, fake=fake or _nothing)
     declared.implementation(
         "reference",
         reference,

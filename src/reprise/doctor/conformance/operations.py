@@ -62,6 +62,66 @@ def is_deterministic(kit: Kit, op: Op) -> str:
     return ", ".join(used)
 
 
+def leaves_zeros(kit: Kit, op: Op) -> str:
+    """Run every implementation, the reference too, with lengths that are 0 and poisoned memory."""
+    extent = op.extent
+    if extent is None:
+        raise Skipped("no argument says how far it reaches into each request")
+    dtype = kit.platform.default_dtype
+    done = []
+    for name, implementation in op.implementations.items():
+        if implementation.unusable(kit.platform) is not None:
+            continue
+        run = functools.partial(_run, kit, op, implementation.function)
+        for number, arguments in enumerate(_cases(kit, op, dtype)):
+            if implementation.refusal(**arguments) is None:
+                _leaves_zeros(f"{name}, case {number}", op, run, arguments, extent)
+        done.append(name)
+    return f"{', '.join(done)} in {_short(dtype)}"
+
+
+def _leaves_zeros(
+    what: str, op: Op, run: Callable[[Arguments], Results], arguments: Arguments, extent: str
+) -> None:
+    outputs = [name for name in op.mutates if name not in op.state]
+    poisoned = {**arguments, **{name: _poison(arguments[name]) for name in outputs}}
+    full, other = run(poisoned), run({**poisoned, **{k: arguments[k] for k in outputs}})
+    for which in outputs:
+        need(
+            same_bits(full[which], other[which]),
+            f"{what}: {which} holds in places what it held before: rows must be written as zeros "
+            f"where there is nothing to compute",
+        )
+    lengths = arguments[extent]
+    nothing: Arguments = {
+        name: _poison(each) if isinstance(each, Tensor) and each.is_floating_point() else each
+        for name, each in poisoned.items()
+    }
+    nothing[extent] = torch.zeros_like(lengths)
+    for which, tensor in run(nothing).items():
+        if which in outputs:
+            need(
+                not tensor.count_nonzero(),
+                f"{what}: {which} is not zero though all lengths are",
+            )
+        elif which in op.state:
+            need(
+                same_bits(tensor, nothing[which]),
+                f"{what}: {which} is written though all lengths are 0",
+            )
+    for row in lengths.nonzero().flatten().tolist():
+        emptied = lengths.clone()
+        emptied[row] = 0
+        found = run({**poisoned, extent: emptied})
+        for which in outputs:
+            kept = torch.where(found[which] == 0, found[which], full[which])
+            _compare(f"{what}, request {row} of length 0, {which}", kept, found[which])
+
+
+def _poison(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 99)
+
+
 def _dtypes(kit: Kit) -> list[torch.dtype]:
     return [each for each in DTYPES if kit.platform.supports_dtype(each)]
 
@@ -119,3 +179,13 @@ for _name, _op in all_ops().items():
         "Graphs are compared bit by bit, so an op that varies would raise false alarms.",
         functools.partial(is_deterministic, op=_op),
     )
+for _name, _op in all_ops().items():
+    if _op.break_op:
+        add(
+            f"op_leaves_zeros:{_name}",
+            "ops",
+            f"Every implementation of {_name} writes zeros where there is nothing to compute.\n\n"
+            "Rows of length 0 and tokens behind the last request are padding: what lies in the "
+            "memory of their inputs and outputs is of another step, and must not get on.",
+            functools.partial(leaves_zeros, op=_op),
+        )

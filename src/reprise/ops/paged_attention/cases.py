@@ -27,13 +27,13 @@ _WIDE_AND_MANY = Dimensions("64 heads of 256", 8192, 64, 8, 256, 28672)
 
 def _small(make: Maker) -> list[Arguments]:
     batches = (
-        # Lengths, new tokens of each, query_len, window.
-        ([1, 37, 64, 0], [1, 1, 1, 1], 1, 0),
-        ([5, 40, 20, 0], [5, 3, 1, 0], 0, 20),
+        # Lengths, new tokens of each, query_len, window, tokens of padding behind the requests.
+        ([1, 37, 64, 0], [1, 1, 1, 1], 1, 0, 0),
+        ([5, 40, 20, 0], [5, 3, 1, 0], 0, 20, 3),
     )
     return [
         {
-            "query": make.randn(sum(new), 4, 32),
+            "query": make.randn(sum(new) + padding, 4, 32),
             "key_cache": make.randn(12, BLOCK_SIZE, 2, 32),
             "value_cache": make.randn(12, BLOCK_SIZE, 2, 32),
             "block_tables": make.ints(
@@ -43,13 +43,13 @@ def _small(make: Maker) -> list[Arguments]:
             "query_start_loc": torch.cat(
                 (make.ints([0]), make.ints(new).cumsum(0))
             ).to(torch.int32),
-            "out": make.randn(sum(new), 4, 32),
+            "out": make.randn(sum(new) + padding, 4, 32),
             "scale": 32**-0.5,
             "sliding_window": window,
             "soft_cap": 0.0,
             "query_len": query_len,
         }
-        for lengths, new, query_len, window in batches
+        for lengths, new, query_len, window, padding in batches
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ rotary_cache = op(
     cases=cases,
     mutates=("key_cache", "value_cache"),
     extent="positions",
+    state=("key_cache", "value_cache"),
     fake=fake,
 )
 rotary_cache.implementation(
