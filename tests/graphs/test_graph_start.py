@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from toy import Toy
 
+from reprise.graphs import prove
+from reprise.graphs.verify import Verdict, examine, examine_later
 from reprise.shape import StepShape
 
 WAIT = 20
@@ -111,3 +114,63 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
     assert mine.executor == other.executor != "full"
     assert "another rank" in mine.quarantined
     assert "only here" in other.quarantined
+
+
+@pytest.mark.parametrize("wrong_at", [0, 1, 2])
+@pytest.mark.parametrize(("sizes", "which"), [((2,), 0), ((1, 2), 0), ((1, 2), 1)])
+def test_a_graph_that_serves_has_met_each_probe_itself(
+    toy, make_runner, monkeypatch, wrong_at, sizes, which
+):
+    """Comparisons overlap: that of the next probe is under way when a graph is refused, and what it
+    finds is not about the fallback."""
+    met = {}
+
+    def note(graph, number):
+        met.setdefault(id(graph), set()).add(number)
+
+    def probes(bucket, anchor, make=toy.probes):
+        def fill(number, each):
+            toy.number = number
+            each.fill()
+
+        return [
+            replace(each, fill=partial(fill, number, each))
+            for number, each in enumerate(2 * make(bucket, anchor))
+        ]
+
+    def later(computation, guard, graph, *rest, **more):
+        note(graph, toy.number)
+        found = examine_later(computation, guard, graph, *rest, **more)
+        if graph is refused() and toy.number == wrong_at:
+            found.right = lambda: False
+        return found
+
+    def now(computation, guard, graph, *rest, **more):
+        note(graph, toy.number)
+        if graph is refused() and toy.number == wrong_at:
+            return Verdict(error="wrong here")
+        return examine(computation, guard, graph, *rest, **more)
+
+    def refused():
+        bucket = sorted(runner.bucket_graphs.values(), key=lambda each: each.shape.num_tokens)[
+            which
+        ]
+        return bucket.graph if bucket.info.executor == "full" else None
+
+    monkeypatch.setattr(toy, "probes", probes)
+    monkeypatch.setattr(prove, "examine_later", later)
+    monkeypatch.setattr(prove, "examine", now)
+    runner = make_runner(toy, "full", decode=sizes, mixed=())
+    kept = []  # so that no graph has the address of another
+    capture = runner.capturer.capture_or_fall_back
+
+    def keep(bucket, executor):
+        capture(bucket, executor)
+        kept.append(bucket.graph)
+
+    monkeypatch.setattr(runner.capturer, "capture_or_fall_back", keep)
+    runner.capture_all()
+    assert [each.executor for each in runner.report().graphs].count("breakable") == 1
+    for bucket in runner.bucket_graphs.values():
+        assert bucket.info.verified
+        assert met[id(bucket.graph)] == {0, 1, 2, 3}, bucket.info.name

@@ -35,15 +35,16 @@ class Buckets:
 
 
 def default_buckets(max_requests: int, max_tokens: int) -> Buckets:
-    """1, 2, 4, then every 8 (every 16 above 32, every 32 above 128) requests; powers of two of
-    tokens. Each has to be captured and proven, and a row of padding costs little.
+    """Powers of two up to 32 requests, then every 32; powers of four up to 256 tokens, then of two.
+    Each has to be captured and proven, while a row of padding costs little and small steps wait for
+    the weights, however many tokens they have.
 
     Args:
         max_requests: Most requests in a step.
         max_tokens: Most new tokens in a step.
     """
-    decode = [1, 2, 4, 8, 16, 24, 32, *range(48, 129, 16), *range(160, LARGEST_DECODE + 1, 32)]
-    mixed = [1 << power for power in range(3, LARGEST_MIXED.bit_length())]
+    decode = [1, 2, 4, 8, 16, *range(32, LARGEST_DECODE + 1, 32)]
+    mixed = [16, 64, *(1 << power for power in range(8, LARGEST_MIXED.bit_length()))]
     return Buckets(
         decode=_up_to(decode, min(max_requests, LARGEST_DECODE)),
         mixed=_up_to(mixed, min(max_tokens, LARGEST_MIXED)),
