@@ -117,7 +117,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
 
 
 @pytest.mark.parametrize("wrong_at", [0, 1, 2])
-@pytest.mark.parametrize(("sizes", "which"), [((2,), 0), ((1, 2), 0), ((1, 2), 1)])
+@pytest.mark.parametrize(("sizes", "which"), [((2,), 0), ((1, 2), 1), ((1, 2, 3, 4), 1)])
 def test_a_graph_that_serves_has_met_each_probe_itself(
     toy, make_runner, monkeypatch, wrong_at, sizes, which
 ):
