@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reprise.errors import ModelError
-from reprise.layers.formats import methods
+from reprise.layers.formats import reader_of
 
 _READ = "quantization_config"
 """The field that formats are read from (:func:`reprise.layers.formats.formats_of`)."""
@@ -54,7 +54,7 @@ def _found(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_known(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("quant_method") in methods()
+    return isinstance(value, Mapping) and reader_of(value.get("quant_method")) is not None
 
 
 def _method(value: Any) -> str:

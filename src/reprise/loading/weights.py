@@ -96,23 +96,24 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
             if other in stored:
                 stored[kept] = stored.pop(other)
     copies: list[Copy] = []
-    for ours, destination in wanted.items():
-        if ours not in stored:
+    for key, destination in wanted.items():
+        if key not in stored:
             if destination is not None:
-                misfits.add("missing", ours)
+                misfits.add("missing", key)
             continue
-        name, found = stored.pop(ours)
+        name, found = stored.pop(key)
         if destination is None or not misfits.shape_fits(name, found.shape, destination):
             continue
         source, target = found.read(destination.part), destination.target
-        dtype = str(source.dtype).removeprefix("torch.")
+        dtype = _short(source.dtype)
         if converts(source.dtype, target.dtype):
             copies.append(Copy(f"{name} of {found.file}", source, target))
         elif is_plain(target.dtype):
             kind = "not plain floating-point numbers, as in a quantised checkpoint"
             misfits.add(kind, f"{name}: {dtype}")
         else:
-            misfits.add("wrong dtype", f"{name}: {dtype} in the file, {target.dtype} needed")
+            ours = _short(target.dtype)
+            misfits.add("wrong dtype", f"{name}: {dtype} in the file, {ours} in the model")
     for name, _ in stored.values():
         if not is_computed(name):
             misfits.add("unexpected", name)
@@ -126,3 +127,7 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
                 "stores another one; the stored one is used",
                 other,
             )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,6 @@
 
 from reprise.layers.formats.base import Format, Formats
 from reprise.layers.formats.dense import DENSE, PLAIN, Dense
-from reprise.layers.formats.registry import formats_of, methods
+from reprise.layers.formats.registry import formats_of, reader_of
 
-__all__ = ["DENSE", "PLAIN", "Dense", "Format", "Formats", "formats_of", "methods"]
+__all__ = ["DENSE", "PLAIN", "Dense", "Format", "Formats", "formats_of", "reader_of"]

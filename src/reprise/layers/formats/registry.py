@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -17,10 +17,20 @@ _BUILT_IN: dict[str, str] = {}
 """``quant_method`` to a module with a function ``formats`` (:func:`formats_of` says which)."""
 
 
-def methods() -> list[str]:
-    """Every ``quant_method`` that can be read, plug-ins included."""
-    plug_ins = (entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
-    return sorted({*_BUILT_IN, *plug_ins})
+Reader = Callable[[Mapping[str, Any]], Formats]
+
+
+def reader_of(method: Any) -> Reader | None:
+    """What reads the ``quantization_config`` of a method, its file imported; None: not known."""
+    if not isinstance(method, str):
+        return None
+    if method in _BUILT_IN:
+        read: Reader = importlib.import_module(_BUILT_IN[method]).formats
+        return read
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=method):
+        found: Reader = entry.load()
+        return found
+    return None
 
 
 def formats_of(quantization_config: Mapping[str, Any] | None) -> Formats:
@@ -33,20 +43,17 @@ def formats_of(quantization_config: Mapping[str, Any] | None) -> Formats:
         quantization_config: As the checkpoint's config has it; None: it is not quantised.
 
     Raises:
-        ModelError: The method is not known.
+        ModelError: The method is not known, or asks for what its file does not know.
     """
     if quantization_config is None:
         return PLAIN
     method = quantization_config.get("quant_method")
-    if method in _BUILT_IN:
-        read = importlib.import_module(_BUILT_IN[method]).formats
-    else:
-        found = list(entry_points(group=ENTRY_POINT_GROUP, name=method)) if method else []
-        if not found:
-            raise ModelError(
-                f"quantization_config has quant_method={method!r}, which is not supported; "
-                f"supported: {', '.join(methods()) or 'none'}"
-            )
-        read = found[0].load()
-    formats: Formats = read(quantization_config)
-    return formats
+    read = reader_of(method)
+    if read is None:
+        plug_ins = (entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
+        known = sorted({*_BUILT_IN, *plug_ins})
+        raise ModelError(
+            f"quantization_config has quant_method={method!r}, which is not supported; "
+            f"supported: {', '.join(known) or 'none'}"
+        )
+    return read(quantization_config)
