@@ -135,6 +135,8 @@ CASES = {
     "chunk with context, decode and padding": Case((5, 100, 0, 77, 64), (5, 30, 2, 1, 16), tail=9),
     "mixed, window": Case((70, 150, 12), (2, 20, 12), head_size=96, block_size=8, window=33),
     "mixed, window below a tile, soft cap": Case((40, 130), (17, 1), window=3, cap=5.0),
+    "decode, tiny heads": decode(2, 70, heads=4, kv_heads=2, head_size=8),
+    "mixed, tiny heads": Case((20, 90), (7, 10), heads=4, kv_heads=2, head_size=8),
     "mixed, large heads": Case((20, 90), (7, 10), heads=8, kv_heads=1, head_size=256),
     "mixed, odd group": Case((33, 80), (9, 21), heads=6, kv_heads=2, head_size=128, block_size=32),
     "nothing but padding": Case((0, 0), (1, 0), query_len=1, tail=1),

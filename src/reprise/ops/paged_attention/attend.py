@@ -14,6 +14,10 @@ from torch import Tensor
 from reprise.ops.triton_util import INTERPRETED, dot, launch_options, next_power_of_2
 
 
+_LEAST_D = 16
+"""Channels of a matrix product at least."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes of one launch."""
@@ -78,7 +82,7 @@ class Call(NamedTuple):
             "WIDEN": INTERPRETED,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": next_power_of_2(head_size),
+            "BLOCK_D": max(_LEAST_D, next_power_of_2(head_size)),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             **launch_options(),

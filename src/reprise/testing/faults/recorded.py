@@ -43,10 +43,10 @@ class StalePointer(Fault):
         shape = tuple(named[name].shape)
         if not capturing():
             self.latest[shape] = named[name].clone()
-        # A real engine would have freed it; that the values are old is enough here.
-        self.kept.append(self.latest[shape])
-        if not capturing():
-            self.kept.clear()
+        else:
+            # A real engine would have freed it, and what comes to lie there may be read as places
+            # outside of all memory, which ends a process; that the values are old is enough here.
+            self.kept.append(self.latest[shape])
         return self.proceed_with(named, name, self.latest[shape])
 
 
