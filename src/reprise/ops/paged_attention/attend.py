@@ -13,7 +13,6 @@ from torch import Tensor
 
 from reprise.ops.triton_util import INTERPRETED, dot, launch_options, next_power_of_2
 
-
 _LEAST_D = 16
 """Channels of a matrix product at least."""
 
