@@ -219,10 +219,12 @@ def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
     sampler, seen = runner.sampler, dict[str, list[Tensor]]()
 
     class Recorder:
-        def __call__(self, logits: Tensor, requests: Sequence[Any], *rest: Any) -> Any:
-            for row, request in zip(logits.float().cpu(), requests, strict=True):
-                seen.setdefault(request.request_id, []).append(row.clone())
-            return sampler(logits, requests, *rest)
+        def __call__(self, logits: Tensor, step: Any, *rest: Any) -> Any:
+            sampling = [row for row, yes in zip(step.rows, step.samples, strict=True) if yes]
+            for row, number in zip(logits.float().cpu(), sampling, strict=True):
+                name = sampler.rows.admitted[number].request_id
+                seen.setdefault(name, []).append(row.clone())
+            return sampler(logits, step, *rest)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(sampler, name)

@@ -72,14 +72,19 @@ class Request:
 
     urgency: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
     """(priority, arrival order): the smaller goes first and is preempted last."""
+    num_known_tokens: int = field(default=0, init=False, repr=False)
+    """Tokens that were known when it was admitted; those behind them are on the device first."""
     num_computed_tokens: int = field(default=0, init=False)
-    """Tokens whose cache entries exist or will, once the scheduled steps have run."""
+    """Tokens whose cache entries exist or will, once the scheduled steps have run; the most that
+    there can be, where drafts are under way."""
     num_pending: int = field(default=0, init=False)
-    """Tokens that scheduled steps will sample and whose values are not known yet."""
+    """Scheduled steps, not updated yet, that sample for it: each brings a token at least."""
     num_in_flight: int = field(default=0, init=False, repr=False)
     """Scheduled steps with this request that are not updated yet: they write its blocks."""
-    row: int = field(default=-1, init=False, repr=False)
-    """Its place in the last step that had it; -1: none yet."""
+    row: int = field(default=0, init=False, repr=False)
+    """Its place on the device while it runs; 0: none."""
+    num_sent_blocks: int = field(default=0, init=False, repr=False)
+    """Blocks that steps have told the runner."""
     num_cached_tokens: int = field(default=0, init=False)
     """Tokens that the prefix cache had when the request first ran."""
     num_preemptions: int = field(default=0, init=False)

@@ -34,6 +34,23 @@ class StepShape:
         """A step of this kind without any row: padded to this one, it is padding alone."""
         return StepShape(self.phase, 0, 0, self.query_len)
 
+    def holding(self, other: StepShape | None) -> StepShape:
+        """The smallest shape that has room for both.
+
+        Raises:
+            ValueError: They are of different phases, or their requests of different lengths.
+        """
+        if other is None:
+            return self
+        if (self.phase, self.query_len) != (other.phase, other.query_len):
+            raise ValueError(f"no step is both {self} and {other}: lay out the one as the other")
+        return StepShape(
+            self.phase,
+            max(self.num_tokens, other.num_tokens),
+            max(self.num_requests, other.num_requests),
+            self.query_len,
+        )
+
     @property
     def size(self) -> int:
         """What buckets count: requests in the decode phase, tokens in the mixed phase."""

@@ -1,49 +1,87 @@
-"""What the scheduler asks of the runner: one forward pass."""
+"""What the scheduler asks of the runner: one forward pass, as plain data.
+
+A step can be sent to another process. Requests are named by their rows: a row is a request's place
+on the device from its admission until it ends or is preempted. Row 0 belongs to no request.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reprise.request import Request
+from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
 
+NULL_ROW = 0
+"""Padding reads and writes here."""
+
 
 @dataclass(slots=True, eq=False)
-class ScheduledRequest:
-    """One request's part in a step: tokens ``start`` to ``start + num_tokens - 1``."""
+class Admission:
+    """A request gets a row: everything that the runner ever has to know of it."""
 
-    request: Request
+    row: int
+    request_id: str
     start: int
-    num_tokens: int
-    block_ids: list[int]
-    """The request's list; later steps may append to it, never change what is there."""
-    samples: bool
-    """The step computes the request's last token: one more is sampled from it."""
-    pending: bool
-    """The token to compute is the one that the step before samples: it is on the device only."""
+    """Position of the first token to compute; the cache has those before it."""
+    token_ids: Sequence[int]
+    """All known tokens: the prompt, and what was generated before a preemption."""
+    num_prompt_tokens: int
+    limit: int
+    """Most tokens to compute: all but the last one that it can have."""
+    params: SamplingParams
+    seed: int
+    """Of the draws, 64 bits."""
+    stop_token_ids: frozenset[int]
+    """They are not drawn before ``params.min_tokens``."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class TableEdit:
+    """New entries of one row's block table, from column ``begin`` on."""
+
+    row: int
+    begin: int
+    blocks: Sequence[int]
 
 
 @dataclass(slots=True, eq=False)
-class ScheduledStep:
-    """What the runner computes in one forward pass."""
+class Step:
+    """What the runner computes in one forward pass.
+
+    The first ``num_decodes`` requests compute their last token, which the device has, and verify
+    the tokens drafted behind it; the others compute chunks of the tokens that they were admitted
+    with, from where their last chunk ended.
+    """
 
     index: int
-    requests: list[ScheduledRequest]
-    """First ``num_decodes`` requests with their one last token, then prefill chunks. A request's
-    place is its row on the device; it changes as little as can be."""
+    rows: Sequence[int]
+    """[R]"""
+    counts: Sequence[int]
+    """[R]: known tokens to compute, 1 of a decode."""
+    drafts: Sequence[int]
+    """[R]: drafted tokens to verify beside them. How many count, only the device knows at first."""
+    samples: Sequence[bool]
+    """[R]: the request's last known token is computed, so that a token is drawn behind it."""
     num_decodes: int
     num_tokens: int
-    released: list[str]
-    """Ids whose state the runner must drop before this step: finished or preempted since the
-    last one. An id may be in ``requests`` too; it starts anew then."""
-    continues: bool = False
-    """The requests are those of the step before, in the same rows. Both are decode steps: each
-    request's token is the one that the step before samples."""
+    """All of them, drafts included."""
+    admitted: Sequence[Admission] = ()
+    """Requests that compute for the first time, or again from their tokens."""
+    edits: Sequence[Sequence[TableEdit]] = ((),)
+    """New entries of block tables, for each lifetime of the model's caches."""
+    released: Sequence[int] = ()
+    """Rows that ended or were preempted since the last step; some may be in ``admitted`` again."""
 
     @property
     def shape(self) -> StepShape:
-        """What the step costs: it says which graph may run it."""
-        num_requests = len(self.requests)
-        if self.num_tokens == num_requests:
-            return StepShape.decode(num_requests)
-        return StepShape.mixed(self.num_tokens, num_requests)
+        """``decode`` if every request computes equally many tokens, drafts included."""
+        requests = len(self.rows)
+        if requests == 0:
+            return StepShape.decode(0)
+        if self.num_decodes == requests:
+            return StepShape.decode(requests, self.num_tokens // requests)
+        if self.num_tokens == requests:
+            return StepShape.decode(requests)
+        return StepShape.mixed(self.num_tokens, requests)

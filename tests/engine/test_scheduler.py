@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import Request, RequestStatus
 from reprise.sampling_params import SamplingParams
-from reprise.step import ScheduledStep
+from reprise.step import NULL_ROW, Step
 
 EOS = 9
 
@@ -23,9 +25,10 @@ def make(
     budget: int = 32,
     model_len: int = 100,
     prefix_caching: bool = True,
+    drafts: int = 0,
 ) -> Scheduler:
     cache = CacheManager(num_blocks, block_size, prefix_caching)
-    return Scheduler(cache, seqs, budget, model_len, reserve_blocks=0)
+    return Scheduler(cache, seqs, budget, model_len, reserve_blocks=0, num_drafts=drafts)
 
 
 def request(name: str, prompt: int | list[int] = 4, priority: int = 0, **params: Any) -> Request:
@@ -39,22 +42,49 @@ def added(scheduler: Scheduler, *requests: Request) -> list[Request]:
     return list(requests)
 
 
-def scheduled(scheduler: Scheduler) -> ScheduledStep:
+@dataclass
+class Scheduled:
+    """A step, in terms of requests."""
+
+    step: Step
+    requests: list[Request]
+    starts: list[int]
+    released: list[str]
+
+
+_owners: dict[int, str] = {}
+"""By row: who had it last."""
+
+
+def scheduled(scheduler: Scheduler) -> Scheduled:
     step = scheduler.schedule()
     assert step is not None
-    return step
+    released = [_owners[row] for row in step.released]
+    _owners.update({each.row: each.request_id for each in step.admitted})
+    requests = list(scheduler.requests_of(step))
+    assert [each.row for each in requests] == list(step.rows)
+    starts = [
+        each.num_computed_tokens - count for each, count in zip(requests, step.counts, strict=True)
+    ]
+    for number in range(step.num_decodes, len(requests)):
+        assert scheduler._outstanding[-1].starts[number - step.num_decodes] == starts[number]
+    return Scheduled(step, requests, starts, released)
 
 
 def run(
-    scheduler: Scheduler, step: ScheduledStep, token: Callable[[Request], int] | int = 1
+    scheduler: Scheduler, one: Scheduled, token: Callable[[Request], int] | int = 1
 ) -> list[Request]:
     pick = token if callable(token) else lambda _: token
-    results = [pick(part.request) if part.samples else None for part in step.requests]
-    return scheduler.update(step, results)
+    results = [
+        [pick(each)] if samples else []
+        for each, samples in zip(one.requests, one.step.samples, strict=True)
+    ]
+    return scheduler.update(one.step, results)
 
 
-def parts(step: ScheduledStep) -> list[tuple[str, int, int, bool]]:
-    return [(p.request.request_id, p.start, p.num_tokens, p.samples) for p in step.requests]
+def parts(one: Scheduled) -> list[tuple[str, int, int, bool]]:
+    names = [each.request_id for each in one.requests]
+    return list(zip(names, one.starts, one.step.counts, one.step.samples, strict=True))
 
 
 # ---------------------------------------------------------------------- steps
@@ -64,13 +94,13 @@ def test_prefill_then_decode() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a", 5, max_tokens=2))
     step = scheduled(scheduler)
-    assert (step.shape.phase, step.num_tokens, step.num_decodes) == ("mixed", 5, 0)
+    assert (step.step.shape.phase, step.step.num_tokens, step.step.num_decodes) == ("mixed", 5, 0)
     assert parts(step) == [("a", 0, 5, True)]
     assert run(scheduler, step, 7) == [a]
     step = scheduled(scheduler)
-    assert (step.shape.phase, step.index) == ("decode", 1)
+    assert (step.step.shape.phase, step.step.index) == ("decode", 1)
     assert parts(step) == [("a", 5, 1, True)]
-    assert not step.requests[0].pending
+    assert step.step.num_decodes == 1
     run(scheduler, step, 8)
     assert (a.output_token_ids, a.finish_reason, a.stop_reason) == ([7, 8], "length", None)
     assert not scheduler.has_work
@@ -80,21 +110,26 @@ def test_prefill_then_decode() -> None:
 def test_prompt_of_one_token_is_a_decode_step() -> None:
     scheduler = make()
     added(scheduler, request("a", 1), request("b", 1))
-    assert scheduled(scheduler).shape.phase == "decode"
+    assert scheduled(scheduler).step.shape.phase == "decode"
 
 
 def test_long_prompt_is_chunked_and_never_stalls_decodes() -> None:
     scheduler = make(budget=8)
     added(scheduler, request("a"), request("b", 18))
-    assert parts(scheduled(scheduler)) == [("a", 0, 4, True), ("b", 0, 4, False)]
-    run(scheduler, scheduler._outstanding[0])
+    first = scheduled(scheduler)
+    assert parts(first) == [("a", 0, 4, True), ("b", 0, 4, False)]
+    run(scheduler, first)
     for start, count, samples in [(4, 7, False), (11, 7, True)]:
         step = scheduled(scheduler)
         assert [part[0] for part in parts(step)] == ["a", "b"]
         assert parts(step)[1] == ("b", start, count, samples)
-        assert (step.num_tokens, step.num_decodes, step.shape.phase) == (8, 1, "mixed")
+        assert (step.step.num_tokens, step.step.num_decodes, step.step.shape.phase) == (
+            8,
+            1,
+            "mixed",
+        )
         run(scheduler, step)
-    assert scheduled(scheduler).shape.phase == "decode"
+    assert scheduled(scheduler).step.shape.phase == "decode"
 
 
 def test_started_prompt_continues_before_a_more_urgent_one_starts() -> None:
@@ -244,30 +279,83 @@ def test_limits_are_checked(limits: tuple[int, int, int], culprit: str) -> None:
 
 
 def test_requests_keep_their_rows() -> None:
-    """Who leaves makes room for the last one; the others stay where the device has them."""
-    scheduler = make()
+    """From admission to the end; a row that comes free is the next one's."""
+    scheduler = make(seqs=4)
     a, b, c, d = added(scheduler, *(request(name) for name in "abcd"))
     run(scheduler, scheduled(scheduler))
     first = scheduled(scheduler)
-    assert [part.request for part in first.requests] == [a, b, c, d]
-    assert not first.continues  # prompts came before
+    assert [(each, each.row) for each in first.requests] == [(a, 1), (b, 2), (c, 3), (d, 4)]
     run(scheduler, first)
     second = scheduled(scheduler)
-    assert second.continues
+    assert second.step.rows == first.step.rows
+    assert (second.step.admitted, second.step.released) == ([], [])
     run(scheduler, second)
     scheduler.abort("b")
-    (e,) = added(scheduler, request("e"))
+    assert b.row == NULL_ROW
+    added(scheduler, request("e"))
     mixed = scheduled(scheduler)
-    assert [part.request for part in mixed.requests] == [a, d, c, e]
+    assert mixed.step.rows == [1, 3, 4, 2]
+    assert (mixed.step.released, [each.row for each in mixed.step.admitted]) == ([2], [2])
     run(scheduler, mixed)
-    for continues in (False, True):
+    for _ in range(2):
         step = scheduled(scheduler)
-        assert [part.request for part in step.requests] == [a, d, c, e]
-        assert step.continues == continues
+        assert step.step.rows == [1, 3, 4, 2]
         run(scheduler, step)
     scheduler.abort("d")
     scheduler.abort("e")
-    assert [part.request for part in scheduled(scheduler).requests] == [a, c]
+    assert scheduled(scheduler).step.rows == [1, 3]
+
+
+def test_a_step_is_plain_data() -> None:
+    """It can be sent to another process, and block tables are sent once."""
+    scheduler = make()
+    (a,) = added(scheduler, request("a", [3, 4, 5], seed=9))
+    table: list[int] = []
+    for _ in range(6):
+        step = scheduled(scheduler)
+        sent = pickle.loads(pickle.dumps(step.step))
+        assert (sent.rows, sent.counts, sent.samples) == ([1], step.step.counts, [True])
+        for each in sent.edits[0]:
+            assert (each.row, each.begin) == (1, len(table))
+            table += each.blocks
+        for each in sent.admitted:
+            assert (each.start, each.token_ids, each.params.seed) == (0, [3, 4, 5], 9)
+        assert table == a.block_ids
+        run(scheduler, step)
+    assert len(table) == 2
+
+
+# ---------------------------------------------------------------------- drafts
+
+
+def test_drafts_that_count_are_taken_and_cut_at_a_stop() -> None:
+    scheduler = make(drafts=3)
+    (a,) = added(scheduler, request("a", max_tokens=20, stop_token_ids=[5]))
+    first = scheduled(scheduler)
+    assert (first.step.counts, first.step.drafts) == ([4], [0])
+    second = scheduled(scheduler)
+    assert (second.step.counts, second.step.drafts, second.step.num_tokens) == ([1], [3], 4)
+    assert second.step.shape.query_len == 4
+    assert scheduler.update(first.step, [[7]]) == [a]
+    third = scheduled(scheduler)
+    assert (a.num_computed_tokens, a.num_pending) == (12, 2)
+    assert scheduler.update(second.step, [[8, EOS, 6]]) == [a]
+    assert (a.output_token_ids, a.stop_reason) == ([7, 8, EOS], None)
+    assert a.is_finished
+    assert scheduler.update(third.step, [[1, 2, 3, 4]]) == []
+    assert scheduler.cache.pool.num_used == 0
+
+
+def test_what_lies_behind_a_stop_string_is_dropped() -> None:
+    scheduler = make(drafts=3)
+    (a,) = added(scheduler, request("a", max_tokens=4))
+    run(scheduler, scheduled(scheduler), 7)
+    scheduler.update(scheduled(scheduler).step, [[1, 2, 3, 4]])
+    assert (a.output_token_ids, a.finish_reason) == ([7, 1, 2, 3], "length")
+    scheduler.finish(a, "stop", "END", surplus=2)
+    assert (a.output_token_ids, a.finish_reason, a.stop_reason) == ([7, 1], "stop", "END")
+    assert a.token_ids == [*a.prompt_token_ids, 7, 1]
+    assert scheduler.stats().total_generated_tokens == 2
 
 
 def test_updates_come_in_order_and_complete() -> None:
@@ -275,9 +363,9 @@ def test_updates_come_in_order_and_complete() -> None:
     added(scheduler, request("a"))
     first, second = scheduled(scheduler), scheduled(scheduler)
     with pytest.raises(RuntimeError, match="oldest"):
-        scheduler.update(second, [1])
+        scheduler.update(second.step, [[1]])
     with pytest.raises(ValueError, match="0 results for 1"):
-        scheduler.update(first, [])
+        scheduler.update(first.step, [])
     run(scheduler, first)
     with pytest.raises(RuntimeError, match="oldest"):
         run(scheduler, first)
@@ -335,7 +423,7 @@ def test_decode_with_a_pending_token() -> None:
     first = scheduled(scheduler)
     second = scheduled(scheduler)
     assert parts(second) == [("a", 4, 1, True)]
-    assert second.requests[0].pending
+    assert second.step.num_decodes == 1
     assert a.num_pending == 2
     run(scheduler, first, 5)
     assert (a.output_token_ids, a.num_pending) == ([5], 1)
@@ -422,10 +510,10 @@ def test_blocks_of_a_step_are_listed_as_they_were() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a", 8))
     step = scheduled(scheduler)
-    blocks = list(step.requests[0].block_ids)
+    blocks = list(a.block_ids)
     run(scheduler, step, EOS)
     assert a.block_ids == []
-    assert step.requests[0].block_ids == blocks
+    assert step.step.edits[0][0].blocks == blocks
 
 
 def test_start_over_forgets_steps_blocks_and_prefixes() -> None:

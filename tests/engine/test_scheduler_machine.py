@@ -1,12 +1,14 @@
 """Random lives of the scheduler against a simulated device that knows what each slot holds.
 
-The device runs steps as late as it may: when their results are asked for. Slots hold the salt, the
-weights' version and the whole token prefix that they were computed from, so that wrong sharing,
-stale blocks and blocks freed too early all show as a slot that holds somebody else's prefix.
+The device knows of a step what its pickled copy says, and runs steps as late as it may: when their
+results are asked for. Slots hold the salt, the weights' version and the whole token prefix that
+they were computed from, so that wrong sharing, stale blocks and blocks freed too early all show as
+a slot that holds somebody else's prefix. Where tokens are drafted, some drafts are right.
 """
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError
 from reprise.request import Request, RequestStatus
 from reprise.sampling_params import SamplingParams
-from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.step import NULL_ROW, Admission, Step
 
 EOS, STOP = 4, 3
 MODEL_LEN = 40
@@ -61,85 +63,125 @@ class Row:
 
     version: int
     salt: bytes
+    admission: Admission
     tokens: list[int]
-    sampled: int | None = None
+    """Those that are computed."""
+    newest: int | None = None
 
-    def content(self, position: int) -> Content:
-        return self.salt, self.version, tuple(self.tokens[: position + 1])
+    def content(self, tokens: Sequence[int], position: int) -> Content:
+        return self.salt, self.version, tuple(tokens[: position + 1])
+
+
+@dataclass
+class Part:
+    """One request's share of a step, as it was when the step was handed to the device."""
+
+    row: int
+    table: list[int]
+    written: set[int]
+    """Blocks that the step may write."""
 
 
 @dataclass
 class Launch:
-    """A step as it was handed to the device, with copies of all that may change later."""
-
-    step: ScheduledStep
+    original: Step
+    step: Step
+    """What another process would get."""
     version: int
-    inputs: list[list[int]]
-    prefixes: list[list[int]]
-    tables: list[list[int]]
+    salts: dict[int, bytes]
+    """Of the admitted rows."""
+    requests: list[Request]
+    parts: list[Part]
 
 
 @dataclass
 class Device:
     block_size: int
     max_rows: int
-    rows: dict[str, Row] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
     slots: dict[tuple[int, int], Content] = field(default_factory=dict)
     queue: list[Launch] = field(default_factory=list)
 
-    def launch(self, step: ScheduledStep, version: int) -> None:
-        launch = Launch(step, version, [], [], [])
-        for scheduled in step.requests:
-            tokens, end = scheduled.request.token_ids, scheduled.start + scheduled.num_tokens
-            launch.inputs.append([] if scheduled.pending else tokens[scheduled.start : end])
-            launch.prefixes.append(tokens[: scheduled.start])
-            launch.tables.append(list(scheduled.block_ids))
-            assert scheduled.pending == (end > len(tokens))
-            assert len(scheduled.block_ids) * self.block_size >= end
+    def launch(self, step: Step, requests: list[Request], version: int) -> None:
+        sent: Step = pickle.loads(pickle.dumps(step))
+        by_row = {each.row: each for each in requests}
+        for each in sent.admitted:
+            assert NULL_ROW < each.row <= self.max_rows
+            self.tables[each.row] = []
+        for edit in sent.edits[0]:
+            table = self.tables[edit.row]
+            assert edit.begin == len(table), "each entry is sent once"
+            table += edit.blocks
+        parts = []
+        for number, (row, request) in enumerate(zip(sent.rows, requests, strict=True)):
+            table, total = list(self.tables[row]), sent.counts[number] + sent.drafts[number]
+            assert table == request.block_ids
+            end = min(request.num_computed_tokens, request.max_total_tokens - 1)
+            start = request.num_computed_tokens - total
+            if number < sent.num_decodes:  # as far as is certain
+                start = len(request.token_ids) + request.num_pending - 2
+            assert len(table) * self.block_size >= end
+            written = table[start // self.block_size : -(-end // self.block_size)]
+            parts.append(Part(row, table, set(written)))
+        salts = {each.row: by_row[each.row].cache_salt for each in sent.admitted}
+        launch = Launch(step, sent, version, salts, requests, parts)
         for earlier in self.queue:
             self._check_disjoint(earlier, launch)
         self.queue.append(launch)
 
-    def _check_disjoint(self, earlier: Launch, later: Launch) -> None:
+    @staticmethod
+    def _check_disjoint(earlier: Launch, later: Launch) -> None:
         """A later step writes no block that an earlier one uses for another request."""
-        for ours, table in zip(later.step.requests, later.tables, strict=True):
-            written = set(self._blocks(ours, table))
-            for theirs, used in zip(earlier.step.requests, earlier.tables, strict=True):
-                assert ours.request is theirs.request or not written & set(used)
+        for ours, mine in zip(later.requests, later.parts, strict=True):
+            for theirs, other in zip(earlier.requests, earlier.parts, strict=True):
+                assert ours is theirs or not mine.written & set(other.table)
 
-    def _blocks(self, scheduled: ScheduledRequest, table: list[int]) -> list[int]:
-        first = scheduled.start // self.block_size
-        last = (scheduled.start + scheduled.num_tokens - 1) // self.block_size
-        return table[first : last + 1]
-
-    def run_oldest(self) -> tuple[ScheduledStep, list[int | None]]:
+    def run_oldest(self) -> tuple[Step, list[list[int]]]:
         launch = self.queue.pop(0)
-        for request_id in launch.step.released:
-            del self.rows[request_id]
-        parts = []
-        for position, scheduled in enumerate(launch.step.requests):
-            name = scheduled.request.request_id
-            if name not in self.rows:
-                salt = scheduled.request.cache_salt
-                self.rows[name] = Row(launch.version, salt, launch.prefixes[position])
-            assert len(self.rows) <= self.max_rows
-            row, inputs = self.rows[name], launch.inputs[position]
-            if scheduled.pending:
-                assert row.sampled is not None
-                inputs = [row.sampled]
-            assert len(row.tokens) == scheduled.start
-            row.tokens += inputs
-            parts.append((scheduled, row, launch.tables[position]))
-        for scheduled, row, table in parts:
-            for at in range(scheduled.start, scheduled.start + scheduled.num_tokens):
-                self.slots[self._slot(table, at)] = row.content(at)
-        results: list[int | None] = []
-        for scheduled, row, table in parts:  # after all writes, which must not overlap
-            for at in range(scheduled.start + scheduled.num_tokens):
-                assert self.slots[self._slot(table, at)] == row.content(at)
-            row.sampled = next_token(row.tokens) if scheduled.samples else None
-            results.append(row.sampled)
-        return launch.step, results
+        step = launch.step
+        for each in step.released:
+            del self.rows[each]
+        for each in step.admitted:
+            assert each.row not in self.rows
+            tokens = list(each.token_ids[: each.start])
+            self.rows[each.row] = Row(launch.version, launch.salts[each.row], each, tokens)
+        work = []
+        for number, part in enumerate(launch.parts):
+            row, count = self.rows[part.row], step.counts[number]
+            start = len(row.tokens)
+            if number < step.num_decodes:
+                assert row.newest is not None
+                inputs = [row.newest]
+                for _ in range(step.drafts[number]):
+                    right = zlib.crc32(bytes([*row.tokens, *inputs, 7])) % 3 > 0
+                    draft = next_token([*row.tokens, *inputs])
+                    inputs.append(draft if right else (draft + 1) % 5)
+            else:
+                inputs = list(row.admission.token_ids[start : start + count])
+                assert len(inputs) == count
+            tokens = [*row.tokens, *inputs]
+            end = min(len(tokens), row.admission.limit)
+            work.append((row, tokens, start, end, part.table))
+            for at in range(start, end):
+                self.slots[self._slot(part.table, at)] = row.content(tokens, at)
+        results: list[list[int]] = []
+        for number, (row, tokens, start, end, table) in enumerate(work):
+            # After all writes, which must not overlap.
+            for at in range(end):
+                assert self.slots[self._slot(table, at)] == row.content(tokens, at)
+            if number >= step.num_decodes:
+                row.tokens = tokens
+                drawn = [next_token(tokens)] if step.samples[number] else []
+            else:
+                drawn = [next_token(tokens[: start + 1])]
+                while start + len(drawn) < len(tokens) and drawn[-1] == tokens[start + len(drawn)]:
+                    drawn.append(next_token(tokens[: start + len(drawn) + 1]))
+                row.tokens = tokens[: start + len(drawn)][: row.admission.limit]
+            if drawn:
+                row.newest = drawn[-1]
+            results.append(drawn)
+        return launch.original, results
 
     def _slot(self, table: list[int], position: int) -> tuple[int, int]:
         block = table[position // self.block_size]
@@ -156,6 +198,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         reserve_blocks=st.integers(0, 1),
         depth=st.integers(2, 3),
+        drafts=st.sampled_from([0, 0, 1, 3]),
+        blocks_ahead=st.sampled_from([0, 3]),
     )
     def start(
         self,
@@ -166,14 +210,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching: bool,
         reserve_blocks: int,
         depth: int,
+        drafts: int,
+        blocks_ahead: int,
     ) -> None:
         self.cache = CacheManager(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs,
-            max_num_seqs + budget,
+            max_num_seqs * (1 + drafts) + budget,
             max_model_len=MODEL_LEN,
             reserve_blocks=reserve_blocks,
+            num_drafts=drafts,
+            blocks_ahead=blocks_ahead,
         )
         self.device = Device(block_size, max_num_seqs)
         self.requests: list[Request] = []
@@ -182,8 +230,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.depth = depth
         """Most steps that are under way together."""
         self.num_steps = 0
-        self.last_rows: dict[Request, tuple[int, int]] = {}
-        """Of the last step, if it was a decode step: row and position of each request's token."""
+        self.row_of: dict[Request, int] = {}
+        """Of those that run."""
 
     @property
     def live(self) -> list[Request]:
@@ -253,7 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if step is None:
                 return
             most_urgent = self._running()[0]
-            assert most_urgent in [scheduled.request for scheduled in step.requests]
+            assert most_urgent in self.scheduler.requests_of(step)
             self._update()
 
     @rule(count=st.integers(1, 15))
@@ -303,7 +351,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.device.rows.clear()
         assert self.scheduler.drop_steps() == running
         assert self.scheduler.num_outstanding == 0
-        self.last_rows = {}
+        self.row_of = {}
+        self.device.tables.clear()
         self.version += 1
 
     # ------------------------------------------------------------------ the loop
@@ -312,7 +361,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [r for r in self.live if r.status is RequestStatus.RUNNING]
         return sorted(running, key=lambda request: request.urgency)
 
-    def _schedule(self) -> ScheduledStep | None:
+    def _schedule(self) -> Step | None:
         running = set(self._running())
         decodable = {r for r in running if self._can_decode(r)}
         step = self.scheduler.schedule()
@@ -320,47 +369,61 @@ class SchedulerMachine(RuleBasedStateMachine):
             return None
         assert step.index == self.num_steps
         self.num_steps += 1
-        parts = step.requests
-        assert parts
-        assert len({part.request for part in parts}) == len(parts) <= self.scheduler.max_num_seqs
-        assert step.num_tokens == sum(part.num_tokens for part in parts)
+        requests = list(self.scheduler.requests_of(step))
+        width = self.scheduler._num_drafts + 1
+        assert requests
+        assert len(set(requests)) == len(requests) <= self.scheduler.max_num_seqs
+        assert step.num_tokens == sum(step.counts) + sum(step.drafts)
         assert step.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert all(part.num_tokens > 0 for part in parts)
-        assert all(part.num_tokens == 1 for part in parts[: step.num_decodes])
-        assert not any(part.pending for part in parts[step.num_decodes :])
-        single = all(part.num_tokens == 1 for part in parts)
-        assert step.shape.phase == ("decode" if single else "mixed")
-        self._check_rows(step)
-        scheduled = {part.request for part in parts}
-        if decodable - scheduled:
-            assert scheduled <= running, "admitted while a running request lacks a block"
-        self.device.launch(step, self.version)
+        assert all(count > 0 for count in step.counts)
+        assert list(step.counts[: step.num_decodes]) == [1] * step.num_decodes
+        drafts = [width - 1] * step.num_decodes + [0] * (len(requests) - step.num_decodes)
+        assert list(step.drafts) == drafts
+        totals = {a + b for a, b in zip(step.counts, step.drafts, strict=True)}
+        decodes = step.num_decodes == len(requests) or totals == {1}
+        assert step.shape.phase == ("decode" if decodes else "mixed")
+        self._check_rows(step, requests)
+        if decodable - set(requests):
+            assert set(requests) <= running, "admitted while a running request lacks a block"
+        self.device.launch(step, requests, self.version)
         return step
 
-    def _check_rows(self, step: ScheduledStep) -> None:
-        decodes = step.num_decodes == len(step.requests)
-        rows = {p.request: (row, p.start) for row, p in enumerate(step.requests) if decodes}
-        grown = {request: (row, at + 1) for request, (row, at) in self.last_rows.items()}
-        assert step.continues == (decodes and rows == grown)
-        assert step.continues or rows.keys() != grown.keys() or not rows, "rows change needlessly"
-        self.last_rows = rows
+    def _check_rows(self, step: Step, requests: list[Request]) -> None:
+        """A request keeps its row from admission to its end."""
+        for row in step.released:
+            owner = next(each for each, its in self.row_of.items() if its == row)
+            del self.row_of[owner]
+        admitted = {each.row: each for each in step.admitted}
+        for row, request in zip(step.rows, requests, strict=True):
+            if row in admitted:
+                assert request not in self.row_of
+                assert row not in self.row_of.values()
+                assert admitted[row].token_ids == request.token_ids
+                self.row_of[request] = row
+            assert self.row_of[request] == row == request.row
 
     @staticmethod
     def _can_decode(request: Request) -> bool:
-        total = request.num_tokens + request.num_pending
-        return total - request.num_computed_tokens == 1 and total < request.max_total_tokens
+        certain = request.num_tokens + request.num_pending
+        computed = request.num_computed_tokens >= request.num_known_tokens
+        return computed and certain < request.max_total_tokens
 
     def _update(self) -> None:
         step, results = self.device.run_oldest()
+        requests = list(self.scheduler.requests_of(step))
         finished = {request for request in self.requests if request.is_finished}
         before = {r: list(r.output_token_ids) for r in self.requests}
         updated = self.scheduler.update(step, results)
-        for part, token in zip(step.requests, results, strict=True):
-            request = part.request
-            dropped = request in finished or token is None
+        for request, tokens in zip(requests, results, strict=True):
+            dropped = request in finished or not tokens
             assert (request in updated) == (not dropped)
-            added = [] if dropped else [token]
+            added = request.output_token_ids[len(before[request]) :]
             assert request.output_token_ids == before[request] + added
+            assert added == tokens[: len(added)]
+            if dropped:
+                assert not added
+            elif not request.is_finished:
+                assert added == tokens
 
     # ------------------------------------------------------------------ invariants
 

@@ -132,6 +132,8 @@ class Toy:
 
         self.tokens, self.positions = zeros(max_tokens), zeros(max_tokens)
         self.slot_mapping = zeros(max_tokens)
+        self.rows = zeros(max_requests)
+        """No layer of this model reads where requests stand."""
         self.seq_lens = zeros(max_requests, dtype=torch.int32)
         self.query_start_loc = zeros(max_requests + 1, dtype=torch.int32)
         self.block_tables = zeros(max_requests, self.blocks_each, dtype=torch.int32)
@@ -144,9 +146,16 @@ class Toy:
         tokens, requests = shape.num_tokens, shape.num_requests
         table = Table(self.block_tables[:requests], self.slot_mapping[:tokens])
         batch = Batch(
-            self.tokens[:tokens], self.positions[:tokens], self.query_start_loc[: requests + 1],
-            self.seq_lens[:requests], (table,), shape.query_len,
-        )  # fmt: skip
+            token_ids=self.tokens[:tokens],
+            positions=self.positions[:tokens],
+            rows=self.rows[:requests],
+            query_start_loc=self.query_start_loc[: requests + 1],
+            seq_lens=self.seq_lens[:requests],
+            accepted=self.rows[:requests],
+            fresh=self.rows[:requests],
+            tables=(table,),
+            query_len=shape.query_len,
+        )
         self.hidden[:tokens].copy_(model(batch))
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:

@@ -41,7 +41,7 @@ def test_layouts_do_not_depend_on_how_tables_grew(parts: list[list[int]]) -> Non
     blocks = 0 if not pairs else 1 if all(pairs) else 2 if any(pairs) else 3
     expected = (blocks, 2 if len(halves) == 2 else int(halves.pop()))
     for layouts in (extended, appended, anew):
-        found = tuple(int(each[1]) for each in layouts.codes(2))
+        found = tuple(int(each[1]) for each in layouts.codes(np.arange(2)))
         assert found == expected
         assert layouts.highest == max(*whole, 10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -10,202 +11,263 @@ import torch
 from hypothesis import given, settings
 
 from reprise.platforms import Platform
-from reprise.request import Request
-from reprise.runner.buffers import EDITS, Sampled, StepBuffers
+from reprise.runner.buffers import ADMISSIONS, EDITS, StepBuffers
 from reprise.sampling_params import SamplingParams
-from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.shape import StepShape
+from reprise.step import NULL_ROW, Admission, Step, TableEdit
 
 BLOCK, MAX_BLOCKS, MAX_REQUESTS, MAX_TOKENS = 4, 6, 5, 40
+LIMIT = BLOCK * (MAX_BLOCKS - 1)
+"""Most tokens that are computed; drafts may lie behind them."""
 PARAMS = SamplingParams()
 
 
 SHARED = st.sampled_from([None, False])
 """Whether the device reads the host's side; False makes a CPU copy as an accelerator must."""
 LENGTHS = st.integers(1, 12)
-ROWS = st.lists(st.integers(0, MAX_REQUESTS - 1), min_size=1, unique=True)
-EVENTS = st.lists(
-    st.sampled_from(["stay", "stay", "stay", "preempt", "replace"]), max_size=MAX_REQUESTS
-)
 
 
-def new_request(number: int, length: int) -> Request:
-    return Request(f"{number}", [7 * number + i for i in range(length)], PARAMS)
+@dataclass
+class Request:
+    """What a row should be."""
+
+    row: int
+    token_ids: list[int]
+    """Those that are known, and those that were drawn."""
+    known: int
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    sent: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        return self.computed >= self.known
 
 
 @dataclass
 class World:
-    requests: list[Request] = field(default_factory=list)
-    """They grow, are preempted, end, and come again under the same id."""
+    buffers: StepBuffers
+    requests: dict[int, Request] = field(default_factory=dict)
+    """By row."""
     next_block: int = 1
+    next_token: int = 10
 
-    def blocks(self, count: int) -> list[int]:
-        self.next_block += count
-        return list(range(self.next_block - count, self.next_block))
+    def admit(self, row: int, length: int, cached: int = 0) -> Admission:
+        ids = list(range(self.next_token, self.next_token + length))
+        self.next_token += length
+        self.requests[row] = Request(row, ids, length, cached)
+        return Admission(row, f"{row}", cached, ids, length, LIMIT, PARAMS, 7 * row, frozenset())
 
-    def schedule(self, request: Request, start: int, count: int, pending: bool) -> ScheduledRequest:
-        missing = -(-(start + count) // BLOCK) - len(request.block_ids)
-        request.block_ids.extend(self.blocks(max(missing, 0)))
-        samples = start + count >= len(request.token_ids)
-        return ScheduledRequest(request, start, count, request.block_ids, samples, pending)
+    def step(self, rows: list[int], counts: list[int], admitted: list[Admission]) -> Step:
+        """Rows of decodes first; counts of the others."""
+        requests = [self.requests[row] for row in rows]
+        drafts = self.buffers.rows.num_drafts
+        decodes = sum(each.decodes for each in requests)
+        counts = [1] * decodes + counts
+        edits = []
+        for each, count in zip(requests, counts, strict=True):
+            end = min(each.computed + count + (drafts if each.decodes else 0), LIMIT)
+            missing = -(-end // BLOCK) - len(each.blocks)
+            if missing > 0:
+                new = list(range(self.next_block, self.next_block + missing))
+                self.next_block += missing
+                each.blocks += new
+                edits.append(TableEdit(each.row, each.sent, new))
+                each.sent = len(each.blocks)
+        drafted = [drafts] * decodes + [0] * (len(rows) - decodes)
+        samples = [
+            each.decodes or each.computed + count == each.known
+            for each, count in zip(requests, counts, strict=True)
+        ]
+        tokens = sum(counts) + sum(drafted)
+        return Step(0, rows, counts, drafted, samples, decodes, tokens, admitted, (edits,))
 
 
-def step_of(scheduled: list[ScheduledRequest], continues: bool = False) -> ScheduledStep:
-    tokens = sum(each.num_tokens for each in scheduled)
-    return ScheduledStep(0, scheduled, 0, tokens, [], continues=continues)
-
-
-def check(
-    buffers: StepBuffers, scheduled: list[ScheduledRequest], unknown: dict[Request, int]
-) -> None:
-    """``unknown``: tokens that the step before sampled and the host has not seen."""
-    input_ids, positions, slots, starts, lengths = [], [], [], [0], []
-    for each in scheduled:
-        token_ids = each.request.token_ids
-        for position in range(each.start, each.start + each.num_tokens):
-            known = position < len(token_ids)
-            input_ids.append(token_ids[position] if known else unknown[each.request])
-            positions.append(position)
-            slots.append(each.block_ids[position // BLOCK] * BLOCK + position % BLOCK)
+def check(world: World, step: Step, padded: StepShape) -> None:
+    buffers = world.buffers
+    input_ids, positions, slots, starts, lengths, draws = [], [], [], [0], [], []
+    for number, row in enumerate(step.rows):
+        request = world.requests[row]
+        ids = request.token_ids[request.computed : request.computed + step.counts[number]]
+        if number < step.num_decodes:
+            ids = [request.token_ids[request.computed], *request.drafts]
+        input_ids += ids
+        for position in range(request.computed, request.computed + len(ids)):
+            positions.append(min(position, LIMIT - 1))
+            draws.append(min(position, LIMIT - 1) + 1 - request.known)
+            block = request.blocks[position // BLOCK] if position < LIMIT else 0
+            slots.append(block * BLOCK + position % BLOCK if position < LIMIT else 0)
         starts.append(len(positions))
-        lengths.append(each.start + each.num_tokens)
-    tokens = len(positions)
-    batch = buffers.batch(tokens, len(scheduled), 0)
-    assert buffers.input_ids.device[:tokens].tolist() == input_ids
-    assert buffers.positions.device[:tokens].tolist() == positions
-    assert batch.tables[0].slots.tolist() == slots
-    assert batch.query_start_loc.tolist() == starts
-    assert batch.seq_lens.tolist() == lengths
-    blocks = batch.tables[0].blocks.tolist()
-    for each, table, length in zip(scheduled, blocks, lengths, strict=True):
-        used = -(-length // BLOCK)
-        assert table[:used] == each.block_ids[:used]
+        lengths.append(request.computed + len(ids))
+    more, spare = padded.num_tokens - len(positions), padded.num_requests - len(step.rows)
+    batch = buffers.batch(padded.num_tokens, padded.num_requests, padded.query_len)
+    assert batch.token_ids.tolist() == input_ids + [0] * more
+    assert batch.positions.tolist() == positions + [0] * more
+    assert batch.tables[0].slots.tolist() == slots + [0] * more
+    assert batch.query_start_loc.tolist() == starts + [starts[-1]] * spare
+    assert batch.seq_lens.tolist() == lengths + [0] * spare
+    assert batch.rows.tolist() == [*step.rows] + [NULL_ROW] * spare
+    assert buffers.draws[: len(draws)].tolist() == draws
+    for row, table in zip(batch.rows.tolist(), batch.tables[0].blocks.tolist(), strict=True):
+        owned = world.requests[row].blocks if row else [0] * MAX_BLOCKS
+        assert table[: len(owned)] == owned
+    chosen = buffers.sampling_rows()
+    last = [
+        place
+        for number, samples in enumerate(step.samples)
+        for place in range(starts[number + 1] - 1 - step.drafts[number], starts[number + 1])
+        if samples
+    ]
+    assert (list(range(step.num_tokens)) if chosen is None else chosen.tolist()) == last
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_random_steps(platform: Platform, data: st.DataObject) -> None:
-    """Prompts, decodes one step ahead or not, requests that come and go, the same rows again."""
-    shared = data.draw(SHARED)
-    buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared)
-    world = World([new_request(number, data.draw(LENGTHS)) for number in range(MAX_REQUESTS)])
-    last: Sampled | None = None
-    unknown: dict[Request, int] = {}
-    before: list[ScheduledRequest] = []
+    """Prompts in chunks, prefix hits, decodes, requests that come and go, the same rows again;
+    what was drawn is never told to the buffers but on the device."""
+    drafts = data.draw(st.sampled_from([0, 0, 1, 3]))
+    buffers = StepBuffers(
+        MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS + 1, BLOCK, platform, data.draw(SHARED), drafts
+    )
+    world = World(buffers)
+    poison(buffers)
     for _ in range(data.draw(st.integers(1, 20))):
-        same = before and data.draw(st.integers(0, 3)) > 0
-        chosen = [each.request for each in before]
-        if not same:
-            for index, event in enumerate(data.draw(EVENTS)):
-                request = world.requests[index]
-                if event == "preempt":
-                    request.num_computed_tokens = 0
-                    request.block_ids = []
-                elif event == "replace":  # the id comes again
-                    world.requests[index] = new_request(index, data.draw(LENGTHS))
-            chosen = [world.requests[index] for index in data.draw(ROWS)]
-        scheduled = []
-        for request in chosen:
-            start = request.num_computed_tokens
-            if start != len(request.token_ids) and request in unknown:
-                request.token_ids.append(unknown.pop(request))
-            left = len(request.token_ids) - start
-            count = 1 if left == 0 else data.draw(st.integers(1, min(left, 8)))
-            scheduled.append(world.schedule(request, start, count, left == 0))
-            request.num_computed_tokens = start + count
-        continues = all(
-            each.num_tokens == 1 and each.samples for each in (*before, *scheduled)
-        ) and [(each.request, each.start) for each in scheduled] == [
-            (each.request, each.start + 1) for each in before
-        ]
-        decodes = all(each.num_tokens == 1 for each in scheduled)
-        rows = data.draw(st.integers(len(scheduled), MAX_REQUESTS)) if decodes else None
-        buffers.fill(step_of(scheduled, continues), last, rows)
-        if rows is not None:
-            buffers.fill_padding(len(scheduled), len(scheduled), rows, rows)
-            check_padding(buffers, len(scheduled), len(scheduled), rows, rows)
-        check(buffers, scheduled, unknown)
+        admitted = []
+        free = [row for row in range(1, MAX_REQUESTS + 1) if row not in world.requests]
+        for row in free[: data.draw(st.integers(0, 2))]:
+            length = data.draw(LENGTHS)
+            admitted.append(world.admit(row, length, data.draw(st.integers(0, length - 1))))
+        if not world.requests:
+            continue
+        rows = [row for row, each in world.requests.items() if each.decodes]
+        budget, counts = MAX_TOKENS - len(rows) * (1 + drafts), []
+        for row, each in world.requests.items():
+            left = min(each.known - each.computed, budget)
+            if left > 0:
+                rows.append(row)
+                counts.append(data.draw(st.integers(1, left)))
+                budget -= counts[-1]
+        step = world.step(rows, counts, admitted)
+        shape = step.shape
+        padded = shape
+        if data.draw(st.booleans()):
+            size = data.draw(st.integers(shape.num_requests, MAX_REQUESTS))
+            tokens = size * shape.query_len
+            padded = StepShape.decode(size, shape.query_len)
+            if shape.phase == "mixed":
+                tokens = data.draw(st.integers(shape.num_tokens, MAX_TOKENS))
+                padded = StepShape.mixed(tokens, size)
+        buffers.fill(step, shape, padded)
+        check(world, step, padded)
 
-        for request, token in unknown.items():
-            request.token_ids.append(token)
-        unknown = {}
-        sampling = [each for each in scheduled if each.samples]
-        tokens = [data.draw(st.integers(100, 999)) for _ in sampling]
-        if sampling:
-            last = Sampled([e.request for e in sampling], torch.tensor(tokens).to(platform.device))
-        before = scheduled
-        late = data.draw(st.booleans())
-        for each, token in zip(sampling, tokens, strict=True):
-            if len(each.request.token_ids) >= BLOCK * MAX_BLOCKS - 1:
-                each.request.num_computed_tokens = 0  # again, rather than out of the table
-            elif late:
-                unknown[each.request] = token
-            else:
-                each.request.token_ids.append(token)
+        drawn = []
+        expected = []
+        for number, row in enumerate(step.rows):
+            request = world.requests[row]
+            there = 1 + step.drafts[number] if step.samples[number] else 0
+            tokens = [data.draw(st.integers(100, 103)) for _ in range(there)]
+            drawn += tokens
+            count = min(there, 1)
+            while 0 < count < there and request.drafts[count - 1] == tokens[count - 1]:
+                count += 1
+            expected.append(tokens[:count] + [-1] * (1 + drafts - count))
+            request.token_ids += tokens[:count]
+            request.computed += count if number < step.num_decodes else step.counts[number]
+        device = torch.tensor(drawn, dtype=torch.int64, device=platform.device)
+        assert buffers.advance(device).tolist() == expected
+        for row in rows:
+            request = world.requests[row]
+            over = request.computed + 1 + drafts >= LIMIT
+            if over or data.draw(st.integers(0, 6)) == 0:
+                del world.requests[row]
+                continue
+            request.drafts = [data.draw(st.integers(100, 103)) for _ in range(drafts)]
+            if drafts:
+                place = torch.tensor(request.drafts, device=platform.device)
+                buffers.rows.numbers[-drafts:, row] = place
 
 
-def check_padding(
-    buffers: StepBuffers, tokens: int, requests: int, to_tokens: int, to_requests: int
+def poison(buffers: StepBuffers) -> None:
+    """Rows that nobody has hold anything."""
+    buffers.rows.integers[:, 1:] = -77
+    buffers.rows.tables[:, 1:] = 99
+    buffers.block_tables.fill_(98)
+
+
+@pytest.mark.parametrize("shared", [None, False])
+def test_tables_that_were_overwritten_are_gathered_again(
+    platform: Platform, shared: bool | None
 ) -> None:
-    batch = buffers.batch(to_tokens, to_requests, 0)
-    more_tokens, more_requests = to_tokens - tokens, to_requests - requests
-    assert batch.tables[0].slots[tokens:].tolist() == [0] * more_tokens
-    assert buffers.positions.device[tokens:to_tokens].tolist() == [0] * more_tokens
-    assert batch.seq_lens[requests:].tolist() == [0] * more_requests
-    assert batch.query_start_loc[requests:].tolist() == [tokens] * (1 + more_requests)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=MAX_REQUESTS - 1),
-    more_tokens=st.integers(0, 8),
-    more_requests=st.integers(0, 1),
-    shared=SHARED,
-)
-def test_padding_is_harmless(
-    platform: Platform, lengths: list[int], more_tokens: int, more_requests: int,
-    shared: bool | None,
-) -> None:  # fmt: skip
-    """Rows behind the step write into the null block only, and attend to nothing."""
     buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared)
-    world = World()
-    earlier = [world.schedule(new_request(i, 8), 0, 8, False) for i in range(MAX_REQUESTS)]
-    buffers.fill(step_of(earlier))  # what lies behind the next, smaller step
-    scheduled = [
-        world.schedule(new_request(9 + i, length), 0, length, False)
-        for i, length in enumerate(lengths)
-    ]
-    buffers.fill(step_of(scheduled))
-    tokens, requests = sum(lengths), len(lengths)
-    to_tokens, to_requests = tokens + more_tokens, requests + more_requests
-    buffers.fill_padding(tokens, requests, to_tokens, to_requests)
-    check(buffers, scheduled, {})
-    check_padding(buffers, tokens, requests, to_tokens, to_requests)
-    assert buffers.input_ids.device[tokens:to_tokens].tolist() == [0] * more_tokens
-
-
-@pytest.mark.parametrize("forget", [False, True])
-def test_tables_that_were_overwritten_are_sent_again(platform: Platform, forget: bool) -> None:
-    buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared=False)
-    world = World()
-    scheduled = [world.schedule(new_request(i, 8), 0, 8, False) for i in range(3)]
-    buffers.fill(step_of(scheduled))
-    if forget:
-        buffers.block_tables.fill_(-1)
-        buffers.forget_tables()
+    world = World(buffers)
+    admitted = [world.admit(row, 8) for row in (1, 2, 3)]
     addresses = {name: each.data_ptr() for name, each in buffers.views(8, 3).items()}
-    for order in (scheduled[::-1], scheduled):
-        buffers.fill(step_of(order))
-        check(buffers, order, {})
+    for rows in ([1, 2, 3], [3, 1]):
+        step = world.step(rows, [4] * len(rows), admitted)
+        admitted = []
+        buffers.block_tables.fill_(-1)
+        buffers.forget()
+        buffers.fill(step, step.shape, step.shape)
+        check(world, step, step.shape)
+        buffers.advance(torch.ones(sum(step.samples), dtype=torch.int64, device=platform.device))
+        for row in rows:
+            world.requests[row].computed += 4
     assert {name: each.data_ptr() for name, each in buffers.views(8, 3).items()} == addresses
     assert all(isinstance(each, torch.Tensor) for each in buffers.views(8, 3).values())
 
 
-def test_more_new_blocks_than_travel_with_a_step(platform: Platform) -> None:
+def test_more_than_travels_with_a_step(platform: Platform) -> None:
+    """New blocks, and new requests."""
     count = EDITS // 2 + 1
-    buffers = StepBuffers(2, 2, count, BLOCK, platform, shared=False)
-    world = World()
-    scheduled = [
-        world.schedule(new_request(i, count * BLOCK), count * BLOCK - 1, 1, False) for i in (0, 1)
-    ]
-    buffers.fill(step_of(scheduled))
-    check(buffers, scheduled, {})
+    buffers = StepBuffers(2 * ADMISSIONS, 2 * ADMISSIONS, count + 1, BLOCK, platform, shared=False)
+    world = World(buffers)
+    admitted = [world.admit(row, 3) for row in range(1, ADMISSIONS + 2)]
+    rows = [each.row for each in admitted]
+    step = world.step(rows, [1] * len(rows), admitted)
+    edits = [TableEdit(row, 1, list(range(1000 * row, 1000 * row + count))) for row in (1, 2)]
+    step.edits = ([*step.edits[0], *edits],)
+    buffers.fill(step, step.shape, step.shape)
+    assert buffers.seq_lens.device[: len(rows)].tolist() == [1] * len(rows)
+    for row in (1, 2):
+        assert buffers.block_tables[row - 1, 1 : count + 1].tolist() == list(edits[row - 1].blocks)
+
+
+@pytest.fixture
+def uploads(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many copies to the device there were."""
+    count = 0
+    upload = type(platform).upload
+
+    def counted(self: Platform, *arguments: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        upload(self, *arguments)
+
+    monkeypatch.setattr(type(platform), "upload", counted)
+    return lambda: count
+
+
+def test_a_step_takes_one_copy_and_a_decode_like_the_last_one_none(
+    platform: Platform, uploads: Callable[[], int]
+) -> None:
+    buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared=False)
+    world = World(buffers)
+    begun = uploads()
+
+    def copies(step: Step) -> int:
+        before = uploads()
+        buffers.fill(step, step.shape, step.shape)
+        check(world, step, step.shape)
+        tokens = torch.full((len(step.rows),), 9, device=platform.device)
+        buffers.advance(tokens)
+        for row in step.rows:
+            world.requests[row].computed += step.counts[list(step.rows).index(row)]
+            world.requests[row].token_ids.append(9)
+        return uploads() - before
+
+    assert copies(world.step([1, 2], [5, 5], [world.admit(row, 5) for row in (1, 2)])) == 1
+    assert copies(world.step([1, 2], [], [])) == 1  # other numbers of tokens
+    assert [copies(world.step([1, 2], [], [])) for _ in range(3)] == [0, 0, 1]  # a block begins
+    assert uploads() - begun == 3

@@ -59,6 +59,7 @@ HOST_PHASES: Sequence[tuple[type, str, str]] = (
     (Engine, "step", "step"),
     (Scheduler, "schedule", "schedule"),
     (ModelRunner, "submit", "submit"),
+    (ModelRunner, "sample", "draw"),
     (StepBuffers, "fill", "fill inputs"),
     (GraphRunner, "run", "launch"),
     (Sampler, "__call__", "sample"),

@@ -31,10 +31,18 @@ class Batch:
     """[T] int64."""
     positions: Tensor
     """[T] int64: how many tokens each token's request has before it."""
+    rows: Tensor
+    """[R] int64: each request's row, its place on the device as long as it runs; 0, which belongs
+    to no request, for padding."""
     query_start_loc: Tensor
     """[R + 1] int32: request r owns tokens query_start_loc[r] to query_start_loc[r + 1]."""
     seq_lens: Tensor
     """[R] int32: tokens of each request, this step's included; 0 marks padding."""
+    accepted: Tensor
+    """[R] int32: of the tokens that the request's last step drafted and the one before them, how
+    many count; 0: that step computed known tokens, all of which count."""
+    fresh: Tensor
+    """[R] bool: nothing of the request is computed yet; true for padding."""
     tables: tuple[Table, ...]
     """One for each lifetime of the model's caches."""
     query_len: int

@@ -38,11 +38,20 @@ class Completion:
             self.detokenizer = Detokenizer(self.texts, request.prompt_token_ids, request.params)
         self._sent: tuple[int, int, bool | None] = (0, 0, None)
         """Tokens and characters that deltas have had, and whether the last had the end."""
+        self.num_tokens = 0
+        """That :meth:`append` has had."""
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
-    def append(self, token: int, logprobs: Logprobs | None) -> str | None:
-        """Add a token that the scheduler accepted; returns a stop string if the text has one."""
+    def append(self, token: int, logprobs: Logprobs | None, newest: bool = True) -> str | None:
+        """Add a token that the scheduler accepted; returns a stop string if the text has one.
+
+        Args:
+            token: The next one.
+            logprobs: Of it and others in its place, if the request wants them.
+            newest: The request has none behind it.
+        """
+        self.num_tokens += 1
         if logprobs is not None:
             assert self.logprobs is not None
             assert self.cumulative_logprob is not None
@@ -51,7 +60,7 @@ class Completion:
             self.cumulative_logprob += logprobs[token].logprob
         if self.detokenizer is None:
             return None
-        found, reason = None, self.request.finish_reason
+        found, reason = None, self.request.finish_reason if newest else None
         # A token that ends the request is part of its text only if that is asked for.
         if reason != "stop" or self.request.params.include_stop_str_in_output:
             found = self.detokenizer.append([token])

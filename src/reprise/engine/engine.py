@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
-from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.scheduler import BLOCKS_AHEAD, Scheduler, SchedulerStats
 from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
 from reprise.engine.suspects import Suspects
 from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
@@ -39,7 +39,7 @@ from reprise.outputs import Logprobs
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
-from reprise.step import ScheduledStep
+from reprise.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,11 @@ class Engine:
             config.max_num_seqs,
             self.runner.max_tokens,
             self.max_model_len,
+            blocks_ahead=BLOCKS_AHEAD,
         )
         self._depth = 2 if self.platform.asynchronous else 1
         """Steps under way at once: with two, the next is prepared while the device computes."""
-        self._outstanding: deque[tuple[ScheduledStep, PendingOutput]] = deque()
+        self._outstanding: deque[tuple[Step, PendingOutput]] = deque()
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
@@ -273,8 +274,10 @@ class Engine:
     def _advance(self) -> list[CompletionGroup]:
         step = self.scheduler.schedule()
         if step is not None:
-            self._outstanding.append((step, self.runner.submit(step)))
-            self._suspects.note(step, self.runner.graphs.ran)
+            with self.runner.active():
+                self.runner.submit(step)
+                self._outstanding.append((step, self.runner.sample(step)))
+            self._suspects.note(step, self.scheduler.requests_of(step), self.runner.graphs.ran)
             self._heed_canaries()
         if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
             return []
@@ -385,29 +388,26 @@ class Engine:
         """All metrics of this moment."""
         return self._observations.metrics(self.scheduler.stats())
 
-    def _take(self, step: ScheduledStep, output: StepOutput) -> list[CompletionGroup]:
+    def _take(self, step: Step, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         completions = self._completions
         self._observations.step(step.num_tokens)
-        if output.prompt_logprobs:
-            for scheduled in step.requests:
-                entries = output.prompt_logprobs.get(scheduled.request.request_id)
-                known = completions.get(scheduled.request)
-                if entries is not None and known is not None:  # not aborted meanwhile
-                    known[0].set_prompt_logprobs(scheduled.start, entries)
-        logprobs: dict[Request, Logprobs | None] = {}
+        requests = self.scheduler.requests_of(step)
+        for number, (start, entries) in output.prompt_logprobs.items():
+            known = completions.get(requests[number])
+            if known is not None:  # not aborted meanwhile
+                known[0].set_prompt_logprobs(start, entries)
+        logprobs: dict[Request, list[Logprobs]] = {}
         if output.logprobs is not None:
-            for scheduled, entry in zip(step.requests, output.logprobs, strict=True):
-                logprobs[scheduled.request] = entry
+            found = zip(requests, output.logprobs, strict=True)
+            logprobs = {request: entries for request, entries in found if entries is not None}
         # The hot loop of a serving engine: attribute access is what costs.
         changed: dict[CompletionGroup, None] = {}
         ended: dict[CompletionGroup, None] = {}
         for request in self.scheduler.update(step, output.sampled):
             group, completion = completions[request]
             if completion.reads_tokens:
-                stop = completion.append(request.output_token_ids[-1], logprobs.get(request))
-                if stop is not None:
-                    self.scheduler.finish(request, "stop", stop)
+                self._read(completion, logprobs.get(request))
             if request.finish_reason is not None:
                 ended[group] = None
             changed[group] = None
@@ -416,6 +416,17 @@ class Engine:
             if group.finished:
                 self._forget(group)
         return list(changed)
+
+    def _read(self, completion: Completion, logprobs: Sequence[Logprobs] | None) -> None:
+        """Give a completion the tokens that its request has got, up to a stop string."""
+        request = completion.request
+        tokens = request.output_token_ids[completion.num_tokens :]
+        for number, token in enumerate(tokens, 1):
+            entry = None if logprobs is None else logprobs[number - 1]
+            stop = completion.append(token, entry, number == len(tokens))
+            if stop is not None:
+                self.scheduler.finish(request, "stop", stop, surplus=len(tokens) - number)
+                return
 
     def _forget(self, group: CompletionGroup) -> None:
         del self._groups[group.request_id]

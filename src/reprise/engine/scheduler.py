@@ -11,9 +11,15 @@ has not kept. The most urgent one is never preempted for another, so there is al
 waiting request never preempts a running one, however urgent.
 
 One step ahead: ``schedule`` may be called before the step before has been updated. A decode then
-takes a token whose value only the device knows yet (*pending*). What turns out superfluous, because
-the request had stopped, is dropped in ``update``. Blocks that a scheduled step writes come free
-only in that step's ``update``: no two requests use a block in steps that are under way together.
+takes a token whose value only the device knows yet, and where drafts are verified the device alone
+knows how many tokens there are: the scheduler reckons with the most that there can be, and is
+corrected in ``update``. What turns out superfluous, because the request had stopped, is dropped
+there. Blocks that a scheduled step writes come free only in that step's ``update``: no two requests
+use a block in steps that are under way together.
+
+Rows: a request has a place on the device from its admission until it ends or is preempted, and
+never moves. A row that comes free may be given out at once, since the device computes steps in
+their order.
 """
 
 from __future__ import annotations
@@ -23,22 +29,59 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from operator import attrgetter
 
 from reprise.cache import CacheManager
 from reprise.engine.waiting_queue import WaitingQueue
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
-from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.step import NULL_ROW, Admission, Step, TableEdit
 
 logger = logging.getLogger(__name__)
 
 _by_urgency = attrgetter("urgency")
-_by_row = attrgetter("request.row")
 
 RESERVE_FRACTION = 0.01
 """Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
+
+
+BLOCKS_AHEAD = 8
+"""Most blocks that a request gets before it needs them, where there are plenty: a step that sends
+no block tables costs the device and the host less."""
+STEPS_AHEAD = 16
+"""When one request needs a block, those that need one within so many steps get theirs too."""
+AHEAD_FRACTION = 1 / 16
+"""Of the free blocks, the most that all running requests together get ahead."""
+LEAST_FREE = 2
+"""Free blocks for each running request, with which each gets one ahead all the same."""
+
+
+_Decodes = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]
+"""Rows, counts, drafts and samples of a :class:`Step`."""
+
+
+@dataclass(slots=True, eq=False)
+class _Scheduled:
+    """A step, and whose it is."""
+
+    step: Step
+    requests: list[Request]
+    starts: list[int]
+    """Of the chunks: where they begin."""
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What a step is made of, while it is scheduled."""
+
+    requests: list[Request] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    edits: list[TableEdit] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -76,6 +119,8 @@ class Scheduler:
         max_num_batched_tokens: Most tokens in a step.
         max_model_len: Most tokens of a request, prompt and output together.
         reserve_blocks: Blocks that an admission leaves free while others run; None: 1 %.
+        num_drafts: Tokens that each decode verifies beside its newest one.
+        blocks_ahead: Most blocks that a request gets before it needs them.
 
     Raises:
         ConfigError: A limit is below 1, or the token budget cannot hold all decodes.
@@ -88,14 +133,17 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         reserve_blocks: int | None = None,
+        num_drafts: int = 0,
+        blocks_ahead: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: give at least 1")
-        if max_num_batched_tokens < max_num_seqs:
+        if max_num_batched_tokens < max_num_seqs * (1 + num_drafts):
+            each = f" times {1 + num_drafts} tokens each" if num_drafts else ""
             raise ConfigError(
                 f"max_num_batched_tokens={max_num_batched_tokens}: give at least "
-                f"max_num_seqs={max_num_seqs}, so that all requests can decode in one step"
+                f"max_num_seqs={max_num_seqs}{each}, so that all requests can decode in one step"
             )
         self.cache = cache
         self.max_num_seqs = max_num_seqs
@@ -104,6 +152,10 @@ class Scheduler:
         if reserve_blocks is None:
             reserve_blocks = int(cache.pool.num_blocks * RESERVE_FRACTION)
         self._reserve_blocks = reserve_blocks
+        self._num_drafts = num_drafts
+        self._blocks_ahead = blocks_ahead
+        self._decodes: _Decodes = ((), (), (), ())
+        """Of the last decode step, what its :class:`Step` said of its requests."""
         self._forget_all()
 
         self._num_arrived = 0
@@ -123,13 +175,13 @@ class Scheduler:
         self._running: list[Request] = []
         """By urgency. May contain finished requests while ``_running_is_stale``."""
         self._running_is_stale = False
-        self._outstanding: deque[ScheduledStep] = deque()
+        self._outstanding: deque[_Scheduled] = deque()
         """Scheduled and not updated."""
+        self._free_rows = list(range(NULL_ROW + 1, NULL_ROW + 1 + self.max_num_seqs))
+        """A heap."""
         self._num_holding_blocks = 0
         """Requests that do not run any more but whose blocks an outstanding step writes."""
-        self._released: list[str] = []
-        self._last_decodes: list[Request] = []
-        """By row, if the last step was a decode step."""
+        self._released: list[int] = []
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -178,10 +230,24 @@ class Scheduler:
         return request
 
     def finish(
-        self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        surplus: int = 0,
     ) -> None:
         """End a request for a reason that only the caller can see, such as a stop string. If it
-        has finished already, only its reason is replaced."""
+        has finished already, only its reason is replaced.
+
+        Args:
+            request: It has got a token at least.
+            reason: Why.
+            stop_reason: The string.
+            surplus: Tokens behind the one that ended it, which are dropped.
+        """
+        if surplus:
+            del request.token_ids[-surplus:], request.output_token_ids[-surplus:]
+            self.num_generated_tokens -= surplus
         if request.finish_reason is None:
             self._finish(request, reason, stop_reason)
             return
@@ -244,17 +310,20 @@ class Scheduler:
 
         For when the results of these steps are lost. The runner must forget its requests too.
         """
-        in_flight = [each.request for step in self._outstanding for each in step.requests]
+        in_flight = [request for each in self._outstanding for request in each.requests]
         for request in dict.fromkeys(in_flight):
             request.num_in_flight = request.num_pending = 0
             if request.status is not RequestStatus.RUNNING and request.block_ids:
                 self.cache.free(request)  # kept for these steps alone
         self._outstanding.clear()
         self._num_holding_blocks = 0
-        self._last_decodes = []
         count = self.recompute()
         self._released = []
         return count
+
+    def requests_of(self, step: Step) -> Sequence[Request]:
+        """The requests of an outstanding step, in its order."""
+        return next(each.requests for each in self._outstanding if each.step is step)
 
     def stats(self) -> SchedulerStats:
         pool = self.cache.pool
@@ -278,96 +347,119 @@ class Scheduler:
 
     # ------------------------------------------------------------------ the next step
 
-    def schedule(self) -> ScheduledStep | None:
+    def schedule(self) -> Step | None:
         """The next step, or None if nothing can be computed now: there is no work, or outstanding
         steps must be updated first."""
         preemptions = self._num_preemptions
-        decodes, prefilling, starved = self._schedule_decodes()
-        budget = self.max_num_batched_tokens - len(decodes)
-        chunks: list[ScheduledRequest] = []
+        parts = _Parts()
+        prefilling, starved = self._schedule_decodes(parts)
+        num_decodes = len(parts.requests)
+        budget = self.max_num_batched_tokens - num_decodes * (1 + self._num_drafts)
         for request in prefilling:
             if budget == 0:
                 break
-            budget -= self._schedule_chunk(request, budget, chunks)
+            budget -= self._schedule_chunk(request, budget, parts)
         # Blocks that came free by force are for those who lacked them.
         if not starved and preemptions == self._num_preemptions:
-            budget = self._admit(budget, chunks)
-        if not decodes and not chunks:
+            budget = self._admit(budget, parts)
+        if not parts.requests:
             return None
 
         num_tokens = self.max_num_batched_tokens - budget
-        continues = self._assign_rows(decodes, chunks)
-        step = ScheduledStep(
-            self._num_steps,
-            decodes + chunks,
-            len(decodes),
-            num_tokens,
-            self._released,
-            continues,
-        )
+        rows, counts, drafts, samples = self._of_decodes(parts.requests, num_decodes)
+        if len(parts.requests) > num_decodes:
+            chunks = len(parts.requests) - num_decodes
+            rows = [*rows, *(each.row for each in parts.requests[num_decodes:])]
+            counts, samples = [*counts, *parts.counts], [*samples, *parts.samples]
+            drafts = [*drafts, *([0] * chunks)]
+        step = Step(
+            self._num_steps, rows, counts, drafts, samples, num_decodes, num_tokens,
+            parts.admitted, (parts.edits,), self._released,
+        )  # fmt: skip
         self._released = []
-        self._outstanding.append(step)
+        self._outstanding.append(_Scheduled(step, parts.requests, parts.starts))
         self._num_steps += 1
-        self._num_decode_tokens += len(decodes)
-        self._num_prefill_tokens += num_tokens - len(decodes)
+        self._num_decode_tokens += num_decodes
+        self._num_prefill_tokens += sum(parts.counts)
         return step
 
-    def _schedule_decodes(self) -> tuple[list[ScheduledRequest], list[Request], bool]:
-        """Schedule all requests with one token left to compute. Returns these, the requests with
-        more than one left, and whether a request could not get a block."""
+    def _schedule_decodes(self, parts: _Parts) -> tuple[list[Request], bool]:
+        """Schedule all requests whose tokens are all computed but the newest. Returns those with
+        more left, and whether a request could not get a block."""
         # The hot loop of a serving engine: attribute access is what costs.
-        block_size = self.cache.block_size
-        decodes: list[ScheduledRequest] = []
+        block_size, width = self.cache.block_size, 1 + self._num_drafts
+        requests = parts.requests
         prefilling: list[Request] = []
-        starved = False
+        starved = needed = False
         # Preemption shortens the list while it is walked, never before the current position.
         for request in self._live_running():
-            pending = request.num_pending
             start = request.num_computed_tokens
-            total = len(request.token_ids) + pending
-            if total - start > 1:
+            if start < request.num_known_tokens:
                 prefilling.append(request)
                 continue
-            if total >= request.max_total_tokens:
-                continue  # its last token is pending
-            blocks = request.block_ids
-            if start >= len(blocks) * block_size and not self._make_room(request, total):
-                starved = True
-                continue
-            decodes.append(ScheduledRequest(request, start, 1, blocks, True, pending > 0))
-            request.num_computed_tokens = total
-            request.num_pending = pending + 1
+            limit = request.max_total_tokens
+            if len(request.token_ids) + request.num_pending >= limit:
+                continue  # its last token is drawn already
+            end = start + width
+            if end >= limit:
+                end = limit - 1  # the last token is never computed
+            if end > len(request.block_ids) * block_size:
+                if not self._make_room(request, end):
+                    starved = True
+                    continue
+                needed = True
+            requests.append(request)
+            request.num_computed_tokens = start + width
+            request.num_pending += 1
             request.num_in_flight += 1
-        return decodes, prefilling, starved
+        if needed:
+            for request in requests:
+                self._get_ahead(request, STEPS_AHEAD * width)
+                self._edit_table(request, parts)
+        return prefilling, starved
 
-    def _assign_rows(self, decodes: list[ScheduledRequest], chunks: list[ScheduledRequest]) -> bool:
-        """Put the decodes into the order of their rows; chunks come behind. Returns whether the
-        step continues the last one: see :class:`ScheduledStep`."""
-        decodes.sort(key=_by_row)
-        requests = [each.request for each in decodes]
-        if not chunks and requests == self._last_decodes:
-            return True
-        _keep_rows(decodes)
-        for row, chunk in enumerate(chunks, len(decodes)):
-            chunk.request.row = row
-        self._last_decodes = [] if chunks else [each.request for each in decodes]
-        return False
+    def _get_ahead(self, request: Request, least: int) -> None:
+        """Give a request blocks for tokens to come, if it has none for the next ``least`` ones and
+        there are plenty."""
+        cache = self.cache
+        each = cache.pool.num_free / max(1, len(self._running))
+        ahead = max(int(each * AHEAD_FRACTION), int(each >= LEAST_FREE))
+        ahead = min(ahead, self._blocks_ahead) * cache.block_size
+        wanted = min(request.num_computed_tokens + ahead, request.max_total_tokens - 1)
+        owned = len(request.block_ids) * cache.block_size
+        if owned - request.num_computed_tokens < least and wanted > owned:
+            cache.allocate(request, wanted)
 
-    def _schedule_chunk(self, request: Request, budget: int, chunks: list[ScheduledRequest]) -> int:
+    def _edit_table(self, request: Request, parts: _Parts) -> None:
+        blocks, sent = request.block_ids, request.num_sent_blocks
+        if sent < len(blocks):
+            parts.edits.append(TableEdit(request.row, sent, blocks[sent:]))
+            request.num_sent_blocks = len(blocks)
+
+    def _of_decodes(self, requests: list[Request], count: int) -> _Decodes:
+        """Rows, tokens, drafts and samples of the first ``count`` requests; the same lists as long
+        as the rows are the same."""
+        rows = [each.row for each in requests[:count]]
+        if rows != self._decodes[0]:
+            self._decodes = rows, [1] * count, [self._num_drafts] * count, [True] * count
+        return self._decodes
+
+    def _schedule_chunk(self, request: Request, budget: int, parts: _Parts) -> int:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
         start = request.num_computed_tokens
-        remaining = len(request.token_ids) - start
+        remaining = request.num_known_tokens - start
         count = min(remaining, budget)
         samples = count == remaining
-        chunks.append(
-            ScheduledRequest(request, start, count, request.block_ids, samples, pending=False)
-        )
+        parts.requests.append(request)
+        parts.counts.append(count)
+        parts.samples.append(samples)
+        parts.starts.append(start)
         request.num_computed_tokens = start + count
         request.num_pending += samples
         request.num_in_flight += 1
         return count
 
-    def _admit(self, budget: int, chunks: list[ScheduledRequest]) -> int:
+    def _admit(self, budget: int, parts: _Parts) -> int:
         """Start waiting requests; returns what is left of the budget."""
         cache, waiting, running = self.cache, self._waiting, self._running
         while budget > 0 and len(running) < self.max_num_seqs and waiting:
@@ -382,6 +474,7 @@ class Scheduler:
             waiting.pop()
             num_cached = len(cached) * cache.block_size
             request.num_computed_tokens = num_cached
+            request.num_known_tokens = num_tokens
             request.status = RequestStatus.RUNNING
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = time.perf_counter()
@@ -390,7 +483,12 @@ class Scheduler:
                 if cache.enable_prefix_caching and not request.skip_prefix_cache:
                     cache.record_lookup(num_tokens, num_cached)
             insort(running, request, key=_by_urgency)
-            budget -= self._schedule_chunk(request, budget, chunks)
+            request.row = heappop(self._free_rows)
+            request.num_sent_blocks = 0
+            parts.admitted.append(_admission(request))
+            budget -= self._schedule_chunk(request, budget, parts)
+            self._get_ahead(request, STEPS_AHEAD * (1 + self._num_drafts))
+            self._edit_table(request, parts)
         return budget
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -412,78 +510,96 @@ class Scheduler:
         request.num_preemptions += 1
         self._num_preemptions += 1
         self._drop_blocks(request)
-        self._released.append(request.request_id)
+        self._free_row(request)
         self._waiting.push(request)
 
     # ------------------------------------------------------------------ a step's result
 
-    def update(self, step: ScheduledStep, sampled: Sequence[int | None]) -> list[Request]:
+    def update(self, step: Step, sampled: Sequence[Sequence[int]]) -> list[Request]:
         """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
 
         Args:
             step: The oldest outstanding one.
-            sampled: The new token of each of the step's requests; None where it does not sample.
-                What was sampled for requests that have stopped meanwhile is ignored.
+            sampled: The new tokens of each of the step's requests: none where it does not sample,
+                else one and as many as were drafted at most. What follows a token that ends its
+                request, and what was sampled for requests that have stopped meanwhile, is ignored.
 
         Returns:
-            The requests that got a token; some have finished by it.
+            The requests that got tokens; some have finished by them.
 
         Raises:
             RuntimeError: The step is not the oldest outstanding one.
             ValueError: ``sampled`` does not have one entry a request.
         """
-        if not self._outstanding or self._outstanding[0] is not step:
+        if not self._outstanding or self._outstanding[0].step is not step:
             raise RuntimeError(f"step {step.index} is not the oldest that awaits its update")
-        if len(sampled) != len(step.requests):
-            raise ValueError(f"{len(sampled)} results for {len(step.requests)} requests")
+        requests, starts = self._outstanding[0].requests, self._outstanding[0].starts
+        if len(sampled) != len(requests):
+            raise ValueError(f"{len(sampled)} results for {len(requests)} requests")
         self._outstanding.popleft()
         # The other hot loop, see _schedule_decodes.
-        cache, now, running = self.cache, time.perf_counter(), RequestStatus.RUNNING
-        block_size = cache.block_size
+        now, running = time.perf_counter(), RequestStatus.RUNNING
+        num_decodes, width = step.num_decodes, 1 + self._num_drafts
+        block_size = self.cache.block_size
         updated: list[Request] = []
-        for scheduled, token in zip(step.requests, sampled, strict=True):
-            request = scheduled.request
+        generated = 0
+        for number, (request, tokens) in enumerate(zip(requests, sampled, strict=True)):
             request.num_in_flight -= 1
             if request.finish_reason is None:
-                computed = scheduled.start + scheduled.num_tokens
-                if computed >= (request.num_indexed_blocks + 1) * block_size:
-                    cache.commit(request, computed)
-                if token is not None:
+                known, last = request.token_ids, None
+                had = len(known)
+                if number < num_decodes:
+                    computed = had + len(tokens) - 1
                     request.num_pending -= 1
-                    token_ids = request.token_ids
-                    token_ids.append(token)
-                    request.output_token_ids.append(token)
+                    if len(tokens) != width and request.status is running:
+                        request.num_computed_tokens -= width - len(tokens)
+                else:
+                    computed = starts[number - num_decodes] + step.counts[number]
+                    request.num_pending -= step.samples[number]
+                if tokens:
+                    updated.append(request)
                     request.last_token_time = now
                     if request.first_token_time is None:
                         request.first_token_time = now
-                    updated.append(request)
-                    if (
-                        len(token_ids) >= request.max_total_tokens
-                        or token in request.stop_token_ids
-                    ):
-                        self._finish_at(request, token)
+                    output, stops = request.output_token_ids, request.stop_token_ids
+                    most = request.max_total_tokens
+                    for token in tokens:
+                        known.append(token)
+                        output.append(token)
+                        if len(known) >= most or (
+                            token in stops and len(output) >= request.params.min_tokens
+                        ):
+                            last = token
+                            break
+                    generated += len(known) - had
+                # Before it may end and lose its blocks. Its last token is never computed.
+                if computed >= (request.num_indexed_blocks + 1) * block_size:
+                    computed = min(computed, len(known), request.max_total_tokens - 1)
+                    self.cache.commit(request, computed)
+                if last is not None:
+                    self._finish_at(request, last)
             if request.status is running or request.num_in_flight:
                 continue
             if request.block_ids:  # kept for this step, the last one that writes them
-                cache.free(request)
+                self.cache.free(request)
                 self._num_holding_blocks -= 1
-        self.num_generated_tokens += len(updated)
+        self.num_generated_tokens += generated
         return updated
 
     def _finish_at(self, request: Request, token: int) -> None:
-        """End the request if its newest token is the last one."""
+        """End the request, whose last token this is."""
         length = len(request.token_ids)
         long_enough = len(request.output_token_ids) >= request.params.min_tokens
         if token in request.stop_token_ids and long_enough:
             self._finish(request, "stop", None if token in request.eos_token_ids else token)
-        elif length >= request.max_total_tokens:
-            if length > self.cache.capacity:
-                logger.warning(
-                    "request %s ends at %d tokens: it fills the whole cache",
-                    request.request_id,
-                    length,
-                )
-            self._finish(request, "length", None)
+            return
+        if length > self.cache.capacity:
+            logger.warning(
+                "request %s ends at %d tokens: it fills the whole cache",
+                request.request_id,
+                length,
+            )
+        self._finish(request, "length", None)
 
     # ------------------------------------------------------------------ the end of a request
 
@@ -497,7 +613,7 @@ class Scheduler:
         del self._requests[request.request_id]
         if was_running:
             self._running_is_stale = True
-            self._released.append(request.request_id)
+            self._free_row(request)
             self._drop_blocks(request)
         else:
             self._waiting.count_discarded()
@@ -518,6 +634,11 @@ class Scheduler:
         else:
             self.cache.free(request)
 
+    def _free_row(self, request: Request) -> None:
+        self._released.append(request.row)
+        heappush(self._free_rows, request.row)
+        request.row = NULL_ROW
+
     def _live_running(self) -> list[Request]:
         if self._running_is_stale:
             self._running = [r for r in self._running if r.finish_reason is None]
@@ -525,18 +646,16 @@ class Scheduler:
         return self._running
 
 
-def _keep_rows(decodes: list[ScheduledRequest]) -> None:
-    """Order them so that each keeps its row of the step before if that still exists: what the
-    device holds of a request, such as its block table, then need not be sent again."""
-    rows: list[ScheduledRequest | None] = [None] * len(decodes)
-    moved: list[ScheduledRequest] = []
-    for each in decodes:
-        row = each.request.row
-        if 0 <= row < len(rows) and rows[row] is None:
-            rows[row] = each
-        else:
-            moved.append(each)
-    for row, kept in enumerate(rows):
-        each = moved.pop() if kept is None else kept
-        each.request.row = row
-        decodes[row] = each
+def _admission(request: Request) -> Admission:
+    return Admission(
+        row=request.row,
+        request_id=request.request_id,
+        start=request.num_computed_tokens,
+        token_ids=list(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        limit=request.max_total_tokens - 1,
+        params=request.params,
+        seed=request.seed,
+        stop_token_ids=request.stop_token_ids,
+        bad_words=request.bad_words,
+    )

@@ -278,11 +278,16 @@ class GraphRunner:
 
     # ---- steps ---------------------------------------------------------------------------
 
-    def run(self, shape: StepShape) -> Tensor:
+    def run(self, shape: StepShape, at_least: StepShape | None = None) -> Tensor:
         """Compute one step; the static inputs hold its values.
 
         A step of a kind that its graph was not proven on is never replayed unseen: it is compared
         with eager execution, or runs eagerly where comparisons have cost enough lately.
+
+        Args:
+            shape: The step's; it may be empty.
+            at_least: A shape that must fit too, where others that compute the same step together
+                with this runner have more to do: all take one bucket.
 
         Returns:
             The first output's rows of this step, overwritten by the next one.
@@ -291,14 +296,15 @@ class GraphRunner:
             GraphReplayError: A replay failed and nothing has computed the step; its graph is
                 refused.
             WeightsLostError: A graph has changed weights that cannot be loaded again.
+            ValueError: Both shapes are of different phases.
         """
-        computation = self.computation
+        computation, whole = self.computation, shape.holding(at_least)
         with torch.inference_mode(), computation.ops.activate():
-            bucket = self._bucket_for(shape)
+            bucket = self._bucket_for(whole)
             if bucket is None or bucket.graph is None:
-                self._run_eagerly(shape)
+                self._run_eagerly(shape, whole)
             else:
-                self._run_graph(bucket, shape)
+                self._run_graph(bucket, shape, whole)
         return next(iter(computation.outputs(shape).values()))
 
     def take_damage(self) -> Damage | None:
@@ -312,10 +318,12 @@ class GraphRunner:
             if self.verify.startup and self.plan.captures:
                 self.guard.learn_weights()
 
-    def padded(self, shape: StepShape) -> StepShape:
-        """What a step of this shape is padded to: its bucket, or nothing more if none holds it."""
-        bucket = self._bucket_for(shape)
-        return shape if bucket is None or bucket.graph is None else bucket.shape
+    def padded(self, shape: StepShape, at_least: StepShape | None = None) -> StepShape:
+        """What :meth:`run` pads a step to: its bucket, or nothing more than ``at_least`` if none
+        holds it."""
+        whole = shape.holding(at_least)
+        bucket = self._bucket_for(whole)
+        return whole if bucket is None or bucket.graph is None else bucket.shape
 
     def executor_for(self, shape: StepShape) -> Executor:
         """What would run a step of this shape."""
@@ -328,13 +336,16 @@ class GraphRunner:
             return None
         return self.bucket_graphs.get((shape.phase, shape.query_len, bucket))
 
-    def _run_eagerly(self, shape: StepShape) -> None:
+    def _run_eagerly(self, shape: StepShape, whole: StepShape) -> None:
+        """``whole``: with padding."""
         self._eager_steps += 1
         self.ran = Ran(None, proven=False)
         self.guard.forget()
-        self.computation.forward(shape, self.computation.model)
+        if whole != shape:
+            self.computation.pad(shape, whole)
+        self.computation.forward(whole, self.computation.model)
 
-    def _run_graph(self, bucket: BucketGraph, shape: StepShape) -> None:
+    def _run_graph(self, bucket: BucketGraph, shape: StepShape, whole: StepShape) -> None:
         computation, policy = self.computation, self.canary
         if shape != bucket.shape:
             computation.pad(shape, bucket.shape)
@@ -347,11 +358,11 @@ class GraphRunner:
             policy.put_off(bucket)
             bucket.info.eager_steps += 1
             self._unproven_eager += 1
-            self._run_eagerly(shape)
+            self._run_eagerly(shape, whole)
             return
         bucket.info.replays += 1
         if policy.is_due(bucket) or unproven is not None:
-            self._compare(bucket, shape, unproven)
+            self._compare(bucket, shape, whole, unproven)
         else:
             self.guard.forget()
             self._unseen[bucket.key] = self._unseen.get(bucket.key, 0) + 1
@@ -370,7 +381,9 @@ class GraphRunner:
 
     # ---- canaries ------------------------------------------------------------------------
 
-    def _compare(self, bucket: BucketGraph, shape: StepShape, unproven: Kind | None) -> None:
+    def _compare(
+        self, bucket: BucketGraph, shape: StepShape, whole: StepShape, unproven: Kind | None
+    ) -> None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets."""
         assert bucket.graph is not None
         self.platform.synchronize()  # what was submitted before is not the canary's time
@@ -387,7 +400,7 @@ class GraphRunner:
                 "graph %s: a canary lacks memory and its step runs eagerly: %s",
                 bucket.info.name, describe(error),
             )  # fmt: skip
-            self._run_eagerly(shape)
+            self._run_eagerly(shape, whole)
             return
         seconds = time.perf_counter() - began
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2

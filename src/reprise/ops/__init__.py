@@ -27,6 +27,8 @@ from reprise.ops.rms_norm import rms_norm as rms_norm
 from reprise.ops.rotary_cache import rotary_cache as rotary_cache
 from reprise.ops.sample import sample as sample
 from reprise.ops.silu_and_mul import silu_and_mul as silu_and_mul
+from reprise.ops.step import advance as advance
+from reprise.ops.step import lay_out as lay_out
 
 for _folder in pkgutil.iter_modules(__path__):
     if _folder.ispkg:

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -85,6 +85,21 @@ class Op:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.overload(*args, **kwargs)
         return self.kernel(*args, **kwargs)
+
+    def repeatedly(self, *args: Any, others: int = 0) -> Callable[..., Any]:
+        """Compute, and return a function that computes again on the same tensors: see ``bind`` of
+        :class:`Implementation`.
+
+        Args:
+            args: Of the call.
+            others: So many of the last ones are the function's own arguments, other ones each time.
+        """
+        table = _active.get() or _default_table(args)
+        bind = getattr(table.functions[self.name], "bind", None)
+        if bind is not None and _interceptor.get() is None:
+            return cast("Callable[..., Any]", bind(*args))
+        self(*args)
+        return functools.partial(self, *args[: len(args) - others])
 
     def implementation(
         self,

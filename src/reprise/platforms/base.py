@@ -153,6 +153,11 @@ class Platform(ABC):
     def synchronize(self) -> None:
         """Block until the device has finished all work submitted so far."""
 
+    def upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy memory of the host to ``target`` on the device, behind the work submitted so far and
+        without waiting for it. All copies to the device that steps need come this way."""
+        target.copy_(source, non_blocking=True)
+
     def stream(self) -> Any:
         """A new stream of work, with ``wait_stream``, ``wait_event`` and ``synchronize``."""
         if not self.asynchronous:

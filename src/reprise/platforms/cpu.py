@@ -57,7 +57,7 @@ class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
     priority = 0
-    preferred: ClassVar = {"*": ("onednn", "torch", "reference")}
+    preferred: ClassVar = {"*": ("onednn", "torch", "numpy", "reference")}
     graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"
     default_batched_tokens = 1024
     default_cache_bytes = 4 * GIB

@@ -2,144 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reprise import ops
 from reprise.cache import NULL_BLOCK, Batch, Table
 from reprise.graphs.kinds import Kind
 from reprise.platforms import Platform
-from reprise.request import Request
-from reprise.runner.kinds import RowLayouts, kind_of_step
+from reprise.runner.arena import Arena, Ints, to_device
+from reprise.runner.kinds import kind_of_step
+from reprise.runner.rows import Rows
 from reprise.shape import StepShape
-from reprise.step import ScheduledRequest, ScheduledStep
+from reprise.step import Step
 
-Ints = np.ndarray[Any, Any]
-
-ALIGNMENT = 256
-"""Bytes; each array begins at a multiple, as if it had been allocated on its own."""
-GAP = 1 << 16
-"""Bytes between two parts of a step's inputs up to which one copy takes both: at the speed of a
-bus that is a microsecond or two, and a second copy costs the device as much and the host more."""
 EDITS = 1024
 """Entries of block tables that travel with a step's other inputs; more take a copy of their own."""
+ADMISSIONS = 64
+"""Likewise requests."""
 
 
-def to_device(array: Ints, platform: Platform) -> Tensor:
-    """The array on the device, without waiting for the work that the device has to do before."""
-    host = torch.from_numpy(array)
-    if platform.pins_memory:
-        host = host.pin_memory()
-    return host.to(platform.device, non_blocking=True)
+class _Known(NamedTuple):
+    """What the host knows of the step in the buffers."""
 
-
-class Arena:
-    """Arrays in one piece of device memory, filled from one piece of host memory.
-
-    Where the device reads host memory as it is, both are one. Elsewhere the host side is a pair
-    of page-locked buffers in turn, since a copy may still be under way when the next step is
-    filled; at most one step may be outstanding.
-
-    Args:
-        arrays: Length and dtype of each, in the order in which they lie in memory.
-        platform: Where the device side lives.
-        shared: Whether the device reads host memory; None: as the platform's does.
-    """
-
-    def __init__(
-        self,
-        arrays: Sequence[tuple[int, torch.dtype]],
-        platform: Platform,
-        shared: bool | None = None,
-    ) -> None:
-        begins, end = [], 0
-        for length, dtype in arrays:
-            begins.append(end)
-            end += -(-length * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.shared = platform.device.type == "cpu" if shared is None else shared
-        self._device = torch.zeros(end, dtype=torch.uint8, device=platform.device)
-        if self.shared:
-            self._staging = [self._device]
-        else:
-            pin = platform.pins_memory
-            self._staging = [torch.zeros(end, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
-        self._turn = 0
-        self.arrays = [
-            StagedArray(self, begin, length, dtype)
-            for begin, (length, dtype) in zip(begins, arrays, strict=True)
-        ]
-
-    def flip(self) -> None:
-        """Switch to the other staging buffer; its old content is stale."""
-        self._turn = (self._turn + 1) % len(self._staging)
-
-    def upload(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Make parts of the host side visible on the device.
-
-        Args:
-            spans: (begin, end) of each in bytes, ascending. What lies in a small gap between two
-                may be sent along, stale as it may be.
-        """
-        if self.shared:
-            return
-        begin, end = spans[0]
-        for next_begin, next_end in spans[1:]:
-            if next_begin - end > GAP:
-                self._copy(begin, end)
-                begin = next_begin
-            end = next_end
-        self._copy(begin, end)
-
-    def _copy(self, begin: int, end: int) -> None:
-        if end > begin:
-            source = self._staging[self._turn][begin:end]
-            self._device[begin:end].copy_(source, non_blocking=True)
-
-
-class StagedArray:
-    """One array of an arena: [length] on the device, and the host side to fill it from."""
-
-    def __init__(self, arena: Arena, begin: int, length: int, dtype: torch.dtype) -> None:
-        self._arena = arena
-        self._begin = begin
-        self._itemsize = dtype.itemsize
-        end = begin + length * dtype.itemsize
-        self.device = arena._device[begin:end].view(dtype)
-        self._hosts: list[Ints] = [each[begin:end].view(dtype).numpy() for each in arena._staging]
-
-    @property
-    def host(self) -> Ints:
-        """Write here, then upload."""
-        return self._hosts[self._arena._turn]
-
-    @property
-    def last(self) -> Ints:
-        """What :attr:`host` was before the last flip: the same array where memory is shared."""
-        return self._hosts[self._arena._turn - 1]
-
-    def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Where elements ``begin`` to ``end`` lie in the arena, in bytes."""
-        return self._begin + begin * self._itemsize, self._begin + end * self._itemsize
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What a step sampled, while it may be on the device only."""
-
-    requests: list[Request]
-    tokens: Tensor
-    """[S] int64, one for each of the requests."""
+    counts: Ints
+    """[R]: new tokens."""
+    least: Ints
+    """[R]: tokens that are there before them, at least."""
+    most: Ints
+    rows: Ints | None
+    """[R]; None: a made-up step, that says itself what rows would."""
+    tables: Ints
+    """[R, M] of a made-up step."""
 
 
 class StepBuffers:
     """The inputs of one step, for at most ``max_tokens`` tokens of ``max_requests`` requests.
 
-    All but the block tables lie side by side in an arena, so that a step takes one copy to the
-    device. Block tables are large and change little: only their new entries are sent.
+    A step says which rows compute how many tokens. Where they stand the device knows (:attr:`rows`)
+    and writes itself (``ops.lay_out``), so that a decode step of the same rows as the one before
+    sends nothing. What is sent lies side by side in an arena: one copy to the device.
 
     Args:
         max_tokens: Most new tokens in a step.
@@ -148,6 +53,7 @@ class StepBuffers:
         block_size: Tokens in a block.
         platform: Where the device side lives.
         shared: Whether the device reads host memory; None: as the platform's does.
+        num_drafts: Most tokens that are drafted behind a request's newest one.
     """
 
     def __init__(
@@ -158,170 +64,309 @@ class StepBuffers:
         block_size: int,
         platform: Platform,
         shared: bool | None = None,
+        num_drafts: int = 0,
     ) -> None:
         self.block_size = block_size
         self.max_tokens, self.max_requests = max_tokens, max_requests
+        self.platform = platform
+        self.rows = Rows(max_requests, max_blocks, num_drafts, 1, platform)
+        self._admissions = min(ADMISSIONS, max_requests)
+        num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
         per_request, per_token = (max_requests, torch.int32), (max_tokens, torch.int64)
-        row_numbers = (max_requests, torch.int64)
         self._arena = Arena(
             [
                 (max_requests + 1, torch.int32),
-                row_numbers,
-                row_numbers,
-                row_numbers,
-                # A step that continues the last one sends nothing before this line.
+                (max_requests, torch.int64),
                 per_request,
+                (max_requests + 1, torch.int32),
+                (min(max_tokens, max_requests * (1 + num_drafts)), torch.int64),
+                (self._admissions, torch.int64),
+                (self._admissions * num_integers, torch.int64),
+                (self._admissions * num_floats, torch.float32),
                 (EDITS, torch.int64),
                 (EDITS, torch.int32),
                 per_token,
+                # What follows is written on the device, but for made-up steps.
                 per_token,
-                # Nor behind this one.
                 per_token,
+                per_request,
+                per_request,
+                (max_requests, torch.bool),
             ],
             platform,
             shared,
         )
         (
             self.query_start_loc,
+            self._rows,
+            self._known,
+            self._first_draw,
             self._sampling_rows,
-            self._pending_targets,
-            self._pending_sources,
-            self.seq_lens,
+            self._admitted_rows,
+            self._admitted_integers,
+            self._admitted_floats,
             self._edit_places,
             self._edit_values,
+            self.input_ids,
             self.positions,
             self.slot_mapping,
-            self.input_ids,
+            self.seq_lens,
+            self._accepted,
+            self._fresh,
         ) = self._arena.arrays
-        self._per_token = (self.positions, self.slot_mapping, self.input_ids)
-        self.platform = platform
-        shape = (max_requests, max_blocks)
-        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=platform.device)
-        self._flat_tables = self.block_tables.view(-1)
-        self._tables: Ints = (
-            self.block_tables.numpy() if self._arena.shared else np.zeros(shape, dtype=np.int32)
-        )
-        """What the block tables hold, on the host."""
-        self._owners: list[list[int] | None] = [None] * max_requests
-        self._filled = [0] * max_requests
-        self.layouts = RowLayouts(max_requests)
-        self._counts: Ints = np.ones(max_requests, dtype=np.int64)
-        self._step: tuple[Ints, Ints] = (self._counts[:0], self._counts[:0])
-        """Of the step that was filled last, new tokens and lengths of its requests."""
-        self._last_rows: tuple[int, int] | None = None
-        """Of the last step, if the next one can continue it: requests, and rows with padding."""
-        self._padded: tuple[int, int, int, int] | None = None
-        """The arguments of :meth:`fill_padding` that :meth:`fill` has done the work for."""
+        self._per_token = (self.input_ids, self.positions, self.slot_mapping)
+        self._per_request = (self.seq_lens, self._accepted, self._fresh)
+        device = platform.device
+        self.draws = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        """Of the token drawn behind each token, its number among those of its request."""
+        self.emitted = torch.zeros(max_requests, 1 + num_drafts, dtype=torch.int64, device=device)
+        """New tokens of each of the step's requests, -1 behind them."""
+        self.block_tables = torch.zeros(max_requests, max_blocks, dtype=torch.int32, device=device)
+        """Those of the step's rows."""
+        self._least: Ints = np.zeros(0, dtype=np.int64)
+        """By how many tokens the step moves each of its rows on at least."""
+        self._block_sizes = to_device(np.array([block_size], dtype=np.int64), platform)
+        self._last_rows: Sequence[int] = ()
+        """Of the last step, if it was a decode step whose inputs are still there."""
+        self._row_numbers: Ints = np.zeros(0, dtype=np.int64)
+        self._padded: tuple[StepShape, StepShape] | None = None
+        """The step in the buffers, and what it was padded to."""
+        self._again: Callable[[], None] | None = None
+        """Lays the step out that was laid out last, as its rows stand now."""
+        self._num_tokens = 0
+        self._starts: Ints = np.zeros(0, dtype=np.int64)
+        """How many tokens of each request come before the step's, at least."""
+        self.num_draws = 0
+        """Rows of the step's logits that are drawn from."""
+        nothing: Ints = np.zeros(0, dtype=np.int64)
+        self._of_step = _Known(nothing, nothing, nothing, nothing, nothing)
+        self._advanced: tuple[Tensor, ...] = ()
+        """Arguments of ``ops.advance`` before what was drawn."""
+        self._move: Callable[[Tensor], None] | None = None
+        """Moves the rows of the step on that was filled last."""
 
-    def fill(
-        self, step: ScheduledStep, last: Sampled | None = None, num_rows: int | None = None
-    ) -> None:
-        """Write a step's requests in their order.
+    # ---- a step of the scheduler ---------------------------------------------------------
+
+    def fill(self, step: Step, shape: StepShape, padded: StepShape) -> None:
+        """Write a step's requests in their order, and padding behind them.
 
         Args:
             step: What to compute.
-            last: What the step before sampled; pending tokens are taken from it on the device.
-            num_rows: Of a decode step: rows up to this one are padded (:meth:`fill_padding`).
+            shape: Its shape.
+            padded: The shape up to which there is padding.
         """
+        shapes = shape, padded
+        for each in step.admitted:
+            self.rows.admit(each)
+        edits = self.rows.edit(step) if any(step.edits) else None
+        if step.rows == self._last_rows and shapes == self._padded and not step.admitted:
+            if edits is not None:
+                self._arena.flip()
+                self._send_edits(edits, [])
+                self._gather(padded.num_requests)
+            self._note(self._of_step.counts)
+            assert self._again is not None
+            self._again()
+            return
+        self._write(step, padded, edits)
+        self._padded = shapes
+        self._last_rows = list(step.rows) if step.num_decodes == len(step.rows) else ()
+
+    def _write(self, step: Step, padded: StepShape, edits: tuple[Ints, Ints] | None) -> None:
         self._arena.flip()
-        rows = (len(step.requests), num_rows or len(step.requests))
-        decode = step.shape.phase == "decode"
-        if step.continues and self._last_rows == rows:
-            assert last is not None, "the step before has sampled"
-            self._fill_next(step.requests, rows[1])
-            self.input_ids.device[: rows[0]].copy_(last.tokens)
-        else:
-            self._fill_anew(step, last, rows[1] if decode else 0)
-            self._last_rows = rows if decode else None
-        self._padded = (rows[0], rows[0], rows[1], rows[1]) if decode else None
+        requests, tokens = len(step.rows), step.num_tokens
+        rows = self._row_numbers = np.array(step.rows, dtype=np.int64)
+        counts = np.array(step.counts, dtype=np.int64)
+        drafts = np.array(step.drafts, dtype=np.int64)
+        ends = np.cumsum(counts + drafts)
+        known = counts.copy()
+        known[: step.num_decodes] = 0
+        starts = self._starts = self.rows.at_least[rows]
+        draws = np.where(step.samples, 1 + drafts, 0)
+        self.num_draws, self._num_tokens = int(draws.sum()), tokens
 
-    def _fill_next(self, scheduled: Sequence[ScheduledRequest], num_rows: int) -> None:
-        """Write the same rows as in the last step, each with its next token. What it cost to loop
-        over requests here would be paid in every step of a decode."""
-        requests, size = len(scheduled), self.block_size
-        positions = self.positions.host[:num_rows]
-        slots = self.slot_mapping.host[:num_rows]
-        lengths = self.seq_lens.host[:num_rows]
-        np.add(self.positions.last[:num_rows], 1, out=positions)
-        np.add(self.slot_mapping.last[:num_rows], 1, out=slots)
-        np.add(self.seq_lens.last[:num_rows], 1, out=lengths)
-        if num_rows > requests:
-            positions[requests:] = slots[requests:] = lengths[requests:] = 0
-        # Only those whose token begins a block have a new entry in their block table.
-        begun = (positions[:requests] % size == 0).nonzero()[0]
-        places = values = begun
-        if len(begun):
-            columns = positions[begun] // size
-            blocks: list[int] = []
-            for row, column in zip(begun.tolist(), columns.tolist(), strict=True):
-                owned = scheduled[row].block_ids
-                blocks.append(owned[column])
-                self.layouts.append(row, owned[column], owned[column - 1] if column else None)
-                self._filled[row] = column + 1
-            values = np.array(blocks, dtype=np.int32)
-            places = begun * self._tables.shape[1] + columns
-            self._tables.reshape(-1)[places] = values
-            slots[begun] = values.astype(np.int64) * size
-        self._step = (self._counts[:requests], lengths[:requests])
-        self._upload(
-            [self.seq_lens.span(0, num_rows)],
-            (places, values),
-            [self.positions.span(0, num_rows), self.slot_mapping.span(0, num_rows)],
-        )
+        to_requests = max(requests, padded.num_requests)
+        for array, values, behind in (
+            (self._rows, rows, 0),
+            (self._known, known, 0),
+        ):
+            array.host[:requests] = values
+            array.host[requests:to_requests] = behind
+        for array, values in ((self.query_start_loc, ends), (self._first_draw, np.cumsum(draws))):
+            array.host[0] = 0
+            array.host[1 : requests + 1] = values
+            array.host[requests + 1 : to_requests + 1] = values[-1] if requests else 0
+        spans = [
+            self.query_start_loc.span(0, to_requests + 1),
+            self._rows.span(0, to_requests),
+            self._known.span(0, to_requests),
+            self._first_draw.span(0, to_requests + 1),
+        ]
+        if self.num_draws < tokens:
+            which = np.repeat(np.arange(requests), draws)
+            within = np.arange(self.num_draws) - (np.cumsum(draws) - draws)[which]
+            self._sampling_rows.host[: self.num_draws] = (ends - draws)[which] + within
+            spans.append(self._sampling_rows.span(0, self.num_draws))
+        self._send(step, spans, edits, self._write_ids(step, ends, starts))
+        self._gather(to_requests)
+        self._least = counts
+        self._note(counts + drafts)
+        self._lay_out(padded)
+        self._advanced = self._advance_arguments(requests)
+        self._move = None
 
-    def _fill_anew(self, step: ScheduledStep, last: Sampled | None, num_rows: int) -> None:
-        """Write any step. Rows that hold the request of the step before keep their tables."""
-        scheduled = step.requests
-        edits = self._edit_tables(scheduled)
-        tokens, requests = step.num_tokens, len(scheduled)
-        counts = np.array([each.num_tokens for each in scheduled], dtype=np.int64)
-        starts = np.array([each.start for each in scheduled], dtype=np.int64)
-        self._write_rows(counts, starts + counts)
-        self._step = (counts, starts + counts)
-        samples = np.array([each.samples for each in scheduled])
-        sampling = int(samples.sum())
-        self._sampling_rows.host[:sampling] = (np.cumsum(counts) - 1)[samples]
+    def _write_ids(self, step: Step, ends: Ints, starts: Ints) -> list[tuple[int, int]]:
+        """The known tokens, on the host; returns where they are."""
+        if step.num_decodes == len(step.rows):
+            return []
+        first = int(ends[step.num_decodes - 1]) if step.num_decodes else 0
+        for number in range(step.num_decodes, len(step.rows)):
+            admission = self.rows.admitted[step.rows[number]]
+            assert admission is not None, "a row computes known tokens of its admission"
+            count, end, start = step.counts[number], int(ends[number]), int(starts[number])
+            self.input_ids.host[end - count : end] = admission.token_ids[start : start + count]
+        return [self.input_ids.span(first, step.num_tokens)]
 
-        ids: list[int] = []
-        pending: list[Request] = []
-        targets: list[int] = []
-        for each in scheduled:
-            if each.pending:
-                pending.append(each.request)
-                targets.append(len(ids))
-                ids.append(0)
-            else:
-                ids += each.request.token_ids[each.start : each.start + each.num_tokens]
-        self.input_ids.host[:tokens] = ids
-        count = len(pending)
+    def _send(
+        self,
+        step: Step,
+        before: list[tuple[int, int]],
+        edits: tuple[Ints, Ints] | None,
+        behind: list[tuple[int, int]],
+    ) -> None:
+        """All that the device needs to know of a step, in one copy if it is not too much."""
+        admitted = step.admitted
+        count = len(admitted)
+        staged = 0 < count <= self._admissions
+        integers = floats = np.zeros(0)
         if count:
-            assert last is not None, "a pending token was sampled by the step before"
-            row_of = {request: row for row, request in enumerate(last.requests)}
-            self._pending_targets.host[:count] = targets
-            self._pending_sources.host[:count] = [row_of[request] for request in pending]
+            rows = np.array([each.row for each in admitted], dtype=np.int64)
+            integers, floats = self.rows.columns(admitted)
+            if staged:
+                self._admitted_rows.host[:count] = rows
+                self._admitted_integers.host[: integers.size] = integers.reshape(-1)
+                self._admitted_floats.host[: floats.size] = floats.reshape(-1)
+                before += [
+                    self._admitted_rows.span(0, count),
+                    self._admitted_integers.span(0, integers.size),
+                    self._admitted_floats.span(0, floats.size),
+                ]
+        self._send_edits(edits, before, behind)
+        if not count:
+            return
+        if staged:
+            arrays = [
+                self._admitted_rows.device[:count],
+                self._admitted_integers.device[: integers.size].view(integers.shape),
+                self._admitted_floats.device[: floats.size].view(floats.shape),
+            ]
+        else:
+            arrays = [to_device(each, self.platform) for each in (rows, integers, floats)]
+        self.rows.integers.index_copy_(1, arrays[0], arrays[1])
+        self.rows.floats.index_copy_(1, arrays[0], arrays[2])
 
-        to_tokens, to_requests = max(tokens, num_rows), max(requests, num_rows)
-        self._write_padding(tokens, requests, to_tokens, to_requests)
-        self._upload(
-            [
-                self.query_start_loc.span(0, to_requests + 1),
-                self._sampling_rows.span(0, sampling),
-                self._pending_targets.span(0, count),
-                self._pending_sources.span(0, count),
-                self.seq_lens.span(0, to_requests),
-            ],
-            edits,
-            [each.span(0, to_tokens) for each in self._per_token],
+    def _send_edits(
+        self,
+        edits: tuple[Ints, Ints] | None,
+        before: list[tuple[int, int]],
+        behind: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Send the arrays that lie before and behind the edits of block tables, and the edits."""
+        count = 0 if edits is None else len(edits[0])
+        arrays = (self._edit_places, self._edit_values)
+        if edits is not None and 0 < count <= EDITS:
+            for array, new in zip(arrays, edits, strict=True):
+                array.host[:count] = new
+                before.append(array.span(0, count))
+        spans = [*before, *behind]
+        if spans:
+            self._arena.upload(spans)
+        if edits is not None and count:
+            places, values = (
+                [each.device[:count] for each in arrays]
+                if count <= EDITS
+                else [to_device(each, self.platform) for each in edits]
+            )
+            self.rows.tables.view(-1).index_copy_(0, places, values)
+
+    def _gather(self, requests: int) -> None:
+        """The block tables of the step's rows, side by side, as kernels of any origin take them."""
+        rows = self._rows.device[:requests]
+        torch.index_select(self.rows.tables[0], 0, rows, out=self.block_tables[:requests])
+
+    def _lay_out(self, padded: StepShape) -> None:
+        tokens, requests = padded.num_tokens, padded.num_requests
+        arguments = (
+            self.rows.numbers,
+            self._rows.device[:requests],
+            self._known.device[:requests],
+            self.query_start_loc.device[: requests + 1],
+            self.block_tables[None, :requests],
+            self._block_sizes,
+            self.input_ids.device[:tokens],
+            self.positions.device[:tokens],
+            self.draws[:tokens],
+            self.slot_mapping.device[None, :tokens],
+            self.seq_lens.device[:requests],
+            self._accepted.device[:requests],
+            self._fresh.device[:requests],
+            padded.query_len,
         )
-        if count and last is not None:
-            taken = last.tokens[self._pending_sources.device[:count]]
-            self.input_ids.device.index_copy_(0, self._pending_targets.device[:count], taken)
+        self._again = ops.lay_out.repeatedly(*arguments)
 
-    def sampling_rows(self, count: int) -> Tensor:
-        """[S] int64: the index of the last token of every request that samples, of which there
-        are ``count`` in the step that was filled last. Not written for a step that continues one,
-        where all rows are sampled."""
-        return self._sampling_rows.device[:count]
+    def _advance_arguments(self, requests: int) -> tuple[Tensor, ...]:
+        return (
+            self.rows.numbers,
+            self._rows.device[:requests],
+            self._known.device[:requests],
+            self._first_draw.device[: requests + 1],
+            self.emitted[:requests],
+        )
+
+    def _note(self, new: Ints) -> None:
+        """What the host knows of the step, before its rows move on by ``new`` [R] tokens."""
+        rows = self._row_numbers
+        least = most = self.rows.at_least[rows]
+        if self.rows.num_drafts:
+            most = self.rows.at_most[rows]
+        self._of_step = _Known(new, least, most, rows, rows)
+        self.rows.move_on(rows, self._least, new)
+
+    def advance(self, drawn: Tensor) -> Tensor:
+        """Move the rows of the step that was filled last on.
+
+        Args:
+            drawn: [D] int64, what was drawn from its logits.
+
+        Returns:
+            [R, 1 + K] int64, see :attr:`emitted`; overwritten by the next step.
+        """
+        if len(self._row_numbers) == 0:
+            return self.emitted[:0]
+        if self._move is None:
+            self._move = ops.advance.repeatedly(*self._advanced, drawn, others=1)
+        else:
+            self._move(drawn)
+        return self._advanced[-1]
+
+    def starts(self, number: int) -> int:
+        """Where a request of the step that was filled last, which computes known tokens, began."""
+        return int(self._starts[number])
+
+    def sampling_rows(self) -> Tensor | None:
+        """[D] int64: of the step that was filled last, the tokens behind which one is drawn; None:
+        behind every token."""
+        if self.num_draws == self._num_tokens:
+            return None
+        return self._sampling_rows.device[: self.num_draws]
+
+    # ---- made-up steps -------------------------------------------------------------------
+
+    def example(self, shape: StepShape) -> None:
+        """Lay out a step of the null row, and move that on, which changes nothing."""
+        self._lay_out(shape)
+        ops.advance(*self._advance_arguments(shape.num_requests), self.draws[:0])
+        self.forget()
 
     def fill_rows(self, counts: Ints, lengths: Ints, tables: Ints, token_ids: Ints) -> None:
         """Write a made-up step.
@@ -333,58 +378,94 @@ class StepBuffers:
             token_ids: [T], the new tokens.
         """
         self._arena.flip()
-        self.forget_tables()
-        requests, width = tables.shape
-        self._tables[:requests, :width] = tables
-        self.block_tables[:requests].copy_(to_device(self._tables[:requests], self.platform))
-        self.input_ids.host[: len(token_ids)] = token_ids
-        self._write_rows(counts, lengths)
+        self.forget()
+        requests, size = len(counts), self.block_size
+        ends = np.cumsum(counts)
+        tokens = int(ends[-1])
+        which = np.repeat(np.arange(requests), counts)
+        starts = lengths - counts
+        positions = np.arange(tokens) + (lengths - ends)[which]
+        blocks = tables[which, positions // size].astype(np.int64)
+        self.query_start_loc.host[0] = 0
+        for array, values in (
+            (self.query_start_loc, ends),
+            (self._rows, np.arange(1, requests + 1)),
+            (self.seq_lens, lengths),
+            (self._accepted, np.where(starts > 0, np.minimum(counts, 1 + self.rows.num_drafts), 0)),
+            (self._fresh, starts == 0),
+            (self.input_ids, token_ids),
+            (self.positions, positions),
+            (self.slot_mapping, blocks * size + positions % size),
+        ):
+            first = 1 if array is self.query_start_loc else 0
+            array.host[first : first + len(values)] = values
         self._arena.upload(
             [
                 self.query_start_loc.span(0, requests + 1),
-                self.seq_lens.span(0, requests),
-                *(each.span(0, len(token_ids)) for each in self._per_token),
+                self._rows.span(0, requests),
+                *(each.span(0, tokens) for each in self._per_token),
+                *(each.span(0, requests) for each in self._per_request),
             ]
         )
+        width = self.block_tables.shape[1]
+        whole = np.zeros((requests, width), dtype=np.int32)
+        whole[:, : tables.shape[1]] = tables
+        self.block_tables[:requests].copy_(to_device(whole, self.platform))
+        self._of_step = _Known(counts, starts, starts, None, whole)
 
-    def fill_padding(self, tokens: int, requests: int, to_tokens: int, to_requests: int) -> None:
+    def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
         """Make the rows from a step's end to a bucket's end harmless: null block, length 0."""
-        if self._padded == (tokens, requests, to_tokens, to_requests):
+        if self._padded == (live, bucket):
             return
         # Rows are overwritten that the next step might have continued.
-        self._last_rows = self._padded = None
-        self._write_padding(tokens, requests, to_tokens, to_requests)
-        for span in (
-            self.query_start_loc.span(requests + 1, to_requests + 1),
-            self.seq_lens.span(requests, to_requests),
-            *(each.span(tokens, to_tokens) for each in self._per_token),
-        ):
-            # Each alone: between them lie tokens that only the device knows.
+        self.forget()
+        tokens, requests = live.num_tokens, live.num_requests
+        to_tokens, to_requests = bucket.num_tokens, bucket.num_requests
+        self.query_start_loc.host[requests + 1 : to_requests + 1] = tokens
+        spans = [self.query_start_loc.span(requests + 1, to_requests + 1)]
+        for each in (self._rows, *self._per_request):
+            each.host[requests:to_requests] = 0
+            spans.append(each.span(requests, to_requests))
+        for each in self._per_token:
+            each.host[tokens:to_tokens] = 0
+            spans.append(each.span(tokens, to_tokens))
+        for span in spans:
+            # Each alone: between them lie values that only the device knows.
             self._arena.upload([span])
+
+    # ---- what others read ----------------------------------------------------------------
 
     def kind(self, bucket: StepShape) -> Kind:
         """The kind of the step that was filled last, padded to ``bucket``."""
-        counts, lengths = self._step
-        layouts = self.layouts.codes(len(counts))
-        return kind_of_step(counts, lengths, layouts, bucket, self.block_size)
+        counts, least, _, rows, tables = self._of_step
+        layouts = self.rows.layouts
+        if rows is None:
+            layouts = layouts.like(tables, -(-(least + counts) // self.block_size))
+            rows = np.arange(len(counts))
+        return kind_of_step(counts, least + counts, layouts.codes(rows), bucket, self.block_size)
 
     def blocks_near(self, bucket: StepShape, num_blocks: int, *, reads: bool) -> Ints:
         """Blocks that the step in the buffers writes, those next to them, the first of each row,
-        and the null block: [K] int64, ascending.
+        and the null block: [K] int64, ascending. Some more where the host does not know how far
+        requests have come.
 
         Args:
             bucket: What the step is padded to.
             num_blocks: Of the cache.
             reads: Those that the step reads, too.
         """
+        counts, least, most, rows, tables = self._of_step
+        if rows is not None:
+            tables = self.rows.host_tables[0][rows]
         near = np.zeros(num_blocks + 1, dtype=bool)
         near[NULL_BLOCK] = True
-        near[self._tables[: bucket.num_requests, 0]] = True
+        near[tables[:, 0]] = True
+        columns = np.arange(tables.shape[1])
+        ends = -(-(most + counts) // self.block_size)
+        used = columns < ends[:, None]
         if reads:
-            lengths = self.seq_lens.host[: bucket.num_requests]
-            for row, length in enumerate(lengths.tolist()):
-                near[self._tables[row, : -(-length // self.block_size)]] = True
-        written = self.slot_mapping.host[: bucket.num_tokens] // self.block_size
+            near[tables[used]] = True
+        written = tables[used & (columns >= (least // self.block_size)[:, None])]
         for each in (written - 1, written, written + 1):
             near[each] = True  # -1 is the last one, which does not exist
         return near[:num_blocks].nonzero()[0]
@@ -392,11 +473,15 @@ class StepBuffers:
     def arrays(self) -> dict[str, Tensor]:
         """All device memory of this, by name."""
         names = (
-            "query_start_loc", "sampling_rows", "pending_targets", "pending_sources", "seq_lens",
-            "edit_places", "edit_values", "positions", "slot_mapping", "input_ids",
+            "query_start_loc", "rows", "known", "first_draw", "sampling_rows", "admitted_rows",
+            "admitted_integers", "admitted_floats", "edit_places", "edit_values", "input_ids",
+            "positions", "slot_mapping", "seq_lens", "accepted", "fresh",
         )  # fmt: skip
         arrays = dict(zip(names, (each.device for each in self._arena.arrays), strict=True))
-        return {**arrays, "block_tables": self.block_tables}
+        return {
+            **arrays, "block_tables": self.block_tables, "draws": self.draws,
+            "block_sizes": self._block_sizes, **self.rows.arrays(),
+        }  # fmt: skip
 
     def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
         """Views of the device side for a step of this size."""
@@ -404,8 +489,11 @@ class StepBuffers:
         return Batch(
             token_ids=self.input_ids.device[:tokens],
             positions=self.positions.device[:tokens],
+            rows=self._rows.device[:requests],
             query_start_loc=self.query_start_loc.device[: requests + 1],
             seq_lens=self.seq_lens.device[:requests],
+            accepted=self._accepted.device[:requests],
+            fresh=self._fresh.device[:requests],
             tables=(table,),
             query_len=query_len,
         )
@@ -416,75 +504,16 @@ class StepBuffers:
             "input_ids": self.input_ids.device[:tokens],
             "positions": self.positions.device[:tokens],
             "slot_mapping": self.slot_mapping.device[:tokens],
+            "rows": self._rows.device[:requests],
             "query_start_loc": self.query_start_loc.device[: requests + 1],
             "seq_lens": self.seq_lens.device[:requests],
+            "accepted": self._accepted.device[:requests],
+            "fresh": self._fresh.device[:requests],
             "block_tables": self.block_tables[:requests],
         }
 
-    def forget_tables(self) -> None:
-        """The device's inputs were overwritten; send all that a step needs again."""
-        self._owners = [None] * len(self._owners)
-        self._last_rows = self._padded = None
-
-    def _edit_tables(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Ints, Ints]:
-        """Find the entries of block tables that the device lacks: flat indices and values."""
-        width = self._tables.shape[1]
-        places: list[int] = []
-        values: list[int] = []
-        for row, each in enumerate(scheduled):
-            blocks = each.block_ids
-            # The list is the request's as long as it runs; it grows, but never changes.
-            filled = self._filled[row] if self._owners[row] is blocks else 0
-            if filled == len(blocks):
-                continue
-            places += range(row * width + filled, row * width + len(blocks))
-            values += blocks[filled:]
-            self.layouts.extend(row, blocks[filled:], blocks[filled - 1] if filled else None)
-            self._owners[row], self._filled[row] = blocks, len(blocks)
-        edits = np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
-        self._tables.reshape(-1)[edits[0]] = edits[1]
-        return edits
-
-    def _write_rows(self, counts: Ints, lengths: Ints) -> None:
-        """All that follows from the tables and from how many tokens each request has."""
-        requests, size = len(counts), self.block_size
-        ends = np.cumsum(counts)
-        tokens = int(ends[-1])
-        rows = np.repeat(np.arange(requests), counts)
-        positions = np.arange(tokens) + (lengths - ends)[rows]
-        blocks = self._tables[rows, positions // size].astype(np.int64)
-        self.positions.host[:tokens] = positions
-        self.slot_mapping.host[:tokens] = blocks * size + positions % size
-        self.query_start_loc.host[0] = 0
-        self.query_start_loc.host[1 : requests + 1] = ends
-        self.seq_lens.host[:requests] = lengths
-
-    def _write_padding(self, tokens: int, requests: int, to_tokens: int, to_requests: int) -> None:
-        for each in self._per_token:
-            each.host[tokens:to_tokens] = 0
-        self.query_start_loc.host[requests + 1 : to_requests + 1] = tokens
-        self.seq_lens.host[requests:to_requests] = 0
-
-    def _upload(
-        self,
-        before: list[tuple[int, int]],
-        edits: tuple[Ints, Ints],
-        behind: list[tuple[int, int]],
-    ) -> None:
-        """Send the arrays that lie before and behind the edits of block tables, and the edits."""
-        if self._arena.shared:
-            return
-        count = len(edits[0])
-        arrays = (self._edit_places, self._edit_values)
-        if 0 < count <= EDITS:
-            for array, new in zip(arrays, edits, strict=True):
-                array.host[:count] = new
-                before.append(array.span(0, count))
-        self._arena.upload(before + behind)
-        if count:
-            places, values = (
-                [each.device[:count] for each in arrays]
-                if count <= EDITS
-                else [to_device(each, self.platform) for each in edits]
-            )
-            self._flat_tables.index_copy_(0, places, values)
+    def forget(self) -> None:
+        """The device's inputs were overwritten, or a step failed half-way: the next step is
+        written anew."""
+        self._last_rows = ()
+        self._padded = self._again = None

@@ -17,7 +17,8 @@ from reprise.graphs.regions import Region, Stack, Units, stacked
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
-from reprise.runner.buffers import StepBuffers, to_device
+from reprise.runner.arena import to_device
+from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import FACTS
 from reprise.runner.probes import ProbeMaker
 from reprise.shape import StepShape
@@ -86,7 +87,7 @@ class ForwardPass:
             max_model_len=max_model_len,
             num_blocks=num_blocks,
         )
-        self._buffers.layouts.use_cache(num_blocks)
+        self._buffers.rows.layouts.use_cache(num_blocks)
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
@@ -98,9 +99,7 @@ class ForwardPass:
         return self._hidden[: shape.num_tokens].copy_(hidden)
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:
-        self._buffers.fill_padding(
-            live.num_tokens, live.num_requests, bucket.num_tokens, bucket.num_requests
-        )
+        self._buffers.fill_padding(live, bucket)
 
     def inputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         return self._buffers.views(shape.num_tokens, shape.num_requests)
@@ -111,7 +110,7 @@ class ForwardPass:
         return {"hidden": self._hidden[: shape.num_tokens]}
 
     def memory(self) -> Mapping[str, Region]:
-        used = self._buffers.layouts.highest + 2
+        used = self._buffers.rows.layouts.highest + 2
         caches = cache_tensors(self._caches)
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
         for name, each in caches.items():

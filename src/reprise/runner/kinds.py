@@ -117,9 +117,17 @@ class RowLayouts:
         self._codes[row] = blocks_code * 3 + half_code
         self.highest = max(self.highest, block)
 
-    def codes(self, rows: int) -> tuple[Ints, Ints]:
-        """Values of ``blocks`` and ``cache`` of the first rows."""
-        return np.divmod(self._codes[:rows], 3)
+    def codes(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Values of ``blocks`` and ``cache`` of some rows."""
+        return np.divmod(self._codes[rows], 3)
+
+    def like(self, tables: Ints, lengths: Ints) -> RowLayouts:
+        """Those of other tables in the same cache: [R, M], of each row the first ``lengths``."""
+        other = RowLayouts(len(tables))
+        other._half = self._half
+        for row, length in enumerate(lengths.tolist()):
+            other.extend(row, tables[row, :length], None)
+        return other
 
 
 def kind_of_step(
@@ -150,9 +158,10 @@ def _facts_of_step(counts: Ints, bucket: StepShape) -> tuple[int, int, int, int]
         decodes = 2
     else:
         live, size = int(counts.sum()), bucket.num_tokens
-        tokens, largest = size, int(counts.max())
+        tokens, largest = size, int(counts.max(initial=0))
         single = int((counts == 1).sum())
-        decodes = 2 if single == requests else int(single > 0)
+        # A step without requests is told as one of few chunks: it is padding all the same.
+        decodes = 2 if single == requests > 0 else int(single > 0)
     padding = 0 if live == size else 1 if 2 * live > size else 2
     several = 0 if requests == 1 else 2 if requests == bucket.num_requests else 1
     return padding, several, int(2 * largest > tokens), decodes

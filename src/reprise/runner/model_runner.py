@@ -21,14 +21,15 @@ from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
 from reprise.platforms import Platform
 from reprise.progress import progress
-from reprise.runner.buffers import Sampled, StepBuffers, to_device
+from reprise.runner.arena import to_device
+from reprise.runner.buffers import StepBuffers
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
 from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.shape import StepShape
-from reprise.step import ScheduledStep
+from reprise.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class ModelRunner:
                 max_requests=config.max_num_seqs,
             )
             # Before graphs are captured: what they spoil has to be known, and made good.
-            self.sampler = Sampler(self.model.vocab_size, config.max_num_seqs, platform)
+            self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
             self.forward_pass.beside = self.sampler.memory
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
@@ -104,47 +105,69 @@ class ModelRunner:
                 self._make_cache(wanted_len, activation_bytes)
                 with timeline.span("capture"):
                     self._capture_graphs()
-        self._last_sampled: Sampled | None = None
+        self._shape = StepShape.decode(0)
+        self._result: Tensor | None = None
+        """Of the step that was submitted last."""
         # Two in turn: while a step is under way, the one before it may still be read.
         self._landings = itertools.cycle(
-            [Landing(config.max_num_seqs, platform), Landing(config.max_num_seqs, platform)]
+            [Landing(config.max_num_seqs, 1, platform), Landing(config.max_num_seqs, 1, platform)]
         )
 
-    def submit(self, step: ScheduledStep) -> PendingOutput:
-        """Start computing a step; its results arrive through the returned handle.
-
-        At most one earlier step may still be unfinished; tokens that it samples are taken over
-        on the device.
-        """
-        self.sampler.release(step.released)
-        requests = len(step.requests)
-        shape = step.shape
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """:meth:`submit` and :meth:`sample` are called in the ``with`` block."""
         with torch.inference_mode(), self.ops.activate():
-            last = self._last_sampled
-            self.buffers.fill(step, last, self.graphs.padded(shape).num_requests)
-            result = self.graphs.run(shape)
-            landing = next(self._landings)
-            prompt_logprobs = self._prompt_logprobs(step, result, landing)
-            if step.continues and last is not None:
-                sampling = last.requests
+            yield
+
+    def submit(self, step: Step, at_least: StepShape | None = None) -> None:
+        """Start computing a step; :meth:`sample` comes next.
+
+        At most one earlier step may still be unfinished: what it drew, this one takes on the
+        device.
+
+        Args:
+            step: What to compute. With ``at_least`` it may have no request at all.
+            at_least: See :meth:`reprise.graphs.GraphRunner.run`.
+        """
+        self.sampler.admit(step)
+        shape = step.shape if step.rows or at_least is None else at_least.empty
+        self._shape = shape
+        self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
+        self._result = self.graphs.run(shape, at_least)
+
+    def sample(self, step: Step, masks: Tensor | None = None) -> PendingOutput:
+        """Draw the tokens of the step that was submitted last and move its requests on; its results
+        arrive through the returned handle.
+
+        Args:
+            step: That step.
+            masks: [N, V] bool: tokens that may not be drawn from each row of logits, of which each
+                request that samples has one, and one for each of its drafts. None: all may be.
+        """
+        result, buffers = self._result, self.buffers
+        assert result is not None, "submit comes first"
+        landing = next(self._landings)
+        prompt_logprobs = self._prompt_logprobs(step, result, landing)
+        numbers, logprobs = buffers.draws, None
+        drawn = numbers[:0]
+        if buffers.num_draws:
+            chosen = buffers.sampling_rows()
+            if chosen is None:
+                numbers = numbers[: step.num_tokens]
             else:
-                sampling = [each.request for each in step.requests if each.samples]
-            sampled, logprobs = None, None
-            if sampling:
-                if shape.phase == "mixed" or len(sampling) < requests:
-                    result = result[self.buffers.sampling_rows(len(sampling))]
-                logits = self._logits(step, result)
-                sampled, logprobs = self.sampler(
-                    logits, sampling, step.continues, self.graphs.ran.first
-                )
-                self._last_sampled = Sampled(sampling, sampled)
-            return PendingOutput(step, sampled, logprobs, prompt_logprobs, landing)
+                result, numbers = result[chosen], numbers[chosen]
+            drawn, logprobs = self.sampler(
+                self._logits(result), step, numbers, masks, self.graphs.ran.first
+            )
+        emitted = buffers.advance(drawn)
+        self.sampler.count(emitted)
+        return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
-        self.buffers.forget_tables()
+        self.buffers.forget()
         self.sampler.forget()
-        self._last_sampled = None
+        self._result = None
 
     def weights_replaced(self) -> None:
         """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
@@ -158,36 +181,43 @@ class ModelRunner:
         load_weights(self.model, self._checkpoint, config.load_format, self.platform, config.seed)
         self.forward_pass.restore_tables()
 
-    def _logits(self, step: ScheduledStep, rows: Tensor) -> Tensor:
-        """Logits of rows of a step's result, which for a decode step they are already."""
-        return rows if step.shape.phase == "decode" else self.model.logits(rows)
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Logits of rows of the step's result, which for a decode step they are already."""
+        return rows if self._shape.phase == "decode" else self.model.logits(rows)
 
     def _prompt_logprobs(
-        self, step: ScheduledStep, result: Tensor, landing: Landing
-    ) -> dict[str, list[LogprobTensors]]:
-        found: dict[str, list[LogprobTensors]] = {}
-        begin = step.num_decodes  # one token each, and none of a prompt behind it
-        for each in step.requests[step.num_decodes :]:
-            wanted = each.request.params.prompt_logprobs
-            prompt = each.request.prompt_token_ids
-            targets = prompt[each.start + 1 : each.start + each.num_tokens + 1]
+        self, step: Step, result: Tensor, landing: Landing
+    ) -> dict[int, tuple[int, list[LogprobTensors]]]:
+        found: dict[int, tuple[int, list[LogprobTensors]]] = {}
+        if step.num_decodes == len(step.rows):
+            return found
+        begin = step.num_tokens - sum(step.counts[step.num_decodes :])
+        for number in range(step.num_decodes, len(step.rows)):
+            count, start = step.counts[number], self.buffers.starts(number)
+            admission = self.buffers.rows.admitted[step.rows[number]]
+            assert admission is not None
+            wanted, length = admission.params.prompt_logprobs, admission.num_prompt_tokens
+            targets = admission.token_ids[start + 1 : min(start + count + 1, length)]
             if wanted is not None and targets:
                 rows = result[begin : begin + len(targets)]
-                found[each.request.request_id] = [
-                    landing.take(part)  # at once, so that the device never holds all of them
-                    for part in self._logprobs_of(step, rows, targets, wanted)
-                ]
-            begin += each.num_tokens
+                found[number] = (
+                    start,
+                    [
+                        landing.take(part)  # at once, so that the device never holds all of them
+                        for part in self._logprobs_of(rows, targets, wanted)
+                    ],
+                )
+            begin += count
         return found
 
     def _logprobs_of(
-        self, step: ScheduledStep, rows: Tensor, targets: Sequence[int], count: int
+        self, rows: Tensor, targets: Sequence[int], count: int
     ) -> Iterator[LogprobTensors]:
         chosen = to_device(np.array(targets, dtype=np.int64), self.platform)
         for part, ids in zip(
             rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
         ):
-            logits = self._logits(step, part).float()
+            logits = self._logits(part).float()
             whole = None
             if count == WHOLE_VOCABULARY:
                 whole = torch.arange(len(part), device=part.device)
@@ -243,7 +273,7 @@ class ModelRunner:
     def _capture_graphs(self) -> None:
         with progress("graphs", 0) as bar:
             self.graphs.capture_all(bar.show)
-        self.buffers.forget_tables()
+        self.buffers.forget()
 
     def _compile_kernels(self) -> None:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
@@ -261,8 +291,14 @@ class ModelRunner:
         compile_ahead(
             self.ops,
             [lambda: self.model.logits(run(mixed)[:1]), lambda: ops.argmax(run(*decode))],
-            beside=lambda: example_draws(self.model.vocab_size, self.platform),
+            beside=self._example_of_the_rest,
         )
+
+    def _example_of_the_rest(self) -> None:
+        """Calls of the ops that surround a forward pass."""
+        example_draws(self.model.vocab_size, self.platform)
+        self.buffers.example(StepShape.decode(1))
+        self.buffers.example(StepShape.mixed(2, 1))
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""

@@ -6,26 +6,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.platforms import Platform
+from reprise.runner.arena import Ints
+from reprise.runner.rows import Rows
 from reprise.runner.sampler import LogprobTensors
 from reprise.sampling_params import WHOLE_VOCABULARY
-from reprise.step import ScheduledStep
+from reprise.step import Step
 
 
 @dataclass
 class StepOutput:
     """What a step produced, on the host."""
 
-    sampled: Sequence[int | None]
-    """The new token of each of the step's requests, in their order; None where it samples none."""
-    logprobs: list[Logprobs | None] | None = None
+    sampled: Sequence[Sequence[int]]
+    """The new tokens of each of the step's requests, in their order; none where it samples none."""
+    logprobs: list[list[Logprobs] | None] | None = None
     """Of these tokens, where their requests want them; None: nowhere."""
-    prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)
-    """By request id: entries for the prompt tokens behind the ones that this step computed."""
+    prompt_logprobs: dict[int, tuple[int, list[Logprobs]]] = field(default_factory=dict)
+    """By a request's number in the step: the position where the step began in its prompt, and
+    entries for the prompt tokens behind the ones that the step computed."""
 
 
 class Landing:
@@ -34,15 +38,16 @@ class Landing:
     Both take long to make, so steps use a few of them in turn.
 
     Args:
-        max_tokens: Most tokens that a step samples.
+        max_requests: Most requests in a step.
+        width: Most new tokens of a request.
         platform: The device that they come from.
     """
 
-    def __init__(self, max_tokens: int, platform: Platform) -> None:
-        self._tokens = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=platform.pins_memory)
+    def __init__(self, max_requests: int, width: int, platform: Platform) -> None:
+        self._pinned = platform.pins_memory
+        self._tokens = torch.zeros(max_requests, width, dtype=torch.int64, pin_memory=self._pinned)
         self._numbers = self._tokens.numpy()
         self._count = 0
-        self._pinned = platform.pins_memory
         self._arrived: Any = platform.event()
 
     def take(self, tensors: LogprobTensors) -> LogprobTensors:
@@ -59,18 +64,16 @@ class Landing:
             None if tensors.whole is None else copy(tensors.whole),
         )
 
-    def send(self, tokens: Tensor | None) -> None:
-        """Start copying ``tokens`` [S] int64, if there are any."""
-        self._count = 0 if tokens is None else len(tokens)
-        if tokens is not None:
-            self._tokens[: self._count].copy_(tokens, non_blocking=True)
+    def send(self, emitted: Tensor) -> None:
+        """Start copying ``emitted`` [R, 1 + K] int64: new tokens, -1 behind them."""
+        self._count = len(emitted)
+        self._tokens[: self._count].copy_(emitted, non_blocking=True)
         self._arrived.record()
 
-    def wait(self) -> list[int]:
-        """The tokens, when all that was submitted before :meth:`send` is done."""
+    def wait(self) -> Ints:
+        """What was sent, when all that was submitted before :meth:`send` is done."""
         self._arrived.synchronize()
-        found: list[int] = self._numbers[: self._count].tolist()
-        return found
+        return self._numbers[: self._count]
 
 
 class PendingOutput:
@@ -78,54 +81,87 @@ class PendingOutput:
 
     Args:
         step: What was computed.
-        tokens: [S] int64 on the device, one for each sampling request; None if there are none.
-        logprobs: Of the same rows, if any request wants them.
-        prompt_logprobs: Request id to log probabilities of its prompt's tokens, in parts that
-            ``landing`` has taken.
+        rows: The requests.
+        emitted: [R, 1 + K] int64 on the device: new tokens, -1 behind them.
+        logprobs: Of the rows of logits that were drawn from, if any request wants them.
+        prompt_logprobs: By a request's number in the step, where the step began in its prompt and
+            log probabilities of its tokens, in parts that ``landing`` has taken.
         landing: No other step uses it before this one has been waited for.
     """
 
     def __init__(
         self,
-        step: ScheduledStep,
-        tokens: Tensor | None,
+        step: Step,
+        rows: Rows,
+        emitted: Tensor,
         logprobs: LogprobTensors | None,
-        prompt_logprobs: dict[str, list[LogprobTensors]],
+        prompt_logprobs: dict[int, tuple[int, list[LogprobTensors]]],
         landing: Landing,
     ) -> None:
         self._step = step
+        self._rows = rows
         self._logprobs = None if logprobs is None else landing.take(logprobs)
+        self._wanted: list[int | None] = []
+        """Log probabilities that each request wants."""
+        if logprobs is not None:
+            owners = [rows.admitted[row] for row in step.rows]
+            self._wanted = [None if each is None else each.params.logprobs for each in owners]
         self._prompt_logprobs = prompt_logprobs
         self._landing = landing
-        landing.send(tokens)
+        self._places: tuple[Ints, Ints] | None = None
+        if rows.num_drafts:
+            places = np.array(step.rows, dtype=np.int64)
+            self._places = places, rows.lives(places)
+        landing.send(emitted)
 
     def wait(self) -> StepOutput:
-        tokens = self._landing.wait()
-        scheduled = self._step.requests
-        sampled: Sequence[int | None] = tokens
-        if len(tokens) < len(scheduled):
-            found = iter(tokens)
-            sampled = [next(found) if each.samples else None for each in scheduled]
-        prompts = {
-            name: [
-                _entry(row, len(row[0]) - 1 if part.whole is None else WHOLE_VOCABULARY, whole)
-                for part in parts
-                for whole in [_whole(part)]
-                for row in _rows(part)
+        emitted = self._landing.wait()
+        if emitted.shape[1] == 1:
+            sampled = [[] if token < 0 else [token] for token in emitted[:, 0].tolist()]
+        else:
+            counts = (emitted >= 0).sum(axis=1)
+            sampled = [
+                tokens[:count]
+                for tokens, count in zip(emitted.tolist(), counts.tolist(), strict=True)
             ]
-            for name, parts in self._prompt_logprobs.items()
+            self._settle(counts)
+        prompts = {
+            number: (
+                start,
+                [
+                    _entry(row, len(row[0]) - 1 if part.whole is None else WHOLE_VOCABULARY, whole)
+                    for part in parts
+                    for whole in [_whole(part)]
+                    for row in _rows(part)
+                ],
+            )
+            for number, (start, parts) in self._prompt_logprobs.items()
         }
-        return StepOutput(sampled, self._of_samples(), prompts)
+        return StepOutput(sampled, self._of_samples(sampled), prompts)
 
-    def _of_samples(self) -> list[Logprobs | None] | None:
+    def _settle(self, counts: Ints) -> None:
+        """Tell the rows how many drafts counted."""
+        if self._places is None:
+            return
+        drafts = np.array(self._step.drafts, dtype=np.int64)
+        accepted = np.where(drafts > 0, counts - 1, 0)
+        self._rows.settle(*self._places, accepted, drafts - accepted)
+
+    def _of_samples(self, sampled: Sequence[Sequence[int]]) -> list[list[Logprobs] | None] | None:
         if self._logprobs is None:
             return None
         rows, whole = _rows(self._logprobs), _whole(self._logprobs)
-        found: list[Logprobs | None] = []
-        for each in self._step.requests:
-            row = next(rows) if each.samples else None
-            count = each.request.params.logprobs
-            found.append(None if row is None or count is None else _entry(row, count, whole))
+        found: list[list[Logprobs] | None] = []
+        step = self._step
+        for samples, drafts, tokens, count in zip(
+            step.samples, step.drafts, sampled, self._wanted, strict=True
+        ):
+            drawn = [next(rows) for _ in range(1 + drafts if samples else 0)]
+            wholes = iter([next(whole) for _ in drawn] if count == WHOLE_VOCABULARY else ())
+            entries = None
+            if count is not None:
+                entries = [_entry(row, count, wholes) for row in drawn[: len(tokens)]]
+            found.append(entries)
         return found
 
 

@@ -15,7 +15,8 @@ from reprise.cache.memory import cache_tensors
 from reprise.cache.spec import LayerCache
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
-from reprise.runner.buffers import StepBuffers, to_device
+from reprise.runner.arena import to_device
+from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import (
     CONTEXTS,
     NEW_TOKENS,
@@ -286,14 +287,15 @@ class ProbeMaker:
         for row, blocks in enumerate(tables):
             table[row, : len(blocks)] = blocks
 
+        live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
+
         def fill() -> None:
             self._fill_blocks(np.unique(table))
             self._buffers.fill_rows(counts, lengths, table, ids)
-            self._buffers.fill_padding(tokens, len(rows), bucket.num_tokens, bucket.num_requests)
+            self._buffers.fill_padding(live, bucket)
 
-        live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
         kind = kind_of_step(
-            counts, lengths, layouts.codes(len(rows)), bucket, self._buffers.block_size
+            counts, lengths, layouts.codes(np.arange(len(rows))), bucket, self._buffers.block_size
         )
         return Probe(name, fill, live, kind)
 

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.platforms import Platform
-from reprise.request import Request
-from reprise.runner.buffers import to_device
+from reprise.runner.arena import to_device
 from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
+from reprise.runner.rows import Rows
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
+from reprise.step import Admission, Step
 
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 8
 """Rows of a draw that are compared with the reference, whose memory and time are many times as
 much."""
-_INT32_MAX = np.iinfo(np.int32).max
 _PARAMETERS = (np.float32, np.int32, np.float32, np.float32, np.int64)
 """Types of temperature, top-k, top-p, min-p and seed, as ``ops.sample`` takes them."""
 
@@ -45,71 +45,85 @@ class LogprobTensors:
     whole: Tensor | None = None
 
 
+Draw = tuple[int, Admission, int]
+"""A row of logits, whose it is, and the number of its request in the step."""
+
+
 class Sampler:
     """Draws one token for each of a step's sampling rows, without waiting for the device.
 
     Args:
         vocab_size: Of the logits.
-        max_requests: Most requests at a time.
+        rows: The requests.
         platform: The device.
     """
 
-    def __init__(self, vocab_size: int, max_requests: int, platform: Platform) -> None:
+    def __init__(self, vocab_size: int, rows: Rows, platform: Platform) -> None:
         self.platform = platform
+        self.rows = rows
         self._batch: _Batch | None = None
         self._kept = _Kept(
-            SeenTokens(vocab_size, max_requests, platform),
-            ForbiddenTokens(vocab_size, max_requests, platform),
-            RecentTokens(vocab_size, max_requests, platform),
+            SeenTokens(vocab_size, rows.count, platform),
+            ForbiddenTokens(vocab_size, rows.count, platform),
+            RecentTokens(vocab_size, rows.count, platform),
         )
 
     def __call__(
         self,
         logits: Tensor,
-        requests: Sequence[Request],
-        continues: bool = False,
+        step: Step,
+        numbers: Tensor,
+        masks: Tensor | None = None,
         check: bool = False,
     ) -> tuple[Tensor, LogprobTensors | None]:
         """Draw.
 
         Args:
-            logits: [R, V] in the compute dtype, one row a request.
-            requests: The requests of the rows.
-            continues: The last draw was for the same rows, one token earlier.
+            logits: [N, V] in the compute dtype: of each of the step's requests that samples, the
+                row behind its last known token and one behind each draft.
+            step: Whose logits they are.
+            numbers: [N] int64, of the token drawn from each row, its number among those that its
+                request generates.
+            masks: [N, V] bool, tokens that a row may not draw; None: any may be drawn.
             check: Compare with the reference of the op that draws, which waits for the device.
 
         Returns:
-            [R] int64 token ids, and log probabilities if any request wants them.
+            [N] int64 token ids, and log probabilities if any request wants them.
         """
-        batch = self._batch_of(requests)
+        batch = self._batch_of(step)
         draw = _checked if check else _drawn
-        if batch.plain:  # the largest value is the same one in float32
+        if batch.plain and masks is None:  # the largest value is the same one in float32
             return draw(ops.argmax, logits), None
         raw = logits.float()
-        adjusted = batch.adjust(raw.clone()) if batch.adjusts else raw
+        adjusted = raw
+        if batch.adjusts or masks is not None:
+            adjusted = batch.adjust(raw.clone(), numbers)
+            if masks is not None:
+                adjusted.masked_fill_(masks, -torch.inf)
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
-            if continues and batch.positions is not None:
-                batch.positions += 1
-            else:
-                generated = np.array([_num_generated(each) for each in requests], dtype=np.int64)
-                batch.positions = to_device(generated, self.platform)
-            tokens = draw(ops.sample, adjusted, *batch.parameters, batch.positions)
-        for each in (batch.penalties, batch.bad_words):
-            if each is not None:
-                each.count(tokens)
+            tokens = draw(ops.sample, adjusted, *batch.parameters, numbers)
         wanted = batch.num_logprobs
         if wanted is None:
             return tokens, None
         return tokens, top_logprobs(raw, tokens, wanted, batch.whole_rows)
 
-    def release(self, request_ids: Sequence[str]) -> None:
-        """Drop the state of requests that ended or were preempted."""
-        for request_id in request_ids:
-            for slots in self._kept:
-                if slots.release(request_id):
-                    self._batch = None  # it may name the slot
+    def count(self, emitted: Tensor) -> None:
+        """Note the new tokens of the requests of the step that was drawn from last, [R, 1 + K]
+        int64, -1 for none."""
+        if self._batch is not None:
+            for each in (self._batch.penalties, self._batch.bad_words):
+                if each is not None:
+                    each.count(emitted)
+
+    def admit(self, step: Step) -> None:
+        """Rows have come free, or have new owners."""
+        if step.released or step.admitted:
+            self._batch = None
+            for row in (*step.released, *(each.row for each in step.admitted)):
+                for state in self._kept:
+                    state.release(row)
 
     def memory(self) -> dict[str, Tensor]:
         """What lies on the device from draw to draw, by name: every tensor that anything here holds
@@ -131,12 +145,12 @@ class Sampler:
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
-        for slots in self._kept:
-            slots.forget()
+        for state in self._kept:
+            state.forget()
 
-    def _batch_of(self, requests: Sequence[Request]) -> _Batch:
-        if self._batch is None or not self._batch.is_for(requests):
-            self._batch = _Batch(requests, self._kept)
+    def _batch_of(self, step: Step) -> _Batch:
+        if self._batch is None or not self._batch.is_for(step):
+            self._batch = _Batch(step, self._kept, self.rows)
         return self._batch
 
 
@@ -210,48 +224,56 @@ class _Kept(NamedTuple):
 
 
 class _Batch:
-    """What a set of requests asks of the sampler; built again only when the set changes."""
+    """What a step's requests ask of the sampler; built again only when they are others."""
 
-    def __init__(self, requests: Sequence[Request], kept: _Kept) -> None:
-        self.given = requests
+    def __init__(self, step: Step, kept: _Kept, rows: Rows) -> None:
+        self._requests = list(step.rows), list(step.samples), list(step.drafts)
+        self._rows = rows
         self._platform = kept.seen.platform
         self._vocab_size = kept.seen.vocab_size
-        parameters = [each.params for each in requests]
-        rows = list(enumerate(requests))
+        owners = [rows.admitted[row] for row in step.rows]
+        drawing = [
+            (owner, number, ahead)
+            for number, owner in enumerate(owners)
+            if step.samples[number] and owner is not None
+            for ahead in range(1 + step.drafts[number])
+        ]
+        draws = [(row, owner, number) for row, (owner, number, _) in enumerate(drawing)]
+        self._owners = [each.row for _, each, _ in draws]
+        parameters = [each.params for _, each, _ in draws]
         self.greedy = all(each.greedy for each in parameters)
         self.penalties: Penalties | None = None
-        penalised = [(row, each) for row, each in rows if is_penalised(each)]
+        penalised = [each for each in draws if is_penalised(each[1].params)]
         if penalised:
             self.penalties = Penalties(penalised, kept.seen)
         self.bad_words: BadWords | None = None
-        worded = [(row, each) for row, each in rows if each.bad_words]
+        worded = [each for each in draws if each[1].bad_words]
         if worded:
             self.bad_words = BadWords(worded, kept.recent)
         self.allowed: AllowedTokens | None = None
-        limited = [(row, each) for row, each in rows if each.params.allowed_token_ids is not None]
+        limited = [each for each in draws if each[1].params.allowed_token_ids is not None]
         if limited:
-            self.allowed = AllowedTokens(limited, len(rows), kept.forbidden)
-        self._bias = self._biases(rows)
+            self.allowed = AllowedTokens(limited, len(draws), kept.forbidden)
+        self._bias = self._biases(draws)
         self._held_open = [
-            (row, each) for row, each in rows if each.params.min_tokens > 0 and each.stop_token_ids
+            each for each in draws if each[1].params.min_tokens > 0 and each[1].stop_token_ids
         ]
-        self._closed: Tensor | None = None
-        """Flat indices of the tokens that may not end requests yet."""
+        self._closed: tuple[Tensor, ...] = ()
+        """Of the tokens that may not end requests yet: their flat indices, the rows of logits that
+        they are in, and how many tokens come before they may."""
         self.adjusts = bool(penalised or worded or limited or self._bias or self._held_open)
         counts = [each.logprobs for each in parameters if each.logprobs is not None]
         self.num_logprobs = max((max(each, 0) for each in counts), default=None)
         self.whole_rows: Tensor | None = None
         """[W] int64: rows whose log probabilities are wanted of the whole vocabulary."""
-        whole = [row for row, each in rows if each.params.logprobs == WHOLE_VOCABULARY]
+        whole = [row for row, each, _ in draws if each.params.logprobs == WHOLE_VOCABULARY]
         if whole:
             self.whole_rows = to_device(np.array(whole, dtype=np.int64), self._platform)
         self.plain = self.greedy and not self.adjusts and self.num_logprobs is None
         """Nothing is asked for but the likeliest token."""
-        self.positions: Tensor | None = None
-        """[R] int64 on the device: how many tokens each request had before the last draw."""
 
-    def adjust(self, logits: Tensor) -> Tensor:
-        """All that requests ask for before the draw, in place on [R, V] float32."""
+    def adjust(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """All that requests ask for before the draw, in place on [N, V] float32."""
         flat = logits.view(-1)
         if self._bias is not None:
             flat.index_add_(0, *self._bias)
@@ -263,15 +285,17 @@ class _Batch:
             self.allowed.apply(logits)
         if self._held_open:
             self._hold_open()
-        if self._closed is not None:
-            flat.index_fill_(0, self._closed, -torch.inf)
+        if self._closed:
+            places, of_rows, least = self._closed
+            short = numbers.index_select(0, of_rows) < least
+            flat.index_add_(0, places, torch.where(short, -torch.inf, 0.0))
         return logits
 
-    def _biases(self, rows: Sequence[tuple[int, Request]]) -> tuple[Tensor, Tensor] | None:
+    def _biases(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor] | None:
         """Flat indices of biased logits, and the biases."""
         biases = {
             row * self._vocab_size + token: bias
-            for row, request in rows
+            for row, request, _ in draws
             for token, bias in (request.params.logit_bias or {}).items()
         }
         if not biases:
@@ -282,41 +306,32 @@ class _Batch:
 
     def _hold_open(self) -> None:
         """Renew the tokens that may not end requests yet, when one has become long enough."""
-        held = [
-            (row, each)
-            for row, each in self._held_open
-            if _num_generated(each) < each.params.min_tokens
-        ]
-        if self._closed is not None and len(held) == len(self._held_open):
+        held = [each for each in self._held_open if self._may_be_short(each[1])]
+        if self._closed and len(held) == len(self._held_open):
             return
         self._held_open = held
-        places = [
-            row * self._vocab_size + token for row, each in held for token in each.stop_token_ids
+        closed = [
+            (row * self._vocab_size + token, row, each.params.min_tokens)
+            for row, each, _ in held
+            for token in each.stop_token_ids
         ]
-        self._closed = None
-        if places:
-            self._closed = to_device(np.array(places, dtype=np.int64), self._platform)
+        self._closed = tuple(
+            to_device(np.array(column, dtype=np.int64), self._platform)
+            for column in zip(*closed, strict=True)
+        )
+
+    def _may_be_short(self, request: Admission) -> bool:
+        """Whether a token that is drawn now may come before the request's ``min_tokens``."""
+        generated = int(self._rows.at_least[request.row]) - request.num_prompt_tokens
+        return generated < request.params.min_tokens
 
     @functools.cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         """Of the draw, an array each: temperature, top-k, top-p, min-p and seed."""
-        parameters = [each.params for each in self.given]
-        columns = (
-            [0.0 if each.greedy else each.temperature for each in parameters],
-            [min(max(each.top_k, 0), _INT32_MAX) for each in parameters],
-            [each.top_p for each in parameters],
-            [each.min_p for each in parameters],
-            [each.seed for each in self.given],
-        )
-        return tuple(
-            to_device(np.array(values, dtype=kind), self._platform)
-            for values, kind in zip(columns, _PARAMETERS, strict=True)
-        )
+        rows = to_device(np.array(self._owners, dtype=np.int64), self._platform)
+        found = self._rows.parameters(rows)
+        return tuple(found[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed"))
 
-    def is_for(self, requests: Sequence[Request]) -> bool:
-        return requests is self.given or requests == self.given
-
-
-def _num_generated(request: Request) -> int:
-    """Tokens before the one that is being drawn, which the scheduler counts as pending already."""
-    return request.num_output_tokens + request.num_pending - 1
+    def is_for(self, step: Step) -> bool:
+        rows, samples, drafts = self._requests
+        return rows == step.rows and samples == step.samples and drafts == step.drafts

@@ -54,12 +54,12 @@ def graphs_of(
     runner.graphs = made
     try:
         made.capture_all()
-        runner.buffers.forget_tables()
+        runner.buffers.forget()
         yield made
     finally:
         runner.graphs = eager
         made.discard()
-        runner.buffers.forget_tables()
+        runner.buffers.forget()
 
 
 def executor_is_exact(kit: Kit, executor: Executor) -> str:

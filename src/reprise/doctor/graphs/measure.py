@@ -89,7 +89,7 @@ def measure(
                 with work.injected(each):
                     work.executor(each)
     _share_eager_times(matrix)
-    runner.buffers.forget_tables()
+    runner.buffers.forget()
     order: list[str] = [*executors]
     matrix.cells.sort(
         key=lambda e: (order.index(e.executor), PHASES.index(e.phase), e.bucket, e.context)

@@ -1,0 +1,25 @@
+"""What surrounds a forward pass on the device: from rows to its inputs, from its draws to rows."""
+
+from reprise.ops.registry import needs_triton, op
+from reprise.ops.step import reference
+from reprise.ops.step.cases import advance_cases, lay_out_cases
+from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
+from reprise.platforms import Platform
+
+__all__ = ["ACCEPTED", "COMPUTED", "LIMIT", "NEXT", "PROMPT", "advance", "lay_out"]
+
+
+def _needs_host_memory(platform: Platform) -> str | None:
+    return None if platform.device_type == "cpu" else "computes on the host"
+
+
+lay_out = op(
+    "lay_out",
+    reference.lay_out,
+    cases=lay_out_cases,
+    mutates=("token_ids", "positions", "draws", "slots", "seq_lens", "accepted", "fresh"),
+)
+advance = op("advance", reference.advance, cases=advance_cases, mutates=("numbers", "emitted"))
+for _op in (lay_out, advance):
+    _op.implementation("triton", f"reprise.ops.step.triton:{_op.name}", requires=needs_triton)
+    _op.implementation("numpy", f"reprise.ops.step.host:{_op.name}", requires=_needs_host_memory)

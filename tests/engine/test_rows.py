@@ -1,0 +1,171 @@
+"""What a steady decode costs the host and the bus, and what no request may touch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reprise import LLM, SamplingParams
+from reprise.platforms import Platform
+from reprise.runner import model_runner
+from reprise.shape import StepShape
+from reprise.step import Step
+
+SYNCHRONISE = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique"}
+"""Calls of torch whose result the host waits for."""
+
+
+@pytest.fixture
+def counts(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Copies to the device, and waits for it, since the start."""
+    found = {"copies": 0, "waits": 0}
+
+    def count(name: str, kind: str) -> None:
+        original = getattr(type(platform), name)
+
+        def counted(self: Platform, *arguments: Any) -> Any:
+            found[kind] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(type(platform), name, counted)
+
+    count("upload", "copies")
+    count("synchronize", "waits")
+    return found
+
+
+@pytest.fixture
+def ahead(tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
+    """Engines that run one step ahead, with a device that has memory of its own."""
+    buffers = functools.partial(model_runner.StepBuffers, shared=False)
+    monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+
+    def make(**options: Any) -> LLM:
+        llm = make_llm(tiny("qwen3"), device, **options)
+        llm.engine._depth = 2
+        return llm
+
+    return make
+
+
+class Waits(TorchDispatchMode):
+    """Counts calls of torch that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in SYNCHRONISE:
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("requests", "steps", "most"), [(1, 100, 0), (64, 32, 4)], ids=["one", "sixty-four"]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_steady_decode_sends_next_to_nothing_and_waits_for_nothing(
+    ahead: Any, counts: dict[str, int], requests: int, steps: int, most: int, temperature: float
+) -> None:
+    llm = ahead(max_num_seqs=64, num_blocks=64 * 16 + 1, max_model_len=256)
+    engine = llm.engine
+    params = SamplingParams(temperature=temperature, max_tokens=180, ignore_eos=True)
+    for number in range(requests):
+        engine.add(f"{number}", random_ids(number, 3 + number % 40), params)
+    for _ in range(4):
+        engine.step()
+    counts.update(copies=0, waits=0)
+    with Waits() as waits:
+        for _ in range(steps):
+            engine.step()
+    assert counts["copies"] <= most
+    assert counts["waits"] == 0
+    assert waits.found == []
+    engine.abort([f"{number}" for number in range(requests)])
+    while engine.has_work:
+        engine.step()
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "breakable"])
+def test_row_0_belongs_to_nobody(tiny: TinyModels, device: str, mode: str) -> None:
+    """Whatever lies there, padding stays harmless and nobody gets it."""
+    model = tiny("qwen3")
+    llm = make_llm(model, device, graph_mode=mode, graph_buckets="4,8,64")
+    rows = llm.engine.runner.buffers.rows
+    with torch.inference_mode():
+        rows.numbers[0, 0], rows.numbers[4:, 0] = 37, 5
+        rows.floats[:, 0] = float("nan")
+        rows.tables[0, 1:] = 100  # of requests that were
+    prompts = [random_ids(number, 5 + 9 * number) for number in range(3)]
+    for prompt, output in zip(prompts, generate(llm, prompts, greedy(20)), strict=True):
+        assert model.is_greedy(prompt, output)
+    assert llm.graph_report().quarantined == []
+    assert int(rows.numbers[0, 0]) == 37
+
+
+@pytest.mark.parametrize("mode", ["full", "breakable", "none"])
+@pytest.mark.parametrize("whole", [StepShape.decode(4), StepShape.mixed(16, 4)], ids=str)
+def test_an_empty_step_runs_through_the_bucket_of_others(
+    tiny: TinyModels, device: str, mode: str, whole: StepShape
+) -> None:
+    """As a rank without work must, whose neighbours have some; requests go on behind it."""
+    model = tiny("qwen3")
+    llm = make_llm(
+        model, device, graph_mode=mode, graph_buckets="decode=1,4;mixed=16,64",
+        graph_verify="canary:1",
+    )  # fmt: skip
+    engine, prompt = llm.engine, random_ids(3, 9)
+    group = engine.add("a", prompt, greedy(12))
+    for _ in range(5):
+        engine.step()
+    report = llm.graph_report()
+    replays, eager = report.replays, report.eager_steps
+    runner = engine.runner
+    with runner.active():
+        runner.submit(Step(0, [], [], [], [], 0, 0), at_least=whole)
+        output = runner.sample(Step(0, [], [], [], [], 0, 0)).wait()
+    assert output.sampled == []
+    report = llm.graph_report()
+    assert report.replays - replays == (mode != "none")
+    assert report.eager_steps - eager == (mode == "none")
+    assert report.quarantined == []
+    while engine.has_work:
+        engine.step()
+    assert model.is_greedy(prompt, group.output().outputs[0].token_ids)
+
+
+def test_a_small_step_takes_the_bucket_of_larger_ones(tiny: TinyModels, device: str) -> None:
+    model, prompt = tiny("qwen3"), random_ids(3, 9)
+    llm = make_llm(model, device, graph_mode="full", graph_buckets="decode=1,4;mixed=16")
+    runner = llm.engine.runner
+    submit = runner.submit
+    runner.submit = lambda step: submit(  # type: ignore[method-assign]
+        step, at_least=StepShape.decode(3) if step.shape.phase == "decode" else None
+    )
+    assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])
+    replays = {each.name: each.replays for each in llm.graph_report().graphs}
+    assert (replays["decode[1]"], replays["decode[4]"]) == (0, 7)
+    with pytest.raises(ValueError, match="no step is both"):
+        runner.graphs.run(StepShape.decode(1), at_least=StepShape.mixed(4, 2))
+
+
+def test_masks_keep_tokens_from_being_drawn(tiny: TinyModels, device: str) -> None:
+    llm = make_llm(tiny("qwen3"), device)
+    prompt = random_ids(3, 9)
+    free = generate(llm, [prompt], greedy(6))[0]
+    runner = llm.engine.runner
+    sample, vocab = runner.sample, runner.model.vocab_size
+    mask = torch.zeros(1, vocab, dtype=torch.bool, device=runner.platform.device)
+    mask[0, free[2]] = True
+    runner.sample = lambda step: sample(step, mask)  # type: ignore[method-assign]
+    masked = generate(llm, [prompt], greedy(6))[0]
+    assert masked[:2] == free[:2]
+    assert free[2] not in masked
