@@ -43,7 +43,7 @@ def lay_out(
         token_ids: [T] int64.
         positions: [T] int64; 0 for padding.
         draws: [T] int64: of the token that is drawn behind each token, its number among those that
-            the request generates.
+            the request generates; 0 behind the last request.
         slots: [L, T] int64: where each token's rows go; 0 for padding.
         seq_lens: [R] int32: tokens of each request, this step's included; 0 for padding.
         accepted: [R] int32, each row's.
@@ -70,7 +70,7 @@ def lay_out(
     inside = live & (position < limit[request])
     position = torch.minimum(position, (limit[request] - 1).clamp(min=0))
     positions.copy_(torch.where(live, position, 0))
-    draws.copy_(positions + 1 - numbers[PROMPT, rows][request])
+    draws.copy_(torch.where(live, positions + 1 - numbers[PROMPT, rows][request], 0))
     for number in range(tables.shape[0]):
         size = block_sizes[number]
         block = tables[number, request, position // size].long()

@@ -132,7 +132,7 @@ def lay_out_kernel(
     prompt = tl.load(numbers_ptr + PROMPT * numbers_stride + row)
     tl.store(token_ids_ptr + place, tl.where(live, token, 0), mask=there)
     tl.store(positions_ptr + place, shown, mask=there)
-    tl.store(draws_ptr + place, shown + 1 - prompt, mask=there)
+    tl.store(draws_ptr + place, tl.where(live, shown + 1 - prompt, 0), mask=there)
     for number in tl.static_range(LIFETIMES):
         size = tl.load(block_sizes_ptr + number)
         entry = tables_ptr + number * lifetime_stride + request * table_stride + position // size
