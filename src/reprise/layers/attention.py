@@ -69,11 +69,12 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(
             build.at("o_proj"), num_heads * head_size, hidden_size, split="in", bias=output_bias
         )
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
+        # Looking up a parameter takes an eager step longer than a tuple does.
+        self._norms: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
             self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
+            self._norms = (self.q_norm.weight, self.k_norm.weight, qk_norm_eps)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
@@ -86,9 +87,7 @@ class SelfAttention(nn.Module):
             table.slots,
             key_cache,
             value_cache,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            0.0 if self.q_norm is None else self.q_norm.eps,
+            *self._norms,
         )
         attended = torch.empty_like(query)
         ops.paged_attention(
