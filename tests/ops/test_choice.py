@@ -129,7 +129,7 @@ def test_what_the_user_asked_for_is_not_replaced_silently(op) -> None:
             op(torch.ones(1, 9), 2.0)
 
 
-def test_breaks_between_graphs_are_bound_to_what_computes_them(op) -> None:
+def test_repeated_calls_are_bound_to_what_computes_them(op) -> None:
     bound = []
 
     def vendor(x: Tensor, factor: float, y: Tensor | None = None) -> Tensor:
@@ -143,12 +143,14 @@ def test_breaks_between_graphs_are_bound_to_what_computes_them(op) -> None:
     op.implementation(
         "vendor", vendor, accepts=lambda x, factor, y=None: "long" if x.shape[1] > 4 else None
     )
-    function = OpTable(Prefers()).functions[op.name]
     short, long = torch.ones(1, 3), torch.ones(1, 9)
-    function.bind(short, 2.0)
-    assert len(bound) == 1
-    assert function.bind(long, 2.0)().tolist() == [[2.0] * 9]
-    assert len(bound) == 1
+    with OpTable(Prefers()).activate():
+        again = op.repeatedly(short, 2.0)
+        assert len(bound) == 1
+        assert again() is None
+        again = op.repeatedly(long, 2.0, others=1)
+        assert len(bound) == 1
+        assert again(3.0).tolist() == [[3.0] * 9]
 
 
 def test_an_op_that_takes_everything_costs_nothing_more(op) -> None:

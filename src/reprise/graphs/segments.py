@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from reprise.errors import GraphError
+from reprise.ops.choice import resolved
 from reprise.ops.registry import Op, intercept
 from reprise.platforms import Platform
 from reprise.platforms.borrow import StorageWeakRef, borrow
@@ -75,9 +76,10 @@ class Break:
         if self._again is not None:
             self._again()
             return
-        bind = getattr(self.function, "bind", None)
+        function = resolved(self.function, self.args, self.kwargs)
+        bind = getattr(function, "bind", None)
         if bind is None:
-            self._again = partial(self.function, *self.args, **self.kwargs)
+            self._again = partial(function, *self.args, **self.kwargs)
             self._again()
         else:
             self._again = bind(*self.args, **self.kwargs)

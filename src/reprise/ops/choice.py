@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -78,16 +77,6 @@ class ByArguments:
             found = self.answer(args, kwargs).implementation.function
         return found(*args, **kwargs)
 
-    def bind(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        """See :class:`Implementation`."""
-        function = self.answer(args, kwargs).implementation.function
-        bind = getattr(function, "bind", None)
-        if bind is not None:
-            bound: Callable[[], Any] = bind(*args, **kwargs)
-            return bound
-        function(*args, **kwargs)
-        return partial(function, *args, **kwargs)
-
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answer:
         """Who computes a call; asked once for each kind.
 
@@ -120,3 +109,12 @@ class ByArguments:
     def _reasons(self, name: str) -> Iterator[str]:
         """Why an implementation was refused so far."""
         return (each.refused[name] for each in self.answers.values() if name in each.refused)
+
+
+def resolved(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """What computes a call of an op whose function is ``function``: for who calls it many times."""
+    if isinstance(function, ByArguments):
+        return function.answer(args, kwargs).implementation.function
+    return function

@@ -20,7 +20,7 @@ import torch
 from reprise import platforms
 from reprise.errors import OpError
 from reprise.ops.cases import Cases
-from reprise.ops.choice import ByArguments
+from reprise.ops.choice import ByArguments, resolved
 from reprise.ops.implementation import (
     Accepts,
     GraphSupportOn,
@@ -95,7 +95,7 @@ class Op:
             others: So many of the last ones are the function's own arguments, other ones each time.
         """
         table = _active.get() or _default_table(args)
-        bind = getattr(table.functions[self.name], "bind", None)
+        bind = getattr(resolved(table.functions[self.name], args, {}), "bind", None)
         if bind is not None and _interceptor.get() is None:
             return cast("Callable[..., Any]", bind(*args))
         self(*args)
@@ -128,10 +128,6 @@ class Op:
         self.implementations[name] = Implementation(
             self.name, name, target, requires, graph_support, error, accepts
         )
-
-    def choose(self, platform: Platform, override: str | None = None) -> Implementation:
-        """The implementation that is wanted most on ``platform``; see :meth:`candidates`."""
-        return self.candidates(platform, override)[0]
 
     def candidates(self, platform: Platform, override: str | None = None) -> list[Implementation]:
         """The implementations to use on ``platform``, most wanted first: each computes what those
