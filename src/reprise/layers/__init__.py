@@ -2,7 +2,8 @@
 
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
-from reprise.layers.decoder import CausalLM, Decoder, DecoderLayer
+from reprise.layers.causal_lm import CausalLM
+from reprise.layers.decoder import Decoder, DecoderLayer
 from reprise.layers.destination import Destination
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Normed, Product, add, tensor
