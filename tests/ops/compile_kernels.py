@@ -52,6 +52,8 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     # Where early launch exists, it is compiled too.
     early = SimpleNamespace(supports_pdl=target.backend == "cuda" and target.arch >= 90)
     triton_util.active_platform = lambda: early
+    # What was compiled for an absent device cannot be launched, not even a second time.
+    triton_util.launch = lambda kernel, grid: kernel[grid]
 
 
 def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
