@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--graph-buckets")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", default="{}", help="engine options, as JSON")
     options = parser.parse_args()
     llm = LLM(
         device=options.device,
@@ -54,6 +55,7 @@ def main() -> int:
         graph_buckets=options.graph_buckets,
         max_num_seqs=64,
         max_num_batched_tokens=512,
+        **json.loads(options.options),
     )
     began = time.perf_counter()
     soak(llm, options.replays, options.seed)
