@@ -260,11 +260,13 @@ def test_a_tokenizer_may_be_of_another_revision(
 
 
 def test_starting_imports_no_compiler() -> None:
-    """transformers' AutoTokenizer does, which takes longer than all the rest."""
+    """transformers' AutoTokenizer does, which takes longer than all the rest. What the classes that
+    everything needs import of themselves, as those of version 5.0 do, is not ours to say."""
     program = (
-        "import json, sys\nfrom reprise import LLM\nLLM(device='cpu', num_blocks=9)\n"
+        "import json, sys\nfrom transformers import PretrainedConfig, PreTrainedTokenizerFast\n"
+        "before = set(sys.modules)\nfrom reprise import LLM\nLLM(device='cpu', num_blocks=9)\n"
         "print(json.dumps([name for name in ('torch._dynamo', 'torch.distributed.tensor',"
-        " 'transformers.models.auto.tokenization_auto') if name in sys.modules]))"
+        " 'transformers.models.auto.tokenization_auto') if name in set(sys.modules) - before]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -108,10 +107,8 @@ class ModelRunner:
         self._shape = StepShape.decode(0)
         self._result: Tensor | None = None
         """Of the step that was submitted last."""
-        # Two in turn: while a step is under way, the one before it may still be read.
-        self._landings = itertools.cycle(
-            [Landing(config.max_num_seqs, 1, platform), Landing(config.max_num_seqs, 1, platform)]
-        )
+        # While a step is under way, the one before it may still be read.
+        self._landings = [Landing(config.max_num_seqs, 1, platform) for _ in range(2)]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -146,7 +143,7 @@ class ModelRunner:
         """
         result, buffers = self._result, self.buffers
         assert result is not None, "submit comes first"
-        landing = next(self._landings)
+        landing = self._landing()
         prompt_logprobs = self._prompt_logprobs(step, result, landing)
         numbers, logprobs = buffers.draws, None
         drawn = numbers[:0]
@@ -163,8 +160,18 @@ class ModelRunner:
         self.sampler.count(emitted)
         return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
 
+    def _landing(self) -> Landing:
+        """A free one, or a new one where more steps are under way than the engine has."""
+        found = next((each for each in self._landings if each.free), None)
+        if found is None:
+            found = Landing(self.config.max_num_seqs, 1, self.platform)
+            self._landings.append(found)
+        found.free = False
+        return found
+
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
+        self._landings.clear()
         self.buffers.forget()
         self.sampler.forget()
         self._result = None

@@ -35,7 +35,7 @@ class StepOutput:
 class Landing:
     """Host memory where a step's tokens arrive, and the event that says that they have.
 
-    Both take long to make, so steps use a few of them in turn.
+    Both take long to make, so a step uses one that is free again.
 
     Args:
         max_requests: Most requests in a step.
@@ -49,6 +49,8 @@ class Landing:
         self._numbers = self._tokens.numpy()
         self._count = 0
         self._arrived: Any = platform.event()
+        self.free = True
+        """Nothing is on its way, nor waits to be read."""
 
     def take(self, tensors: LogprobTensors) -> LogprobTensors:
         """Start copying to new host memory; :meth:`send` comes after."""
@@ -86,7 +88,7 @@ class PendingOutput:
         logprobs: Of the rows of logits that were drawn from, if any request wants them.
         prompt_logprobs: By a request's number in the step, where the step began in its prompt and
             log probabilities of its tokens, in parts that ``landing`` has taken.
-        landing: No other step uses it before this one has been waited for.
+        landing: Taken by this step until it has been waited for.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class PendingOutput:
         landing.send(emitted)
 
     def wait(self) -> StepOutput:
-        emitted = self._landing.wait()
+        emitted = self._landing.wait().copy()
+        self._landing.free = True
         if emitted.shape[1] == 1:
             sampled = [[] if token < 0 else [token] for token in emitted[:, 0].tolist()]
         else:
