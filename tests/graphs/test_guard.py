@@ -163,7 +163,7 @@ def test_harm_of_some_bounds_in_one_row_is_caught(toy, make_runner, monkeypatch)
         sound = make_runner(toy, "full", decode=(4,), mixed=())
         sound.capture_all()
         bound = bound_of(sound)
-    with noisy(toy, monkeypatch, harm=max(0.1, 8 * bound)):
+    with noisy(toy, monkeypatch, harm=max(0.1, 64 * bound)):
         runner = make_runner(toy, "full", decode=(4,), mixed=())
         runner.capture_all()
         assert bound_of(runner) < 2 * bound, "a wrong graph does not widen its own bound"
