@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """Products of few rows with a small weight in Triton, on the matrix units, in one launch, with the
 activation behind them if there is one.
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """What both kernels of paged attention share: the call, its launch, the walk over a range of keys.
 
 Both pack the query heads that share a KV head into the rows of one matrix product, and read

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """Paged attention of any step, prefill chunks with decodes: one program takes a tile of a request's
 new tokens.
 """

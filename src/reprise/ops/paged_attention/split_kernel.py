@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """Paged attention of steps in which every request has the same few new tokens: decode,
 verification of drafts.
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """The one pass over the logits that every row needs, with many programs a row."""
 
 import triton

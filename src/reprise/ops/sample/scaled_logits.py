@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """Logits over the temperature, and what they weigh.
 
 Masses are 64-bit fixed-point numbers with 40 fractional bits, relative to the likeliest token:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
 """Which tokens a filter keeps.
 
 From the groups' maxima and masses follows a bound below which no token can be kept; tokens from it
