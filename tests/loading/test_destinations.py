@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TinyModels
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reprise import models
@@ -116,6 +117,26 @@ def test_what_is_elsewhere_need_not_be_stored_and_two_may_not_claim_the_same(
     model.extra = Elsewhere("model.layers.1.mlp.down_proj")
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is claimed"):
         load_weights(model, path, "auto", platform)
+
+
+def test_tensors_that_are_one_in_the_model_and_differ_in_the_checkpoint(
+    tiny: TinyModels, platform: Platform, tmp_path: Path
+) -> None:
+    """Only a head may have its own after all; of two layers one would get the other's."""
+    path = Path(shutil.copytree(tiny("llama").path, tmp_path / "model"))
+    model = made(path, platform)
+    first, second = model.model.layers
+    second.mlp.down_proj.weight = first.mlp.down_proj.weight
+    second.mlp.down_proj.tensors = first.mlp.down_proj.tensors
+    with pytest.raises(LoadError, match="are one in the model") as caught:
+        load_weights(model, path, "auto", platform)
+    assert all(f"layers.{n}.mlp.down_proj.weight" in str(caught.value) for n in (0, 1))
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.{}.mlp.down_proj.weight"
+    tensors[name.format(1)] = tensors[name.format(0)].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    load_weights(model, path, "auto", platform)
+    assert torch.equal(second.mlp.down_proj.weight.cpu(), tensors[name.format(0)])
 
 
 def test_prefixes() -> None:

@@ -96,6 +96,7 @@ def is_computed(name: str) -> bool:
 
 
 def is_plain(dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype are plain floating-point ones."""
     return dtype in _PLAIN
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reprise.errors import LoadError
 from reprise.layers import CausalLM, Linear
 from reprise.layers.formats import DENSE, Format
 from reprise.loading.destinations import (
@@ -88,7 +89,7 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     twins: dict[str, Tensor] = {}
     for other, (kept, shared) in tied.items():
         if other in stored and kept in stored:
-            # The embedding once more: if it is.
+            # The same once more: if it is.
             twins[other] = torch.empty_like(shared.target)
             wanted[other] = shared._replace(target=twins[other])
         else:
@@ -120,13 +121,17 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     misfits.refuse("the checkpoint does not fit the model")
     transfer(copies, platform)
     for other, twin in twins.items():
-        if not torch.equal(twin, tied[other][1].target):
-            model.untie(twin)
-            logger.warning(
-                "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
-                "stores another one; the stored one is used",
-                other,
-            )
+        kept, shared = tied[other]
+        if torch.equal(twin, shared.target):
+            continue
+        if other != f"{model.lm_head.path}.weight":
+            raise LoadError(f"{other} and {kept} are one in the model and differ in the checkpoint")
+        model.untie(twin)
+        logger.warning(
+            "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
+            "stores another one; the stored one is used",
+            other,
+        )
 
 
 def _short(dtype: torch.dtype) -> str:
