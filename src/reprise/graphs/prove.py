@@ -178,7 +178,10 @@ class Prover:
         graph = bucket.graph
         self._meet(bucket, number)  # again, to say what is wrong
         if bucket.graph is graph and graph is not None:
-            self._replace(bucket, f"probe {bucket.probes[number].name!r}: wrong now and then")
+            # What is wrong every second time is wrong now, and can be traced.
+            reason = self._probe(bucket, bucket.probes[number], timed=False)
+            name = bucket.probes[number].name
+            self._replace(bucket, reason or f"probe {name!r}: wrong now and then")
             self._meet(bucket, number)
 
     def begin(self, buckets: list[BucketGraph]) -> None:
