@@ -92,7 +92,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: what ``gpu_memory_utilization`` leaves."""
     num_blocks: int | None = None
-    """Blocks of the KV cache, the null block included; overrides the two options above."""
+    """Blocks of the KV cache, the null block included: ``block_size`` tokens fit into each of the
+    others, more where layers have windows. Overrides the two options above."""
     enable_prefix_caching: bool = True
     """Share the cache blocks of equal prompt beginnings."""
     graph_mode: str = "auto"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from reprise.cache.tables import Checkpoint
 from reprise.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -83,8 +84,10 @@ class Request:
     """Scheduled steps with this request that are not updated yet: they write its blocks."""
     row: int = field(default=0, init=False, repr=False)
     """Its place on the device while it runs; 0: none."""
-    num_sent_blocks: int = field(default=0, init=False, repr=False)
-    """Blocks that steps have told the runner."""
+    num_sent: list[int] = field(default_factory=list, init=False, repr=False)
+    """Of each table, entries that steps have told the runner."""
+    num_left_sent: list[int] = field(default_factory=list, init=False, repr=False)
+    """Of these, how many it knows to be given back."""
     num_cached_tokens: int = field(default=0, init=False)
     """Tokens that the prefix cache had when the request first ran."""
     num_preemptions: int = field(default=0, init=False)
@@ -92,13 +95,21 @@ class Request:
     suspect_from: int | None = field(default=None, init=False)
     """The first output token that may be wrong: a graph drew it that was found wrong later."""
 
-    block_ids: list[int] = field(default_factory=list, init=False, repr=False)
-    """Blocks in order of position, kept by the cache manager. Grows in place while the request
-    runs; a new list after preemption."""
+    tables: list[list[int]] = field(default_factory=list, init=False, repr=False)
+    """Of each lifetime its blocks in order of position, the null block for those given back; kept
+    by the cache manager, as all up to ``cache_epoch``. New lists after preemption."""
+    num_left: list[int] = field(default_factory=list, init=False, repr=False)
+    """Of each table, how many entries are given back."""
+    num_indexed: list[int] = field(default_factory=list, init=False, repr=False)
+    """Of each table, full blocks that were offered to the prefix index."""
+    num_places: int = field(default=0, init=False, repr=False)
+    """Tokens that have a place in every table."""
+    commit_at: int = field(default=0, init=False, repr=False)
+    """Computed tokens at which the manager wants to know."""
+    checkpoints: list[Checkpoint] = field(default_factory=list, init=False, repr=False)
+    """Copies of its states that are not offered yet."""
     block_digests: list[bytes] = field(default_factory=list, init=False, repr=False)
-    """Digests of full blocks, as far as the cache manager needed them."""
-    num_indexed_blocks: int = field(default=0, init=False, repr=False)
-    """Full blocks already offered to the prefix index; kept by the cache manager."""
+    """Digests of its tokens, as far as the cache manager needed them."""
     cache_epoch: int = field(default=0, init=False, repr=False)
     """The prefix cache's epoch when the blocks were taken; kept by the cache manager."""
 

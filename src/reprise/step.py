@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reprise.cache.tables import Copy
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
 
@@ -73,6 +74,8 @@ class Step:
     """New entries of block tables, for each lifetime of the model's caches."""
     released: Sequence[int] = ()
     """Rows that ended or were preempted since the last step; some may be in ``admitted`` again."""
+    copies: Sequence[Copy] = ()
+    """States to be copied before the step is computed, all at once."""
 
     @property
     def shape(self) -> StepShape:

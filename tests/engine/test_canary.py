@@ -82,7 +82,7 @@ def test_what_a_bad_graph_wrote_is_computed_again(
 
     def spoil_keys(count: int) -> None:
         tokens = int(buffers.query_start_loc.device[1])
-        cache.tensors["key"].flatten(0, 1)[buffers.slot_mapping.device[:tokens]] *= -1
+        cache.tensors["key"].flatten(0, 1)[buffers.slots[0, :tokens]] *= -1
 
     spoil(spoil_keys)
     bad = random_ids(5, 40)

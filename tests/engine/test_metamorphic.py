@@ -43,6 +43,16 @@ class Known:
     model: TinyModel
     greedy: list[list[int]]
     sampled: list[list[int]]
+    windowed: bool
+    """Every second layer sees only a window."""
+
+    @property
+    def tight(self) -> dict[str, Any]:
+        """A cache that holds the longest request and little more; windows need less."""
+        size: dict[str, Any] = {"num_blocks": 19}
+        if self.windowed:
+            size = {"num_blocks": 13, "max_num_batched_tokens": 8}
+        return {"block_size": 8, "max_model_len": 128, **size}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -55,7 +65,8 @@ def known(request: pytest.FixtureRequest, tiny: TinyModels, device: str) -> Know
     alone = [generate(llm, [prompt], greedy(STEPS))[0] for prompt in PROMPTS]
     for prompt, output in zip(PROMPTS, alone, strict=True):
         assert model.is_greedy(prompt, output)
-    return Known(model, alone, [generate(llm, [prompt], SAMPLED)[0] for prompt in PROMPTS])
+    sampled = [generate(llm, [prompt], SAMPLED)[0] for prompt in PROMPTS]
+    return Known(model, alone, sampled, bool(fields))
 
 
 def check(known: Known, llm: LLM) -> None:
@@ -184,7 +195,7 @@ def test_a_conversation_continues_from_generated_blocks(known: Known, device: st
 def test_preemption(known: Known, device: str, caching: bool) -> None:
     """The cache holds the longest request and little more."""
     llm = make_llm(
-        known.model, device, block_size=8, num_blocks=19, max_model_len=128,
+        known.model, device, **known.tight,
         enable_prefix_caching=caching,
     )  # fmt: skip
     for params, expected in ((greedy(STEPS), known.greedy), (SAMPLED, known.sampled)):
@@ -205,7 +216,7 @@ def test_preemption_of_penalised_requests(known: Known, device: str) -> None:
     )
     roomy = make_llm(known.model, device)
     alone = [generate(roomy, [prompt], params)[0] for prompt in PROMPTS]
-    tight = make_llm(known.model, device, block_size=8, num_blocks=19, max_model_len=128)
+    tight = make_llm(known.model, device, **known.tight)
     outputs = tight.generate(PROMPTS, params)
     assert sum(each.metrics.num_preemptions for each in outputs) > 0
     assert token_ids(outputs) == alone

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reprise.cache import CacheManager
+from reprise.cache import CacheManager, one_table
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import Request, RequestStatus
@@ -27,7 +27,7 @@ def make(
     prefix_caching: bool = True,
     drafts: int = 0,
 ) -> Scheduler:
-    cache = CacheManager(num_blocks, block_size, prefix_caching)
+    cache = CacheManager(one_table(num_blocks, block_size), prefix_caching)
     return Scheduler(cache, seqs, budget, model_len, reserve_blocks=0, num_drafts=drafts)
 
 
@@ -148,7 +148,7 @@ def test_order_of_admission() -> None:
 
 
 def test_admission_leaves_the_reserve_to_those_who_run() -> None:
-    scheduler = Scheduler(CacheManager(5, 4, True), 8, 32, 100, reserve_blocks=1)
+    scheduler = Scheduler(CacheManager(one_table(5, 4), True), 8, 32, 100, reserve_blocks=1)
     added(scheduler, request("a", 12), request("b", 4))
     assert [part[0] for part in parts(scheduled(scheduler))] == ["a"]
 
@@ -207,7 +207,7 @@ def test_stop_by_token(
         assert not a.is_finished
         run(scheduler, scheduled(scheduler), token)
     assert (a.finish_reason, a.stop_reason, a.output_token_ids) == (reason, stop_reason, tokens)
-    assert scheduler.cache.pool.num_used == 0
+    assert scheduler.cache.num_used == 0
 
 
 def test_context_limit() -> None:
@@ -236,7 +236,7 @@ def test_stop_string_found_by_the_caller() -> None:
     scheduler.finish(a, "stop", "END")
     assert (a.status, a.stop_reason) == (RequestStatus.FINISHED_STOPPED, "END")
     assert not scheduler.has_work
-    assert scheduler.cache.pool.num_used == 0
+    assert scheduler.cache.num_used == 0
 
 
 def test_stop_string_in_the_last_token_replaces_the_reason() -> None:
@@ -275,7 +275,7 @@ def test_refusals_leave_the_scheduler_usable() -> None:
 )
 def test_limits_are_checked(limits: tuple[int, int, int], culprit: str) -> None:
     with pytest.raises(ConfigError, match=culprit):
-        Scheduler(CacheManager(10, 4, True), *limits)
+        Scheduler(CacheManager(one_table(10, 4), True), *limits)
 
 
 def test_requests_keep_their_rows() -> None:
@@ -320,7 +320,7 @@ def test_a_step_is_plain_data() -> None:
             table += each.blocks
         for each in sent.admitted:
             assert (each.start, each.token_ids, each.params.seed) == (0, [3, 4, 5], 9)
-        assert table == a.block_ids
+        assert table == a.tables[0]
         run(scheduler, step)
     assert len(table) == 2
 
@@ -343,7 +343,7 @@ def test_drafts_that_count_are_taken_and_cut_at_a_stop() -> None:
     assert (a.output_token_ids, a.stop_reason) == ([7, 8, EOS], None)
     assert a.is_finished
     assert scheduler.update(third.step, [[1, 2, 3, 4]]) == []
-    assert scheduler.cache.pool.num_used == 0
+    assert scheduler.cache.num_used == 0
 
 
 def test_what_lies_behind_a_stop_string_is_dropped() -> None:
@@ -383,7 +383,7 @@ def test_least_urgent_is_preempted_and_comes_back_first() -> None:
     step = scheduled(scheduler)  # a needs a third block
     assert parts(step) == [("a", 8, 1, True)]
     assert step.released == ["b"]
-    assert (b.status, b.num_preemptions, b.block_ids) == (RequestStatus.PREEMPTED, 1, [])
+    assert (b.status, b.num_preemptions, b.tables) == (RequestStatus.PREEMPTED, 1, [])
     run(scheduler, step)
     scheduler.finish(a, "stop", "END")
     step = scheduled(scheduler)
@@ -442,12 +442,12 @@ def test_superfluous_token_is_dropped_and_blocks_wait_for_its_step() -> None:
     first, second = scheduled(scheduler), scheduled(scheduler)
     assert run(scheduler, first, EOS) == [a]
     assert a.is_finished
-    assert scheduler.cache.pool.num_used == 3
+    assert scheduler.cache.num_used == 3
     assert scheduler.schedule() is None
     assert scheduler.has_work
     assert run(scheduler, second, 5) == []
     assert a.output_token_ids == [EOS]
-    assert scheduler.cache.pool.num_used == 0
+    assert scheduler.cache.num_used == 0
     assert not scheduler.has_work
 
 
@@ -458,10 +458,10 @@ def test_abort_while_a_step_is_outstanding() -> None:
     assert scheduler.abort("a") is a
     assert scheduler.abort("a") is None
     assert scheduler.abort("unknown") is None
-    assert scheduler.cache.pool.num_used == 2
+    assert scheduler.cache.num_used == 2
     assert run(scheduler, first) == [b]
     assert (a.output_token_ids, a.finish_reason) == ([], "abort")
-    assert scheduler.cache.pool.num_used == 1
+    assert scheduler.cache.num_used == 1
     assert scheduled(scheduler).released == ["a"]
     assert scheduled(scheduler).released == []
 
@@ -486,10 +486,10 @@ def test_victim_with_a_pending_token_gets_it() -> None:
     # a needs a block; b's come free with the first step only, and until then nobody runs.
     assert scheduler.schedule() is None
     assert b.status is RequestStatus.PREEMPTED
-    assert scheduler.cache.pool.num_used == 4
+    assert scheduler.cache.num_used == 4
     assert run(scheduler, first, 5) == [a, b]
     assert b.output_token_ids == [5]
-    assert scheduler.cache.pool.num_used == 2
+    assert scheduler.cache.num_used == 2
     step = scheduled(scheduler)
     assert parts(step) == [("a", 8, 1, True)]
     assert step.released == ["b"]
@@ -510,9 +510,9 @@ def test_blocks_of_a_step_are_listed_as_they_were() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a", 8))
     step = scheduled(scheduler)
-    blocks = list(a.block_ids)
+    blocks = list(a.tables[0])
     run(scheduler, step, EOS)
-    assert a.block_ids == []
+    assert a.tables == []
     assert step.step.edits[0][0].blocks == blocks
 
 
@@ -524,7 +524,7 @@ def test_start_over_forgets_steps_blocks_and_prefixes() -> None:
     scheduler.start_over()
     assert (a.finish_reason, b.finish_reason) == ("abort", "abort")
     assert not scheduler.has_work
-    assert scheduler.cache.pool.num_used == 0
+    assert scheduler.cache.num_used == 0
     with pytest.raises(RuntimeError, match="oldest"):
         run(scheduler, lost)
     (c,) = added(scheduler, request("a", 8, max_tokens=1))

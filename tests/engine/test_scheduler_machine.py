@@ -8,17 +8,20 @@ a slot that holds somebody else's prefix. Where tokens are drafted, some drafts 
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from reprise.cache import NULL_BLOCK, CacheManager
+from reprise.cache import KEPT, NULL_BLOCK, CacheLayout, CacheManager, State, Window, one_table
+from reprise.cache.layout import PoolLayout, TableLayout
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError
 from reprise.request import Request, RequestStatus
@@ -33,6 +36,37 @@ PROMPTS = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=12),
 )
 """Mostly prefixes of one text."""
+SIZES = st.sampled_from([1, 2, 4])
+WINDOWS = st.integers(1, 9).map(Window)
+
+
+def several(*tables: tuple[Any, int, int], blocks: list[int]) -> CacheLayout:
+    return CacheLayout(
+        tuple(TableLayout(*each) for each in tables), tuple(PoolLayout(1, n) for n in blocks)
+    )
+
+
+LAYOUTS = st.one_of(
+    st.builds(one_table, st.integers(4, 14), st.integers(1, 4)),
+    st.builds(one_table, st.integers(4, 14), SIZES, WINDOWS),
+    st.builds(
+        lambda size, window, blocks: several((KEPT, size, 0), (window, size, 0), blocks=[blocks]),
+        SIZES, WINDOWS, st.integers(8, 24),
+    ),
+    st.builds(
+        lambda size, other, window, kept, blocks: several(
+            (KEPT, size, 0), (window, other, 1), blocks=[kept, blocks]
+        ),
+        SIZES, SIZES, WINDOWS, st.integers(4, 14), st.integers(4, 20),
+    ),
+    st.builds(
+        lambda size, every, kept, slots: several(
+            (KEPT, size, 0), (State(every), every, 1), blocks=[kept, slots]
+        ),
+        SIZES, SIZES, st.integers(4, 14), st.integers(2, 9),
+    ),
+)  # fmt: skip
+"""Caches that are kept, windows, both from one pool or from two, and states beside kept ones."""
 Content = tuple[bytes, int, tuple[int, ...]]
 
 
@@ -77,9 +111,13 @@ class Part:
     """One request's share of a step, as it was when the step was handed to the device."""
 
     row: int
-    table: list[int]
-    written: set[int]
-    """Blocks that the step may write."""
+    tables: list[list[int]]
+    written: set[tuple[int, int]]
+    """Blocks that the step may write, with their pools."""
+    begin: int
+    """Where it begins at least, as far as is known when it is launched."""
+    end: int
+    admission: Admission
 
 
 @dataclass
@@ -96,11 +134,14 @@ class Launch:
 
 @dataclass
 class Device:
-    block_size: int
+    layout: CacheLayout
     max_rows: int
-    tables: dict[int, list[int]] = field(default_factory=dict)
+    tables: dict[int, list[list[int]]] = field(default_factory=dict)
+    admissions: dict[int, Admission] = field(default_factory=dict)
+    """Who has which row, once the steps that were launched have run."""
     rows: dict[int, Row] = field(default_factory=dict)
-    slots: dict[tuple[int, int], Content] = field(default_factory=dict)
+    slots: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+    """By table, block and place in it."""
     queue: list[Launch] = field(default_factory=list)
 
     def launch(self, step: Step, requests: list[Request], version: int) -> None:
@@ -108,38 +149,63 @@ class Device:
         by_row = {each.row: each for each in requests}
         for each in sent.admitted:
             assert NULL_ROW < each.row <= self.max_rows
-            self.tables[each.row] = []
-        for edit in sent.edits[0]:
-            table = self.tables[edit.row]
-            assert edit.begin == len(table), "each entry is sent once"
-            table += edit.blocks
+            self.tables[each.row] = [[] for _ in self.layout.tables]
+            self.admissions[each.row] = each
+        for number, edits in enumerate(sent.edits):
+            for edit in edits:
+                table = self.tables[edit.row][number]
+                if edit.begin < len(table):
+                    assert not any(edit.blocks), "each entry is sent once, or given back"
+                table[edit.begin : edit.begin + len(edit.blocks)] = edit.blocks
         parts = []
         for number, (row, request) in enumerate(zip(sent.rows, requests, strict=True)):
-            table, total = list(self.tables[row]), sent.counts[number] + sent.drafts[number]
-            assert table == request.block_ids
+            total = sent.counts[number] + sent.drafts[number]
             end = min(request.num_computed_tokens, request.max_total_tokens - 1)
             start = request.num_computed_tokens - total
             if number < sent.num_decodes:  # as far as is certain
                 start = len(request.token_ids) + request.num_pending - 2
-            assert len(table) * self.block_size >= end
-            written = table[start // self.block_size : -(-end // self.block_size)]
-            parts.append(Part(row, table, set(written)))
+            tables = [list(each) for each in self.tables[row]]
+            part = Part(row, tables, set(), start, end, self.admissions[row])
+            for each, table, own in zip(self.layout.tables, tables, request.tables, strict=True):
+                needed = each.lifetime.needed(start, end, each.block_size)
+                for at in needed:
+                    assert table[at] == own[at] != NULL_BLOCK
+                if each.lifetime.rewritten:
+                    continue
+                written = range(start // each.block_size, needed.stop)
+                part.written |= {(each.pool, table[at]) for at in written}
+            parts.append(part)
         salts = {each.row: by_row[each.row].cache_salt for each in sent.admitted}
         launch = Launch(step, sent, version, salts, requests, parts)
         for earlier in self.queue:
             self._check_disjoint(earlier, launch)
         self.queue.append(launch)
 
-    @staticmethod
-    def _check_disjoint(earlier: Launch, later: Launch) -> None:
+    def _used(self, part: Part) -> set[tuple[int, int]]:
+        """Blocks that a step under way may read or write, as far as the device has come."""
+        row, begin = self.rows.get(part.row), part.begin
+        if row is not None and row.admission is part.admission:
+            begin = max(begin, len(row.tokens))
+        return {
+            (each.pool, table[at])
+            for each, table in zip(self.layout.tables, part.tables, strict=True)
+            if not each.lifetime.rewritten
+            for at in each.lifetime.needed(begin, part.end, each.block_size)
+        }
+
+    def _check_disjoint(self, earlier: Launch, later: Launch) -> None:
         """A later step writes no block that an earlier one uses for another request."""
         for ours, mine in zip(later.requests, later.parts, strict=True):
             for theirs, other in zip(earlier.requests, earlier.parts, strict=True):
-                assert ours is theirs or not mine.written & set(other.table)
+                assert ours is theirs or not mine.written & self._used(other)
 
     def run_oldest(self) -> tuple[Step, list[list[int]]]:
         launch = self.queue.pop(0)
         step = launch.step
+        pools = [each.pool for each in self.layout.tables]
+        copied = [self.slots.get((pools[each.table], each.source, 0)) for each in step.copies]
+        for each, content in zip(step.copies, copied, strict=True):
+            self.slots[pools[each.table], each.target, 0] = content
         for each in step.released:
             del self.rows[each]
         for each in step.admitted:
@@ -162,14 +228,23 @@ class Device:
                 assert len(inputs) == count
             tokens = [*row.tokens, *inputs]
             end = min(len(tokens), row.admission.limit)
-            work.append((row, tokens, start, end, part.table))
-            for at in range(start, end):
-                self.slots[self._slot(part.table, at)] = row.content(tokens, at)
+            work.append((row, tokens, start, end, part.tables))
+            for number, layout in enumerate(self.layout.tables):
+                for at in range(start, end):
+                    slot = self._slot(number, part.tables[number], at)
+                    if layout.lifetime.rewritten:
+                        had = self.slots.get(slot) if at else None
+                        assert had == (row.content(tokens, at - 1) if at else None)
+                    self.slots[slot] = row.content(tokens, at)
         results: list[list[int]] = []
-        for number, (row, tokens, start, end, table) in enumerate(work):
+        for number, (row, tokens, start, end, tables) in enumerate(work):
             # After all writes, which must not overlap.
-            for at in range(end):
-                assert self.slots[self._slot(table, at)] == row.content(tokens, at)
+            for index, layout in enumerate(self.layout.tables):
+                window = getattr(layout.lifetime, "size", MODEL_LEN)
+                for at in range(max(0, start - window + 1), end):
+                    if not layout.lifetime.rewritten:
+                        slot = self._slot(index, tables[index], at)
+                        assert self.slots[slot] == row.content(tokens, at)
             if number >= step.num_decodes:
                 row.tokens = tokens
                 drawn = [next_token(tokens)] if step.samples[number] else []
@@ -183,16 +258,17 @@ class Device:
             results.append(drawn)
         return launch.original, results
 
-    def _slot(self, table: list[int], position: int) -> tuple[int, int]:
-        block = table[position // self.block_size]
+    def _slot(self, number: int, table: list[int], position: int) -> tuple[int, int, int]:
+        layout = self.layout.tables[number]
+        size = MODEL_LEN if layout.lifetime.rewritten else layout.block_size
+        block = table[position // size]
         assert block != NULL_BLOCK
-        return block, position % self.block_size
+        return layout.pool, block, 0 if layout.lifetime.rewritten else position % size
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(4, 14),
-        block_size=st.integers(1, 4),
+        layout=LAYOUTS,
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(0, 8),
         prefix_caching=st.sampled_from([True, True, False]),
@@ -203,8 +279,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(
         self,
-        num_blocks: int,
-        block_size: int,
+        layout: CacheLayout,
         max_num_seqs: int,
         budget: int,
         prefix_caching: bool,
@@ -213,7 +288,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafts: int,
         blocks_ahead: int,
     ) -> None:
-        self.cache = CacheManager(num_blocks, block_size, prefix_caching)
+        if any(each.lifetime.rewritten for each in layout.tables):
+            drafts = 0  # what rejected drafts did to a state is for its layer to undo
+        layout = dataclasses.replace(
+            layout,
+            tables=tuple(
+                dataclasses.replace(each, ahead=depth * (1 + drafts)) for each in layout.tables
+            ),
+        )
+        while layout.capacity < 1:
+            layout = layout.sized([2 * each.num_blocks for each in layout.pools])
+        self.cache = CacheManager(layout, prefix_caching)
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs,
@@ -223,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_drafts=drafts,
             blocks_ahead=blocks_ahead,
         )
-        self.device = Device(block_size, max_num_seqs)
+        self.device = Device(layout, max_num_seqs)
         self.requests: list[Request] = []
         self.cut_short: set[Request] = set()
         self.version = 0
@@ -429,32 +514,49 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_have_exactly_their_owners(self) -> None:
-        pool = self.cache.pool
-        owners = Counter(block for request in self.requests for block in request.block_ids)
-        assert NULL_BLOCK not in owners
-        for block in range(pool.num_blocks):
-            assert pool.ref_count(block) == owners[block]
-        assert pool.num_used == len(owners)
-        assert pool.num_free + pool.num_used + 1 == pool.num_blocks
-        if not self.cache.enable_prefix_caching:
-            assert set(owners.values()) <= {1}
+        layout = self.cache.layout
+        for number, pool in enumerate(self.cache.pools):
+            owners = Counter(
+                block
+                for request in self.requests
+                for each, blocks, left in zip(
+                    layout.tables, request.tables, request.num_left, strict=False
+                )
+                if each.pool == number
+                for block in blocks[left:]
+            )
+            owners += Counter(
+                each.slot
+                for request in self.requests
+                for each in request.checkpoints
+                if each.table.pool is pool
+            )
+            assert NULL_BLOCK not in owners
+            for block in range(pool.num_blocks):
+                assert pool.ref_count(block) == owners[block]
+            assert pool.num_used == len(owners)
+            assert pool.num_free + pool.num_used + 1 == pool.num_blocks
+            assert 0 <= pool.num_claimed <= pool.num_free
+            if not self.cache.enable_prefix_caching:
+                assert set(owners.values()) <= {1}
 
     @invariant()
     def free_blocks_form_one_ring(self) -> None:
-        pool, ring = self.cache.pool, list[int]()
-        block = pool._next[NULL_BLOCK]
-        while block != NULL_BLOCK:
-            assert pool._previous[pool._next[block]] == block
-            assert pool.ref_count(block) == 0
-            ring.append(block)
-            block = pool._next[block]
-        assert len(ring) == len(set(ring)) == pool.num_free
+        for pool in self.cache.pools:
+            ring = list[int]()
+            block = pool._next[NULL_BLOCK]
+            while block != NULL_BLOCK:
+                assert pool._previous[pool._next[block]] == block
+                assert pool.ref_count(block) == 0
+                ring.append(block)
+                block = pool._next[block]
+            assert len(ring) == len(set(ring)) == pool.num_free
 
     @invariant()
     def idle_requests_own_nothing(self) -> None:
         for request in self.requests:
             if request.status is not RequestStatus.RUNNING and not request.num_in_flight:
-                assert not request.block_ids
+                assert not request.tables
             assert request.num_in_flight >= 0
             assert request.is_finished or request.num_pending >= 0
             if request.skip_prefix_cache:
@@ -496,7 +598,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if stuck:
                 assert self.scheduler.num_outstanding, "nothing runs and nothing can be scheduled"
                 self._update()
-        assert self.cache.pool.num_used == 0
+        assert self.cache.num_used == 0
         assert all(request.is_finished for request in self.requests)
         self.outputs_are_those_of_a_run_alone()
         self.blocks_have_exactly_their_owners()
@@ -504,7 +606,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=200,
+    max_examples=15,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -271,20 +271,22 @@ def static_buffers(first: Case, then: Case, platform: Platform) -> tuple[dict[st
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}, batch
 
 
-@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+@pytest.mark.parametrize("implementation_name", ["triton", "torch", "reference"])
 def test_blocks_behind_the_window_may_hold_anything(
     implementation, platform, implementation_name
 ) -> None:
-    """An engine may give such blocks to other requests."""
+    """An engine gives such blocks to other requests, and their entries to the null block."""
     function = implementation(paged_attention, implementation_name)
     for case in (decode(300, 90, window=50), Case((300, 90), (20, 5), window=50)):
         batch = Batch(case, torch.float32, platform.device)
         expected = batch.run(reference)
         for row, (length, new) in enumerate(zip(case.lengths, case.new, strict=True)):
-            freed = (length - new - case.window + 1) // case.block_size
-            blocks = batch.arguments["block_tables"][row, :freed].long()
-            batch.arguments["key_cache"][blocks] = torch.nan
-            batch.arguments["value_cache"][blocks] = torch.nan
+            freed, rest = divmod(length - new - case.window + 1, case.block_size)
+            table = batch.arguments["block_tables"][row]
+            for cache in (batch.arguments["key_cache"], batch.arguments["value_cache"]):
+                cache[table[:freed].long()] = torch.nan
+                cache[table[freed].long(), :rest] = torch.nan
+            table[: freed - row] = 0
         torch.testing.assert_close(batch.run(function), expected, rtol=2e-5, atol=2e-5)
 
 

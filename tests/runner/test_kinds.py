@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from reprise.cache import KEPT, LayerCache, Rows
+from reprise.cache import KEPT, CacheLayout, LayerCache, Lifetime, Rows, State, Window
+from reprise.cache.layout import lay_out_caches
+from reprise.cache.memory import allocate_caches
+from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.kinds import FACTS, RowLayouts
+from reprise.runner.kinds import FACTS, RowLayouts, facts_of, kind_of_step
 from reprise.runner.probes import ProbeMaker
 from reprise.shape import StepShape
 
@@ -46,29 +49,50 @@ def test_layouts_do_not_depend_on_how_tables_grew(parts: list[list[int]]) -> Non
         assert layouts.highest == max(*whole, 10)
 
 
-def make_cache(blocks: int, size: int, device: Any) -> LayerCache:
-    rows = Rows((1, 2), torch.float32)
-    cache = LayerCache(KEPT, key=rows, value=rows)
-    key, value = torch.zeros(2, blocks, size, 1, 2, device=device)
-    cache.bind(0, {"key": key, "value": value})
-    return cache
+ROWS = Rows((1, 2), torch.float32)
+CACHES = {
+    "kept": [KEPT],
+    "window": [Window(20)],
+    "both, one pool": [KEPT, Window(600)],
+    "both, a pool each": [KEPT, KEPT, Window(20)],
+    "three": [KEPT, Window(20), Window(600)],
+    "states": [KEPT, State(16)],
+}
+
+
+def make(
+    platform: Platform, lifetimes: list[Lifetime], size: int, blocks: int
+) -> tuple[dict[str, LayerCache], CacheLayout]:
+    """Caches, a layer each, with pools of so many blocks."""
+    caches = {
+        f"layer {number}": LayerCache(each, key=ROWS, value=ROWS)
+        for number, each in enumerate(lifetimes)
+    }
+    layout = lay_out_caches(caches, size)
+    layout = layout.sized([blocks] * len(layout.pools))
+    allocate_caches(caches, layout, platform)
+    return caches, layout
 
 
 @settings(max_examples=60)
 @given(data=st.data())
 def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataObject) -> None:
     """For every cache, also of a few blocks, every size of blocks, and every bucket."""
-    size = data.draw(st.sampled_from([1, 2, 3, 8, 16, 128]), label="block size")
-    blocks = data.draw(st.one_of(st.integers(2, 6), st.integers(2, 300)), label="blocks")
-    longest = data.draw(st.integers(1, min((blocks - 1) * size, 600)), label="max_model_len")
+    lifetimes = data.draw(st.sampled_from([CACHES["kept"], *CACHES.values()]), label="caches")
+    sizes = [1, 2, 3, 8, 16, 128] if len(lifetimes) == 1 else [1, 2, 8, 16, 128]
+    size = data.draw(st.sampled_from(sizes), label="block size")
+    # One request of one block fits in any case.
+    least = 1 + 2 * len(lifetimes)
+    blocks = data.draw(
+        st.one_of(st.integers(least, least + 4), st.integers(least, 300)), label="blocks"
+    )
     requests = data.draw(st.integers(1, 9), label="max_num_seqs")
     tokens = data.draw(st.integers(requests, 80), label="max_num_batched_tokens")
-    columns = -(-longest // size)
-    buffers = StepBuffers(tokens, requests, columns, size, platform)
-    cache = make_cache(blocks, size, platform.device)
-    maker = ProbeMaker(
-        buffers, {"layer 0": cache}, vocab_size=50, max_model_len=longest, num_blocks=blocks
-    )  # fmt: skip
+    caches, layout = make(platform, lifetimes, size, blocks)
+    longest = data.draw(st.integers(1, min(layout.capacity, 600)), label="max_model_len")
+    buffers = StepBuffers(tokens, requests, longest, layout, platform)
+    buffers.use_cache(layout)
+    maker = ProbeMaker(buffers, caches, vocab_size=50, max_model_len=longest)
     buckets = [StepShape.decode(n) for n in {1, requests}]
     buckets += [StepShape.mixed(n, min(n, requests)) for n in {1, min(3, tokens), tokens}]
     for bucket in buckets:
@@ -76,42 +100,74 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
             probes = maker.probes(bucket, anchor)
             assert probes
             for probe in probes:
-                check_probe(buffers, bucket, probe, blocks, longest)
+                check_probe(buffers, bucket, probe, longest)
 
 
-def check_probe(
-    buffers: StepBuffers, bucket: StepShape, probe: Any, blocks: int, longest: int
-) -> None:
+def check_probe(buffers: StepBuffers, bucket: StepShape, probe: Any, longest: int) -> None:
     probe.fill()
-    live, size = probe.live, buffers.block_size
+    live, layout = probe.live, buffers.layout
     assert 1 <= live.num_requests <= bucket.num_requests
     assert live.num_tokens <= bucket.num_tokens
     views = {name: each.cpu().numpy() for name, each in buffers.views(
         bucket.num_tokens, bucket.num_requests).items()}  # fmt: skip
-    slots = views["slot_mapping"][: live.num_tokens]
-    assert len(np.unique(slots)) == len(slots), "no slot is written twice"
-    assert (slots >= size).all(), "nobody but padding writes the null block"
-    assert (slots < blocks * size).all()
-    assert (views["slot_mapping"][live.num_tokens :] < size).all()
     starts, lengths = views["query_start_loc"], views["seq_lens"][: live.num_requests]
     assert (lengths <= longest).all()
-    owners: dict[int, int] = {}
-    for row in range(live.num_requests):
-        new = slots[starts[row] : starts[row + 1]]
-        assert 1 <= len(new) <= lengths[row]
-        for block in np.unique(new // size).tolist():
-            assert owners.setdefault(block, row) == row, "two rows write one block"
-        table = views["block_tables"][row, : -(-lengths[row] // size)]
-        assert ((table > 0) & (table < blocks)).all()
-    for pair in FACTS.pairs(probe.kind):
-        assert FACTS.name(pair)
+    owners: dict[tuple[int, int], tuple[int, int]] = {}
+    for number, table in enumerate(layout.tables):
+        slots = views[f"slot_mapping{number or ''}"]
+        blocks = views[f"block_tables{number or ''}"]
+        assert not blocks[live.num_requests :].any(), "padding has null blocks alone"
+        assert (slots[live.num_tokens :] < table.span).all()
+        slots = slots[: live.num_tokens]
+        assert (slots >= table.span).all(), "nobody but padding writes the null block"
+        assert (slots < layout.pools[table.pool].num_blocks * table.span).all()
+        if not table.lifetime.rewritten:
+            assert len(np.unique(slots)) == len(slots), "no slot is written twice"
+        for row in range(live.num_requests):
+            new = slots[starts[row] : starts[row + 1]]
+            assert 1 <= len(new) <= lengths[row]
+            for block in np.unique(new // table.span).tolist():
+                owner = owners.setdefault((table.pool, block), (number, row))
+                assert owner == (number, row), "two rows or tables write one block"
+            begin, end = int(lengths[row]) - len(new), int(lengths[row])
+            needed = table.lifetime.needed(begin, end, table.block_size)
+            held = blocks[row, needed.start : needed.stop]
+            assert ((held > 0) & (held < layout.pools[table.pool].num_blocks)).all()
+            assert not blocks[row, : needed.start].any(), "what has left is the null block"
+    facts = buffers.facts
+    for pair in facts.pairs(probe.kind):
+        assert facts.name(pair)
+    assert buffers.kind(bucket).rows.tolist() == probe.kind.rows.tolist()
+
+
+def test_facts_are_told_of_each_table(platform: Platform) -> None:
+    """A graph that was right on scattered blocks of one table is not trusted with the other's."""
+    _, layout = make(platform, CACHES["both, one pool"], 16, 65)
+    facts, other = facts_of(layout.tables), FACTS
+    assert len(facts.names) == len(other.names) + 7
+    assert "blocks: window of 600: scattered" in facts.names
+    assert "blocks: kept: scattered" in facts.names
+    one, length = np.array([1]), np.array([100])
+    scattered, neighbours = np.array([3]), np.array([1])
+    lower = np.array([0])
+
+    def kind(kept: Any, window: Any) -> Any:
+        layouts = [(kept, lower), (window, lower)]
+        return kind_of_step(one, length, layouts, StepShape.decode(1), [16, 16], facts)
+
+    ledger = Ledger(facts)
+    ledger.enter("graph", "family")
+    ledger.prove("graph", kind(scattered, neighbours), "live")
+    assert ledger.trusts("graph", kind(scattered, neighbours))
+    assert not ledger.trusts("graph", kind(neighbours, scattered))
+    assert not ledger.trusts("graph", kind(scattered, scattered))
 
 
 @pytest.mark.parametrize("anchor", [True, False])
 def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anchor: bool) -> None:
-    buffers = StepBuffers(64, 4, 16, 16, platform)
-    caches = {"layer 0": make_cache(65, 16, platform.device)}
-    maker = ProbeMaker(buffers, caches, vocab_size=6400, max_model_len=256, num_blocks=65)
+    caches, layout = make(platform, CACHES["kept"], 16, 65)
+    buffers = StepBuffers(64, 4, 256, layout, platform)
+    maker = ProbeMaker(buffers, caches, vocab_size=6400, max_model_len=256)
     seen: set[int] = set()
     for bucket in (StepShape.mixed(64, 4), StepShape.decode(4)):
         for probe in maker.probes(bucket, anchor):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from reprise.cache import one_table
 from reprise.platforms import Platform
 from reprise.runner.buffers import ADMISSIONS, EDITS, StepBuffers
 from reprise.sampling_params import SamplingParams
@@ -43,6 +44,13 @@ class Request:
     @property
     def decodes(self) -> bool:
         return self.computed >= self.known
+
+
+def make(
+    platform: Platform, shared: bool | None, num_drafts: int = 0, spare: int = 0
+) -> StepBuffers:
+    longest, layout = (MAX_BLOCKS + spare) * BLOCK, one_table(9, BLOCK)
+    return StepBuffers(MAX_TOKENS, MAX_REQUESTS, longest, layout, platform, shared, num_drafts)
 
 
 @dataclass
@@ -128,9 +136,7 @@ def test_random_steps(platform: Platform, data: st.DataObject) -> None:
     """Prompts in chunks, prefix hits, decodes, requests that come and go, the same rows again;
     what was drawn is never told to the buffers but on the device."""
     drafts = data.draw(st.sampled_from([0, 0, 1, 3]))
-    buffers = StepBuffers(
-        MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS + 1, BLOCK, platform, data.draw(SHARED), drafts
-    )
+    buffers = make(platform, data.draw(SHARED), drafts, spare=1)
     world = World(buffers)
     poison(buffers)
     for _ in range(data.draw(st.integers(1, 20))):
@@ -200,7 +206,7 @@ def poison(buffers: StepBuffers) -> None:
 def test_tables_that_were_overwritten_are_gathered_again(
     platform: Platform, shared: bool | None
 ) -> None:
-    buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared)
+    buffers = make(platform, shared)
     world = World(buffers)
     admitted = [world.admit(row, 8) for row in (1, 2, 3)]
     addresses = {name: each.data_ptr() for name, each in buffers.views(8, 3).items()}
@@ -221,7 +227,9 @@ def test_tables_that_were_overwritten_are_gathered_again(
 def test_more_than_travels_with_a_step(platform: Platform) -> None:
     """New blocks, and new requests."""
     count = EDITS // 2 + 1
-    buffers = StepBuffers(2 * ADMISSIONS, 2 * ADMISSIONS, count + 1, BLOCK, platform, shared=False)
+    most = 2 * ADMISSIONS
+    layout = one_table(9, BLOCK)
+    buffers = StepBuffers(most, most, (count + 1) * BLOCK, layout, platform, shared=False)
     world = World(buffers)
     admitted = [world.admit(row, 3) for row in range(1, ADMISSIONS + 2)]
     rows = [each.row for each in admitted]
@@ -231,7 +239,9 @@ def test_more_than_travels_with_a_step(platform: Platform) -> None:
     buffers.fill(step, step.shape, step.shape)
     assert buffers.seq_lens.device[: len(rows)].tolist() == [1] * len(rows)
     for row in (1, 2):
-        assert buffers.block_tables[row - 1, 1 : count + 1].tolist() == list(edits[row - 1].blocks)
+        assert buffers.block_tables[0, row - 1, 1 : count + 1].tolist() == list(
+            edits[row - 1].blocks
+        )
 
 
 @pytest.fixture
@@ -252,7 +262,7 @@ def uploads(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 def test_a_step_takes_one_copy_and_a_decode_like_the_last_one_none(
     platform: Platform, uploads: Callable[[], int]
 ) -> None:
-    buffers = StepBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, BLOCK, platform, shared=False)
+    buffers = make(platform, shared=False)
     world = World(buffers)
     begun = uploads()
 

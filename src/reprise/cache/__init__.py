@@ -2,22 +2,31 @@
 
 from reprise.cache.batch import Batch, Table
 from reprise.cache.block_pool import NULL_BLOCK, BlockPool
-from reprise.cache.manager import CacheManager, CacheUser
+from reprise.cache.layout import CacheLayout, one_table
+from reprise.cache.manager import CacheManager, Hit
 from reprise.cache.prefix import NO_PARENT, PrefixIndex, block_digest
-from reprise.cache.spec import KEPT, LayerCache, Lifetime, Rows
+from reprise.cache.spec import KEPT, STATE, LayerCache, Lifetime, Rows, State, Window
+from reprise.cache.tables import CacheUser, Copy
 
 __all__ = [
     "KEPT",
     "NO_PARENT",
     "NULL_BLOCK",
+    "STATE",
     "Batch",
     "BlockPool",
+    "CacheLayout",
     "CacheManager",
     "CacheUser",
+    "Copy",
+    "Hit",
     "LayerCache",
     "Lifetime",
     "PrefixIndex",
     "Rows",
+    "State",
     "Table",
+    "Window",
     "block_digest",
+    "one_table",
 ]

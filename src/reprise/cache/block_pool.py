@@ -28,6 +28,8 @@ class BlockPool:
             )
         self.num_blocks = num_blocks
         self.num_free = num_blocks - 1
+        self.num_claimed = 0
+        """Of the free blocks, how many owners will need and may take without asking."""
         self._index = PrefixIndex() if index is None else index
         self._refs = [0] * num_blocks
         # The free blocks as a ring of links; the null block, never in it, closes the ring:
@@ -39,6 +41,11 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks with at least one owner."""
         return self.num_blocks - 1 - self.num_free
+
+    @property
+    def room(self) -> int:
+        """Free blocks that nobody has a claim to."""
+        return self.num_free - self.num_claimed
 
     def ref_count(self, block: int) -> int:
         return self._refs[block]
@@ -93,6 +100,10 @@ class BlockPool:
             self._refs[block] -= 1
             if self._refs[block] == 0:
                 self._link(block)
+
+    def forget(self, block: int) -> None:
+        """Nobody may find what the block holds any more."""
+        self._index.evict(block)
 
     def _link(self, block: int) -> None:
         # Without content: to the front. With content: to the back.

@@ -2,145 +2,329 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from reprise.cache.block_pool import BlockPool
-from reprise.cache.prefix import NO_PARENT, PrefixIndex, block_digest
+from reprise.cache.block_pool import NULL_BLOCK, BlockPool
+from reprise.cache.layout import CacheLayout
+from reprise.cache.prefix import PrefixIndex
+from reprise.cache.spec import NEVER
+from reprise.cache.tables import BlockTable, CacheUser, Copy, StateTable
 from reprise.errors import ConfigError
 
 _NO_EPOCH = -1
+LARGEST_RESERVE = 1 / 4
+"""Of a pool, what an admission may have to leave for others at most."""
 
 
-class CacheUser(Protocol):
-    """What the manager reads and keeps on a request."""
+@dataclass(frozen=True)
+class Hit:
+    """What the cache has of a request's tokens."""
 
-    token_ids: list[int]
-    skip_prefix_cache: bool
-    cache_salt: bytes
-    block_ids: list[int]
-    block_digests: list[bytes]
-    num_indexed_blocks: int
-    cache_epoch: int
+    length: int = 0
+    """In tokens, from the first one on."""
+    tables: Sequence[Sequence[int]] = ()
+    """Of each table the blocks of these tokens; the null block for those that nobody needs."""
 
 
 class CacheManager:
-    """The one owner of the block pool and the prefix index.
+    """The one owner of the block pools and of the prefix indices.
 
-    A request's way: ``match``, ``allocate`` with what matched, then ``allocate`` again whenever it
-    outgrows its blocks and ``commit`` when tokens were computed, at last ``free``.
+    A request's way: ``match``, ``admit`` with what matched, then ``grow`` before tokens are
+    computed and ``commit`` when they were, at last ``free``.
+
+    A request whose blocks are bounded has a claim to as many as it may own between two steps, from
+    its admission on, so that it never waits for others half-way. What it owns beyond that, because
+    a step computes many of its tokens, and what tables that grow with their requests take, comes
+    from the blocks to which nobody has a claim.
 
     Args:
-        num_blocks: Blocks of the cache, the null block included.
-        block_size: Tokens a block.
+        layout: Tables and pools.
         enable_prefix_caching: Reuse computed blocks for requests that begin with the same tokens.
 
     Raises:
-        ConfigError: Fewer than two blocks, or a block size below 1.
+        ConfigError: A pool of fewer than two blocks, or a block size below 1.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
-        if block_size < 1:
-            raise ConfigError(f"block_size={block_size}: give at least 1")
-        self.block_size = block_size
+    def __init__(self, layout: CacheLayout, enable_prefix_caching: bool) -> None:
+        for each in layout.tables:
+            if each.block_size < 1:
+                raise ConfigError(f"block_size={each.block_size}: give at least 1")
+        self.layout = layout
         self.enable_prefix_caching = enable_prefix_caching
-        self.index = PrefixIndex()
-        self.pool = BlockPool(num_blocks, self.index)
+        self.capacity = layout.capacity
+        """Tokens that a request alone can hold in the cache."""
         self.prefix_queries = 0
         """Tokens that were looked up in the prefix cache."""
         self.prefix_hits = 0
         """Tokens that were found there."""
+        sizes = [each.block_size for each in layout.tables if not each.lifetime.rewritten]
+        self.block_size = min(sizes, default=1)
+        """The smallest, in tokens."""
+        self._hit_step = max(each.block_size for each in layout.tables)
+        """A hit ends where blocks of all tables end: their sizes are powers of two."""
         self._epoch = 0
+        self._make_pools()
+
+    def _make_pools(self) -> None:
+        indices = [PrefixIndex() for _ in self.layout.pools]
+        self.pools = [
+            BlockPool(each.num_blocks, index)
+            for each, index in zip(self.layout.pools, indices, strict=True)
+        ]
+        grain = min(each.block_size for each in self.layout.tables)
+        self._states: list[StateTable] = []
+        self._tables: list[BlockTable | StateTable] = []
+        for number, each in enumerate(self.layout.tables):
+            arguments = number, each, self.pools[each.pool], indices[each.pool], grain
+            if each.lifetime.rewritten:
+                self._states.append(StateTable(*arguments))
+                self._tables.append(self._states[-1])
+            else:
+                self._tables.append(BlockTable(*arguments))
+        self._copies: list[Copy] = []
+        self._borrowed: list[tuple[StateTable, int]] = []
+        """Checkpoints that are sources of these copies."""
 
     @property
-    def capacity(self) -> int:
-        """Tokens that a request alone can hold in the cache."""
-        return (self.pool.num_blocks - 1) * self.block_size
+    def num_blocks(self) -> int:
+        """All that requests can own."""
+        return sum(each.num_blocks - 1 for each in self.pools)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks with at least one owner."""
+        return sum(each.num_used for each in self.pools)
+
+    @property
+    def room(self) -> int:
+        """Of the pool that has least, free blocks to which nobody has a claim."""
+        pools = {each.pool for each in self.layout.tables if not each.lifetime.rewritten}
+        return min((self.pools[each].room for each in pools), default=0)
 
     @property
     def usage(self) -> float:
-        """Owned blocks as a fraction of all that requests can own."""
-        return self.pool.num_used / (self.pool.num_blocks - 1)
+        """Of the fullest pool, owned blocks as a fraction of all that requests can own."""
+        return max(each.num_used / (each.num_blocks - 1) for each in self.pools)
 
-    def match(self, request: CacheUser) -> list[int]:
-        """The longest run of cached blocks that the request's known tokens begin with.
+    def reserve(self, fraction: float, max_tokens: int) -> list[int]:
+        """Of each pool, blocks to leave at an admission while others run: a fraction of all, and
+        where windows move on, what a step of so many tokens takes for a while."""
+        found = []
+        for number, pool in enumerate(self.layout.pools):
+            passing = sum(
+                -(-max_tokens // each.block_size)
+                for each in self.layout.of_pool(number)
+                if each.lifetime.bounded and not each.lifetime.rewritten
+            )
+            passing = min(passing, int(pool.num_blocks * LARGEST_RESERVE))
+            found.append(int(pool.num_blocks * fraction) + passing)
+        return found
+
+    # ---- prefixes ------------------------------------------------------------------------
+
+    def match(self, request: CacheUser) -> Hit:
+        """The longest prefix of the request's known tokens behind which it could go on: every table
+        has the blocks that it needs there.
 
         At least one token stays uncovered, so that there is something to compute. Changes
-        nothing: the blocks may be lost until ``allocate`` takes them.
+        nothing: the blocks may be lost until ``admit`` takes them.
         """
-        blocks: list[int] = []
+        step = self._hit_step
+        length = (len(request.token_ids) - 1) // step * step
         if not self.enable_prefix_caching or request.skip_prefix_cache:
-            return blocks
-        for position in range((len(request.token_ids) - 1) // self.block_size):
-            block = self.index.find(self._digest(request, position))
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+            length = 0
+        found: list[list[int]] = []
+        runs: list[list[int]] = []
+        for table in self._tables:
+            blocks, lengths = table.find(request, length)
+            found.append(blocks)
+            runs.append(lengths)
+            length = min(length, len(blocks) * table.size // step * step)
+        while length and not all(
+            run[length // table.size - 1] >= len(table.resumes(length))
+            for table, run in zip(self._tables, runs, strict=True)
+        ):
+            length -= step
+        if not length:
+            return Hit()
+        tables = []
+        for table, blocks in zip(self._tables, found, strict=True):
+            needed = table.resumes(length)
+            tables.append([NULL_BLOCK] * needed.start + blocks[needed.start : needed.stop])
+        return Hit(length, tables)
 
-    def allocate(
-        self,
-        request: CacheUser,
-        num_tokens: int,
-        cached: Sequence[int] = (),
-        reserve: int = 0,
-    ) -> bool:
-        """Make the request's blocks hold its first ``num_tokens`` tokens: all of them or none.
+    # ---- blocks --------------------------------------------------------------------------
+
+    def admit(self, request: CacheUser, hit: Hit, reserve: Sequence[int] = ()) -> bool:
+        """Take the blocks of a hit; where all are kept, those of all known tokens; where they are
+        bounded, a claim to as many as the request can need: all of them or none.
 
         Args:
-            request: Gets the blocks, appended to ``block_ids``.
-            num_tokens: Tokens that must have a place, those that have one included.
-            cached: What ``match`` returned, for a request that owns no blocks yet.
-            reserve: Blocks that must stay free.
+            request: Owns no blocks yet.
+            hit: What ``match`` returned.
+            reserve: Of each pool, blocks that must stay without a claim; empty: none.
 
         Returns:
             False, with nothing changed, if too few blocks are free.
         """
-        pool, owned = self.pool, request.block_ids
-        wanted = -(-num_tokens // self.block_size) - len(owned) - len(cached)
-        revived = sum(map(pool.is_free, cached))
-        if wanted + revived + reserve > pool.num_free:
-            return False
-        if not owned:
-            request.cache_epoch = self._epoch
-            request.num_indexed_blocks = len(cached)
-            pool.share(cached)  # first, lest they be handed out as free blocks
-            owned.extend(cached)
-        if wanted > 0:
-            owned.extend(pool.allocate(wanted, after=owned[-1] if owned else None))
+        hits = hit.tables or [[] for _ in self._tables]
+        cost: dict[BlockPool, int] = dict.fromkeys(self.pools, 0)
+        for table, blocks in zip(self._tables, hits, strict=True):
+            cost[table.pool] += table.cost(request, blocks)
+        for number, pool in enumerate(self.pools):
+            if cost[pool] + (reserve[number] if reserve else 0) > pool.room:
+                return False
+        for table, blocks in zip(self._tables, hits, strict=True):
+            table.share(blocks)  # first, lest they be handed out as free blocks
+        request.tables = [
+            table.admit(request, blocks) for table, blocks in zip(self._tables, hits, strict=True)
+        ]
+        request.num_left = [
+            0 if table.lifetime.rewritten else table.resumes(hit.length).start
+            for table in self._tables
+        ]
+        request.num_indexed = [hit.length // table.size for table in self._tables]
+        request.checkpoints = []
+        request.cache_epoch = self._epoch
+        if hit.length:
+            for table in self._states:
+                source = hits[table.number][-1]
+                self._copies.append(Copy(table.number, source, request.tables[table.number][0]))
+                self._borrowed.append((table, source))
+        self._set_marks(request)
         return True
 
+    def grow(self, request: CacheUser, begin: int, end: int) -> int:
+        """Make places for the tokens ``begin`` to ``end - 1``; those before are computed, or will
+        be by steps that are scheduled.
+
+        Returns:
+            Up to which token there are places: less than ``end`` if too few blocks are free.
+        """
+        if end <= request.num_places:
+            return end
+        if not self._fits(request, begin, end):
+            size = min(each.block_size for each in self.layout.tables)
+            # The most blocks of the smallest size that fit.
+            fits, too_many = request.num_places // size, -(-end // size)
+            while too_many - fits > 1:
+                middle = (fits + too_many) // 2
+                if self._fits(request, begin, middle * size):
+                    fits = middle
+                else:
+                    too_many = middle
+            end = max(request.num_places, fits * size)
+        for table in self._tables:
+            table.grow(request, begin, end)
+        self._set_marks(request)
+        return end
+
+    def _fits(self, request: CacheUser, begin: int, end: int) -> bool:
+        room = {pool: pool.room for pool in self.pools}
+        for table in self._tables:
+            room[table.pool] -= table.unclaimed(request, begin, end)
+        return min(room.values()) >= 0
+
     def commit(self, request: CacheUser, num_tokens: int) -> None:
-        """The first ``num_tokens`` tokens are computed and known: others may share full blocks."""
-        num_full = num_tokens // self.block_size
+        """The first ``num_tokens`` tokens are computed and known: others may share full blocks, and
+        those that no later token needs are given back. Their entries become the null block."""
         # Blocks computed before a reset, or on top of such, must not come back.
-        if self.enable_prefix_caching and request.cache_epoch == self._epoch:
-            for position in range(request.num_indexed_blocks, num_full):
-                self.index.insert(self._digest(request, position), request.block_ids[position])
-        request.num_indexed_blocks = max(num_full, request.num_indexed_blocks)
+        shares = self.enable_prefix_caching and request.cache_epoch == self._epoch
+        for table in self._tables:
+            table.commit(request, num_tokens, shares)
+        self._set_marks(request)
+
+    def _set_marks(self, request: CacheUser) -> None:
+        """Up to which token there are places, and when ``commit`` has something to do next."""
+        request.num_places = min(table.places(request) for table in self._tables)
+        request.commit_at = min(table.commit_at(request) for table in self._tables)
 
     def free(self, request: CacheUser) -> None:
-        """Take all blocks from the request; its last ones are reused first."""
-        self.pool.free(reversed(request.block_ids))
-        # A new list: a scheduled step may still refer to the old one.
-        request.block_ids = []
-        request.num_indexed_blocks = 0
+        """Take all blocks and claims from the request."""
+        if request.tables:
+            for table in self._tables:
+                table.free(request)
+        # New lists: a scheduled step may still refer to the old ones.
+        request.tables, request.num_left, request.num_indexed = [], [], []
+        request.checkpoints = []
+        request.num_places, request.commit_at = 0, NEVER
+
+    # ---- states --------------------------------------------------------------------------
+
+    def chunk_end(self, begin: int, end: int, known: int) -> int:
+        """Where a chunk had better end than at ``end``, so that a state is met where others could
+        go on from it.
+
+        Args:
+            begin: Of the chunk.
+            end: The furthest it can go.
+            known: Tokens of the request.
+        """
+        if not self._states or not self.enable_prefix_caching:
+            return end
+        last = (known - 1) // self._hit_step * self._hit_step
+        if begin < last < end:
+            return last
+        aligned = end // self._hit_step * self._hit_step
+        return aligned if begin < aligned and end < known else end
+
+    def checkpoint(self, request: CacheUser, length: int) -> None:
+        """Keep the request's states as they are before the step that is scheduled now, ``length``
+        tokens being computed. Call it only where these are known to be all."""
+        if length == 0 or length % self._hit_step or not self.enable_prefix_caching:
+            return
+        if request.cache_epoch != self._epoch:
+            return
+        for table in self._states:
+            copy = table.checkpoint(request, length)
+            if copy is not None:
+                self._copies.append(copy)
+        self._set_marks(request)
+
+    def take_copies(self) -> list[Copy]:
+        """The copies to be made before the step that is scheduled now. A checkpoint that is copied
+        may be given out from the next step on: the device has copied it by then."""
+        copies, self._copies = self._copies, []
+        for table, slot in self._borrowed:
+            table.pool.free([slot])
+        self._borrowed = []
+        return copies
+
+    @property
+    def has_states(self) -> bool:
+        return bool(self._states)
+
+    # ---- what is wrong, or not wanted any more -------------------------------------------
 
     def record_lookup(self, num_queried: int, num_found: int) -> None:
-        """Count a lookup that led to an allocation; numbers of tokens."""
+        """Count a lookup that led to an admission; numbers of tokens."""
         self.prefix_queries += num_queried
         self.prefix_hits += num_found
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content, as after a change of weights. Running requests keep their
         blocks, but nobody will share them."""
-        self.index.clear()
+        for table in self._tables:
+            table.index.clear()
         self._epoch += 1
 
-    def forget_blocks(self, blocks: Iterable[int]) -> None:
-        """What these blocks hold is wrong: nobody may share them any more."""
-        for block in blocks:
-            self.index.evict(block)
+    def forget_blocks(self, units: Collection[tuple[str, int]]) -> None:
+        """What these blocks hold is wrong, (what they are called, number) each: nobody may share
+        them any more."""
+        for layout, pool in zip(self.layout.pools, self.pools, strict=True):
+            for unit, block in units:
+                if unit == layout.unit:
+                    pool.forget(block)
+
+    def owns(self, request: CacheUser, units: Collection[tuple[str, int]]) -> bool:
+        """Whether one of the blocks is the request's."""
+        return any(
+            (self.layout.pools[layout.pool].unit, block) in units
+            for layout, blocks in zip(self.layout.tables, request.tables, strict=False)
+            for block in blocks
+            if block != NULL_BLOCK
+        )
 
     def never_share(self, request: CacheUser) -> None:
         """Do not offer the blocks that the request has now to others, whatever is computed yet."""
@@ -149,15 +333,5 @@ class CacheManager:
     def start_over(self) -> None:
         """Take back all blocks and forget what they hold, in whatever state an interruption left
         them."""
-        self.index = PrefixIndex()
-        self.pool = BlockPool(self.pool.num_blocks, self.index)
+        self._make_pools()
         self._epoch += 1
-
-    def _digest(self, request: CacheUser, position: int) -> bytes:
-        digests, size = request.block_digests, self.block_size
-        while len(digests) <= position:
-            begin = len(digests) * size
-            parent = digests[-1] if digests else NO_PARENT
-            tokens = request.token_ids[begin : begin + size]
-            digests.append(block_digest(parent, tokens, request.cache_salt))
-        return digests[position]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from reprise.cache.layout import CacheLayout, by_lifetime
 from reprise.cache.spec import LayerCache
 from reprise.config import EngineConfig
 from reprise.errors import CapacityError, PlatformError, RepriseError, describe
@@ -17,84 +18,149 @@ from reprise.platforms import Platform
 logger = logging.getLogger(__name__)
 
 
-def block_bytes(caches: Iterable[LayerCache], block_size: int) -> int:
-    """Bytes of one block over all caches."""
-    return sum(each.block_bytes(block_size) for each in caches)
-
-
 def request_bytes(caches: Iterable[LayerCache], length: float) -> float:
     """Bytes of the rows that a request of ``length`` tokens needs to go on."""
     return sum(each.token_bytes * each.lifetime.lasting(length) for each in caches)
 
 
 def plan_blocks(
+    layout: CacheLayout,
     config: EngineConfig,
     platform: Platform,
-    bytes_per_block: int,
-    block_size: int,
+    *,
     max_model_len: int,
+    max_tokens: int,
     activation_bytes: int,
-) -> int:
-    """Blocks of the cache, the null block included.
+) -> CacheLayout:
+    """Decide how many blocks each pool has.
+
+    Pools whose requests own few blocks however long they are get what ``max_num_seqs`` requests
+    need, or their part of the budget if that is less; the main pool takes the rest.
+
+    Args:
+        layout: Tables and pools.
+        config: Says how much memory there may be.
+        platform: Else tells it.
+        max_model_len: Most tokens of a request.
+        max_tokens: Most tokens of a step: rows that leave a window leave it after the step that
+            they were computed in.
+        activation_bytes: What a step needs beside.
 
     Raises:
         CapacityError: Not even a request of one block fits.
         PlatformError: The device does not tell its memory.
     """
-    most_useful = math.ceil(max_model_len / block_size) * config.max_num_seqs + 1
+    pools, main = layout.pools, layout.main
+    useful = [
+        1 + _useful(layout, number, config.max_num_seqs, max_model_len, max_tokens)
+        for number in range(len(pools))
+    ]
     if config.num_blocks is not None:
-        blocks, reason = config.num_blocks, "num_blocks"
-    elif config.kv_cache_memory_bytes is not None:
-        blocks, reason = config.kv_cache_memory_bytes // bytes_per_block, "kv_cache_memory_bytes"
+        # So that as many tokens fit as in so many blocks of caches that are all kept.
+        blocks = list(useful)
+        blocks[main] = 1 + (config.num_blocks - 1) * len(layout.of_pool(main))
+        reason = "num_blocks"
     else:
-        try:
-            budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
-        except RepriseError:
-            raise
-        except Exception as error:  # drivers fail with errors of many types
-            raise PlatformError(
-                f"the memory of {platform.device} cannot be measured ({describe(error)}); "
-                "say how large the KV cache is to be with num_blocks or kv_cache_memory_bytes"
-            ) from error
-        blocks = budget // bytes_per_block
-        reason = platform.cache_reason(config.gpu_memory_utilization)
-    if blocks < 2:
-        raise CapacityError(
-            f"the KV cache ({reason}) has room for {max(blocks, 0)} block(s) of {bytes_per_block} "
-            "bytes and needs at least 2; raise gpu_memory_utilization or kv_cache_memory_bytes, "
-            "or use a smaller model or block_size"
-        )
-    if blocks > most_useful and config.num_blocks is None:
-        blocks, reason = most_useful, "max_num_seqs requests of max_model_len need no more"
-    logger.info(
-        "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
-        blocks,
-        block_size,
-        blocks * bytes_per_block / 2**30,
-        reason,
-    )
+        budget, reason = _budget(config, platform, activation_bytes)
+        blocks = _share(layout, budget, useful)
+    for number, count in enumerate(blocks):
+        if count < 2:
+            raise CapacityError(
+                f"the KV cache ({reason}) has room for {max(count, 0)} block(s) of "
+                f"{pools[number].block_bytes} bytes and needs at least 2; raise "
+                "gpu_memory_utilization or kv_cache_memory_bytes, or use a smaller model or "
+                "block_size"
+            )
+    planned = layout.sized(blocks)
+    for number, (count, most) in enumerate(zip(blocks, useful, strict=True)):
+        tables = layout.of_pool(number)
+        told = " and ".join(f"{each.block_size} tokens ({each.lifetime})" for each in tables)
+        why = reason
+        if config.num_blocks is None and count == most:
+            why = "max_num_seqs requests of max_model_len need no more"
+        elif number != main:
+            why = "max_num_seqs requests need so many" if count == most else f"a part of {reason}"
+        logger.info(
+            "KV cache: %d blocks of %s, %.2f GiB (%s)",
+            count, told, count * pools[number].block_bytes / 2**30, why,
+        )  # fmt: skip
+    return planned
+
+
+def _useful(
+    layout: CacheLayout, pool: int, max_requests: int, max_model_len: int, max_tokens: int
+) -> int:
+    """Blocks of a pool that all requests at full length can own."""
+    total = 0
+    for each in layout.of_pool(pool):
+        at_rest = each.most(max_model_len)
+        # While they compute, and before what has left them is given back.
+        in_step = len(each.lifetime.needed(0, max_model_len, each.block_size)) - at_rest
+        chunk = min(-(-max_tokens // each.block_size), in_step * max_requests)
+        total += at_rest * max_requests + chunk
+    return total
+
+
+def _budget(config: EngineConfig, platform: Platform, activation_bytes: int) -> tuple[int, str]:
+    """Bytes for all pools, and why so many."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    try:
+        budget = platform.cache_budget(config.gpu_memory_utilization, activation_bytes)
+    except RepriseError:
+        raise
+    except Exception as error:  # drivers fail with errors of many types
+        raise PlatformError(
+            f"the memory of {platform.device} cannot be measured ({describe(error)}); "
+            "say how large the KV cache is to be with num_blocks or kv_cache_memory_bytes"
+        ) from error
+    return budget, platform.cache_reason(config.gpu_memory_utilization)
+
+
+def _share(layout: CacheLayout, budget: int, useful: Sequence[int]) -> list[int]:
+    """Blocks of each pool. No pool but the main one takes more than it would if a token's rows
+    were all kept, so that no request finds less room than it would then."""
+    pools, main = layout.pools, layout.main
+    sizes = [each.block_bytes for each in layout.pools]
+    token_bytes = [
+        sum(pools[each.pool].block_bytes / each.block_size for each in layout.of_pool(number))
+        for number in range(len(pools))
+    ]
+    whole = sum(token_bytes)
+    blocks = [
+        0 if number == main else min(most, int(budget * each / whole) // sizes[number])
+        for number, (most, each) in enumerate(zip(useful, token_bytes, strict=True))
+    ]
+    left = budget - sum(count * size for count, size in zip(blocks, sizes, strict=True))
+    blocks[main] = min(useful[main], left // sizes[main])
+    left -= blocks[main] * sizes[main]
+    for number, size in enumerate(sizes):  # what the main pool cannot use
+        more = min(useful[number] - blocks[number], left // size)
+        blocks[number] += more
+        left -= more * size
     return blocks
 
 
-def fit_model_len(requested: int | None, wanted: int, num_blocks: int, block_size: int) -> int:
+def fit_model_len(requested: int | None, wanted: int, layout: CacheLayout) -> int:
     """The longest context that one request can have in a cache of this size.
 
     Args:
         requested: ``max_model_len`` as the user gave it, or None.
         wanted: The longest context the model and the options allow.
-        num_blocks: Of the cache, the null block included.
-        block_size: Tokens in a block.
+        layout: With the sizes of its pools.
 
     Raises:
         CapacityError: The user asked for more than fits.
     """
-    capacity = (num_blocks - 1) * block_size
+    capacity = layout.capacity
     if wanted <= capacity:
         return wanted
     if requested is not None:
+        wants = ", ".join(str(layout.most(pool, requested)) for pool in range(len(layout.pools)))
+        has = ", ".join(str(each.num_blocks - 1) for each in layout.pools)
         raise CapacityError(
-            f"max_model_len={requested} needs {math.ceil(requested / block_size)} cache blocks and "
-            f"there are {num_blocks - 1}; lower max_model_len to {capacity}, or give the cache "
+            f"max_model_len={requested} needs {wants} cache blocks and "
+            f"there are {has}; lower max_model_len to {capacity}, or give the cache "
             "more memory"
         )
     logger.warning("max_model_len: %d -> %d (the KV cache holds no more)", wanted, capacity)
@@ -102,45 +168,66 @@ def fit_model_len(requested: int | None, wanted: int, num_blocks: int, block_siz
 
 
 def allocate_caches(
-    caches: Iterable[LayerCache], num_blocks: int, block_size: int, platform: Platform
+    caches: Mapping[str, LayerCache], layout: CacheLayout, platform: Platform
 ) -> None:
-    """Give every cache its tensors, [num_blocks, block_size // every, *shape] each, of zeros.
+    """Give every cache its tensors, of zeros: see :attr:`LayerCache.tensors`.
+
+    Tables of one pool have their rows in the same tensors.
 
     Raises:
         CapacityError: The device has not so much memory.
     """
-    caches = list(caches)
-    shapes: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    for each in caches:
-        for rows in each.rows.values():
-            shape = (num_blocks, block_size // rows.every, *rows.shape)
-            shapes.setdefault(rows.dtype, []).append(shape)
-    total = num_blocks * block_bytes(caches, block_size)
+    total = sum(each.num_blocks * each.block_bytes for each in layout.pools)
+    groups = by_lifetime(caches.values())
+    made: dict[int, list[Tensor]] = {}
     try:
-        parts = {dtype: _zeros(each, dtype, platform) for dtype, each in shapes.items()}
+        for table, group in zip(layout.tables, groups.values(), strict=True):
+            if table.pool not in made:
+                count = layout.pools[table.pool].num_blocks
+                made[table.pool] = _zeros(group, count, table.block_size, platform)
     except (MemoryError, RuntimeError) as error:
+        counts = " and ".join(str(each.num_blocks) for each in layout.pools)
         raise CapacityError(
-            f"a KV cache of {num_blocks} blocks, {total / 2**30:.2f} GiB, "
+            f"a KV cache of {counts} blocks, {total / 2**30:.2f} GiB, "
             f"does not fit ({describe(error)}); lower num_blocks, "
             "kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
-    for each in caches:
-        each.bind(0, {name: next(parts[rows.dtype]) for name, rows in each.rows.items()})
+    for number, (table, group) in enumerate(zip(layout.tables, groups.values(), strict=True)):
+        tensors = iter(made[table.pool])
+        for each in group:
+            each.bind(number, {name: next(tensors) for name in each.rows})
 
 
 def _zeros(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, platform: Platform
-) -> Iterator[Tensor]:
-    """Tensors of these shapes, in one piece of memory: what is done to all takes few launches."""
-    sizes = [math.prod(shape) for shape in shapes]
-    parts = platform.zeros(sum(sizes), dtype).split(sizes)
-    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    group: Iterable[LayerCache], num_blocks: int, block_size: int, platform: Platform
+) -> list[Tensor]:
+    """The tensors of some caches, those of one dtype in one piece of memory: what is done to all
+    takes few launches."""
+    every = [(cache, rows) for cache in group for rows in cache.rows.values()]
+    shapes: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    for cache, rows in every:
+        shape = (num_blocks, *cache.shape(rows, block_size))
+        shapes.setdefault(rows.dtype, []).append(shape)
+    parts: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype, some in shapes.items():
+        sizes = [math.prod(shape) for shape in some]
+        pieces = platform.zeros(sum(sizes), dtype).split(sizes)
+        parts[dtype] = iter([piece.view(shape) for piece, shape in zip(pieces, some, strict=True)])
+    return [next(parts[rows.dtype]) for _, rows in every]
 
 
-def cache_tensors(caches: Mapping[str, LayerCache]) -> dict[str, Tensor]:
-    """The tensors of all caches, by names for people."""
-    return {
-        f"{name} {rows}": tensor
-        for name, cache in caches.items()
-        for rows, tensor in cache.tensors.items()
-    }
+def pool_tensors(caches: Mapping[str, LayerCache], layout: CacheLayout) -> list[dict[str, Tensor]]:
+    """Of each pool the tensors, by names for people; one that is shared has the names of all."""
+    found: list[dict[str, Tensor]] = []
+    for number in range(len(layout.pools)):
+        names: dict[int, list[str]] = {}
+        tensors: dict[int, tuple[str, Tensor]] = {}
+        for name, cache in caches.items():
+            if layout.tables[cache.table].pool == number:
+                for rows, tensor in cache.tensors.items():
+                    names.setdefault(tensor.data_ptr(), []).append(name)
+                    tensors[tensor.data_ptr()] = rows, tensor
+        found.append(
+            {f"{' and '.join(names[at])} {rows}": each for at, (rows, each) in tensors.items()}
+        )
+    return found

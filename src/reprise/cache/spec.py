@@ -4,6 +4,7 @@ it here."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,9 +31,22 @@ class Rows:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+NEVER = sys.maxsize
+
+
 class Lifetime(Protocol):
     """How long the rows of a cache are needed. Hashable, and equal by value: the caches of one
     lifetime share one block table."""
+
+    @property
+    def bounded(self) -> bool:
+        """However long a request is, it owns no more than so many blocks."""
+
+    @property
+    def rewritten(self) -> bool:
+        """A request has one row, its state, which every step of it replaces: a block is that row.
+        What the state was behind some token is known if it was copied then; such checkpoints lie
+        at multiples of the block size."""
 
     def block_size(self, preferred: int, every: int) -> int:
         """Tokens that a block spans.
@@ -44,6 +58,14 @@ class Lifetime(Protocol):
 
     def needed(self, begin: int, end: int, block_size: int) -> range:
         """Which blocks of a request must exist to compute its tokens ``begin`` to ``end - 1``."""
+
+    def leaves(self, block: int, block_size: int) -> int:
+        """From how many computed tokens on nobody needs the block; :data:`NEVER`: its request does
+        as long as it runs."""
+
+    def most(self, length: int, block_size: int, ahead: int) -> int:
+        """Blocks that a request of at most ``length`` tokens may own at once, while it decodes and
+        at most ``ahead`` tokens are scheduled behind those that are computed."""
 
     def lasting(self, length: float) -> float:
         """Of a request's first ``length`` tokens, how many have rows that a later one needs."""
@@ -57,11 +79,20 @@ class Lifetime(Protocol):
 class Kept:
     """A row is needed as long as its request runs."""
 
+    bounded = False
+    rewritten = False
+
     def block_size(self, preferred: int, every: int) -> int:
         return max(preferred, every)
 
     def needed(self, begin: int, end: int, block_size: int) -> range:
         return range(-(-end // block_size))
+
+    def leaves(self, block: int, block_size: int) -> int:
+        return NEVER
+
+    def most(self, length: int, block_size: int, ahead: int) -> int:
+        return -(-length // block_size)
 
     def lasting(self, length: float) -> float:
         return length
@@ -74,6 +105,84 @@ class Kept:
 
 
 KEPT = Kept()
+
+SMALLEST_WINDOW_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Window:
+    """A token needs the rows of the last ``size`` tokens, its own included."""
+
+    size: int
+
+    bounded = True
+    rewritten = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ModelError(f"a window of {self.size} tokens: give at least 1")
+
+    def block_size(self, preferred: int, every: int) -> int:
+        # A request owns a block more than its window fills: a large one would be a waste.
+        largest = 1 << (max(SMALLEST_WINDOW_BLOCK, self.size // 4).bit_length() - 1)
+        return max(min(preferred, largest), every)
+
+    def needed(self, begin: int, end: int, block_size: int) -> range:
+        return range(max(0, begin - self.size + 1) // block_size, -(-end // block_size))
+
+    def resumes(self, length: int, block_size: int) -> range:
+        return range(max(0, length - self.size + 1) // block_size, length // block_size)
+
+    def leaves(self, block: int, block_size: int) -> int:
+        return (block + 1) * block_size + self.size - 1
+
+    def most(self, length: int, block_size: int, ahead: int) -> int:
+        return min(-(-length // block_size), -(-(self.size - 2 + ahead) // block_size) + 1)
+
+    def lasting(self, length: float) -> float:
+        return min(length, self.size)
+
+    def __str__(self) -> str:
+        return f"window of {self.size}"
+
+
+CHECKPOINT_TOKENS = 64
+"""States of linear attention are made in chunks of so many tokens."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A request has one row, which each of its steps replaces."""
+
+    checkpoint_tokens: int = CHECKPOINT_TOKENS
+    """Tokens between places where a state can be copied for others to go on behind it."""
+
+    bounded = True
+    rewritten = True
+
+    def block_size(self, preferred: int, every: int) -> int:
+        return self.checkpoint_tokens
+
+    def needed(self, begin: int, end: int, block_size: int) -> range:
+        return range(1)
+
+    def resumes(self, length: int, block_size: int) -> range:
+        return range(length // block_size - 1, length // block_size)
+
+    def leaves(self, block: int, block_size: int) -> int:
+        return NEVER
+
+    def most(self, length: int, block_size: int, ahead: int) -> int:
+        return 1
+
+    def lasting(self, length: float) -> float:
+        return 1
+
+    def __str__(self) -> str:
+        return "state"
+
+
+STATE = State()
 
 
 class LayerCache:
@@ -90,12 +199,15 @@ class LayerCache:
         for name, each in rows.items():
             if each.every < 1 or each.every & (each.every - 1):
                 raise ModelError(f"cache {name}: every={each.every} must be a power of two")
+            if lifetime.rewritten and each.every > 1:
+                raise ModelError(f"cache {name}: every={each.every} of a state, which is one row")
         self.lifetime = lifetime
         self.rows: Mapping[str, Rows] = rows
         self.table = 0
         """Which of :attr:`Batch.tables` says where a token's rows are."""
         self.tensors: dict[str, Tensor] = {}
-        """[N, block_size // every, *shape] each, of N blocks; empty until it is bound."""
+        """[N, block_size // every, *shape] each, of N blocks, or [N, *shape] of N states; empty
+        until it is bound."""
 
     def bind(self, table: int, tensors: Mapping[str, Tensor]) -> None:
         """Use these tensors from the next step on."""
@@ -109,7 +221,14 @@ class LayerCache:
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of a block of so many tokens."""
-        return sum(block_size // each.every * each.nbytes for each in self.rows.values())
+        return sum(math.prod(self.shape(each, block_size)) * each.dtype.itemsize
+                   for each in self.rows.values())  # fmt: skip
+
+    def shape(self, rows: Rows, block_size: int) -> tuple[int, ...]:
+        """Of a block of so many tokens."""
+        if self.lifetime.rewritten:
+            return rows.shape
+        return (block_size // rows.every, *rows.shape)
 
 
 def caches_of(model: nn.Module) -> dict[str, LayerCache]:

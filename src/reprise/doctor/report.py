@@ -17,7 +17,6 @@ import torch
 from reprise import platforms
 from reprise.bench.drive import random_prompts, run
 from reprise.bench.record import heading, versions
-from reprise.cache.memory import block_bytes
 from reprise.config import EngineConfig
 from reprise.doctor.facts import device_facts, op_facts
 from reprise.doctor.scrub import Scrubber, public_name
@@ -135,7 +134,11 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
         "cache": {
             "num_blocks": runner.num_blocks,
             "block_size": runner.block_size,
-            "block_bytes": block_bytes(runner.model.caches().values(), runner.block_size),
+            "tables": [
+                {"lifetime": str(each.lifetime), "block_size": each.block_size, "pool": each.pool}
+                for each in runner.cache_layout.tables
+            ],
+            "pools": [dataclasses.asdict(each) for each in runner.cache_layout.pools],
             "max_num_batched_tokens": runner.max_tokens,
         },
         "ops": op_facts(runner.ops),

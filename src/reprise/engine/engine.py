@@ -102,9 +102,7 @@ class Engine:
                 f"max_num_seqs={config.max_num_seqs}, so that all requests can decode in one step"
             )
         self.scheduler = Scheduler(
-            CacheManager(
-                self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching
-            ),
+            CacheManager(self.runner.cache_layout, config.enable_prefix_caching),
             config.max_num_seqs,
             self.runner.max_tokens,
             self.max_model_len,
@@ -327,7 +325,7 @@ class Engine:
                 count,
             )
         elif damage.units:
-            owners = self.scheduler.recompute_owners({index for _, index in damage.units})
+            owners = self.scheduler.recompute_owners(damage.units)
             logger.warning(
                 "graph %s has written %s, which its step did not own: what the cache had "
                 "of them is forgotten, and computed again for %s",

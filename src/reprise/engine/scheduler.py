@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
 
-from reprise.cache import CacheManager
+from reprise.cache import CacheManager, Hit
 from reprise.engine.waiting_queue import WaitingQueue
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
@@ -81,7 +81,8 @@ class _Parts:
     samples: list[bool] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
-    edits: list[TableEdit] = field(default_factory=list)
+    edits: list[list[TableEdit]] = field(default_factory=list)
+    """Of each table."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Scheduler:
         max_num_seqs: Most requests in a step.
         max_num_batched_tokens: Most tokens in a step.
         max_model_len: Most tokens of a request, prompt and output together.
-        reserve_blocks: Blocks that an admission leaves free while others run; None: 1 %.
+        reserve_blocks: Blocks of each pool that an admission leaves free while others run; None:
+            1 %, and where windows move on, those of a step.
         num_drafts: Tokens that each decode verifies beside its newest one.
         blocks_ahead: Most blocks that a request gets before it needs them.
 
@@ -150,8 +152,9 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         if reserve_blocks is None:
-            reserve_blocks = int(cache.pool.num_blocks * RESERVE_FRACTION)
-        self._reserve_blocks = reserve_blocks
+            self._reserve = cache.reserve(RESERVE_FRACTION, max_num_batched_tokens)
+        else:
+            self._reserve = [reserve_blocks] * len(cache.pools)
         self._num_drafts = num_drafts
         self._blocks_ahead = blocks_ahead
         self._decodes: _Decodes = ((), (), (), ())
@@ -293,12 +296,13 @@ class Scheduler:
             self._preempt(request, "what it computed may be wrong")
         return len(running)
 
-    def recompute_owners(self, blocks: Collection[int]) -> list[str]:
-        """Have every running request computed again that owns one of the blocks, and forget what
-        they held, because it is wrong. Returns the requests' ids."""
-        self.cache.forget_blocks(blocks)
+    def recompute_owners(self, units: Collection[tuple[str, int]]) -> list[str]:
+        """Have every running request computed again that owns one of the blocks, (what they are
+        called, number) each, and forget what they held, because it is wrong. Returns the requests'
+        ids."""
+        self.cache.forget_blocks(units)
         running = self._live_running()
-        owners = [each for each in running if not set(blocks).isdisjoint(each.block_ids)]
+        owners = [each for each in running if self.cache.owns(each, units)]
         self._running = [each for each in running if each not in owners]
         for request in owners:
             self.cache.never_share(request)
@@ -313,7 +317,7 @@ class Scheduler:
         in_flight = [request for each in self._outstanding for request in each.requests]
         for request in dict.fromkeys(in_flight):
             request.num_in_flight = request.num_pending = 0
-            if request.status is not RequestStatus.RUNNING and request.block_ids:
+            if request.status is not RequestStatus.RUNNING and request.tables:
                 self.cache.free(request)  # kept for these steps alone
         self._outstanding.clear()
         self._num_holding_blocks = 0
@@ -326,13 +330,12 @@ class Scheduler:
         return next(each.requests for each in self._outstanding if each.step is step)
 
     def stats(self) -> SchedulerStats:
-        pool = self.cache.pool
         return SchedulerStats(
             # Read alone: another thread than the engine's may ask.
             num_running=sum(each.finish_reason is None for each in self._running),
             num_waiting=len(self._waiting),
-            num_blocks_used=pool.num_used,
-            num_blocks=pool.num_blocks - 1,
+            num_blocks_used=self.cache.num_used,
+            num_blocks=self.cache.num_blocks,
             cache_usage=self.cache.usage,
             total_steps=self._num_steps,
             total_decode_tokens=self._num_decode_tokens,
@@ -351,7 +354,7 @@ class Scheduler:
         """The next step, or None if nothing can be computed now: there is no work, or outstanding
         steps must be updated first."""
         preemptions = self._num_preemptions
-        parts = _Parts()
+        parts = _Parts(edits=[[] for _ in self.cache.layout.tables])
         prefilling, starved = self._schedule_decodes(parts)
         num_decodes = len(parts.requests)
         budget = self.max_num_batched_tokens - num_decodes * (1 + self._num_drafts)
@@ -359,6 +362,7 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._schedule_chunk(request, budget, parts)
+            self._edit_table(request, parts)
         # Blocks that came free by force are for those who lacked them.
         if not starved and preemptions == self._num_preemptions:
             budget = self._admit(budget, parts)
@@ -374,7 +378,7 @@ class Scheduler:
             drafts = [*drafts, *([0] * chunks)]
         step = Step(
             self._num_steps, rows, counts, drafts, samples, num_decodes, num_tokens,
-            parts.admitted, (parts.edits,), self._released,
+            parts.admitted, parts.edits, self._released, self.cache.take_copies(),
         )  # fmt: skip
         self._released = []
         self._outstanding.append(_Scheduled(step, parts.requests, parts.starts))
@@ -387,7 +391,7 @@ class Scheduler:
         """Schedule all requests whose tokens are all computed but the newest. Returns those with
         more left, and whether a request could not get a block."""
         # The hot loop of a serving engine: attribute access is what costs.
-        block_size, width = self.cache.block_size, 1 + self._num_drafts
+        width = 1 + self._num_drafts
         requests = parts.requests
         prefilling: list[Request] = []
         starved = needed = False
@@ -403,8 +407,8 @@ class Scheduler:
             end = start + width
             if end >= limit:
                 end = limit - 1  # the last token is never computed
-            if end > len(request.block_ids) * block_size:
-                if not self._make_room(request, end):
+            if end > request.num_places:
+                if not self._make_room(request, start, end):
                     starved = True
                     continue
                 needed = True
@@ -412,6 +416,9 @@ class Scheduler:
             request.num_computed_tokens = start + width
             request.num_pending += 1
             request.num_in_flight += 1
+        if self.cache.has_states and not self._num_drafts:
+            for request in requests:
+                self.cache.checkpoint(request, request.num_computed_tokens - 1)
         if needed:
             for request in requests:
                 self._get_ahead(request, STEPS_AHEAD * width)
@@ -421,20 +428,25 @@ class Scheduler:
     def _get_ahead(self, request: Request, least: int) -> None:
         """Give a request blocks for tokens to come, if it has none for the next ``least`` ones and
         there are plenty."""
-        cache = self.cache
-        each = cache.pool.num_free / max(1, len(self._running))
+        cache, computed = self.cache, request.num_computed_tokens
+        each = cache.room / max(1, len(self._running))
         ahead = max(int(each * AHEAD_FRACTION), int(each >= LEAST_FREE))
         ahead = min(ahead, self._blocks_ahead) * cache.block_size
-        wanted = min(request.num_computed_tokens + ahead, request.max_total_tokens - 1)
-        owned = len(request.block_ids) * cache.block_size
-        if owned - request.num_computed_tokens < least and wanted > owned:
-            cache.allocate(request, wanted)
+        wanted = min(computed + ahead, request.max_total_tokens - 1)
+        if request.num_places - computed < least and wanted > request.num_places:
+            cache.grow(request, computed, wanted)
 
     def _edit_table(self, request: Request, parts: _Parts) -> None:
-        blocks, sent = request.block_ids, request.num_sent_blocks
-        if sent < len(blocks):
-            parts.edits.append(TableEdit(request.row, sent, blocks[sent:]))
-            request.num_sent_blocks = len(blocks)
+        """Tell the runner what is new in the request's tables; with it, what has been given back
+        since: nobody reads that."""
+        for number, (blocks, edits) in enumerate(zip(request.tables, parts.edits, strict=True)):
+            sent, left = request.num_sent[number], request.num_left[number]
+            if sent < len(blocks):
+                first = min(request.num_left_sent[number], sent)
+                if first < min(left, sent):
+                    edits.append(TableEdit(request.row, first, blocks[first : min(left, sent)]))
+                edits.append(TableEdit(request.row, sent, blocks[sent:]))
+                request.num_sent[number], request.num_left_sent[number] = len(blocks), left
 
     def _of_decodes(self, requests: list[Request], count: int) -> _Decodes:
         """Rows, tokens, drafts and samples of the first ``count`` requests; the same lists as long
@@ -447,9 +459,13 @@ class Scheduler:
     def _schedule_chunk(self, request: Request, budget: int, parts: _Parts) -> int:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
         start = request.num_computed_tokens
-        remaining = request.num_known_tokens - start
-        count = min(remaining, budget)
-        samples = count == remaining
+        known = request.num_known_tokens
+        self.cache.checkpoint(request, start)
+        end = self.cache.chunk_end(start, min(known, start + budget), known)
+        end = self.cache.grow(request, start, end)
+        if end <= start:
+            return 0  # an update will bring blocks
+        count, samples = end - start, end == known
         parts.requests.append(request)
         parts.counts.append(count)
         parts.samples.append(samples)
@@ -466,13 +482,14 @@ class Scheduler:
             request = waiting.first()
             if request.num_in_flight:
                 break  # just preempted: its pending token and its blocks are still to come
-            cached = cache.match(request)
-            num_tokens = len(request.token_ids)
-            reserve = self._reserve_blocks if running else 0
-            if not cache.allocate(request, num_tokens, cached, reserve):
-                break
+            hit = cache.match(request)
+            if not cache.admit(request, hit, self._reserve if running else ()):
+                # What it would go on from may take the place that it needs.
+                hit = Hit()
+                if running or not cache.admit(request, hit):
+                    break
             waiting.pop()
-            num_cached = len(cached) * cache.block_size
+            num_tokens, num_cached = len(request.token_ids), hit.length
             request.num_computed_tokens = num_cached
             request.num_known_tokens = num_tokens
             request.status = RequestStatus.RUNNING
@@ -484,17 +501,18 @@ class Scheduler:
                     cache.record_lookup(num_tokens, num_cached)
             insort(running, request, key=_by_urgency)
             request.row = heappop(self._free_rows)
-            request.num_sent_blocks = 0
+            request.num_sent = [0] * len(request.tables)
+            request.num_left_sent = [0] * len(request.tables)
             parts.admitted.append(_admission(request))
             budget -= self._schedule_chunk(request, budget, parts)
             self._get_ahead(request, STEPS_AHEAD * (1 + self._num_drafts))
             self._edit_table(request, parts)
         return budget
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Give a running request room for its tokens, at the cost of the least urgent ones if
+    def _make_room(self, request: Request, begin: int, end: int) -> bool:
+        """Give a running request room for these tokens, at the cost of the least urgent ones if
         need be. False if it cannot run in this step."""
-        while not self.cache.allocate(request, num_tokens):
+        while self.cache.grow(request, begin, end) < end:
             if self._num_holding_blocks:
                 return False  # an update will bring blocks; more victims might not be needed
             victim = self._running.pop()
@@ -540,7 +558,6 @@ class Scheduler:
         # The other hot loop, see _schedule_decodes.
         now, running = time.perf_counter(), RequestStatus.RUNNING
         num_decodes, width = step.num_decodes, 1 + self._num_drafts
-        block_size = self.cache.block_size
         updated: list[Request] = []
         generated = 0
         for number, (request, tokens) in enumerate(zip(requests, sampled, strict=True)):
@@ -573,14 +590,14 @@ class Scheduler:
                             break
                     generated += len(known) - had
                 # Before it may end and lose its blocks. Its last token is never computed.
-                if computed >= (request.num_indexed_blocks + 1) * block_size:
+                if computed >= request.commit_at:
                     computed = min(computed, len(known), request.max_total_tokens - 1)
                     self.cache.commit(request, computed)
                 if last is not None:
                     self._finish_at(request, last)
             if request.status is running or request.num_in_flight:
                 continue
-            if request.block_ids:  # kept for this step, the last one that writes them
+            if request.tables:  # kept for this step, the last one that writes them
                 self.cache.free(request)
                 self._num_holding_blocks -= 1
         self.num_generated_tokens += generated

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from reprise import ops
-from reprise.cache import KEPT, Batch, LayerCache, Rows
+from reprise.cache import KEPT, Batch, LayerCache, Rows, Window
 from reprise.layers.build import Build
 from reprise.layers.lazy import Normed, Product
 from reprise.layers.linear import Linear
@@ -53,7 +53,8 @@ class SelfAttention(nn.Module):
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
         rows = Rows((num_kv_heads, head_size), build.dtype)
-        self.cache = LayerCache(KEPT, key=rows, value=rows)
+        lifetime = Window(sliding_window) if sliding_window else KEPT
+        self.cache = LayerCache(lifetime, key=rows, value=rows)
         self.cos_sin = cos_sin
         self.qkv_proj = Linear(
             build,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.cache import NULL_BLOCK, Batch, Table
+from reprise.cache import NULL_BLOCK, Batch, CacheLayout, Table
 from reprise.graphs.kinds import Kind
 from reprise.platforms import Platform
 from reprise.runner.arena import Arena, Ints, to_device
-from reprise.runner.kinds import kind_of_step
+from reprise.runner.kinds import facts_of, kind_of_step
 from reprise.runner.rows import Rows
 from reprise.shape import StepShape
 from reprise.step import Step
@@ -35,8 +35,8 @@ class _Known(NamedTuple):
     most: Ints
     rows: Ints | None
     """[R]; None: a made-up step, that says itself what rows would."""
-    tables: Ints
-    """[R, M] of a made-up step."""
+    tables: Sequence[Ints]
+    """[R, M] each, of a made-up step."""
 
 
 class StepBuffers:
@@ -49,8 +49,8 @@ class StepBuffers:
     Args:
         max_tokens: Most new tokens in a step.
         max_requests: Most requests in a step.
-        max_blocks: Most cache blocks of one request.
-        block_size: Tokens in a block.
+        max_model_len: Most tokens of a request.
+        layout: Block tables and pools.
         platform: Where the device side lives.
         shared: Whether the device reads host memory; None: as the platform's does.
         num_drafts: Most tokens that are drafted behind a request's newest one.
@@ -60,18 +60,21 @@ class StepBuffers:
         self,
         max_tokens: int,
         max_requests: int,
-        max_blocks: int,
-        block_size: int,
+        max_model_len: int,
+        layout: CacheLayout,
         platform: Platform,
         shared: bool | None = None,
         num_drafts: int = 0,
     ) -> None:
-        self.block_size = block_size
+        self.layout = layout
+        self.facts = facts_of(layout.tables)
         self.max_tokens, self.max_requests = max_tokens, max_requests
         self.platform = platform
-        self.rows = Rows(max_requests, max_blocks, num_drafts, 1, platform)
+        max_blocks = max(each.entries(max_model_len) for each in layout.tables)
+        self.rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
         self._admissions = min(ADMISSIONS, max_requests)
         num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
+        num_tables = len(layout.tables)
         per_request, per_token = (max_requests, torch.int32), (max_tokens, torch.int64)
         self._arena = Arena(
             [
@@ -88,10 +91,10 @@ class StepBuffers:
                 per_token,
                 # What follows is written on the device, but for made-up steps.
                 per_token,
-                per_token,
                 per_request,
                 per_request,
                 (max_requests, torch.bool),
+                (num_tables * max_tokens, torch.int64),
             ],
             platform,
             shared,
@@ -109,23 +112,29 @@ class StepBuffers:
             self._edit_values,
             self.input_ids,
             self.positions,
-            self.slot_mapping,
             self.seq_lens,
             self._accepted,
             self._fresh,
+            self._slots,
         ) = self._arena.arrays
-        self._per_token = (self.input_ids, self.positions, self.slot_mapping)
+        self._per_token = (self.input_ids, self.positions)
+        self.slots = self._slots.device.view(num_tables, max_tokens)
+        """[L, T] int64: of each table, where each token's rows go."""
         self._per_request = (self.seq_lens, self._accepted, self._fresh)
         device = platform.device
         self.draws = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         """Of the token drawn behind each token, its number among those of its request."""
         self.emitted = torch.zeros(max_requests, 1 + num_drafts, dtype=torch.int64, device=device)
         """New tokens of each of the step's requests, -1 behind them."""
-        self.block_tables = torch.zeros(max_requests, max_blocks, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(
+            num_tables, max_requests, max_blocks, dtype=torch.int32, device=device
+        )
         """Those of the step's rows."""
         self._least: Ints = np.zeros(0, dtype=np.int64)
         """By how many tokens the step moves each of its rows on at least."""
-        self._block_sizes = to_device(np.array([block_size], dtype=np.int64), platform)
+        self._block_sizes = to_device(
+            np.array([each.span for each in layout.tables], dtype=np.int64), platform
+        )
         self._last_rows: Sequence[int] = ()
         """Of the last step, if it was a decode step whose inputs are still there."""
         self._row_numbers: Ints = np.zeros(0, dtype=np.int64)
@@ -139,7 +148,7 @@ class StepBuffers:
         self.num_draws = 0
         """Rows of the step's logits that are drawn from."""
         nothing: Ints = np.zeros(0, dtype=np.int64)
-        self._of_step = _Known(nothing, nothing, nothing, nothing, nothing)
+        self._of_step = _Known(nothing, nothing, nothing, nothing, ())
         self._advanced: tuple[Tensor, ...] = ()
         """Arguments of ``ops.advance`` before what was drawn."""
         self._move: Callable[[Tensor], None] | None = None
@@ -292,7 +301,8 @@ class StepBuffers:
     def _gather(self, requests: int) -> None:
         """The block tables of the step's rows, side by side, as kernels of any origin take them."""
         rows = self._rows.device[:requests]
-        torch.index_select(self.rows.tables[0], 0, rows, out=self.block_tables[:requests])
+        for whole, part in zip(self.rows.tables, self.block_tables, strict=True):
+            torch.index_select(whole, 0, rows, out=part[:requests])
 
     def _lay_out(self, padded: StepShape) -> None:
         tokens, requests = padded.num_tokens, padded.num_requests
@@ -301,12 +311,12 @@ class StepBuffers:
             self._rows.device[:requests],
             self._known.device[:requests],
             self.query_start_loc.device[: requests + 1],
-            self.block_tables[None, :requests],
+            self.block_tables[:, :requests],
             self._block_sizes,
             self.input_ids.device[:tokens],
             self.positions.device[:tokens],
             self.draws[:tokens],
-            self.slot_mapping.device[None, :tokens],
+            self.slots[:, :tokens],
             self.seq_lens.device[:requests],
             self._accepted.device[:requests],
             self._fresh.device[:requests],
@@ -329,7 +339,7 @@ class StepBuffers:
         least = most = self.rows.at_least[rows]
         if self.rows.num_drafts:
             most = self.rows.at_most[rows]
-        self._of_step = _Known(new, least, most, rows, rows)
+        self._of_step = _Known(new, least, most, rows, ())
         self.rows.move_on(rows, self._least, new)
 
     def advance(self, drawn: Tensor) -> Tensor:
@@ -368,24 +378,25 @@ class StepBuffers:
         ops.advance(*self._advance_arguments(shape.num_requests), self.draws[:0])
         self.forget()
 
-    def fill_rows(self, counts: Ints, lengths: Ints, tables: Ints, token_ids: Ints) -> None:
+    def fill_rows(
+        self, counts: Ints, lengths: Ints, tables: Sequence[Ints], token_ids: Ints
+    ) -> None:
         """Write a made-up step.
 
         Args:
             counts: [R], new tokens of each request.
             lengths: [R], tokens of each request, the new ones included.
-            tables: [R, M] int32, blocks of each request.
+            tables: [R, M] int32 of each table, blocks of each request.
             token_ids: [T], the new tokens.
         """
         self._arena.flip()
         self.forget()
-        requests, size = len(counts), self.block_size
+        requests = len(counts)
         ends = np.cumsum(counts)
         tokens = int(ends[-1])
         which = np.repeat(np.arange(requests), counts)
         starts = lengths - counts
         positions = np.arange(tokens) + (lengths - ends)[which]
-        blocks = tables[which, positions // size].astype(np.int64)
         self.query_start_loc.host[0] = 0
         for array, values in (
             (self.query_start_loc, ends),
@@ -395,26 +406,37 @@ class StepBuffers:
             (self._fresh, starts == 0),
             (self.input_ids, token_ids),
             (self.positions, positions),
-            (self.slot_mapping, blocks * size + positions % size),
         ):
             first = 1 if array is self.query_start_loc else 0
             array.host[first : first + len(values)] = values
+        slots = []
+        for number, (table, layout) in enumerate(zip(tables, self.layout.tables, strict=True)):
+            blocks = table[which, positions // layout.span].astype(np.int64)
+            first = number * self.max_tokens
+            self._slots.host[first : first + tokens] = (
+                blocks * layout.span + positions % layout.span
+            )
+            slots.append(self._slots.span(first, first + tokens))
         self._arena.upload(
             [
                 self.query_start_loc.span(0, requests + 1),
                 self._rows.span(0, requests),
                 *(each.span(0, tokens) for each in self._per_token),
                 *(each.span(0, requests) for each in self._per_request),
+                *slots,
             ]
         )
-        width = self.block_tables.shape[1]
-        whole = np.zeros((requests, width), dtype=np.int32)
-        whole[:, : tables.shape[1]] = tables
-        self.block_tables[:requests].copy_(to_device(whole, self.platform))
-        self._of_step = _Known(counts, starts, starts, None, whole)
+        width = self.block_tables.shape[2]
+        wholes = []
+        for table, target in zip(tables, self.block_tables, strict=True):
+            whole = np.zeros((requests, width), dtype=np.int32)
+            whole[:, : table.shape[1]] = table
+            self.platform.upload(torch.from_numpy(whole), target[:requests])
+            wholes.append(whole)
+        self._of_step = _Known(counts, starts, starts, None, wholes)
 
     def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
-        """Make the rows from a step's end to a bucket's end harmless: null block, length 0."""
+        """Make the rows from a step's end to a bucket's end harmless: null blocks, length 0."""
         if self._padded == (live, bucket):
             return
         # Rows are overwritten that the next step might have continued.
@@ -429,9 +451,13 @@ class StepBuffers:
         for each in self._per_token:
             each.host[tokens:to_tokens] = 0
             spans.append(each.span(tokens, to_tokens))
+        for first in range(0, self.slots.numel(), self.max_tokens):
+            self._slots.host[first + tokens : first + to_tokens] = 0
+            spans.append(self._slots.span(first + tokens, first + to_tokens))
         for span in spans:
             # Each alone: between them lie values that only the device knows.
             self._arena.upload([span])
+        self.block_tables[:, requests:to_requests] = 0
 
     # ---- what others read ----------------------------------------------------------------
 
@@ -440,42 +466,70 @@ class StepBuffers:
         counts, least, _, rows, tables = self._of_step
         layouts = self.rows.layouts
         if rows is None:
-            layouts = layouts.like(tables, -(-(least + counts) // self.block_size))
+            layouts = [
+                each.like(table, -(-(least + counts) // layout.span))
+                for each, table, layout in zip(layouts, tables, self.layout.tables, strict=True)
+            ]
             rows = np.arange(len(counts))
-        return kind_of_step(counts, least + counts, layouts.codes(rows), bucket, self.block_size)
+        codes = [each.codes(rows) for each in layouts]
+        sizes = [each.block_size for each in self.layout.tables]
+        return kind_of_step(counts, least + counts, codes, bucket, sizes, self.facts)
 
-    def blocks_near(self, bucket: StepShape, num_blocks: int, *, reads: bool) -> Ints:
+    def blocks_near(self, *, reads: bool) -> dict[str, Ints]:
         """Blocks that the step in the buffers writes, those next to them, the first of each row,
-        and the null block: [K] int64, ascending. Some more where the host does not know how far
-        requests have come.
+        and the null block: [K] int64, ascending, of each pool by what it calls them. Some more
+        where the host does not know how far requests have come.
 
         Args:
-            bucket: What the step is padded to.
-            num_blocks: Of the cache.
             reads: Those that the step reads, too.
         """
-        counts, least, most, rows, tables = self._of_step
-        if rows is not None:
-            tables = self.rows.host_tables[0][rows]
-        near = np.zeros(num_blocks + 1, dtype=bool)
-        near[NULL_BLOCK] = True
-        near[tables[:, 0]] = True
-        columns = np.arange(tables.shape[1])
-        ends = -(-(most + counts) // self.block_size)
-        used = columns < ends[:, None]
-        if reads:
-            near[tables[used]] = True
-        written = tables[used & (columns >= (least // self.block_size)[:, None])]
-        for each in (written - 1, written, written + 1):
-            near[each] = True  # -1 is the last one, which does not exist
-        return near[:num_blocks].nonzero()[0]
+        counts, least, most, rows, made_up = self._of_step
+        near = [np.zeros(each.num_blocks + 1, dtype=bool) for each in self.layout.pools]
+        for each in near:
+            each[NULL_BLOCK] = True
+        for number, layout in enumerate(self.layout.tables):
+            table = made_up[number] if rows is None else self.rows.host_tables[number][rows]
+            pool = near[layout.pool]
+            needed = [
+                layout.lifetime.needed(int(begin), int(end), layout.block_size)
+                for begin, end in zip(least, most + counts, strict=True)
+            ]
+            columns = np.arange(table.shape[1])
+            begins = np.array([each.start for each in needed], dtype=np.int64)[:, None]
+            ends = np.array([each.stop for each in needed], dtype=np.int64)[:, None]
+            pool[table[np.arange(len(needed)), begins[:, 0]]] = True
+            if reads:
+                pool[table[(begins <= columns) & (columns < ends)]] = True
+            written = table[(columns >= (least // layout.span)[:, None]) & (columns < ends)]
+            for each in (written - 1, written, written + 1):
+                pool[each] = True  # -1 is the last one, which does not exist
+        return {
+            layout.unit: each[: layout.num_blocks].nonzero()[0]
+            for layout, each in zip(self.layout.pools, near, strict=True)
+        }
+
+    def use_cache(self, layout: CacheLayout) -> None:
+        """The pools have these sizes from now on."""
+        self.layout = layout
+        for table, each in zip(layout.tables, self.rows.layouts, strict=True):
+            each.use_cache(layout.pools[table.pool].num_blocks)
+
+    def used_blocks(self) -> list[int]:
+        """Of each pool, up to which block any has been used."""
+        used = [1] * len(self.layout.pools)
+        for table, each in zip(self.layout.tables, self.rows.layouts, strict=True):
+            # Copies of states are in no table.
+            every = self.layout.pools[table.pool].num_blocks
+            count = every if table.lifetime.rewritten else each.highest + 2
+            used[table.pool] = max(used[table.pool], count)
+        return used
 
     def arrays(self) -> dict[str, Tensor]:
         """All device memory of this, by name."""
         names = (
             "query_start_loc", "rows", "known", "first_draw", "sampling_rows", "admitted_rows",
             "admitted_integers", "admitted_floats", "edit_places", "edit_values", "input_ids",
-            "positions", "slot_mapping", "seq_lens", "accepted", "fresh",
+            "positions", "seq_lens", "accepted", "fresh", "slots",
         )  # fmt: skip
         arrays = dict(zip(names, (each.device for each in self._arena.arrays), strict=True))
         return {
@@ -485,7 +539,13 @@ class StepBuffers:
 
     def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
         """Views of the device side for a step of this size."""
-        table = Table(self.block_tables[:requests], self.slot_mapping.device[:tokens])
+        tables = tuple(
+            Table(blocks[:requests, 0] if each.lifetime.rewritten else blocks[:requests],
+                  slots[:tokens])
+            for each, blocks, slots in zip(
+                self.layout.tables, self.block_tables, self.slots, strict=True
+            )
+        )  # fmt: skip
         return Batch(
             token_ids=self.input_ids.device[:tokens],
             positions=self.positions.device[:tokens],
@@ -494,7 +554,7 @@ class StepBuffers:
             seq_lens=self.seq_lens.device[:requests],
             accepted=self._accepted.device[:requests],
             fresh=self._fresh.device[:requests],
-            tables=(table,),
+            tables=tables,
             query_len=query_len,
         )
 
@@ -503,13 +563,21 @@ class StepBuffers:
         return {
             "input_ids": self.input_ids.device[:tokens],
             "positions": self.positions.device[:tokens],
-            "slot_mapping": self.slot_mapping.device[:tokens],
             "rows": self._rows.device[:requests],
             "query_start_loc": self.query_start_loc.device[: requests + 1],
             "seq_lens": self.seq_lens.device[:requests],
             "accepted": self._accepted.device[:requests],
             "fresh": self._fresh.device[:requests],
-            "block_tables": self.block_tables[:requests],
+            **{
+                f"{name}{number or ''}": each
+                for number, (blocks, slots) in enumerate(
+                    zip(self.block_tables, self.slots, strict=True)
+                )
+                for name, each in (
+                    ("slot_mapping", slots[:tokens]),
+                    ("block_tables", blocks[:requests]),
+                )
+            },
         }
 
     def forget(self) -> None:

@@ -6,21 +6,23 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.cache.memory import cache_tensors
+from reprise.cache import CacheLayout, Copy
+from reprise.cache.memory import pool_tensors
 from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
-from reprise.graphs.regions import Region, Stack, Units, stacked
+from reprise.graphs.regions import Region, Stack, stacked
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.kinds import FACTS
 from reprise.runner.probes import ProbeMaker
+from reprise.runner.written_rows import WrittenRows
 from reprise.shape import StepShape
 
 
@@ -38,8 +40,6 @@ class ForwardPass:
         max_tokens: Most tokens in a mixed step.
         max_requests: Most requests in a step.
     """
-
-    facts: Facts = FACTS
 
     def __init__(
         self,
@@ -61,7 +61,9 @@ class ForwardPass:
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
         self._logits = torch.zeros(max_requests, model.vocab_size, dtype=dtype, device=device)
         self._probes: ProbeMaker | None = None
-        self._stacked: tuple[Tensor, list[Stack]] | None = None
+        self._layout = buffers.layout
+        self.facts: Facts = buffers.facts
+        self._stacked: tuple[Tensor, list[list[Stack]]] | None = None
         self._weights = weights_of(model)
         self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         parameters = {name for name, _ in model.named_parameters()}
@@ -77,17 +79,17 @@ class ForwardPass:
         self.reload: Callable[[Sequence[str]], None] | None = None
         """Loads weights again, by their names in :meth:`memory`."""
 
-    def use_cache(self, num_blocks: int, max_model_len: int) -> None:
-        """The cache has this many blocks and contexts this many tokens at most: probes can use
-        them from now on."""
+    def use_cache(self, layout: CacheLayout, max_model_len: int) -> None:
+        """The pools have these sizes and contexts this many tokens at most: probes can use them
+        from now on."""
+        self._layout = layout
+        self._buffers.use_cache(layout)
         self._probes = ProbeMaker(
             self._buffers,
             self._caches,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
-            num_blocks=num_blocks,
         )
-        self._buffers.rows.layouts.use_cache(num_blocks)
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
@@ -110,11 +112,12 @@ class ForwardPass:
         return {"hidden": self._hidden[: shape.num_tokens]}
 
     def memory(self) -> Mapping[str, Region]:
-        used = self._buffers.rows.layouts.highest + 2
-        caches = cache_tensors(self._caches)
+        used = self._buffers.used_blocks()
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
-        for name, each in caches.items():
-            regions[name] = Region(each, "cache", "block", min(used, len(each)))
+        pools = pool_tensors(self._caches, self._layout)
+        for pool, tensors, count in zip(self._layout.pools, pools, used, strict=True):
+            for name, each in tensors.items():
+                regions[name] = Region(each, "cache", pool.unit, min(count, len(each)))
         for name, each in self.ops.memory.items():
             regions[f"memory of ops ({name})"] = Region(each, "ops")
         regions.update(self._weight_regions)
@@ -144,66 +147,27 @@ class ForwardPass:
         assert self._probes is not None, "use_cache comes first"
         return self._probes.probe(bucket, context)
 
-    def state(self, bucket: StepShape) -> WrittenSlots:
-        slots = self._buffers.slot_mapping.device[: bucket.num_tokens]
-        return WrittenSlots(self._stacks(), slots, self._buffers, bucket)
+    def state(self, bucket: StepShape) -> WrittenRows:
+        return WrittenRows(self._layout, self._stacks(), self._buffers, bucket)
 
-    def _stacks(self) -> list[Stack]:
-        tensors = cache_tensors(self._caches)
-        first = next(iter(tensors.values()))
+    def copy_states(self, copies: Sequence[Copy]) -> None:
+        """Copy states, all at once: what is a target of one is no source of another."""
+        for number, table in enumerate(self._layout.tables):
+            mine = [each for each in copies if each.table == number]
+            if not mine:
+                continue
+            places = np.array([(each.source, each.target) for each in mine], dtype=np.int64)
+            source, target = to_device(places.T.copy(), self._buffers.platform)
+            for stack in self._stacks()[table.pool]:
+                stack.tensor[:, target] = stack.tensor[:, source]
+
+    def _stacks(self) -> list[list[Stack]]:
+        """Of each pool."""
+        pools = pool_tensors(self._caches, self._layout)
+        first = next(iter(pools[0].values()))
         if self._stacked is None or self._stacked[0] is not first:
-            self._stacked = first, stacked(tensors)
+            self._stacked = first, [stacked(each) for each in pools]
         return self._stacked[1]
-
-
-class WrittenSlots:
-    """The cache slots that the current inputs write, in every layer.
-
-    Args:
-        stacks: The caches, [C, N, B, ...] each.
-        slots: [T] int64, the slot mapping of the step, padding included.
-        buffers: Hold the step.
-        bucket: What it is padded to.
-    """
-
-    def __init__(
-        self, stacks: Sequence[Stack], slots: Tensor, buffers: StepBuffers, bucket: StepShape
-    ) -> None:
-        self._names = {f"caches {number}": each.names for number, each in enumerate(stacks)}
-        self._rows = {
-            name: stack.tensor.flatten(1, 2).flatten(2)
-            for name, stack in zip(self._names, stacks, strict=True)
-        }
-        self._slots = slots.clone()
-        self._buffers = buffers
-        self._bucket = bucket
-
-    def read(self) -> Mapping[str, Tensor]:
-        return {name: rows[:, self._slots] for name, rows in self._rows.items()}
-
-    def write(self, values: Mapping[str, Tensor]) -> None:
-        for name, rows in self._rows.items():
-            rows[:, self._slots] = values[name]
-
-    def names(self, key: str) -> Sequence[str]:
-        return self._names[key]
-
-    def live(self, key: str, shape: StepShape) -> int:
-        return shape.num_tokens
-
-    def written(self) -> Units:
-        return {"block": self._slots // self._buffers.block_size}
-
-    def beside(self) -> Units:
-        return {"block": self._blocks(reads=False)}
-
-    def near(self) -> Units:
-        return {"block": self._blocks(reads=True)}
-
-    def _blocks(self, *, reads: bool) -> Tensor:
-        num_blocks = min(each.shape[1] // self._buffers.block_size for each in self._rows.values())
-        blocks = self._buffers.blocks_near(self._bucket, num_blocks, reads=reads)
-        return to_device(blocks, self._buffers.platform)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:

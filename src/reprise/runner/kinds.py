@@ -7,25 +7,44 @@ from typing import Any
 
 import numpy as np
 
-from reprise.cache import NULL_BLOCK
+from reprise.cache import KEPT, NULL_BLOCK
+from reprise.cache.layout import TableLayout
 from reprise.graphs.kinds import Facts, Ints, Kind
 from reprise.shape import StepShape
 
-FACTS = Facts(
-    step={
-        "padding": ("none", "some", "half or more"),
-        "requests": ("one", "several", "in every row"),
-        "largest request": ("no more than half of the bucket", "most of it"),
-        "decodes": ("none", "beside chunks", "alone"),
-    },
-    row={
-        "begins": ("at the first token", "at a block", "within a block"),
-        "new tokens": ("1", "to 4", "to 16", "to 64", "to 256", "to 1024", "to 4096", "more"),
-        "context": ("to 16", "to 64", "to 256", "to 1024", "to 4096", "to 16k", "to 64k", "more"),
-        "blocks": ("one", "neighbours", "some neighbours", "scattered"),
-        "cache": ("lower half", "upper half", "both halves"),
-    },
-)
+_BLOCKS = ("one", "neighbours", "some neighbours", "scattered")
+_HALVES = ("lower half", "upper half", "both halves")
+
+
+def facts_of(tables: Sequence[TableLayout]) -> Facts:
+    """The facts about steps of a model with these block tables. What is told of blocks is told of
+    each table; where there are several, as if each were a request's only one."""
+    blocks: list[str] = []
+    halves: list[str] = []
+    for each in tables:
+        prefix = f"{each.lifetime}: " if len(tables) > 1 else ""
+        blocks += [prefix + name for name in _BLOCKS]
+        halves += [prefix + name for name in _HALVES]
+    return Facts(
+        step={
+            "padding": ("none", "some", "half or more"),
+            "requests": ("one", "several", "in every row"),
+            "largest request": ("no more than half of the bucket", "most of it"),
+            "decodes": ("none", "beside chunks", "alone"),
+        },
+        row={
+            "begins": ("at the first token", "at a block", "within a block"),
+            "new tokens": ("1", "to 4", "to 16", "to 64", "to 256", "to 1024", "to 4096", "more"),
+            "context": (
+                "to 16", "to 64", "to 256", "to 1024", "to 4096", "to 16k", "to 64k", "more",
+            ),
+            "blocks": blocks,
+            "cache": halves,
+        },
+    )  # fmt: skip
+
+
+FACTS = facts_of([TableLayout(KEPT, 16)])
 """Classes of counts and lengths are powers of four; start-up proves each at its upper end, where a
 bound that a graph has wrong shows."""
 NEW_TOKENS, CONTEXTS = 8, 8
@@ -97,6 +116,12 @@ class RowLayouts:
         in_lower, in_upper = self._halves[row]
         self._codes[row] = blocks_code * 3 + (2 if in_lower and in_upper else int(in_upper))
 
+    def replace(self, row: int, table: Ints) -> None:
+        """The row's table is this, but for the null block where blocks were given back."""
+        held = table[table != NULL_BLOCK]
+        if len(held):
+            self.extend(row, held, None)
+
     def append(self, row: int, block: int, last: int | None) -> None:
         """:meth:`extend` by one block, as decodes do."""
         if last is None:
@@ -126,28 +151,37 @@ class RowLayouts:
         other = RowLayouts(len(tables))
         other._half = self._half
         for row, length in enumerate(lengths.tolist()):
-            other.extend(row, tables[row, :length], None)
+            other.replace(row, tables[row, :length])
         return other
 
 
 def kind_of_step(
-    counts: Ints, lengths: Ints, layouts: tuple[Ints, Ints], bucket: StepShape, block_size: int
+    counts: Ints,
+    lengths: Ints,
+    layouts: Sequence[tuple[Ints, Ints]],
+    bucket: StepShape,
+    block_sizes: Sequence[int],
+    facts: Facts = FACTS,
 ) -> Kind:
     """The kind of a step.
 
     Args:
         counts: [R], new tokens of each request.
         lengths: [R], tokens of each request, the new ones included.
-        layouts: [R] each, values of ``blocks`` and ``cache``.
+        layouts: Of each table [R] each, values of ``blocks`` and ``cache``.
         bucket: What the step is padded to.
-        block_size: Tokens in a block.
+        block_sizes: Tokens in a block, of each table.
+        facts: Of these tables.
     """
     starts = lengths - counts
-    within = np.where(starts % block_size == 0, 1, 2)
-    begins = np.where(starts == 0, 0, within)
     new = np.minimum(class_of(counts), NEW_TOKENS - 1)
-    rows = FACTS.code(begins, new, context_class(lengths), *layouts)
-    return Kind(_facts_of_step(counts, bucket), rows)
+    contexts = context_class(lengths)
+    rows = []
+    for table, ((blocks, halves), size) in enumerate(zip(layouts, block_sizes, strict=True)):
+        begins = np.where(starts == 0, 0, np.where(starts % size == 0, 1, 2))
+        blocks, halves = blocks + table * len(_BLOCKS), halves + table * len(_HALVES)
+        rows.append(facts.code(begins, new, contexts, blocks, halves))
+    return Kind(_facts_of_step(counts, bucket), rows[0] if len(rows) == 1 else np.concatenate(rows))
 
 
 def _facts_of_step(counts: Ints, bucket: StepShape) -> tuple[int, int, int, int]:

@@ -132,7 +132,7 @@ def _known_memory(platform: Platform) -> MemoryInfo | None:
             "measured (%s)", platform.device, describe(error),
         )  # fmt: skip
         return None
-    if 0 <= memory.free <= memory.total:
+    if 0 < memory.free <= memory.total:
         return memory
     logger.warning(
         "whether the model fits is not known before it is there: %s reports %d bytes of memory, "

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from reprise import ops, timeline
-from reprise.cache.memory import allocate_caches, block_bytes, fit_model_len, plan_blocks
+from reprise.cache.layout import lay_out_caches
+from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.errors import PlatformError, RepriseError, describe
 from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify, predict
@@ -60,23 +61,23 @@ class ModelRunner:
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         self.max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
         self.block_size = config.block_size or platform.default_block_size
-        blocks_of_request = -(-wanted_len // self.block_size)
         with torch.inference_mode():
             with timeline.span("model"):
                 self.model = build_model(
                     checkpoint.config,
                     max_model_len=wanted_len,
-                    table_blocks=config.max_num_seqs * blocks_of_request,
+                    table_blocks=config.max_num_seqs * -(-wanted_len // self.block_size),
                     dtype=self.dtype,
                     platform=platform,
                 )
             with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
+            self.cache_layout = lay_out_caches(self.model.caches(), self.block_size)
             self.buffers = StepBuffers(
                 max(self.max_tokens, config.max_num_seqs),
                 config.max_num_seqs,
-                blocks_of_request,
-                self.block_size,
+                wanted_len,
+                self.cache_layout,
                 platform,
             )
             self.forward_pass = ForwardPass(
@@ -92,8 +93,8 @@ class ModelRunner:
             self.forward_pass.beside = self.sampler.memory
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
-            # Until its size is known the cache is the null block alone.
-            allocate_caches(self.model.caches().values(), 1, self.block_size, platform)
+            # Until its size is known the cache is the null blocks alone.
+            allocate_caches(self.model.caches(), self.cache_layout, platform)
             with timeline.span("compile"):
                 self._compile_kernels()
             with timeline.span("profile"):
@@ -130,6 +131,8 @@ class ModelRunner:
         shape = step.shape if step.rows or at_least is None else at_least.empty
         self._shape = shape
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
+        if step.copies:
+            self.forward_pass.copy_states(step.copies)
         self._result = self.graphs.run(shape, at_least)
 
     def sample(self, step: Step, masks: Tensor | None = None) -> PendingOutput:
@@ -265,17 +268,23 @@ class ModelRunner:
 
     def _make_cache(self, wanted_len: int, reserved_bytes: int) -> None:
         config, platform = self.config, self.platform
-        caches = self.model.caches().values()
-        bytes_per_block = block_bytes(caches, self.block_size)
-        self.num_blocks = plan_blocks(
-            config, platform, bytes_per_block, self.block_size, wanted_len, reserved_bytes
+        self.cache_layout = plan_blocks(
+            self.cache_layout,
+            config,
+            platform,
+            max_model_len=wanted_len,
+            max_tokens=self.max_tokens,
+            activation_bytes=reserved_bytes,
         )
-        self.max_model_len = fit_model_len(
-            config.max_model_len, wanted_len, self.num_blocks, self.block_size
-        )
+        self.max_model_len = fit_model_len(config.max_model_len, wanted_len, self.cache_layout)
         with timeline.span("cache"):
-            allocate_caches(caches, self.num_blocks, self.block_size, platform)
-        self.forward_pass.use_cache(self.num_blocks, self.max_model_len)
+            allocate_caches(self.model.caches(), self.cache_layout, platform)
+        self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the cache, in all pools, the null blocks included."""
+        return sum(each.num_blocks for each in self.cache_layout.pools)
 
     def _capture_graphs(self) -> None:
         with progress("graphs", 0) as bar:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.cache.memory import cache_tensors
+from reprise.cache.memory import pool_tensors
 from reprise.cache.spec import LayerCache
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
@@ -25,62 +24,24 @@ from reprise.runner.kinds import (
     context_class,
     kind_of_step,
 )
+from reprise.runner.placement import (
+    BOTH,
+    LOWER,
+    NEIGHBOURS,
+    SCATTERED,
+    SOME_NEIGHBOURS,
+    UPPER,
+    Placement,
+    Row,
+)
 from reprise.shape import StepShape
 
 BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
 MOST_EXTRA = 3
 """Probes of an anchor that concern rows alone."""
-MIDDLE = 8
-"""Blocks behind the middle of the cache to which rows write whose neighbours lie before it."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
-
-NEIGHBOURS, SOME_NEIGHBOURS, SCATTERED = 1, 2, 3
-LOWER, UPPER, BOTH = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request of a probe."""
-
-    new: int
-    """Its new tokens."""
-    length: int
-    """All its tokens, the new ones included."""
-    layout: int
-    half: int
-
-
-class Area:
-    """A run of blocks in one half of the cache. Those that rows write are given out once each, from
-    the end; those that they read may be read by many."""
-
-    def __init__(self, begin: int, end: int) -> None:
-        self.begin, self.end = begin, end
-        self.next = end
-        self._shuffled: Ints | None = None
-
-    @property
-    def left(self) -> int:
-        return self.next - self.begin
-
-    def take(self, count: int) -> int:
-        """The first of ``count`` neighbours that no other row writes."""
-        self.next -= count
-        return self.next
-
-    def scattered(self, count: int, random: np.random.Generator) -> Ints:
-        """Blocks of which none follows the one before it; none if the area is empty."""
-        if self._shuffled is None:
-            every_other = np.arange(self.begin, self.end, 2, dtype=np.int32)
-            self._shuffled = random.permutation(every_other)
-        size = len(self._shuffled)
-        if size == 0:
-            return self._shuffled
-        places = np.arange(count)
-        places += int(random.integers(size))
-        return self._shuffled[places % size]
 
 
 class ProbeMaker:
@@ -95,7 +56,6 @@ class ProbeMaker:
         caches: Those of the model, which get random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
-        num_blocks: Of the cache, the null block included.
     """
 
     def __init__(
@@ -105,20 +65,17 @@ class ProbeMaker:
         *,
         vocab_size: int,
         max_model_len: int,
-        num_blocks: int,
     ) -> None:
         self._buffers = buffers
         self._caches = caches
         self._max_model_len = max_model_len
-        self._num_blocks = num_blocks
-        size = buffers.block_size
-        longest = -(-max_model_len // size)
-        self._half = (num_blocks + 1) // 2
-        # Room for the longest context and for what a large step writes.
-        most = longest + max(2 * buffers.max_requests, -(-buffers.max_tokens // size)) + 1
-        self._lower_end = min(self._half, 1 + most)
-        self._upper_begin = max(self._half, num_blocks - most)
-        self._has_content = np.zeros(num_blocks, dtype=bool)
+        layout = self._layout = buffers.layout
+        self._size = max(
+            (each.block_size for each in layout.tables if not each.lifetime.rewritten), default=1
+        )
+        """Where a block of every table ends."""
+        self._placement = Placement(layout, max_model_len, buffers.max_requests, buffers.max_tokens)
+        self._has_content = [np.zeros(each.num_blocks, dtype=bool) for each in layout.pools]
         strata = [vocab_size * part // STRATA for part in range(STRATA)]
         self._ids = np.array([0, vocab_size - 1, *strata], dtype=np.int64)
 
@@ -199,7 +156,7 @@ class ProbeMaker:
 
     def _decode_rows(self, new: int) -> list[Row]:
         """Every class of contexts with every layout, half, and place in a block."""
-        size = self._buffers.block_size
+        size = self._size
         rows = []
         # The longest first, so that it is in every probe.
         for number, (cls, layout) in enumerate(
@@ -219,7 +176,7 @@ class ProbeMaker:
 
     def _mixed_rows(self, limit: int) -> list[Row]:
         """Every class of new tokens with every class of contexts, small ones first."""
-        size = self._buffers.block_size
+        size = self._size
         rows = []
         number = 0
         for new_class in range(1, NEW_TOKENS):
@@ -255,137 +212,70 @@ class ProbeMaker:
 
     def _behind(self, new: int, number: int) -> Row:
         """A chunk behind a prefix hit, as long as can be."""
-        size = self._buffers.block_size
+        size = self._size
         start = max(0, self._max_model_len - new) // size * size
         new = max(1, min(new, self._max_model_len - start))
         return Row(new, start + new, 1 + number % 3, number % 3)
 
     def _most_requests(self, bucket: StepShape) -> int:
         """Live requests whose written blocks are all different."""
-        blocks = -(-max(1, bucket.query_len) // self._buffers.block_size) + 1
-        most = max(1, (self._num_blocks - 1) // (2 if blocks == 2 else blocks))
+        most = self._placement.most_requests(bucket.query_len)
         return max(1, min(bucket.num_requests, bucket.num_tokens, most))
 
     # ---- one probe -----------------------------------------------------------------------
 
     def _probe(self, name: str, bucket: StepShape, rows: Sequence[Row], seed: int) -> Probe:
         random = np.random.default_rng([seed, bucket.size, bucket.query_len])
-        rows = self._that_fit(rows, bucket)
-        tables = self._tables(rows, random)
+        rows = self._placement.that_fit(rows, bucket.num_tokens, bucket.num_requests)
+        tables = self._placement.tables(rows, random)
         counts = np.array([each.new for each in rows], dtype=np.int64)
         lengths = np.array([each.length for each in rows], dtype=np.int64)
-        layouts = RowLayouts(len(rows))
-        layouts.use_cache(self._num_blocks)
-        for row, table in enumerate(tables):
-            layouts.extend(row, table, None)
         tokens = int(counts.sum())
         ids = np.resize(np.roll(self._ids, -int(random.integers(len(self._ids)))), tokens)
         if bucket.num_tokens <= 2:  # few tokens meet few ids: each probe others
             ids = self._ids[(np.arange(tokens) + seed * tokens) % len(self._ids)]
-        width = max(map(len, tables))
-        table = np.zeros((len(rows), width), dtype=np.int32)
-        for row, blocks in enumerate(tables):
-            table[row, : len(blocks)] = blocks
-
         live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
 
         def fill() -> None:
-            self._fill_blocks(np.unique(table))
-            self._buffers.fill_rows(counts, lengths, table, ids)
+            self._fill_blocks(tables)
+            self._buffers.fill_rows(counts, lengths, tables, ids)
             self._buffers.fill_padding(live, bucket)
 
-        kind = kind_of_step(
-            counts, lengths, layouts.codes(np.arange(len(rows))), bucket, self._buffers.block_size
-        )
+        codes = []
+        for layout, table in zip(self._layout.tables, tables, strict=True):
+            layouts = RowLayouts(len(rows))
+            layouts.use_cache(self._layout.pools[layout.pool].num_blocks)
+            layouts = layouts.like(table, -(-lengths // layout.span))
+            codes.append(layouts.codes(np.arange(len(rows))))
+        sizes = [each.block_size for each in self._layout.tables]
+        kind = kind_of_step(counts, lengths, codes, bucket, sizes, self._buffers.facts)
         return Probe(name, fill, live, kind)
 
-    def _that_fit(self, rows: Sequence[Row], bucket: StepShape) -> list[Row]:
-        """As many of the rows as the bucket and the cache have room for; at least one."""
-        size = self._buffers.block_size
-        tokens, blocks = bucket.num_tokens, self._num_blocks - 1
-        fitting: list[Row] = []
-        for each in rows:
-            written = (each.length - 1) // size - (each.length - each.new) // size + 1
-            if written > blocks and not fitting:
-                new = min(each.new, blocks * size)
-                each, written = Row(new, new, each.layout, each.half), blocks
-            if each.new > tokens or written > blocks or len(fitting) == bucket.num_requests:
-                continue
-            tokens -= each.new
-            blocks -= written
-            fitting.append(each)
-        return fitting
-
-    def _tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
-        """The blocks of each row; those that it writes belong to it alone."""
-        areas = (Area(1, self._lower_end), Area(self._upper_begin, self._num_blocks))
-        self._middle = Area(self._half, self._half + MIDDLE)
-        tables: list[Ints | None] = [None] * len(rows)
-        # Long ones first: neighbours need room before what they write.
-        for index in sorted(range(len(rows)), key=lambda each: -rows[each].length):
-            tables[index] = self._table(rows[index], areas, random)
-        return [each for each in tables if each is not None]
-
-    def _table(self, row: Row, areas: tuple[Area, Area], random: np.random.Generator) -> Ints:
-        size = self._buffers.block_size
-        first, last = (row.length - row.new) // size, (row.length - 1) // size
-        written = last - first + 1
-        middle = self._middle
-        if (
-            row.layout == NEIGHBOURS and row.half == BOTH
-            and MIDDLE <= first <= self._half - self._lower_end
-            and written <= middle.left and middle.end <= self._upper_begin
-        ):  # fmt: skip
-            begin = middle.take(written)
-            return np.arange(begin - first, begin + written, dtype=np.int32)
-        own = areas[1 if row.half == UPPER else 0]
-        if own.left < written:
-            own = max(areas, key=lambda each: each.left)
-        if own.left < written:  # what is left lies in both
-            parts, missing = [], written
-            for each in areas:
-                count = min(each.left, missing)
-                begin = each.take(count)
-                parts.append(np.arange(begin, begin + count, dtype=np.int32))
-                missing -= count
-            mine = np.concatenate(parts)
-            return np.concatenate((np.resize(mine, first), mine)).astype(np.int32)
-        begin = own.take(written)
-        if first == 0 and written == 1:
-            return np.array((begin,), dtype=np.int32)
-        mine = np.arange(begin, begin + written, dtype=np.int32)
-        if row.layout == NEIGHBOURS and begin - first >= own.begin and row.half != BOTH:
-            return np.arange(begin - first, begin + written, dtype=np.int32)
-        if row.layout == SCATTERED:
-            mine = mine[::-1]
-        other = areas[0] if own is areas[1] else areas[1]
-        source = other if row.half == BOTH and other.end > other.begin else own
-        read = source.scattered(first, random)
-        if len(read) < first:
-            read = np.resize(mine, first)
-        if row.layout != SCATTERED and first > 2:
-            half = min(first // 2, source.end - source.begin)
-            read[:half] = np.arange(source.begin, source.begin + half)
-        return np.concatenate((read, mine)).astype(np.int32)
-
-    def _fill_blocks(self, blocks: Ints) -> None:
+    def _fill_blocks(self, tables: Sequence[Ints]) -> None:
         """Random content for blocks that have none yet."""
-        new = blocks[~self._has_content[blocks]]
-        if len(new) == 0:
-            return
-        self._has_content[new] = True
-        caches = list(cache_tensors(self._caches).values())
+        pools = pool_tensors(self._caches, self._layout)
+        for number, (caches, has_content) in enumerate(zip(pools, self._has_content, strict=True)):
+            mine = [
+                np.unique(each)
+                for each, layout in zip(tables, self._layout.tables, strict=True)
+                if layout.pool == number
+            ]
+            used = np.unique(np.concatenate(mine))
+            new = used[~has_content[used]]
+            has_content[new] = True
+            if len(new):
+                self._fill_new(list(caches.values()), new)
+
+    def _fill_new(self, caches: Sequence[Tensor], blocks: Ints) -> None:
         device = caches[0].device
         generator = torch.Generator(device=device).manual_seed(0)
-        places = to_device(new.astype(np.int64), self._buffers.platform)
-        picks = places * 7 % BANK
+        places = to_device(blocks.astype(np.int64), self._buffers.platform)
         banks: dict[Any, Tensor] = {}
         for number, cache in enumerate(caches):
             kind = (cache.shape[1:], cache.dtype)
             if kind not in banks:
-                banks[kind] = _random_rows((2 * BANK, *cache.shape[1:]), cache.dtype, generator)
-            # Each cache begins at another place of the bank.
-            cache[places] = banks[kind][number % BANK :][picks]
+                banks[kind] = _random_rows((BANK, *cache.shape[1:]), cache.dtype, generator)
+            cache[places] = banks[kind][(places * 7 + number) % BANK]
 
 
 def _random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

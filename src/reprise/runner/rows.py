@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reprise.cache.layout import TableLayout
 from reprise.ops.step import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
 from reprise.platforms import Platform
 from reprise.runner.arena import Ints
@@ -28,9 +29,9 @@ class Rows:
 
     Args:
         max_requests: Most requests at a time.
-        max_blocks: Most cache blocks of one request.
+        max_blocks: Most entries of a block table.
         num_drafts: K, most tokens that are drafted behind a request's newest one.
-        num_lifetimes: L, block tables of a request.
+        tables: The L block tables of a request.
         platform: The device.
     """
 
@@ -39,7 +40,7 @@ class Rows:
         max_requests: int,
         max_blocks: int,
         num_drafts: int,
-        num_lifetimes: int,
+        tables: Sequence[TableLayout],
         platform: Platform,
     ) -> None:
         self.count = max_requests + 1
@@ -52,12 +53,14 @@ class Rows:
         self.numbers = self.integers[:seeds]
         """What ``ops.lay_out`` reads and ``ops.advance`` changes."""
         self.floats = torch.zeros(len(FLOATS), self.count, dtype=torch.float32, device=device)
-        shape = (num_lifetimes, self.count, max_blocks)
+        shape = (len(tables), self.count, max_blocks)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
         """[L, S, M]: the cache blocks of each request."""
         self.host_tables: Ints = np.zeros(shape, dtype=np.int32)
         """The same as the host knows it."""
-        self.layouts = RowLayouts(self.count)
+        self.layouts = [RowLayouts(self.count) for _ in tables]
+        """Of each table."""
+        self._gives_back = [each.lifetime.bounded for each in tables]
         self.admitted: list[Admission | None] = [None] * self.count
         self.at_least: Ints = np.zeros(self.count, dtype=np.int64)
         """Tokens that are computed once all submitted steps have run."""
@@ -114,17 +117,19 @@ class Rows:
         _, count, width = self.tables.shape
         places: list[int] = []
         values: list[int] = []
-        for lifetime, edits in enumerate(step.edits):
+        for number, edits in enumerate(step.edits):
+            layouts = self.layouts[number]
             for each in edits:
                 row, begin, blocks = each.row, each.begin, each.blocks
-                table = self.host_tables[lifetime, row]
-                first = (lifetime * count + row) * width + begin
+                table = self.host_tables[number, row]
+                first = (number * count + row) * width + begin
                 places += range(first, first + len(blocks))
                 values += blocks
                 table[begin : begin + len(blocks)] = blocks
-                if lifetime == 0:
-                    last = int(table[begin - 1]) if begin else None
-                    self.layouts.extend(row, blocks, last)
+                if self._gives_back[number]:
+                    layouts.replace(row, table[: begin + len(blocks)])
+                else:
+                    layouts.extend(row, blocks, int(table[begin - 1]) if begin else None)
         return np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
 
     def move_on(self, rows: Ints, least: Any, most: Any) -> None:

@@ -22,8 +22,9 @@ def reference(
     Request r owns rows ``query_start_loc[r]`` to ``query_start_loc[r+1]`` of ``query``, the last
     of its ``seq_lens[r]`` tokens; their keys and values are in the cache already. A request with
     ``seq_lens[r] == 0`` is padding. Rows of padding requests, and rows behind the last request,
-    become zero. Cache content behind a request's length is never used, whatever it holds (NaN
-    included). All lengths and tables are read when the op runs, never when it is captured.
+    become zero. Cache content behind a request's length, or before the window of its first new
+    token, is never used, whatever it holds (NaN included). All lengths and tables are read when the
+    op runs, never when it is captured.
 
     Args:
         query: [T, Hq, D]; Hq is a multiple of Hkv (grouped-query attention).
@@ -49,6 +50,8 @@ def reference(
         blocks = block_tables[row, : math.ceil(seq_len / key_cache.shape[1])].long()
         keys = key_cache[blocks].flatten(0, 1)[:seq_len].float().repeat_interleave(group, dim=1)
         values = value_cache[blocks].flatten(0, 1)[:seq_len].float().repeat_interleave(group, dim=1)
+        if sliding_window > 0:
+            values[: max(0, seq_len - (end - begin) - sliding_window + 1)] = 0.0
         scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), keys) * scale
         if soft_cap > 0:
             scores = soft_cap * torch.tanh(scores / soft_cap)

@@ -39,10 +39,10 @@ def paged_attention(
             continue
         new = end - begin
         first = max(0, seq_len - new - sliding_window + 1) if sliding_window > 0 else 0
-        first -= first % block_size
+        before = first % block_size  # in the first block, before the window
         blocks = block_tables[row, first // block_size : math.ceil(seq_len / block_size)]
-        keys = _tokens(key_cache, blocks, seq_len - first)
-        values = _tokens(value_cache, blocks, seq_len - first)
+        keys = _tokens(key_cache, blocks, seq_len - first + before)[before:]
+        values = _tokens(value_cache, blocks, seq_len - first + before)[before:]
         if soft_cap > 0:
             _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
                          sliding_window, soft_cap)  # fmt: skip
