@@ -5,13 +5,14 @@ A further report is one more file here with a function ``register``.
 
 from __future__ import annotations
 
-from reprise.cli.doctor import conformance, graphs, machine, ops, report
+from reprise.cli.doctor import conformance, graphs, machine, memory, ops, report
 from reprise.cli.doctor.group import app
 
 machine.register(app)
 ops.register(app)
 graphs.register(app)
 conformance.register(app)
+memory.register(app)
 report.register(app)
 
 __all__ = ["app"]
