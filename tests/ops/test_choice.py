@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import OpError
-from reprise.ops import Op, OpTable, registry
+from reprise.ops import Op, OpTable, choice, registry
 from reprise.ops.cases import Cases
 from reprise.platforms.cpu import CpuPlatform
 
@@ -151,6 +151,19 @@ def test_repeated_calls_are_bound_to_what_computes_them(op) -> None:
         again = op.repeatedly(long, 2.0, others=1)
         assert len(bound) == 1
         assert again(3.0).tolist() == [[3.0] * 9]
+
+
+def test_numbers_that_are_never_the_same_do_not_fill_memory(op, monkeypatch) -> None:
+    monkeypatch.setattr(choice, "MOST_KINDS", 8)
+    accepts = Counting()
+    table = added(op, accepts)
+    x = torch.ones(1, 1)
+    with table.activate():
+        for number in range(50):
+            assert op(x, float(number)).item() == 100 + number
+    found = table.choices[op.name]
+    assert len(found.answers) == len(found._functions) <= 8
+    assert len(accepts.asked) == 50
 
 
 def test_an_op_that_takes_everything_costs_nothing_more(op) -> None:

@@ -14,6 +14,9 @@ from reprise.ops.implementation import Implementation
 
 logger = logging.getLogger(__name__)
 
+MOST_KINDS = 4096
+"""Of calls of one op to remember: a number that is another in each call would make ever more."""
+
 
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What is the same in all calls of a kind: of tensors the dtype and every dimension but the
@@ -102,6 +105,9 @@ class ByArguments:
         for name, reason in refused.items():
             if reason not in set(self._reasons(name)):
                 logger.info("op %s: %s and not %s (%s)", self.op, each.name, name, reason)
+        if len(self.answers) >= MOST_KINDS:
+            self.answers.clear()
+            self._functions.clear()
         self._functions[key] = each.function
         answer = self.answers[key] = Answer(call, each, refused)
         return answer
