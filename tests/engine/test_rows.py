@@ -169,3 +169,17 @@ def test_masks_keep_tokens_from_being_drawn(tiny: TinyModels, device: str) -> No
     masked = generate(llm, [prompt], greedy(6))[0]
     assert masked[:2] == free[:2]
     assert free[2] not in masked
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_what_was_drawn_last_is_not_counted_again_by_a_step_that_draws_nothing(
+    ahead: Callable[..., LLM], neighbours: int
+) -> None:
+    """Requests draw their last tokens, then a chunk of a prompt is computed alone."""
+    llm = ahead(max_num_batched_tokens=20, enable_prefix_caching=False)
+    ends = SamplingParams(temperature=0, max_tokens=3, repetition_penalty=1.3, frequency_penalty=1)
+    goes_on = SamplingParams(temperature=0, max_tokens=6, presence_penalty=1.5)
+    prompts = [*(random_ids(number, 4) for number in range(neighbours)), random_ids(9, 90)]
+    params = [*([ends] * neighbours), goes_on]
+    alone = [generate(llm, [a], b)[0] for a, b in zip(prompts, params, strict=True)]
+    assert generate(llm, prompts, params) == alone

@@ -160,7 +160,8 @@ class ModelRunner:
                 self._logits(result), step, numbers, masks, self.graphs.ran.first
             )
         emitted = buffers.advance(drawn)
-        self.sampler.count(emitted)
+        if buffers.num_draws:
+            self.sampler.count(emitted)
         return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
 
     def _landing(self) -> Landing:
