@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TinyModels, generate, greedy, make_llm, random_ids
+from planted import planted
 
 import reprise
 from reprise import models
@@ -18,9 +19,11 @@ from reprise.config import EngineConfig
 from reprise.engine.scheduler import Scheduler
 from reprise.layers import Build
 from reprise.loading import open_checkpoint
+from reprise.ops.registry import all_ops
 from reprise.platforms import MemoryInfo, Platform
 from reprise.request import Request
 from reprise.sampling_params import SamplingParams
+from reprise.testing import faults
 
 CONTEXT, WINDOW, BLOCK, REQUESTS, CHUNK = 32768, 1024, 16, 256, 8192
 QWEN3 = Path(reprise.__file__).parent / "bench" / "configs" / "qwen3-0.6b"
@@ -97,6 +100,25 @@ def test_all_that_has_left_a_window_is_given_back(
     stats = llm.stats().scheduler
     assert stats.total_prefix_hits > 0
     assert stats.total_preemptions == 0, "each request has a claim to its window"
+
+
+@pytest.mark.parametrize("executor", ["full", "breakable"])
+def test_a_graph_that_sees_what_has_left_a_window_is_refused(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    model = tiny("qwen3", use_sliding_window=True, sliding_window=24, max_window_layers=1)
+    prompts = [random_ids(1, 20), random_ids(2, 60)]
+    options = {"graph_buckets": "decode=2;mixed=64", "max_num_batched_tokens": 64}
+    expected = generate(make_llm(model, device, **options), prompts, greedy(12))
+    with planted(monkeypatch, faults.FAULTS["wrong_window"], "paged_attention"):
+        llm = make_llm(model, device, **options, graph_mode=executor)
+        assert generate(llm, prompts, greedy(12)) == expected
+    if faults.FAULTS["wrong_window"].inexpressible(
+        all_ops()["paged_attention"], executor, llm.engine.platform
+    ):
+        assert not llm.graph_report().quarantined
+    else:
+        assert all(each.quarantined for each in llm.graph_report().graphs)
 
 
 LIES: list[Any] = [

@@ -17,6 +17,11 @@ from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
 
+STATE_SHARE = 1 / 2
+"""Of the memory for caches, what states get at most."""
+CHECKPOINTS = 1
+"""Places for copies of states, for each request that may run."""
+
 
 def request_bytes(caches: Iterable[LayerCache], length: float) -> float:
     """Bytes of the rows that a request of ``length`` tokens needs to go on."""
@@ -79,7 +84,10 @@ def plan_blocks(
         if config.num_blocks is None and count == most:
             why = "max_num_seqs requests of max_model_len need no more"
         elif number != main:
-            why = "max_num_seqs requests need so many" if count == most else f"a part of {reason}"
+            why = "max_num_seqs requests need so many"
+            if count < most:
+                part = "half" if tables[0].lifetime.rewritten else "a part"
+                why = f"{part} of the memory at most ({reason})"
         logger.info(
             "KV cache: %d blocks of %s, %.2f GiB (%s)",
             count, told, count * pools[number].block_bytes / 2**30, why,
@@ -94,6 +102,9 @@ def _useful(
     total = 0
     for each in layout.of_pool(pool):
         at_rest = each.most(max_model_len)
+        if each.lifetime.rewritten:
+            total += (1 + CHECKPOINTS) * max_requests
+            continue
         # While they compute, and before what has left them is given back.
         in_step = len(each.lifetime.needed(0, max_model_len, each.block_size)) - at_rest
         chunk = min(-(-max_tokens // each.block_size), in_step * max_requests)
@@ -122,15 +133,21 @@ def _share(layout: CacheLayout, budget: int, useful: Sequence[int]) -> list[int]
     were all kept, so that no request finds less room than it would then."""
     pools, main = layout.pools, layout.main
     sizes = [each.block_bytes for each in layout.pools]
+    states = {each.pool for each in layout.tables if each.lifetime.rewritten} - {main}
     token_bytes = [
         sum(pools[each.pool].block_bytes / each.block_size for each in layout.of_pool(number))
         for number in range(len(pools))
     ]
-    whole = sum(token_bytes)
-    blocks = [
-        0 if number == main else min(most, int(budget * each / whole) // sizes[number])
-        for number, (most, each) in enumerate(zip(useful, token_bytes, strict=True))
-    ]
+    whole = sum(each for number, each in enumerate(token_bytes) if number not in states)
+    left = budget
+    blocks = [0] * len(pools)
+    for number in states:
+        share = int(budget * STATE_SHARE) // len(states)
+        blocks[number] = min(useful[number], share // sizes[number])
+        left -= blocks[number] * sizes[number]
+    for number, each in enumerate(token_bytes):
+        if number != main and number not in states:
+            blocks[number] = min(useful[number], int(left * each / whole) // sizes[number])
     left = budget - sum(count * size for count, size in zip(blocks, sizes, strict=True))
     blocks[main] = min(useful[main], left // sizes[main])
     left -= blocks[main] * sizes[main]

@@ -312,6 +312,10 @@ class GraphRunner:
         damage, self._damage = self._damage, None
         return damage
 
+    def caches_changed(self) -> None:
+        """The caches were written on purpose, by no step: what was seen of them is out of date."""
+        self.guard.forget()
+
     def weights_changed(self) -> None:
         """The weights were refilled on purpose: they are right as they are now."""
         with torch.inference_mode(), self.computation.ops.activate():

@@ -133,6 +133,7 @@ class ModelRunner:
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
         if step.copies:
             self.forward_pass.copy_states(step.copies)
+            self.graphs.caches_changed()
         self._result = self.graphs.run(shape, at_least)
 
     def sample(self, step: Step, masks: Tensor | None = None) -> PendingOutput:

@@ -16,6 +16,12 @@ from typing import Any
 
 from reprise.ops.registry import OpTable, all_ops
 from reprise.testing.faults.base import Fault
+from reprise.testing.faults.lifetimes import (
+    StateNotZeroed,
+    StateOfAnother,
+    StateTwice,
+    WrongWindow,
+)
 from reprise.testing.faults.memory import (
     CacheOverrun,
     ChangedBeside,
@@ -60,7 +66,7 @@ FAULTS: dict[str, type[Fault]] = {
         ChangedBeside,
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
-        WrongEverySecond,
+        WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
     )
 }  # fmt: skip
 """Every fault by name."""
@@ -134,3 +140,7 @@ wrong_values = _named("wrong_values")
 wrong_positions = _named("wrong_positions")
 wrong_beside_decodes = _named("wrong_beside_decodes")
 wrong_every_second = _named("wrong_every_second")
+wrong_window = _named("wrong_window")
+state_not_zeroed = _named("state_not_zeroed")
+state_twice = _named("state_twice")
+state_of_another = _named("state_of_another")

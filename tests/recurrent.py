@@ -1,0 +1,112 @@
+"""A toy hybrid: Llama in which every second layer, the first one too, keeps a state, not rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reprise.cache import Batch, LayerCache, Rows, State
+from reprise.layers import Build, Normed, Product, SelfAttention, tensor
+from reprise.models import dense
+from reprise.ops import registry
+from reprise.ops.cases import Arguments, Cases, Maker
+
+CHECKPOINT = 16
+_declared: list[registry.Op] = []
+
+
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, slots: Tensor,
+    query_start_loc: Tensor, seq_lens: Tensor, fresh: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """The gated delta rule, token by token: an update that neither commutes nor is idempotent.
+
+    query: [T, Hq, D]; key, value: [T, Hkv, D]; state: [S, Hkv, D, D] float32; slots: [R]; out as
+    query. Rows of requests without length stay as they are.
+    """
+    requests, heads, size = len(slots), key.shape[1], key.shape[2]
+    places = slots.long()
+    then = state[places]
+    now = torch.where(fresh.view(-1, 1, 1, 1), 0.0, then)
+    place = torch.arange(len(query), device=query.device, dtype=query_start_loc.dtype)
+    request = torch.searchsorted(query_start_loc[1:].contiguous(), place, right=True)
+    request = request.clamp(max=requests - 1)
+    live = place < query_start_loc[-1]
+    keys = F.normalize(key.float(), dim=-1)
+    for token in range(len(query)):
+        which = request[token : token + 1]
+        old = now.index_select(0, which)[0]
+        k = keys[token]
+        error = value[token].float() - torch.einsum("hkv,hk->hv", old, k)
+        new = 0.95 * old + 0.6 * torch.einsum("hk,hv->hkv", k, error)
+        new = torch.where(live[token], new, old)
+        now.index_copy_(0, which, new[None])
+        asked = query[token].float().view(heads, -1, size)
+        answer = torch.einsum("hgk,hkv->hgv", asked, new).reshape(query.shape[1:])
+        out[token] = torch.where(live[token], answer, 0.0).to(out.dtype)
+    state.index_copy_(0, places, torch.where((seq_lens == 0).view(-1, 1, 1, 1), then, now))
+
+
+def _small(make: Maker) -> list[Arguments]:
+    return [
+        {
+            "query": make.randn(3, 4, 8), "key": make.randn(3, 2, 8), "value": make.randn(3, 2, 8),
+            "state": make.randn(4, 2, 8, 8, dtype=torch.float32),
+            "slots": make.ints([2, 1], torch.int32),
+            "query_start_loc": make.ints([0, 1, 3], torch.int32),
+            "seq_lens": make.ints([5, 2], torch.int32),
+            "fresh": make.ints([0, 1]).bool(), "out": make.randn(3, 4, 8),
+        }
+    ]  # fmt: skip
+
+
+class DeltaNet(SelfAttention):
+    """Takes the weights of attention, without rotation."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        shape = (self.num_kv_heads, self.head_size, self.head_size)
+        self.cache = LayerCache(State(CHECKPOINT), state=Rows(shape, torch.float32))
+
+    def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
+        heads, size = self.num_heads + 2 * self.num_kv_heads, self.head_size
+        projected = self.qkv_proj(tensor(x)).view(-1, heads, size)
+        query, key, value = projected.split(
+            (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1
+        )
+        out = torch.empty_like(query)
+        _declared[0](
+            query, key, value, self.cache.tensors["state"],
+            batch.tables[self.cache.table].blocks, batch.query_start_loc, batch.seq_lens,
+            batch.fresh, out,
+        )  # fmt: skip
+        return Product(self.o_proj, out.flatten(1))
+
+
+@contextmanager
+def hybrids() -> Iterator[None]:
+    """Dense models that are built in this block have such layers; ops know ``delta_rule``."""
+    if not _declared:
+        cases = Cases(_small, lambda make: [])
+        _declared.append(
+            registry.op("delta_rule", delta_rule, mutates=("state", "out"), cases=cases)
+        )
+    ops: Any = registry.all_ops()
+    ops["delta_rule"] = _declared[0]
+
+    def mixer(build: Build, *args: Any, **options: Any) -> SelfAttention:
+        number = int(build.path.split(".")[2])
+        return (SelfAttention if number % 2 else DeltaNet)(build, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "SelfAttention", mixer)
+        try:
+            yield
+        finally:
+            del ops["delta_rule"]
