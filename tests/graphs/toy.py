@@ -96,6 +96,9 @@ class Slots:
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 
+    def read_by_someone(self) -> Tensor | None:
+        return None
+
     def written(self) -> Units:
         return {"block": self.slots // BLOCK}
 

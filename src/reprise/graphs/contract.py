@@ -45,6 +45,11 @@ class State(Protocol):
     def live(self, key: str, shape: StepShape) -> int:
         """How many of the N rows are not padding's, if ``shape`` has the real ones."""
 
+    def read_by_someone(self) -> Tensor | None:
+        """[T] bool on the device: the tokens of which anybody reads what was computed; None: all,
+        padding aside. What a token beyond the end of its request writes lies where others do, too,
+        and :meth:`read` has zeros for it."""
+
     def written(self) -> Units:
         """The units of the caches that hold these rows."""
 

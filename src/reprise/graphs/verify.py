@@ -226,6 +226,7 @@ class _Both:
                 output.zero_()
             with eager:
                 computation.forward(self._bucket, model)
+            step.clear_unread()
             step.meet_new_memory(at_first)
             self.expected, self.outputs = step.state(), copies(step.outputs)
             step.put(at_first)
@@ -236,6 +237,7 @@ class _Both:
                     graph.replay()
             except Exception as error:
                 verdict.error = describe(error)
+            step.clear_unread()
             self.got = step.state()
             step.put(at_first)
             flags = [differs(e, step.outputs[name], bound) for name, e in self.outputs.items()]
@@ -325,6 +327,13 @@ class StepMemory:
         self._state.write({k: v for k, v in values.items() if k not in self._ops})
         for name, tensor in self._ops.items():
             tensor.copy_(values[name])
+
+    def clear_unread(self) -> None:
+        """Make outputs that nobody reads the same, however they were computed."""
+        read = self._state.read_by_someone()
+        if read is not None:
+            for each in self.outputs.values():
+                each.masked_fill_(~read[: len(each)].unsqueeze(1), 0)
 
     def meet_new_memory(self, earlier: Values) -> None:
         """Ops that ran for the first time have made memory: it was then what it is now."""

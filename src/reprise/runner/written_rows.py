@@ -48,6 +48,7 @@ class WrittenRows:
     ) -> None:
         self._buffers = buffers
         self._rows: dict[str, _Rows] = {}
+        self._read: Tensor | None = None
         written: dict[str, list[Tensor]] = {}
         for number, table in enumerate(layout.tables):
             unit = layout.pools[table.pool].unit
@@ -57,6 +58,9 @@ class WrittenRows:
             else:
                 slots = buffers.slots[number, : bucket.num_tokens].clone()
                 written.setdefault(unit, []).append(slots // table.block_size)
+                if buffers.rows.num_drafts and self._read is None:
+                    # Drafts beyond a request's last token have no place but the null block.
+                    self._read = slots >= table.block_size
             for count, stack in enumerate(stacks[table.pool]):
                 name = f"table {number}, caches {count}"
                 rows, places = stack.tensor, slots
@@ -69,7 +73,17 @@ class WrittenRows:
         }
 
     def read(self) -> Mapping[str, Tensor]:
-        return {name: each.tensor[:, each.places] for name, each in self._rows.items()}
+        return {name: self._values(each) for name, each in self._rows.items()}
+
+    def _values(self, rows: _Rows) -> Tensor:
+        values = rows.tensor[:, rows.places]
+        if self._read is None or rows.of_requests:
+            return values
+        read = self._read.view(1, -1, *(1 for _ in values.shape[2:]))
+        return torch.where(read, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+    def read_by_someone(self) -> Tensor | None:
+        return self._read
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
