@@ -72,9 +72,16 @@ class StaleTable(Outside, WrongWhere):
     name = "stale_table"
     summary = "it follows the table of a request that has left its row"
 
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.seen = torch.zeros((), dtype=torch.bool, device=table.platform.device)
+        """There was such a table: where tables are gathered anew, padding has the null row's."""
+
     def where(self, named: dict[str, Any]) -> Tensor:
         gone = named["seq_lens"] == 0
-        return (gone & (named["block_tables"][:, 0] != 0)).any()
+        wrong = (gone & (named["block_tables"][:, 0] != 0)).any()
+        self.seen |= wrong
+        return wrong
 
 
 class NullBlock(Outside, WrongWhere):
@@ -265,6 +272,11 @@ def case(name: str, *others: str, short: bool) -> Any:
     return pytest.param(name, *others, marks=() if short else pytest.mark.long)
 
 
+def never_seen(fault: Any) -> bool:
+    """Nothing ever was as the fault needs it."""
+    return isinstance(fault, StaleTable) and not bool(fault.seen)
+
+
 @pytest.mark.parametrize("name", [case(each, short=each in PASSING) for each in OUTSIDE])
 def test_canary_1_lets_none_through(
     model: TinyModel, device: str, oracle: Oracle, monkeypatch: Any, name: str
@@ -276,7 +288,7 @@ def test_canary_1_lets_none_through(
     if isinstance(found[0], ReadsSampler):
         lend_counts(llm, found[0].victim)
     assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0
-    assert llm.graph_report().quarantined, "it does harm"
+    assert llm.graph_report().quarantined or never_seen(found[0]), "it does harm"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +303,7 @@ def test_probes_and_first_steps_of_a_kind_catch_those_that_depend_on_the_step(
     model: TinyModel, device: str, oracle: Oracle, monkeypatch: Any, name: str, verify: str
 ) -> None:
     fault = OUTSIDE[name]
-    with planted(monkeypatch, fault, fault.op_name):
+    with planted(monkeypatch, fault, fault.op_name) as found:
         llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify=verify)
     assert wrong_tokens(serve(llm), oracle()) == 0
-    assert llm.graph_report().quarantined
+    assert llm.graph_report().quarantined or never_seen(found[0])
