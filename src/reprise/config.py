@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from reprise.arguments import is_whole, plain, takes_names
 from reprise.errors import ConfigError
+from reprise.speculation import Speculation, parse_speculation
 from reprise.vllm_names import ENGINE, drop_neutral
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
@@ -108,6 +109,10 @@ class EngineConfig:
     """Sizes to capture, ``1,2,4,8`` or ``decode=1,2,4;mixed=64,128``; None: by the limits."""
     graph_memory_profile: Literal["auto", "off"] = "auto"
     """Predict the memory of graphs before the cache takes the rest, where the platform can."""
+    speculative_config: Mapping[str, Any] = field(default_factory=dict)
+    """Draft tokens and verify several in one step, vLLM's names: ``{"method": "ngram",
+    "num_speculative_tokens": 4}`` (at most 7), and how many last tokens are looked for earlier in
+    the text: ``prompt_lookup_max``, ``prompt_lookup_min``. The tokens are those without drafts."""
     max_logprobs: int | None = None
     """Most log probabilities that a request may ask for at one position; -1: any number. None: 20,
     or the whole vocabulary at once."""
@@ -126,6 +131,7 @@ class EngineConfig:
                     raise ConfigError(f"{name}={value!r} must be {wanted}")
         if not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
             raise ConfigError(f"ops={self.ops!r} must map names of ops to names of implementations")
+        parse_speculation(self.speculative_config)
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
         self._one_of("graph_memory_profile", ("auto", "off"))
@@ -159,6 +165,17 @@ class EngineConfig:
                 "load_format='dummy' needs model= a directory with a config.json; "
                 "without it, model=None loads the bundled demo model's real weights"
             )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What ``speculative_config`` asks for; None: nothing is drafted."""
+        return parse_speculation(self.speculative_config)
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that a decode verifies beside its newest one."""
+        asked = self.speculation
+        return 0 if asked is None else asked.width
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some options changed, validated again."""
@@ -199,7 +216,9 @@ def _take_model_len(arguments: dict[str, Any]) -> None:
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override")
 """vLLM's names of what has another one here."""
-_VLLM_HAS_NONE = ("seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides")
+_VLLM_HAS_NONE = (
+    "seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides", "speculative_config",
+)  # fmt: skip
 """Where vLLM takes None for the default."""
 _NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))
 _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
@@ -211,7 +230,7 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
     (("device",), str, "a string, such as 'auto' or 'cuda:1'"),
     (("graph_mode", "graph_verify"), str, "a string"),
     (("graph_buckets",), (str, type(None)), "a string, such as '1,2,4', or None"),
-    (("hf_overrides", "ops"), Mapping, "a dictionary"),
+    (("hf_overrides", "ops", "speculative_config"), Mapping, "a dictionary"),
     (("seed",), int, "a whole number"),
     (("enable_prefix_caching", "skip_tokenizer_init"), bool, "True or False"),
 ]

@@ -82,9 +82,10 @@ ENGINE = [
         },
     ),
     Group(
-        "speculative decoding is not supported",
+        "tokens are drafted as speculative_config says: {'method': 'ngram', "
+        "'num_speculative_tokens': 4}",
         {
-            "speculative_config": ({},), "speculative_model": (), "num_speculative_tokens": (),
+            "speculative_model": (), "num_speculative_tokens": (),
             "num_lookahead_slots": (0,), "spec_decode_acceptance_method": (),
         },
     ),

@@ -198,7 +198,7 @@ class Toy:
     facts = FACTS
     lost: Sequence[str] | None = None
 
-    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
         lengths = self.seq_lens[: live.num_requests].cpu().numpy()
         return Kind((0,), FACTS.code((lengths > 24).astype(int)))
 

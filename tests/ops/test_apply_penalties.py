@@ -19,6 +19,7 @@ def arguments(randn, platform, rows, vocab, slots=None):
     seen = torch.randint(-2, 4, (max(slots) + 1, vocab), generator=generator).clamp(min=0)
     seen += IN_PROMPT * torch.randint(2, seen.shape, generator=generator)
     numbers = torch.linspace(0.4, 1.9, len(rows))
+    drafted = torch.randint(-1, min(vocab, 40), (len(rows), vocab % 3), generator=generator)
     tensors = (
         torch.tensor(rows),
         seen.int(),
@@ -26,6 +27,7 @@ def arguments(randn, platform, rows, vocab, slots=None):
         numbers,
         numbers.flip(0) - 1,
         numbers / 2 - 0.3,
+        drafted,
     )
     return randn(max(rows) + 2, vocab) * 4, *(each.to(platform.device) for each in tensors)
 
@@ -47,8 +49,18 @@ def test_reference_is_the_formula(randn, platform) -> None:
         return torch.tensor([value], dtype=dtype, device=platform.device)
 
     row, slot = one(2, torch.int64), one(1, torch.int64)
-    reference(logits, row, seen, slot, *(one(v, torch.float32) for v in (1.3, 0.7, 0.2)))
+    strengths = [one(v, torch.float32) for v in (1.3, 0.7, 0.2)]
+    untouched = logits.clone()
+    reference(logits, row, seen, slot, *strengths, row.new_empty(1, 0))
     torch.testing.assert_close(logits, expected)
+    # Tokens that are drafted count like those of the output.
+    for token in output[2:]:
+        seen[1, token] -= 1
+    drafted = torch.tensor([[*output[2:], -1]], device=platform.device)
+    before = seen.clone()
+    reference(untouched, row, seen, slot, *strengths, drafted)
+    torch.testing.assert_close(untouched, expected)
+    assert torch.equal(seen, before)
 
 
 @pytest.mark.parametrize(

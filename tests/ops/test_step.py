@@ -161,7 +161,8 @@ def test_drafts_count_as_long_as_they_are_what_is_drawn(
             count += 1
         drawn += mine
         first.append(len(drawn))
-        emitted.append(mine[:count] + [-1] * (1 + drafts - count))
+        drafted = sum(draft >= 0 for draft in newest[1:there])
+        emitted.append([*mine[:count], *([-1] * (1 + drafts - count)), drafted])
         forward = len(part.known) or count
         expected[COMPUTED][part.row] = min(
             numbers[COMPUTED][part.row] + forward, numbers[LIMIT][part.row]
@@ -172,7 +173,7 @@ def test_drafts_count_as_long_as_they_are_what_is_drawn(
         for each in range(NEXT + 1, len(numbers)):
             expected[each][part.row] = -1
     padding = data.draw(st.integers(0, 2))
-    state, out = on(platform, numbers), on(platform, [[-7] * (1 + drafts)] * (len(parts) + padding))
+    state, out = on(platform, numbers), on(platform, [[-7] * (2 + drafts)] * (len(parts) + padding))
     arguments = (
         state, on(platform, [part.row for part in parts] + [0] * padding),
         on(platform, [len(part.known) for part in parts] + [0] * padding, torch.int32),
@@ -187,4 +188,4 @@ def test_drafts_count_as_long_as_they_are_what_is_drawn(
     else:
         function(*arguments, on(platform, drawn))
     assert state.tolist() == expected
-    assert out.tolist() == emitted + [[-1] * (1 + drafts)] * padding
+    assert out.tolist() == emitted + [[*([-1] * (1 + drafts)), 0]] * padding

@@ -153,7 +153,8 @@ def test_facts_are_told_of_each_table(platform: Platform) -> None:
 
     def kind(kept: Any, window: Any) -> Any:
         layouts = [(kept, lower), (window, lower)]
-        return kind_of_step(one, length, layouts, StepShape.decode(1), [16, 16], facts)
+        before, shape = length - one, StepShape.decode(1)
+        return kind_of_step(one, before, before, layouts, shape, [16, 16], facts)
 
     ledger = Ledger(facts)
     ledger.enter("graph", "family")
@@ -161,6 +162,22 @@ def test_facts_are_told_of_each_table(platform: Platform) -> None:
     assert ledger.trusts("graph", kind(scattered, neighbours))
     assert not ledger.trusts("graph", kind(neighbours, scattered))
     assert not ledger.trusts("graph", kind(scattered, scattered))
+
+
+@given(least=st.integers(0, 80), spread=st.integers(0, 20), size=st.sampled_from([1, 4, 16]))
+def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
+    least: int, spread: int, size: int
+) -> None:
+    counts, shape = np.array([4]), StepShape.decode(1, 4)
+    layouts = [(np.array([1]), np.array([0]))]
+
+    def codes(low: int, high: int) -> set[int]:
+        bounds = np.array([low]), np.array([high])
+        kind = kind_of_step(counts, *bounds, layouts, shape, [size], width=4)
+        return set(kind.rows.tolist())
+
+    exact = [codes(each, each) for each in range(least, least + spread + 1)]
+    assert codes(least, least + spread) >= set().union(*exact)
 
 
 @pytest.mark.parametrize("anchor", [True, False])

@@ -178,7 +178,7 @@ def test_random_steps(platform: Platform, data: st.DataObject) -> None:
             count = min(there, 1)
             while 0 < count < there and request.drafts[count - 1] == tokens[count - 1]:
                 count += 1
-            expected.append(tokens[:count] + [-1] * (1 + drafts - count))
+            expected.append([*tokens[:count], *([-1] * (1 + drafts - count)), step.drafts[number]])
             request.token_ids += tokens[:count]
             request.computed += count if number < step.num_decodes else step.counts[number]
         device = torch.tensor(drawn, dtype=torch.int64, device=platform.device)

@@ -41,6 +41,7 @@ ENGINE_PANELS = {
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": ("device", "ops"),
+    "Drafts": ("speculative_config",),
     "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip
 
@@ -64,6 +65,7 @@ ENGINE_SPECIAL = {
     ),
     "seed": Special(help="Of the random draws: the same seed gives the same text."),
     "hf_overrides": Special(metavar="JSON", parse=json_object),
+    "speculative_config": Special(metavar="JSON", parse=json_object),
 }
 
 

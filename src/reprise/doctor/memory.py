@@ -24,8 +24,9 @@ from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
+from reprise.runner.drafter import make_drafter
 from reprise.runner.forward_pass import ForwardPass
-from reprise.runner.model_choices import choose_dtype, choose_model_len
+from reprise.runner.model_choices import choose_dtype, choose_max_tokens, choose_model_len
 from reprise.runner.sampler import Sampler
 from reprise.shape import PHASES, StepShape
 
@@ -157,7 +158,7 @@ def memory_report(
     config, _ = paper.check_config(config)
     dtype = choose_dtype(config.dtype, checkpoint.config, paper)
     max_len = choose_model_len(config.max_model_len, checkpoint.config)
-    max_tokens = config.max_num_batched_tokens or paper.default_batched_tokens
+    max_tokens, width = choose_max_tokens(config, paper), 1 + config.num_drafts
     block_size = config.block_size or paper.default_block_size
     report = MemoryReport(
         {
@@ -177,23 +178,25 @@ def memory_report(
         model = models.build(checkpoint.config, Build(dtype, META, max_len))
         report.weights = _weights(model)
         report.tables_bytes = _tables(model)
-        layout = lay_out_caches(model.caches(), block_size)
+        layout = lay_out_caches(model.caches(), block_size, width - 1)
         buffers = StepBuffers(
-            max(max_tokens, config.max_num_seqs),
+            max(max_tokens, config.max_num_seqs * width),
             config.max_num_seqs,
             max_len,
             layout,
             paper,
+            num_drafts=width - 1,
         )
         table = OpTable(paper)
         computation = ForwardPass(
-            model, buffers, table, paper, max_tokens=max_tokens, max_requests=config.max_num_seqs
-        )
+            model, buffers, table, paper,
+            max_tokens=max_tokens, max_logits=config.max_num_seqs * width,
+        )  # fmt: skip
         allocate_caches(model.caches(), layout, paper)
         sampler = Sampler(model.vocab_size, buffers.rows, paper)
         shapes = (
             StepShape.mixed(max_tokens, config.max_num_seqs),
-            StepShape.decode(config.max_num_seqs),
+            StepShape.decode(config.max_num_seqs, width),
         )
         outputs = {name: t for each in shapes for name, t in computation.outputs(each).items()}
         report.buffers = {
@@ -201,6 +204,9 @@ def memory_report(
             "step outputs": _bytes(outputs.values()),
             "sampler": _bytes(sampler.memory().values()),
         }
+        if config.speculation is not None:
+            drafter = make_drafter(config.speculation, buffers.rows, max_len, paper)
+            report.buffers["drafter"] = _bytes(drafter.memory().values())
         report.activations_bytes = max(peak_of(computation, each) for each in shapes)
         report.graphs = _graphs(config, paper, computation, max_tokens)
     paper.used = report.fixed_bytes - report.activations_bytes - (report.graphs["pool_bytes"] or 0)
@@ -267,6 +273,7 @@ def _graphs(
         parse_plan(config.graph_mode),
         parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),
         config.max_num_seqs,
+        query_lens=(1 + config.num_drafts,),
     )
     shapes = runner.shapes()
     largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]

@@ -96,16 +96,20 @@ class Engine:
         self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
         self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)
         self.max_model_len = self.runner.max_model_len
-        if self.runner.max_tokens < config.max_num_seqs:
+        width = 1 + self.runner.num_drafts
+        if self.runner.max_tokens < config.max_num_seqs * width:
+            times = f" times {width} tokens, the drafted ones included" if width > 1 else ""
             raise ConfigError(
                 f"max_num_batched_tokens={self.runner.max_tokens} must be at least "
-                f"max_num_seqs={config.max_num_seqs}, so that all requests can decode in one step"
+                f"max_num_seqs={config.max_num_seqs}{times}, so that all requests can decode in "
+                "one step"
             )
         self.scheduler = Scheduler(
             CacheManager(self.runner.cache_layout, config.enable_prefix_caching),
             config.max_num_seqs,
             self.runner.max_tokens,
             self.max_model_len,
+            num_drafts=self.runner.num_drafts,
             blocks_ahead=BLOCKS_AHEAD,
         )
         self._depth = 2 if self.platform.asynchronous else 1
@@ -116,7 +120,10 @@ class Engine:
         """Where a request's results go, until its group has finished or is aborted."""
         self.profiler = Profiler(self.platform)
         self._observations = Observations(
-            config.model or "demo", self.max_model_len, self.runner.max_tokens
+            config.model or "demo",
+            self.max_model_len,
+            self.runner.max_tokens,
+            0 if config.speculation is None else config.speculation.num_tokens,
         )
         self._num_added = 0
         self._half_updated: set[str] = set()
@@ -390,6 +397,8 @@ class Engine:
         """Give a step's results to the requests."""
         completions = self._completions
         self._observations.step(step.num_tokens)
+        if output.drafted:
+            self._observations.drafts(step.num_decodes, output.drafted, output.sampled)
         requests = self.scheduler.requests_of(step)
         for number, (start, entries) in output.prompt_logprobs.items():
             known = completions.get(requests[number])

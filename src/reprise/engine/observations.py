@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from reprise.engine.scheduler import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
 from reprise.request import Request
@@ -19,9 +21,12 @@ class Observations:
         model: Its name, the label of every metric.
         max_model_len: Most tokens of a request.
         max_tokens: Most tokens of a step.
+        num_drafts: Most tokens that are drafted behind a request's newest one.
     """
 
-    def __init__(self, model: str, max_model_len: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: str, max_model_len: int, max_tokens: int, num_drafts: int = 0
+    ) -> None:
         self._labels = {"model_name": model}
         lengths = steps_1_2_5(max_model_len)
         self._prompt_tokens = Distribution(lengths)
@@ -35,10 +40,33 @@ class Observations:
         self._prefill = Distribution(_SECONDS)
         self._decode = Distribution(_SECONDS)
         self._step_tokens = Distribution(steps_1_2_5(max_tokens))
+        self.num_drafts = 0
+        """Times that tokens were drafted for a request and verified."""
+        self.num_draft_tokens = 0
+        self.accepted_at = [0] * num_drafts
+        """Of each place in a draft, how often the token there counted; tokens behind a stop too."""
 
     def step(self, num_tokens: int) -> None:
         """A step has computed so many tokens."""
         self._step_tokens.add(num_tokens)
+
+    def drafts(
+        self, num_decodes: int, drafted: Sequence[int], sampled: Sequence[Sequence[int]]
+    ) -> None:
+        """A step has verified drafts.
+
+        Args:
+            num_decodes: Its first requests, the ones that can have drafts.
+            drafted: Of each request, how many tokens.
+            sampled: Its new tokens, of which the last is no draft.
+        """
+        for count, tokens in zip(drafted[:num_decodes], sampled[:num_decodes], strict=True):
+            if count == 0:
+                continue
+            self.num_drafts += 1
+            self.num_draft_tokens += count
+            for place in range(len(tokens) - 1):
+                self.accepted_at[place] += 1
 
     def ended(self, request: Request) -> None:
         """A request has finished or was aborted."""
@@ -76,6 +104,12 @@ class Observations:
             "prompt_tokens": stats.total_prompt_tokens,
             "generation_tokens": stats.total_generated_tokens,
         }
+        if self.accepted_at:
+            counters.update(
+                spec_decode_num_drafts=self.num_drafts,
+                spec_decode_num_draft_tokens=self.num_draft_tokens,
+                spec_decode_num_accepted_tokens=sum(self.accepted_at),
+            )
         distributions = {
             "iteration_tokens_total": self._step_tokens,
             "request_prompt_tokens": self._prompt_tokens,
@@ -95,6 +129,14 @@ class Observations:
             *(
                 Counter("reprise:request_success", {**labels, "finished_reason": reason}, count)
                 for reason, count in stats.total_finished.items()
+            ),
+            *(
+                Counter(
+                    "reprise:spec_decode_num_accepted_tokens_per_pos",
+                    {**labels, "position": str(place)},
+                    count,
+                )
+                for place, count in enumerate(self.accepted_at)
             ),
             *(each.histogram(f"reprise:{name}", labels) for name, each in distributions.items()),
         ]

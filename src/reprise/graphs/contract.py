@@ -111,8 +111,9 @@ class Computation(Protocol):
     def facts(self) -> Facts:
         """The terms in which kinds of steps are told."""
 
-    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
-        """What is true of the step that the static inputs hold now. Reads no device memory."""
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+        """What is true of the step that the static inputs hold now; where that is not known without
+        reading device memory, all that may be true. ``exact``: read it."""
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
         """Probes of a bucket, the most telling first: that one has the longest context.

@@ -414,7 +414,8 @@ class GraphRunner:
             self._unseen[bucket.key] = 0
             self.ran = Ran(bucket.key, proven=True, first=unproven is not None)
             if unproven is not None:
-                self.ledger.prove(bucket.key, unproven, "live")
+                met = computation.kind(shape, bucket.shape, exact=True)
+                self.ledger.prove(bucket.key, met, "live")
             return
         self.ran = Ran(None, proven=False)
         self.canary_failures += 1

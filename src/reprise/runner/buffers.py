@@ -70,7 +70,7 @@ class StepBuffers:
         self.facts = facts_of(layout.tables)
         self.max_tokens, self.max_requests = max_tokens, max_requests
         self.platform = platform
-        max_blocks = max(each.entries(max_model_len) for each in layout.tables)
+        max_blocks = max(each.entries(max_model_len + num_drafts) for each in layout.tables)
         self.rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
         self._admissions = min(ADMISSIONS, max_requests)
         num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
@@ -124,8 +124,8 @@ class StepBuffers:
         device = platform.device
         self.draws = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         """Of the token drawn behind each token, its number among those of its request."""
-        self.emitted = torch.zeros(max_requests, 1 + num_drafts, dtype=torch.int64, device=device)
-        """New tokens of each of the step's requests, -1 behind them."""
+        self.emitted = torch.zeros(max_requests, 2 + num_drafts, dtype=torch.int64, device=device)
+        """New tokens of each of the step's requests, -1 behind them, and how many were drafted."""
         self.block_tables = torch.zeros(
             num_tables, max_requests, max_blocks, dtype=torch.int32, device=device
         )
@@ -349,7 +349,7 @@ class StepBuffers:
             drawn: [D] int64, what was drawn from its logits.
 
         Returns:
-            [R, 1 + K] int64, see :attr:`emitted`; overwritten by the next step.
+            [R, 1 + K + 1] int64, see :attr:`emitted`; overwritten by the next step.
         """
         if len(self._row_numbers) == 0:
             return self.emitted[:0]
@@ -362,6 +362,12 @@ class StepBuffers:
     def starts(self, number: int) -> int:
         """Where a request of the step that was filled last, which computes known tokens, began."""
         return int(self._starts[number])
+
+    @property
+    def rows_and_draws(self) -> tuple[Tensor, Tensor]:
+        """Of the step that was filled last, [R] int64, the requests' rows, and [R + 1] int32, where
+        the draws of each begin."""
+        return self._advanced[1], self._advanced[3]
 
     def sampling_rows(self) -> Tensor | None:
         """[D] int64: of the step that was filled last, the tokens behind which one is drawn; None:
@@ -461,9 +467,13 @@ class StepBuffers:
 
     # ---- what others read ----------------------------------------------------------------
 
-    def kind(self, bucket: StepShape) -> Kind:
-        """The kind of the step that was filled last, padded to ``bucket``."""
-        counts, least, _, rows, tables = self._of_step
+    def kind(self, bucket: StepShape, *, exact: bool = False) -> Kind:
+        """The kind of the step that was filled last, padded to ``bucket``; ``exact``: as the device
+        knows it, which is waited for."""
+        counts, least, most, rows, tables = self._of_step
+        if exact and least is not most:
+            lengths = self.seq_lens.device[: len(counts)].cpu().numpy()
+            least = most = np.maximum(lengths - counts, 0)
         layouts = self.rows.layouts
         if rows is None:
             layouts = [
@@ -473,7 +483,8 @@ class StepBuffers:
             rows = np.arange(len(counts))
         codes = [each.codes(rows) for each in layouts]
         sizes = [each.block_size for each in self.layout.tables]
-        return kind_of_step(counts, least + counts, codes, bucket, sizes, self.facts)
+        width = 1 + self.rows.num_drafts
+        return kind_of_step(counts, least, most, codes, bucket, sizes, self.facts, width)
 
     def blocks_near(self, *, reads: bool) -> dict[str, Ints]:
         """Blocks that the step in the buffers writes, those next to them, the first of each row,

@@ -38,7 +38,7 @@ class ForwardPass:
         ops: The implementations in use.
         platform: The device.
         max_tokens: Most tokens in a mixed step.
-        max_requests: Most requests in a step.
+        max_logits: Most tokens in a decode step.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ForwardPass:
         platform: Platform,
         *,
         max_tokens: int,
-        max_requests: int,
+        max_logits: int,
     ) -> None:
         self.ops = ops
         self.model: Callable[..., Any] = model
@@ -59,7 +59,7 @@ class ForwardPass:
         dtype = next(model.parameters()).dtype
         device = platform.device
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
-        self._logits = torch.zeros(max_requests, model.vocab_size, dtype=dtype, device=device)
+        self._logits = torch.zeros(max_logits, model.vocab_size, dtype=dtype, device=device)
         self._probes: ProbeMaker | None = None
         self._layout = buffers.layout
         self.facts: Facts = buffers.facts
@@ -135,8 +135,8 @@ class ForwardPass:
         for name, each in self._tables.items():
             self._weights[name].copy_(each)
 
-    def kind(self, live: StepShape, bucket: StepShape) -> Kind:
-        return self._buffers.kind(bucket)
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+        return self._buffers.kind(bucket, exact=exact)
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
         assert self._probes is not None, "use_cache comes first"

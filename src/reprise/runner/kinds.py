@@ -157,34 +157,53 @@ class RowLayouts:
 
 def kind_of_step(
     counts: Ints,
-    lengths: Ints,
+    least: Ints,
+    most: Ints,
     layouts: Sequence[tuple[Ints, Ints]],
     bucket: StepShape,
     block_sizes: Sequence[int],
     facts: Facts = FACTS,
+    width: int = 1,
 ) -> Kind:
-    """The kind of a step.
+    """The kind of a step. Where it is not known how far a request has come, all that it may be:
+    such a step is trusted if each of them is.
 
     Args:
         counts: [R], new tokens of each request.
-        lengths: [R], tokens of each request, the new ones included.
+        least: [R], tokens of each request before them, at least.
+        most: [R], and at most.
         layouts: Of each table [R] each, values of ``blocks`` and ``cache``.
         bucket: What the step is padded to.
         block_sizes: Tokens in a block, of each table.
         facts: Of these tables.
+        width: New tokens of a decode.
     """
-    starts = lengths - counts
     new = np.minimum(class_of(counts), NEW_TOKENS - 1)
-    contexts = context_class(lengths)
+    certain = least is most or bool((least == most).all())
+    spread = most - least
     rows = []
     for table, ((blocks, halves), size) in enumerate(zip(layouts, block_sizes, strict=True)):
-        begins = np.where(starts == 0, 0, np.where(starts % size == 0, 1, 2))
-        blocks, halves = blocks + table * len(_BLOCKS), halves + table * len(_HALVES)
-        rows.append(facts.code(begins, new, contexts, blocks, halves))
-    return Kind(_facts_of_step(counts, bucket), rows[0] if len(rows) == 1 else np.concatenate(rows))
+        behind = least % size
+        others = blocks + table * len(_BLOCKS), halves + table * len(_HALVES)
+        if certain:
+            begins = np.where(least == 0, 0, np.where(behind == 0, 1, 2))
+            rows.append(facts.code(begins, new, context_class(least + counts), *others))
+            continue
+        may_begin = (
+            least == 0,
+            (least > 0) & (behind == 0) | (behind + spread >= size),
+            (behind > 0) | (spread > 0),
+        )
+        rows += [
+            facts.code(begins, new, context_class(start + counts), *others)[may]
+            for begins, may in enumerate(may_begin)
+            for start in (least, most)
+        ]
+    codes = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return Kind(_facts_of_step(counts, bucket, width), codes)
 
 
-def _facts_of_step(counts: Ints, bucket: StepShape) -> tuple[int, int, int, int]:
+def _facts_of_step(counts: Ints, bucket: StepShape, width: int) -> tuple[int, int, int, int]:
     requests = len(counts)
     if bucket.phase == "decode":
         live, size = requests, bucket.num_requests
@@ -193,7 +212,7 @@ def _facts_of_step(counts: Ints, bucket: StepShape) -> tuple[int, int, int, int]
     else:
         live, size = int(counts.sum()), bucket.num_tokens
         tokens, largest = size, int(counts.max(initial=0))
-        single = int((counts == 1).sum())
+        single = int((counts == width).sum())
         # A step without requests is told as one of few chunks: it is padding all the same.
         decodes = 2 if single == requests > 0 else int(single > 0)
     padding = 0 if live == size else 1 if 2 * live > size else 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from reprise import models
+from reprise.config import EngineConfig
 from reprise.errors import CapacityError, ModelError, describe
 from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
 from reprise.platforms import MemoryInfo, Platform
@@ -62,6 +63,12 @@ def choose_model_len(requested: int | None, config: Any) -> int:
     if rope:
         logger.info("RoPE: %s; context %d", describe_rotary(rope, trained, length), length)
     return length
+
+
+def choose_max_tokens(config: EngineConfig, platform: Platform) -> int:
+    """Most tokens of a step: unless that is said, at least what all requests decode at once."""
+    decodes = config.max_num_seqs * (1 + config.num_drafts)
+    return config.max_num_batched_tokens or max(platform.default_batched_tokens, decodes)
 
 
 def build_model(

@@ -14,7 +14,7 @@ from reprise import ops, timeline
 from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
-from reprise.errors import PlatformError, RepriseError, describe
+from reprise.errors import ConfigError, PlatformError, RepriseError, describe
 from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify, predict
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
@@ -23,8 +23,14 @@ from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
+from reprise.runner.drafter import Drafter, make_drafter
 from reprise.runner.forward_pass import ForwardPass
-from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
+from reprise.runner.model_choices import (
+    build_model,
+    choose_dtype,
+    choose_max_tokens,
+    choose_model_len,
+)
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
 from reprise.sampling_params import WHOLE_VOCABULARY
@@ -59,7 +65,8 @@ class ModelRunner:
         self.ops = OpTable(platform, config.ops)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
-        self.max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
+        num_drafts = self.num_drafts = config.num_drafts
+        self.max_tokens = choose_max_tokens(config, platform)
         self.block_size = config.block_size or platform.default_block_size
         with torch.inference_mode():
             with timeline.span("model"):
@@ -72,13 +79,20 @@ class ModelRunner:
                 )
             with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
-            self.cache_layout = lay_out_caches(self.model.caches(), self.block_size)
+            caches = self.model.caches()
+            self.cache_layout = lay_out_caches(caches, self.block_size, num_drafts)
+            if num_drafts and any(each.lifetime.rewritten for each in self.cache_layout.tables):
+                raise ConfigError(
+                    "speculative_config: this model has layers with a recurrent state, from which "
+                    "drafts that do not count cannot be taken back yet; leave it out"
+                )
             self.buffers = StepBuffers(
-                max(self.max_tokens, config.max_num_seqs),
+                max(self.max_tokens, config.max_num_seqs * (1 + num_drafts)),
                 config.max_num_seqs,
                 wanted_len,
                 self.cache_layout,
                 platform,
+                num_drafts=num_drafts,
             )
             self.forward_pass = ForwardPass(
                 self.model,
@@ -86,11 +100,15 @@ class ModelRunner:
                 self.ops,
                 platform,
                 max_tokens=self.max_tokens,
-                max_requests=config.max_num_seqs,
+                max_logits=config.max_num_seqs * (1 + num_drafts),
             )
             # Before graphs are captured: what they spoil has to be known, and made good.
             self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
-            self.forward_pass.beside = self.sampler.memory
+            self.drafter: Drafter | None = None
+            if config.speculation is not None:
+                rows = self.buffers.rows
+                self.drafter = make_drafter(config.speculation, rows, wanted_len, platform)
+            self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
@@ -109,7 +127,7 @@ class ModelRunner:
         self._result: Tensor | None = None
         """Of the step that was submitted last."""
         # While a step is under way, the one before it may still be read.
-        self._landings = [Landing(config.max_num_seqs, 1, platform) for _ in range(2)]
+        self._landings = [self._new_landing() for _ in range(2)]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -128,6 +146,8 @@ class ModelRunner:
             at_least: See :meth:`reprise.graphs.GraphRunner.run`.
         """
         self.sampler.admit(step)
+        if self.drafter is not None:
+            self.drafter.admit(step)
         shape = step.shape if step.rows or at_least is None else at_least.empty
         self._shape = shape
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
@@ -160,19 +180,33 @@ class ModelRunner:
             drawn, logprobs = self.sampler(
                 self._logits(result), step, numbers, masks, self.graphs.ran.first
             )
+        rows, first_draw = buffers.rows_and_draws
+        if self.drafter is not None:
+            self.drafter.judge(step, rows, first_draw, drawn)
         emitted = buffers.advance(drawn)
+        tokens = emitted[:, :-1]
         if buffers.num_draws:
-            self.sampler.count(emitted)
+            self.sampler.count(tokens)
+        if self.drafter is not None and step.rows:
+            self.drafter.propose(rows, tokens)
         return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
 
     def _landing(self) -> Landing:
         """A free one, or a new one where more steps are under way than the engine has."""
         found = next((each for each in self._landings if each.free), None)
         if found is None:
-            found = Landing(self.config.max_num_seqs, 1, self.platform)
+            found = self._new_landing()
             self._landings.append(found)
         found.free = False
         return found
+
+    def _new_landing(self) -> Landing:
+        return Landing(self.config.max_num_seqs, 2 + self.num_drafts, self.platform)
+
+    def _memory_beside(self) -> dict[str, Tensor]:
+        """What lies on the device from step to step and that no forward pass may touch."""
+        drafter = {} if self.drafter is None else self.drafter.memory()
+        return {**self.sampler.memory(), **drafter}
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
@@ -244,6 +278,7 @@ class ModelRunner:
             parse_buckets(config.graph_buckets, config.max_num_seqs, self.max_tokens),
             config.max_num_seqs,
             verify=parse_verify(config.graph_verify),
+            query_lens=(1 + self.num_drafts,),
         )
 
     def _predict_graphs(self) -> int:
@@ -305,7 +340,7 @@ class ModelRunner:
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
-        decode = [StepShape.decode(n) for n in sizes]
+        decode = [StepShape.decode(n, 1 + self.num_drafts) for n in sizes]
         compile_ahead(
             self.ops,
             [lambda: self.model.logits(run(mixed)[:1]), lambda: ops.argmax(run(*decode))],
@@ -314,8 +349,8 @@ class ModelRunner:
 
     def _example_of_the_rest(self) -> None:
         """Calls of the ops that surround a forward pass."""
-        example_draws(self.model.vocab_size, self.platform)
-        self.buffers.example(StepShape.decode(1))
+        example_draws(self.model.vocab_size, self.num_drafts, self.platform)
+        self.buffers.example(StepShape.decode(1, 1 + self.num_drafts))
         self.buffers.example(StepShape.mixed(2, 1))
 
     def _measure_activations(self) -> int:
@@ -330,7 +365,8 @@ class ModelRunner:
             with self.ops.activate():
                 tokens, requests = self.max_tokens, self.config.max_num_seqs
                 self.forward_pass.forward(StepShape.mixed(tokens, requests))
-                logits = self.forward_pass.forward(StepShape.decode(requests)).float()
+                decode = StepShape.decode(requests, 1 + self.num_drafts)
+                logits = self.forward_pass.forward(decode).float()
                 logits.clone().softmax(dim=-1).add_(logits)
                 del logits
             self.platform.synchronize()

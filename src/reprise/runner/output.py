@@ -25,6 +25,8 @@ class StepOutput:
 
     sampled: Sequence[Sequence[int]]
     """The new tokens of each of the step's requests, in their order; none where it samples none."""
+    drafted: Sequence[int] = ()
+    """Tokens that were drafted behind each request's newest one; empty where nothing ever is."""
     logprobs: list[list[Logprobs] | None] | None = None
     """Of these tokens, where their requests want them; None: nowhere."""
     prompt_logprobs: dict[int, tuple[int, list[Logprobs]]] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class Landing:
 
     Args:
         max_requests: Most requests in a step.
-        width: Most new tokens of a request.
+        width: Numbers that a step has for each.
         platform: The device that they come from.
     """
 
@@ -67,7 +69,7 @@ class Landing:
         )
 
     def send(self, emitted: Tensor) -> None:
-        """Start copying ``emitted`` [R, 1 + K] int64: new tokens, -1 behind them."""
+        """Start copying ``emitted`` [R, 1 + K + 1] int64: what ``ops.advance`` says."""
         self._count = len(emitted)
         self._tokens[: self._count].copy_(emitted, non_blocking=True)
         self._arrived.record()
@@ -84,7 +86,8 @@ class PendingOutput:
     Args:
         step: What was computed.
         rows: The requests.
-        emitted: [R, 1 + K] int64 on the device: new tokens, -1 behind them.
+        emitted: [R, 1 + K + 1] int64 on the device: new tokens, -1 behind them, and how many were
+            drafted.
         logprobs: Of the rows of logits that were drawn from, if any request wants them.
         prompt_logprobs: By a request's number in the step, where the step began in its prompt and
             log probabilities of its tokens, in parts that ``landing`` has taken.
@@ -119,14 +122,16 @@ class PendingOutput:
     def wait(self) -> StepOutput:
         emitted = self._landing.wait().copy()
         self._landing.free = True
-        if emitted.shape[1] == 1:
+        drafted: Sequence[int] = ()
+        if emitted.shape[1] == 2:
             sampled = [[] if token < 0 else [token] for token in emitted[:, 0].tolist()]
         else:
-            counts = (emitted >= 0).sum(axis=1)
+            counts = (emitted[:, :-1] >= 0).sum(axis=1)
             sampled = [
                 tokens[:count]
                 for tokens, count in zip(emitted.tolist(), counts.tolist(), strict=True)
             ]
+            drafted = emitted[:, -1].tolist()
             self._settle(counts)
         prompts = {
             number: (
@@ -140,7 +145,7 @@ class PendingOutput:
             )
             for number, (start, parts) in self._prompt_logprobs.items()
         }
-        return StepOutput(sampled, self._of_samples(sampled), prompts)
+        return StepOutput(sampled, drafted, self._of_samples(sampled), prompts)
 
     def _settle(self, counts: Ints) -> None:
         """Tell the rows how many drafts counted."""

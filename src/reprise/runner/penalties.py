@@ -12,7 +12,7 @@ from torch import Tensor
 from reprise import ops
 from reprise.ops.apply_penalties import IN_PROMPT
 from reprise.runner.arena import to_device
-from reprise.runner.row_state import RowState
+from reprise.runner.row_state import Draw, RowState
 from reprise.sampling_params import SamplingParams
 from reprise.step import Admission
 
@@ -36,38 +36,54 @@ class SeenTokens(RowState):
 
 
 class Penalties:
-    """Those of some requests of a step.
+    """Those of some rows of a step's logits.
 
     Args:
-        draws: The rows of logits that they are for, each with its request and its request's number
-            in the step.
+        draws: The rows.
+        num_drafts: K, most drafts of a request.
         seen: Has, or gets, the counts of each request.
     """
 
-    def __init__(self, draws: Sequence[tuple[int, Admission, int]], seen: SeenTokens) -> None:
-        slots = np.array([seen.ensure(each) for _, each, _ in draws], dtype=np.int64)
-        parameters = [each.params for _, each, _ in draws]
+    def __init__(self, draws: Sequence[Draw], num_drafts: int, seen: SeenTokens) -> None:
+        slots = np.array([seen.ensure(each.request) for each in draws], dtype=np.int64)
+        parameters = [each.request.params for each in draws]
+        ahead = np.array([each.ahead for each in draws], dtype=np.int64)
         columns = (
-            np.array([row for row, _, _ in draws], dtype=np.int64),
+            np.array([each.row for each in draws], dtype=np.int64),
             slots,
-            np.array([number for _, _, number in draws], dtype=np.int64),
-            slots * seen.vocab_size,
+            np.array([each.number for each in draws], dtype=np.int64),
+            # A request's tokens are counted once, however many draws it has.
+            np.where(ahead == 0, slots * seen.vocab_size, -1),
+            np.arange(num_drafts) < ahead[:, None],
             np.array([each.repetition_penalty for each in parameters], dtype=np.float32),
             np.array([each.presence_penalty for each in parameters], dtype=np.float32),
             np.array([each.frequency_penalty for each in parameters], dtype=np.float32),
         )
-        self._rows, self._slots, self._numbers, self._starts, *self._strengths = (
+        self._rows, self._slots, self._numbers, starts, self._before, *self._strengths = (
             to_device(each, seen.platform) for each in columns
         )
+        first = to_device(np.flatnonzero(ahead == 0), seen.platform)
+        self._counted, self._starts = self._numbers[first], starts[first]
         self._counts = seen.counts
 
-    def apply(self, logits: Tensor) -> None:
-        """Change the rows of ``logits`` [N, V] float32 in place."""
-        ops.apply_penalties(logits, self._rows, self._counts, self._slots, *self._strengths)
+    def apply(self, logits: Tensor, drafts: Tensor) -> None:
+        """Change the rows of ``logits`` [N, V] float32 in place.
+
+        Args:
+            logits: All rows of the step that are drawn from.
+            drafts: [R, K] int64, of each of the step's requests, -1 for none.
+        """
+        if drafts.shape[1]:
+            drafted = drafts.index_select(0, self._numbers).masked_fill_(~self._before, -1)
+        else:
+            drafted = drafts.new_empty((len(self._numbers), 0))
+        ops.apply_penalties(
+            logits, self._rows, self._counts, self._slots, *self._strengths, drafted
+        )
 
     def count(self, emitted: Tensor) -> None:
         """Note the new tokens of the step's requests, [R, 1 + K] int64, -1 for none."""
-        tokens = emitted.index_select(0, self._numbers)
+        tokens = emitted.index_select(0, self._counted)
         places = self._starts[:, None] + tokens.clamp(min=0)
         self._counts.view(-1).index_add_(0, places.view(-1), (tokens >= 0).int().view(-1))
 

@@ -121,22 +121,26 @@ class ProbeMaker:
     def _mixed_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
         size = bucket.num_tokens
         begin = 0 if anchor else size
-        decodes = self._decode_rows(1)
+        width = 1 + self._buffers.rows.num_drafts
+        decodes = self._decode_rows(width)
         room = max(1, self._most_requests(bucket) - 1)
-        beside = min(room, size // 4)
-        prompt = [*_cycle(decodes, beside, 0), self._chunk(size - beside, 0)]
+        beside = min(room, max(size // (4 * width), int(size > width > 1)))
+        prompt = [*_cycle(decodes, beside, 0), self._chunk(size - beside * width, 0)]
         yield self._probe("a prompt beside decodes", bucket, prompt, seed=1)
         live = max(1, size * 3 // 4)
         yield self._probe("a prefix hit alone, padded", bucket, [self._behind(live, begin)], seed=3)
         if size > 3:
-            single = min(room, max(1, size // 8))
-            third = max(1, (live - single) // 3)
+            single = min(room, max(1, size // (8 * width)))
+            third = max(1, (live - single * width) // 3)
             chunks = [self._chunk(third, 1), self._behind(third, begin), self._chunk(third, 2)]
             chunks = [*_cycle(decodes, single, begin + 7), *chunks]
             yield self._probe("chunks beside decodes, padded", bucket, chunks, seed=6)
         if bucket.num_requests < size:
             others = bucket.num_requests - 1
-            every = [*_cycle(decodes, others, begin + 3), self._chunk(size - others, 3)]
+            drafting = others if width == 1 else min(others, (size - others - 1) // (width - 1))
+            short = self._decode_rows(1)[: others - drafting]
+            spare = size - drafting * width - len(short)
+            every = [*_cycle(decodes, drafting, begin + 3), *short, self._chunk(spare, 3)]
             yield self._probe("every row", bucket, every, seed=7)
         if not anchor:
             return
@@ -248,7 +252,9 @@ class ProbeMaker:
             layouts = layouts.like(table, -(-lengths // layout.span))
             codes.append(layouts.codes(np.arange(len(rows))))
         sizes = [each.block_size for each in self._layout.tables]
-        kind = kind_of_step(counts, lengths, codes, bucket, sizes, self._buffers.facts)
+        starts, width = lengths - counts, 1 + self._buffers.rows.num_drafts
+        facts = self._buffers.facts
+        kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, width)
         return Probe(name, fill, live, kind)
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from reprise.platforms import Platform
 from reprise.step import Admission
+
+
+class Draw(NamedTuple):
+    """One row of a step's logits that is drawn from."""
+
+    row: int
+    request: Admission
+    number: int
+    """Of the request in the step."""
+    ahead: int
+    """How many of the request's drafts come before the token that is drawn."""
 
 
 class RowState:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from reprise import ops
+from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
+from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
@@ -43,10 +45,6 @@ class LogprobTensors:
     logprobs: Tensor
     ranks: Tensor
     whole: Tensor | None = None
-
-
-Draw = tuple[int, Admission, int]
-"""A row of logits, whose it is, and the number of its request in the step."""
 
 
 class Sampler:
@@ -201,7 +199,7 @@ def top_logprobs(
     )
 
 
-def example_draws(vocab_size: int, platform: Platform) -> None:
+def example_draws(vocab_size: int, num_drafts: int, platform: Platform) -> None:
     """Draws as of one request that call every op which draws may call, beside plain argmax."""
     logits = torch.zeros(1, vocab_size, device=platform.device)
     ones = [to_device(np.ones(1, dtype=kind), platform) for kind in (*_PARAMETERS, np.int64)]
@@ -212,7 +210,8 @@ def example_draws(vocab_size: int, platform: Platform) -> None:
         to_device(np.zeros(1, dtype=kind), platform)
         for kind in (np.int64, np.float32, np.float32, np.float32)
     )
-    ops.apply_penalties(logits, row, seen, row, *strengths)
+    for drafts in sorted({0, num_drafts}):
+        ops.apply_penalties(logits, row, seen, row, *strengths, row.new_full((1, drafts), -1))
 
 
 class _Kept(NamedTuple):
@@ -229,6 +228,7 @@ class _Batch:
     def __init__(self, step: Step, kept: _Kept, rows: Rows) -> None:
         self._requests = list(step.rows), list(step.samples), list(step.drafts)
         self._rows = rows
+        self._step_rows: Tensor | None = None
         self._platform = kept.seen.platform
         self._vocab_size = kept.seen.vocab_size
         owners = [rows.admitted[row] for row in step.rows]
@@ -238,25 +238,27 @@ class _Batch:
             if step.samples[number] and owner is not None
             for ahead in range(1 + step.drafts[number])
         ]
-        draws = [(row, owner, number) for row, (owner, number, _) in enumerate(drawing)]
-        self._owners = [each.row for _, each, _ in draws]
-        parameters = [each.params for _, each, _ in draws]
+        draws = [Draw(row, *each) for row, each in enumerate(drawing)]
+        self._owners = [each.request.row for each in draws]
+        parameters = [each.request.params for each in draws]
         self.greedy = all(each.greedy for each in parameters)
         self.penalties: Penalties | None = None
-        penalised = [each for each in draws if is_penalised(each[1].params)]
+        penalised = [each for each in draws if is_penalised(each.request.params)]
         if penalised:
-            self.penalties = Penalties(penalised, kept.seen)
+            self.penalties = Penalties(penalised, rows.num_drafts, kept.seen)
         self.bad_words: BadWords | None = None
-        worded = [each for each in draws if each[1].bad_words]
+        worded = [each for each in draws if each.request.bad_words]
         if worded:
-            self.bad_words = BadWords(worded, kept.recent)
+            self.bad_words = BadWords(worded, rows.num_drafts, kept.recent)
         self.allowed: AllowedTokens | None = None
-        limited = [each for each in draws if each[1].params.allowed_token_ids is not None]
+        limited = [each for each in draws if each.request.params.allowed_token_ids is not None]
         if limited:
             self.allowed = AllowedTokens(limited, len(draws), kept.forbidden)
         self._bias = self._biases(draws)
         self._held_open = [
-            each for each in draws if each[1].params.min_tokens > 0 and each[1].stop_token_ids
+            each
+            for each in draws
+            if each.request.params.min_tokens > 0 and each.request.stop_token_ids
         ]
         self._closed: tuple[Tensor, ...] = ()
         """Of the tokens that may not end requests yet: their flat indices, the rows of logits that
@@ -266,7 +268,7 @@ class _Batch:
         self.num_logprobs = max((max(each, 0) for each in counts), default=None)
         self.whole_rows: Tensor | None = None
         """[W] int64: rows whose log probabilities are wanted of the whole vocabulary."""
-        whole = [row for row, each, _ in draws if each.params.logprobs == WHOLE_VOCABULARY]
+        whole = [each.row for each in draws if each.request.params.logprobs == WHOLE_VOCABULARY]
         if whole:
             self.whole_rows = to_device(np.array(whole, dtype=np.int64), self._platform)
         self.plain = self.greedy and not self.adjusts and self.num_logprobs is None
@@ -277,10 +279,12 @@ class _Batch:
         flat = logits.view(-1)
         if self._bias is not None:
             flat.index_add_(0, *self._bias)
-        if self.penalties is not None:
-            self.penalties.apply(logits)
-        if self.bad_words is not None:
-            self.bad_words.apply(logits)
+        if self.penalties is not None or self.bad_words is not None:
+            drafts = self._drafts()
+            if self.penalties is not None:
+                self.penalties.apply(logits, drafts)
+            if self.bad_words is not None:
+                self.bad_words.apply(logits, drafts)
         if self.allowed is not None:
             self.allowed.apply(logits)
         if self._held_open:
@@ -291,11 +295,18 @@ class _Batch:
             flat.index_add_(0, places, torch.where(short, -torch.inf, 0.0))
         return logits
 
+    def _drafts(self) -> Tensor:
+        """[R, K] int64, of each of the step's requests, -1 for none."""
+        if self._step_rows is None:
+            rows = np.array(self._requests[0], dtype=np.int64)
+            self._step_rows = to_device(rows, self._platform)
+        return self._rows.numbers[NEXT + 1 :].index_select(1, self._step_rows).T
+
     def _biases(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor] | None:
         """Flat indices of biased logits, and the biases."""
         biases = {
             row * self._vocab_size + token: bias
-            for row, request, _ in draws
+            for row, request, *_ in draws
             for token, bias in (request.params.logit_bias or {}).items()
         }
         if not biases:
@@ -306,14 +317,14 @@ class _Batch:
 
     def _hold_open(self) -> None:
         """Renew the tokens that may not end requests yet, when one has become long enough."""
-        held = [each for each in self._held_open if self._may_be_short(each[1])]
+        held = [each for each in self._held_open if self._may_be_short(each.request)]
         if self._closed and len(held) == len(self._held_open):
             return
         self._held_open = held
         closed = [
-            (row * self._vocab_size + token, row, each.params.min_tokens)
-            for row, each, _ in held
-            for token in each.stop_token_ids
+            (each.row * self._vocab_size + token, each.row, each.request.params.min_tokens)
+            for each in held
+            for token in each.request.stop_token_ids
         ]
         self._closed = tuple(
             to_device(np.array(column, dtype=np.int64), self._platform)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reprise.platforms import Platform
 from reprise.runner.arena import Ints, to_device
-from reprise.runner.row_state import RowState
+from reprise.runner.row_state import Draw, RowState
 from reprise.step import Admission
 
 BAD = -1e30
@@ -42,15 +42,10 @@ class ForbiddenTokens(RowState):
 class AllowedTokens:
     """Those of some rows of logits of ``num_rows``."""
 
-    def __init__(
-        self,
-        draws: Sequence[tuple[int, Admission, int]],
-        num_rows: int,
-        forbidden: ForbiddenTokens,
-    ) -> None:
+    def __init__(self, draws: Sequence[Draw], num_rows: int, forbidden: ForbiddenTokens) -> None:
         platform = forbidden.platform
-        slots = np.array([forbidden.ensure(each) for _, each, _ in draws], dtype=np.int64)
-        places = np.array([row for row, _, _ in draws], dtype=np.int64)
+        slots = np.array([forbidden.ensure(each.request) for each in draws], dtype=np.int64)
+        places = np.array([each.row for each in draws], dtype=np.int64)
         masks = forbidden.masks
         self._mask = masks.new_zeros((num_rows, forbidden.vocab_size))
         self._mask.index_copy_(
@@ -107,56 +102,68 @@ class RecentTokens(RowState):
 
 
 class BadWords:
-    """Those of some requests of a step; see :class:`reprise.runner.penalties.Penalties`."""
+    """Those of some rows of a step's logits.
 
-    def __init__(self, draws: Sequence[tuple[int, Admission, int]], recent: RecentTokens) -> None:
+    Args:
+        draws: The rows.
+        num_drafts: K, most drafts of a request.
+        recent: Has, or gets, the newest tokens of each request.
+    """
+
+    def __init__(self, draws: Sequence[Draw], num_drafts: int, recent: RecentTokens) -> None:
         self._recent = recent
-        slots = [recent.ensure(each) for _, each, _ in draws]
+        slots = [recent.ensure(each.request) for each in draws]
         words = [recent.words[slot] for slot in slots]
         length = recent.tokens.shape[1]
+        # The texts of all draws side by side: newest tokens, then the request's drafts.
+        ends = [
+            index * (length + num_drafts) + length + each.ahead for index, each in enumerate(draws)
+        ]
         firsts = np.cumsum([0, *(len(each.last) for each in words)])
         columns = (
-            np.array([number for _, _, number in draws], dtype=np.int64),
+            np.array([each.number for each in draws], dtype=np.int64),
             np.array(slots, dtype=np.int64),
             np.concatenate([each.tokens for each in words]),
-            np.concatenate(
-                [
-                    (slot + 1) * length - each.distances
-                    for slot, each in zip(slots, words, strict=True)
-                ]
-            ),
+            np.concatenate([end - each.distances for end, each in zip(ends, words, strict=True)]),
             np.concatenate(
                 [first + each.words for first, each in zip(firsts[:-1], words, strict=True)]
             ),
             np.concatenate(
                 [
-                    row * recent.vocab_size + each.last
-                    for (row, _, _), each in zip(draws, words, strict=True)
+                    draw.row * recent.vocab_size + each.last
+                    for draw, each in zip(draws, words, strict=True)
                 ]
             ),
+            np.flatnonzero([each.ahead == 0 for each in draws]),
         )
         (
             self._numbers,
             self._slots,
             self._tokens,
-            self._places,  # in all recent tokens
+            self._places,  # in the texts
             self._words,
             self._targets,  # in all logits
+            first,
         ) = (to_device(each, recent.platform) for each in columns)
+        # A request's tokens are noted once, however many draws it has.
+        self._noted, self._noted_slots = self._numbers[first], self._slots[first]
         self._columns = torch.arange(length, device=recent.tokens.device)
 
-    def apply(self, logits: Tensor) -> None:
-        """Make the last tokens of words whose others were drawn last bad, in place on ``logits``
-        [N, V] float32."""
-        recent = self._recent.tokens.view(-1).index_select(0, self._places)
+    def apply(self, logits: Tensor, drafts: Tensor) -> None:
+        """Make the last tokens of words whose others come last bad, in place on ``logits`` [N, V]
+        float32; ``drafts``: [R, K] int64, of each of the step's requests, -1 for none."""
+        texts = self._recent.tokens.index_select(0, self._slots)
+        if drafts.shape[1]:
+            texts = torch.cat((texts, drafts.index_select(0, self._numbers)), dim=1)
+        recent = texts.view(-1).index_select(0, self._places)
         missing = torch.zeros_like(self._targets, dtype=torch.int32)
         missing.index_add_(0, self._words, (recent != self._tokens).int())
         logits.view(-1).index_add_(0, self._targets, (missing == 0) * BAD)
 
     def count(self, emitted: Tensor) -> None:
         """Note the new tokens of the step's requests, [R, 1 + K] int64, -1 for none."""
-        tokens = emitted.index_select(0, self._numbers)
-        old = self._recent.tokens.index_select(0, self._slots)
+        tokens = emitted.index_select(0, self._noted)
+        old = self._recent.tokens.index_select(0, self._noted_slots)
         both = torch.cat((old, tokens), dim=1)
         last = self._columns + (tokens >= 0).sum(dim=1, keepdim=True)
-        self._recent.tokens.index_copy_(0, self._slots, both.gather(1, last))
+        self._recent.tokens.index_copy_(0, self._noted_slots, both.gather(1, last))

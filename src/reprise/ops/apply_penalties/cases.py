@@ -21,7 +21,9 @@ def _small(make: Maker) -> list[Arguments]:
             "repetition": make.floats(1.3, 1.0),
             "presence": make.floats(0.0, 0.5),
             "frequency": make.floats(0.2, 0.7),
+            "drafted": drafted,
         }
+        for drafted in (make.ints([]).view(2, 0), make.ints([7, -1, 7, 7, 3, 2]).view(2, 3))
     ]
 
 
@@ -38,6 +40,7 @@ def _workloads(make: Maker) -> Iterator[Workload]:
                 "repetition": strength,
                 "presence": strength,
                 "frequency": strength,
+                "drafted": make.randint(LARGE.vocab, rows, 3),
             }
 
         yield Workload(

@@ -13,6 +13,7 @@ def reference(
     repetition: Tensor,
     presence: Tensor,
     frequency: Tensor,
+    drafted: Tensor,
 ) -> None:
     """Make tokens that a request has seen less likely, in place.
 
@@ -30,8 +31,10 @@ def reference(
         repetition: [P] float32 above 0; 1: none.
         presence: [P] float32; 0: none.
         frequency: [P] float32; 0: none.
+        drafted: [P, K] int64, tokens that count as output beside those of ``seen``; -1: none.
     """
     x, known = logits[rows], seen[slots]
+    known.scatter_add_(1, drafted.clamp(min=0), (drafted >= 0).to(known.dtype))
     count = known & (IN_PROMPT - 1)
     factor = repetition.unsqueeze(1)
     x = torch.where(known > 0, torch.where(x > 0, x / factor, x * factor), x)

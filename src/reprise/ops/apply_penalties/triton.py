@@ -16,13 +16,15 @@ def apply_penalties(
     repetition: Tensor,
     presence: Tensor,
     frequency: Tensor,
+    drafted: Tensor,
 ) -> None:
     """Arguments as in the reference; rows of ``logits`` and ``seen`` may be strided."""
     vocab = logits.shape[1]
     launch(apply_penalties_kernel, (cdiv(vocab, _BLOCK), len(rows)))(
-        logits, rows, seen, slots, repetition, presence, frequency,
+        logits, rows, seen, slots, repetition, presence, frequency, drafted,
         logits.stride(0), seen.stride(0), vocab,
-        IN_PROMPT=IN_PROMPT, BLOCK=_BLOCK, num_warps=8, **launch_options(),
+        IN_PROMPT=IN_PROMPT, DRAFTED=drafted.shape[1], BLOCK=_BLOCK, num_warps=8,
+        **launch_options(),
     )  # fmt: skip
 
 
@@ -35,10 +37,12 @@ def apply_penalties_kernel(
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
+    drafted_ptr,
     row_stride,
     slot_stride,
     vocab,
     IN_PROMPT: tl.constexpr,
+    DRAFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -50,6 +54,8 @@ def apply_penalties_kernel(
     logits_ptr += tl.load(rows_ptr + number) * row_stride
     seen_ptr += tl.load(slots_ptr + number) * slot_stride
     known = tl.load(seen_ptr + token, mask=inside, other=0)
+    for turn in tl.static_range(DRAFTED):
+        known += (token == tl.load(drafted_ptr + number * DRAFTED + turn)).to(tl.int32)
     x = tl.load(logits_ptr + token, mask=inside, other=0.0)
     count = known & (IN_PROMPT - 1)
     factor = tl.load(repetition_ptr + number)

@@ -78,7 +78,7 @@ def _advances(make: Maker) -> list[Arguments]:
                 "rows": make.ints(rows),
                 "known": make.ints(known, torch.int32),
                 "first_draw": make.ints(first, torch.int32),
-                "emitted": make.randint(50, len(rows), 1 + drafts),
+                "emitted": make.randint(50, len(rows), 2 + drafts) + 9,
                 "drawn": drawn,
             }
         )
@@ -115,7 +115,7 @@ def _large(make: Maker, requests: int, query_len: int) -> Iterator[tuple[str, Ar
         {
             **shared,
             "first_draw": starts,
-            "emitted": make.randint(50, requests, 1 + drafts),
+            "emitted": make.randint(50, requests, 2 + drafts),
             "drawn": make.randint(50, tokens),
         },
     )

@@ -172,7 +172,7 @@ def _bind_advance(*arguments: Any) -> Callable[[Tensor], None]:
     arrays = [each.numpy() for each in tensors]
     _, rows, known, _, emitted = arrays
     again: Callable[[Tensor], None]
-    if emitted.shape[1] == 1 and len(drawn) == len(rows) and not known.any() and rows.all():
+    if emitted.shape[1] == 2 and len(drawn) == len(rows) and not known.any() and rows.all():
         again = _take_one_each(*arrays)
     else:
         again = partial(_advance, arrays)
@@ -188,6 +188,7 @@ def _take_one_each(
 ) -> Callable[[Tensor], None]:
     """:func:`advance` of a step in which each request computes its newest token, and no more."""
     numbers[ACCEPTED, rows] = 1
+    drafted = emitted[:, 1]
     first, count = int(rows[0]), len(rows)
     side_by_side = (rows == np.arange(first, first + count)).all()
     if not side_by_side:
@@ -195,6 +196,7 @@ def _take_one_each(
         def again(drawn: Tensor) -> None:
             tokens = drawn.numpy()
             emitted[:, 0] = tokens
+            drafted[:] = 0
             numbers[NEXT, rows] = tokens
             numbers[COMPUTED, rows] = np.minimum(numbers[COMPUTED, rows] + 1, numbers[LIMIT, rows])
 
@@ -205,6 +207,7 @@ def _take_one_each(
 
     def again_beside(drawn: Tensor) -> None:
         out[:] = newest[:] = drawn.numpy()
+        drafted[:] = 0
         np.add(computed, 1, out=computed)
         np.minimum(computed, limit, out=computed)
 
@@ -218,13 +221,17 @@ def _advance(arrays: Sequence[Array], drawn: Tensor) -> None:
     count = np.zeros(len(rows), dtype=np.int64)
     last = numbers[NEXT, rows]
     source = drawn.numpy() if len(drawn) else np.full(1, -1, dtype=np.int64)
-    for turn in range(emitted.shape[1]):
+    width = emitted.shape[1] - 1
+    drafted = emitted[:, width]
+    drafted[:] = 0
+    for turn in range(width):
         token = source.take(first_draw[:-1] + turn, mode="clip")
         emitted[:, turn] = np.where(counts, token, -1)
         last = np.where(counts, token, last)
         count += counts
-        if turn + 1 < emitted.shape[1]:
+        if turn + 1 < width:
             drafts = numbers[NEXT + turn + 1, rows]
+            drafted += (turn + 1 < there) & (drafts >= 0)
             counts &= (turn + 1 < there) & (token == drafts)
     owned = rows != 0
     decodes = (known == 0) & owned

@@ -101,10 +101,11 @@ def advance(
         known: [R] int32, tokens of each request whose ids the host knew; 0: the step computed its
             newest token and its drafts.
         first_draw: [R + 1] int32, where each request's draws begin.
-        emitted: [R, 1 + K] int64: new tokens of each request, -1 behind them.
+        emitted: [R, 1 + K + 1] int64: new tokens of each request, -1 behind them, and last how many
+            tokens had been drafted.
         drawn: [D] int64.
     """
-    width = emitted.shape[1]
+    width = emitted.shape[1] - 1
     begins = first_draw.long()
     there = begins[1:] - begins[:-1]
     turn = torch.arange(width, device=rows.device)
@@ -115,7 +116,8 @@ def advance(
     drafts = numbers[NEXT + 1 :, rows].T
     agrees = (got[:, :-1] == drafts) & (turn[1:] < there[:, None])
     count = torch.where(there > 0, 1 + agrees.long().cumprod(1).sum(1), 0)
-    emitted.copy_(torch.where(turn < count[:, None], got, -1))
+    emitted[:, :-1] = torch.where(turn < count[:, None], got, -1)
+    emitted[:, -1] = ((drafts >= 0) & (turn[1:] < there[:, None])).sum(1)
     last = got.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
     decodes = (known == 0) & (rows != 0)
     forward = torch.where(decodes, count, known.long())

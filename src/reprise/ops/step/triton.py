@@ -175,7 +175,7 @@ def _bind_advance(*arguments):
     numbers, rows, _, _, emitted, _ = arguments
     grid = (cdiv(rows.shape[0], _BLOCK),)
     strides = numbers.stride(0), emitted.stride(0), rows.shape[0]
-    options = {"WIDTH": emitted.shape[1], "BLOCK": _BLOCK, "num_warps": 4}
+    options = {"WIDTH": emitted.shape[1] - 1, "BLOCK": _BLOCK, "num_warps": 4}
     again = relaunch(
         advance_kernel, launch(advance_kernel, grid)(*arguments, *strides, **options), grid
     )
@@ -215,6 +215,7 @@ def advance_kernel(
     counts = there > 0
     count = tl.zeros([BLOCK], dtype=tl.int64)
     last = tl.zeros([BLOCK], dtype=tl.int64)
+    drafted = tl.zeros([BLOCK], dtype=tl.int64)
     for turn in tl.static_range(WIDTH):
         token = tl.load(drawn_ptr + first + turn, mask=real & (turn < there), other=-1)
         tl.store(
@@ -225,8 +226,10 @@ def advance_kernel(
         if turn + 1 < WIDTH:
             place = numbers_ptr + (NEXT + turn + 1) * numbers_stride + row
             draft = tl.load(place, mask=owned, other=-1)
+            drafted += ((draft >= 0) & (turn + 1 < there)).to(tl.int64)
             tl.store(place, tl.zeros_like(draft) - 1, mask=owned)
             counts = counts & (turn + 1 < there) & (token == draft)
+    tl.store(emitted_ptr + request * emitted_stride + WIDTH, drafted, mask=real)
     place = numbers_ptr + COMPUTED * numbers_stride + row
     computed = tl.load(place, mask=owned, other=0)
     limit = tl.load(numbers_ptr + LIMIT * numbers_stride + row, mask=owned, other=0)

@@ -45,6 +45,7 @@ from reprise.testing.faults.recorded import (
 )
 from reprise.testing.faults.steps import (
     WrongBesideDecodes,
+    WrongDrafts,
     WrongEverySecond,
     WrongFreshPrompt,
     WrongLargeRequest,
@@ -66,7 +67,7 @@ FAULTS: dict[str, type[Fault]] = {
         ChangedBeside,
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
-        WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
+        WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
     )
 }  # fmt: skip
 """Every fault by name."""
@@ -139,6 +140,7 @@ wrong_padded = _named("wrong_padded")
 wrong_values = _named("wrong_values")
 wrong_positions = _named("wrong_positions")
 wrong_beside_decodes = _named("wrong_beside_decodes")
+wrong_drafts = _named("wrong_drafts")
 wrong_every_second = _named("wrong_every_second")
 wrong_window = _named("wrong_window")
 state_not_zeroed = _named("state_not_zeroed")

@@ -77,6 +77,8 @@ class Tokens:
     """int64, new tokens of its request."""
     begin: Tensor
     """int64, position of the first of them."""
+    offset: Tensor
+    """int64, how many of them come before it."""
     live: Tensor
     """bool, false for padding."""
 
@@ -89,7 +91,7 @@ def tokens_of(named: dict[str, Any]) -> Tokens:
     places = torch.arange(len(named["query"]), device=starts.device)
     rows = request_of_token(named)
     new = (starts[1:] - starts[:-1])[rows]
-    return Tokens(new, lengths[rows] - new, places < starts[-1])
+    return Tokens(new, lengths[rows] - new, places - starts[rows], places < starts[-1])
 
 
 def _tokens_of_positions(positions: Tensor, live: Tensor) -> Tokens:
@@ -99,7 +101,7 @@ def _tokens_of_positions(positions: Tensor, live: Tensor) -> Tokens:
     request = first.long().cumsum(0) - 1
     new = torch.zeros_like(positions).index_add(0, request, live.long())[request]
     since = places - torch.where(first, places, 0).cummax(0).values
-    return Tokens(new, positions - since, live)
+    return Tokens(new, positions - since, since, live)
 
 
 def request_of_token(named: dict[str, Any]) -> Tensor:

@@ -148,6 +148,16 @@ class WrongBesideDecodes(_WrongRequests):
         return single & (tokens.live & (tokens.new > 1)).any()
 
 
+class WrongDrafts(WrongWhere):
+    name = "wrong_drafts"
+    summary = "of a few new tokens behind others, as drafts are, all but the first are wrong"
+    shows_in = "mixed"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        tokens = tokens_of(named)
+        return (tokens.begin > 0) & (tokens.new <= 8) & (tokens.offset > 0)
+
+
 class WrongEverySecond(WrongWhere):
     name = "wrong_every_second"
     summary = "every second replay is wrong, by a counter in memory of its own"
