@@ -82,6 +82,26 @@ def test_latency(model, device):
         assert 0 < each["prefill_share_of_matmul_rate"] < 1
 
 
+@pytest.mark.parametrize(("chance", "tokens"), [(1.0, 4), (0.0, 1)])
+def test_synthetic_drafts_are_called_so(model, device, chance, tokens):
+    from reprise.cli.app import app
+
+    arguments = [
+        "latency", *dummy(model, device), "--input-len", "20", "--output-lens", "5,37",
+        "--repeats", "1", "--max-num-seqs", "4", "--synthetic-acceptance", str(chance),
+    ]  # fmt: skip
+    record = bench(*arguments)
+    assert record["synthetic_acceptance"] == chance
+    assert record["engine"]["speculative_config"]["method"] == "synthetic"
+    (result,) = record["results"]
+    assert result["tokens_per_step"] == tokens
+    rate = tokens * 1e3 / result["ms_per_step"]
+    assert result["tokens_per_s"] == pytest.approx(rate, rel=0.01)
+    shown = CliRunner().invoke(app, ["bench", *arguments])
+    assert "SYNTHETIC" in shown.stdout
+    assert "tok/step" in shown.stdout
+
+
 def test_throughput(model, device):
     record = bench(
         "throughput", *dummy(model, device), "--num-prompts", "6", "--input-len-range", "4:30",

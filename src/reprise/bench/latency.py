@@ -50,6 +50,7 @@ def latency(
     _check(engine, work)
     if trace is not None:
         check_traceable(engine, max(work.input_lens))
+    speculation = engine.config.speculation
     step_bytes = decode_bytes(engine.runner.model)
     floor = measure_floor(engine.platform, engine.runner.dtype, step_bytes)
     with progress("latency", len(shapes) * (1 + 3 * repeats), at_once=True) as bar:
@@ -62,6 +63,7 @@ def latency(
     return {
         **heading("latency"),
         **engine_facts(work.model, engine),
+        "synthetic_acceptance": speculation and speculation.synthetic_acceptance,
         "repeats": repeats,
         "floor": {
             **floor.as_dict(),
@@ -107,9 +109,12 @@ def _measure(
     timed(long)
     first = [timed(1).seconds for _ in range(repeats)]
     pairs = [(timed(short), timed(long)) for _ in range(repeats)]
-    steps = [(b.seconds - a.seconds) / (long - short) for a, b in pairs]
-    waits = [(b.wait_seconds - a.wait_seconds) / (long - short) for a, b in pairs]
+    # Steps that verify drafts bring more than one token.
+    counts = [max(1, b.steps - a.steps) for a, b in pairs]
+    steps = [(b.seconds - a.seconds) / n for (a, b), n in zip(pairs, counts, strict=True)]
+    waits = [(b.wait_seconds - a.wait_seconds) / n for (a, b), n in zip(pairs, counts, strict=True)]
     step, prefill = statistics.median(steps), statistics.median(first)
+    tokens = statistics.median((long - short) / each for each in counts)
     context = input_len + (short + long) / 2
     kv_bytes = request_bytes(engine.runner.model.caches().values(), context) * batch_size
     least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.bytes_per_second
@@ -120,7 +125,9 @@ def _measure(
         "output_lens": [short, long],
         "ms_per_step": _ms(step),
         "ms_per_step_all": [_ms(each) for each in steps],
-        "tokens_per_s": round(batch_size / step, 1),
+        # Of one request.
+        "tokens_per_step": round(tokens, 3),
+        "tokens_per_s": round(batch_size * tokens / step, 1),
         # Without a device of its own the host's time is all there is.
         "host_ms_per_step": _ms(host) if engine.platform.asynchronous else None,
         "floor_ms": _ms(least),

@@ -64,6 +64,7 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
             "block_size": runner.block_size,
             "num_blocks": runner.num_blocks,
             "enable_prefix_caching": config.enable_prefix_caching,
+            "speculative_config": dict(config.speculative_config),
             "ops": {name: each.name for name, each in sorted(runner.ops.chosen.items())},
         },
         "graphs": {

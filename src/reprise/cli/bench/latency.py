@@ -56,6 +56,18 @@ def latency(
             show_default=False,
         ),
     ] = None,
+    synthetic_acceptance: Annotated[
+        float | None,
+        typer.Option(
+            help="Let each draft count with this chance, whatever it is: times of drafts that are "
+            "yet to be had. How many are drafted says --speculative-config, else 3. What is "
+            "generated means nothing, and every output says so.",
+            metavar="CHANCE",
+            min=0.0,
+            max=1.0,
+            show_default=False,
+        ),
+    ] = None,
     repeats: Repeats = 3,
     seed: Seed = 0,
     trace: Trace = None,
@@ -80,6 +92,14 @@ def latency(
         raise typer.BadParameter(f"{output_lens!r}: give two lengths, such as 32,288")
     work = replace(work, **{name: value for name, value in changes.items() if value is not None})
 
+    if synthetic_acceptance is not None:
+        given = engine.get("speculative_config") or {}
+        engine["speculative_config"] = {
+            "method": "synthetic",
+            "num_speculative_tokens": given.get("num_speculative_tokens", 3),
+            "synthetic_acceptance": synthetic_acceptance,
+        }
+
     from reprise.bench.latency import latency as measure
 
     record = measure(work, engine, repeats, seed, trace)
@@ -91,6 +111,7 @@ def latency(
         "host ms": "host_ms_per_step",
         "floor ms": "floor_ms",
         "x floor": "times_floor",
+        **({"tok/step": "tokens_per_step"} if record["engine"]["speculative_config"] else {}),
         "out tok/s": "tokens_per_s",
     }
     prefill = {

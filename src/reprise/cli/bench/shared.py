@@ -113,6 +113,12 @@ def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[
     console = Console(width=max(80, Console().width))
     facts = f"{record['model']} ({record['load_format']} weights, {record['dtype']})"
     console.print(f"[bold]{record['benchmark']}[/]: {facts} on {record['device_name']}")
+    synthetic = record.get("synthetic_acceptance")
+    if synthetic is not None:
+        console.print(
+            f"[bold red]SYNTHETIC[/]: each draft counts with a chance of {synthetic:g}, whatever "
+            "it is. The times are those of such drafts; no text was made that means anything."
+        )
     for each in tables:
         console.print(_table(each))
     if "trace" in record:
