@@ -192,7 +192,8 @@ class CacheManager:
                 source = hits[table.number][-1]
                 self._copies.append(Copy(table.number, source, request.tables[table.number][0]))
                 self._borrowed.append((table, source))
-        self._set_marks(request)
+        self._note_places(request)
+        self._note_commit(request)
         return True
 
     def grow(self, request: CacheUser, begin: int, end: int) -> int:
@@ -217,7 +218,7 @@ class CacheManager:
             end = max(request.num_places, fits * size)
         for table in self._tables:
             table.grow(request, begin, end)
-        self._set_marks(request)
+        self._note_places(request)
         return end
 
     def _fits(self, request: CacheUser, begin: int, end: int) -> bool:
@@ -231,14 +232,13 @@ class CacheManager:
         those that no later token needs are given back. Their entries become the null block."""
         # Blocks computed before a reset, or on top of such, must not come back.
         shares = self.enable_prefix_caching and request.cache_epoch == self._epoch
-        for table in self._tables:
-            table.commit(request, num_tokens, shares)
-        self._set_marks(request)
+        request.commit_at = min([t.commit(request, num_tokens, shares) for t in self._tables])
 
-    def _set_marks(self, request: CacheUser) -> None:
-        """Up to which token there are places, and when ``commit`` has something to do next."""
-        request.num_places = min(table.places(request) for table in self._tables)
-        request.commit_at = min(table.commit_at(request) for table in self._tables)
+    def _note_places(self, request: CacheUser) -> None:
+        request.num_places = min([table.places(request) for table in self._tables])
+
+    def _note_commit(self, request: CacheUser) -> None:
+        request.commit_at = min([table.commit_at(request) for table in self._tables])
 
     def free(self, request: CacheUser) -> None:
         """Take all blocks and claims from the request."""
@@ -280,7 +280,7 @@ class CacheManager:
             copy = table.checkpoint(request, length)
             if copy is not None:
                 self._copies.append(copy)
-        self._set_marks(request)
+        self._note_commit(request)
 
     def take_copies(self) -> list[Copy]:
         """The copies to be made before the step that is scheduled now. A checkpoint that is copied

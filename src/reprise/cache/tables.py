@@ -64,6 +64,7 @@ class Table:
     ) -> None:
         self.number = number
         self.lifetime, self.size = layout.lifetime, layout.block_size
+        self.bounded = layout.lifetime.bounded
         self._layout = layout
         self.pool, self.index = pool, index
         self._grain = grain
@@ -108,7 +109,7 @@ class BlockTable(Table):
 
     def _claim(self, request: CacheUser, held: int) -> int:
         """Blocks that the request may still take without asking, if it holds so many."""
-        if not self.lifetime.bounded:
+        if not self.bounded:
             return 0
         # The last token is never computed.
         return max(0, self._layout.most(request.max_total_tokens - 1) - held)
@@ -173,22 +174,28 @@ class BlockTable(Table):
 
     # ---- what is computed ----------------------------------------------------------------
 
-    def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> None:
+    def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> int:
         """The first ``num_tokens`` tokens are computed and known.
 
         Args:
             request: Whose.
             num_tokens: How many.
             shares: Others may find them.
+
+        Returns:
+            See :meth:`commit_at`.
         """
-        blocks, number = request.tables[self.number], self.number
+        number, size = self.number, self.size
+        blocks = request.tables[number]
         indexed, left = request.num_indexed[number], request.num_left[number]
-        num_full = num_tokens // self.size
-        if shares:
-            for position in range(max(indexed, left), num_full):
-                key = self.key(request, (position + 1) * self.size)
-                self.index.insert(key, blocks[position])
-        request.num_indexed[number] = max(num_full, indexed)
+        num_full = num_tokens // size
+        if num_full > indexed:
+            if shares:
+                for position in range(max(indexed, left), num_full):
+                    self.index.insert(self.key(request, (position + 1) * size), blocks[position])
+            request.num_indexed[number] = indexed = num_full
+        if not self.bounded:
+            return (indexed + 1) * size
         end = left
         while end < len(blocks) and self.lifetime.leaves(end, self.size) <= num_tokens:
             end += 1
@@ -197,6 +204,7 @@ class BlockTable(Table):
             self._count_claim(request, len(blocks) - left, len(blocks) - end)
             blocks[left:end] = [NULL_BLOCK] * (end - left)
             request.num_left[number] = end
+        return self.commit_at(request)
 
     def commit_at(self, request: CacheUser) -> int:
         """How many tokens have to be computed for ``commit`` to have something to do."""
@@ -250,7 +258,7 @@ class StateTable(Table):
         request.checkpoints.append(Checkpoint(self, length, slot))
         return Copy(self.number, request.tables[self.number][0], slot)
 
-    def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> None:
+    def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> int:
         ready = [each for each in request.checkpoints if each.table is self]
         for each in ready:
             if each.length > num_tokens:
@@ -259,6 +267,7 @@ class StateTable(Table):
             if shares:
                 self.index.insert(self.key(request, each.length), each.slot)
             self.pool.free([each.slot])
+        return self.commit_at(request)
 
     def commit_at(self, request: CacheUser) -> int:
         lengths = (each.length for each in request.checkpoints if each.table is self)
