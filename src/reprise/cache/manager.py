@@ -156,6 +156,14 @@ class CacheManager:
 
     # ---- blocks --------------------------------------------------------------------------
 
+    def may_fit(self, request: CacheUser, reserve: Sequence[int]) -> bool:
+        """Whether ``admit`` could succeed with the best hit. Costs little, whereas to look for a
+        hit takes longer the longer the request is."""
+        room = {pool: pool.room - kept for pool, kept in zip(self.pools, reserve, strict=True)}
+        for table in self._tables:
+            room[table.pool] -= table.least_cost(request)
+        return min(room.values()) >= 0
+
     def admit(self, request: CacheUser, hit: Hit, reserve: Sequence[int] = ()) -> bool:
         """Take the blocks of a hit; where all are kept, those of all known tokens; where they are
         bounded, a claim to as many as the request can need: all of them or none.

@@ -48,7 +48,7 @@ class Copy:
     target: int
 
 
-class Table:
+class RequestTable:
     """One block table of every request.
 
     Args:
@@ -104,7 +104,7 @@ class Table:
         return self.lifetime.resumes(length, self.size)
 
 
-class BlockTable(Table):
+class BlockTable(RequestTable):
     """Blocks that hold the rows of a request's tokens."""
 
     def _claim(self, request: CacheUser, held: int) -> int:
@@ -118,6 +118,10 @@ class BlockTable(Table):
         return len(request.tables[self.number]) - request.num_left[self.number]
 
     # ---- admission -----------------------------------------------------------------------
+
+    def least_cost(self, request: CacheUser) -> int:
+        """Of an admission, whatever the prefix cache has."""
+        return self._claim(request, 0)
 
     def cost(self, request: CacheUser, hit: Sequence[int]) -> int:
         """Blocks that an admission takes or lays claim to."""
@@ -222,12 +226,15 @@ class BlockTable(Table):
         self._give_back(request.tables[self.number][request.num_left[self.number] :][::-1])
 
 
-class StateTable(Table):
+class StateTable(RequestTable):
     """One state a request, and copies of states as they were behind some of their tokens.
 
     Others that begin with the same tokens go on from a copy of the copy. A checkpoint that nobody
     copies just now has no owner: a request that needs a state takes its place.
     """
+
+    def least_cost(self, request: CacheUser) -> int:
+        return 1
 
     def cost(self, request: CacheUser, hit: Sequence[int]) -> int:
         # The checkpoint is not to be given out before it is copied.

@@ -482,6 +482,8 @@ class Scheduler:
             request = waiting.first()
             if request.num_in_flight:
                 break  # just preempted: its pending token and its blocks are still to come
+            if running and not cache.may_fit(request, self._reserve):
+                break
             hit = cache.match(request)
             if not cache.admit(request, hit, self._reserve if running else ()):
                 # What it would go on from may take the place that it needs.
