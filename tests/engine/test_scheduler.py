@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from reprise.cache import CacheManager, one_table
+from reprise.cache import CacheLayout, CacheManager, State, Window, one_table
+from reprise.cache.layout import PoolLayout, TableLayout
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import Request, RequestStatus
@@ -567,3 +568,22 @@ def test_times_are_in_order() -> None:
     assert None not in times
     assert times == sorted(times)  # type: ignore[type-var]
     assert a.first_token_time != a.last_token_time
+
+
+def test_a_state_is_copied_in_the_step_that_computes_on_and_not_promised_before() -> None:
+    """A chunk waits for blocks at a place where others could go on from its request's state."""
+    layout = CacheLayout(
+        (TableLayout(Window(2), 1), TableLayout(State(8), 8, pool=1)),
+        (PoolLayout(1, num_blocks=9), PoolLayout(1, num_blocks=5)),
+    )
+    scheduler = Scheduler(CacheManager(layout, True), 4, 8, 40, reserve_blocks=0)
+    prompt = list(range(10))
+    first, second = added(scheduler, request("a", prompt), request("b", prompt))
+    step = scheduled(scheduler)
+    assert (parts(step), step.step.copies) == ([("a", 0, 8, False)], [])
+    assert scheduler.schedule() is None
+    run(scheduler, step)
+    step = scheduled(scheduler)
+    assert parts(step) == [("a", 8, 2, True), ("b", 0, 5, False)]
+    (copy,) = step.step.copies
+    assert copy.source == first.tables[1][0] != second.tables[1][0] != copy.target

@@ -65,8 +65,14 @@ LAYOUTS = st.one_of(
         ),
         SIZES, SIZES, st.integers(4, 14), st.integers(2, 9),
     ),
+    st.builds(
+        lambda size, window, every, blocks, slots: several(
+            (window, size, 0), (State(every), every, 1), blocks=[blocks, slots]
+        ),
+        SIZES, WINDOWS, SIZES, st.integers(4, 20), st.integers(2, 9),
+    ),
 )  # fmt: skip
-"""Caches that are kept, windows, both from one pool or from two, and states beside kept ones."""
+"""Caches that are kept, windows, both from one pool or from two, and states beside either."""
 Content = tuple[bytes, int, tuple[int, ...]]
 
 

@@ -460,11 +460,12 @@ class Scheduler:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
         start = request.num_computed_tokens
         known = request.num_known_tokens
-        self.cache.checkpoint(request, start)
         end = self.cache.chunk_end(start, min(known, start + budget), known)
         end = self.cache.grow(request, start, end)
         if end <= start:
             return 0  # an update will bring blocks
+        # Not before: without a step nobody copies, and an update would offer what is not there.
+        self.cache.checkpoint(request, start)
         count, samples = end - start, end == known
         parts.requests.append(request)
         parts.counts.append(count)
