@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import matrix
 import pytest
-from helpers import TinyModels
+from helpers import TinyModels, make_llm
+from recurrent import hybrids
+
+from reprise.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: TinyModels, device: str) -> matrix.Alone:
     return matrix.Alone(tiny, device)
+
+
+def layers_of(model: str) -> contextlib.AbstractContextManager[None]:
+    """What has to be in use where an engine with this model is made and runs."""
+    return hybrids() if model == matrix.RECURRENT else contextlib.nullcontext()
 
 
 CASES = [
@@ -29,9 +38,17 @@ def test_same_tokens(
     alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
 ) -> None:
     model = alone.model(features.model)
-    outputs = matrix.DISTURBANCES[disturbance](features, model, device)
-    found = [list(each.outputs[0].token_ids) for each in outputs]
-    assert found == alone.tokens(features.model)
+    with layers_of(features.model):
+        outputs = matrix.DISTURBANCES[disturbance](features, model, device)
+        expected = alone.tokens(features.model)
+    assert [list(each.outputs[0].token_ids) for each in outputs] == expected
+
+
+def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: str) -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 2}
+    refused = pytest.raises(ConfigError, match=r"speculative_config: .* a recurrent state")
+    with hybrids(), refused:
+        make_llm(alone.model(matrix.RECURRENT), device, speculative_config=config)
 
 
 @pytest.mark.parametrize("features", matrix.COVERING, ids=str)
@@ -67,7 +84,7 @@ def test_the_short_set_has_every_feature() -> None:
     names: dict[str, set[Any]] = {
         "executor": set(matrix.EXECUTORS) - {"compiled"},
         "model": set(matrix.MODELS),
-        "drafts": set(matrix.DRAFTS) - {0},
+        "drafts": set(matrix.DRAFTS),
     }
     for name, values in names.items():
         assert {getattr(each, name) for each in matrix.COVERING} == values
