@@ -270,3 +270,20 @@ def test_room_for_drafts_is_asked_for(model: TinyModel, device: str) -> None:
     with pytest.raises(ConfigError, match="max_num_seqs=8 times 4 tokens"):
         drafting(model, device, 3, max_num_batched_tokens=31)
     drafting(model, device, 3, max_num_batched_tokens=32)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_no_right_graph_is_refused_for_what_drafts_write_to_the_null_block(
+    model: TinyModel, device: str, tokens: int
+) -> None:
+    """Padding, and drafts beyond the end of a request, write there and nowhere else."""
+    options = {"graph_mode": "breakable", "graph_buckets": "decode=1,4;mixed=8"}
+    llm = drafting(
+        model, device, tokens, **options, max_num_seqs=3, block_size=2, max_model_len=80,
+        max_num_batched_tokens=16, num_blocks=129, graph_verify="canary:2",
+    )  # fmt: skip
+    for params in (greedy(40), greedy(7)):
+        generate(llm, PROMPTS, params)
+    report = llm.graph_report()
+    assert report.canaries > 0
+    assert [each.quarantined for each in report.graphs] == [None] * len(report.graphs)
