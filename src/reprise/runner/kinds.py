@@ -122,26 +122,6 @@ class RowLayouts:
         if len(held):
             self.extend(row, held, None)
 
-    def append(self, row: int, block: int, last: int | None) -> None:
-        """:meth:`extend` by one block, as decodes do."""
-        if last is None:
-            self.extend(row, (block,), None)
-            return
-        code = int(self._codes[row])
-        blocks_code, half_code = divmod(code, 3)
-        if block == last + 1:
-            self._pairs[row, 0] = True
-            blocks_code = (1, 1, 2, 2)[blocks_code]
-        else:
-            self._pairs[row, 1] = True
-            blocks_code = (3, 2, 2, 3)[blocks_code]
-        upper = int(block >= self._half)
-        self._halves[row, upper] = True
-        if half_code != upper:
-            half_code = 2
-        self._codes[row] = blocks_code * 3 + half_code
-        self.highest = max(self.highest, block)
-
     def codes(self, rows: Ints) -> tuple[Ints, Ints]:
         """Values of ``blocks`` and ``cache`` of some rows."""
         return np.divmod(self._codes[rows], 3)
