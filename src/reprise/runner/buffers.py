@@ -142,6 +142,10 @@ class StepBuffers:
         """The step in the buffers, and what it was padded to."""
         self._again: Callable[[], None] | None = None
         """Lays the step out that was laid out last, as its rows stand now."""
+        self.new_tokens, self.numbers = self.emitted[:0, :-1], self.draws[:0]
+        """Of the step that was filled last: [R, 1 + K], those of :attr:`emitted`; and [T], of
+        :attr:`draws`."""
+        self.none_drawn = self.draws[:0]
         self._num_tokens = 0
         self._starts: Ints = np.zeros(0, dtype=np.int64)
         """How many tokens of each request come before the step's, at least."""
@@ -222,6 +226,8 @@ class StepBuffers:
         self._note(counts + drafts)
         self._lay_out(padded)
         self._advanced = self._advance_arguments(requests)
+        self.new_tokens = self.emitted[:requests, :-1]
+        self.numbers = self.draws[:tokens]
         self._move = None
 
     def _write_ids(self, step: Step, ends: Ints, starts: Ints) -> list[tuple[int, int]]:

@@ -169,13 +169,11 @@ class ModelRunner:
         assert result is not None, "submit comes first"
         landing = self._landing()
         prompt_logprobs = self._prompt_logprobs(step, result, landing)
-        numbers, logprobs = buffers.draws, None
-        drawn = numbers[:0]
+        numbers, logprobs = buffers.numbers, None
+        drawn = buffers.none_drawn
         if buffers.num_draws:
             chosen = buffers.sampling_rows()
-            if chosen is None:
-                numbers = numbers[: step.num_tokens]
-            else:
+            if chosen is not None:
                 result, numbers = result[chosen], numbers[chosen]
             drawn, logprobs = self.sampler(
                 self._logits(result), step, numbers, masks, self.graphs.ran.first
@@ -184,11 +182,10 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.judge(step, rows, first_draw, drawn)
         emitted = buffers.advance(drawn)
-        tokens = emitted[:, :-1]
         if buffers.num_draws:
-            self.sampler.count(tokens)
+            self.sampler.count(buffers.new_tokens)
         if self.drafter is not None and step.rows:
-            self.drafter.propose(rows, tokens)
+            self.drafter.propose(rows, buffers.new_tokens)
         return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
 
     def _landing(self) -> Landing:
