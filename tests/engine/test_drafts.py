@@ -17,6 +17,7 @@ from reprise.graphs import prove
 from reprise.runner import model_runner
 from reprise.speculation import parse_speculation
 from reprise.testing.faults import FAULTS
+from reprise.testing.faults.planted import PlantedFault
 
 NGRAM: dict[str, Any] = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 PATTERN = random_ids(1, 6)
@@ -287,3 +288,28 @@ def test_no_right_graph_is_refused_for_what_drafts_write_to_the_null_block(
     report = llm.graph_report()
     assert report.canaries > 0
     assert [each.quarantined for each in report.graphs] == [None] * len(report.graphs)
+
+
+class OtherOrder(PlantedFault):
+    """Tokens that have no place write the null block one after another, and in which order is
+    nobody's business: on a device it differs from run to run."""
+
+    name = "other_order"
+    summary = "the null block is left with what another token wrote"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        for cache in (named["key_cache"], named["value_cache"]):
+            cache[0, 0].add_(self.active & (named["slot_mapping"] == 0).any())
+        return result
+
+
+def test_what_has_no_place_may_be_written_in_any_order(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts beyond the last token of a request write where padding does, and attend to that."""
+    with planted(monkeypatch, OtherOrder, "rotary_cache"):
+        llm = drafting(model, device, 7, graph_mode="full", graph_verify="canary:1")
+    for params in (greedy(40), greedy(37, logprobs=3)):
+        for got, prompt in zip(answers(llm, params), PROMPTS, strict=True):
+            assert model.is_greedy(prompt, got.token_ids)
+    assert [each.quarantined for each in llm.graph_report().quarantined] == []

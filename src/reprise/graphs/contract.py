@@ -47,8 +47,8 @@ class State(Protocol):
 
     def read_by_someone(self) -> Tensor | None:
         """[T] bool on the device: the tokens of which anybody reads what was computed; None: all,
-        padding aside. What a token beyond the end of its request writes lies where others do, too,
-        and :meth:`read` has zeros for it."""
+        padding aside. What a token beyond the end of its request writes lies where others write,
+        too."""
 
     def written(self) -> Units:
         """The units of the caches that hold these rows."""

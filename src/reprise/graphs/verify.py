@@ -348,19 +348,26 @@ class StepMemory:
             if name in self._ops:
                 found[name] = each
             else:
-                rows = each[:, : self._state.live(name, self._live)]
+                rows = self._read(name, each)
                 found.update(zip(self._state.names(name), rows, strict=True))
         return found
+
+    def _read(self, name: str, rows: Tensor) -> Tensor:
+        """Of rows of the caches those that are not padding's; zeros where nobody reads them."""
+        count = self._state.live(name, self._live)
+        rows, read = rows[:, :count], self._state.read_by_someone()
+        if read is None or count != self._live.num_tokens:
+            return rows
+        read = read[:count].view(1, -1, *(1 for _ in rows.shape[2:]))
+        return torch.where(read, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
     def same(self, expected: Values, got: Values, bound: float | None) -> list[Tensor]:
         """For each tensor a boolean scalar on the device, true if it differs."""
         flags = []
         for name, each in expected.items():
+            other = got[name]
             if name not in self._ops:
-                rows = self._state.live(name, self._live)
-                each, other = each[:, :rows], got[name][:, :rows]
-            else:
-                other = got[name]
+                each, other = self._read(name, each), self._read(name, other)
             flags.append(differs(each, other, bound))
         return flags
 

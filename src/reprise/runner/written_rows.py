@@ -49,8 +49,6 @@ class WrittenRows:
         self._buffers = buffers
         self._rows: dict[str, _Rows] = {}
         self._read: Tensor | None = None
-        self._before: Mapping[str, Tensor] = {}
-        """What was read first; with drafts alone."""
         written: dict[str, list[Tensor]] = {}
         for number, table in enumerate(layout.tables):
             unit = layout.pools[table.pool].unit
@@ -75,28 +73,14 @@ class WrittenRows:
         }
 
     def read(self) -> Mapping[str, Tensor]:
-        found = {name: each.tensor[:, each.places] for name, each in self._rows.items()}
-        if self._read is None:
-            return found
-        self._before = self._before or found
-        zero = {name: each.new_zeros(()) for name, each in found.items()}
-        return {name: self._where_read(name, each, zero[name]) for name, each in found.items()}
-
-    def _where_read(self, name: str, values: Tensor, others: Tensor) -> Tensor:
-        """The values, and ``others`` for tokens of which nobody reads anything."""
-        if self._read is None or self._rows[name].of_requests:
-            return values
-        read = self._read.view(1, -1, *(1 for _ in values.shape[2:]))
-        return torch.where(read, values, others)
+        return {name: each.tensor[:, each.places] for name, each in self._rows.items()}
 
     def read_by_someone(self) -> Tensor | None:
         return self._read
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
-            # What nobody reads is put back, too: the null block is watched as any other.
-            new = self._where_read(name, values[name], self._before.get(name, values[name]))
-            each.tensor[:, each.places] = new
+            each.tensor[:, each.places] = values[name]
 
     def names(self, key: str) -> Sequence[str]:
         return self._rows[key].names
