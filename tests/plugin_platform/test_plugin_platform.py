@@ -24,6 +24,8 @@ from reprise import LLM, platforms
 from reprise.errors import PlatformError
 
 PACKAGE = Path(__file__).parent
+MATRIX = ("full, windows, 3 drafts", "breakable, recurrent, 0 drafts", "none, plain, 7 drafts")
+"""Of the metamorphic matrix, what its maker would look at first."""
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,7 @@ def test_the_suites_graph_tests_pass_on_it(installed: Path) -> None:
         "--device", "toy-graphs", "-k", "not compiled and not demo and not llama and not lies",
         str(tests / "graphs" / "test_graph_runner.py"),
         str(tests / "engine" / "test_graph_executors.py"),
+        *(f"{tests / 'test_matrix.py'}::test_same_tokens[{each}: bucket]" for each in MATRIX),
     ]  # fmt: skip
     paths = [str(installed), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in paths if each)}
