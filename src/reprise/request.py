@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from reprise.cache.tables import Checkpoint
 from reprise.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # requests need no torch
+    from reprise.cache.tables import Checkpoint
 
 FinishReason = Literal["stop", "length", "abort"]
 

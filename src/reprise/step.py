@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from reprise.cache.tables import Copy
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
+
+if TYPE_CHECKING:  # a step can be read without torch
+    from reprise.cache.tables import Copy
 
 NULL_ROW = 0
 """Padding reads and writes here."""
