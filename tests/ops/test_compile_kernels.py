@@ -30,7 +30,11 @@ TARGETS = {
 """Backend, architecture, bytes of shared memory that a program can have."""
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# Ada differs from Hopper in limits alone.
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(each, marks=[pytest.mark.long] if each == "Ada" else []) for each in TARGETS],
+)
 def test_every_kernel_compiles_and_fits(device, target) -> None:
     if device != "cpu":
         pytest.skip("no device takes part, so the run without one is enough")
