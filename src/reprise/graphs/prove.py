@@ -141,21 +141,16 @@ class Prover:
         if self._capturer.model(executor) is not self._computation.model:
             return None
         assert bucket.graph is not None
-        later, pool = None, None
-        try:
-            probe.fill()
-            pool = self._capturer.memory(bucket.graph)
-        except Exception as error:
-            logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
-        # A rank that says no says so before the others wait for it in a collective.
-        if not self._agree(pool is not None):
+        pool, reason = self._fill(bucket, probe)
+        if reason is not None:
+            logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, reason)
             return None
+        later = None
         try:
-            state = self._computation.state(bucket.shape)
-            scope = Scope(state.beside() if number else state.near(), NO_WEIGHTS)
             later = examine_later(
-                self._computation, self._guard, bucket.graph, bucket.shape, probe.live, scope,
-                self._platform, bound=self.bound(executor), pool=pool or [], timed=number == 0,
+                self._computation, self._guard, bucket.graph, bucket.shape, probe.live,
+                self._scope(bucket, wide=number == 0), self._platform,
+                bound=self.bound(executor), pool=pool, timed=number == 0,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
@@ -312,22 +307,13 @@ class Prover:
             comparisons.append((written, self.bound(executor)))
         verdict = Verdict()
         for model, bound in comparisons:
+            pool, reason = self._fill(bucket, probe)
+            if reason is not None:
+                return Verdict(error=reason, ran=False)
             try:
-                probe.fill()
-                pool = self._capturer.memory(bucket.graph)
-            except Exception as error:
-                verdict = Verdict(error=f"it cannot be made: {describe(error)}")
-            # A rank that says no says so before the others wait for it in a collective.
-            if not self._agree(verdict.right):
-                return Verdict(
-                    error=verdict.error or "it cannot be made: on another rank", ran=False
-                )
-            try:
-                state = self._computation.state(bucket.shape)
-                scope = Scope(state.near() if timed else state.beside(), NO_WEIGHTS)
                 verdict = examine(
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
-                    scope, bound=bound, pool=pool, keep=False,
+                    self._scope(bucket, wide=timed), bound=bound, pool=pool, keep=False,
                     timed_on=self._platform if timed else None,
                 )  # fmt: skip
             except Exception as error:
@@ -337,6 +323,26 @@ class Prover:
             if not verdict.right:
                 break
         return verdict
+
+    def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:
+        """Write the probe into the inputs: all memory of the graph's pool, and why it cannot be
+        done, on any rank. One that says no says so before the others wait in a collective."""
+        assert bucket.graph is not None
+        pool: Sequence[Tensor] = ()
+        reason = None
+        try:
+            probe.fill()
+            pool = self._capturer.memory(bucket.graph)
+        except Exception as error:
+            reason = f"it cannot be made: {describe(error)}"
+        if self._agree(reason is None):
+            return pool, None
+        return (), reason or "it cannot be made: on another rank"
+
+    def _scope(self, bucket: BucketGraph, *, wide: bool) -> Scope:
+        """What to check around the step at hand; weights are checked when all probes have run."""
+        state = self._computation.state(bucket.shape)
+        return Scope(state.near() if wide else state.beside(), NO_WEIGHTS)
 
     def _find_spoilers(self, buckets: list[BucketGraph]) -> None:
         """If weights have changed since verification began, refuse the graphs that change them."""
