@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reprise import models
 from reprise.errors import ModelError
-from reprise.layers import Build, Linear, Normed, Product, RMSNorm, add, tensor
+from reprise.layers import Build, Linear, Normed, Product, RMSNorm, Run, add, tensor
 from reprise.layers.formats import DENSE, Format
 from reprise.ops import OpTable
 from reprise.platforms import Platform
@@ -106,10 +106,32 @@ def test_a_merged_product_is_its_parts_side_by_side(
         torch.testing.assert_close(merged(x), expected)
 
 
+@pytest.mark.parametrize("format", [DENSE, Blocks()], ids=["dense", "blocks"])
+def test_a_product_has_its_features_in_the_order_of_its_runs(
+    build: Build, platform: Platform, format: Format
+) -> None:
+    """As where a checkpoint interleaves two projections head by head."""
+    build = Build(build.dtype, build.device, build.max_model_len, All(format), "here")
+    stored = {name: filled(Linear(build.at(name), 12, 16, bias=True)) for name in ("a", "b")}
+    runs = [Run("a", 0, 4), Run("a", 8, 4), Run("b", 0, 16), Run("a", 12, 4), Run("a", 4, 4)]
+    ordered = Linear(build, 12, runs, bias=True)
+    sources = {key: each for part in stored.values() for key, each in part.destinations()}
+    for name, (target, part, shape, _) in ordered.destinations():
+        source = sources[name].target
+        assert shape in (None, tuple(source.shape))
+        target.copy_(source[part])
+    x = torch.randn(5, 12, device=platform.device)
+    with torch.inference_mode(), OpTable(platform).activate():
+        expected = [stored[name](x)[:, begin : begin + size] for name, begin, size in runs]
+        torch.testing.assert_close(ordered(x), torch.cat(expected, dim=1))
+
+
 def test_parts_that_a_format_cannot_tell_apart_are_refused(build: Build) -> None:
     build = Build(build.dtype, build.device, build.max_model_len, All(Blocks()), "here")
     with pytest.raises(ModelError, match=r"here\.b has 6 output features.*multiple of 4"):
         Linear(build, 12, {"a": 4, "b": 6})
+    with pytest.raises(ModelError, match=r"here\.a has 4 output features from feature 2 on"):
+        Linear(build, 12, [Run("a", 2, 4), Run("b", 0, 4)])
     Linear(build.at("b"), 12, 6)
 
 

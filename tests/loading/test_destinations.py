@@ -79,8 +79,8 @@ def test_parts_of_stored_tensors(
     assert [each for each in read if each] == parts
 
     def check(factor: float) -> None:
-        for name, each in destinations(model).items():
-            if each is not None:
+        for name, places in destinations(model).items():
+            for each in places:
                 expected = stored[name][each.part] * factor
                 assert torch.equal(each.target.cpu(), expected), name
 
@@ -148,3 +148,37 @@ def test_prefixes() -> None:
     by_our_names([("x", 1), ("a.x", 2)], renames, misfits)
     with pytest.raises(LoadError, match=r"given twice \(1\): a.x"):
         misfits.refuse("no")
+
+
+class Interleaved(nn.Module):
+    """Has the even rows of a stored vector before its odd ones, each one larger."""
+
+    def __init__(self, path: str, weight: Tensor) -> None:
+        super().__init__()
+        self.path, size = path, len(weight)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32), False)
+
+    def destinations(self) -> Iterator[tuple[str, Destination]]:
+        size = len(self.weight)
+        for row in range(size):
+            place = row // 2 + row % 2 * size // 2
+            target = self.weight[place : place + 1]
+            where = Destination(target, (slice(row, row + 1),), (size,), offset=1.0)
+            yield f"{self.path}.weight", where
+
+
+def test_a_tensor_may_go_to_several_places_with_something_added(
+    tiny: TinyModels, platform: Platform
+) -> None:
+    path = tiny("llama").path
+    model = made(path, platform)
+    name = "model.norm"
+    model.model.norm = Interleaved(name, model.model.norm.weight)
+    load_weights(model, path, "auto", platform)
+    stored = load_file(path / "model.safetensors")[f"{name}.weight"]
+    expected = torch.cat((stored[::2], stored[1::2])) + 1
+    assert torch.equal(model.model.norm.weight.cpu(), expected)
+    update_weights(plan_update(model, {f"{name}.weight": stored * 2}), platform)
+    assert torch.equal(model.model.norm.weight.cpu(), (expected - 1) * 2 + 1)
+    with pytest.raises(LoadError, match="wrong shape"):
+        plan_update(model, {f"{name}.weight": torch.zeros(3)})

@@ -148,7 +148,7 @@ def test_progress_is_told_by_the_calling_thread(
         assert total == 3
         yield Bar()
 
-    def slowly(self: Lane, target: Tensor, source: Tensor) -> None:
+    def slowly(self: Lane, target: Tensor, source: Tensor, offset: float) -> None:
         time.sleep(0.05)
 
     monkeypatch.setattr(module, "progress", progress)

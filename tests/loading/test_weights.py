@@ -184,7 +184,7 @@ def test_of_a_tensor_in_two_shards_the_index_decides(copy: Path, device: str, ch
     content["weight_map"][name] = f"model-0000{chosen}-of-00002.safetensors"
     index.write_text(json.dumps(content))
     model = make_llm(copy, device).engine.runner.model
-    for each, destination in destinations(model).items():
+    for each, (destination,) in destinations(model).items():
         assert torch.equal(destination.target.cpu(), right[each]), each
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
@@ -276,7 +276,8 @@ def test_parameters_are_what_the_shards_hold(
         loaded = destinations(llm.engine.runner.model)
         assert loaded.keys() == stored.keys() | ({"lm_head.weight"} if tied else set())
         for name, tensor in stored.items():
-            assert torch.equal(loaded[name].target.cpu(), tensor.to(dtype)), name
+            (destination,) = loaded[name]
+            assert torch.equal(destination.target.cpu(), tensor.to(dtype)), name
 
 
 def test_log_says_how_fast(tiny: TinyModels, device: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from reprise.layers.decoder import Decoder, DecoderLayer
 from reprise.layers.destination import Destination
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Normed, Product, add, tensor
-from reprise.layers.linear import Linear
+from reprise.layers.linear import Linear, Run
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
 from reprise.layers.rotary import (
@@ -31,6 +31,7 @@ __all__ = [
     "Normed",
     "Product",
     "RMSNorm",
+    "Run",
     "SelfAttention",
     "add",
     "context_length",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from reprise.layers.lazy import Normed
 Split = Literal["out", "in"]
 
 
+class Run(NamedTuple):
+    """Output features of a product that adjoin in it and in the checkpoint."""
+
+    name: str
+    """Of the projection that they are of, in the checkpoint."""
+    begin: int
+    """The first of them there."""
+    size: int
+    """How many there are."""
+
+
 class Linear(nn.Module):
     """``x @ weight.T + bias``: [T, in_features] to [T, out_features]. Nobody else reads a weight.
 
@@ -24,7 +35,9 @@ class Linear(nn.Module):
         in_features: Of the product.
         out_features: Of the product. Several projections of the same input that are to be
             computed as one: name of each in the checkpoint to its number, in the order in which
-            the outputs are concatenated.
+            the outputs are concatenated. Where a checkpoint has their features in another order
+            than the model wants them: the runs of which the outputs consist, in the model's order;
+            together they have every feature of each projection once.
         split: Which features are shared out where several devices own the product together:
             those of the output or of the input. None: each has the whole.
         bias: It has a bias.
@@ -38,7 +51,7 @@ class Linear(nn.Module):
         self,
         build: Build,
         in_features: int,
-        out_features: int | Mapping[str, int],
+        out_features: int | Mapping[str, int] | Sequence[Run],
         *,
         split: Split | None = None,
         bias: bool = False,
@@ -49,10 +62,12 @@ class Linear(nn.Module):
             raise ValueError(f"split={split!r} must be 'out', 'in' or None")
         self.path, self.split = build.path, split
         if isinstance(out_features, int):
-            self.parts, self.out_features = None, out_features
-        else:
-            self.parts, self.out_features = dict(out_features), sum(out_features.values())
-        self.format = DENSE if tensors is not None else _format(build, self.parts)
+            out_features = [Run("", 0, out_features)]
+        elif isinstance(out_features, Mapping):
+            out_features = [Run(name, 0, size) for name, size in out_features.items()]
+        self.runs = list(out_features)
+        self.out_features = sum(each.size for each in self.runs)
+        self.format = DENSE if tensors is not None else _format(build, self.runs)
         if tensors is None:
             tensors = self.format.tensors(self.out_features, in_features, build.dtype, build.device)
         self.tensors: dict[str, Tensor] = {}
@@ -90,30 +105,45 @@ class Linear(nn.Module):
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Each tensor that a checkpoint has of this, by its full name there."""
         tensors = {**self.tensors} if self.bias is None else {**self.tensors, "bias": self.bias}
-        parts = {"": self.out_features} if self.parts is None else self.parts
+        stored: dict[str, int] = {}
+        for run in self.runs:
+            stored[run.name] = stored.get(run.name, 0) + run.size
         begin = 0
-        for part, size in parts.items():
-            path = f"{self.path}.{part}" if part else self.path
+        for run in self.runs:
+            path = f"{self.path}.{run.name}" if run.name else self.path
             for name, each in tensors.items():
-                rows = len(each)  # one for each output, or for a few of them
-                view = each[begin * rows // self.out_features :][: size * rows // self.out_features]
-                yield f"{path}.{name}", Destination(view)
-            begin += size
+
+                def rows(features: int, total: int = len(each)) -> int:
+                    # There is one for each output, or for a few of them.
+                    return features * total // self.out_features
+
+                view = each[rows(begin) : rows(begin + run.size)]
+                if run.size == stored[run.name]:
+                    yield f"{path}.{name}", Destination(view)
+                else:
+                    part = slice(rows(run.begin), rows(run.begin + run.size))
+                    shape = (rows(stored[run.name]), *each.shape[1:])
+                    yield f"{path}.{name}", Destination(view, (part,), shape)
+            begin += run.size
 
 
-def _format(build: Build, parts: Mapping[str, int] | None) -> Format:
+def _format(build: Build, runs: Sequence[Run]) -> Format:
     """Of the product, of whose parts all must have the same."""
-    paths = [build.path] if parts is None else [build.at(name).path for name in parts]
-    first, *others = [build.formats.of(path) for path in paths]
+    paths = {each.name: build.at(each.name).path if each.name else build.path for each in runs}
+    first, *others = [build.formats.of(path) for path in paths.values()]
     if any(each is not first for each in others):
         raise ModelError(
-            f"{', '.join(paths)} are computed as one product and stored in different formats, "
-            "which is not supported"
+            f"{', '.join(paths.values())} are computed as one product and stored in different "
+            "formats, which is not supported"
         )
-    for path, size in zip(paths, (parts or {}).values(), strict=False):
-        if size % first.grain[0]:
+    if len(runs) == 1:
+        return first
+    for name, begin, size in runs:
+        if size % first.grain[0] or begin % first.grain[0]:
+            where = f" from feature {begin} on" if begin else ""
             raise ModelError(
-                f"{path} has {size} output features, which must be a multiple of {first.grain[0]} "
-                "where it is stored in blocks and computed with others as one product"
+                f"{paths[name]} has {size} output features{where}, which must be a multiple of "
+                f"{first.grain[0]} where it is stored in blocks and computed with others as one "
+                "product"
             )
     return first

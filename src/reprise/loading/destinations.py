@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,18 +17,20 @@ scales, or nothing but themselves."""
 T = TypeVar("T")
 
 
-def destinations(model: CausalLM) -> dict[str, Destination | None]:
-    """By the name that a checkpoint has for each tensor of the model, or would have.
+def destinations(model: CausalLM) -> dict[str, list[Destination]]:
+    """By the name that a checkpoint has for each tensor of the model, or would have, where it goes:
+    in one piece or in several; nowhere if it is another device's.
 
-    A module with a method ``destinations`` says itself what it takes, by full names; what it
-    knows and leaves to others is None. Of every other module the parameters' names are the
-    checkpoint's.
+    A module with a method ``destinations`` says itself what it takes, by full names, one that goes
+    to several places as often; what it knows and leaves to others is None. Of every other module
+    the parameters' names are the checkpoint's.
 
     Raises:
         ModelError: Two modules claim the same tensor.
     """
-    found: dict[str, Destination | None] = {}
+    found: dict[str, list[Destination]] = {}
     for path, module in model.named_modules():
+        mine: dict[str, list[Destination]] = {}
         own = getattr(module, "destinations", None)
         pairs: Iterable[tuple[str, Destination | None]] = (
             own()
@@ -39,21 +41,26 @@ def destinations(model: CausalLM) -> dict[str, Destination | None]:
             )
         )
         for name, destination in pairs:
+            mine.setdefault(name, [])
+            if destination is not None:
+                mine[name].append(destination)
+        for name in mine:
             if name in found:
                 raise ModelError(
                     f"{name} is claimed by two modules of the model, the second one {path!r}: "
                     "give each its own path (build.at)"
                 )
-            found[name] = destination
+        found.update(mine)
     return found
 
 
-def ties(wanted: Mapping[str, Destination | None]) -> dict[str, tuple[str, Destination]]:
+def ties(wanted: Mapping[str, Sequence[Destination]]) -> dict[str, tuple[str, Destination]]:
     """Names whose target has another name before: that name, and where both go."""
     first: dict[object, str] = {}
     found: dict[str, tuple[str, Destination]] = {}
-    for name, destination in wanted.items():
-        if destination is not None and destination.target.numel():
+    for name, places in wanted.items():
+        if len(places) == 1 and places[0].target.numel():
+            (destination,) = places
             key = destination.target.data_ptr(), destination.target.shape
             if first.setdefault(key, name) != name:
                 found[name] = first[key], destination

@@ -37,6 +37,8 @@ class Copy:
     """On the host; may be the mapped content of a file."""
     target: Tensor
     """On the platform's device."""
+    offset: float = 0.0
+    """Added on the way."""
 
     def pieces(self, nbytes: int) -> Iterator[Copy]:
         """Groups of rows with at most ``nbytes`` at the target, or one row if that has more."""
@@ -69,7 +71,7 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
                 of_thread.lane = kind(platform, largest, conversions)
             # The mode is a thread's own; only in it may the caller's parameters be written to.
             with torch.inference_mode():
-                of_thread.lane.copy(piece.target, piece.source)
+                of_thread.lane.copy(piece.target, piece.source, piece.offset)
         except Exception as error:  # a device fails with errors of many types
             raise LoadError(
                 f"{piece.name} cannot be copied to {platform.device}: {error}"
@@ -108,7 +110,7 @@ class Lane:
         self.platform = platform
         self.conversions = conversions
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: Tensor, source: Tensor, offset: float) -> None:
         """Fill ``target`` from host memory, now or in the order of the device's work."""
         host = target.device.type == "cpu" and target.is_contiguous() and source.is_contiguous()
         if host and target.dtype == source.dtype:
@@ -117,6 +119,8 @@ class Lane:
         else:
             with self.conversions:
                 target.copy_(source)
+        if offset:
+            target.add_(offset)
 
 
 class StagedLane(Lane):
@@ -134,11 +138,11 @@ class StagedLane(Lane):
             each.record(self._stream)
         self._turns = itertools.cycle(zip(buffers, reads, strict=True))
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: Tensor, source: Tensor, offset: float) -> None:
         buffer, read = next(self._turns)
         read.synchronize()
         staged = buffer[: target.nbytes].view(target.dtype).view(target.shape)
-        super().copy(staged, source)
+        super().copy(staged, source, offset)
         with self.platform.use_stream(self._stream):
             target.copy_(staged, non_blocking=True)
         read.record(self._stream)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, Copy]:
+def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]:
     """Check weights against the model and change nothing.
 
     Args:
@@ -47,32 +48,32 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, Copy]:
     wanted = destinations(model)
     tied = ties(wanted)
     given = by_our_names(_pairs(weights, misfits), model.renames, misfits)
-    copies: dict[str, Copy] = {}
+    copies: dict[str, list[Copy]] = {}
     for ours, (name, source) in given.items():
         kept = tied[ours][0] if ours in tied else ours
         if kept not in wanted:
             if not is_computed(ours):
                 misfits.add("unexpected", name)
             continue
-        destination = wanted[kept]
-        if destination is None or not misfits.shape_fits(name, source.shape, destination):
-            continue
-        target = destination.target
-        usable = source.layout is torch.strided and not source.is_meta
-        if not usable or not converts(source.dtype, target.dtype):
-            kind = "meta" if source.is_meta else f"{source.dtype}, {source.layout}"
-            misfits.add("wrong dtype", f"{name}: {kind} given, {target.dtype} needed")
-            continue
-        source = source[destination.part]
-        if kept not in copies:
-            copies[kept] = Copy(f"{name} of the new weights", source, target)
-        elif not _equal(copies[kept].source, source, target.dtype):
+        mine: list[Copy] = []
+        for each in wanted[kept]:
+            if not misfits.shape_fits(name, source.shape, each):
+                break
+            if not _usable(source, each.target):
+                kind = "meta" if source.is_meta else f"{source.dtype}, {source.layout}"
+                misfits.add("wrong dtype", f"{name}: {kind} given, {each.target.dtype} needed")
+                break
+            what = f"{name} of the new weights"
+            mine.append(Copy(what, source[each.part], each.target, each.offset))
+        known = copies.setdefault(kept, mine)
+        pairs = zip(known, mine, strict=False)
+        if known is not mine and not all(_equal(old, new) for old, new in pairs):
             misfits.add("not equal to what the config ties it to", name)
     misfits.refuse("the new weights do not fit the model and nothing was changed")
     return copies
 
 
-def update_weights(copies: Mapping[str, Copy], platform: Platform) -> None:
+def update_weights(copies: Mapping[str, Sequence[Copy]], platform: Platform) -> None:
     """Copy into the parameters' memory; everything has landed when this returns.
 
     Raises:
@@ -81,14 +82,16 @@ def update_weights(copies: Mapping[str, Copy], platform: Platform) -> None:
     started = time.perf_counter()
     on_host: list[Copy] = []
     with torch.inference_mode():
-        for each in copies.values():
+        for each in itertools.chain(*copies.values()):
             if each.source.device.type == "cpu":
                 on_host.append(each)
             else:
                 each.target.copy_(each.source)
+                if each.offset:
+                    each.target.add_(each.offset)
     transfer(on_host, platform)
     platform.synchronize()
-    total = sum(each.target.nbytes for each in copies.values())
+    total = sum(each.target.nbytes for each in itertools.chain(*copies.values()))
     seconds = time.perf_counter() - started
     logger.info(
         "weights: %d tensors, %.2f GiB, replaced in %.2f s", len(copies), total / 2**30, seconds
@@ -111,6 +114,12 @@ def _pairs(weights: NamedTensors, misfits: Misfits) -> Iterator[tuple[str, Tenso
         ) from error
 
 
-def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def _usable(source: Tensor, target: Tensor) -> bool:
+    plain = source.layout is torch.strided and not source.is_meta
+    return plain and converts(source.dtype, target.dtype)
+
+
+def _equal(one: Copy, other: Copy) -> bool:
     """Whether both give the same values in the model."""
-    return torch.equal(one.to("cpu", dtype), other.to("cpu", dtype))
+    dtype = one.target.dtype
+    return torch.equal(one.source.to("cpu", dtype), other.source.to("cpu", dtype))

@@ -91,30 +91,26 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
         if other in stored and kept in stored:
             # The same once more: if it is.
             twins[other] = torch.empty_like(shared.target)
-            wanted[other] = shared._replace(target=twins[other])
+            wanted[other] = [shared._replace(target=twins[other])]
         else:
             del wanted[other]
             if other in stored:
                 stored[kept] = stored.pop(other)
     copies: list[Copy] = []
-    for key, destination in wanted.items():
+    for key, places in wanted.items():
         if key not in stored:
-            if destination is not None:
+            if places:
                 misfits.add("missing", key)
             continue
         name, found = stored.pop(key)
-        if destination is None or not misfits.shape_fits(name, found.shape, destination):
-            continue
-        source, target = found.read(destination.part), destination.target
-        dtype = _short(source.dtype)
-        if converts(source.dtype, target.dtype):
-            copies.append(Copy(f"{name} of {found.file}", source, target))
-        elif is_plain(target.dtype):
-            kind = "not plain floating-point numbers, as in a quantised checkpoint"
-            misfits.add(kind, f"{name}: {dtype}")
-        else:
-            ours = _short(target.dtype)
-            misfits.add("wrong dtype", f"{name}: {dtype} in the file, {ours} in the model")
+        for destination in places:
+            if not misfits.shape_fits(name, found.shape, destination):
+                break
+            source, target = found.read(destination.part), destination.target
+            if not converts(source.dtype, target.dtype):
+                misfits.add(*_wrong_dtype(name, source.dtype, target.dtype))
+                break
+            copies.append(Copy(f"{name} of {found.file}", source, target, destination.offset))
     for name, _ in stored.values():
         if not is_computed(name):
             misfits.add("unexpected", name)
@@ -132,6 +128,13 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
             "stores another one; the stored one is used",
             other,
         )
+
+
+def _wrong_dtype(name: str, stored: torch.dtype, ours: torch.dtype) -> tuple[str, str]:
+    if is_plain(ours):
+        kind = "not plain floating-point numbers, as in a quantised checkpoint"
+        return kind, f"{name}: {_short(stored)}"
+    return "wrong dtype", f"{name}: {_short(stored)} in the file, {_short(ours)} in the model"
 
 
 def _short(dtype: torch.dtype) -> str:
