@@ -5,12 +5,14 @@ from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine, EngineStats
 from reprise.engine.prompt import split_prompts
 from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.thread import EngineThread
 
 __all__ = [
     "CompletionGroup",
     "ContentFormat",
     "Engine",
     "EngineStats",
+    "EngineThread",
     "Scheduler",
     "SchedulerStats",
     "chat_prompt",

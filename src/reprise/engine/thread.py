@@ -1,0 +1,339 @@
+"""An engine in a thread of its own, which readers in other threads or processes ask."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from reprise.config import EngineConfig
+from reprise.engine.completion import CompletionGroup
+from reprise.engine.engine import Engine
+from reprise.errors import RepriseError, describe
+from reprise.outputs import RequestOutput
+from reprise.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Reader(Protocol):
+    """Who gets what is new of one request. The engine's thread calls it."""
+
+    def accepted(self, group: CompletionGroup) -> None:
+        """The engine has the request; before any delta."""
+
+    @property
+    def wants_more(self) -> bool:
+        """What was put last has been taken. Until then a request's news gather in the engine."""
+
+    def put(self, delta: RequestOutput) -> None:
+        """What is new; the one that finishes the request comes in any case."""
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more comes."""
+
+
+class EngineThread:
+    """Drives one engine. A second thread tokenizes, so that no text however long delays a step.
+
+    Args:
+        config: Of the engine.
+        delivered: Called behind the deliveries of a step with the readers that got something.
+
+    Raises:
+        RepriseError: The device, model or options do not work.
+    """
+
+    def __init__(self, config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> None:
+        self.engine = Engine(config)
+        self._delivered = delivered
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._readers: dict[str, Reader] = {}
+        """Of requests that the engine has; for its thread alone."""
+        self._preparing: dict[Reader, tuple[str, bool]] = {}
+        """Request ids of those whose prompts are being tokenized, and whether they were aborted;
+        under the lock."""
+        self._closed: str | None = None
+        """Why nothing more is accepted."""
+        self._lock = threading.Lock()
+        _living.add(self)
+        self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
+        self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
+        self._thread.start()
+
+    # ---- any thread ------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Callable[[], Any],
+        params: SamplingParams | None,
+        priority: int,
+        reader: Reader,
+    ) -> Future[CompletionGroup]:
+        """Have a request computed.
+
+        Args:
+            request_id: Unique among the unfinished ones.
+            prompt: Makes the prompt; called in the thread that tokenizes.
+            params: None: as the checkpoint recommends.
+            priority: Lower is more urgent.
+            reader: Gets the outputs. :meth:`leave` when it wants no more.
+
+        Returns:
+            Done when the engine has the request; or its exception says why it was refused.
+
+        Raises:
+            RepriseError: The thread has ended.
+        """
+        accepted: Future[CompletionGroup] = Future()
+
+        def prepare() -> None:
+            if reader not in self._preparing:
+                return  # it has left
+            command = _Command(lambda: self._add(request_id, prepared, priority, reader), accepted)
+            try:
+                engine = self.engine
+                prepared = (engine.prepare(prompt()), engine.prepare_params(params))
+                with self._open():
+                    self._commands.put(command)
+            except Exception as error:
+                with self._lock:
+                    self._preparing.pop(reader, None)
+                command.refuse(error)
+
+        with self._open():
+            self._preparing[reader] = (request_id, False)
+            # Neither the engine nor other callers wait for the tokenizer.
+            self._tokenizing.submit(prepare)
+        return accepted
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run in the engine's thread, between two steps.
+
+        Raises:
+            RepriseError: The thread has ended.
+        """
+        future: Future[T] = Future()
+        with self._open():  # a command behind the end would never be answered
+            self._commands.put(_Command(function, future))
+        return future
+
+    def tokenize(self, function: Callable[[], T]) -> Future[T]:
+        """Run in the thread that tokenizes.
+
+        Raises:
+            RepriseError: The thread has ended.
+        """
+        with self._open():
+            return self._tokenizing.submit(function)
+
+    def abort(self, request_id: str) -> Future[None]:
+        """End a request; its reader gets a last delta with finish reason ``abort``."""
+
+        def abort() -> None:
+            with self._lock:
+                for reader, (name, _) in self._preparing.items():
+                    if name == request_id:
+                        self._preparing[reader] = (name, True)  # ends when the engine has it
+            self._end([request_id])
+
+        return self.call(abort)
+
+    def leave(self, request_id: str, reader: Reader) -> None:
+        """The reader wants no more; its request ends if it has not."""
+        with self._lock:
+            self._preparing.pop(reader, None)
+        self._commands.put(_Command(lambda: self._leave(request_id, reader)))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that compute nothing yet; completions of one count one by one."""
+        return len(self._preparing) + self.engine.scheduler.stats().num_waiting
+
+    @property
+    def closed(self) -> str | None:
+        """Why nothing more is accepted; None: all is well."""
+        return self._closed
+
+    def shutdown(self) -> None:
+        """Abort all requests, stop the thread and free the device's memory."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = "the engine was shut down; create a new AsyncLLM"
+                self._commands.put(None)
+        self._tokenizing.shutdown(wait=False)
+        self._thread.join()
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for its end."""
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """The engine is not shut down during the ``with`` block."""
+        with self._lock:
+            if self._closed is not None:
+                raise RepriseError(self._closed)
+            yield
+
+    # ---- the engine's thread ---------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            self.engine.platform.activate()
+            self._serve()
+        except BaseException as error:
+            # Nobody else would tell those who wait.
+            logger.critical("the engine's thread ended", exc_info=True)
+            self._close(f"the engine's thread ended ({describe(error)}); create a new AsyncLLM")
+
+    def _serve(self) -> None:
+        while True:
+            block = not self.engine.has_work
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                command = _Command(lambda: self._attempt(self._step))
+            if command is None:
+                break
+            command.run()
+        try:
+            self._attempt(lambda: self._deliver(self.engine.abort(list(self._readers))))
+        finally:
+            self.engine.close()
+
+    def _add(
+        self, request_id: str, prepared: tuple[Any, Any], priority: int, reader: Reader
+    ) -> CompletionGroup:
+        if reader not in self._preparing:
+            raise RepriseError("its reader has left")
+        try:
+            group = self.engine.add(request_id, *prepared, priority)
+            reader.accepted(group)
+            self._readers[request_id] = reader
+        finally:
+            with self._lock:
+                _, aborted = self._preparing.pop(reader, (request_id, False))
+        if aborted:
+            self._end([request_id])
+        return group
+
+    def _step(self) -> None:
+        self._deliver(self.engine.step())
+
+    def _end(self, request_ids: Sequence[str]) -> None:
+        self._attempt(lambda: self._deliver(self.engine.abort(request_ids)))
+
+    def _leave(self, request_id: str, reader: Reader) -> None:
+        # A later request may have the same id.
+        if self._readers.get(request_id) is reader:
+            del self._readers[request_id]
+            self._end([request_id])
+
+    def _attempt(self, change: Callable[[], None]) -> None:
+        """Do what changes requests. If it fails half-way every request ends, and its caller learns
+        why; the engine serves on."""
+        try:
+            change()
+        except Exception as error:
+            logger.exception("the engine failed; all running requests are aborted")
+            self._fail_readers(error)
+            self.engine.start_over()
+            raise
+
+    def _fail_readers(self, error: Exception) -> None:
+        for each in self._readers.values():
+            each.fail(error)
+        self._readers.clear()
+
+    def _close(self, reason: str) -> None:
+        """The thread is over, here or, after a fork, in this process: let nobody wait for it."""
+        error = RepriseError(reason)
+        with self._lock:
+            self._closed = reason
+        self._fail_readers(error)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command.refuse(error)
+
+    def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
+        # Waking a reader's thread or process takes a system call, so they are woken together.
+        given: list[Reader] = []
+        for group in groups:
+            reader = self._readers.get(group.request_id)
+            if reader is not None and (group.finished or reader.wants_more):
+                reader.put(group.delta())
+                given.append(reader)
+            if group.finished:
+                self._readers.pop(group.request_id, None)
+        if given:
+            self._delivered(given)
+
+
+_living: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for each in _living:
+        each._lock = threading.Lock()  # a thread of the parent may have held it
+        each._commands = queue.SimpleQueue()
+        each._close(
+            "this process was forked and the engine's thread runs in its parent; create the "
+            "AsyncLLM in the process that uses it"
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Command:
+    """What the engine's thread is to do between two steps.
+
+    Args:
+        function: Does it.
+        future: Gets the result or the exception, which then concerns its owner alone; None: nobody
+            waits, and exceptions were dealt with.
+    """
+
+    def __init__(self, function: Callable[[], Any], future: Future[Any] | None = None) -> None:
+        self._function = function
+        self._future = future
+
+    def run(self) -> None:
+        if self._future is not None and not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except Exception as error:
+            self._refuse(error)
+        except BaseException as error:
+            self._refuse(RepriseError(f"the engine's thread ended ({describe(error)})"))
+            raise
+        else:
+            if self._future is not None:
+                self._future.set_result(result)
+
+    def refuse(self, error: Exception) -> None:
+        """It is not going to be done."""
+        if self._future is None or self._future.set_running_or_notify_cancel():
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if self._future is not None:
+            self._future.set_exception(error)
