@@ -176,12 +176,12 @@ def test_failure_names_the_tensor_and_stops_the_others(
     attempts: list[int] = []
     plain = Lane.copy
 
-    def copy(self: Lane, target: Tensor, source: Tensor) -> None:
+    def copy(self: Lane, target: Tensor, source: Tensor, offset: float) -> None:
         attempts.append(1)
         time.sleep(0.01)
         if float(source[0, 0]) == float(made[5].source[0, 0]):
             raise DeviceLostError("the device is gone")
-        plain(self, target, source)
+        plain(self, target, source, offset)
 
     monkeypatch.setattr(Lane, "copy", copy)
     with pytest.raises(LoadError, match=r"^tensor 5 .*the device is gone") as caught:
