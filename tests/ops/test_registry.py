@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
 
 from reprise import ops
 from reprise.errors import OpError
@@ -73,7 +74,12 @@ def _folder(op: ops.Op) -> str:
 def test_opcheck(name) -> None:
     """Schema (what is mutated, what may alias) and fake implementation, by torch's own checks."""
     for each in inputs(name):
-        torch.library.opcheck(all_ops()[name].overload, each)
+        checks = list(DEFAULT_TEST_UTILS)
+        if any(isinstance(x, Tensor) and x.dtype is torch.float8_e4m3fn for x in each):
+            # Torch compares inputs by arithmetic, which a CPU does not do in eight bits. What is
+            # written is looked at below.
+            checks.remove("test_schema")
+        torch.library.opcheck(all_ops()[name].overload, each, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

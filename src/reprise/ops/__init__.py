@@ -10,6 +10,7 @@ import pkgutil
 from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax
 from reprise.ops.checksum import checksum as checksum
+from reprise.ops.fp8_linear import fp8_linear as fp8_linear
 from reprise.ops.linear import linear as linear
 from reprise.ops.linear import linear_add as linear_add
 from reprise.ops.linear import linear_into as linear_into
@@ -30,6 +31,7 @@ from reprise.ops.sample import sample as sample
 from reprise.ops.silu_and_mul import silu_and_mul as silu_and_mul
 from reprise.ops.step import advance as advance
 from reprise.ops.step import lay_out as lay_out
+from reprise.ops.w4_linear import w4_linear as w4_linear
 
 for _folder in pkgutil.iter_modules(__path__):
     if _folder.ispkg:

@@ -1,0 +1,7 @@
+"""Products whose weights have four bits, with a scale for each group of inputs."""
+
+from reprise.ops.registry import op
+from reprise.ops.w4_linear.cases import cases
+from reprise.ops.w4_linear.reference import fake, reference
+
+w4_linear = op("w4_linear", reference, cases=cases, fake=fake)
