@@ -9,8 +9,11 @@ import pkgutil
 
 from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax
+from reprise.ops.causal_conv import causal_conv as causal_conv
 from reprise.ops.checksum import checksum as checksum
 from reprise.ops.fp8_linear import fp8_linear as fp8_linear
+from reprise.ops.gated_delta import gated_delta as gated_delta
+from reprise.ops.gated_rms_norm import gated_rms_norm as gated_rms_norm
 from reprise.ops.linear import linear as linear
 from reprise.ops.linear import linear_add as linear_add
 from reprise.ops.linear import linear_into as linear_into

@@ -1,0 +1,12 @@
+from reprise.ops.causal_conv.cases import cases
+from reprise.ops.causal_conv.reference import reference
+from reprise.ops.registry import op
+
+causal_conv = op(
+    "causal_conv",
+    reference,
+    cases=cases,
+    mutates=("out", "state"),
+    extent="seq_lens",
+    state=("state",),
+)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from reprise.ops.cases import Arguments, Cases, Maker, Workload
+
+WIDTH = 4
+"""Taps, in every released model."""
+
+
+def batch(
+    make: Maker, begins: Sequence[int], new: Sequence[int], fresh: Sequence[bool]
+) -> Arguments:
+    """What ops that rewrite states are told of the step: requests with ``new`` tokens behind
+    ``begins`` earlier ones, 0 and 0 for padding; slot 0 is nobody's."""
+    starts = [sum(new[:count]) for count in range(len(new) + 1)]
+    lengths = [old + more for old, more in zip(begins, new, strict=True)]
+    slots = [0 if each == 0 else len(new) - row for row, each in enumerate(lengths)]
+    return {
+        "slots": make.ints(slots, torch.int32),
+        "query_start_loc": make.ints(starts, torch.int32),
+        "seq_lens": make.ints(lengths, torch.int32),
+        "fresh": make.ints(fresh).bool(),
+    }
+
+
+STEPS = (
+    # Tokens before, new tokens, fresh, query_len, tokens of padding behind the requests.
+    ([5, 0, 64, 0], [1, 1, 1, 0], [False, True, False, True], 1, 1),
+    ([0, 7, 0, 3, 0], [70, 2, 1, 5, 0], [True, False, True, False, True], 0, 3),
+)
+"""Steps of every kind, for ops that rewrite states."""
+
+
+def _small(make: Maker) -> list[Arguments]:
+    size = 40
+    return [
+        {
+            # A part of a wider product.
+            "x": make.randn(sum(new) + padding, 2 * size)[:, :size],
+            "weight": make.randn(size, WIDTH),
+            "state": make.randn(len(new) + 1, WIDTH - 1, size),
+            **batch(make, begins, new, fresh),
+            "out": make.randn(sum(new) + padding, size),
+            "query_len": query_len,
+        }
+        for begins, new, fresh, query_len, padding in STEPS
+    ]
+
+
+def _workload(make: Maker, size: int, requests: int, new: int, *, compiled: bool) -> Workload:
+    decode = new == 1
+
+    def arguments() -> Arguments:
+        return {
+            "x": make.randn(requests * new, size + 64)[:, :size],
+            "weight": make.randn(size, WIDTH),
+            "state": make.randn(requests + 1, WIDTH - 1, size),
+            **batch(make, [decode] * requests, [new] * requests, [not decode] * requests),
+            "out": make.randn(requests * new, size),
+            "query_len": int(decode),
+        }
+
+    windows = requests * (WIDTH - 1) * (1 + decode)
+    return Workload(
+        f"{size} channels, {requests} x {new}",
+        arguments,
+        read_write=2 * size * (2 * requests * new + windows),
+        compiled=compiled,
+    )
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for size in (1536, 8192):
+        for requests in (1, 32, 128, 512):
+            yield _workload(make, size, requests, 1, compiled=requests == 32)
+        yield _workload(make, size, 1, 8192, compiled=size == 1536)
+
+
+cases = Cases(_small, _workloads)

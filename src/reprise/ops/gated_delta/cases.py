@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from reprise.ops.cases import Arguments, Cases, Maker, Workload
+from reprise.ops.causal_conv.cases import STEPS, batch
+
+
+def arguments(
+    make: Maker,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    begins: Sequence[int],
+    new: Sequence[int],
+    fresh: Sequence[bool],
+    query_len: int,
+    padding: int = 0,
+) -> Arguments:
+    """``heads``: HK, HV; ``sizes``: K, V; the others as in :data:`STEPS`."""
+    (key_heads, value_heads), (key_size, value_size) = heads, sizes
+    tokens = sum(new) + padding
+    # Both gates are parts of one wider product.
+    gates = make.randn(tokens, 2 * value_heads + 8)
+    return {
+        "qkv": make.randn(tokens, 2 * key_heads * key_size + value_heads * value_size),
+        "a": gates[:, value_heads : 2 * value_heads],
+        "b": gates[:, :value_heads],
+        "a_log": make.randn(value_heads, dtype=torch.float32),
+        "dt_bias": make.randn(value_heads, dtype=torch.float32),
+        "state": make.randn(
+            len(new) + 1, value_heads, value_size, key_size, dtype=torch.float32
+        ),
+        **batch(make, begins, new, fresh),
+        "out": make.randn(tokens, value_heads, value_size),
+        "query_len": query_len,
+    }  # fmt: skip
+
+
+def _small(make: Maker) -> list[Arguments]:
+    shapes = (((2, 4), (16, 8)), ((1, 3), (24, 32)))
+    return [arguments(make, heads, sizes, *step) for (heads, sizes) in shapes for step in STEPS]
+
+
+def _workload(
+    make: Maker, heads: tuple[int, int], requests: int, new: int, *, compiled: bool = False
+) -> Workload:
+    decode = new == 1
+
+    def called() -> Arguments:
+        return arguments(
+            make, heads, (128, 128), [decode] * requests, [new] * requests,
+            [not decode] * requests, int(decode),
+        )  # fmt: skip
+
+    channels = (2 * heads[0] + 2 * heads[1]) * 128
+    states = 4 * requests * heads[1] * 128 * 128 * (1 + decode)
+    return Workload(
+        f"{heads[0]} and {heads[1]} heads, {requests} x {new}",
+        called,
+        read_write=2 * requests * new * channels + states,
+        compiled=compiled,
+    )
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for requests in (1, 32, 128, 512):
+        yield _workload(make, (2, 8), requests, 1, compiled=requests == 32)
+    yield _workload(make, (16, 32), 32, 1)
+    yield _workload(make, (2, 8), 1, 8192, compiled=True)
+    yield _workload(make, (16, 32), 1, 8192)
+    yield _workload(make, (16, 32), 16, 100)
+
+
+cases = Cases(_small, _workloads)
