@@ -25,8 +25,20 @@ ARCHITECTURES = ("qwen3", "llama")
 _SHARPNESS = 2.0
 """Gain of normalised query and key heads: heads then look at single tokens."""
 _STDS = {"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.5, "o_proj": 0.5, "embed_tokens": 0.3,
-         "lm_head": 0.4}  # fmt: skip
+         "lm_head": 0.4, "gate": 0.3, "experts": 0.25}  # fmt: skip
 _OTHER_STD = 0.1
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48, "head_dim": None,
+    },
+    "qwen3_moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
+"""What configs of sparse mixtures have beside those of dense models."""
 
 
 class TinyModel:
@@ -83,8 +95,11 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         GraniteConfig,
         LlamaConfig,
         MistralConfig,
+        MixtralConfig,
         Qwen2Config,
+        Qwen2MoeConfig,
         Qwen3Config,
+        Qwen3MoeConfig,
         SmolLM3Config,
     )
 
@@ -92,8 +107,11 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "granite": GraniteConfig,
         "llama": LlamaConfig,
         "mistral": MistralConfig,
+        "mixtral": MixtralConfig,
         "qwen2": Qwen2Config,
+        "qwen2_moe": Qwen2MoeConfig,
         "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
         "smollm3": SmolLM3Config,
     }[architecture]
     values: dict[str, Any] = {
@@ -110,7 +128,7 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    values.update(fields)
+    values.update({**_EXPERTS.get(architecture, {}), **fields})
     if values["head_dim"] is None:
         del values["head_dim"]
     return kind(**values)

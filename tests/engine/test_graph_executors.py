@@ -47,7 +47,9 @@ def busy_tokens(llm: LLM, **sampling: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "llama", pytest.param("qwen3_moe", marks=pytest.mark.long)]
+)
 def test_tokens_do_not_depend_on_the_executor(
     tiny: TinyModels, architecture: str, executor: str, device: str
 ) -> None:

@@ -84,6 +84,19 @@ CASES = [
         "window where nothing rotates",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 13},
     ),
+    ("qwen3_moe", "all sparse", {}),
+    ("qwen3_moe", "weights as they are", {"norm_topk_prob": False, "num_experts_per_tok": 2}),
+    ("qwen3_moe", "a dense layer", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    ("qwen3_moe", "every second layer", {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    ("qwen3_moe", "every expert", {"num_experts_per_tok": 8, "tie_word_embeddings": True}),
+    ("qwen3_moe", "one expert a row", {"num_experts_per_tok": 1, "attention_bias": True}),
+    ("qwen3_moe", "odd sizes", {"num_experts": 5, "moe_intermediate_size": 20}),
+    ("qwen3_moe", "no experts", {"num_experts": 0}),
+    ("qwen3_moe", "sliding window", {"use_sliding_window": True, "sliding_window": 13}),
+    ("qwen2_moe", "a shared expert", {}),
+    ("qwen2_moe", "renormalised", {"norm_topk_prob": True, "mlp_only_layers": [0]}),
+    ("mixtral", "all sparse", {}),
+    ("mixtral", "sliding window", {"sliding_window": 13, "num_experts_per_tok": 3}),
 ]
 
 
@@ -107,7 +120,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         assert model.is_greedy(prompt, output)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral", "smollm3"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "qwen2", "llama", "mistral", "smollm3", "qwen3_moe"]
+)
 def test_the_tests_models_are_worth_testing_with(tiny: TinyModels, architecture: str) -> None:
     """Their greedy output varies, and depends on distant tokens and on their order."""
     model = tiny(architecture)

@@ -6,6 +6,7 @@ from reprise.layers.causal_lm import CausalLM
 from reprise.layers.decoder import Decoder, DecoderLayer
 from reprise.layers.destination import Destination
 from reprise.layers.embedding import Embedding
+from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
 from reprise.layers.lazy import Normed, Product, add, tensor
 from reprise.layers.linear import Linear, Run
 from reprise.layers.mlp import GatedMLP
@@ -26,13 +27,17 @@ __all__ = [
     "DecoderLayer",
     "Destination",
     "Embedding",
+    "Experts",
     "GatedMLP",
     "Linear",
     "Normed",
     "Product",
     "RMSNorm",
+    "Routing",
     "Run",
     "SelfAttention",
+    "SparseMLP",
+    "Stack",
     "add",
     "context_length",
     "default_length",

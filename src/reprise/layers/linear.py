@@ -67,7 +67,7 @@ class Linear(nn.Module):
             out_features = [Run(name, 0, size) for name, size in out_features.items()]
         self.runs = list(out_features)
         self.out_features = sum(each.size for each in self.runs)
-        self.format = DENSE if tensors is not None else _format(build, self.runs)
+        self.format = DENSE if tensors is not None else format_of(build, self.runs)
         if tensors is None:
             tensors = self.format.tensors(self.out_features, in_features, build.dtype, build.device)
         self.tensors: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ class Linear(nn.Module):
             begin += run.size
 
 
-def _format(build: Build, runs: Sequence[Run]) -> Format:
+def format_of(build: Build, runs: Sequence[Run]) -> Format:
     """Of the product, of whose parts all must have the same."""
     paths = {each.name: build.at(each.name).path if each.name else build.path for each in runs}
     first, *others = [build.formats.of(path) for path in paths.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,27 @@ def destinations(model: CausalLM) -> dict[str, list[Destination]]:
                 )
         found.update(mine)
     return found
+
+
+def as_stored(
+    model: CausalLM, wanted: dict[str, list[Destination]], stored: Container[str]
+) -> None:
+    """Of what a checkpoint may store in pieces or as one, want the one where it is there.
+
+    A module with such tensors has a method ``merged``, which gives the name of each, where it goes
+    and the names of its pieces.
+
+    Args:
+        model: What is to be filled.
+        wanted: What :func:`destinations` gives for it; changed.
+        stored: The names that there are, as the model has them.
+    """
+    for module in model.modules():
+        for name, destination, pieces in getattr(module, "merged", tuple)():
+            if name in stored:
+                for piece in pieces:
+                    wanted.pop(piece, None)
+                wanted[name] = [destination]
 
 
 def ties(wanted: Mapping[str, Sequence[Destination]]) -> dict[str, tuple[str, Destination]]:

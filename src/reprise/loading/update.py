@@ -15,6 +15,7 @@ from reprise.errors import LoadError
 from reprise.layers import CausalLM
 from reprise.loading.destinations import (
     Misfits,
+    as_stored,
     by_our_names,
     converts,
     destinations,
@@ -46,8 +47,9 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]
     """
     misfits = Misfits("given", "needed")
     wanted = destinations(model)
-    tied = ties(wanted)
     given = by_our_names(_pairs(weights, misfits), model.renames, misfits)
+    as_stored(model, wanted, given)
+    tied = ties(wanted)
     copies: dict[str, list[Copy]] = {}
     for ours, (name, source) in given.items():
         kept = tied[ours][0] if ours in tied else ours

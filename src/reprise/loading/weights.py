@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.layers import CausalLM, Linear
+from reprise.layers import CausalLM, Linear, Stack
 from reprise.layers.formats import DENSE, Format
 from reprise.loading.destinations import (
     Misfits,
+    as_stored,
     by_our_names,
     converts,
     destinations,
@@ -73,7 +74,7 @@ def _fill_at_random(model: CausalLM, seed: int) -> None:
         for module in modules:
             format: Format = DENSE
             tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Stack):
                 format, tensors = module.format, module.tensors
             new = {name: each for name, each in tensors.items() if id(each) not in filled}
             filled.update(map(id, tensors.values()))
@@ -85,6 +86,7 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     misfits = Misfits("in the file", "in the model")
     wanted = destinations(model)
     stored = by_our_names(stored_tensors(path).items(), model.renames, misfits)
+    as_stored(model, wanted, stored)
     tied = ties(wanted)
     twins: dict[str, Tensor] = {}
     for other, (kept, shared) in tied.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import nn
 
 from reprise.layers import (
     Build,
@@ -37,6 +39,7 @@ def build_dense(
     qk_norm: bool = False,
     windows: Sequence[int] | None = None,
     rotates: Sequence[bool] | None = None,
+    mlp: Callable[[Build, int], nn.Module] | None = None,
 ) -> CausalLM:
     """Grouped-query attention with rotary positions, gated feed-forward, RMS norms before both.
 
@@ -49,6 +52,8 @@ def build_dense(
         qk_norm: Query and key heads are normalised.
         windows: Tokens that a token of each layer sees, itself included, 0 for all; None: all.
         rotates: Whether each layer rotates its queries and keys; None: all do.
+        mlp: Makes the feed-forward of a layer, from the layer's build and its number; None: SwiGLU
+            in all layers.
 
     Returns:
         The model with unset weights.
@@ -76,6 +81,12 @@ def build_dense(
     def norm() -> RMSNorm:
         return RMSNorm(build, config.hidden_size, eps)
 
+    def gated(here: Build, index: int) -> nn.Module:
+        sizes = config.hidden_size, config.intermediate_size
+        return GatedMLP(here.at("mlp"), *sizes, bias=mlp_bias)
+
+    feed_forward = mlp or gated
+
     def layer(index: int) -> DecoderLayer:
         here = build.at(f"model.layers.{index}")
         attention = SelfAttention(
@@ -90,8 +101,7 @@ def build_dense(
             qk_norm_eps=eps if qk_norm else None,
             sliding_window=0 if windows is None else windows[index],
         )
-        mlp = GatedMLP(here.at("mlp"), config.hidden_size, config.intermediate_size, bias=mlp_bias)
-        return DecoderLayer(attention, mlp, norm(), norm())
+        return DecoderLayer(attention, feed_forward(here, index), norm(), norm())
 
     embedding = Embedding(build, config.vocab_size, config.hidden_size)
     decoder = Decoder(embedding, [layer(index) for index in range(layers)], norm())

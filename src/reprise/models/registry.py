@@ -18,8 +18,11 @@ ENTRY_POINT_GROUP = "reprise.models"
 _BUILT_IN = {
     "LlamaForCausalLM": "reprise.models.llama",
     "MistralForCausalLM": "reprise.models.mistral",
+    "MixtralForCausalLM": "reprise.models.mixtral",
     "Qwen2ForCausalLM": "reprise.models.qwen2",
+    "Qwen2MoeForCausalLM": "reprise.models.qwen2_moe",
     "Qwen3ForCausalLM": "reprise.models.qwen3",
+    "Qwen3MoeForCausalLM": "reprise.models.qwen3_moe",
     "SmolLM3ForCausalLM": "reprise.models.smollm3",
 }
 _SENSES = ("vision_config", "audio_config", "thinker_config", "vision_tower", "mm_vision_tower")

@@ -11,6 +11,8 @@ from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax
 from reprise.ops.causal_conv import causal_conv as causal_conv
 from reprise.ops.checksum import checksum as checksum
+from reprise.ops.experts import experts as experts
+from reprise.ops.experts import experts_add as experts_add
 from reprise.ops.fp8_linear import fp8_linear as fp8_linear
 from reprise.ops.gated_delta import gated_delta as gated_delta
 from reprise.ops.gated_rms_norm import gated_rms_norm as gated_rms_norm
@@ -30,6 +32,7 @@ from reprise.ops.registry import op as op
 from reprise.ops.registry import runs_anywhere as runs_anywhere
 from reprise.ops.rms_norm import rms_norm as rms_norm
 from reprise.ops.rotary_cache import rotary_cache as rotary_cache
+from reprise.ops.route import route as route
 from reprise.ops.sample import sample as sample
 from reprise.ops.silu_and_mul import silu_and_mul as silu_and_mul
 from reprise.ops.step import advance as advance

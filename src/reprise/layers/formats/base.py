@@ -81,6 +81,60 @@ class Format(ABC):
         """Write :meth:`linear` into ``out`` [T, out_features]."""
         out.copy_(self.linear(x, tensors, bias))
 
+    def stack(
+        self, count: int, out_features: int, in_features: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Tensors of ``count`` products of equal sizes, unset: those of :meth:`tensors`, each with
+        one more dimension in front."""
+        one = self.tensors(out_features, in_features, dtype, torch.device("meta"))
+        return {
+            name: torch.empty(count, *each.shape, dtype=each.dtype, device=device)
+            for name, each in one.items()
+        }
+
+    def grouped(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The weighted sum of what each row's experts give: see :func:`reprise.ops.experts`.
+
+        As it stands here every expert computes all rows, and what it was not asked for is left
+        out: right for any format, and as slow as a dense model of all its weights. A format that
+        is used with experts has an op for it.
+
+        Args:
+            x: [T, in_features].
+            weights: [T, K] float32.
+            ids: [T, K] int32; a number that is no expert's adds nothing.
+            gate_up: A :meth:`stack`; the first half of each product's features are gates.
+            down: A :meth:`stack` of as many, back to [T, in_features].
+        """
+        total = x.new_zeros(x.shape, dtype=torch.float32)
+        for expert in range(len(next(iter(gate_up.values())))):
+            hidden = self.gated(x, {name: each[expert] for name, each in gate_up.items()}, None)
+            product = self.linear(hidden, {name: each[expert] for name, each in down.items()}, None)
+            mine = ids == expert
+            share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
+            total += torch.where(mine.any(dim=1, keepdim=True), product.float() * share, 0.0)
+        return total.to(x.dtype)
+
+    def grouped_add(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+        residual: Tensor,
+    ) -> None:
+        """Add :meth:`grouped` to ``residual`` [T, in_features], in place."""
+        residual.add_(self.grouped(x, weights, ids, gate_up, down))
+
     def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
         """Fill in place, for weights that no checkpoint has: matrices as transformers initialises
         them (normal, 0.02), and nothing else. A format of other numbers says what they are."""

@@ -53,6 +53,27 @@ class Dense(Format):
         else:
             super().into(x, tensors, bias, out)
 
+    def grouped(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+    ) -> Tensor:
+        return ops.experts(x, weights, ids, gate_up["weight"], down["weight"])
+
+    def grouped_add(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+        residual: Tensor,
+    ) -> None:
+        ops.experts_add(x, weights, ids, gate_up["weight"], down["weight"], residual)
+
 
 DENSE = Dense()
 

@@ -1,0 +1,231 @@
+"""Sparse mixtures of experts: a router, stacks of weights, an expert that all rows share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reprise import ops
+from reprise.cache import Batch
+from reprise.errors import ModelError
+from reprise.layers.build import Build
+from reprise.layers.destination import Destination
+from reprise.layers.formats import Format
+from reprise.layers.lazy import Normed, Product, tensor
+from reprise.layers.linear import Linear, Run, format_of
+from reprise.layers.mlp import GatedMLP
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How rows are sent to experts: what :func:`reprise.ops.route` takes."""
+
+    experts: int
+    """How many there are."""
+    top: int
+    """How many of them compute a row."""
+    renormalize: bool = True
+    scoring: str = "softmax"
+    scale: float = 1.0
+
+
+class Stack(nn.Module):
+    """Products of equal sizes, one of each expert, side by side: what a checkpoint stores one by
+    one, or as one tensor. Nobody else reads these weights.
+
+    Args:
+        build: How to make it. Its path is that of the experts in the checkpoint.
+        count: Experts (E).
+        in_features: Of each product.
+        parts: Name of each projection that is computed as one with the others to its number of
+            outputs, in the order in which the outputs are concatenated.
+        merged: What the tensor of all experts is called where a checkpoint stores one
+            (transformers' layout: [E, outputs of all parts, inputs]).
+
+    Raises:
+        ModelError: Experts, or their projections, are stored in different formats.
+    """
+
+    def __init__(
+        self, build: Build, count: int, in_features: int, parts: Mapping[str, int], merged: str
+    ) -> None:
+        super().__init__()
+        self.path, self.count, self.parts, self.merged_name = build.path, count, dict(parts), merged
+        self.out_features = sum(parts.values())
+        self.format = self._format(build)
+        made = self.format.stack(count, self.out_features, in_features, build.dtype, build.device)
+        self.tensors: dict[str, Tensor] = {}
+        """[E, ...] each, by the last part of their names in a checkpoint that has one for each
+        expert."""
+        for name, each in made.items():
+            parameter = nn.Parameter(each, requires_grad=False)
+            self.tensors[name] = parameter
+            self.register_parameter(name, parameter)
+
+    def _format(self, build: Build) -> Format:
+        runs = [Run(name, 0, size) for name, size in self.parts.items()]
+        first, *others = [format_of(build.at(f"{n}"), runs) for n in range(self.count)]
+        if any(each is not first for each in others):
+            raise ModelError(
+                f"the experts of {build.path} are computed together and stored in different "
+                "formats, which is not supported"
+            )
+        return first
+
+    def destinations(self) -> Iterator[tuple[str, Destination]]:
+        """Each tensor of a checkpoint that has one for each expert, by its full name."""
+        for expert in range(self.count):
+            begin = 0
+            for part, size in self.parts.items():
+                for name, each in self.tensors.items():
+                    rows = each.shape[1]  # one for each output, or for a few of them
+                    first = begin * rows // self.out_features
+                    view = each[expert, first:][: size * rows // self.out_features]
+                    yield f"{self.path}.{expert}.{part}.{name}", Destination(view)
+                begin += size
+
+    def merged(self) -> Iterator[tuple[str, Destination, list[str]]]:
+        """Each tensor of a checkpoint that has one for all experts: its full name, where it goes,
+        and the names in whose place it stands."""
+        for name, each in self.tensors.items():
+            pieces = [
+                f"{self.path}.{n}.{part}.{name}" for n in range(self.count) for part in self.parts
+            ]
+            yield (
+                f"{self.path}.{self.merged_name}{name.removeprefix('weight')}",
+                Destination(each),
+                pieces,
+            )
+
+
+class Experts(nn.Module):
+    """SwiGLU feed-forwards of which each row is computed by some.
+
+    Args:
+        build: How to make it.
+        count: Experts.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Of each expert.
+        names: What a checkpoint calls an expert's projections: gate, up, down.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        count: int,
+        hidden_size: int,
+        intermediate_size: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        super().__init__()
+        gate, up, down = names
+        parts = {gate: intermediate_size, up: intermediate_size}
+        self.gate_up_proj = Stack(build, count, hidden_size, parts, "gate_up_proj")
+        self.down_proj = Stack(build, count, intermediate_size, {down: hidden_size}, "down_proj")
+        self.format = self.gate_up_proj.format
+        if self.down_proj.format is not self.format:
+            raise ModelError(
+                f"{build.path}: {gate} and {down} are stored in different formats, which is not "
+                "supported for experts"
+            )
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """See :meth:`reprise.layers.formats.Format.grouped`."""
+        stacks = self.gate_up_proj.tensors, self.down_proj.tensors
+        return self.format.grouped(x, weights, ids, *stacks)
+
+    def add(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> None:
+        """Add it to ``residual`` [T, hidden_size], in place."""
+        stacks = self.gate_up_proj.tensors, self.down_proj.tensors
+        self.format.grouped_add(x, weights, ids, *stacks, residual)
+
+
+class SparseMLP(nn.Module):
+    """A feed-forward of many experts, of which a router chooses some for each row.
+
+    Args:
+        build: How to make it.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Of each expert.
+        routing: How rows are sent to experts.
+        shared_size: Intermediate size of an expert that computes all rows, whose output a gate of
+            its own scales; 0: there is none.
+        names: What a checkpoint calls an expert's projections: gate, up, down.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        hidden_size: int,
+        intermediate_size: int,
+        routing: Routing,
+        *,
+        shared_size: int = 0,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        super().__init__()
+        self.routing = routing
+        # The shared expert's gate is one more row of the router.
+        parts = {"gate": routing.experts, **({"shared_expert_gate": 1} if shared_size else {})}
+        self.gate = Linear(build, hidden_size, parts)
+        self.experts = Experts(
+            build.at("experts"), routing.experts, hidden_size, intermediate_size, names
+        )
+        self.shared_expert: GatedMLP | None = None
+        if shared_size:
+            self.shared_expert = GatedMLP(build.at("shared_expert"), hidden_size, shared_size)
+
+    def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
+        """x: [T, hidden_size]. Returns as much."""
+        return Product(_Mixture(self, batch.query_start_loc[-1:]), tensor(x))
+
+    def route(self, x: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights and numbers of each row's experts, and the logits of all, [T, E] or [T, E + 1]
+        with that of the shared expert's gate.
+
+        Args:
+            x: [T, hidden_size].
+            live: [1] int32: rows from here on are padding.
+        """
+        routing, logits = self.routing, self.gate(x)
+        weights = x.new_empty((len(x), routing.top), dtype=torch.float32)
+        ids = x.new_empty((len(x), routing.top), dtype=torch.int32)
+        ops.route(
+            logits[:, : routing.experts], live, weights, ids,
+            routing.scoring, routing.renormalize, routing.scale, None, None,
+        )  # fmt: skip
+        return weights, ids, logits
+
+    def shared(self, x: Tensor, logits: Tensor) -> Product | None:
+        """What the expert that computes all rows gives, if there is one."""
+        if self.shared_expert is None:
+            return None
+        hidden = self.shared_expert.gate_up_proj.gated(x)
+        hidden = hidden * logits[:, self.routing.experts :].sigmoid()
+        return Product(self.shared_expert.down_proj, hidden)
+
+
+class _Mixture(NamedTuple):
+    """A :class:`SparseMLP` in a step: what of a Linear a Product needs."""
+
+    mlp: SparseMLP
+    live: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, ids, logits = self.mlp.route(x, self.live)
+        result = self.mlp.experts(x, weights, ids)
+        shared = self.mlp.shared(x, logits)
+        if shared is not None:
+            shared.linear.add(shared.x, result)
+        return result
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        weights, ids, logits = self.mlp.route(x, self.live)
+        shared = self.mlp.shared(x, logits)
+        self.mlp.experts.add(x, weights, ids, residual)
+        if shared is not None:
+            shared.linear.add(shared.x, residual)

@@ -1,0 +1,53 @@
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+
+
+def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A sparse mixture of SwiGLU feed-forwards (Fedus et al. 2021; Shazeer 2020, eq. 6).
+
+    ``sum over k of weights[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` with
+    ``e = ids[t, k]``, summed in float32. What an expert computes is rounded to the compute dtype
+    where a feed-forward alone is: gates, what they let through, and their product.
+
+    Args:
+        x: [T, D].
+        weights: [T, K] float32.
+        ids: [T, K] int32, all different in a row. A number that is no expert's adds nothing: -1
+            of padding, or what another device computes.
+        gate_up: [E, 2*I, D], of each expert the rows of the gate first.
+        down: [E, D, I].
+
+    Returns:
+        [T, D] in x's dtype, contiguous. A row depends on no other; one without experts is 0.
+    """
+    total = x.new_zeros(x.shape, dtype=torch.float32)
+    for expert in range(len(gate_up)):
+        product = F.linear(silu_and_mul(F.linear(x, gate_up[expert])), down[expert])
+        mine = ids == expert
+        share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
+        # Nobody's product may be infinite, and so may that of a row of padding.
+        total += torch.where(mine.any(dim=1, keepdim=True), product.float() * share, 0.0)
+    return total.to(x.dtype)
+
+
+def experts_add(
+    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor
+) -> None:
+    """Add :func:`experts` to ``residual``, in place.
+
+    Args:
+        x: [T, D].
+        weights: [T, K] float32.
+        ids: [T, K] int32.
+        gate_up: [E, 2*I, D].
+        down: [E, D, I].
+        residual: [T, D].
+    """
+    residual.add_(experts(x, weights, ids, gate_up, down))
+
+
+def fake_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
