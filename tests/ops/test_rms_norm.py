@@ -25,14 +25,26 @@ def test_reference_rounds_like_the_published_models(randn) -> None:
     assert torch.equal(reference(x, weight, EPS), oracle(x))
 
 
+def test_a_float32_gain_multiplies_before_anything_is_rounded(randn) -> None:
+    """As gains around 1 that are stored as their distance from it."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+    x, distance = randn(7, 64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16) / 8
+    oracle = Qwen3NextRMSNorm(64, eps=EPS).to(x.device, x.dtype)
+    oracle.weight.data.copy_(distance)
+    assert torch.equal(reference(x, 1 + distance.float(), EPS), oracle(x))
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (17, 128), (2, 3, 96), (1, 4097), (2, 0, 8)])
 def test_triton(implementation, dtypes, randn, shape) -> None:
     triton = implementation(rms_norm, "triton")
     for dtype in dtypes:
-        x, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
-        found = triton(x, weight, EPS)
-        assert found.dtype == dtype
-        assert_rounds_alike(found, reference(x, weight, EPS))
+        x = randn(*shape, dtype=dtype)
+        for gain in {dtype, torch.float32}:
+            weight = randn(shape[-1], dtype=gain)
+            found = triton(x, weight, EPS)
+            assert found.dtype == dtype
+            assert_rounds_alike(found, reference(x, weight, EPS))
 
 
 def test_triton_reads_heads_of_a_fused_projection(implementation, dtypes, randn) -> None:

@@ -91,6 +91,15 @@ def dot(a, b, acc, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def with_gain(x, gain, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Normalised float32 numbers times their gain, float32. A gain of ``dtype`` multiplies what has
+    been rounded to it, one of float32 what has not: see the op ``rms_norm``."""
+    if gain.dtype == dtype:
+        x = x.to(dtype).to(tl.float32)
+    return x * gain.to(tl.float32)
+
+
+@triton.jit
 def silu(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """x * sigmoid(x) of float32, rounded to ``dtype`` as by an op of its own; float32."""
     return (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 _TOKENS = (1, 8, 64)
@@ -20,11 +22,12 @@ def _norm_linear(make: Maker) -> list[Arguments]:
     return [
         {
             "x": make.randn(rows, 64),
-            "norm_weight": make.randn(64),
+            "norm_weight": make.randn(64, dtype=gain),
             "eps": EPS,
             "weight": make.randn(96, 64) / 8,
             "bias": bias,
         }
+        for gain in (None, torch.float32)
         for rows, bias in ((1, None), (1, make.randn(96)), (5, None))
     ]
 

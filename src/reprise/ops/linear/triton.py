@@ -19,7 +19,15 @@ from torch import Tensor
 from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
-from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, silu
+from reprise.ops.triton_util import (
+    cdiv,
+    depend,
+    launch,
+    launch_options,
+    next_power_of_2,
+    silu,
+    with_gain,
+)
 
 _FEATURES = 4
 """Rows of the weight that a program takes."""
@@ -189,8 +197,7 @@ def one_row_kernel(
         if norm_ptr is not None:
             gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
             # Rounded where the reference rounds.
-            value = (value * scale).to(x.dtype).to(tl.float32) * gain.to(tl.float32)
-            value = value.to(x.dtype).to(tl.float32)
+            value = with_gain(value * scale, gain, x.dtype).to(x.dtype).to(tl.float32)
         acc += tl.sum(wide * value[None, :], axis=1)
         if GATED:
             acc_up += tl.sum(wide_up * value[None, :], axis=1)

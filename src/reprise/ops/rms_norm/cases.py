@@ -1,11 +1,17 @@
 from collections.abc import Iterator
 
+import torch
+
 from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Maker, Workload
 
 
 def _small(make: Maker) -> list[Arguments]:
     inputs = make.randn(1, 64), make.randn(7, 3, 64), make.randn(3, 9, 64)[:, 2:5]
-    return [{"x": x, "weight": make.randn(64), "eps": EPS} for x in inputs]
+    wide = make.randn(64, dtype=torch.float32)
+    return [
+        *({"x": x, "weight": make.randn(64), "eps": EPS} for x in inputs),
+        {"x": inputs[1], "weight": wide, "eps": EPS},
+    ]
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:

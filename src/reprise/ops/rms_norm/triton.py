@@ -2,7 +2,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, warps
+from reprise.ops.triton_util import (
+    cdiv,
+    depend,
+    launch,
+    launch_options,
+    next_power_of_2,
+    warps,
+    with_gain,
+)
 
 _TILE = 1024
 """Elements of a program that holds several short rows, such as attention heads."""
@@ -56,11 +64,11 @@ def rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < SIZE)[None, :]
     start = row // HEADS * token_stride + row % HEADS * head_stride
-    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0)
     depend(EARLY)
     x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
     # The product of two rounded values is exact in float32, so this rounds like the reference.
-    normalised = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
-    y = (normalised * weight[None, :]).to(out_ptr.dtype.element_ty)
+    y = with_gain(x * scale[:, None], weight[None, :], out_ptr.dtype.element_ty)
+    y = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * SIZE + column[None, :], y, mask=inside)

@@ -26,12 +26,18 @@ def _table(make: Maker, positions: int, rotated: int) -> Tensor:
 
 
 def _small(make: Maker) -> list[Arguments]:
-    norms = ((None, None), (make.randn(32), make.randn(32)))
+    wide = (make.randn(32, dtype=torch.float32), make.randn(32, dtype=torch.float32))
+    variants = (
+        # Norms, channels that are rotated, channels behind those of the heads.
+        ((None, None), 32, 0),
+        ((make.randn(32), make.randn(32)), 32, 0),
+        (wide, 8, 64),
+    )
     return [
         {
-            "qkv": make.randn(5, (4 + 2 + 2) * 32),
+            "qkv": make.randn(5, (4 + 2 + 2) * 32 + more)[:, : (4 + 2 + 2) * 32],
             "positions": make.ints([0, 3, 17, 31, 0]),
-            "cos_sin": _table(make, 32, 32),
+            "cos_sin": _table(make, 32, rotated),
             "slot_mapping": make.ints([17, 40, 23, 63, 0]),
             "key_cache": make.randn(4, BLOCK_SIZE, 2, 32),
             "value_cache": make.randn(4, BLOCK_SIZE, 2, 32),
@@ -39,7 +45,7 @@ def _small(make: Maker) -> list[Arguments]:
             "key_norm": key_norm,
             "eps": EPS,
         }
-        for query_norm, key_norm in norms
+        for (query_norm, key_norm), rotated, more in variants
     ]
 
 

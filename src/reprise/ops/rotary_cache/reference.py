@@ -22,14 +22,15 @@ def reference(
     rotate.
 
     Args:
-        qkv: [T, (Hq + 2*Hkv) * D], the projection's output: all Q heads, then K, then V.
+        qkv: [T, (Hq + 2*Hkv) * D], the projection's output: all Q heads, then K, then V; rows may
+            be strided.
         positions: [T] int64, position of each token in its request.
         cos_sin: [P, R] float32, row p holds cos(p*f) in its first half and sin(p*f) in its second.
         slot_mapping: [T] int64, block * block_size + offset; padding rows point into block 0.
         key_cache: [N, B, Hkv, D], written at the tokens' slots.
         value_cache: [N, B, Hkv, D], written at the tokens' slots.
-        query_norm: [D], RMS-norm gain of the query heads, or None.
-        key_norm: [D], RMS-norm gain of the key heads, or None.
+        query_norm: [D], RMS-norm gain of the query heads as ``rms_norm`` takes it, or None.
+        key_norm: [D], of the key heads, or None.
         eps: For the norms.
 
     Returns:

@@ -2,7 +2,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2, warps
+from reprise.ops.triton_util import (
+    cdiv,
+    depend,
+    launch,
+    launch_options,
+    next_power_of_2,
+    warps,
+    with_gain,
+)
 
 _TILE = 4096
 """Elements of a program: it takes several heads of one token, which share its angles."""
@@ -68,13 +76,14 @@ def _normalise(x, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, channel
     """x: [HEADS, channels], raw; multiplied by scale and gain where its head has a norm."""
     y = x.to(tl.float32)
     # Rounded where the reference rounds.
-    normalised = (y * scale).to(x.dtype).to(tl.float32)
     if query_norm_ptr is not None:
-        gain = tl.load(query_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
-        y = tl.where(is_query, (normalised * gain).to(x.dtype).to(tl.float32), y)
+        gain = tl.load(query_norm_ptr + channel, mask=real, other=0.0)
+        normalised = with_gain(x.to(tl.float32) * scale, gain, x.dtype)
+        y = tl.where(is_query, normalised.to(x.dtype).to(tl.float32), y)
     if key_norm_ptr is not None:
-        gain = tl.load(key_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
-        y = tl.where(is_key, (normalised * gain).to(x.dtype).to(tl.float32), y)
+        gain = tl.load(key_norm_ptr + channel, mask=real, other=0.0)
+        normalised = with_gain(x.to(tl.float32) * scale, gain, x.dtype)
+        y = tl.where(is_key, normalised.to(x.dtype).to(tl.float32), y)
     return y
 
 
