@@ -116,7 +116,7 @@ def test_a_product_has_its_features_in_the_order_of_its_runs(
     runs = [Run("a", 0, 4), Run("a", 8, 4), Run("b", 0, 16), Run("a", 12, 4), Run("a", 4, 4)]
     ordered = Linear(build, 12, runs, bias=True)
     sources = {key: each for part in stored.values() for key, each in part.destinations()}
-    for name, (target, part, shape, _) in ordered.destinations():
+    for name, (target, part, shape, *_) in ordered.destinations():
         source = sources[name].target
         assert shape in (None, tuple(source.shape))
         target.copy_(source[part])
@@ -128,9 +128,11 @@ def test_a_product_has_its_features_in_the_order_of_its_runs(
 
 def test_parts_that_a_format_cannot_tell_apart_are_refused(build: Build) -> None:
     build = Build(build.dtype, build.device, build.max_model_len, All(Blocks()), "here")
-    with pytest.raises(ModelError, match=r"here\.b has 6 output features.*multiple of 4"):
+    with pytest.raises(
+        ModelError, match=r"here\.b are computed.* 6 output features.*multiple of 4"
+    ):
         Linear(build, 12, {"a": 4, "b": 6})
-    with pytest.raises(ModelError, match=r"here\.a has 4 output features from feature 2 on"):
+    with pytest.raises(ModelError, match=r"here\.a, .* 4 output features from feature 2 on"):
         Linear(build, 12, [Run("a", 2, 4), Run("b", 0, 4)])
     Linear(build.at("b"), 12, 6)
 

@@ -4,7 +4,7 @@ from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
 from reprise.layers.causal_lm import CausalLM
 from reprise.layers.decoder import Decoder, DecoderLayer
-from reprise.layers.destination import Destination
+from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
 from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
 from reprise.layers.lazy import Normed, Product, add, tensor
@@ -29,8 +29,10 @@ __all__ = [
     "Embedding",
     "Experts",
     "GatedMLP",
+    "Implied",
     "Linear",
     "Normed",
+    "Place",
     "Product",
     "RMSNorm",
     "Routing",

@@ -13,10 +13,10 @@ from reprise import ops
 from reprise.cache import Batch
 from reprise.errors import ModelError
 from reprise.layers.build import Build
-from reprise.layers.destination import Destination
+from reprise.layers.destination import Destination, Place
 from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product, tensor
-from reprise.layers.linear import Linear, Run, format_of
+from reprise.layers.linear import Linear, Run, format_of, rows_of
 from reprise.layers.mlp import GatedMLP
 
 
@@ -55,7 +55,8 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.path, self.count, self.parts, self.merged_name = build.path, count, dict(parts), merged
-        self.out_features = sum(parts.values())
+        self.in_features, self.out_features = in_features, sum(parts.values())
+        self._runs = [Run(name, 0, size) for name, size in parts.items()]
         self.format = self._format(build)
         made = self.format.stack(count, self.out_features, in_features, build.dtype, build.device)
         self.tensors: dict[str, Tensor] = {}
@@ -67,8 +68,7 @@ class Stack(nn.Module):
             self.register_parameter(name, parameter)
 
     def _format(self, build: Build) -> Format:
-        runs = [Run(name, 0, size) for name, size in self.parts.items()]
-        first, *others = [format_of(build.at(f"{n}"), runs) for n in range(self.count)]
+        first, *others = [format_of(build.at(f"{n}"), self._runs) for n in range(self.count)]
         if any(each is not first for each in others):
             raise ModelError(
                 f"the experts of {build.path} are computed together and stored in different "
@@ -76,17 +76,13 @@ class Stack(nn.Module):
             )
         return first
 
-    def destinations(self) -> Iterator[tuple[str, Destination]]:
+    def destinations(self) -> Iterator[tuple[str, Place]]:
         """Each tensor of a checkpoint that has one for each expert, by its full name."""
         for expert in range(self.count):
-            begin = 0
-            for part, size in self.parts.items():
-                for name, each in self.tensors.items():
-                    rows = each.shape[1]  # one for each output, or for a few of them
-                    first = begin * rows // self.out_features
-                    view = each[expert, first:][: size * rows // self.out_features]
-                    yield f"{self.path}.{expert}.{part}.{name}", Destination(view)
-                begin += size
+            tensors = {name: each[expert] for name, each in self.tensors.items()}
+            for run, rows in zip(self._runs, rows_of(self._runs), strict=True):
+                for name, place in self.format.stored(tensors, rows, self.in_features):
+                    yield f"{self.path}.{expert}.{run.name}.{name}", place
 
     def merged(self) -> Iterator[tuple[str, Destination, list[str]]]:
         """Each tensor of a checkpoint that has one for all experts: its full name, where it goes,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from reprise.errors import ModelError
 from reprise.layers.build import Build
-from reprise.layers.destination import Destination
-from reprise.layers.formats import DENSE, Format
+from reprise.layers.destination import Place
+from reprise.layers.formats import DENSE, Format, Rows
 from reprise.layers.lazy import Normed
 
 Split = Literal["out", "in"]
@@ -66,6 +67,7 @@ class Linear(nn.Module):
         elif isinstance(out_features, Mapping):
             out_features = [Run(name, 0, size) for name, size in out_features.items()]
         self.runs = list(out_features)
+        self.in_features = in_features
         self.out_features = sum(each.size for each in self.runs)
         self.format = DENSE if tensors is not None else format_of(build, self.runs)
         if tensors is None:
@@ -102,29 +104,27 @@ class Linear(nn.Module):
         """Write the product into ``out`` [T, out_features]."""
         self.format.into(x, self.tensors, self.bias, out)
 
-    def destinations(self) -> Iterator[tuple[str, Destination]]:
+    def destinations(self) -> Iterator[tuple[str, Place]]:
         """Each tensor that a checkpoint has of this, by its full name there."""
-        tensors = {**self.tensors} if self.bias is None else {**self.tensors, "bias": self.bias}
-        stored: dict[str, int] = {}
-        for run in self.runs:
-            stored[run.name] = stored.get(run.name, 0) + run.size
-        begin = 0
-        for run in self.runs:
+        for run, rows in zip(self.runs, rows_of(self.runs), strict=True):
             path = f"{self.path}.{run.name}" if run.name else self.path
-            for name, each in tensors.items():
+            places = dict(self.format.stored(self.tensors, rows, self.in_features))
+            if self.bias is not None:
+                places["bias"] = rows.of(self.bias)
+            for name, each in places.items():
+                yield f"{path}.{name}", each
 
-                def rows(features: int, total: int = len(each)) -> int:
-                    # There is one for each output, or for a few of them.
-                    return features * total // self.out_features
 
-                view = each[rows(begin) : rows(begin + run.size)]
-                if run.size == stored[run.name]:
-                    yield f"{path}.{name}", Destination(view)
-                else:
-                    part = slice(rows(run.begin), rows(run.begin + run.size))
-                    shape = (rows(stored[run.name]), *each.shape[1:])
-                    yield f"{path}.{name}", Destination(view, (part,), shape)
-            begin += run.size
+def rows_of(runs: Sequence[Run]) -> list[Rows]:
+    """Where the runs of a product lie in it and in what is stored."""
+    stored: dict[str, int] = {}
+    for run in runs:
+        stored[run.name] = stored.get(run.name, 0) + run.size
+    ends = list(itertools.accumulate(run.size for run in runs))
+    return [
+        Rows(end - run.size, run.size, ends[-1], run.begin, stored[run.name])
+        for run, end in zip(runs, ends, strict=True)
+    ]
 
 
 def format_of(build: Build, runs: Sequence[Run]) -> Format:
@@ -138,12 +138,9 @@ def format_of(build: Build, runs: Sequence[Run]) -> Format:
         )
     if len(runs) == 1:
         return first
-    for name, begin, size in runs:
-        if size % first.grain[0] or begin % first.grain[0]:
-            where = f" from feature {begin} on" if begin else ""
-            raise ModelError(
-                f"{paths[name]} has {size} output features{where}, which must be a multiple of "
-                f"{first.grain[0]} where it is stored in blocks and computed with others as one "
-                "product"
-            )
-    return first
+    try:
+        return first.merged(rows_of(runs))
+    except ValueError as error:
+        raise ModelError(
+            f"{', '.join(paths.values())} are computed as one product, of which a part has {error}"
+        ) from error

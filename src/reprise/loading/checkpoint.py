@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from reprise.errors import LoadError, ModelError
+from reprise.loading.files import read_object
 from reprise.loading.foreign import foreign_content
-from reprise.loading.hf_config import check_token_ids, read_config, read_object
+from reprise.loading.hf_config import check_token_ids, read_config
 from reprise.loading.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"

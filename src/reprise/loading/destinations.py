@@ -6,9 +6,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from reprise.errors import LoadError, ModelError
-from reprise.layers import CausalLM, Destination
+from reprise.layers import CausalLM, Destination, Implied, Place
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Numbers that mean the same in each other's dtype. Those of any other mean nothing without
@@ -17,7 +18,7 @@ scales, or nothing but themselves."""
 T = TypeVar("T")
 
 
-def destinations(model: CausalLM) -> dict[str, list[Destination]]:
+def destinations(model: CausalLM) -> dict[str, list[Place]]:
     """By the name that a checkpoint has for each tensor of the model, or would have, where it goes:
     in one piece or in several; nowhere if it is another device's.
 
@@ -28,11 +29,11 @@ def destinations(model: CausalLM) -> dict[str, list[Destination]]:
     Raises:
         ModelError: Two modules claim the same tensor.
     """
-    found: dict[str, list[Destination]] = {}
+    found: dict[str, list[Place]] = {}
     for path, module in model.named_modules():
-        mine: dict[str, list[Destination]] = {}
+        mine: dict[str, list[Place]] = {}
         own = getattr(module, "destinations", None)
-        pairs: Iterable[tuple[str, Destination | None]] = (
+        pairs: Iterable[tuple[str, Place | None]] = (
             own()
             if own is not None
             else (
@@ -54,9 +55,7 @@ def destinations(model: CausalLM) -> dict[str, list[Destination]]:
     return found
 
 
-def as_stored(
-    model: CausalLM, wanted: dict[str, list[Destination]], stored: Container[str]
-) -> None:
+def as_stored(model: CausalLM, wanted: dict[str, list[Place]], stored: Container[str]) -> None:
     """Of what a checkpoint may store in pieces or as one, want the one where it is there.
 
     A module with such tensors has a method ``merged``, which gives the name of each, where it goes
@@ -75,13 +74,13 @@ def as_stored(
                 wanted[name] = [destination]
 
 
-def ties(wanted: Mapping[str, Sequence[Destination]]) -> dict[str, tuple[str, Destination]]:
+def ties(wanted: Mapping[str, Sequence[Place]]) -> dict[str, tuple[str, Destination]]:
     """Names whose target has another name before: that name, and where both go."""
     first: dict[object, str] = {}
     found: dict[str, tuple[str, Destination]] = {}
     for name, places in wanted.items():
-        if len(places) == 1 and places[0].target.numel():
-            (destination,) = places
+        destination = places[0] if len(places) == 1 else None
+        if isinstance(destination, Destination) and destination.target.numel():
             key = destination.target.data_ptr(), destination.target.shape
             if first.setdefault(key, name) != name:
                 found[name] = first[key], destination
@@ -108,6 +107,11 @@ def by_our_names(
         else:
             found[ours] = name, each
     return found
+
+
+def is_needed(places: Sequence[Place]) -> bool:
+    """Whether a checkpoint must have what goes there."""
+    return any(isinstance(each, Destination) for each in places)
 
 
 def is_computed(name: str) -> bool:
@@ -148,14 +152,23 @@ class Misfits:
     def add(self, kind: str, text: str) -> None:
         self._found.setdefault(kind, []).append(text)
 
-    def shape_fits(self, name: str, shape: Iterable[int], destination: Destination) -> bool:
+    def shape_fits(self, name: str, shape: Iterable[int], place: Place) -> bool:
         """Whether a tensor of this shape has the part that goes there; it is noted if not."""
-        wanted = destination.target.shape if destination.shape is None else destination.shape
-        if list(shape) == list(wanted):
+        wanted = place.stored_shape
+        # One number may be a vector of one, or none.
+        if (list(shape) or [1]) == (list(wanted) or [1]):
             return True
         shapes = f"{list(shape)} {self._given}, {list(wanted)} {self._needed}"
         self.add("wrong shape", f"{name}: {shapes}")
         return False
+
+    def says_what_is_known(self, name: str, tensor: Tensor, place: Implied) -> bool:
+        """Whether a tensor that goes nowhere has the values that it must have; it is noted if
+        not."""
+        wrong = place.check(tensor)
+        if wrong is not None:
+            self.add("not what the config says", f"{name}: {wrong}")
+        return wrong is None
 
     def refuse(self, what: str) -> None:
         """Raise a LoadError that lists all that was noted, by kind, if there is anything."""

@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
 import logging
-import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from reprise import models
 from reprise.errors import ConfigError, ModelError
-from reprise.loading.quantization import refuse_unknown_methods
+from reprise.loading.files import read_object
+from reprise.loading.quantization import with_quantization
 from reprise.loading.rope import resolve_rope
 
 logger = logging.getLogger(__name__)
 
-_DEEPEST = 64
-"""Levels of a JSON file. One more and reading it, or showing what is wrong, may not end well."""
 _LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Fields with one entry a layer."""
 _CLASSIFIERS = ("id2label", "label2id", "num_labels", "problem_type")
@@ -55,7 +52,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     raw = _merged(given, overrides)
     raw["architectures"] = _architectures(raw, file)
     models.require_known(raw)
-    refuse_unknown_methods(file.parent, raw, overrides)
+    raw = with_quantization(file.parent, raw, overrides)
     raw = resolve_rope(raw, given, overrides)
     _cut_layer_lists(raw, given, overrides)
     for name in _CLASSIFIERS:
@@ -89,46 +86,6 @@ def check_token_ids(eos_token_id: Any) -> None:
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     if eos_token_id is not None and not all(type(each) is int for each in ids):
         raise ValueError(f"eos_token_id={eos_token_id!r} must be a token id or a list of them")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It holds something else, or is no regular file.
-    """
-    require_regular(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("its brackets are nested too deeply") from error
-    level = [content]
-    for _ in range(_DEEPEST):
-        level = [below for each in level for below in _within(each)]
-    if level:
-        raise ValueError("its brackets are nested too deeply")
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON object is expected, not {str(content)[:100]!r}")
-    return content
-
-
-def require_regular(file: Path) -> None:
-    """Refuse what would hang a reader, such as a FIFO.
-
-    Raises:
-        OSError: There is nothing, or it cannot be looked at.
-        ValueError: It is no regular file, nor a link to one.
-    """
-    mode = file.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(
-            f"it is {'a directory' if stat.S_ISDIR(mode) else 'a FIFO or a device'}, not a file"
-        )
-
-
-def _within(value: Any) -> Collection[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Recognise quantised checkpoints, wherever their method is written down."""
+"""Find what a checkpoint says of its quantisation, wherever it is written down."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reprise.errors import ModelError
 from reprise.layers.formats import reader_of
+from reprise.loading.files import read_object
 
 _READ = "quantization_config"
 """The field that formats are read from (:func:`reprise.layers.formats.formats_of`)."""
-_FIELDS = (_READ, "compression_config")
+_OLDER = "compression_config"
+"""Of compressed-tensors, before it took the other."""
 _FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -20,10 +22,10 @@ _FILES = {
 """Files of older tools, and of ModelOpt, that say it beside the config; and whose they are."""
 
 
-def refuse_unknown_methods(
+def with_quantization(
     path: Path, raw: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> None:
-    """Refuse a checkpoint whose weights are in a format that cannot be read.
+) -> dict[str, Any]:
+    """The config of a checkpoint with its ``quantization_config``, if it is quantised.
 
     Args:
         path: Of the checkpoint.
@@ -31,30 +33,38 @@ def refuse_unknown_methods(
         overrides: With ``quantization_config=None`` they say that weights are plain.
 
     Raises:
-        ModelError: Names the method and where it was found.
+        ModelError: Its weights are in a format that cannot be read. Names the method and where it
+            was found.
     """
-    if "quantization_config" in overrides and overrides["quantization_config"] is None:
-        return
-    for place, method in _found(path, raw):
+    found = dict(raw)
+    if _READ in overrides and overrides[_READ] is None:
+        return found
+    place, value = _found(path, raw)
+    if value is None:
+        return found
+    if not isinstance(value, Mapping) or reader_of(value.get("quant_method")) is None:
         raise ModelError(
-            f"{path}: the checkpoint is quantised with {method!r} ({place}), which is not "
+            f"{path}: the checkpoint is quantised with {_method(value)!r} ({place}), which is not "
             "supported; use the checkpoint that it was made from, or hf_overrides="
             "{'quantization_config': None} if its weights are plain floating-point numbers"
         )
+    found.pop(_OLDER, None)
+    found[_READ] = value
+    return found
 
 
-def _found(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in _FIELDS:
-        value = raw.get(field)
-        if value is not None and not (field == _READ and _is_known(value)):
-            yield f"config field {field}", _method(value)
+def _found(path: Path, raw: Mapping[str, Any]) -> tuple[str, Any]:
+    """Where it is, and what is there; None: nowhere."""
+    for field in (_READ, _OLDER):
+        if raw.get(field) is not None:
+            return f"config field {field}", raw[field]
     for name, tool in _FILES.items():
         if (path / name).exists():
-            yield name, tool
-
-
-def _is_known(value: Any) -> bool:
-    return isinstance(value, Mapping) and reader_of(value.get("quant_method")) is not None
+            try:
+                return name, {"quant_method": tool, **read_object(path / name)}
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{path / name} is not valid: {error}") from error
+    return "", None
 
 
 def _method(value: Any) -> str:

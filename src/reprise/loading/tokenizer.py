@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reprise.loading.hf_config import read_object
+from reprise.loading.files import read_object
 
 logger = logging.getLogger(__name__)
 

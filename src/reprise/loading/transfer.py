@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
+from reprise.layers import Destination
 from reprise.platforms import Platform
 from reprise.progress import progress
 
@@ -29,7 +31,7 @@ SHOW_EVERY_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Copy:
-    """One tensor to fill from another one of the same shape; dtypes may differ."""
+    """One tensor to fill from another one; dtypes may differ."""
 
     name: str
     """For messages: the tensor, and where it comes from."""
@@ -39,15 +41,42 @@ class Copy:
     """On the platform's device."""
     offset: float = 0.0
     """Added on the way."""
+    convert: Callable[[Tensor], Tensor] | None = None
+    """Makes of the source, on the host, what has the target's shape; None: the source has it."""
 
     def pieces(self, nbytes: int) -> Iterator[Copy]:
-        """Groups of rows with at most ``nbytes`` at the target, or one row if that has more."""
+        """Groups of rows with at most ``nbytes`` at the target, or one row if that has more; all
+        in one as long as it is to be converted."""
         if self.target.numel() == 0:
             return
+        if self.convert is not None:
+            yield self
+            return
         source, target = (torch.atleast_1d(each.detach()) for each in (self.source, self.target))
-        rows = max(1, nbytes // target[0].nbytes)
+        rows = _rows(target, nbytes)
         for part, into in zip(source.split(rows), target.split(rows), strict=True):
             yield replace(self, source=part, target=into)
+
+    def converted(self) -> Copy:
+        """The same without anything to convert. Memory for it is taken now."""
+        if self.convert is None:
+            return self
+        return replace(self, source=self.convert(self.source.cpu()), convert=None)
+
+
+def copy_to(destination: Destination, source: Tensor, name: str) -> Copy:
+    """Fill a destination.
+
+    Args:
+        destination: Where it goes.
+        source: That part of the stored tensor which goes there.
+        name: Of the copy.
+    """
+    return Copy(name, source, destination.target, destination.offset, destination.convert)
+
+
+def _rows(target: Tensor, nbytes: int) -> int:
+    return max(1, nbytes // target[0].nbytes)
 
 
 def transfer(copies: Sequence[Copy], platform: Platform) -> None:
@@ -58,7 +87,7 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
     """
     pieces = [piece for each in copies for piece in each.pieces(STAGING_BYTES)]
     total = sum(each.target.nbytes for each in pieces)
-    largest = max((each.target.nbytes for each in pieces), default=0)
+    largest = max((_largest(each.target) for each in pieces), default=0)
     of_thread = threading.local()
     # Torch converts with threads of its own: as many at a time as that leaves cores for.
     conversions = threading.BoundedSemaphore(max(1, WORKERS // torch.get_num_threads()))
@@ -71,7 +100,11 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
                 of_thread.lane = kind(platform, largest, conversions)
             # The mode is a thread's own; only in it may the caller's parameters be written to.
             with torch.inference_mode():
-                of_thread.lane.copy(piece.target, piece.source, piece.offset)
+                # One at a time, or few: what is converted takes memory beside the tensor.
+                with conversions if piece.convert is not None else contextlib.nullcontext():
+                    made = piece.converted()
+                for each in made.pieces(STAGING_BYTES):
+                    of_thread.lane.copy(each.target, each.source, each.offset)
         except Exception as error:  # a device fails with errors of many types
             raise LoadError(
                 f"{piece.name} cannot be copied to {platform.device}: {error}"
@@ -93,6 +126,12 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
         platform.synchronize()
+
+
+def _largest(target: Tensor) -> int:
+    """Bytes of the largest piece that a target is filled in."""
+    target = torch.atleast_1d(target.detach())
+    return min(len(target), _rows(target, STAGING_BYTES)) * target[0].nbytes
 
 
 class Lane:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.layers import CausalLM
+from reprise.layers import CausalLM, Destination
 from reprise.loading.destinations import (
     Misfits,
     as_stored,
@@ -22,7 +22,7 @@ from reprise.loading.destinations import (
     is_computed,
     ties,
 )
-from reprise.loading.transfer import Copy, transfer
+from reprise.loading.transfer import Copy, copy_to, transfer
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]
         for each in wanted[kept]:
             if not misfits.shape_fits(name, source.shape, each):
                 break
-            if not _usable(source, each.target):
+            if not _usable(source, each.stored_dtype):
                 kind = "meta" if source.is_meta else f"{source.dtype}, {source.layout}"
-                misfits.add("wrong dtype", f"{name}: {kind} given, {each.target.dtype} needed")
+                misfits.add("wrong dtype", f"{name}: {kind} given, {each.stored_dtype} needed")
                 break
-            what = f"{name} of the new weights"
-            mine.append(Copy(what, source[each.part], each.target, each.offset))
+            if isinstance(each, Destination):
+                mine.append(copy_to(each, source[each.part], f"{name} of the new weights"))
+            elif not misfits.says_what_is_known(name, source, each):
+                break
         known = copies.setdefault(kept, mine)
         pairs = zip(known, mine, strict=False)
         if known is not mine and not all(_equal(old, new) for old, new in pairs):
@@ -85,7 +87,7 @@ def update_weights(copies: Mapping[str, Sequence[Copy]], platform: Platform) -> 
     on_host: list[Copy] = []
     with torch.inference_mode():
         for each in itertools.chain(*copies.values()):
-            if each.source.device.type == "cpu":
+            if each.source.device.type == "cpu" or each.convert is not None:
                 on_host.append(each)
             else:
                 each.target.copy_(each.source)
@@ -116,9 +118,9 @@ def _pairs(weights: NamedTensors, misfits: Misfits) -> Iterator[tuple[str, Tenso
         ) from error
 
 
-def _usable(source: Tensor, target: Tensor) -> bool:
+def _usable(source: Tensor, dtype: torch.dtype) -> bool:
     plain = source.layout is torch.strided and not source.is_meta
-    return plain and converts(source.dtype, target.dtype)
+    return plain and converts(source.dtype, dtype)
 
 
 def _equal(one: Copy, other: Copy) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from reprise.errors import LoadError
+from reprise.loading.files import read_object, require_regular
 from reprise.loading.foreign import foreign_content
-from reprise.loading.hf_config import read_object, require_regular
 
 
 class Stored(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.layers import CausalLM, Linear, Stack
+from reprise.layers import CausalLM, Destination, Implied, Linear, Stack
 from reprise.layers.formats import DENSE, Format
 from reprise.loading.destinations import (
     Misfits,
@@ -19,10 +19,11 @@ from reprise.loading.destinations import (
     converts,
     destinations,
     is_computed,
+    is_needed,
     is_plain,
     ties,
 )
-from reprise.loading.transfer import Copy, transfer
+from reprise.loading.transfer import Copy, copy_to, transfer
 from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
 from reprise.progress import progress
@@ -101,18 +102,21 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
     copies: list[Copy] = []
     for key, places in wanted.items():
         if key not in stored:
-            if places:
+            if is_needed(places):
                 misfits.add("missing", key)
             continue
         name, found = stored.pop(key)
-        for destination in places:
-            if not misfits.shape_fits(name, found.shape, destination):
+        for place in places:
+            if not misfits.shape_fits(name, found.shape, place):
                 break
-            source, target = found.read(destination.part), destination.target
-            if not converts(source.dtype, target.dtype):
-                misfits.add(*_wrong_dtype(name, source.dtype, target.dtype))
+            source = found.read() if isinstance(place, Implied) else found.read(place.part)
+            if not converts(source.dtype, place.stored_dtype):
+                misfits.add(*_wrong_dtype(name, source.dtype, place.stored_dtype))
                 break
-            copies.append(Copy(f"{name} of {found.file}", source, target, destination.offset))
+            if isinstance(place, Destination):
+                copies.append(copy_to(place, source, f"{name} of {found.file}"))
+            elif not misfits.says_what_is_known(name, source, place):
+                break
     for name, _ in stored.values():
         if not is_computed(name):
             misfits.add("unexpected", name)

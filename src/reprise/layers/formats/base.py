@@ -1,13 +1,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from reprise import ops
+from reprise.layers.destination import Destination, Place
+
+
+class Rows(NamedTuple):
+    """Output features that adjoin in a product and in a stored projection."""
+
+    begin: int
+    """The first of them in the product."""
+    size: int
+    """How many there are."""
+    total: int
+    """Of the product."""
+    stored_begin: int
+    """The first of them in the stored projection."""
+    stored_total: int
+    """Of the stored projection."""
+
+    def of(self, tensor: Tensor) -> Destination:
+        """Those of a tensor that is stored as it is: its first dimension has a row for every output
+        of the product, or one for every so many."""
+        count = len(tensor)
+
+        def rows(features: int) -> int:
+            return features * count // self.total
+
+        view = tensor[rows(self.begin) : rows(self.begin + self.size)]
+        if self.size == self.stored_total:
+            return Destination(view)
+        part = slice(rows(self.stored_begin), rows(self.stored_begin + self.size))
+        return Destination(view, (part,), (rows(self.stored_total), *tensor.shape[1:]))
 
 
 class Format(ABC):
@@ -23,11 +53,30 @@ class Format(ABC):
     """Output and input features that one entry of some tensor stands for, as a scale of a block
     does. The parts of a merged product have multiples of the first."""
 
+    def merged(self, rows: Sequence[Rows]) -> Format:
+        """The format of a product that is computed of several projections, or of parts of them.
+
+        Args:
+            rows: What it consists of, in its order.
+
+        Raises:
+            ValueError: Some of it is no multiple of :attr:`grain`.
+        """
+        for each in rows:
+            if each.size % self.grain[0] or each.stored_begin % self.grain[0]:
+                where = f" from feature {each.stored_begin} on" if each.stored_begin else ""
+                raise ValueError(
+                    f"{each.size} output features{where}, which must be a multiple of "
+                    f"{self.grain[0]} where it is stored in blocks"
+                )
+        return self
+
     @abstractmethod
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Tensor]:
-        """Unset tensors, by the last part of their names in a checkpoint.
+        """Unset tensors, by the last part of their names in a checkpoint, or by names of ours where
+        :meth:`stored` says what they are made of.
 
         The first dimension of each is the output's: it has a row for every output feature, or one
         for every ``grain[0]`` of them.
@@ -38,6 +87,19 @@ class Format(ABC):
             dtype: Compute dtype.
             device: Of the tensors; may be ``meta``.
         """
+
+    def stored(
+        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+    ) -> Iterator[tuple[str, Place]]:
+        """What a checkpoint has of a projection, by the last part of the name: where it goes.
+
+        Args:
+            tensors: Of the product that the projection is computed in.
+            rows: Those that are meant.
+            in_features: Of the product.
+        """
+        for name, each in tensors.items():
+            yield name, rows.of(each)
 
     @abstractmethod
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

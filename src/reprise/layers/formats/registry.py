@@ -13,7 +13,12 @@ from reprise.layers.formats.dense import PLAIN
 
 ENTRY_POINT_GROUP = "reprise.formats"
 
-_BUILT_IN: dict[str, str] = {}
+_BUILT_IN: dict[str, str] = {
+    "awq": "reprise.layers.formats.awq",
+    "compressed-tensors": "reprise.layers.formats.compressed_tensors",
+    "fp8": "reprise.layers.formats.fp8",
+    "gptq": "reprise.layers.formats.gptq",
+}
 """``quant_method`` to a module with a function ``formats`` (:func:`formats_of` says which)."""
 
 

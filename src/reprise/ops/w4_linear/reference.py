@@ -55,16 +55,20 @@ def _of_each(values: Tensor, group: int, inputs: int) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """[N, W] int32 to [N, 8 * W] uint8 from 0 to 15, in the order of the inputs."""
-    pairs = packed.view(torch.uint8)
-    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(len(packed), -1, 8)
     places = [ORDER.index(each) for each in range(8)]
-    return nibbles[:, :, places].flatten(1)
+    return nibbles(packed).view(len(packed), -1, 8)[:, :, places].flatten(1)
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """[N, W] int32 to [N, 8 * W] uint8 from 0 to 15, from the lowest bits of each word on."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
 
 
 def pack(numbers: Tensor) -> Tensor:
     """[N, K] uint8 from 0 to 15 to [N, ceil(K / 8)] int32; undoes :func:`unpack`."""
     outputs, inputs = numbers.shape
-    words = F.pad(numbers, (0, -inputs % 8)).view(outputs, -1, 8)[:, :, list(ORDER)]
+    words = F.pad(numbers, (0, -inputs % 8)).reshape(outputs, -1, 8)[:, :, list(ORDER)]
     pairs = words[:, :, 0::2] | words[:, :, 1::2] << 4
     return pairs.reshape(outputs, -1).view(torch.int32)
 

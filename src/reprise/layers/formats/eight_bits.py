@@ -1,0 +1,136 @@
+"""Weights of eight bits, float8_e4m3fn, and activations that are quantised to as many."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from reprise import ops
+from reprise.layers.destination import Destination, Place
+from reprise.layers.formats.base import Format, Rows
+
+FP8 = torch.float8_e4m3fn
+
+
+class EightBits(Format):
+    """``weight`` [out_features, in_features], and what its blocks are multiplied by, float32.
+
+    Args:
+        scale: What checkpoints call the scales.
+    """
+
+    def __init__(self, scale: str) -> None:
+        self.scale = scale
+
+    def blocks(self, in_features: int) -> tuple[int, int]:
+        """Outputs and inputs that share a scale."""
+        raise NotImplementedError
+
+    def tensors(
+        self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        block_n, block_k = self.blocks(in_features)
+        scales = -(-out_features // block_n), -(-in_features // block_k)
+        return {
+            "weight": torch.empty(out_features, in_features, dtype=FP8, device=device),
+            self.scale: torch.empty(scales, dtype=torch.float32, device=device),
+        }
+
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return ops.fp8_linear(
+            x, tensors["weight"], tensors[self.scale], bias, *self.blocks(x.shape[1])
+        )
+
+    def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        if "weight" in tensors:
+            bits = tensors["weight"].view(torch.uint8)
+            bits.random_(0, 256, generator=generator)
+            # Seven ones are no number.
+            bits.sub_(((bits & 127) == 127).to(torch.uint8))
+        if self.scale in tensors:
+            tensors[self.scale].fill_(0.02 / _spread())
+
+
+class Blocks(EightBits):
+    """A scale for each block of outputs and inputs, of which the last ones may be cut off.
+
+    Args:
+        scale: See :class:`EightBits`.
+        block_n: Outputs of a block, as stored.
+        block_k: Inputs of a block, and of a group of activations.
+        computed_n: Outputs that share a scale as the product has them; None: ``block_n``.
+    """
+
+    def __init__(
+        self, scale: str, block_n: int, block_k: int, computed_n: int | None = None
+    ) -> None:
+        super().__init__(scale)
+        self.block_n, self.block_k = block_n, block_k
+        self.computed_n = computed_n or block_n
+
+    def blocks(self, in_features: int) -> tuple[int, int]:
+        return self.computed_n, self.block_k
+
+    def merged(self, rows: Sequence[Rows]) -> Format:
+        """Where a part ends within a block, what shares a scale is smaller in the product."""
+        places = [each for row in rows for each in (row.begin, row.stored_begin)]
+        common = math.gcd(self.block_n, *places)
+        return self if common == self.block_n else self._of(common)
+
+    @functools.cache  # noqa: B019 - as many as there are layouts of parts
+    def _of(self, computed_n: int) -> Blocks:
+        return Blocks(self.scale, self.block_n, self.block_k, computed_n)
+
+    def stored(
+        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+    ) -> Iterator[tuple[str, Place]]:
+        yield "weight", rows.of(tensors["weight"])
+        step = self.computed_n
+        first, last = rows.begin // step, -(-(rows.begin + rows.size) // step)
+        scale = tensors[self.scale][first:last]
+        features = range(rows.stored_begin, rows.stored_begin + rows.size, step)
+        chosen = [each // self.block_n for each in features]
+        shape = (-(-rows.stored_total // self.block_n), scale.shape[1])
+        if chosen == list(range(shape[0])):
+            yield self.scale, Destination(scale)
+        else:
+            yield self.scale, Destination(scale, shape=shape, convert=lambda given: given[chosen])
+
+
+class Channels(EightBits):
+    """A scale for each output, and for each row of activations.
+
+    Args:
+        scale: See :class:`EightBits`.
+        whole: Checkpoints have one for all outputs of a projection.
+    """
+
+    def __init__(self, scale: str, *, whole: bool) -> None:
+        super().__init__(scale)
+        self.whole = whole
+
+    def blocks(self, in_features: int) -> tuple[int, int]:
+        return 1, in_features
+
+    def stored(
+        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+    ) -> Iterator[tuple[str, Place]]:
+        yield "weight", rows.of(tensors["weight"])
+        scale = rows.of(tensors[self.scale])
+        if self.whole:
+            target, size = scale.target, rows.size
+            scale = Destination(
+                target, shape=(1,), convert=lambda given: given.reshape(1, 1).expand(size, 1)
+            )
+        yield self.scale, scale
+
+
+@functools.cache
+def _spread() -> float:
+    """Root mean square of all numbers of eight bits."""
+    every = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    return float(every[every.isfinite()].square().mean().sqrt())

@@ -1,0 +1,127 @@
+"""Reading the ``quantization_config`` of a checkpoint, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reprise.errors import ModelError
+from reprise.layers.formats.base import Format
+from reprise.layers.formats.dense import DENSE
+
+
+class Fields:
+    """An object of a config. What is not asked for is refused in the end: what changes numbers and
+    is ignored would be a bug.
+
+    A field that is null is not there, so that ``hf_overrides`` can take one away.
+
+    Args:
+        raw: As JSON has it.
+        where: How messages call it.
+    """
+
+    def __init__(self, raw: Any, where: str = "quantization_config") -> None:
+        if not isinstance(raw, Mapping):
+            raise ModelError(f"{where}={raw!r} must be an object")
+        self.where = where
+        self._left = {name: value for name, value in raw.items() if value is not None}
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The value of a field; whoever takes it, looks at it."""
+        return self._left.pop(name, default)
+
+    def require(self, name: str, *supported: Any, default: Any, instead: str = "") -> Any:
+        """A field that must have one of these values, or be absent, which means the default.
+
+        Args:
+            name: Of the field.
+            supported: Values.
+            default: What it means that it is not there.
+            instead: What to use where it has another value.
+        """
+        value = self.take(name, default)
+        # 1 is no true, though it is equal.
+        if not any(type(value) is type(each) and value == each for each in supported):
+            shown = ", ".join(map(repr, supported))
+            hint = f"; {instead}" if instead else ""
+            raise self.refused(f"{name}={value!r} is not supported; supported: {shown}{hint}")
+        return value
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A field that is a whole number."""
+        value = self.take(name, default)
+        if type(value) is not int or value < least:
+            raise self.refused(f"{name}={value!r} must be a whole number of at least {least}")
+        return value
+
+    def names(self, *spellings: str) -> list[str]:
+        """A field that is a list of names; several spellings are one field."""
+        found: list[str] = []
+        for name in spellings:
+            value = self.take(name, [])
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise self.refused(f"{name}={value!r} must be a list of names")
+            found += value
+        return found
+
+    def nothing(self, name: str, instead: str) -> None:
+        """A field that must be absent, or empty."""
+        value = self.take(name)
+        if value:
+            raise self.refused(f"{name}={value!r} is not supported; {instead}")
+
+    @property
+    def names_left(self) -> list[str]:
+        """Of fields that nobody has taken."""
+        return list(self._left)
+
+    def inside(self, name: str) -> Fields | None:
+        """A field that is an object."""
+        value = self.take(name)
+        return None if value is None else Fields(value, f"{self.where}.{name}")
+
+    def leave(self, *names: str) -> None:
+        """Fields that say how a checkpoint was made, and nothing about its numbers."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def end(self) -> None:
+        """Refuse what nobody asked for."""
+        if self._left:
+            known = ", ".join(f"{name}={value!r}" for name, value in sorted(self._left.items()))
+            first = min(self._left)
+            raise self.refused(
+                f"{known} is not known, and may change what the weights mean; if it does not, take "
+                f"it away: hf_overrides={{'quantization_config': {{{first!r}: None}}}}"
+            )
+
+    def refused(self, why: str) -> ModelError:
+        return ModelError(f"{self.where}: {why}")
+
+
+class AllBut:
+    """One format for all products but some, whose weights are plain.
+
+    Args:
+        format: Of the others.
+        plain: Says by its path whether a product is plain.
+    """
+
+    def __init__(self, format: Format, plain: Callable[[str], bool]) -> None:
+        self._format, self._plain = format, plain
+
+    def of(self, path: str) -> Format:
+        return DENSE if self._plain(path) else self._format
+
+
+def is_head(path: str) -> bool:
+    """Whether it is the language-model head, which most methods leave plain."""
+    return path.rpartition(".")[2] == "lm_head"
+
+
+def is_within(path: str, names: Sequence[str]) -> bool:
+    """Whether a module has one of these names, or lies in one that has, or some last or middle part
+    of its path is one of them: ``mlp.gate`` and ``model.layers.3`` both have
+    ``model.layers.3.mlp.gate``, and ``mlp.gate`` does not have ``mlp.gate_proj``."""
+    return any(f".{each}." in f".{path}." for each in names)

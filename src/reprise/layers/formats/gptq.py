@@ -1,0 +1,147 @@
+"""``quant_method`` gptq: AutoGPTQ's and GPTQModel's layout, without act-order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.layers.destination import Destination, Implied, Place
+from reprise.layers.formats.base import Formats, Rows
+from reprise.layers.formats.fields import AllBut, Fields, is_head, is_within
+from reprise.layers.formats.four_bits import FourBits
+from reprise.ops.w4_linear.reference import nibbles, pack
+
+
+class Gptq(FourBits):
+    """``qweight`` [in_features / 8, out_features] and ``qzeros`` [groups, out_features / 8] int32,
+    ``scales`` [groups, out_features].
+
+    A word of the first has eight neighbouring inputs, one of the second eight neighbouring outputs,
+    from the lowest bits on. ``g_idx`` [in_features] says the group of each input, which without
+    act-order follows from its place.
+
+    Args:
+        group: See :class:`FourBits`.
+        zeros: Likewise. Without, what is stored must be the middle in one of the two conventions:
+            some checkpoints say the first and have the second.
+        less: What is stored is less than what is meant by this: 1 in the first convention.
+    """
+
+    grain = (8, 1)
+
+    def __init__(self, group: int | None, *, zeros: bool, less: int) -> None:
+        super().__init__(group, zeros=zeros)
+        self.less = less
+
+    def stored(
+        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+    ) -> Iterator[tuple[str, Place]]:
+        groups = self.groups(in_features)
+        here = slice(rows.begin, rows.begin + rows.size)
+        begin, end = rows.stored_begin, rows.stored_begin + rows.size
+        columns = (slice(None), slice(begin, end))
+        yield "qweight", Destination(
+            tensors["packed"][here], columns, (-(-in_features // 8), rows.stored_total),
+            dtype=torch.int32, convert=lambda given: pack(nibbles(given.t())),
+        )  # fmt: skip
+        shape = (groups, rows.stored_total // 8)
+        if self.zeros:
+            # Four bits more than 15 begin anew (AutoGPTQ, GPTQModel).
+            yield "qzeros", Destination(
+                tensors["zeros"][here], (slice(None), slice(begin // 8, end // 8)), shape,
+                dtype=torch.int32, convert=lambda given: nibbles(given).add(self.less).t() & 15,
+            )  # fmt: skip
+        else:
+            yield "qzeros", Implied(shape, torch.int32, _are_the_middle)
+        yield (
+            "scales",
+            Destination(
+                tensors["scales"][here], columns, (groups, rows.stored_total), convert=Tensor.t
+            ),
+        )
+        size = self.group or in_features
+        yield "g_idx", Implied((in_features,), torch.int32, lambda given: _is_in_order(given, size))
+        # AutoGPTQ stores one for products that have none.
+        yield "bias", Implied((rows.stored_total,), torch.float32, _is_nothing)
+
+
+def _are_the_middle(given: Tensor) -> str | None:
+    values = nibbles(given).unique().tolist()
+    if values in ([7], [8]):
+        return None
+    return f"zeros {values}, where sym says that all are 7 (8 in gptq_v2)"
+
+
+def _is_in_order(given: Tensor, group: int) -> str | None:
+    places = torch.arange(len(given), device=given.device) // group
+    if torch.equal(given.long(), places):
+        return None
+    return "inputs are in another order than their groups (act-order), which is not supported"
+
+
+def _is_nothing(given: Tensor) -> str | None:
+    return "a bias, which this product does not have" if bool(given.any()) else None
+
+
+def formats(config: Mapping[str, Any]) -> Formats:
+    """See :func:`reprise.layers.formats.formats_of`."""
+    fields = Fields(config)
+    fields.require("quant_method", "gptq", default="gptq")
+    fields.require("bits", 4, default=None, instead="use a checkpoint of four bits")
+    group = fields.take("group_size", 128)
+    if type(group) is not int or (group != -1 and (group < 8 or group % 8)):
+        raise fields.refused(f"group_size={group!r} must be -1 (all inputs) or a multiple of 8")
+    fields.require(
+        "desc_act", False, default=False,
+        instead="use a checkpoint that was made with desc_act=False (no act-order)",
+    )  # fmt: skip
+    symmetric = fields.require("sym", True, False, default=True)
+    written = {fields.take("checkpoint_format"), fields.take("format")} - {None} or {"gptq"}
+    if not written <= {"gptq", "gptq_v2"} or len(written) > 1:
+        raise fields.refused(
+            f"checkpoint_format={sorted(map(str, written))} is not supported; supported: 'gptq', "
+            "'gptq_v2'"
+        )
+    fields.require("is_marlin_format", False, default=False)
+    fields.require("pack_dtype", "int32", default="int32")
+    head = fields.require("lm_head", True, False, default=False)
+    fields.nothing("dynamic", "all products must be quantised alike")
+    plain = fields.names("modules_to_not_convert")
+    only = _modules(fields)
+    fields.leave(
+        "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "dataset",
+        "model_name_or_path", "model_file_base_name", "meta", "tokenizer", "model_seqlen",
+        "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
+        "use_cuda_fp16", "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs",
+        "backend", "hessian_mse", "mse", "act_group_aware", "mock_quantization", "rotation", "v2",
+        "v2_alpha", "v2_memory_device", "adapter", "offload_to_disk", "offload_to_disk_path",
+        "device", "parallel_packing", "compute_device_filter", "hyb_act", "gptaq", "gptaq_alpha",
+        "quantizer", "use_exllama_v2", "disable_exllama", "gptaq_memory_device", "foem", "fallback",
+    )  # fmt: skip
+    fields.end()
+    format = Gptq(
+        None if group == -1 else group, zeros=not symmetric, less=1 if written == {"gptq"} else 0
+    )
+
+    def is_plain(path: str) -> bool:
+        if is_head(path):
+            return not head
+        return is_within(path, plain) or (only is not None and not is_within(path, only))
+
+    return AllBut(format, is_plain)
+
+
+def _modules(fields: Fields) -> list[str] | None:
+    """Those that are quantised; None: all."""
+    value = fields.take("modules_in_block_to_quantize")
+    if not value:
+        return None
+    names = [name for group in value for name in ([group] if isinstance(group, str) else group)]
+    if not all(isinstance(each, str) for each in names):
+        raise fields.refused(
+            f"modules_in_block_to_quantize={value!r} must be lists of names of modules"
+        )
+    return names
