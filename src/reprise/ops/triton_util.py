@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def launch_options() -> dict[str, Any]:
+_IN_ORDER: Mapping[str, Any] = {"EARLY": False}
+_EARLY: Mapping[str, Any] = {"EARLY": True, "launch_pdl": True}
+
+
+def launch_options() -> Mapping[str, Any]:
     """For every launch of a kernel that calls :func:`depend`: its constant and its option."""
     platform = active_platform()
     if INTERPRETED or platform is None or not platform.supports_pdl:
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
+        return _IN_ORDER
+    return _EARLY
 
 
 @triton.jit
@@ -73,11 +77,21 @@ def arrivals(count: int, device: torch.device) -> Tensor:
     A launch leaves them as zeros and touches them only behind :func:`depend`; an engine's launches
     run one after the other. So all kernels can use the same ones.
     """
-    size = max(8192, next_power_of_2(count))
-    memory, key = op_memory(), f"{size} arrivals on {device}"
-    if key not in memory:
-        memory[key] = torch.zeros(size, device=device, dtype=torch.int32)
-    return memory[key]
+    memory, name = op_memory(), _arrivals_name(count, device)
+    found = memory.get(name)
+    if found is None:
+        size = _arrivals_size(count)
+        found = memory[name] = torch.zeros(size, device=device, dtype=torch.int32)
+    return found
+
+
+def _arrivals_size(count: int) -> int:
+    return max(8192, next_power_of_2(count))
+
+
+@functools.cache
+def _arrivals_name(count: int, device: torch.device) -> str:
+    return f"{_arrivals_size(count)} arrivals on {device}"
 
 
 @triton.jit
@@ -120,11 +134,17 @@ def is_last(arrivals_ptr, count):  # type: ignore[no-untyped-def]
 
 _MOST_LAUNCHES = 4096
 """Kinds of launches to remember; steps of ever new sizes would make ever more."""
-_launches: dict[tuple[Any, ...], Any] = {}
+Again = Callable[..., None]
+"""Repeats a launch: takes the arguments again without the options. Tensors may be others of equal
+dtype and alignment; numbers must be the same."""
+_launches: dict[tuple[Any, ...], tuple[Any, Sequence[Any]]] = {}
+"""By what a compilation may depend on: the compilation, and the kernel's last arguments, which are
+options of the launch."""
+_WIDE = 1 << 31
 
 
-def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """``kernel[grid]``: a function that launches, and returns the compiled kernel.
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Again]:
+    """``kernel[grid]``: a function that launches, and returns one that does so again.
 
     What Triton finds out before each launch, namely which compilation suits the arguments, is most
     of what the host does in an eager step. Here it is asked once for each set of arguments: those
@@ -134,52 +154,42 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         kernel: The ``triton.jit`` function.
         grid: Programs along each dimension.
     """
-    if INTERPRETED:
-        return kernel[grid]
-    names = kernel.arg_names
 
-    def run(*args: Any, **options: Any) -> Any:
-        key = (id(kernel), args[0].device, *map(_kind, args), *options, *options.values())
-        compiled = _launches.get(key)
-        if compiled is None:
-            compiled = kernel[grid](*args, **options)
-            if len(_launches) >= _MOST_LAUNCHES:
-                _launches.clear()
-            _launches[key] = compiled
-            return compiled
-        compiled[(*grid, 1, 1)[:3]](*args, *[options[name] for name in names[len(args) :]])
-        return compiled
+    def run(*args: Any, **options: Any) -> Again:
+        if INTERPRETED:
+            kernel[grid](*args, **options)
+            return functools.partial(kernel[grid], **options)
+        # Every launch of an eager step comes this way: one flat list costs half of nested ones.
+        # Compilers look at a tensor's alignment and at whether 32 bits address it.
+        parts: list[Any] = [id(kernel), args[0].device]
+        for each in args:
+            if isinstance(each, Tensor):
+                parts += (each.dtype, each.data_ptr() & 15, each.nbytes < _WIDE)
+            else:
+                parts += (type(each), each)
+        parts += options
+        parts += options.values()
+        key = tuple(parts)
+        known = _launches.get(key)
+        if known is not None:
+            again = _again(*known, grid)
+            again(*args)
+            return again
+        compiled = kernel[grid](*args, **options)
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        known = _launches[key] = compiled, constants
+        return _again(*known, grid)
 
     return run
 
 
-def _kind(value: Any) -> Any:
-    """What a compilation may depend on. Compilers look at a tensor's alignment and at whether 32
-    bits address it."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0, value.nbytes < 1 << 31
-    return type(value), value
-
-
-def relaunch(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """A way to repeat a launch, with less host work still than :func:`launch`.
-
-    Args:
-        kernel: The ``triton.jit`` function.
-        compiled: What launching it returned; None under the interpreter.
-        grid: Of that launch.
-
-    Returns:
-        A function of the same arguments and options. Tensors may be others of equal dtype and
-        alignment; numbers must be the same.
-    """
-    if compiled is None:
-        return kernel[grid]
+def _again(compiled: Any, constants: Sequence[Any], grid: tuple[int, ...]) -> Again:
     run = compiled[(*grid, 1, 1)[:3]]
-    names = kernel.arg_names
 
-    def again(*args: Any, **options: Any) -> None:
-        run(*args, *(options[name] for name in names[len(args) :]))
+    def again(*args: Any) -> None:
+        run(*args, *constants)
 
     return again
 

@@ -3,6 +3,7 @@
 new tokens.
 """
 
+import functools
 from collections.abc import Callable
 
 import triton
@@ -17,7 +18,6 @@ from reprise.ops.triton_util import (
     launch,
     limits,
     next_power_of_2,
-    relaunch,
 )
 
 
@@ -49,9 +49,7 @@ def launch_mixed(call: Call) -> Callable[[], None]:
     args = (*call.tensors(), tokens, requests, *call.strides_and_numbers())
     options = {**call.options(config), "GROUP": group, "BLOCK_Q": block_q}
     grid = (tiles * kv_heads,)
-    compiled = launch(mixed_attention_kernel, grid)(*args, **options)
-    again = relaunch(mixed_attention_kernel, compiled, grid)
-    return lambda: again(*args, **options)
+    return functools.partial(launch(mixed_attention_kernel, grid)(*args, **options), *args)
 
 
 @triton.jit(do_not_specialize=["tokens", "requests"])

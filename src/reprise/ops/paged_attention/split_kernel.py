@@ -28,7 +28,6 @@ from reprise.ops.triton_util import (
     launch,
     limits,
     next_power_of_2,
-    relaunch,
 )
 
 _FEW_REQUESTS = 16
@@ -94,9 +93,8 @@ def launch_split(call: Call) -> Callable[[], None]:
         partial = query.new_empty((*rows, head_size), dtype=torch.float32)
         return partial, query.new_empty(rows, dtype=torch.float32)
 
-    compiled = launch(split_attention_kernel, grid)(*inputs, *scratch(), *sizes, **options)
-    again = relaunch(split_attention_kernel, compiled, grid)
-    return lambda: again(*inputs, *scratch(), *sizes, **options)
+    again = launch(split_attention_kernel, grid)(*inputs, *scratch(), *sizes, **options)
+    return lambda: again(*inputs, *scratch(), *sizes)
 
 
 def _programs(requests: int, most: int) -> int:

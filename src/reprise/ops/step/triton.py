@@ -1,9 +1,11 @@
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
-from reprise.ops.triton_util import cdiv, launch, relaunch
+from reprise.ops.triton_util import cdiv, launch
 
 _BLOCK = 128
 _SEARCH = 10
@@ -28,13 +30,13 @@ def lay_out(
 ) -> None:
     """Arguments as in the reference; all are contiguous but ``tables`` and ``slots``, whose first
     dimension may be strided."""
-    _lay_out(
+    _bind_lay_out(
         numbers, rows, known, query_start_loc, tables, block_sizes, token_ids, positions, draws,
         slots, seq_lens, accepted, fresh, query_len,
     )  # fmt: skip
 
 
-def _lay_out(*arguments):
+def _bind_lay_out(*arguments):
     numbers, rows, _, _, tables, _, token_ids, _, _, slots, *_, query_len = arguments
     requests, tokens = rows.shape[0], token_ids.shape[0]
     grid = (cdiv(max(tokens, requests), _BLOCK),)
@@ -50,16 +52,7 @@ def _lay_out(*arguments):
         *arguments[:-1], numbers.stride(0), tables.stride(0), tables.stride(1), slots.stride(0),
         requests, tokens,
     )  # fmt: skip
-    return (
-        relaunch(lay_out_kernel, launch(lay_out_kernel, grid)(*given, **options), grid),
-        given,
-        options,
-    )
-
-
-def _bind_lay_out(*arguments):
-    again, given, options = _lay_out(*arguments)
-    return lambda: again(*given, **options)
+    return functools.partial(launch(lay_out_kernel, grid)(*given, **options), *given)
 
 
 lay_out.bind = _bind_lay_out  # type: ignore[attr-defined]
@@ -176,11 +169,9 @@ def _bind_advance(*arguments):
     grid = (cdiv(rows.shape[0], _BLOCK),)
     strides = numbers.stride(0), emitted.stride(0), rows.shape[0]
     options = {"WIDTH": emitted.shape[1] - 1, "BLOCK": _BLOCK, "num_warps": 4}
-    again = relaunch(
-        advance_kernel, launch(advance_kernel, grid)(*arguments, *strides, **options), grid
-    )
+    again = launch(advance_kernel, grid)(*arguments, *strides, **options)
     before = arguments[:-1]
-    return lambda drawn: again(*before, drawn, *strides, **options)
+    return lambda drawn: again(*before, drawn, *strides)
 
 
 advance.bind = _bind_advance  # type: ignore[attr-defined]
