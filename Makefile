@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "is what Linux gets unless torch is there or pip is told otherwise) and 0.1 GB of others."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e '.[server]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

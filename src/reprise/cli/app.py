@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from reprise import __version__
-from reprise.cli import chat, generate
+from reprise.cli import chat, generate, serve
 from reprise.cli.bench import app as bench
 from reprise.cli.doctor import app as doctor
 
@@ -40,6 +40,7 @@ def root(
 
 
 generate.register(app)
+serve.register(app)
 chat.register(app)
 app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")

@@ -40,7 +40,8 @@ def command(
     Args:
         app: Where to add it.
         name: What the user types.
-        function: Its docstring is the help, its parameters are the command's own options.
+        function: Its docstring is the help, its parameters are the command's own options; one that
+            is called ``log_level`` takes the place of the common one.
         **groups: Parameters of ``function`` that are groups of options; it gets each as a
             dictionary of what the user gave.
     """
@@ -55,11 +56,14 @@ def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[
         if each.name not in groups
     ]
     derived = [each for group in groups.values() for each in group.parameters()]
-    parameters = [*own, *derived, *COMMON]
+    names = {each.name for each in own}
+    parameters = [*own, *derived, *(each for each in COMMON if each.name not in names)]
     flags = dict(_flags(parameters))
 
     def run(**arguments: Any) -> None:
-        debug, level = arguments.pop("debug"), arguments.pop("log_level")
+        debug, level = arguments.pop("debug"), arguments["log_level"]
+        if "log_level" not in names:
+            del arguments["log_level"]
         given = {each: group.take(arguments) for each, group in groups.items()}
         with reported(debug, flags):
             configure(level)

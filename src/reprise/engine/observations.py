@@ -39,6 +39,7 @@ class Observations:
         self._queue = Distribution(_SECONDS)
         self._prefill = Distribution(_SECONDS)
         self._decode = Distribution(_SECONDS)
+        self._inference = Distribution(_SECONDS)
         self._step_tokens = Distribution(steps_1_2_5(max_tokens))
         self.num_drafts = 0
         """Times that tokens were drafted for a request and verified."""
@@ -86,6 +87,7 @@ class Observations:
         self._first_token.add(first - arrival)
         self._prefill.add(first - scheduled)
         self._decode.add(last - first)
+        self._inference.add(last - scheduled)
         if request.num_output_tokens > 1:
             self._per_token.add((last - first) / (request.num_output_tokens - 1))
 
@@ -122,6 +124,7 @@ class Observations:
             "request_queue_time_seconds": self._queue,
             "request_prefill_time_seconds": self._prefill,
             "request_decode_time_seconds": self._decode,
+            "request_inference_time_seconds": self._inference,
         }
         return [
             *(Gauge(f"reprise:{name}", dict(labels), each) for name, each in gauges.items()),

@@ -1,0 +1,110 @@
+"""``reprise serve``: the OpenAI API over HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+
+from reprise.cli.command import command
+from reprise.cli.fields import FieldOptions, Special, json_object
+from reprise.cli.logs import LogLevel
+from reprise.cli.options import engine_options
+from reprise.errors import ConfigError, RepriseError
+
+PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client")
+"""Of the extra ``server``."""
+
+
+def serve(
+    served: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Local directory or Hugging Face id. Default: the bundled demo model.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Least severe messages to show on standard error.")
+    ] = LogLevel.INFO,
+    server: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    """Serve a model by the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    SIGTERM and Ctrl-C let running requests end; a second one stops at once.
+    """
+    missing = [each for each in PACKAGES if importlib.util.find_spec(each) is None]
+    if missing:
+        raise RepriseError(
+            f"'reprise serve' needs {', '.join(missing)}: pip install 'reprise[server]'"
+        )
+    from reprise.config import EngineConfig
+    from reprise.server.logs import configure
+    from reprise.server.options import ServerOptions
+    from reprise.server.supervisor import Supervisor
+
+    given = engine.pop("model", None)
+    if served is not None and given not in (None, served):
+        raise ConfigError(f"MODEL {served!r} and model={given!r} contradict each other; give one")
+    options = ServerOptions(**server)
+    config = EngineConfig(model=served or given, **engine)
+    configure(log_level, options.log_format, "serve")
+    supervisor = Supervisor(config, options, log_level, announce=_announce)
+    typer.secho(f"loading {config.model or 'the demo model'} for {supervisor.address}", err=True)
+    supervisor.run()
+
+
+def _announce(address: str) -> None:
+    typer.secho(f"ready: {address}", err=True, bold=True)
+
+
+PANELS = {
+    "Address": ("host", "port", "uds", "root_path", "api_server_count"),
+    "Clients": (
+        "served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers",
+        "allow_credentials", "disable_fastapi_docs",
+    ),
+    "TLS": ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
+    "Limits": (
+        "max_num_queued_reqs", "max_body_bytes", "max_completions", "body_timeout",
+        "write_timeout", "keep_alive", "shutdown_timeout",
+    ),
+    "Answers": (
+        "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
+        "trust_request_chat_template", "response_role", "reasoning_parser", "generation_config",
+        "override_generation_config", "enable_force_include_usage",
+    ),
+    "Logs": ("log_format", "access_log"),
+}  # fmt: skip
+
+
+def server_options() -> FieldOptions:
+    """Options for the fields of :class:`reprise.server.options.ServerOptions`."""
+    from reprise.server.options import ServerOptions
+
+    lists = (
+        "served_model_name",
+        "api_key",
+        "allowed_origins",
+        "allowed_methods",
+        "allowed_headers",
+    )
+    objects = ("default_chat_template_kwargs", "override_generation_config")
+    return FieldOptions(
+        ServerOptions,
+        panels=PANELS,
+        special={
+            **{name: Special(metavar="TEXT", parse=str, repeated=True) for name in lists},
+            **{name: Special(metavar="JSON", parse=json_object) for name in objects},
+            "no_access_log": Special(help="Log no line for each request."),
+        },
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command."""
+    command(app, "serve", serve, server=server_options(), engine=engine_options())

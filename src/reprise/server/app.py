@@ -1,0 +1,378 @@
+"""The endpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from reprise import __version__
+from reprise.server.body import ignored_header, parse, read_body
+from reprise.server.caller import Caller
+from reprise.server.chat import Chat
+from reprise.server.client import EngineRefusal
+from reprise.server.completions import Completion
+from reprise.server.conversation import conversation
+from reprise.server.errors import GONE_CLIENT, ApiError, of_refusal
+from reprise.server.fields import (
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+    refuse_what_is_not_here,
+    unknown_names,
+)
+from reprise.server.gate import Gate
+from reprise.server.http_metrics import HttpMetrics, exposition
+from reprise.server.reasoning import CLOSE
+from reprise.server.state import ServerState
+from reprise.server.streaming import EventStream
+
+
+def create_app(state: ServerState) -> ASGIApp:
+    """The application of one HTTP process."""
+    options = state.options
+    docs = not options.disable_fastapi_docs
+    app = FastAPI(
+        title="Reprise",
+        version=__version__,
+        root_path=options.root_path,
+        docs_url="/docs" if docs else None,
+        redoc_url="/redoc" if docs else None,
+        openapi_url="/openapi.json" if docs else None,
+    )
+    handlers = Handlers(state)
+    handlers.register(app)
+    paths = [str(getattr(each, "path", "")) for each in app.routes]
+    handlers.metrics = HttpMetrics(paths)
+    gate: ASGIApp = Gate(app, options, handlers.metrics)
+    if options.allowed_origins:
+        # Outermost: a refusal at the gate has its headers too.
+        gate = CORSMiddleware(
+            gate,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods,
+            allow_headers=options.allowed_headers,
+            allow_credentials=options.allow_credentials,
+            expose_headers=["x-request-id", "x-reprise-ignored-fields", "retry-after"],
+        )
+    return gate
+
+
+class Handlers:
+    """One method for each endpoint."""
+
+    metrics: HttpMetrics
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._started = int(time.time())
+
+    def register(self, app: FastAPI) -> None:
+        """Add the routes, and what makes errors of all others."""
+        post: list[tuple[str, Any, type[BaseModel], str]] = [
+            ("/v1/completions", self.completions, CompletionRequest, "Complete prompts."),
+            ("/v1/chat/completions", self.chat, ChatRequest, "Answer a conversation."),
+            ("/tokenize", self.tokenize, TokenizeRequest, "Token ids of a text or a conversation."),
+            ("/detokenize", self.detokenize, DetokenizeRequest, "The text of token ids."),
+            ("/abort", self.abort, AbortRequest, "End a running request by its id."),
+        ]
+        for path, handler, model, summary in post:
+            app.add_api_route(
+                path, handler, methods=["POST"], summary=summary, response_class=Response,
+                responses=_responses(path), openapi_extra=_body(model),
+            )  # fmt: skip
+        get: list[tuple[str, Any, str]] = [
+            ("/v1/models", self.models, "The model, under each of its names."),
+            ("/v1/models/{name:path}", self.model, "One name of the model."),
+            ("/health", self.health, "Whether the engine lives."),
+            ("/ready", self.ready, "Whether new requests are taken."),
+            ("/ping", self.health, "As /health."),
+            ("/version", self.version, "Of Reprise."),
+            ("/load", self.load, "Requests that are not finished."),
+            ("/metrics", self.metric_text, "For Prometheus."),
+            ("/graphs", self.graphs, "What is known of every captured graph."),
+        ]
+        for path, handler, summary in get:
+            methods = ["GET", "POST"] if path == "/ping" else ["GET"]
+            app.add_api_route(
+                path, handler, methods=methods, summary=summary, response_class=Response,
+                responses=_responses(path),
+                include_in_schema=path != "/ping",
+            )  # fmt: skip
+        app.add_exception_handler(ApiError, _tell)
+        app.add_exception_handler(HTTPException, _tell_http)
+        app.add_exception_handler(EngineRefusal, self._tell_refusal)
+        _describe(app)
+
+    # ---- generation ------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        state = self._state
+        asked, name, model = await self._generation(request, CompletionRequest, "cmpl")
+        options = state.options
+        work = Completion(
+            asked, name, model, state.facts, state.sampling_defaults(), options.max_completions,
+            options.enable_force_include_usage,
+        )  # fmt: skip
+        return await self._answer(request, asked, work, unknown_names(asked))
+
+    async def chat(self, request: Request) -> Response:
+        state = self._state
+        asked, name, model = await self._generation(request, ChatRequest, "chatcmpl")
+        work = Chat(
+            asked, name, model, state.fingerprint, self._parser(), state.facts,
+            state.sampling_defaults(), state.options,
+        )  # fmt: skip
+        return await self._answer(request, asked, work, unknown_names(asked) + work.ignored)
+
+    async def _generation(
+        self, request: Request, kind: type[Any], prefix: str
+    ) -> tuple[Any, str, str]:
+        """The request, its name and its model's."""
+        state = self._state
+        state.check_open()
+        asked: Generation = await self._read(request, kind)
+        refuse_what_is_not_here(asked)
+        name = f"{prefix}-{asked.request_id or request.state.request_id}"
+        return asked, name, state.model_name(asked.model)
+
+    async def _answer(
+        self, request: Request, asked: Generation, work: Completion | Chat, ignored: list[str]
+    ) -> Response:
+        state = self._state
+        caller = Caller(state.client, state.callers, request.receive)
+        request.state.told = work.told
+        streaming = False
+        try:
+            caller.ask(work.asks)
+            work.accepted(await caller.accepted())
+            headers = ignored_header(ignored)
+            if asked.stream:
+                streaming = True
+                limit = (state.client.facts or {}).get("max_model_len")
+                return EventStream(caller, work.events(caller), limit, headers)
+            return _json(await work.reply(caller), headers)
+        except EngineRefusal as refusal:
+            if refusal.kind == GONE_CLIENT:
+                request.state.gone = True
+            raise
+        finally:
+            if not streaming:
+                caller.close()
+
+    def _parser(self) -> str:
+        options = self._state.options
+        if options.reasoning_parser != "auto":
+            return options.reasoning_parser
+        if options.template is not None:
+            thinks = CLOSE in options.template
+        else:
+            thinks = bool(self._state.facts["thinks"])
+        return "qwen3" if thinks else "none"
+
+    # ---- beside it -------------------------------------------------------------------------
+
+    async def tokenize(self, request: Request) -> Response:
+        state = self._state
+        asked = await self._read(request, TokenizeRequest)
+        facts = state.facts
+        state.model_name(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "give prompt or messages, one of them", param="prompt")
+        ignored = unknown_names(asked)
+        chat = None
+        if asked.messages is not None:
+            chat, more, _ = conversation(asked, facts, state.options)
+            ignored += more
+        found = await self._call(
+            request,
+            "tokenize",
+            prompt=asked.prompt,
+            chat=chat,
+            add_special_tokens=asked.add_special_tokens is not False,
+            return_token_strs=bool(asked.return_token_strs),
+        )
+        return _json(found, ignored_header(ignored))
+
+    async def detokenize(self, request: Request) -> Response:
+        asked = await self._read(request, DetokenizeRequest)
+        self._state.check_open()
+        self._state.model_name(asked.model)
+        text = await self._call(request, "detokenize", tokens=asked.tokens)
+        return _json({"prompt": text}, ignored_header(unknown_names(asked)))
+
+    async def abort(self, request: Request) -> Response:
+        asked = await self._read(request, AbortRequest)
+        count = await self._call(request, "abort", name=asked.request_id)
+        if not count:
+            raise ApiError(
+                404, "no running request has this id", param="request_id", code="not_running"
+            )
+        return _json({"aborted": count}, ignored_header(unknown_names(asked)))
+
+    async def models(self) -> Response:
+        return _json({"object": "list", "data": [self._card(each) for each in self._names()]})
+
+    async def model(self, name: str) -> Response:
+        return _json(self._card(self._state.model_name(name if self._names() else None)))
+
+    def _names(self) -> list[str]:
+        if self._state.client.facts is None:
+            self._state.check_open()
+        return self._state.names
+
+    def _card(self, name: str) -> dict[str, Any]:
+        facts = self._state.client.facts or {}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "reprise",
+            "root": facts.get("model"),
+            "parent": None,
+            "max_model_len": facts.get("max_model_len"),
+            "permission": [],
+        }
+
+    async def health(self) -> Response:
+        """Liveness: draining is no reason to be restarted."""
+        client = self._state.client
+        alive = client.facts is not None and client.lost is None
+        return Response(status_code=200 if alive else 503)
+
+    async def ready(self) -> Response:
+        state = self._state
+        open_ = state.client.facts is not None and state.client.lost is None and not state.draining
+        return Response(status_code=200 if open_ else 503)
+
+    async def version(self) -> Response:
+        return _json({"version": __version__})
+
+    async def load(self, request: Request) -> Response:
+        return _json({"server_load": await self._call(request, "load")})
+
+    async def graphs(self, request: Request) -> Response:
+        return _json(await self._call(request, "graphs"))
+
+    async def metric_text(self, request: Request) -> Response:
+        facts = await self._call(request, "metrics")
+        text = exposition(facts, self._state.names[0], self.metrics.exposed())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # ---- shared ----------------------------------------------------------------------------
+
+    async def _read(self, request: Request, model: type[Any]) -> Any:
+        options = self._state.options
+        kind = request.headers.get("content-type", "application/json").partition(";")[0]
+        if kind.strip().lower() not in ("application/json", "", "text/json"):
+            raise ApiError(415, "send JSON: Content-Type: application/json")
+        body = await read_body(request, options.max_body_bytes, options.body_timeout)
+        return parse(body, model)
+
+    async def _call(self, request: Request, what: str, **arguments: Any) -> Any:
+        """Ask the engine's process."""
+        return await self._state.client.call(what, **arguments)
+
+    async def _tell_refusal(self, _: Request, refusal: Exception) -> Response:
+        assert isinstance(refusal, EngineRefusal)
+        limit = (self._state.client.facts or {}).get("max_model_len")
+        return of_refusal(refusal, limit).response
+
+
+def _json(value: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), 200, headers, "application/json")
+
+
+async def _tell(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def _tell_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = {404: "there is nothing at this path", 405: "this path has other methods"}
+    message = told.get(error.status_code, str(error.detail))
+    headers = dict(error.headers or {})
+    return ApiError(error.status_code, message, headers=headers).response
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
+
+
+def _responses(path: str) -> dict[int | str, dict[str, Any]]:
+    kinds = {"/metrics": "text/plain"}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "OK", "content": {}}}
+    if path not in ("/health", "/ready", "/ping"):
+        content: dict[str, Any] = {kinds.get(path, "application/json"): {}}
+        if path.endswith("completions"):
+            content["text/event-stream"] = {}
+        found[200] = {"description": "OK", "content": content}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for status, told in (
+        (400, "The request is not valid."), (401, "The API key is missing or wrong."),
+        (404, "There is no such model."), (405, "This path has other methods."),
+        (408, "The body came too slowly."),
+        (413, "The body is too large."), (415, "The body is not JSON."),
+        (429, "Too many requests wait."), (499, "The request was aborted."),
+        (500, "A defect of the server."), (503, "No engine takes requests now."),
+    ):  # fmt: skip
+        found[status] = {"description": told, "content": error}
+    if path in ("/health", "/ready", "/ping"):
+        found[503] = {"description": "It does not."}
+    return found
+
+
+def _describe(app: FastAPI) -> None:
+    """Bodies are read by hand, so their schemas are added by hand."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schemas = found.setdefault("components", {}).setdefault("schemas", {})
+            schemas["Error"] = _ERROR
+            for model in (
+                CompletionRequest,
+                ChatRequest,
+                TokenizeRequest,
+                DetokenizeRequest,
+                AbortRequest,
+            ):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

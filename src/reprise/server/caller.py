@@ -1,0 +1,113 @@
+"""One HTTP request that the engine works for: its streams, and whether its client is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+from reprise.server.client import Bell, EngineClient, EngineRefusal, Stream
+from reprise.server.errors import GONE_CLIENT
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class Callers:
+    """Those of this process that are not answered yet."""
+
+    def __init__(self) -> None:
+        self._all: set[Caller] = set()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Caller]:
+        return iter(list(self._all))
+
+    def add(self, caller: Caller) -> None:
+        self._all.add(caller)
+
+    def remove(self, caller: Caller) -> None:
+        self._all.discard(caller)
+
+
+class Caller:
+    """A client that waits for an answer. ``close`` it in any case.
+
+    Args:
+        client: Of the engine.
+        callers: That it is one of.
+        receive: Of ASGI; the body was read.
+    """
+
+    def __init__(self, client: EngineClient, callers: Callers, receive: Receive) -> None:
+        self._client = client
+        self._callers = callers
+        self._bell = Bell()
+        self.streams: list[Stream] = []
+        self.sending_since: float | None = None
+        """Of the loop's clock: since when the client has taken nothing."""
+        self.stalled = False
+        self.task = asyncio.current_task()
+        self._watch = asyncio.get_running_loop().create_task(self._until_gone(receive))
+        callers.add(self)
+
+    def ask(self, requests: Sequence[dict[str, Any]]) -> None:
+        """Send requests to the engine.
+
+        Raises:
+            EngineRefusal: There is no engine.
+        """
+        for each in requests:
+            self.streams.append(self._client.generate(self._bell, **each))
+
+    async def accepted(self) -> list[dict[str, Any]]:
+        """Wait until the engine has all requests; what was wanted of each prompt.
+
+        Raises:
+            EngineRefusal: It refuses one.
+        """
+        for each in self.streams:
+            while not each.accepted:
+                await self._bell.wait()
+        return [each.facts for each in self.streams]
+
+    async def next(self) -> list[tuple[int, list[Any]]]:
+        """What is new: number of the request, and as of :meth:`Stream.take`.
+
+        Raises:
+            EngineRefusal: A request has failed.
+        """
+        while True:
+            found = []
+            for number, stream in enumerate(self.streams):
+                item = stream.take()
+                if item is not None:
+                    found.append((number, item))
+            if found:
+                return found
+            await self._bell.wait()
+
+    def fail(self, refusal: EngineRefusal) -> None:
+        """Nobody is to wait any longer."""
+        for each in self.streams:
+            each.leave()
+            each.fail(refusal)
+
+    def stall(self) -> None:
+        """The client takes nothing: end this caller's task."""
+        self.stalled = True
+        if self.task is not None:
+            self.task.cancel()
+
+    def close(self) -> None:
+        """What was not finished is aborted."""
+        self._watch.cancel()
+        self._callers.remove(self)
+        for each in self.streams:
+            each.leave()
+
+    async def _until_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.fail(EngineRefusal(GONE_CLIENT, ""))

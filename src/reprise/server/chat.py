@@ -1,0 +1,344 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from reprise.server.caller import Caller
+from reprise.server.client import EngineRefusal
+from reprise.server.completions import check_length
+from reprise.server.conversation import conversation
+from reprise.server.errors import ABORTED, ApiError
+from reprise.server.fields import ChatRequest, sampling
+from reprise.server.generation import Reply
+from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
+from reprise.server.options import ServerOptions
+from reprise.server.reasoning import Part, Splitter, thinks_from_start
+from reprise.server.streaming import DONE, Template
+
+TOKENS_BEFORE_THOUGHT = 3
+"""White space, at most."""
+_NO_LOGPROBS = b'"logprobs":null,"finish_reason":null'
+
+
+class Chat(Reply):
+    """One request: what the engine is asked, and the reply.
+
+    Args:
+        request: Checked as far as its types go.
+        name: Of the request, for clients.
+        model: Name of the model, as asked for.
+        fingerprint: Of the server.
+        parser: Of reasoning, one of :data:`reprise.server.reasoning.PARSERS`.
+        facts: Of the engine.
+        defaults: Sampling values that the request may leave out.
+        options: Of the server.
+
+    Raises:
+        ApiError: A field is not valid.
+    """
+
+    def __init__(
+        self,
+        request: ChatRequest,
+        name: str,
+        model: str,
+        fingerprint: str,
+        parser: str,
+        facts: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        options: ServerOptions,
+    ) -> None:
+        super().__init__()
+        self.request = request
+        self._head = {
+            "id": name,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._fingerprint = fingerprint
+        self._parser = parser
+        self._role = options.response_role
+        ends, each = request.usage_in_stream
+        self._usage_at_end, self.usage_each = ends or options.enable_force_include_usage, each
+        n = request.n or 1
+        if n > options.max_completions:
+            raise ApiError(
+                400, f"n={n}: at most {options.max_completions} (max_completions)", param="n"
+            )
+        chat, self.ignored, unfinished = conversation(request, facts, options)
+        self._unfinished = unfinished
+        params = sampling(request, defaults, **self._changes(facts, defaults))
+        params["output_kind"] = "DELTA" if request.stream else "FINAL_ONLY"
+        wants = []
+        if request.return_token_ids:
+            wants += ["prompt_ids", "ids"]
+        if parser != "none":
+            self.usage.reasoning = 0
+            wants += ["tail", "ids"]
+        self._think_ids = facts["think_ids"]
+        if request.truncate_prompt_tokens is None:
+            texts = sum(_length(each.get("content")) for each in chat["messages"])
+            check_length(texts, "characters", facts, "messages")
+        self.asks = [
+            {
+                "name": name,
+                "prompt": None,
+                "chat": chat,
+                "params": params,
+                "priority": request.priority or 0,
+                "wants": wants,
+            }
+        ]
+        self._choices: dict[int, _Choice] = {}
+        self._facts: dict[str, Any] = {}
+
+    def _changes(self, facts: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        request = self.request
+        changes: dict[str, Any] = {}
+        if request.max_completion_tokens is not None:
+            changes["max_tokens"] = request.max_completion_tokens
+        elif request.max_tokens is None:
+            changes["max_tokens"] = defaults.get("max_tokens")  # None: what the context holds
+        changes["logprobs"] = None
+        top = request.top_logprobs
+        if top is not None and not request.logprobs:
+            raise ApiError(
+                400, f"top_logprobs={top} and logprobs is not true", param="top_logprobs"
+            )
+        if request.logprobs:
+            limit = facts["vocab_size"] if facts["max_logprobs"] == -1 else facts["max_logprobs"]
+            if (top or 0) > limit:
+                raise ApiError(
+                    400, f"top_logprobs={top}: give at most {limit}", param="top_logprobs"
+                )
+            changes["logprobs"] = top or 0
+        return changes
+
+    def accepted(self, facts: list[dict[str, Any]]) -> None:
+        """The engine has the prompt, and said what was wanted of it."""
+        (self._facts,) = facts
+        self.usage.prompt = self._facts["prompt_tokens"]
+
+    def _choice(self, index: int) -> _Choice:
+        found = self._choices.get(index)
+        if found is None:
+            splitter = None
+            if self._parser != "none":
+                tail = self._facts.get("tail", "")
+                splitter = Splitter(thinks_from_start(self._parser, tail, self._unfinished))
+            found = self._choices[index] = _Choice(splitter, self._think_ids)
+        return found
+
+    # ---- plain -----------------------------------------------------------------------------
+
+    async def reply(self, caller: Caller) -> dict[str, Any]:
+        """The whole reply.
+
+        Raises:
+            EngineRefusal: The engine failed.
+        """
+        prompt: list[Any] = []
+        outputs: list[Any] = []
+        while self.end is None:
+            for _, (new, end, positions) in await caller.next():
+                outputs += new
+                prompt = positions or prompt
+                self._count(new, end)
+        reply = {
+            **self._head,
+            "choices": [self._whole(each) for each in sorted(outputs, key=lambda each: each[0])],
+            "usage": self.usage.to_dict(),
+            "system_fingerprint": self._fingerprint,
+            "service_tier": None,
+        }
+        if self.request.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = prompt_logprobs(prompt)
+        if self.request.return_token_ids:
+            reply["prompt_token_ids"] = self._facts["prompt_ids"]
+        return reply
+
+    def _whole(self, output: list[Any]) -> dict[str, Any]:
+        index, text, _, finish, stop, more = output
+        if finish == "abort":
+            raise EngineRefusal(ABORTED, "")
+        choice = self._choice(index)
+        texts = {"content": "", "reasoning": ""}
+        for kind, part in [*choice.feed(text), *choice.finish()]:
+            texts[kind] += part
+        message: dict[str, Any] = {
+            "role": self._role,
+            "content": texts["content"] if texts["content"] or not texts["reasoning"] else None,
+            "refusal": None,
+        }
+        if texts["reasoning"] and self.request.include_reasoning is not False:
+            message["reasoning"] = message["reasoning_content"] = texts["reasoning"]
+        self.finish_reasons[index] = finish
+        found = {
+            "index": index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": finish,
+            "stop_reason": stop,
+        }
+        if more is not None:
+            if self.request.logprobs:
+                found["logprobs"] = self._logprobs(more["logprobs"] or [])
+            if self.request.return_token_ids:
+                found["token_ids"] = more["ids"]
+            if more["suspect_from"] is not None:
+                found["suspect_from"] = more["suspect_from"]
+        return found
+
+    def _logprobs(self, positions: list[Position]) -> dict[str, Any]:
+        as_ids = bool(self.request.return_tokens_as_token_ids)
+        content = chat_logprobs(positions, self.request.top_logprobs or 0, as_ids)
+        return {"content": content, "refusal": None}
+
+    # ---- streamed --------------------------------------------------------------------------
+
+    async def events(self, caller: Caller) -> AsyncIterator[bytes]:
+        """Chunks of the stream.
+
+        Raises:
+            EngineRefusal: The engine failed.
+        """
+        kind = {"object": "chat.completion.chunk", "system_fingerprint": self._fingerprint}
+        head = {**self._head, **kind}
+        template = Template(head, self._usage_at_end)
+        while self.end is None:
+            chunks: list[bytes] = []
+            for _, (outputs, end, _) in await caller.next():
+                self._count(outputs, end)
+                for output in outputs:
+                    self._chunks(template, output, chunks)
+            if chunks:
+                yield b"".join(chunks)
+        if self._usage_at_end:
+            yield template.usage(self.final_usage()) + DONE
+        else:
+            yield DONE
+
+    def _chunks(self, template: Template, output: list[Any], chunks: list[bytes]) -> None:
+        index, text, count, finish, stop, more = output
+        if finish == "abort":
+            raise EngineRefusal(ABORTED, "")
+        choice = self._choice(index)
+        if not choice.begun:
+            if count == 0 and finish is None:
+                return
+            choice.begun = True
+            role = orjson.dumps(self._role)
+            middle = b'"delta":{"role":%b,"content":""},' % role + _NO_LOGPROBS
+            chunks.append(template.chunk(index, middle, self.running_usage()))
+        parts = choice.feed(text)
+        if finish is not None:
+            parts += choice.finish()
+        extra = b""
+        if more is not None:
+            choice.positions += more["logprobs"] or []
+            if self.request.return_token_ids:
+                extra += b',"token_ids":' + orjson.dumps(more["ids"])
+            if more["suspect_from"] is not None:
+                extra += b',"suspect_from":%d' % more["suspect_from"]
+        for kind, part in parts:
+            encoded = orjson.dumps(part)
+            if kind == "content":
+                delta = b'"delta":{"content":%b},' % encoded
+            elif self.request.include_reasoning is False:
+                continue
+            else:
+                delta = b'"delta":{"reasoning":%b,"reasoning_content":%b},' % (encoded, encoded)
+            middle = delta + self._rest(choice) + extra
+            extra = b""
+            chunks.append(template.chunk(index, middle, self.running_usage()))
+        if extra or (finish is not None and choice.positions):
+            middle = b'"delta":{},' + self._rest(choice) + extra
+            chunks.append(template.chunk(index, middle, self.running_usage()))
+        if finish is not None:
+            self.finish_reasons[index] = finish
+            middle = b'"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":%b' % (
+                finish.encode(), orjson.dumps(stop),
+            )  # fmt: skip
+            chunks.append(template.chunk(index, middle, self.running_usage()))
+
+    def _rest(self, choice: _Choice) -> bytes:
+        """Log probabilities that no chunk has had yet, and no finish reason."""
+        if not choice.positions:
+            return _NO_LOGPROBS
+        positions, choice.positions = choice.positions, []
+        return b'"logprobs":%b,"finish_reason":null' % orjson.dumps(self._logprobs(positions))
+
+    # ---- both ------------------------------------------------------------------------------
+
+    def _count(self, outputs: list[list[Any]], end: dict[str, Any] | None) -> None:
+        for index, _, count, _, _, more in outputs:
+            self.usage.completion += count
+            if self.usage.reasoning is not None:
+                self.usage.reasoning += self._choice(index).count((more or {}).get("ids") or [])
+        if end is not None:
+            self.usage.cached += end["cached"]
+            self.end = end
+
+
+class _Choice:
+    """One of the completions, while it grows.
+
+    Args:
+        splitter: Of its text; None: all of it is the answer.
+        think_ids: The tokens that begin and end a thought.
+    """
+
+    def __init__(self, splitter: Splitter | None, think_ids: Sequence[int | None]) -> None:
+        self.begun = False
+        """The chunk with the role was sent."""
+        self.positions: list[Position] = []
+        self._splitter = splitter
+        self._begin, self._end = think_ids
+        self._seen = 0
+        self._thinks = True if splitter is not None and splitter.thinking else None
+        """Whether the next token is a thought; None: it is not decided."""
+
+    def feed(self, text: str) -> list[Part]:
+        if self._splitter is None:
+            return [("content", text)] if text else []
+        return self._splitter.feed(text)
+
+    def finish(self) -> list[Part]:
+        return [] if self._splitter is None else self._splitter.finish()
+
+    def count(self, ids: list[int]) -> int:
+        """How many of the next tokens are thoughts, the tags included."""
+        if self._splitter is None or self._thinks is False:
+            return 0
+        if self._end is None:  # the tag is no token: as far as the text tells
+            return len(ids) if self._splitter.thinking else 0
+        for place, token in enumerate(ids):
+            self._seen += 1
+            if self._thinks is None:
+                if token == self._begin:
+                    self._thinks = True
+                elif self._seen > TOKENS_BEFORE_THOUGHT:
+                    self._thinks = False
+                    return 0
+            elif token == self._end:
+                self._thinks = False
+                return place + 1
+        return len(ids) if self._thinks else 0
+
+
+def _length(content: Any) -> int:
+    """Characters of a message."""
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else []
+    return sum(
+        len(each["text"])
+        for each in parts
+        if isinstance(each, dict) and isinstance(each.get("text"), str)
+    )

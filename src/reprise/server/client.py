@@ -1,0 +1,258 @@
+"""An HTTP process's side of the connection to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from typing import Any, cast
+
+from reprise.errors import RepriseError
+from reprise.server import wire
+
+logger = logging.getLogger(__name__)
+
+GONE = "EngineGone"
+
+
+class EngineRefusal(RepriseError):
+    """The engine's process refused a request or failed at it.
+
+    Args:
+        kind: Name of the exception there; :data:`GONE`: the process itself has ended.
+        message: Of the exception.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Bell:
+    """Wakes the one coroutine that waits."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def ring(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Stream:
+    """What comes of one request.
+
+    Args:
+        client: That made it.
+        number: On the wire.
+        bell: Of the coroutine that reads this stream, and perhaps others.
+    """
+
+    def __init__(self, client: EngineClient, number: int, bell: Bell) -> None:
+        self.facts: dict[str, Any] = {}
+        """Of the prompt, behind :meth:`accepted`."""
+        self._client = client
+        self._number = number
+        self._bell = bell
+        self._accepted = False
+        self._item: list[Any] | None = None
+        self._error: EngineRefusal | None = None
+        self._over = False
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the engine has the request.
+
+        Raises:
+            EngineRefusal: It does not take it.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._accepted
+
+    def take(self) -> list[Any] | None:
+        """What is new: outputs, end, log probabilities of the prompt (:class:`wire.Deltas`); None:
+        nothing.
+
+        Raises:
+            EngineRefusal: The request has failed.
+        """
+        item = self._item
+        if item is not None:
+            self._item = None
+            return item
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def leave(self) -> None:
+        """Nobody reads any more; the request ends if it has not."""
+        self._client.forget(self._number, tell=not self._over)
+
+    # ---- the client calls these ------------------------------------------------------------
+
+    def accept(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+        self._accepted = True
+        self._bell.ring()
+
+    def put(self, item: list[Any]) -> None:
+        """``[outputs, end, prompt_logprobs]``. What was not taken yet becomes one item with it."""
+        if item[1] is not None:
+            self._over = True
+        self._item = item if self._item is None else _merged(self._item, item)
+        self._bell.ring()
+
+    def fail(self, error: EngineRefusal) -> None:
+        self._error = error
+        self._over = True
+        self._bell.ring()
+
+
+def _merged(first: list[Any], later: list[Any]) -> list[Any]:
+    known = {each[0]: each for each in first[0]}
+    for each in later[0]:
+        before = known.get(each[0])
+        if before is None:
+            first[0].append(each)
+            continue
+        _, text, count, finish, stop, more = each
+        before[1] += text
+        before[2] += count
+        before[3], before[4] = finish, stop
+        if more is not None and before[5] is not None:
+            before[5]["ids"] += more["ids"]
+            if more["logprobs"] is not None:
+                before[5]["logprobs"] = (before[5]["logprobs"] or []) + more["logprobs"]
+            before[5]["suspect_from"] = more["suspect_from"]
+        elif more is not None:
+            before[5] = more
+    return [first[0], later[1], first[2] if first[2] is not None else later[2]]
+
+
+class EngineClient(asyncio.Protocol):
+    """Speaks with the engine's process."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] | None = None
+        """Of the engine; None: it is being loaded."""
+        self.lost: str | None = None
+        """Why there is no engine any more."""
+        self.ready = asyncio.Event()
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, Stream] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._frames = wire.Frames()
+        self._transport: asyncio.Transport | None = None
+
+    def generate(self, bell: Bell, **request: Any) -> Stream:
+        """Send a request.
+
+        Args:
+            bell: Rung when there is news.
+            **request: Fields of :class:`wire.Generate` but the number.
+
+        Raises:
+            EngineRefusal: There is no engine.
+        """
+        self._check()
+        number = next(self._numbers)
+        stream = self._streams[number] = Stream(self, number, bell)
+        self._send(wire.Generate(number, **request))
+        return stream
+
+    async def call(self, what: str, **arguments: Any) -> Any:
+        """Ask something beside generation.
+
+        Raises:
+            EngineRefusal: There is no answer.
+        """
+        self._check()
+        number = next(self._numbers)
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.Call(number, what, arguments))
+        try:
+            return await future
+        finally:
+            self._calls.pop(number, None)
+
+    @property
+    def num_streams(self) -> int:
+        """Requests of this process that are not finished."""
+        return len(self._streams)
+
+    def forget(self, number: int, tell: bool) -> None:
+        """A stream's reader is gone."""
+        if self._streams.pop(number, None) is not None and tell and self.lost is None:
+            self._send(wire.Leave(number))
+
+    def _check(self) -> None:
+        if self.lost is not None:
+            raise EngineRefusal(GONE, self.lost)
+        if self.facts is None:
+            raise EngineRefusal(GONE, "the model is being loaded; try again later")
+
+    def _send(self, message: wire.Message) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.frame(message))
+
+    # ---- asyncio.Protocol ------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            if isinstance(message, wire.Deltas):
+                streams = self._streams
+                for number, *item in message.items:
+                    stream = streams.get(number)
+                    if stream is not None:
+                        stream.put(item)
+            else:
+                self._other(message)
+
+    def _other(self, message: Any) -> None:
+        if isinstance(message, wire.Accepted):
+            stream = self._streams.get(message.number)
+            if stream is not None:
+                stream.accept(message.facts)
+        elif isinstance(message, wire.Refused):
+            error = EngineRefusal(message.kind, message.message)
+            if message.number in self._streams:
+                self._streams[message.number].fail(error)
+            elif message.number in self._calls and not self._calls[message.number].done():
+                self._calls[message.number].set_exception(error)
+        elif isinstance(message, wire.Reply):
+            future = self._calls.get(message.number)
+            if future is not None and not future.done():
+                future.set_result(message.result)
+        elif isinstance(message, wire.Hello):
+            if message.protocol != wire.PROTOCOL:
+                self._lose(
+                    f"the engine's process speaks protocol {message.protocol} and this one "
+                    f"{wire.PROTOCOL}: restart the server behind an update"
+                )
+                return
+            self.facts = message.facts
+            self.ready.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lose("the engine's process has ended; the server is shutting down")
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            refusal = EngineRefusal(GONE, reason)
+            for stream in list(self._streams.values()):
+                stream.fail(refusal)
+            for future in self._calls.values():
+                if not future.done():
+                    future.set_exception(refusal)

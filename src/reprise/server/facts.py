@@ -1,0 +1,138 @@
+"""What HTTP processes are told about the engine, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from reprise import __version__
+from reprise.engine import Engine
+from reprise.engine.template import template_of
+from reprise.errors import RequestError
+from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GAPS = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+]  # fmt: skip
+"""Seconds; vLLM's buckets."""
+
+
+class Emissions:
+    """What is counted where outputs leave the engine's process."""
+
+    def __init__(self) -> None:
+        self.gaps = Distribution(GAPS)
+        """Seconds between two deltas of a request."""
+        self.num_failed = 0
+        """Requests that ended with an error."""
+
+
+def engine_facts(engine: Engine) -> dict[str, Any]:
+    """What does not change."""
+    config = engine.config
+    recommended = {
+        name: engine.generation_config[name]
+        for name in (*_SAMPLING, "max_new_tokens", "do_sample")
+        if engine.generation_config.get(name) is not None
+    }
+    return {
+        "model": config.model or "demo",
+        "version": __version__,
+        "device": str(engine.platform.device),
+        "dtype": str(engine.config.dtype),
+        "max_model_len": engine.max_model_len,
+        "vocab_size": engine.vocab_size,
+        "max_logprobs": 20 if config.max_logprobs is None else config.max_logprobs,
+        "recommended": recommended,
+        "has_tokenizer": engine.tokenizer is not None,
+        "thinks": "</think>" in str(getattr(engine.tokenizer, "chat_template", None)),
+        "message_names": _message_names(engine.tokenizer),
+        "think_ids": _ids_of(engine.tokenizer, "<think>", "</think>"),
+    }
+
+
+def _message_names(tokenizer: Any) -> list[str] | None:
+    """Keys of messages that the chat template may read; None: it has none."""
+    if tokenizer is None:
+        return None
+    try:
+        return sorted(template_of(tokenizer, None, None).names)
+    except RequestError:
+        return None
+
+
+def _ids_of(tokenizer: Any, *texts: str) -> list[int | None]:
+    """The token of each text, where it is one token."""
+    found: list[int | None] = []
+    for text in texts:
+        ids = [] if tokenizer is None else tokenizer.encode(text, add_special_tokens=False)
+        found.append(ids[0] if len(ids) == 1 else None)
+    return found
+
+
+def metric_facts(engine: Engine, emissions: Emissions) -> list[list[Any]]:
+    """All metrics of this moment: kind, name, labels, values. Those that vLLM has too bear its
+    prefix, so that dashboards and autoscalers find them."""
+    metrics = [*engine.metrics(), *_cache_info(engine)]
+    label = {"model_name": engine.config.model or "demo"}
+    metrics.append(emissions.gaps.histogram("reprise:inter_token_latency_seconds", label))
+    metrics.append(
+        Counter(
+            "reprise:request_success", {**label, "finished_reason": "error"}, emissions.num_failed
+        )
+    )
+    own = [_plain(each, "reprise:") for each in _graph_metrics(engine)]
+    return [*(_plain(each, "vllm:") for each in metrics), *own]
+
+
+def graph_facts(engine: Engine) -> dict[str, Any]:
+    """What is known of every captured graph."""
+    return engine.runner.graphs.report().to_dict()
+
+
+def _graph_metrics(engine: Engine) -> list[Metric]:
+    report = engine.runner.graphs.report()
+    label = {"model_name": engine.config.model or "demo"}
+    found: list[Metric] = []
+    for phase in sorted({str(each.phase) for each in report.graphs}):
+        mine = [each for each in report.graphs if str(each.phase) == phase]
+        labels = {**label, "phase": phase}
+        counts = {
+            "graph_replays": sum(each.replays for each in mine),
+            "graph_canaries": sum(each.canaries for each in mine),
+            "graph_unproven_steps": sum(each.eager_steps for each in mine),
+        }
+        found += [Counter(f"reprise:{name}", labels, count) for name, count in counts.items()]
+        gauges = {
+            "graphs_captured": sum(each.executor != "none" for each in mine),
+            "graphs_verified": sum(each.verified for each in mine),
+            "graphs_quarantined": sum(each.quarantined is not None for each in mine),
+        }
+        found += [Gauge(f"reprise:{name}", labels, count) for name, count in gauges.items()]
+    found.append(Counter("reprise:graph_canary_failures", label, report.canary_failures))
+    found.append(Counter("reprise:eager_steps", label, report.eager_steps))
+    return found
+
+
+def _cache_info(engine: Engine) -> list[Metric]:
+    stats = engine.stats().scheduler
+    labels = {
+        "model_name": engine.config.model or "demo",
+        "block_size": str(engine.config.block_size),
+        "num_gpu_blocks": str(stats.num_blocks),
+        "enable_prefix_caching": str(engine.config.enable_prefix_caching),
+    }
+    return [Gauge("reprise:cache_config_info", labels, 1.0)]
+
+
+def _plain(metric: Metric, prefix: str) -> list[Any]:
+    name = prefix + metric.name.removeprefix("reprise:")
+    if isinstance(metric, Histogram):
+        values = dataclasses.asdict(metric)
+        return ["histogram", name, metric.labels, [values["buckets"], metric.sum]]
+    if isinstance(metric, Counter):
+        return ["counter", name, metric.labels, metric.value]
+    assert isinstance(metric, Gauge)
+    return ["gauge", name, metric.labels, metric.value]

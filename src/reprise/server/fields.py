@@ -1,0 +1,304 @@
+"""The fields of requests: what is read, what is refused, what means nothing.
+
+Types are checked here as far as they are simple; ranges, and how fields go together, are the
+business of :class:`reprise.SamplingParams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from reprise.errors import RequestError
+from reprise.sampling_params import SamplingParams
+from reprise.server.errors import ApiError, invalid, plain
+
+_PROMPT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        },
+    ]
+}
+_STOP: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}},
+        {"type": "null"},
+    ]
+}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Generation(BaseModel):
+    """What completions and chats share."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Any = Field(None, json_schema_extra=_STOP)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    max_tokens: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    prompt_logprobs: int | None = Field(None, ge=0)
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), le=2**31)
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=4096)
+    request_id: str | None = Field(None, max_length=128)
+    thinking_token_budget: int | None = None
+
+    @property
+    def usage_in_stream(self) -> tuple[bool, bool]:
+        """At the end, and in each chunk."""
+        options = self.stream_options
+        if options is None:
+            return False, False
+        each = bool(options.continuous_usage_stats)
+        return bool(options.include_usage), each and bool(options.include_usage)
+
+
+class CompletionRequest(Generation):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: Any = Field(json_schema_extra=_PROMPT)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0)
+
+
+class ChatRequest(Generation):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Any] = Field(
+        min_length=1,
+        max_length=10_000,
+        json_schema_extra={
+            "items": {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                    "content": {
+                        "anyOf": [
+                            {"type": "string"},
+                            {"type": "null"},
+                            {"type": "array", "items": {"type": "object"}},
+                        ]
+                    },
+                },
+            }
+        },
+    )
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0)
+    tools: list[Any] | None = Field(None, max_length=512)
+    tool_choice: Any = None
+    response_format: Any = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[Any] | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """Body of ``POST /tokenize``: ``prompt`` or ``messages``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = Field(None, min_length=1, max_length=10_000)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = Field(None, max_length=512)
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of ``POST /detokenize``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    tokens: list[int]
+
+
+class AbortRequest(BaseModel):
+    """Body of ``POST /abort``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    request_id: str = Field(min_length=1, max_length=256)
+
+
+MEANINGLESS = frozenset(
+    {
+        "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "safety_identifier", "verbosity", "prediction", "web_search_options",
+        "parallel_tool_calls", "session_id", "length_penalty", "early_stopping",
+    }
+)  # fmt: skip
+"""Fields of the OpenAI API, or of vLLM's, that change nothing here and that clients always send."""
+
+_STRUCTURED = "structured output is not supported yet: ask for it in the prompt"
+_TOOLS = (
+    "tool calls are not read from outputs yet: give tool_choice='none', and the template shows "
+    "the tools"
+)
+_BEAMS = "beam search is not supported: use n and a temperature"
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "suffix": ((), "insertion is not supported: put the suffix into the prompt"),
+    "use_beam_search": ((False,), _BEAMS),
+    "structured_outputs": ((), _STRUCTURED),
+    "guided_json": ((), _STRUCTURED),
+    "guided_regex": ((), _STRUCTURED),
+    "guided_choice": ((), _STRUCTURED),
+    "guided_grammar": ((), _STRUCTURED),
+    "guided_decoding_backend": ((), _STRUCTURED),
+    "functions": (([],), "give tools"),
+    "function_call": (("none",), "give tool_choice"),
+    "audio": ((), "this model writes text alone"),
+    "modalities": ((["text"],), "this model writes text alone"),
+    "kv_transfer_params": ((), "caches are not moved between servers"),
+    "prompt_embeds": ((), "prompts are text or token ids"),
+    "logits_processors": (([],), "give logit_bias, allowed_token_ids or bad_words"),
+    "mm_processor_kwargs": (({},), "this model reads text alone"),
+}
+"""Field to the values, beside null, at which it asks for nothing, and what to say at others."""
+
+_ECHO = {"echo": ((False,), "a chat's prompt is not repeated: use /v1/completions")}
+_NAMES = frozenset(SamplingParams.__dataclass_fields__)
+
+
+def refuse_what_is_not_here(request: Generation) -> None:
+    """
+    Raises:
+        ApiError: A field asks for something that this server does not have.
+    """
+    extra = request.model_extra or {}
+    refused = {**REFUSED, **_ECHO} if isinstance(request, ChatRequest) else REFUSED
+    for name, (neutral, remedy) in refused.items():
+        value = extra.get(name)
+        if value is not None and value not in neutral:
+            raise ApiError(400, f"{name}={plain(value)}: {remedy}", param=name)
+    form = getattr(request, "response_format", None) or extra.get("response_format")
+    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
+        raise ApiError(
+            400, f"response_format={plain(form)}: {_STRUCTURED}", param="response_format"
+        )
+    best_of = extra.get("best_of")
+    if best_of is not None and best_of != (request.n or 1):
+        raise ApiError(
+            400, f"best_of={plain(best_of)}: it must be n={request.n or 1}; {_BEAMS}",
+            param="best_of",
+        )  # fmt: skip
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            400, "stream_options are given and stream is not true", param="stream_options"
+        )
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(
+            400, "prompt_logprobs and stream=true exclude each other", param="prompt_logprobs"
+        )
+
+
+def check_tools(request: ChatRequest) -> None:
+    """
+    Raises:
+        ApiError: Tool calls are wanted, or the fields contradict each other.
+    """
+    choice = request.tool_choice
+    if not request.tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(
+                400, f"tool_choice={plain(choice)} and there are no tools", param="tool_choice"
+            )
+        return
+    if choice != "none":
+        told = f"tools with tool_choice={plain(choice or 'auto')}: {_TOOLS}"
+        raise ApiError(400, told, param="tool_choice")
+
+
+def unknown_names(request: BaseModel, also_known: frozenset[str] = frozenset()) -> list[str]:
+    """Fields that are ignored."""
+    extra = request.model_extra or {}
+    known = MEANINGLESS | REFUSED.keys() | also_known | {"best_of", "response_format", "echo"}
+    found = [name for name, value in extra.items() if name not in known and value is not None]
+    options = getattr(request, "stream_options", None)
+    if options is not None:
+        found += [f"stream_options.{name}" for name in options.model_extra or {}]
+    return found
+
+
+def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Fields of :class:`reprise.SamplingParams` by name, checked.
+
+    Args:
+        request: What it says counts most.
+        defaults: For what it leaves out.
+        **changes: Fields that have other names in requests.
+
+    Raises:
+        ApiError: A value is out of range, or does not go with another one.
+    """
+    given = {
+        name: value
+        for name in _NAMES & type(request).model_fields.keys()
+        if (value := getattr(request, name)) is not None
+    }
+    fields = {**defaults, **given, **changes}
+    bias = fields.get("logit_bias")
+    if bias is not None:
+        wrong = [
+            each for each in bias if not (each.isascii() and each.isdigit() and len(each) < 12)
+        ]
+        if wrong:
+            raise ApiError(
+                400, f"logit_bias has the key {plain(wrong[0])}: give token ids", param="logit_bias"
+            )
+        fields["logit_bias"] = {int(token): each for token, each in bias.items()}
+    if request.thinking_token_budget is not None:
+        fields["thinking_token_budget"] = request.thinking_token_budget
+    try:
+        SamplingParams(**fields)
+    except RequestError as error:
+        raise invalid(error) from None
+    fields.pop("thinking_token_budget", None)
+    if bias is not None:
+        fields["logit_bias"] = bias
+    return fields

@@ -1,0 +1,42 @@
+"""What replies of both kinds of generation have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from reprise.server.usage import Usage
+
+
+class Reply:
+    """Counts, and what the log says."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.finish_reasons: dict[int, str] = {}
+        self.end: Mapping[str, Any] | None = None
+        """Times of the request that ended last, in seconds."""
+        self.usage_each = False
+        """Every chunk of a stream has the usage so far."""
+
+    def running_usage(self) -> bytes | None:
+        """For a chunk."""
+        return self.final_usage() if self.usage_each else None
+
+    def final_usage(self) -> bytes:
+        return orjson.dumps(self.usage.to_dict())
+
+    def told(self) -> dict[str, Any]:
+        """For the log."""
+        found: dict[str, Any] = {
+            "prompt_tokens": self.usage.prompt,
+            "completion_tokens": self.usage.completion,
+        }
+        for name in ("queue", "first_token"):
+            if self.end is not None and self.end[name] is not None:
+                found[name] = round(self.end[name], 4)
+        if self.finish_reasons:
+            found["finish_reason"] = ",".join(sorted(set(self.finish_reasons.values())))
+        return found

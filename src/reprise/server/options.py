@@ -1,0 +1,185 @@
+"""Every option of the HTTP server: one home, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from reprise.errors import ConfigError, RequestError
+from reprise.sampling_params import SamplingParams
+from reprise.server.reasoning import PARSERS
+
+ContentFormat = Literal["auto", "string", "openai"]
+LogFormat = Literal["text", "json"]
+CertReqs = Literal["none", "optional", "required"]
+
+_LISTS = ("served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Options of ``reprise serve``; names are ``vllm serve``'s where the meaning is the same.
+
+    Raises:
+        ConfigError: A value is out of range, or two options contradict each other.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for all of this machine."""
+    port: int = 8000
+    """0: a free one, which is printed."""
+    uds: str | None = None
+    """Path of a Unix socket to listen on instead."""
+    served_model_name: Sequence[str] = ()
+    """Name that clients give; repeatable. Default: the model's."""
+    api_key: Sequence[str] = ()
+    """Clients must send one of these keys; repeatable. Default: those in ``REPRISE_API_KEY`` or
+    ``VLLM_API_KEY``."""
+    api_server_count: int = 1
+    """HTTP processes that share the port."""
+    max_num_queued_reqs: int | None = None
+    """Most requests that wait for the engine; further ones get status 429. None: any number."""
+    max_body_bytes: int = 32 << 20
+    """Largest body of a request; larger ones get status 413."""
+    max_completions: int = 128
+    """Most completions that one request may ask for: n times the number of prompts."""
+    body_timeout: float = 60.0
+    """Seconds that a client may take to send a body; then it gets status 408."""
+    write_timeout: float = 300.0
+    """Seconds that a client may read nothing of its stream; then the request is aborted."""
+    keep_alive: int = 75
+    """Seconds that an idle connection stays open."""
+    shutdown_timeout: float = 20.0
+    """Seconds that running requests get to end when the server is told to stop."""
+    chat_template: str | None = None
+    """Jinja template, or a file that holds it, in place of the tokenizer's."""
+    chat_template_content_format: ContentFormat = "auto"
+    """How the template gets a message's text."""
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template that requests may override, such as {"enable_thinking": false}."""
+    trust_request_chat_template: bool = False
+    """Let requests bring a template of their own: a program that this server runs."""
+    response_role: str = "assistant"
+    """Role of the answers."""
+    reasoning_parser: str = "auto"
+    """Splits what the model thinks from its answer: ``auto`` (by the chat template), ``none``,
+    ``qwen3`` or ``deepseek_r1``."""
+    generation_config: Literal["auto", "vllm"] = "auto"
+    """Sampling values that requests leave out: ``auto`` takes the checkpoint's recommendation,
+    ``vllm`` the OpenAI API's defaults."""
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling values in place of these, such as {"temperature": 0.6}."""
+    enable_force_include_usage: bool = False
+    """Every stream ends with its usage, asked for or not."""
+    allowed_origins: Sequence[str] = ()
+    """Origin of web pages that may call this server (CORS); repeatable, ``*`` for any."""
+    allowed_methods: Sequence[str] = ("*",)
+    """Method that they may use; repeatable."""
+    allowed_headers: Sequence[str] = ("*",)
+    """Header that they may send; repeatable."""
+    allow_credentials: bool = False
+    """They may send cookies and other credentials."""
+    ssl_keyfile: str | None = None
+    """Key of the TLS certificate."""
+    ssl_certfile: str | None = None
+    """TLS certificate; the server then speaks HTTPS."""
+    ssl_ca_certs: str | None = None
+    """Certificates that those of clients are checked against."""
+    ssl_cert_reqs: CertReqs = "none"
+    """Whether clients must bring certificates."""
+    root_path: str = ""
+    """Path that a proxy in front strips."""
+    disable_fastapi_docs: bool = False
+    """Serve no /docs, /redoc and /openapi.json."""
+    log_format: LogFormat = "text"
+    """Of log lines on standard error."""
+    access_log: bool = True
+    """Log a line for each request; never for /health, /ready, /ping and /metrics."""
+
+    def __post_init__(self) -> None:
+        for each in _LISTS:
+            values = getattr(self, each)
+            given = (values,) if isinstance(values, str) else tuple(values)
+            if not all(isinstance(value, str) and value for value in given):
+                raise ConfigError(f"{each} has an empty name: give texts")
+            object.__setattr__(self, each, given)
+        if not self.api_key:
+            keys = [os.environ.get(name) for name in ("REPRISE_API_KEY", "VLLM_API_KEY")]
+            object.__setattr__(self, "api_key", tuple(each for each in keys if each))
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} must be from 0 to 65535")
+        for name, least in (
+            ("api_server_count", 1), ("max_num_queued_reqs", 0), ("max_body_bytes", 1),
+            ("max_completions", 1), ("body_timeout", 0.001), ("write_timeout", 0.001),
+            ("keep_alive", 1), ("shutdown_timeout", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        for name, kind in (
+            ("chat_template_content_format", ContentFormat), ("log_format", LogFormat),
+            ("ssl_cert_reqs", CertReqs), ("generation_config", Literal["auto", "vllm"]),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}"
+                )
+        if (self.ssl_keyfile is not None) and self.ssl_certfile is None:
+            raise ConfigError(f"ssl_keyfile={self.ssl_keyfile!r} needs ssl_certfile")
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{name}={path!r} is no file")
+        if "*" in self.allowed_origins and self.allow_credentials:
+            raise ConfigError(
+                "allowed_origins='*' and allow_credentials=True: browsers refuse both together; "
+                "name the origins"
+            )
+        for name in ("default_chat_template_kwargs", "override_generation_config"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a JSON object")
+
+        self._check_sampling()
+        if self.reasoning_parser not in ("auto", *PARSERS):
+            raise ConfigError(
+                f"reasoning_parser={self.reasoning_parser!r} must be one of auto, "
+                f"{', '.join(PARSERS)}"
+            )
+
+    def _check_sampling(self) -> None:
+        given = dict(self.override_generation_config)
+        limit = given.pop("max_new_tokens", None)
+        given.pop("do_sample", None)
+        try:
+            SamplingParams(**given, **({} if limit is None else {"max_tokens": limit}))
+        except RequestError as error:
+            raise ConfigError(f"override_generation_config: {error}") from error
+
+    @property
+    def template(self) -> str | None:
+        """``chat_template``'s text.
+
+        Raises:
+            ConfigError: It names a file that cannot be read.
+        """
+        given = self.chat_template
+        if given is None or "{" in given or "\n" in given:
+            return given
+        try:
+            return Path(given).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"chat_template={given!r}: {error.strerror}") from error
+
+    def to_json(self) -> str:
+        """For another process of the server."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerOptions:
+        """What :meth:`to_json` gave."""
+        return cls(**json.loads(text))

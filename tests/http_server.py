@@ -1,0 +1,86 @@
+"""``reprise serve`` as a process, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+SERVE_WITH = Path(__file__).parent / "server" / "serve_with.py"
+START_SECONDS = 120
+
+
+class Server:
+    """A running ``reprise serve``."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+        self._ready = threading.Event()
+        self.url = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._ready.wait(START_SECONDS), self.log
+        assert self.url, self.log
+        self.port = int(self.url.rpartition(":")[2])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            found = re.match(r"ready: (\S+)", line)
+            if found:
+                self.url = found[1]
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def children(self) -> dict[str, list[int]]:
+        """Process ids by module."""
+        found: dict[str, list[int]] = {}
+        listed = subprocess.run(
+            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for line in listed.stdout.splitlines():
+            number, _, command = line.strip().partition(" ")
+            name = "http" if "reprise.server.worker" in command else "engine"
+            found.setdefault(name, []).append(int(number))
+        return found
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._reader.join(10)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for has."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+Start = Callable[..., Server]

@@ -1,0 +1,202 @@
+"""Whichever process dies, and however: every caller is told at once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from http_server import Server, Start, gone
+
+COMPLETE = "/v1/completions"
+WAITING = {"prompt": json.dumps({"wait": True})}
+SLOW = {"prompt": json.dumps({"pieces": ["x"] * 20, "seconds": 0.05}), "stream": True}
+LONG = {"prompt": json.dumps({"pieces": ["x"] * 10_000, "seconds": 0.05}), "stream": True}
+
+
+def ask(server: Server, body: dict[str, Any]) -> tuple[int, str]:
+    """Status and text; a broken connection is status 0."""
+    text, status = "", 0
+    try:
+        with server.client() as client, client.stream("POST", COMPLETE, json=body) as response:
+            status = response.status_code
+            for part in response.iter_text():
+                text += part
+    except httpx.TransportError:
+        return 0, text
+    return status, text
+
+
+def running(server: Server, pool: ThreadPoolExecutor, *bodies: dict[str, Any]) -> list[Future[Any]]:
+    """Callers of which the engine knows."""
+    asked = [pool.submit(ask, server, each) for each in bodies]
+    with server.client() as client:
+        until(lambda: client.get("/load").json()["server_load"] == len(bodies))
+    return asked
+
+
+def until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def pids(server: Server) -> list[int]:
+    return [each for group in server.children().values() for each in group]
+
+
+def test_sigterm_lets_running_requests_end(start: Start) -> None:
+    server = start()
+    children = pids(server)
+    with ThreadPoolExecutor(4) as pool, server.client() as client:
+        asked = running(server, pool, SLOW, SLOW)
+        assert client.get("/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").status_code == 503)
+        assert client.get("/health").status_code == 200  # alive
+        refused = client.post(COMPLETE, json={"prompt": "x"})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["message"] == "the server is shutting down"
+        for each in asked:
+            status, text = each.result(20)
+            assert status == 200
+            assert text.count('"text":"x"') == 20
+            assert text.endswith("data: [DONE]\n\n")
+    assert server.process.wait(20) == 0
+    until(lambda: all(map(gone, children)))
+
+
+def test_the_deadline_ends_what_does_not_end(start: Start) -> None:
+    server = start("--shutdown-timeout", "0.3")
+    with ThreadPoolExecutor(4) as pool:
+        stream, plain = running(server, pool, LONG, WAITING)
+        server.process.send_signal(signal.SIGINT)
+        status, text = stream.result(20)
+        assert status == 200
+        assert "the server is shutting down" in text
+        assert text.endswith("data: [DONE]\n\n")
+        assert plain.result(20)[0] == 503
+    assert server.process.wait(20) == 0
+
+
+@pytest.mark.long
+def test_a_second_signal_stops_at_once(start: Start) -> None:
+    server = start("--shutdown-timeout", "100")
+    children = pids(server)
+    with ThreadPoolExecutor(4) as pool:
+        asked = running(server, pool, LONG)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "stopping" in server.log)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(10)
+        asked[0].result(10)
+    until(lambda: all(map(gone, children)))
+
+
+def test_the_engines_death_is_told_within_a_second(start: Start) -> None:
+    server = start()
+    children = pids(server)
+    (engine,) = server.children()["engine"]
+    with ThreadPoolExecutor(4) as pool:
+        stream, plain = running(server, pool, LONG, WAITING)
+        began = time.monotonic()
+        os.kill(engine, signal.SIGKILL)
+        status, text = stream.result(10)
+        assert plain.result(10)[0] == 503
+        assert time.monotonic() - began < 1
+    assert status == 200
+    assert "the engine's process has ended" in text
+    assert text.endswith("data: [DONE]\n\n")
+    # The orchestrator is to start another one.
+    assert server.process.wait(20) == 2
+    assert "by signal 9 (SIGKILL)" in server.log
+    until(lambda: all(map(gone, children)))
+
+
+def test_an_http_process_is_replaced(start: Start) -> None:
+    """Its callers' connections break, the engine is rid of their requests, others go on."""
+    server = start("--api-server-count", "2")
+    with ThreadPoolExecutor(8) as pool:
+        asked = running(server, pool, *[LONG] * 6)
+        time.sleep(0.2)
+        first, second = server.children()["http"]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: len({*server.children()["http"]} - {first, second}) == 1)
+        os.kill(second, signal.SIGKILL)
+        for each in asked:
+            status, text = each.result(10)
+            assert (status, text.endswith("[DONE]\n\n")) == (0, False)
+    with server.client() as client:
+        until(lambda: client.get("/load").json()["server_load"] == 0)
+        assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
+        until(lambda: 'status="2xx"} ' in client.get("/metrics").text)
+    assert len(server.children()["http"]) == 2
+
+
+def test_nothing_outlives_the_parent(start: Start) -> None:
+    server = start("--api-server-count", "2")
+    children = pids(server)
+    assert len(children) == 3
+    with ThreadPoolExecutor(4) as pool:
+        asked = running(server, pool, LONG)
+        server.process.kill()
+        until(lambda: all(map(gone, children)))
+        asked[0].result(10)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts(start: Start, stub: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "reprise", "serve", "--port", str(stub.port)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"--port={stub.port}" in done.stderr
+
+
+@pytest.mark.long
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "reprise", "serve", "/nowhere/at/all", "--port", "0"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "/nowhere/at/all" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_a_storm_of_disconnects_leaves_nothing(start: Start, count: int) -> None:
+    server = start("--api-server-count", str(count))
+    stop = threading.Event()
+
+    def come_and_go(seed: int) -> None:
+        while not stop.is_set():
+            with server.client() as client:
+                try:
+                    with client.stream("POST", COMPLETE, json=LONG if seed % 2 else SLOW) as found:
+                        for number, _ in enumerate(found.iter_bytes()):
+                            if number == seed % 5:
+                                break
+                except httpx.TransportError:
+                    return
+
+    with ThreadPoolExecutor(16) as pool:
+        for seed in range(16):
+            pool.submit(come_and_go, seed)
+        time.sleep(1.5)
+        stop.set()
+    with server.client() as client:
+        until(lambda: client.get("/load").json()["server_load"] == 0)
+        assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
+    assert "Traceback" not in server.log
