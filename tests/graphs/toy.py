@@ -93,6 +93,10 @@ class Slots:
     def names(self, key: str) -> Sequence[str]:
         return [key]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.read().values())
+
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 

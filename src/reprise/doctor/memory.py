@@ -18,7 +18,7 @@ from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
 from reprise.doctor.on_paper import META, OnPaper, on_paper, peak_of
 from reprise.errors import CapacityError
-from reprise.graphs import GraphRunner, parse_buckets, parse_plan
+from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify
 from reprise.layers import Build, CausalLM
 from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
@@ -110,6 +110,10 @@ class MemoryReport:
         return sum(each.bytes for each in self.weights)
 
     @property
+    def graph_bytes(self) -> int:
+        return sum(int(self.graphs.get(name) or 0) for name in ("pool_bytes", "comparison_bytes"))
+
+    @property
     def cache_bytes(self) -> int:
         return sum(each.blocks * each.block_bytes for each in self.pools)
 
@@ -121,7 +125,7 @@ class MemoryReport:
             + self.tables_bytes
             + sum(self.buffers.values())
             + self.activations_bytes
-            + int(self.graphs.get("pool_bytes") or 0)
+            + self.graph_bytes
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def memory_report(
             report.buffers["drafter"] = _bytes(drafter.memory().values())
         report.activations_bytes = max(peak_of(computation, each) for each in shapes)
         report.graphs = _graphs(config, paper, computation, max_tokens)
-    paper.used = report.fixed_bytes - report.activations_bytes - (report.graphs["pool_bytes"] or 0)
+    paper.used = report.fixed_bytes - report.activations_bytes - report.graph_bytes
     report.caches = _caches(model, layout, max_len)
     _divide(report, config, paper, layout)
     return report
@@ -273,6 +277,7 @@ def _graphs(
         parse_plan(config.graph_mode),
         parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),
         config.max_num_seqs,
+        verify=parse_verify(config.graph_verify),
         query_lens=(1 + config.num_drafts,),
     )
     shapes = runner.shapes()
@@ -280,6 +285,7 @@ def _graphs(
     return {
         "plan": str(runner.plan),
         "buckets": dict(Counter(each.phase for each in shapes)),
+        "comparison_bytes": runner.comparison_bytes(),
         "pool_bytes": max((peak_of(computation, each) for each in largest if each), default=0),
         "note": "what the driver takes for each graph besides is measured at start-up"
         if platform.graph_memory == "measure"
@@ -300,7 +306,7 @@ def _divide(
             platform,
             max_model_len=max_len,
             max_tokens=report.facts["max_num_batched_tokens"],
-            activation_bytes=report.activations_bytes + report.graphs["pool_bytes"],
+            activation_bytes=report.activations_bytes + report.graph_bytes,
         )
     except CapacityError as error:
         report.problem = str(error)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_AT_ONCE = 1 << 22
+"""Elements that are compared at a time: memory is scarce once the caches have theirs."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ def differs(expected: Tensor, got: Tensor, bound: float | None = None) -> Tensor
         bound: None: compare bits. Else the allowed difference of an element, relative to the
             largest expected magnitude in its row (the last dimension).
     """
-    if bound is None or not expected.is_floating_point():
-        return (_bytes(expected) != _bytes(got)).any()
-    return _wrong(expected, got, bound).any()
+    flags = [_differ(one, other, bound) for one, other in _pieces(expected, got)]
+    return torch.stack(flags).any()
 
 
 def difference(
@@ -52,26 +55,52 @@ def difference(
     """How ``got`` differs from ``expected``; None: it does not. Arguments as of :func:`differs`."""
     if not bool(differs(expected, got, bound)):
         return None
-    if not expected.is_floating_point():
-        gap = (expected.long() - got.long()).abs().double()
-        wrong = gap != 0
-    else:
-        gap = (expected.double() - got.double()).abs()
-        wrong = _wrong(expected, got, bound or 0.0)
+    count, largest = 0, 0.0
+    for one, other in _pieces(expected, got):
+        if not expected.is_floating_point():
+            gap = (one.long() - other.long()).abs().double()
+            wrong = gap != 0
+        else:
+            gap = (one.double() - other.double()).abs()
+            wrong = _wrong(one, other, bound or 0.0)
+        if wrong.any():
+            count += int(wrong.sum())
+            found = float(gap[wrong].max())
+            largest = found if math.isnan(found) or found > largest else largest
     # Equal values of different bits: zeros of either sign, or NaNs with different payloads.
-    count = max(int(wrong.sum()), 1)
-    return Difference(
-        name, float(gap[wrong].max()) if wrong.any() else 0.0, count, expected.numel()
-    )
+    return Difference(name, largest, max(count, 1), expected.numel())
 
 
 def relative_difference(expected: Tensor, got: Tensor) -> float:
     """The largest difference of an element, relative to the largest magnitude in its row; infinity
     where one side alone is no number."""
+    return max(float(_relative(e, g)) for e, g in _pieces(expected, got))
+
+
+def _differ(expected: Tensor, got: Tensor, bound: float | None) -> Tensor:
+    if bound is None or not expected.is_floating_point():
+        return (_bytes(expected) != _bytes(got)).any()
+    return _wrong(expected, got, bound).any()
+
+
+def _relative(expected: Tensor, got: Tensor) -> Tensor:
     wide, other = expected.double(), got.double()
     gap = (wide - other).abs() / _largest(wide).clamp(min=torch.finfo(torch.float64).tiny)
     gap = torch.where((wide == other) | (wide.isnan() & other.isnan()), 0.0, gap)
-    return float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
+    return gap.nan_to_num(nan=float("inf")).max() if gap.numel() else gap.new_zeros(())
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both that hold whole rows (the last dimension) and, if rows allow, no more than
+    :data:`_AT_ONCE` elements."""
+    if a.numel() <= _AT_ONCE or a.dim() < 2:
+        yield a, b
+    elif len(a) == 1:
+        yield from _pieces(a[0], b[0])
+    else:
+        half = len(a) // 2
+        yield from _pieces(a[:half], b[:half])
+        yield from _pieces(a[half:], b[half:])
 
 
 def _wrong(expected: Tensor, got: Tensor, bound: float) -> Tensor:

@@ -39,6 +39,10 @@ class State(Protocol):
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`read` returned."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of what :meth:`read` would return."""
+
     def names(self, key: str) -> Sequence[str]:
         """The names of the C caches, as :meth:`Computation.memory` has them."""
 

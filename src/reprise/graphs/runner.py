@@ -23,7 +23,7 @@ from reprise.graphs.plan import Executor, GraphPlan, Wanted, resolve, support_of
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import Verdict, VerifyMode, examine
+from reprise.graphs.verify import COPIES, Verdict, VerifyMode, examine
 from reprise.ops.implementation import Implementation
 from reprise.ops.registry import Op, OpTable, intercept
 from reprise.platforms import Platform
@@ -193,6 +193,21 @@ class GraphRunner:
                 StepShape.mixed(size, min(size, self._max_requests)) for size in self.buckets.mixed
             ]
         return sorted(found, key=lambda each: (-each.num_tokens, PHASES.index(each.phase)))
+
+    def comparison_bytes(self) -> int:
+        """What comparing the largest graph takes, beside what a step takes."""
+        shapes = self.shapes() if self.verify != VerifyMode(startup=False) else []
+        largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
+        computation = self.computation
+        return max(
+            (
+                COPIES * computation.state(each).nbytes
+                + sum(output.nbytes for output in computation.outputs(each).values())
+                for each in largest
+                if each is not None
+            ),
+            default=0,
+        )
 
     def capture_all(self, progress: Progress | None = None) -> None:
         """Capture every bucket, then verify each graph. Never raises for a graph's sake.

@@ -20,6 +20,9 @@ from reprise.ops.registry import OpTable
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
+COPIES = 3
+"""Of the rows that a step writes: before it, behind eager execution and behind the replay."""
+
 
 @dataclass(frozen=True)
 class VerifyMode:
@@ -187,6 +190,7 @@ def examine_later(
     if both.verdict.error is not None:
         raise GraphError(both.verdict.error)
     guard.put_back(both.before)
+    both.drop_values()
     return Later(both, platform)
 
 
@@ -266,6 +270,10 @@ class _Both:
             return None, None
         eager, replay = self._watches
         return eager.seconds(), replay.seconds()
+
+    def drop_values(self) -> None:
+        """Give back the memory of what was compared."""
+        self.expected = self.got = self.outputs = {}
 
     def keep_eager(self) -> None:
         """Leave what eager execution left."""

@@ -118,7 +118,7 @@ class ModelRunner:
             with timeline.span("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
-                activation_bytes += self._predict_graphs()
+                activation_bytes += self._predict_graphs() + self._comparison_bytes()
             with self._after_prediction():
                 self._make_cache(wanted_len, activation_bytes)
                 with timeline.span("capture"):
@@ -284,6 +284,13 @@ class ModelRunner:
             self.graphs.memory.note = "not predicted: graph_memory_profile=off"
             return 0
         return predict(self.graphs).predicted or 0
+
+    def _comparison_bytes(self) -> int:
+        """Bytes to keep free for comparisons of graphs with eager execution."""
+        nbytes = self.graphs.comparison_bytes()
+        if nbytes:
+            logger.info("graph verification: %.2f GiB kept free for comparisons", nbytes / 2**30)
+        return nbytes
 
     @contextlib.contextmanager
     def _after_prediction(self) -> Iterator[None]:

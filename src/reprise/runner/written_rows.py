@@ -82,6 +82,13 @@ class WrittenRows:
         for name, each in self._rows.items():
             each.tensor[:, each.places] = values[name]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            len(each.names) * len(each.places) * each.tensor[0, 0].nbytes
+            for each in self._rows.values()
+        )
+
     def names(self, key: str) -> Sequence[str]:
         return self._rows[key].names
 

@@ -103,6 +103,7 @@ def _show(report: MemoryReport) -> None:
         ("graphs", graphs["pool_bytes"], f"at least, {buckets}; {graphs['note']}")
         if buckets
         else ("graphs", 0, f"{graphs['plan']}: none"),
+        ("comparisons of graphs", graphs["comparison_bytes"], "with eager execution"),
         (
             "caches",
             report.cache_bytes,
