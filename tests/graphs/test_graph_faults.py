@@ -59,6 +59,29 @@ def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, ex
     assert f"{op} #" in caplog.text
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("begun", [0, 1])
+def test_a_fault_that_comes_and_goes_is_traced(toy, make_runner, begun, executor):
+    """Whichever replays are the wrong ones, the search meets one of them."""
+    shape = StepShape.decode(3)
+    with faults.inject("wrong_every_second", toy.ops, "rotary_cache") as fault:
+        fault.active.fill_(False)
+        runner = make_runner(toy, executor, decode=(4,), mixed=())
+        runner.capture_all()
+        bucket = runner._bucket_for(shape)
+
+        def fill() -> None:
+            toy.fill(shape, 5)
+            toy.pad(shape, bucket.shape)
+
+        fault.active.fill_(True)
+        fault.count.fill_(begun)
+        with torch.inference_mode(), toy.ops.activate():
+            place = runner.prover.locate(bucket, shape, fill)
+    assert place is not None
+    assert place.op.startswith("rotary_cache #")
+
+
 @pytest.mark.parametrize(
     ("fault", "op", "executor"),
     [
