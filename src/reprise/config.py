@@ -76,6 +76,9 @@ class EngineConfig:
     """Compute dtype; ``auto`` takes the checkpoint's where the device computes in it."""
     load_format: LoadFormat = "auto"
     """``dummy`` needs a config alone and fills the weights with random values."""
+    quantization: str | None = None
+    """The method that the checkpoint's weights must be quantised with, such as ``awq``; None: as
+    the checkpoint says. Nothing is quantised while it is loaded."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face config to replace; objects are merged, and RoPE may be spelled as
     in transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
@@ -223,7 +226,7 @@ _VLLM_HAS_NONE = (
 _NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))
 _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
     (
-        ("model", "tokenizer", "revision", "tokenizer_revision"),
+        ("model", "tokenizer", "revision", "tokenizer_revision", "quantization"),
         (str, type(None)),
         "a string or None",
     ),

@@ -42,9 +42,9 @@ ENGINE = [
         },
     ),
     Group(
-        "quantised weights and caches are not supported: load the unquantised checkpoint",
+        "quantised weights are read as the checkpoint's config says, and nothing else is quantised",
         {
-            "quantization": (), "allow_deprecated_quantization": (False,),
+            "allow_deprecated_quantization": (False,),
             "quantization_param_path": (), "calculate_kv_scales": (False,),
             "kv_cache_dtype": ("auto",), "kv_cache_dtype_skip_layers": ([],),
         },

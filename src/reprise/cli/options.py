@@ -33,7 +33,7 @@ def _model(text: str) -> str:
 ENGINE_PANELS = {
     "Model": (
         "model", "tokenizer", "revision", "tokenizer_revision", "dtype", "load_format",
-        "hf_overrides", "skip_tokenizer_init",
+        "quantization", "hf_overrides", "skip_tokenizer_init",
     ),
     "Memory and batching": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",

@@ -31,6 +31,7 @@ from reprise.loading import (
     end_of_text_id,
     open_checkpoint,
     plan_update,
+    require_method,
     update_weights,
 )
 from reprise.metrics import Metric
@@ -82,6 +83,7 @@ class Engine:
                     overrides=config.hf_overrides,
                     config_only=config.load_format == "dummy",
                 )
+                require_method(config.quantization, checkpoint.config)
             self.tokenizer: Any = None
             if not config.skip_tokenizer_init:
                 with timeline.span("tokenizer"):

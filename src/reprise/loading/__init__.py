@@ -1,6 +1,7 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
 from reprise.loading.checkpoint import Checkpoint, open_checkpoint
+from reprise.loading.quantization import require_method
 from reprise.loading.tokenizer import end_of_text_id
 from reprise.loading.update import NamedTensors, plan_update, update_weights
 from reprise.loading.weights import load_weights
@@ -12,5 +13,6 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "plan_update",
+    "require_method",
     "update_weights",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reprise.errors import ModelError
+from reprise.errors import ConfigError, ModelError
 from reprise.layers.formats import reader_of
 from reprise.loading.files import read_object
 
@@ -14,6 +14,8 @@ _READ = "quantization_config"
 """The field that formats are read from (:func:`reprise.layers.formats.formats_of`)."""
 _OLDER = "compression_config"
 """Of compressed-tensors, before it took the other."""
+_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""vLLM's names of kernels for a method."""
 _FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -51,6 +53,31 @@ def with_quantization(
     found.pop(_OLDER, None)
     found[_READ] = value
     return found
+
+
+def require_method(asked: str | None, config: Any) -> None:
+    """Refuse a checkpoint that is not quantised as the user says it is.
+
+    Args:
+        asked: ``quantization`` of the options.
+        config: transformers' ``PretrainedConfig``.
+
+    Raises:
+        ConfigError: Names both, and the remedy.
+    """
+    value = getattr(config, _READ, None)
+    method = None if value is None else value["quant_method"]
+    if asked is None or _ALIASES.get(asked, asked) == method:
+        return
+    if method is None:
+        raise ConfigError(
+            f"quantization={asked!r}: the checkpoint's weights are plain, and nothing is quantised "
+            "while it is loaded; use a checkpoint that is, or make one with "
+            "tools/quantize_checkpoint.py"
+        )
+    raise ConfigError(
+        f"quantization={asked!r}: the checkpoint is quantised with {method!r}; leave the option out"
+    )
 
 
 def _found(path: Path, raw: Mapping[str, Any]) -> tuple[str, Any]:

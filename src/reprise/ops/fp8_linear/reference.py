@@ -51,7 +51,9 @@ def quantise(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rows, inputs = x.shape
     count = -(-inputs // group)
     wide = F.pad(x.float(), (0, count * group - inputs)).view(rows, count, group)
-    scales = wide.abs().amax(dim=-1).clamp(min=LEAST_MAGNITUDE) / LARGEST
+    # A device multiplies by the inverse of a number that the host knows, which rounds otherwise.
+    scales = wide.abs().amax(dim=-1).clamp(min=LEAST_MAGNITUDE) / wide.new_full((), LARGEST)
+    # What is too large is no number on some devices.
     numbers = (wide / scales.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return numbers.view(rows, -1)[:, :inputs].contiguous(), scales
 

@@ -15,7 +15,9 @@ from reprise.platforms import Platform
 
 BLOCK = 128
 _ALIGNED = 16
-"""Bytes, of the rows of both factors and of the result."""
+"""Inputs and outputs are a multiple of it."""
+_ROWS = 4
+"""Rows with scales of blocks are a multiple of it."""
 
 
 def requires(platform: Platform) -> str | None:
@@ -61,14 +63,37 @@ def fp8_linear(
     """
     if weight.shape[0] % _ALIGNED:
         return fallback(x, weight, scale, bias, block_n, block_k)
-    numbers, scales = quantise(x, block_k)
+    padded = F.pad(x, (0, 0, 0, -len(x) % _ROWS)) if block_n > 1 else x
+    return multiply(*quantise(padded, block_k), weight, scale, bias, block_n, x.dtype)[: len(x)]
+
+
+def multiply(
+    numbers: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product of activations that are quantised already.
+
+    Args:
+        numbers: [T, K] float8_e4m3fn; T is a multiple of 4 unless ``block_n`` is 1.
+        scales: [T, ceil(K / block_k)] float32.
+        weight: As in the reference, as are the next three.
+        scale: See there.
+        bias: See there.
+        block_n: See there.
+        dtype: Of the result, [T, N].
+    """
     if block_n == 1:
-        row_scale, weight_scale = scales, scale.t()
+        weight_scale = scale.t()
     else:
         # The BLAS reads the first side by side along rows of activations, and rows of the second
         # from addresses that are multiples of 16 bytes.
-        row_scale = scales.t().contiguous().t()
-        weight_scale = F.pad(scale, (0, -scale.shape[1] % 4)).t()[: scale.shape[1]]
+        scales = scales.t().contiguous().t()
+        weight_scale = F.pad(scale, (0, -scale.shape[1] % 4)).t()
     return torch._scaled_mm(
-        numbers, weight.t(), row_scale, weight_scale, bias, out_dtype=x.dtype, use_fast_accum=False
+        numbers, weight.t(), scales, weight_scale, bias, out_dtype=dtype, use_fast_accum=False
     )
