@@ -27,6 +27,8 @@ _SHARPNESS = 2.0
 _STDS = {"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.5, "o_proj": 0.5, "embed_tokens": 0.3,
          "lm_head": 0.4, "gate": 0.3, "experts": 0.25}  # fmt: skip
 _OTHER_STD = 0.1
+_HYBRID_STDS = {"lm_head": 0.12, "embed_tokens": 0.12, "conv1d": 0.25}
+"""Of models with linear attention, whose hidden states vary more."""
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -39,6 +41,30 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What configs of sparse mixtures have beside those of dense models."""
+_ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+_LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_conv_kernel_dim": 4,
+    # Sizes of keys and values that differ, and three value heads for each key head.
+    "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "max_position_embeddings": 512,
+}  # fmt: skip
+_SHARED = {**_EXPERTS["qwen3_moe"], "shared_expert_intermediate_size": 48}
+_POSITIONS = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+_HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**_LINEAR, **_SHARED, "rope_parameters": _ROPE, "mlp_only_layers": [1]},
+    "qwen3_5": {
+        **_LINEAR, "rope_parameters": {**_ROPE, **_POSITIONS}, "tie_word_embeddings": True,
+    },
+    "qwen3_5_moe": {**_LINEAR, **_SHARED, "rope_parameters": {**_ROPE, **_POSITIONS}},
+}  # fmt: skip
+_EXPERTS.update(_HYBRIDS)
+HYBRIDS = (*_HYBRIDS, "qwen3_5_vl", "qwen3_5_moe_vl")
+"""Models with linear attention; the last two also have a part that reads images."""
+_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}  # fmt: skip
 
 
 class TinyModel:
@@ -49,9 +75,10 @@ class TinyModel:
 
     @functools.cached_property
     def reference(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        kind = _auto_class(AutoConfig.from_pretrained(self.path))
+        model = kind.from_pretrained(self.path, dtype=torch.float32)
         return model.eval().requires_grad_(False)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -90,7 +117,17 @@ class TinyModels:
         return self._made[key]
 
 
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    if hasattr(config, "vision_config"):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
 def tiny_config(architecture: str, **fields: Any) -> Any:
+    if architecture.endswith("_vl"):
+        return _seeing_config(architecture.removesuffix("_vl"), **fields)
     from transformers import (
         GraniteConfig,
         LlamaConfig,
@@ -98,8 +135,11 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         MixtralConfig,
         Qwen2Config,
         Qwen2MoeConfig,
+        Qwen3_5MoeTextConfig,
+        Qwen3_5TextConfig,
         Qwen3Config,
         Qwen3MoeConfig,
+        Qwen3NextConfig,
         SmolLM3Config,
     )
 
@@ -111,7 +151,10 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "qwen2": Qwen2Config,
         "qwen2_moe": Qwen2MoeConfig,
         "qwen3": Qwen3Config,
+        "qwen3_5": Qwen3_5TextConfig,
+        "qwen3_5_moe": Qwen3_5MoeTextConfig,
         "qwen3_moe": Qwen3MoeConfig,
+        "qwen3_next": Qwen3NextConfig,
         "smollm3": SmolLM3Config,
     }[architecture]
     values: dict[str, Any] = {
@@ -134,27 +177,46 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
     return kind(**values)
 
 
+def _seeing_config(architecture: str, **fields: Any) -> Any:
+    """Of a model that reads images too: what :func:`tiny_config` gives, within another one."""
+    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
+
+    text = tiny_config(architecture, **fields)
+    kind = {"qwen3_5": Qwen3_5Config, "qwen3_5_moe": Qwen3_5MoeConfig}[architecture]
+    return kind(
+        text_config=text.to_dict(), vision_config=_VISION, image_token_id=VOCAB - 4,
+        video_token_id=VOCAB - 3, vision_start_token_id=VOCAB - 2, vision_end_token_id=VOCAB - 1,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+
+
 def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
     """A transformers model whose greedy output is varied and far from ties.
 
     Weights at the usual standard deviation of 0.02 repeat one token for ever: there a wrong
     position, or a token that attention misses, would change nothing.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **fields))
+    config = tiny_config(architecture, **fields)
+    stds = {**_STDS, **(_HYBRID_STDS if architecture in HYBRIDS else {})}
+    model = _auto_class(config).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         *_, layer, kind = name.split(".")
         with torch.no_grad():
             if kind == "bias":
                 parameter.normal_(0.0, 0.3, generator=generator)
+            elif kind == "A_log":
+                parameter.uniform_(0.01, 16, generator=generator).log_()
+            elif kind == "dt_bias":
+                parameter.normal_(0.0, 1.0, generator=generator)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+                if architecture in HYBRIDS and "linear_attn" not in name:
+                    parameter.sub_(1.0)  # stored as the distance from 1
                 if layer in ("q_norm", "k_norm"):
                     parameter.mul_(_SHARPNESS)
             else:
-                parameter.normal_(0.0, _STDS.get(layer, _OTHER_STD), generator=generator)
+                parameter.normal_(0.0, stds.get(layer, _OTHER_STD), generator=generator)
     return model.eval().requires_grad_(False)
 
 

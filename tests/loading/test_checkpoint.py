@@ -133,7 +133,7 @@ def test_architectures_by_the_model_type(
     [
         {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
          "text_config": {"model_type": "qwen3_vl_text"}, "vision_config": {"depth": 2}},
-        {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"],
+        {"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"],
          "text_config": {}, "vision_config": {}},
         {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
          "text_config": {}, "vision_config": {}},

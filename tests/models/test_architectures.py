@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TinyModels, generate, greedy, make_llm, random_ids, recorded_logits
+from helpers import HYBRIDS, TinyModels, generate, greedy, make_llm, random_ids, recorded_logits
 from transformers import AutoConfig
 
 from reprise.errors import ModelError
@@ -84,6 +84,20 @@ CASES = [
         "window where nothing rotates",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 13},
     ),
+    ("qwen3_next", "experts and a dense layer", {"seed": 1}),
+    (
+        "qwen3_next",
+        "dense, every third layer full",
+        {
+            "num_experts": 0,
+            "full_attention_interval": 3,
+            "linear_num_value_heads": 2,
+        },
+    ),
+    ("qwen3_5", "tied", {}),
+    ("qwen3_5_moe", "experts", {}),
+    ("qwen3_5_vl", "text part", {}),
+    ("qwen3_5_moe_vl", "text part", {}),
     ("qwen3_moe", "all sparse", {}),
     ("qwen3_moe", "weights as they are", {"norm_topk_prob": False, "num_experts_per_tok": 2}),
     ("qwen3_moe", "a dense layer", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
@@ -112,10 +126,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
     prompts = [random_ids(1, 1), random_ids(2, 100), random_ids(3, 17)]
     with recorded_logits(llm) as seen:
         outputs = generate(llm, prompts, greedy(STEPS))
-    for name, prompt, output in zip(seen, prompts, outputs, strict=True):
+    # In the order of submission, not of first tokens.
+    for name, prompt, output in zip(sorted(seen, key=int), prompts, outputs, strict=True):
         expected = model.logits([*prompt, *output])[len(prompt) - 1 : -1]
         found = torch.stack(seen[name][:STEPS])
-        assert float((found - expected).abs().max()) < tolerance
+        # transformers' chunked rule loses some bits of strong decays.
+        allowed = 2 * tolerance if architecture in HYBRIDS else tolerance
+        assert float((found - expected).abs().max()) < allowed
         assert len(output) == STEPS
         assert model.is_greedy(prompt, output)
 

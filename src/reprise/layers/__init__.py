@@ -7,10 +7,11 @@ from reprise.layers.decoder import Decoder, DecoderLayer
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
 from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
+from reprise.layers.gated_delta import GatedDeltaNet
 from reprise.layers.lazy import Normed, Product, add, tensor
 from reprise.layers.linear import Linear, Run
 from reprise.layers.mlp import GatedMLP
-from reprise.layers.norm import RMSNorm
+from reprise.layers.norm import CentredRMSNorm, RMSNorm
 from reprise.layers.rotary import (
     context_length,
     default_length,
@@ -23,11 +24,13 @@ from reprise.layers.rotary import (
 __all__ = [
     "Build",
     "CausalLM",
+    "CentredRMSNorm",
     "Decoder",
     "DecoderLayer",
     "Destination",
     "Embedding",
     "Experts",
+    "GatedDeltaNet",
     "GatedMLP",
     "Implied",
     "Linear",

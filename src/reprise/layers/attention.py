@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from reprise import ops
 from reprise.cache import KEPT, Batch, LayerCache, Rows, Window
 from reprise.layers.build import Build
 from reprise.layers.lazy import Normed, Product
-from reprise.layers.linear import Linear
+from reprise.layers.linear import Linear, Run
 from reprise.layers.norm import RMSNorm
 
 
@@ -24,6 +26,9 @@ class SelfAttention(nn.Module):
         qkv_bias: The projections to Q, K and V have a bias.
         output_bias: The output projection has a bias.
         qk_norm_eps: Normalise query and key heads, with this epsilon; None: do not.
+        norm: Makes these norms.
+        output_gate: The query projection has a gate behind each head's query, whose sigmoid scales
+            what the head's attention gives.
         sliding_window: Tokens that a token sees, itself included; 0: all.
         scale: Factor of the scores; None: ``head_size ** -0.5``.
         soft_cap: See the op; 0: none.
@@ -41,6 +46,8 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        norm: Callable[[Build, int, float], RMSNorm] = RMSNorm,
+        output_gate: bool = False,
         sliding_window: int = 0,
         scale: float | None = None,
         soft_cap: float = 0.0,
@@ -56,33 +63,36 @@ class SelfAttention(nn.Module):
         lifetime = Window(sliding_window) if sliding_window else KEPT
         self.cache = LayerCache(lifetime, key=rows, value=rows)
         self.cos_sin = cos_sin
-        self.qkv_proj = Linear(
-            build,
-            hidden_size,
-            {
-                "q_proj": num_heads * head_size,
-                "k_proj": num_kv_heads * head_size,
-                "v_proj": num_kv_heads * head_size,
-            },
-            split="out",
-            bias=qkv_bias,
-        )
+        self.output_gate = output_gate
+        stride = head_size * (2 if output_gate else 1)
+
+        def of_heads(begin: int) -> list[Run]:
+            return [Run("q_proj", head * stride + begin, head_size) for head in range(num_heads)]
+
+        kv = [Run(name, 0, num_kv_heads * head_size) for name in ("k_proj", "v_proj")]
+        queries = of_heads(0) if output_gate else [Run("q_proj", 0, num_heads * head_size)]
+        runs = [*queries, *kv, *(of_heads(head_size) if output_gate else ())]
+        self.qkv_proj = Linear(build, hidden_size, runs, split="out", bias=qkv_bias)
         self.o_proj = Linear(
             build.at("o_proj"), num_heads * head_size, hidden_size, split="in", bias=output_bias
         )
         # Looking up a parameter takes an eager step longer than a tuple does.
         self._norms: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(build, head_size, qk_norm_eps)
-            self.k_norm = RMSNorm(build, head_size, qk_norm_eps)
+            self.q_norm = norm(build.at("q_norm"), head_size, qk_norm_eps)
+            self.k_norm = norm(build.at("k_norm"), head_size, qk_norm_eps)
             self._norms = (self.q_norm.weight, self.k_norm.weight, qk_norm_eps)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
         table = batch.tables[self.cache.table]
         key_cache, value_cache = self.cache.tensors["key"], self.cache.tensors["value"]
+        qkv, gate = self.qkv_proj(x), None
+        if self.output_gate:
+            width = self.num_heads * self.head_size
+            qkv, gate = qkv[:, :-width], qkv[:, -width:]
         query = ops.rotary_cache(
-            self.qkv_proj(x),
+            qkv,
             batch.positions,
             self.cos_sin,
             table.slots,
@@ -104,4 +114,7 @@ class SelfAttention(nn.Module):
             self.soft_cap,
             batch.query_len,
         )
-        return Product(self.o_proj, attended.flatten(1))
+        attended = attended.flatten(1)
+        if gate is not None:
+            attended = attended * gate.sigmoid()
+        return Product(self.o_proj, attended)

@@ -21,6 +21,8 @@ class CausalLM(nn.Module):
         hidden_size: Width of the hidden states.
         tie_word_embeddings: The head's weight is the embedding's.
         renames: Prefixes of names that checkpoints may have, to those that this model has.
+        others: Prefixes, as this model has them, of what a checkpoint may store beside and nobody
+            here computes, such as the part that reads images.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class CausalLM(nn.Module):
         *,
         tie_word_embeddings: bool,
         renames: Mapping[str, str] | None = None,
+        others: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.renames: Mapping[str, str] = renames or {}
+        self.others = others
         self._build = build.at("lm_head")
         self.model = decoder
         self.vocab_size = vocab_size

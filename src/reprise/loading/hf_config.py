@@ -15,6 +15,7 @@ from reprise.errors import ConfigError, ModelError
 from reprise.loading.files import read_object
 from reprise.loading.quantization import with_quantization
 from reprise.loading.rope import resolve_rope
+from reprise.loading.text_part import text_part
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
         given = read_object(file)
     except (ValueError, OSError) as error:
         raise ModelError(f"{file} is not valid: {error}") from error
+    given, overrides = text_part(given, overrides)
     raw = _merged(given, overrides)
     raw["architectures"] = _architectures(raw, file)
     models.require_known(raw)

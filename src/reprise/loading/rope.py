@@ -9,6 +9,8 @@ from reprise.errors import ConfigError, ModelError
 from reprise.layers import parameters_of
 
 _OF_EVERY_TYPE = ("rope_theta", "partial_rotary_factor")
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+"""How positions of images are rotated, whatever the type; where the file says it, overrides may."""
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -37,7 +39,7 @@ def resolve_rope(
         result["rope_parameters"] = _by_layer(file, upper)
         return result
     rope = _over(file, upper)
-    _refuse_unknown(rope, upper)
+    _refuse_unknown(rope, upper, file)
     if _ORIGINAL in (_parameters(rope) or ()):
         # Beside the parameters it says something about the model, whatever the type was.
         for source, said in ((given, file), (overrides, upper)):
@@ -107,12 +109,14 @@ def _by_layer(file: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def _refuse_unknown(rope: Mapping[str, Any], upper: Mapping[str, Any]) -> None:
+def _refuse_unknown(
+    rope: Mapping[str, Any], upper: Mapping[str, Any], file: Mapping[str, Any]
+) -> None:
     takes = _parameters(rope)
     if takes is None:
         return  # an unknown type, which the architecture file refuses
     for name in upper:
-        if name not in takes:
+        if name not in takes and not (name in _OF_IMAGES and name in file):
             raise ConfigError(
                 f"hf_overrides: rope_parameters has {name!r}, which rope_type="
                 f"{rope.get('rope_type', 'default')!r} does not take; it takes: "

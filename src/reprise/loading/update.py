@@ -54,7 +54,7 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]
     for ours, (name, source) in given.items():
         kept = tied[ours][0] if ours in tied else ours
         if kept not in wanted:
-            if not is_computed(ours):
+            if not is_computed(ours) and not ours.startswith(model.others):
                 misfits.add("unexpected", name)
             continue
         mine: list[Copy] = []

@@ -117,6 +117,12 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
                 copies.append(copy_to(place, source, f"{name} of {found.file}"))
             elif not misfits.says_what_is_known(name, source, place):
                 break
+    beside = [key for key in stored if key.startswith(model.others)]
+    for key in beside:
+        del stored[key]
+    if beside:
+        kinds = sorted({each for each in model.others for key in beside if key.startswith(each)})
+        logger.info("weights: %d tensors of %s are not read", len(beside), ", ".join(kinds))
     for name, _ in stored.values():
         if not is_computed(name):
             misfits.add("unexpected", name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from reprise.errors import ModelError
@@ -86,15 +86,20 @@ def head_size(config: Config) -> int:
     return size
 
 
-def require_sizes(config: Config) -> None:
+def require_sizes(config: Config, *, dense: bool = True) -> None:
     """Refuse a config from whose sizes no decoder can be built.
+
+    Args:
+        config: Of a checkpoint.
+        dense: Every layer has a feed-forward of ``intermediate_size``.
 
     Raises:
         ModelError: Names the field, its value and what it must be.
     """
     layer_count(config)
     for name in _SIZES:
-        whole_number(config, name)
+        if dense or name != "intermediate_size":
+            whole_number(config, name)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ModelError(
@@ -139,8 +144,12 @@ def window_size(config: Config) -> int:
     return whole_number(config, "sliding_window")
 
 
-def sliding_windows(config: Config) -> list[int]:
-    """The window of each layer, 0 for none, by ``layer_types``.
+def layer_kinds(config: Config, supported: Sequence[str]) -> Sequence[str]:
+    """``layer_types``.
+
+    Args:
+        config: Of a checkpoint.
+        supported: Those that the architecture computes.
 
     Raises:
         ModelError: A layer is of another type, or the list is not one of all layers.
@@ -151,16 +160,30 @@ def sliding_windows(config: Config) -> list[int]:
             f"config field layer_types={kinds!r} must be a list of num_hidden_layers={layers} names"
         )
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in supported:
             raise ModelError(
                 f"config field layer_types has {kind!r}, which is not supported; supported: "
-                "'full_attention', 'sliding_attention'"
+                f"{', '.join(map(repr, supported))}"
             )
+    return kinds
+
+
+def sliding_windows(config: Config) -> list[int]:
+    """The window of each layer, 0 for none, by ``layer_types``.
+
+    Raises:
+        ModelError: A layer is of another type, or the list is not one of all layers.
+    """
+    kinds = layer_kinds(config, ("full_attention", "sliding_attention"))
     return [window_size(config) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def rope_parameters(config: Config) -> Mapping[str, Any]:
-    """Of an architecture that rotates all channels of a head, alike in all layers.
+def rope_parameters(config: Config, *, partial: bool = False) -> Mapping[str, Any]:
+    """Of an architecture that rotates the heads of all layers alike.
+
+    Args:
+        config: Of a checkpoint.
+        partial: Only some channels of a head may rotate.
 
     Raises:
         ModelError: The config asks for something else.
@@ -175,7 +198,7 @@ def rope_parameters(config: Config) -> Mapping[str, Any]:
             f"supported for {config.model_type!r}; supported: one RoPE for all layers"
         )
     share = parameters.get("partial_rotary_factor")
-    if share not in (None, 1):
+    if not partial and share not in (None, 1):
         raise ModelError(
             f"rope_parameters partial_rotary_factor={share!r} is not supported for "
             f"{config.model_type!r}; supported: 1"

@@ -23,8 +23,15 @@ _BUILT_IN = {
     "Qwen2MoeForCausalLM": "reprise.models.qwen2_moe",
     "Qwen3ForCausalLM": "reprise.models.qwen3",
     "Qwen3MoeForCausalLM": "reprise.models.qwen3_moe",
+    "Qwen3NextForCausalLM": "reprise.models.qwen3_next",
+    "Qwen3_5ForCausalLM": "reprise.models.qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "reprise.models.qwen3_5",
+    "Qwen3_5MoeForCausalLM": "reprise.models.qwen3_5_moe",
+    "Qwen3_5MoeForConditionalGeneration": "reprise.models.qwen3_5_moe",
     "SmolLM3ForCausalLM": "reprise.models.smollm3",
 }
+_WITH_TEXT_PART = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+"""Of those that see or hear, whose language model is built alone."""
 _SENSES = ("vision_config", "audio_config", "thinker_config", "vision_tower", "mm_vision_tower")
 """Fields of configs of models that see or hear."""
 
@@ -33,6 +40,13 @@ def architectures() -> list[str]:
     """Names of every architecture that can be built, plug-ins included."""
     plug_ins = (entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
     return sorted({*_BUILT_IN, *plug_ins})
+
+
+def has_text_part(names: Sequence[str]) -> bool:
+    """Whether the first of these architectures that is known is one that sees or hears, and has a
+    ``text_config`` from which its language model is built alone."""
+    known = next((name for name in names if _first_known([name]) is not None), None)
+    return known in _WITH_TEXT_PART
 
 
 def require_known(raw: Mapping[str, Any]) -> None:

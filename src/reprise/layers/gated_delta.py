@@ -1,0 +1,126 @@
+"""Linear attention by the gated delta rule (Yang, Kautz & Hatamizadeh 2024), as Qwen builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from reprise import ops
+from reprise.cache import STATE, Batch, LayerCache, Rows
+from reprise.layers.build import Build
+from reprise.layers.destination import Destination
+from reprise.layers.lazy import Normed, Product, tensor
+from reprise.layers.linear import Linear, Run, format_of
+
+
+class GatedDeltaNet(nn.Module):
+    """A short convolution, the gated delta rule over heads, a gated norm of what it gives.
+
+    Of each request two things are kept, both its state: the inputs of the convolution at its last
+    tokens, and a matrix for each value head.
+
+    Args:
+        build: How to make it.
+        hidden_size: Width of the residual stream.
+        key_heads: Heads of queries and keys (HK).
+        value_heads: Heads of values (HV), a multiple.
+        key_size: Channels of a query or key head (K).
+        value_size: Channels of a value head (V).
+        taps: Of the convolution.
+        eps: Of the norm behind the rule.
+        interleaved: The checkpoint stores the projections together, key head by key head.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        hidden_size: int,
+        *,
+        key_heads: int,
+        value_heads: int,
+        key_size: int,
+        value_size: int,
+        taps: int,
+        eps: float,
+        interleaved: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path, self.eps = build.path, eps
+        self.value_heads, self.value_size = value_heads, value_size
+        values = value_heads * value_size
+        self.channels = 2 * key_heads * key_size + values
+        if interleaved:
+            group = value_heads // key_heads
+            sizes = (key_size, key_size, group * value_size, group * value_size)
+            mixed = _ungrouped("in_proj_qkvz", key_heads, sizes)
+            gates = _ungrouped("in_proj_ba", key_heads, (group, group))
+        else:
+            mixed = [Run("in_proj_qkv", 0, self.channels), Run("in_proj_z", 0, values)]
+            gates = [Run("in_proj_b", 0, value_heads), Run("in_proj_a", 0, value_heads)]
+        self.gates: Linear | None = None
+        if format_of(build, mixed) is format_of(build, gates):
+            mixed = [*mixed, *gates]
+        else:  # few outputs: quantised checkpoints leave them as they were
+            self.gates = Linear(build, hidden_size, gates, split="out")
+        self.in_proj = Linear(build, hidden_size, mixed, split="out")
+        self.out_proj = Linear(build.at("out_proj"), values, hidden_size, split="in")
+
+        def parameter(value: Tensor) -> nn.Parameter:
+            return nn.Parameter(value.to(build.device), requires_grad=False)
+
+        self.conv = parameter(torch.empty(self.channels, taps, dtype=build.dtype))
+        # float32 whatever the rest is: small differences in them grow over a text.
+        self.a_log = parameter(torch.zeros(value_heads))
+        self.dt_bias = parameter(torch.ones(value_heads))
+        self.norm = parameter(torch.ones(value_size))
+        self.cache = LayerCache(
+            STATE,
+            conv=Rows((taps - 1, self.channels), build.dtype),
+            heads=Rows((value_heads, value_size, key_size), torch.float32),
+        )
+
+    def destinations(self) -> Iterator[tuple[str, Destination]]:
+        """See :func:`reprise.loading.destinations.destinations`."""
+        yield f"{self.path}.conv1d.weight", Destination(self.conv.unsqueeze(1))
+        yield f"{self.path}.A_log", Destination(self.a_log)
+        yield f"{self.path}.dt_bias", Destination(self.dt_bias)
+        yield f"{self.path}.norm.weight", Destination(self.norm)
+
+    def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
+        """x: [T, hidden_size]. Returns as much."""
+        if self.gates is None:
+            projected = self.in_proj(x)
+            gates = projected[:, -2 * self.value_heads :]
+        else:
+            x = tensor(x)
+            projected, gates = self.in_proj(x), self.gates(x)
+        values = self.value_heads * self.value_size
+        before, z = projected[:, : self.channels], projected[:, self.channels :][:, :values]
+        b, a = gates[:, : self.value_heads], gates[:, self.value_heads :]
+        step = (
+            batch.tables[self.cache.table].blocks,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.fresh,
+        )
+        qkv = projected.new_empty((len(projected), self.channels))
+        conv, heads = self.cache.tensors["conv"], self.cache.tensors["heads"]
+        ops.causal_conv(before, self.conv, conv, *step, qkv, batch.query_len)
+        out = projected.new_empty((len(projected), self.value_heads, self.value_size))
+        ops.gated_delta(
+            qkv, a, b, self.a_log, self.dt_bias, heads, *step, out, batch.query_len
+        )  # fmt: skip
+        return Product(self.out_proj, ops.gated_rms_norm(out, z, self.norm, self.eps))
+
+
+def _ungrouped(name: str, groups: int, sizes: tuple[int, ...]) -> list[Run]:
+    """Of a projection that stores, group by group, parts of these sizes: the first part of all
+    groups, then the second, and so on."""
+    width = sum(sizes)
+    return [
+        Run(name, group * width + sum(sizes[:part]), size)
+        for part, size in enumerate(sizes)
+        for group in range(groups)
+    ]

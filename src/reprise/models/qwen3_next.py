@@ -1,0 +1,14 @@
+"""Qwen3-Next, 80B-A3B (Qwen team 2025): projections stored key head by key head, experts."""
+
+from __future__ import annotations
+
+from reprise.layers import Build, CausalLM
+from reprise.models.config_reader import Config, flag
+from reprise.models.hybrid import build_hybrid
+from reprise.models.sparse import sparse_mlps
+
+
+def build(config: Config, build: Build) -> CausalLM:
+    """See :func:`reprise.models.registry.build`."""
+    mlp = sparse_mlps(config, renormalize=flag(config, "norm_topk_prob"), shared=True)
+    return build_hybrid(config, build, interleaved=True, mlp=mlp)
