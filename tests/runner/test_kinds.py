@@ -13,7 +13,8 @@ from hypothesis import given, settings
 
 from reprise.cache import KEPT, CacheLayout, LayerCache, Lifetime, Rows, State, Window
 from reprise.cache.layout import lay_out_caches
-from reprise.cache.memory import allocate_caches
+from reprise.cache.memory import allocate_caches, pool_tensors
+from reprise.graphs.regions import Stack, stacked
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
@@ -90,7 +91,8 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
     longest = data.draw(st.integers(1, min(layout.capacity, 600)), label="max_model_len")
     buffers = StepBuffers(tokens, requests, longest, layout, platform)
     buffers.use_cache(layout)
-    maker = ProbeMaker(buffers, caches, vocab_size=50, max_model_len=longest)
+    stacks = stacks_of(caches, layout)
+    maker = ProbeMaker(buffers, lambda: stacks, vocab_size=50, max_model_len=longest)
     buckets = [StepShape.decode(n) for n in {1, requests}]
     buckets += [StepShape.mixed(n, min(n, requests)) for n in {1, min(3, tokens), tokens}]
     for bucket in buckets:
@@ -99,6 +101,32 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
             assert probes
             for probe in probes:
                 check_probe(buffers, bucket, probe, longest)
+
+
+def stacks_of(caches: dict[str, LayerCache], layout: CacheLayout) -> list[list[Stack]]:
+    return [stacked(each) for each in pool_tensors(caches, layout)]
+
+
+@given(
+    tables=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(1, BLOCKS - 1), min_size=1, max_size=6)),
+        min_size=1,
+    )
+)
+def test_tables_that_are_told_at_once_are_told_as_if_one_by_one(
+    tables: list[tuple[int, list[int]]],
+) -> None:
+    layouts, each = RowLayouts(1), RowLayouts(len(tables))
+    for some in (layouts, each):
+        some.use_cache(BLOCKS)
+    whole, lengths = np.full((len(tables), 12), 7, dtype=np.int32), []
+    for row, (left, held) in enumerate(tables):
+        lengths.append(left + len(held))
+        whole[row, : lengths[-1]] = [0] * left + held
+        each.extend(row, held, None)
+    rows = np.arange(len(tables))
+    told = layouts.like(whole, np.array(lengths)).codes(rows)
+    assert [x.tolist() for x in told] == [x.tolist() for x in each.codes(rows)]
 
 
 def check_probe(buffers: StepBuffers, bucket: StepShape, probe: Any, longest: int) -> None:
@@ -182,7 +210,8 @@ def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
 def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anchor: bool) -> None:
     caches, layout = make(platform, CACHES["kept"], 16, 65)
     buffers = StepBuffers(64, 4, 256, layout, platform)
-    maker = ProbeMaker(buffers, caches, vocab_size=6400, max_model_len=256)
+    stacks = stacks_of(caches, layout)
+    maker = ProbeMaker(buffers, lambda: stacks, vocab_size=6400, max_model_len=256)
     seen: set[int] = set()
     for bucket in (StepShape.mixed(64, 4), StepShape.decode(4)):
         for probe in maker.probes(bucket, anchor):

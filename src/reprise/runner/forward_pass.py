@@ -86,7 +86,7 @@ class ForwardPass:
         self._buffers.use_cache(layout)
         self._probes = ProbeMaker(
             self._buffers,
-            self._caches,
+            self._stacks,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
         )

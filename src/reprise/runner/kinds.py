@@ -127,11 +127,23 @@ class RowLayouts:
         return np.divmod(self._codes[rows], 3)
 
     def like(self, tables: Ints, lengths: Ints) -> RowLayouts:
-        """Those of other tables in the same cache: [R, M], of each row the first ``lengths``."""
+        """Those of other tables in the same cache: [R, M], of each row the first ``lengths``, in
+        which blocks that were given back come before all others."""
         other = RowLayouts(len(tables))
         other._half = self._half
-        for row, length in enumerate(lengths.tolist()):
-            other.replace(row, tables[row, :length])
+        held = (np.arange(tables.shape[1]) < lengths[:, None]) & (tables != NULL_BLOCK)
+        both = held[:, 1:] & held[:, :-1]
+        follows = tables[:, 1:] == tables[:, :-1] + 1
+        lower = tables < self._half
+        for kind, (first, second) in (
+            (other._pairs, (both & follows, both & ~follows)),
+            (other._halves, (held & lower, held & ~lower)),
+        ):
+            kind[:, 0], kind[:, 1] = first.any(axis=1), second.any(axis=1)
+        joined, apart = other._pairs.T
+        in_lower, in_upper = other._halves.T
+        blocks = np.where(joined, np.where(apart, 2, 1), np.where(apart, 3, 0))
+        other._codes[:] = blocks * 3 + np.where(in_lower & in_upper, 2, in_upper)
         return other
 
 

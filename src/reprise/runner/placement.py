@@ -118,8 +118,9 @@ class Placement:
         layout = self._layout
         left = [each.num_blocks - 1 for each in layout.pools]
         fitting: list[Row] = []
+        known: dict[Row, list[int]] = {}  # most rows are alike
         for each in rows:
-            written = self._written_of_pools(each)
+            written = known.get(each) or known.setdefault(each, self._written_of_pools(each))
             if not fitting and any(n > room for n, room in zip(written, left, strict=True)):
                 # Whole blocks from the first token on: fewer of them fit in any case.
                 new = min(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.cache.memory import pool_tensors
-from reprise.cache.spec import LayerCache
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
+from reprise.graphs.regions import Stack
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import (
@@ -40,6 +40,8 @@ BANK = 64
 """Blocks of random content, repeated over all blocks of probes."""
 MOST_EXTRA = 3
 """Probes of an anchor that concern rows alone."""
+PIECE = 64 << 20
+"""Bytes of content that are made at a time."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
 
@@ -53,7 +55,7 @@ class ProbeMaker:
 
     Args:
         buffers: Where the inputs go.
-        caches: Those of the model, which get random content.
+        stacks: Gives of each pool the caches, [C, N, ...] each, which get random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
     """
@@ -61,13 +63,15 @@ class ProbeMaker:
     def __init__(
         self,
         buffers: StepBuffers,
-        caches: Mapping[str, LayerCache],
+        stacks: Callable[[], Sequence[Sequence[Stack]]],
         *,
         vocab_size: int,
         max_model_len: int,
     ) -> None:
         self._buffers = buffers
-        self._caches = caches
+        self._stacks = stacks
+        self._banks: dict[Any, Tensor] = {}
+        """By the layout of a block."""
         self._max_model_len = max_model_len
         layout = self._layout = buffers.layout
         self._size = max(
@@ -259,29 +263,36 @@ class ProbeMaker:
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:
         """Random content for blocks that have none yet."""
-        pools = pool_tensors(self._caches, self._layout)
-        for number, (caches, has_content) in enumerate(zip(pools, self._has_content, strict=True)):
-            mine = [
-                np.unique(each)
-                for each, layout in zip(tables, self._layout.tables, strict=True)
-                if layout.pool == number
-            ]
-            used = np.unique(np.concatenate(mine))
-            new = used[~has_content[used]]
-            has_content[new] = True
+        for number, (stacks, has_content) in enumerate(
+            zip(self._stacks(), self._has_content, strict=True)
+        ):
+            wanted = np.zeros(len(has_content), dtype=bool)
+            for table, layout in zip(tables, self._layout.tables, strict=True):
+                if layout.pool == number:
+                    wanted[table] = True
+            new = (wanted & ~has_content).nonzero()[0]
             if len(new):
-                self._fill_new(list(caches.values()), new)
+                has_content[new] = True
+                self._fill_new(stacks, new)
 
-    def _fill_new(self, caches: Sequence[Tensor], blocks: Ints) -> None:
-        device = caches[0].device
-        generator = torch.Generator(device=device).manual_seed(0)
-        places = to_device(blocks.astype(np.int64), self._buffers.platform)
-        banks: dict[Any, Tensor] = {}
-        for number, cache in enumerate(caches):
-            kind = (cache.shape[1:], cache.dtype)
-            if kind not in banks:
-                banks[kind] = _random_rows((BANK, *cache.shape[1:]), cache.dtype, generator)
-            cache[places] = banks[kind][(places * 7 + number) % BANK]
+    def _fill_new(self, stacks: Sequence[Stack], blocks: Ints) -> None:
+        """All caches of a stack at once, so that it takes few launches."""
+        generator: torch.Generator | None = None
+        number = 0
+        for stack in stacks:
+            cache = stack.tensor
+            kind = (cache.shape[2:], cache.dtype)
+            if kind not in self._banks:
+                generator = generator or torch.Generator(device=cache.device).manual_seed(0)
+                self._banks[kind] = _random_rows((BANK, *kind[0]), cache.dtype, generator)
+            numbers = np.arange(number, number + len(cache))[:, None]
+            number += len(cache)
+            most = max(1, PIECE // (len(cache) * math.prod(kind[0]) * cache.itemsize))
+            for begin in range(0, len(blocks), most):
+                some = blocks[begin : begin + most].astype(np.int64)
+                places = to_device(some, self._buffers.platform)
+                content = to_device((some * 7 + numbers) % BANK, self._buffers.platform)
+                cache[:, places] = self._banks[kind][content]
 
 
 def _random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
