@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from reprise.config import EngineConfig
@@ -22,6 +23,9 @@ from reprise.sampling_params import SamplingParams
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+IDLE_AFTER_SECONDS = 0.05
+"""Without a request, until graphs are proven further: those of a conversation come in turns."""
 
 
 class Reader(Protocol):
@@ -61,6 +65,8 @@ class EngineThread:
         self._preparing: dict[Reader, tuple[str, bool]] = {}
         """Request ids of those whose prompts are being tokenized, and whether they were aborted;
         under the lock."""
+        self._may_prove = True
+        """There may be graphs to be proven further; for the engine's thread alone."""
         self._closed: str | None = None
         """Why nothing more is accepted."""
         self._lock = threading.Lock()
@@ -202,11 +208,11 @@ class EngineThread:
 
     def _serve(self) -> None:
         while True:
-            block = not self.engine.has_work
             try:
-                command = self._commands.get(block=block)
+                command = self._next_command()
             except queue.Empty:
-                command = _Command(lambda: self._attempt(self._step))
+                work = self._step if self.engine.has_work else self._prove
+                command = _Command(partial(self._attempt, work))
             if command is None:
                 break
             command.run()
@@ -214,6 +220,17 @@ class EngineThread:
             self._attempt(lambda: self._deliver(self.engine.abort(list(self._readers))))
         finally:
             self.engine.close()
+
+    def _next_command(self) -> _Command | None:
+        """What others want done. Raises queue.Empty when there is time for something else."""
+        if self.engine.has_work:
+            self._may_prove = True
+            return self._commands.get(block=False)
+        return self._commands.get(timeout=IDLE_AFTER_SECONDS if self._may_prove else None)
+
+    def _prove(self) -> None:
+        self._may_prove = False  # if it fails, it does so once
+        self._may_prove = self.engine.prove_idle()
 
     def _add(
         self, request_id: str, prepared: tuple[Any, Any], priority: int, reader: Reader

@@ -6,6 +6,7 @@ Knows tensors, ops and platforms; knows nothing of models or requests.
 from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
 from reprise.graphs.compiled import keep_compiled_code
 from reprise.graphs.contract import Computation, Probe, State
+from reprise.graphs.guard import Guard
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
 from reprise.graphs.plan import (
@@ -35,6 +36,7 @@ __all__ = [
     "GraphPlan",
     "GraphReport",
     "GraphRunner",
+    "Guard",
     "Kind",
     "Probe",
     "Ran",

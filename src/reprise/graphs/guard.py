@@ -94,6 +94,14 @@ class Guard:
             name: _sum(each) for name, each in owned(self._computation.memory(), "weight").items()
         }
 
+    def example(self) -> None:
+        """Call what checks call, on the null units: it is compiled with the other kernels then."""
+        memory = self._computation.memory()
+        for stack in self._stacks(memory):
+            _unit_sums(memory, stack, torch.zeros(2, dtype=torch.int64, device=stack.tensor.device))
+        for weight in list(owned(memory, "weight").values())[:1]:
+            _sum(weight)
+
     def learn_ops(self) -> None:
         """Ops are between two steps, and what they keep has been made."""
         self._at_rest = copies(owned(self._computation.memory(), "ops"))
@@ -133,7 +141,8 @@ class Guard:
         else:
             sums = [(each, _unit_sums(memory, each, _of(memory, each, scope))) for each in stacks]
         before = Before(scope, memory, kept, sums)
-        if scope.part is not None:  # with all weights at every step, the step before has looked
+        # Where everything is checked at every step, the step before has looked.
+        if scope.units is not None or scope.part is not None:
             before.weights = self._weight_sums(memory, scope)
         self._carried = None
         return before

@@ -107,7 +107,7 @@ class Prover:
             self._meet_others(some, started + budget)
         self._settle()
         self._find_spoilers(buckets)
-        self._conclude(buckets)
+        self.conclude(buckets)
 
     def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
         """Every further probe that there is time for."""
@@ -293,11 +293,24 @@ class Prover:
             where = self.where(bucket, probe.live, probe.fill)
         return f"probe {probe.name!r}: {verdict.told or 'wrong on another rank'}{where}"
 
-    def compare(self, bucket: BucketGraph, probe: Probe, *, timed: bool = False) -> Verdict:
+    def compare(
+        self,
+        bucket: BucketGraph,
+        probe: Probe,
+        *,
+        timed: bool = False,
+        scope: Callable[[], Scope] | None = None,
+    ) -> Verdict:
         """Whether the bucket's graph is right on a probe; the state is as before.
 
         What the compiler made of the model has to be what was captured, to the bit, and what the
         model says, as far as its roundings go.
+
+        Args:
+            bucket: Its graph is judged.
+            probe: On what.
+            timed: The runs are timed.
+            scope: Of the step in the inputs, the memory to check. None: what lies around it.
         """
         assert bucket.graph is not None
         executor = bucket.info.executor
@@ -313,9 +326,11 @@ class Prover:
             try:
                 verdict = examine(
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
-                    self._scope(bucket, wide=timed), bound=bound, pool=pool, keep=False,
-                    timed_on=self._platform if timed else None,
+                    scope() if scope else self._scope(bucket, wide=timed), bound=bound, pool=pool,
+                    keep=False, timed_on=self._platform if timed else None,
                 )  # fmt: skip
+            except torch.OutOfMemoryError as error:
+                verdict = Verdict(error=describe(error), ran=False)
             except Exception as error:
                 verdict = Verdict(error=describe(error))
             if timed:
@@ -398,7 +413,24 @@ class Prover:
             )
         logger.warning("loaded again, since a graph had changed them: %s", ", ".join(found))
 
-    def _conclude(self, buckets: list[BucketGraph]) -> None:
+    def lacking(
+        self, buckets: list[BucketGraph], seconds: float
+    ) -> tuple[BucketGraph, Probe] | None:
+        """A planned probe that time did not allow, of a graph that is compared in so many seconds;
+        those of anchors first, since their whole family lacks them."""
+        some = [
+            each
+            for each in buckets
+            if each.graph is not None and 0 < each.info.probes < len(each.probes)
+            and each.info.check_seconds <= seconds
+        ]  # fmt: skip
+        if not some:
+            return None
+        # Of equals the one with the fewest probes: what is new in it is new in most steps.
+        best = min(some, key=lambda e: (not self.ledger.is_anchor(e.key), e.info.probes))
+        return best, best.probes[best.info.probes]
+
+    def conclude(self, buckets: list[BucketGraph]) -> None:
         """A graph is verified if its own probes and those of its family's anchors all ran."""
         lacking = {
             bucket.family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ from reprise.shape import PHASES, Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
+MOST_IDLE_SECONDS = 0.1
+"""What a comparison takes at most that is made while no request runs: one that comes waits for
+it."""
 
 Uses = Sequence[tuple[Op, Implementation]]
 """Ops that are called, each with what computes it; one that several compute is there for each."""
@@ -136,6 +139,8 @@ class GraphRunner:
         self.ran = Ran(None, proven=False)
         """How the last step was computed."""
         self._damage: Damage | None = None
+        self._not_to_be_proven: set[Key] = set()
+        """Graphs of which a probe did not run, for want of memory or of blocks."""
         self._blind: list[str] = []
 
     def _start_capturing(self) -> None:
@@ -291,6 +296,51 @@ class GraphRunner:
             sum(each.bytes for each in infos) / 2**20,
         )
 
+    def prove_more(self) -> bool:
+        """Compare one graph on one planned probe that start-up had no time for. No step may be
+        under way. What requests have left in the caches stays; what a graph spoils that is wrong is
+        told as if a canary had found it (:meth:`take_damage`).
+
+        Returns:
+            Whether there may be more to do.
+        """
+        if not self.canary.checks_kinds or not self.plan.captures:
+            return False
+        buckets = [
+            each for each in self.bucket_graphs.values() if each.key not in self._not_to_be_proven
+        ]
+        found = self.prover.lacking(buckets, MOST_IDLE_SECONDS)
+        if found is None:
+            return False
+        bucket, probe = found
+        with torch.inference_mode(), self.computation.ops.activate():
+            # All weights: after start-up nobody else looks at them all.
+            verdict = self.prover.compare(
+                bucket, probe, scope=lambda: replace(self._scope(bucket), part=None)
+            )
+            if not self._agree(verdict.ran):
+                self._not_to_be_proven.add(bucket.key)
+                logger.warning(
+                    "graph %s: probe %r did not run and its graph stays %s: %s",
+                    bucket.info.name, probe.name, bucket.info.proof, verdict.told,
+                )  # fmt: skip
+            elif self._agree(verdict.right):
+                bucket.info.probes += 1
+                self.ledger.prove(bucket.key, probe.kind, "start")
+                self._tell_progress()
+            else:
+                self.canary_failures += 1
+                self._make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")
+        return True
+
+    def _tell_progress(self) -> None:
+        """One log line when the last graph has met all its probes."""
+        buckets = list(self.bucket_graphs.values())
+        self.prover.conclude(buckets)
+        running = [each.info for each in buckets if each.graph is not None]
+        if all(each.verified for each in running):
+            logger.info("graphs: all %d are verified, while no request ran", len(running))
+
     # ---- steps ---------------------------------------------------------------------------
 
     def run(self, shape: StepShape, at_least: StepShape | None = None) -> Tensor:
@@ -434,7 +484,7 @@ class GraphRunner:
             return
         self.ran = Ran(None, proven=False)
         self.canary_failures += 1
-        self._make_good(bucket, shape, verdict)
+        self._make_good(bucket, shape, verdict, "canary")
 
     def _scope(self, bucket: BucketGraph) -> Scope:
         if self.canary.checks_everything:
@@ -442,9 +492,11 @@ class GraphRunner:
         self._turn += 1
         return self.guard.part(self.computation.state(bucket.shape).near(), self._turn)
 
-    def _make_good(self, bucket: BucketGraph, shape: StepShape, verdict: Verdict) -> None:
+    def _make_good(
+        self, bucket: BucketGraph, shape: StepShape, verdict: Verdict, found_by: str
+    ) -> None:
         """Refuse a graph that was found wrong, and repair what it did. Inputs, state and outputs
-        are those of the eager run already."""
+        are those of the eager run already, or as they were before the comparison."""
         changes, where = list(verdict.changes), ""
         self._mend(changes)
         if verdict.differences or not changes:
@@ -456,7 +508,7 @@ class GraphRunner:
             for each in changes
             if each.owner == "cache" and each.index is not None
         }
-        reason = f"canary: {verdict.told or 'wrong on another rank'}{where}"
+        reason = f"{found_by}: {verdict.told or 'wrong on another rank'}{where}"
         earlier = any(each.before for each in changes)
         if any(each.owner == "weight" for each in changes) and not self.canary.checks_everything:
             earlier = True  # others may have changed weights that were not looked at

@@ -541,6 +541,18 @@ class StepBuffers:
             used[table.pool] = max(used[table.pool], count)
         return used
 
+    def touched_blocks(self) -> list[int]:
+        """Of each pool, how many blocks from the first on may hold what requests have left."""
+        touched = [0] * len(self.layout.pools)
+        for table, each in zip(self.layout.tables, self.rows.layouts, strict=True):
+            if each.highest == NULL_BLOCK:
+                continue
+            # Copies of states are in no table.
+            every = self.layout.pools[table.pool].num_blocks
+            count = every if table.lifetime.rewritten else each.highest + 1
+            touched[table.pool] = max(touched[table.pool], count)
+        return touched
+
     def arrays(self) -> dict[str, Tensor]:
         """All device memory of this, by name."""
         names = (

@@ -15,7 +15,7 @@ from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, PlatformError, RepriseError, describe
-from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify, predict
+from reprise.graphs import GraphRunner, Guard, parse_buckets, parse_plan, parse_verify, predict
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
@@ -356,6 +356,8 @@ class ModelRunner:
         example_draws(self.model.vocab_size, self.num_drafts, self.platform)
         self.buffers.example(StepShape.decode(1, 1 + self.num_drafts))
         self.buffers.example(StepShape.mixed(2, 1))
+        if parse_verify(self.config.graph_verify).startup:
+            Guard(self.forward_pass).example()
 
     def _measure_activations(self) -> int:
         """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""

@@ -262,10 +262,12 @@ class ProbeMaker:
         return Probe(name, fill, live, kind)
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:
-        """Random content for blocks that have none yet."""
+        """Random content for blocks that have none yet, neither from here nor of a request."""
+        touched = self._buffers.touched_blocks()
         for number, (stacks, has_content) in enumerate(
             zip(self._stacks(), self._has_content, strict=True)
         ):
+            has_content[: touched[number]] = True
             wanted = np.zeros(len(has_content), dtype=bool)
             for table, layout in zip(tables, self._layout.tables, strict=True):
                 if layout.pool == number:

@@ -28,7 +28,7 @@ def checksum(words: Tensor, units: Tensor | None) -> Tensor:
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def checksum_kernel(
     words_ptr,
     units_ptr,
