@@ -110,7 +110,7 @@ class Some:
     [
         ("experts.3.", "the experts of model.layers.0.mlp.experts"),
         ("experts.0.up_proj", "model.layers.0.mlp.experts.0.gate_proj, "),
-        ("down_proj", "gate_proj and down_proj"),
+        ("down_proj", "gate_proj, up_proj and down_proj"),
     ],
 )
 def test_what_is_computed_together_has_one_format(tiny: TinyModels, path: str, named: str) -> None:

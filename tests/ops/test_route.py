@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,19 +11,26 @@ from torch import Tensor
 
 from reprise import ops
 
-EXPERTS, TOP, ROWS = 24, 6, 50
+EXPERTS, TOP, ROWS = 24, 4, 6
+
+
+@pytest.fixture(params=["reference", "triton"])
+def compute(
+    request: pytest.FixtureRequest, implementation: Callable[..., Callable[..., Any]]
+) -> Callable[..., Any]:
+    return implementation(ops.route, request.param)
 
 
 def route(
-    logits: Tensor, top: int, scoring: str = "softmax", *, live: int | None = None,
-    renormalize: bool = True, scale: float = 1.0, bias: Tensor | None = None,
-    chosen: Tensor | None = None,
+    compute: Callable[..., Any], logits: Tensor, top: int, scoring: str = "softmax", *,
+    live: int | None = None, renormalize: bool = True, scale: float = 1.0,
+    bias: Tensor | None = None, chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = len(logits)
     weights = torch.full((rows, top), torch.nan, device=logits.device)
     ids = torch.full((rows, top), 99, dtype=torch.int32, device=logits.device)
     count = torch.tensor([rows if live is None else live], dtype=torch.int32, device=logits.device)
-    ops.route(logits, count, weights, ids, scoring, renormalize, scale, bias, chosen)
+    compute(logits, count, weights, ids, scoring, renormalize, scale, bias, chosen)
     return weights, ids
 
 
@@ -35,7 +43,9 @@ def by_hand(scores: Tensor, keys: Tensor, top: int) -> tuple[list[list[float]], 
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_softmax_is_that_of_transformers(device: str, renormalize: bool) -> None:
+def test_softmax_is_that_of_transformers(
+    compute: Callable[..., Any], device: str, renormalize: bool
+) -> None:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -47,13 +57,15 @@ def test_softmax_is_that_of_transformers(device: str, renormalize: bool) -> None
     with torch.no_grad():
         router.weight.normal_(generator=generator)
         logits, expected, numbers = router(torch.randn(ROWS, 32, generator=generator))
-    weights, ids = route(logits.to(device), TOP, renormalize=renormalize)
+    weights, ids = route(compute, logits.to(device), TOP, renormalize=renormalize)
     assert torch.equal(ids.cpu().long(), numbers)
     assert torch.allclose(weights.cpu(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
-def test_a_bias_decides_about_the_choice_alone(device: str, scoring: str) -> None:
+def test_a_bias_decides_about_the_choice_alone(
+    compute: Callable[..., Any], device: str, scoring: str
+) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(ROWS, EXPERTS, generator=generator)
     logits[0] = -200.0  # log(1 + exp(x)) is 0 there, and the weights 0 / 0
@@ -64,7 +76,7 @@ def test_a_bias_decides_about_the_choice_alone(device: str, scoring: str) -> Non
     if scoring == "sqrtsoftplus":
         scores = (torch.log1p(torch.exp(-wide.abs())) + wide.clamp(min=0)).sqrt()
     found, numbers = by_hand(scores, scores.float() + bias, TOP)
-    weights, ids = route(logits.to(device), TOP, scoring, scale=1.5, bias=bias.to(device))
+    weights, ids = route(compute, logits.to(device), TOP, scoring, scale=1.5, bias=bias.to(device))
     assert ids[1:].tolist() == numbers[1:]
     chosen = torch.tensor(found)
     expected = 1.5 * chosen / (chosen.sum(dim=1, keepdim=True) + 1e-20)
@@ -72,12 +84,12 @@ def test_a_bias_decides_about_the_choice_alone(device: str, scoring: str) -> Non
     assert bool(weights.isfinite().all())
 
 
-def test_a_table_of_tokens_may_choose(device: str) -> None:
+def test_a_table_of_tokens_may_choose(compute: Callable[..., Any], device: str) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(ROWS, EXPERTS, generator=generator)
     table = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(7)])
     chosen = table[torch.randint(7, (ROWS,), generator=generator)]
-    weights, ids = route(logits.to(device), TOP, "sqrtsoftplus", chosen=chosen.to(device))
+    weights, ids = route(compute, logits.to(device), TOP, "sqrtsoftplus", chosen=chosen.to(device))
     assert torch.equal(ids.cpu().long(), chosen)
     scores = torch.log1p(logits.exp()).sqrt().gather(1, chosen)
     expected = scores / scores.sum(dim=1, keepdim=True)
@@ -85,37 +97,41 @@ def test_a_table_of_tokens_may_choose(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equal_scores_the_lowest_number_is_chosen(device: str, dtype: torch.dtype) -> None:
+def test_of_equal_scores_the_lowest_number_is_chosen(
+    compute: Callable[..., Any], device: str, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randint(4, (ROWS, EXPERTS), generator=generator).to(dtype)
     logits[0] = 0.0
     logits[1] = -torch.inf
-    _, ids = route(logits.to(device), TOP)
+    _, ids = route(compute, logits.to(device), TOP)
     assert ids.tolist() == by_hand(logits.float(), logits.float(), TOP)[1]
 
 
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
-def test_whatever_a_row_holds_its_experts_exist_and_differ(device: str, odd: float) -> None:
+def test_whatever_a_row_holds_its_experts_exist_and_differ(
+    compute: Callable[..., Any], device: str, odd: float
+) -> None:
     """What indexes memory with them must not leave it."""
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(ROWS, EXPERTS, generator=generator)
-    clean, _ = route(logits[1:].to(device), TOP)
+    clean, _ = route(compute, logits[1:].to(device), TOP)
     logits[0, 1::2] = odd
-    weights, ids = route(logits.to(device), TOP)
+    weights, ids = route(compute, logits.to(device), TOP)
     assert 0 <= int(ids.min()) <= int(ids.max()) < EXPERTS
     assert len(set(ids[0].tolist())) == TOP
     assert torch.equal(weights[1:], clean)
     logits[0] = odd
-    _, ids = route(logits.to(device), TOP)
+    _, ids = route(compute, logits.to(device), TOP)
     assert ids[0].tolist() == list(range(TOP))
 
 
 @pytest.mark.parametrize("live", [0, 1, 7])
-def test_padding_goes_to_no_expert(device: str, live: int) -> None:
-    logits: Any = torch.randn(9, EXPERTS, generator=torch.Generator().manual_seed(5)).to(device)
-    weights, ids = route(logits, TOP)
+def test_padding_goes_to_no_expert(compute: Callable[..., Any], device: str, live: int) -> None:
+    logits: Any = torch.randn(8, EXPERTS, generator=torch.Generator().manual_seed(5)).to(device)
+    weights, ids = route(compute, logits, TOP)
     logits[live:] = torch.nan
-    some, numbers = route(logits, TOP, live=live)
+    some, numbers = route(compute, logits, TOP, live=live)
     assert torch.equal(some[:live], weights[:live])
     assert torch.equal(numbers[:live], ids[:live])
     assert not some[live:].count_nonzero()

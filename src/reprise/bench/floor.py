@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reprise.layers import CausalLM
+from reprise.layers import CausalLM, SparseMLP
 from reprise.platforms import Platform
 
 LEAST_COPY_BYTES, MOST_COPY_BYTES = 1 << 27, 1 << 32
@@ -65,10 +65,24 @@ def measure_floor(platform: Platform, dtype: torch.dtype, step_bytes: int) -> Fl
     return floor
 
 
-def decode_bytes(model: CausalLM) -> int:
-    """Bytes of weights that one decode step reads: all but an embedding table of its own."""
+def decode_bytes(model: CausalLM, experts_hit: float | None = None) -> int:
+    """Bytes of weights that one decode step reads: all but an embedding table of its own, and of
+    experts those that some row is sent to.
+
+    Args:
+        model: Any.
+        experts_hit: So many of each layer, counted (:mod:`reprise.bench.experts`); None: as many as
+            one row is sent to.
+    """
     total = size(model.parameters())
-    return total if model.tied else total - size(model.model.embed_tokens.parameters())
+    if not model.tied:
+        total -= size(model.model.embed_tokens.parameters())
+    for each in model.modules():
+        if isinstance(each, SparseMLP):
+            routing = each.routing
+            hit = routing.top if experts_hit is None else experts_hit
+            total -= round(size(each.experts.parameters()) * (1 - hit / routing.experts))
+    return total
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

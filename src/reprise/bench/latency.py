@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reprise.bench.drive import Run, check_fits, random_prompts, run
+from reprise.bench.experts import count_experts_hit, uniform_hits
 from reprise.bench.floor import Floor, decode_bytes, measure_floor, size
 from reprise.bench.presets import LatencyWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
@@ -21,7 +22,7 @@ from reprise.bench.trace import check_traceable, record_trace
 from reprise.cache.memory import request_bytes
 from reprise.engine import Engine
 from reprise.errors import ConfigError
-from reprise.layers import SelfAttention
+from reprise.layers import SelfAttention, SparseMLP
 from reprise.llm import LLM
 from reprise.progress import Counter, progress
 
@@ -117,7 +118,8 @@ def _measure(
     tokens = statistics.median((long - short) / each for each in counts)
     context = input_len + (short + long) / 2
     kv_bytes = request_bytes(engine.runner.model.caches().values(), context) * batch_size
-    least = (decode_bytes(engine.runner.model) + kv_bytes) / floor.bytes_per_second
+    hit = count_experts_hit(engine, prompts)
+    least = (decode_bytes(engine.runner.model, hit) + kv_bytes) / floor.bytes_per_second
     host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))
     return {
         "batch_size": batch_size,
@@ -132,6 +134,9 @@ def _measure(
         "host_ms_per_step": _ms(host) if engine.platform.asynchronous else None,
         "floor_ms": _ms(least),
         "times_floor": round(step / least, 3),
+        # Of each layer, on average; and if all were equally likely.
+        "experts_hit": None if hit is None else round(hit, 2),
+        "experts_hit_if_uniform": uniform_hits(engine.runner.model, batch_size),
         "first_token_ms": _ms(prefill),
         "first_token_ms_all": [_ms(each) for each in first],
         "prefill_tokens_per_s": round(batch_size * input_len / prefill, 1),
@@ -145,7 +150,11 @@ def _measure(
 def _prefill_flops(engine: Engine, batch_size: int, input_len: int) -> float:
     """Multiplications and additions of the matrix products, attention's visible half included."""
     model = engine.runner.model
-    linear = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
+    linear: float = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
+    for each in model.modules():
+        if isinstance(each, SparseMLP):
+            weights = sum(part.numel() for part in each.experts.parameters())
+            linear -= weights * (1 - each.routing.top / each.routing.experts)
     mixers = [each for each in model.modules() if isinstance(each, SelfAttention)]
     attention = sum(each.num_heads * each.head_size for each in mixers)
     head = model.vocab_size * model.hidden_size

@@ -27,6 +27,8 @@ class Probe:
     """The rows that are real; at most the bucket's."""
     kind: Kind
     """What the graph is proven on if it is right on this probe."""
+    always: bool = False
+    """No graph goes without it, however short time is; so it is for the first probe."""
 
 
 class State(Protocol):

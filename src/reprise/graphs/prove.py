@@ -95,7 +95,9 @@ class Prover:
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):
             if self._useless is None or bucket.shape.phase != "mixed":
-                self._advance(bucket, 0)
+                for number, probe in enumerate(bucket.probes):
+                    if number == 0 or probe.always:
+                        self._advance(bucket, number)
             if progress is not None:
                 progress("verify graphs", done + 1, len(buckets))
         self._settle()
@@ -113,7 +115,8 @@ class Prover:
         """Every further probe that there is time for."""
         for number in range(1, max((len(each.probes) for each in buckets), default=0)):
             for bucket in buckets:
-                if number < len(bucket.probes) and bucket.graph is not None:
+                unmet = bucket.info.probes <= number < len(bucket.probes)
+                if unmet and bucket.graph is not None:
                     left = deadline - time.perf_counter()
                     if self._agree(bucket.info.check_seconds < left):
                         self._advance(bucket, number)

@@ -67,6 +67,11 @@ class CausalLM(nn.Module):
         self.lm_head.into(hidden, out)
         return out
 
+    @property
+    def routed(self) -> bool:
+        """Some layer sends rows to experts: it says how, as ``routing``."""
+        return any(getattr(each, "routing", None) is not None for each in self.modules())
+
     def caches(self) -> dict[str, LayerCache]:
         """What the layers keep from step to step, in the order in which they were made."""
         return caches_of(self)

@@ -45,19 +45,26 @@ class Stack(nn.Module):
             outputs, in the order in which the outputs are concatenated.
         merged: What the tensor of all experts is called where a checkpoint stores one
             (transformers' layout: [E, outputs of all parts, inputs]).
+        beside: What is computed together with it, in its format.
 
     Raises:
         ModelError: Experts, or their projections, are stored in different formats.
     """
 
     def __init__(
-        self, build: Build, count: int, in_features: int, parts: Mapping[str, int], merged: str
+        self,
+        build: Build,
+        count: int,
+        in_features: int,
+        parts: Mapping[str, int],
+        merged: str,
+        beside: Stack | None = None,
     ) -> None:
         super().__init__()
         self.path, self.count, self.parts, self.merged_name = build.path, count, dict(parts), merged
         self.in_features, self.out_features = in_features, sum(parts.values())
         self._runs = [Run(name, 0, size) for name, size in parts.items()]
-        self.format = self._format(build)
+        self.format = self._format(build, beside)
         made = self.format.stack(count, self.out_features, in_features, build.dtype, build.device)
         self.tensors: dict[str, Tensor] = {}
         """[E, ...] each, by the last part of their names in a checkpoint that has one for each
@@ -67,14 +74,22 @@ class Stack(nn.Module):
             self.tensors[name] = parameter
             self.register_parameter(name, parameter)
 
-    def _format(self, build: Build) -> Format:
+    def _format(self, build: Build, beside: Stack | None) -> Format:
         first, *others = [format_of(build.at(f"{n}"), self._runs) for n in range(self.count)]
         if any(each is not first for each in others):
             raise ModelError(
                 f"the experts of {build.path} are computed together and stored in different "
                 "formats, which is not supported"
             )
-        return first
+        if beside is None or first is beside.format:
+            return first
+        # Where parts end within a block, what shares a scale is smaller there, and here as well.
+        if first.merged(rows_of(beside._runs)) is beside.format:
+            return beside.format
+        raise ModelError(
+            f"{', '.join(beside.parts)} and {', '.join(self.parts)} of {build.path} are stored in "
+            "different formats, which is not supported"
+        )
 
     def destinations(self) -> Iterator[tuple[str, Place]]:
         """Each tensor of a checkpoint that has one for each expert, by its full name."""
@@ -121,13 +136,10 @@ class Experts(nn.Module):
         gate, up, down = names
         parts = {gate: intermediate_size, up: intermediate_size}
         self.gate_up_proj = Stack(build, count, hidden_size, parts, "gate_up_proj")
-        self.down_proj = Stack(build, count, intermediate_size, {down: hidden_size}, "down_proj")
+        self.down_proj = Stack(
+            build, count, intermediate_size, {down: hidden_size}, "down_proj", self.gate_up_proj
+        )
         self.format = self.gate_up_proj.format
-        if self.down_proj.format is not self.format:
-            raise ModelError(
-                f"{build.path}: {gate} and {down} are stored in different formats, which is not "
-                "supported for experts"
-            )
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """See :meth:`reprise.layers.formats.Format.grouped`."""

@@ -89,6 +89,7 @@ class ForwardPass:
             self._stacks,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
+            routed=self._causal_lm.routed,
         )
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:

@@ -58,6 +58,7 @@ class ProbeMaker:
         stacks: Gives of each pool the caches, [C, N, ...] each, which get random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
+        routed: The model sends rows to experts.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class ProbeMaker:
         *,
         vocab_size: int,
         max_model_len: int,
+        routed: bool = False,
     ) -> None:
         self._buffers = buffers
         self._stacks = stacks
         self._banks: dict[Any, Tensor] = {}
         """By the layout of a block."""
         self._max_model_len = max_model_len
+        self._routed = routed
         layout = self._layout = buffers.layout
         self._size = max(
             (each.block_size for each in layout.tables if not each.lifetime.rewritten), default=1
@@ -88,7 +91,10 @@ class ProbeMaker:
     def probes(self, bucket: StepShape, anchor: bool) -> list[Probe]:
         """The most telling probe first; see :class:`reprise.graphs.contract.Computation`."""
         make = self._decode_probes if bucket.phase == "decode" else self._mixed_probes
-        return list(make(bucket, anchor))
+        found = list(make(bucket, anchor))
+        if self._routed:
+            found[1:1] = self._alike(bucket)
+        return found
 
     def probe(self, bucket: StepShape, context: int) -> Probe:
         """A full bucket whose longest request has exactly ``context`` tokens."""
@@ -159,6 +165,22 @@ class ProbeMaker:
                 break
             some, left = _fit(left, size, self._most_requests(bucket))
             yield self._probe(f"rows {number + 1}", bucket, some, seed=8 + number)
+
+    def _alike(self, bucket: StepShape) -> Iterator[Probe]:
+        """All tokens are the same and see nothing else, so that they go to the same experts.
+
+        Nobody knows before a step where it sends its rows. With random tokens an expert gets few of
+        them; a graph that is right about few may be wrong about a crowd, and what requests of
+        equal prompts decode is one.
+        """
+        if bucket.num_tokens == 1:
+            return
+        if bucket.phase == "decode":
+            new = bucket.query_len
+            rows = [Row(new, new, NEIGHBOURS, LOWER)] * self._most_requests(bucket)
+        else:
+            rows = [self._chunk(bucket.num_tokens, 0)]
+        yield self._probe("every token alike", bucket, rows, seed=9, alike=True)
 
     # ---- rows ----------------------------------------------------------------------------
 
@@ -232,7 +254,9 @@ class ProbeMaker:
 
     # ---- one probe -----------------------------------------------------------------------
 
-    def _probe(self, name: str, bucket: StepShape, rows: Sequence[Row], seed: int) -> Probe:
+    def _probe(
+        self, name: str, bucket: StepShape, rows: Sequence[Row], seed: int, alike: bool = False
+    ) -> Probe:
         random = np.random.default_rng([seed, bucket.size, bucket.query_len])
         rows = self._placement.that_fit(rows, bucket.num_tokens, bucket.num_requests)
         tables = self._placement.tables(rows, random)
@@ -242,6 +266,8 @@ class ProbeMaker:
         ids = np.resize(np.roll(self._ids, -int(random.integers(len(self._ids)))), tokens)
         if bucket.num_tokens <= 2:  # few tokens meet few ids: each probe others
             ids = self._ids[(np.arange(tokens) + seed * tokens) % len(self._ids)]
+        if alike:
+            ids[:] = ids[0]
         live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
 
         def fill() -> None:
@@ -259,7 +285,7 @@ class ProbeMaker:
         starts, width = lengths - counts, 1 + self._buffers.rows.num_drafts
         facts = self._buffers.facts
         kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, width)
-        return Probe(name, fill, live, kind)
+        return Probe(name, fill, live, kind, always=alike)
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:
         """Random content for blocks that have none yet, neither from here nor of a request."""

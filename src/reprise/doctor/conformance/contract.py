@@ -6,7 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,9 @@ from reprise.platforms import Platform
 
 if TYPE_CHECKING:
     from reprise.llm import LLM
+
+MODELS = Path(__file__).parent / "models"
+"""Configs of models that are made up."""
 
 
 class Broken(Exception):
@@ -67,12 +71,13 @@ def need(holds: object, message: str) -> None:
 
 
 class Kit:
-    """What contracts work with: a platform, and the demo model on it."""
+    """What contracts work with: a platform, and the demo model and others on it."""
 
     def __init__(self, platform: Platform, device: str) -> None:
         self.platform = platform
         self.device = device
         """What the user typed after ``--device``."""
+        self._models: dict[str, LLM] = {}
 
     @functools.cached_property
     def ops(self) -> OpTable:
@@ -82,6 +87,22 @@ class Kit:
     @functools.cached_property
     def llm(self) -> LLM:
         """The demo model, small steps, no graphs."""
+        return self._made()
+
+    def model(self, needs: str) -> LLM:
+        """One that has what the demo model has not, with random weights; "": the demo model.
+
+        Args:
+            needs: A folder of ``models/``: ``experts``.
+        """
+        if not needs:
+            return self.llm
+        if needs not in self._models:
+            path = str(MODELS / needs)
+            self._models[needs] = self._made(model=path, load_format="dummy", dtype="float32")
+        return self._models[needs]
+
+    def _made(self, **options: Any) -> LLM:
         from reprise import LLM
 
         return LLM(
@@ -92,6 +113,7 @@ class Kit:
             max_num_batched_tokens=32,
             num_blocks=129,
             enable_prefix_caching=False,
+            **options,
         )
 
     def full(self, *shape: int, value: float = 0.0) -> torch.Tensor:

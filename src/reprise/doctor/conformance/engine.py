@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
@@ -16,6 +16,10 @@ from reprise.ops import Op
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
 from reprise.testing.faults import FAULTS
+from reprise.testing.faults.base import Fault
+
+if TYPE_CHECKING:
+    from reprise.llm import LLM
 
 STARTUP = VerifyMode()
 BUCKETS = Buckets(decode=(2, 4), mixed=(8, 32))
@@ -24,21 +28,21 @@ TOKENS = 12
 EXECUTORS: tuple[Executor, ...] = ("full", "breakable", "compiled")
 
 
-def tokens(kit: Kit) -> list[list[int]]:
-    """What the demo model answers, through whatever graphs its runner has."""
+def tokens(llm: LLM) -> list[list[int]]:
+    """What a model answers, through whatever graphs its runner has."""
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": each} for each in PROMPTS]
-    outputs = kit.llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [list(each.outputs[0].token_ids) for each in outputs]
 
 
 @contextlib.contextmanager
 def graphs_of(
-    kit: Kit, executor: Executor, buckets: Buckets, verify: VerifyMode = STARTUP
+    kit: Kit, llm: LLM, executor: Executor, buckets: Buckets, verify: VerifyMode = STARTUP
 ) -> Iterator[GraphRunner]:
-    """The demo model with freshly captured graphs; afterwards it has none again."""
+    """A model with freshly captured graphs; afterwards it has none again."""
     kit.need_graphs()
-    runner = kit.llm.engine.runner
+    runner = llm.engine.runner
     made = GraphRunner(
         runner.forward_pass,
         kit.platform,
@@ -64,12 +68,12 @@ def graphs_of(
 
 def executor_is_exact(kit: Kit, executor: Executor) -> str:
     """Generate greedily with the executor on both phases; compare tokens with eager's."""
-    expected = tokens(kit)
-    with graphs_of(kit, executor, BUCKETS) as graphs:
+    expected = tokens(kit.llm)
+    with graphs_of(kit, kit.llm, executor, BUCKETS) as graphs:
         for info in graphs.report().graphs:
             need(info.quarantined is None, f"{info.name}: {info.quarantined}")
             need(info.verified, f"{info.name} was captured and not verified")
-        got = tokens(kit)
+        got = tokens(kit.llm)
         replays = graphs.report().replays
     for row, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         need(mine == theirs, f"request {row}: tokens {mine} and not {theirs}")
@@ -77,27 +81,30 @@ def executor_is_exact(kit: Kit, executor: Executor) -> str:
     return f"{len(got)} requests, {replays} replays"
 
 
-def _with_extent(kit: Kit) -> list[Op]:
-    """The model's ops that know how far requests reach: most faults can be planted there."""
-    computation, shape = kit.llm.engine.runner.forward_pass, StepShape.decode(1)
+def _places(llm: LLM, kind: type[Fault]) -> list[Op]:
+    """The model's ops in which such a fault is to be planted: if it says nothing else, those that
+    know how far requests reach."""
+    computation, shape = llm.engine.runner.forward_pass, StepShape.decode(1)
 
     def step() -> None:
         computation.pad(shape.empty, shape)
         computation.forward(shape)
 
-    return [each for each, _ in uses_of(computation.ops, step) if each.extent is not None]
+    ops = [each for each, _ in uses_of(computation.ops, step)]
+    return ops if kind.needs else [each for each in ops if each.extent is not None]
 
 
 def fault_is_caught(kit: Kit, fault: str) -> str:
     """Put the fault into an op; verification must refuse the graph and name the op."""
     kind, caught, reasons = FAULTS[fault], [], []
+    llm = kit.model(kind.needs)
     for executor in ("full", "breakable"):
-        for op in _with_extent(kit):
+        for op in _places(llm, kind):
             reason = kind.inexpressible(op, executor, kit.platform)
             if reason is not None:
                 reasons.append(reason)
                 continue
-            _inject(kit, fault, op.name, executor)
+            _inject(kit, llm, fault, op.name, executor)
             caught.append(f"{op.name} in {executor}")
             break
     if not caught:
@@ -105,24 +112,24 @@ def fault_is_caught(kit: Kit, fault: str) -> str:
     return ", ".join(caught)
 
 
-def _inject(kit: Kit, fault: str, op: str, executor: Any) -> None:
+def _inject(kit: Kit, llm: LLM, fault: str, op: str, executor: Any) -> None:
     from reprise.testing import faults
 
     kind = FAULTS[fault]
-    runner = kit.llm.engine.runner
+    runner = llm.engine.runner
     kit.need_graphs()
     every_replay = kind.caught == "canary:1"
-    expected = tokens(kit) if every_replay else []
+    expected = tokens(llm) if every_replay else []
     decode = kind.shows_in == "decode"
     buckets = Buckets(decode=(4,) if decode else (), mixed=() if decode else (32,))
     verify = VerifyMode(canary=int(every_replay))
     with (
         _quiet(),
         faults.inject(fault, runner.ops, op, runner.forward_pass),
-        graphs_of(kit, executor, buckets, verify) as graphs,
+        graphs_of(kit, llm, executor, buckets, verify) as graphs,
     ):
         if every_replay:
-            need(tokens(kit) == expected, f"{fault} in {op} gave wrong tokens under canary:1")
+            need(tokens(llm) == expected, f"{fault} in {op} gave wrong tokens under canary:1")
         (info,) = graphs.report().graphs
     if info.quarantined is None:
         raise Broken(f"{fault} in {op} went unseen by the {executor} executor")

@@ -45,6 +45,34 @@ class EightBits(Format):
             x, tensors["weight"], tensors[self.scale], bias, *self.blocks(x.shape[1])
         )
 
+    def grouped(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+    ) -> Tensor:
+        return ops.fp8_experts(x, weights, ids, *self._stacks(gate_up, down))
+
+    def grouped_add(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Mapping[str, Tensor],
+        down: Mapping[str, Tensor],
+        residual: Tensor,
+    ) -> None:
+        ops.fp8_experts_add(x, weights, ids, *self._stacks(gate_up, down), residual)
+
+    def _stacks(
+        self, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+        tensors = gate_up["weight"], gate_up[self.scale], down["weight"], down[self.scale]
+        block_n, block_k = self.blocks(0)
+        return *tensors, block_n, block_k
+
     def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
         if "weight" in tensors:
             bits = tensors["weight"].view(torch.uint8)

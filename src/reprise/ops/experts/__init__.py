@@ -2,7 +2,7 @@
 
 from reprise.ops.experts import cases, reference
 from reprise.ops.experts.torch import accepts, needs_grouped_mm
-from reprise.ops.registry import Op, op
+from reprise.ops.registry import Op, needs_triton, op
 
 
 def _declare(name: str, mutates: tuple[str, ...] = ()) -> Op:
@@ -10,6 +10,8 @@ def _declare(name: str, mutates: tuple[str, ...] = ()) -> Op:
     declared = op(
         name, getattr(reference, name), cases=getattr(cases, name), mutates=mutates, fake=fake
     )
+    target = f"reprise.ops.experts.triton:{name}"
+    declared.implementation("triton", target, requires=needs_triton)
     target = f"reprise.ops.experts.torch:{name}"
     declared.implementation("torch", target, requires=needs_grouped_mm, accepts=accepts)
     return declared

@@ -30,11 +30,12 @@ def _arguments(make: Maker, sizes: Mixture, ids: Tensor) -> Arguments:
     hidden, inner, count = sizes.hidden, sizes.intermediate, sizes.experts
     weights = make.randn(*ids.shape, dtype=torch.float32).abs() / ids.shape[1]
     return {
-        "x": make.randn(len(ids), hidden),
+        # Not the weights, which are much larger.
+        "x": make.randn(len(ids), hidden) / hidden**0.5,
         "weights": weights,
         "ids": ids,
-        "gate_up": make.randn(count, 2 * inner, hidden) / hidden**0.5,
-        "down": make.randn(count, hidden, inner) / inner**0.5,
+        "gate_up": make.randn(count, 2 * inner, hidden),
+        "down": make.randn(count, hidden, inner),
     }
 
 

@@ -43,6 +43,13 @@ from reprise.testing.faults.recorded import (
     UnwrittenOutput,
     WrongExtent,
 )
+from reprise.testing.faults.routing import RoutingFault as RoutingFault
+from reprise.testing.faults.routing import (
+    RowsBeyondTile,
+    StaleRouting,
+    SwappedRows,
+    WrongExpert,
+)
 from reprise.testing.faults.steps import (
     WrongBesideDecodes,
     WrongDrafts,
@@ -68,6 +75,7 @@ FAULTS: dict[str, type[Fault]] = {
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
         WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
+        WrongExpert, StaleRouting, RowsBeyondTile, SwappedRows,
     )
 }  # fmt: skip
 """Every fault by name."""
@@ -146,3 +154,7 @@ wrong_window = _named("wrong_window")
 state_not_zeroed = _named("state_not_zeroed")
 state_twice = _named("state_twice")
 state_of_another = _named("state_of_another")
+wrong_expert = _named("wrong_expert")
+stale_routing = _named("stale_routing")
+rows_beyond_tile = _named("rows_beyond_tile")
+swapped_rows = _named("swapped_rows")

@@ -30,6 +30,9 @@ class Fault(ABC):
     traced: ClassVar[bool] = True
     """Its op can be told from what the op writes; else the report names the memory alone."""
 
+    needs: ClassVar[str] = ""
+    """What only some models have: ``experts``."""
+
     def __init__(self, table: OpTable, op: Op) -> None:
         self.table = table
         self.op = op

@@ -1,0 +1,69 @@
+"""Experts in Triton, by how many rows there are.
+
+Up to a few rows each row multiplies with its own experts (:mod:`one_row_kernels`). More are sorted
+by expert on the device (:mod:`groups`) and multiplied in tiles (:mod:`grouped_kernel`): small ones
+while an expert has few rows, so that the weights' way from memory is all that counts, and full ones
+for prompts. Grids follow from the shapes: programs that no tile is left for end at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reprise.ops.experts.grouped_kernel import Config, launch_combine, launch_grouped
+from reprise.ops.experts.groups import sort_by_expert
+from reprise.ops.experts.one_row_kernels import launch_one_row
+
+_MOST_ALONE = 2
+"""Rows that are not worth sorting."""
+_BY_ROWS = (
+    (4, Config(16, 64, 128, 4, 4, swap=True)),
+    (24, Config(32, 64, 128, 4, 4, swap=True)),
+    (64, Config(64, 128, 128, 4, 8)),
+)
+"""Rows of an expert up to which a configuration is used, where all experts have as many."""
+_MANY = Config(128, 256, 64, 4, 8)
+_WIDE = Config(16, 64, 64, 4, 4)
+"""For float32, which the matrix units do not take."""
+
+
+def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Shapes as in the reference."""
+    out = x.new_empty(x.shape)
+    _experts(x, weights, ids, gate_up, down, out, add=False)
+    return out
+
+
+def experts_add(
+    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor
+) -> None:
+    """Shapes as in the reference."""
+    _experts(x, weights, ids, gate_up, down, residual, add=True)
+
+
+def config_for(x: Tensor, slots: int, experts: int) -> Config:
+    """Sizes of the tiles of both products."""
+    if x.dtype is torch.float32:
+        return _WIDE
+    return next((each for most, each in _BY_ROWS if slots <= most * experts), _MANY)
+
+
+def _experts(
+    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, out: Tensor,
+    *, add: bool,
+) -> None:  # fmt: skip
+    rows, top = ids.shape
+    count, hidden, inner = down.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if rows <= _MOST_ALONE:
+        launch_one_row(x, weights, ids, gate_up, down, out, add=add)
+        return
+    config = config_for(x, rows * top, count)
+    groups = sort_by_expert(ids, count, config.block_m)
+    products = x.new_empty((rows * top, inner))
+    launch_grouped(x, gate_up, groups, products, config, top=top, gated=True)
+    given = x.new_empty((rows * top, hidden))
+    launch_grouped(products, down, groups, given, config, top=top, gated=False)
+    launch_combine(given, weights, ids, count, out, add=add)

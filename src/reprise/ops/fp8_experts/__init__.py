@@ -1,0 +1,15 @@
+"""Experts whose weights and activations have eight bits."""
+
+from reprise.ops.fp8_experts import cases, reference
+from reprise.ops.registry import Op, op
+
+
+def _declare(name: str, mutates: tuple[str, ...] = ()) -> Op:
+    fake = getattr(reference, f"fake_{name}", None)
+    return op(
+        name, getattr(reference, name), cases=getattr(cases, name), mutates=mutates, fake=fake
+    )
+
+
+fp8_experts = _declare("fp8_experts")
+fp8_experts_add = _declare("fp8_experts_add", mutates=("residual",))

@@ -1,0 +1,95 @@
+"""Faults in what sends rows to experts and brings their results back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprise.ops.registry import Op, OpTable
+from reprise.platforms import Platform
+from reprise.platforms.device_graph import capturing
+from reprise.testing.faults.base import Fault
+
+TILE = 16
+"""Rows of an expert that a product multiplies at once."""
+
+
+class RoutingFault(Fault):
+    """Of an op that multiplies rows ``x`` [T, D] with the experts ``ids`` [T, K] among those of
+    ``gate_up`` [E, ...]."""
+
+    needs = "experts"
+
+    @classmethod
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
+        if not {"x", "ids", "gate_up"} <= set(op.arguments):
+            return "the op has no experts"
+        return super().inexpressible(op, executor, platform)
+
+    def run(self, named: dict[str, Any]) -> Any:
+        return self.broken(named) if capturing() else self.proceed(named)
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class WrongExpert(RoutingFault):
+    name = "wrong_expert"
+    summary = "each row is sent to the experts beside its own"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        ids, count = named["ids"], len(named["gate_up"])
+        return self.proceed({**named, "ids": torch.where(ids >= 0, (ids + 1) % count, ids)})
+
+
+class StaleRouting(RoutingFault):
+    name = "stale_routing"
+    summary = "rows are sent where those of the captured step were sent"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.latest: dict[tuple[int, ...], Tensor] = {}
+        self.kept: list[Tensor] = []
+
+    def run(self, named: dict[str, Any]) -> Any:
+        shape = tuple(named["ids"].shape)
+        if capturing():
+            self.kept.append(self.latest[shape])
+            return self.proceed({**named, "ids": self.latest[shape]})
+        self.latest[shape] = named["ids"].clone()
+        return self.proceed(named)
+
+
+class RowsBeyondTile(RoutingFault):
+    name = "rows_beyond_tile"
+    summary = f"of the rows that go to one expert those behind the first {TILE} are lost"
+    shows_in = "mixed"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        ids = named["ids"]
+        experts = torch.arange(len(named["gate_up"]), device=ids.device)
+        mine = ids.flatten().unsqueeze(1) == experts
+        before = mine.long().cumsum(0) - mine.long()
+        lost = (mine & (before >= TILE)).any(dim=1).view(ids.shape)
+        return self.proceed({**named, "ids": torch.where(lost, -1, ids)})
+
+
+class SwappedRows(RoutingFault):
+    name = "swapped_rows"
+    summary = "two rows of an expert get each other's result"
+    shows_in = "mixed"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        x, first = named["x"], named["ids"][:, 0]
+        order = first.sort(stable=True).indices
+        partners = order.clone()
+        pairs = len(order) // 2
+        left, right = order[: 2 * pairs : 2], order[1 : 2 * pairs : 2]
+        same = first[left] == first[right]
+        partners[: 2 * pairs : 2] = torch.where(same, right, left)
+        partners[1 : 2 * pairs : 2] = torch.where(same, left, right)
+        swapped = torch.empty_like(x)
+        swapped[order] = x[partners]
+        return self.proceed({**named, "x": swapped})
