@@ -1,6 +1,6 @@
 from reprise.ops.gated_delta.cases import cases
 from reprise.ops.gated_delta.reference import reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
 
 
@@ -19,6 +19,13 @@ gated_delta = op(
     extent="seq_lens",
     state=("state",),
     graph_support="never",
+)
+
+gated_delta.implementation(
+    "triton",
+    "reprise.ops.gated_delta.triton:gated_delta",
+    requires=needs_triton,
+    graph_support="always",
 )
 gated_delta.implementation(
     "torch",

@@ -1,5 +1,8 @@
 from reprise.ops.gated_rms_norm.cases import cases
 from reprise.ops.gated_rms_norm.reference import fake, reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 gated_rms_norm = op("gated_rms_norm", reference, cases=cases, fake=fake)
+gated_rms_norm.implementation(
+    "triton", "reprise.ops.gated_rms_norm.triton:gated_rms_norm", requires=needs_triton
+)

@@ -1,0 +1,232 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""The gated delta rule chunk by chunk, for prompts.
+
+``delta_chunk_kernel`` makes of each chunk, all chunks at once, what its updates and answers need of
+the state before it; ``delta_scan_kernel`` takes the state of each request through its chunks. In
+the notation of :mod:`reprise.ops.gated_delta.chunked`, with S [K, V] the state before a chunk::
+
+    update = own - of_state S;  answers = from_state S + seen update
+    S <- exp(last) * S + kept^T update
+"""
+
+import triton
+import triton.language as tl
+
+from reprise.ops.gated_delta.recurrent_kernel import log_decay, sigmoid
+from reprise.ops.triton_util import depend, dot
+
+CHUNK = tl.constexpr(64)
+_BLOCK = tl.constexpr(16)
+"""Of a chunk, tokens whose updates are solved for one after the other."""
+
+
+@triton.jit
+def _chunks_of(starts_ptr, lengths_ptr, requests, SHORT: tl.constexpr, REQUESTS: tl.constexpr):
+    """Chunks of each request [REQUESTS]; none of those that are padding, or short."""
+    number = tl.arange(0, REQUESTS)
+    real = number < requests
+    begin = tl.load(starts_ptr + number, mask=real, other=0)
+    count = tl.load(starts_ptr + 1 + number, mask=real, other=0) - begin
+    length = tl.load(lengths_ptr + number, mask=real, other=0)
+    return tl.where((length > 0) & (count > SHORT), (count + CHUNK - 1) // CHUNK, 0)
+
+
+@triton.jit
+def _times(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _inverse(lower, i, j, PRECISION: tl.constexpr):
+    """Of I + lower, which is strictly lower triangular [CHUNK, CHUNK].
+
+    The blocks on its diagonal by forward substitution, all at once; what lies below them, M after
+    they are divided out, has no fourth power: (I + M)^-1 = (I - M)(I + M^2).
+    """
+    same = i // _BLOCK == j // _BLOCK
+    blocks: tl.constexpr = CHUNK // _BLOCK
+    square = tl.reshape(tl.where(same, -lower, 0.0), (blocks, _BLOCK, blocks, _BLOCK))
+    inverse = tl.sum(square, axis=2)
+    row = tl.arange(0, _BLOCK)[None, :, None]
+    for step in range(1, _BLOCK):
+        line = tl.sum(tl.where(row == step, inverse, 0.0), axis=1)
+        line += tl.sum(line[:, :, None] * inverse, axis=1)
+        inverse = tl.where(row == step, line[:, None, :], inverse)
+    wide = tl.broadcast_to(inverse[:, :, None, :], (blocks, _BLOCK, blocks, _BLOCK))
+    diagonal = tl.where(same, tl.reshape(wide, (CHUNK, CHUNK)), 0.0) + tl.where(i == j, 1.0, 0.0)
+    rest = _times(diagonal, tl.where(same, 0.0, lower), PRECISION)
+    squared = _times(rest, rest, PRECISION)
+    one = tl.where(i == j, 1.0, 0.0)
+    return _times(_times(one - rest, one + squared, PRECISION), diagonal, PRECISION)
+
+
+@triton.jit(do_not_specialize=["requests"])
+def delta_chunk_kernel(
+    qkv_ptr,
+    a_ptr,
+    b_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
+    starts_ptr,
+    lengths_ptr,
+    own_ptr,
+    of_state_ptr,
+    from_state_ptr,
+    kept_ptr,
+    seen_ptr,
+    last_ptr,
+    qkv_stride,
+    a_stride,
+    b_stride,
+    requests,
+    SHORT: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program prepares a chunk of a request for a head."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    counts = _chunks_of(starts_ptr, lengths_ptr, requests, SHORT, REQUESTS)
+    ends = tl.cumsum(counts, axis=0)
+    number = tl.arange(0, REQUESTS)
+    request = tl.sum((ends <= chunk).to(tl.int32), axis=0)
+    first = tl.sum(tl.where(number < request, counts, 0), axis=0)
+    depend(EARLY)
+    if request < requests:
+        begin = tl.load(starts_ptr + request) + (chunk - first) * CHUNK
+        new = tl.minimum(tl.load(starts_ptr + request + 1) - begin, CHUNK)
+        dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+        width: tl.constexpr = HEADS // GROUP * KEYS
+        place = tl.arange(0, CHUNK)
+        i = place[:, None]
+        j = place[None, :]
+        token = (begin + place).to(tl.int64)
+        there = place < new
+        k = tl.arange(0, BLOCK_K)[None, :]
+        rows = qkv_ptr + token[:, None] * qkv_stride
+        real = there[:, None] & (k < KEYS)
+
+        a_log = tl.load(a_log_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        decay = log_decay(
+            tl.load(a_ptr + token * a_stride + head, mask=there, other=0.0), a_log, dt_bias
+        )
+        # Tokens behind the request's last one decay nothing and write nothing.
+        decay = tl.where(there, decay, 0.0)
+        beta = sigmoid(tl.load(b_ptr + token * b_stride + head, mask=there, other=0.0))
+        beta = tl.where(there, beta, 0.0)
+        sums = tl.cumsum(decay, axis=0)
+        last = tl.sum(decay, axis=0)
+        # Differences of sums before they are raised: a sum alone need not be representable.
+        ratio = tl.exp(tl.where(i >= j, sums[:, None] - sums[None, :], -float("inf")))
+
+        key = tl.load(rows + width + head // GROUP * KEYS + k, mask=real, other=0.0)
+        key = key.to(tl.float32)
+        key = key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
+        narrow = key.to(dtype)
+        zeros = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+        lower = dot(narrow, tl.trans(narrow), zeros, WIDEN) * beta[:, None] * ratio
+        inverse = _inverse(tl.where(i > j, lower, 0.0), i, j, PRECISION).to(dtype)
+        at = (chunk * HEADS + head).to(tl.int64)
+        wide = at * CHUNK * BLOCK_K + i * BLOCK_K + k
+        weighted = (key * (beta * tl.exp(sums))[:, None]).to(dtype)
+        none = tl.zeros([CHUNK, BLOCK_K], dtype=tl.float32)
+        tl.store(of_state_ptr + wide, dot(inverse, weighted, none, WIDEN).to(dtype))
+        tl.store(kept_ptr + wide, (key * tl.exp(last - sums)[:, None]).to(dtype))
+
+        v = tl.arange(0, BLOCK_V)[None, :]
+        value = tl.load(
+            rows + 2 * width + head * VALUES + v, mask=there[:, None] & (v < VALUES), other=0.0
+        )
+        value = (value.to(tl.float32) * beta[:, None]).to(dtype)
+        none_of_value = tl.zeros([CHUNK, BLOCK_V], dtype=tl.float32)
+        own = dot(inverse, value, none_of_value, WIDEN)
+        tl.store(own_ptr + at * CHUNK * BLOCK_V + i * BLOCK_V + v, own.to(dtype))
+
+        query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
+        query = query * scale[:, None]
+        tl.store(from_state_ptr + wide, (query * tl.exp(sums)[:, None]).to(dtype))
+        seen = dot(query.to(dtype), tl.trans(narrow), zeros, WIDEN) * ratio
+        tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
+        tl.store(last_ptr + at, tl.exp(last))
+
+
+@triton.jit(do_not_specialize=["requests"])
+def delta_scan_kernel(
+    own_ptr,
+    of_state_ptr,
+    from_state_ptr,
+    kept_ptr,
+    seen_ptr,
+    last_ptr,
+    state_ptr,
+    slots_ptr,
+    starts_ptr,
+    lengths_ptr,
+    fresh_ptr,
+    out_ptr,
+    slot_stride,
+    requests,
+    SHORT: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALL_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes BLOCK_V channels of a head's state through the chunks of a request."""
+    row = tl.program_id(2)
+    head = tl.program_id(1)
+    counts = _chunks_of(starts_ptr, lengths_ptr, requests, SHORT, REQUESTS)
+    number = tl.arange(0, REQUESTS)
+    count = tl.sum(tl.where(number == row, counts, 0), axis=0)
+    first = tl.sum(tl.where(number < row, counts, 0), axis=0)
+    depend(EARLY)
+    if count > 0:
+        dtype: tl.constexpr = own_ptr.dtype.element_ty
+        begin = tl.load(starts_ptr + row)
+        new = tl.load(starts_ptr + row + 1) - begin
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        old = tl.load(fresh_ptr + row) == 0
+        k = tl.arange(0, BLOCK_K)
+        v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+        i = tl.arange(0, CHUNK)[:, None]
+        # [K, V] here, [V, K] in memory.
+        at = state_ptr + slot * slot_stride + (head * VALUES + v)[None, :] * KEYS + k[:, None]
+        real = (v < VALUES)[None, :] & (k < KEYS)[:, None]
+        now = tl.load(at, mask=real & (k < tl.where(old, KEYS, 0))[:, None], other=0.0)
+        now = now.to(tl.float32)
+        keys = i * BLOCK_K + k[None, :]
+        values = i * ALL_V + v[None, :]
+        square = i * CHUNK + tl.arange(0, CHUNK)[None, :]
+        for chunk in range(count):
+            place = ((first + chunk) * HEADS + head).to(tl.int64)
+            before = now.to(dtype)
+            of_state = tl.load(of_state_ptr + place * CHUNK * BLOCK_K + keys)
+            own = tl.load(own_ptr + place * CHUNK * ALL_V + values).to(tl.float32)
+            none = tl.zeros([CHUNK, BLOCK_V], dtype=tl.float32)
+            update = (own - dot(of_state, before, none, WIDEN)).to(dtype)
+            from_state = tl.load(from_state_ptr + place * CHUNK * BLOCK_K + keys)
+            seen = tl.load(seen_ptr + place * CHUNK * CHUNK + square)
+            answer = dot(from_state, before, none, WIDEN)
+            answer = dot(seen, update, answer, WIDEN)
+            kept = tl.load(kept_ptr + place * CHUNK * BLOCK_K + keys)
+            now = dot(tl.trans(kept), update, now * tl.load(last_ptr + place), WIDEN)
+            token = chunk * CHUNK + i
+            target = out_ptr + ((begin + token).to(tl.int64) * HEADS + head) * VALUES + v[None, :]
+            inside = (token < new) & (v < VALUES)[None, :]
+            tl.store(target, answer.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(at, now.to(state_ptr.dtype.element_ty), mask=real)

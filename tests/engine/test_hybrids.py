@@ -1,0 +1,183 @@
+"""Models of linear and full attention through the engine: the tokens are those of transformers,
+however requests are cut, shared, interrupted and captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    HYBRIDS,
+    TinyModel,
+    TinyModels,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+    token_ids,
+)
+from planted import planted
+
+from reprise import LLM
+from reprise.testing import faults
+
+STEPS = 12
+CHUNK = 64
+"""A state can be copied behind multiples of so many tokens."""
+SHARED = random_ids(70, 2 * CHUNK)
+PROMPTS = [
+    random_ids(71, 1), [*SHARED, *random_ids(72, 7)], random_ids(73, CHUNK),
+    [*SHARED, *random_ids(74, 30)], random_ids(75, 2), random_ids(76, 70),
+]  # fmt: skip
+CUTS = (1, 2, 3, 5, 63, 64, 65, 70)
+BUCKETS = {"graph_buckets": "decode=2,8;mixed=64", "max_num_batched_tokens": 64}
+
+
+class Known:
+    """What transformers generates, by model."""
+
+    def __init__(self, tiny: TinyModels, device: str) -> None:
+        self._tiny, self._device = tiny, device
+        self._tokens: dict[str, list[list[int]]] = {}
+
+    def model(self, name: str) -> TinyModel:
+        return self._tiny(name, seed=1)
+
+    def tokens(self, name: str) -> list[list[int]]:
+        if name not in self._tokens:
+            model = self.model(name)
+            llm = make_llm(model, self._device, enable_prefix_caching=False)
+            found = [generate(llm, [prompt], greedy(STEPS))[0] for prompt in PROMPTS]
+            for prompt, output in zip(PROMPTS, found, strict=True):
+                assert model.is_greedy(prompt, output)
+            self._tokens[name] = found
+        return self._tokens[name]
+
+
+@pytest.fixture(scope="module")
+def known(tiny: TinyModels, device: str) -> Known:
+    return Known(tiny, device)
+
+
+def poison(llm: LLM) -> None:
+    """All that the pools hold, the null blocks too, becomes NaN."""
+    with torch.inference_mode():
+        for cache in llm.engine.runner.model.caches().values():
+            for each in cache.tensors.values():
+                each.fill_(torch.nan)
+
+
+def check(known: Known, name: str, device: str, **options: Any) -> LLM:
+    """One step ahead, over poisoned memory, twice: the second time behind what the first kept."""
+    llm = make_llm(known.model(name), device, **{"num_blocks": 129, **options})
+    llm.engine._depth = 2
+    poison(llm)
+    for _ in range(2):
+        assert generate(llm, PROMPTS, greedy(STEPS)) == known.tokens(name)
+    report = llm.graph_report()
+    assert not report.quarantined
+    assert not report.canary_failures
+    for cache in llm.engine.runner.model.caches().values():
+        if cache.lifetime.rewritten:
+            assert all(each[0].isnan().all() for each in cache.tensors.values())
+    return llm
+
+
+def long_but(*wanted: tuple[str, Any], values: Any) -> list[Any]:
+    """All models with all values; in short runs these alone."""
+    return [
+        pytest.param(name, value, marks=[] if (name, value) in wanted else [pytest.mark.long])
+        for name in HYBRIDS
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    long_but(("qwen3_5", 3), ("qwen3_next", 65), ("qwen3_5_moe", 64), values=CUTS),
+)
+def test_any_chunks_give_the_same_tokens(known: Known, device: str, name: str, cut: int) -> None:
+    check(known, name, device, max_num_seqs=3 if cut < 8 else 8, max_num_batched_tokens=cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    long_but(
+        ("qwen3_next", "full"), ("qwen3_5", "breakable"), ("qwen3_5", "compiled"),
+        values=("full", "breakable", "compiled"),
+    ),
+)  # fmt: skip
+def test_graphs_compute_the_same(known: Known, device: str, name: str, mode: str) -> None:
+    llm = check(known, name, device, graph_mode=mode, graph_verify="canary:1", **BUCKETS)
+    assert any(each.replays for each in llm.graph_report().graphs)
+
+
+def test_a_prompt_of_one_token_does_not_go_on_from_its_slot(known: Known, device: str) -> None:
+    """Nor does one whose length is that of a decode, in a graph."""
+    model = known.model("qwen3_5")
+    llm = make_llm(model, device, max_num_seqs=1, graph_mode="full", **BUCKETS)
+    for prompt, expected in zip(PROMPTS, known.tokens("qwen3_5"), strict=True):
+        if len(prompt) <= 2:
+            poison(llm)
+            assert generate(llm, [prompt], greedy(STEPS)) == [expected]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.long)])
+def test_a_prefix_hits_at_every_multiple_of_a_chunk(known: Known, device: str, name: str) -> None:
+    """Though blocks of keys and values are smaller, and wherever the prompts part."""
+    model = known.model(name)
+    text = random_ids(80, 330)
+    llm = make_llm(model, device, num_blocks=257, max_num_seqs=8)
+    alone = make_llm(model, device, enable_prefix_caching=False)
+    generate(llm, [text], greedy(1))
+    for shared in range(CHUNK, 321, CHUNK):
+        # Its last checkpoint is where this prompt's is.
+        generate(llm, [text[: shared + 1]], greedy(1))
+        prompt = [*text[:shared], *random_ids(shared, 20)]
+        (output,) = llm.generate([prompt], greedy(4), use_tqdm=False)
+        assert output.metrics.num_cached_tokens == shared
+        assert token_ids([output]) == generate(alone, [prompt], greedy(4))
+
+
+def test_a_prompt_of_a_hundred_tokens_hits(known: Known, device: str) -> None:
+    """Where an engine whose states have blocks of their own size would find nothing."""
+    llm = make_llm(known.model("qwen3_next"), device)
+    prompt = random_ids(81, 100)
+    for cached in (0, CHUNK):
+        (output,) = llm.generate([prompt], greedy(2), use_tqdm=False)
+        assert output.metrics.num_cached_tokens == cached
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_5_moe", pytest.param("qwen3_next", marks=pytest.mark.long)]
+)
+def test_preempted_requests_begin_anew(known: Known, device: str, name: str) -> None:
+    llm = make_llm(known.model(name), device, num_blocks=22, max_model_len=192)
+    outputs = llm.generate(PROMPTS, greedy(STEPS), use_tqdm=False)
+    assert token_ids(outputs) == known.tokens(name)
+    assert sum(each.metrics.num_preemptions for each in outputs) > 0
+
+
+@pytest.mark.parametrize("op", ["causal_conv", "gated_delta"])
+@pytest.mark.parametrize("fault", ["state_not_zeroed", "state_twice", "state_of_another"])
+def test_a_graph_that_is_wrong_about_states_is_refused(
+    known: Known, device: str, monkeypatch: pytest.MonkeyPatch, fault: str, op: str
+) -> None:
+    """A stale slot, a double commit, another request's slot; of the window, too."""
+    with planted(monkeypatch, faults.FAULTS[fault], op):
+        llm = make_llm(known.model("qwen3_5"), device, graph_mode="full", **BUCKETS)
+        assert generate(llm, PROMPTS, greedy(STEPS)) == known.tokens("qwen3_5")
+    report = llm.graph_report()
+    assert report.quarantined
+    assert f"{op} #" in " ".join(each.quarantined for each in report.quarantined)
+
+
+def test_bfloat16_is_near_float32(known: Known, device: str) -> None:
+    """Of a model that small, whose states stay in float32, most tokens are the same."""
+    found = generate(
+        make_llm(known.model("qwen3_5"), device, dtype="bfloat16"), PROMPTS, greedy(STEPS)
+    )
+    first = [tokens[0] for tokens in found]
+    expected = [tokens[0] for tokens in known.tokens("qwen3_5")]
+    assert sum(a == b for a, b in zip(first, expected, strict=True)) >= len(PROMPTS) - 2
