@@ -32,6 +32,8 @@ from helpers import (
 )
 
 from reprise import LLM, SamplingParams
+from reprise.cache import State
+from reprise.layers import gated_delta
 from reprise.runner import model_runner
 
 BFLOAT16_GAP = 0.25
@@ -58,11 +60,13 @@ EXECUTORS = ("none", "full", "breakable", "compiled")
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
-    "recurrent": {"num_hidden_layers": 3},
+    "hybrid": {"num_hidden_layers": 2, "full_attention_interval": 2},
 }
-"""Fields of a tiny Qwen3's config; with windows every second layer has one. The recurrent model is
-a Llama with :mod:`recurrent`'s layers, which must be in use where it is made."""
-RECURRENT = "recurrent"
+"""Fields of a tiny Qwen3's config; with windows every second layer has one. The hybrid is a
+Qwen3.5: a layer of linear attention, a layer of full attention."""
+HYBRID = "hybrid"
+CHECKPOINT = State(16)
+"""Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
 
 
@@ -92,6 +96,7 @@ def engine(
             "prompt_lookup_max": 3, "prompt_lookup_min": 1,
         }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_delta, "STATE", CHECKPOINT)
         if ahead:
             buffers = functools.partial(model_runner.StepBuffers, shared=False)
             patch.setattr(model_runner, "StepBuffers", buffers)
@@ -140,7 +145,7 @@ def chunking(features: Features, model: TinyModel, device: str, **options: Any) 
 
 def prefix_hit(features: Features, model: TinyModel, device: str, **options: Any) -> list[Any]:
     """Everything is asked twice."""
-    if features.model == RECURRENT:
+    if features.model == HYBRID:
         options.setdefault("max_num_seqs", 24)  # room for states of those that have left
     llm = engine(features, model, device, **options)
     answers(llm)
@@ -148,7 +153,7 @@ def prefix_hit(features: Features, model: TinyModel, device: str, **options: Any
     hits = [bool(each.metrics.num_cached_tokens) for each in outputs]
     long = [len(each.prompt_token_ids) > 8 for each in outputs]
     # States are kept at some places only.
-    assert any(hits) if features.model == RECURRENT else hits == long
+    assert any(hits) if features.model == HYBRID else hits == long
     return outputs
 
 
@@ -203,13 +208,13 @@ COVERING = [
     Features("none", "plain", 7),
     Features("full", "windows", 3),
     Features("breakable", "plain", 1),
-    Features("breakable", RECURRENT, 0),
+    Features("breakable", HYBRID, 0),
 ]
 """Between them every feature; each is run under every disturbance."""
 PRODUCT = [
     Features(*each)
     for each in itertools.product(EXECUTORS, MODELS, DRAFTS)
-    if each[1] != RECURRENT or each[2] == 0  # drafts are refused there
+    if each[1] != HYBRID or each[2] == 0  # drafts are refused there
 ]
 
 
@@ -221,7 +226,7 @@ class Alone:
         self._known: dict[str, list[list[int]]] = {}
 
     def model(self, name: str) -> TinyModel:
-        return self._tiny("llama" if name == RECURRENT else "qwen3", **MODELS[name])
+        return self._tiny("qwen3_5" if name == HYBRID else "qwen3", **MODELS[name])
 
     def tokens(self, name: str) -> list[list[int]]:
         if name not in self._known:

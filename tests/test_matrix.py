@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import matrix
 import pytest
 from helpers import TinyModels, make_llm
-from recurrent import hybrids
 
 from reprise.errors import ConfigError
 
@@ -16,11 +14,6 @@ from reprise.errors import ConfigError
 @pytest.fixture(scope="module")
 def alone(tiny: TinyModels, device: str) -> matrix.Alone:
     return matrix.Alone(tiny, device)
-
-
-def layers_of(model: str) -> contextlib.AbstractContextManager[None]:
-    """What has to be in use where an engine with this model is made and runs."""
-    return hybrids() if model == matrix.RECURRENT else contextlib.nullcontext()
 
 
 CASES = [
@@ -38,17 +31,15 @@ def test_same_tokens(
     alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
 ) -> None:
     model = alone.model(features.model)
-    with layers_of(features.model):
-        outputs = matrix.DISTURBANCES[disturbance](features, model, device)
-        expected = alone.tokens(features.model)
+    outputs = matrix.DISTURBANCES[disturbance](features, model, device)
+    expected = alone.tokens(features.model)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
 
 
 def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: str) -> None:
     config = {"method": "ngram", "num_speculative_tokens": 2}
-    refused = pytest.raises(ConfigError, match=r"speculative_config: .* a recurrent state")
-    with hybrids(), refused:
-        make_llm(alone.model(matrix.RECURRENT), device, speculative_config=config)
+    with pytest.raises(ConfigError, match=r"speculative_config: .* a recurrent state"):
+        make_llm(alone.model(matrix.HYBRID), device, speculative_config=config)
 
 
 @pytest.mark.parametrize("features", matrix.COVERING, ids=str)

@@ -27,7 +27,7 @@ def run(function, x, weight, state, slots, counts, seq_lens, fresh, padding=0, q
     return out
 
 
-@pytest.mark.parametrize("name", ["reference"])
+@pytest.mark.parametrize("name", ["reference", "triton"])
 @pytest.mark.parametrize("cuts", [[1, 1, 1, 1, 1], [2, 3], [3, 1, 2], [7], [5, 70, 1, 64]])
 def test_any_cuts_give_the_convolution_of_the_whole(implementation, randn, name, cuts) -> None:
     """Whatever slots hold before a request begins, and whatever padding's slot holds."""
@@ -47,7 +47,7 @@ def test_any_cuts_give_the_convolution_of_the_whole(implementation, randn, name,
     assert others.isnan().all(), "no other slot is written"
 
 
-@pytest.mark.parametrize("name", ["reference"])
+@pytest.mark.parametrize("name", ["reference", "triton"])
 def test_requests_side_by_side_do_not_meet(implementation, randn, name) -> None:
     conv = implementation(causal_conv, name)
     weight = randn(SIZE, TAPS)

@@ -24,7 +24,7 @@ from reprise import LLM, platforms
 from reprise.errors import PlatformError
 
 PACKAGE = Path(__file__).parent
-MATRIX = ("full, windows, 3 drafts", "breakable, recurrent, 0 drafts", "none, plain, 7 drafts")
+MATRIX = ("full, windows, 3 drafts", "breakable, hybrid, 0 drafts", "none, plain, 7 drafts")
 """Of the metamorphic matrix, what its maker would look at first."""
 
 
