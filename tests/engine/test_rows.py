@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reprise import LLM, SamplingParams
 from reprise.platforms import Platform
 from reprise.runner import model_runner
+from reprise.runner.known_step import KnownStep
 from reprise.shape import StepShape
 from reprise.step import Step
 
@@ -183,3 +184,33 @@ def test_what_was_drawn_last_is_not_counted_again_by_a_step_that_draws_nothing(
     params = [*([ends] * neighbours), goes_on]
     alone = [generate(llm, [a], b)[0] for a, b in zip(prompts, params, strict=True)]
     assert generate(llm, prompts, params) == alone
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_kind_of_a_step_that_goes_on_is_the_one_that_is_found_anew(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    """Under admissions, ends, preemption and blocks that are given back."""
+    found: list[bool] = []
+    look_up = KnownStep.kind
+
+    def checked(self: KnownStep, bucket: StepShape, *lengths: Any) -> Any:
+        kind, told = look_up(self, bucket, *lengths), self.told(bucket, *lengths)
+        assert kind.step == told.step
+        assert kind.rows.tolist() == told.rows.tolist()
+        found.append(self._plain)
+        return kind
+
+    monkeypatch.setattr(KnownStep, "kind", checked)
+    fields = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    model = tiny("qwen3", **(fields if windows else {}))
+    llm = make_llm(
+        model, device, graph_mode="full", graph_buckets="decode=1,2,4;mixed=32", max_num_seqs=4,
+        max_num_batched_tokens=32, block_size=4, num_blocks=60, max_model_len=128,
+    )  # fmt: skip
+    prompts = [random_ids(n, 3 + 11 * n) for n in range(7)]
+    params = [greedy(8 + 9 * (n % 4)) for n in range(7)]
+    generate(llm, prompts, params)
+    assert sum(found) > 20
+    assert not all(found)
+    assert_idle(llm)

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 
 from reprise.cache import KEPT, CacheLayout, LayerCache, Lifetime, Rows, State, Window
-from reprise.cache.layout import lay_out_caches
+from reprise.cache.layout import TableLayout, lay_out_caches
 from reprise.cache.memory import allocate_caches, pool_tensors
 from reprise.graphs.regions import Stack, stacked
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.kinds import FACTS, RowLayouts, facts_of, kind_of_step
+from reprise.runner.kinds import FACTS, DecodeCodes, RowLayouts, facts_of, kind_of_step
 from reprise.runner.probes import ProbeMaker
 from reprise.shape import StepShape
 
@@ -160,7 +160,7 @@ def check_probe(buffers: StepBuffers, bucket: StepShape, probe: Any, longest: in
             held = blocks[row, needed.start : needed.stop]
             assert ((held > 0) & (held < layout.pools[table.pool].num_blocks)).all()
             assert not blocks[row, : needed.start].any(), "what has left is the null block"
-    facts = buffers.facts
+    facts = buffers.known.facts
     for pair in facts.pairs(probe.kind):
         assert facts.name(pair)
     assert buffers.kind(bucket).rows.tolist() == probe.kind.rows.tolist()
@@ -219,3 +219,31 @@ def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anch
             seen |= set(buffers.input_ids.device[: probe.live.num_tokens].tolist())
     assert {0, 6399} <= seen
     assert {each // 100 for each in seen} == set(range(64))
+
+
+@settings(max_examples=60)
+@given(
+    starts=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    sizes=st.lists(st.sampled_from([1, 3, 8, 16]), min_size=1, max_size=2),
+    steps=st.integers(1, 40),
+)
+def test_kinds_of_decodes_that_are_looked_up_are_those_that_are_found(
+    starts: list[int], sizes: list[int], steps: int
+) -> None:
+    """However many steps in a row, and the same object as long as nothing changes."""
+    facts = facts_of([TableLayout(KEPT, each) for each in sizes])
+    known = DecodeCodes(facts, sizes, 300)
+    lengths, ones = np.array(starts), np.ones(len(starts), dtype=np.int64)
+    shape = StepShape.decode(len(starts))
+    layouts = [(ones * (n + 1), ones * (n % 3)) for n in range(len(sizes))]
+    blocks = [facts.code(0, 0, 0, *each) for each in layouts]
+    until, before = -1, None
+    for step in range(steps):
+        if lengths.max() + step > 300:
+            break
+        codes, left = known.of(lengths + step, blocks)
+        told = kind_of_step(ones, lengths + step, lengths + step, layouts, shape, sizes, facts).rows
+        assert codes.tolist() == told.tolist()
+        if step <= until:
+            assert codes.tolist() == before
+        until, before = max(until, step + left), codes.tolist()

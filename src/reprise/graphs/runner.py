@@ -313,7 +313,7 @@ class GraphRunner:
         if found is None:
             return False
         bucket, probe = found
-        with torch.inference_mode(), self.computation.ops.activate():
+        with self.computation.ops.computing():
             # All weights: after start-up nobody else looks at them all.
             verdict = self.prover.compare(
                 bucket, probe, scope=lambda: replace(self._scope(bucket), part=None)
@@ -364,7 +364,7 @@ class GraphRunner:
             ValueError: Both shapes are of different phases.
         """
         computation, whole = self.computation, shape.holding(at_least)
-        with torch.inference_mode(), computation.ops.activate():
+        with computation.ops.computing():
             bucket = self._bucket_for(whole)
             if bucket is None or bucket.graph is None:
                 self._run_eagerly(shape, whole)
@@ -383,7 +383,7 @@ class GraphRunner:
 
     def weights_changed(self) -> None:
         """The weights were refilled on purpose: they are right as they are now."""
-        with torch.inference_mode(), self.computation.ops.activate():
+        with self.computation.ops.computing():
             if self.verify.startup and self.plan.captures:
                 self.guard.learn_weights()
 

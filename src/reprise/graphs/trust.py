@@ -37,6 +37,8 @@ class Ledger:
         self._rows: dict[tuple[Hashable, tuple[int, ...]], Ints | None] = {}
         """By graph and facts of the step: of each code whether it is trusted; None: the step's own
         facts are not."""
+        self._trusted: dict[Hashable, Kind] = {}
+        """By graph, the kind for which it was trusted last: the next step's is often the same."""
 
     def enter(self, graph: Hashable, family: Hashable) -> None:
         """A new graph, of which nothing is known; also instead of one that was refused."""
@@ -79,6 +81,14 @@ class Ledger:
 
     def trusts(self, graph: Hashable, kind: Kind) -> bool:
         """Whether a step of this kind may be replayed."""
+        if self._trusted.get(graph) is kind:
+            return True
+        if not self._find_out(graph, kind):
+            return False
+        self._trusted[graph] = kind
+        return True
+
+    def _find_out(self, graph: Hashable, kind: Kind) -> bool:
         key = (graph, kind.step)
         if key not in self._rows:
             steps = self.facts.step_pairs(kind.step)
@@ -135,5 +145,6 @@ class Ledger:
 
     def _forget(self, family: Hashable) -> None:
         """What was looked up for graphs of the family."""
+        self._trusted.clear()
         for key in [each for each in self._rows if self._family_of.get(each[0]) == family]:
             del self._rows[key]

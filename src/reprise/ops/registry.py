@@ -293,14 +293,34 @@ class OpTable:
             return self.candidates[op.name][0]
         return choice.answer(args, kwargs).implementation
 
-    @contextlib.contextmanager
-    def activate(self) -> Iterator[None]:
+    def activate(self) -> contextlib.AbstractContextManager[None]:
         """Route op calls of this thread to this table within the ``with`` block."""
-        token = _active.set(self)
-        try:
-            yield
-        finally:
-            _active.reset(token)
+        return _Active(self, inference=False)
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """:meth:`activate`, and compute without gradients."""
+        return _Active(self, inference=not torch.is_inference_mode_enabled())
+
+
+class _Active:
+    """A class and no generator: every step enters two of these, and each would cost as much as a
+    launch."""
+
+    __slots__ = ("_inference", "_table", "_token")
+
+    def __init__(self, table: OpTable, *, inference: bool) -> None:
+        self._table = table
+        self._inference = torch.inference_mode() if inference else None
+
+    def __enter__(self) -> None:
+        if self._inference is not None:
+            self._inference.__enter__()
+        self._token = _active.set(self._table)
+
+    def __exit__(self, *error: Any) -> None:
+        _active.reset(self._token)
+        if self._inference is not None:
+            self._inference.__exit__(*error)
 
 
 class _LateFunctions(dict[str, Callable[..., Any]]):

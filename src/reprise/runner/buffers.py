@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from reprise.cache import NULL_BLOCK, Batch, CacheLayout, Table
 from reprise.graphs.kinds import Kind
 from reprise.platforms import Platform
 from reprise.runner.arena import Arena, Ints, to_device
-from reprise.runner.kinds import facts_of, kind_of_step
+from reprise.runner.known_step import KnownStep
 from reprise.runner.rows import Rows
 from reprise.shape import StepShape
 from reprise.step import Step
@@ -23,20 +22,6 @@ EDITS = 1024
 """Entries of block tables that travel with a step's other inputs; more take a copy of their own."""
 ADMISSIONS = 64
 """Likewise requests."""
-
-
-class _Known(NamedTuple):
-    """What the host knows of the step in the buffers."""
-
-    counts: Ints
-    """[R]: new tokens."""
-    least: Ints
-    """[R]: tokens that are there before them, at least."""
-    most: Ints
-    rows: Ints | None
-    """[R]; None: a made-up step, that says itself what rows would."""
-    tables: Sequence[Ints]
-    """[R, M] each, of a made-up step."""
 
 
 class StepBuffers:
@@ -67,11 +52,11 @@ class StepBuffers:
         num_drafts: int = 0,
     ) -> None:
         self.layout = layout
-        self.facts = facts_of(layout.tables)
         self.max_tokens, self.max_requests = max_tokens, max_requests
         self.platform = platform
         max_blocks = max(each.entries(max_model_len + num_drafts) for each in layout.tables)
         self.rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
+        self.known = KnownStep(self.rows, layout, max_model_len + num_drafts)
         self._admissions = min(ADMISSIONS, max_requests)
         num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
         num_tables = len(layout.tables)
@@ -130,14 +115,11 @@ class StepBuffers:
             num_tables, max_requests, max_blocks, dtype=torch.int32, device=device
         )
         """Those of the step's rows."""
-        self._least: Ints = np.zeros(0, dtype=np.int64)
-        """By how many tokens the step moves each of its rows on at least."""
         self._block_sizes = to_device(
             np.array([each.span for each in layout.tables], dtype=np.int64), platform
         )
         self._last_rows: Sequence[int] = ()
         """Of the last step, if it was a decode step whose inputs are still there."""
-        self._row_numbers: Ints = np.zeros(0, dtype=np.int64)
         self._padded: tuple[StepShape, StepShape] | None = None
         """The step in the buffers, and what it was padded to."""
         self._again: Callable[[], None] | None = None
@@ -151,8 +133,6 @@ class StepBuffers:
         """How many tokens of each request come before the step's, at least."""
         self.num_draws = 0
         """Rows of the step's logits that are drawn from."""
-        nothing: Ints = np.zeros(0, dtype=np.int64)
-        self._of_step = _Known(nothing, nothing, nothing, nothing, ())
         self._advanced: tuple[Tensor, ...] = ()
         """Arguments of ``ops.advance`` before what was drawn."""
         self._move: Callable[[Tensor], None] | None = None
@@ -177,7 +157,8 @@ class StepBuffers:
                 self._arena.flip()
                 self._send_edits(edits, [])
                 self._gather(padded.num_requests)
-            self._note(self._of_step.counts)
+                self.known.tables_changed()
+            self.known.go_on()
             assert self._again is not None
             self._again()
             return
@@ -188,7 +169,7 @@ class StepBuffers:
     def _write(self, step: Step, padded: StepShape, edits: tuple[Ints, Ints] | None) -> None:
         self._arena.flip()
         requests, tokens = len(step.rows), step.num_tokens
-        rows = self._row_numbers = np.array(step.rows, dtype=np.int64)
+        rows = np.array(step.rows, dtype=np.int64)
         counts = np.array(step.counts, dtype=np.int64)
         drafts = np.array(step.drafts, dtype=np.int64)
         ends = np.cumsum(counts + drafts)
@@ -222,8 +203,8 @@ class StepBuffers:
             spans.append(self._sampling_rows.span(0, self.num_draws))
         self._send(step, spans, edits, self._write_ids(step, ends, starts))
         self._gather(to_requests)
-        self._least = counts
-        self._note(counts + drafts)
+        plain = not self.rows.num_drafts and step.num_decodes == requests
+        self.known.begin(rows, counts + drafts, counts, plain=plain)
         self._lay_out(padded)
         self._advanced = self._advance_arguments(requests)
         self.new_tokens = self.emitted[:requests, :-1]
@@ -339,15 +320,6 @@ class StepBuffers:
             self.emitted[:requests],
         )
 
-    def _note(self, new: Ints) -> None:
-        """What the host knows of the step, before its rows move on by ``new`` [R] tokens."""
-        rows = self._row_numbers
-        least = most = self.rows.at_least[rows]
-        if self.rows.num_drafts:
-            most = self.rows.at_most[rows]
-        self._of_step = _Known(new, least, most, rows, ())
-        self.rows.move_on(rows, self._least, new)
-
     def advance(self, drawn: Tensor) -> Tensor:
         """Move the rows of the step that was filled last on.
 
@@ -357,7 +329,7 @@ class StepBuffers:
         Returns:
             [R, 1 + K + 1] int64, see :attr:`emitted`; overwritten by the next step.
         """
-        if len(self._row_numbers) == 0:
+        if self._advanced[-1].shape[0] == 0:
             return self.emitted[:0]
         if self._move is None:
             self._move = ops.advance.repeatedly(*self._advanced, drawn, others=1)
@@ -445,7 +417,7 @@ class StepBuffers:
             whole[:, : table.shape[1]] = table
             self.platform.upload(torch.from_numpy(whole), target[:requests])
             wholes.append(whole)
-        self._of_step = _Known(counts, starts, starts, None, wholes)
+        self.known.make_up(counts, starts, wholes)
 
     def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
         """Make the rows from a step's end to a bucket's end harmless: null blocks, length 0."""
@@ -475,59 +447,15 @@ class StepBuffers:
 
     def kind(self, bucket: StepShape, *, exact: bool = False) -> Kind:
         """The kind of the step that was filled last, padded to ``bucket``; ``exact``: as the device
-        knows it, which is waited for."""
-        counts, least, most, rows, tables = self._of_step
-        if exact and least is not most:
-            lengths = self.seq_lens.device[: len(counts)].cpu().numpy()
-            least = most = np.maximum(lengths - counts, 0)
-        layouts = self.rows.layouts
-        if rows is None:
-            layouts = [
-                each.like(table, -(-(least + counts) // layout.span))
-                for each, table, layout in zip(layouts, tables, self.layout.tables, strict=True)
-            ]
-            rows = np.arange(len(counts))
-        codes = [each.codes(rows) for each in layouts]
-        sizes = [each.block_size for each in self.layout.tables]
-        width = 1 + self.rows.num_drafts
-        return kind_of_step(counts, least, most, codes, bucket, sizes, self.facts, width)
-
-    def blocks_near(self, *, reads: bool) -> dict[str, Ints]:
-        """Blocks that the step in the buffers writes, those next to them, the first of each row,
-        and the null block: [K] int64, ascending, of each pool by what it calls them. Some more
-        where the host does not know how far requests have come.
-
-        Args:
-            reads: Those that the step reads, too.
-        """
-        counts, least, most, rows, made_up = self._of_step
-        near = [np.zeros(each.num_blocks + 1, dtype=bool) for each in self.layout.pools]
-        for each in near:
-            each[NULL_BLOCK] = True
-        for number, layout in enumerate(self.layout.tables):
-            table = made_up[number] if rows is None else self.rows.host_tables[number][rows]
-            pool = near[layout.pool]
-            needed = [
-                layout.lifetime.needed(int(begin), int(end), layout.block_size)
-                for begin, end in zip(least, most + counts, strict=True)
-            ]
-            columns = np.arange(table.shape[1])
-            begins = np.array([each.start for each in needed], dtype=np.int64)[:, None]
-            ends = np.array([each.stop for each in needed], dtype=np.int64)[:, None]
-            pool[table[np.arange(len(needed)), begins[:, 0]]] = True
-            if reads:
-                pool[table[(begins <= columns) & (columns < ends)]] = True
-            written = table[(columns >= (least // layout.span)[:, None]) & (columns < ends)]
-            for each in (written - 1, written, written + 1):
-                pool[each] = True  # -1 is the last one, which does not exist
-        return {
-            layout.unit: each[: layout.num_blocks].nonzero()[0]
-            for layout, each in zip(self.layout.pools, near, strict=True)
-        }
+        knows it, which is waited for where the host does not."""
+        if not exact or not self.rows.num_drafts:
+            return self.known.kind(bucket)
+        requests = self.known.num_requests
+        return self.known.kind(bucket, self.seq_lens.device[:requests].cpu().numpy())
 
     def use_cache(self, layout: CacheLayout) -> None:
         """The pools have these sizes from now on."""
-        self.layout = layout
+        self.layout = self.known.layout = layout
         for table, each in zip(layout.tables, self.rows.layouts, strict=True):
             each.use_cache(layout.pools[table.pool].num_blocks)
 

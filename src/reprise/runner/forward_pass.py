@@ -62,7 +62,7 @@ class ForwardPass:
         self._logits = torch.zeros(max_logits, model.vocab_size, dtype=dtype, device=device)
         self._probes: ProbeMaker | None = None
         self._layout = buffers.layout
-        self.facts: Facts = buffers.facts
+        self.facts: Facts = buffers.known.facts
         self._stacked: tuple[Tensor, list[list[Stack]]] | None = None
         self._weights = weights_of(model)
         self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}

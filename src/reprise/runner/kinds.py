@@ -192,10 +192,49 @@ def kind_of_step(
             for start in (least, most)
         ]
     codes = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    return Kind(_facts_of_step(counts, bucket, width), codes)
+    return Kind(facts_of_step(counts, bucket, width), codes)
 
 
-def _facts_of_step(counts: Ints, bucket: StepShape, width: int) -> tuple[int, int, int, int]:
+class DecodeCodes:
+    """The codes of requests that decode one token, by how many they have: what :func:`kind_of_step`
+    finds, looked up.
+
+    Args:
+        facts: Of the tables.
+        block_sizes: Of each table.
+        longest: Most tokens of a request.
+    """
+
+    def __init__(self, facts: Facts, block_sizes: Sequence[int], longest: int) -> None:
+        starts = np.arange(longest + 1)
+        ones = np.ones_like(starts)
+        shape = StepShape.decode(len(starts))
+        nowhere = [(np.zeros_like(starts), np.zeros_like(starts))] * len(block_sizes)
+        told = kind_of_step(ones, starts, starts, nowhere, shape, block_sizes, facts)
+        self._codes = told.rows.reshape(len(block_sizes), -1)
+        """[L, S]: of each table, of a request with so many tokens, but for where its blocks lie."""
+        ends = (self._codes[:, 1:] != self._codes[:, :-1]).any(axis=0).nonzero()[0]
+        next_end = np.append(ends, longest)[np.searchsorted(ends, starts)]
+        self._left = next_end - starts
+        """[S]: for how many tokens more the codes stay."""
+
+    def of(self, lengths: Ints, blocks: Sequence[Ints]) -> tuple[Ints, int]:
+        """The codes of such a step, and for how many further tokens of each request they stay.
+
+        Args:
+            lengths: [R], tokens before the new one; the longest counts for longer ones, which are
+                computed ahead and dropped.
+            blocks: [R] of each table, the code of where its blocks lie.
+        """
+        parts = [
+            codes.take(lengths, mode="clip") + others
+            for codes, others in zip(self._codes, blocks, strict=True)
+        ]
+        left = int(self._left.take(lengths, mode="clip").min(initial=len(self._left)))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts), left
+
+
+def facts_of_step(counts: Ints, bucket: StepShape, width: int) -> tuple[int, int, int, int]:
     requests = len(counts)
     if bucket.phase == "decode":
         live, size = requests, bucket.num_requests

@@ -129,11 +129,9 @@ class ModelRunner:
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """:meth:`submit` and :meth:`sample` are called in the ``with`` block."""
-        with torch.inference_mode(), self.ops.activate():
-            yield
+        return self.ops.computing()
 
     def submit(self, step: Step, at_least: StepShape | None = None) -> None:
         """Start computing a step; :meth:`sample` comes next.

@@ -283,7 +283,7 @@ class ProbeMaker:
             codes.append(layouts.codes(np.arange(len(rows))))
         sizes = [each.block_size for each in self._layout.tables]
         starts, width = lengths - counts, 1 + self._buffers.rows.num_drafts
-        facts = self._buffers.facts
+        facts = self._buffers.known.facts
         kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, width)
         return Probe(name, fill, live, kind, always=alike)
 

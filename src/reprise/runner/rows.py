@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -132,8 +131,8 @@ class Rows:
                     layouts.extend(row, blocks, int(table[begin - 1]) if begin else None)
         return np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
 
-    def move_on(self, rows: Ints, least: Any, most: Any) -> None:
-        """A step was submitted that computes so many tokens of each row."""
+    def move_on(self, rows: Ints | slice, least: Ints, most: Ints) -> None:
+        """A step was submitted that computes so many tokens of each row, at least and at most."""
         self.at_least[rows] += least
         if self.num_drafts:
             self.at_most[rows] += most

@@ -105,5 +105,5 @@ class WrittenRows:
         return self._near(reads=True)
 
     def _near(self, *, reads: bool) -> Units:
-        blocks = self._buffers.blocks_near(reads=reads)
+        blocks = self._buffers.known.blocks_near(reads=reads)
         return {unit: to_device(each, self._buffers.platform) for unit, each in blocks.items()}

@@ -1,0 +1,175 @@
+"""What the host knows of the step in the buffers: whose it is, how far they have come, its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reprise.cache import NULL_BLOCK, CacheLayout
+from reprise.graphs.kinds import Kind
+from reprise.runner.arena import Ints
+from reprise.runner.kinds import DecodeCodes, facts_of, facts_of_step, kind_of_step
+from reprise.runner.rows import Rows
+from reprise.shape import StepShape
+
+_NEVER = -1
+
+
+class KnownStep:
+    """The step that was filled last.
+
+    Args:
+        rows: Where requests stand.
+        layout: Block tables and pools.
+        longest: Most tokens of a request.
+    """
+
+    def __init__(self, rows: Rows, layout: CacheLayout, longest: int) -> None:
+        self._rows = rows
+        self.layout = layout
+        self.facts = facts_of(layout.tables)
+        self._sizes = [each.block_size for each in layout.tables]
+        self._decode_codes = DecodeCodes(self.facts, self._sizes, longest)
+        nothing: Ints = np.zeros(0, dtype=np.int64)
+        self._numbers: Ints | None = nothing
+        """[R], rows; None: a made-up step, that says itself what rows would."""
+        self._place: Ints | slice = nothing
+        """The same, or what is read and written faster where they are side by side."""
+        self._made_up: Sequence[Ints] = ()
+        """[R, M] each, the tables of a made-up step."""
+        self._new, self._moves = nothing, nothing
+        """[R]: new tokens at most, and by how many the step moves its rows on at least."""
+        self._least, self._most = nothing, nothing
+        """[R]: tokens that are there before them."""
+        self._plain = False
+        """Each request decodes one token."""
+        self._turn = 0
+        """Counts steps."""
+        self._kind: Kind | None = None
+        """Of :attr:`_bucket`, up to turn :attr:`_until`."""
+        self._bucket: StepShape | None = None
+        self._until = _NEVER
+        self._blocks: list[Ints] | None = None
+        """What the rows' blocks add to their codes, of each table."""
+
+    def begin(self, rows: Ints, new: Ints, moves: Ints, *, plain: bool) -> None:
+        """A step of other requests, or that computes something else of them.
+
+        Args:
+            rows: [R].
+            new: [R], tokens that each computes, drafts included.
+            moves: [R], by how many each moves on at least.
+            plain: Each is one token, of a request that decodes.
+        """
+        self._numbers, self._place = rows, rows
+        if len(rows) and (rows == np.arange(rows[0], rows[0] + len(rows))).all():
+            self._place = slice(int(rows[0]), int(rows[0]) + len(rows))
+        self._made_up, self._new, self._moves, self._plain = (), new, moves, plain
+        self.tables_changed()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """The same step once more, from where its rows stand now; then they move on."""
+        rows, place = self._rows, self._place
+        self._least = self._most = rows.at_least[place].copy()
+        if rows.num_drafts:
+            self._most = rows.at_most[place].copy()
+        rows.move_on(place, self._moves, self._new)
+        self._turn += 1
+
+    def tables_changed(self) -> None:
+        """Of some row."""
+        self._until, self._blocks = _NEVER, None
+
+    def make_up(self, new: Ints, starts: Ints, tables: Sequence[Ints]) -> None:
+        """A step of nobody's: [R] new tokens, [R] tokens before them, [R, M] blocks of each
+        table."""
+        self._numbers, self._made_up, self._plain = None, tables, False
+        self._new, self._least, self._most = new, starts, starts
+        self.tables_changed()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._new)
+
+    # ---- kinds ---------------------------------------------------------------------------
+
+    def kind(self, bucket: StepShape, lengths: Ints | None = None) -> Kind:
+        """The kind of the step, padded to ``bucket``.
+
+        Args:
+            bucket: A shape.
+            lengths: [R], tokens of each request, the new ones included, where the host does not
+                know them and the device was asked.
+        """
+        if self._turn <= self._until and bucket == self._bucket:
+            assert self._kind is not None
+            return self._kind
+        if not self._plain or self._numbers is None:
+            return self.told(bucket, lengths)
+        # Steps of requests that decode come one after the other: what is the same is kept.
+        if self._blocks is None:
+            self._blocks = [
+                self.facts.code(0, 0, 0, *each.codes(self._numbers)) for each in self._rows.layouts
+            ]
+        codes, left = self._decode_codes.of(self._least, self._blocks)
+        self._kind = Kind(facts_of_step(self._new, bucket, 1), codes)
+        self._bucket, self._until = bucket, self._turn + left
+        return self._kind
+
+    def told(self, bucket: StepShape, lengths: Ints | None = None) -> Kind:
+        """:meth:`kind`, found anew."""
+        least, most, rows = self._least, self._most, self._numbers
+        if lengths is not None and least is not most:
+            least = most = np.maximum(lengths - self._new, 0)
+        layouts = self._rows.layouts
+        if rows is None:
+            layouts = [
+                each.like(table, -(-(least + self._new) // layout.span))
+                for each, table, layout in zip(
+                    layouts, self._made_up, self.layout.tables, strict=True
+                )
+            ]
+            rows = np.arange(len(self._new))
+        blocks = [each.codes(rows) for each in layouts]
+        width = 1 + self._rows.num_drafts
+        return kind_of_step(self._new, least, most, blocks, bucket, self._sizes, self.facts, width)
+
+    # ---- blocks --------------------------------------------------------------------------
+
+    def blocks_near(self, *, reads: bool) -> dict[str, Ints]:
+        """Blocks that the step writes, those next to them, the first of each row, and the null
+        block: [K] int64, ascending, of each pool by what it calls them. Some more where the host
+        does not know how far requests have come.
+
+        Args:
+            reads: Those that the step reads, too.
+        """
+        least, ends_at = self._least, self._most + self._new
+        near = [np.zeros(each.num_blocks + 1, dtype=bool) for each in self.layout.pools]
+        for each in near:
+            each[NULL_BLOCK] = True
+        for number, layout in enumerate(self.layout.tables):
+            if self._numbers is None:
+                table = self._made_up[number]
+            else:
+                table = self._rows.host_tables[number][self._numbers]
+            pool = near[layout.pool]
+            needed = [
+                layout.lifetime.needed(int(begin), int(end), layout.block_size)
+                for begin, end in zip(least, ends_at, strict=True)
+            ]
+            columns = np.arange(table.shape[1])
+            begins = np.array([each.start for each in needed], dtype=np.int64)[:, None]
+            ends = np.array([each.stop for each in needed], dtype=np.int64)[:, None]
+            pool[table[np.arange(len(needed)), begins[:, 0]]] = True
+            if reads:
+                pool[table[(begins <= columns) & (columns < ends)]] = True
+            written = table[(columns >= (least // layout.span)[:, None]) & (columns < ends)]
+            for each in (written - 1, written, written + 1):
+                pool[each] = True  # -1 is the last one, which does not exist
+        return {
+            layout.unit: each[: layout.num_blocks].nonzero()[0]
+            for layout, each in zip(self.layout.pools, near, strict=True)
+        }
