@@ -161,7 +161,7 @@ class Handlers:
             if asked.stream:
                 streaming = True
                 limit = (state.client.facts or {}).get("max_model_len")
-                return EventStream(caller, work.events(caller), limit, headers)
+                return EventStream(caller, work, limit, headers)
             return _json(await work.reply(caller), headers)
         except EngineRefusal as refusal:
             if refusal.kind == GONE_CLIENT:

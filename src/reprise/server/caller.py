@@ -43,7 +43,7 @@ class Caller:
     def __init__(self, client: EngineClient, callers: Callers, receive: Receive) -> None:
         self._client = client
         self._callers = callers
-        self._bell = Bell()
+        self.bell = Bell()
         self.streams: list[Stream] = []
         self.sending_since: float | None = None
         """Of the loop's clock: since when the client has taken nothing."""
@@ -59,7 +59,7 @@ class Caller:
             EngineRefusal: There is no engine.
         """
         for each in requests:
-            self.streams.append(self._client.generate(self._bell, **each))
+            self.streams.append(self._client.generate(self.bell, **each))
 
     async def accepted(self) -> list[dict[str, Any]]:
         """Wait until the engine has all requests; what was wanted of each prompt.
@@ -69,24 +69,34 @@ class Caller:
         """
         for each in self.streams:
             while not each.accepted:
-                await self._bell.wait()
+                await self.bell.next()
         return [each.facts for each in self.streams]
 
-    async def next(self) -> list[tuple[int, list[Any]]]:
-        """What is new: number of the request, and as of :meth:`Stream.take`.
+    def take(self) -> list[tuple[int, list[Any]]]:
+        """What is new: number of the request, and as of :meth:`Stream.take`; empty: nothing.
 
         Raises:
             EngineRefusal: A request has failed.
         """
-        while True:
-            found = []
-            for number, stream in enumerate(self.streams):
-                item = stream.take()
-                if item is not None:
-                    found.append((number, item))
-            if found:
-                return found
-            await self._bell.wait()
+        if len(self.streams) == 1:
+            item = self.streams[0].take()
+            return [] if item is None else [(0, item)]
+        found = []
+        for number, stream in enumerate(self.streams):
+            item = stream.take()
+            if item is not None:
+                found.append((number, item))
+        return found
+
+    async def next(self) -> list[tuple[int, list[Any]]]:
+        """As :meth:`take`, when there is something.
+
+        Raises:
+            EngineRefusal: A request has failed.
+        """
+        while not (found := self.take()):
+            await self.bell.next()
+        return found
 
     def fail(self, refusal: EngineRefusal) -> None:
         """Nobody is to wait any longer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -95,6 +95,11 @@ class Chat(Reply):
                 "wants": wants,
             }
         ]
+        kind = {"object": "chat.completion.chunk", "system_fingerprint": fingerprint}
+        self._template = Template({**self._head, **kind}, self._usage_at_end)
+        self._texts_alone = not (request.logprobs or request.return_token_ids)
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        """By choice: what stands around the text of a chunk that has a text and nothing else."""
         self._choices: dict[int, _Choice] = {}
         self._facts: dict[str, Any] = {}
 
@@ -146,7 +151,7 @@ class Chat(Reply):
         prompt: list[Any] = []
         outputs: list[Any] = []
         while self.end is None:
-            for _, (new, end, positions) in await caller.next():
+            for _, (_, new, end, positions) in await caller.next():
                 outputs += new
                 prompt = positions or prompt
                 self._count(new, end)
@@ -202,27 +207,32 @@ class Chat(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
-    async def events(self, caller: Caller) -> AsyncIterator[bytes]:
-        """Chunks of the stream.
-
-        Raises:
-            EngineRefusal: The engine failed.
-        """
-        kind = {"object": "chat.completion.chunk", "system_fingerprint": self._fingerprint}
-        head = {**self._head, **kind}
-        template = Template(head, self._usage_at_end)
-        while self.end is None:
-            chunks: list[bytes] = []
-            for _, (outputs, end, _) in await caller.next():
-                self._count(outputs, end)
-                for output in outputs:
-                    self._chunks(template, output, chunks)
-            if chunks:
-                yield b"".join(chunks)
-        if self._usage_at_end:
-            yield template.usage(self.final_usage()) + DONE
-        else:
-            yield DONE
+    def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
+        chunks: list[bytes] = []
+        for _, (_, outputs, end, _) in news:
+            for output in outputs:
+                index, text, count, finish, _, more = output
+                around = self._around.get(index)
+                alone = more is None or (self._texts_alone and more["suspect_from"] is None)
+                if around is not None and finish is None and alone:
+                    # Nearly all of them: only a text, of the answer.
+                    self.usage.completion += count
+                    if text:
+                        chunks.append(b"%b%b%b" % (around[0], orjson.dumps(text), around[1]))
+                    continue
+                self._count([output], None)
+                self._chunks(self._template, output, chunks)
+                choice = self._choice(index)
+                if choice.begun and choice.answers and not self.usage_each:
+                    before = b'"delta":{"content":'
+                    self._around[index] = self._template.around(index, before, b"}," + _NO_LOGPROBS)
+            self._count([], end)
+        if self.end is not None:
+            self.complete = True
+            if self._usage_at_end:
+                chunks.append(self._template.usage(self.final_usage()))
+            chunks.append(DONE)
+        return b"".join(chunks)
 
     def _chunks(self, template: Template, output: list[Any], chunks: list[bytes]) -> None:
         index, text, count, finish, stop, more = output
@@ -308,6 +318,11 @@ class _Choice:
         if self._splitter is None:
             return [("content", text)] if text else []
         return self._splitter.feed(text)
+
+    @property
+    def answers(self) -> bool:
+        """All that follows is answer."""
+        return self._splitter is None or self._splitter.state == "content"
 
     def finish(self) -> list[Part]:
         return [] if self._splitter is None else self._splitter.finish()

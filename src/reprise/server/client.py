@@ -34,16 +34,17 @@ class Bell:
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
 
-    async def wait(self) -> None:
+    def next(self) -> asyncio.Future[None]:
+        """To be awaited: done when it rings."""
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def ring(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 class Stream:
@@ -78,8 +79,7 @@ class Stream:
         return self._accepted
 
     def take(self) -> list[Any] | None:
-        """What is new: outputs, end, log probabilities of the prompt (:class:`wire.Deltas`); None:
-        nothing.
+        """What is new, an item of :class:`wire.Deltas`; None: nothing.
 
         Raises:
             EngineRefusal: The request has failed.
@@ -104,8 +104,8 @@ class Stream:
         self._bell.ring()
 
     def put(self, item: list[Any]) -> None:
-        """``[outputs, end, prompt_logprobs]``. What was not taken yet becomes one item with it."""
-        if item[1] is not None:
+        """An item of :class:`wire.Deltas`. What was not taken yet becomes one item with it."""
+        if item[2] is not None:
             self._over = True
         self._item = item if self._item is None else _merged(self._item, item)
         self._bell.ring()
@@ -117,11 +117,12 @@ class Stream:
 
 
 def _merged(first: list[Any], later: list[Any]) -> list[Any]:
-    known = {each[0]: each for each in first[0]}
-    for each in later[0]:
+    number, outputs, _, prompt = first
+    known = {each[0]: each for each in outputs}
+    for each in later[1]:
         before = known.get(each[0])
         if before is None:
-            first[0].append(each)
+            outputs.append(each)
             continue
         _, text, count, finish, stop, more = each
         before[1] += text
@@ -134,7 +135,7 @@ def _merged(first: list[Any], later: list[Any]) -> list[Any]:
             before[5]["suspect_from"] = more["suspect_from"]
         elif more is not None:
             before[5] = more
-    return [first[0], later[1], first[2] if first[2] is not None else later[2]]
+    return [number, outputs, later[2], prompt if prompt is not None else later[3]]
 
 
 class EngineClient(asyncio.Protocol):
@@ -212,8 +213,8 @@ class EngineClient(asyncio.Protocol):
         for message in self._frames.feed(data):
             if isinstance(message, wire.Deltas):
                 streams = self._streams
-                for number, *item in message.items:
-                    stream = streams.get(number)
+                for item in message.items:
+                    stream = streams.get(item[0])
                     if stream is not None:
                         stream.put(item)
             else:

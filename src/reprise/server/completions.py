@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -15,6 +15,8 @@ from reprise.server.fields import CompletionRequest, sampling
 from reprise.server.generation import Reply
 from reprise.server.logprobs import CompletionLogprobs, prompt_logprobs
 from reprise.server.streaming import DONE, Template
+
+_TEXT_ALONE = b',"logprobs":null,"finish_reason":null,"stop_reason":null'
 
 
 class Completion(Reply):
@@ -93,6 +95,17 @@ class Completion(Reply):
         count = len(prompts) * self._n
         self._logprobs = [CompletionLogprobs(as_ids) for _ in range(count)]
         self._facts: list[dict[str, Any]] = []
+        head = {
+            "id": name,
+            "object": "text_completion",
+            "created": self._created,
+            "model": model,
+        }
+        self._template = Template(head, self._usage_at_end)
+        self._unfinished = len(prompts)
+        self._echoed: set[int] = set()
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        """By place: what stands around the text of a chunk that has a text and nothing else."""
 
     def accepted(self, facts: list[dict[str, Any]]) -> None:
         """The engine has the prompts, and said what was wanted of them."""
@@ -110,7 +123,7 @@ class Completion(Reply):
         choices: list[dict[str, Any]] = []
         unfinished = len(caller.streams)
         while unfinished:
-            for number, (outputs, end, prompt) in await caller.next():
+            for number, (_, outputs, end, prompt) in await caller.next():
                 unfinished -= end is not None
                 self._count(outputs, end)
                 choices += [self._choice(number, each, prompt) for each in outputs]
@@ -158,40 +171,36 @@ class Completion(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
-    async def events(self, caller: Caller) -> AsyncIterator[bytes]:
-        """Chunks of the stream.
-
-        Raises:
-            EngineRefusal: The engine failed.
-        """
-        head = {
-            "id": self._name,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-        }
-        template = Template(head, self._usage_at_end)
-        unfinished = len(caller.streams)
-        echoed: set[int] = set()
-        while unfinished:
-            chunks = []
-            for number, (outputs, end, prompt) in await caller.next():
-                unfinished -= end is not None
-                self._count(outputs, end)
-                for output in outputs:
-                    place = number * self._n + output[0]
-                    if self._echo and place not in echoed:
-                        echoed.add(place)
-                        chunks.append(self._echo_chunk(template, number, place, prompt))
-                    if self._only_prompt:
-                        output = [output[0], "", 0, "length", None, None]
-                    chunks += self._chunks(template, place, output)
-            if chunks:
-                yield b"".join(chunks)
-        if self._usage_at_end:
-            yield template.usage(self.final_usage()) + DONE
-        else:
-            yield DONE
+    def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
+        template = self._template
+        chunks: list[bytes] = []
+        for number, (_, outputs, end, prompt) in news:
+            self._unfinished -= end is not None
+            for output in outputs:
+                place = number * self._n + output[0]
+                if output[5] is None and output[3] is None and place in self._around:
+                    # Nearly all of them: only a text.
+                    self.usage.completion += output[2]
+                    if output[1]:
+                        before, behind = self._around[place]
+                        chunks.append(b"%b%b%b" % (before, orjson.dumps(output[1]), behind))
+                    continue
+                self._count([output], None)
+                if self._echo and place not in self._echoed:
+                    self._echoed.add(place)
+                    chunks.append(self._echo_chunk(template, number, place, prompt))
+                if self._only_prompt:
+                    output = [output[0], "", 0, "length", None, None]
+                chunks += self._chunks(template, place, output)
+                if not self.usage_each and not self._only_prompt and place not in self._around:
+                    self._around[place] = template.around(place, b'"text":', _TEXT_ALONE)
+            self._count([], end)
+        if not self._unfinished:
+            self.complete = True
+            if self._usage_at_end:
+                chunks.append(template.usage(self.final_usage()))
+            chunks.append(DONE)
+        return b"".join(chunks)
 
     def _echo_chunk(self, template: Template, number: int, place: int, prompt: Any) -> bytes:
         facts = self._facts[number]

@@ -84,6 +84,7 @@ class Gate:
         finally:
             status = 499 if state.get("gone") else status or 499
             seconds = time.perf_counter() - began
+            size = state.get("size", size)
             self._metrics.answered(scope["method"], scope["path"], status, seconds, size)
             if self._log and scope["path"] not in PROBES:
                 told = state.get("told")

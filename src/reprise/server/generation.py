@@ -20,6 +20,19 @@ class Reply:
         """Times of the request that ended last, in seconds."""
         self.usage_each = False
         """Every chunk of a stream has the usage so far."""
+        self.complete = False
+        """The stream's last chunk was made."""
+
+    def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
+        """Of a stream.
+
+        Args:
+            news: As of :meth:`reprise.server.caller.Caller.take`.
+
+        Raises:
+            EngineRefusal: A request was aborted.
+        """
+        raise NotImplementedError
 
     def running_usage(self) -> bytes | None:
         """For a chunk."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -15,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from reprise.server.caller import Caller
 from reprise.server.client import EngineRefusal
 from reprise.server.errors import GONE_CLIENT, ApiError, error_event, of_refusal
+from reprise.server.generation import Reply
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,11 @@ class Template:
             return b"%b%b}]%b" % (begin, middle, self._tail)
         return b'%b%b}],"usage":%b}\n\n' % (begin, middle, usage)
 
+    def around(self, index: int, before: bytes, behind: bytes) -> tuple[bytes, bytes]:
+        """A chunk whose middle is ``before``, something, ``behind``: what stands on either side."""
+        head, _, tail = self.chunk(index, b"%b\0%b" % (before, behind)).partition(b"\0")
+        return head, tail
+
     def usage(self, usage: bytes) -> bytes:
         """The one that ends a stream."""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, usage)
@@ -74,56 +78,63 @@ class EventStream(Response):
 
     Args:
         caller: Closed at the end.
-        events: Raise an :class:`EngineRefusal` if a request fails.
+        reply: Makes the events.
         max_model_len: For messages of errors.
         headers: Of the reply.
     """
 
     def __init__(
-        self,
-        caller: Caller,
-        events: AsyncIterator[bytes],
-        max_model_len: int | None,
-        headers: dict[str, str],
+        self, caller: Caller, reply: Reply, max_model_len: int | None, headers: dict[str, str]
     ) -> None:
         super().__init__(None, 200, {**headers, **_HEADERS})
         del self.headers["content-length"]
         self._caller = caller
-        self._events = events
+        self._reply = reply
         self._max_model_len = max_model_len
-        self.gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller = self._caller
-        caller.task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
+        # In a task of its own, with the server's own way to send: each time it goes on, all calls
+        # that lead to a coroutine are gone through, and an application has a dozen of them.
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        pumping = asyncio.create_task(self._pump(scope["state"]))
+        self._caller.task = pumping
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._safe_events(scope):
-                caller.sending_since = loop.time()
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                caller.sending_since = None
-            await send({"type": "http.response.body", "body": b""})
+            await pumping
         except asyncio.CancelledError:
-            if not caller.stalled:
+            pumping.cancel()
+            if not self._caller.stalled:
                 raise
             await _break_off(scope)
         finally:
-            caller.close()
-            with contextlib.suppress(RuntimeError):
-                await self._events.aclose()  # type: ignore[attr-defined]
+            self._caller.close()
 
-    async def _safe_events(self, scope: Scope) -> AsyncIterator[bytes]:
+    async def _pump(self, state: dict[str, Any]) -> None:
+        caller, reply, send = self._caller, self._reply, state["send"]
+        loop = asyncio.get_running_loop()
+        size = 0
+        while not reply.complete:
+            try:
+                news = caller.take()
+                data = reply.chunks(news) if news else b""
+            except EngineRefusal as refusal:
+                if refusal.kind == GONE_CLIENT:
+                    state["gone"] = True
+                    return
+                data = self._last(of_refusal(refusal, self._max_model_len))
+            except Exception:
+                logger.exception("a stream failed")
+                data = self._last(ApiError(500, "internal error; the server's log says more"))
+            if data:
+                size += len(data)
+                caller.sending_since = loop.time()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                caller.sending_since = None
+            elif not news:
+                await caller.bell.next()
+        state["size"] = size
+        await send({"type": "http.response.body", "body": b""})
+
+    def _last(self, error: ApiError) -> bytes:
         """The status is out: an error is an event."""
-        try:
-            async for each in self._events:
-                yield each
-        except EngineRefusal as refusal:
-            if refusal.kind == GONE_CLIENT:
-                self.gone = True
-                scope["state"]["gone"] = True
-                return
-            yield error_event(of_refusal(refusal, self._max_model_len)) + DONE
-        except Exception:
-            logger.exception("a stream failed")
-            yield error_event(ApiError(500, "internal error; the server's log says more")) + DONE
+        self._reply.complete = True
+        return error_event(error) + DONE

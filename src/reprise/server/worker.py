@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 LAST_WORDS_SECONDS = 2
 """For replies that are written already to reach slow clients."""
 SWEEP_SECONDS = 1.0
+YOUNG_OBJECTS = 20_000
+"""New objects that are looked through for garbage at once."""
 
 
 class _Server(uvicorn.Server):
@@ -144,6 +147,10 @@ def main() -> None:
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     start = json.loads(control.receive_text())
     disable_created_metrics()
+    # What was imported stays, and need not be looked through for garbage time and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
     configure(start["log_level"], ServerOptions.from_json(start["options"]).log_format, "http")
     uvloop.run(serve(start, control))
     os._exit(0)

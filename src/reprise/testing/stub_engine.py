@@ -46,7 +46,11 @@ class _Request:
         self.n = int(asked.params.get("n") or 1)
         self.whole = asked.params["output_kind"] == "FINAL_ONLY"
         self.done = 0
-        self.next_at = time.perf_counter() + self.seconds
+        self.next_at = self._next(time.perf_counter())
+
+    def _next(self, now: float) -> float:
+        """All requests of one length of step have their steps together, as an engine's have."""
+        return (now // self.seconds + 1) * self.seconds if self.seconds else now
 
     def item(self) -> list[Any] | None:
         """The delta of this step."""
@@ -130,7 +134,7 @@ class StubEngine:
         for (connection, number), request in list(self._requests.items()):
             if request.waits or request.next_at > now:
                 continue
-            request.next_at += request.seconds
+            request.next_at = request._next(now)
             if request.fail is not None and request.done >= request.fail:
                 del self._requests[connection, number]
                 connection.sendall(wire.frame(wire.Refused(number, "RuntimeError", "/secret/path")))
