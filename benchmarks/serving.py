@@ -339,12 +339,11 @@ def tokens(arguments: argparse.Namespace, options: list[str]) -> None:
                 http = _http(server, count)
             finally:
                 server.close()
-            rate = http["rate"]
-            print(
-                f"{servers} HTTP process(es), {STREAMS} streams {rate:,.0f} tok/s: "
-                f"{rate / base:.3f}; tokens a chunk: mean {http['mean']:.2f}, p99 {http['p99']:.0f}; first token "
-                f"{_ms(http['first'])}: {_ms(http['first'] - offline['first'])} more"
-            )
+            rate, more = http["rate"], http["first"] - offline["first"]
+            print(f"{servers} HTTP process(es), {STREAMS} streams:")
+            print(f"    {rate:,.0f} tok/s: {rate / base:.3f}")
+            print(f"    tokens a chunk: mean {http['mean']:.2f}, p99 {http['p99']:.0f}")
+            print(f"    first token {_ms(http['first'])}: {_ms(more)} more")
 
 
 def _ms(seconds: float) -> str:

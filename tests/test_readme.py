@@ -21,7 +21,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("$ ")
 ]
-OURS = [each[1:] for each in COMMANDS if each[0] == "reprise"]
+OURS = [each[1:] for each in COMMANDS if each[0] == "reprise" and each[1] != "serve"]
 HUB = "Qwen/Qwen3-0.6B"
 SMALL = ("--num-blocks", "160", "--device", "cpu")
 SMALLER = {
@@ -68,6 +68,8 @@ def test_other_commands_are_what_this_directory_has():
             assert f"\n{each[1]}:" in makefile
         elif each[:2] == ["pip", "install"]:
             assert each[2:] in (["torch"], ["."])
+        elif each[0] == "curl":
+            assert each[1].startswith("http://127.0.0.1:8000/")  # tests/server runs it
         else:
             assert each[0] == "reprise" or each in known
 

@@ -250,9 +250,10 @@ class Completion(Reply):
 
 
 def _prompts(given: Any) -> list[Any]:
-    ids = isinstance(given, list) and given and all(type(each) is int for each in given)
-    prompts = [given] if isinstance(given, str) or ids else given
-    if not isinstance(prompts, list) or not all(isinstance(each, str | list) for each in prompts):
+    prompts = [given] if isinstance(given, str) or (given and _are_ids(given)) else given
+    if not isinstance(prompts, list) or not all(
+        isinstance(each, str) or _are_ids(each) for each in prompts
+    ):
         raise ApiError(
             400, "prompt: give a text, a list of texts, token ids, or a list of these",
             param="prompt",
@@ -263,6 +264,10 @@ def _prompts(given: Any) -> list[Any]:
         if len(each) == 0:
             raise ApiError(400, "prompt is empty: give one token", param="prompt")
     return prompts
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
 
 
 def _prompt(prompt: Any, request: CompletionRequest, facts: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reprise.server.errors import ApiError
+from reprise.server.errors import ApiError, plain
 from reprise.server.fields import ChatRequest, TokenizeRequest, check_tools
 from reprise.server.options import ServerOptions
 
@@ -37,7 +37,9 @@ def conversation(
         )
     ignored: list[str] = []
     known = _MESSAGE | set(facts["message_names"] or ())
-    messages = [_message(each, known, ignored) for each in request.messages or ()]
+    messages = [
+        _message(number, each, known, ignored) for number, each in enumerate(request.messages or ())
+    ]
     chat: dict[str, Any] = {
         "messages": messages,
         "chat_template": _template(request, options),
@@ -54,15 +56,15 @@ def conversation(
             chat["cache_salt"] = request.cache_salt
     last = messages[-1] if messages else None
     unfinished = None
-    if goes_on and isinstance(last, dict) and isinstance(last.get("content"), str):
+    if goes_on and last is not None and isinstance(last.get("content"), str):
         unfinished = last["content"]
     return chat, ignored, unfinished
 
 
-def _message(given: Any, known: set[str], ignored: list[str]) -> Any:
+def _message(number: int, given: Any, known: set[str], ignored: list[str]) -> dict[str, Any]:
     """A message without what clients of other servers add; the rest is checked behind."""
     if not isinstance(given, dict):
-        return given
+        raise ApiError(400, f"messages[{number}]={plain(given)}: give an object", param="messages")
     ignored += [f"messages[].{key}" for key in given if key not in known]
     message = {key: value for key, value in given.items() if key in known}
     content = message.get("content")

@@ -29,6 +29,7 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 STEP_SECONDS = 0.001
 TOKENS = 64
+MOST_TOKENS = 1000
 
 
 class _Request:
@@ -37,7 +38,7 @@ class _Request:
         orders = _orders(self.prompt)
         self.number = asked.number
         self.name = asked.name
-        limit = asked.params.get("max_tokens") or TOKENS
+        limit = min(asked.params.get("max_tokens") or TOKENS, MOST_TOKENS)
         text, length, count = orders.get("repeat") or ["x", 1, limit]
         self.pieces: list[str] = orders.get("pieces") or [text * length] * count
         self.seconds = float(orders.get("seconds", STEP_SECONDS))
