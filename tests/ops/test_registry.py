@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
 
 from reprise import ops
+from reprise.doctor.facts import op_facts
 from reprise.errors import OpError
 from reprise.graphs.plan import support_of
 from reprise.ops import OpTable, all_ops, find, registry, rms_norm
@@ -202,6 +203,20 @@ def test_an_implementation_that_does_not_import_is_skipped(
     )
     with pytest.raises(OpError, match=f"--op {declared.name}=vendor: it cannot be imported"):
         OpTable(CpuPlatform(), {declared.name: "vendor"})
+
+
+def test_what_is_there_on_request_is_chosen_by_nobody_else(undeclared) -> None:
+    declared = registry.op("shy", plus_one, cases=ONE, fake=torch.empty_like)
+    declared.implementation("triton", plus_one, on_request="no device ran it")
+
+    class WantsShy(WantsTriton):
+        preferred: ClassVar = {"*": ("triton",)}
+
+    platform = WantsShy()
+    assert [each.name for each in declared.candidates(platform)] == ["reference"]
+    assert [each.name for each in declared.candidates(platform, "triton")] == ["triton"]
+    facts = op_facts(OpTable(platform))["shy"]["implementations"]["triton"]
+    assert facts["on_request"] == "no device ran it"
 
 
 def test_an_implementation_whose_requirement_raises_is_skipped(undeclared) -> None:

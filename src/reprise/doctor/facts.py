@@ -44,6 +44,7 @@ def op_facts(table: OpTable) -> dict[str, Any]:
             "implementations": {
                 each.name: {
                     "unusable": each.unusable(platform),
+                    "on_request": each.on_request,
                     "refuses": refusals(op, each),
                     "graph_support": each.graph_support_on(platform),
                     "error": each.error,

@@ -72,6 +72,8 @@ class Implementation:
     """None: the same inputs give the same bits. Else the largest difference between two calls of
     the same inputs, relative to the largest magnitude in a row of the result."""
     accepts: Accepts = anything
+    on_request: str | None = None
+    """Why nobody gets it who does not ask for it by name; None: it is chosen as any other."""
     import_failure: str | None = field(default=None, init=False)
     """Why its function cannot be had, once that was tried."""
 

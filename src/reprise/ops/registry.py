@@ -110,6 +110,7 @@ class Op:
         accepts: Accepts = anything,
         graph_support: GraphSupportOn = "always",
         error: float | None = None,
+        on_request: str | None = None,
     ) -> None:
         """Add a way to compute this op.
 
@@ -122,11 +123,13 @@ class Op:
             graph_support: For break ops, the steps in which it may be captured; may be a function
                 of the platform.
             error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
+            on_request: Why it computes only where ``--op NAME=IMPL`` asks for it, such as that no
+                device has run it yet. None: it is chosen as any other.
         """
         if name in self.implementations:
             raise OpError(f"op {self.name!r} already has an implementation {name!r}")
         self.implementations[name] = Implementation(
-            self.name, name, target, requires, graph_support, error, accepts
+            self.name, name, target, requires, graph_support, error, accepts, on_request
         )
 
     def candidates(self, platform: Platform, override: str | None = None) -> list[Implementation]:
@@ -152,7 +155,9 @@ class Op:
         found: list[Implementation] = []
         for name in dict.fromkeys((*order, "reference")):
             candidate = self.implementations.get(name)
-            if candidate is not None and candidate.unusable(platform) is None:
+            if candidate is None or candidate.on_request is not None:
+                continue
+            if candidate.unusable(platform) is None:
                 found.append(candidate)
                 if candidate.accepts is anything:
                     return found

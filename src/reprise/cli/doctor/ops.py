@@ -53,6 +53,8 @@ def _show(report: dict[str, Any]) -> None:
         for implementation, facts in op["implementations"].items():
             used = "[green]yes[/]" if implementation == op["chosen"] else ""
             reason = facts["unusable"] or "; ".join(facts["refuses"])
+            if facts["on_request"] and not used and not facts["unusable"]:
+                reason = f"only by --op {name}={implementation}: {facts['on_request']}"
             found.add_row(label, implementation, used, facts["graph_support"], reason)
             label = ""
         found.add_section()
