@@ -78,7 +78,7 @@ class Facts:
     def pairs(self, kind: Kind) -> set[Pair]:
         """All of a step."""
         found = set(self.step_pairs(kind.step))
-        for code in np.unique(kind.rows).tolist():
+        for code in set(kind.rows.tolist()):
             found.update(self.row_pairs(code), self.cross_pairs(kind.step, code))
         return found
 

@@ -100,7 +100,7 @@ class Ledger:
         found = rows[kind.rows]
         if (found == _TRUSTED).all():
             return True
-        for code in np.unique(kind.rows[found == _UNKNOWN]).tolist():
+        for code in set(kind.rows[found == _UNKNOWN].tolist()):
             holds = all(self._holds(graph, pair) for pair in self._of_row(kind.step, code))
             rows[code] = _TRUSTED if holds else _DOUBTED
         return bool((rows[kind.rows] == _TRUSTED).all())

@@ -63,7 +63,10 @@ class ForwardPass:
         self._probes: ProbeMaker | None = None
         self._layout = buffers.layout
         self.facts: Facts = buffers.known.facts
-        self._stacked: tuple[Tensor, list[list[Stack]]] | None = None
+        self._cache_tensors: (
+            tuple[Tensor, CacheLayout, list[dict[str, Tensor]], list[list[Stack]]] | None
+        ) = None
+        """A tensor of the caches and the layout, by which others are told, and what follows."""
         self._weights = weights_of(model)
         self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         parameters = {name for name, _ in model.named_parameters()}
@@ -115,8 +118,7 @@ class ForwardPass:
     def memory(self) -> Mapping[str, Region]:
         used = self._buffers.used_blocks()
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
-        pools = pool_tensors(self._caches, self._layout)
-        for pool, tensors, count in zip(self._layout.pools, pools, used, strict=True):
+        for pool, tensors, count in zip(self._layout.pools, self._pools(), used, strict=True):
             for name, each in tensors.items():
                 regions[name] = Region(each, "cache", pool.unit, min(count, len(each)))
         for name, each in self.ops.memory.items():
@@ -162,13 +164,23 @@ class ForwardPass:
             for stack in self._stacks()[table.pool]:
                 stack.tensor[:, target] = stack.tensor[:, source]
 
+    def _pools(self) -> list[dict[str, Tensor]]:
+        """Of each pool the caches by name."""
+        return self._found_caches()[0]
+
     def _stacks(self) -> list[list[Stack]]:
         """Of each pool."""
-        pools = pool_tensors(self._caches, self._layout)
-        first = next(iter(pools[0].values()))
-        if self._stacked is None or self._stacked[0] is not first:
-            self._stacked = first, [stacked(each) for each in pools]
-        return self._stacked[1]
+        return self._found_caches()[1]
+
+    def _found_caches(self) -> tuple[list[dict[str, Tensor]], list[list[Stack]]]:
+        """Found again only when there are others."""
+        first = next(iter(next(iter(self._caches.values())).tensors.values()))
+        known = self._cache_tensors
+        if known is None or known[0] is not first or known[1] is not self._layout:
+            pools = pool_tensors(self._caches, self._layout)
+            stacks = [stacked(each) for each in pools]
+            known = self._cache_tensors = first, self._layout, pools, stacks
+        return known[2], known[3]
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ follows from shapes alone, so a device graph can hold the launch; where a part b
 on the device from the lengths of the moment.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,7 @@ _MIN_KEYS = 64
 """A program with fewer keys costs more to merge than it saves."""
 
 
+@functools.cache
 def split_config(
     rows: int, requests: int, head_size: int, element_size: int, device: DeviceLimits
 ) -> Config:

@@ -1,3 +1,5 @@
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,9 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.reshape(-1, size).contiguous()
     heads = x.shape[1] if x.dim() == 3 else 1
     rows = x.numel() // size
-    block = next_power_of_2(size)
-    rows_per_program = max(1, _TILE // block)
-    launch(rms_norm_kernel, (cdiv(rows, rows_per_program),))(
+    options = _options(size, heads)
+    launch(rms_norm_kernel, (cdiv(rows, options["ROWS"]),))(
         x,
         weight,
         out,
@@ -34,14 +35,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.stride(0) if x.dim() > 1 else size,
         x.stride(1) if x.dim() == 3 else 0,
         eps,
-        SIZE=size,
-        HEADS=heads,
-        BLOCK=block,
-        ROWS=rows_per_program,
-        num_warps=warps(block * rows_per_program, per_thread=16),
+        **options,
         **launch_options(),
     )
     return out
+
+
+@functools.cache
+def _options(size: int, heads: int) -> dict[str, int]:
+    block = next_power_of_2(size)
+    rows = max(1, _TILE // block)
+    return {
+        "SIZE": size, "HEADS": heads, "BLOCK": block, "ROWS": rows,
+        "num_warps": warps(block * rows, per_thread=16),
+    }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,3 +1,5 @@
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,10 +35,8 @@ def rotary_cache(
     heads = qkv.shape[1] // head_size
     query_heads = heads - 2 * kv_heads
     out = qkv.new_empty((tokens, query_heads, head_size))
-    half = cos_sin.shape[1] // 2
-    heads_per_program = max(1, _TILE // next_power_of_2(head_size))
-    heads_per_program = min(heads_per_program, next_power_of_2(heads))
-    launch(rotary_cache_kernel, (tokens, cdiv(heads, heads_per_program)))(
+    options = _options(query_heads, kv_heads, head_size, cos_sin.shape[1] // 2, block_size)
+    launch(rotary_cache_kernel, (tokens, cdiv(heads, options["HEADS"])))(
         qkv,
         positions,
         cos_sin,
@@ -51,18 +51,29 @@ def rotary_cache(
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         eps,
-        QUERY_HEADS=query_heads,
-        KV_HEADS=kv_heads,
-        HEAD_SIZE=head_size,
-        HALF=half,
-        BLOCK_SIZE=block_size,
-        BLOCK_HALF=next_power_of_2(half),
-        BLOCK_REST=next_power_of_2(max(1, head_size - 2 * half)),
-        HEADS=heads_per_program,
-        num_warps=warps(next_power_of_2(head_size) * heads_per_program, per_thread=32),
+        **options,
         **launch_options(),
     )
     return out
+
+
+@functools.cache
+def _options(
+    query_heads: int, kv_heads: int, head_size: int, half: int, block_size: int
+) -> dict[str, int]:
+    heads = max(1, _TILE // next_power_of_2(head_size))
+    heads = min(heads, next_power_of_2(query_heads + 2 * kv_heads))
+    return {
+        "QUERY_HEADS": query_heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_SIZE": head_size,
+        "HALF": half,
+        "BLOCK_SIZE": block_size,
+        "BLOCK_HALF": next_power_of_2(half),
+        "BLOCK_REST": next_power_of_2(max(1, head_size - 2 * half)),
+        "HEADS": heads,
+        "num_warps": warps(next_power_of_2(head_size) * heads, per_thread=32),
+    }
 
 
 @triton.jit
