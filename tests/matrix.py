@@ -30,6 +30,7 @@ from helpers import (
     random_ids,
     token_ids,
 )
+from quantized import EIGHT_BITS, FOUR_BITS, quantized
 
 from reprise import LLM, SamplingParams
 from reprise.cache import State
@@ -68,6 +69,8 @@ HYBRID = "hybrid"
 CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
+FORMATS = ("plain", *EIGHT_BITS, *FOUR_BITS)
+"""Of the weights; each other one is compared with itself."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ class Features:
     executor: str
     model: str
     drafts: int
+    format: str = "plain"
 
     def __str__(self) -> str:
-        return f"{self.executor}, {self.model}, {self.drafts} drafts"
+        weights = "" if self.format == "plain" else f", {self.format}"
+        return f"{self.executor}, {self.model}, {self.drafts} drafts{weights}"
 
 
 def engine(
@@ -209,29 +214,44 @@ COVERING = [
     Features("full", "windows", 3),
     Features("breakable", "plain", 1),
     Features("breakable", HYBRID, 0),
+    Features("none", "plain", 0, "fp8"),
+    Features("none", "plain", 0, "awq"),
 ]
-"""Between them every feature; each is run under every disturbance."""
+"""Between them every feature, and both products of fewer bits; each is run under every
+disturbance."""
+IN_EACH_FORMAT = [("none", 0), ("full", 0), ("full", 3), ("breakable", 0), ("compiled", 1)]
+"""Executors and drafts."""
 PRODUCT = [
-    Features(*each)
-    for each in itertools.product(EXECUTORS, MODELS, DRAFTS)
-    if each[1] != HYBRID or each[2] == 0  # drafts are refused there
+    *(
+        Features(*each)
+        for each in itertools.product(EXECUTORS, MODELS, DRAFTS)
+        if each[1] != HYBRID or each[2] == 0  # drafts are refused there
+    ),
+    *(
+        Features(executor, "plain", drafts, format)
+        for format in FORMATS[1:]
+        for executor, drafts in IN_EACH_FORMAT
+    ),
 ]
 
 
 class Alone:
-    """What each subject gets alone, by model."""
+    """What each subject gets alone, by model and format."""
 
     def __init__(self, tiny: TinyModels, device: str, **options: Any) -> None:
         self._tiny, self._device, self._options = tiny, device, options
-        self._known: dict[str, list[list[int]]] = {}
+        self._known: dict[tuple[str, str], list[list[int]]] = {}
 
-    def model(self, name: str) -> TinyModel:
-        return self._tiny("qwen3_5" if name == HYBRID else "qwen3", **MODELS[name])
+    def model(self, features: Features) -> TinyModel:
+        kind = "qwen3_5" if features.model == HYBRID else "qwen3"
+        plain = self._tiny(kind, **MODELS[features.model])
+        return plain if features.format == "plain" else quantized(plain, features.format)
 
-    def tokens(self, name: str) -> list[list[int]]:
+    def tokens(self, features: Features) -> list[list[int]]:
+        name = features.model, features.format
         if name not in self._known:
             llm = make_llm(
-                self.model(name), self._device, max_num_batched_tokens=CONTEXT,
+                self.model(features), self._device, max_num_batched_tokens=CONTEXT,
                 enable_prefix_caching=False, **self._options,
             )  # fmt: skip
             self._known[name] = [

@@ -30,16 +30,17 @@ CASES = [
 def test_same_tokens(
     alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
 ) -> None:
-    model = alone.model(features.model)
+    model = alone.model(features)
     outputs = matrix.DISTURBANCES[disturbance](features, model, device)
-    expected = alone.tokens(features.model)
+    expected = alone.tokens(features)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
 
 
 def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: str) -> None:
     config = {"method": "ngram", "num_speculative_tokens": 2}
+    model = alone.model(matrix.Features("none", matrix.HYBRID, 0))
     with pytest.raises(ConfigError, match=r"speculative_config: .* a recurrent state"):
-        make_llm(alone.model(matrix.HYBRID), device, speculative_config=config)
+        make_llm(model, device, speculative_config=config)
 
 
 @pytest.mark.parametrize("features", matrix.COVERING, ids=str)
@@ -50,11 +51,11 @@ def test_bfloat16_differs_where_rounding_decides(
     if device == "cpu":
         pytest.skip("a CPU's test is the one in float32")
     alone = matrix.Alone(tiny, device, dtype="bfloat16")
-    model, differing, gaps = alone.model(features.model), 0, []
+    model, differing, gaps = alone.model(features), 0, []
     for disturbance in matrix.DISTURBANCES.values():
         outputs = disturbance(features, model, device, dtype="bfloat16")
         for output, expected, (prompt, params) in zip(
-            outputs, alone.tokens(features.model), matrix.SUBJECTS, strict=True
+            outputs, alone.tokens(features), matrix.SUBJECTS, strict=True
         ):
             got = list(output.outputs[0].token_ids)
             if got == expected:

@@ -205,6 +205,7 @@ def test_preset_configs_are_models_that_can_be_built():
     import torch
 
     from reprise import models
+    from reprise.bench.floor import weights_of_a_token
     from reprise.bench.presets import CONFIGS
     from reprise.layers import Build
     from reprise.loading import open_checkpoint
@@ -213,7 +214,12 @@ def test_preset_configs_are_models_that_can_be_built():
     for name in model_names():
         config = open_checkpoint(str(CONFIGS / name), config_only=True).config
         model = models.build(config, Build(torch.bfloat16, torch.device("meta"), 64))
-        sizes[name] = sum(each.numel() for each in model.parameters())
+        found = sum(each.numel() for each in model.parameters())
+        if getattr(config, "quantization_config", None) is None:
+            sizes[name] = found
+        else:
+            # Scales and zeros are no numbers of the model, and a word has eight.
+            assert weights_of_a_token(model) == 6_945_767_424
     assert sizes == {
         "llama-3.2-1b": 1_235_814_400,
         "qwen3-0.6b": 596_049_920,

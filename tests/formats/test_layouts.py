@@ -14,11 +14,14 @@ from quantized import AWQ_ORDER, EIGHT_BITS, FOUR_BITS, Quantized, bits, quantiz
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reprise import models
+from reprise.bench.floor import weights_of_a_token
 from reprise.config import EngineConfig
 from reprise.doctor.memory import memory_report
 from reprise.errors import ConfigError, LoadError, ModelError
-from reprise.layers import Build, Destination, Linear
+from reprise.layers import Build, CausalLM, Destination, Linear
 from reprise.layers.formats import formats_of
+from reprise.loading import open_checkpoint
 from reprise.loading.transfer import copy_to, transfer
 from reprise.ops.w4_linear.reference import pack, unpack
 from reprise.platforms import Platform
@@ -138,9 +141,17 @@ def model(tiny: TinyModels) -> TinyModel:
     return tiny("qwen2", intermediate_size=160)
 
 
+@pytest.fixture(scope="module")
+def dense(model: TinyModel) -> CausalLM:
+    """Its layers, without weights."""
+    return models.build(
+        open_checkpoint(str(model.path)).config, Build(torch.float32, torch.device("meta"), 16)
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_updated_dummies_are_made_and_memory_is_known(
-    model: TinyModel, device: str, method: str
+    model: TinyModel, dense: CausalLM, device: str, method: str
 ) -> None:
     checkpoint = quantized(model, method)
     expected = generate(make_llm(checkpoint, device), PROMPTS, greedy(6))
@@ -158,6 +169,8 @@ def test_weights_are_updated_dummies_are_made_and_memory_is_known(
     assert {name: each.data_ptr() for name, each in parameters.items()} == addresses
     report = memory_report(EngineConfig(model=str(checkpoint.path), device="cpu", dtype="float32"))
     assert report.weights_bytes == sum(each.nbytes for each in parameters.values())
+    found, plain = (weights_of_a_token(each) for each in (llm.engine.runner.model, dense))
+    assert found == plain == sum(p.numel() for p in dense.model.layers.parameters() if p.dim() > 1)
 
 
 @pytest.mark.parametrize("method", ["fp8", "awq", "gptq-asymmetric"])
@@ -285,3 +298,20 @@ def test_what_the_user_says_of_the_checkpoint(model: TinyModel, device: str) -> 
         make_llm(quantized(model, "awq"), device, quantization="gptq")
     with pytest.raises(ConfigError, match="quantization=4 must be"):
         make_llm(model, device, quantization=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "decode", "mixed"), [("fp8", "full", "breakable"), ("awq", "breakable", "full")]
+)
+def test_graphs(model: TinyModel, device: str, method: str, decode: str, mixed: str) -> None:
+    checkpoint = quantized(model, method)
+    expected = generate(make_llm(checkpoint, device), PROMPTS, greedy(12))
+    llm = make_llm(
+        checkpoint, device, max_num_seqs=4, max_num_batched_tokens=32, graph_verify="canary:2",
+        graph_buckets="decode=4;mixed=32", graph_mode=f"decode={decode},mixed={mixed}",
+    )  # fmt: skip
+    assert generate(llm, PROMPTS, greedy(12)) == expected
+    report = llm.graph_report()
+    assert report.plan == {"decode": decode, "mixed": mixed}
+    assert all(each.verified and each.quarantined is None for each in report.graphs)
+    assert report.replays > 0

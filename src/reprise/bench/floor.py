@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reprise.layers import CausalLM, SparseMLP
+from reprise.layers import CausalLM, Linear, SparseMLP
 from reprise.platforms import Platform
 
 LEAST_COPY_BYTES, MOST_COPY_BYTES = 1 << 27, 1 << 32
@@ -82,6 +82,19 @@ def decode_bytes(model: CausalLM, experts_hit: float | None = None) -> int:
             routing = each.routing
             hit = routing.top if experts_hit is None else experts_hit
             total -= round(size(each.experts.parameters()) * (1 - hit / routing.experts))
+    return total
+
+
+def weights_of_a_token(model: CausalLM) -> int:
+    """Weights of the layers that a token is multiplied by, however many bits each has; of experts
+    those of as many as compute a token."""
+    total = 0
+    for module in model.model.layers.modules():
+        if isinstance(module, Linear):
+            total += module.in_features * module.out_features
+        elif isinstance(module, SparseMLP):
+            stacks = module.experts.gate_up_proj, module.experts.down_proj
+            total += module.routing.top * sum(s.in_features * s.out_features for s in stacks)
     return total
 
 

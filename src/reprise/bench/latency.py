@@ -15,14 +15,14 @@ from typing import Any
 
 from reprise.bench.drive import Run, check_fits, random_prompts, run
 from reprise.bench.experts import count_experts_hit, uniform_hits
-from reprise.bench.floor import Floor, decode_bytes, measure_floor, size
+from reprise.bench.floor import Floor, decode_bytes, measure_floor, size, weights_of_a_token
 from reprise.bench.presets import LatencyWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
 from reprise.cache.memory import request_bytes
 from reprise.engine import Engine
 from reprise.errors import ConfigError
-from reprise.layers import SelfAttention, SparseMLP
+from reprise.layers import SelfAttention
 from reprise.llm import LLM
 from reprise.progress import Counter, progress
 
@@ -150,11 +150,7 @@ def _measure(
 def _prefill_flops(engine: Engine, batch_size: int, input_len: int) -> float:
     """Multiplications and additions of the matrix products, attention's visible half included."""
     model = engine.runner.model
-    linear: float = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
-    for each in model.modules():
-        if isinstance(each, SparseMLP):
-            weights = sum(part.numel() for part in each.experts.parameters())
-            linear -= weights * (1 - each.routing.top / each.routing.experts)
+    linear = weights_of_a_token(model)
     mixers = [each for each in model.modules() if isinstance(each, SelfAttention)]
     attention = sum(each.num_heads * each.head_size for each in mixers)
     head = model.vocab_size * model.hidden_size

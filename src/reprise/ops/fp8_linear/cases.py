@@ -25,7 +25,7 @@ def _arguments(
 
 def _small(make: Maker) -> list[Arguments]:
     sizes = [
-        (256, 384, BLOCK, BLOCK),
+        (256, 512, BLOCK, BLOCK),
         (200, 200, BLOCK, BLOCK),  # blocks that are cut off
         (96, 256, 32, BLOCK),  # parts of a merged product that are smaller than a block
         (112, 256, 1, 256),
@@ -33,7 +33,7 @@ def _small(make: Maker) -> list[Arguments]:
     ]
     found = [_arguments(make, rows, *each, bias=rows > 1) for each in sizes for rows in (1, 5)]
     found.append(_arguments(make, 130, *sizes[1], bias=False))
-    found.append({**found[1], "x": make.randn(5, 3 * 384)[:, 384:768]})
+    found.append({**found[1], "x": make.randn(5, 3 * 512)[:, 512:1024]})
     silent = _arguments(make, 3, *sizes[0], bias=False)
     silent["x"][1] = 0
     silent["x"][2, :BLOCK] = 0

@@ -16,8 +16,9 @@ from reprise.platforms import Platform
 BLOCK = 128
 _ALIGNED = 16
 """Inputs and outputs are a multiple of it."""
-_ROWS = 4
-"""Rows with scales of blocks are a multiple of it."""
+_BLOCKS = 4
+"""With scales of blocks, rows are a multiple of it, and so are blocks along the inputs: the BLAS
+reads four scales at once."""
 
 
 def requires(platform: Platform) -> str | None:
@@ -29,10 +30,11 @@ def requires(platform: Platform) -> str | None:
 
 @functools.cache
 def _tried(device: torch.device) -> str | None:
-    x = torch.ones(5, 2 * BLOCK, dtype=torch.bfloat16, device=device)
-    weight = torch.ones(3 * BLOCK, 2 * BLOCK, device=device).to(torch.float8_e4m3fn)
+    inputs = _BLOCKS * BLOCK
+    x = torch.ones(5, inputs, dtype=torch.bfloat16, device=device)
+    weight = torch.ones(3 * BLOCK, inputs, device=device).to(torch.float8_e4m3fn)
     try:
-        for block_n, block_k in ((BLOCK, BLOCK), (1, 2 * BLOCK)):
+        for block_n, block_k in ((BLOCK, BLOCK), (1, inputs)):
             scale = x.new_ones(len(weight) // block_n, x.shape[1] // block_k, dtype=torch.float32)
             fp8_linear(x, weight, scale, None, block_n, block_k)
     except Exception as error:  # torch says so with errors of several types
@@ -47,9 +49,12 @@ def accepts(
         return "results are bfloat16"
     if x.shape[1] % _ALIGNED:
         return f"inputs must be a multiple of {_ALIGNED}"
-    channels = block_n == 1 and block_k == x.shape[1]
-    if not channels and ((block_n, block_k) != (BLOCK, BLOCK) or x.shape[1] % BLOCK):
-        return f"scales are of whole blocks of {BLOCK} by {BLOCK}, or of outputs"
+    if block_n == 1 and block_k == x.shape[1]:
+        return None
+    if (block_n, block_k) != (BLOCK, BLOCK):
+        return f"scales are of blocks of {BLOCK} by {BLOCK}, or of outputs"
+    if x.shape[1] % (_BLOCKS * BLOCK):
+        return f"inputs with scales of blocks must be a multiple of {_BLOCKS * BLOCK}"
     return None
 
 
@@ -63,7 +68,7 @@ def fp8_linear(
     """
     if weight.shape[0] % _ALIGNED:
         return fallback(x, weight, scale, bias, block_n, block_k)
-    padded = F.pad(x, (0, 0, 0, -len(x) % _ROWS)) if block_n > 1 else x
+    padded = F.pad(x, (0, 0, 0, -len(x) % _BLOCKS)) if block_n > 1 else x
     return multiply(*quantise(padded, block_k), weight, scale, bias, block_n, x.dtype)[: len(x)]
 
 
@@ -87,13 +92,10 @@ def multiply(
         block_n: See there.
         dtype: Of the result, [T, N].
     """
-    if block_n == 1:
-        weight_scale = scale.t()
-    else:
-        # The BLAS reads the first side by side along rows of activations, and rows of the second
-        # from addresses that are multiples of 16 bytes.
+    weight_scale = scale.t()
+    if block_n > 1:
+        # The BLAS has the rows of the activations' scales side by side.
         scales = scales.t().contiguous().t()
-        weight_scale = F.pad(scale, (0, -scale.shape[1] % 4)).t()
     return torch._scaled_mm(
         numbers, weight.t(), scales, weight_scale, bias, out_dtype=dtype, use_fast_accum=False
     )
