@@ -62,9 +62,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "hybrid": {"num_hidden_layers": 2, "full_attention_interval": 2},
+    "experts": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
 }
 """Fields of a tiny Qwen3's config; with windows every second layer has one. The hybrid is a
-Qwen3.5: a layer of linear attention, a layer of full attention."""
+Qwen3.5: a layer of linear attention, a layer of full attention. The one with experts is a Qwen3-MoE
+with a dense layer between."""
+ARCHITECTURES = {"hybrid": "qwen3_5", "experts": "qwen3_moe"}
 HYBRID = "hybrid"
 CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
@@ -212,7 +215,7 @@ COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
     Features("none", "plain", 7),
     Features("full", "windows", 3),
-    Features("breakable", "plain", 1),
+    Features("breakable", "experts", 1),
     Features("breakable", HYBRID, 0),
     Features("none", "plain", 0, "fp8"),
     Features("none", "plain", 0, "awq"),
@@ -243,7 +246,7 @@ class Alone:
         self._known: dict[tuple[str, str], list[list[int]]] = {}
 
     def model(self, features: Features) -> TinyModel:
-        kind = "qwen3_5" if features.model == HYBRID else "qwen3"
+        kind = ARCHITECTURES.get(features.model, "qwen3")
         plain = self._tiny(kind, **MODELS[features.model])
         return plain if features.format == "plain" else quantized(plain, features.format)
 

@@ -24,7 +24,10 @@ from reprise import LLM, platforms
 from reprise.errors import PlatformError
 
 PACKAGE = Path(__file__).parent
-MATRIX = ("full, windows, 3 drafts", "breakable, hybrid, 0 drafts", "none, plain, 7 drafts")
+MATRIX = (
+    "full, windows, 3 drafts", "breakable, hybrid, 0 drafts", "none, plain, 7 drafts",
+    "breakable, experts, 1 drafts",
+)  # fmt: skip
 """Of the metamorphic matrix, what its maker would look at first."""
 
 
