@@ -75,3 +75,12 @@ def test_padding_costs_no_expert(tiny: TinyModels, device: str) -> None:
     )
     assert generate(llm, prompts, greedy(12)) == expected
     assert llm.graph_report().replays > 5
+
+
+@pytest.mark.parametrize(
+    "cut", [5, 64, *(pytest.param(each, marks=pytest.mark.long) for each in (1, 2, 3, 63, 65, 70))]
+)
+def test_chunks_of_any_length(tiny: TinyModels, device: str, cut: int) -> None:
+    model, prompt = tiny("qwen3_moe"), random_ids(4, 131)
+    llm = make_llm(model, device, max_num_seqs=1, max_num_batched_tokens=cut)
+    assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])

@@ -125,7 +125,8 @@ def test_the_suites_graph_tests_pass_on_it(installed: Path) -> None:
     tests = PACKAGE.parent
     command = [
         sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
-        "--device", "toy-graphs", "-k", "not compiled and not demo and not llama and not lies",
+        "--device", "toy-graphs",
+        "-k", "not compiled and not demo and not llama and not lies and not qwen3_moe",
         str(tests / "graphs" / "test_graph_runner.py"),
         str(tests / "engine" / "test_graph_executors.py"),
         *(f"{tests / 'test_matrix.py'}::test_same_tokens[{each}: bucket]" for each in MATRIX),
