@@ -60,12 +60,13 @@ def known(tiny: TinyModels, device: str) -> Known:
     return Known(tiny, device)
 
 
-def poison(llm: LLM) -> None:
+def poison(llm: LLM, *, states_alone: bool = False) -> None:
     """All that the pools hold, the null blocks too, becomes NaN."""
     with torch.inference_mode():
         for cache in llm.engine.runner.model.caches().values():
-            for each in cache.tensors.values():
-                each.fill_(torch.nan)
+            if cache.lifetime.rewritten or not states_alone:
+                for each in cache.tensors.values():
+                    each.fill_(torch.nan)
 
 
 def check(known: Known, name: str, device: str, **options: Any) -> LLM:
@@ -138,6 +139,22 @@ def test_a_prefix_hits_at_every_multiple_of_a_chunk(known: Known, device: str, n
         (output,) = llm.generate([prompt], greedy(4), use_tqdm=False)
         assert output.metrics.num_cached_tokens == shared
         assert token_ids([output]) == generate(alone, [prompt], greedy(4))
+
+
+def test_a_state_that_is_no_number_is_offered_to_nobody(known: Known, device: str) -> None:
+    """One request whose state goes wrong does not spoil those that begin as it did."""
+    prompt = PROMPTS[1]
+    llm = make_llm(known.model("qwen3_5"), device, max_num_seqs=2)
+    inner = llm.engine
+    inner.add("spoilt", prompt, greedy(STEPS))
+    inner.step()  # up to the place where its state is to be kept
+    poison(llm, states_alone=True)
+    while inner.has_work:
+        inner.step()
+    for cached in (0, 2 * CHUNK):
+        (output,) = llm.generate([prompt], greedy(STEPS), use_tqdm=False)
+        assert token_ids([output]) == [known.tokens("qwen3_5")[1]]
+        assert output.metrics.num_cached_tokens == cached
 
 
 def test_a_prompt_of_a_hundred_tokens_hits(known: Known, device: str) -> None:

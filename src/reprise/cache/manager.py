@@ -9,7 +9,7 @@ from reprise.cache.block_pool import NULL_BLOCK, BlockPool
 from reprise.cache.layout import CacheLayout
 from reprise.cache.prefix import PrefixIndex
 from reprise.cache.spec import NEVER
-from reprise.cache.tables import BlockTable, CacheUser, Copy, StateTable
+from reprise.cache.tables import BlockTable, CacheUser, Checkpoint, Copy, StateTable
 from reprise.errors import ConfigError
 
 _NO_EPOCH = -1
@@ -82,7 +82,8 @@ class CacheManager:
                 self._tables.append(self._states[-1])
             else:
                 self._tables.append(BlockTable(*arguments))
-        self._copies: list[Copy] = []
+        self._copies: list[tuple[Copy, Checkpoint | None]] = []
+        """What is to be copied, and what checkpoint it makes, if it makes one."""
         self._borrowed: list[tuple[StateTable, int]] = []
         """Checkpoints that are sources of these copies."""
 
@@ -198,7 +199,8 @@ class CacheManager:
         if hit.length:
             for table in self._states:
                 source = hits[table.number][-1]
-                self._copies.append(Copy(table.number, source, request.tables[table.number][0]))
+                copy = Copy(table.number, source, request.tables[table.number][0])
+                self._copies.append((copy, None))
                 self._borrowed.append((table, source))
         self._note_places(request)
         self._note_commit(request)
@@ -290,9 +292,11 @@ class CacheManager:
                 self._copies.append(copy)
         self._note_commit(request)
 
-    def take_copies(self) -> list[Copy]:
-        """The copies to be made before the step that is scheduled now. A checkpoint that is copied
-        may be given out from the next step on: the device has copied it by then."""
+    def take_copies(self) -> list[tuple[Copy, Checkpoint | None]]:
+        """The copies to be made before the step that is scheduled now, and the checkpoints that
+        some of them make. A checkpoint that is copied may be given out from the next step on: the
+        device has copied it by then. One that is made is offered to others once it is known to be
+        ``sound``."""
         copies, self._copies = self._copies, []
         for table, slot in self._borrowed:
             table.pool.free([slot])

@@ -29,7 +29,7 @@ class CacheUser(Protocol):
     cache_epoch: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Checkpoint:
     """A copy of a request's state, not yet offered to others."""
 
@@ -37,6 +37,8 @@ class Checkpoint:
     length: int
     """Tokens behind which the state was this."""
     slot: int
+    sound: bool | None = None
+    """The copy is of numbers; None: that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -255,23 +257,25 @@ class StateTable(RequestTable):
     def places(self, request: CacheUser) -> int:
         return NEVER
 
-    def checkpoint(self, request: CacheUser, length: int) -> Copy | None:
+    def checkpoint(self, request: CacheUser, length: int) -> tuple[Copy, Checkpoint] | None:
         """Keep the request's state as it is behind ``length`` tokens, if there is a place for it
         that is nobody's and if nobody has done so."""
         known = length <= len(request.token_ids)
         if self.pool.room < 1 or (known and self.index.find(self.key(request, length))):
             return None
         (slot,) = self.pool.allocate(1)
-        request.checkpoints.append(Checkpoint(self, length, slot))
-        return Copy(self.number, request.tables[self.number][0], slot)
+        kept = Checkpoint(self, length, slot)
+        request.checkpoints.append(kept)
+        return Copy(self.number, request.tables[self.number][0], slot), kept
 
     def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> int:
         ready = [each for each in request.checkpoints if each.table is self]
         for each in ready:
-            if each.length > num_tokens:
+            if each.length > num_tokens or each.sound is None:
                 continue
             request.checkpoints.remove(each)
-            if shares:
+            # A state that is no number would spoil every request that begins with these tokens.
+            if shares and each.sound:
                 self.index.insert(self.key(request, each.length), each.slot)
             self.pool.free([each.slot])
         return self.commit_at(request)

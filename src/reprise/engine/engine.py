@@ -426,7 +426,7 @@ class Engine:
         # The hot loop of a serving engine: attribute access is what costs.
         changed: dict[CompletionGroup, None] = {}
         ended: dict[CompletionGroup, None] = {}
-        for request in self.scheduler.update(step, output.sampled):
+        for request in self.scheduler.update(step, output.sampled, output.spoilt):
             group, completion = completions[request]
             if completion.reads_tokens:
                 self._read(completion, logprobs.get(request))

@@ -34,6 +34,7 @@ from heapq import heappop, heappush
 from operator import attrgetter
 
 from reprise.cache import CacheManager, Hit
+from reprise.cache.tables import Checkpoint
 from reprise.engine.waiting_queue import WaitingQueue
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
@@ -70,6 +71,8 @@ class _Scheduled:
     requests: list[Request]
     starts: list[int]
     """Of the chunks: where they begin."""
+    checkpoints: Sequence[Checkpoint | None] = ()
+    """Of the step's copies, what they make."""
 
 
 @dataclass(slots=True)
@@ -376,12 +379,14 @@ class Scheduler:
             rows = [*rows, *(each.row for each in parts.requests[num_decodes:])]
             counts, samples = [*counts, *parts.counts], [*samples, *parts.samples]
             drafts = [*drafts, *([0] * chunks)]
+        copies = self.cache.take_copies()
         step = Step(
             self._num_steps, rows, counts, drafts, samples, num_decodes, num_tokens,
-            parts.admitted, parts.edits, self._released, self.cache.take_copies(),
+            parts.admitted, parts.edits, self._released, [copy for copy, _ in copies],
         )  # fmt: skip
         self._released = []
-        self._outstanding.append(_Scheduled(step, parts.requests, parts.starts))
+        checkpoints = [checkpoint for _, checkpoint in copies]
+        self._outstanding.append(_Scheduled(step, parts.requests, parts.starts, checkpoints))
         self._num_steps += 1
         self._num_decode_tokens += num_decodes
         self._num_prefill_tokens += sum(parts.counts)
@@ -536,7 +541,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ a step's result
 
-    def update(self, step: Step, sampled: Sequence[Sequence[int]]) -> list[Request]:
+    def update(
+        self, step: Step, sampled: Sequence[Sequence[int]], spoilt: Collection[int] = ()
+    ) -> list[Request]:
         """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
 
         Args:
@@ -544,6 +551,8 @@ class Scheduler:
             sampled: The new tokens of each of the step's requests: none where it does not sample,
                 else one and as many as were drafted at most. What follows a token that ends its
                 request, and what was sampled for requests that have stopped meanwhile, is ignored.
+            spoilt: Numbers of the step's copies of states that were no finite numbers: nobody gets
+                to see what they make.
 
         Returns:
             The requests that got tokens; some have finished by them.
@@ -557,7 +566,9 @@ class Scheduler:
         requests, starts = self._outstanding[0].requests, self._outstanding[0].starts
         if len(sampled) != len(requests):
             raise ValueError(f"{len(sampled)} results for {len(requests)} requests")
-        self._outstanding.popleft()
+        for number, checkpoint in enumerate(self._outstanding.popleft().checkpoints):
+            if checkpoint is not None:
+                checkpoint.sound = number not in spoilt
         # The other hot loop, see _schedule_decodes.
         now, running = time.perf_counter(), RequestStatus.RUNNING
         num_decodes, width = step.num_decodes, 1 + self._num_drafts

@@ -153,16 +153,29 @@ class ForwardPass:
     def state(self, bucket: StepShape) -> WrittenRows:
         return WrittenRows(self._layout, self._stacks(), self._buffers, bucket)
 
-    def copy_states(self, copies: Sequence[Copy]) -> None:
-        """Copy states, all at once: what is a target of one is no source of another."""
+    def copy_states(self, copies: Sequence[Copy]) -> Tensor:
+        """Copy states, all at once: what is a target of one is no source of another.
+
+        Returns:
+            [C] bool on the device: whether each copy is one of finite numbers.
+        """
+        platform = self._buffers.platform
+        sound = torch.ones(len(copies), dtype=torch.bool, device=platform.device)
         for number, table in enumerate(self._layout.tables):
-            mine = [each for each in copies if each.table == number]
+            mine = [n for n, each in enumerate(copies) if each.table == number]
             if not mine:
                 continue
-            places = np.array([(each.source, each.target) for each in mine], dtype=np.int64)
-            source, target = to_device(places.T.copy(), self._buffers.platform)
+            places = np.array(
+                [(n, copies[n].source, copies[n].target) for n in mine], dtype=np.int64
+            )
+            numbers, source, target = to_device(places.T.copy(), platform)
+            finite = sound[numbers]
             for stack in self._stacks()[table.pool]:
-                stack.tensor[:, target] = stack.tensor[:, source]
+                states = stack.tensor[:, source]
+                stack.tensor[:, target] = states
+                finite &= states.isfinite().flatten(2).all(2).all(0)
+            sound[numbers] = finite
+        return sound
 
     def _pools(self) -> list[dict[str, Tensor]]:
         """Of each pool the caches by name."""

@@ -125,6 +125,8 @@ class ModelRunner:
                     self._capture_graphs()
         self._shape = StepShape.decode(0)
         self._result: Tensor | None = None
+        self._sound: Tensor | None = None
+        """Of the step's copies of states, whether they are of finite numbers."""
         """Of the step that was submitted last."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
@@ -149,8 +151,9 @@ class ModelRunner:
         shape = step.shape if step.rows or at_least is None else at_least.empty
         self._shape = shape
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
+        self._sound = None
         if step.copies:
-            self.forward_pass.copy_states(step.copies)
+            self._sound = self.forward_pass.copy_states(step.copies)
             self.graphs.caches_changed()
         self._result = self.graphs.run(shape, at_least)
 
@@ -184,7 +187,9 @@ class ModelRunner:
             self.sampler.count(buffers.new_tokens)
         if self.drafter is not None and step.rows:
             self.drafter.propose(rows, buffers.new_tokens)
-        return PendingOutput(step, buffers.rows, emitted, logprobs, prompt_logprobs, landing)
+        return PendingOutput(
+            step, buffers.rows, emitted, logprobs, prompt_logprobs, landing, self._sound
+        )
 
     def _landing(self) -> Landing:
         """A free one, or a new one where more steps are under way than the engine has."""

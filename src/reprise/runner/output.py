@@ -29,6 +29,8 @@ class StepOutput:
     """Tokens that were drafted behind each request's newest one; empty where nothing ever is."""
     logprobs: list[list[Logprobs] | None] | None = None
     """Of these tokens, where their requests want them; None: nowhere."""
+    spoilt: Sequence[int] = ()
+    """Numbers of the step's copies of states that were no finite numbers."""
     prompt_logprobs: dict[int, tuple[int, list[Logprobs]]] = field(default_factory=dict)
     """By a request's number in the step: the position where the step began in its prompt, and
     entries for the prompt tokens behind the ones that the step computed."""
@@ -56,17 +58,17 @@ class Landing:
 
     def take(self, tensors: LogprobTensors) -> LogprobTensors:
         """Start copying to new host memory; :meth:`send` comes after."""
-
-        def copy(tensor: Tensor) -> Tensor:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-            return host.copy_(tensor, non_blocking=True)
-
         return LogprobTensors(
-            copy(tensors.token_ids),
-            copy(tensors.logprobs),
-            copy(tensors.ranks),
-            None if tensors.whole is None else copy(tensors.whole),
+            self.copy(tensors.token_ids),
+            self.copy(tensors.logprobs),
+            self.copy(tensors.ranks),
+            None if tensors.whole is None else self.copy(tensors.whole),
         )
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Start copying to new host memory; :meth:`send` comes after."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return host.copy_(tensor, non_blocking=True)
 
     def send(self, emitted: Tensor) -> None:
         """Start copying ``emitted`` [R, 1 + K + 1] int64: what ``ops.advance`` says."""
@@ -92,6 +94,8 @@ class PendingOutput:
         prompt_logprobs: By a request's number in the step, where the step began in its prompt and
             log probabilities of its tokens, in parts that ``landing`` has taken.
         landing: Taken by this step until it has been waited for.
+        sound: [C] bool on the device: whether what each of the step's copies of states has read
+            was finite numbers; None: it has none.
     """
 
     def __init__(
@@ -102,8 +106,10 @@ class PendingOutput:
         logprobs: LogprobTensors | None,
         prompt_logprobs: dict[int, tuple[int, list[LogprobTensors]]],
         landing: Landing,
+        sound: Tensor | None = None,
     ) -> None:
         self._step = step
+        self._sound = None if sound is None else landing.copy(sound)
         self._rows = rows
         self._logprobs = None if logprobs is None else landing.take(logprobs)
         self._wanted: list[int | None] = []
@@ -145,7 +151,10 @@ class PendingOutput:
             )
             for number, (start, parts) in self._prompt_logprobs.items()
         }
-        return StepOutput(sampled, drafted, self._of_samples(sampled), prompts)
+        spoilt: Sequence[int] = ()
+        if self._sound is not None:
+            spoilt = (~self._sound).nonzero().flatten().tolist()
+        return StepOutput(sampled, drafted, self._of_samples(sampled), spoilt, prompts)
 
     def _settle(self, counts: Ints) -> None:
         """Tell the rows how many drafts counted."""

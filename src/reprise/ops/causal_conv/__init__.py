@@ -11,5 +11,8 @@ causal_conv = op(
     state=("state",),
 )
 causal_conv.implementation(
-    "triton", "reprise.ops.causal_conv.triton:causal_conv", requires=needs_triton
+    "triton",
+    "reprise.ops.causal_conv.triton:causal_conv",
+    requires=needs_triton,
+    on_request="compiled and interpreted, not yet run on a device",
 )

@@ -1,13 +1,13 @@
 from reprise.ops.gated_delta.cases import cases
 from reprise.ops.gated_delta.reference import reference
+from reprise.ops.implementation import GraphSupport
 from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
 
 
-def _needs_cpu_memory(platform: Platform) -> str | None:
-    if platform.device_type == "cpu":
-        return None
-    return "reads lengths on the host, which would stall an accelerator"
+def _graphs(platform: Platform) -> GraphSupport:
+    """Lengths of prompts are read on the host: from a CPU's memory, which a replay does again."""
+    return "always" if platform.device_type == "cpu" else "single_token_decode"
 
 
 gated_delta = op(
@@ -26,10 +26,10 @@ gated_delta.implementation(
     "reprise.ops.gated_delta.triton:gated_delta",
     requires=needs_triton,
     graph_support="always",
+    on_request="compiled and interpreted, not yet run on a device",
 )
 gated_delta.implementation(
     "torch",
     "reprise.ops.gated_delta.chunked:gated_delta",
-    requires=_needs_cpu_memory,
-    graph_support="always",
+    graph_support=_graphs,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,12 @@ def gated_delta(
     out: Tensor,
     query_len: int,
 ) -> None:
-    """Shapes as in the reference; lengths are read on the host."""
+    """Shapes as in the reference; lengths are read on the host, but where each request has one new
+    token."""
     inputs = prepared(qkv, a, b, a_log, dt_bias, state)
+    if query_len == 1 and len(qkv) == len(slots):
+        _decodes(inputs, state, slots, seq_lens, fresh, out)
+        return
     out.zero_()
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     single: list[int] = []
@@ -50,6 +56,20 @@ def gated_delta(
         answer, after = _one_token(before, *(each[tokens] for each in inputs))
         out[tokens] = answer.to(out.dtype)
         state[places] = after.to(state.dtype)
+
+
+def _decodes(
+    inputs: Sequence[Tensor], state: Tensor, slots: Tensor, seq_lens: Tensor, fresh: Tensor,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """A token of each request; of padding, which has slot 0, the answer is 0."""
+    places = slots.long()
+    idle = (seq_lens == 0).view(-1, 1, 1)
+    then = state[places]
+    before = torch.where(fresh.view(-1, 1, 1, 1), 0.0, then.float())
+    answer, after = _one_token(before, *inputs)
+    out.copy_(torch.where(idle, 0.0, answer))
+    state.index_copy_(0, places, torch.where(idle.unsqueeze(-1), then, after.to(state.dtype)))
 
 
 def _one_token(

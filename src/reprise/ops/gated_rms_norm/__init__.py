@@ -4,5 +4,8 @@ from reprise.ops.registry import needs_triton, op
 
 gated_rms_norm = op("gated_rms_norm", reference, cases=cases, fake=fake)
 gated_rms_norm.implementation(
-    "triton", "reprise.ops.gated_rms_norm.triton:gated_rms_norm", requires=needs_triton
+    "triton",
+    "reprise.ops.gated_rms_norm.triton:gated_rms_norm",
+    requires=needs_triton,
+    on_request="compiled and interpreted, not yet run on a device",
 )
