@@ -132,3 +132,27 @@ def test_random_weights_are_no_zeros(tiny: TinyModels, platform: Platform) -> No
             stds = each.flatten(1).std(dim=1)
             assert bool((stds > 0.01).all()), name
             assert bool((stds < 0.03).all()), name
+
+
+@pytest.mark.parametrize("how", ["one by one", "as one", "random"])
+def test_a_spoiled_expert_is_loaded_again(
+    stored: tuple[Path, dict[str, Tensor]], device: str, how: str
+) -> None:
+    path, tensors = stored
+    if how == "as one":
+        save(path, merged(tensors))
+    llm = make_llm(path, device, load_format="dummy" if how == "random" else "auto")
+    computation = llm.engine.runner.forward_pass
+    names = {name for name in computation.memory() if "experts" in name}
+    assert names == {
+        f"{LAYER.format(layer)}.{stack}_proj.weight"
+        for layer in (0, 1)
+        for stack in ("gate_up", "down")
+    }
+    name = f"{LAYER.format(1)}.down_proj.weight"
+    weight = computation.memory()[name].tensor
+    before = weight.clone()
+    with torch.inference_mode():
+        weight[5] += 1
+        computation.mend([name])
+    assert torch.equal(weight, before)
