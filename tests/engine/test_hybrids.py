@@ -3,6 +3,7 @@ however requests are cut, shared, interrupted and captured."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     HYBRIDS,
     TinyModel,
     TinyModels,
+    assert_idle,
     generate,
     greedy,
     make_llm,
@@ -206,3 +208,41 @@ def test_bfloat16_is_near_float32(known: Known, device: str) -> None:
     first = [tokens[0] for tokens in found]
     expected = [tokens[0] for tokens in known.tokens("qwen3_5")]
     assert sum(a == b for a, b in zip(first, expected, strict=True)) >= len(PROMPTS) - 2
+
+
+def test_pools_and_requests_at_once_are_told_at_start(
+    known: Known, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        llm = make_llm(known.model("qwen3_5"), device, num_blocks=None, max_num_seqs=4,
+                       kv_cache_memory_bytes=1 << 18)  # fmt: skip
+    told = "\n".join(each.message for each in caplog.records)
+    kept, slots = llm.engine.runner.cache_layout.pools
+    assert f"KV cache: {kept.num_blocks} blocks of 16 tokens (kept)" in told
+    assert f"KV cache: {slots.num_blocks} blocks of {CHUNK} tokens (state)" in told
+    assert f"requests at once: at most {min(kept.num_blocks, slots.num_blocks) - 1} of one" in told
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.long)])
+def test_many_requests_leave_nothing(tiny: TinyModels, device: str, count: int) -> None:
+    """Of all lengths, some of them given up, in pools so small that others have to give way."""
+    model = tiny("qwen3_5", num_hidden_layers=2, full_attention_interval=2, hidden_size=32)
+    llm = make_llm(model, device, num_blocks=34, max_num_seqs=6, max_num_batched_tokens=96)
+    inner = llm.engine
+    inner._depth = 2
+    generator = random.Random(5)
+    groups, waiting = [], count
+    while waiting or inner.has_work:
+        while waiting and len(groups) < 12:
+            number = count - waiting
+            prompt = random_ids(number % 7, generator.choice((1, 2, 30, 64, 65, 130, 200)))
+            groups.append(inner.add(f"{number}", prompt, greedy(generator.randint(1, 40))))
+            waiting -= 1
+        inner.step()
+        if generator.random() < 0.1:
+            inner.abort([f"{generator.randrange(count - waiting)}"])
+        groups = [each for each in groups if not each.output().finished]
+    assert_idle(llm)
+    cache = inner.scheduler.cache
+    assert all(pool.num_used == pool.num_claimed == 0 for pool in cache.pools)
+    assert llm.stats().scheduler.total_preemptions > 0

@@ -19,7 +19,7 @@ from reprise.bench.floor import Floor, decode_bytes, measure_floor, size, weight
 from reprise.bench.presets import LatencyWork, engine_arguments
 from reprise.bench.record import engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
-from reprise.cache.memory import request_bytes
+from reprise.cache.memory import step_bytes
 from reprise.engine import Engine
 from reprise.errors import ConfigError
 from reprise.layers import SelfAttention
@@ -117,7 +117,7 @@ def _measure(
     step, prefill = statistics.median(steps), statistics.median(first)
     tokens = statistics.median((long - short) / each for each in counts)
     context = input_len + (short + long) / 2
-    kv_bytes = request_bytes(engine.runner.model.caches().values(), context) * batch_size
+    kv_bytes = step_bytes(engine.runner.model.caches().values(), context) * batch_size
     hit = count_experts_hit(engine, prompts)
     least = (decode_bytes(engine.runner.model, hit) + kv_bytes) / floor.bytes_per_second
     host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))

@@ -94,6 +94,10 @@ LATENCY: Mapping[str, LatencyWork] = {
     "30b-a3b-bs8": LatencyWork((8,), model="qwen3-30b-a3b", engine=_GPU),
     "30b-a3b-bs64": LatencyWork((64,), model="qwen3-30b-a3b", engine=_GPU),
     "30b-a3b-batches": LatencyWork((1, 8, 64), model="qwen3-30b-a3b", engine=_GPU),
+    "3.5-4b-bs1": LatencyWork(model="qwen3.5-4b", engine=_GPU),
+    "3.5-4b-bs64": LatencyWork((64,), model="qwen3.5-4b", engine=_GPU),
+    "3.5-4b-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3.5-4b", _LONG),
+    "35b-a3b-bs1": LatencyWork(model="qwen3.5-35b-a3b", engine=_GPU),
     "30b-a3b-prefill": LatencyWork((1,), (3900,), (16, 80), "qwen3-30b-a3b", _GPU),
 }
 

@@ -79,6 +79,13 @@ class CacheLayout:
         """Blocks of a pool that a request of at most ``length`` tokens may own at once."""
         return sum(each.most(length) for each in self.of_pool(pool))
 
+    def requests(self, length: int) -> int:
+        """The most requests of ``length`` tokens each that the pools hold at once."""
+        return min(
+            (pool.num_blocks - 1) // self.most(number, length)
+            for number, pool in enumerate(self.pools)
+        )
+
     @property
     def capacity(self) -> int:
         """Tokens that a request alone can have: the longest for which every pool has the blocks."""

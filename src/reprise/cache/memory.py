@@ -23,9 +23,13 @@ CHECKPOINTS = 1
 """Places for copies of states, for each request that may run."""
 
 
-def request_bytes(caches: Iterable[LayerCache], length: float) -> float:
-    """Bytes of the rows that a request of ``length`` tokens needs to go on."""
-    return sum(each.token_bytes * each.lifetime.lasting(length) for each in caches)
+def step_bytes(caches: Iterable[LayerCache], length: float) -> float:
+    """Bytes of the rows that a decode of a request of ``length`` tokens reads, and of a state that
+    it writes: what it writes of others is nothing beside what it reads."""
+    return sum(
+        each.token_bytes * each.lifetime.lasting(length) * (2 if each.lifetime.rewritten else 1)
+        for each in caches
+    )
 
 
 def plan_blocks(

@@ -321,6 +321,12 @@ class ModelRunner:
             activation_bytes=reserved_bytes,
         )
         self.max_model_len = fit_model_len(config.max_model_len, wanted_len, self.cache_layout)
+        layout, longest = self.cache_layout, self.max_model_len
+        logger.info(
+            "requests at once: at most %d of one token, %d of %d tokens (the cache); %d "
+            "(max_num_seqs)",
+            layout.requests(1), layout.requests(longest), longest, config.max_num_seqs,
+        )  # fmt: skip
         with timeline.span("cache"):
             allocate_caches(self.model.caches(), self.cache_layout, platform)
         self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
