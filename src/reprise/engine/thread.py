@@ -45,6 +45,10 @@ class Reader(Protocol):
         """Nothing more comes."""
 
 
+class EngineLost(BaseException):
+    """The engine is of no use any more. Not an Exception: nobody goes on behind it."""
+
+
 class EngineThread:
     """Drives one engine. A second thread tokenizes, so that no text however long delays a step.
 
@@ -262,13 +266,21 @@ class EngineThread:
 
     def _attempt(self, change: Callable[[], None]) -> None:
         """Do what changes requests. If it fails half-way every request ends, and its caller learns
-        why; the engine serves on."""
+        why; the engine serves on.
+
+        Raises:
+            EngineLost: It cannot.
+        """
         try:
             change()
         except Exception as error:
             logger.exception("the engine failed; all running requests are aborted")
             self._fail_readers(error)
-            self.engine.start_over()
+            try:
+                self.engine.start_over()
+            except Exception as again:
+                # Such as a device that answers nothing any more: all later requests would fail.
+                raise EngineLost(f"it cannot start over: {describe(again)}") from again
             raise
 
     def _fail_readers(self, error: Exception) -> None:
