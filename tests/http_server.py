@@ -31,7 +31,8 @@ class Server:
         self._reader.start()
         assert self._ready.wait(START_SECONDS), self.log
         assert self.url, self.log
-        self.port = int(self.url.rpartition(":")[2])
+        port = self.url.rpartition(":")[2]
+        self.port = int(port) if port.isdigit() else 0
 
     def _read(self) -> None:
         assert self.process.stderr is not None

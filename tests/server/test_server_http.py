@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -216,8 +219,9 @@ def test_models_and_names(stub: Server) -> None:
         assert error(client.get("/nowhere"), 404)
         assert error(client.get(COMPLETE), 405)
         for path in ("/health", "/ready", "/ping"):
-            response = client.get(path)
-            assert (response.status_code, response.content) == (200, b"")
+            for method in ("GET", "HEAD"):
+                response = client.request(method, path)
+                assert (response.status_code, response.content) == (200, b"")
         assert client.post("/ping").status_code == 200
 
 
@@ -248,6 +252,8 @@ def test_bodies_that_are_no_json(stub: Server) -> None:
             COMPLETE, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}
         )
         assert error(form, 415)
+    with stub.client() as client:
+        assert error(client.post(COMPLETE, content=b'{"prompt": "x"}'), 415)  # of no type
 
 
 def test_a_reply_does_not_grow_with_what_was_wrong(stub: Server) -> None:
@@ -397,3 +403,45 @@ def test_a_reader_that_takes_nothing_is_dropped(start: Start) -> None:
         wait_for(lambda: client.get("/load").json()["server_load"] == 0)
         connection.settimeout(10)
         assert b"[DONE]" not in drain(connection)
+
+
+@pytest.mark.long
+def test_tls_and_lines_of_json(start: Start, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+         certificate, "-days", "1", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = start(
+        "--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--log-format", "json"
+    )
+    context = ssl.create_default_context(cafile=certificate)
+    with server.client(verify=context) as client:
+        reply = client.post(
+            COMPLETE, json={"prompt": "x", "max_tokens": 2}, headers={"x-request-id": "r-1"}
+        )
+    assert reply.status_code == 200
+    wait_for(lambda: "r-1" in server.log)
+    lines = [json.loads(each) for each in server.lines if each.startswith("{")]
+    (line,) = (each for each in lines if each.get("request_id") == "r-1")
+    assert (line["status"], line["path"], line["completion_tokens"]) == (200, COMPLETE, 2)
+    assert {"time", "level", "process", "seconds", "finish_reason"} <= line.keys()
+
+
+@pytest.mark.long
+def test_a_socket_in_the_file_system(start: Start, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    server = start("--uds", path)
+    for _ in range(2):
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=path), base_url="http://x", timeout=30
+        ) as client:
+            assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
+        server.process.kill()  # which leaves the file behind
+        server.process.wait()
+        server = start("--uds", path)
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    assert not Path(path).exists()

@@ -13,7 +13,10 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_line_is_answered(server: Server) -> None:
-    assert "\n$ reprise serve\nready: http://127.0.0.1:8000\n" in README
+    (shown,) = re.findall(r"^\$ reprise serve\n(.*)\n\.\.\.\n(.*)\n```", README, flags=re.MULTILINE)
+    ours = server.url
+    for line in shown:
+        assert f"{line.replace('http://127.0.0.1:8000', ours)}\n" in server.lines
     (line,) = re.findall(r"^\$ (curl .*)$", README, flags=re.MULTILINE)
     _, url, _, header, _, body = shlex.split(line)
     name, _, value = header.partition(": ")

@@ -110,6 +110,12 @@ class Handlers:
                 responses=_responses(path),
                 include_in_schema=path != "/ping",
             )  # fmt: skip
+        for path, handler in (
+            ("/health", self.health),
+            ("/ready", self.ready),
+            ("/ping", self.health),
+        ):
+            app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
         app.add_exception_handler(ApiError, _tell)
         app.add_exception_handler(HTTPException, _tell_http)
         app.add_exception_handler(EngineRefusal, self._tell_refusal)
@@ -196,7 +202,6 @@ class Handlers:
             chat, more, _ = conversation(asked, facts, state.options)
             ignored += more
         found = await self._call(
-            request,
             "tokenize",
             prompt=asked.prompt,
             chat=chat,
@@ -209,12 +214,12 @@ class Handlers:
         asked = await self._read(request, DetokenizeRequest)
         self._state.check_open()
         self._state.model_name(asked.model)
-        text = await self._call(request, "detokenize", tokens=asked.tokens)
+        text = await self._call("detokenize", tokens=asked.tokens)
         return _json({"prompt": text}, ignored_header(unknown_names(asked)))
 
     async def abort(self, request: Request) -> Response:
         asked = await self._read(request, AbortRequest)
-        count = await self._call(request, "abort", name=asked.request_id)
+        count = await self._call("abort", name=asked.request_id)
         if not count:
             raise ApiError(
                 404, "no running request has this id", param="request_id", code="not_running"
@@ -259,14 +264,14 @@ class Handlers:
     async def version(self) -> Response:
         return _json({"version": __version__})
 
-    async def load(self, request: Request) -> Response:
-        return _json({"server_load": await self._call(request, "load")})
+    async def load(self) -> Response:
+        return _json({"server_load": await self._call("load")})
 
-    async def graphs(self, request: Request) -> Response:
-        return _json(await self._call(request, "graphs"))
+    async def graphs(self) -> Response:
+        return _json(await self._call("graphs"))
 
-    async def metric_text(self, request: Request) -> Response:
-        facts = await self._call(request, "metrics")
+    async def metric_text(self) -> Response:
+        facts = await self._call("metrics")
         text = exposition(facts, self._state.names[0], self.metrics.exposed())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -274,13 +279,14 @@ class Handlers:
 
     async def _read(self, request: Request, model: type[Any]) -> Any:
         options = self._state.options
-        kind = request.headers.get("content-type", "application/json").partition(";")[0]
-        if kind.strip().lower() not in ("application/json", "", "text/json"):
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        # Other types, and none, are what pages of other origins may send without being asked.
+        if kind.strip().lower() != "application/json":
             raise ApiError(415, "send JSON: Content-Type: application/json")
         body = await read_body(request, options.max_body_bytes, options.body_timeout)
         return parse(body, model)
 
-    async def _call(self, request: Request, what: str, **arguments: Any) -> Any:
+    async def _call(self, what: str, **arguments: Any) -> Any:
         """Ask the engine's process."""
         return await self._state.client.call(what, **arguments)
 

@@ -125,7 +125,8 @@ class WireReader:
         ids = group.completions[0].request.prompt_token_ids
         facts["prompt_tokens"] = len(ids)
         if "prompt" in self._wants:
-            facts["prompt"] = group.prompt if group.prompt is not None else self._texts.text(ids)
+            whole = group.prompt is not None and group.params.truncate_prompt_tokens is None
+            facts["prompt"] = group.prompt if whole else self._texts.text(ids)
             facts["first"] = [ids[0], self._texts.text(ids[:1])]
         if "prompt_ids" in self._wants:
             facts["prompt_ids"] = ids

@@ -114,7 +114,7 @@ class ServerOptions:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must be from 0 to 65535")
         for name, least in (
-            ("api_server_count", 1), ("max_num_queued_reqs", 0), ("max_body_bytes", 1),
+            ("api_server_count", 1), ("max_num_queued_reqs", 1), ("max_body_bytes", 1),
             ("max_completions", 1), ("body_timeout", 0.001), ("write_timeout", 0.001),
             ("keep_alive", 1), ("shutdown_timeout", 0),
         ):  # fmt: skip
