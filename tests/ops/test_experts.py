@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reprise import ops
 
-SIZES = {"hidden": 32, "inner": 16, "experts": 6, "top": 2}
+SIZES = {"hidden": 24, "inner": 8, "experts": 6, "top": 2}
 
 
 Implementation = Callable[[Any, str], Callable[..., Any]]
@@ -44,7 +44,7 @@ def made(rows: int, device: str, seed: int = 0, dtype: torch.dtype = torch.float
     return [each.to(device) for each in found]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("rows", [1, 19])
 def test_as_transformers(
     compute: Callable[..., Any], name: str, implementation: Implementation, device: str, rows: int
 ) -> None:
@@ -72,7 +72,7 @@ def test_rows_do_not_feel_each_other(compute: Callable[..., Any], device: str) -
     """Not those of padding either, nor what they hold; nor in which order rows come."""
     x, weights, ids, gate_up, down = made(20, device)
     whole = compute(x, weights, ids, gate_up, down)
-    for row in (0, 17, 19):
+    for row in (0, 19):
         alone = slice(row, row + 1)
         single = compute(x[alone], weights[alone], ids[alone], gate_up, down)
         assert torch.allclose(single, whole[alone], atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear, Run, format_of, rows_of
 from reprise.layers.mlp import GatedMLP
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class Experts(nn.Module):
             build, count, intermediate_size, {down: hidden_size}, "down_proj", self.gate_up_proj
         )
         self.format = self.gate_up_proj.format
+        _tell_if_slow(type(self.format))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """See :meth:`reprise.layers.formats.Format.grouped`."""
@@ -237,3 +242,14 @@ class _Mixture(NamedTuple):
         self.mlp.experts.add(x, weights, ids, residual)
         if shared is not None:
             shared.linear.add(shared.x, residual)
+
+
+@functools.cache
+def _tell_if_slow(format: type[Format]) -> None:
+    """Say it once of each format."""
+    if format.grouped is Format.grouped:
+        logger.warning(
+            "experts: the format %s has no op for groups of rows, so every expert computes all "
+            "rows and most of it is thrown away: right, and slow",
+            format.__name__,
+        )
