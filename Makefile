@@ -15,12 +15,13 @@ demo: $(VENV)/.installed
 why: $(VENV)/.installed
 	$(BIN)/python tools/why.py
 
+# A module's tests stay together: what they share is made once.
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE)
 
 # All combinations of faults, executors and modes; test has every pair of them.
 test-long: lint
-	$(BIN)/python -m pytest -n $(JOBS) --device $(DEVICE) --long
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE) --long
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

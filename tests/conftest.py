@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -69,6 +70,17 @@ def time_to_verify() -> None:
     from reprise.graphs import prove
 
     prove.VERIFY_SECONDS = 120.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_collection(device: str) -> None:
+    """Collecting garbage before each capture takes longer than capturing a tiny model, since large
+    libraries have left half a million objects to look at. A device's graphs are not made for that:
+    what is collected in the midst of a capture could spoil it."""
+    from reprise.graphs import capture
+
+    if device == "cpu":
+        vars(capture)["gc"] = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def test_it_ends_when_the_last_token_is_out():
         return (time.perf_counter() - last) / (last - began)
 
     # Freeing what the imports have made takes about a fifth of the time that making it takes.
-    assert min(share_of_the_end() for _ in range(2)) < 0.08
+    assert any(share_of_the_end() < 0.08 for _ in range(2))
 
 
 def test_exit_handlers_run_and_the_status_is_kept():

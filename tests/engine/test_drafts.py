@@ -58,41 +58,58 @@ def answers(llm: LLM, params: SamplingParams) -> list[Any]:
     return [each.outputs[0] for each in outputs]
 
 
+@pytest.fixture(scope="module")
+def plain_answers(model: TinyModel, device: str) -> list[list[Any]]:
+    """Of each of the parameters, without drafts."""
+    plain = make_llm(model, device)
+    return [answers(plain, params) for params in PARAMS]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "options"),
+    ("tokens", "options", "ahead"),
     [
-        (1, {"graph_mode": "full", "graph_buckets": "decode=2,4;mixed=32"}),
-        (3, {"graph_mode": "none"}),
-        (4, {"graph_mode": "breakable", "graph_buckets": "decode=4;mixed=16,64"}),
-        (7, {"graph_mode": "decode=full", "graph_buckets": "decode=1,4", "max_num_seqs": 3}),
+        pytest.param(
+            tokens, options, ahead, id=f"{name}{', ahead' * ahead}",
+            marks=[pytest.mark.long] * (ahead == (tokens in (1, 3))),
+        )
+        for name, tokens, options in (
+            ("1, full", 1, {"graph_mode": "full", "graph_buckets": "decode=2,4;mixed=32"}),
+            ("3, eager", 3, {"graph_mode": "none"}),
+            (
+                "4, breakable", 4,
+                {"graph_mode": "breakable", "graph_buckets": "decode=4;mixed=16,64"},
+            ),
+            (
+                "7, two at a time", 7,
+                {"graph_mode": "decode=full", "graph_buckets": "decode=1,4", "max_num_seqs": 3},
+            ),
+        )
+        for ahead in (False, True)
     ],
-    ids=["1, full", "3, eager", "4, breakable", "7, two at a time"],
-)
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+)  # fmt: skip
 def test_tokens_are_those_without_drafts(
-    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, tokens: int,
-    options: dict[str, Any], ahead: bool,
+    model: TinyModel, device: str, plain_answers: list[list[Any]],
+    monkeypatch: pytest.MonkeyPatch, tokens: int, options: dict[str, Any], ahead: bool,
 ) -> None:  # fmt: skip
     """Whatever a request asks for, seeds included."""
-    plain = make_llm(model, device)
     if ahead:
         buffers = functools.partial(model_runner.StepBuffers, shared=False)
         monkeypatch.setattr(model_runner, "StepBuffers", buffers)
     llm = drafting(model, device, tokens, **options)
     if ahead:
         llm.engine._depth = 2
-    for params in PARAMS:
-        for got, expected in zip(answers(llm, params), answers(plain, params), strict=True):
+    for params, right in zip(PARAMS, plain_answers, strict=True):
+        for got, expected in zip(answers(llm, params), right, strict=True):
             assert got.token_ids == expected.token_ids
             assert (got.finish_reason, got.stop_reason) == (
                 expected.finish_reason, expected.stop_reason,
             )  # fmt: skip
             assert (got.logprobs is None) == (expected.logprobs is None)
-            for mine, right in zip(got.logprobs or [], expected.logprobs or [], strict=True):
-                assert mine.keys() == right.keys()
+            for mine, other in zip(got.logprobs or [], expected.logprobs or [], strict=True):
+                assert mine.keys() == other.keys()
                 for token, each in mine.items():
-                    assert each.rank == right[token].rank
-                    assert each.logprob == pytest.approx(right[token].logprob, abs=1e-3)
+                    assert each.rank == other[token].rank
+                    assert each.logprob == pytest.approx(other[token].logprob, abs=1e-3)
     counted = metrics(llm)
     assert counted["spec_decode_num_accepted_tokens"] > 50
     assert llm.graph_report().quarantined == []

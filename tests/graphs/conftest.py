@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from toy import Toy
@@ -16,13 +14,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch):
-    """Collecting garbage before each capture takes longer than capturing a toy."""
-    idle = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
-    monkeypatch.setattr("reprise.graphs.capture.gc", idle)
 
 
 @pytest.fixture
