@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,16 @@ class TinyModels:
         self._root = root
         self._made: dict[str, TinyModel] = {}
 
-    def __call__(self, architecture: str = "qwen3", *, seed: int = 0, **fields: Any) -> TinyModel:
-        key = json.dumps([architecture, seed, fields], sort_keys=True)
+    def __call__(
+        self, architecture: str = "qwen3", *, seed: int = 0, decisive: bool = False, **fields: Any
+    ) -> TinyModel:
+        key = json.dumps([architecture, seed, decisive, fields], sort_keys=True)
         if key not in self._made:
             path = self._root / f"{architecture}-{len(self._made)}"
-            random_model(architecture, seed, **fields).save_pretrained(path)
+            model = random_model(architecture, seed, **fields)
+            if decisive:
+                widen_choices(model)
+            model.save_pretrained(path)
             self._made[key] = TinyModel(path)
         return self._made[key]
 
@@ -220,6 +225,14 @@ def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def widen_choices(model: Any) -> None:
+    """Make the lengths of the head's rows as different as a long-tailed distribution has them: a
+    logit is rounded by a part of its size, and here the largest is far from the next."""
+    generator = torch.Generator().manual_seed(0)
+    head = model.lm_head.weight
+    head.mul_(torch.empty(len(head), 1).log_normal_(-3.5, 1.5, generator=generator))
+
+
 def random_ids(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (length,), generator=generator).tolist()
@@ -293,27 +306,42 @@ def calls_of_a_step(llm: LLM, params: Sequence[SamplingParams]) -> int:
 
 
 @contextlib.contextmanager
-def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
-    """The logits [V] of every draw within the ``with`` block, by request id."""
+def rewritten_logits(llm: LLM, rewrite: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Within the ``with`` block draws are from what ``rewrite`` makes of a request's id and its
+    logits, [V] float32 on the CPU."""
     runner: Any = llm.engine.runner
-    sampler, seen = runner.sampler, dict[str, list[Tensor]]()
+    sampler = runner.sampler
 
-    class Recorder:
+    class Rewriting:
         def __call__(self, logits: Tensor, step: Any, *rest: Any) -> Any:
             sampling = [row for row, yes in zip(step.rows, step.samples, strict=True) if yes]
-            for row, number in zip(logits.float().cpu(), sampling, strict=True):
-                name = sampler.rows.admitted[number].request_id
-                seen.setdefault(name, []).append(row.clone())
-            return sampler(logits, step, *rest)
+            rows = [
+                rewrite(sampler.rows.admitted[number].request_id, row)
+                for row, number in zip(logits.float().cpu(), sampling, strict=True)
+            ]
+            return sampler(torch.stack(rows).to(logits.device), step, *rest)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(sampler, name)
 
-    runner.sampler = Recorder()
+    runner.sampler = Rewriting()
     try:
-        yield seen
+        yield
     finally:
         runner.sampler = sampler
+
+
+@contextlib.contextmanager
+def recorded_logits(llm: LLM) -> Iterator[Mapping[str, list[Tensor]]]:
+    """The logits [V] of every draw within the ``with`` block, by request id."""
+    seen = dict[str, list[Tensor]]()
+
+    def record(request: str, row: Tensor) -> Tensor:
+        seen.setdefault(request, []).append(row.clone())
+        return row
+
+    with rewritten_logits(llm, record):
+        yield seen
 
 
 ODD: list[Any] = [

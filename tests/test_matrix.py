@@ -6,7 +6,7 @@ from typing import Any
 
 import matrix
 import pytest
-from helpers import TinyModels, make_llm
+from helpers import TinyModels, make_llm, token_ids
 
 from reprise.errors import ConfigError
 
@@ -31,7 +31,7 @@ def test_same_tokens(
     alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
 ) -> None:
     model = alone.model(features)
-    outputs = matrix.DISTURBANCES[disturbance](features, model, device)
+    outputs = matrix.DISTURBANCES[disturbance](matrix.Case(features, model, device))
     expected = alone.tokens(features)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
 
@@ -43,33 +43,28 @@ def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: 
         make_llm(model, device, speculative_config=config)
 
 
-@pytest.mark.parametrize("features", matrix.COVERING, ids=str)
-def test_bfloat16_differs_where_rounding_decides(
-    tiny: TinyModels, device: str, features: matrix.Features
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(each, id=str(each), marks=[pytest.mark.long] * (each.executor != "full"))
+        for each in matrix.COVERING
+    ],
+)
+def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
+    alone: matrix.Alone, device: str, features: matrix.Features
 ) -> None:
-    """On an accelerator, where kernels of other shapes round otherwise."""
-    if device == "cpu":
-        pytest.skip("a CPU's test is the one in float32")
-    alone = matrix.Alone(tiny, device, dtype="bfloat16")
-    model, differing, gaps = alone.model(features), 0, []
-    for disturbance in matrix.DISTURBANCES.values():
-        outputs = disturbance(features, model, device, dtype="bfloat16")
-        for output, expected, (prompt, params) in zip(
-            outputs, alone.tokens(features), matrix.SUBJECTS, strict=True
-        ):
-            got = list(output.outputs[0].token_ids)
-            if got == expected:
-                continue
-            differing += 1
-            pairs = zip(got, expected, strict=False)
-            place = next(n for n, (mine, right) in enumerate(pairs) if mine != right)
-            logits = model.logits([*prompt, *expected[:place]])[-1]
-            if params.temperature == 0 and params.repetition_penalty == 1:
-                gaps.append(float((logits[expected[place]] - logits[got[place]]).abs()))
-    count = len(matrix.SUBJECTS) * len(matrix.DISTURBANCES)
-    print(f"{features}: {differing} of {count} requests differ, at gaps of {gaps}")
-    assert differing <= max(1, matrix.BFLOAT16_SHARE * count)
-    assert all(each < matrix.BFLOAT16_GAP for each in gaps)
+    model = alone.model(features, decisive=True)
+    subjects = matrix.decided(model, device)
+    expected = matrix.alone(model, device, subjects, dtype="bfloat16")
+    case = matrix.Case(features, model, device, subjects, "bfloat16")
+    found = {name: token_ids(each(case)) for name, each in matrix.DISTURBANCES.items()}
+    different = {
+        name: [number for number, each in enumerate(got) if each != expected[number]]
+        for name, got in found.items() if got != expected
+    }  # fmt: skip
+    count = len(subjects) * len(found)
+    print(f"{features}: {sum(map(len, different.values()))} of {count} requests differ")
+    assert not different
 
 
 def test_the_short_set_has_every_feature() -> None:
