@@ -4,7 +4,8 @@
     python compile_kernels.py hip gfx942 65536
 
 Arguments: Triton's backend, its architecture, and the bytes of shared memory that a program can
-have there. Prints one JSON object a kernel, its name and bytes of shared memory; where an op
+have there. Prints one JSON object a kernel: its name, the bytes of shared memory, the registers of
+a thread, and what of them spilled to memory (bytes with CUDA, registers with HIP); where an op
 fails, its name and the error.
 """
 
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +73,8 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
 
     def run(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = original(self, *args, warmup=True, **kwargs)
-        found.append((self.__name__, {"shared_memory": compiled.metadata.shared}))
+        needs = {"shared_memory": compiled.metadata.shared, **registers(compiled)}
+        found.append((self.__name__, needs))
         return compiled
 
     JITFunction.run = run
@@ -85,6 +90,22 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
                 found.append((op.name, {"error": reason[:2000]}))
             yield from found
             found.clear()
+
+
+def registers(compiled: Any) -> dict[str, int]:
+    """What a thread has of them, and what did not fit."""
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        count = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", code)}
+        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
+        return {"registers": count["vgpr_count"], "spills": spills}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", done.stdout)}
+    return {"registers": used["REG"], "spills": used["STACK"]}
 
 
 class EmptyMaker(Maker):

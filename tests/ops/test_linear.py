@@ -53,17 +53,81 @@ def test_triton(implementation, dtypes, randn, op, features, inputs, rows, with_
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_what_the_kernel_of_few_rows_takes(implementation, randn) -> None:
+def test_what_the_kernels_of_several_rows_take(implementation, randn) -> None:
     implementation(norm_gated_linear, "triton")
-    from reprise.ops.linear.few_rows_kernel import supports_few_rows
+    from reprise.ops.linear.few_rows_kernel import supports_few_rows, takes_norm
+    from reprise.ops.linear.small_weight_kernel import supports_small_weight
 
     x, weight = randn(2, 256, dtype=torch.float16), randn(80, 256, dtype=torch.float16)
+    odd = x[:, :200], weight[:, :200].contiguous()
+    assert supports_few_rows(x, weight)
+    assert not takes_norm(x, weight)  # x times the gain might exceed its range
+    assert takes_norm(x.bfloat16(), weight.bfloat16())
+    assert not supports_few_rows(x[:1], weight)
+    assert not supports_few_rows(x.float(), weight.float())
+    assert not supports_few_rows(*odd)
+    many = x.repeat(33, 1)
     for gated in (False, True):
-        assert supports_few_rows(x, weight[:32], gated)
-        assert not supports_few_rows(x[:1], weight[:32], gated)
-        assert not supports_few_rows(x.float(), weight[:32].float(), gated)
-        assert not supports_few_rows(x[:, :200], weight[:32, :200].contiguous(), gated)
-    assert supports_few_rows(x, weight, gated=True)
+        assert not supports_few_rows(many, weight)
+        assert supports_small_weight(many, weight[:32], gated)
+        assert not supports_small_weight(many.float(), weight[:32].float(), gated)
+        assert not supports_small_weight(odd[0], odd[1][:32], gated)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize("kind", ["plain", "bias", "norm", "gated", "norm and gated", "add"])
+def test_few_rows(implementation, randn, monkeypatch, rows, kind) -> None:
+    """Each configuration of the kernel, with strided rows of x, several steps and programs that
+    share a tile, and features that do not fill it."""
+    implementation(linear, "triton")
+    from reprise.ops.linear import few_rows_kernel
+
+    for limit in ("_MANY_WEIGHTS", "_LEAST_PROGRAMS"):
+        monkeypatch.setattr(few_rows_kernel, limit, 0)
+    few_rows_kernel.config_of.cache_clear()
+    dtype = torch.float16
+    gated, features, inputs = "gated" in kind, 75, 1024
+    x = randn(rows, inputs + 32, dtype=dtype)[:, 16:-16]
+    weight = (randn(features * (1 + gated), inputs) / inputs**0.5).to(dtype)
+    bias = randn(len(weight), dtype=dtype) if kind in ("bias", "norm and gated") else None
+    if few_rows_kernel.config_of(rows, *weight.shape, x.device).late:
+        norm = randn(inputs, dtype=dtype) if "norm" in kind else None
+    else:
+        norm = None
+    out = randn(rows, features, dtype=dtype)
+    expected = x.float()
+    if norm is not None:
+        expected = torch.nn.functional.rms_norm(expected, (inputs,), norm.float(), 1e-6)
+    expected = expected @ weight.float().T
+    if bias is not None:
+        expected = expected + bias.float()
+    if gated:
+        gate, up = expected.chunk(2, dim=1)
+        expected = torch.nn.functional.silu(gate) * up
+    if kind == "add":
+        expected = expected + out.float()
+    few_rows_kernel.launch_few_rows(
+        x, weight, bias, out, norm, 1e-6, add=kind == "add", gated=gated
+    )
+    torch.testing.assert_close(out.float(), expected, rtol=4e-3, atol=4e-3)
+    few_rows_kernel.config_of.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [4, 8, 9, 16, 17, 31, 33, 64, 65, 128, 129, 130])
+@pytest.mark.parametrize("inputs", [200, 256])
+def test_numbers_of_rows(implementation, randn, inputs, rows) -> None:
+    """Where one kernel ends and another begins."""
+    triton, reference = (
+        implementation(linear_add, "triton"),
+        linear_add.implementations["reference"],
+    )
+    x = randn(rows, 3 * inputs, dtype=torch.float16)[:, inputs : 2 * inputs]
+    weight = (randn(13, inputs) / inputs**0.5).half()
+    found = randn(rows, 13, dtype=torch.float16)
+    expected = found.clone()
+    triton(x, weight, None, found)
+    reference.function(x, weight, None, expected)
+    torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
 
 
 def called(function, op, named, residual):

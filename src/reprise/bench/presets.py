@@ -76,13 +76,22 @@ _LONG: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 33024}
 
 LATENCY: Mapping[str, LatencyWork] = {
     "0.6b-bs1": LatencyWork(engine=_GPU),
+    "0.6b-bs2": LatencyWork((2,), engine=_GPU),
+    "0.6b-bs4": LatencyWork((4,), engine=_GPU),
     "0.6b-bs64": LatencyWork((64,), engine=_GPU),
     "0.6b-batches": LatencyWork((1, 2, 4, 8, 16, 32, 64, 128, 256), engine=_GPU),
     "0.6b-contexts": LatencyWork(
         (1,), (1024, 2048, 4096, 8192, 16384, 32768), (16, 80), engine=_LONG
     ),
     "8b-bs1": LatencyWork(model="qwen3-8b", engine=_GPU),
+    "8b-bs2": LatencyWork((2,), model="qwen3-8b", engine=_GPU),
+    "8b-bs4": LatencyWork((4,), model="qwen3-8b", engine=_GPU),
+    "8b-bs8": LatencyWork((8,), model="qwen3-8b", engine=_GPU),
     "8b-bs64": LatencyWork((64,), model="qwen3-8b", engine=_GPU),
+    "8b-fp8-bs1": LatencyWork(model="qwen3-8b-fp8", engine=_GPU),
+    "8b-fp8-bs64": LatencyWork((64,), model="qwen3-8b-fp8", engine=_GPU),
+    "8b-fp8-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3-8b-fp8", _LONG),
+    "8b-awq-bs1": LatencyWork(model="qwen3-8b-awq", engine=_GPU),
     "8b-batches": LatencyWork((1, 2, 4, 8, 16, 32, 64, 128, 256), model="qwen3-8b", engine=_GPU),
     "8b-contexts": LatencyWork(
         (1,), (1024, 2048, 4096, 8192, 16384, 32768), (16, 80), "qwen3-8b", _LONG

@@ -71,6 +71,42 @@ def depend(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The second half of :func:`depend`, for kernels that wait later by :func:`ended`."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def ended(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait as :func:`depend` does, within a loop whose first loads need no wait; always true.
+
+    A compiler that pipelines the loop moves loads to before it, but none that stands under this
+    condition: it takes the answer for a value that only the wait can give.
+    """
+    if EARLY:
+        zero = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
+        )
+        return zero == 0
+    return True
+
+
+@triton.jit
+def fetch(ptr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for what lies there, to be in the last-level cache when it is read behind the wait."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptr],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 def arrivals(count: int, device: torch.device) -> Tensor:
     """At least ``count`` int32 zeros, in which programs that share work find out who is the last.
 

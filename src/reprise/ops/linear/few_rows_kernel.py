@@ -1,32 +1,41 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Products of few rows with a small weight in Triton, on the matrix units, in one launch, with the
-activation behind them if there is one.
+"""Products of few rows in Triton, on the matrix units, in one launch, with the norm before them and
+the activation or sum behind them.
 
-A small weight has too few tiles to occupy a device. The BLAS then shares out the inputs of a tile
-to several programs and launches a second kernel that sums; here the last of these programs to end
-sums, always in the same order, and adds the bias and what ``out`` holds.
+Few rows are bound by the bandwidth at which weights arrive, so a tile has many rows of the weight
+and as few of ``x`` as the matrix units take: the weight is their first operand. Programs that share
+a tile each take a part of its inputs; the last of them to end sums, always in the same order.
+
+A program asks for its first weights before the kernel before it has ended, so the device goes on
+reading weights while one kernel ends and the next begins. With 8 rows it waits for that kernel only
+where it first reads ``x`` (:func:`reprise.ops.triton_util.ended`) and has several steps of weights
+in shared memory by then. With more, ``x`` needs to be asked for ahead like the weights, so these
+are on their way to the last-level cache only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.linear.tile_end import finish, summed
 from reprise.ops.triton_util import (
     INTERPRETED,
     arrivals,
     cdiv,
     depend,
     dot,
-    is_last,
+    ended,
+    fetch,
     launch,
     launch_options,
+    let_next_start,
     limits,
-    silu,
 )
 
 
@@ -34,47 +43,73 @@ from reprise.ops.triton_util import (
 class Config:
     """Sizes of one launch."""
 
-    block_m: int = 64
-    """Rows of a tile; with fewer the matrix units of Hopper cannot be used in full."""
-    block_n: int = 32
-    """Rows of the weight that a tile takes; with an activation one half are gates."""
-    block_k: int = 128
+    rows: int
+    """Of ``x`` in a tile."""
+    block_k: int
     """Inputs of one step of the inner loop."""
-    num_stages: int = 5
-    """At most: fewer where shared memory holds fewer tiles of both operands."""
-    num_warps: int = 4
+    num_stages: int
+    programs: float
+    """To aim at, on a multiprocessor."""
+    late: bool
+    """``x`` is read when it is needed."""
+    splits: int = 1
+    """Programs that share a tile."""
 
 
-_DEFAULT = Config()
-_GATED = Config(block_n=64, num_stages=4)
-_MOST_ROWS = 128
-_MOST_WEIGHTS = 1 << 23
-"""Elements of a weight beyond which the BLAS is as fast; so it is where tiles alone are more than
-the device has multiprocessors."""
+_BLOCK_N = 64
+"""Rows of the weight that a tile takes; with an activation one half are gates. With fewer the
+matrix units of Hopper cannot be used in full."""
+_WARPS = 4
+_CONFIGS = (
+    Config(8, 256, 3, 3, late=True),
+    Config(16, 128, 4, 1.5, late=False),
+    Config(32, 128, 4, 1.5, late=False),
+    Config(64, 128, 4, 1, late=False),
+)
+_MANY_WEIGHTS = 1 << 23
+"""Elements of a weight. With fewer, and more than 8 rows, another kernel is faster."""
+_LEAST_PROGRAMS = 0.9
+"""On a multiprocessor. With fewer, and more than 8 rows, the BLAS is faster."""
+_FETCHED = 256
+"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
 
 
-def supports_few_rows(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
-    """Whether :func:`launch_few_rows` computes this product, and as fast as the BLAS."""
-    config = _GATED if gated else _DEFAULT
+def supports_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`launch_few_rows` computes this product, and faster than others."""
     return (
-        2 <= x.shape[0] <= _MOST_ROWS
+        x.shape[0] >= 2
         and x.dtype is not torch.float32
         and x.stride(1) == 1
         and weight.is_contiguous()
-        and weight.shape[1] % config.block_k == 0
-        and weight.numel() <= _MOST_WEIGHTS
-        and _tiles(x, weight, config) <= limits(x.device).multiprocessors
-        and _stages(config, x) > 0
+        and config_of(x.shape[0], *weight.shape, x.device) is not None
     )
 
 
-def _stages(config: Config, x: Tensor) -> int:
-    stage = (config.block_m + config.block_n) * config.block_k * x.element_size()
-    return min(config.num_stages, limits(x.device).shared_memory // stage)
+def takes_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is supported with a norm before it. bfloat16 has the range that ``x`` times the
+    gain needs: the product is scaled behind the sums."""
+    if x.dtype is not torch.bfloat16 or not supports_few_rows(x, weight):
+        return False
+    config = config_of(x.shape[0], *weight.shape, x.device)
+    return config is not None and config.late
 
 
-def _tiles(x: Tensor, weight: Tensor, config: Config) -> int:
-    return cdiv(x.shape[0], config.block_m) * cdiv(weight.shape[0], config.block_n)
+@functools.cache
+def config_of(rows: int, outputs: int, inputs: int, device: torch.device) -> Config | None:
+    """Sizes for a product; None: there are none."""
+    config = next((each for each in _CONFIGS if rows <= each.rows), None)
+    if config is None or inputs % config.block_k:
+        return None
+    tiles, steps = cdiv(outputs, _BLOCK_N), inputs // config.block_k
+    most = max(1, config.programs * limits(device).multiprocessors // tiles)
+    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    many = outputs * inputs > _MANY_WEIGHTS
+    enough = tiles * splits >= _LEAST_PROGRAMS * limits(device).multiprocessors
+    if not config.late and not (many and enough):
+        return None
+    stage = (_BLOCK_N + config.rows) * config.block_k * 2
+    stages = min(config.num_stages, limits(device).shared_memory // stage)
+    return replace(config, num_stages=stages, splits=splits) if stages else None
 
 
 def launch_few_rows(
@@ -82,6 +117,8 @@ def launch_few_rows(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
     *,
     add: bool = False,
     gated: bool = False,
@@ -93,43 +130,45 @@ def launch_few_rows(
         weight: [N, K].
         bias: [N], or None.
         out: [T, N].
+        norm_weight: [K], of the norm that ``x`` goes through first, see :func:`takes_norm`; None:
+            there is none.
+        eps: Of the norm.
         add: Keep what ``out`` holds and add to it.
         gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
             ``silu(gate) * up``.
     """
-    rows, inputs = x.shape
-    config = _GATED if gated else _DEFAULT
-    tiles = _tiles(x, weight, config)
-    # Programs that share a tile: as many as occupy the device.
-    splits = 1
-    steps, most = inputs // config.block_k, limits(x.device).multiprocessors // tiles
-    while 2 * splits <= most and steps % (2 * splits) == 0:
-        splits *= 2
+    config = config_of(x.shape[0], *weight.shape, x.device)
+    assert config is not None
+    tiles = cdiv(x.shape[0], config.rows) * cdiv(weight.shape[0], _BLOCK_N)
     partial = out
-    if splits > 1:
-        size = tiles * config.block_m * config.block_n
-        partial = x.new_empty((splits, size), dtype=torch.float32)
-    launch(few_rows_kernel, (tiles * splits,))(
+    if config.splits > 1:
+        size = tiles * config.rows * (_BLOCK_N + 1)
+        partial = x.new_empty((config.splits, size), dtype=torch.float32)
+    launch(few_rows_kernel, (tiles * config.splits,))(
         x,
+        norm_weight,
         weight,
         bias,
         out,
         partial,
         arrivals(tiles, x.device),
-        rows,
+        x.shape[0],
         out.shape[1],
         x.stride(0),
         out.stride(0),
-        INPUTS=inputs,
+        eps,
+        INPUTS=x.shape[1],
         ADD=add,
         GATED=gated,
-        SPLITS=splits,
+        SPLITS=config.splits,
         WIDEN=INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        ROWS=config.rows,
+        LATE=config.late,
+        FETCHED=_FETCHED,
+        BLOCK_N=_BLOCK_N,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=_stages(config, x),
+        num_warps=_WARPS,
+        num_stages=config.num_stages,
         **launch_options(),
     )
 
@@ -137,6 +176,7 @@ def launch_few_rows(
 @triton.jit(do_not_specialize=["rows"])
 def few_rows_kernel(
     x_ptr,
+    norm_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -146,12 +186,15 @@ def few_rows_kernel(
     features,
     x_stride,
     out_stride,
+    eps,
     INPUTS: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    LATE: tl.constexpr,
+    FETCHED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -159,54 +202,63 @@ def few_rows_kernel(
     """One program multiplies one share of the inputs into a tile of ``out``.
 
     x: [rows, INPUTS]; weight: [features, INPUTS], twice as many rows if GATED; out: [rows,
-    features]; partial: [SPLITS, tiles, BLOCK_M, BLOCK_N] float32; arrivals: [tiles], how many
-    programs are done with a tile.
+    features]; partial: [SPLITS, tiles, BLOCK_N, ROWS] float32, behind it [SPLITS, tiles, ROWS];
+    arrivals: [tiles], how many programs are done with a tile.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row_tiles = tl.cdiv(rows, ROWS)
     # Programs next to each other read the same rows of the weight.
-    row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     k = split * SHARE + tl.arange(0, BLOCK_K)
-    real_row = (row < rows)[:, None]
-    real_feature = (feature < features)[None, :]
-    x_ptr += row.to(tl.int64)[:, None] * x_stride + k[None, :]
-    weight_ptr += n.to(tl.int64)[None, :] * INPUTS + k[:, None]
-    depend(EARLY)
+    real_row = (row < rows)[None, :]
+    real_feature = (feature < features)[:, None]
+    x_ptr += row.to(tl.int64)[None, :] * x_stride + k[:, None]
+    first_ptr = weight_ptr
+    weight_ptr += n.to(tl.int64)[:, None] * INPUTS + k[None, :]
+    kind: tl.constexpr = weight_ptr.dtype.element_ty
+    NORM: tl.constexpr = norm_ptr is not None
+    if LATE:
+        let_next_start(EARLY)
+    else:
+        real_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1).to(tl.int64)[:, None]
+        line = tl.arange(0, FETCHED // 64)[None, :] * 64 % SHARE  # of 128 bytes
+        fetch(first_ptr + real_n * INPUTS + split * SHARE + line, EARLY)
+        depend(EARLY)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_K, ROWS], dtype=tl.float32)
     for start in range(0, SHARE, BLOCK_K):
-        x = tl.load(x_ptr + start, mask=real_row, other=0.0)
-        weight = tl.load(weight_ptr + start, mask=real_feature, other=0.0)
-        acc = dot(x, weight, acc, WIDEN)
-    last = True
-    if SPLITS > 1:
-        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        size = tl.num_programs(0) // SPLITS * (BLOCK_M * BLOCK_N)
-        partial_ptr += tile * (BLOCK_M * BLOCK_N) + within
-        tl.store(partial_ptr + split * size, acc)
-        last = is_last(arrivals_ptr + tile, SPLITS)
+        weight = tl.load(
+            weight_ptr + start, mask=real_feature, other=0.0, eviction_policy="evict_first"
+        )
+        x = tl.zeros([BLOCK_K, ROWS], dtype=kind)
+        if LATE:
+            if ended(EARLY):
+                x = tl.load(x_ptr + start, mask=real_row, other=0.0)
+                if NORM:
+                    gain = tl.load(norm_ptr + start + k)[:, None].to(tl.float32)
+                    squares += x.to(tl.float32) * x.to(tl.float32)
+                    x = (x.to(tl.float32) * gain).to(kind)
+        else:
+            x = tl.load(x_ptr + start, mask=real_row, other=0.0)
+        acc = dot(weight, x, acc, WIDEN)
+    total = tl.sum(squares, axis=0)
+    tiles = tl.num_programs(0) // SPLITS
+    squares_ptr = partial_ptr + (SPLITS * BLOCK_N * tiles + tile) * ROWS + tl.arange(0, ROWS)
+    if NORM and SPLITS > 1:
+        tl.store(squares_ptr + split * tiles * ROWS, total)
+    acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
-        if SPLITS > 1:
-            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            for other in tl.static_range(SPLITS):
-                # Just written: the nearest cache may hold older values.
-                acc += tl.load(partial_ptr + other * size, cache_modifier=".cg")
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + n, mask=feature < features, other=0.0).to(tl.float32)[None, :]
-        kind = out_ptr.dtype.element_ty
-        result = acc
-        if GATED:
-            pairs = tl.reshape(acc.to(kind).to(tl.float32), [BLOCK_M, 2, WIDTH])
-            gate, up = tl.split(tl.permute(pairs, [0, 2, 1]))
-            result = silu(gate, kind) * up
-        column = tile // row_tiles * WIDTH + tl.arange(0, WIDTH)
-        target = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        real = real_row & (column < features)[None, :]
-        if ADD:
-            result += tl.load(target, mask=real, other=0.0).to(tl.float32)
-        tl.store(target, result.to(kind), mask=real)
+        if NORM:
+            if SPLITS > 1:
+                total = tl.zeros([ROWS], dtype=tl.float32)
+                for other in tl.static_range(SPLITS):
+                    total += tl.load(squares_ptr + other * tiles * ROWS, cache_modifier=".cg")
+            acc *= tl.rsqrt(total / INPUTS + eps)[None, :]
+        first = tile // row_tiles * WIDTH
+        finish(acc, bias_ptr, out_ptr, first, features, row, rows, out_stride, GATED, ADD)

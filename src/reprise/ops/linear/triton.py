@@ -6,9 +6,11 @@ another's result, so there is no second pass. The norm of ``x`` is computed agai
 that is cheaper than a launch. Where a kernel may start before its predecessor has ended, the first
 weights are on their way by the time ``x`` is there.
 
-More rows with a small weight are for :mod:`few_rows_kernel`; all else, and float32, goes to the
-device's BLAS.
+Few rows more are for :mod:`few_rows_kernel`, many with a small weight for
+:mod:`small_weight_kernel`; all else, and float32, goes to the device's BLAS.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows
+from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows, takes_norm
+from reprise.ops.linear.small_weight_kernel import launch_small_weight, supports_small_weight
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
 from reprise.ops.triton_util import (
@@ -50,10 +53,11 @@ def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Shapes as in the reference."""
-    if not _one_row(x, weight):
+    one_row = _one_row(x, weight)
+    if not one_row and not takes_norm(x, weight):
         return _product(rms_norm(x, norm_weight, eps), weight, bias)
-    out = x.new_empty((1, weight.shape[0]))
-    _launch(x, weight, bias, out, norm_weight, eps)
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    (_launch if one_row else launch_few_rows)(x, weight, bias, out, norm_weight, eps)
     return out
 
 
@@ -62,27 +66,29 @@ def norm_gated_linear(
 ) -> Tensor:
     """Shapes as in the reference."""
     size = weight.shape[0] // 2
-    if _one_row(x, weight):
-        out = x.new_empty((1, size))
-        _launch(x, weight, bias, out, norm_weight, eps, gated=True)
+    one_row = _one_row(x, weight)
+    if one_row or takes_norm(x, weight):
+        out = x.new_empty((x.shape[0], size))
+        (_launch if one_row else launch_few_rows)(
+            x, weight, bias, out, norm_weight, eps, gated=True
+        )
         return out
     normed = rms_norm(x, norm_weight, eps)
-    if supports_few_rows(normed, weight, gated=True):
+    launch_product = _kernel_of(normed, weight, gated=True)
+    if launch_product is not None:
         out = x.new_empty((x.shape[0], size))
-        launch_few_rows(normed, weight, bias, out, gated=True)
+        launch_product(normed, weight, bias, out, gated=True)
         return out
-    product = _product(normed, weight, bias)
+    product = F.linear(normed, weight, bias)
     del normed  # here a step has its peak of memory
     return silu_and_mul(product)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     """Shapes as in the reference."""
-    if _one_row(x, weight):
-        _launch(x, weight, bias, residual, add=True)
-        return
-    if supports_few_rows(x, weight):
-        launch_few_rows(x, weight, bias, residual, add=True)
+    launch_product = _launch if _one_row(x, weight) else _kernel_of(x, weight)
+    if launch_product is not None:
+        launch_product(x, weight, bias, residual, add=True)
         return
     if bias is not None:
         residual.add_(bias)
@@ -90,11 +96,21 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not supports_few_rows(x, weight):
+    launch_product = _kernel_of(x, weight)
+    if launch_product is None:
         return F.linear(x, weight, bias)
     out = x.new_empty((x.shape[0], weight.shape[0]))
-    launch_few_rows(x, weight, bias, out)
+    launch_product(x, weight, bias, out)
     return out
+
+
+def _kernel_of(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., None] | None:
+    """What launches a product of several rows; None: the BLAS is faster."""
+    if supports_few_rows(x, weight):
+        return launch_few_rows
+    if x.shape[0] > 1 and supports_small_weight(x, weight, gated):
+        return launch_small_weight
+    return None
 
 
 def _one_row(x: Tensor, weight: Tensor) -> bool:
