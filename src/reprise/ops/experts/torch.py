@@ -5,6 +5,8 @@ torch reads where groups end inside of the op, so that a recorded graph reads th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 from reprise.platforms import Platform
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Bytes that rows of operands are multiples of."""
 
 
@@ -31,28 +33,19 @@ def accepts(
     residual: Tensor | None = None,
 ) -> str | None:
     sizes = x.shape[1], down.shape[2]
-    if any(each * x.element_size() % _ALIGNMENT for each in sizes):
-        return f"rows of {sizes[0]} and {sizes[1]} are no multiples of {_ALIGNMENT} bytes"
+    if any(each * x.element_size() % ALIGNMENT for each in sizes):
+        return f"rows of {sizes[0]} and {sizes[1]} are no multiples of {ALIGNMENT} bytes"
     return None
 
 
 def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Shapes as in the reference."""
-    rows, top = ids.shape
-    count = len(gate_up)
-    real = (ids >= 0) & (ids < count)
-    # Those of nobody go behind all others, where no group reaches.
-    sorted_ids, order = torch.where(real, ids, count).flatten().sort(stable=True)
-    numbers = torch.arange(count, device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
-    hidden = silu_and_mul(F.grouped_mm(x[order // top], gate_up.transpose(1, 2), offs=ends))
-    products = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
-    shares = torch.where(real, weights, 0.0).flatten()[order].unsqueeze(1)
-    # What lies behind the last group is not written.
-    products = torch.where(shares != 0, products.float() * shares, 0.0)
-    by_slot = torch.empty_like(products)
-    by_slot[order] = products
-    return by_slot.view(rows, top, -1).sum(dim=1).to(x.dtype)
+
+    def multiply(rows: Tensor, ends: Tensor) -> Tensor:
+        hidden = silu_and_mul(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+        return F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+
+    return by_expert(x, weights, ids, len(gate_up), multiply)
 
 
 def experts_add(
@@ -60,3 +53,35 @@ def experts_add(
 ) -> None:
     """Shapes as in the reference."""
     residual.add_(experts(x, weights, ids, gate_up, down))
+
+
+def by_expert(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    count: int,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum of what each row's experts give.
+
+    Args:
+        x: [T, D].
+        weights: [T, K] float32.
+        ids: [T, K]; what is no number below ``count`` is nobody's.
+        count: Experts.
+        multiply: Of rows [T * K, D], sorted by expert, and the place behind each expert's, [E]
+            int32, what the experts make of theirs; anything for rows behind the last expert's.
+    """
+    rows, top = ids.shape
+    real = (ids >= 0) & (ids < count)
+    # Those of nobody go behind all others, where no group reaches.
+    sorted_ids, order = torch.where(real, ids, count).flatten().sort(stable=True)
+    numbers = torch.arange(count, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
+    products = multiply(x[order // top], ends)
+    shares = torch.where(real, weights, 0.0).flatten()[order].unsqueeze(1)
+    # What lies behind the last group is not written.
+    products = torch.where(shares != 0, products.float() * shares, 0.0)
+    by_slot = torch.empty_like(products)
+    by_slot[order] = products
+    return by_slot.view(rows, top, -1).sum(dim=1).to(x.dtype)
