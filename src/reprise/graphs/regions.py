@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,12 @@ def stacked(tensors: Mapping[str, Tensor]) -> list[Stack]:
         view = torch.as_strided(first, shape, strides, first.storage_offset())
         stacks.append(Stack(tuple(names), view))
 
+    # A layer may have several tensors, side by side with those of the next one.
+    kinds: dict[object, list[str]] = {}
     for name, each in tensors.items():
+        kinds.setdefault((each.dtype, each.shape, each.stride()), []).append(name)
+    for name in itertools.chain(*kinds.values()):
+        each = tensors[name]
         if names:
             gap = _distance(tensors[names[-1]], each)
             if gap is not None and (len(names) == 1 or gap == distance):
