@@ -64,7 +64,7 @@ class ForwardPass:
         self._layout = buffers.layout
         self.facts: Facts = buffers.known.facts
         self._cache_tensors: (
-            tuple[Tensor, CacheLayout, list[dict[str, Tensor]], list[list[Stack]]] | None
+            tuple[Tensor | None, CacheLayout, list[dict[str, Tensor]], list[list[Stack]]] | None
         ) = None
         """A tensor of the caches and the layout, by which others are told, and what follows."""
         self._weights = weights_of(model)
@@ -187,7 +187,8 @@ class ForwardPass:
 
     def _found_caches(self) -> tuple[list[dict[str, Tensor]], list[list[Stack]]]:
         """Found again only when there are others."""
-        first = next(iter(next(iter(self._caches.values())).tensors.values()))
+        every = (each for cache in self._caches.values() for each in cache.tensors.values())
+        first = next(every, None)
         known = self._cache_tensors
         if known is None or known[0] is not first or known[1] is not self._layout:
             pools = pool_tensors(self._caches, self._layout)
