@@ -13,7 +13,7 @@ PROMPTS = [random_ids(1, 1), random_ids(2, 60), random_ids(3, 17)]
 STEPS = 12
 WIDE: dict[str, Any] = {"intermediate_size": 256, "head_dim": 64}
 """More than one whole block each way."""
-ODD: dict[str, Any] = {"hidden_size": 136, "intermediate_size": 200, "head_dim": 20}
+ODD: dict[str, Any] = {"hidden_size": 72, "intermediate_size": 200, "head_dim": 20}
 """Blocks, groups and words are cut off, and parts end within blocks."""
 ODD_GROUP = {"gptq": 48, "gptq-asymmetric": 48}
 CASES = [

@@ -56,7 +56,7 @@ class Answer:
     """Reasons of the implementations that come before it, by name."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ByArguments:
     """The function of an op for which the arguments decide who computes.
 

@@ -7,13 +7,13 @@ from reprise.ops.registry import Op, needs_triton, op
 from reprise.platforms import Platform
 
 
-def _needs_onednn(platform: Platform) -> str | None:
+def needs_onednn(platform: Platform) -> str | None:
     if platform.device.type != "cpu":
         return "oneDNN computes on the CPU"
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
-_REQUIREMENTS = {"triton": needs_triton, "onednn": _needs_onednn}
+_REQUIREMENTS = {"triton": needs_triton, "onednn": needs_onednn}
 
 
 def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) -> Op:
