@@ -9,6 +9,7 @@ import pytest
 from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm, random_ids
 
 from reprise import LLM, SamplingParams
+from reprise.graphs import prove
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.platforms import Platform
 
@@ -141,3 +142,18 @@ def test_graph_memory_that_fails_or_lies_never_stops_start_up(
     assert (memory.predicted or 0) < platform.memory_info().total
     eager = make_llm(model, platform.name, **BUSY)
     assert busy_tokens(llm, temperature=0) == busy_tokens(eager, temperature=0)
+
+
+@pytest.mark.parametrize("buckets", ["decode=1;mixed=8", "decode=1,2;mixed=8", "decode=4;mixed=16"])
+def test_probes_change_every_input_of_small_graphs_too(
+    tiny: TinyModels, device: str, buckets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of decodes too whether a request begins, which a model with states reads."""
+    monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
+    llm = make_llm(
+        tiny("qwen3"), device, graph_mode="full", graph_buckets=buckets, max_num_seqs=4,
+        max_num_batched_tokens=16,
+    )  # fmt: skip
+    report = llm.graph_report()
+    assert all(each.verified for each in report.graphs)
+    assert report.blind_inputs == []

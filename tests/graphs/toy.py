@@ -100,7 +100,7 @@ class Slots:
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 
-    def read_by_someone(self) -> Tensor | None:
+    def read_by_someone(self, key: str | None = None) -> Tensor | None:
         return None
 
     def written(self) -> Units:

@@ -51,10 +51,10 @@ class State(Protocol):
     def live(self, key: str, shape: StepShape) -> int:
         """How many of the N rows are not padding's, if ``shape`` has the real ones."""
 
-    def read_by_someone(self) -> Tensor | None:
-        """[T] bool on the device: the tokens of which anybody reads what was computed; None: all,
-        padding aside. What a token beyond the end of its request writes lies where others write,
-        too."""
+    def read_by_someone(self, key: str | None = None) -> Tensor | None:
+        """Of the N rows of a tensor of :meth:`read`, or of the step's tokens without ``key``, [N]
+        bool on the device: those of which anybody reads what was computed; None: all, padding
+        aside. What a token beyond the end of its request writes lies where others write, too."""
 
     def written(self) -> Units:
         """The units of the caches that hold these rows."""

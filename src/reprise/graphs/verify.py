@@ -363,8 +363,8 @@ class StepMemory:
     def _read(self, name: str, rows: Tensor) -> Tensor:
         """Of rows of the caches those that are not padding's; zeros where nobody reads them."""
         count = self._state.live(name, self._live)
-        rows, read = rows[:, :count], self._state.read_by_someone()
-        if read is None or count != self._live.num_tokens:
+        rows, read = rows[:, :count], self._state.read_by_someone(name)
+        if read is None:
             return rows
         read = read[:count].view(1, -1, *(1 for _ in rows.shape[2:]))
         return torch.where(read, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))

@@ -200,9 +200,9 @@ class ProbeMaker:
             rows.append(Row(new, max(new, length), layout, (layout + cls) % 3))
         short = max(new, min(size, self._max_model_len))
         rows += [Row(new, short, NEIGHBOURS, half) for half in (LOWER, UPPER)]
-        rows.append(Row(new, new, NEIGHBOURS, LOWER))
         longest = max(new, self._max_model_len)
-        return [Row(new, longest, SCATTERED, BOTH), *rows]
+        # A request that begins comes second, so that small graphs meet one.
+        return [Row(new, longest, SCATTERED, BOTH), Row(new, new, NEIGHBOURS, LOWER), *rows]
 
     def _mixed_rows(self, limit: int) -> list[Row]:
         """Every class of new tokens with every class of contexts, small ones first."""

@@ -75,8 +75,9 @@ class WrittenRows:
     def read(self) -> Mapping[str, Tensor]:
         return {name: each.tensor[:, each.places] for name, each in self._rows.items()}
 
-    def read_by_someone(self) -> Tensor | None:
-        return self._read
+    def read_by_someone(self, key: str | None = None) -> Tensor | None:
+        of_requests = key is not None and self._rows[key].of_requests
+        return None if of_requests else self._read
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
