@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from reprise.errors import WeightsLostError, describe
+from reprise.graphs.bounds import Bounds
 from reprise.graphs.capture import Agree, BucketGraph, Capturer, Progress
-from reprise.graphs.compare import copies, relative_difference, same_bits
+from reprise.graphs.compare import same_bits
 from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
 from reprise.graphs.plan import FALLBACK, Executor
-from reprise.graphs.regions import owned
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import Later, Verdict, examine, examine_later
 from reprise.platforms import Platform
@@ -32,9 +32,6 @@ VERIFY_SECONDS = 1.5
 graph gets its first probe in any case; what is left out is met by live steps."""
 LOCATE_AT_MOST = 2
 """Graphs of one phase and executor whose fault is traced to its op; the rest fail alike."""
-NOISE_FACTOR = 8
-"""An inexact graph may differ from eager execution by so many times what eager execution differs
-from itself."""
 USELESS = 0.85
 BUSY_SECONDS = 0.005
 """A graph whose replay takes this share of eager execution's time, and so long, gains nothing:
@@ -72,16 +69,14 @@ class Prover:
         self.ledger = ledger
         self._guard = guard
         self._agree = agree
-        self._error = error
         self._located: Counter[Hashable] = Counter()
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
         """A comparison of a probe that has been submitted, and the seconds that took. It has its
         verdict while the next one is prepared."""
         self._useless: BucketGraph | None = None
         """The smallest whose graph gains nothing."""
-        self.bounds: dict[Executor, float] = {}
-        """Of executors whose graphs are not exact: the allowed difference, relative to the largest
-        magnitude of a row."""
+        self.bounds = Bounds(computation, error)
+        """How much graphs may differ."""
 
     # ---- start-up ------------------------------------------------------------------------
 
@@ -153,7 +148,7 @@ class Prover:
             later = examine_later(
                 self._computation, self._guard, bucket.graph, bucket.shape, probe.live,
                 self._scope(bucket, wide=number == 0), self._platform,
-                bound=self.bound(executor), pool=pool, timed=number == 0,
+                bound=self.bounds.of(executor), pool=pool, timed=number == 0,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
@@ -187,7 +182,7 @@ class Prover:
         self._guard.learn_ops()
         for bucket in buckets:
             bucket.probes = self._probes_of(bucket, anchor=False)
-        self._measure_bounds(buckets)
+        self.bounds.measure(buckets)
 
     @staticmethod
     def _note_times(bucket: BucketGraph, eager: float | None, replay: float | None) -> None:
@@ -318,9 +313,9 @@ class Prover:
         assert bucket.graph is not None
         executor = bucket.info.executor
         compiled, written = self._capturer.model(executor), self._computation.model
-        comparisons = [(compiled, self._inexact)]
+        comparisons = [(compiled, self.bounds.inexact)]
         if compiled is not written:
-            comparisons.append((written, self.bound(executor)))
+            comparisons.append((written, self.bounds.of(executor)))
         verdict = Verdict()
         for model, bound in comparisons:
             pool, reason = self._fill(bucket, probe)
@@ -445,83 +440,6 @@ class Prover:
             own = bucket.graph is not None and 0 < len(bucket.probes) == bucket.info.probes
             bucket.info.verified = own and bucket.family not in lacking
 
-    # ---- bounds --------------------------------------------------------------------------
-
-    @property
-    def _inexact(self) -> float | None:
-        """The bound where eager execution does not repeat itself; None: it does, to the bit."""
-        return None if self._error is None else self.bounds.get("none", self._error)
-
-    def bound(self, executor: Executor) -> float | None:
-        """How much a graph may differ from the model as written; None: by no bit."""
-        found = self.bounds.get(executor)
-        return self._inexact if found is None else max(found, self._inexact or 0.0)
-
-    def _measure_bounds(self, buckets: list[BucketGraph]) -> None:
-        """From what eager execution does, so that a wrong graph cannot widen its own bound."""
-        first = next((each for each in buckets if each.graph is not None and each.probes), None)
-        if first is None:
-            return
-        executors = {each.info.executor for each in buckets}
-        smallest = torch.finfo(self._output_dtype(first)).eps
-        if self._error is not None:
-            noise = self._noise(buckets, jitter=False)
-            self.bounds["none"] = min(self._error, max(NOISE_FACTOR * noise, 4 * smallest))
-            logger.info(
-                "graphs: ops in use are inexact; two eager runs differ by %.2g of a row's largest "
-                "value, a graph may differ by %.2g", noise, self.bounds["none"],
-            )  # fmt: skip
-        if "compiled" in executors:
-            noise = self._noise(buckets, jitter=True)
-            limit = float(smallest**0.5)
-            self.bounds["compiled"] = min(limit, max(2 * NOISE_FACTOR * noise, 16 * smallest))
-            logger.info(
-                "graphs: compiled code rounds in other places; one unit in the last place of each "
-                "norm's weights makes %.2g of a row's largest value, a graph may differ by %.2g",
-                noise, self.bounds["compiled"],
-            )  # fmt: skip
-
-    def _noise(self, buckets: list[BucketGraph], *, jitter: bool) -> float:
-        """The largest relative difference of two eager runs, over the first probe of some buckets.
-
-        Args:
-            jitter: Between the runs, change every vector among the weights by one unit in the last
-                place up or down: what other roundings would do.
-        """
-        probed = [each for each in buckets if each.probes]
-        largest = 0.0
-        for bucket in {each.key: each for each in (probed[0], probed[-1])}.values():
-            bucket.probes[0].fill()
-            first = self._results(bucket.shape, bucket.probes[0].live)
-            vectors = [
-                each
-                for each in owned(self._computation.memory(), "weight").values()
-                if each.dim() == 1 and each.is_floating_point()
-            ]
-            kept = [each.clone() for each in vectors]
-            if jitter:
-                for number, each in enumerate(vectors):
-                    each.mul_(1 + _signs(each, number) * torch.finfo(each.dtype).eps)
-            second = self._results(bucket.shape, bucket.probes[0].live)
-            for each, value in zip(vectors, kept, strict=True):
-                each.copy_(value)
-            for name, value in first.items():
-                if value.is_floating_point():
-                    largest = max(largest, relative_difference(value, second[name]))
-        return largest
-
-    def _results(self, bucket: StepShape, live: StepShape) -> dict[str, Tensor]:
-        state = self._computation.state(bucket)
-        before = state.read()
-        self._computation.forward(bucket, self._computation.model)
-        written = {name: each[:, : state.live(name, live)] for name, each in state.read().items()}
-        results = {**written, **copies(self._computation.outputs(live))}
-        state.write(before)
-        return results
-
-    def _output_dtype(self, bucket: BucketGraph) -> torch.dtype:
-        return next(iter(self._computation.outputs(bucket.shape).values())).dtype
-
     # ---- places --------------------------------------------------------------------------
 
     def where(self, bucket: BucketGraph, live: StepShape, fill: Callable[[], None]) -> str:
@@ -565,9 +483,3 @@ class Prover:
         if blind:
             logger.warning("graph probes change no value of: %s", ", ".join(blind))
         return blind
-
-
-def _signs(vector: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, vector.shape, generator=generator) * 2 - 1
-    return signs.to(vector.device, vector.dtype)

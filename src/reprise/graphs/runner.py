@@ -17,10 +17,11 @@ from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import Agree, BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
-from reprise.graphs.guard import Change, Guard, Scope
+from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.kinds import Kind
 from reprise.graphs.plan import Executor, GraphPlan, Wanted, resolve, support_of
 from reprise.graphs.prove import Prover
+from reprise.graphs.repair import make_good
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import COPIES, Verdict, VerifyMode, examine
@@ -329,7 +330,6 @@ class GraphRunner:
                 self.ledger.prove(bucket.key, probe.kind, "start")
                 self._tell_progress()
             else:
-                self.canary_failures += 1
                 self._make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")
         return True
 
@@ -462,7 +462,7 @@ class GraphRunner:
         try:
             verdict = examine(
                 computation, self.guard, bucket.graph, bucket.shape, shape, computation.model,
-                self._scope(bucket), bound=self.prover.bound(bucket.info.executor), keep=True,
+                self._scope(bucket), bound=self.prover.bounds.of(bucket.info.executor), keep=True,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             logger.warning(
@@ -483,7 +483,6 @@ class GraphRunner:
                 self.ledger.prove(bucket.key, met, "live")
             return
         self.ran = Ran(None, proven=False)
-        self.canary_failures += 1
         self._make_good(bucket, shape, verdict, "canary")
 
     def _scope(self, bucket: BucketGraph) -> Scope:
@@ -495,53 +494,12 @@ class GraphRunner:
     def _make_good(
         self, bucket: BucketGraph, shape: StepShape, verdict: Verdict, found_by: str
     ) -> None:
-        """Refuse a graph that was found wrong, and repair what it did. Inputs, state and outputs
-        are those of the eager run already, or as they were before the comparison."""
-        changes, where = list(verdict.changes), ""
-        self._mend(changes)
-        if verdict.differences or not changes:
-            where, more = self._where(bucket, shape)
-            self._mend(more)
-            changes += more
-        units = {
-            (each.unit or "", each.index)
-            for each in changes
-            if each.owner == "cache" and each.index is not None
-        }
-        reason = f"{found_by}: {verdict.told or 'wrong on another rank'}{where}"
-        earlier = any(each.before for each in changes)
-        if any(each.owner == "weight" for each in changes) and not self.canary.checks_everything:
-            earlier = True  # others may have changed weights that were not looked at
-        self._refuse(bucket, reason, frozenset(units), earlier=earlier)
-
-    def _mend(self, changes: Iterable[Change]) -> None:
-        if any(each.owner == "weight" for each in changes):
-            self.prover.mend()
-
-    def _where(self, bucket: BucketGraph, shape: StepShape) -> tuple[str, list[Change]]:
-        """The op at which the graph leaves the path of eager execution on the step at hand, and
-        what the search has changed, which replays what is wrong: inputs and memory beside are as
-        before."""
-        computation = self.computation
-        before = self.guard.before(Scope())
-        inputs = {k: v.clone() for k, v in computation.inputs(bucket.shape).items()}
-        outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
-        state = computation.state(bucket.shape)
-        rows = state.read()
-
-        def refill() -> None:
-            for name, tensor in computation.inputs(bucket.shape).items():
-                tensor.copy_(inputs[name])
-
-        where = self.prover.where(bucket, shape, refill)
-        refill()
-        state.write(rows)
-        for name, tensor in computation.outputs(shape).items():
-            tensor.copy_(outputs[name])
-        self.guard.flags(before)
-        changes = self.guard.changes(before)
-        self.guard.put_back(before)
-        return where, changes
+        """Refuse a graph that was found wrong, and repair what it did."""
+        self.canary_failures += 1
+        harm = make_good(self.computation, self.guard, self.prover, bucket, shape, verdict)
+        # Others may have changed weights that were not looked at.
+        earlier = harm.earlier or (harm.weights and not self.canary.checks_everything)
+        self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier)
 
     def _refuse(
         self,
@@ -585,7 +543,7 @@ class GraphRunner:
             canaries=sum(each.info.canaries for each in self.bucket_graphs.values()),
             canary_failures=self.canary_failures,
             unproven_eager=self._unproven_eager,
-            bounds=dict(self.prover.bounds),
+            bounds=dict(self.prover.bounds.measured),
             memory=self.memory,
             capture_seconds=self._capture_seconds,
             verify_seconds=self._verify_seconds,

@@ -1,0 +1,100 @@
+"""What a graph has spoiled that was found wrong, made good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from reprise.graphs.capture import BucketGraph
+from reprise.graphs.contract import Computation
+from reprise.graphs.guard import Change, Guard, Scope
+from reprise.graphs.prove import Prover
+from reprise.graphs.verify import Verdict
+from reprise.shape import StepShape
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What is left to do for others."""
+
+    told: str
+    """What was wrong, and the op at which it begins if it was found."""
+    units: frozenset[tuple[str, int]]
+    """Units of the caches, what and which, that the graph changed and must not have."""
+    weights: bool
+    """It has changed weights; they are right again."""
+    earlier: bool
+    """Something had changed before the step."""
+
+
+def make_good(
+    computation: Computation,
+    guard: Guard,
+    prover: Prover,
+    bucket: BucketGraph,
+    shape: StepShape,
+    verdict: Verdict,
+) -> Harm:
+    """Load weights again that were changed, and find out what was wrong.
+
+    Inputs, state and outputs are those of the eager run already, or as they were before the
+    comparison.
+
+    Args:
+        computation: Whose graph it is.
+        guard: Of its memory.
+        prover: Finds the op, and loads weights.
+        bucket: The graph's.
+        shape: The step in the inputs, without padding.
+        verdict: About it.
+
+    Raises:
+        WeightsLostError: Weights were changed and cannot be loaded again.
+    """
+    changes, where = list(verdict.changes), ""
+    _mend(prover, changes)
+    if verdict.differences or not changes:
+        where, more = _where(computation, guard, prover, bucket, shape)
+        _mend(prover, more)
+        changes += more
+    return Harm(
+        f"{verdict.told or 'wrong on another rank'}{where}",
+        frozenset(
+            (each.unit or "", each.index)
+            for each in changes
+            if each.owner == "cache" and each.index is not None
+        ),
+        any(each.owner == "weight" for each in changes),
+        any(each.before for each in changes),
+    )
+
+
+def _mend(prover: Prover, changes: Iterable[Change]) -> None:
+    if any(each.owner == "weight" for each in changes):
+        prover.mend()
+
+
+def _where(
+    computation: Computation, guard: Guard, prover: Prover, bucket: BucketGraph, shape: StepShape
+) -> tuple[str, list[Change]]:
+    """The op at which the graph leaves the path of eager execution on the step at hand, and what
+    the search has changed, which replays what is wrong: inputs and memory beside are as before."""
+    before = guard.before(Scope())
+    inputs = {k: v.clone() for k, v in computation.inputs(bucket.shape).items()}
+    outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
+    state = computation.state(bucket.shape)
+    rows = state.read()
+
+    def refill() -> None:
+        for name, tensor in computation.inputs(bucket.shape).items():
+            tensor.copy_(inputs[name])
+
+    where = prover.where(bucket, shape, refill)
+    refill()
+    state.write(rows)
+    for name, tensor in computation.outputs(shape).items():
+        tensor.copy_(outputs[name])
+    guard.flags(before)
+    changes = guard.changes(before)
+    guard.put_back(before)
+    return where, changes
