@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--options", default="{}", help="engine options, as JSON")
+    parser.add_argument("--busy", type=int, default=0, help="processes that spin meanwhile")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
@@ -77,11 +78,17 @@ def main() -> None:
         child(given.model, given.child, given.num_prompts, given.repeats, options)
         return
     found = []
-    for mode in given.modes.split(","):
-        command = [sys.executable, *sys.argv, "--child", mode]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        print(done.stdout.strip(), flush=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    spin = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(spin) for _ in range(given.busy)]
+    try:
+        for mode in given.modes.split(","):
+            command = [sys.executable, *sys.argv, "--child", mode]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            print(done.stdout.strip(), flush=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    finally:
+        for each in spinning:
+            each.kill()
     first = found[0]
     for each in found[1:]:
         ratios = [
