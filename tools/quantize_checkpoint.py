@@ -1,6 +1,6 @@
 """Quantise a plain checkpoint, rounding to nearest, into one of the layouts that real ones have.
 
-    python tools/quantize_checkpoint.py --method awq --out demo-awq src/reprise/demo_model
+    python tools/quantize_checkpoint.py --method gptq --out demo-gptq src/reprise/demo_model
 
 writes the layers' products in eight or four bits and copies everything else; norms, embeddings and
 the head stay plain. Rounding to nearest needs no data, and is less exact than what searches for
@@ -39,6 +39,9 @@ LARGEST = 448.0
 BLOCK = 128
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IN_ORDER = tuple(range(8))
+
+PLAIN = ("lm_head", "mlp.gate", "mlp.shared_expert_gate", "block_sparse_moe.gate")
+"""The head, and routers of experts."""
 
 Stored = dict[str, Tensor]
 """By the last part of the name."""
@@ -162,7 +165,8 @@ def compressed(layout: str, weights: dict[str, Any], activations: Any = None) ->
         "input_activations": activations, "output_activations": None,
     }  # fmt: skip
     return {
-        "quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors", "format": layout,
+        "ignore": ["lm_head", *(f"re:.*{each}$" for each in PLAIN[1:])],
         "quantization_status": "compressed", "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
     }  # fmt: skip
@@ -196,11 +200,11 @@ METHODS: dict[str, Method] = {
         eight_bits_by_block("weight_scale_inv"),
         lambda group: {
             **FP8_CONFIG, "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": list(PLAIN),
         },
     ),
     "fp8-tensor": Method(
-        eight_bits_whole, lambda group: {**FP8_CONFIG, "ignored_layers": ["lm_head"]}
+        eight_bits_whole, lambda group: {**FP8_CONFIG, "ignored_layers": list(PLAIN)}
     ),
     "fp8-channel": Method(eight_bits_by_output, lambda group: compressed_fp8("channel", "token")),
     "fp8-block": Method(
@@ -215,7 +219,7 @@ METHODS: dict[str, Method] = {
         awq,
         lambda group: {
             "quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True,
-            "version": "gemm", "modules_to_not_convert": None,
+            "version": "gemm", "modules_to_not_convert": list(PLAIN),
         },
         grouped=True,
     ),
@@ -226,7 +230,8 @@ METHODS: dict[str, Method] = {
 
 def is_product(name: str, tensor: Tensor) -> bool:
     """Whether it is the weight of a product in a layer."""
-    return ".layers." in name and name.endswith(".weight") and tensor.dim() == 2
+    path = name.removesuffix(".weight")
+    return ".layers." in name and path != name and tensor.dim() == 2 and not path.endswith(PLAIN)
 
 
 def quantize(source: Path, out: Path, method: str, group_size: int = 128) -> None:

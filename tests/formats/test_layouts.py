@@ -195,6 +195,21 @@ def test_a_part_of_a_product_is_updated(model: TinyModel, device: str, method: s
     assert not any(differ(each, before[name]) for name, each in parameters.items())
 
 
+@pytest.mark.parametrize("method", ["fp8", "int4-asymmetric"])
+def test_spoiled_weights_are_loaded_again(model: TinyModel, device: str, method: str) -> None:
+    llm = make_llm(quantized(model, method), device)
+    expected = generate(llm, PROMPTS, greedy(6))
+    runner: Any = llm.engine.runner
+    before = {name: each.detach().clone() for name, each in runner.model.named_parameters()}
+    with torch.inference_mode():
+        for each in runner.model.parameters():
+            each.view(torch.uint8).bitwise_xor_(1)
+        runner.forward_pass.reload(["all"])
+    assert not any(differ(each, before[n]) for n, each in runner.model.named_parameters())
+    llm.reset_prefix_cache()
+    assert generate(llm, PROMPTS, greedy(6)) == expected
+
+
 def differ(one: Tensor, other: Tensor) -> bool:
     return not torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 

@@ -24,6 +24,8 @@ CASES = [
         ("qwen2", method, {"tie_word_embeddings": True}, 32)  # biases, a tied head
         for method in ("fp8", "fp8-channel", "int4-asymmetric", "awq", "gptq")
     ),
+    ("qwen3_moe", "gptq", {}, 32),
+    ("qwen2_moe", "awq", {}, 16),
 ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reprise.layers.destination import Destination, Place
 from reprise.layers.formats.base import Formats, Rows
-from reprise.layers.formats.fields import AllBut, Fields, is_head, is_within
+from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import pack, unpack
 
@@ -78,4 +78,4 @@ def formats(config: Mapping[str, Any]) -> Formats:
     )
     fields.end()
     format = Awq(None if group == -1 else group, zeros=True)
-    return AllBut(format, lambda path: is_head(path) or is_within(path, plain))
+    return AllBut(format, lambda path: is_head(path) or is_router(path) or is_within(path, plain))

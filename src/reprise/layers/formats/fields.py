@@ -120,6 +120,12 @@ def is_head(path: str) -> bool:
     return path.rpartition(".")[2] == "lm_head"
 
 
+def is_router(path: str) -> bool:
+    """Whether it sends rows to experts. The tools that leave routers plain without saying so know
+    architectures by name."""
+    return path.rpartition(".")[2] in ("gate", "shared_expert_gate")
+
+
 def is_within(path: str, names: Sequence[str]) -> bool:
     """Whether a module has one of these names, or lies in one that has, or some last or middle part
     of its path is one of them: ``mlp.gate`` and ``model.layers.3`` both have

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.formats.base import Formats, Rows
-from reprise.layers.formats.fields import AllBut, Fields, is_head, is_within
+from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import nibbles, pack
 
@@ -129,7 +129,11 @@ def formats(config: Mapping[str, Any]) -> Formats:
     def is_plain(path: str) -> bool:
         if is_head(path):
             return not head
-        return is_within(path, plain) or (only is not None and not is_within(path, only))
+        return (
+            is_router(path)
+            or is_within(path, plain)
+            or (only is not None and not is_within(path, only))
+        )
 
     return AllBut(format, is_plain)
 
