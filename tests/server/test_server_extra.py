@@ -12,7 +12,11 @@ from typer.testing import CliRunner
 from reprise.cli.serve import PACKAGES
 
 
-def test_the_core_imports_none_of_them() -> None:
+@pytest.mark.parametrize(
+    "modules",
+    ["reprise.cli.app", pytest.param("reprise.llm, reprise.async_llm", marks=pytest.mark.long)],
+)
+def test_the_core_imports_none_of_them(modules: str) -> None:
     program = (
         "import sys\n"
         "class Absent:\n"
@@ -20,7 +24,7 @@ def test_the_core_imports_none_of_them() -> None:
         f"        if name.partition('.')[0] in {(*PACKAGES, 'starlette')!r}:\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import reprise.cli.app, reprise.llm, reprise.async_llm\n"
+        f"import {modules}\n"
         "sys.argv = ['reprise', 'serve', '--help']\n"
         "from reprise.cli import main\n"
         "main()\n"

@@ -76,6 +76,7 @@ def test_sigterm_lets_running_requests_end(start: Start) -> None:
     until(lambda: all(map(gone, children)))
 
 
+@pytest.mark.long
 def test_the_deadline_ends_what_does_not_end(start: Start) -> None:
     server = start("--shutdown-timeout", "0.3")
     with ThreadPoolExecutor(4) as pool:
@@ -123,8 +124,8 @@ def test_the_engines_death_is_told_within_a_second(start: Start) -> None:
     until(lambda: all(map(gone, children)))
 
 
-def test_an_http_process_is_replaced(start: Start) -> None:
-    """Its callers' connections break, the engine is rid of their requests, others go on."""
+def test_an_http_process_is_replaced_and_nothing_outlives_the_parent(start: Start) -> None:
+    """Its callers' connections break, and the engine is rid of their requests."""
     server = start("--api-server-count", "2")
     with ThreadPoolExecutor(8) as pool:
         asked = running(server, pool, *[LONG] * 6)
@@ -141,17 +142,13 @@ def test_an_http_process_is_replaced(start: Start) -> None:
         assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
         until(lambda: 'status="2xx"} ' in client.get("/metrics").text)
     assert len(server.children()["http"]) == 2
-
-
-def test_nothing_outlives_the_parent(start: Start) -> None:
-    server = start("--api-server-count", "2")
     children = pids(server)
     assert len(children) == 3
     with ThreadPoolExecutor(4) as pool:
         asked = running(server, pool, LONG)
         server.process.kill()
         until(lambda: all(map(gone, children)))
-        asked[0].result(10)
+        assert asked[0].result(10)[0] == 0
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(start: Start, stub: Server) -> None:
@@ -175,7 +172,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_storm_of_disconnects_leaves_nothing(start: Start, count: int) -> None:
     server = start("--api-server-count", str(count))
     stop = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,7 @@ class ServerOptions:
         except RequestError as error:
             raise ConfigError(f"override_generation_config: {error}") from error
 
-    @property
+    @functools.cached_property
     def template(self) -> str | None:
         """``chat_template``'s text.
 
