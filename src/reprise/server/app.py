@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -34,6 +33,7 @@ from reprise.server.fields import (
 )
 from reprise.server.gate import Gate
 from reprise.server.http_metrics import HttpMetrics, exposition
+from reprise.server.openapi import body, describe, responses
 from reprise.server.reasoning import CLOSE
 from reprise.server.state import ServerState
 from reprise.server.streaming import EventStream
@@ -90,7 +90,7 @@ class Handlers:
         for path, handler, model, summary in post:
             app.add_api_route(
                 path, handler, methods=["POST"], summary=summary, response_class=Response,
-                responses=_responses(path), openapi_extra=_body(model),
+                responses=responses(path), openapi_extra=body(model),
             )  # fmt: skip
         get: list[tuple[str, Any, str]] = [
             ("/v1/models", self.models, "The model, under each of its names."),
@@ -107,7 +107,7 @@ class Handlers:
             methods = ["GET", "POST"] if path == "/ping" else ["GET"]
             app.add_api_route(
                 path, handler, methods=methods, summary=summary, response_class=Response,
-                responses=_responses(path),
+                responses=responses(path),
                 include_in_schema=path != "/ping",
             )  # fmt: skip
         for path, handler in (
@@ -119,7 +119,7 @@ class Handlers:
         app.add_exception_handler(ApiError, _tell)
         app.add_exception_handler(HTTPException, _tell_http)
         app.add_exception_handler(EngineRefusal, self._tell_refusal)
-        _describe(app)
+        describe(app)
 
     # ---- generation ------------------------------------------------------------------------
 
@@ -311,74 +311,3 @@ async def _tell_http(_: Request, error: Exception) -> Response:
     message = told.get(error.status_code, str(error.detail))
     headers = dict(error.headers or {})
     return ApiError(error.status_code, message, headers=headers).response
-
-
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"]},
-            },
-        }
-    },
-}
-
-
-def _responses(path: str) -> dict[int | str, dict[str, Any]]:
-    kinds = {"/metrics": "text/plain"}
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "OK", "content": {}}}
-    if path not in ("/health", "/ready", "/ping"):
-        content: dict[str, Any] = {kinds.get(path, "application/json"): {}}
-        if path.endswith("completions"):
-            content["text/event-stream"] = {}
-        found[200] = {"description": "OK", "content": content}
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    for status, told in (
-        (400, "The request is not valid."), (401, "The API key is missing or wrong."),
-        (404, "There is no such model."), (405, "This path has other methods."),
-        (408, "The body came too slowly."),
-        (413, "The body is too large."), (415, "The body is not JSON."),
-        (429, "Too many requests wait."), (499, "The request was aborted."),
-        (500, "A defect of the server."), (503, "No engine takes requests now."),
-    ):  # fmt: skip
-        found[status] = {"description": told, "content": error}
-    if path in ("/health", "/ready", "/ping"):
-        found[503] = {"description": "It does not."}
-    return found
-
-
-def _describe(app: FastAPI) -> None:
-    """Bodies are read by hand, so their schemas are added by hand."""
-
-    def openapi() -> dict[str, Any]:
-        if not app.openapi_schema:
-            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schemas = found.setdefault("components", {}).setdefault("schemas", {})
-            schemas["Error"] = _ERROR
-            for model in (
-                CompletionRequest,
-                ChatRequest,
-                TokenizeRequest,
-                DetokenizeRequest,
-                AbortRequest,
-            ):
-                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas.update(schema.pop("$defs", {}))
-                schemas[model.__name__] = schema
-            app.openapi_schema = found
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
