@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, SamplingParams
+from reprise.graphs.segments import SegmentedGraph
 from reprise.platforms import Platform
 from reprise.runner import model_runner
 from reprise.runner.known_step import KnownStep
@@ -214,3 +216,36 @@ def test_the_kind_of_a_step_that_goes_on_is_the_one_that_is_found_anew(
     assert sum(found) > 20
     assert not all(found)
     assert_idle(llm)
+
+
+@pytest.mark.parametrize(("requests", "most"), [(1, 140), (64, 250)])
+def test_a_steady_decode_calls_few_functions(
+    ahead: Any, requests: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's work of a step that a graph computes, counted where times would vary."""
+    llm = ahead(
+        max_num_seqs=64, num_blocks=64 * 16 + 1, max_model_len=256, graph_mode="full",
+        graph_buckets=f"decode={requests};mixed=64", graph_verify="startup",
+    )  # fmt: skip
+    engine = llm.engine
+    monkeypatch.setattr(SegmentedGraph, "replay", lambda self: None)
+    monkeypatch.setattr(engine.runner.graphs.ledger, "_holds", lambda *asked: True)
+    params = SamplingParams(temperature=0.0, max_tokens=180, ignore_eos=True, detokenize=False)
+    for number in range(requests):
+        engine.add(f"{number}", random_ids(number, 20), params)
+    for _ in range(60):
+        engine.step()
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        for _ in range(32):
+            engine.step()
+    finally:
+        sys.setprofile(None)
+    assert calls / 32 <= most
+    engine.abort([f"{number}" for number in range(requests)])
