@@ -244,10 +244,18 @@ def quantize(source: Path, out: Path, method: str, group_size: int = 128) -> Non
         group_size: Inputs that share a scale, of the methods of four bits.
 
     Raises:
+        FileExistsError: There is something at ``out``.
         ValueError: A product has no whole number of groups.
     """
-    chosen = METHODS[method]
     out.mkdir(parents=True)
+    try:
+        _write(source, out, METHODS[method], group_size)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+
+
+def _write(source: Path, out: Path, chosen: Method, group_size: int) -> None:
     for file in source.iterdir():
         if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
             shutil.copy(file, out / file.name)
@@ -290,7 +298,10 @@ def main() -> None:
         "--group-size", type=int, default=128, help="inputs that share a scale in four bits"
     )
     args = parser.parse_args()
-    quantize(args.checkpoint, args.out, args.method, args.group_size)
+    try:
+        quantize(args.checkpoint, args.out, args.method, args.group_size)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"{args.out}: {sum(each.stat().st_size for each in args.out.iterdir()) / 1e6:.0f} MB")
 
 

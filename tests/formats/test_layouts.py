@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
-from quantized import AWQ_ORDER, EIGHT_BITS, FOUR_BITS, Quantized, bits, quantized
+from quantized import AWQ_ORDER, EIGHT_BITS, FOUR_BITS, Quantized, bits, quantized, tool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -330,3 +330,12 @@ def test_graphs(model: TinyModel, device: str, method: str, decode: str, mixed: 
     assert report.plan == {"decode": decode, "mixed": mixed}
     assert all(each.verified and each.quarantined is None for each in report.graphs)
     assert report.replays > 0
+
+
+def test_the_tool_leaves_nothing_behind_where_it_fails(model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="inputs, no multiple of 96"):
+        tool().quantize(model.path, tmp_path / "awq", "awq", 96)
+    assert not (tmp_path / "awq").exists()
+    with pytest.raises(FileExistsError):
+        tool().quantize(model.path, tmp_path, "fp8")
+    assert tmp_path.exists()
