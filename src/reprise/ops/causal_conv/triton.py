@@ -27,7 +27,7 @@ def causal_conv(
     requests, taps = len(slots), weight.shape[1]
     step = slots, query_start_loc, seq_lens, fresh
     strides = x.stride(0), state.stride(0)
-    sizes = {"SIZE": size, "TAPS": taps, "PAST": next_power_of_2(taps - 1)}
+    sizes = {"SIZE": size, "TAPS": taps}
     if query_len == 1 and tokens == requests:
         grid = (requests, cdiv(size, _CHANNELS))
         launch(conv_one_token_kernel, grid)(
@@ -42,7 +42,8 @@ def causal_conv(
     )  # fmt: skip
     # Only then: the first tokens of a request read what it overwrites.
     launch(conv_state_kernel, (requests, cdiv(size, _CHANNELS)))(
-        x, state, *step, *strides, **sizes, BLOCK=_CHANNELS, num_warps=4, **launch_options(),
+        x, state, *step, *strides, **sizes, PAST=next_power_of_2(taps - 1), BLOCK=_CHANNELS,
+        num_warps=4, **launch_options(),
     )  # fmt: skip
 
 
@@ -65,7 +66,6 @@ def conv_one_token_kernel(
     slot_stride,
     SIZE: tl.constexpr,
     TAPS: tl.constexpr,
-    PAST: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -110,7 +110,6 @@ def conv_tokens_kernel(
     requests,
     SIZE: tl.constexpr,
     TAPS: tl.constexpr,
-    PAST: tl.constexpr,
     TOKENS: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,

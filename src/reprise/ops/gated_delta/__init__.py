@@ -20,7 +20,6 @@ gated_delta = op(
     state=("state",),
     graph_support="never",
 )
-
 gated_delta.implementation(
     "triton",
     "reprise.ops.gated_delta.triton:gated_delta",
