@@ -47,6 +47,7 @@ def busy_tokens(llm: LLM, **sampling: Any) -> list[list[int]]:
     return [each.outputs[0].token_ids for each in outputs]
 
 
+@pytest.mark.usefixtures("kinds_are_compared")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize(
     "architecture", ["qwen3", "llama", pytest.param("qwen3_moe", marks=pytest.mark.long)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 from helpers import (
     TinyModels,
@@ -19,16 +21,50 @@ from helpers import (
     random_ids,
     token_ids,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from reprise import LLM, platforms
 from reprise.errors import PlatformError
+from reprise.models.registry import architectures
 
 PACKAGE = Path(__file__).parent
-MATRIX = (
-    "full, windows, 3 drafts", "breakable, hybrid, 0 drafts", "none, plain, 7 drafts",
-    "breakable, experts, 1 drafts",
+
+
+def plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+FAMILIES = sorted(
+    family for family, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    # Other families have models of these classes, too.
+    if name in architectures() and plain(f"{family}ForCausalLM") == plain(name)
 )  # fmt: skip
+ON_EXECUTORS = [
+    pytest.param(
+        family, executor,
+        marks=[pytest.mark.long] * (
+            executor != ("breakable", "full", "none")[number % 3]
+            and (family, executor) != ("qwen3", "compiled")
+        ),
+    )
+    for number, family in enumerate(FAMILIES) for executor in matrix.EXECUTORS
+]  # fmt: skip
+MATRIX = (
+    (matrix.Features("full", "windows", 3), "neighbours"),
+    (matrix.Features("breakable", matrix.HYBRID, 0), "bucket"),
+    (matrix.Features("breakable", "experts", 1), "bucket"),
+    (matrix.Features("none", "plain", 7), "preemption"),
+    (matrix.Features("compiled", "plain", 1), "bucket"),
+)
 """Of the metamorphic matrix, what its maker would look at first."""
+IN_TURN = zip(matrix.PRODUCT, itertools.cycle(matrix.DISTURBANCES), strict=False)
+"""Long runs have all features, each under one of the disturbances."""
+IN_MATRIX = [
+    pytest.param(
+        *each, id=": ".join(map(str, each)), marks=[pytest.mark.long] * (each not in MATRIX)
+    )
+    for each in dict.fromkeys([*MATRIX, *IN_TURN])
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +156,42 @@ def test_graphs_of_a_plug_in(toy: str, tiny: TinyModels, caplog: pytest.LogCaptu
     assert report.canary_failures == 0
 
 
+@pytest.mark.parametrize(("family", "executor"), ON_EXECUTORS)
+@pytest.mark.usefixtures("kinds_are_compared")
+def test_every_family_on_each_executor(
+    toy: str, tiny: TinyModels, family: str, executor: str
+) -> None:
+    model = tiny(family)
+    llm = make_llm(
+        model, f"{toy}-graphs", graph_mode=executor, graph_buckets="decode=1,4;mixed=32",
+        max_num_seqs=4, graph_verify="canary:2",
+    )  # fmt: skip
+    prompts = [random_ids(n, 5 * n) for n in range(1, 6)]
+    params = [greedy(6 + 2 * n) for n in range(5)]
+    for prompt, output in zip(prompts, generate(llm, prompts, params), strict=True):
+        assert model.is_greedy(prompt, output)
+    report = llm.graph_report()
+    assert report.plan == {"decode": executor, "mixed": executor}
+    assert len(report.graphs) == (0 if executor == "none" else 3)
+    assert [each.name for each in report.graphs if not each.verified] == []
+    assert [each.name for each in report.graphs if not each.replays] == []
+    assert report.canary_failures == 0
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: TinyModels) -> matrix.Alone:
+    return matrix.Alone(tiny, "toy-graphs")
+
+
+@pytest.mark.parametrize(("features", "disturbance"), IN_MATRIX)
+def test_every_feature_on_each_executor(
+    toy: str, alone: matrix.Alone, features: matrix.Features, disturbance: str
+) -> None:
+    case = matrix.Case(features, alone.model(features), f"{toy}-graphs")
+    found = token_ids(matrix.DISTURBANCES[disturbance](case))
+    assert found == alone.tokens(features)
+
+
 def test_the_suites_graph_tests_pass_on_it(installed: Path) -> None:
     """As its maker would run them: ``pytest --device toy-graphs``."""
     tests = PACKAGE.parent
@@ -129,7 +201,6 @@ def test_the_suites_graph_tests_pass_on_it(installed: Path) -> None:
         "-k", "not compiled and not demo and not llama and not lies and not qwen3_moe",
         str(tests / "graphs" / "test_graph_runner.py"),
         str(tests / "engine" / "test_graph_executors.py"),
-        *(f"{tests / 'test_matrix.py'}::test_same_tokens[{each}: bucket]" for each in MATRIX),
     ]  # fmt: skip
     paths = [str(installed), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in paths if each)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import weakref
 from typing import Any, ClassVar
 
@@ -44,6 +45,9 @@ class GraphToyPlatform(ToyPlatform):
     @property
     def has_graphs(self) -> bool:
         return True
+
+    def compiler_missing(self) -> str | None:
+        return None if shutil.which("g++") else "no g++, for which its compiler writes"
 
     def graph_pool(self) -> RecordedPool:
         pool = RecordedPool()
