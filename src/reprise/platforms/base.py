@@ -113,6 +113,11 @@ class Platform(ABC):
         return False
 
     @property
+    def multiplies_fp8(self) -> bool:
+        """Kernels can convert and multiply numbers of eight bits (float8_e4m3fn) directly."""
+        return False
+
+    @property
     def default_dtype(self) -> torch.dtype:
         """Compute dtype for ``dtype=auto`` when the checkpoint's own dtype is not usable."""
         return torch.bfloat16

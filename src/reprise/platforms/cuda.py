@@ -10,6 +10,8 @@ from reprise.platforms.accelerator import AcceleratorPlatform
 
 FIRST_WITH_PDL = (9, 0)
 """Compute capability (CUDA programming guide, programmatic dependent launch)."""
+FIRST_WITH_FP8 = (8, 9)
+"""The same (PTX ISA, ``mma`` and ``cvt`` with ``.e4m3``)."""
 
 
 class CudaPlatform(AcceleratorPlatform):
@@ -30,3 +32,7 @@ class CudaPlatform(AcceleratorPlatform):
     @functools.cached_property
     def supports_pdl(self) -> bool:
         return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)
+
+    @functools.cached_property
+    def multiplies_fp8(self) -> bool:
+        return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_FP8)

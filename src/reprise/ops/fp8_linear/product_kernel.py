@@ -1,0 +1,275 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""Products of two factors of eight bits in Triton.
+
+As in :mod:`reprise.ops.linear.few_rows_kernel` the weight is the matrix units' first operand, it is
+read before the kernel before has ended, and programs that share a tile sum in one order. Where the
+device does not multiply numbers of eight bits, both are multiplied in the compute dtype, which
+holds them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.fp8_linear.accepts import STEP
+from reprise.ops.linear.tile_end import finish, summed
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    arrivals,
+    cdiv,
+    depend,
+    ended,
+    fetch,
+    launch,
+    launch_options,
+    let_next_start,
+    limits,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one launch."""
+
+    rows: int
+    """Of ``x`` in a tile."""
+    block_n: int
+    """Rows of the weight in a tile."""
+    together: int
+    """Steps of the inner loop that are loaded at a time."""
+    num_stages: int
+    num_warps: int
+    programs: float
+    """To aim at, on a multiprocessor."""
+    late: bool
+    """``x`` is read when it is needed."""
+    splits: int = 1
+    """Programs that share a tile."""
+
+
+_CONFIGS = (
+    Config(16, 64, 4, 2, 4, 3, late=True),
+    Config(64, 64, 2, 4, 4, 1.5, late=False),
+    Config(128, 128, 1, 3, 8, 0, late=False),
+)
+_FETCHED = 512
+"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
+
+
+@functools.cache
+def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide: bool) -> Config:
+    """``wide``: the factors are multiplied in two bytes."""
+    config = next((each for each in _CONFIGS if rows <= each.rows), _CONFIGS[-1])
+    together = config.together
+    while inputs // STEP % together:
+        together //= 2
+    tiles, steps = cdiv(outputs, config.block_n), inputs // STEP // together
+    most = max(1, config.programs * limits(device).multiprocessors // tiles)
+    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    stage = (config.block_n + config.rows * (1 + wide)) * STEP * together
+    stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
+    return replace(config, together=together, num_stages=stages, splits=splits)
+
+
+def launch_product(
+    numbers: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    block_n: int,
+) -> None:
+    """Write the product to ``out``.
+
+    Args:
+        numbers: [T, K] of :func:`quantise`; K a multiple of 128.
+        scales: [K / 128 or 1, T], of the same.
+        weight: [N, K] float8_e4m3fn.
+        weight_scale: [ceil(N / block_n), K / 128 or 1] float32.
+        bias: [N], or None.
+        out: [T, N], in the compute dtype.
+        block_n: Rows of the weight that share a scale.
+    """
+    rows, inputs = numbers.shape
+    native = numbers.dtype is weight.dtype
+    config = _config_of(rows, len(weight), inputs, out.device, not native)
+    tiles = cdiv(rows, config.rows) * cdiv(len(weight), config.block_n)
+    partial = scales
+    if config.splits > 1:
+        size = tiles * config.rows * config.block_n
+        partial = out.new_empty((config.splits, size), dtype=torch.float32)
+    launch(fp8_product_kernel, (tiles * config.splits,))(
+        numbers,
+        scales,
+        weight if native else weight.view(torch.uint8),
+        weight_scale,
+        bias,
+        out,
+        partial,
+        arrivals(tiles, out.device),
+        rows,
+        out.shape[1],
+        out.stride(0),
+        INPUTS=inputs,
+        ROWS_OF_SCALE=block_n,
+        WHOLE=len(scales) == 1,
+        SPLITS=config.splits,
+        WIDEN=INTERPRETED,
+        NATIVE=native,
+        LATE=config.late,
+        FETCHED=_FETCHED,
+        ROWS=config.rows,
+        BLOCK_N=config.block_n,
+        TOGETHER=config.together,
+        STEP=STEP,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(),
+    )
+
+
+@triton.jit
+def from_bits(bits, kind: tl.constexpr):
+    """Bytes to the numbers of eight bits (e4m3) that they are, in ``kind``."""
+    bits = bits.to(tl.int16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # float16 of a 256th
+    return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(kind)
+
+
+@triton.jit
+def _multiply(acc, weight, weight_scale, x, x_scale, NATIVE: tl.constexpr, WIDEN: tl.constexpr):
+    """acc + (weight @ x) * scales."""
+    if not NATIVE:
+        weight = from_bits(weight, x.dtype)
+        if WIDEN:
+            weight = weight.to(tl.float32)
+            x = x.to(tl.float32)
+    # A sum of its own for each step: matrix units add numbers of eight bits with fewer bits than
+    # float32 has.
+    return acc + tl.dot(weight, x) * (weight_scale[:, None] * x_scale[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def fp8_product_kernel(
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    rows,
+    features,
+    out_stride,
+    INPUTS: tl.constexpr,
+    ROWS_OF_SCALE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LATE: tl.constexpr,
+    FETCHED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    STEP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program multiplies one share of the inputs into a tile of ``out``.
+
+    x: [rows, INPUTS]; weight: [features, INPUTS]; out: [rows, features]; partial: [SPLITS, tiles,
+    BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs are done with a tile. WHOLE: there
+    is one scale for all inputs.
+    """
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    row_tiles = tl.cdiv(rows, ROWS)
+    # Programs next to each other read the same rows of the weight.
+    row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+    first = tile // row_tiles * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    SHARE: tl.constexpr = INPUTS // SPLITS
+    k = split * SHARE + tl.arange(0, STEP)
+    real_row = (row < rows)[None, :]
+    real_feature = (n < features)[:, None]
+    # Reads of scales need no mask: whoever is not there has another's.
+    some_row = tl.minimum(row, rows - 1)
+    some_n = tl.minimum(n, features - 1)
+    x_ptr += row.to(tl.int64)[None, :] * INPUTS + k[:, None]
+    GROUPS: tl.constexpr = 1 if WHOLE else INPUTS // STEP
+    first_group = 0 if WHOLE else split * (SHARE // STEP)
+    x_scale_ptr += some_row + first_group * rows
+    scale_ptr += some_n // ROWS_OF_SCALE * GROUPS + first_group
+    first_ptr = weight_ptr + some_n.to(tl.int64)[:, None] * INPUTS + split * SHARE
+    weight_ptr += n.to(tl.int64)[:, None] * INPUTS + k[None, :]
+    if LATE:
+        let_next_start(EARLY)
+    else:
+        fetch(first_ptr + (tl.arange(0, FETCHED // 128) * 128 % SHARE)[None, :], EARLY)
+        depend(EARLY)
+
+    acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    for start in range(0, SHARE, STEP * TOGETHER):
+        group = 0 if WHOLE else start // STEP
+        AHEAD: tl.constexpr = 0 if WHOLE else 1
+        weight_0, scale_0 = _weight(weight_ptr + start, scale_ptr + group, real_feature)
+        if TOGETHER > 1:
+            weight_1, scale_1 = _weight(
+                weight_ptr + start + STEP, scale_ptr + group + AHEAD, real_feature
+            )
+        if TOGETHER > 2:
+            weight_2, scale_2 = _weight(
+                weight_ptr + start + 2 * STEP, scale_ptr + group + 2 * AHEAD, real_feature
+            )
+            weight_3, scale_3 = _weight(
+                weight_ptr + start + 3 * STEP, scale_ptr + group + 3 * AHEAD, real_feature
+            )
+        x_0 = tl.zeros([STEP, ROWS], dtype=x_ptr.dtype.element_ty)
+        x_1, x_2, x_3 = x_0, x_0, x_0
+        x_scale_0 = tl.zeros([ROWS], dtype=tl.float32)
+        x_scale_1, x_scale_2, x_scale_3 = x_scale_0, x_scale_0, x_scale_0
+        x_group_ptr = x_scale_ptr + group * rows
+        if LATE:
+            # Within the condition, x is loaded when it is needed; weights are, ahead of that.
+            if ended(EARLY):
+                x_0, x_scale_0 = _x(x_ptr + start, x_group_ptr, real_row)
+                if TOGETHER > 1:
+                    x_1, x_scale_1 = _x(x_ptr + start + STEP, x_group_ptr + AHEAD * rows, real_row)
+                if TOGETHER > 2:
+                    x_2, x_scale_2 = _x(
+                        x_ptr + start + 2 * STEP, x_group_ptr + 2 * AHEAD * rows, real_row
+                    )
+                    x_3, x_scale_3 = _x(
+                        x_ptr + start + 3 * STEP, x_group_ptr + 3 * AHEAD * rows, real_row
+                    )
+        else:
+            x_0, x_scale_0 = _x(x_ptr + start, x_group_ptr, real_row)
+            if TOGETHER > 1:
+                x_1, x_scale_1 = _x(x_ptr + start + STEP, x_group_ptr + AHEAD * rows, real_row)
+        acc = _multiply(acc, weight_0, scale_0, x_0, x_scale_0, NATIVE, WIDEN)
+        if TOGETHER > 1:
+            acc = _multiply(acc, weight_1, scale_1, x_1, x_scale_1, NATIVE, WIDEN)
+        if TOGETHER > 2:
+            acc = _multiply(acc, weight_2, scale_2, x_2, x_scale_2, NATIVE, WIDEN)
+            acc = _multiply(acc, weight_3, scale_3, x_3, x_scale_3, NATIVE, WIDEN)
+    acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
+    if last:
+        finish(acc, bias_ptr, out_ptr, first, features, row, rows, out_stride, False, False)
+
+
+@triton.jit
+def _weight(ptr, scale_ptr, real):
+    return tl.load(ptr, mask=real, other=0.0, eviction_policy="evict_first"), tl.load(scale_ptr)
+
+
+@triton.jit
+def _x(ptr, scale_ptr, real):
+    return tl.load(ptr, mask=real, other=0.0), tl.load(scale_ptr)

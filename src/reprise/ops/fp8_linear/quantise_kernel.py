@@ -1,0 +1,106 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""Activations of eight bits in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.fp8_linear.reference import LARGEST, LEAST_MAGNITUDE
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    cdiv,
+    depend,
+    launch,
+    launch_options,
+    next_power_of_2,
+    warps,
+)
+
+_SHARE = 1024
+"""Elements of a program where no program needs the whole row."""
+
+
+def quantise(x: Tensor, group: int, native: bool) -> tuple[Tensor, Tensor]:
+    """Eight bits for each element, as the reference has them.
+
+    Args:
+        x: [T, K], its elements side by side; K a multiple of the group.
+        group: Inputs that share a scale: a power of two, or K.
+        native: Return float8_e4m3fn; else the same numbers in the dtype of ``x``, which holds them.
+
+    Returns:
+        [T, K], and scales [K / group, T] float32.
+    """
+    rows, inputs = x.shape
+    numbers = x.new_empty((rows, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
+    scales = x.new_empty((inputs // group, rows), dtype=torch.float32)
+    whole = group == inputs
+    share = next_power_of_2(inputs) if whole else min(max(_SHARE, group), next_power_of_2(inputs))
+    launch(quantise_kernel, (rows, 1 if whole else cdiv(inputs, share)))(
+        x,
+        numbers,
+        scales,
+        rows,
+        x.stride(0),
+        INPUTS=inputs,
+        GROUP=share if group == inputs else group,
+        SHARE=share,
+        NATIVE=native,
+        EXACT=not INTERPRETED,
+        LARGEST=LARGEST,
+        LEAST=LEAST_MAGNITUDE,
+        num_warps=warps(share, per_thread=16),
+        **launch_options(),
+    )
+    return numbers, scales
+
+
+@triton.jit
+def nearest(y):
+    """float32 of at most 448 to what eight bits (e4m3) hold, ties to even; float32."""
+    low = (y + 24576.0) - 24576.0  # 1.5 * 2**14: its unit in the last place is 2**-9
+    bits = y.to(tl.int32, bitcast=True)
+    high = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(y) < 0.015625, low, high)  # 2**-6, the least normal number
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantise_kernel(
+    x_ptr,
+    numbers_ptr,
+    scales_ptr,
+    rows,
+    x_stride,
+    INPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program quantises a share of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * (SHARE // GROUP) + tl.arange(0, SHARE // GROUP)
+    k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = k < INPUTS
+    depend(EARLY)
+    x = tl.load(x_ptr + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    magnitude = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST)
+    largest = tl.full([SHARE // GROUP], LARGEST, dtype=tl.float32)
+    if EXACT:
+        scale = tl.div_rn(magnitude, largest)
+        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], [SHARE // GROUP, GROUP]))
+    else:  # the interpreter's division is
+        scale = magnitude / largest
+        y = x / scale[:, None]
+    y = tl.clamp(y, -LARGEST, LARGEST)
+    if not NATIVE:
+        y = nearest(y)
+    number = y.to(numbers_ptr.dtype.element_ty)
+    tl.store(numbers_ptr + row * INPUTS + k, number, mask=inside)
+    tl.store(scales_ptr + group * rows + row, scale, mask=group * GROUP < INPUTS)

@@ -1,0 +1,22 @@
+from torch import Tensor
+
+STEP = 128
+"""Inputs that the Triton kernels multiply at a time, at most."""
+LEAST_GROUP = 32
+
+
+def accepts(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> str | None:
+    """Which calls the Triton kernels compute."""
+    inputs = x.shape[1]
+    if inputs % STEP:
+        return f"inputs must be a multiple of {STEP}"
+    if inputs % group or group % LEAST_GROUP or (group % STEP and STEP % group):
+        return f"groups must be of {LEAST_GROUP}, {STEP // 2} or a multiple of {STEP} inputs"
+    return None
