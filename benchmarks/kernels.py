@@ -100,7 +100,7 @@ class Bench:
         cloned = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         found = op.implementations["triton"].function(**arguments)
         expected = op.implementations["reference"].function(**cloned)
-        pairs = [(arguments[name], cloned[name]) for name in op.mutates]
+        pairs = [(each, cloned[name]) for name, each in op.written(arguments).items()]
         pairs += [(found, expected)] if expected is not None else []
         if case.exact:
             differing = sum(int((a != b).sum()) for a, b in pairs)

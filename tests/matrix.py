@@ -73,12 +73,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "hybrid": {"num_hidden_layers": 2, "full_attention_interval": 2},
     "experts": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "codes": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
 }
 """Fields of a tiny Qwen3's config; with windows every second layer has one. The hybrid is a
 Qwen3.5: a layer of linear attention, a layer of full attention. The one with experts is a Qwen3-MoE
-with a dense layer between."""
+with a dense layer between; that with codes has windows and a cache of eight bits."""
 ARCHITECTURES = {"hybrid": "qwen3_5", "experts": "qwen3_moe"}
 HYBRID = "hybrid"
+CODES = "codes"
+ENGINES: dict[str, dict[str, Any]] = {CODES: {"kv_cache_dtype": "fp8"}}
+"""Options of the engines of a model."""
 CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
@@ -116,6 +120,7 @@ class Case:
             "graph_mode": self.features.executor, "graph_buckets": "decode=3,6;mixed=64",
             "max_num_seqs": 6, "num_blocks": 257, "block_size": 8, "dtype": self.dtype,
         }  # fmt: skip
+        config |= ENGINES.get(self.features.model, {})
         if self.features.drafts:
             config["speculative_config"] = {
                 "method": "ngram", "num_speculative_tokens": self.features.drafts,
@@ -230,6 +235,7 @@ COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
     Features("none", "plain", 7),
     Features("full", "windows", 3),
+    Features("full", CODES, 1),
     Features("breakable", "experts", 1),
     Features("breakable", HYBRID, 0),
     Features("none", "plain", 0, "fp8"),
@@ -268,7 +274,8 @@ class Alone:
     def tokens(self, features: Features) -> list[list[int]]:
         name = features.model, features.format
         if name not in self._known:
-            self._known[name] = alone(self.model(features), self._device)
+            options = ENGINES.get(features.model, {})
+            self._known[name] = alone(self.model(features), self._device, **options)
         return self._known[name]
 
 

@@ -48,6 +48,8 @@ def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: 
     [
         pytest.param(each, id=str(each), marks=[pytest.mark.long] * (each.executor != "full"))
         for each in matrix.COVERING
+        # What moves a row by a rounding of bfloat16 may give it the next code, which is far more.
+        if each.model != matrix.CODES
     ],
 )
 def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(

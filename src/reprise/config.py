@@ -15,6 +15,7 @@ from reprise.vllm_names import ENGINE, drop_neutral
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
 
 
 def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,10 @@ class EngineConfig:
     size unless one of the next two options is given."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: what ``gpu_memory_utilization`` leaves."""
+    kv_cache_dtype: CacheDtype = "auto"
+    """Of keys and values in the cache. ``fp8`` (``fp8_e4m3``): eight-bit numbers with a scale for
+    each token and head, half the bytes; scales that the checkpoint has are used. ``auto``: the
+    compute dtype, or ``fp8`` where the checkpoint's ``kv_cache_scheme`` asks for it."""
     num_blocks: int | None = None
     """Blocks of the KV cache, the null block included: ``block_size`` tokens fit into each of the
     others, more where layers have windows. Overrides the two options above."""
@@ -137,6 +142,7 @@ class EngineConfig:
         parse_speculation(self.speculative_config)
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
+        self._one_of("kv_cache_dtype", get_args(CacheDtype))
         self._one_of("graph_memory_profile", ("auto", "off"))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
                      "kv_cache_memory_bytes", "num_blocks"):  # fmt: skip

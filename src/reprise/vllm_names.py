@@ -45,8 +45,14 @@ ENGINE = [
         "quantised weights are read as the checkpoint's config says, and nothing else is quantised",
         {
             "allow_deprecated_quantization": (False,),
-            "quantization_param_path": (), "calculate_kv_scales": (False,),
-            "kv_cache_dtype": ("auto",), "kv_cache_dtype_skip_layers": ([],),
+        },
+    ),
+    Group(
+        "all layers have the cache that kv_cache_dtype says; its scales are those of each row, or "
+        "the checkpoint's",
+        {
+            "calculate_kv_scales": ANY_FLAG, "quantization_param_path": (),
+            "kv_cache_dtype_skip_layers": ([],),
         },
     ),
     Group(

@@ -97,6 +97,9 @@ class Slots:
     def nbytes(self) -> int:
         return sum(each.nbytes for each in self.read().values())
 
+    def scales(self, key: str) -> str | None:
+        return None
+
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 

@@ -55,7 +55,10 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     triton.runtime.driver.set_active(driver)
     CompiledKernel._init_handles = lambda self: None
     # Where early launch exists, it is compiled too.
-    early = SimpleNamespace(supports_pdl=target.backend == "cuda" and target.arch >= 90)
+    early = SimpleNamespace(
+        supports_pdl=target.backend == "cuda" and target.arch >= 90,
+        takes_ptx=target.backend == "cuda",
+    )
     triton_util.active_platform = lambda: early
     # What was compiled for an absent device cannot be launched, not even a second time.
     triton_util.launch = lambda kernel, grid: functools.partial(_compile, kernel[grid])
@@ -78,7 +81,9 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
         return compiled
 
     JITFunction.run = run
-    make = EmptyMaker(torch.device("cpu"), torch.bfloat16)
+    backend = triton.runtime.driver.active.get_current_target().backend
+    fp8 = torch.float8_e4m3fn if backend == "cuda" else torch.float8_e4m3fnuz
+    make = EmptyMaker(torch.device("cpu"), torch.bfloat16, fp8)
     for op in all_ops().values():
         if "triton" not in op.implementations:
             continue

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reprise.ops import OpTable, paged_attention
+from reprise.ops.fp8_rows import dequantise, quantise
 from reprise.ops.paged_attention.reference import visibility
 from reprise.platforms import Platform
 
@@ -46,7 +47,11 @@ def decode(*lengths: int, **sizes: Any) -> Case:
 class Batch:
     """Requests scattered over a cache; every slot that holds no token of theirs is NaN."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0):
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0,
+        codes: torch.dtype | None = None,
+    ):  # fmt: skip
+        """``codes``: what the cache has; ``keys`` and ``values`` are then what these stand for."""
         self.case, self.device = case, device
         generator = torch.Generator().manual_seed(seed)
 
@@ -84,6 +89,23 @@ class Batch:
             "soft_cap": case.cap,
             "query_len": case.query_len,
         }
+        if codes is not None:
+            self._quantise(codes)
+
+    def _quantise(self, dtype: torch.dtype) -> None:
+        for name, rows in (("key", self.keys), ("value", self.values)):
+            # Rows of all magnitudes, so that a scale of another row shows.
+            cache = self.arguments[f"{name}_cache"]
+            cache *= 2.0 ** (torch.arange(cache[..., 0].numel()) % 7 - 3).to(cache).view(
+                *cache.shape[:3], 1
+            )
+            codes, scales = quantise(cache, dtype)
+            self.arguments[f"{name}_cache"] = codes
+            self.arguments[f"{name}_scales"] = scales.transpose(1, 2).contiguous()
+            back, size = dequantise(codes, scales), self.case.block_size
+            for row, length in enumerate(self.case.lengths):
+                blocks = self.arguments["block_tables"][row, : math.ceil(length / size)].long()
+                rows[row] = back[blocks].flatten(0, 1)[:length].cpu()
 
     def run(self, function: Any) -> Tensor:
         out = torch.full_like(self.arguments["query"], torch.nan)
@@ -142,6 +164,11 @@ CASES = {
     "nothing but padding": Case((0, 0), (1, 0), query_len=1, tail=1),
     "nothing but padding, mixed": Case((0, 0), (0, 3), tail=40),
 }  # fmt: skip
+CODED = (
+    "decode, every head its own keys", "decode, padding and tail rows", "decode, window",
+    "decode, soft cap", "drafts", "decode, tiny heads", "mixed, window below a tile, soft cap",
+    "chunk with context, decode and padding", "mixed, odd group",
+)  # fmt: skip
 LARGE_CASES = {
     "decode of many": decode(*range(1, 1500, 13), 0, heads=16, kv_heads=8, head_size=128, tail=5),
     "decode of many of equal length": decode(*[200] * 40, heads=16, kv_heads=8, head_size=128),
@@ -184,6 +211,69 @@ def test_implementation(implementation, platform, dtypes, name, implementation_n
         assert found.dtype == dtype
         error = TOLERANCE[dtype]
         torch.testing.assert_close(found, expected, rtol=error, atol=error)
+
+
+def fp8_of(platform: Platform) -> torch.dtype:
+    if platform.fp8_dtype is None:
+        pytest.skip("the device has no eight-bit floating-point numbers")
+    return platform.fp8_dtype
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_reference_attends_to_what_codes_stand_for(platform, name) -> None:
+    batch = Batch(CASES[name], torch.float32, platform.device, codes=fp8_of(platform))
+    found = batch.run(reference)
+    torch.testing.assert_close(found.cpu().double(), batch.dense(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+@pytest.mark.parametrize("name", [*CODED, *LARGE_CASES])
+def test_implementation_on_codes(
+    implementation, platform, dtypes, name, implementation_name
+) -> None:
+    case = cases_for(platform, name)
+    function = implementation(paged_attention, implementation_name)
+    if name in LARGE_CASES:
+        dtypes = (torch.bfloat16,)
+    elif platform.device_type == "cpu" and name not in HALF_ON_CPU:
+        dtypes = (torch.float32,)
+    for dtype in dtypes:
+        batch = Batch(case, dtype, platform.device, codes=fp8_of(platform))
+        found, expected = batch.run(function), batch.run(reference)
+        assert found.dtype == dtype
+        # Values of some rows are eight times as large as those of plain caches.
+        error = 8 * TOLERANCE[dtype]
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=error)
+
+
+def test_codes_are_as_near_to_numbers_as_they_can_be(platform) -> None:
+    """Each element within 2 ** -4 of itself: so is a value, and a score nearly."""
+    case = CASES["chunk with context, decode and padding"]
+    plain = Batch(case, torch.float32, platform.device)
+    expected = plain.dense()
+    arguments = plain.arguments
+    for name in ("key", "value"):
+        codes, scales = quantise(arguments[f"{name}_cache"], fp8_of(platform))
+        arguments[f"{name}_cache"] = codes
+        arguments[f"{name}_scales"] = scales.transpose(1, 2).contiguous()
+    found = plain.run(reference).cpu().double()
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 2**-4
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-90, 2.0**-20, 1.0, 2.0**20, 2.0**90])
+@pytest.mark.parametrize("case", [decode(70, 9), Case((40,), (20,))], ids=["decode", "mixed"])
+def test_triton_with_values_of_any_magnitude(implementation, platform, case, magnitude) -> None:
+    """What float16 would not hold: values far from 1, and queries too."""
+    function = implementation(paged_attention, "triton")
+    dtype = torch.float32 if platform.device_type == "cpu" else torch.bfloat16
+    batch = Batch(case, dtype, platform.device, codes=fp8_of(platform))
+    batch.arguments["value_scales"] *= magnitude
+    batch.arguments["query"] *= magnitude
+    batch.arguments["key_scales"] /= magnitude
+    expected = batch.run(reference).double() / magnitude
+    found = batch.run(function).double() / magnitude
+    error = 8 * TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=error)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +418,7 @@ def test_triton_refuses_caches_of_different_layout(implementation, platform) -> 
     function = implementation(paged_attention, "triton")
     batch = Batch(decode(5), torch.float32, platform.device)
     batch.arguments["value_cache"] = batch.arguments["value_cache"].mT.contiguous().mT
-    with pytest.raises(ValueError, match="equal strides"):
+    with pytest.raises(ValueError, match="caches of keys and values must have equal strides"):
         batch.run(function)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from reprise.layers import identity_table
 from reprise.ops import rotary_cache
+from reprise.ops.fp8_rows import quantise
 
 EPS = 1e-6
 BLOCKS, BLOCK_SIZE = 6, 8
@@ -136,6 +137,41 @@ def test_triton(
         )
         for name in ("qkv", "positions", "cos_sin", "slot_mapping"):
             assert torch.equal(arguments[name], expected_arguments[name])
+
+
+@pytest.mark.parametrize("fixed", [None, (0.0, 0.0), (0.03, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(("head_size", "rotary"), [(64, 64), (96, 24)])
+def test_codes(implementation, platform, randn, head_size, rotary, fixed) -> None:
+    """Of what a cache of numbers would hold, bit by bit; of the others, no slot is written."""
+    fp8 = platform.fp8_dtype
+    if fp8 is None:
+        pytest.skip("the device has no eight-bit floating-point numbers")
+    for function in (reference, implementation(rotary_cache, "triton")):
+        plain = make(randn, 9, 4, 2, head_size, rotary, torch.float32)
+        plain["key_norm"] = randn(head_size)
+        # Rows of all magnitudes, one of them zeros.
+        plain["qkv"] *= torch.logspace(-3, 3, 9).unsqueeze(1).to(plain["qkv"])
+        plain["qkv"][3] = 0
+        coded = copied(plain)
+        for name in ("key", "value"):
+            cache = coded[f"{name}_cache"]
+            coded[f"{name}_cache"] = cache.to(fp8)
+            coded[f"{name}_scales"] = cache[..., 0].transpose(1, 2).contiguous()
+        if fixed is not None:
+            coded["fixed_scales"] = torch.tensor(fixed, device=platform.device)
+        assert torch.equal(function(**coded), function(**plain))
+        slots = plain["slot_mapping"][:-2]
+        for number, name in enumerate(("key", "value")):
+            rows = plain[f"{name}_cache"].flatten(0, 1)[slots]
+            scale = None if fixed is None else coded["fixed_scales"][number]
+            codes, scales = quantise(rows, fp8, scale)
+            found = coded[f"{name}_scales"].transpose(1, 2).flatten(0, 1)
+            assert torch.equal(found[slots], scales)
+            written = coded[f"{name}_cache"].view(torch.uint8).flatten(0, 1)
+            assert torch.equal(written[slots], codes.view(torch.uint8))
+            others = torch.ones(len(found), dtype=torch.bool).index_fill(0, slots.cpu(), False)
+            others[0] = False  # padding's
+            assert found[others.to(found.device)].isnan().all()
 
 
 @pytest.mark.parametrize("layout", ["keys beside values", "heads before slots"])

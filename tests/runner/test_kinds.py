@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from reprise.cache import KEPT, CacheLayout, LayerCache, Lifetime, Rows, State, Window
 from reprise.cache.layout import TableLayout, lay_out_caches
-from reprise.cache.memory import allocate_caches, pool_tensors
+from reprise.cache.memory import PoolTensor, allocate_caches, pool_tensors
 from reprise.graphs.regions import Stack, stacked
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
@@ -91,8 +91,8 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
     longest = data.draw(st.integers(1, min(layout.capacity, 600)), label="max_model_len")
     buffers = StepBuffers(tokens, requests, longest, layout, platform)
     buffers.use_cache(layout)
-    stacks = stacks_of(caches, layout)
-    maker = ProbeMaker(buffers, lambda: stacks, vocab_size=50, max_model_len=longest)
+    found = listed(caches, layout)
+    maker = ProbeMaker(buffers, lambda: found, vocab_size=50, max_model_len=longest)
     buckets = [StepShape.decode(n) for n in {1, requests}]
     buckets += [StepShape.mixed(n, min(n, requests)) for n in {1, min(3, tokens), tokens}]
     for bucket in buckets:
@@ -103,8 +103,12 @@ def test_probes_fit_and_write_each_slot_once(platform: Platform, data: st.DataOb
                 check_probe(buffers, bucket, probe, longest)
 
 
-def stacks_of(caches: dict[str, LayerCache], layout: CacheLayout) -> list[list[Stack]]:
-    return [stacked(each) for each in pool_tensors(caches, layout)]
+def listed(
+    caches: dict[str, LayerCache], layout: CacheLayout
+) -> tuple[list[dict[str, PoolTensor]], list[list[Stack]]]:
+    """Of each pool the caches by name, and stacked."""
+    pools = pool_tensors(caches, layout)
+    return pools, [stacked({k: each.tensor for k, each in pool.items()}) for pool in pools]
 
 
 @given(
@@ -210,8 +214,8 @@ def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
 def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anchor: bool) -> None:
     caches, layout = make(platform, CACHES["kept"], 16, 65)
     buffers = StepBuffers(64, 4, 256, layout, platform)
-    stacks = stacks_of(caches, layout)
-    maker = ProbeMaker(buffers, lambda: stacks, vocab_size=6400, max_model_len=256)
+    found = listed(caches, layout)
+    maker = ProbeMaker(buffers, lambda: found, vocab_size=6400, max_model_len=256)
     seen: set[int] = set()
     for bucket in (StepShape.mixed(64, 4), StepShape.decode(4)):
         for probe in maker.probes(bucket, anchor):

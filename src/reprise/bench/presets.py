@@ -98,6 +98,7 @@ LATENCY: Mapping[str, LatencyWork] = {
     ),
     "8b-bs1-32k": LatencyWork((1,), (32768,), (16, 80), "qwen3-8b", _LONG),
     "8b-bs8-16k": LatencyWork((8,), (16384,), (16, 80), "qwen3-8b", _LONG),
+    "8b-bs32-8k": LatencyWork((32,), (8192,), (16, 80), "qwen3-8b", _LONG),
     "8b-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3-8b", _LONG),
     "30b-a3b-bs1": LatencyWork(model="qwen3-30b-a3b", engine=_GPU),
     "30b-a3b-bs8": LatencyWork((8,), model="qwen3-30b-a3b", engine=_GPU),

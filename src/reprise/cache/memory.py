@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reprise.cache.layout import CacheLayout, by_lifetime
-from reprise.cache.spec import LayerCache
+from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
 from reprise.errors import CapacityError, PlatformError, RepriseError, describe
 from reprise.platforms import Platform
@@ -237,18 +238,37 @@ def _zeros(
     return [next(parts[rows.dtype]) for _, rows in every]
 
 
-def pool_tensors(caches: Mapping[str, LayerCache], layout: CacheLayout) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class PoolTensor:
+    """A tensor of a pool."""
+
+    tensor: Tensor
+    rows: Rows
+    scales: str | None
+    """The name of the scales of its codes; None: it holds numbers."""
+
+
+def pool_tensors(
+    caches: Mapping[str, LayerCache], layout: CacheLayout
+) -> list[dict[str, PoolTensor]]:
     """Of each pool the tensors, by names for people; one that is shared has the names of all."""
-    found: list[dict[str, Tensor]] = []
+    found: list[dict[str, PoolTensor]] = []
     for number in range(len(layout.pools)):
         names: dict[int, list[str]] = {}
-        tensors: dict[int, tuple[str, Tensor]] = {}
+        last: dict[int, LayerCache] = {}
+        kept: dict[int, tuple[str, Tensor]] = {}
         for name, cache in caches.items():
             if layout.tables[cache.table].pool == number:
                 for rows, tensor in cache.tensors.items():
                     names.setdefault(tensor.data_ptr(), []).append(name)
-                    tensors[tensor.data_ptr()] = rows, tensor
-        found.append(
-            {f"{' and '.join(names[at])} {rows}": each for at, (rows, each) in tensors.items()}
-        )
+                    kept[tensor.data_ptr()] = rows, tensor
+                    last[tensor.data_ptr()] = cache
+        made: dict[str, PoolTensor] = {}
+        for at, (rows, tensor) in kept.items():
+            owners, spec = " and ".join(names[at]), last[at].rows
+            scales = next((k for k, each in spec.items() if each.scales_of == rows), None)
+            made[f"{owners} {rows}"] = PoolTensor(
+                tensor, spec[rows], None if scales is None else f"{owners} {scales}"
+            )
+        found.append(made)
     return found

@@ -24,6 +24,10 @@ class Rows:
     dtype: torch.dtype
     every: int = 1
     """Tokens that one row stands for, such as 4 where keys are compressed; a power of two."""
+    scales_of: str | None = None
+    """The rows whose eight-bit codes these are the scales of: one for each entry but those of their
+    last dimension. A block of scales has its tokens last, since a kernel reads those of many tokens
+    for one head."""
 
     @property
     def nbytes(self) -> int:
@@ -201,13 +205,20 @@ class LayerCache:
                 raise ModelError(f"cache {name}: every={each.every} must be a power of two")
             if lifetime.rewritten and each.every > 1:
                 raise ModelError(f"cache {name}: every={each.every} of a state, which is one row")
+            codes = rows.get(each.scales_of or "")
+            if each.scales_of and (
+                codes is None or (codes.shape[:-1], codes.every) != (each.shape, each.every)
+            ):
+                raise ModelError(
+                    f"cache {name}: no scales of {each.scales_of} are of shape {each.shape}"
+                )
         self.lifetime = lifetime
         self.rows: Mapping[str, Rows] = rows
         self.table = 0
         """Which of :attr:`Batch.tables` says where a token's rows are."""
         self.tensors: dict[str, Tensor] = {}
-        """[N, block_size // every, *shape] each, of N blocks, or [N, *shape] of N states; empty
-        until it is bound."""
+        """[N, block_size // every, *shape] each, of N blocks ([N, *shape, block_size // every] of
+        scales), or [N, *shape] of N states; empty until it is bound."""
 
     def bind(self, table: int, tensors: Mapping[str, Tensor]) -> None:
         """Use these tensors from the next step on."""
@@ -228,6 +239,8 @@ class LayerCache:
         """Of a block of so many tokens."""
         if self.lifetime.rewritten:
             return rows.shape
+        if rows.scales_of is not None:
+            return (*rows.shape, block_size // rows.every)
         return (block_size // rows.every, *rows.shape)
 
 

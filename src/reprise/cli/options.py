@@ -37,7 +37,8 @@ ENGINE_PANELS = {
     ),
     "Memory and batching": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_blocks", "enable_prefix_caching",
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_cache_dtype", "num_blocks",
+        "enable_prefix_caching",
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": ("device", "ops"),

@@ -26,7 +26,12 @@ from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafter import make_drafter
 from reprise.runner.forward_pass import ForwardPass
-from reprise.runner.model_choices import choose_dtype, choose_max_tokens, choose_model_len
+from reprise.runner.model_choices import (
+    choose_cache_dtype,
+    choose_dtype,
+    choose_max_tokens,
+    choose_model_len,
+)
 from reprise.runner.sampler import Sampler
 from reprise.shape import PHASES, StepShape
 
@@ -161,6 +166,7 @@ def memory_report(
     paper = on_paper(config.device, memory)
     config, _ = paper.check_config(config)
     dtype = choose_dtype(config.dtype, checkpoint.config, paper)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, paper)
     max_len = choose_model_len(config.max_model_len, checkpoint.config)
     max_tokens, width = choose_max_tokens(config, paper), 1 + config.num_drafts
     block_size = config.block_size or paper.default_block_size
@@ -179,7 +185,8 @@ def memory_report(
         }
     )
     with torch.inference_mode():
-        model = models.build(checkpoint.config, Build(dtype, META, max_len))
+        build = Build(dtype, META, max_len, cache_dtype=cache_dtype)
+        model = models.build(checkpoint.config, build)
         report.weights = _weights(model)
         report.tables_bytes = _tables(model)
         layout = lay_out_caches(model.caches(), block_size, width - 1)

@@ -58,6 +58,11 @@ def on_paper(device: str, memory: int | None) -> OnPaper:
             return META
 
         @property
+        def fp8_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+            # Whichever it has, it is as large.
+            return torch.float8_e4m3fn if here is None else here.fp8_dtype
+
+        @property
         def default_dtype(self) -> torch.dtype:
             return torch.bfloat16 if here is None else here.default_dtype
 

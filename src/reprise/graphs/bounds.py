@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from reprise.graphs.capture import BucketGraph
-from reprise.graphs.compare import copies, relative_difference
+from reprise.graphs.compare import Coded, Compared, copies, relative_difference
 from reprise.graphs.contract import Computation
 from reprise.graphs.plan import Executor
 from reprise.graphs.regions import owned
+from reprise.graphs.verify import coded
 from reprise.shape import StepShape
 
 logger = logging.getLogger(__name__)
@@ -95,17 +96,17 @@ class Bounds:
             second = self._results(bucket.shape, bucket.probes[0].live)
             for each, value in zip(vectors, kept, strict=True):
                 each.copy_(value)
-            for name, value in first.items():
-                if value.is_floating_point():
-                    largest = max(largest, relative_difference(value, second[name]))
+            for name, result in first.items():
+                if isinstance(result, Coded) or result.is_floating_point():
+                    largest = max(largest, relative_difference(result, second[name]))
         return largest
 
-    def _results(self, bucket: StepShape, live: StepShape) -> dict[str, Tensor]:
+    def _results(self, bucket: StepShape, live: StepShape) -> dict[str, Compared]:
         state = self._computation.state(bucket)
         before = state.read()
         self._computation.forward(bucket, self._computation.model)
         written = {name: each[:, : state.live(name, live)] for name, each in state.read().items()}
-        results = {**written, **copies(self._computation.outputs(live))}
+        results = {**coded(state, written), **copies(self._computation.outputs(live))}
         state.write(before)
         return results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(_bytes(a), _bytes(b))
 
 
-def differs(expected: Tensor, got: Tensor, bound: float | None = None) -> Tensor:
+class Coded(NamedTuple):
+    """Rows of eight-bit numbers, to be compared as what they stand for. A row that was rounded once
+    more elsewhere may have fallen on the other side of the middle between two codes, so each may be
+    the next one."""
+
+    codes: Tensor
+    """[..., D]."""
+    scales: Tensor
+    """[...], what those of each row are multiplied by."""
+
+
+Compared = Tensor | Coded
+
+
+def differs(expected: Compared, got: Compared, bound: float | None = None) -> Tensor:
     """A boolean scalar on the device: whether two tensors of equal shape and dtype differ.
 
     Args:
@@ -50,62 +65,90 @@ def differs(expected: Tensor, got: Tensor, bound: float | None = None) -> Tensor
 
 
 def difference(
-    name: str, expected: Tensor, got: Tensor, bound: float | None = None
+    name: str, expected: Compared, got: Compared, bound: float | None = None
 ) -> Difference | None:
     """How ``got`` differs from ``expected``; None: it does not. Arguments as of :func:`differs`."""
     if not bool(differs(expected, got, bound)):
         return None
     count, largest = 0, 0.0
     for one, other in _pieces(expected, got):
-        if not expected.is_floating_point():
+        if isinstance(one, Tensor) and not one.is_floating_point():
+            assert isinstance(other, Tensor)
             gap = (one.long() - other.long()).abs().double()
             wrong = gap != 0
         else:
-            gap = (one.double() - other.double()).abs()
+            gap = (_numbers(one) - _numbers(other)).abs()
             wrong = _wrong(one, other, bound or 0.0)
         if wrong.any():
             count += int(wrong.sum())
             found = float(gap[wrong].max())
             largest = found if math.isnan(found) or found > largest else largest
     # Equal values of different bits: zeros of either sign, or NaNs with different payloads.
-    return Difference(name, largest, max(count, 1), expected.numel())
+    return Difference(name, largest, max(count, 1), _values(expected).numel())
 
 
-def relative_difference(expected: Tensor, got: Tensor) -> float:
+def relative_difference(expected: Compared, got: Compared) -> float:
     """The largest difference of an element, relative to the largest magnitude in its row; infinity
     where one side alone is no number."""
     return max(float(_relative(e, g)) for e, g in _pieces(expected, got))
 
 
-def _differ(expected: Tensor, got: Tensor, bound: float | None) -> Tensor:
-    if bound is None or not expected.is_floating_point():
-        return (_bytes(expected) != _bytes(got)).any()
-    return _wrong(expected, got, bound).any()
+def _differ(expected: Compared, got: Compared, bound: float | None) -> Tensor:
+    if isinstance(expected, Tensor) and (bound is None or not expected.is_floating_point()):
+        return (_bytes(expected) != _bytes(_values(got))).any()
+    return _wrong(expected, got, bound or 0.0).any()
 
 
-def _relative(expected: Tensor, got: Tensor) -> Tensor:
-    wide, other = expected.double(), got.double()
-    gap = (wide - other).abs() / _largest(wide).clamp(min=torch.finfo(torch.float64).tiny)
+def _relative(expected: Compared, got: Compared) -> Tensor:
+    wide, other = _numbers(expected), _numbers(got)
+    gap = ((wide - other).abs() - _slack(expected)).clamp(min=0)
+    gap = gap / _largest(wide).clamp(min=torch.finfo(torch.float64).tiny)
     gap = torch.where((wide == other) | (wide.isnan() & other.isnan()), 0.0, gap)
     return gap.nan_to_num(nan=float("inf")).max() if gap.numel() else gap.new_zeros(())
 
 
-def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(a: Compared, b: Compared) -> Iterator[tuple[Compared, Compared]]:
     """Views of both that hold whole rows (the last dimension) and, if rows allow, no more than
     :data:`_AT_ONCE` elements."""
-    if a.numel() <= _AT_ONCE or a.dim() < 2:
+    values = _values(a)
+    if values.numel() <= _AT_ONCE or values.dim() < 2:
         yield a, b
-    elif len(a) == 1:
-        yield from _pieces(a[0], b[0])
+    elif len(values) == 1:
+        yield from _pieces(part(a, 0), part(b, 0))
     else:
-        half = len(a) // 2
-        yield from _pieces(a[:half], b[:half])
-        yield from _pieces(a[half:], b[half:])
+        half = len(values) // 2
+        yield from _pieces(part(a, slice(half)), part(b, slice(half)))
+        yield from _pieces(part(a, slice(half, None)), part(b, slice(half, None)))
 
 
-def _wrong(expected: Tensor, got: Tensor, bound: float) -> Tensor:
-    wide, other = expected.double(), got.double()
-    close = (wide - other).abs() <= bound * _largest(wide)
+def _values(x: Compared) -> Tensor:
+    return x if isinstance(x, Tensor) else x.codes
+
+
+def part(x: Compared, index: int | slice) -> Compared:
+    """By the first dimension."""
+    return x[index] if isinstance(x, Tensor) else Coded(x.codes[index], x.scales[index])
+
+
+def _numbers(x: Compared) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.double()
+    return x.codes.double() * x.scales.double().unsqueeze(-1)
+
+
+def _slack(expected: Compared) -> Tensor | float:
+    """How far from an element the next code is."""
+    if isinstance(expected, Tensor):
+        return 0.0
+    of = torch.finfo(expected.codes.dtype)
+    magnitude = expected.codes.double().abs().clamp(min=of.smallest_normal)
+    power = torch.ldexp(torch.ones_like(magnitude), magnitude.frexp().exponent - 1)
+    return power * of.eps * expected.scales.double().unsqueeze(-1)
+
+
+def _wrong(expected: Compared, got: Compared, bound: float) -> Tensor:
+    wide, other = _numbers(expected), _numbers(got)
+    close = (wide - other).abs() <= bound * _largest(wide) + _slack(expected)
     # A NaN on one side alone is wrong, which no comparison of a NaN says by itself.
     return ~(close | (wide.isnan() & other.isnan()) | (wide == other))
 

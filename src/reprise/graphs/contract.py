@@ -48,6 +48,10 @@ class State(Protocol):
     def names(self, key: str) -> Sequence[str]:
         """The names of the C caches, as :meth:`Computation.memory` has them."""
 
+    def scales(self, key: str) -> str | None:
+        """Where these rows are codes of eight bits, the key of their scales, [C, N, ...] without
+        the codes' last dimension; None: they are numbers."""
+
     def live(self, key: str, shape: StepShape) -> int:
         """How many of the N rows are not padding's, if ``shape`` has the real ones."""
 

@@ -264,7 +264,7 @@ def tensor_arguments(
     """The tensor arguments of a call by name: all of them, and those that the op writes."""
     named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    return tensors, {name: tensors[name] for name in op.mutates if name in tensors}
+    return tensors, op.written(named)
 
 
 class _Deferred:

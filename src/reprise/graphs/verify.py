@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from reprise.errors import ConfigError, GraphError, describe
-from reprise.graphs.compare import Difference, copies, difference, differs, poison, poison_memory
+from reprise.graphs.compare import (
+    Coded,
+    Compared,
+    Difference,
+    copies,
+    difference,
+    differs,
+    part,
+    poison,
+    poison_memory,
+)
 from reprise.graphs.contract import Computation, State
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.segments import SegmentedGraph
@@ -256,11 +266,12 @@ class _Both:
     def tell(self, bound: float | None) -> None:
         """What differs, in detail."""
         step = self.step
-        pairs = [(name, each, step.outputs[name]) for name, each in self.outputs.items()]
-        eager, replayed = step.live(self.expected), step.live(self.got)
-        pairs += [(name, each, replayed[name]) for name, each in eager.items()]
         if self.verdict.error is None:
-            found = (difference(name, each, other, bound) for name, each, other in pairs)
+            found = [
+                difference(name, each, step.outputs[name], bound)
+                for name, each in self.outputs.items()
+            ]
+            found += step.told(self.expected, self.got, bound)
             self.verdict.differences += [each for each in found if each is not None]
         self.verdict.changes += self._guard.changes(self.before)
 
@@ -349,16 +360,31 @@ class StepMemory:
             if name not in self._ops:
                 self._ops[name], earlier[name] = tensor, tensor.clone()
 
-    def live(self, values: Values) -> Values:
-        """Of what :meth:`state` returned, without the rows of padding: a tensor for each cache."""
-        found: Values = {}
-        for name, each in values.items():
-            if name in self._ops:
-                found[name] = each
-            else:
-                rows = self._read(name, each)
-                found.update(zip(self._state.names(name), rows, strict=True))
+    def same(self, expected: Values, got: Values, bound: float | None) -> list[Tensor]:
+        """For each tensor a boolean scalar on the device, true if it differs."""
+        found, other = self._compared(expected, bound), self._compared(got, bound)
+        return [differs(each, other[name], bound) for name, each in found.items()]
+
+    def told(self, expected: Values, got: Values, bound: float | None) -> list[Difference | None]:
+        """What differs, tensor for tensor and cache for cache."""
+        found: list[Difference | None] = []
+        other = self._compared(got, bound)
+        for key, each in self._compared(expected, bound).items():
+            if key in self._ops:
+                found.append(difference(key, each, other[key], bound))
+                continue
+            for number, name in enumerate(self._state.names(key)):
+                pair = part(each, number), part(other[key], number)
+                found.append(difference(name, *pair, bound))
         return found
+
+    def _compared(self, values: Values, bound: float | None) -> dict[str, Compared]:
+        """Of what :meth:`state` returned, what counts; caches without the rows of padding."""
+        caches = {
+            name: self._read(name, each) for name, each in values.items() if name not in self._ops
+        }
+        found = caches if bound is None else coded(self._state, caches)
+        return {**found, **{name: values[name] for name in self._ops}}
 
     def _read(self, name: str, rows: Tensor) -> Tensor:
         """Of rows of the caches those that are not padding's; zeros where nobody reads them."""
@@ -369,15 +395,16 @@ class StepMemory:
         read = read[:count].view(1, -1, *(1 for _ in rows.shape[2:]))
         return torch.where(read, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
-    def same(self, expected: Values, got: Values, bound: float | None) -> list[Tensor]:
-        """For each tensor a boolean scalar on the device, true if it differs."""
-        flags = []
-        for name, each in expected.items():
-            other = got[name]
-            if name not in self._ops:
-                each, other = self._read(name, each), self._read(name, other)
-            flags.append(differs(each, other, bound))
-        return flags
+
+def coded(state: State, values: Mapping[str, Tensor]) -> dict[str, Compared]:
+    """Rows of the caches with codes and their scales as one; ``values``: as ``state`` read them."""
+    found: dict[str, Compared] = dict(values)
+    for name, codes in values.items():
+        scales = state.scales(name)
+        if scales is not None:
+            found[name] = Coded(codes, values[scales])
+            del found[scales]
+    return found
 
 
 def _more(found: Sequence[object]) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from reprise import ops
 from reprise.cache import KEPT, Batch, LayerCache, Rows, Window
 from reprise.layers.build import Build
+from reprise.layers.destination import Destination
 from reprise.layers.lazy import Normed, Product
 from reprise.layers.linear import Linear, Run
 from reprise.layers.norm import RMSNorm
@@ -59,9 +60,17 @@ class SelfAttention(nn.Module):
         self.scale = head_size**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
-        rows = Rows((num_kv_heads, head_size), build.dtype)
+        shape = (num_kv_heads, head_size)
+        rows = {name: Rows(shape, build.cache_dtype or build.dtype) for name in ("key", "value")}
+        self.fixed_scales: Tensor | None = None
+        """[2] float32: those of all keys and of all values that the checkpoint has; 0: none."""
+        if build.cache_dtype is not None:
+            rows["key_scales"] = Rows(shape[:1], torch.float32, scales_of="key")
+            rows["value_scales"] = Rows(shape[:1], torch.float32, scales_of="value")
+            self.fixed_scales = torch.zeros(2, device=build.device)
+        self._path = build.path
         lifetime = Window(sliding_window) if sliding_window else KEPT
-        self.cache = LayerCache(lifetime, key=rows, value=rows)
+        self.cache = LayerCache(lifetime, **rows)
         self.cos_sin = cos_sin
         self.output_gate = output_gate
         stride = head_size * (2 if output_gate else 1)
@@ -83,10 +92,25 @@ class SelfAttention(nn.Module):
             self.k_norm = norm(build.at("k_norm"), head_size, qk_norm_eps)
             self._norms = (self.q_norm.weight, self.k_norm.weight, qk_norm_eps)
 
+    def destinations(self) -> Iterator[tuple[str, Destination | None]]:
+        """The scales of all its keys and of all its values, by the names that tools give them; of
+        no use to a cache of plain numbers."""
+        for number, letter in enumerate("kv"):
+            target = None
+            if self.fixed_scales is not None:
+                scale = self.fixed_scales[number : number + 1]
+                target = Destination(scale, optional=True)
+            for name in (
+                f"{letter}_scale", f"{letter}_proj.{letter}_scale", f"{letter}_proj.output_scale"
+            ):  # fmt: skip
+                yield f"{self._path}.{name}", target
+
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
         table = batch.tables[self.cache.table]
-        key_cache, value_cache = self.cache.tensors["key"], self.cache.tensors["value"]
+        caches = self.cache.tensors
+        key_cache, value_cache = caches["key"], caches["value"]
+        key_scales, value_scales = caches.get("key_scales"), caches.get("value_scales")
         qkv, gate = self.qkv_proj(x), None
         if self.output_gate:
             width = self.num_heads * self.head_size
@@ -99,6 +123,9 @@ class SelfAttention(nn.Module):
             key_cache,
             value_cache,
             *self._norms,
+            key_scales,
+            value_scales,
+            self.fixed_scales,
         )
         attended = torch.empty_like(query)
         ops.paged_attention(
@@ -113,6 +140,8 @@ class SelfAttention(nn.Module):
             self.sliding_window,
             self.soft_cap,
             batch.query_len,
+            key_scales,
+            value_scales,
         )
         attended = attended.flatten(1)
         if gate is not None:

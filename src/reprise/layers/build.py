@@ -25,6 +25,9 @@ class Build:
     """Of the weights of products; :func:`reprise.models.build` reads them from the config."""
     path: str = ""
     """Where in the checkpoint the layer's tensors are."""
+    cache_dtype: torch.dtype | None = None
+    """Of keys and values in the cache where they are eight-bit codes with scales; None: they are
+    numbers of ``dtype``."""
 
     def at(self, name: str) -> Build:
         """For a part of the layer, by its name in the checkpoint."""

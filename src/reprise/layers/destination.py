@@ -23,6 +23,8 @@ class Destination(NamedTuple):
     convert: Callable[[Tensor], Tensor] | None = None
     """Makes what goes there of that part of the stored tensor, where it is stored in another
     layout: a tensor of the target's shape, on the device of the one that it gets."""
+    optional: bool = False
+    """The model can do without it."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ def by_our_names(
 
 def is_needed(places: Sequence[Place]) -> bool:
     """Whether a checkpoint must have what goes there."""
-    return any(isinstance(each, Destination) for each in places)
+    return any(isinstance(each, Destination) and not each.optional for each in places)
 
 
 def is_computed(name: str) -> bool:

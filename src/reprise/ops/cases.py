@@ -25,10 +25,16 @@ class Maker:
     Args:
         device: Where they lie.
         dtype: What a model would compute in.
+        fp8: What eight-bit codes of a cache are; None: the device has none.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        fp8: torch.dtype | None = torch.float8_e4m3fn,
+    ) -> None:
+        self.device, self.dtype, self.fp8 = device, dtype, fp8
         self._generator = torch.Generator().manual_seed(0)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -79,6 +79,11 @@ class Op:
         """Their names, in order."""
         return tuple(each.name for each in self.overload._schema.arguments)
 
+    def written(self, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Those of a call's arguments that the op writes; it may be called without some."""
+        found = {name: named.get(name) for name in self.mutates}
+        return {name: each for name, each in found.items() if isinstance(each, torch.Tensor)}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The dispatcher is for those who look on: compilers and recorders. Without them the way
         # through it would be a tenth of what the host does in an eager step.

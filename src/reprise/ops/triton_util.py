@@ -58,6 +58,12 @@ def launch_options() -> Mapping[str, Any]:
     return _EARLY
 
 
+def takes_ptx() -> bool:
+    """Whether a kernel may have inline assembly in PTX, where it has another way too."""
+    platform = active_platform()
+    return not INTERPRETED and platform is not None and platform.takes_ptx
+
+
 @triton.jit
 def depend(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the kernel before, if this one was started early, and let the next one start.
@@ -147,6 +153,25 @@ def with_gain(x, gain, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     if gain.dtype == dtype:
         x = x.to(dtype).to(tl.float32)
     return x * gain.to(tl.float32)
+
+
+@triton.jit
+def to_float8(x, dtype: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 numbers within the range of ``dtype`` as e4m3, to nearest, ties to even.
+
+    ROUND: the interpreter's conversion loses the carry of a mantissa that is rounded up, so it is
+    given numbers that need no rounding."""
+    if ROUND:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        # Below the smallest normal number codes are 2 ** least apart.
+        least: tl.constexpr = -9 if dtype == tl.float8e4nv else -10
+        large: tl.constexpr = 1.5 * 2.0 ** (23 + least)
+        small = tl.abs(x) < 2.0 ** (least + 3)
+        near = (x + large) - large
+        near = tl.where(near == 0, x * 0.0, near)  # a zero keeps its sign
+        x = tl.where(small, near, bits.to(tl.float32, bitcast=True))
+    return x.to(dtype)
 
 
 @triton.jit

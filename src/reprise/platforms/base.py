@@ -67,7 +67,11 @@ class Platform(ABC):
     graph_memory_reason: ClassVar[str] = "the platform captures no graphs"
     pins_memory: ClassVar[bool] = False
     """Host memory may be page-locked, so that copies to the device are asynchronous."""
-    fp8_dtype: ClassVar[torch.dtype | None] = None
+    fp8_dtype: torch.dtype | None = None
+    """The eight-bit floating-point numbers that kernels convert here, of four exponent bits; None:
+    there are none."""
+    takes_ptx: ClassVar[bool] = False
+    """Triton kernels may have inline assembly in NVIDIA's PTX."""
     counts_memory: ClassVar[bool] = False
     """:meth:`memory_allocated` and :meth:`peak_memory_allocated` measure something."""
     asynchronous: ClassVar[bool] = False

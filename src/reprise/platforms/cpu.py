@@ -60,6 +60,7 @@ class CpuPlatform(Platform):
     preferred: ClassVar = {"*": ("onednn", "torch", "numpy", "reference")}
     graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"
     default_batched_tokens = 1024
+    fp8_dtype = torch.float8_e4m3fn
     default_cache_bytes = 4 * GIB
     """The KV cache takes this much, or a quarter of the free memory if that is less."""
 

@@ -23,7 +23,7 @@ class CudaPlatform(AcceleratorPlatform):
     graph_class = "CUDAGraph"
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"
-    fp8_dtype = torch.float8_e4m3fn
+    takes_ptx = True
 
     @classmethod
     def built_for_this(cls) -> bool:
@@ -32,6 +32,10 @@ class CudaPlatform(AcceleratorPlatform):
     @functools.cached_property
     def supports_pdl(self) -> bool:
         return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)
+
+    @functools.cached_property
+    def fp8_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        return torch.float8_e4m3fn if self.multiplies_fp8 else None
 
     @functools.cached_property
     def multiplies_fp8(self) -> bool:

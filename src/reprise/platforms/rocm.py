@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from reprise.platforms.accelerator import AcceleratorPlatform
+
+_FP8 = {
+    "gfx94": torch.float8_e4m3fnuz,
+    "gfx95": torch.float8_e4m3fn,
+    "gfx12": torch.float8_e4m3fn,
+}
+"""By the beginning of an architecture's name (AMD's CDNA 3, CDNA 4 and RDNA 4 instruction sets)."""
 
 
 class RocmPlatform(AcceleratorPlatform):
@@ -16,7 +25,11 @@ class RocmPlatform(AcceleratorPlatform):
     graph_class = "CUDAGraph"
     graph_memory = "skip"
     graph_memory_reason = "no conformance record shows that HIP's free memory heeds captures"
-    fp8_dtype = torch.float8_e4m3fnuz
+
+    @functools.cached_property
+    def fp8_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        name = str(self.module().get_device_properties(self.index).gcnArchName)
+        return next((dtype for prefix, dtype in _FP8.items() if name.startswith(prefix)), None)
 
     @classmethod
     def built_for_this(cls) -> bool:

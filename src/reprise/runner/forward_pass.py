@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise.cache import CacheLayout, Copy
-from reprise.cache.memory import pool_tensors
+from reprise.cache.memory import PoolTensor, pool_tensors
 from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
@@ -64,7 +64,7 @@ class ForwardPass:
         self._layout = buffers.layout
         self.facts: Facts = buffers.known.facts
         self._cache_tensors: (
-            tuple[Tensor | None, CacheLayout, list[dict[str, Tensor]], list[list[Stack]]] | None
+            tuple[Tensor | None, CacheLayout, list[dict[str, PoolTensor]], list[list[Stack]]] | None
         ) = None
         """A tensor of the caches and the layout, by which others are told, and what follows."""
         self._weights = weights_of(model)
@@ -89,7 +89,7 @@ class ForwardPass:
         self._buffers.use_cache(layout)
         self._probes = ProbeMaker(
             self._buffers,
-            self._stacks,
+            self._found_caches,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
             routed=self._causal_lm.routed,
@@ -119,8 +119,9 @@ class ForwardPass:
         used = self._buffers.used_blocks()
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
         for pool, tensors, count in zip(self._layout.pools, self._pools(), used, strict=True):
-            for name, each in tensors.items():
-                regions[name] = Region(each, "cache", pool.unit, min(count, len(each)))
+            for name, of_pool in tensors.items():
+                tensor = of_pool.tensor
+                regions[name] = Region(tensor, "cache", pool.unit, min(count, len(tensor)))
         for name, each in self.ops.memory.items():
             regions[f"memory of ops ({name})"] = Region(each, "ops")
         regions.update(self._weight_regions)
@@ -151,7 +152,7 @@ class ForwardPass:
         return self._probes.probe(bucket, context)
 
     def state(self, bucket: StepShape) -> WrittenRows:
-        return WrittenRows(self._layout, self._stacks(), self._buffers, bucket)
+        return WrittenRows(self._layout, *self._found_caches(), self._buffers, bucket)
 
     def copy_states(self, copies: Sequence[Copy]) -> Tensor:
         """Copy states, all at once: what is a target of one is no source of another.
@@ -177,7 +178,7 @@ class ForwardPass:
             sound[numbers] = finite
         return sound
 
-    def _pools(self) -> list[dict[str, Tensor]]:
+    def _pools(self) -> list[dict[str, PoolTensor]]:
         """Of each pool the caches by name."""
         return self._found_caches()[0]
 
@@ -185,14 +186,14 @@ class ForwardPass:
         """Of each pool."""
         return self._found_caches()[1]
 
-    def _found_caches(self) -> tuple[list[dict[str, Tensor]], list[list[Stack]]]:
-        """Found again only when there are others."""
+    def _found_caches(self) -> tuple[list[dict[str, PoolTensor]], list[list[Stack]]]:
+        """Of each pool the caches by name, and stacked; found again only when there are others."""
         every = (each for cache in self._caches.values() for each in cache.tensors.values())
         first = next(every, None)
         known = self._cache_tensors
         if known is None or known[0] is not first or known[1] is not self._layout:
             pools = pool_tensors(self._caches, self._layout)
-            stacks = [stacked(each) for each in pools]
+            stacks = [stacked({k: each.tensor for k, each in pool.items()}) for pool in pools]
             known = self._cache_tensors = first, self._layout, pools, stacks
         return known[2], known[3]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from reprise import models
 from reprise.config import EngineConfig
 from reprise.errors import CapacityError, ModelError, describe
 from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
+from reprise.ops import all_ops
 from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,72 @@ def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype
     chosen = platform.default_dtype
     logger.info("dtype: %s -> %s (faster on %s)", stored, chosen, platform.name)
     return chosen
+
+
+def choose_cache_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype | None:
+    """Of keys and values in the cache, if they are eight-bit codes; None: as the compute dtype.
+
+    Raises:
+        ModelError: The device has no such numbers.
+    """
+    dtype = platform.fp8_dtype
+    if requested != "auto":
+        if dtype is None:
+            raise ModelError(
+                f"kv_cache_dtype={requested!r}: {platform.device_name} has no eight-bit "
+                "floating-point numbers; leave it out"
+            )
+        logger.info("kv_cache_dtype: %s, a scale for each token and head", _short(dtype))
+        return dtype
+    quantization = getattr(config, "quantization_config", None)
+    scheme = quantization.get("kv_cache_scheme") if isinstance(quantization, Mapping) else None
+    if not scheme:  # what it may say is checked where the formats of weights are read
+        return None
+    if dtype is None:
+        logger.info(
+            "kv_cache_dtype: as the compute dtype (kv_cache_scheme is of eight-bit floating-point "
+            "numbers, and %s has none)", platform.device_name,
+        )  # fmt: skip
+        return None
+    logger.info("kv_cache_dtype: %s (the checkpoint's kv_cache_scheme)", _short(dtype))
+    return dtype
+
+
+NOT_RUN_YET = (
+    "compiled and interpreted; its last form was run on a device in part (decode of whole tiles, "
+    "prompts), so it computes an eight-bit cache where it is asked for"
+)
+"""Of the Triton kernels of both ops that know eight-bit rows."""
+_KNOW_CODES = ("rotary_cache", "paged_attention")
+
+
+def choose_ops(
+    asked: Mapping[str, str], cache_dtype: torch.dtype | None, platform: Platform
+) -> Mapping[str, str]:
+    """The implementations that are to be used whatever the platform prefers: those asked for, and
+    with a cache of eight bits the references, in place of kernels that no device has run as they
+    are.
+
+    Raises:
+        OpError: What was asked for cannot run here.
+    """
+    if cache_dtype is None:
+        return asked
+    chosen = {
+        name: all_ops()[name].candidates(platform)[0] for name in _KNOW_CODES if name not in asked
+    }
+    waiting = {name: each.name for name, each in chosen.items() if each.compiles}
+    if not waiting:
+        return asked
+    logger.warning(
+        "kv_cache_dtype: %s run as references, which is slow (the kernel is %s); to use it: ops=%s",
+        " and ".join(waiting), NOT_RUN_YET, waiting,
+    )  # fmt: skip
+    return {**asked, **dict.fromkeys(waiting, "reference")}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_model_len(requested: int | None, config: Any) -> int:
@@ -77,6 +145,7 @@ def build_model(
     max_model_len: int,
     table_blocks: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
     platform: Platform,
 ) -> CausalLM:
     """The model with unset weights, after it has been made sure that the device can hold it.
@@ -86,6 +155,7 @@ def build_model(
         max_model_len: Longest context in tokens.
         table_blocks: Entries of all requests' block tables.
         dtype: Of the weights.
+        cache_dtype: See :func:`choose_cache_dtype`.
         platform: Drives the device.
 
     Raises:
@@ -113,7 +183,9 @@ def build_model(
     if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:
-        return models.build(config, Build(dtype, platform.device, max_model_len))
+        return models.build(
+            config, Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
+        )
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 

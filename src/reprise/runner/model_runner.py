@@ -27,9 +27,11 @@ from reprise.runner.drafter import Drafter, make_drafter
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     build_model,
+    choose_cache_dtype,
     choose_dtype,
     choose_max_tokens,
     choose_model_len,
+    choose_ops,
 )
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
@@ -62,7 +64,8 @@ class ModelRunner:
         self.platform = platform
         with timeline.span("platform"):
             platform.activate()
-        self.ops = OpTable(platform, config.ops)
+        cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, platform)
+        self.ops = OpTable(platform, choose_ops(config.ops, cache_dtype, platform))
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
@@ -75,6 +78,7 @@ class ModelRunner:
                     max_model_len=wanted_len,
                     table_blocks=config.max_num_seqs * -(-wanted_len // self.block_size),
                     dtype=self.dtype,
+                    cache_dtype=cache_dtype,
                     platform=platform,
                 )
             with timeline.span("weights"):

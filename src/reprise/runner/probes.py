@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reprise.cache.memory import PoolTensor
+from reprise.cache.spec import Rows
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
 from reprise.graphs.regions import Stack
@@ -55,7 +57,8 @@ class ProbeMaker:
 
     Args:
         buffers: Where the inputs go.
-        stacks: Gives of each pool the caches, [C, N, ...] each, which get random content.
+        caches: Gives of each pool the caches by name, and stacked, [C, N, ...] each; these get
+            random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
         routed: The model sends rows to experts.
@@ -64,14 +67,14 @@ class ProbeMaker:
     def __init__(
         self,
         buffers: StepBuffers,
-        stacks: Callable[[], Sequence[Sequence[Stack]]],
+        caches: Callable[[], tuple[Sequence[Mapping[str, PoolTensor]], Sequence[Sequence[Stack]]]],
         *,
         vocab_size: int,
         max_model_len: int,
         routed: bool = False,
     ) -> None:
         self._buffers = buffers
-        self._stacks = stacks
+        self._caches = caches
         self._banks: dict[Any, Tensor] = {}
         """By the layout of a block."""
         self._max_model_len = max_model_len
@@ -290,8 +293,8 @@ class ProbeMaker:
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:
         """Random content for blocks that have none yet, neither from here nor of a request."""
         touched = self._buffers.touched_blocks()
-        for number, (stacks, has_content) in enumerate(
-            zip(self._stacks(), self._has_content, strict=True)
+        for number, (pool, stacks, has_content) in enumerate(
+            zip(*self._caches(), self._has_content, strict=True)
         ):
             has_content[: touched[number]] = True
             wanted = np.zeros(len(has_content), dtype=bool)
@@ -301,18 +304,20 @@ class ProbeMaker:
             new = (wanted & ~has_content).nonzero()[0]
             if len(new):
                 has_content[new] = True
-                self._fill_new(stacks, new)
+                self._fill_new(pool, stacks, new)
 
-    def _fill_new(self, stacks: Sequence[Stack], blocks: Ints) -> None:
+    def _fill_new(
+        self, pool: Mapping[str, PoolTensor], stacks: Sequence[Stack], blocks: Ints
+    ) -> None:
         """All caches of a stack at once, so that it takes few launches."""
         generator: torch.Generator | None = None
         number = 0
         for stack in stacks:
             cache = stack.tensor
-            kind = (cache.shape[2:], cache.dtype)
+            kind = (cache.shape[2:], pool[stack.names[0]].rows)
             if kind not in self._banks:
                 generator = generator or torch.Generator(device=cache.device).manual_seed(0)
-                self._banks[kind] = _random_rows((BANK, *kind[0]), cache.dtype, generator)
+                self._banks[kind] = _random_rows((BANK, *kind[0]), kind[1], generator)
             numbers = np.arange(number, number + len(cache))[:, None]
             number += len(cache)
             most = max(1, PIECE // (len(cache) * math.prod(kind[0]) * cache.itemsize))
@@ -323,9 +328,12 @@ class ProbeMaker:
                 cache[:, places] = self._banks[kind][content]
 
 
-def _random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal numbers; where rows are not numbers but packed bytes, any bytes."""
-    device = generator.device
+def _random_rows(shape: tuple[int, ...], rows: Rows, generator: torch.Generator) -> Tensor:
+    """Normal numbers; where rows are not numbers but packed bytes, any bytes. Scales are from 0.5
+    to 1.5, so that what codes stand for is as large as other numbers."""
+    device, dtype = generator.device, rows.dtype
+    if rows.scales_of is not None:
+        return torch.rand(shape, generator=generator, device=device).to(dtype) + 0.5
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
     bounds = torch.iinfo(dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise.cache.layout import CacheLayout
+from reprise.cache.memory import PoolTensor
 from reprise.graphs.regions import Stack, Units
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
@@ -21,11 +22,19 @@ class _Rows:
 
     names: Sequence[str]
     tensor: Tensor
-    """[C, N, ...], a view of the caches."""
-    places: Tensor
-    """[K] int64: those that the step writes."""
+    """[C, N, ...], a view of the caches; [C, N, B, ...] where rows of a block are no neighbours."""
+    places: Sequence[Tensor]
+    """[K] int64 each: those that the step writes."""
+
     of_requests: bool
     """A row is a request's, not a token's."""
+    scales: str | None
+    """The key of their scales."""
+
+    @property
+    def written(self) -> tuple[slice | Tensor, ...]:
+        """What the tensor is indexed with."""
+        return slice(None), *self.places
 
 
 class WrittenRows:
@@ -34,7 +43,8 @@ class WrittenRows:
 
     Args:
         layout: Tables and pools.
-        stacks: Of each pool the caches, [C, N, ...] each.
+        pools: Of each pool the tensors.
+        stacks: Of each pool the same, [C, N, ...] each.
         buffers: Hold the step.
         bucket: What it is padded to.
     """
@@ -42,6 +52,7 @@ class WrittenRows:
     def __init__(
         self,
         layout: CacheLayout,
+        pools: Sequence[Mapping[str, PoolTensor]],
         stacks: Sequence[Sequence[Stack]],
         buffers: StepBuffers,
         bucket: StepShape,
@@ -61,19 +72,37 @@ class WrittenRows:
                 if buffers.rows.num_drafts and self._read is None:
                     # Drafts beyond a request's last token have no place but the null block.
                     self._read = slots >= table.block_size
-            for count, stack in enumerate(stacks[table.pool]):
-                name = f"table {number}, caches {count}"
-                rows, places = stack.tensor, slots
-                if not table.lifetime.rewritten:
-                    places = slots // (table.block_size // rows.shape[2])
+            keys = {
+                name: f"table {number}, caches {count}"
+                for count, stack in enumerate(stacks[table.pool])
+                for name in stack.names
+            }
+            for stack in stacks[table.pool]:
+                first = pools[table.pool][stack.names[0]]
+                rows, places = stack.tensor, [slots]
+                if first.rows.scales_of is not None:
+                    rows = rows.movedim(-1, 2)
+                    within = slots % table.block_size // first.rows.every
+                    places = [slots // table.block_size, within]
+                elif not table.lifetime.rewritten:
+                    places = [slots // first.rows.every]
                     rows = rows.flatten(1, 2)
-                self._rows[name] = _Rows(stack.names, rows, places, table.lifetime.rewritten)
+                self._rows[keys[stack.names[0]]] = _Rows(
+                    stack.names,
+                    rows,
+                    places,
+                    table.lifetime.rewritten,
+                    None if first.scales is None else keys[first.scales],
+                )
         self._written = {
             unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()
         }
 
     def read(self) -> Mapping[str, Tensor]:
-        return {name: each.tensor[:, each.places] for name, each in self._rows.items()}
+        return {name: each.tensor[each.written] for name, each in self._rows.items()}
+
+    def scales(self, key: str) -> str | None:
+        return self._rows[key].scales
 
     def read_by_someone(self, key: str | None = None) -> Tensor | None:
         of_requests = key is not None and self._rows[key].of_requests
@@ -81,7 +110,7 @@ class WrittenRows:
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
-            each.tensor[:, each.places] = values[name]
+            each.tensor[each.written] = values[name]
 
     @property
     def nbytes(self) -> int:

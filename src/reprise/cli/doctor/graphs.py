@@ -85,8 +85,10 @@ def _measure(
     from reprise.doctor.graphs import default_buckets, default_contexts, measure
     from reprise.graphs import parse_buckets
     from reprise.progress import progress
+    from reprise.testing.faults import FAULTS
 
-    options = {**ENGINE_DEFAULTS, "skip_tokenizer_init": True, **engine}
+    needed = {} if broken is None else FAULTS[broken[0]].engine_options
+    options = {**ENGINE_DEFAULTS, "skip_tokenizer_init": True, **needed, **engine}
     text = options.pop("graph_buckets", None)
     if text is not None:
         # Steps must be large enough for the buckets that were asked for.

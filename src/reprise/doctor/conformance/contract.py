@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,18 +89,23 @@ class Kit:
         """The demo model, small steps, no graphs."""
         return self._made()
 
-    def model(self, needs: str) -> LLM:
+    def model(self, needs: str, options: Mapping[str, Any] | None = None) -> LLM:
         """One that has what the demo model has not, with random weights; "": the demo model.
 
         Args:
             needs: A folder of ``models/``: ``experts``.
+            options: Further ones of the engine.
         """
-        if not needs:
+        options = dict(options or {})
+        if not needs and not options:
             return self.llm
-        if needs not in self._models:
-            path = str(MODELS / needs)
-            self._models[needs] = self._made(model=path, load_format="dummy", dtype="float32")
-        return self._models[needs]
+        key = repr((needs, sorted(options.items())))
+        if key not in self._models:
+            if needs:
+                path = str(MODELS / needs)
+                options = {"model": path, "load_format": "dummy", "dtype": "float32", **options}
+            self._models[key] = self._made(**options)
+        return self._models[key]
 
     def _made(self, **options: Any) -> LLM:
         from reprise import LLM

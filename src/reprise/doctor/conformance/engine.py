@@ -97,7 +97,9 @@ def _places(llm: LLM, kind: type[Fault]) -> list[Op]:
 def fault_is_caught(kit: Kit, fault: str) -> str:
     """Put the fault into an op; verification must refuse the graph and name the op."""
     kind, caught, reasons = FAULTS[fault], [], []
-    llm = kit.model(kind.needs)
+    if "kv_cache_dtype" in kind.engine_options and kit.platform.fp8_dtype is None:
+        raise Skipped("cannot exist here: the platform has no eight-bit floating-point numbers")
+    llm = kit.model(kind.needs, kind.engine_options)
     for executor in ("full", "breakable"):
         for op in _places(llm, kind):
             reason = kind.inexpressible(op, executor, kit.platform)

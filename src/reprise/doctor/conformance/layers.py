@@ -177,7 +177,7 @@ class _Comparison:
         module = self.places.module(f"{op.name} #{index}")
         call = CallReport(str(self.shape), op.name, index, module, layer_number(module), used.name)
         named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
-        before = {name: named[name].clone() for name in op.mutates}
+        before = {name: each.clone() for name, each in op.written(named).items()}
         result = function(*args, **kwargs)
         got = _written(op, named, result)
         if used is not reference:
@@ -201,7 +201,7 @@ class _Comparison:
 
 
 def _written(op: Op, named: Mapping[str, Any], result: Any) -> dict[str, Tensor]:
-    found = {name: named[name] for name in op.mutates}
+    found = op.written(named)
     if isinstance(result, Tensor):
         found["result"] = result
     return found

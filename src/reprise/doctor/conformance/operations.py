@@ -16,6 +16,7 @@ from reprise.ops.cases import Arguments, Maker
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+TOLERANCE |= {torch.float8_e4m3fn: 2**-3.8, torch.float8_e4m3fnuz: 2**-3.8}  # a code step
 """Relative to the largest magnitude. Matrix units may round float32 products to ten bits."""
 Results = dict[str, Tensor]
 
@@ -83,7 +84,7 @@ def leaves_zeros(kit: Kit, op: Op) -> str:
 def _leaves_zeros(
     what: str, op: Op, run: Callable[[Arguments], Results], arguments: Arguments, extent: str
 ) -> None:
-    outputs = [name for name in op.mutates if name not in op.state]
+    outputs = [name for name in op.written(arguments) if name not in op.state]
     poisoned = {**arguments, **{name: _poison(arguments[name]) for name in outputs}}
     full, other = run(poisoned), run({**poisoned, **{k: arguments[k] for k in outputs}})
     for which in outputs:
@@ -131,7 +132,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _cases(kit: Kit, op: Op, dtype: torch.dtype) -> Sequence[Arguments]:
-    return op.cases.small(Maker(kit.platform.device, dtype))
+    return op.cases.small(Maker(kit.platform.device, dtype, kit.platform.fp8_dtype))
 
 
 def _run(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
@@ -141,7 +142,7 @@ def _run(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -
     kit.platform.synchronize()
     with torch.inference_mode(), kit.ops.activate():
         result = function(**copied)
-    found = {name: copied[name] for name in op.mutates}
+    found = op.written(copied)
     if isinstance(result, Tensor):
         found["result"] = result
     return found

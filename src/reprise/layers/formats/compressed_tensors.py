@@ -14,7 +14,7 @@ from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.formats.base import Format, Formats, Rows
 from reprise.layers.formats.dense import DENSE
 from reprise.layers.formats.eight_bits import Blocks, Channels
-from reprise.layers.formats.fields import Fields
+from reprise.layers.formats.fields import Fields, check_cache_scheme
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import nibbles, pack
 
@@ -88,7 +88,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
         instead="save the checkpoint compressed (save_compressed=True)",
     )  # fmt: skip
     layout = fields.take("format", "")
-    fields.nothing("kv_cache_scheme", "scales of the KV cache are not read")
+    check_cache_scheme(fields)
     fields.nothing("transform_config", "use a checkpoint without transforms of activations")
     sparsity = fields.inside("sparsity_config")
     if sparsity is not None:

@@ -100,6 +100,21 @@ class Fields:
         return ModelError(f"{self.where}: {why}")
 
 
+def check_cache_scheme(fields: Fields) -> None:
+    """Refuse a ``kv_cache_scheme`` that asks for another cache than ``kv_cache_dtype="fp8"`` is."""
+    scheme = fields.inside("kv_cache_scheme")
+    if scheme is None:
+        return
+    scheme.require("type", "float", default="float")
+    scheme.require("num_bits", 8, default=8)
+    scheme.require("symmetric", True, default=True)
+    one = "calibrate one scale for all keys and one for all values of a layer, or none"
+    scheme.require("strategy", "tensor", default="tensor", instead=one)
+    scheme.leave("dynamic", "observer", "observer_kwargs", "actorder", "group_size",
+                 "block_structure", "scale_dtype", "zp_dtype")  # fmt: skip
+    scheme.end()
+
+
 class AllBut:
     """One format for all products but some, whose weights are plain.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from reprise.layers.formats.base import Formats
 from reprise.layers.formats.eight_bits import Blocks, Channels, EightBits
-from reprise.layers.formats.fields import AllBut, Fields, is_head, is_within
+from reprise.layers.formats.fields import AllBut, Fields, check_cache_scheme, is_head, is_within
 
 _DYNAMIC = "use a checkpoint whose activations are quantised as they come"
 
@@ -24,7 +24,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
     fields.require("dequantize", False, default=False)
     fields.require("is_checkpoint_fp8_serialized", True, default=True)
     fields.nothing("modules_to_convert", "products alone have eight bits here")
-    fields.nothing("kv_cache_scheme", "scales of the KV cache are not read")
+    check_cache_scheme(fields)
     plain = fields.names("modules_to_not_convert", "ignored_layers")
     format = _format(fields)
     fields.end()

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import INTERPRETED, dot, launch_options, next_power_of_2
+from reprise.ops.paged_attention.attend_codes import attend_codes
+from reprise.ops.paged_attention.scores import blocks, capped, masked
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    dot,
+    launch_options,
+    next_power_of_2,
+    takes_ptx,
+)
 
 _LEAST_D = 16
 """Channels of a matrix product at least."""
@@ -46,22 +54,25 @@ class Call(NamedTuple):
     sliding_window: int
     soft_cap: float
     query_len: int
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
         return self.query.shape[1] // self.key_cache.shape[2]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """A kernel's arguments from ``query_ptr`` to ``out_ptr``: the fields' first seven."""
-        return self[:7]
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """A kernel's arguments from ``query_ptr`` to ``value_scales_ptr``."""
+        return *self[:7], *self[-2:]
 
     def strides_and_numbers(self) -> tuple[float, ...]:
         """A kernel's arguments from ``query_stride`` to ``window``."""
         return (
             self.query.stride(0),
             self.query.stride(1),
-            *_cache_strides(self.key_cache, self.value_cache),
+            *_strides("caches", self.key_cache, self.value_cache),
+            *_strides("scales", self.key_scales, self.value_scales),
             self.block_tables.stride(0),
             self.out.stride(0),
             self.out.stride(1),
@@ -80,6 +91,7 @@ class Call(NamedTuple):
             "WINDOWED": self.sliding_window > 0,
             "CAPPED": self.soft_cap > 0,
             "WIDEN": INTERPRETED,
+            "PTX": self.key_scales is not None and takes_ptx(),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_D": max(_LEAST_D, next_power_of_2(head_size)),
@@ -89,19 +101,78 @@ class Call(NamedTuple):
         }
 
 
-def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int]:
-    """Strides of a block, a slot and a head."""
-    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+def _strides(kind: str, keys: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
+    """Strides of a block, a slot and a head of caches; of a block and a head of scales."""
+    if keys is None or values is None:
+        return 0, 0
+    if keys.stride() != values.stride() or keys.stride(-1) != 1:
+        what = "channels" if kind == "caches" else "slots"
         raise ValueError(
-            "key_cache and value_cache must have equal strides and adjoining channels, got "
-            f"{key_cache.stride()} and {value_cache.stride()}"
+            f"{kind} of keys and values must have equal strides and adjoining {what}, got "
+            f"{keys.stride()} and {values.stride()}"
         )
-    block, slot, head, _ = key_cache.stride()
-    return block, slot, head
+    return keys.stride()[:-1]
 
 
 @triton.jit
 def attend(
+    acc,
+    row_sum,
+    row_max,
+    query,
+    key_ptr,
+    value_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    table_ptr,
+    block,
+    begin,
+    end,
+    lowest,
+    position,
+    block_stride,
+    slot_stride,
+    scale_block_stride,
+    scale,
+    soft_cap,
+    window,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Take keys ``begin`` (a multiple of BLOCK_N) to ``end`` into a running softmax.
+
+    acc: [BLOCK_M, BLOCK_D]; row_sum, row_max (base 2): [BLOCK_M]; block: :func:`blocks` of
+    ``begin``; position: [BLOCK_M], that of each row's token. Keys below ``lowest`` or not below
+    ``end`` may hold anything. Unless MASKED, every row sees all keys. With ``key_scales_ptr`` keys
+    and values are eight-bit codes.
+    """
+    if key_scales_ptr is not None:
+        acc, row_sum, row_max = attend_codes(
+            acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
+            table_ptr, block, begin, end, lowest, position,
+            block_stride, slot_stride, scale_block_stride,
+            scale, soft_cap, window,
+            HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, MASKED, WIDEN, PTX, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        acc, row_sum, row_max = _attend_numbers(
+            acc, row_sum, row_max, query, key_ptr, value_ptr,
+            table_ptr, block, begin, end, lowest, position,
+            block_stride, slot_stride, scale, soft_cap, window,
+            HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, MASKED, WIDEN, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _attend_numbers(
     acc,
     row_sum,
     row_max,
@@ -128,12 +199,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Take keys ``begin`` (a multiple of BLOCK_N) to ``end`` into a running softmax.
-
-    acc: [BLOCK_M, BLOCK_D]; row_sum, row_max (base 2): [BLOCK_M]; block: :func:`blocks` of
-    ``begin``; position: [BLOCK_M], that of each row's token. Keys below ``lowest`` or not below
-    ``end`` may hold anything. Unless MASKED, every row sees all keys.
-    """
+    """:func:`attend` of keys and values in the compute dtype."""
     channel = tl.arange(0, BLOCK_D)
     real_channel = (channel < HEAD_SIZE)[None, :]
     for start in range(begin, end, BLOCK_N):
@@ -161,15 +227,10 @@ def attend(
         scores = dot(query, tl.trans(key), scores, WIDEN)
         factor = scale * 1.4426950408889634
         if CAPPED:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1), which has the right limits.
-            tanh = 1 - 2 / (tl.exp(scores * (2 * scale / soft_cap)) + 1)
-            scores = soft_cap * tanh
+            scores = capped(scores, scale, soft_cap)
             factor = 1.4426950408889634
         if MASKED:
-            visible = there[None, :] & (key_position[None, :] <= position[:, None])
-            if WINDOWED:
-                visible &= key_position[None, :] > (position - window)[:, None]
-            scores = tl.where(visible, scores, -float("inf"))
+            scores = masked(scores, key_position, there, position, window, WINDOWED)
         new_max = tl.maximum(row_max, tl.max(scores, axis=1) * factor)
         if MASKED:
             # A row that has seen no key yet has the maximum -inf, and -inf + inf is NaN.
@@ -184,11 +245,3 @@ def attend(
         row_max = new_max
         block = next_block
     return acc, row_sum, row_max
-
-
-@triton.jit
-def blocks(table_ptr, start, lowest, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] block of each key from ``start``; the null block for keys that are not there."""
-    key_position = start + tl.arange(0, BLOCK_N)
-    there = (key_position >= lowest) & (key_position < end)
-    return tl.load(table_ptr + key_position // BLOCK_SIZE, mask=there, other=0)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
-from reprise.ops.paged_attention.attend import Call, Config, attend, blocks
+from reprise.ops.paged_attention.attend import Call, Config, attend
+from reprise.ops.paged_attention.scores import blocks
 from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
@@ -21,14 +22,20 @@ from reprise.ops.triton_util import (
 )
 
 
-def mixed_config(group: int, head_size: int, element_size: int, device: DeviceLimits) -> Config:
-    """For the mixed kernel; ``group`` is query heads of a KV head."""
+def mixed_config(
+    group: int, head_size: int, element_size: int, device: DeviceLimits, codes: bool = False
+) -> Config:
+    """For the mixed kernel; ``group`` is query heads of a KV head, ``codes``: keys and values have
+    one byte a channel."""
     smallest = next_power_of_2(group)
     wide, narrow = next_power_of_2(head_size) > 128, head_size <= 64
     if INTERPRETED:
         return Config(max(32, smallest), 64, 1, 1)
     if element_size == 4:
         return Config(max(16, smallest), 16, 8 if wide else 4, 1)
+    if codes and device.shared_memory >= 96 * 1024:
+        # What codes are converted to goes through registers and shared memory.
+        return Config(max(64, smallest), 16 if wide else 64, 4, 2)
     if device.shared_memory < 128 * 1024:
         return Config(max(64, smallest), 32, 4, 1)
     if device.shared_memory < 224 * 1024:
@@ -42,7 +49,8 @@ def launch_mixed(call: Call) -> Callable[[], None]:
     tokens, _, head_size = call.query.shape
     kv_heads, requests, group = call.key_cache.shape[2], call.block_tables.shape[0], call.group
     device = limits(call.query.device)
-    config = mixed_config(group, head_size, call.query.element_size(), device)
+    codes = call.key_scales is not None
+    config = mixed_config(group, head_size, call.query.element_size(), device, codes)
     block_q = config.block_m // group
     # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
     tiles = cdiv(tokens, block_q) + requests
@@ -61,6 +69,8 @@ def mixed_attention_kernel(
     seq_lens_ptr,
     starts_ptr,
     out_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     tokens,
     requests,
     query_stride,
@@ -68,6 +78,8 @@ def mixed_attention_kernel(
     block_stride,
     slot_stride,
     head_stride,
+    scale_block_stride,
+    scale_head_stride,
     table_stride,
     out_stride,
     out_head_stride,
@@ -81,6 +93,7 @@ def mixed_attention_kernel(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDEN: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,6 +156,9 @@ def mixed_attention_kernel(
     clear_end = (first_position + 1) // BLOCK_N * BLOCK_N
     key_ptr += kv_head * head_stride
     value_ptr += kv_head * head_stride
+    if key_scales_ptr is not None:
+        key_scales_ptr += kv_head * scale_head_stride
+        value_scales_ptr += kv_head * scale_head_stride
     table_ptr += request.to(tl.int64) * table_stride  # type: ignore[attr-defined]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -156,25 +172,31 @@ def mixed_attention_kernel(
         clear_begin = tl.cdiv(clear_begin, BLOCK_N) * BLOCK_N
         block = blocks(table_ptr, left, lowest, end_key, BLOCK_SIZE, BLOCK_N)
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
+            acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
+            table_ptr, block,
             left, tl.minimum(clear_begin, end_key), lowest, position,
-            block_stride, slot_stride, scale, soft_cap, window,
-            HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
+            block_stride, slot_stride, scale_block_stride,
+            scale, soft_cap, window,
+            HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     block = blocks(table_ptr, clear_begin, lowest, clear_end, BLOCK_SIZE, BLOCK_N)
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
+        acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
+        table_ptr, block,
         clear_begin, clear_end, lowest, position,
-        block_stride, slot_stride, scale, soft_cap, window,
-        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, BLOCK_N, BLOCK_D,
+        block_stride, slot_stride, scale_block_stride,
+        scale, soft_cap, window,
+        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, PTX, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     diagonal = tl.maximum(clear_begin, clear_end)
     block = blocks(table_ptr, diagonal, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, query, key_ptr, value_ptr, table_ptr, block,
+        acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
+        table_ptr, block,
         diagonal, end_key, lowest, position,
-        block_stride, slot_stride, scale, soft_cap, window,
-        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, BLOCK_N, BLOCK_D,
+        block_stride, slot_stride, scale_block_stride,
+        scale, soft_cap, window,
+        HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     out_offset = query_row * out_stride + head * out_head_stride

@@ -3,6 +3,8 @@ import math
 import torch
 from torch import Tensor
 
+from reprise.ops.fp8_rows import dequantise
+
 
 def reference(
     query: Tensor,
@@ -16,6 +18,8 @@ def reference(
     sliding_window: int,
     soft_cap: float,
     query_len: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Causal attention of each request's new tokens over its paged keys and values.
 
@@ -39,6 +43,10 @@ def reference(
         soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; 0: unchanged.
         query_len: New tokens of every request if they all have the same number (decode phase),
             else 0. A hint for the choice of kernel; fixed per graph.
+        key_scales: [N, Hkv, B] float32, what the keys are to be multiplied by if they are
+            eight-bit codes; None: they are plain numbers. As little used behind a request's length
+            as the cache.
+        value_scales: The same of the values.
     """
     out.zero_()
     group = query.shape[1] // key_cache.shape[2]
@@ -48,8 +56,10 @@ def reference(
         if seq_len == 0 or begin == end:
             continue
         blocks = block_tables[row, : math.ceil(seq_len / key_cache.shape[1])].long()
-        keys = key_cache[blocks].flatten(0, 1)[:seq_len].float().repeat_interleave(group, dim=1)
-        values = value_cache[blocks].flatten(0, 1)[:seq_len].float().repeat_interleave(group, dim=1)
+        keys, values = (
+            rows_of(cache, scales, blocks)[:seq_len].repeat_interleave(group, dim=1)
+            for cache, scales in ((key_cache, key_scales), (value_cache, value_scales))
+        )
         if sliding_window > 0:
             values[: max(0, seq_len - (end - begin) - sliding_window + 1)] = 0.0
         scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), keys) * scale
@@ -58,6 +68,14 @@ def reference(
         visible = visibility(end - begin, seq_len, sliding_window, query.device)
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
+
+
+def rows_of(cache: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
+    """The rows of some blocks as numbers: [len(blocks) * B, Hkv, D] float32."""
+    if scales is None:
+        return cache[blocks].flatten(0, 1).float()
+    codes = cache.view(torch.uint8)[blocks].view(cache.dtype)
+    return dequantise(codes, scales[blocks].transpose(1, 2)).flatten(0, 1)
 
 
 def visibility(new: int, total: int, sliding_window: int, device: torch.device) -> Tensor:

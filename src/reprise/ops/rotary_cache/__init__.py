@@ -2,13 +2,15 @@ from reprise.ops.registry import needs_triton, op
 from reprise.ops.rotary_cache.cases import cases
 from reprise.ops.rotary_cache.reference import fake, reference
 
+_CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
+
 rotary_cache = op(
     "rotary_cache",
     reference,
     cases=cases,
-    mutates=("key_cache", "value_cache"),
+    mutates=_CACHES,
     extent="positions",
-    state=("key_cache", "value_cache"),
+    state=_CACHES,
     fake=fake,
 )
 rotary_cache.implementation(

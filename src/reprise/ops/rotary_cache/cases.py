@@ -25,7 +25,26 @@ def _table(make: Maker, positions: int, rotated: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1).to(make.device)
 
 
+def _as_codes(arguments: Arguments, dtype: torch.dtype, *fixed: float) -> Arguments:
+    """The same call with a cache of eight bits."""
+    found = dict(arguments)
+    for name in ("key", "value"):
+        cache = arguments[f"{name}_cache"]
+        blocks, size, heads, _ = cache.shape
+        found[f"{name}_cache"] = cache.to(dtype)
+        found[f"{name}_scales"] = torch.zeros(blocks, heads, size, device=cache.device)
+    found["fixed_scales"] = torch.tensor(fixed, device=cache.device) if fixed else None
+    return found
+
+
 def _small(make: Maker) -> list[Arguments]:
+    plain = _small_of_numbers(make)
+    if make.fp8 is None:
+        return plain
+    return [*plain, _as_codes(plain[1], make.fp8), _as_codes(plain[2], make.fp8, 0.01, 0.0)]
+
+
+def _small_of_numbers(make: Maker) -> list[Arguments]:
     wide = (make.randn(32, dtype=torch.float32), make.randn(32, dtype=torch.float32))
     variants = (
         # Norms, channels that are rotated, channels behind those of the heads.
@@ -44,18 +63,23 @@ def _small(make: Maker) -> list[Arguments]:
             "query_norm": query_norm,
             "key_norm": key_norm,
             "eps": EPS,
+            "key_scales": None,
+            "value_scales": None,
+            "fixed_scales": None,
         }
         for (query_norm, key_norm), rotated, more in variants
     ]
 
 
-def _workload(make: Maker, model: Dimensions, tokens: int, rotated: int) -> Workload:
+def _workload(
+    make: Maker, model: Dimensions, tokens: int, rotated: int, *, codes: bool = False
+) -> Workload:
     size = model.head_size
 
     def arguments() -> Arguments:
         blocks = tokens // BLOCK_SIZE + 2
         cache = (blocks, BLOCK_SIZE, model.kv_heads, size)
-        return {
+        found = {
             "qkv": make.randn(tokens, model.projected),
             "positions": make.ints(range(tokens)),
             "cos_sin": _table(make, max(tokens, 4096), rotated),
@@ -65,11 +89,15 @@ def _workload(make: Maker, model: Dimensions, tokens: int, rotated: int) -> Work
             "query_norm": make.randn(size),
             "key_norm": make.randn(size),
             "eps": EPS,
+            "key_scales": None,
+            "value_scales": None,
+            "fixed_scales": None,
         }
+        return _as_codes(found, make.fp8, 0.0, 0.0) if codes and make.fp8 is not None else found
 
     few = f", {rotated} rotated" if rotated < size else ""
     return Workload(
-        f"{model.name}, T={tokens}{few}",
+        f"{model.name}, T={tokens}{few}" + (", fp8" if codes else ""),
         arguments,
         read_write=2 * 2 * tokens * model.projected,
         compiled=model is SMALL and tokens <= 64,
@@ -82,6 +110,9 @@ def _workloads(make: Maker) -> Iterator[Workload]:
             yield _workload(make, model, tokens, model.head_size)
     for tokens in (1, 64):
         yield _workload(make, SMALL, tokens, 2)
+    if make.fp8 is not None:
+        for tokens in (1, 64, 8192):
+            yield _workload(make, SMALL, tokens, SMALL.head_size, codes=True)
 
 
 cases = Cases(_small, _workloads)

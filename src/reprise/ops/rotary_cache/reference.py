@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from reprise.ops.fp8_rows import quantise
 from reprise.ops.rms_norm.reference import reference as rms_norm
 
 
@@ -14,6 +15,9 @@ def reference(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    fixed_scales: Tensor | None = None,
 ) -> Tensor:
     """Split QKV, normalise heads (optional), rotate Q and K, and write K and V to the cache.
 
@@ -32,6 +36,12 @@ def reference(
         query_norm: [D], RMS-norm gain of the query heads as ``rms_norm`` takes it, or None.
         key_norm: [D], of the key heads, or None.
         eps: For the norms.
+        key_scales: [N, Hkv, B] float32, written with the rows where these are eight-bit codes
+            (:mod:`reprise.ops.fp8_rows`): what each head's codes are to be multiplied by. None: the
+            rows are plain numbers.
+        value_scales: The same of ``value_cache``.
+        fixed_scales: [2] float32, the scale of all keys and that of all values; 0: each row has
+            its own.
 
     Returns:
         [T, Hq, D], the rotated queries, contiguous.
@@ -46,9 +56,23 @@ def reference(
         key = rms_norm(key, key_norm, eps)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     key = _rotate(key, cos, sin)
-    key_cache.view(-1, kv_heads, head_size)[slot_mapping] = key.to(key_cache.dtype)
-    value_cache.view(-1, kv_heads, head_size)[slot_mapping] = value.to(value_cache.dtype)
+    fixed = (None, None) if fixed_scales is None else fixed_scales.unbind()
+    _write(key_cache, key_scales, slot_mapping, key, fixed[0])
+    _write(value_cache, value_scales, slot_mapping, value, fixed[1])
     return _rotate(query, cos, sin)
+
+
+def _write(
+    cache: Tensor, scales: Tensor | None, slots: Tensor, rows: Tensor, fixed: Tensor | None
+) -> None:
+    block, offset = slots // cache.shape[1], slots % cache.shape[1]
+    if scales is None:
+        cache[block, offset] = rows.to(cache.dtype)
+        return
+    codes, found = quantise(rows, cache.dtype, fixed)
+    # Codes are moved as bytes: not every device indexes eight-bit floating-point numbers.
+    cache.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
+    scales.transpose(1, 2)[block, offset] = found
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,6 +92,9 @@ def fake(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    fixed_scales: Tensor | None = None,
 ) -> Tensor:
     kv_heads, head_size = key_cache.shape[2:]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // head_size - 2 * kv_heads, head_size))

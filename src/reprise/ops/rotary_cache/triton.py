@@ -1,15 +1,19 @@
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.fp8_rows import LEAST_SCALE, STORED_LARGEST
 from reprise.ops.triton_util import (
+    INTERPRETED,
     cdiv,
     depend,
     launch,
     launch_options,
     next_power_of_2,
+    to_float8,
     warps,
     with_gain,
 )
@@ -28,6 +32,9 @@ def rotary_cache(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    fixed_scales: Tensor | None = None,
 ) -> Tensor:
     """Shapes as in the reference; the caches may be strided views with adjoining channels."""
     tokens = qkv.shape[0]
@@ -36,6 +43,7 @@ def rotary_cache(
     query_heads = heads - 2 * kv_heads
     out = qkv.new_empty((tokens, query_heads, head_size))
     options = _options(query_heads, kv_heads, head_size, cos_sin.shape[1] // 2, block_size)
+    codes = key_cache.dtype if key_scales is not None else None
     launch(rotary_cache_kernel, (tokens, cdiv(heads, options["HEADS"])))(
         qkv,
         positions,
@@ -46,12 +54,17 @@ def rotary_cache(
         query_norm,
         key_norm,
         out,
+        key_scales,
+        value_scales,
+        fixed_scales,
         qkv.stride(0),
         cos_sin.stride(0),
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
+        *_scale_strides(key_scales, value_scales),
         eps,
         **options,
+        **_options_of_codes(codes),
         **launch_options(),
     )
     return out
@@ -74,6 +87,30 @@ def _options(
         "HEADS": heads,
         "num_warps": warps(next_power_of_2(head_size) * heads, per_thread=32),
     }
+
+
+@functools.cache
+def _options_of_codes(dtype: torch.dtype | None) -> dict[str, float]:
+    """None: the cache has numbers."""
+    largest = 0.0 if dtype is None else torch.finfo(dtype).max
+    return {
+        "LARGEST": largest,
+        "STORED": STORED_LARGEST / largest if largest else 0.0,
+        "LEAST": LEAST_SCALE,
+        "ROUND": INTERPRETED,
+    }
+
+
+def _scale_strides(key_scales: Tensor | None, value_scales: Tensor | None) -> tuple[int, ...]:
+    """Of a block, a head and a slot."""
+    if key_scales is None or value_scales is None:
+        return 0, 0, 0
+    if key_scales.stride() != value_scales.stride():
+        raise ValueError(
+            "key_scales and value_scales must have equal strides, got "
+            f"{key_scales.stride()} and {value_scales.stride()}"
+        )
+    return key_scales.stride()
 
 
 @triton.jit
@@ -118,6 +155,41 @@ def _store(
 
 
 @triton.jit
+def _row(rotated, raw, is_value):
+    """What a head's row has: queries and keys rotated, values as they came; in float32, rounded as
+    rows of the compute dtype are."""
+    return tl.where(is_value, raw, rotated.to(raw.dtype)).to(tl.float32)
+
+
+@triton.jit
+def _largest(row, real):
+    return tl.max(tl.where(real, tl.abs(row), 0.0), axis=1)
+
+
+@triton.jit
+def _store_codes(
+    row,
+    inverse,
+    out_ptr,
+    key_ptr,
+    value_ptr,
+    channel,
+    real,
+    is_query,
+    is_key,
+    is_value,
+    LARGEST: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """As :func:`_store`, keys and values times ``inverse`` [HEADS, 1] and of eight bits."""
+    tl.store(out_ptr + channel, row.to(out_ptr.dtype.element_ty), mask=is_query & real)
+    row = tl.clamp(row * inverse, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    codes = to_float8(row, key_ptr.dtype.element_ty, ROUND)
+    tl.store(key_ptr + channel, codes, mask=is_key & real)
+    tl.store(value_ptr + channel, codes, mask=is_value & real)
+
+
+@triton.jit
 def rotary_cache_kernel(
     qkv_ptr,
     positions_ptr,
@@ -128,6 +200,9 @@ def rotary_cache_kernel(
     query_norm_ptr,
     key_norm_ptr,
     out_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    fixed_scales_ptr,
     qkv_stride,
     cos_sin_stride,
     key_block_stride,
@@ -136,6 +211,9 @@ def rotary_cache_kernel(
     value_block_stride,
     value_slot_stride,
     value_head_stride,
+    scale_block_stride,
+    scale_head_stride,
+    scale_slot_stride,
     eps,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -145,6 +223,10 @@ def rotary_cache_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     HEADS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    STORED: tl.constexpr,
+    LEAST: tl.constexpr,
+    ROUND: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes HEADS of the Q, K and V heads of a token.
@@ -189,19 +271,51 @@ def rotary_cache_kernel(
     y = _normalise(
         second, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, HALF + channel, real
     )
-    _store(
-        x * cos - y * sin, first, query_target, key_target, value_target,
-        channel, real, is_query, is_key, is_value,
-    )  # fmt: skip
-    _store(
-        y * cos + x * sin, second, query_target, key_target, value_target,
-        HALF + channel, real, is_query, is_key, is_value,
-    )  # fmt: skip
     if HEAD_SIZE > 2 * HALF:
         z = _normalise(
             rest, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, rest_channel, real_rest
         )
+    if LARGEST == 0:
         _store(
-            z, rest, query_target, key_target, value_target,
-            rest_channel, real_rest, is_query, is_key, is_value,
+            x * cos - y * sin, first, query_target, key_target, value_target,
+            channel, real, is_query, is_key, is_value,
         )  # fmt: skip
+        _store(
+            y * cos + x * sin, second, query_target, key_target, value_target,
+            HALF + channel, real, is_query, is_key, is_value,
+        )  # fmt: skip
+        if HEAD_SIZE > 2 * HALF:
+            _store(
+                z, rest, query_target, key_target, value_target,
+                rest_channel, real_rest, is_query, is_key, is_value,
+            )  # fmt: skip
+    else:
+        one = _row(x * cos - y * sin, first, is_value)
+        two = _row(y * cos + x * sin, second, is_value)
+        largest = tl.maximum(_largest(one, real), _largest(two, real))
+        if HEAD_SIZE > 2 * HALF:
+            three = _row(z, rest, is_value)
+            largest = tl.maximum(largest, _largest(three, real_rest))
+        row_scale = tl.maximum(largest * (1 / LARGEST), LEAST)[:, None]
+        if fixed_scales_ptr is not None:
+            fixed = tl.load(fixed_scales_ptr + is_value.to(tl.int32))
+            row_scale = tl.where(fixed > 0, fixed * STORED, row_scale)
+        inverse = tl.div_rn(1.0, row_scale)
+        place = block * scale_block_stride + offset * scale_slot_stride
+        key_place = place + (head - QUERY_HEADS) * scale_head_stride
+        tl.store(key_scales_ptr + key_place, row_scale, mask=is_key)
+        value_place = place + (head - QUERY_HEADS - KV_HEADS) * scale_head_stride
+        tl.store(value_scales_ptr + value_place, row_scale, mask=is_value)
+        _store_codes(
+            one, inverse, query_target, key_target, value_target,
+            channel, real, is_query, is_key, is_value, LARGEST, ROUND,
+        )  # fmt: skip
+        _store_codes(
+            two, inverse, query_target, key_target, value_target,
+            HALF + channel, real, is_query, is_key, is_value, LARGEST, ROUND,
+        )  # fmt: skip
+        if HEAD_SIZE > 2 * HALF:
+            _store_codes(
+                three, inverse, query_target, key_target, value_target,
+                rest_channel, real_rest, is_query, is_key, is_value, LARGEST, ROUND,
+            )  # fmt: skip

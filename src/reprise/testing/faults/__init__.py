@@ -16,6 +16,12 @@ from typing import Any
 
 from reprise.ops.registry import OpTable, all_ops
 from reprise.testing.faults.base import Fault
+from reprise.testing.faults.codes import (
+    ScaleOfAnotherHead,
+    ScaleOfAnotherToken,
+    UnscaledRow,
+    WrongScale,
+)
 from reprise.testing.faults.lifetimes import (
     StateNotZeroed,
     StateOfAnother,
@@ -76,11 +82,16 @@ FAULTS: dict[str, type[Fault]] = {
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
         WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
         WrongExpert, StaleRouting, RowsBeyondTile, SwappedRows,
+        WrongScale, UnscaledRow, ScaleOfAnotherHead, ScaleOfAnotherToken,
     )
 }  # fmt: skip
 """Every fault by name."""
-RECORDED = [name for name, each in FAULTS.items() if not issubclass(each, PlantedFault)]
-"""Those of what a capture keeps: any step shows them."""
+RECORDED = [
+    name
+    for name, each in FAULTS.items()
+    if not issubclass(each, PlantedFault) and not each.engine_options
+]
+"""Those of what a capture keeps: any step of any engine shows them."""
 
 
 @contextlib.contextmanager
@@ -158,3 +169,7 @@ wrong_expert = _named("wrong_expert")
 stale_routing = _named("stale_routing")
 rows_beyond_tile = _named("rows_beyond_tile")
 swapped_rows = _named("swapped_rows")
+wrong_scale = _named("wrong_scale")
+unscaled_row = _named("unscaled_row")
+scale_of_another_head = _named("scale_of_another_head")
+scale_of_another_token = _named("scale_of_another_token")

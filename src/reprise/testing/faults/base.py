@@ -27,6 +27,8 @@ class Fault(ABC):
     and all memory."""
     shows_in: ClassVar[Phase] = "decode"
     """A phase whose steps it can make wrong, or whose memory it can spoil."""
+    engine_options: ClassVar[Mapping[str, Any]] = {}
+    """What an engine needs for it to do harm."""
     traced: ClassVar[bool] = True
     """Its op can be told from what the op writes; else the report names the memory alone."""
 

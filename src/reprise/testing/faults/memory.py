@@ -45,7 +45,9 @@ class PaddingWritesLive(PlantedFault):
             target = named["block_tables"][:1, 0].long() * size
         for name in ("key_cache", "value_cache"):
             rows = named[name].flatten(0, 1)
-            rows[target] += torch.where(self.active & padding, rows[:1] + 1, 0)
+            # In float32: eight-bit numbers cannot be added.
+            more = torch.where(self.active & padding, rows[:1].float() + 1, 0)
+            rows[target] = (rows[target].float() + more).to(rows.dtype)
         return result
 
 

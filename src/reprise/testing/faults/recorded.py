@@ -74,7 +74,7 @@ class UnwrittenOutput(Fault):
     def run(self, named: dict[str, Any]) -> Any:
         if not capturing():
             return self.proceed(named)
-        spare = {name: named[name].clone() for name in self.op.mutates if named[name] is not None}
+        spare = {name: each.clone() for name, each in self.op.written(named).items()}
         result = self.proceed({**named, **spare})
         return torch.empty_like(result) if isinstance(result, Tensor) else result
 
