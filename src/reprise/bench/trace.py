@@ -104,7 +104,7 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
     with _decoding(engine, prompts) as groups:
         if on_device:
             recorded = _record(engine, len(prompts), on_device)
-            found = device_figures(_events(recorded), STEPS)
+            found = device_figures(exported_events(recorded), STEPS)
             if found is None:
                 logger.warning("the profiler saw no work on %s", engine.platform.device)
             figures.update(found or {})
@@ -231,7 +231,7 @@ def _advance(engine: Engine, steps: int) -> None:
     engine.platform.synchronize()
 
 
-def _events(recorded: profile) -> list[dict[str, Any]]:
+def exported_events(recorded: profile) -> list[dict[str, Any]]:
     """By way of a file: the format is the same for every version of torch and every device."""
     with _exported(recorded, "trace.json") as file:
         events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]

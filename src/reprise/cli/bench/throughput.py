@@ -79,7 +79,34 @@ def throughput(
         "steps": "steps",
         "preemptions": "preemptions",
     }
-    print_record(record, as_json, [tuple(columns), tuple(record[k] for k in columns.values())])
+    tables: list[list[tuple[Any, ...]]] = [
+        [tuple(columns), tuple(record[k] for k in columns.values())],
+        _bounds(record),
+    ]
+    if record["where"] is not None:
+        tables.append(_where(record["where"]))
+    print_record(record, as_json, *tables)
+
+
+def _bounds(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    bound = record["bound"]
+    return [
+        ("bound", "seconds", "out tok/s", "measured is"),
+        *(
+            (name, bound[f"{key}_seconds"], bound[f"{key}_tokens_per_s"],
+             None if bound[f"times_{key}"] is None else f"{bound[f'times_{key}']} x")
+            for name, key in (("of this schedule", "schedule"), ("of any schedule", "any"))
+        ),
+    ]  # fmt: skip
+
+
+def _where(where: dict[str, float]) -> list[tuple[Any, ...]]:
+    total = sum(each for name, each in where.items() if name != "tail")
+    names = {"small": "small kernels", "tail": "of these, the tail"}
+    return [
+        ("where it goes", "seconds", "share"),
+        *((names.get(k, k), v, f"{v / total:.1%}") for k, v in where.items()),
+    ]
 
 
 def register(app: typer.Typer) -> None:
