@@ -26,13 +26,15 @@ CASES = [
 
 @contextmanager
 def with_fault(op: str, fault: WrongProduct) -> Iterator[None]:
-    """The op has an implementation ``wrong`` within the ``with`` block."""
+    """The op has its reference and an implementation ``wrong`` within the ``with`` block."""
     declared = all_ops()[op]
+    kept = declared.implementations
+    declared.implementations = {"reference": kept["reference"]}
     declared.implementation("wrong", wrongly(declared, fault))
     try:
         yield
     finally:
-        del declared.implementations["wrong"]
+        declared.implementations = kept
 
 
 @pytest.mark.parametrize(("op", "fault"), CASES)
