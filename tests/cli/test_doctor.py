@@ -44,6 +44,7 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
             found = facts["implementations"][each.name]
             assert found == {
                 "unusable": each.unusable(platform),
+                "on_request": each.on_request,
                 "refuses": [],
                 "graph_support": each.graph_support_on(platform),
                 "error": each.error,
