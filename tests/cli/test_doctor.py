@@ -8,6 +8,7 @@ import pytest
 
 import reprise
 from reprise import ops, platforms
+from reprise.doctor.facts import refusals
 from reprise.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
             assert found == {
                 "unusable": each.unusable(platform),
                 "on_request": each.on_request,
-                "refuses": [],
+                "refuses": refusals(op, each),
                 "graph_support": each.graph_support_on(platform),
                 "error": each.error,
             }
