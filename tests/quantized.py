@@ -112,8 +112,9 @@ def meant(tensors: dict[str, Tensor], group: int) -> dict[str, Tensor]:
             found[f"{module}.weight"] = weight.float().contiguous()
         elif "weight" in parts:
             found[f"{module}.weight"] = parts["weight"]
-        if "bias" in parts:
-            found[f"{module}.bias"] = parts["bias"]
+        for last, each in parts.items():
+            if last in ("bias", "A_log", "dt_bias"):
+                found[f"{module}.{last}"] = each
     return found
 
 

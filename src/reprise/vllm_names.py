@@ -77,15 +77,20 @@ ENGINE = [
         },
     ),
     Group(
-        "mixtures of experts are not supported",
+        "all experts are on one device, and computed as ops={'experts': ...} says; see 'reprise "
+        "doctor ops'",
         {
             "enable_expert_parallel": (False,), "enable_eplb": (False,), "eplb_config": ({},),
             "expert_placement_strategy": ("linear",), "num_redundant_experts": (0,),
             "all2all_backend": ("allgather_reducescatter",), "enable_dbo": (False,),
             "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),
             "dbo_prefill_token_threshold": (512,), "moe_backend": ("auto",),
-            "enable_return_routed_experts": (False,), "enable_ep_weight_filter": (False,),
+            "enable_ep_weight_filter": (False,),
         },
+    ),
+    Group(
+        "which experts computed a token is not returned",
+        {"enable_return_routed_experts": (False,)},
     ),
     Group(
         "tokens are drafted as speculative_config says: {'method': 'ngram', "
@@ -313,7 +318,7 @@ SAMPLING = [
         {"repetition_detection": ()},
     ),
     Group(
-        "mixtures of experts are not supported",
+        "which experts computed a token is not returned",
         {"routed_experts_prompt_start": (0,)},
     ),
     Group("tokens are drawn, never given", {"trace_decode_token_ids": ([],)}),

@@ -23,7 +23,7 @@ from reprise.layers import Build, CausalLM, Destination, Linear
 from reprise.layers.formats import formats_of
 from reprise.loading import open_checkpoint
 from reprise.loading.transfer import copy_to, transfer
-from reprise.ops.w4_linear.reference import pack, unpack
+from reprise.ops.w4_linear.reference import nibbles, pack, unpack
 from reprise.platforms import Platform
 
 METHODS = (*EIGHT_BITS, *FOUR_BITS)
@@ -131,6 +131,15 @@ def test_packing_undoes_unpacking(inputs: int) -> None:
     assert packed.shape == (5, -(-inputs // 8))
     assert torch.equal(unpack(packed)[:, :inputs], numbers)
     assert torch.equal(bits(packed, AWQ_ORDER)[:, :inputs], numbers.long())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 3)])
+def test_words_are_read_wherever_they_lie(size: tuple[int, int]) -> None:
+    """Transposed, or a part of more, and with dimensions of one, whose stride may be anything."""
+    whole = torch.randint(-(2**31), 2**31 - 1, (4, 5), dtype=torch.int32)
+    given = whole[: size[0], : size[1]]
+    for each in (given, given.t(), given.contiguous().t()):
+        assert torch.equal(nibbles(each).long(), bits(each))
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------

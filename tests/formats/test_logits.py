@@ -26,6 +26,8 @@ CASES = [
     ),
     ("qwen3_moe", "gptq", {}, 32),
     ("qwen2_moe", "awq", {}, 16),
+    ("qwen3_5", "int4-asymmetric", {}, 16),  # products with fewer outputs than a word has
+    ("qwen3_5", "fp8-block", {}, 128),
 ]
 
 

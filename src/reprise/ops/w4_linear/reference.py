@@ -61,7 +61,10 @@ def unpack(packed: Tensor) -> Tensor:
 
 def nibbles(words: Tensor) -> Tensor:
     """[N, W] int32 to [N, 8 * W] uint8 from 0 to 15, from the lowest bits of each word on."""
-    pairs = words.contiguous().view(torch.uint8)
+    if words.stride(-1) != 1:
+        # Not contiguous(): a last dimension of one is that already, at any stride.
+        words = words.clone(memory_format=torch.contiguous_format)
+    pairs = words.view(torch.uint8)
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
 
 
