@@ -49,7 +49,7 @@ def touched(llm: LLM) -> dict[str, torch.Tensor]:
     counts = llm.engine.runner.buffers.touched_blocks()
     assert all(count > 1 for count in counts)
     return {
-        name: each[:count].clone()
+        name: each.tensor[:count].clone()
         for pool, count in zip(pools, counts, strict=True)
         for name, each in pool.items()
     }
@@ -122,8 +122,6 @@ def test_a_fault_that_begins_after_start_is_found_before_a_request_meets_it(
     expected = make_oracle(model, device)()
     with planted(monkeypatch, fault, op, active=False) as broken:
         llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="startup")
-        first = serve(llm)
-        assert first == expected
         broken[-1].active.fill_(True)
         prove_all(llm)
         report = llm.graph_report()
