@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "wide words": (config("gptq", pack_dtype="int64"), "pack_dtype='int64'"),
     "a flag that is none": (config("gptq", sym=1), "sym=1"),
     "a frozen model": (compressed(quantization_status="frozen"), "quantization_status='frozen'"),
-    "cache scales": (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
+    "a cache of integers": (compressed(kv_cache_scheme={"num_bits": 8}), "type='int'"),
     "sparse": (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
     "rotations": (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config="),
     "static, compressed": (compressed(inputs={"dynamic": False}), "dynamic=False"),

@@ -15,7 +15,12 @@ from reprise.errors import RepriseError
 from reprise.layers import CausalLM, SelfAttention
 from reprise.loading import open_checkpoint
 from reprise.platforms import Platform
-from reprise.runner.model_choices import build_model, choose_dtype, choose_model_len
+from reprise.runner.model_choices import (
+    build_model,
+    choose_cache_dtype,
+    choose_dtype,
+    choose_model_len,
+)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 FIELDS = (
@@ -88,6 +93,7 @@ def build(path: Path, config: dict[str, Any], platform: Platform) -> CausalLM:
         max_model_len=length,
         table_blocks=256 * -(-length // 16),
         dtype=dtype,
+        cache_dtype=choose_cache_dtype("auto", checkpoint.config, platform),
         platform=platform,
     )
 

@@ -105,7 +105,7 @@ def check_cache_scheme(fields: Fields) -> None:
     scheme = fields.inside("kv_cache_scheme")
     if scheme is None:
         return
-    scheme.require("type", "float", default="float")
+    scheme.require("type", "float", default="int")  # as compressed-tensors reads it
     scheme.require("num_bits", 8, default=8)
     scheme.require("symmetric", True, default=True)
     one = "calibrate one scale for all keys and one for all values of a layer, or none"
