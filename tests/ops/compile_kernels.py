@@ -5,8 +5,8 @@
 
 Arguments: Triton's backend, its architecture, and the bytes of shared memory that a program can
 have there. Prints one JSON object a kernel: its name, the bytes of shared memory, the registers of
-a thread, and what of them spilled to memory (bytes with CUDA, registers with HIP); where an op
-fails, its name and the error.
+a thread, what of them spilled to memory (bytes with CUDA, registers with HIP), and whether it reads
+eight-bit numbers; where an op fails, its name and the error.
 """
 
 from __future__ import annotations
@@ -88,12 +88,16 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
         if "triton" not in op.implementations:
             continue
         for workload in filter(lambda each: each.compiled, op.cases.workloads(make)):
+            coded = False
             try:
-                op.implementations["triton"].function(**workload.arguments())
+                arguments = workload.arguments()
+                coded = any(isinstance(x, Tensor) and x.dtype == fp8 for x in arguments.values())
+                op.implementations["triton"].function(**arguments)
             except Exception as error:
                 reason = f"{workload.shape}: {type(error).__name__}: {error}"
                 found.append((op.name, {"error": reason[:2000]}))
-            yield from found
+            for kernel, needs in found:
+                yield kernel, {"on_codes": coded, **needs}
             found.clear()
 
 

@@ -37,6 +37,13 @@ SPILLS = {
 }
 """Registers do not suffice for these, by at most so much: bytes with CUDA, registers with HIP. All
 others fit; whoever changes one of these may bring it down, not up."""
+ON_CODES = {
+    "Hopper": {"mixed_attention_kernel": 72, "split_attention_kernel": 40},
+    "Ada": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
+    "Ampere": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
+    "CDNA 3": {"mixed_attention_kernel": 10, "split_attention_kernel": 637},
+}
+"""The same where keys and values are eight-bit numbers: forms that are used on request alone."""
 
 
 # Ada and Ampere differ from Hopper in limits and in what is compiled out.
@@ -59,6 +66,10 @@ def test_every_kernel_compiles_and_fits(device, target) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [each for each in found if "error" in each]
     assert not [each for each in found if each["shared_memory"] > limit]
-    known = SPILLS[target]
-    assert not [each for each in found if each["spills"] > known.get(each["kernel"], 0)]
+    known, coded = SPILLS[target], {**SPILLS[target], **ON_CODES[target]}
+    assert not [
+        each
+        for each in found
+        if each["spills"] > (coded if each["on_codes"] else known).get(each["kernel"], 0)
+    ]
     assert {each["kernel"] for each in found} == KERNELS

@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ MODULE_CALLS = {
     # What accelerator.py calls on the device module, and with which arguments.
     "get_device_name": ((0,), {}),
     "get_device_capability": ((0,), {}),
+    "get_device_properties": ((0,), {}),
     "is_bf16_supported": ((), {}),
     "stream": ((None,), {}),
     "Stream": ((), {"device": 0}),
@@ -135,9 +137,27 @@ def test_the_lists_above_are_complete():
 
 
 def test_rocm_and_xpu_are_data():
-    """They hold class attributes and the test of the build; nothing that could not be tested."""
-    for name in ("rocm", "xpu"):
+    """They hold class attributes and the test of the build; and of ROCm which eight-bit numbers a
+    device has, which a test asks: nothing that could not be tested."""
+    for name, more in (("rocm", {"fp8_dtype"}), ("xpu", set())):
         source = next(each for each in SOURCES if each.stem == name)
         (body,) = [n for n in ast.parse(source.read_text()).body if isinstance(n, ast.ClassDef)]
         methods = {each.name for each in body.body if isinstance(each, ast.FunctionDef)}
-        assert methods == {"built_for_this"}
+        assert methods == {"built_for_this", *more}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("gfx942:sramecc+:xnack-", torch.float8_e4m3fnuz),
+        ("gfx950", torch.float8_e4m3fn),
+        ("gfx90a", None),
+    ],
+)
+def test_which_eight_bit_numbers_rocm_has(monkeypatch, architecture, dtype):
+    platform = object.__new__(platforms.load("rocm"))
+    platform.index = 0
+    properties = SimpleNamespace(gcnArchName=architecture)
+    module = SimpleNamespace(get_device_properties=lambda index: properties)
+    monkeypatch.setattr(type(platform), "module", lambda self: module)
+    assert platform.fp8_dtype == dtype
