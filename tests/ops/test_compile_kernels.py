@@ -46,11 +46,11 @@ ON_CODES = {
 """The same where keys and values are eight-bit numbers: forms that are used on request alone."""
 
 
-# Ada and Ampere differ from Hopper in limits and in what is compiled out.
+# The one of another vendor compiles fastest, and has the least room.
 @pytest.mark.parametrize(
     "target",
     [
-        pytest.param(each, marks=[pytest.mark.long] if each in ("Ada", "Ampere") else [])
+        pytest.param(each, marks=[] if each == "CDNA 3" else [pytest.mark.long])
         for each in TARGETS
     ],
 )
