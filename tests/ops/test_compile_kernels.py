@@ -49,10 +49,7 @@ ON_CODES = {
 # The one of another vendor compiles fastest, and has the least room.
 @pytest.mark.parametrize(
     "target",
-    [
-        pytest.param(each, marks=[] if each == "CDNA 3" else [pytest.mark.long])
-        for each in TARGETS
-    ],
+    [pytest.param(each, marks=[] if each == "CDNA 3" else [pytest.mark.long]) for each in TARGETS],
 )
 def test_every_kernel_compiles_and_fits(device, target) -> None:
     if device != "cpu":
