@@ -255,7 +255,9 @@ OUTSIDE: dict[str, type[Outside]] = {
 }  # fmt: skip
 PASSING = [name for name, each in OUTSIDE.items() if each.start == "passes"]
 """No probe of start-up can show them."""
-CAUGHT_BY_DEFAULT = [name for name in OUTSIDE if name not in PASSING]
+# Whether the sum of the last step's lengths divides by three is a value: probes of a small graph
+# need not meet it, and since their rows are in another order they do not.
+CAUGHT_BY_DEFAULT = [name for name in OUTSIDE if name not in PASSING and name != "previous_step"]
 
 
 @pytest.fixture(scope="module")
