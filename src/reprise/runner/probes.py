@@ -126,6 +126,7 @@ class ProbeMaker:
             few = _cycle(rows, min(most, size // 2), begin + 2 * most)
             yield self._probe("mostly padding", bucket, few, seed=3)
         left = rows[most:]
+        left = [*left[-1:], *left[:-1]]  # a request that begins first: small graphs meet few
         for number in range(min(MOST_EXTRA, -(-len(left) // most))):
             # A graph of few rows meets every other one: the larger anchors meet them all.
             some = left[number :: -(-len(left) // most)] if most > 1 else [_spread(left, number)]
@@ -203,9 +204,9 @@ class ProbeMaker:
             rows.append(Row(new, max(new, length), layout, (layout + cls) % 3))
         short = max(new, min(size, self._max_model_len))
         rows += [Row(new, short, NEIGHBOURS, half) for half in (LOWER, UPPER)]
+        rows.append(Row(new, new, NEIGHBOURS, LOWER))
         longest = max(new, self._max_model_len)
-        # A request that begins comes second, so that small graphs meet one.
-        return [Row(new, longest, SCATTERED, BOTH), Row(new, new, NEIGHBOURS, LOWER), *rows]
+        return [Row(new, longest, SCATTERED, BOTH), *rows]
 
     def _mixed_rows(self, limit: int) -> list[Row]:
         """Every class of new tokens with every class of contexts, small ones first."""
