@@ -14,7 +14,6 @@ from reprise.ops.checksum import checksum as checksum
 from reprise.ops.experts import experts as experts
 from reprise.ops.experts import experts_add as experts_add
 from reprise.ops.fp8_experts import fp8_experts as fp8_experts
-from reprise.ops.fp8_experts import fp8_experts_add as fp8_experts_add
 from reprise.ops.fp8_linear import fp8_linear as fp8_linear
 from reprise.ops.gated_delta import gated_delta as gated_delta
 from reprise.ops.gated_rms_norm import gated_rms_norm as gated_rms_norm

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.layers.destination import Destination, Place
+from reprise.ops.experts.reference import weighted_sum
 
 
 class Rows(NamedTuple):
@@ -176,14 +177,12 @@ class Format(ABC):
             gate_up: A :meth:`stack`; the first half of each product's features are gates.
             down: A :meth:`stack` of as many, back to [T, in_features].
         """
-        total = x.new_zeros(x.shape, dtype=torch.float32)
-        for expert in range(len(next(iter(gate_up.values())))):
+
+        def product(expert: int) -> Tensor:
             hidden = self.gated(x, {name: each[expert] for name, each in gate_up.items()}, None)
-            product = self.linear(hidden, {name: each[expert] for name, each in down.items()}, None)
-            mine = ids == expert
-            share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
-            total += torch.where(mine.any(dim=1, keepdim=True), product.float() * share, 0.0)
-        return total.to(x.dtype)
+            return self.linear(hidden, {name: each[expert] for name, each in down.items()}, None)
+
+        return weighted_sum(x, weights, ids, len(next(iter(gate_up.values()))), product)
 
     def grouped_add(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -26,9 +27,9 @@ class EightBits(Format):
     def __init__(self, scale: str) -> None:
         self.scale = scale
 
+    @abstractmethod
     def blocks(self, in_features: int) -> tuple[int, int]:
         """Outputs and inputs that share a scale."""
-        raise NotImplementedError
 
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
@@ -53,25 +54,8 @@ class EightBits(Format):
         gate_up: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
     ) -> Tensor:
-        return ops.fp8_experts(x, weights, ids, *self._stacks(gate_up, down))
-
-    def grouped_add(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        gate_up: Mapping[str, Tensor],
-        down: Mapping[str, Tensor],
-        residual: Tensor,
-    ) -> None:
-        ops.fp8_experts_add(x, weights, ids, *self._stacks(gate_up, down), residual)
-
-    def _stacks(
-        self, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
         tensors = gate_up["weight"], gate_up[self.scale], down["weight"], down[self.scale]
-        block_n, block_k = self.blocks(0)
-        return *tensors, block_n, block_k
+        return ops.fp8_experts(x, weights, ids, *tensors, *self.blocks(0))
 
     def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
         if "weight" in tensors:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,14 +25,11 @@ def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tens
     Returns:
         [T, D] in x's dtype, contiguous. A row depends on no other; one without experts is 0.
     """
-    total = x.new_zeros(x.shape, dtype=torch.float32)
-    for expert in range(len(gate_up)):
-        product = F.linear(silu_and_mul(F.linear(x, gate_up[expert])), down[expert])
-        mine = ids == expert
-        share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
-        # Nobody's product may be infinite, and so may that of a row of padding.
-        total += torch.where(mine.any(dim=1, keepdim=True), product.float() * share, 0.0)
-    return total.to(x.dtype)
+
+    def product(expert: int) -> Tensor:
+        return F.linear(silu_and_mul(F.linear(x, gate_up[expert])), down[expert])
+
+    return weighted_sum(x, weights, ids, len(gate_up), product)
 
 
 def experts_add(
@@ -47,6 +46,28 @@ def experts_add(
         residual: [T, D].
     """
     residual.add_(experts(x, weights, ids, gate_up, down))
+
+
+def weighted_sum(
+    x: Tensor, weights: Tensor, ids: Tensor, count: int, product: Callable[[int], Tensor]
+) -> Tensor:
+    """:func:`experts`, whatever an expert is.
+
+    Args:
+        x: [T, D].
+        weights: [T, K] float32.
+        ids: [T, K].
+        count: Of the experts.
+        product: What one of them makes of all rows, [T, D]; what was not asked for is left out.
+    """
+    total = x.new_zeros(x.shape, dtype=torch.float32)
+    for expert in range(count):
+        mine = ids == expert
+        share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
+        # Nobody's product may be infinite, and so may that of a row of padding.
+        asked = mine.any(dim=1, keepdim=True)
+        total += torch.where(asked, product(expert).float() * share, 0.0)
+    return total.to(x.dtype)
 
 
 def fake_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def _arguments(make: Maker, sizes: Mixture, ids: Tensor, block_n: int, block_k: 
     }
 
 
-def _experts(make: Maker) -> list[Arguments]:
+def _small(make: Maker) -> list[Arguments]:
     whole = Mixture("whole", 256, 128, 4, 2)
     odd = Mixture("odd", 200, 72, 5, 2)
     crowd = make.ints([1, 3, 3, 0, *[0, 3] * 20], torch.int32).view(22, 2)
@@ -48,19 +48,14 @@ def _experts(make: Maker) -> list[Arguments]:
     ]
 
 
-def _experts_add(make: Maker) -> list[Arguments]:
-    return [{**each, "residual": make.randn(*each["x"].shape)} for each in _experts(make)]
-
-
-def _workloads(make: Maker, add: bool) -> Iterator[Workload]:
+def _workloads(make: Maker) -> Iterator[Workload]:
     sizes = A3B
     per_expert = 3 * sizes.hidden * sizes.intermediate
     for rows in (1, 8, 64, 4096):
         hit = sizes.experts * (1 - (1 - sizes.top / sizes.experts) ** rows)
 
         def arguments(rows: int = rows) -> Arguments:
-            found = _arguments(make, sizes, spread(make, sizes, rows), BLOCK, BLOCK)
-            return {**found, "residual": make.randn(rows, sizes.hidden)} if add else found
+            return _arguments(make, sizes, spread(make, sizes, rows), BLOCK, BLOCK)
 
         yield Workload(
             f"{sizes.name}, T={rows}",
@@ -71,5 +66,4 @@ def _workloads(make: Maker, add: bool) -> Iterator[Workload]:
         )
 
 
-fp8_experts = Cases(_experts, lambda make: _workloads(make, add=False))
-fp8_experts_add = Cases(_experts_add, lambda make: _workloads(make, add=True))
+cases = Cases(_small, _workloads)

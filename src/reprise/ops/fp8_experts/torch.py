@@ -24,7 +24,6 @@ def accepts(
     down_scale: Tensor,
     block_n: int,
     block_k: int,
-    residual: Tensor | None = None,
 ) -> str | None:
     sizes = x.shape[1], down.shape[2]
     if any(4 * each % ALIGNMENT for each in sizes):
@@ -59,20 +58,3 @@ def fp8_experts(
         return product(hidden, ends, down, down_scale)
 
     return by_expert(x, weights, ids, len(gate_up), multiply)
-
-
-def fp8_experts_add(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    block_n: int,
-    block_k: int,
-    residual: Tensor,
-) -> None:
-    """Shapes as in the reference."""
-    stacks = gate_up, gate_up_scale, down, down_scale
-    residual.add_(fp8_experts(x, weights, ids, *stacks, block_n, block_k))
