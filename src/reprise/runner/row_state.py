@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from reprise.platforms import Platform
@@ -19,7 +20,7 @@ class Draw(NamedTuple):
     """How many of the request's drafts come before the token that is drawn."""
 
 
-class RowState:
+class RowState(ABC):
     """Something for each row that needs it.
 
     It changes on the device alone, so that no draw waits for the host; it is made from the
@@ -45,9 +46,9 @@ class RowState:
             self.fill(row, admission)
         return row
 
+    @abstractmethod
     def fill(self, row: int, admission: Admission) -> None:
         """Make what lies at ``row`` that of a request whose tokens are all known."""
-        raise NotImplementedError
 
     def release(self, row: int) -> None:
         """The row is nobody's any more, or another request's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import orjson
 from reprise.server.usage import Usage
 
 
-class Reply:
+class Reply(ABC):
     """Counts, and what the log says."""
 
     def __init__(self) -> None:
@@ -23,6 +24,7 @@ class Reply:
         self.complete = False
         """The stream's last chunk was made."""
 
+    @abstractmethod
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         """Of a stream.
 
@@ -32,7 +34,6 @@ class Reply:
         Raises:
             EngineRefusal: A request was aborted.
         """
-        raise NotImplementedError
 
     def running_usage(self) -> bytes | None:
         """For a chunk."""

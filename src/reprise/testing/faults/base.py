@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
-from reprise.platforms.device_graph import host_code, launch
+from reprise.platforms.device_graph import capturing, host_code, launch
 from reprise.shape import Phase
 
 PIECEWISE = ("breakable", "compiled")
@@ -86,3 +86,14 @@ class Fault(ABC):
             named[name].copy_(value)
             return self.proceed(named)
         return self.proceed({**named, name: value})
+
+
+class BrokenInGraphs(Fault):
+    """The op's real work in eager execution, other work in a graph."""
+
+    def run(self, named: dict[str, Any]) -> Any:
+        return self.broken(named) if capturing() else self.proceed(named)
+
+    @abstractmethod
+    def broken(self, named: dict[str, Any]) -> Any:
+        """What is captured. ``named``: the op's arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -35,18 +36,25 @@ class CodeFault(Fault):
             self.harm(named, slots // size, slots % size)
         return result
 
+    @abstractmethod
     def harm(self, named: dict[str, Any], block: Tensor, offset: Tensor) -> None:
         """Spoil what was written at these places, [T] each."""
+
+
+class ScaleFault(CodeFault):
+    """Other scales are written than those that the rows have."""
+
+    def harm(self, named: dict[str, Any], block: Tensor, offset: Tensor) -> None:
         for name in ("key_scales", "value_scales"):
             scales = named[name].transpose(1, 2)
             scales[block, offset] = self.wrong(scales[block, offset])
 
+    @abstractmethod
     def wrong(self, scales: Tensor) -> Tensor:
         """What to write instead of these: [T, Hkv]."""
-        raise NotImplementedError
 
 
-class WrongScale(CodeFault):
+class WrongScale(ScaleFault):
     name = "wrong_scale"
     summary = "the scales of the rows written are twice as large as they should be"
 
@@ -54,7 +62,7 @@ class WrongScale(CodeFault):
         return scales * 2
 
 
-class ScaleOfAnotherHead(CodeFault):
+class ScaleOfAnotherHead(ScaleFault):
     name = "scale_of_another_head"
     summary = "each head's row has the scale of the head beside it"
 
@@ -62,7 +70,7 @@ class ScaleOfAnotherHead(CodeFault):
         return scales.roll(1, dims=1)
 
 
-class ScaleOfAnotherToken(CodeFault):
+class ScaleOfAnotherToken(ScaleFault):
     name = "scale_of_another_token"
     summary = "each token's row has the scale of the token before it in the step"
 

@@ -8,14 +8,13 @@ import torch
 
 from reprise.ops.registry import Op
 from reprise.platforms import Platform
-from reprise.platforms.device_graph import capturing
-from reprise.testing.faults.base import Fault
+from reprise.testing.faults.base import BrokenInGraphs
 
 TOO_MANY = 16
 """Tokens by which a window is too wide: a block or more."""
 
 
-class WrongWindow(Fault):
+class WrongWindow(BrokenInGraphs):
     name = "wrong_window"
     summary = "attention sees what has left its window; where there is none, a few tokens alone"
 
@@ -25,14 +24,12 @@ class WrongWindow(Fault):
             return "the op has no window"
         return super().inexpressible(op, executor, platform)
 
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            return self.proceed(named)
+    def broken(self, named: dict[str, Any]) -> Any:
         window = named["sliding_window"]
         return self.proceed({**named, "sliding_window": window + TOO_MANY})
 
 
-class StateFault(Fault):
+class StateFault(BrokenInGraphs):
     """Of an op that rewrites a ``state`` [S, ...] at ``slots`` [R]; ``fresh`` [R] ones begin."""
 
     @classmethod
@@ -40,12 +37,6 @@ class StateFault(Fault):
         if not {"state", "slots", "fresh"} <= set(op.arguments):
             return "the op has no state"
         return super().inexpressible(op, executor, platform)
-
-    def run(self, named: dict[str, Any]) -> Any:
-        return self.broken(named) if capturing() else self.proceed(named)
-
-    def broken(self, named: dict[str, Any]) -> Any:
-        raise NotImplementedError
 
 
 class StateNotZeroed(StateFault):

@@ -10,7 +10,7 @@ from torch import Tensor
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
 from reprise.platforms.device_graph import capturing, in_capture_pass
-from reprise.testing.faults.base import PIECEWISE, Fault
+from reprise.testing.faults.base import PIECEWISE, BrokenInGraphs, Fault
 
 
 class StaleScalar(Fault):
@@ -67,13 +67,11 @@ class FreshAllocation(Fault):
         named[name].set_(fresh)
 
 
-class UnwrittenOutput(Fault):
+class UnwrittenOutput(BrokenInGraphs):
     name = "unwritten_output"
     summary = "the graph does not write what the op should write"
 
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            return self.proceed(named)
+    def broken(self, named: dict[str, Any]) -> Any:
         spare = {name: each.clone() for name, each in self.op.written(named).items()}
         result = self.proceed({**named, **spare})
         return torch.empty_like(result) if isinstance(result, Tensor) else result
@@ -121,7 +119,7 @@ class SideStreamRace(Fault):
         return result
 
 
-class WrongExtent(Fault):
+class WrongExtent(BrokenInGraphs):
     name = "wrong_extent"
     summary = "a length was too small at capture: short contexts are right, longer ones are cut"
     limit = 64
@@ -132,21 +130,17 @@ class WrongExtent(Fault):
             return "the op has no extent"
         return super().inexpressible(op, executor, platform)
 
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            return self.proceed(named)
+    def broken(self, named: dict[str, Any]) -> Any:
         name = self.op.extent
         assert name is not None
         return self.proceed({**named, name: named[name].clamp(max=self.limit)})
 
 
-class DtypeDrift(Fault):
+class DtypeDrift(BrokenInGraphs):
     name = "dtype_drift"
     summary = "the graph computes in a lower precision than eager execution"
 
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            return self.proceed(named)
+    def broken(self, named: dict[str, Any]) -> Any:
         name = self.activation(named)
         tensor = named[name]
         lower = torch.bfloat16 if tensor.dtype is torch.float32 else torch.float8_e4m3fn

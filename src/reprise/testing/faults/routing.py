@@ -10,13 +10,13 @@ from torch import Tensor
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
 from reprise.platforms.device_graph import capturing
-from reprise.testing.faults.base import Fault
+from reprise.testing.faults.base import BrokenInGraphs
 
 TILE = 16
 """Rows of an expert that a product multiplies at once."""
 
 
-class RoutingFault(Fault):
+class RoutingFault(BrokenInGraphs):
     """Of an op that multiplies rows ``x`` [T, D] with the experts ``ids`` [T, K] among those of
     ``gate_up`` [E, ...]."""
 
@@ -27,12 +27,6 @@ class RoutingFault(Fault):
         if not {"x", "ids", "gate_up"} <= set(op.arguments):
             return "the op has no experts"
         return super().inexpressible(op, executor, platform)
-
-    def run(self, named: dict[str, Any]) -> Any:
-        return self.broken(named) if capturing() else self.proceed(named)
-
-    def broken(self, named: dict[str, Any]) -> Any:
-        raise NotImplementedError
 
 
 class WrongExpert(RoutingFault):
@@ -54,12 +48,13 @@ class StaleRouting(RoutingFault):
         self.kept: list[Tensor] = []
 
     def run(self, named: dict[str, Any]) -> Any:
-        shape = tuple(named["ids"].shape)
-        if capturing():
-            self.kept.append(self.latest[shape])
-            return self.proceed({**named, "ids": self.latest[shape]})
-        self.latest[shape] = named["ids"].clone()
-        return self.proceed(named)
+        if not capturing():
+            self.latest[tuple(named["ids"].shape)] = named["ids"].clone()
+        return super().run(named)
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        self.kept.append(self.latest[tuple(named["ids"].shape)])
+        return self.proceed({**named, "ids": self.kept[-1]})
 
 
 class RowsBeyondTile(RoutingFault):
