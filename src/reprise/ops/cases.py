@@ -95,6 +95,16 @@ class Dimensions:
         """Width of queries, keys and values together."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of a layer's products, in the order in which it computes them."""
+        return [
+            (self.projected, self.hidden),
+            (self.hidden, self.heads * self.head_size),
+            (2 * self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        ]
+
 
 SMALL = Dimensions("0.6B", 1024, 16, 8, 128, 3072)
 LARGE = Dimensions("8B", 4096, 32, 8, 128, 12288)

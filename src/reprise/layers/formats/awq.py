@@ -52,9 +52,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
     fields = Fields(config)
     fields.require("quant_method", "awq", default="awq")
     fields.require("bits", 4, default=fields.take("w_bit", 4))
-    group = fields.take("group_size", fields.take("q_group_size", 128))
-    if type(group) is not int or (group != -1 and (group < 8 or group % 8)):
-        raise fields.refused(f"group_size={group!r} must be -1 (all inputs) or a multiple of 8")
+    group = fields.group_size("group_size", fields.take("q_group_size", 128))
     fields.require(
         "zero_point",
         True,
@@ -77,5 +75,5 @@ def formats(config: Mapping[str, Any]) -> Formats:
         "bits_per_param",
     )
     fields.end()
-    format = Awq(None if group == -1 else group, zeros=True)
+    format = Awq(group, zeros=True)
     return AllBut(format, lambda path: is_head(path) or is_router(path) or is_within(path, plain))

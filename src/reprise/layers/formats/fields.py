@@ -65,6 +65,13 @@ class Fields:
             found += value
         return found
 
+    def group_size(self, name: str, default: Any) -> int | None:
+        """Inputs that share a scale; None: all."""
+        group = self.take(name, default)
+        if type(group) is not int or (group != -1 and (group < 8 or group % 8)):
+            raise self.refused(f"group_size={group!r} must be -1 (all inputs) or a multiple of 8")
+        return None if group == -1 else group
+
     def nothing(self, name: str, instead: str) -> None:
         """A field that must be absent, or empty."""
         value = self.take(name)

@@ -91,9 +91,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
     fields = Fields(config)
     fields.require("quant_method", "gptq", default="gptq")
     fields.require("bits", 4, default=None, instead="use a checkpoint of four bits")
-    group = fields.take("group_size", 128)
-    if type(group) is not int or (group != -1 and (group < 8 or group % 8)):
-        raise fields.refused(f"group_size={group!r} must be -1 (all inputs) or a multiple of 8")
+    group = fields.group_size("group_size", 128)
     fields.require(
         "desc_act", False, default=False,
         instead="use a checkpoint that was made with desc_act=False (no act-order)",
@@ -122,9 +120,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
         "quantizer", "use_exllama_v2", "disable_exllama", "gptaq_memory_device", "foem", "fallback",
     )  # fmt: skip
     fields.end()
-    format = Gptq(
-        None if group == -1 else group, zeros=not symmetric, less=1 if written == {"gptq"} else 0
-    )
+    format = Gptq(group, zeros=not symmetric, less=1 if written == {"gptq"} else 0)
 
     def is_plain(path: str) -> bool:
         if is_head(path):

@@ -54,12 +54,7 @@ def _workload(
 
 def _workloads(make: Maker) -> Iterator[Workload]:
     for model in (SMALL, LARGE):
-        sizes = [
-            (model.projected, model.hidden),
-            (model.hidden, model.heads * model.head_size),
-            (2 * model.intermediate, model.hidden),
-            (model.hidden, model.intermediate),
-        ]
+        sizes = model.products
         for rows in (1, 8, 64):
             for outputs, inputs in sizes:
                 yield _workload(make, model, rows, outputs, inputs, (BLOCK, BLOCK))
