@@ -115,7 +115,9 @@ class WrittenRows:
     @property
     def nbytes(self) -> int:
         return sum(
-            len(each.names) * len(each.places) * each.tensor[0, 0].nbytes
+            len(each.names)
+            * len(each.places[0])
+            * each.tensor[(0,) * (1 + len(each.places))].nbytes
             for each in self._rows.values()
         )
 

@@ -1,0 +1,37 @@
+"""What a step writes in the caches: how much that is."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from helpers import TinyModels, make_llm
+from recurrent import hybrids
+
+from reprise.platforms import Platform
+from reprise.shape import StepShape
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "drafts": (4, {"speculative_config": NGRAM}),
+    "codes": (1, {"kv_cache_dtype": "fp8"}),
+    "states": (1, {}),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_its_bytes_are_those_of_its_copies(
+    tiny: TinyModels, device: str, platform: Platform, kind: str
+) -> None:
+    """So much is kept free for each copy that a comparison makes."""
+    if kind == "codes" and platform.fp8_dtype is None:
+        pytest.skip("the device has no eight-bit floating-point numbers")
+    width, options = OPTIONS[kind]
+    with hybrids() if kind == "states" else contextlib.nullcontext():
+        llm = make_llm(tiny("qwen3"), device, graph_mode="none", **options)
+    runner = llm.engine.runner
+    for shape in (StepShape.decode(3, width), StepShape.mixed(40, 3), StepShape.mixed(1, 1)):
+        state = runner.forward_pass.state(shape)
+        assert state.nbytes == sum(each.nbytes for each in state.read().values()) > 0
