@@ -24,7 +24,7 @@ from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafter import make_drafter
+from reprise.runner.drafts import make_drafter
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     choose_cache_dtype,

@@ -23,7 +23,7 @@ from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafter import Drafter, make_drafter
+from reprise.runner.drafts import Drafter, make_drafter
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     build_model,
@@ -190,7 +190,7 @@ class ModelRunner:
         if buffers.num_draws:
             self.sampler.count(buffers.new_tokens)
         if self.drafter is not None and step.rows:
-            self.drafter.propose(rows, buffers.new_tokens)
+            self.drafter.propose(step, rows, buffers.new_tokens)
         return PendingOutput(
             step, buffers.rows, emitted, logprobs, prompt_logprobs, landing, self._sound
         )
