@@ -3,7 +3,7 @@
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
 from reprise.layers.causal_lm import CausalLM
-from reprise.layers.decoder import Decoder, DecoderLayer
+from reprise.layers.decoder import Decoder, DecoderLayer, Depth, Taps
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
 from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
@@ -27,6 +27,7 @@ __all__ = [
     "CentredRMSNorm",
     "Decoder",
     "DecoderLayer",
+    "Depth",
     "Destination",
     "Embedding",
     "Experts",
@@ -43,6 +44,7 @@ __all__ = [
     "SelfAttention",
     "SparseMLP",
     "Stack",
+    "Taps",
     "add",
     "context_length",
     "default_length",

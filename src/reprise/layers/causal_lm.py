@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from reprise.cache import Batch, LayerCache
 from reprise.cache.spec import caches_of
 from reprise.layers.build import Build
-from reprise.layers.decoder import Decoder
+from reprise.layers.decoder import Decoder, Taps
 from reprise.layers.linear import Linear
 
 
@@ -56,9 +56,14 @@ class CausalLM(nn.Module):
         sizes = self.hidden_size, self.vocab_size
         return Linear(self._build, *sizes, split="out", tensors=tensors)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache."""
-        return self.model(batch)
+    def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
+        """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache, and what
+        ``taps`` asks for."""
+        return self.model(batch) if taps is None else self.model(batch, taps)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.layers)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given."""

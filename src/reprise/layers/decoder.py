@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from torch import Tensor, nn
 
 from reprise.cache import Batch
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Normed, add
 from reprise.layers.norm import RMSNorm
+
+Depth = int | Literal["final"]
+"""Where hidden states are taken: a number v means the residual stream behind v layers, which is the
+input of layer v, and that of the last norm behind all of them; ``"final"`` what that norm gives."""
+
+
+class Taps(NamedTuple):
+    """Hidden states that a forward pass writes down beside its result."""
+
+    depths: tuple[Depth, ...]
+    out: Tensor
+    """[T, n * D]: where they go, those of each depth beside those of the one before."""
+
+    def take(self, depth: Depth, states: Tensor) -> None:
+        """Write down hidden states [T, D], if they are of a depth that is asked for."""
+        width = states.shape[1]
+        for number, each in enumerate(self.depths):
+            if each == depth:
+                self.out[:, number * width : (number + 1) * width].copy_(states)
 
 
 class DecoderLayer(nn.Module):
@@ -46,9 +67,15 @@ class Decoder(nn.Module):
         self._layers = layers
         self.norm = norm
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Normalised hidden states [T, D]."""
+    def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
+        """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
         residual = self.embed_tokens(batch.token_ids)
-        for layer in self._layers:
+        for number, layer in enumerate(self._layers):
+            if taps is not None:
+                taps.take(number, residual)
             layer(residual, batch)
-        return self.norm(residual)
+        hidden = self.norm(residual)
+        if taps is not None:
+            taps.take(len(self._layers), residual)
+            taps.take("final", hidden)
+        return hidden

@@ -16,7 +16,7 @@ from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region, Stack, stacked
-from reprise.layers import CausalLM
+from reprise.layers import CausalLM, Depth, Taps
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
@@ -30,7 +30,7 @@ class ForwardPass:
     """One forward pass over the step buffers (:class:`reprise.graphs.contract.Computation`).
 
     A decode step ends with logits, since every one of its rows is sampled; a mixed step ends with
-    hidden states, of which only some rows are. Both outputs are static.
+    hidden states, of which only some rows are. All outputs are static.
 
     Args:
         model: Computes the hidden states and the logits.
@@ -39,6 +39,7 @@ class ForwardPass:
         platform: The device.
         max_tokens: Most tokens in a mixed step.
         max_logits: Most tokens in a decode step.
+        taps: Depths whose hidden states are a further output.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ForwardPass:
         *,
         max_tokens: int,
         max_logits: int,
+        taps: Sequence[Depth] = (),
     ) -> None:
         self.ops = ops
         self.model: Callable[..., Any] = model
@@ -60,6 +62,9 @@ class ForwardPass:
         device = platform.device
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
         self._logits = torch.zeros(max_logits, model.vocab_size, dtype=dtype, device=device)
+        self._depths = tuple(taps)
+        most, width = max(max_tokens, max_logits), len(self._depths) * model.hidden_size
+        self._taps = torch.zeros(most if taps else 0, width, dtype=dtype, device=device)
         self._probes: ProbeMaker | None = None
         self._layout = buffers.layout
         self.facts: Facts = buffers.known.facts
@@ -97,9 +102,12 @@ class ForwardPass:
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
-        hidden = (model or self.model)(
-            self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)
-        )
+        batch = self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)
+        model = model or self.model
+        if self._depths:
+            hidden = model(batch, Taps(self._depths, self.taps(shape)))
+        else:
+            hidden = model(batch)
         if shape.phase == "decode":
             return self._causal_lm.logits(hidden, self._logits[: shape.num_tokens])
         return self._hidden[: shape.num_tokens].copy_(hidden)
@@ -111,9 +119,14 @@ class ForwardPass:
         return self._buffers.views(shape.num_tokens, shape.num_requests)
 
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
+        taps = {"taps": self.taps(shape)} if self._depths else {}
         if shape.phase == "decode":
-            return {"logits": self._logits[: shape.num_tokens]}
-        return {"hidden": self._hidden[: shape.num_tokens]}
+            return {"logits": self._logits[: shape.num_tokens], **taps}
+        return {"hidden": self._hidden[: shape.num_tokens], **taps}
+
+    def taps(self, shape: StepShape) -> Tensor:
+        """[T, n * D]: hidden states of the step, those of each depth beside the one before."""
+        return self._taps[: shape.num_tokens]
 
     def memory(self) -> Mapping[str, Region]:
         used = self._buffers.used_blocks()
