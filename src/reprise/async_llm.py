@@ -81,6 +81,7 @@ class AsyncLLM:
         Raises:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
+            NonFiniteError: The request's logits were NaN or infinite.
         """
         refuse_others(self.generate, others)
         return self._outputs(lambda: prompt, _own(sampling_params), request_id, priority)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 def describe(error: BaseException) -> str:
     """Its type and the first line of its message."""
@@ -35,6 +38,20 @@ class RequestError(RepriseError, ValueError):
 
 class CapacityError(RepriseError, RuntimeError):
     """The KV cache or the context is too small for what was asked."""
+
+
+class NonFiniteError(RepriseError, ArithmeticError):
+    """A request's logits were NaN or infinite: no token can be drawn. Other requests go on.
+
+    Args:
+        message: Which request, where, and the remedy.
+        outputs: Of :meth:`reprise.LLM.generate`, the :class:`reprise.RequestOutput` of every
+            prompt, in their order; those that failed have the finish reason ``error``.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class OpError(RepriseError, RuntimeError):

@@ -21,7 +21,7 @@ from reprise.engine import (
     chat_prompt,
     split_prompts,
 )
-from reprise.errors import RepriseError, RequestError, UnsupportedError
+from reprise.errors import NonFiniteError, RepriseError, RequestError, UnsupportedError
 from reprise.graphs import GraphReport
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
@@ -93,6 +93,8 @@ class LLM:
         Raises:
             RequestError: A prompt or parameter is invalid; then nothing is generated.
             CapacityError: A prompt does not fit the context or the cache; likewise.
+            NonFiniteError: The logits of some were NaN or infinite. Raised when all others have
+                ended; its ``outputs`` are those of all prompts.
         """
         refuse_others(self.generate, others)
         if not isinstance(use_tqdm, bool):
@@ -115,7 +117,12 @@ class LLM:
             except BaseException:
                 engine.start_over()
                 raise
-            return [each.output() for each in groups]
+            outputs = [each.output() for each in groups]
+        errors = [each.error for each in groups if each.error is not None]
+        if errors:
+            count = f"{len(errors)} of {len(groups)} requests have failed. " if groups[1:] else ""
+            raise NonFiniteError(f"{count}{errors[0]}", outputs)
+        return outputs
 
     def chat(
         self,

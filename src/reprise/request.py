@@ -12,7 +12,7 @@ from reprise.sampling_params import SamplingParams
 if TYPE_CHECKING:  # requests need no torch
     from reprise.cache.tables import Checkpoint
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class RequestStatus(Enum):
@@ -25,12 +25,15 @@ class RequestStatus(Enum):
     FINISHED_STOPPED = "stop"
     FINISHED_LENGTH = "length"
     FINISHED_ABORTED = "abort"
+    FINISHED_FAILED = "error"
+    """No token could be drawn."""
 
 
 FINISHED_STATUS: dict[FinishReason, RequestStatus] = {
     "stop": RequestStatus.FINISHED_STOPPED,
     "length": RequestStatus.FINISHED_LENGTH,
     "abort": RequestStatus.FINISHED_ABORTED,
+    "error": RequestStatus.FINISHED_FAILED,
 }
 
 

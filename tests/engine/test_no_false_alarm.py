@@ -12,6 +12,8 @@ from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_id
 from planted import OPTIONS, Oracle, make_oracle, serve
 
 from reprise import LLM
+from reprise.errors import NonFiniteError
+from reprise.runner import PendingOutput
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +76,18 @@ def test_two_engines_in_threads(model: TinyModel, device: str, oracle: Oracle) -
 
 
 @pytest.mark.parametrize("place", ["norm", "matrix"])
-def test_weights_that_are_no_numbers(tmp_path: Path, device: str, place: str) -> None:
+def test_what_overflows(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """With logits that are no numbers, which end requests if anybody looks."""
     broken = random_model("qwen3")
     names = {"norm": "model.norm.weight", "matrix": "model.layers.1.mlp.down_proj.weight"}
-    dict(broken.named_parameters())[names[place]].view(-1)[3] = torch.nan
+    dict(broken.named_parameters())[names[place]].view(-1)[:3] = torch.finfo(torch.float32).max
     broken.save_pretrained(tmp_path)
     llm = watched(tmp_path, device)
+    with pytest.raises(NonFiniteError):
+        serve(llm)
+    monkeypatch.setattr(PendingOutput, "_odd", staticmethod(lambda peaks: []))
     serve(llm)
     assert_no_alarm(llm)
 

@@ -247,7 +247,7 @@ def test_stop_string_in_the_last_token_replaces_the_reason() -> None:
     assert a.finish_reason == "length"
     scheduler.finish(a, "stop", "END")
     assert (a.finish_reason, a.stop_reason) == ("stop", "END")
-    assert scheduler.stats().total_finished == {"stop": 1, "length": 0, "abort": 0}
+    assert scheduler.stats().total_finished == {"stop": 1, "length": 0, "abort": 0, "error": 0}
 
 
 # ---------------------------------------------------------------------- refusals
@@ -533,7 +533,7 @@ def test_start_over_forgets_steps_blocks_and_prefixes() -> None:
     assert (parts(step), step.released) == ([("a", 0, 8, True)], [])
     run(scheduler, step)
     assert c.finish_reason == "length"
-    assert scheduler.stats().total_finished == {"stop": 0, "length": 1, "abort": 2}
+    assert scheduler.stats().total_finished == {"stop": 0, "length": 1, "abort": 2, "error": 0}
 
 
 # ---------------------------------------------------------------------- numbers
@@ -550,7 +550,7 @@ def test_stats() -> None:
     assert stats.total_generated_tokens == 4
     assert (stats.num_blocks_used, stats.num_blocks) == (2, 99)
     assert stats.cache_usage == pytest.approx(2 / 99)
-    assert stats.total_finished == {"stop": 0, "length": 1, "abort": 0}
+    assert stats.total_finished == {"stop": 0, "length": 1, "abort": 0, "error": 0}
 
 
 def test_times_are_in_order() -> None:

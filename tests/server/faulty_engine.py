@@ -2,6 +2,7 @@
 
 ``step``: every 40th step raises. ``thread``: the 40th step ends the engine's thread. ``lost``: a
 step raises, and so does every try to start over. ``graph``: graphs go wrong behind their proof.
+``nan``: logits of every 40th step are no numbers for its first request.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def make(fault: str) -> Callable[[EngineConfig, int | None], EngineServer]:
                 raise RuntimeError("the device is on fire at /some/path")
             return submit(step)
 
+        if fault == "nan":
+            spoil_logits(engine)
+            return found
         engine.runner.submit = failing
         if fault == "lost":
 
@@ -53,6 +57,24 @@ def make(fault: str) -> Callable[[EngineConfig, int | None], EngineServer]:
         return found
 
     return server
+
+
+def spoil_logits(engine: Any) -> None:
+    sampler, steps = engine.runner.sampler, 0
+
+    class Spoiling:
+        def __call__(self, logits: Any, *arguments: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps % 40 == 0:
+                logits = logits.clone()
+                logits[0] = float("nan")
+            return sampler(logits, *arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sampler, name)
+
+    engine.runner.sampler = Spoiling()
 
 
 def break_graphs(planted: list[Any]) -> None:

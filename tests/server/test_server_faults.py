@@ -102,6 +102,31 @@ def test_steps_that_raise(start: Start, expected: list[str]) -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_logits_that_are_no_numbers(start: Start, expected: list[str]) -> None:
+    """One request fails at a time; it is told why, and no other notices."""
+    server = start(*SMALL, engine=(FAULTY, "nan"))
+    failed = 0
+    for _ in range(2):
+        for (status, text, ended), wanted in zip(all_of_them(server), expected, strict=True):
+            assert status in (200, 500)
+            failed += not ended
+            assert wanted.startswith(text)
+            assert not ended or text == wanted
+    with server.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+        (count,) = (each for each in lines if each.startswith("vllm:corrupted_requests_total"))
+        assert float(count.rpartition(" ")[2]) == failed > 0
+        errors = []
+        for _ in range(40):
+            body = {"prompt": "1 + 1 =", "max_tokens": 3, "ignore_eos": True}
+            response = client.post(COMPLETE, json=body)
+            if response.status_code != 200:
+                errors.append(response.json()["error"])
+    assert {each["code"] for each in errors} == {"non_finite_logits"}
+    assert all("are not finite" in each["message"] for each in errors)
+    nothing_is_left(server)
+
+
 @pytest.mark.parametrize("fault", ["thread", "lost"])
 def test_an_engine_that_ends(start: Start, expected: list[str], fault: str) -> None:
     server = start(*SMALL, engine=(FAULTY, fault))

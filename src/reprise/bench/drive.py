@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reprise.engine import Engine
+from reprise.engine import CompletionGroup, Engine
 from reprise.errors import ConfigError
 from reprise.sampling_params import SamplingParams
 
@@ -42,6 +42,13 @@ def check_fits(engine: Engine, total_tokens: int) -> None:
         )
 
 
+def check_served(groups: Sequence[CompletionGroup]) -> None:
+    """Raise if a request has failed: nothing of it can be measured."""
+    for each in groups:
+        if each.error is not None:
+            raise each.error
+
+
 def run(engine: Engine, prompts: Sequence[list[int]], output_lens: Sequence[int]) -> Run:
     """Generate exactly so many tokens, greedily, all requests at once."""
     waited = engine.wait_seconds
@@ -58,6 +65,7 @@ def run(engine: Engine, prompts: Sequence[list[int]], output_lens: Sequence[int]
     while unfinished:
         unfinished -= sum(each.finished for each in engine.step())
         steps += 1
+    check_served(groups)
     ended = time.perf_counter()
     while engine.has_work:
         engine.step()

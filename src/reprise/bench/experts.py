@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from reprise.bench.drive import check_served
 from reprise.engine import Engine
 from reprise.layers import CausalLM, SparseMLP
 from reprise.ops import Op
@@ -41,6 +42,7 @@ def count_experts_hit(engine: Engine, prompts: Sequence[list[int]]) -> float | N
         # Then the step that was submitted last decodes all of them.
         while any(len(each.output().outputs[0].token_ids) < 2 for each in groups):
             engine.step()
+            check_served(groups)
         hits += _hits_of(engine, shape)
     engine.abort(names)
     while engine.has_work:

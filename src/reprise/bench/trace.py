@@ -31,7 +31,7 @@ from torch.profiler import (
     supported_activities,
 )
 
-from reprise.bench.drive import check_fits
+from reprise.bench.drive import check_fits, check_served
 from reprise.engine import CompletionGroup, Engine, Scheduler
 from reprise.errors import RepriseError
 from reprise.graphs import GraphRunner
@@ -192,6 +192,7 @@ def _decoding(engine: Engine, prompts: Sequence[list[int]]) -> Iterator[list[Com
     try:
         while not all(each.completions[0].request.output_token_ids for each in groups):
             engine.step()
+            check_served(groups)
         yield groups
     finally:
         engine.abort([each.request_id for each in groups])

@@ -329,6 +329,14 @@ class CacheManager:
                 if unit == layout.unit:
                     pool.forget(block)
 
+    def forget(self, request: CacheUser) -> None:
+        """What the request's blocks hold is wrong, or may be: nobody may share them any more, nor
+        what is computed of it yet."""
+        for table, blocks in zip(self._tables, request.tables, strict=False):
+            for block in blocks:
+                table.pool.forget(block)
+        self.never_share(request)
+
     def owns(self, request: CacheUser, units: Collection[tuple[str, int]]) -> bool:
         """Whether one of the blocks is the request's."""
         return any(

@@ -50,6 +50,7 @@ def stream(llm: LLM, prompt: Any, params: SamplingParams) -> Iterator[RequestOut
 
     Raises:
         RepriseError: The prompt or a parameter is invalid; raised before the iteration.
+        NonFiniteError: The model gave no numbers; raised by the iteration.
     """
     group = llm.engine.add(f"stream-{next(_ids)}", prompt, params)
     return _outputs(llm.engine, group)
@@ -60,6 +61,8 @@ def _outputs(engine: Engine, group: CompletionGroup) -> Iterator[RequestOutput]:
         while not group.finished:
             if group in engine.step():
                 yield group.output()
+        if group.error is not None:
+            raise group.error
     finally:
         engine.abort([group.request_id])
         while engine.has_work:

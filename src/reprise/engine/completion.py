@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reprise.engine.detokenizer import Detokenizer, TokenTexts
+from reprise.errors import RepriseError
 from reprise.outputs import (
     CompletionOutput,
     Logprobs,
@@ -69,7 +70,7 @@ class Completion:
         return found
 
     def finish(self) -> None:
-        """It was aborted: no token follows."""
+        """It was aborted, or has failed: no token follows."""
         if self.detokenizer is not None:
             self.detokenizer.finish()
 
@@ -143,6 +144,8 @@ class CompletionGroup:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
+        self.error: RepriseError | None = None
+        """Why it was ended, if nobody asked for that."""
         self._metrics: RequestMetrics | None = None
         self._began = False
         """Whether a delta was taken."""

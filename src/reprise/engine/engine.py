@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from reprise import platforms, timeline
 from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
@@ -24,7 +26,13 @@ from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.scheduler import BLOCKS_AHEAD, Scheduler, SchedulerStats
 from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
 from reprise.engine.suspects import Suspects
-from reprise.errors import ConfigError, GraphReplayError, LoadError, RequestError
+from reprise.errors import (
+    ConfigError,
+    GraphReplayError,
+    LoadError,
+    NonFiniteError,
+    RequestError,
+)
 from reprise.graphs import keep_compiled_code
 from reprise.loading import (
     NamedTensors,
@@ -426,8 +434,10 @@ class Engine:
         # The hot loop of a serving engine: attribute access is what costs.
         changed: dict[CompletionGroup, None] = {}
         ended: dict[CompletionGroup, None] = {}
-        for request in self.scheduler.update(step, output.sampled, output.spoilt):
+        for request in self.scheduler.update(step, output.sampled, output.failed, output.spoilt):
             group, completion = completions[request]
+            if request.finish_reason == "error":
+                self._fail(group, completion)
             if completion.reads_tokens:
                 self._read(completion, logprobs.get(request))
             if request.finish_reason is not None:
@@ -438,6 +448,24 @@ class Engine:
             if group.finished:
                 self._forget(group)
         return list(changed)
+
+    def _fail(self, group: CompletionGroup, completion: Completion) -> None:
+        """End a request of which nothing can be drawn, all its completions."""
+        if group.error is not None:
+            return
+        for each in group.completions:
+            if not each.request.is_finished:
+                self.scheduler.abort(each.request.request_id)
+            each.finish()
+        cause = "the model overflows with this prompt; compare it with another implementation"
+        if self.runner.dtype is torch.float16:
+            cause = "start with dtype='bfloat16' or 'float32', whose numbers reach further"
+        group.error = NonFiniteError(
+            f"the logits of output token {completion.request.num_output_tokens} of request "
+            f"{group.request_id!r} are not finite (NaN or infinite) in "
+            f"{str(self.runner.dtype).removeprefix('torch.')}: {cause}"
+        )
+        logger.error("%s; it was ended", group.error)
 
     def _read(self, completion: Completion, logprobs: Sequence[Logprobs] | None) -> None:
         """Give a completion the tokens that its request has got, up to a stop string."""

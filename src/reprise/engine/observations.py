@@ -105,6 +105,7 @@ class Observations:
             "num_preemptions": stats.total_preemptions,
             "prompt_tokens": stats.total_prompt_tokens,
             "generation_tokens": stats.total_generated_tokens,
+            "corrupted_requests": stats.total_finished["error"],
         }
         if self.accepted_at:
             counters.update(

@@ -172,7 +172,9 @@ class Scheduler:
         self.num_generated_tokens = 0
         """Of all requests, from the start."""
         self._num_preemptions = 0
-        self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+        self._num_finished: dict[FinishReason, int] = {
+            "stop": 0, "length": 0, "abort": 0, "error": 0,
+        }  # fmt: skip
 
     def _forget_all(self) -> None:
         self._requests: dict[str, Request] = {}
@@ -542,7 +544,11 @@ class Scheduler:
     # ------------------------------------------------------------------ a step's result
 
     def update(
-        self, step: Step, sampled: Sequence[Sequence[int]], spoilt: Collection[int] = ()
+        self,
+        step: Step,
+        sampled: Sequence[Sequence[int]],
+        failed: Collection[int] = (),
+        spoilt: Collection[int] = (),
     ) -> list[Request]:
         """Take the tokens that a step sampled. Steps are updated in the order of their scheduling.
 
@@ -551,11 +557,14 @@ class Scheduler:
             sampled: The new tokens of each of the step's requests: none where it does not sample,
                 else one and as many as were drafted at most. What follows a token that ends its
                 request, and what was sampled for requests that have stopped meanwhile, is ignored.
+            failed: Numbers of the step's requests that end, since nothing can be drawn for them.
+                Nobody shares what was computed of them.
             spoilt: Numbers of the step's copies of states that were no finite numbers: nobody gets
                 to see what they make.
 
         Returns:
-            The requests that got tokens; some have finished by them.
+            The requests that got tokens, of which some have finished by them, and those that have
+            failed.
 
         Raises:
             RuntimeError: The step is not the oldest outstanding one.
@@ -574,6 +583,12 @@ class Scheduler:
         num_decodes, width = step.num_decodes, 1 + self._num_drafts
         updated: list[Request] = []
         generated = 0
+        for number in failed:
+            request = requests[number]
+            if request.finish_reason is None:
+                self.cache.forget(request)
+                self._finish(request, "error", None)
+                updated.append(request)
         for number, (request, tokens) in enumerate(zip(requests, sampled, strict=True)):
             request.num_in_flight -= 1
             if request.finish_reason is None:

@@ -305,7 +305,9 @@ class EngineThread:
         given: list[Reader] = []
         for group in groups:
             reader = self._readers.get(group.request_id)
-            if reader is not None and (group.finished or reader.wants_more):
+            if reader is not None and group.error is not None:
+                reader.fail(group.error)
+            elif reader is not None and (group.finished or reader.wants_more):
                 reader.put(group.delta())
                 given.append(reader)
             if group.finished:

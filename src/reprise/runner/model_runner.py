@@ -175,12 +175,12 @@ class ModelRunner:
         landing = self._landing()
         prompt_logprobs = self._prompt_logprobs(step, result, landing)
         numbers, logprobs = buffers.numbers, None
-        drawn = buffers.none_drawn
+        drawn, peaks = buffers.none_drawn, None
         if buffers.num_draws:
             chosen = buffers.sampling_rows()
             if chosen is not None:
                 result, numbers = result[chosen], numbers[chosen]
-            drawn, logprobs = self.sampler(
+            drawn, peaks, logprobs = self.sampler(
                 self._logits(result), step, numbers, masks, self.graphs.ran.first
             )
         rows, first_draw = buffers.rows_and_draws
@@ -192,7 +192,7 @@ class ModelRunner:
         if self.drafter is not None and step.rows:
             self.drafter.propose(step, rows, buffers.new_tokens)
         return PendingOutput(
-            step, buffers.rows, emitted, logprobs, prompt_logprobs, landing, self._sound
+            step, buffers.rows, emitted, peaks, logprobs, prompt_logprobs, landing, self._sound
         )
 
     def _landing(self) -> Landing:
@@ -205,7 +205,8 @@ class ModelRunner:
         return found
 
     def _new_landing(self) -> Landing:
-        return Landing(self.config.max_num_seqs, 2 + self.num_drafts, self.platform)
+        requests, width = self.config.max_num_seqs, 1 + self.num_drafts
+        return Landing(requests, width + 1, requests * width, self.platform)
 
     def _memory_beside(self) -> dict[str, Tensor]:
         """What lies on the device from step to step and that no forward pass may touch."""

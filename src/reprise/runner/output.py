@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reprise.finite import all_finite
 from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.platforms import Platform
 from reprise.runner.arena import Ints
@@ -29,6 +30,9 @@ class StepOutput:
     """Tokens that were drafted behind each request's newest one; empty where nothing ever is."""
     logprobs: list[list[Logprobs] | None] | None = None
     """Of these tokens, where their requests want them; None: nowhere."""
+    failed: Sequence[int] = ()
+    """Numbers of the step's requests that got no token, since logits of theirs are NaN, or the
+    largest is infinite."""
     spoilt: Sequence[int] = ()
     """Numbers of the step's copies of states that were no finite numbers."""
     prompt_logprobs: dict[int, tuple[int, list[Logprobs]]] = field(default_factory=dict)
@@ -44,13 +48,16 @@ class Landing:
     Args:
         max_requests: Most requests in a step.
         width: Numbers that a step has for each.
+        max_draws: Most rows of logits that a step draws from.
         platform: The device that they come from.
     """
 
-    def __init__(self, max_requests: int, width: int, platform: Platform) -> None:
+    def __init__(self, max_requests: int, width: int, max_draws: int, platform: Platform) -> None:
         self._pinned = platform.pins_memory
         self._tokens = torch.zeros(max_requests, width, dtype=torch.int64, pin_memory=self._pinned)
         self._numbers = self._tokens.numpy()
+        self._room = torch.zeros(max_draws, dtype=torch.float32, pin_memory=self._pinned)
+        self._peaks = self._room[:0]
         self._count = 0
         self._arrived: Any = platform.event()
         self.free = True
@@ -70,9 +77,14 @@ class Landing:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
         return host.copy_(tensor, non_blocking=True)
 
-    def send(self, emitted: Tensor) -> None:
-        """Start copying ``emitted`` [R, 1 + K + 1] int64: what ``ops.advance`` says."""
+    def send(self, emitted: Tensor, peaks: Tensor | None) -> None:
+        """Start copying ``emitted`` [R, 1 + K + 1] int64, what ``ops.advance`` says, and ``peaks``
+        [D] in a floating-point dtype of up to 32 bits, if there are any."""
         self._count = len(emitted)
+        self._peaks = self._room[:0]
+        if peaks is not None:
+            self._peaks = self._room.view(peaks.dtype)[: len(peaks)]
+            self._peaks.copy_(peaks, non_blocking=True)
         self._tokens[: self._count].copy_(emitted, non_blocking=True)
         self._arrived.record()
 
@@ -80,6 +92,11 @@ class Landing:
         """What was sent, when all that was submitted before :meth:`send` is done."""
         self._arrived.synchronize()
         return self._numbers[: self._count]
+
+    @property
+    def peaks(self) -> Tensor:
+        """[D], what was sent with what :meth:`wait` has given."""
+        return self._peaks
 
 
 class PendingOutput:
@@ -90,7 +107,9 @@ class PendingOutput:
         rows: The requests.
         emitted: [R, 1 + K + 1] int64 on the device: new tokens, -1 behind them, and how many were
             drafted.
-        logprobs: Of the rows of logits that were drawn from, if any request wants them.
+        peaks: [D] on the device, the largest value of each row of logits that was drawn from; None:
+            from none.
+        logprobs: Of these rows, if any request wants them.
         prompt_logprobs: By a request's number in the step, where the step began in its prompt and
             log probabilities of its tokens, in parts that ``landing`` has taken.
         landing: Taken by this step until it has been waited for.
@@ -103,6 +122,7 @@ class PendingOutput:
         step: Step,
         rows: Rows,
         emitted: Tensor,
+        peaks: Tensor | None,
         logprobs: LogprobTensors | None,
         prompt_logprobs: dict[int, tuple[int, list[LogprobTensors]]],
         landing: Landing,
@@ -123,10 +143,11 @@ class PendingOutput:
         if rows.num_drafts:
             places = np.array(step.rows, dtype=np.int64)
             self._places = places, rows.lives(places)
-        landing.send(emitted)
+        landing.send(emitted, peaks)
 
     def wait(self) -> StepOutput:
         emitted = self._landing.wait().copy()
+        odd = self._odd(self._landing.peaks)
         self._landing.free = True
         drafted: Sequence[int] = ()
         if emitted.shape[1] == 2:
@@ -139,6 +160,9 @@ class PendingOutput:
             ]
             drafted = emitted[:, -1].tolist()
             self._settle(counts)
+        failed = self._failed(odd, sampled)
+        for number in failed:
+            sampled[number] = []
         prompts = {
             number: (
                 start,
@@ -154,7 +178,26 @@ class PendingOutput:
         spoilt: Sequence[int] = ()
         if self._sound is not None:
             spoilt = (~self._sound).nonzero().flatten().tolist()
-        return StepOutput(sampled, drafted, self._of_samples(sampled), spoilt, prompts)
+        return StepOutput(sampled, drafted, self._of_samples(sampled), failed, spoilt, prompts)
+
+    @staticmethod
+    def _odd(peaks: Tensor) -> list[int]:
+        """Rows of logits from which nothing can be drawn."""
+        if all_finite(peaks):
+            return []
+        return (~peaks.isfinite()).nonzero().flatten().tolist()
+
+    def _failed(self, odd: Sequence[int], sampled: Sequence[Sequence[int]]) -> list[int]:
+        """Numbers of the requests that have a token of such a row. One behind a draft that does not
+        count is nobody's."""
+        if not odd:
+            return []
+        step, failed, begin = self._step, [], 0
+        for number, tokens in enumerate(sampled):
+            if any(begin <= row < begin + len(tokens) for row in odd):
+                failed.append(number)
+            begin += 1 + step.drafts[number] if step.samples[number] else 0
+        return failed
 
     def _settle(self, counts: Ints) -> None:
         """Tell the rows how many drafts counted."""

@@ -73,7 +73,7 @@ class Sampler:
         numbers: Tensor,
         masks: Tensor | None = None,
         check: bool = False,
-    ) -> tuple[Tensor, LogprobTensors | None]:
+    ) -> tuple[Tensor, Tensor, LogprobTensors | None]:
         """Draw.
 
         Args:
@@ -86,12 +86,16 @@ class Sampler:
             check: Compare with the reference of the op that draws, which waits for the device.
 
         Returns:
-            [N] int64 token ids, and log probabilities if any request wants them.
+            [N] int64 token ids; [N], the largest logit of each row, which tells the host whether
+            anything could be drawn (NaN where a logit is); and log probabilities if any request
+            wants them.
         """
         batch = self._batch_of(step)
         draw = _checked if check else _drawn
         if batch.plain and masks is None:  # the largest value is the same one in float32
-            return draw(ops.argmax, logits), None
+            tokens = draw(ops.argmax, logits)
+            return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
+        peaks = logits.amax(dim=-1)
         raw = logits.float()
         adjusted = raw
         if batch.adjusts or masks is not None:
@@ -104,8 +108,8 @@ class Sampler:
             tokens = draw(ops.sample, adjusted, *batch.parameters, numbers)
         wanted = batch.num_logprobs
         if wanted is None:
-            return tokens, None
-        return tokens, top_logprobs(raw, tokens, wanted, batch.whole_rows)
+            return tokens, peaks, None
+        return tokens, peaks, top_logprobs(raw, tokens, wanted, batch.whole_rows)
 
     def count(self, emitted: Tensor) -> None:
         """Note the new tokens of the requests of the step that was drawn from last, [R, 1 + K]

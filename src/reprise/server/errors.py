@@ -108,6 +108,8 @@ def of_refusal(refusal: EngineRefusal, max_model_len: int | None) -> ApiError:
         return ApiError(499, "the client has closed the connection", code="client_gone")
     if refusal.kind == ABORTED:
         return ApiError(499, "the request was aborted", code="request_aborted")
+    if refusal.kind == "NonFiniteError":
+        return ApiError(500, message, code="non_finite_logits")
     # Messages of unexpected exceptions may show paths and addresses.
     return ApiError(
         500, f"the engine failed at this request ({refusal.kind}); the server's log says more"
