@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.layers import CausalLM, Destination, Implied, Linear, Stack
+from reprise.layers import Destination, Implied, Linear, Stack, StoredModel
 from reprise.layers.formats import DENSE, Format
 from reprise.loading.destinations import (
     Misfits,
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: CausalLM, path: Path, load_format: str, platform: Platform, seed: int = 0
+    model: StoredModel, path: Path, load_format: str, platform: Platform, seed: int = 0
 ) -> None:
     """Fill every parameter of ``model``, in the dtype and on the device that it has.
 
@@ -65,7 +65,7 @@ def load_weights(
     )
 
 
-def _fill_at_random(model: CausalLM, seed: int) -> None:
+def _fill_at_random(model: StoredModel, seed: int) -> None:
     """As each format says; what has no format as plain numbers."""
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -83,7 +83,7 @@ def _fill_at_random(model: CausalLM, seed: int) -> None:
             bar.advance()
 
 
-def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
+def _load_files(model: StoredModel, path: Path, platform: Platform) -> None:
     misfits = Misfits("in the file", "in the model")
     wanted = destinations(model)
     stored = by_our_names(stored_tensors(path).items(), model.renames, misfits)
@@ -132,9 +132,8 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
         kept, shared = tied[other]
         if torch.equal(twin, shared.target):
             continue
-        if other != f"{model.lm_head.path}.weight":
+        if not model.untie(other, twin):
             raise LoadError(f"{other} and {kept} are one in the model and differ in the checkpoint")
-        model.untie(twin)
         logger.warning(
             "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
             "stores another one; the stored one is used",
