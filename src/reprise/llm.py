@@ -268,7 +268,7 @@ class LLM:
 
     def graph_report(self) -> GraphReport:
         """The resolved graph plan, and what is known of every captured graph."""
-        return self.engine.runner.graphs.report()
+        return self.engine.runner.owners.report()
 
     def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""
