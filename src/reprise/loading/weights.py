@@ -23,6 +23,7 @@ from reprise.loading.destinations import (
     is_plain,
     ties,
 )
+from reprise.loading.odd_numbers import refuse_odd
 from reprise.loading.transfer import Copy, copy_to, transfer
 from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
@@ -47,7 +48,7 @@ def load_weights(
 
     Raises:
         LoadError: A file is missing or corrupted, tensors do not fit (lists all of them, and
-            nothing has been copied), or one cannot be copied.
+            nothing has been copied), one cannot be copied, or numbers are not finite.
     """
     started = time.perf_counter()
     if load_format == "dummy":
@@ -127,7 +128,7 @@ def _load_files(model: StoredModel, path: Path, platform: Platform) -> None:
         if not is_computed(name):
             misfits.add("unexpected", name)
     misfits.refuse("the checkpoint does not fit the model")
-    transfer(copies, platform)
+    refuse_odd(transfer(copies, platform), "the checkpoint is damaged: fetch or save it again")
     for other, twin in twins.items():
         kept, shared = tied[other]
         if torch.equal(twin, shared.target):
