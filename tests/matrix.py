@@ -237,7 +237,7 @@ COVERING = [
     Features("full", "windows", 3),
     Features("full", CODES, 1),
     Features("breakable", "experts", 1),
-    Features("breakable", HYBRID, 0),
+    Features("breakable", HYBRID, 3),
     Features("none", "plain", 0, "fp8"),
     Features("none", "plain", 0, "awq"),
 ]
@@ -246,11 +246,7 @@ disturbance."""
 IN_EACH_FORMAT = [("none", 0), ("full", 0), ("full", 3), ("breakable", 0), ("compiled", 1)]
 """Executors and drafts."""
 PRODUCT = [
-    *(
-        Features(*each)
-        for each in itertools.product(EXECUTORS, MODELS, DRAFTS)
-        if each[1] != HYBRID or each[2] == 0  # drafts are refused there
-    ),
+    *(Features(*each) for each in itertools.product(EXECUTORS, MODELS, DRAFTS)),
     *(
         Features(executor, "plain", drafts, format)
         for format in FORMATS[1:]

@@ -23,17 +23,25 @@ _declared: list[registry.Op] = []
 
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, state: Tensor, slots: Tensor,
-    query_start_loc: Tensor, seq_lens: Tensor, fresh: Tensor, out: Tensor,
+    query_start_loc: Tensor, seq_lens: Tensor, fresh: Tensor, out: Tensor, accepted: Tensor,
+    known: Tensor, token_slots: Tensor,
 ) -> None:  # fmt: skip
     """The gated delta rule, token by token: an update that neither commutes nor is idempotent.
 
-    query: [T, Hq, D]; key, value: [T, Hkv, D]; state: [S, Hkv, D, D] float32; slots: [R]; out as
-    query. Rows of requests without length stay as they are.
+    Nothing is replayed: of a request that verifies drafts the state behind each token is kept, and
+    its next step goes on from that of the last one that counts.
+
+    query: [T, Hq, D]; key, value: [T, Hkv, D]; state: [S, 1 + K, Hkv, D, D] float32; slots: [R];
+    out as query; token_slots: [T], 0 of tokens that nobody reads. Rows of requests without length
+    stay as they are.
     """
     requests, heads, size = len(slots), key.shape[1], key.shape[2]
     places = slots.long()
     then = state[places]
-    now = torch.where(fresh.view(-1, 1, 1, 1), 0.0, then)
+    last = (accepted.long() - 1).clamp(min=0)
+    now = then[torch.arange(requests, device=query.device), last]
+    now = torch.where(fresh.view(-1, 1, 1, 1), 0.0, now)
+    kept = torch.zeros_like(then)
     place = torch.arange(len(query), device=query.device, dtype=query_start_loc.dtype)
     request = torch.searchsorted(query_start_loc[1:].contiguous(), place, right=True)
     request = request.clamp(max=requests - 1)
@@ -47,32 +55,45 @@ def delta_rule(
         new = 0.95 * old + 0.6 * torch.einsum("hk,hv->hkv", k, error)
         new = torch.where(live[token], new, old)
         now.index_copy_(0, which, new[None])
+        offset = torch.where(known[which] == 0, token - query_start_loc[which], 0).long()
+        offset = offset.clamp(max=state.shape[1] - 1)
+        counts = live[token] & ((token_slots[token] != 0) | (known[which] != 0))
+        here = kept[which, offset]
+        kept.index_put_((which, offset), torch.where(counts, new[None], here))
         asked = query[token].float().view(heads, -1, size)
         answer = torch.einsum("hgk,hkv->hgv", asked, new).reshape(query.shape[1:])
         out[token] = torch.where(live[token], answer, 0.0).to(out.dtype)
-    state.index_copy_(0, places, torch.where((seq_lens == 0).view(-1, 1, 1, 1), then, now))
+    state.index_copy_(0, places, torch.where((seq_lens == 0).view(-1, 1, 1, 1, 1), then, kept))
 
 
 def _small(make: Maker) -> list[Arguments]:
     return [
         {
             "query": make.randn(3, 4, 8), "key": make.randn(3, 2, 8), "value": make.randn(3, 2, 8),
-            "state": make.randn(4, 2, 8, 8, dtype=torch.float32),
+            "state": make.randn(4, 3, 2, 8, 8, dtype=torch.float32),
             "slots": make.ints([2, 1], torch.int32),
             "query_start_loc": make.ints([0, 1, 3], torch.int32),
             "seq_lens": make.ints([5, 2], torch.int32),
             "fresh": make.ints([0, 1]).bool(), "out": make.randn(3, 4, 8),
+            "accepted": make.ints([3, 0], torch.int32), "known": make.ints([0, 2], torch.int32),
+            "token_slots": make.ints([9, 9, 9]),
         }
     ]  # fmt: skip
+
+
+def takes_back(build: Build) -> int:
+    """Drafts, of which those that do not count leave no trace."""
+    return build.num_drafts
 
 
 class DeltaNet(SelfAttention):
     """Takes the weights of attention, without rotation."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        shape = (self.num_kv_heads, self.head_size, self.head_size)
-        self.cache = LayerCache(State(CHECKPOINT), state=Rows(shape, torch.float32))
+    def __init__(self, build: Build, *args: Any, **options: Any) -> None:
+        super().__init__(build, *args, **options)
+        shape = (1 + build.num_drafts, self.num_kv_heads, self.head_size, self.head_size)
+        rows = {"state": Rows(shape, torch.float32)}
+        self.cache = LayerCache(State(CHECKPOINT), takes_back(build), **rows)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         heads, size = self.num_heads + 2 * self.num_kv_heads, self.head_size
@@ -80,11 +101,10 @@ class DeltaNet(SelfAttention):
         query, key, value = projected.split(
             (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1
         )
-        out = torch.empty_like(query)
+        out, table = torch.empty_like(query), batch.tables[self.cache.table]
         _declared[0](
-            query, key, value, self.cache.tensors["state"],
-            batch.tables[self.cache.table].blocks, batch.query_start_loc, batch.seq_lens,
-            batch.fresh, out,
+            query, key, value, self.cache.tensors["state"], table.blocks, batch.query_start_loc,
+            batch.seq_lens, batch.fresh, out, batch.accepted, batch.known, table.slots,
         )  # fmt: skip
         return Product(self.o_proj, out.flatten(1))
 

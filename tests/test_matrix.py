@@ -6,9 +6,7 @@ from typing import Any
 
 import matrix
 import pytest
-from helpers import TinyModels, make_llm, token_ids
-
-from reprise.errors import ConfigError
+from helpers import TinyModels, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +32,6 @@ def test_same_tokens(
     outputs = matrix.DISTURBANCES[disturbance](matrix.Case(features, model, device))
     expected = alone.tokens(features)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
-
-
-def test_drafts_behind_a_state_are_refused_by_name(alone: matrix.Alone, device: str) -> None:
-    config = {"method": "ngram", "num_speculative_tokens": 2}
-    model = alone.model(matrix.Features("none", matrix.HYBRID, 0))
-    with pytest.raises(ConfigError, match=r"speculative_config: .* a recurrent state"):
-        make_llm(model, device, speculative_config=config)
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import recurrent
 import torch
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids, token_ids
 from planted import planted
 from recurrent import CHECKPOINT, hybrids
 
 from reprise import LLM, SamplingParams
+from reprise.errors import ConfigError
 from reprise.runner.written_rows import WrittenRows
+from reprise.step import Step
 from reprise.testing import faults
 
 STEPS = 20
+CANARY = {"graph_verify": "canary:1"}
 SHARED = random_ids(7, 3 * CHECKPOINT)
 PROMPTS = [
     random_ids(1, 1),
@@ -49,6 +54,12 @@ def known(tiny: TinyModels, device: str, hybrid_models: None) -> Known:
     sampled = [generate(llm, [prompt], SAMPLED)[0] for prompt in PROMPTS]
     assert len({tuple(each) for each in alone}) == len(alone)
     return Known(model, alone, sampled)
+
+
+def drafting(tokens: int) -> dict[str, Any]:
+    config = {"method": "ngram", "num_speculative_tokens": tokens,
+              "prompt_lookup_max": 2, "prompt_lookup_min": 1}  # fmt: skip
+    return {"speculative_config": config}
 
 
 def check(known: Known, llm: LLM) -> None:
@@ -88,15 +99,41 @@ def test_each_token_is_that_of_a_fresh_prompt(known: Known, device: str) -> None
         pytest.param({"graph_mode": "full", "graph_verify": "canary:1"}, id="full"),
         pytest.param({"graph_mode": "breakable", "graph_verify": "canary:1"}, id="breakable"),
         pytest.param({"graph_mode": "full", "num_blocks": 33}, id="proven at start"),
+        pytest.param(drafting(1), id="one draft"),
+        pytest.param({**drafting(3), **CANARY, "graph_mode": "full"}, id="drafts, full"),
+        pytest.param(
+            {**drafting(7), **CANARY, "graph_mode": "breakable", "max_num_seqs": 4},
+            id="drafts, breakable",
+        ),
+        pytest.param(
+            {**drafting(3), "max_num_seqs": 2, "max_num_batched_tokens": 11},
+            id="drafts beside chunks",
+        ),
+        pytest.param(
+            {**drafting(3), "graph_mode": "full", "num_blocks": 33}, id="drafts, proven at start"
+        ),
     ],
 )
-def test_same_tokens(known: Known, device: str, options: dict[str, Any]) -> None:
+def test_same_tokens(
+    known: Known, device: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     """One step ahead, over memory that is poisoned."""
     graphs = {"graph_buckets": "decode=2,8;mixed=32", "max_num_batched_tokens": 32}
     llm = make_llm(known.model, device, **{**graphs, **options})
     llm.engine._depth = 2
     change(llm, lambda state: state.fill_(float("nan")))  # the null slot too
+    scheduler, counts = llm.engine.scheduler, set[int]()
+    update = scheduler.update
+
+    def seen(step: Step, sampled: Any, *others: Any) -> Any:
+        counts.update(len(each) for each in sampled[: step.num_decodes])
+        return update(step, sampled, *others)
+
+    monkeypatch.setattr(scheduler, "update", seen)
     check(known, llm)
+    if "speculative_config" in options:
+        assert 1 in counts, "drafts were rejected"
+        assert max(counts) > 1, "drafts were accepted"
     report = llm.graph_report()
     assert not report.quarantined
     assert not report.canary_failures
@@ -120,8 +157,12 @@ def test_a_prefix_goes_on_from_a_copy(known: Known, device: str) -> None:
     check(known, llm)
 
 
-def test_preemption(known: Known, device: str) -> None:
-    llm = make_llm(known.model, device, num_blocks=8, max_model_len=96, block_size=16)
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_preemption(known: Known, device: str, drafts: int) -> None:
+    llm = make_llm(
+        known.model, device, num_blocks=8, max_model_len=96, block_size=16,
+        **(drafting(drafts) if drafts else {}),
+    )  # fmt: skip
     for params, expected in ((greedy(STEPS), known.greedy), (SAMPLED, known.sampled)):
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         assert token_ids(outputs) == expected
@@ -141,15 +182,42 @@ def test_states_take_half_of_the_memory_at_most(
     check(known, llm)
 
 
-@pytest.mark.parametrize("fault", ["state_not_zeroed", "state_twice", "state_of_another"])
-@pytest.mark.parametrize("executor", ["full", "breakable"])
+def test_a_state_that_cannot_take_drafts_back_is_refused_by_name(
+    known: Known, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a layer that was written before there were any."""
+    monkeypatch.setattr(recurrent, "takes_back", lambda build: 0)
+    with pytest.raises(ConfigError, match=r"speculative_config: the state of layer 0 cannot take"):
+        make_llm(known.model, device, **drafting(1))
+
+
+FAULTS = (
+    "state_not_zeroed", "state_twice", "state_of_another", "state_forgotten",
+    "state_of_rejected_drafts", "stale_accepted",
+)  # fmt: skip
+
+
+LONG = {
+    ("full", "state_forgotten"), ("breakable", "state_forgotten"), ("full", "stale_accepted"),
+    ("breakable", "state_of_rejected_drafts"),
+}  # fmt: skip
+"""Left out of short runs: the conformance kit has them."""
+
+
+@pytest.mark.parametrize(
+    ("executor", "fault"),
+    [
+        pytest.param(*each, marks=[pytest.mark.long] * (each in LONG))
+        for each in itertools.product(("full", "breakable"), FAULTS)
+    ],
+)
 def test_a_graph_that_is_wrong_about_states_is_refused(
     known: Known, device: str, monkeypatch: pytest.MonkeyPatch, fault: str, executor: str
 ) -> None:
     with planted(monkeypatch, faults.FAULTS[fault], "delta_rule"):
         llm = make_llm(
             known.model, device, graph_mode=executor, graph_buckets="decode=2,8;mixed=32",
-            max_num_batched_tokens=32,
+            max_num_batched_tokens=32, **faults.FAULTS[fault].engine_options,
         )  # fmt: skip
         check(known, llm)
     report = llm.graph_report()

@@ -162,6 +162,7 @@ class Toy:
             query_start_loc=self.query_start_loc[: requests + 1],
             seq_lens=self.seq_lens[:requests],
             accepted=self.rows[:requests],
+            known=self.rows[:requests],
             fresh=self.rows[:requests],
             tables=(table,),
             query_len=shape.query_len,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import verifying
 
 from reprise.ops import causal_conv
 
@@ -68,3 +69,32 @@ def test_requests_side_by_side_do_not_meet(implementation, randn, name) -> None:
             )
             place += len(part)
         assert not out[place:].count_nonzero()
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 7])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_drafts_that_do_not_count_leave_no_trace(randn, platform, num_drafts, uniform) -> None:
+    """Chunks and verifying steps in any order, drafts of any quality; poisoned slots."""
+    for seed in range(4):
+        x, weight = randn(90, SIZE), randn(SIZE, TAPS)
+        shape = 4, TAPS - 1 + num_drafts, SIZE
+        state = torch.full(shape, torch.nan, device=x.device)
+
+        def call(rows, *, x=x, weight=weight, state=state, **step):
+            given = torch.where((rows < 0).unsqueeze(1), 1e6, x[rows.clamp(min=0)])
+            out = torch.full_like(given, torch.nan)
+            causal_conv(given, weight, state, out=out, **step)
+            return out
+
+        plan = verifying.plans(seed, num_drafts, len(x))
+        found = verifying.run(call, plan, num_drafts, platform.device, uniform=uniform)
+        torch.testing.assert_close(found.double(), expected(x, weight), rtol=0, atol=1e-5)
+        assert state[[0, 1, 3]].isnan().all(), "no other slot is written"
+
+
+def test_a_kernel_that_knows_no_drafts_refuses_them(randn) -> None:
+    accepts = causal_conv.implementations["triton"].refusal
+    steps = [torch.zeros(1, dtype=torch.int32)] * 4
+    call = [randn(1, SIZE), randn(SIZE, TAPS), randn(2, 4, SIZE), *steps, randn(1, SIZE), 0]
+    assert accepts(*call) is None
+    assert "drafts" in str(accepts(*call, *steps[:3]))

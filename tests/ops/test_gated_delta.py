@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import verifying
 from torch import Tensor
 
 from reprise.ops import gated_delta
@@ -154,6 +155,51 @@ def test_requests_of_a_step_do_not_meet(implementation, make, platform) -> None:
             tolerance = {"rtol": 0, "atol": 2e-5 if dtype == torch.float32 else 4e-2}
             torch.testing.assert_close(got["out"], expected["out"], **tolerance)
             torch.testing.assert_close(got["state"], expected["state"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 7])
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[:2])
+def test_drafts_that_do_not_count_leave_no_trace(
+    implementation, make, platform, name, num_drafts, uniform
+) -> None:
+    """Chunks and verifying steps in any order, drafts of any quality; poisoned slots."""
+    function, tokens = implementation(gated_delta, name), 90
+    for seed in range(3):
+        text = whole(make, tokens)
+        answers, state = exact(text)
+        kept = (4, 1 + num_drafts, text["qkv"].shape[1] - 2 * 16)
+        own = {
+            "state": text["state"].new_full((4, *text["state"].shape[1:]), torch.nan),
+            "recent": text["qkv"].new_full(kept, torch.nan),
+            "gates": text["state"].new_full((*kept[:2], 2, 4), torch.nan),
+        }
+
+        def call(rows, *, text=text, own=own, **step):
+            given = {
+                each: torch.where((rows < 0).unsqueeze(1), 9.0, text[each][rows.clamp(min=0)])
+                for each in ("qkv", "a", "b")
+            }
+            out = torch.full_like(text["out"][: len(rows)], torch.nan)
+            function(**{**text, **given, **own, **step, "out": out})
+            return out
+
+        plan = verifying.plans(seed, num_drafts, tokens)
+        found = verifying.run(call, plan, num_drafts, platform.device, uniform=uniform)
+        close(found, answers)
+        # All is known in the end: what is left is the state, and zeros.
+        for each in own.values():
+            assert each[[0, 1, 3]].isnan().all(), "no other slot is written"
+        if plan[-1].known:
+            close(own["state"][verifying.SLOT], state)
+            assert not own["recent"][verifying.SLOT].count_nonzero()
+
+
+def test_a_kernel_that_knows_no_drafts_refuses_them(make) -> None:
+    refusal = gated_delta.implementations["triton"].refusal
+    call = whole(make, 3)
+    assert refusal(**call) is None
+    assert "drafts" in str(refusal(**{**call, "recent": call["qkv"].new_zeros(2, 4, 64)}))
 
 
 def test_is_what_transformers_computes(make) -> None:

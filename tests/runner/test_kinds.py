@@ -11,14 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from reprise.cache import KEPT, CacheLayout, LayerCache, Lifetime, Rows, State, Window
+from reprise.cache import KEPT, STATE, CacheLayout, LayerCache, Lifetime, Rows, State, Window
 from reprise.cache.layout import TableLayout, lay_out_caches
 from reprise.cache.memory import PoolTensor, allocate_caches, pool_tensors
 from reprise.graphs.regions import Stack, stacked
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.kinds import FACTS, DecodeCodes, RowLayouts, facts_of, kind_of_step
+from reprise.runner.kinds import (
+    FACTS,
+    DecodeCodes,
+    RowLayouts,
+    facts_of,
+    kind_of_step,
+    may_replay,
+    replays_of,
+)
 from reprise.runner.probes import ProbeMaker
 from reprise.shape import StepShape
 
@@ -194,6 +202,41 @@ def test_facts_are_told_of_each_table(platform: Platform) -> None:
     assert not ledger.trusts("graph", kind(scattered, scattered))
 
 
+def test_what_a_state_replays_is_told_where_drafts_are_verified() -> None:
+    """A graph that was right behind one token that counts is not trusted with several. Where only
+    the device knows how many there are, each must be proven."""
+    tables = [TableLayout(KEPT, 16), TableLayout(STATE, 64)]
+    assert not any("replays" in each for each in facts_of(tables).names)
+    assert not any("replays" in each for each in facts_of(tables[:1], 3).names)
+    facts = facts_of(tables, 3)
+    four, before, shape = np.array([4]), np.array([40]), StepShape.decode(1, 4)
+    layouts = [(np.array([1]), np.array([0]))] * 2
+
+    def kind(replays: Any) -> Any:
+        return kind_of_step(
+            four, before, before, layouts, shape, [16, 64], facts, four > 0, replays
+        )  # fmt: skip
+
+    def told(kind: Any) -> set[str]:
+        names = {facts.name(each) for each in facts.pairs(kind)}
+        return {each for each in names if each.startswith("replays") and " and " not in each}
+
+    nothing, one, several = (kind(replays_of(np.array([count]))) for count in (0, 1, 4))
+    assert told(nothing) == {"replays: nothing"}
+    assert told(one) == {"replays: one token"}
+    assert told(several) == {"replays: several"} == told(kind(replays_of(np.array([2]))))
+    either = kind(may_replay(np.array([True])))
+    assert told(either) == {"replays: one token", "replays: several"}
+    assert told(kind(may_replay(np.array([False])))) == {"replays: nothing"}
+    ledger = Ledger(facts)
+    ledger.enter("graph", "family")
+    ledger.prove("graph", one, "live")
+    assert ledger.trusts("graph", one)
+    assert not ledger.trusts("graph", either)
+    ledger.prove("graph", several, "live")
+    assert ledger.trusts("graph", either)
+
+
 @given(least=st.integers(0, 80), spread=st.integers(0, 20), size=st.sampled_from([1, 4, 16]))
 def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
     least: int, spread: int, size: int
@@ -203,7 +246,7 @@ def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
 
     def codes(low: int, high: int) -> set[int]:
         bounds = np.array([low]), np.array([high])
-        kind = kind_of_step(counts, *bounds, layouts, shape, [size], width=4)
+        kind = kind_of_step(counts, *bounds, layouts, shape, [size])
         return set(kind.rows.tolist())
 
     exact = [codes(each, each) for each in range(least, least + spread + 1)]

@@ -49,7 +49,7 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
         engine: After start-up.
     """
     config, runner = engine.config, engine.runner
-    graphs = runner.owners.report()
+    graphs = runner.graphs.report()
     return {
         "model": model,
         "load_format": config.load_format,

@@ -41,6 +41,10 @@ class Batch:
     accepted: Tensor
     """[R] int32: of the tokens that the request's last step drafted and the one before them, how
     many count; 0: that step computed known tokens, all of which count."""
+    known: Tensor
+    """[R] int32: new tokens of each request that are known, and all count; 0: it computes its
+    newest token and what is drafted behind that. However many these are: a prompt's chunk may be as
+    long. 0 for padding."""
     fresh: Tensor
     """[R] bool: nothing of the request is computed yet; true for padding."""
     tables: tuple[Table, ...]

@@ -196,10 +196,13 @@ class LayerCache:
 
     Args:
         lifetime: How long a row is needed.
+        drafts: Of a state: from how many drafted tokens at most the layer can take back those that
+            do not count (:attr:`Batch.accepted`). Rows of tokens need no care: the next step
+            overwrites them.
         rows: The tensors, by the names that the layer calls them.
     """
 
-    def __init__(self, lifetime: Lifetime, **rows: Rows) -> None:
+    def __init__(self, lifetime: Lifetime, drafts: int = 0, /, **rows: Rows) -> None:
         for name, each in rows.items():
             if each.every < 1 or each.every & (each.every - 1):
                 raise ModelError(f"cache {name}: every={each.every} must be a power of two")
@@ -212,7 +215,7 @@ class LayerCache:
                 raise ModelError(
                     f"cache {name}: no scales of {each.scales_of} are of shape {each.shape}"
                 )
-        self.lifetime = lifetime
+        self.lifetime, self.drafts = lifetime, drafts
         self.rows: Mapping[str, Rows] = rows
         self.table = 0
         """Which of :attr:`Batch.tables` says where a token's rows are."""

@@ -9,7 +9,6 @@ from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.guard import Guard
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
-from reprise.graphs.owners import GraphOwners
 from reprise.graphs.plan import (
     Downgrade,
     Executor,
@@ -34,7 +33,6 @@ __all__ = [
     "Facts",
     "GraphInfo",
     "GraphMemory",
-    "GraphOwners",
     "GraphPlan",
     "GraphReport",
     "GraphRunner",

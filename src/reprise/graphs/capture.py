@@ -168,7 +168,6 @@ class Capturer:
         self._logged[info.phase, executor] += 1
         times = self._logged[info.phase, executor]
         if times <= WARN_AT_MOST:
-            named = f"{info.owner} {bucket.shape}".lstrip()
-            logger.warning("graph %s quarantined (%s): %s", named, executor, reason)
+            logger.warning("graph %s quarantined (%s): %s", bucket.shape, executor, reason)
         if times == WARN_AT_MOST:
             logger.warning("further %s graphs (%s) fail silently", info.phase, executor)

@@ -20,7 +20,6 @@ from reprise.layers.rotary import (
     parameters_of,
     rotary_table,
 )
-from reprise.layers.stored_model import StoredModel
 
 __all__ = [
     "Build",
@@ -45,7 +44,6 @@ __all__ = [
     "SelfAttention",
     "SparseMLP",
     "Stack",
-    "StoredModel",
     "Taps",
     "add",
     "context_length",

@@ -28,6 +28,9 @@ class Build:
     cache_dtype: torch.dtype | None = None
     """Of keys and values in the cache where they are eight-bit codes with scales; None: they are
     numbers of ``dtype``."""
+    num_drafts: int = 0
+    """Most tokens that a step verifies behind a request's newest one: what does not count of them
+    must leave no trace in a state."""
 
     def at(self, name: str) -> Build:
         """For a part of the layer, by its name in the checkpoint."""

@@ -19,7 +19,8 @@ class GatedDeltaNet(nn.Module):
     """A short convolution, the gated delta rule over heads, a gated norm of what it gives.
 
     Of each request two things are kept, both its state: the inputs of the convolution at its last
-    tokens, and a matrix for each value head.
+    tokens, and a matrix for each value head; where tokens are drafted, also what the rule reads of
+    the last step's tokens, so that those that count can be replayed.
 
     Args:
         build: How to make it.
@@ -75,11 +76,16 @@ class GatedDeltaNet(nn.Module):
         self.a_log = parameter(torch.zeros(value_heads))
         self.dt_bias = parameter(torch.ones(value_heads))
         self.norm = parameter(torch.ones(value_size))
-        self.cache = LayerCache(
-            STATE,
-            conv=Rows((taps - 1, self.channels), build.dtype),
-            heads=Rows((value_heads, value_size, key_size), torch.float32),
-        )
+        drafts = build.num_drafts
+        rows = {
+            "conv": Rows((taps - 1 + drafts, self.channels), build.dtype),
+            "heads": Rows((value_heads, value_size, key_size), torch.float32),
+        }
+        if drafts:
+            kept = key_heads * key_size + values
+            rows["recent"] = Rows((1 + drafts, kept), build.dtype)
+            rows["gates"] = Rows((1 + drafts, 2, value_heads), torch.float32)
+        self.cache = LayerCache(STATE, drafts, **rows)
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """See :func:`reprise.loading.destinations.destinations`."""
@@ -99,18 +105,19 @@ class GatedDeltaNet(nn.Module):
         values = self.value_heads * self.value_size
         before, z = projected[:, : self.channels], projected[:, self.channels :][:, :values]
         b, a = gates[:, : self.value_heads], gates[:, self.value_heads :]
-        step = (
-            batch.tables[self.cache.table].blocks,
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.fresh,
-        )
+        table, kept = batch.tables[self.cache.table], self.cache.tensors
+        step = table.blocks, batch.query_start_loc, batch.seq_lens, batch.fresh
+        recent: tuple[Tensor, ...] = ()
+        drafts: tuple[Tensor, ...] = ()
+        if self.cache.drafts:
+            recent = kept["recent"], kept["gates"]
+            drafts = batch.accepted, batch.known, table.slots
         qkv = projected.new_empty((len(projected), self.channels))
-        conv, heads = self.cache.tensors["conv"], self.cache.tensors["heads"]
-        ops.causal_conv(before, self.conv, conv, *step, qkv, batch.query_len)
+        ops.causal_conv(before, self.conv, kept["conv"], *step, qkv, batch.query_len, *drafts)
         out = projected.new_empty((len(projected), self.value_heads, self.value_size))
         ops.gated_delta(
-            qkv, a, b, self.a_log, self.dt_bias, heads, *step, out, batch.query_len
+            qkv, a, b, self.a_log, self.dt_bias, kept["heads"], *step, out, batch.query_len,
+            *recent, *drafts,
         )  # fmt: skip
         return Product(self.out_proj, ops.gated_rms_norm(out, z, self.norm, self.eps))
 

@@ -39,7 +39,6 @@ class StepBuffers:
         platform: Where the device side lives.
         shared: Whether the device reads host memory; None: as the platform's does.
         num_drafts: Most tokens that are drafted behind a request's newest one.
-        rows: Where requests stand, if others know already; None: new ones.
     """
 
     def __init__(
@@ -51,15 +50,12 @@ class StepBuffers:
         platform: Platform,
         shared: bool | None = None,
         num_drafts: int = 0,
-        rows: Rows | None = None,
     ) -> None:
         self.layout = layout
         self.max_tokens, self.max_requests = max_tokens, max_requests
         self.platform = platform
         max_blocks = max(each.entries(max_model_len + num_drafts) for each in layout.tables)
-        if rows is None:
-            rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
-        self.rows = rows
+        self.rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
         self.known = KnownStep(self.rows, layout, max_model_len + num_drafts)
         self._admissions = min(ADMISSIONS, max_requests)
         num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
@@ -106,12 +102,10 @@ class StepBuffers:
             self._fresh,
             self._slots,
         ) = self._arena.arrays
-        self.shared = self._arena.shared
-        """The device reads host memory."""
         self._per_token = (self.input_ids, self.positions)
         self.slots = self._slots.device.view(num_tables, max_tokens)
         """[L, T] int64: of each table, where each token's rows go."""
-        self._per_request = (self.seq_lens, self._accepted, self._fresh)
+        self._per_request = (self.seq_lens, self._accepted, self._fresh, self._known)
         device = platform.device
         self.draws = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         """Of the token drawn behind each token, its number among those of its request."""
@@ -210,7 +204,7 @@ class StepBuffers:
         self._send(step, spans, edits, self._write_ids(step, ends, starts))
         self._gather(to_requests)
         plain = not self.rows.num_drafts and step.num_decodes == requests
-        self.known.begin(rows, counts + drafts, counts, plain=plain)
+        self.known.begin(rows, counts + drafts, counts, known == 0, plain=plain)
         self._lay_out(padded)
         self._advanced = self._advance_arguments(requests)
         self.new_tokens = self.emitted[:requests, :-1]
@@ -369,7 +363,13 @@ class StepBuffers:
         self.forget()
 
     def fill_rows(
-        self, counts: Ints, lengths: Ints, tables: Sequence[Ints], token_ids: Ints
+        self,
+        counts: Ints,
+        lengths: Ints,
+        tables: Sequence[Ints],
+        token_ids: Ints,
+        known: Ints,
+        accepted: Ints,
     ) -> None:
         """Write a made-up step.
 
@@ -378,6 +378,8 @@ class StepBuffers:
             lengths: [R], tokens of each request, the new ones included.
             tables: [R, M] int32 of each table, blocks of each request.
             token_ids: [T], the new tokens.
+            known: [R], how many of each request's are known; 0: it verifies drafts.
+            accepted: [R], of each request's last step, how many tokens count; 0: all, being known.
         """
         self._arena.flip()
         self.forget()
@@ -392,7 +394,8 @@ class StepBuffers:
             (self.query_start_loc, ends),
             (self._rows, np.arange(1, requests + 1)),
             (self.seq_lens, lengths),
-            (self._accepted, np.where(starts > 0, np.minimum(counts, 1 + self.rows.num_drafts), 0)),
+            (self._accepted, accepted),
+            (self._known, known),
             (self._fresh, starts == 0),
             (self.input_ids, token_ids),
             (self.positions, positions),
@@ -423,7 +426,7 @@ class StepBuffers:
             whole[:, : table.shape[1]] = table
             self.platform.upload(torch.from_numpy(whole), target[:requests])
             wholes.append(whole)
-        self.known.make_up(counts, starts, wholes)
+        self.known.make_up(counts, starts, wholes, known == 0, accepted)
 
     def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
         """Make the rows from a step's end to a bucket's end harmless: null blocks, length 0."""
@@ -457,7 +460,10 @@ class StepBuffers:
         if not exact or not self.rows.num_drafts:
             return self.known.kind(bucket)
         requests = self.known.num_requests
-        return self.known.kind(bucket, self.seq_lens.device[:requests].cpu().numpy())
+        lengths, accepted = (
+            each.device[:requests].cpu().numpy() for each in (self.seq_lens, self._accepted)
+        )
+        return self.known.kind(bucket, (lengths, accepted))
 
     def use_cache(self, layout: CacheLayout) -> None:
         """The pools have these sizes from now on."""
@@ -516,6 +522,7 @@ class StepBuffers:
             query_start_loc=self.query_start_loc.device[: requests + 1],
             seq_lens=self.seq_lens.device[:requests],
             accepted=self._accepted.device[:requests],
+            known=self._known.device[:requests],
             fresh=self._fresh.device[:requests],
             tables=tables,
             query_len=query_len,
@@ -530,6 +537,7 @@ class StepBuffers:
             "query_start_loc": self.query_start_loc.device[: requests + 1],
             "seq_lens": self.seq_lens.device[:requests],
             "accepted": self._accepted.device[:requests],
+            "known": self._known.device[:requests],
             "fresh": self._fresh.device[:requests],
             **{
                 f"{name}{number or ''}": each

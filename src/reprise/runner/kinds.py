@@ -16,7 +16,11 @@ _BLOCKS = ("one", "neighbours", "some neighbours", "scattered")
 _HALVES = ("lower half", "upper half", "both halves")
 
 
-def facts_of(tables: Sequence[TableLayout]) -> Facts:
+_REPLAYS = ("nothing", "one token", "several")
+"""What a state is carried over before its step begins: tokens of the last step that count."""
+
+
+def facts_of(tables: Sequence[TableLayout], num_drafts: int = 0) -> Facts:
     """The facts about steps of a model with these block tables. What is told of blocks is told of
     each table; where there are several, as if each were a request's only one."""
     blocks: list[str] = []
@@ -40,8 +44,26 @@ def facts_of(tables: Sequence[TableLayout]) -> Facts:
             ),
             "blocks": blocks,
             "cache": halves,
+            **({"replays": _REPLAYS} if tells_replays(tables, num_drafts) else {}),
         },
     )  # fmt: skip
+
+
+def tells_replays(tables: Sequence[TableLayout], num_drafts: int) -> bool:
+    """Whether steps differ in how many tokens of the last one they replay."""
+    return num_drafts > 0 and any(each.lifetime.rewritten for each in tables)
+
+
+def replays_of(accepted: Ints) -> Ints:
+    """[R, 3] bool: of requests whose last step had so many tokens that count, which it is."""
+    one_of: Ints = np.minimum(accepted, 2)[:, None] == np.arange(len(_REPLAYS))
+    return one_of
+
+
+def may_replay(verified: Ints) -> Ints:
+    """The same where only the device knows how many count: what it may be of requests whose last
+    step verified drafts, and of others."""
+    return np.stack((~verified, verified, verified), axis=1)
 
 
 FACTS = facts_of([TableLayout(KEPT, 16)])
@@ -155,7 +177,8 @@ def kind_of_step(
     bucket: StepShape,
     block_sizes: Sequence[int],
     facts: Facts = FACTS,
-    width: int = 1,
+    decodes: Ints | None = None,
+    replays: Ints | None = None,
 ) -> Kind:
     """The kind of a step. Where it is not known how far a request has come, all that it may be:
     such a step is trusted if each of them is.
@@ -168,18 +191,22 @@ def kind_of_step(
         bucket: What the step is padded to.
         block_sizes: Tokens in a block, of each table.
         facts: Of these tables.
-        width: New tokens of a decode.
+        decodes: [R] bool: it computes its newest token and drafts; None: who has one new token
+            does.
+        replays: [R, 3] bool: what each may replay, where that is told.
     """
     new = np.minimum(class_of(counts), NEW_TOKENS - 1)
     certain = least is most or bool((least == most).all())
     spread = most - least
-    rows = []
+    nothing = () if replays is None else (0,)
+    rows: list[tuple[Ints, Ints | None]] = []
+    """Codes [R], and which of them may be."""
     for table, ((blocks, halves), size) in enumerate(zip(layouts, block_sizes, strict=True)):
         behind = least % size
-        others = blocks + table * len(_BLOCKS), halves + table * len(_HALVES)
+        others = blocks + table * len(_BLOCKS), halves + table * len(_HALVES), *nothing
         if certain:
             begins = np.where(least == 0, 0, np.where(behind == 0, 1, 2))
-            rows.append(facts.code(begins, new, context_class(least + counts), *others))
+            rows.append((facts.code(begins, new, context_class(least + counts), *others), None))
             continue
         may_begin = (
             least == 0,
@@ -187,12 +214,19 @@ def kind_of_step(
             (behind > 0) | (spread > 0),
         )
         rows += [
-            facts.code(begins, new, context_class(start + counts), *others)[may]
+            (facts.code(begins, new, context_class(start + counts), *others), may)
             for begins, may in enumerate(may_begin)
             for start in (least, most)
         ]
-    codes = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    return Kind(facts_of_step(counts, bucket, width), codes)
+    found = [each if may is None else each[may] for each, may in rows]
+    if replays is not None:
+        found = [
+            each[which if may is None else which & may] + number
+            for each, may in rows
+            for number, which in enumerate(replays.T)
+        ]
+    codes = found[0] if len(found) == 1 else np.concatenate(found)
+    return Kind(facts_of_step(counts, bucket, counts == 1 if decodes is None else decodes), codes)
 
 
 class DecodeCodes:
@@ -234,7 +268,7 @@ class DecodeCodes:
         return parts[0] if len(parts) == 1 else np.concatenate(parts), left
 
 
-def facts_of_step(counts: Ints, bucket: StepShape, width: int) -> tuple[int, int, int, int]:
+def facts_of_step(counts: Ints, bucket: StepShape, decoding: Ints) -> tuple[int, int, int, int]:
     requests = len(counts)
     if bucket.phase == "decode":
         live, size = requests, bucket.num_requests
@@ -243,7 +277,7 @@ def facts_of_step(counts: Ints, bucket: StepShape, width: int) -> tuple[int, int
     else:
         live, size = int(counts.sum()), bucket.num_tokens
         tokens, largest = size, int(counts.max(initial=0))
-        single = int((counts == width).sum())
+        single = int(decoding.sum())
         # A step without requests is told as one of few chunks: it is padding all the same.
         decodes = 2 if single == requests > 0 else int(single > 0)
     padding = 0 if live == size else 1 if 2 * live > size else 2

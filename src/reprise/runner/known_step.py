@@ -9,7 +9,15 @@ import numpy as np
 from reprise.cache import NULL_BLOCK, CacheLayout
 from reprise.graphs.kinds import Kind
 from reprise.runner.arena import Ints
-from reprise.runner.kinds import DecodeCodes, facts_of, facts_of_step, kind_of_step
+from reprise.runner.kinds import (
+    DecodeCodes,
+    facts_of,
+    facts_of_step,
+    kind_of_step,
+    may_replay,
+    replays_of,
+    tells_replays,
+)
 from reprise.runner.rows import Rows
 from reprise.shape import StepShape
 
@@ -28,9 +36,13 @@ class KnownStep:
     def __init__(self, rows: Rows, layout: CacheLayout, longest: int) -> None:
         self._rows = rows
         self.layout = layout
-        self.facts = facts_of(layout.tables)
+        self.facts = facts_of(layout.tables, rows.num_drafts)
+        self._tells_replays = tells_replays(layout.tables, rows.num_drafts)
         self._sizes = [each.block_size for each in layout.tables]
-        self._decode_codes = DecodeCodes(self.facts, self._sizes, longest)
+        self._decode_codes: DecodeCodes | None = None
+        """Of plain steps."""
+        if not rows.num_drafts:
+            self._decode_codes = DecodeCodes(self.facts, self._sizes, longest)
         nothing: Ints = np.zeros(0, dtype=np.int64)
         self._numbers: Ints | None = nothing
         """[R], rows; None: a made-up step, that says itself what rows would."""
@@ -42,6 +54,10 @@ class KnownStep:
         """[R]: new tokens at most, and by how many the step moves its rows on at least."""
         self._least, self._most = nothing, nothing
         """[R]: tokens that are there before them."""
+        self._verifies: Ints = np.zeros(0, dtype=bool)
+        """[R]: the request verifies drafts."""
+        self._replays: Ints | None = None
+        """[R, 3] bool, what each may replay; None: that is not told."""
         self._plain = False
         """Each request decodes one token."""
         self._turn = 0
@@ -53,19 +69,21 @@ class KnownStep:
         self._blocks: list[Ints] | None = None
         """What the rows' blocks add to their codes, of each table."""
 
-    def begin(self, rows: Ints, new: Ints, moves: Ints, *, plain: bool) -> None:
+    def begin(self, rows: Ints, new: Ints, moves: Ints, verifies: Ints, *, plain: bool) -> None:
         """A step of other requests, or that computes something else of them.
 
         Args:
             rows: [R].
             new: [R], tokens that each computes, drafts included.
             moves: [R], by how many each moves on at least.
+            verifies: [R] bool: it verifies drafts.
             plain: Each is one token, of a request that decodes.
         """
         self._numbers, self._place = rows, rows
         if len(rows) and (rows == np.arange(rows[0], rows[0] + len(rows))).all():
             self._place = slice(int(rows[0]), int(rows[0]) + len(rows))
         self._made_up, self._new, self._moves, self._plain = (), new, moves, plain
+        self._verifies = verifies
         self.tables_changed()
         self.go_on()
 
@@ -75,27 +93,27 @@ class KnownStep:
         self._least = self._most = rows.at_least[place].copy()
         if rows.num_drafts:
             self._most = rows.at_most[place].copy()
+        if self._tells_replays:
+            self._replays = may_replay(rows.verified[place])
+            rows.verified[place] = self._verifies
         rows.move_on(place, self._moves, self._new)
         self._turn += 1
-
-    def follow(self, rows: Ints, new: Ints, back: int) -> None:
-        """A step of so many tokens of each row, the first ``back`` of which are computed again,
-        from where the rows stand behind all that was submitted. It moves no row on."""
-        self._numbers = self._place = rows
-        self._made_up, self._new, self._plain = (), new, False
-        self._least = np.maximum(self._rows.at_least[rows] - back, 0)
-        self._most = np.maximum(self._rows.at_most[rows] - back, 0)
-        self.tables_changed()
 
     def tables_changed(self) -> None:
         """Of some row."""
         self._until, self._blocks = _NEVER, None
 
-    def make_up(self, new: Ints, starts: Ints, tables: Sequence[Ints]) -> None:
+    def make_up(
+        self, new: Ints, starts: Ints, tables: Sequence[Ints], verifies: Ints,
+        accepted: Ints,
+    ) -> None:  # fmt: skip
         """A step of nobody's: [R] new tokens, [R] tokens before them, [R, M] blocks of each
-        table."""
+        table, [R] bool whether drafts are verified, [R] tokens of the last step that count."""
+        self._verifies = verifies
         self._numbers, self._made_up, self._plain = None, tables, False
         self._new, self._least, self._most = new, starts, starts
+        if self._tells_replays:
+            self._replays = replays_of(accepted)
         self.tables_changed()
 
     @property
@@ -104,34 +122,37 @@ class KnownStep:
 
     # ---- kinds ---------------------------------------------------------------------------
 
-    def kind(self, bucket: StepShape, lengths: Ints | None = None) -> Kind:
+    def kind(self, bucket: StepShape, device: tuple[Ints, Ints] | None = None) -> Kind:
         """The kind of the step, padded to ``bucket``.
 
         Args:
             bucket: A shape.
-            lengths: [R], tokens of each request, the new ones included, where the host does not
-                know them and the device was asked.
+            device: [R] each, tokens of each request, the new ones included, and how many of its
+                last step count, where the host does not know them and the device was asked.
         """
         if self._turn <= self._until and bucket == self._bucket:
             assert self._kind is not None
             return self._kind
         if not self._plain or self._numbers is None:
-            return self.told(bucket, lengths)
+            return self.told(bucket, device)
         # Steps of requests that decode come one after the other: what is the same is kept.
         if self._blocks is None:
             self._blocks = [
                 self.facts.code(0, 0, 0, *each.codes(self._numbers)) for each in self._rows.layouts
             ]
+        assert self._decode_codes is not None
         codes, left = self._decode_codes.of(self._least, self._blocks)
-        self._kind = Kind(facts_of_step(self._new, bucket, 1), codes)
+        self._kind = Kind(facts_of_step(self._new, bucket, self._verifies), codes)
         self._bucket, self._until = bucket, self._turn + left
         return self._kind
 
-    def told(self, bucket: StepShape, lengths: Ints | None = None) -> Kind:
+    def told(self, bucket: StepShape, device: tuple[Ints, Ints] | None = None) -> Kind:
         """:meth:`kind`, found anew."""
         least, most, rows = self._least, self._most, self._numbers
-        if lengths is not None and least is not most:
-            least = most = np.maximum(lengths - self._new, 0)
+        replays = self._replays
+        if device is not None and least is not most:
+            least = most = np.maximum(device[0] - self._new, 0)
+            replays = None if replays is None else replays_of(device[1])
         layouts = self._rows.layouts
         if rows is None:
             layouts = [
@@ -142,8 +163,14 @@ class KnownStep:
             ]
             rows = np.arange(len(self._new))
         blocks = [each.codes(rows) for each in layouts]
-        width = 1 + self._rows.num_drafts
-        return kind_of_step(self._new, least, most, blocks, bucket, self._sizes, self.facts, width)
+        return kind_of_step(
+            self._new, least, most, blocks, bucket, self._sizes, self.facts, self._decodes, replays
+        )
+
+    @property
+    def _decodes(self) -> Ints | None:
+        # Without drafts a chunk of one token is computed as a decode is.
+        return self._verifies if self._rows.num_drafts else None
 
     # ---- blocks --------------------------------------------------------------------------
 

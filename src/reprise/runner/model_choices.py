@@ -146,6 +146,7 @@ def build_model(
     table_blocks: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None,
+    num_drafts: int,
     platform: Platform,
 ) -> CausalLM:
     """The model with unset weights, after it has been made sure that the device can hold it.
@@ -156,6 +157,7 @@ def build_model(
         table_blocks: Entries of all requests' block tables.
         dtype: Of the weights.
         cache_dtype: See :func:`choose_cache_dtype`.
+        num_drafts: See :class:`reprise.layers.Build`.
         platform: Drives the device.
 
     Raises:
@@ -183,9 +185,10 @@ def build_model(
     if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:
-        return models.build(
-            config, Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
+        build = Build(
+            dtype, platform.device, max_model_len, cache_dtype=cache_dtype, num_drafts=num_drafts
         )
+        return models.build(config, build)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 

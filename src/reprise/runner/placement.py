@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,10 @@ class Row:
     """All its tokens, the new ones included."""
     layout: int
     half: int
+    known: bool = True
+    """Its new tokens are; else it verifies drafts."""
+    accepted: int = 0
+    """Of its last step, tokens that count; 0: that step computed known ones."""
 
 
 class Area:
@@ -129,7 +133,7 @@ class Placement:
                     for table in layout.of_pool(number)
                 )
                 new = min(each.new, new)
-                each = Row(new, new, each.layout, each.half)
+                each = replace(each, new=new, length=new, accepted=0)
                 written = self._written_of_pools(each)
             if (
                 each.new > tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from reprise.runner.kinds import (
     class_of,
     context_class,
     kind_of_step,
+    replays_of,
+    tells_replays,
 )
 from reprise.runner.placement import (
     BOTH,
@@ -103,12 +106,15 @@ class ProbeMaker:
         """A full bucket whose longest request has exactly ``context`` tokens."""
         most = self._most_requests(bucket)
         new = bucket.query_len if bucket.phase == "decode" else 1
-        rows = [Row(new, max(new, context), SCATTERED, number % 2) for number in range(most)]
+        make = self._decode if bucket.phase == "decode" else Row
+        rows = [make(new, max(new, context), SCATTERED, number % 2) for number in range(most)]
         if bucket.phase == "mixed":
             spare = min(bucket.num_tokens - most, context - 1)
             rows[0] = Row(1 + spare, context, SCATTERED, LOWER)
-        shorter = [Row(each.new, max(each.new, context >> number), each.layout, each.half)
-                   for number, each in enumerate(rows)]  # fmt: skip
+        shorter = [
+            replace(each, length=max(each.new, context >> number))
+            for number, each in enumerate(rows)
+        ]
         return self._probe(f"context of {context}", bucket, shorter, seed=4)
 
     def _decode_probes(self, bucket: StepShape, anchor: bool) -> Iterator[Probe]:
@@ -181,7 +187,7 @@ class ProbeMaker:
             return
         if bucket.phase == "decode":
             new = bucket.query_len
-            rows = [Row(new, new, NEIGHBOURS, LOWER)] * self._most_requests(bucket)
+            rows = [self._decode(new, new, NEIGHBOURS, LOWER)] * self._most_requests(bucket)
         else:
             rows = [self._chunk(bucket.num_tokens, 0)]
         yield self._probe("every token alike", bucket, rows, seed=9, alike=True)
@@ -190,8 +196,8 @@ class ProbeMaker:
 
     def _decode_rows(self, new: int) -> list[Row]:
         """Every class of contexts with every layout, half, and place in a block."""
-        size = self._size
-        rows = []
+        size, make = self._size, self._decode
+        rows: list[Row] = []
         # The longest first, so that it is in every probe.
         for number, (cls, layout) in enumerate(
             itertools.product(reversed(range(CONTEXTS)), (NEIGHBOURS, SOME_NEIGHBOURS, SCATTERED))
@@ -201,12 +207,22 @@ class ProbeMaker:
                 continue
             if (layout + 2 * cls) % 3 == 0 and length > size:
                 length = (length - new) // size * size + new  # it begins a block
-            rows.append(Row(new, max(new, length), layout, (layout + cls) % 3))
+            rows.append(make(new, max(new, length), layout, (layout + cls) % 3, number))
         short = max(new, min(size, self._max_model_len))
-        rows += [Row(new, short, NEIGHBOURS, half) for half in (LOWER, UPPER)]
-        rows.append(Row(new, new, NEIGHBOURS, LOWER))
+        rows += [make(new, short, NEIGHBOURS, half, half) for half in (LOWER, UPPER)]
+        rows.append(make(new, new, NEIGHBOURS, LOWER))
         longest = max(new, self._max_model_len)
-        return [Row(new, longest, SCATTERED, BOTH), *rows]
+        return [make(new, longest, SCATTERED, BOTH), *rows]
+
+    def _decode(self, new: int, length: int, layout: int, half: int, number: int = 0) -> Row:
+        """One that verifies drafts, behind a step of which all count, one, or some. One that begins
+        cannot, nor one that has too few tokens: these are chunks."""
+        width = 1 + self._buffers.rows.num_drafts
+        if new < width or new == length:
+            return Row(new, length, layout, half)
+        # Not in step with what else follows from the number.
+        accepted = (width, 1, min(2, width), 1, width, 0)[(number + number // 3) % 6]
+        return Row(new, length, layout, half, False, min(accepted, length - new))
 
     def _mixed_rows(self, limit: int) -> list[Row]:
         """Every class of new tokens with every class of contexts, small ones first."""
@@ -266,6 +282,8 @@ class ProbeMaker:
         tables = self._placement.tables(rows, random)
         counts = np.array([each.new for each in rows], dtype=np.int64)
         lengths = np.array([each.length for each in rows], dtype=np.int64)
+        known = np.where([each.known for each in rows], counts, 0)
+        accepted = np.array([each.accepted for each in rows], dtype=np.int64)
         tokens = int(counts.sum())
         ids = np.resize(np.roll(self._ids, -int(random.integers(len(self._ids)))), tokens)
         if bucket.num_tokens <= 2:  # few tokens meet few ids: each probe others
@@ -276,7 +294,7 @@ class ProbeMaker:
 
         def fill() -> None:
             self._fill_blocks(tables)
-            self._buffers.fill_rows(counts, lengths, tables, ids)
+            self._buffers.fill_rows(counts, lengths, tables, ids, known, accepted)
             self._buffers.fill_padding(live, bucket)
 
         codes = []
@@ -286,9 +304,13 @@ class ProbeMaker:
             layouts = layouts.like(table, -(-lengths // layout.span))
             codes.append(layouts.codes(np.arange(len(rows))))
         sizes = [each.block_size for each in self._layout.tables]
-        starts, width = lengths - counts, 1 + self._buffers.rows.num_drafts
+        starts, num_drafts = lengths - counts, self._buffers.rows.num_drafts
+        decodes = known == 0 if num_drafts else None
         facts = self._buffers.known.facts
-        kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, width)
+        replays = None
+        if tells_replays(self._layout.tables, num_drafts):
+            replays = replays_of(accepted)
+        kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, decodes, replays)
         return Probe(name, fill, live, kind, always=alike)
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:

@@ -50,6 +50,7 @@ def graphs_of(
         buckets,
         runner.config.max_num_seqs,
         verify=verify,
+        query_lens=(1 + runner.num_drafts,),
     )
     eager = runner.graphs
     for each in made.plan.downgrades:

@@ -134,6 +134,8 @@ class _Measurement:
         self.runner, self.matrix, self.buckets, self.fault = runner, matrix, buckets, fault
         self.platform = runner.platform
         self.computation = runner.forward_pass
+        self.width = 1 + runner.num_drafts
+        """New tokens of a request that decodes."""
         self.total = len(self.shapes()) * len(matrix.contexts) * len(matrix.executors)
         self.progress = functools.partial(self._advance, progress)
 
@@ -143,7 +145,7 @@ class _Measurement:
     def shapes(self) -> list[StepShape]:
         most = self.runner.config.max_num_seqs
         return [
-            *(StepShape.decode(size) for size in self.buckets.decode),
+            *(StepShape.decode(size, self.width) for size in self.buckets.decode),
             *(StepShape.mixed(size, min(size, most)) for size in self.buckets.mixed),
         ]
 
@@ -201,6 +203,7 @@ class _Measurement:
             GraphPlan(executor, executor),
             self.buckets,
             self.runner.config.max_num_seqs,
+            query_lens=(self.width,),
         )
         for each in graphs.plan.downgrades:
             if each.wanted == executor:

@@ -32,6 +32,34 @@ STEPS = (
     ([0, 7, 0, 3, 0], [70, 2, 1, 5, 0], [True, False, True, False, True], 0, 3),
 )
 """Steps of every kind, for ops that rewrite states."""
+DRAFTS = 3
+VERIFYING = (
+    # As above, then: of each request, tokens of its last step that count, and known ones; and how
+    # many of its last drafts nobody reads.
+    ([5, 70, 64, 0], [4, 4, 4, 0], [False, False, False, True], 4, 4, [1, 4, 0, 0], [0, 0, 0, 0],
+     [0, 2, 0, 0]),
+    ([0, 9, 3, 8, 0], [4, 4, 70, 4, 0], [True, False, False, False, True], 0, 3, [0, 2, 3, 0, 0],
+     [4, 0, 70, 4, 0], [0, 1, 0, 0, 0]),
+)  # fmt: skip
+"""Steps in which some requests verify so many drafts, and others have as many known tokens."""
+
+
+NO_DRAFTS = dict.fromkeys(("accepted", "known", "places"))
+
+
+def drafts(
+    make: Maker, new: Sequence[int], padding: int, accepted: Sequence[int], known: Sequence[int],
+    unread: Sequence[int],
+) -> Arguments:  # fmt: skip
+    """What ops are told in such a step beside :func:`batch`."""
+    places: list[int] = []
+    for count, nobodys in zip(new, unread, strict=True):
+        places += [1] * (count - nobodys) + [0] * nobodys
+    return {
+        "accepted": make.ints(accepted, torch.int32),
+        "known": make.ints(known, torch.int32),
+        "places": make.ints([*places, *[0] * padding]),
+    }
 
 
 def _small(make: Maker) -> list[Arguments]:
@@ -41,12 +69,13 @@ def _small(make: Maker) -> list[Arguments]:
             # A part of a wider product.
             "x": make.randn(sum(new) + padding, 2 * size)[:, :size],
             "weight": make.randn(size, WIDTH),
-            "state": make.randn(len(new) + 1, WIDTH - 1, size),
+            "state": make.randn(len(new) + 1, WIDTH - 1 + (DRAFTS if told else 0), size),
             **batch(make, begins, new, fresh),
             "out": make.randn(sum(new) + padding, size),
             "query_len": query_len,
+            **(drafts(make, new, padding, *told) if told else NO_DRAFTS),
         }
-        for begins, new, fresh, query_len, padding in STEPS
+        for begins, new, fresh, query_len, padding, *told in (*STEPS, *VERIFYING)
     ]
 
 
@@ -61,6 +90,7 @@ def _workload(make: Maker, size: int, requests: int, new: int, *, compiled: bool
             **batch(make, [decode] * requests, [new] * requests, [not decode] * requests),
             "out": make.randn(requests * new, size),
             "query_len": int(decode),
+            **NO_DRAFTS,
         }
 
     windows = requests * (WIDTH - 1) * (1 + decode)

@@ -21,8 +21,11 @@ def causal_conv(
     fresh: Tensor,
     out: Tensor,
     query_len: int,
+    accepted: Tensor | None = None,
+    known: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference; but no drafts."""
     tokens, size = x.shape
     requests, taps = len(slots), weight.shape[1]
     step = slots, query_start_loc, seq_lens, fresh

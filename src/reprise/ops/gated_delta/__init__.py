@@ -1,3 +1,4 @@
+from reprise.ops.gated_delta.accepts import accepts
 from reprise.ops.gated_delta.cases import cases
 from reprise.ops.gated_delta.reference import reference
 from reprise.ops.implementation import GraphSupport
@@ -7,23 +8,24 @@ from reprise.platforms import Platform
 
 def _graphs(platform: Platform) -> GraphSupport:
     """Lengths of prompts are read on the host: from a CPU's memory, which a replay does again."""
-    return "always" if platform.device_type == "cpu" else "single_token_decode"
+    return "always" if platform.device_type == "cpu" else "uniform_batch"
 
 
 gated_delta = op(
     "gated_delta",
     reference,
     cases=cases,
-    mutates=("out", "state"),
+    mutates=("out", "state", "recent", "gates"),
     break_op=True,
     extent="seq_lens",
-    state=("state",),
+    state=("state", "recent", "gates"),
     graph_support="never",
 )
 gated_delta.implementation(
     "triton",
     "reprise.ops.gated_delta.triton:gated_delta",
     requires=needs_triton,
+    accepts=accepts,
     graph_support="always",
     on_request="compiled and interpreted, not yet run on a device",
 )

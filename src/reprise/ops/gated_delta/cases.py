@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from reprise.ops.cases import Arguments, Cases, Maker, Workload
-from reprise.ops.causal_conv.cases import STEPS, batch
+from reprise.ops.causal_conv.cases import DRAFTS, NO_DRAFTS, STEPS, VERIFYING, batch, drafts
 
 
 def arguments(
@@ -35,12 +35,25 @@ def arguments(
         **batch(make, begins, new, fresh),
         "out": make.randn(tokens, value_heads, value_size),
         "query_len": query_len,
+        "recent": None,
+        "gates": None,
+        **NO_DRAFTS,
     }  # fmt: skip
 
 
 def _small(make: Maker) -> list[Arguments]:
     shapes = (((2, 4), (16, 8)), ((1, 3), (24, 32)))
-    return [arguments(make, heads, sizes, *step) for (heads, sizes) in shapes for step in STEPS]
+    found = [arguments(make, heads, sizes, *step) for (heads, sizes) in shapes for step in STEPS]
+    heads, sizes = shapes[0]
+    kept = heads[0] * sizes[0] + heads[1] * sizes[1]
+    for begins, new, fresh, query_len, padding, *told in VERIFYING:
+        call = arguments(make, heads, sizes, begins, new, fresh, query_len, padding)
+        rows = len(new) + 1, 1 + DRAFTS
+        gates = make.randn(*rows, 2, heads[1], dtype=torch.float32)
+        gates[:, :, 0] = -gates[:, :, 0].abs()
+        call |= {"recent": make.randn(*rows, kept), "gates": gates}
+        found.append(call | drafts(make, new, padding, *told))
+    return found
 
 
 def _workload(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from reprise.ops.gated_delta.reference import prepared
+from reprise.ops.gated_delta.reference import keys_and_values, prepared
 
 CHUNK = 64
 """Tokens whose updates are solved for together."""
@@ -26,60 +27,138 @@ def gated_delta(
     fresh: Tensor,
     out: Tensor,
     query_len: int,
+    recent: Tensor | None = None,
+    gates: Tensor | None = None,
+    accepted: Tensor | None = None,
+    known: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference; lengths are read on the host, but where each request has one new
-    token."""
+    """Shapes as in the reference; lengths are read on the host, but where all requests have the
+    same number of new tokens."""
     inputs = prepared(qkv, a, b, a_log, dt_bias, state)
-    if query_len == 1 and len(qkv) == len(slots):
-        _decodes(inputs, state, slots, seq_lens, fresh, out)
+    drafts: _Drafts | None = None
+    if recent is not None:
+        assert gates is not None
+        assert accepted is not None
+        assert known is not None
+        assert places is not None
+        counts = torch.where(fresh, 0, accepted)
+        drafts = _Drafts(recent, gates, qkv[:, -recent.shape[2] :], counts, known, places)
+    step = _Step(inputs, state, slots, seq_lens, fresh, out, drafts)
+    tokens = torch.arange(len(qkv), device=qkv.device)
+    if query_len and len(qkv) == query_len * len(slots):
+        step.together(tokens.view(-1, query_len), torch.arange(len(slots), device=qkv.device))
         return
     out.zero_()
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    single: list[int] = []
+    verifies = [False] * len(lengths) if known is None else (known == 0).tolist()
+    short: dict[int, list[int]] = {}
+    """Requests by how many tokens they have, if they verify drafts or have one."""
     for row, length in enumerate(lengths):
         begin, end = starts[row], starts[row + 1]
         if length == 0 or begin == end:
             continue
-        if end - begin == 1:
-            single.append(row)
+        if end - begin == 1 or (drafts is not None and verifies[row]):
+            short.setdefault(end - begin, []).append(row)
             continue
-        slot = int(slots[row])
-        before = torch.zeros_like(state[slot]) if bool(fresh[row]) else state[slot]
-        answer, after = _chunks(before.float(), *(each[begin:end] for each in inputs))
+        slot = slots[row : row + 1].long()
+        now = torch.where(fresh[row], 0.0, state[slot].float())
+        if drafts is not None:
+            now = drafts.committed(now, slot, counts[row : row + 1])
+            drafts.clear(slot)
+        answer, after = _chunks(now[0], *(each[begin:end] for each in inputs))
         out[begin:end] = answer.to(out.dtype)
         state[slot] = after.to(state.dtype)
-    if single:
-        rows = torch.tensor(single, device=qkv.device)
-        tokens = query_start_loc[rows].long()
-        places = slots[rows].long()
-        before = torch.where(fresh[rows].view(-1, 1, 1, 1), 0.0, state[places].float())
-        answer, after = _one_token(before, *(each[tokens] for each in inputs))
-        out[tokens] = answer.to(out.dtype)
-        state[places] = after.to(state.dtype)
+    for count, some in short.items():
+        rows = torch.tensor(some, device=qkv.device)
+        begins = query_start_loc[rows].long().unsqueeze(1)
+        step.together(begins + tokens[:count], rows)
 
 
-def _decodes(
-    inputs: Sequence[Tensor], state: Tensor, slots: Tensor, seq_lens: Tensor, fresh: Tensor,
-    out: Tensor,
-) -> None:  # fmt: skip
-    """A token of each request; of padding, which has slot 0, the answer is 0."""
-    places = slots.long()
-    idle = (seq_lens == 0).view(-1, 1, 1)
-    then = state[places]
-    before = torch.where(fresh.view(-1, 1, 1, 1), 0.0, then.float())
-    answer, after = _one_token(before, *inputs)
-    out.copy_(torch.where(idle, 0.0, answer))
-    state.index_copy_(0, places, torch.where(idle.unsqueeze(-1), then, after.to(state.dtype)))
+@dataclass(frozen=True)
+class _Drafts:
+    """What is kept of tokens of which it is not known yet which count; see the reference."""
+
+    recent: Tensor
+    gates: Tensor
+    new: Tensor
+    """[T, HK * K + HV * V]: the keys and values of this step."""
+    accepted: Tensor
+    known: Tensor
+    places: Tensor
+
+    def committed(self, now: Tensor, slots: Tensor, accepted: Tensor) -> Tensor:
+        """States [N, HV, V, K] of these slots, carried over the tokens that count: [N] each.
+
+        Tokens that do not count write nothing and decay nothing, so that nobody has to know on the
+        host how many there are.
+        """
+        count = torch.arange(self.recent.shape[1], device=now.device) < accepted.unsqueeze(1)
+        recent = torch.where(count.unsqueeze(2), self.recent[slots], 0.0)
+        gates = torch.where(count[..., None, None], self.gates[slots], 0.0)
+        key, value = keys_and_values(recent, *now.shape[1:])
+        for token in range(recent.shape[1]):
+            now = _carried_on(now, key[:, token], value[:, token], *gates[:, token].unbind(1))
+        return now
+
+    def clear(self, slots: Tensor) -> None:
+        self.recent[slots], self.gates[slots] = 0.0, 0.0
+
+    def keep(
+        self, slots: Tensor, idle: Tensor, rows: Tensor, tokens: Tensor, gates: Tensor
+    ) -> None:
+        """Of requests ``rows`` [N], which have these ``tokens`` [N, n] with gates [N, n, 2, HV],
+        keep what the next step may have to replay: nothing where all tokens are known."""
+        live = (self.known[rows] == 0).unsqueeze(1) & (self.places[tokens] != 0)
+        for whole, new in ((self.recent, self.new[tokens]), (self.gates, gates)):
+            there = live.view(*live.shape, *(1 for _ in whole.shape[2:]))
+            kept = torch.zeros_like(whole[slots])
+            kept[:, : tokens.shape[1]] = torch.where(there, new, 0.0)[:, : whole.shape[1]]
+            nobody = idle.view(-1, *(1 for _ in whole.shape[1:]))
+            whole.index_copy_(0, slots, torch.where(nobody, whole[slots], kept))
 
 
-def _one_token(
-    now: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token of each of N requests: answers [N, HV, V] and states [N, HV, V, K]."""
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of a call."""
+
+    inputs: Sequence[Tensor]
+    state: Tensor
+    slots: Tensor
+    seq_lens: Tensor
+    fresh: Tensor
+    out: Tensor
+    drafts: _Drafts | None
+
+    def together(self, tokens: Tensor, rows: Tensor) -> None:
+        """Requests ``rows`` [N] with equally many tokens [N, n] each, one after the other; of
+        padding, which has slot 0, the answer is 0. Reads nothing on the host."""
+        state, drafts = self.state, self.drafts
+        places = self.slots[rows].long()
+        idle = (self.seq_lens[rows] == 0).view(-1, 1, 1, 1)
+        then = state[places]
+        now = torch.where(self.fresh[rows].view(-1, 1, 1, 1), 0.0, then.float())
+        if drafts is not None:
+            now = drafts.committed(now, places, drafts.accepted[rows])
+        before = now
+        query, *inputs = (each[tokens] for each in self.inputs)
+        for token in range(tokens.shape[1]):
+            now = _carried_on(now, *(each[:, token] for each in inputs))
+            answer = torch.matmul(now, query[:, token].unsqueeze(-1)).squeeze(-1)
+            self.out[tokens[:, token]] = torch.where(idle[..., 0], 0.0, answer).to(self.out.dtype)
+        if drafts is not None:
+            verifies = (drafts.known[rows] == 0).view(-1, 1, 1, 1)
+            now = torch.where(verifies, before, now)
+            gates = torch.stack(inputs[2:], dim=2)
+            drafts.keep(places, idle, rows, tokens, gates)
+        state.index_copy_(0, places, torch.where(idle, then, now.to(state.dtype)))
+
+
+def _carried_on(now: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The states [N, HV, V, K] of N requests behind one token more of each."""
     now = now * decay.exp()[..., None, None]
     error = value - torch.matmul(now, key.unsqueeze(-1)).squeeze(-1)
-    now.addcmul_((beta.unsqueeze(-1) * error).unsqueeze(-1), key.unsqueeze(-2))
-    return torch.matmul(now, query.unsqueeze(-1)).squeeze(-1), now
+    return now.addcmul_((beta.unsqueeze(-1) * error).unsqueeze(-1), key.unsqueeze(-2))
 
 
 def _chunks(

@@ -42,8 +42,13 @@ def gated_delta(
     fresh: Tensor,
     out: Tensor,
     query_len: int,
+    recent: Tensor | None = None,
+    gates: Tensor | None = None,
+    accepted: Tensor | None = None,
+    known: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference; but no drafts."""
     tokens, requests = len(qkv), len(slots)
     _, heads, values, keys = state.shape
     group = heads // ((qkv.shape[1] - heads * values) // (2 * keys))

@@ -23,8 +23,12 @@ from reprise.testing.faults.codes import (
     WrongScale,
 )
 from reprise.testing.faults.lifetimes import (
+    StaleAccepted,
+    StateCommittedTwice,
+    StateForgotten,
     StateNotZeroed,
     StateOfAnother,
+    StateOfRejectedDrafts,
     StateTwice,
     WrongWindow,
 )
@@ -80,7 +84,8 @@ FAULTS: dict[str, type[Fault]] = {
         ChangedBeside,
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
-        WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateTwice, StateOfAnother,
+        WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateForgotten, StateTwice,
+        StateOfAnother, StateOfRejectedDrafts, StaleAccepted, StateCommittedTwice,
         WrongExpert, StaleRouting, RowsBeyondTile, SwappedRows,
         WrongScale, UnscaledRow, ScaleOfAnotherHead, ScaleOfAnotherToken,
     )
@@ -163,8 +168,12 @@ wrong_drafts = _named("wrong_drafts")
 wrong_every_second = _named("wrong_every_second")
 wrong_window = _named("wrong_window")
 state_not_zeroed = _named("state_not_zeroed")
+state_forgotten = _named("state_forgotten")
 state_twice = _named("state_twice")
 state_of_another = _named("state_of_another")
+state_of_rejected_drafts = _named("state_of_rejected_drafts")
+stale_accepted = _named("stale_accepted")
+state_committed_twice = _named("state_committed_twice")
 wrong_expert = _named("wrong_expert")
 stale_routing = _named("stale_routing")
 rows_beyond_tile = _named("rows_beyond_tile")

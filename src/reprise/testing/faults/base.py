@@ -33,7 +33,7 @@ class Fault(ABC):
     """Its op can be told from what the op writes; else the report names the memory alone."""
 
     needs: ClassVar[str] = ""
-    """What only some models have: ``experts``."""
+    """What only some models have: ``experts``, ``states``."""
 
     def __init__(self, table: OpTable, op: Op) -> None:
         self.table = table

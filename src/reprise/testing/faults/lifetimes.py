@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from reprise.ops.registry import Op
+from reprise.ops.registry import Op, OpTable
 from reprise.platforms import Platform
+from reprise.platforms.device_graph import capturing
 from reprise.testing.faults.base import BrokenInGraphs
 
 TOO_MANY = 16
 """Tokens by which a window is too wide: a block or more."""
+DRAFTS = 3
+"""Of an engine in which faults of drafts can do harm."""
 
 
 class WrongWindow(BrokenInGraphs):
@@ -32,6 +37,8 @@ class WrongWindow(BrokenInGraphs):
 class StateFault(BrokenInGraphs):
     """Of an op that rewrites a ``state`` [S, ...] at ``slots`` [R]; ``fresh`` [R] ones begin."""
 
+    needs = "states"
+
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         if not {"state", "slots", "fresh"} <= set(op.arguments):
@@ -46,6 +53,14 @@ class StateNotZeroed(StateFault):
 
     def broken(self, named: dict[str, Any]) -> Any:
         return self.proceed({**named, "fresh": torch.zeros_like(named["fresh"])})
+
+
+class StateForgotten(StateFault):
+    name = "state_forgotten"
+    summary = "each step begins from nothing, as if nothing came before its tokens"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        return self.proceed({**named, "fresh": torch.ones_like(named["fresh"])})
 
 
 class StateTwice(StateFault):
@@ -63,3 +78,65 @@ class StateOfAnother(StateFault):
 
     def broken(self, named: dict[str, Any]) -> Any:
         return self.proceed({**named, "slots": named["slots"].roll(1)})
+
+
+class DraftFault(StateFault):
+    """Of one that is told how many tokens of each request's last step count, ``accepted`` [R]."""
+
+    engine_options: ClassVar[Mapping[str, Any]] = {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": DRAFTS}
+    }
+
+    @classmethod
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
+        if "accepted" not in op.arguments:
+            return "the op is told nothing of drafts"
+        return super().inexpressible(op, executor, platform)
+
+
+class StateOfRejectedDrafts(DraftFault):
+    name = "state_of_rejected_drafts"
+    summary = "a state goes on from all drafts of the last step, those too that do not count"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        accepted = named["accepted"]
+        every = torch.where(accepted > 0, 1 + DRAFTS, accepted).to(accepted.dtype)
+        return self.proceed({**named, "accepted": every})
+
+
+class StaleAccepted(DraftFault):
+    name = "stale_accepted"
+    summary = "of a request's last step so many tokens count as did in the captured step"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.latest: dict[tuple[int, ...], Tensor] = {}
+        self.kept: list[Tensor] = []
+
+    def run(self, named: dict[str, Any]) -> Any:
+        if not capturing():
+            self.latest[tuple(named["accepted"].shape)] = named["accepted"].clone()
+        return super().run(named)
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        self.kept.append(self.latest[tuple(named["accepted"].shape)])
+        return self.proceed({**named, "accepted": self.kept[-1]})
+
+
+class StateCommittedTwice(DraftFault):
+    name = "state_committed_twice"
+    summary = "a state is carried over the tokens that count of the last step, and once more"
+
+    @classmethod
+    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
+        if len(op.state) < 2:
+            return "the op replays nothing"
+        return super().inexpressible(op, executor, platform)
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        replayed = {name: named[name] for name in self.op.state if name != "state"}
+        before = {name: each.clone() for name, each in replayed.items()}
+        self.proceed(named)
+        for name, each in replayed.items():
+            each.copy_(before[name])
+        return self.proceed(named)
