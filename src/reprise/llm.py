@@ -212,9 +212,9 @@ class LLM:
                 dtypes of floating point numbers are converted. On any device.
 
         Raises:
-            LoadError: Names, shapes or dtypes do not fit: all of them are listed, and nothing was
-                changed. Or a copy failed: then it has to be made good by a further call before
-                anything is generated.
+            LoadError: Names, shapes or dtypes do not fit, or numbers are NaN or infinite: all of
+                them are listed, and nothing was changed. Or a copy failed: then it has to be made
+                good by a further call before anything is generated.
         """
         with self._lock:
             self.engine.update_weights(weights)
@@ -268,7 +268,7 @@ class LLM:
 
     def graph_report(self) -> GraphReport:
         """The resolved graph plan, and what is known of every captured graph."""
-        return self.engine.runner.graphs.report()
+        return self.engine.runner.owners.report()
 
     def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""

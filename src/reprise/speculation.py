@@ -15,17 +15,27 @@ requests of 2, 4 or 8 tokens alone."""
 LOOKUP = 5
 """Tokens of an n-gram, unless told otherwise."""
 
-_NAMES = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+_COMMON = ("method", "num_speculative_tokens")
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+    "draft_model": ("model", "revision", "quantization", "draft_sample_method", "enforce_eager"),
+}
+"""What each method takes beside."""
 _SYNTHETIC = "synthetic_acceptance"
-_DRAFT_MODELS = (
-    "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "dflash",
-    "dspark", "extract_hidden_states", "custom_class",
+_OTHER_METHODS = (
+    "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "dflash", "dspark",
+    "extract_hidden_states", "custom_class",
 )  # fmt: skip
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "draft_sample_method": ("greedy",), "disable_padded_drafter_batch": (False,),
-    "parallel_drafting": (False,), "enforce_eager": (False,),
+    "parallel_drafting": (False,), "enforce_eager": (False,), "use_heterogeneous_vocab": (False,),
+    "draft_tensor_parallel_size": (1,), "kv_cache_dtype": ("auto",),
+    "max_model_len": (), "code_revision": (), "attention_backend": (), "moe_backend": (),
+    "draft_load_config": (), "rejection_sample_method": (), "tensor_parallel_size": (1,),
+    "num_speculative_tokens_per_batch_size": (),
 }  # fmt: skip
-"""vLLM's other names, and the values besides None at which they ask for nothing."""
+"""vLLM's other names, and the values besides None at which they ask for nothing, unless the method
+takes them."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,24 @@ class Speculation:
 
     num_tokens: int
     """K: tokens drafted behind a request's newest one."""
+    method: str = "ngram"
     lookup_max: int = LOOKUP
     lookup_min: int = LOOKUP
     """Most and fewest last tokens of a text that are looked for earlier in it."""
     synthetic_acceptance: float | None = None
     """For measurements: each draft counts with this chance, whatever it is. The tokens mean
     nothing."""
+    model: str | None = None
+    """Directory or Hugging Face id of the model that drafts."""
+    revision: str | None = None
+    """Of the model on the Hugging Face hub."""
+    quantization: str | None = None
+    """The method that its weights must be quantised with; None: as its checkpoint says."""
+    greedy: bool = False
+    """It drafts the likeliest token, whatever a request asks for; else what the request would draw
+    from it, which counts more often."""
+    eager: bool = False
+    """It runs without graphs."""
 
     @property
     def width(self) -> int:
@@ -67,32 +89,56 @@ def _parse(left: dict[str, Any]) -> Speculation:
     if left.get("model") in ("ngram", "[ngram]"):
         left.setdefault("method", "ngram")
         del left["model"]
-    method = left.pop("method", None)
+    method = left.pop("method", "draft_model" if "model" in left else None)
     if method == "ngram_gpu":
         method = "ngram"  # as vLLM calls drafting on the device
-    if "model" in left or method in _DRAFT_MODELS:
-        name = f"method={method!r}" if method in _DRAFT_MODELS else f"model={left['model']!r}"
+    if method in _OTHER_METHODS:
         raise ConfigError(
-            f"{name}: models that draft are not supported; use "
-            "'method': 'ngram', which drafts from the text itself"
+            f"method={method!r} is not supported; use 'draft_model' with a small model of the same "
+            "tokens, or 'ngram', which drafts from the text itself"
         )
-    if method not in ("ngram", "synthetic"):
-        raise ConfigError(f"method={method!r} must be 'ngram'")
+    if method not in (*_NAMES, "synthetic"):
+        raise ConfigError(f"method={method!r} must be one of {', '.join(map(repr, _NAMES))}")
+    taken = _NAMES.get(method, (_SYNTHETIC,))
     for name, values in _NEUTRAL.items():
-        value = left.pop(name, None)
+        value = None if name in taken else left.pop(name, None)
         if value is not None and value not in values:
             raise ConfigError(f"{name}={value!r} is not supported; leave it out")
-    known = (*_NAMES, _SYNTHETIC) if method == "synthetic" else _NAMES
+    known = (*_COMMON, *taken)
     unknown = [each for each in left if each not in known]
     if unknown:
-        raise ConfigError(f"{unknown_names('name', unknown, _NAMES)}")
+        raise ConfigError(f"{unknown_names('name', unknown, known)}")
     tokens = _number(left, "num_speculative_tokens", None, WIDTHS[-1])
+    if method == "draft_model":
+        return _of_model(left, tokens)
     most, least = left.get("prompt_lookup_max"), left.get("prompt_lookup_min")
     most = _number(left, "prompt_lookup_max", LOOKUP if least is None else least)
     least = _number(left, "prompt_lookup_min", most)
     if least > most:
         raise ConfigError(f"prompt_lookup_min={least} must not be above prompt_lookup_max={most}")
-    return Speculation(tokens, most, least, _chance(left) if method == "synthetic" else None)
+    chance = _chance(left) if method == "synthetic" else None
+    return Speculation(tokens, method, most, least, chance)
+
+
+def _of_model(given: Mapping[str, Any], tokens: int) -> Speculation:
+    for name in ("model", "revision", "quantization"):
+        value = given.get(name)
+        if value is not None and not (isinstance(value, str) and value):
+            raise ConfigError(f"{name}={value!r} must be text")
+    if "model" not in given:
+        raise ConfigError("method='draft_model' needs model= a directory or Hugging Face id")
+    how = given.get("draft_sample_method", "probabilistic")
+    if how not in ("greedy", "probabilistic"):
+        raise ConfigError(
+            f"draft_sample_method={how!r} must be 'greedy' or 'probabilistic', the default"
+        )
+    eager = given.get("enforce_eager", False)
+    if not isinstance(eager, bool):
+        raise ConfigError(f"enforce_eager={eager!r} must be True or False")
+    return Speculation(
+        tokens, "draft_model", model=given["model"], revision=given.get("revision"),
+        quantization=given.get("quantization"), greedy=how == "greedy", eager=eager,
+    )  # fmt: skip
 
 
 def _number(given: Mapping[str, Any], name: str, default: Any, most: int | None = None) -> int:

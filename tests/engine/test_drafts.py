@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+from drafting import check_counters, metrics
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 from planted import planted
 
@@ -43,13 +44,6 @@ def model(tiny: TinyModels) -> TinyModel:
 def drafting(model: TinyModel, device: str, tokens: int, **options: Any) -> LLM:
     config = {**NGRAM, "num_speculative_tokens": tokens}
     return make_llm(model, device, speculative_config=config, **options)
-
-
-def metrics(llm: LLM) -> dict[str, float]:
-    found = llm.engine.metrics()
-    return {
-        each.name.removeprefix("reprise:"): each.value for each in found if hasattr(each, "value")
-    }
 
 
 def answers(llm: LLM, params: SamplingParams) -> list[Any]:
@@ -140,55 +134,21 @@ def test_bad_words_and_stop_strings(device: str) -> None:
     assert generated[0] == generated[1], "what lies behind a stop counts for nothing"
 
 
-def offline(prompt: list[int], output: list[int], count: int) -> tuple[int, int, int]:
-    """Drafts, drafted and accepted tokens of a text, reckoned from the text alone."""
-    drafts = drafted = accepted = 0
-    done = 1  # the prompt's step drew it
-    while done < len(output):
-        text = [*prompt, *output[:done]]
-        found: list[int] = []
-        for size in (3, 2, 1):
-            for end in range(size, len(text)):
-                if not found and text[end - size : end] == text[-size:]:
-                    found = text[end : end + count]
-        right = 0
-        while right < len(found) and done + right < len(output) - 1 and (
-            found[right] == output[done + right]
-        ):  # fmt: skip
-            right += 1
-        # What the last step of a text accepts the caller cannot see.
-        if done + right >= len(output) - 1:
-            return drafts, drafted, accepted
-        drafts, drafted = drafts + bool(found), drafted + len(found)
-        accepted += right
-        done += right + 1
-    return drafts, drafted, accepted
+def followers(text: list[int], count: int) -> list[int]:
+    """What the n-gram drafter drafts behind a text."""
+    for size in (3, 2, 1):
+        for end in range(size, len(text)):
+            if text[end - size : end] == text[-size:]:
+                return text[end : end + count]
+    return []
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_counters_are_those_reckoned_from_the_text(
     model: TinyModel, device: str, tokens: int
 ) -> None:
-    llm = drafting(model, device, tokens)
-    total = [0, 0, 0]
-    for prompt in PROMPTS:
-        engine = llm.engine
-        before = metrics(llm)
-        group = engine.add("a", prompt, greedy(200))
-        while group.completions[0].request.num_output_tokens < 60:
-            engine.step()
-        output = list(group.completions[0].request.output_token_ids)
-        now = metrics(llm)
-        engine.abort(["a"])
-        while engine.has_work:
-            engine.step()
-        names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-        got = [now[f"spec_decode_{each}"] - before[f"spec_decode_{each}"] for each in names]
-        # One more token than the last step brought: so that it is not the text's last.
-        expected = offline(prompt, [*output, -1], tokens)
-        assert got == list(expected)
-        total = [a + b for a, b in zip(total, got, strict=True)]
-    assert total[2] > 15, "some drafts count"
+    propose = functools.partial(followers, count=tokens)
+    check_counters(drafting(model, device, tokens), PROMPTS, propose, accepted=15)
 
 
 def test_copies_take_few_steps(device: str) -> None:
@@ -258,8 +218,13 @@ def test_every_bucket_of_drafted_steps_is_proven(
         ({"method": "ngram", "num_speculative_tokens": True}, "from 1 to 7"),
         ({"num_speculative_tokens": 3}, "method=None"),
         ({"method": "ngrams", "num_speculative_tokens": 3}, "method='ngrams'"),
-        ({"method": "eagle3", "num_speculative_tokens": 3}, "models that draft"),
-        ({"model": "a/b", "num_speculative_tokens": 3}, "model='a/b'"),
+        ({"method": "medusa", "num_speculative_tokens": 3}, "method='medusa' is not supported"),
+        ({"method": "draft_model", "num_speculative_tokens": 3}, "needs model="),
+        ({"model": "a/b", "num_speculative_tokens": 3, "prompt_lookup_max": 3}, "unknown name"),
+        ({"model": 3, "num_speculative_tokens": 3}, "model=3 must be text"),
+        ({"model": "a", "num_speculative_tokens": 3, "max_model_len": 9}, "max_model_len=9"),
+        ({"model": "a", "num_speculative_tokens": 3, "enforce_eager": 1}, "enforce_eager=1"),
+        ({"model": "a", "num_speculative_tokens": 3, "draft_sample_method": "best"}, "'best'"),
         ({**NGRAM, "num_speculative_tokens": 3, "prompt_lookup_min": 4}, "prompt_lookup_min=4"),
         ({**NGRAM, "num_speculative_tokens": 3, "prompt_lookup_max": 0}, "prompt_lookup_max=0"),
         ({**NGRAM, "num_speculative_tokens": 3, "prompt_lookup_mix": 2}, "did you mean"),

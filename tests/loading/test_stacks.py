@@ -91,6 +91,16 @@ def test_all_that_is_odd_is_said_at_once(
     assert f"{second}.5.down_proj.weight: int8" in text
 
 
+def test_a_number_that_is_not_finite(stored: tuple[Path, dict[str, Tensor]], device: str) -> None:
+    path, tensors = stored
+    together = merged(tensors)
+    name = f"{LAYER.format(1)}.gate_up_proj"
+    together[name][5, 40, 7] = torch.nan
+    save(path, together)
+    with pytest.raises(LoadError, match=rf"{name} of .*: nan at \[5, 40, 7\]"):
+        make_llm(path, device)
+
+
 class Other(Dense):
     """A format of which a test makes another one than the plain one."""
 

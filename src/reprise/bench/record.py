@@ -49,7 +49,7 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
         engine: After start-up.
     """
     config, runner = engine.config, engine.runner
-    graphs = runner.graphs.report()
+    graphs = runner.owners.report()
     return {
         "model": model,
         "load_format": config.load_format,

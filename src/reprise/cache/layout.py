@@ -110,7 +110,7 @@ def one_table(num_blocks: int, block_size: int, lifetime: Lifetime = KEPT) -> Ca
 
 
 def lay_out_caches(
-    caches: Mapping[str, LayerCache], block_size: int, num_drafts: int = 0
+    caches: Mapping[str, LayerCache], block_size: int, num_drafts: int = 0, lookahead: int = 0
 ) -> CacheLayout:
     """The tables and pools of a model's caches; pools have the null block alone.
 
@@ -118,6 +118,7 @@ def lay_out_caches(
         caches: By name.
         block_size: As the options or the platform prefer it.
         num_drafts: Tokens that a decode verifies beside its newest one.
+        lookahead: Tokens behind them that a draft model writes.
     """
     tables: list[TableLayout] = []
     pools: list[PoolLayout] = []
@@ -134,7 +135,8 @@ def lay_out_caches(
             number = len(pools) - 1
         else:
             number = signatures.index(signature)
-        tables.append(TableLayout(lifetime, size, number, AHEAD * (1 + num_drafts)))
+        ahead = AHEAD * (1 + num_drafts) + lookahead
+        tables.append(TableLayout(lifetime, size, number, ahead))
     return CacheLayout(tuple(tables), tuple(pools))
 
 

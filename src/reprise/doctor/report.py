@@ -142,7 +142,7 @@ def _engine_facts(engine: Engine) -> dict[str, Any]:
             "max_num_batched_tokens": runner.max_tokens,
         },
         "ops": op_facts(runner.ops),
-        "graphs": runner.graphs.report().to_dict(),
+        "graphs": runner.owners.report().to_dict(),
         "startup": {
             "seconds": round(engine.startup_seconds, 3),
             "spans": {name: round(each, 4) for name, each in engine.startup.items()},

@@ -33,7 +33,7 @@ from reprise.errors import (
     NonFiniteError,
     RequestError,
 )
-from reprise.graphs import keep_compiled_code
+from reprise.graphs import Damage, keep_compiled_code
 from reprise.loading import (
     NamedTensors,
     end_of_text_id,
@@ -120,6 +120,7 @@ class Engine:
             self.runner.max_tokens,
             self.max_model_len,
             num_drafts=self.runner.num_drafts,
+            lookahead=self.runner.lookahead,
             blocks_ahead=BLOCKS_AHEAD,
         )
         self._depth = 2 if self.platform.asynchronous else 1
@@ -138,7 +139,8 @@ class Engine:
         self._num_added = 0
         self._half_updated: set[str] = set()
         """Weights that may be neither old nor new, since replacing them was interrupted."""
-        self._suspects = Suspects()
+        self._suspects = {owner: Suspects() for owner, _ in self.runner.owners}
+        """Of whom the graphs are."""
         self._failed_replays = 0
         """Since the last step that succeeded."""
         self.wait_seconds = 0.0
@@ -292,7 +294,7 @@ class Engine:
         if self.has_work or self._half_updated or self.profiler.running:
             return False
         try:
-            more = self.runner.graphs.prove_more()
+            more = self.runner.owners.prove_more()
             self._heed_canaries()
         except BaseException:
             self.start_over()
@@ -305,7 +307,9 @@ class Engine:
             with self.runner.active():
                 self.runner.submit(step)
                 self._outstanding.append((step, self.runner.sample(step)))
-            self._suspects.note(step, self.scheduler.requests_of(step), self.runner.graphs.ran)
+            requests = self.scheduler.requests_of(step)
+            for owner, graphs in self.runner.owners:
+                self._suspects[owner].note(step, requests, graphs.ran)
             self._heed_canaries()
         if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
             return []
@@ -320,7 +324,7 @@ class Engine:
     def _compute_again(self, error: GraphReplayError) -> None:
         """Drop the steps under way, whose results are lost, and all that they may have spoiled."""
         self._failed_replays += 1
-        if self._failed_replays > len(self.runner.graphs.bucket_graphs):
+        if self._failed_replays > self.runner.owners.num_graphs:
             raise error  # each refuses one graph, so something else is wrong
         self._outstanding.clear()
         count = self.scheduler.drop_steps()
@@ -329,15 +333,20 @@ class Engine:
         logger.warning("%s; %d running request(s) are computed again without it", error, count)
 
     def _heed_canaries(self) -> None:
-        """Compute again what a graph has spoiled that was found wrong.
+        """Compute again what a graph has spoiled that was found wrong."""
+        for owner, damage in self.runner.owners.take_damages():
+            self._heed(owner, damage)
 
-        Its replays since it was last found right may have been wrong too. Tokens that callers have
-        got cannot be taken back, keys and values can.
-        """
-        damage = self.runner.graphs.take_damage()
-        if damage is None:
+    def _heed(self, owner: str, damage: Damage) -> None:
+        """Its replays since it was last found right may have been wrong too. Tokens that callers
+        have got cannot be taken back, keys and values can."""
+        if self.runner.harmless(owner, damage):
+            logger.warning(
+                "graph %s drafted wrong tokens, or wrong keys and values of drafts: fewer drafts "
+                "counted than should have, and no token is wrong", damage.name,
+            )  # fmt: skip
             return
-        suspect = self._suspects.accuse(damage.graph)
+        suspect = self._suspects[owner].accuse(damage.graph)
         if suspect:
             logger.warning(
                 "%d token(s) that callers may have were drawn from graph %s since it was last "

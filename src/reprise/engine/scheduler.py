@@ -125,6 +125,7 @@ class Scheduler:
         reserve_blocks: Blocks of each pool that an admission leaves free while others run; None:
             1 %, and where windows move on, those of a step.
         num_drafts: Tokens that each decode verifies beside its newest one.
+        lookahead: Tokens behind them for which what drafts has rows in the cache.
         blocks_ahead: Most blocks that a request gets before it needs them.
 
     Raises:
@@ -139,6 +140,7 @@ class Scheduler:
         max_model_len: int,
         reserve_blocks: int | None = None,
         num_drafts: int = 0,
+        lookahead: int = 0,
         blocks_ahead: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
@@ -159,6 +161,7 @@ class Scheduler:
         else:
             self._reserve = [reserve_blocks] * len(cache.pools)
         self._num_drafts = num_drafts
+        self._lookahead = lookahead
         self._blocks_ahead = blocks_ahead
         self._decodes: _Decodes = ((), (), (), ())
         """Of the last decode step, what its :class:`Step` said of its requests."""
@@ -399,6 +402,7 @@ class Scheduler:
         more left, and whether a request could not get a block."""
         # The hot loop of a serving engine: attribute access is what costs.
         width = 1 + self._num_drafts
+        reach = width + self._lookahead
         requests = parts.requests
         prefilling: list[Request] = []
         starved = needed = False
@@ -411,7 +415,7 @@ class Scheduler:
             limit = request.max_total_tokens
             if len(request.token_ids) + request.num_pending >= limit:
                 continue  # its last token is drawn already
-            end = start + width
+            end = start + reach
             if end >= limit:
                 end = limit - 1  # the last token is never computed
             if end > request.num_places:
@@ -474,6 +478,10 @@ class Scheduler:
         # Not before: without a step nobody copies, and an update would offer what is not there.
         self.cache.checkpoint(request, start)
         count, samples = end - start, end == known
+        if samples and self._lookahead:  # drafts behind it that find no room do not count
+            self.cache.grow(
+                request, start, min(end + self._lookahead, request.max_total_tokens - 1)
+            )
         parts.requests.append(request)
         parts.counts.append(count)
         parts.samples.append(samples)

@@ -9,6 +9,7 @@ from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.guard import Guard
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
+from reprise.graphs.owners import GraphOwners
 from reprise.graphs.plan import (
     Downgrade,
     Executor,
@@ -33,6 +34,7 @@ __all__ = [
     "Facts",
     "GraphInfo",
     "GraphMemory",
+    "GraphOwners",
     "GraphPlan",
     "GraphReport",
     "GraphRunner",

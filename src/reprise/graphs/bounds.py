@@ -112,7 +112,10 @@ class Bounds:
 
 
 def _output_dtype(computation: Computation, bucket: BucketGraph) -> torch.dtype:
-    return next(iter(computation.outputs(bucket.shape).values())).dtype
+    """Of its numbers: of an output, or where all of them are token ids, of a weight."""
+    outputs = computation.outputs(bucket.shape).values()
+    weights = owned(computation.memory(), "weight").values()
+    return next(each.dtype for each in (*outputs, *weights) if each.is_floating_point())
 
 
 def _signs(vector: Tensor, seed: int) -> Tensor:

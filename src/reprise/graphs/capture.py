@@ -168,6 +168,7 @@ class Capturer:
         self._logged[info.phase, executor] += 1
         times = self._logged[info.phase, executor]
         if times <= WARN_AT_MOST:
-            logger.warning("graph %s quarantined (%s): %s", bucket.shape, executor, reason)
+            named = f"{info.owner} {bucket.shape}".lstrip()
+            logger.warning("graph %s quarantined (%s): %s", named, executor, reason)
         if times == WARN_AT_MOST:
             logger.warning("further %s graphs (%s) fail silently", info.phase, executor)

@@ -25,6 +25,8 @@ class Harm:
     """It has changed weights; they are right again."""
     earlier: bool
     """Something had changed before the step."""
+    changed: frozenset[str]
+    """Names of the memory that it changed and must not have."""
 
 
 def make_good(
@@ -66,6 +68,7 @@ def make_good(
         ),
         any(each.owner == "weight" for each in changes),
         any(each.before for each in changes),
+        frozenset(each.name for each in changes),
     )
 
 

@@ -54,10 +54,12 @@ class GraphInfo:
     """Why a graph that could be captured is not used although nothing is wrong with it."""
     capture_seconds: float = 0.0
     verify_seconds: float = 0.0
+    owner: str = ""
+    """Which computation it is of, where an engine has several; nothing: the target's."""
 
     @property
     def name(self) -> str:
-        return f"{self.phase}[{self.bucket}]"
+        return f"{self.owner} {self.phase}[{self.bucket}]".lstrip()
 
     @property
     def proof(self) -> str:

@@ -78,6 +78,9 @@ class Damage:
     """Units of the caches, what and which, that it changed and must not have."""
     earlier: bool
     """Replays before this one went unseen, and may have been wrong as well."""
+    wrong: frozenset[str]
+    """What it got wrong or changed, by names of outputs and of :meth:`Computation.memory`; nothing:
+    it raised."""
 
 
 def largest_error(used: Iterable[Implementation]) -> float | None:
@@ -99,6 +102,8 @@ class GraphRunner:
         query_lens: New tokens of a request in decode steps; one set of decode graphs for each.
         agree: Collective AND over the ranks that compute together.
         used: What each phase calls; found by trial runs if left out.
+        owner: What the computation is called where an engine has several; nothing: it is the
+            target.
     """
 
     def __init__(
@@ -113,7 +118,9 @@ class GraphRunner:
         query_lens: Iterable[int] = (1,),
         agree: Agree = lambda ok: ok,
         used: Mapping[Phase, Uses] | None = None,
+        owner: str = "",
     ) -> None:
+        self.owner = owner
         self.computation = computation
         self.platform = platform
         self.buckets = buckets
@@ -156,7 +163,8 @@ class GraphRunner:
         if not self._may_capture():
             used = {}
         elif used is None:
-            used = {phase: self._uses(phase) for phase in PHASES}
+            asked = [phase for phase in PHASES if self.requested.of(phase) != "none"]
+            used = {phase: self._uses(phase) for phase in asked}
         self._error = largest_error(each for uses in used.values() for _, each in uses)
         return resolve(
             self.requested,
@@ -252,6 +260,7 @@ class GraphRunner:
         """Capture one bucket with the plan's executor, or the next one that works."""
         planned = self.plan.of(shape.phase)
         info = GraphInfo(shape.phase, shape.size, shape.query_len, planned, planned)
+        info.owner = self.owner
         info.predicted_bytes = self.predicted_bytes.get(shape)
         bucket = self.bucket_graphs[shape.phase, shape.query_len, shape.size] = BucketGraph(
             shape, info
@@ -285,8 +294,9 @@ class GraphRunner:
         infos = [each.info for each in self.bucket_graphs.values()]
         running = [each for each in infos if each.executor != "none"]
         logger.info(
-            "graphs: %s; %d captured in %.2f s; in %.2f s %d verified, %d proven in part (live "
+            "%sgraphs: %s; %d captured in %.2f s; in %.2f s %d verified, %d proven in part (live "
             "steps of other kinds are compared, or run eagerly), %d quarantined; %.1f MiB",
+            f"{self.owner} " if self.owner else "",
             self.plan,
             len(running),
             self._capture_seconds,
@@ -499,7 +509,8 @@ class GraphRunner:
         harm = make_good(self.computation, self.guard, self.prover, bucket, shape, verdict)
         # Others may have changed weights that were not looked at.
         earlier = harm.earlier or (harm.weights and not self.canary.checks_everything)
-        self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier)
+        wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
+        self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier, wrong=wrong)
 
     def _refuse(
         self,
@@ -508,6 +519,7 @@ class GraphRunner:
         units: frozenset[tuple[str, int]],
         *,
         earlier: bool = False,
+        wrong: frozenset[str] = frozenset(),
     ) -> None:
         """Never replay the bucket's graph again; look at its siblings soon."""
         family = bucket.family
@@ -518,7 +530,8 @@ class GraphRunner:
             e for e in self.bucket_graphs.values() if e.graph is not None and e.family == family
         ]
         self.canary.hurry(siblings)
-        self._damage = Damage(bucket.key, bucket.info.name, units, earlier or unseen > 0)
+        earlier = earlier or unseen > 0
+        self._damage = Damage(bucket.key, bucket.info.name, units, earlier, wrong)
 
     # ---- report --------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from reprise.layers.rotary import (
     parameters_of,
     rotary_table,
 )
+from reprise.layers.stored_model import StoredModel
 
 __all__ = [
     "Build",
@@ -44,6 +45,7 @@ __all__ = [
     "SelfAttention",
     "SparseMLP",
     "Stack",
+    "StoredModel",
     "Taps",
     "add",
     "context_length",

@@ -33,6 +33,7 @@ class SelfAttention(nn.Module):
         sliding_window: Tokens that a token sees, itself included; 0: all.
         scale: Factor of the scores; None: ``head_size ** -0.5``.
         soft_cap: See the op; 0: none.
+        input_size: Width of what it reads; None: ``hidden_size``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class SelfAttention(nn.Module):
         sliding_window: int = 0,
         scale: float | None = None,
         soft_cap: float = 0.0,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -81,7 +83,7 @@ class SelfAttention(nn.Module):
         kv = [Run(name, 0, num_kv_heads * head_size) for name in ("k_proj", "v_proj")]
         queries = of_heads(0) if output_gate else [Run("q_proj", 0, num_heads * head_size)]
         runs = [*queries, *kv, *(of_heads(head_size) if output_gate else ())]
-        self.qkv_proj = Linear(build, hidden_size, runs, split="out", bias=qkv_bias)
+        self.qkv_proj = Linear(build, input_size or hidden_size, runs, split="out", bias=qkv_bias)
         self.o_proj = Linear(
             build.at("o_proj"), num_heads * head_size, hidden_size, split="in", bias=output_bias
         )
@@ -106,7 +108,7 @@ class SelfAttention(nn.Module):
                 yield f"{self._path}.{name}", target
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
-        """x: [T, hidden_size]. Returns as much."""
+        """x: [T, input_size]. Returns [T, hidden_size]."""
         table = batch.tables[self.cache.table]
         caches = self.cache.tensors
         key_cache, value_cache = caches["key"], caches["value"]

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from reprise.cache import Batch, LayerCache
-from reprise.cache.spec import caches_of
+from reprise.cache import Batch
 from reprise.layers.build import Build
 from reprise.layers.decoder import Decoder, Taps
 from reprise.layers.linear import Linear
+from reprise.layers.stored_model import StoredModel
 
 
-class CausalLM(nn.Module):
+class CausalLM(StoredModel):
     """A decoder with a language-model head: what every architecture file returns.
 
     Args:
@@ -20,9 +20,8 @@ class CausalLM(nn.Module):
         vocab_size: Of the embedding and the head.
         hidden_size: Width of the hidden states.
         tie_word_embeddings: The head's weight is the embedding's.
-        renames: Prefixes of names that checkpoints may have, to those that this model has.
-        others: Prefixes, as this model has them, of what a checkpoint may store beside and nobody
-            here computes, such as the part that reads images.
+        renames: See :class:`StoredModel`.
+        others: Likewise.
     """
 
     def __init__(
@@ -36,9 +35,7 @@ class CausalLM(nn.Module):
         renames: Mapping[str, str] | None = None,
         others: tuple[str, ...] = (),
     ) -> None:
-        super().__init__()
-        self.renames: Mapping[str, str] = renames or {}
-        self.others = others
+        super().__init__(renames, others)
         self._build = build.at("lm_head")
         self.model = decoder
         self.vocab_size = vocab_size
@@ -47,10 +44,13 @@ class CausalLM(nn.Module):
         """The head's weight is the embedding's."""
         self.lm_head = self._head(decoder.embed_tokens.tensors if self.tied else None)
 
-    def untie(self, weight: Tensor) -> None:
-        """Give the head a weight of its own, [vocab_size, hidden_size]."""
+    def untie(self, name: str, weight: Tensor) -> bool:
+        """The head can have a weight of its own, [vocab_size, hidden_size]."""
+        if name != f"{self.lm_head.path}.weight":
+            return False
         self.tied = False
         self.lm_head = self._head({"weight": weight})
+        return True
 
     def _head(self, tensors: Mapping[str, Tensor] | None) -> Linear:
         sizes = self.hidden_size, self.vocab_size
@@ -76,7 +76,3 @@ class CausalLM(nn.Module):
     def routed(self) -> bool:
         """Some layer sends rows to experts: it says how, as ``routing``."""
         return any(getattr(each, "routing", None) is not None for each in self.modules())
-
-    def caches(self) -> dict[str, LayerCache]:
-        """What the layers keep from step to step, in the order in which they were made."""
-        return caches_of(self)

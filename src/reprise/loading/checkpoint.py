@@ -43,7 +43,7 @@ class Checkpoint:
         """
         source = name or str(self.path)
         try:
-            path = _locate(name, revision, config_only=True) if name else self.path
+            path = locate(name, revision, config_only=True) if name else self.path
             return load_tokenizer(path.parent if path.is_file() else path)
         except Exception as error:  # transformers raises many types for a missing tokenizer
             missing = _is_path(source) and not Path(source).expanduser().exists()
@@ -76,7 +76,7 @@ def open_checkpoint(
     Raises:
         ModelError: Not found, or its config cannot be read.
     """
-    path = DEMO_MODEL if model is None else _locate(model, revision, config_only)
+    path = DEMO_MODEL if model is None else locate(model, revision, config_only)
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -118,7 +118,7 @@ def _similar(name: str) -> str:
     return ""
 
 
-def _locate(model: str, revision: str | None, config_only: bool) -> Path:
+def locate(model: str, revision: str | None, config_only: bool) -> Path:
     try:
         local = Path(model).expanduser()
         if local.exists():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError, ModelError
-from reprise.layers import CausalLM, Destination, Implied, Place
+from reprise.layers import Destination, Implied, Place, StoredModel
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Numbers that mean the same in each other's dtype. Those of any other mean nothing without
@@ -18,7 +18,7 @@ scales, or nothing but themselves."""
 T = TypeVar("T")
 
 
-def destinations(model: CausalLM) -> dict[str, list[Place]]:
+def destinations(model: StoredModel) -> dict[str, list[Place]]:
     """By the name that a checkpoint has for each tensor of the model, or would have, where it goes:
     in one piece or in several; nowhere if it is another device's.
 
@@ -55,7 +55,7 @@ def destinations(model: CausalLM) -> dict[str, list[Place]]:
     return found
 
 
-def as_stored(model: CausalLM, wanted: dict[str, list[Place]], stored: Container[str]) -> None:
+def as_stored(model: StoredModel, wanted: dict[str, list[Place]], stored: Container[str]) -> None:
     """Of what a checkpoint may store in pieces or as one, want the one where it is there.
 
     A module with such tensors has a method ``merged``, which gives the name of each, where it goes

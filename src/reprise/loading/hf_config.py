@@ -44,8 +44,6 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
         ConfigError: An override has no meaning for such a config.
         ModelError: The config cannot be read, or its model not be built or loaded.
     """
-    from transformers import CONFIG_MAPPING
-
     try:
         given = read_object(file)
     except (ValueError, OSError) as error:
@@ -59,24 +57,29 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     _cut_layer_lists(raw, given, overrides)
     for name in _CLASSIFIERS:
         raw.pop(name, None)
-    kind = raw.pop("model_type")
-    try:
-        with _without_docstrings():
-            known = CONFIG_MAPPING[kind]
-    except KeyError as error:
-        raise ModelError(
-            f"{file}: model_type={kind!r} of {', '.join(raw['architectures'])} is not one that "
-            "the installed transformers knows; a newer one may"
-        ) from error
+    known = _known_class(raw.pop("model_type"), raw, file)
     _refuse_unknown(overrides, given, known)
-    # Before transformers makes lists of that many entries.
-    models.require_layer_count(raw.get("num_hidden_layers", 1))
     config = _construct(known, raw, file)
     try:
         check_token_ids(config.eos_token_id)
     except ValueError as error:
         raise ModelError(f"{file}: {error}") from error
     return config
+
+
+def layer_config(given: Mapping[str, Any], file: Path) -> Any:
+    """transformers' ``PretrainedConfig`` of the layers of a head, which is no model of its own.
+
+    Args:
+        given: The config, or the part of it that describes the layers. RoPE may be spelled as
+            transformers 4 or 5 does.
+        file: Where it is from.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    raw = resolve_rope({"architectures": ["a head"], **given}, given, {})
+    return _construct(_known_class(raw.pop("model_type"), raw, file), raw, file)
 
 
 def check_token_ids(eos_token_id: Any) -> None:
@@ -156,7 +159,23 @@ def _refuse_unknown(overrides: Mapping[str, Any], given: Mapping[str, Any], know
             )
 
 
+def _known_class(kind: str, raw: Mapping[str, Any], file: Path) -> type:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        with _without_docstrings():
+            known: type = CONFIG_MAPPING[kind]
+    except KeyError as error:
+        raise ModelError(
+            f"{file}: model_type={kind!r} of {', '.join(raw['architectures'])} is not one that "
+            "the installed transformers knows; a newer one may"
+        ) from error
+    return known
+
+
 def _construct(known: type, raw: Mapping[str, Any], file: Path) -> Any:
+    # Before transformers makes lists of that many entries.
+    models.require_layer_count(raw.get("num_hidden_layers", 1))
     try:
         return known(**raw)
     except Exception as error:  # transformers validates fields with errors of many types

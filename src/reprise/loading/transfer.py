@@ -1,4 +1,4 @@
-"""Copy tensors from mapped files to where they belong, in threads."""
+"""Copy tensors from mapped files to where they belong, in threads, and look at their numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
+from reprise.finite import all_finite, copy_looking
 from reprise.layers import Destination
 from reprise.platforms import Platform
 from reprise.progress import progress
@@ -43,6 +42,8 @@ class Copy:
     """Added on the way."""
     convert: Callable[[Tensor], Tensor] | None = None
     """Makes of the source, on the host, what has the target's shape; None: the source has it."""
+    begin: tuple[int, ...] = ()
+    """Where the source begins in the tensor that it is a part of; (): it is all of it."""
 
     def pieces(self, nbytes: int) -> Iterator[Copy]:
         """Groups of rows with at most ``nbytes`` at the target, or one row if that has more; all
@@ -72,27 +73,36 @@ def copy_to(destination: Destination, source: Tensor, name: str) -> Copy:
         source: That part of the stored tensor which goes there.
         name: Of the copy.
     """
-    return Copy(name, source, destination.target, destination.offset, destination.convert)
+    begin = tuple(each.start or 0 for each in destination.part)
+    return Copy(name, source, destination.target, destination.offset, destination.convert, begin)
 
 
 def _rows(target: Tensor, nbytes: int) -> int:
     return max(1, nbytes // target[0].nbytes)
 
 
-def transfer(copies: Sequence[Copy], platform: Platform) -> None:
+def transfer(copies: Sequence[Copy], platform: Platform) -> list[Copy]:
     """Make all copies; they have landed when this returns, and when it raises nothing runs on.
+
+    Returns:
+        Those with numbers that are not finite.
 
     Raises:
         LoadError: One of them failed; its name and the reason. The others were stopped.
     """
-    pieces = [piece for each in copies for piece in each.pieces(STAGING_BYTES)]
-    total = sum(each.target.nbytes for each in pieces)
-    largest = max((_largest(each.target) for each in pieces), default=0)
+    pieces = [
+        (number, piece)
+        for number, each in enumerate(copies)
+        for piece in each.pieces(STAGING_BYTES)
+    ]
+    total = sum(piece.target.nbytes for _, piece in pieces)
+    largest = max((_largest(piece.target) for _, piece in pieces), default=0)
+    odd: set[int] = set()
     of_thread = threading.local()
     # Torch converts with threads of its own: as many at a time as that leaves cores for.
     conversions = threading.BoundedSemaphore(max(1, WORKERS // torch.get_num_threads()))
 
-    def make(piece: Copy) -> int:
+    def make(number: int, piece: Copy) -> int:
         try:
             if not hasattr(of_thread, "lane"):
                 platform.activate()
@@ -104,7 +114,8 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
                 with conversions if piece.convert is not None else contextlib.nullcontext():
                     made = piece.converted()
                 for each in made.pieces(STAGING_BYTES):
-                    of_thread.lane.copy(each.target, each.source, each.offset)
+                    if not of_thread.lane.copy(each.target, each.source, each.offset):
+                        odd.add(number)
         except Exception as error:  # a device fails with errors of many types
             raise LoadError(
                 f"{piece.name} cannot be copied to {platform.device}: {error}"
@@ -117,7 +128,7 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
     pool = ThreadPoolExecutor(WORKERS, "reprise-weights")
     try:
         with progress("weights (MiB)", total >> 20) as bar:
-            pending = {pool.submit(make, each) for each in pieces}
+            pending = {pool.submit(make, *each) for each in pieces}
             while pending:
                 # Not after each piece: the threads would wait for this one to take note.
                 finished, pending = wait(pending, SHOW_EVERY_SECONDS, FIRST_EXCEPTION)
@@ -126,6 +137,7 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
         platform.synchronize()
+    return [copies[number] for number in sorted(odd)]
 
 
 def _largest(target: Tensor) -> int:
@@ -149,17 +161,23 @@ class Lane:
         self.platform = platform
         self.conversions = conversions
 
-    def copy(self, target: Tensor, source: Tensor, offset: float) -> None:
-        """Fill ``target`` from host memory, now or in the order of the device's work."""
-        host = target.device.type == "cpu" and target.is_contiguous() and source.is_contiguous()
-        if host and target.dtype == source.dtype:
+    def copy(self, target: Tensor, source: Tensor, offset: float) -> bool:
+        """Fill ``target`` from host memory, now or in the order of the device's work. Returns
+        whether its numbers are finite."""
+        host = target.device.type == "cpu"
+        plain = host and target.is_contiguous() and source.is_contiguous()
+        if plain and target.dtype == source.dtype:
             # Torch would start a team of threads in each of ours.
-            np.copyto(_bytes(target), _bytes(source))
+            finite = copy_looking(target, source)
         else:
             with self.conversions:
-                target.copy_(source)
+                filled = target.copy_(source) if host else source.to(target.dtype)
+            finite = all_finite(filled)
+            if not host:
+                target.copy_(filled)
         if offset:
             target.add_(offset)
+        return finite
 
 
 class StagedLane(Lane):
@@ -177,16 +195,12 @@ class StagedLane(Lane):
             each.record(self._stream)
         self._turns = itertools.cycle(zip(buffers, reads, strict=True))
 
-    def copy(self, target: Tensor, source: Tensor, offset: float) -> None:
+    def copy(self, target: Tensor, source: Tensor, offset: float) -> bool:
         buffer, read = next(self._turns)
         read.synchronize()
         staged = buffer[: target.nbytes].view(target.dtype).view(target.shape)
-        super().copy(staged, source, offset)
+        finite = super().copy(staged, source, offset)
         with self.platform.use_stream(self._stream):
             target.copy_(staged, non_blocking=True)
         read.record(self._stream)
-
-
-def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
-    # Any stride is contiguous where there is one element, but not to a view of bytes.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+        return finite

@@ -22,6 +22,7 @@ from reprise.loading.destinations import (
     is_computed,
     ties,
 )
+from reprise.loading.odd_numbers import find_odd, refuse_odd
 from reprise.loading.transfer import Copy, copy_to, transfer
 from reprise.platforms import Platform
 
@@ -43,7 +44,7 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]
 
     Raises:
         LoadError: Lists all names that are unknown or come twice, all wrong shapes and dtypes, and
-            tied tensors that differ.
+            tied tensors that differ; or the tensors with numbers that are not finite.
     """
     misfits = Misfits("given", "needed")
     wanted = destinations(model)
@@ -74,6 +75,7 @@ def plan_update(model: CausalLM, weights: NamedTensors) -> dict[str, list[Copy]]
         if known is not mine and not all(_equal(old, new) for old, new in pairs):
             misfits.add("not equal to what the config ties it to", name)
     misfits.refuse("the new weights do not fit the model and nothing was changed")
+    refuse_odd(find_odd(list(itertools.chain(*copies.values()))), "nothing was changed")
     return copies
 
 

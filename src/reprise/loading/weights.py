@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import LoadError
-from reprise.layers import CausalLM, Destination, Implied, Linear, Stack
+from reprise.layers import Destination, Implied, Linear, Stack, StoredModel
 from reprise.layers.formats import DENSE, Format
 from reprise.loading.destinations import (
     Misfits,
@@ -23,6 +23,7 @@ from reprise.loading.destinations import (
     is_plain,
     ties,
 )
+from reprise.loading.odd_numbers import refuse_odd
 from reprise.loading.transfer import Copy, copy_to, transfer
 from reprise.loading.weight_files import stored_tensors
 from reprise.platforms import Platform
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: CausalLM, path: Path, load_format: str, platform: Platform, seed: int = 0
+    model: StoredModel, path: Path, load_format: str, platform: Platform, seed: int = 0
 ) -> None:
     """Fill every parameter of ``model``, in the dtype and on the device that it has.
 
@@ -47,7 +48,7 @@ def load_weights(
 
     Raises:
         LoadError: A file is missing or corrupted, tensors do not fit (lists all of them, and
-            nothing has been copied), or one cannot be copied.
+            nothing has been copied), one cannot be copied, or numbers are not finite.
     """
     started = time.perf_counter()
     if load_format == "dummy":
@@ -65,7 +66,7 @@ def load_weights(
     )
 
 
-def _fill_at_random(model: CausalLM, seed: int) -> None:
+def _fill_at_random(model: StoredModel, seed: int) -> None:
     """As each format says; what has no format as plain numbers."""
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -83,7 +84,7 @@ def _fill_at_random(model: CausalLM, seed: int) -> None:
             bar.advance()
 
 
-def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
+def _load_files(model: StoredModel, path: Path, platform: Platform) -> None:
     misfits = Misfits("in the file", "in the model")
     wanted = destinations(model)
     stored = by_our_names(stored_tensors(path).items(), model.renames, misfits)
@@ -127,14 +128,13 @@ def _load_files(model: CausalLM, path: Path, platform: Platform) -> None:
         if not is_computed(name):
             misfits.add("unexpected", name)
     misfits.refuse("the checkpoint does not fit the model")
-    transfer(copies, platform)
+    refuse_odd(transfer(copies, platform), "the checkpoint is damaged: fetch or save it again")
     for other, twin in twins.items():
         kept, shared = tied[other]
         if torch.equal(twin, shared.target):
             continue
-        if other != f"{model.lm_head.path}.weight":
+        if not model.untie(other, twin):
             raise LoadError(f"{other} and {kept} are one in the model and differ in the checkpoint")
-        model.untie(twin)
         logger.warning(
             "%s: the config ties it to the embedding (tie_word_embeddings), the checkpoint "
             "stores another one; the stored one is used",

@@ -39,6 +39,7 @@ class StepBuffers:
         platform: Where the device side lives.
         shared: Whether the device reads host memory; None: as the platform's does.
         num_drafts: Most tokens that are drafted behind a request's newest one.
+        rows: Where requests stand, if others know already; None: new ones.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class StepBuffers:
         platform: Platform,
         shared: bool | None = None,
         num_drafts: int = 0,
+        rows: Rows | None = None,
     ) -> None:
         self.layout = layout
         self.max_tokens, self.max_requests = max_tokens, max_requests
         self.platform = platform
         max_blocks = max(each.entries(max_model_len + num_drafts) for each in layout.tables)
-        self.rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
+        if rows is None:
+            rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
+        self.rows = rows
         self.known = KnownStep(self.rows, layout, max_model_len + num_drafts)
         self._admissions = min(ADMISSIONS, max_requests)
         num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
@@ -102,6 +106,8 @@ class StepBuffers:
             self._fresh,
             self._slots,
         ) = self._arena.arrays
+        self.shared = self._arena.shared
+        """The device reads host memory."""
         self._per_token = (self.input_ids, self.positions)
         self.slots = self._slots.device.view(num_tables, max_tokens)
         """[L, T] int64: of each table, where each token's rows go."""

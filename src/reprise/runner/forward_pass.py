@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.cache import CacheLayout, Copy
+from reprise.cache import CacheLayout, Copy, LayerCache
 from reprise.cache.memory import PoolTensor, pool_tensors
 from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
@@ -40,6 +40,8 @@ class ForwardPass:
         max_tokens: Most tokens in a mixed step.
         max_logits: Most tokens in a decode step.
         taps: Depths whose hidden states are a further output.
+        caches: By name, all that lie over the tables of the buffers; None: the model's.
+        draft: A model beside this one, whose weights are in the list of memory, too.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class ForwardPass:
         max_tokens: int,
         max_logits: int,
         taps: Sequence[Depth] = (),
+        caches: Mapping[str, LayerCache] | None = None,
+        draft: torch.nn.Module | None = None,
     ) -> None:
         self.ops = ops
         self.model: Callable[..., Any] = model
         self._causal_lm = model
         self._buffers = buffers
-        self._caches = model.caches()
+        self._caches = model.caches() if caches is None else caches
         dtype = next(model.parameters()).dtype
         device = platform.device
         self._hidden = torch.zeros(max_tokens, model.hidden_size, dtype=dtype, device=device)
@@ -73,8 +77,16 @@ class ForwardPass:
         ) = None
         """A tensor of the caches and the layout, by which others are told, and what follows."""
         self._weights = weights_of(model)
-        self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         parameters = {name for name, _ in model.named_parameters()}
+        if draft is not None:
+            own = {each.data_ptr() for each in self._weights.values()}
+            self._weights |= {
+                f"draft {name}": each
+                for name, each in weights_of(draft).items()
+                if each.data_ptr() not in own
+            }
+            parameters |= {f"draft {name}" for name, _ in draft.named_parameters()}
+        self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         self._tables = {
             name: each.detach().cpu().clone()
             for name, each in self._weights.items()
@@ -94,7 +106,7 @@ class ForwardPass:
         self._buffers.use_cache(layout)
         self._probes = ProbeMaker(
             self._buffers,
-            self._found_caches,
+            self.found_caches,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
             routed=self._causal_lm.routed,
@@ -165,7 +177,13 @@ class ForwardPass:
         return self._probes.probe(bucket, context)
 
     def state(self, bucket: StepShape) -> WrittenRows:
-        return WrittenRows(self._layout, *self._found_caches(), self._buffers, bucket)
+        return WrittenRows(*self.where_rows_are(), self._buffers, bucket)
+
+    def where_rows_are(
+        self,
+    ) -> tuple[CacheLayout, list[dict[str, PoolTensor]], list[list[Stack]]]:
+        """The tables and pools, and :meth:`found_caches`."""
+        return self._layout, *self.found_caches()
 
     def copy_states(self, copies: Sequence[Copy]) -> Tensor:
         """Copy states, all at once: what is a target of one is no source of another.
@@ -193,13 +211,13 @@ class ForwardPass:
 
     def _pools(self) -> list[dict[str, PoolTensor]]:
         """Of each pool the caches by name."""
-        return self._found_caches()[0]
+        return self.found_caches()[0]
 
     def _stacks(self) -> list[list[Stack]]:
         """Of each pool."""
-        return self._found_caches()[1]
+        return self.found_caches()[1]
 
-    def _found_caches(self) -> tuple[list[dict[str, PoolTensor]], list[list[Stack]]]:
+    def found_caches(self) -> tuple[list[dict[str, PoolTensor]], list[list[Stack]]]:
         """Of each pool the caches by name, and stacked; found again only when there are others."""
         every = (each for cache in self._caches.values() for each in cache.tensors.values())
         first = next(every, None)

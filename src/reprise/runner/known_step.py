@@ -99,6 +99,18 @@ class KnownStep:
         rows.move_on(place, self._moves, self._new)
         self._turn += 1
 
+    def follow(self, rows: Ints, new: Ints, back: int) -> None:
+        """A step of so many tokens of each row, the first ``back`` of which are computed again,
+        from where the rows stand behind all that was submitted. It moves no row on."""
+        self._numbers = self._place = rows
+        self._made_up, self._new, self._plain = (), new, False
+        self._verifies = np.ones(len(rows), dtype=bool)
+        if self._tells_replays:  # what drafts keeps no state
+            self._replays = may_replay(np.zeros(len(rows), dtype=bool))
+        self._least = np.maximum(self._rows.at_least[rows] - back, 0)
+        self._most = np.maximum(self._rows.at_most[rows] - back, 0)
+        self.tables_changed()
+
     def tables_changed(self) -> None:
         """Of some row."""
         self._until, self._blocks = _NEVER, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,15 @@ from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, PlatformError, RepriseError, describe
-from reprise.graphs import GraphRunner, Guard, parse_buckets, parse_plan, parse_verify, predict
+from reprise.graphs import (
+    Damage,
+    GraphOwners,
+    GraphRunner,
+    Guard,
+    parse_buckets,
+    parse_plan,
+    parse_verify,
+)
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
@@ -23,7 +31,13 @@ from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts import Drafter, make_drafter
+from reprise.runner.drafts import (
+    Drafter,
+    GraphOptions,
+    ModelDrafter,
+    load_draft,
+    make_drafter,
+)
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     build_model,
@@ -84,9 +98,22 @@ class ModelRunner:
                 )
             with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
-            caches = self.model.caches()
-            self.cache_layout = lay_out_caches(caches, self.block_size, num_drafts)
-            for name, each in caches.items():
+            with timeline.span("draft"):
+                draft = load_draft(
+                    config, self.model, checkpoint, platform,
+                    max_model_len=wanted_len, cache_dtype=cache_dtype,
+                )  # fmt: skip
+            self._draft = draft
+            self.caches = self.model.caches()
+            """Of all layers that keep something, by name."""
+            if draft is not None:
+                drafts = draft.caches().items()
+                self.caches |= {f"draft {name}": each for name, each in drafts}
+            self.lookahead = 0 if draft is None else draft.lookahead(num_drafts)
+            self.cache_layout = lay_out_caches(
+                self.caches, self.block_size, num_drafts, self.lookahead
+            )
+            for name, each in self.caches.items():
                 if each.lifetime.rewritten and each.drafts < num_drafts:
                     raise ConfigError(
                         f"speculative_config: the state of {name} cannot take back drafts that do "
@@ -107,23 +134,33 @@ class ModelRunner:
                 platform,
                 max_tokens=self.max_tokens,
                 max_logits=config.max_num_seqs * (1 + num_drafts),
+                caches=self.caches,
+                draft=draft,
+                taps=() if draft is None else draft.taps,
             )
             # Before graphs are captured: what they spoil has to be known, and made good.
             self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
             self.drafter: Drafter | None = None
-            if config.speculation is not None:
+            if draft is not None:
+                assert config.speculation is not None
+                self.drafter = ModelDrafter(
+                    config.speculation, draft, self.buffers, self.forward_pass,
+                    max_tokens=self.max_tokens, max_model_len=wanted_len,
+                )  # fmt: skip
+            elif config.speculation is not None:
                 rows = self.buffers.rows
                 self.drafter = make_drafter(config.speculation, rows, wanted_len, platform)
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
-            allocate_caches(self.model.caches(), self.cache_layout, platform)
+            allocate_caches(self.caches, self.cache_layout, platform)
             with timeline.span("compile"):
                 self._compile_kernels()
             with timeline.span("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
+                """The target's."""
                 activation_bytes += self._predict_graphs() + self._comparison_bytes()
             with self._after_prediction():
                 self._make_cache(wanted_len, activation_bytes)
@@ -160,7 +197,9 @@ class ModelRunner:
         self._sound = None
         if step.copies:
             self._sound = self.forward_pass.copy_states(step.copies)
-            self.graphs.caches_changed()
+            self.owners.caches_changed()
+        if self.drafter is not None and self.drafter.owners:
+            self.graphs.caches_changed()  # by drafts
         self._result = self.graphs.run(shape, at_least)
 
     def sample(self, step: Step, masks: Tensor | None = None) -> PendingOutput:
@@ -191,11 +230,13 @@ class ModelRunner:
         emitted = buffers.advance(drawn)
         if buffers.num_draws:
             self.sampler.count(buffers.new_tokens)
-        if self.drafter is not None and step.rows:
-            self.drafter.propose(step, rows, buffers.new_tokens)
-        return PendingOutput(
+        # Before anything is drafted, so that the tokens arrive while that runs.
+        pending = PendingOutput(
             step, buffers.rows, emitted, peaks, logprobs, prompt_logprobs, landing, self._sound
         )
+        if self.drafter is not None and step.rows:
+            self.drafter.propose(step, rows, buffers.new_tokens)
+        return pending
 
     def _landing(self) -> Landing:
         """A free one, or a new one where more steps are under way than the engine has."""
@@ -218,20 +259,27 @@ class ModelRunner:
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
         self._landings.clear()
-        self.buffers.forget()
+        self._forget_inputs()
         self.sampler.forget()
         self._result = None
+
+    def _forget_inputs(self) -> None:
+        self.buffers.forget()
+        if self.drafter is not None:
+            self.drafter.forget()
 
     def weights_replaced(self) -> None:
         """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
         self.forward_pass.reload = None
-        self.graphs.weights_changed()
+        self.owners.weights_changed()
 
     def _reload(self, weights: Sequence[str]) -> None:
         """Load the model's parameters again, and what it computes from the config."""
         logger.warning("loading the weights again: %s were changed", ", ".join(weights))
         config = self.config
         load_weights(self.model, self._checkpoint, config.load_format, self.platform, config.seed)
+        if self._draft is not None:
+            self._draft.reload()
         self.forward_pass.restore_tables()
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -276,28 +324,38 @@ class ModelRunner:
                 whole = torch.arange(len(part), device=part.device)
             yield top_logprobs(logits, ids, max(count, 0), whole)
 
+    @property
+    def owners(self) -> GraphOwners:
+        """Of all graphs: the target's, and those of a model that drafts."""
+        drafts = {} if self.drafter is None else self.drafter.owners
+        return GraphOwners({"target": self.graphs, **drafts})
+
+    def harmless(self, owner: str, damage: Damage) -> bool:
+        """A graph that was found wrong has cost accepted drafts at most, and no token."""
+        return owner != "target" and all(each.startswith("draft") for each in damage.wrong)
+
     def _plan_graphs(self) -> GraphRunner:
         config = self.config
-        return GraphRunner(
-            self.forward_pass,
-            self.platform,
+        options = GraphOptions(
             parse_plan(config.graph_mode),
             parse_buckets(config.graph_buckets, config.max_num_seqs, self.max_tokens),
             config.max_num_seqs,
-            verify=parse_verify(config.graph_verify),
-            query_lens=(1 + self.num_drafts,),
+            parse_verify(config.graph_verify),
         )
+        if isinstance(self.drafter, ModelDrafter):
+            self.drafter.plan_graphs(options)
+        return options.runner(self.forward_pass, self.buffers, 1 + self.num_drafts)
 
     def _predict_graphs(self) -> int:
         """Bytes to keep free for graphs."""
         if self.config.graph_memory_profile == "off":
             self.graphs.memory.note = "not predicted: graph_memory_profile=off"
             return 0
-        return predict(self.graphs).predicted or 0
+        return self.owners.predict()
 
     def _comparison_bytes(self) -> int:
         """Bytes to keep free for comparisons of graphs with eager execution."""
-        nbytes = self.graphs.comparison_bytes()
+        nbytes = self.owners.comparison_bytes()
         if nbytes:
             logger.info("graph verification: %.2f GiB kept free for comparisons", nbytes / 2**30)
         return nbytes
@@ -335,8 +393,10 @@ class ModelRunner:
             layout.requests(1), layout.requests(longest), longest, config.max_num_seqs,
         )  # fmt: skip
         with timeline.span("cache"):
-            allocate_caches(self.model.caches(), self.cache_layout, platform)
+            allocate_caches(self.caches, self.cache_layout, platform)
         self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
+        if isinstance(self.drafter, ModelDrafter):
+            self.drafter.use_cache(self.cache_layout, self.max_model_len)
 
     @property
     def num_blocks(self) -> int:
@@ -345,8 +405,8 @@ class ModelRunner:
 
     def _capture_graphs(self) -> None:
         with progress("graphs", 0) as bar:
-            self.graphs.capture_all(bar.show)
-        self.buffers.forget()
+            self.owners.capture_all(bar.show)
+        self._forget_inputs()
 
     def _compile_kernels(self) -> None:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
@@ -363,9 +423,20 @@ class ModelRunner:
         decode = [StepShape.decode(n, 1 + self.num_drafts) for n in sizes]
         compile_ahead(
             self.ops,
-            [lambda: self.model.logits(run(mixed)[:1]), lambda: ops.argmax(run(*decode))],
+            [
+                lambda: self.model.logits(run(mixed)[:1]),
+                lambda: ops.argmax(run(*decode)),
+                *self._draft_passes(min(self.max_tokens, 64), *sizes),
+            ],
             beside=self._example_of_the_rest,
         )
+
+    def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
+        """Those of a model that drafts, of steps of so many tokens and requests."""
+        if not isinstance(self.drafter, ModelDrafter):
+            return []
+        sizes = ((max(tokens, each), each) for each in requests)
+        return [run for each in sizes for run in self.drafter.forward_passes(*each)]
 
     def _example_of_the_rest(self) -> None:
         """Calls of the ops that surround a forward pass."""
@@ -391,6 +462,8 @@ class ModelRunner:
                 logits = self.forward_pass.forward(decode).float()
                 logits.clone().softmax(dim=-1).add_(logits)
                 del logits
+                for each in self._draft_passes(tokens, requests):
+                    each()
             self.platform.synchronize()
             peak = self.platform.peak_memory_allocated() - before
             self.platform.empty_cache()

@@ -11,7 +11,7 @@ from torch import Tensor
 from reprise.cache.layout import TableLayout
 from reprise.ops.step import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
 from reprise.platforms import Platform
-from reprise.runner.arena import Ints
+from reprise.runner.arena import Ints, to_device
 from reprise.runner.kinds import RowLayouts
 from reprise.step import Admission, Step
 
@@ -44,6 +44,7 @@ class Rows:
     ) -> None:
         self.count = max_requests + 1
         device = platform.device
+        self._platform = platform
         self.num_drafts = num_drafts
         seeds = NEXT + 1 + num_drafts
         self._top_k, self._seed = seeds + 1, seeds
@@ -112,6 +113,11 @@ class Rows:
                 params.frequency_penalty,
             )
         return integers, floats
+
+    def clear_tables(self, rows: Ints) -> None:
+        """These rows get new owners: no block of the last ones' is in their tables any more."""
+        self.host_tables[:, rows] = 0
+        self.tables.index_fill_(1, to_device(rows, self._platform), 0)
 
     def edit(self, step: Step) -> tuple[Ints, Ints]:
         """Note the step's new entries of block tables; returns their places in the flat tables and

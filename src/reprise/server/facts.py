@@ -89,11 +89,11 @@ def metric_facts(engine: Engine, emissions: Emissions) -> list[list[Any]]:
 
 def graph_facts(engine: Engine) -> dict[str, Any]:
     """What is known of every captured graph."""
-    return engine.runner.graphs.report().to_dict()
+    return engine.runner.owners.report().to_dict()
 
 
 def _graph_metrics(engine: Engine) -> list[Metric]:
-    report = engine.runner.graphs.report()
+    report = engine.runner.owners.report()
     label = {"model_name": engine.config.model or "demo"}
     found: list[Metric] = []
     for phase in sorted({str(each.phase) for each in report.graphs}):

@@ -15,9 +15,6 @@ class Drafter(Protocol):
     """Fills what rows have behind their newest tokens. Works on the device alone, and nobody else
     knows in how many passes, or of what."""
 
-    lookahead: int
-    """Tokens behind those that a step verifies whose places in the caches it writes."""
-
     @property
     def owners(self) -> Mapping[str, GraphRunner]:
         """Who runs its graphs, by names for people; empty if it computes no model."""
@@ -46,3 +43,6 @@ class Drafter(Protocol):
 
     def memory(self) -> dict[str, Tensor]:
         """What lies on the device from step to step, by name."""
+
+    def forget(self) -> None:
+        """A step failed half-way, or inputs were overwritten: the next step is begun anew."""

@@ -30,7 +30,6 @@ class NgramDrafter:
         platform: The device.
     """
 
-    lookahead = 0
     owners: Mapping[str, GraphRunner] = {}
 
     def __init__(
@@ -71,3 +70,6 @@ class NgramDrafter:
 
     def memory(self) -> dict[str, Tensor]:
         return {"n-gram drafter's texts": self._tokens}
+
+    def forget(self) -> None:
+        """Nothing is kept from step to step but what rows are admitted with."""

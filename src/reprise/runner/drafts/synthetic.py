@@ -29,7 +29,6 @@ class SyntheticDrafter:
         platform: The device.
     """
 
-    lookahead = 0
     owners: Mapping[str, GraphRunner] = {}
 
     def __init__(self, speculation: Speculation, rows: Rows, platform: Platform) -> None:
@@ -61,3 +60,6 @@ class SyntheticDrafter:
 
     def memory(self) -> dict[str, Tensor]:
         return {}
+
+    def forget(self) -> None:
+        """Nothing is kept from step to step but what rows are admitted with."""

@@ -1,0 +1,105 @@
+"""The graph runners of one engine, as one: a target's, and those of what drafts for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+
+from reprise.graphs.capture import Progress
+from reprise.graphs.memory import predict
+from reprise.graphs.report import GraphMemory, GraphReport
+from reprise.graphs.runner import Damage, GraphRunner
+
+logger = logging.getLogger(__name__)
+
+
+class GraphOwners:
+    """Runners that compute in turn, over the same caches.
+
+    Args:
+        runners: By what their computations are called; the first is the target's.
+    """
+
+    def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
+        self.runners = runners
+
+    def __iter__(self) -> Iterator[tuple[str, GraphRunner]]:
+        return iter(self.runners.items())
+
+    @property
+    def num_graphs(self) -> int:
+        """Buckets that have one, or had."""
+        return sum(len(each.bucket_graphs) for each in self.runners.values())
+
+    def predict(self) -> int:
+        """Bytes to keep free for graphs, see :func:`reprise.graphs.predict`."""
+        return sum(predict(each).predicted or 0 for each in self.runners.values())
+
+    def comparison_bytes(self) -> int:
+        """Bytes to keep free for comparisons, of which one is made at a time."""
+        return max(each.comparison_bytes() for each in self.runners.values())
+
+    def capture_all(self, progress: Progress | None = None) -> None:
+        """See :meth:`GraphRunner.capture_all`."""
+        for each in self.runners.values():
+            each.capture_all(progress)
+
+    def caches_changed(self) -> None:
+        """See :meth:`GraphRunner.caches_changed`."""
+        for each in self.runners.values():
+            each.caches_changed()
+
+    def weights_changed(self) -> None:
+        """See :meth:`GraphRunner.weights_changed`."""
+        for each in self.runners.values():
+            each.weights_changed()
+
+    def prove_more(self) -> bool:
+        """See :meth:`GraphRunner.prove_more`: one comparison, of whoever has one left."""
+        self.caches_changed()  # by probes of another's
+        return any(each.prove_more() for each in self.runners.values())
+
+    def take_damages(self) -> list[tuple[str, Damage]]:
+        """What graphs have left behind in the last step, and whose they are."""
+        found = ((name, each.take_damage()) for name, each in self.runners.items())
+        return [(name, damage) for name, damage in found if damage is not None]
+
+    def report(self) -> GraphReport:
+        """All of them in the words of one; the plan is the target's."""
+        names, reports = list(self.runners), [each.report() for each in self.runners.values()]
+        first = reports[0]
+        if len(reports) == 1:
+            return first
+        known = [each.memory for each in reports]
+        predicted = [each.predicted for each in known if each.predicted is not None]
+        actual = [each.actual for each in known if each.actual is not None]
+        return replace(
+            first,
+            downgrades=[
+                {**each, "phase": f"{name} {each['phase']}"} if number else each
+                for number, (name, report) in enumerate(zip(names, reports, strict=True))
+                for each in report.downgrades
+            ],
+            graphs=list(chain.from_iterable(each.graphs for each in reports)),
+            eager_steps=sum(each.eager_steps for each in reports),
+            canaries=sum(each.canaries for each in reports),
+            canary_failures=sum(each.canary_failures for each in reports),
+            unproven_eager=sum(each.unproven_eager for each in reports),
+            bounds={k: max(e.bounds.get(k, 0.0) for e in reports)
+                    for k in chain.from_iterable(e.bounds for e in reports)},
+            memory=GraphMemory(
+                sum(predicted) if predicted else None,
+                sum(actual) if actual else None,
+                "; ".join(dict.fromkeys(each.note for each in known if each.note)),
+                any(each.failed for each in known),
+            ),
+            capture_seconds=sum(each.capture_seconds for each in reports),
+            verify_seconds=sum(each.verify_seconds for each in reports),
+            blind_inputs=[
+                f"{name}: {each}" if number else each
+                for number, (name, report) in enumerate(zip(names, reports, strict=True))
+                for each in report.blind_inputs
+            ],
+        )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The model that drafts, as ``speculative_config`` names it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+
+from reprise.config import EngineConfig
+from reprise.errors import ConfigError, LoadError, ModelError, describe
+from reprise.layers import CausalLM
+from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
+from reprise.platforms import Platform
+from reprise.runner.drafts.draft_model import DraftModel, IndependentModel
+from reprise.runner.model_choices import build_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_draft(
+    config: EngineConfig,
+    target: CausalLM,
+    checkpoint: Checkpoint,
+    platform: Platform,
+    *,
+    max_model_len: int,
+    cache_dtype: torch.dtype | None,
+) -> DraftModel | None:
+    """The draft model with its weights; None: no model drafts.
+
+    Args:
+        config: Says which.
+        target: Whose tokens it drafts.
+        checkpoint: The target's.
+        platform: The device.
+        max_model_len: Longest context of the target. What the draft was trained for does not lower
+            it: behind that its drafts count less often.
+        cache_dtype: Of the target's keys and values.
+
+    Raises:
+        ConfigError: The target is none that drafts can be taken back from, or the draft's tokens
+            are others.
+        ModelError: The draft model is none that can be built.
+        LoadError: Its weights do not load.
+    """
+    asked = config.speculation
+    if asked is None or asked.model is None:
+        return None
+    named = f"speculative_config: model={asked.model!r}"
+    found = open_checkpoint(
+        asked.model, revision=asked.revision, config_only=config.load_format == "dummy"
+    )
+    require_method(asked.quantization, found.config)
+    _same_tokens(named, checkpoint, found, target)
+    model = build_model(
+        found.config,
+        max_model_len=max_model_len,
+        table_blocks=0,
+        dtype=next(target.parameters()).dtype,
+        cache_dtype=cache_dtype,
+        platform=platform,
+    )
+    states = [name for name, each in model.caches().items() if each.lifetime.rewritten]
+    if states:
+        raise ConfigError(
+            f"{named} has layers with a recurrent state ({states[0]}), from which drafts that do "
+            "not count cannot be taken back yet; give another model"
+        )
+    fill = partial(load_weights, model, found.path, config.load_format, platform, config.seed)
+    fill()
+    return IndependentModel(model, fill)
+
+
+def _same_tokens(named: str, checkpoint: Checkpoint, draft: Checkpoint, target: CausalLM) -> None:
+    """Refuse a draft model whose ids stand for other tokens."""
+    size = getattr(draft.config, "vocab_size", None)
+    if size != target.vocab_size:
+        raise ConfigError(
+            f"{named} has a vocabulary of {size} tokens and the target one of "
+            f"{target.vocab_size}; a draft model must have the target's"
+        )
+    ours, theirs = (_vocabulary(each) for each in (checkpoint, draft))
+    if ours is None or theirs is None:
+        logger.info("%s: whether its tokens are the target's is not known: no tokenizer", named)
+        return
+    other = next((token for token, number in ours.items() if theirs.get(token) != number), None)
+    if other is not None:
+        raise ConfigError(
+            f"{named}: token {other!r} has the id {theirs.get(other)} there and {ours[other]} in "
+            "the target's tokenizer; a draft model must have the target's"
+        )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Ids by token; None: it has no tokenizer."""
+    try:
+        found: dict[str, Any] = checkpoint.tokenizer().get_vocab()
+    except (LoadError, ModelError) as error:
+        logger.debug("%s", describe(error))
+        return None
+    return found
