@@ -146,8 +146,8 @@ def build_model(
     table_blocks: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None,
-    num_drafts: int,
     platform: Platform,
+    num_drafts: int = 0,
 ) -> CausalLM:
     """The model with unset weights, after it has been made sure that the device can hold it.
 
@@ -157,8 +157,8 @@ def build_model(
         table_blocks: Entries of all requests' block tables.
         dtype: Of the weights.
         cache_dtype: See :func:`choose_cache_dtype`.
-        num_drafts: See :class:`reprise.layers.Build`.
         platform: Drives the device.
+        num_drafts: See :class:`reprise.layers.Build`.
 
     Raises:
         ModelError: The config describes no model that can be built.
