@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reprise.bench.experts import expected_hits
 from reprise.bench.floor import Floor, size
 from reprise.cache import Lifetime
 from reprise.engine import Engine
@@ -69,7 +70,7 @@ class _Experts:
 
     def hit(self, rows: int) -> float:
         """Experts that so many rows need, if each takes any as likely as any other."""
-        return self.count * (1 - (1 - self.top / self.count) ** rows)
+        return expected_hits(self.count, self.top, rows)
 
 
 class ModelWork:

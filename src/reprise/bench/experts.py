@@ -50,12 +50,16 @@ def count_experts_hit(engine: Engine, prompts: Sequence[list[int]]) -> float | N
     return statistics.mean(hits)
 
 
+def expected_hits(experts: int, top: int, rows: int) -> float:
+    """Experts that so many rows need, if each takes any ``top`` as likely as any others."""
+    return float(experts * (1 - (1 - top / experts) ** rows))
+
+
 def uniform_hits(model: CausalLM, rows: int) -> float | None:
     """How many it would be if each row was sent to any experts, all equally likely."""
     for each in model.modules():
         if isinstance(each, SparseMLP):
-            experts, top = each.routing.experts, each.routing.top
-            return float(experts * (1 - (1 - top / experts) ** rows))
+            return expected_hits(each.routing.experts, each.routing.top, rows)
     return None
 
 
@@ -67,10 +71,10 @@ def _hits_of(engine: Engine, shape: StepShape) -> list[int]:
     ) -> Any:
         result = function(*args, **kwargs)
         if op.name == "route":
-            found.append({**dict(zip(op.arguments, args, strict=False)), **kwargs}["ids"].clone())
+            found.append(op.named(args, kwargs)["ids"].clone())
         return result
 
     runner = engine.runner
-    with torch.inference_mode(), runner.ops.activate(), intercept(note):
+    with runner.ops.computing(), intercept(note):
         runner.forward_pass.forward(shape)
     return [len(each[each >= 0].unique()) for each in found]

@@ -92,7 +92,7 @@ def throughput(
         "wait_seconds": round(statistics.median(each.wait_seconds for each in runs), 4),
         "bound": {
             **floor.as_dict(),
-            "schedule_seconds": round(found.of_schedule, 6),
+            "schedule_seconds": round(found.of_schedule, 9),
             "schedule_tokens_per_s": round(sum(outputs) / found.of_schedule, 1),
             "times_schedule": round(seconds / found.of_schedule, 3),
             # Of prompts that may be cached nobody knows what has to be computed.
@@ -111,7 +111,7 @@ def _of_any(engine: Engine, found: Bounds, tokens: int, seconds: float) -> dict[
     if engine.config.enable_prefix_caching:
         return {"any_seconds": None, "any_tokens_per_s": None, "times_any": None}
     return {
-        "any_seconds": round(found.of_any, 6),
+        "any_seconds": round(found.of_any, 9),
         "any_tokens_per_s": round(tokens / found.of_any, 1),
         "times_any": round(seconds / found.of_any, 3),
     }

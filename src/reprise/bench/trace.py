@@ -93,10 +93,7 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
         RepriseError: Some step was not a decode step of the whole batch.
         OSError: The file cannot be written.
     """
-    # The profiler's library for this device is torn down some time after a recording. That may
-    # happen in the middle of the next one, which is then empty; so keep it.
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    on_device = supported_activities() - {ProfilerActivity.CPU}
+    on_device = device_activities()
     if not engine.platform.asynchronous:
         on_device = set()  # the profiler may know another device than the one that computes
     prompts = _resident(engine, prompts)
@@ -120,6 +117,14 @@ def record_trace(engine: Engine, prompts: Sequence[list[int]], path: Path) -> di
         "steps": STEPS,
         **figures,
     }
+
+
+def device_activities() -> set[ProfilerActivity]:
+    """What the profiler can record of devices, in this process as often as need be."""
+    # The profiler's library for a device is torn down some time after a recording. That may
+    # happen in the middle of the next one, which is then empty; so keep it.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    return set(supported_activities()) - {ProfilerActivity.CPU}
 
 
 def device_figures(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any] | None:

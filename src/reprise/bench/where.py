@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile, supported_activities
+from torch.profiler import profile
 
-from reprise.bench.trace import DEVICE_WORK, exported_events
+from reprise.bench.trace import DEVICE_WORK, device_activities, exported_events
 from reprise.engine import Engine
 from reprise.ops import Op
 from reprise.ops.registry import intercept
@@ -60,21 +58,14 @@ def _of_ops(work: Callable[[], Any]) -> dict[str, float] | None:
 
 
 def _of_device(work: Callable[[], Any]) -> dict[str, float] | None:
-    activities = supported_activities() - {ProfilerActivity.CPU}
+    activities = device_activities()
     if not activities:
         return None
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    with profile(activities=activities) as recorded, _stopwatch() as total:
+    with profile(activities=activities) as recorded:
+        began = time.perf_counter()
         work()
-    return by_kind(exported_events(recorded), total[0])
-
-
-@contextlib.contextmanager
-def _stopwatch() -> Iterator[list[float]]:
-    found: list[float] = []
-    began = time.perf_counter()
-    yield found
-    found.append(time.perf_counter() - began)
+        total = time.perf_counter() - began
+    return by_kind(exported_events(recorded), total)
 
 
 def by_kind(events: Iterable[Mapping[str, Any]], total: float) -> dict[str, float] | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reprise.errors import describe
@@ -84,7 +83,7 @@ class Capturer:
         gc.collect()
         gc.freeze()
         try:
-            with torch.inference_mode(), self._computation.ops.activate():
+            with self._computation.ops.computing():
                 yield
         finally:
             gc.unfreeze()

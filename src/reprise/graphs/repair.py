@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from reprise.graphs.capture import BucketGraph
+from reprise.graphs.compare import copies
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.prove import Prover
@@ -83,8 +84,8 @@ def _where(
     """The op at which the graph leaves the path of eager execution on the step at hand, and what
     the search has changed, which replays what is wrong: inputs and memory beside are as before."""
     before = guard.before(Scope())
-    inputs = {k: v.clone() for k, v in computation.inputs(bucket.shape).items()}
-    outputs = {k: v.clone() for k, v in computation.outputs(shape).items()}
+    inputs = copies(computation.inputs(bucket.shape))
+    outputs = copies(computation.outputs(shape))
     state = computation.state(bucket.shape)
     rows = state.read()
 

@@ -50,7 +50,7 @@ def uses_of(table: OpTable, forward: Callable[[], Any]) -> Uses:
         found[op.name, implementation.name] = op, implementation
         return op.fake(*args, **kwargs)
 
-    with torch.inference_mode(), table.activate(), intercept(note):
+    with table.computing(), intercept(note):
         forward()
     return list(found.values())
 

@@ -262,7 +262,7 @@ def tensor_arguments(
     op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensor arguments of a call by name: all of them, and those that the op writes."""
-    named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
+    named = op.named(args, kwargs)
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     return tensors, op.written(named)
 

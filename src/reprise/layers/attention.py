@@ -75,10 +75,10 @@ class SelfAttention(nn.Module):
         self.cache = LayerCache(lifetime, **rows)
         self.cos_sin = cos_sin
         self.output_gate = output_gate
-        stride = head_size * (2 if output_gate else 1)
 
-        def of_heads(begin: int) -> list[Run]:
-            return [Run("q_proj", head * stride + begin, head_size) for head in range(num_heads)]
+        def of_heads(begin: int) -> list[Run]:  # each head's query is followed by its gate
+            starts = range(begin, 2 * num_heads * head_size, 2 * head_size)
+            return [Run("q_proj", each, head_size) for each in starts]
 
         kv = [Run(name, 0, num_kv_heads * head_size) for name in ("k_proj", "v_proj")]
         queries = of_heads(0) if output_gate else [Run("q_proj", 0, num_heads * head_size)]

@@ -65,7 +65,7 @@ class Stack(nn.Module):
         beside: Stack | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.count, self.parts, self.merged_name = build.path, count, dict(parts), merged
+        self.path, self.count, self.merged_name = build.path, count, merged
         self.in_features, self.out_features = in_features, sum(parts.values())
         self._runs = [Run(name, 0, size) for name, size in parts.items()]
         self.format = self._format(build, beside)
@@ -91,15 +91,17 @@ class Stack(nn.Module):
         if first.merged(rows_of(beside._runs)) is beside.format:
             return beside.format
         raise ModelError(
-            f"{', '.join(beside.parts)} and {', '.join(self.parts)} of {build.path} are stored in "
+            f"{', '.join(each.name for each in beside._runs)} and "
+            f"{', '.join(each.name for each in self._runs)} of {build.path} are stored in "
             "different formats, which is not supported"
         )
 
     def destinations(self) -> Iterator[tuple[str, Place]]:
         """Each tensor of a checkpoint that has one for each expert, by its full name."""
+        runs = list(zip(self._runs, rows_of(self._runs), strict=True))
         for expert in range(self.count):
             tensors = {name: each[expert] for name, each in self.tensors.items()}
-            for run, rows in zip(self._runs, rows_of(self._runs), strict=True):
+            for run, rows in runs:
                 for name, place in self.format.stored(tensors, rows, self.in_features):
                     yield f"{self.path}.{expert}.{run.name}.{name}", place
 
@@ -108,7 +110,9 @@ class Stack(nn.Module):
         and the names in whose place it stands."""
         for name, each in self.tensors.items():
             pieces = [
-                f"{self.path}.{n}.{part}.{name}" for n in range(self.count) for part in self.parts
+                f"{self.path}.{n}.{run.name}.{name}"
+                for n in range(self.count)
+                for run in self._runs
             ]
             yield (
                 f"{self.path}.{self.merged_name}{name.removeprefix('weight')}",

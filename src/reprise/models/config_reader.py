@@ -144,6 +144,16 @@ def window_size(config: Config) -> int:
     return whole_number(config, "sliding_window")
 
 
+def same_windows(config: Config) -> list[int]:
+    """The window of each layer, 0 for none, of an architecture in which all have the same.
+
+    Raises:
+        ModelError: ``sliding_window`` is no number of tokens, or there is no number of layers.
+    """
+    size = 0 if config.sliding_window is None else window_size(config)
+    return [size] * layer_count(config)
+
+
 def layer_kinds(config: Config, supported: Sequence[str]) -> Sequence[str]:
     """``layer_types``.
 

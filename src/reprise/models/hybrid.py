@@ -70,7 +70,8 @@ def build_hybrid(
         ModelError: The config asks for something that is not computed here.
     """
     require(config, hidden_act="silu", attention_bias=False, attn_output_gate=True)
-    require(config, output_gate_type="swish" if _is_swish(config) else "silu")
+    if getattr(config, "output_gate_type", None) != "swish":  # another name of SiLU
+        require(config, output_gate_type="silu")
     require(config, mamba_ssm_dtype="float32")
     require_sizes(config, dense=mlp is None)
     hidden, eps = config.hidden_size, norm_eps(config)
@@ -125,11 +126,6 @@ def build_hybrid(
         renames=_TEXT,
         others=_OTHERS,
     )
-
-
-def _is_swish(config: Config) -> bool:
-    """Another name of SiLU."""
-    return getattr(config, "output_gate_type", None) == "swish"
 
 
 def _linear_sizes(config: Config) -> dict[str, int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from reprise.layers import Build, CausalLM, SparseMLP
-from reprise.models.config_reader import Config, layer_count, window_size
+from reprise.models.config_reader import Config, same_windows
 from reprise.models.dense import build_dense
 from reprise.models.sparse import routing_of
 
 
 def build(config: Config, build: Build) -> CausalLM:
     """See :func:`reprise.models.registry.build`."""
-    size = 0 if config.sliding_window is None else window_size(config)
+    windows = same_windows(config)
     routing = routing_of(config, renormalize=True)
 
     def mlp(build: Build, index: int) -> nn.Module:
@@ -20,4 +20,4 @@ def build(config: Config, build: Build) -> CausalLM:
         here = build.at("block_sparse_moe")
         return SparseMLP(here, *sizes, routing, names=("w1", "w3", "w2"))
 
-    return build_dense(config, build, windows=[size] * layer_count(config), mlp=mlp)
+    return build_dense(config, build, windows=windows, mlp=mlp)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reprise.layers import Build, CausalLM
-from reprise.models.config_reader import Config, flag, layer_count, window_size
+from reprise.models.config_reader import Config, flag, same_windows
 from reprise.models.dense import build_dense
 from reprise.models.sparse import sparse_mlps
 
@@ -11,14 +11,12 @@ from reprise.models.sparse import sparse_mlps
 def build(config: Config, build: Build) -> CausalLM:
     """See :func:`reprise.models.registry.build`."""
     bias = flag(config, "attention_bias")
-    # None as well where use_sliding_window says no.
-    window = 0 if config.sliding_window is None else window_size(config)
     return build_dense(
         config,
         build,
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
-        windows=[window] * layer_count(config),
+        windows=same_windows(config),  # none as well where use_sliding_window says no
         mlp=sparse_mlps(config, renormalize=flag(config, "norm_topk_prob")),
     )

@@ -54,7 +54,7 @@ def compile_ahead(
             waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)
 
-    with torch.inference_mode(), table.activate():
+    with table.computing():
         with intercept(note):
             beside()
             alone = waves.pop()
@@ -81,7 +81,7 @@ def wake_compiler(platform: Platform) -> None:
     if not table.chosen["rms_norm"].compiles:
         return
     row = torch.ones(1, 16, dtype=platform.default_dtype, device=platform.device)
-    with torch.inference_mode(), table.activate():
+    with table.computing():
         try:
             rms_norm(row, row[0], 1e-6)
         except Exception as error:

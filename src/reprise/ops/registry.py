@@ -79,6 +79,10 @@ class Op:
         """Their names, in order."""
         return tuple(each.name for each in self.overload._schema.arguments)
 
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+
     def written(self, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Those of a call's arguments that the op writes; it may be called without some."""
         found = {name: named.get(name) for name in self.mutates}

@@ -168,9 +168,9 @@ class ModelRunner:
                     self._capture_graphs()
         self._shape = StepShape.decode(0)
         self._result: Tensor | None = None
+        """Of the step that was submitted last."""
         self._sound: Tensor | None = None
         """Of the step's copies of states, whether they are of finite numbers."""
-        """Of the step that was submitted last."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
 

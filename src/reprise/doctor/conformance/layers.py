@@ -176,7 +176,7 @@ class _Comparison:
         self.counts[op.name] += 1
         module = self.places.module(f"{op.name} #{index}")
         call = CallReport(str(self.shape), op.name, index, module, layer_number(module), used.name)
-        named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         before = {name: each.clone() for name, each in op.written(named).items()}
         result = function(*args, **kwargs)
         got = _written(op, named, result)
@@ -194,7 +194,7 @@ class _Comparison:
     ) -> Any:
         result = function(*args, **kwargs)
         call, other = next(self.drifts)
-        named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         here = _written(op, named, result)
         call.drift = max((_distance(here[name], each) for name, each in other.items()), default=0.0)
         return result

@@ -142,7 +142,7 @@ def _run(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     # A kernel that starts early takes for granted that weights and lengths were there long before.
     kit.platform.synchronize()
-    with torch.inference_mode(), kit.ops.activate():
+    with kit.ops.computing():
         result = function(**copied)
     found = op.written(copied)
     if isinstance(result, Tensor):

@@ -9,8 +9,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from reprise.doctor.graphs.places import Places
 from reprise.doctor.graphs.proof import proof_of, refusal
 from reprise.doctor.graphs.report import (
@@ -82,7 +80,7 @@ def measure(
         fault=None if fault is None else _fault_facts(*fault),
     )
     work = _Measurement(runner, matrix, buckets, fault, progress)
-    with torch.inference_mode(), runner.ops.activate():
+    with runner.ops.computing():
         work.eager()
         for each in executors:
             if each != "none":

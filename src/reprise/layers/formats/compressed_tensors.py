@@ -60,10 +60,15 @@ class _Group(NamedTuple):
 
 class _Formats:
     def __init__(self, groups: Sequence[_Group], ignored: Sequence[str]) -> None:
-        self._groups, self._ignored = groups, ignored
+        self._groups = groups
+        # Asked for each product of each expert, and some checkpoints list hundreds.
+        self._names = frozenset(each for each in ignored if not each.startswith("re:"))
+        self._patterns = [each for each in ignored if each.startswith("re:")]
 
     def of(self, path: str) -> Format:
-        if any(_is_named(path, each) or each == "Linear" for each in self._ignored):
+        if path in self._names or "Linear" in self._names:
+            return DENSE
+        if any(_is_named(path, each) for each in self._patterns):
             return DENSE
         # A module's own name counts for more than that of its class.
         for matches in (_is_named, lambda path, target: target == "Linear"):

@@ -152,4 +152,5 @@ def is_within(path: str, names: Sequence[str]) -> bool:
     """Whether a module has one of these names, or lies in one that has, or some last or middle part
     of its path is one of them: ``mlp.gate`` and ``model.layers.3`` both have
     ``model.layers.3.mlp.gate``, and ``mlp.gate`` does not have ``mlp.gate_proj``."""
-    return any(f".{each}." in f".{path}." for each in names)
+    whole = f".{path}."
+    return any(f".{each}." in whole for each in names)

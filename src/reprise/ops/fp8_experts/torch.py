@@ -48,9 +48,7 @@ def fp8_experts(
         group = block_k or rows.shape[1]
         numbers, scales = quantise(rows, group)
         seen = dequantise(numbers, scales, 1, group)
-        wide = scale.repeat_interleave(group, dim=2)[:, :, : stack.shape[2]]
-        wide = wide.repeat_interleave(block_n, dim=1)[:, : stack.shape[1]]
-        meant = stack.float() * wide
+        meant = dequantise(stack, scale, block_n, group)
         return F.grouped_mm(seen, meant.transpose(1, 2), offs=ends).to(x.dtype)
 
     def multiply(rows: Tensor, ends: Tensor) -> Tensor:

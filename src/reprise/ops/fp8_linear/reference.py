@@ -59,11 +59,11 @@ def quantise(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(numbers: Tensor, scale: Tensor, block_n: int, block_k: int) -> Tensor:
-    """[N, K] float32: what the numbers stand for."""
-    outputs, inputs = numbers.shape
-    wide = scale.repeat_interleave(block_k, dim=1)[:, :inputs]
+    """[..., N, K] float32: what the numbers stand for."""
+    outputs, inputs = numbers.shape[-2:]
+    wide = scale.repeat_interleave(block_k, dim=-1)[..., :inputs]
     if block_n > 1:
-        wide = wide.repeat_interleave(block_n, dim=0)[:outputs]
+        wide = wide.repeat_interleave(block_n, dim=-2)[..., :outputs, :]
     return numbers.float() * wide
 
 

@@ -50,7 +50,7 @@ class Fault(ABC):
         return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(self.op.arguments, args, strict=False)), **kwargs}
+        named = self.op.named(args, kwargs)
         with host_code():
             return self.run(named)
 

@@ -72,6 +72,6 @@ def wrongly(op: Op, fault: WrongProduct) -> Compute:
     reference = op.implementations["reference"].function
 
     def compute(*args: Any, **kwargs: Any) -> Tensor:
-        return fault(reference, {**dict(zip(op.arguments, args, strict=False)), **kwargs})
+        return fault(reference, op.named(args, kwargs))
 
     return compute
