@@ -117,12 +117,12 @@ class WrongPadded(WrongWhere):
 
 class WrongValues(WrongWhere):
     name = "wrong_values"
-    summary = "a row in a hundred or so is wrong, by its values alone"
+    summary = "a row in a dozen or so is wrong, by its values alone"
     caught = "canary:1"
 
     def where(self, named: dict[str, Any]) -> Tensor:
         values = named[self.activation(named)].flatten(1)[:, 0].float()
-        return (values * 1000).abs().long() % 97 == 5
+        return (values * 1000).abs().long() % 13 == 5
 
 
 class WrongPositions(WrongWhere):
