@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -72,6 +74,16 @@ def time_to_verify() -> None:
     prove.VERIFY_SECONDS = 120.0
 
 
+@pytest.fixture(autouse=True)
+def default_logging() -> None:
+    """Commands that run in this process set up its logging: what a test reads of the log does not
+    depend on the tests before it."""
+    logging.captureWarnings(False)
+    for name in ("reprise", "py.warnings"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).setLevel("NOTSET")
+
+
 @pytest.fixture
 def kinds_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine too, live steps that start-up has not met are compared, whatever that
@@ -82,14 +94,41 @@ def kinds_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_collection(device: str) -> None:
+def no_collection(pytestconfig: pytest.Config) -> None:
     """Collecting garbage before each capture takes longer than capturing a tiny model, since large
     libraries have left half a million objects to look at. A device's graphs are not made for that:
     what is collected in the midst of a capture could spoil it."""
     from reprise.graphs import capture
 
-    if device == "cpu":
+    if pytestconfig.getoption("--device") == "cpu":
         vars(capture)["gc"] = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter(pytestconfig: pytest.Config) -> None:
+    """Triton's interpreter puts its functions into the language anew for each call of a device
+    function; once for each launch is enough, and saves a quarter of the time."""
+    if pytestconfig.getoption("--device") != "cpu" or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    put, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    languages, done = (interpreter.tl, interpreter.tl.core), set()
+
+    def put_once(function: Any) -> Any:
+        seen = function.__globals__.values()
+        key = frozenset(id(each) for each in seen if any(each is lang for lang in languages))
+        if key in done:
+            return interpreter._LangPatchScope()
+        done.add(key)
+        return put(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        done.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = put_once
+    interpreter.GridExecutor.__call__ = launch_anew
 
 
 @pytest.fixture(scope="session")

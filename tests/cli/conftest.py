@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,23 +14,14 @@ Invoke = Callable[..., Result]
 
 
 @pytest.fixture
-def invoke() -> Iterator[Invoke]:
-    """Run ``reprise ARGUMENTS``; leaves the process's logging as it was."""
+def invoke() -> Invoke:
+    """Run ``reprise ARGUMENTS``."""
     from reprise.cli.app import app
-
-    names = ("reprise", "py.warnings")
-    before = {
-        name: (logging.getLogger(name).handlers, logging.getLogger(name).level) for name in names
-    }
 
     def run(*arguments: str, **options: Any) -> Result:
         return CliRunner().invoke(app, list(arguments), prog_name="reprise", **options)
 
-    yield run
-    logging.captureWarnings(False)
-    for name, (handlers, level) in before.items():
-        logging.getLogger(name).handlers = handlers
-        logging.getLogger(name).setLevel(level)
+    return run
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,15 @@ BROKEN = Path(__file__).parents[1] / "broken_platform"
 
 
 @pytest.fixture
-def invoke() -> Iterator[Callable[..., Result]]:
-    """Run ``reprise ARGUMENTS``; leaves the process's logging as it was."""
+def invoke() -> Callable[..., Result]:
+    """Run ``reprise ARGUMENTS``."""
     from reprise.cli.app import app
-
-    names = ("reprise", "py.warnings")
-    loggers = [logging.getLogger(each) for each in names]
-    before = [(each.handlers, each.level) for each in loggers]
 
     def run(*arguments: str, **options: Any) -> Result:
         options.setdefault("env", {"COLUMNS": "180"})
         return CliRunner().invoke(app, list(arguments), prog_name="reprise", **options)
 
-    yield run
-    logging.captureWarnings(False)
-    for logger, (handlers, level) in zip(loggers, before, strict=True):
-        logger.handlers = handlers
-        logger.setLevel(level)
+    return run
 
 
 @pytest.fixture
