@@ -121,6 +121,19 @@ class TinyModels:
             self._made[key] = TinyModel(path)
         return self._made[key]
 
+    def near(self, model: TinyModel) -> TinyModel:
+        """One that often predicts what the model does: its weights are others by a little."""
+        key = f"near {model.path}"
+        if key not in self._made:
+            path = self._root / f"near-{model.path.name}"
+            other = TinyModel(model.path).reference
+            generator = torch.Generator().manual_seed(0)
+            for each in other.parameters():
+                each.mul_(1 + 0.03 * torch.randn(each.shape, generator=generator))
+            other.save_pretrained(path)
+            self._made[key] = TinyModel(path)
+        return self._made[key]
+
 
 def _auto_class(config: Any) -> Any:
     import transformers

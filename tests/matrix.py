@@ -86,6 +86,8 @@ ENGINES: dict[str, dict[str, Any]] = {CODES: {"kv_cache_dtype": "fp8"}}
 CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
+NGRAM: dict[str, Any] = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+DRAFTERS = ("ngram", "draft_model")
 FORMATS = ("plain", *EIGHT_BITS, *FOUR_BITS)
 """Of the weights; each other one is compared with itself."""
 
@@ -98,10 +100,12 @@ class Features:
     model: str
     drafts: int
     format: str = "plain"
+    drafter: str = "ngram"
 
     def __str__(self) -> str:
         weights = "" if self.format == "plain" else f", {self.format}"
-        return f"{self.executor}, {self.model}, {self.drafts} drafts{weights}"
+        by = "" if self.drafter == "ngram" else f" by {self.drafter}"
+        return f"{self.executor}, {self.model}, {self.drafts} drafts{by}{weights}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class Case:
     device: str
     subjects: Sequence[Subject] = SUBJECTS
     dtype: str = "float32"
+    draft: TinyModel | None = None
+    """The model that drafts, if one does."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -122,10 +128,11 @@ class Case:
         }  # fmt: skip
         config |= ENGINES.get(self.features.model, {})
         if self.features.drafts:
-            config["speculative_config"] = {
-                "method": "ngram", "num_speculative_tokens": self.features.drafts,
-                "prompt_lookup_max": 3, "prompt_lookup_min": 1,
-            }  # fmt: skip
+            by: dict[str, Any] = NGRAM
+            if self.draft is not None:
+                by = {"method": self.features.drafter, "model": str(self.draft.path)}
+            count = {"num_speculative_tokens": self.features.drafts}
+            config["speculative_config"] = {**by, **count}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gated_delta, "STATE", CHECKPOINT)
             if ahead:
@@ -234,7 +241,7 @@ DISTURBANCES: dict[str, Disturbance] = {
 COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
     Features("none", "plain", 7),
-    Features("full", "windows", 3),
+    Features("full", "windows", 3, drafter="draft_model"),
     Features("full", CODES, 1),
     Features("breakable", "experts", 1),
     Features("breakable", HYBRID, 3),
@@ -247,6 +254,11 @@ IN_EACH_FORMAT = [("none", 0), ("full", 0), ("full", 3), ("breakable", 0), ("com
 """Executors and drafts."""
 PRODUCT = [
     *(Features(*each) for each in itertools.product(EXECUTORS, MODELS, DRAFTS)),
+    *(
+        Features(executor, model, drafts, drafter="draft_model")
+        for executor, model, drafts in itertools.product(EXECUTORS, MODELS, DRAFTS[1:])
+        if model != HYBRID
+    ),
     *(
         Features(executor, "plain", drafts, format)
         for format in FORMATS[1:]
@@ -266,6 +278,12 @@ class Alone:
         kind = ARCHITECTURES.get(features.model, "qwen3")
         plain = self._tiny(kind, **MODELS[features.model], **options)
         return plain if features.format == "plain" else quantized(plain, features.format)
+
+    def case(self, features: Features, model: TinyModel | None = None) -> Case:
+        """An engine with these features, of another model than their own if one is given."""
+        model = model or self.model(features)
+        draft = self._tiny.near(model) if features.drafter == "draft_model" else None
+        return Case(features, model, self._device, draft=draft)
 
     def tokens(self, features: Features) -> list[list[int]]:
         name = features.model, features.format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import matrix
@@ -28,8 +29,7 @@ CASES = [
 def test_same_tokens(
     alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
 ) -> None:
-    model = alone.model(features)
-    outputs = matrix.DISTURBANCES[disturbance](matrix.Case(features, model, device))
+    outputs = matrix.DISTURBANCES[disturbance](alone.case(features))
     expected = alone.tokens(features)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
 
@@ -49,7 +49,7 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
     model = alone.model(features, decisive=True)
     subjects = matrix.decided(model, device)
     expected = matrix.alone(model, device, subjects, dtype="bfloat16")
-    case = matrix.Case(features, model, device, subjects, "bfloat16")
+    case = replace(alone.case(features, model), subjects=subjects, dtype="bfloat16")
     found = {name: token_ids(each(case)) for name, each in matrix.DISTURBANCES.items()}
     different = {
         name: [number for number, each in enumerate(got) if each != expected[number]]
@@ -65,6 +65,7 @@ def test_the_short_set_has_every_feature() -> None:
         "executor": set(matrix.EXECUTORS) - {"compiled"},
         "model": set(matrix.MODELS),
         "drafts": set(matrix.DRAFTS),
+        "drafter": set(matrix.DRAFTERS),
     }
     for name, values in names.items():
         assert {getattr(each, name) for each in matrix.COVERING} == values

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drafting import check_counters, metrics
-from helpers import (
-    TinyModel,
-    TinyModels,
-    make_llm,
-)
-from planted import OPTIONS, make_oracle, serve
+from helpers import TinyModel, TinyModels, generate, greedy, make_llm
+from planted import OPTIONS, make_oracle, planted, serve
 from test_drafts import PARAMS, PROMPTS, answers
+from torch import Tensor
 
 from reprise import LLM
+from reprise.graphs import Buckets, GraphRunner, parse_plan, parse_verify
+from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
+from reprise.runner.drafts import GraphOptions, ModelDrafter
+from reprise.testing import faults
+from reprise.testing.faults.planted import PlantedFault, tokens_of
 
+MOST = [PARAMS[number] for number in (1, 4, 6, 7)]
+"""Seeds, penalties, log probabilities, minima and stops."""
 PLAIN = [params for params in PARAMS if not params.min_tokens and params.logit_bias is None
          and not (params.frequency_penalty or params.presence_penalty)]  # fmt: skip
 """What a draft model draws from as the target does."""
@@ -31,15 +38,8 @@ def model(tiny: TinyModels) -> TinyModel:
 
 
 @pytest.fixture(scope="module")
-def near(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """One that is often right: the target with other weights by a little."""
-    path = tmp_path_factory.mktemp("near")
-    other = TinyModel(model.path).reference
-    generator = torch.Generator().manual_seed(0)
-    for each in other.parameters():
-        each.mul_(1 + 0.03 * torch.randn(each.shape, generator=generator))
-    other.save_pretrained(path)
-    return TinyModel(path)
+def near(tiny: TinyModels, model: TinyModel) -> TinyModel:
+    return tiny.near(model)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def rate(llm: LLM) -> float:
 @pytest.fixture(scope="module")
 def plain_answers(model: TinyModel, device: str) -> list[list[Any]]:
     plain = make_llm(model, device)
-    return [answers(plain, params) for params in PARAMS]
+    return [answers(plain, params) for params in MOST]
 
 
 EXECUTORS: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def test_tokens_are_those_without_drafts(
     llm = drafting(model, near, device, k, **EXECUTORS[which])
     if ahead:
         llm.engine._depth = 2
-    for params, right in zip(PARAMS, plain_answers, strict=True):
+    for params, right in zip(MOST, plain_answers, strict=True):
         for got, expected in zip(answers(llm, params), right, strict=True):
             assert got.token_ids == expected.token_ids
             assert (got.finish_reason, got.stop_reason) == (
@@ -156,3 +156,137 @@ def test_any_draft_model_of_the_same_tokens_does(
     llm = drafting(model, other, device, 3, **{**OPTIONS, "graph_mode": "none"})
     assert serve(llm) == right
     assert 0 < rate(llm) < 0.3
+
+
+# ---- graphs that are wrong -------------------------------------------------------------------
+
+OWNERS = ("target", "draft prefill", "draft chain")
+_SHOWN = ("stale_scalar", "wrong_extent", "unwritten_output", "padding_writes_live",
+          "changed_tables", "cache_overrun")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eager(model: TinyModel, near: TinyModel, device: str) -> LLM:
+    return drafting(model, near, device, 3)
+
+
+@contextlib.contextmanager
+def captured(llm: LLM, owner: str) -> Iterator[Callable[[], GraphRunner]]:
+    """Captures graphs of one owner; afterwards the engine is as it was."""
+    runner = llm.engine.runner
+    drafter = runner.drafter
+    assert isinstance(drafter, ModelDrafter)
+    kinds: dict[str, tuple[Any, Any, int]] = {
+        "target": (runner.forward_pass, runner.buffers, 4),
+        "draft prefill": (drafter.prefill, runner.buffers, 4),
+        "draft chain": (drafter.chain, drafter.inputs, drafter.inputs.width),
+    }
+    plan = "decode=none,mixed=full" if owner == "draft prefill" else "decode=full,mixed=none"
+    options = GraphOptions(parse_plan(plan), Buckets((3,), (24,)), 8, parse_verify("startup"))
+
+    def capture() -> GraphRunner:
+        made = options.runner(*kinds[owner], owner)
+        made.capture_all()
+        return made
+
+    try:
+        yield capture
+    finally:
+        runner.forget_steps()
+
+
+@pytest.mark.parametrize(
+    ("owner", "fault"),
+    [
+        pytest.param(owner, fault, marks=[pytest.mark.long] * ((number + turn) % 3 > 0))
+        for turn, owner in enumerate(OWNERS)
+        for number, fault in enumerate(_SHOWN)
+    ],
+)
+def test_each_owners_graphs_are_proven(
+    eager: LLM, owner: str, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault in any of them is found at start, and named."""
+    runner = eager.engine.runner
+    op = "rotary_cache" if fault == "padding_writes_live" else "paged_attention"
+    with (
+        caplog.at_level(logging.CRITICAL),
+        captured(eager, owner) as capture,
+        faults.inject(fault, runner.ops, op, runner.forward_pass),
+    ):
+        graphs = capture()
+    (refused,) = graphs.report().quarantined
+    assert refused.name.startswith(owner)
+    if faults.FAULTS[fault].traced:
+        assert f"{op} #" in str(refused.quarantined)
+
+
+class LaterPasses(PlantedFault):
+    """What real engines had: metadata of later passes are those of the first."""
+
+    name = "later_passes"
+    summary = "passes behind the first see nothing of what it has written"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        tokens = tokens_of(named)
+        blind = self.active & tokens.live & (tokens.new == 1) & (tokens.begin > 0)
+        named["out"].copy_(torch.where(blind.view(-1, 1, 1), 0, named["out"]))
+        return result
+
+
+class IntoTheTarget(PlantedFault):
+    name = "into_the_target"
+    summary = "rows of a draft layer go to one of the target's as well"
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        rows = self.victim.flatten(0, 1)
+        rows[named["slot_mapping"]] += self.active.to(rows.dtype)
+        return result
+
+    victim: Tensor
+
+
+def test_a_chain_that_writes_the_targets_cache_is_found(
+    eager: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = eager.engine.runner
+    broken = IntoTheTarget(runner.ops, all_ops()["rotary_cache"])
+    broken.victim = runner.caches["layer 1"].tensors["key"]
+    with caplog.at_level(logging.CRITICAL), captured(eager, "draft chain") as capture:
+        assert capture().report().quarantined == []
+        runner.ops.functions["rotary_cache"] = broken
+        graphs = capture()
+        broken.close()
+    (refused,) = graphs.report().quarantined
+    assert ": layer 1 key differs" in str(refused.quarantined)
+    assert "draft layer" not in str(refused.quarantined)
+
+
+@pytest.mark.parametrize("verify", ["off", "startup", "canary:1"])
+def test_wrong_drafts_cost_acceptance_and_are_found(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, verify: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The text is right with any drafts: what is counted tells."""
+    options = {"graph_mode": "decode=full,mixed=none", "graph_buckets": "decode=2,4"}
+    later = verify == "canary:1"  # the fault begins when the graphs have been proven
+    with planted(monkeypatch, LaterPasses, "paged_attention", active=not later) as found:
+        llm = drafting(model, model, device, 4, **options, graph_verify=verify)
+    with caplog.at_level(logging.WARNING):
+        for each in found:
+            each.active.fill_(True)
+        generate(llm, PROMPTS, greedy(20))
+    outputs = generate(llm, PROMPTS[:2], greedy(20))
+    for prompt, output in zip(PROMPTS, outputs, strict=False):
+        assert model.is_greedy(prompt, output)
+    refused = [each.name for each in llm.graph_report().quarantined]
+    assert (rate(llm) == 1) == (verify != "off")
+    if verify == "off":
+        assert rate(llm) < 0.7
+        assert refused == []
+    else:
+        assert refused
+        assert all(each.startswith("draft chain decode") for each in refused)
+    if later:
+        assert "no token is wrong" in caplog.text
+        assert "suspect_from" not in caplog.text

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matrix
@@ -187,7 +188,7 @@ def alone(tiny: TinyModels) -> matrix.Alone:
 def test_every_feature_on_each_executor(
     toy: str, alone: matrix.Alone, features: matrix.Features, disturbance: str
 ) -> None:
-    case = matrix.Case(features, alone.model(features), f"{toy}-graphs")
+    case = replace(alone.case(features), device=f"{toy}-graphs")
     found = token_ids(matrix.DISTURBANCES[disturbance](case))
     assert found == alone.tokens(features)
 

@@ -109,7 +109,11 @@ class ModelRunner:
             if draft is not None:
                 drafts = draft.caches().items()
                 self.caches |= {f"draft {name}": each for name, each in drafts}
-            self.lookahead = 0 if draft is None else draft.lookahead(num_drafts)
+            self.lookahead = 0
+            """Places that a draft model needs behind those of the tokens that a step verifies."""
+            if draft is not None and config.speculation is not None:
+                count = config.speculation.num_tokens
+                self.lookahead = max(0, count + draft.lookahead(count) - num_drafts)
             self.cache_layout = lay_out_caches(
                 self.caches, self.block_size, num_drafts, self.lookahead
             )
@@ -332,7 +336,8 @@ class ModelRunner:
 
     def harmless(self, owner: str, damage: Damage) -> bool:
         """A graph that was found wrong has cost accepted drafts at most, and no token."""
-        return owner != "target" and all(each.startswith("draft") for each in damage.wrong)
+        drafts = bool(damage.wrong) and all(each.startswith("draft") for each in damage.wrong)
+        return owner != "target" and drafts
 
     def _plan_graphs(self) -> GraphRunner:
         config = self.config

@@ -31,7 +31,8 @@ class DraftModel(nn.Module):
     """Fills the parameters with what they were loaded with."""
 
     def lookahead(self, count: int) -> int:
-        """Tokens behind those that a step verifies for which it writes rows, to draft ``count``."""
+        """Tokens behind the ``count`` ones that a step verifies for which it writes rows, to draft
+        as many."""
         return count - self.shifted
 
     def prepare(self, taps: Tensor) -> Tensor:
