@@ -99,8 +99,12 @@ def test_each_token_is_that_of_a_fresh_prompt(known: Known, device: str) -> None
         pytest.param({"graph_mode": "full", "graph_verify": "canary:1"}, id="full"),
         pytest.param({"graph_mode": "breakable", "graph_verify": "canary:1"}, id="breakable"),
         pytest.param({"graph_mode": "full", "num_blocks": 33}, id="proven at start"),
-        pytest.param(drafting(1), id="one draft"),
-        pytest.param({**drafting(3), **CANARY, "graph_mode": "full"}, id="drafts, full"),
+        pytest.param(drafting(1), id="one draft", marks=pytest.mark.long),
+        pytest.param(
+            {**drafting(3), **CANARY, "graph_mode": "full"},
+            id="drafts, full",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             {**drafting(7), **CANARY, "graph_mode": "breakable", "max_num_seqs": 4},
             id="drafts, breakable",

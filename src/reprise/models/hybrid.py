@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from reprise.errors import ModelError
 from reprise.layers import (
@@ -35,7 +35,9 @@ from reprise.models.config_reader import (
 
 ROTATED = 1 / 4
 """Of the channels of a head, where a config does not say: these families never rotated all."""
-_FULL, _LINEAR = "full_attention", "linear_attention"
+FULL, _LINEAR = "full_attention", "linear_attention"
+MLP = Callable[[Build, int], nn.Module]
+"""Makes the feed-forward of a layer, of the layer's build and number."""
 _TEXT = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -52,7 +54,7 @@ def build_hybrid(
     build: Build,
     *,
     interleaved: bool = False,
-    mlp: Callable[[Build, int], nn.Module] | None = None,
+    mlp: MLP | None = None,
 ) -> CausalLM:
     """Gated delta nets and gated attention by ``layer_types``, norms with gains around 1.
 
@@ -69,6 +71,32 @@ def build_hybrid(
     Raises:
         ModelError: The config asks for something that is not computed here.
     """
+    layer = layer_maker(config, build, interleaved=interleaved, mlp=mlp)
+    kinds = layer_kinds(config, (FULL, _LINEAR))
+    embedding = Embedding(build, config.vocab_size, config.hidden_size)
+    layers = [layer(build.at(f"model.layers.{n}"), n, kind) for n, kind in enumerate(kinds)]
+    norm = CentredRMSNorm(build.at("model.norm"), config.hidden_size, norm_eps(config))
+    return CausalLM(
+        build,
+        Decoder(embedding, layers, norm),
+        config.vocab_size,
+        config.hidden_size,
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
+        renames=_TEXT,
+        others=_OTHERS,
+    )
+
+
+def layer_maker(
+    config: Config,
+    build: Build,
+    *,
+    interleaved: bool = False,
+    mlp: MLP | None = None,
+    cos_sin: Tensor | None = None,
+) -> Callable[[Build, int, str], DecoderLayer]:
+    """Makes a layer of its build, its number and its kind; arguments and errors as of
+    :func:`build_hybrid`, but for ``cos_sin``: the rotary table, if there is one."""
     require(config, hidden_act="silu", attention_bias=False, attn_output_gate=True)
     if getattr(config, "output_gate_type", None) != "swish":  # another name of SiLU
         require(config, output_gate_type="silu")
@@ -76,15 +104,15 @@ def build_hybrid(
     require_sizes(config, dense=mlp is None)
     hidden, eps = config.hidden_size, norm_eps(config)
     size = head_size(config)
-    cos_sin = rotary_table(
-        _rope(config, size),
-        head_size=size,
-        max_position_embeddings=config.max_position_embeddings,
-        length=build.max_model_len,
-        device=build.device,
-    )
+    if cos_sin is None:
+        cos_sin = rotary_table(
+            _rope(config, size),
+            head_size=size,
+            max_position_embeddings=config.max_position_embeddings,
+            length=build.max_model_len,
+            device=build.device,
+        )
     linear = _linear_sizes(config)
-    kinds = layer_kinds(config, (_FULL, _LINEAR))
 
     def mixer(here: Build, kind: str) -> nn.Module:
         if kind == _LINEAR:
@@ -103,8 +131,7 @@ def build_hybrid(
             output_gate=True,
         )
 
-    def layer(index: int) -> DecoderLayer:
-        here = build.at(f"model.layers.{index}")
+    def layer(here: Build, index: int, kind: str) -> DecoderLayer:
         feed_forward = (
             GatedMLP(here.at("mlp"), hidden, config.intermediate_size)
             if mlp is None
@@ -112,20 +139,9 @@ def build_hybrid(
         )
         first = CentredRMSNorm(here.at("input_layernorm"), hidden, eps)
         second = CentredRMSNorm(here.at("post_attention_layernorm"), hidden, eps)
-        return DecoderLayer(mixer(here, kinds[index]), feed_forward, first, second)
+        return DecoderLayer(mixer(here, kind), feed_forward, first, second)
 
-    embedding = Embedding(build, config.vocab_size, hidden)
-    layers = [layer(index) for index in range(len(kinds))]
-    norm = CentredRMSNorm(build.at("model.norm"), hidden, eps)
-    return CausalLM(
-        build,
-        Decoder(embedding, layers, norm),
-        config.vocab_size,
-        hidden,
-        tie_word_embeddings=flag(config, "tie_word_embeddings"),
-        renames=_TEXT,
-        others=_OTHERS,
-    )
+    return layer
 
 
 def _linear_sizes(config: Config) -> dict[str, int]:

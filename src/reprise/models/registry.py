@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -12,6 +13,7 @@ from reprise.errors import ModelError
 from reprise.layers import Build, CausalLM
 from reprise.layers.formats import formats_of
 from reprise.models.config_reader import Config
+from reprise.models.mtp import NextTokens
 
 ENTRY_POINT_GROUP = "reprise.models"
 
@@ -81,8 +83,37 @@ def build(config: Config, build: Build) -> CausalLM:
     builder = _first_known(config.architectures or ())
     if builder is None:
         raise _not_supported(config.architectures or ())
-    formats = formats_of(getattr(config, "quantization_config", None))
-    return builder(config, replace(build, formats=formats))
+    return builder(config, _formatted(config, build))
+
+
+def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
+    """The layer of a model that drafts further tokens, of the first of the config's
+    ``architectures`` that is known.
+
+    An architecture's file that has one has a function of the same signature.
+
+    Args:
+        config: As of :func:`build`.
+        build: Likewise.
+        target: The model.
+
+    Raises:
+        ModelError: The architecture has no such layer, or one that is not computed here.
+    """
+    builder = _first_known(config.architectures or ())
+    module = None if builder is None else inspect.getmodule(builder)
+    found = getattr(module, "build_mtp", None)
+    if found is None:
+        raise ModelError(
+            f"architectures={list(config.architectures or ())!r} has no layer that drafts further "
+            "tokens (mtp); use 'method': 'ngram', which drafts from the text itself"
+        )
+    head: NextTokens = found(config, _formatted(config, build), target)
+    return head
+
+
+def _formatted(config: Config, build: Build) -> Build:
+    return replace(build, formats=formats_of(getattr(config, "quantization_config", None)))
 
 
 def _not_supported(names: Sequence[str], kind: str = "") -> ModelError:
