@@ -48,9 +48,14 @@ def busy_tokens(llm: LLM, **sampling: Any) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("kinds_are_compared")
-@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize(
-    "architecture", ["qwen3", "llama", pytest.param("qwen3_moe", marks=pytest.mark.long)]
+    ("architecture", "executor"),
+    [
+        *(("qwen3", each) for each in EXECUTORS),
+        ("llama", "breakable"),
+        *(pytest.param("llama", each, marks=pytest.mark.long) for each in ("full", "compiled")),
+        *(pytest.param("qwen3_moe", each, marks=pytest.mark.long) for each in EXECUTORS),
+    ],
 )
 def test_tokens_do_not_depend_on_the_executor(
     tiny: TinyModels, architecture: str, executor: str, device: str

@@ -132,8 +132,15 @@ def test_what_only_each_replay_shows(
     assert llm.graph_report().canary_failures
 
 
-@pytest.mark.parametrize("verify", ["startup", "canary:1"])
-@pytest.mark.parametrize("harm", ["one percent", "a constant"])
+@pytest.mark.parametrize(
+    ("harm", "verify"),
+    [
+        ("one percent", "startup"),
+        ("a constant", "canary:1"),
+        pytest.param("one percent", "canary:1", marks=pytest.mark.long),
+        pytest.param("a constant", "startup", marks=pytest.mark.long),
+    ],
+)
 def test_a_compiler_that_changes_the_model_is_found_out(
     model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
     harm: str, verify: str,

@@ -42,4 +42,5 @@ def test_strided_rows(implementation, randn, name) -> None:
     function = implementation(argmax, name)
     wide = randn(4, 6000)
     assert torch.equal(function(wide[:, :5000]), wide[:, :5000].argmax(-1))
-    assert torch.equal(function(wide.t()), wide.t().argmax(-1))
+    tall = wide[:, :300].t()
+    assert torch.equal(function(tall), tall.argmax(-1))
