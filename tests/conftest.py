@@ -98,9 +98,10 @@ def no_collection(pytestconfig: pytest.Config) -> None:
     """Collecting garbage before each capture takes longer than capturing a tiny model, since large
     libraries have left half a million objects to look at. A device's graphs are not made for that:
     what is collected in the midst of a capture could spoil it."""
+    from reprise import platforms
     from reprise.graphs import capture
 
-    if pytestconfig.getoption("--device") == "cpu":
+    if not platforms.resolve(pytestconfig.getoption("--device")).asynchronous:
         vars(capture)["gc"] = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
 
 

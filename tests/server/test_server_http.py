@@ -96,7 +96,7 @@ def test_several_prompts_and_samples_have_their_own_places(stub: Server) -> None
 
 def test_an_error_behind_the_first_chunk_is_an_event(stub: Server) -> None:
     with stub.client() as client:
-        body = {"prompt": orders(fail=2), "stream": True}
+        body = {"prompt": orders(fail=2, seconds=0.3), "stream": True}
         *_, told, done = events(client.post(COMPLETE, json=body).text)
         plain = error(client.post(COMPLETE, json={"prompt": orders(fail=2)}), 500)
     assert done == "[DONE]"
