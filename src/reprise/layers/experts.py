@@ -186,9 +186,16 @@ class SparseMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.routing = routing
-        # The shared expert's gate is one more row of the router.
-        parts = {"gate": routing.experts, **({"shared_expert_gate": 1} if shared_size else {})}
-        self.gate = Linear(build, hidden_size, parts)
+        router, gate = [Run("gate", 0, routing.experts)], [Run("shared_expert_gate", 0, 1)]
+        self.shared_expert_gate: Linear | None = None
+        if not shared_size:
+            self.gate = Linear(build, hidden_size, router)
+        elif format_of(build, router) is format_of(build, gate):
+            # The shared expert's gate is one more row of the router.
+            self.gate = Linear(build, hidden_size, [*router, *gate])
+        else:  # such as where a list of what is left as it was names one of them
+            self.gate = Linear(build, hidden_size, router)
+            self.shared_expert_gate = Linear(build, hidden_size, gate)
         self.experts = Experts(
             build.at("experts"), routing.experts, hidden_size, intermediate_size, names
         )
@@ -202,7 +209,7 @@ class SparseMLP(nn.Module):
 
     def route(self, x: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and numbers of each row's experts, and the logits of all, [T, E] or [T, E + 1]
-        with that of the shared expert's gate.
+        with that of the shared expert's gate, if it is one more row of the router.
 
         Args:
             x: [T, hidden_size].
@@ -221,8 +228,10 @@ class SparseMLP(nn.Module):
         """What the expert that computes all rows gives, if there is one."""
         if self.shared_expert is None:
             return None
-        hidden = self.shared_expert.gate_up_proj.gated(x)
-        hidden = hidden * logits[:, self.routing.experts :].sigmoid()
+        gate = logits[:, self.routing.experts :]
+        if self.shared_expert_gate is not None:
+            gate = self.shared_expert_gate(x)
+        hidden = self.shared_expert.gate_up_proj.gated(x) * gate.sigmoid()
         return Product(self.shared_expert.down_proj, hidden)
 
 
