@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,13 +18,19 @@ from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
 from reprise.doctor.on_paper import META, OnPaper, on_paper, peak_of
 from reprise.errors import CapacityError
-from reprise.graphs import GraphRunner, parse_buckets, parse_plan, parse_verify
-from reprise.layers import Build, CausalLM
+from reprise.graphs import GraphOwners, parse_buckets, parse_plan, parse_verify
+from reprise.layers import Build
 from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts import make_drafter
+from reprise.runner.drafts import (
+    Drafter,
+    GraphOptions,
+    ModelDrafter,
+    load_draft,
+    make_drafter,
+)
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     choose_cache_dtype,
@@ -189,7 +195,16 @@ def memory_report(
         model = models.build(checkpoint.config, build)
         report.weights = _weights(model)
         report.tables_bytes = _tables(model)
-        layout = lay_out_caches(model.caches(), block_size, width - 1)
+        draft = load_draft(
+            config, model, checkpoint, paper,
+            max_model_len=max_len, cache_dtype=cache_dtype, weights=False,
+        )  # fmt: skip
+        caches = model.caches()
+        if draft is not None:
+            report.weights += _weights(draft, "draft ")
+            report.tables_bytes += _tables(draft)
+            caches |= {f"draft {name}": each for name, each in draft.caches().items()}
+        layout = lay_out_caches(caches, block_size, width - 1)
         buffers = StepBuffers(
             max(max_tokens, config.max_num_seqs * width),
             config.max_num_seqs,
@@ -201,9 +216,10 @@ def memory_report(
         table = OpTable(paper)
         computation = ForwardPass(
             model, buffers, table, paper,
-            max_tokens=max_tokens, max_logits=config.max_num_seqs * width,
+            max_tokens=max_tokens, max_logits=config.max_num_seqs * width, caches=caches,
+            draft=draft, taps=() if draft is None else draft.taps,
         )  # fmt: skip
-        allocate_caches(model.caches(), layout, paper)
+        allocate_caches(caches, layout, paper)
         sampler = Sampler(model.vocab_size, buffers.rows, paper)
         shapes = (
             StepShape.mixed(max_tokens, config.max_num_seqs),
@@ -215,28 +231,37 @@ def memory_report(
             "step outputs": _bytes(outputs.values()),
             "sampler": _bytes(sampler.memory().values()),
         }
-        if config.speculation is not None:
+        drafter: Drafter | None = None
+        if draft is not None and config.speculation is not None:
+            drafter = ModelDrafter(
+                config.speculation, draft, buffers, computation,
+                max_tokens=max_tokens, max_model_len=max_len,
+            )  # fmt: skip
+        elif config.speculation is not None:
             drafter = make_drafter(config.speculation, buffers.rows, max_len, paper)
+        if drafter is not None:
             report.buffers["drafter"] = _bytes(drafter.memory().values())
         report.activations_bytes = max(peak_of(computation, each) for each in shapes)
-        report.graphs = _graphs(config, paper, computation, max_tokens)
+        report.graphs = _graphs(config, computation, buffers, drafter, max_tokens)
     paper.used = report.fixed_bytes - report.activations_bytes - report.graph_bytes
-    report.caches = _caches(model, layout, max_len)
+    report.caches = _caches(caches, layout, max_len)
     _divide(report, config, paper, layout)
     return report
 
 
-def _weights(model: CausalLM) -> list[WeightPart]:
+def _weights(model: torch.nn.Module, prefix: str = "") -> list[WeightPart]:
     found: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         found.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(parameter)
     return [
-        WeightPart(name, len(each), list(each[0].shape), _short(each[0].dtype), _bytes(each))
+        WeightPart(
+            prefix + name, len(each), list(each[0].shape), _short(each[0].dtype), _bytes(each)
+        )
         for name, each in found.items()
     ]
 
 
-def _tables(model: CausalLM) -> int:
+def _tables(model: torch.nn.Module) -> int:
     """Bytes of the tensors that modules share or have beside their parameters and caches."""
     tables = {
         id(value): value
@@ -247,9 +272,9 @@ def _tables(model: CausalLM) -> int:
     return _bytes(tables.values()) + _bytes(model.buffers())
 
 
-def _caches(model: CausalLM, layout: CacheLayout, max_len: int) -> list[CachePart]:
+def _caches(caches: Mapping[str, LayerCache], layout: CacheLayout, max_len: int) -> list[CachePart]:
     groups: dict[Any, list[LayerCache]] = {}
-    for each in model.caches().values():
+    for each in caches.values():
         groups.setdefault((each.lifetime, tuple(each.rows.items())), []).append(each)
     parts = []
     for (lifetime, rows), same in groups.items():
@@ -276,24 +301,33 @@ def _described(rows: Rows) -> str:
 
 
 def _graphs(
-    config: EngineConfig, platform: Platform, computation: ForwardPass, max_tokens: int
-) -> dict[str, Any]:
-    runner = GraphRunner(
-        computation,
-        platform,
+    config: EngineConfig, computation: ForwardPass, buffers: StepBuffers, drafter: Drafter | None,
+    max_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    options = GraphOptions(
         parse_plan(config.graph_mode),
         parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),
         config.max_num_seqs,
-        verify=parse_verify(config.graph_verify),
-        query_lens=(1 + config.num_drafts,),
+        parse_verify(config.graph_verify),
     )
-    shapes = runner.shapes()
-    largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
+    runners = {"": options.runner(computation, buffers, 1 + config.num_drafts)}
+    if isinstance(drafter, ModelDrafter):
+        drafter.plan_graphs(options)
+        runners |= drafter.owners
+    buckets: Counter[str] = Counter()
+    pool_bytes = 0
+    for owner, runner in runners.items():
+        shapes = runner.shapes()
+        buckets.update(f"{owner} {each.phase}".lstrip() for each in shapes)
+        largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
+        peaks = (peak_of(runner.computation, each) for each in largest if each)
+        pool_bytes += max(peaks, default=0)
+    platform = buffers.platform
     return {
-        "plan": str(runner.plan),
-        "buckets": dict(Counter(each.phase for each in shapes)),
-        "comparison_bytes": runner.comparison_bytes(),
-        "pool_bytes": max((peak_of(computation, each) for each in largest if each), default=0),
+        "plan": str(runners[""].plan),
+        "buckets": dict(buckets),
+        "comparison_bytes": GraphOwners(runners).comparison_bytes(),
+        "pool_bytes": pool_bytes,
         "note": "what the driver takes for each graph besides is measured at start-up"
         if platform.graph_memory == "measure"
         else platform.graph_memory_reason,

@@ -112,8 +112,7 @@ class ModelRunner:
             self.lookahead = 0
             """Places that a draft model needs behind those of the tokens that a step verifies."""
             if draft is not None and config.speculation is not None:
-                count = config.speculation.num_tokens
-                self.lookahead = max(0, count + draft.lookahead(count) - num_drafts)
+                self.lookahead = draft.lookahead(config.speculation.num_tokens, num_drafts)
             self.cache_layout = lay_out_caches(
                 self.caches, self.block_size, num_drafts, self.lookahead
             )

@@ -12,7 +12,7 @@ from rich.text import Text
 from reprise.cli.doctor.group import table
 from reprise.cli.doctor.kinds_table import kinds_tables
 from reprise.doctor.graphs.markup import BUCKET_OF, gap, milliseconds, short, size, times
-from reprise.doctor.graphs.report import GraphMatrix, MatrixCell
+from reprise.doctor.graphs.report import GraphMatrix, MatrixCell, shown
 from reprise.shape import PHASES, Phase
 
 LABEL_WIDTH, CELL_WIDTH = 28, 17
@@ -64,11 +64,11 @@ def _grid(matrix: GraphMatrix, phase: Phase, contexts: Sequence[int]) -> Table:
     title = f"{phase}: replay time and speed-up over eager, by longest context"
     made = table(title, "executor", BUCKET_OF[phase], *heads)
     missing = {each.executor for each in matrix.absent if each.phase == phase}
-    for executor in matrix.executors:
+    for executor in matrix.rows(phase):
         if executor in missing:
             continue
         for index, bucket in enumerate(matrix.buckets[phase]):
-            label = ("eager" if executor == "none" else executor) if index == 0 else ""
+            label = shown(executor) if index == 0 else ""
             cells = [matrix.cell(executor, phase, bucket, each) for each in contexts]
             made.add_row(label, str(bucket), *(_cell(each) for each in cells))
         made.add_section()

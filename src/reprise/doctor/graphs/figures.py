@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from reprise.doctor.graphs.markup import esc, milliseconds, size
 from reprise.doctor.graphs.places import layer_number
-from reprise.doctor.graphs.report import Bar, BucketMemory, Timeline
+from reprise.doctor.graphs.report import Bar, BucketMemory, Timeline, shown
 
 WIDTH = 1240
 LEFT, RIGHT = 96, 92
@@ -24,7 +24,7 @@ def timeline_figure(lines: Sequence[Timeline]) -> str:
     parts = [_axis(longest, scale, height - 24)]
     for row, line in enumerate(lines):
         y = 14 + row * ROW
-        name = "eager" if line.executor == "none" else line.executor
+        name = shown(line.executor)
         parts.append(f"<text x='0' y='{y + 20}'>{esc(name)}</text>")
         x = float(LEFT)
         for bar in line.bars:

@@ -6,7 +6,7 @@ import html
 import itertools
 import math
 
-from reprise.doctor.graphs.report import MatrixCell
+from reprise.doctor.graphs.report import MatrixCell, executor_of
 
 RAMP = ((-1.0, (214, 184, 120)), (0.0, (240, 239, 233)), (1.0, (189, 215, 231)),
         (2.0, (107, 174, 214)), (3.0, (52, 120, 182)), (5.0, (10, 48, 104)))  # fmt: skip
@@ -84,7 +84,7 @@ def hint(cell: MatrixCell) -> str:
                 lines.append(f"module: {cell.where.module}")
         if not cell.captured:
             lines.append("not captured")
-    elif cell.executor != "none":
+    elif executor_of(cell.executor) != "none":
         lines.append(
             "captured, verified bit by bit" if cell.largest_difference == 0 else "captured"
         )

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from reprise.doctor.graphs.parts import Part, parts_of
 from reprise.doctor.graphs.places import Places
 from reprise.doctor.graphs.proof import proof_of, refusal
 from reprise.doctor.graphs.report import (
@@ -18,6 +19,8 @@ from reprise.doctor.graphs.report import (
     MatrixCell,
     Timeline,
     Where,
+    executor_of,
+    row,
 )
 from reprise.doctor.graphs.timeline import eager_bars, graph_bars
 from reprise.doctor.timing import compare_ms, median_ms
@@ -72,23 +75,31 @@ def measure(
         fault: Name of a fault and the op to put it into, while graphs are captured.
         progress: Told of every cell.
     """
+    parts = parts_of(runner)
     matrix = GraphMatrix(
         facts,
-        list(executors),
+        [row(part.owner, each) for part in parts for each in part.of(executors)],
         {phase: list(buckets.of(phase)) for phase in PHASES},
         list(contexts),
+        phases={
+            row(part.owner, each): list(part.phases)
+            for part in parts
+            for each in part.of(executors)
+            if part.phases != PHASES
+        },
         fault=None if fault is None else _fault_facts(*fault),
     )
-    work = _Measurement(runner, matrix, buckets, fault, progress)
     with runner.ops.computing():
-        work.eager()
-        for each in executors:
-            if each != "none":
-                with work.injected(each):
-                    work.executor(each)
+        for part in parts:
+            work = _Measurement(runner, part, matrix, buckets, fault, progress)
+            work.eager()
+            for each in part.of(executors):
+                if each != "none":
+                    with work.injected(each):
+                        work.executor(each)
     _share_eager_times(matrix)
-    runner.buffers.forget()
-    order: list[str] = [*executors]
+    runner.forget_steps()
+    order = matrix.executors
     matrix.cells.sort(
         key=lambda e: (order.index(e.executor), PHASES.index(e.phase), e.bucket, e.context)
     )
@@ -100,20 +111,23 @@ def _share_eager_times(matrix: GraphMatrix) -> None:
 
     So that a speed-up is the ratio of the two times that the report shows.
     """
-    for row in matrix.cells:
-        if row.executor != "none":
+    for eager in matrix.cells:
+        if executor_of(eager.executor) != "none":
             continue
-        step = (row.phase, row.bucket, row.context)
+        owner = eager.executor.removesuffix("none")
+        step = (eager.phase, eager.bucket, eager.context)
         beside = [
             each
             for each in matrix.cells
-            if each.replay_ms is not None and (each.phase, each.bucket, each.context) == step
+            if each.replay_ms is not None
+            and each.executor.removesuffix(executor_of(each.executor)) == owner
+            and (each.phase, each.bucket, each.context) == step
         ]
         taken = [each.eager_ms for each in beside if each.eager_ms is not None]
         if taken:
-            row.eager_ms = statistics.median(taken)
+            eager.eager_ms = statistics.median(taken)
         for each in beside:
-            each.eager_ms = row.eager_ms
+            each.eager_ms = eager.eager_ms
 
 
 def _fault_facts(name: str, op: str) -> dict[str, str]:
@@ -124,6 +138,7 @@ class _Measurement:
     def __init__(
         self,
         runner: ModelRunner,
+        part: Part,
         matrix: GraphMatrix,
         buckets: Buckets,
         fault: tuple[str, str] | None,
@@ -131,10 +146,9 @@ class _Measurement:
     ) -> None:
         self.runner, self.matrix, self.buckets, self.fault = runner, matrix, buckets, fault
         self.platform = runner.platform
-        self.computation = runner.forward_pass
-        self.width = 1 + runner.num_drafts
-        """New tokens of a request that decodes."""
-        self.total = len(self.shapes()) * len(matrix.contexts) * len(matrix.executors)
+        self.part, self.computation = part, part.computation
+        own = sum(each.rpartition(", ")[0] == part.owner for each in matrix.executors)
+        self.total = len(matrix.cells) + len(self.shapes()) * len(matrix.contexts) * own
         self.progress = functools.partial(self._advance, progress)
 
     def _advance(self, progress: Progress, what: str) -> None:
@@ -142,10 +156,11 @@ class _Measurement:
 
     def shapes(self) -> list[StepShape]:
         most = self.runner.config.max_num_seqs
-        return [
-            *(StepShape.decode(size, self.width) for size in self.buckets.decode),
+        shapes = [
+            *(StepShape.decode(size, self.part.width) for size in self.buckets.decode),
             *(StepShape.mixed(size, min(size, most)) for size in self.buckets.mixed),
         ]
+        return [each for each in shapes if each.phase in self.part.phases]
 
     # ---- eager execution -----------------------------------------------------------------
 
@@ -153,24 +168,25 @@ class _Measurement:
         """The cells and timelines of eager execution, and the names of the ops."""
         first = self.shapes()[0]
         self.computation.probe(first, 1).fill()
-        self.places = Places(self.runner.model, self._forward(first))
-        if "none" not in self.matrix.executors:
+        self.places = Places(self.part.model, self._forward(first))
+        eager = row(self.part.owner, "none")
+        if eager not in self.matrix.executors:
             return
         for shape in self.shapes():
             run = self._forward(shape)
             for context in self.matrix.contexts:
                 self.computation.probe(shape, context).fill()
                 run()
-                made = MatrixCell("none", shape.phase, shape.size, context)
+                made = MatrixCell(eager, shape.phase, shape.size, context)
                 (made.eager_ms,) = median_ms(self.platform, run)
                 self.matrix.cells.append(made)
                 self.progress("eager")
-        for shape, context in map(self.timeline_step, PHASES):
+        for shape, context in map(self.timeline_step, self.part.phases):
             self.computation.probe(shape, context).fill()
             run = self._forward(shape)
             (total,) = median_ms(self.platform, run)
             bars = eager_bars(self.platform, run, self.places)
-            self._add_timeline("none", shape, context, total, bars)
+            self._add_timeline(eager, shape, context, total, bars)
 
     def _forward(self, shape: StepShape) -> Callable[[], Any]:
         return functools.partial(self.computation.forward, shape, self.computation.model)
@@ -184,29 +200,37 @@ class _Measurement:
             yield
             return
         name, op = self.fault
-        declared = self.places.ops[op]
+        declared = self.places.ops.get(op)
+        if declared is None and self.part.owner:
+            yield
+            return
+        assert declared is not None, f"the model calls {op}"
         reason = faults.FAULTS[name].inexpressible(declared, executor, self.platform)
         if reason is not None:
             self.matrix.notes.append(f"{executor}: {name} cannot exist in {op} here: {reason}")
             yield
             return
-        with faults.inject(name, self.runner.ops, op, self.computation):
+        with faults.inject(name, self.runner.ops, op, self.runner.forward_pass):
             yield
 
     def executor(self, executor: Executor) -> None:
         """All cells of one executor."""
+        name = row(self.part.owner, executor)
+        wanted: dict[Phase, Executor] = dict.fromkeys(PHASES, "none")
+        wanted |= dict.fromkeys(self.part.phases, executor)
         graphs = GraphRunner(
             self.computation,
             self.platform,
-            GraphPlan(executor, executor),
+            GraphPlan(wanted["decode"], wanted["mixed"]),
             self.buckets,
             self.runner.config.max_num_seqs,
-            query_lens=(self.width,),
+            query_lens=(self.part.width,),
+            owner=self.part.owner,
         )
         for each in graphs.plan.downgrades:
             if each.wanted == executor:
-                self.matrix.absent.append(Absent(executor, each.phase, each.reason))
-        missing = {each.phase for each in self.matrix.absent if each.executor == executor}
+                self.matrix.absent.append(Absent(name, each.phase, each.reason))
+        missing = {each.phase for each in self.matrix.absent if each.executor == name}
         self.total -= sum(shape.phase in missing for shape in self.shapes()) * len(
             self.matrix.contexts
         )
@@ -222,20 +246,20 @@ class _Measurement:
             graphs.prover.begin(captured)
             for bucket in reversed(captured):
                 for context in self.matrix.contexts:
-                    self.matrix.cells.append(self._cell(graphs, bucket, executor, context))
+                    self.matrix.cells.append(self._cell(graphs, bucket, name, context))
                     self.progress(executor)
-            for phase in PHASES:
+            for phase in self.part.phases:
                 shape, context = self.timeline_step(phase)
                 found = next((e for e in captured if e.shape == shape), None)
                 if found is not None and found.graph is not None:
                     self.computation.probe(shape, context).fill()
                     (total,) = median_ms(self.platform, found.graph.replay)
                     bars = graph_bars(self.platform, found.graph, self.places)
-                    self._add_timeline(executor, shape, context, total, bars)
-            self._prove(graphs, captured, executor)
+                    self._add_timeline(name, shape, context, total, bars)
+            self._prove(graphs, captured, name)
         graphs.discard()
 
-    def _prove(self, graphs: GraphRunner, captured: list[BucketGraph], executor: Executor) -> None:
+    def _prove(self, graphs: GraphRunner, captured: list[BucketGraph], executor: str) -> None:
         """What start-up would prove of the graphs, in the time that it would take for it."""
         graphs.prover.mend()  # what has run so far is not to be taken for right
         seconds = sum(each.info.capture_seconds for each in captured)
@@ -260,7 +284,7 @@ class _Measurement:
             actual = max(0, before - self._free()) if measured else grown
             self.matrix.memory.append(
                 BucketMemory(
-                    bucket.info.planned,
+                    row(self.part.owner, bucket.info.planned),
                     shape.phase,
                     shape.size,
                     bucket.info.predicted_bytes,
@@ -275,7 +299,7 @@ class _Measurement:
         return self.platform.memory_info().free
 
     def _cell(
-        self, graphs: GraphRunner, bucket: BucketGraph, executor: Executor, context: int
+        self, graphs: GraphRunner, bucket: BucketGraph, executor: str, context: int
     ) -> MatrixCell:
         shape = bucket.shape
         made = MatrixCell(executor, shape.phase, shape.size, context)

@@ -20,7 +20,7 @@ from reprise.doctor.graphs.markup import (
     size,
     times,
 )
-from reprise.doctor.graphs.report import GraphMatrix, MatrixCell, Timeline
+from reprise.doctor.graphs.report import GraphMatrix, MatrixCell, Timeline, executor_of, shown
 from reprise.shape import PHASES, Phase
 
 
@@ -118,7 +118,7 @@ def _heat_maps(matrix: GraphMatrix) -> str:
     for phase in PHASES:
         if not matrix.buckets[phase]:
             continue
-        panels = [_panel(matrix, executor, phase) for executor in matrix.executors]
+        panels = [_panel(matrix, executor, phase) for executor in matrix.rows(phase)]
         text += f"<div class='panels'>{''.join(panels)}</div>\n"
     return text + (
         "<div class='legend'>"
@@ -132,7 +132,7 @@ def _heat_maps(matrix: GraphMatrix) -> str:
 
 
 def _panel(matrix: GraphMatrix, executor: str, phase: Phase) -> str:
-    label = "eager" if executor == "none" else executor
+    label = shown(executor)
     reason = next(
         (e.reason for e in matrix.absent if (e.executor, e.phase) == (executor, phase)), None
     )
@@ -231,7 +231,7 @@ def _timelines(matrix: GraphMatrix) -> str:
 
 def _enlarged(lines: list[Timeline]) -> str:
     """The graphs once more on a time axis of their own, where eager execution dwarfs them."""
-    graphs = [each for each in lines if each.executor != "none"]
+    graphs = [each for each in lines if executor_of(each.executor) != "none"]
     longest = max((each.bar_ms for each in lines), default=0)
     if not graphs or 2 * max(each.bar_ms for each in graphs) > longest:
         return ""

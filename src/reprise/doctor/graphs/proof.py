@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reprise.doctor.graphs.places import Places
-from reprise.doctor.graphs.report import PROVEN, Proof
+from reprise.doctor.graphs.report import PROVEN, Proof, executor_of
 from reprise.graphs import GraphInfo
 
 
 def proof_of(executor: str, info: GraphInfo, places: Places) -> Proof:
-    """What verification found out about a graph of ``executor``, whatever runs instead of it."""
+    """What verification found out about a graph of ``executor``, as the matrix calls it, whatever
+    runs instead of it."""
     made = Proof(
         executor, info.phase, info.bucket, info.proof, info.probes, info.planned_probes, info.pairs
     )
@@ -28,7 +29,7 @@ def proof_of(executor: str, info: GraphInfo, places: Places) -> Proof:
 def refusal(executor: str, info: GraphInfo) -> str:
     """Why the graph of this executor was refused, without what happened to those that followed."""
     reason = info.quarantined or "nothing was captured"
-    return reason.split("; then ")[0].removeprefix(f"{executor}: ")
+    return reason.split("; then ")[0].removeprefix(f"{executor_of(executor)}: ")
 
 
 def met(proofs: Sequence[Proof]) -> tuple[list[str], list[str]]:

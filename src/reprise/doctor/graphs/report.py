@@ -7,11 +7,26 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reprise.shape import Phase
+from reprise.shape import PHASES, Phase
 
 PROVEN = ("start", "family", "live")
 STATES = (*PROVEN, "not yet met", "refused", "not used")
 """What can be known of a fact and a graph; the first four are those of ``GraphInfo.facts``."""
+
+
+def row(owner: str, executor: str) -> str:
+    """What an executor's part of the matrix is called; the target's owner has no name."""
+    return f"{owner}, {executor}" if owner else executor
+
+
+def executor_of(row: str) -> str:
+    """``none`` stands for eager execution."""
+    return row.rpartition(", ")[2]
+
+
+def shown(row: str) -> str:
+    """For people."""
+    return f"{row.removesuffix('none')}eager" if executor_of(row) == "none" else row
 
 
 @dataclass
@@ -49,6 +64,7 @@ class MatrixCell:
     """One executor at one bucket and context length."""
 
     executor: str
+    """Behind the name of what drafts, if it is of its graphs: see :func:`row`."""
     phase: Phase
     bucket: int
     context: int
@@ -190,6 +206,8 @@ class GraphMatrix:
     executors: list[str]
     buckets: dict[Phase, list[int]]
     contexts: list[int]
+    phases: dict[str, list[Phase]] = field(default_factory=dict)
+    """Of executors whose owner has steps of one phase alone."""
     fault: dict[str, str] | None = None
     """``name``, ``op``, ``summary`` of the fault that was injected."""
     cells: list[MatrixCell] = field(default_factory=list)
@@ -234,7 +252,11 @@ class GraphMatrix:
     @property
     def graphs(self) -> list[MatrixCell]:
         """The cells that are about a graph: all but eager execution's."""
-        return [each for each in self.cells if each.executor != "none"]
+        return [each for each in self.cells if executor_of(each.executor) != "none"]
+
+    def rows(self, phase: Phase) -> list[str]:
+        """The executors, but for those of owners that have no steps of the phase."""
+        return [each for each in self.executors if phase in self.phases.get(each, PHASES)]
 
     def cell(self, executor: str, phase: str, bucket: int, context: int) -> MatrixCell | None:
         wanted = (executor, phase, bucket, context)

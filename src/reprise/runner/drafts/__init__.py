@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from reprise.platforms import Platform
+from reprise.runner.drafts.chain import DraftChain
 from reprise.runner.drafts.contract import Drafter
 from reprise.runner.drafts.load import load_draft
-from reprise.runner.drafts.model_drafter import GraphOptions, ModelDrafter
+from reprise.runner.drafts.model_drafter import CHAIN, PREFILL, GraphOptions, ModelDrafter
 from reprise.runner.drafts.ngram import NgramDrafter
+from reprise.runner.drafts.prefill import DraftPrefill
 from reprise.runner.drafts.synthetic import SyntheticDrafter
 from reprise.runner.rows import Rows
 from reprise.speculation import Speculation
 
-__all__ = ["Drafter", "GraphOptions", "ModelDrafter", "load_draft", "make_drafter"]
+__all__ = [
+    "CHAIN",
+    "PREFILL",
+    "DraftChain",
+    "DraftPrefill",
+    "Drafter",
+    "GraphOptions",
+    "ModelDrafter",
+    "load_draft",
+    "make_drafter",
+]
 
 
 def make_drafter(

@@ -30,10 +30,10 @@ class DraftModel(nn.Module):
     reload: Callable[[], None]
     """Fills the parameters with what they were loaded with."""
 
-    def lookahead(self, count: int) -> int:
-        """Tokens behind the ``count`` ones that a step verifies for which it writes rows, to draft
-        as many."""
-        return count - self.shifted
+    def lookahead(self, count: int, width: int) -> int:
+        """Places that it needs in the caches behind those of the ``width`` tokens that a step
+        verifies beside the newest one, to draft ``count`` tokens wherever these end."""
+        return max(0, count + count - self.shifted - width)
 
     def prepare(self, taps: Tensor) -> Tensor:
         """[T, N * H], the target's hidden states, as [T, D]."""

@@ -27,6 +27,7 @@ def load_draft(
     *,
     max_model_len: int,
     cache_dtype: torch.dtype | None,
+    weights: bool = True,
 ) -> DraftModel | None:
     """The draft model with its weights; None: no model drafts.
 
@@ -38,6 +39,7 @@ def load_draft(
         max_model_len: Longest context of the target. What the draft was trained for does not lower
             it: behind that its drafts count less often.
         cache_dtype: Of the target's keys and values.
+        weights: Load them; else sizes alone are wanted.
 
     Raises:
         ConfigError: The target is none that drafts can be taken back from, or the draft's tokens
@@ -49,9 +51,8 @@ def load_draft(
     if asked is None or asked.model is None:
         return None
     named = f"speculative_config: model={asked.model!r}"
-    found = open_checkpoint(
-        asked.model, revision=asked.revision, config_only=config.load_format == "dummy"
-    )
+    config_only = config.load_format == "dummy" or not weights
+    found = open_checkpoint(asked.model, revision=asked.revision, config_only=config_only)
     require_method(asked.quantization, found.config)
     _same_tokens(named, checkpoint, found, target)
     model = build_model(
@@ -69,7 +70,8 @@ def load_draft(
             "not count cannot be taken back yet; give another model"
         )
     fill = partial(load_weights, model, found.path, config.load_format, platform, config.seed)
-    fill()
+    if weights:
+        fill()
     return IndependentModel(model, fill)
 
 
@@ -81,6 +83,8 @@ def _same_tokens(named: str, checkpoint: Checkpoint, draft: Checkpoint, target: 
             f"{named} has a vocabulary of {size} tokens and the target one of "
             f"{target.vocab_size}; a draft model must have the target's"
         )
+    if draft.path == checkpoint.path:
+        return
     ours, theirs = (_vocabulary(each) for each in (checkpoint, draft))
     if ours is None or theirs is None:
         logger.info("%s: whether its tokens are the target's is not known: no tokenizer", named)

@@ -76,7 +76,7 @@ class ModelDrafter:
         max_model_len: int,
     ) -> None:
         count = self._count = speculation.num_tokens
-        self._draft, self._buffers = draft, buffers
+        self.draft, self._buffers = draft, buffers
         self._speculation = speculation
         self.inputs = ChainInputs(buffers, max_model_len, count, draft)
         self.prefill = DraftPrefill(draft, buffers, target, max_tokens)
@@ -95,7 +95,7 @@ class ModelDrafter:
         if self._speculation.eager:
             options = replace(options, plan=GraphPlan("none", "none"))
         prefill = options
-        if not self._draft.shifted:  # the tokens of decode steps are met in the chain
+        if not self.draft.shifted:  # the tokens of decode steps are met in the chain
             prefill = replace(options, plan=GraphPlan("none", options.plan.mixed))
         # Drafts are compared token by token: code that is right within a bound may draw others.
         decode: Wanted = "breakable" if options.plan.decode == "compiled" else options.plan.decode
@@ -118,7 +118,7 @@ class ModelDrafter:
         steps: list[tuple[DraftPrefill | DraftChain, StepShape]] = [
             (self.prefill, StepShape.mixed(tokens, requests))
         ]
-        if self._draft.shifted:
+        if self.draft.shifted:
             steps.append((self.prefill, StepShape.decode(requests, width)))
         steps.append((self.chain, self.chain_shape(requests)))
 
@@ -145,7 +145,7 @@ class ModelDrafter:
         """A draft that is no token that was drawn does not count: nothing to do."""
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
-        inputs, shifted = self.inputs, self._draft.shifted
+        inputs, shifted = self.inputs, self.draft.shifted
         requests, decodes = len(step.rows), step.num_decodes == len(step.rows)
         drawing, number = list(step.rows), None
         if not all(step.samples):
