@@ -105,7 +105,7 @@ def _parse(left: dict[str, Any]) -> Speculation:
         if value is not None and value not in values:
             raise ConfigError(f"{name}={value!r} is not supported; leave it out")
     known = (*_COMMON, *taken)
-    unknown = [each for each in left if each not in known]
+    unknown = [each for each in left if each not in (*known, *_hidden(method))]
     if unknown:
         raise ConfigError(f"{unknown_names('name', unknown, known)}")
     tokens = _number(left, "num_speculative_tokens", None, WIDTHS[-1])
@@ -118,6 +118,11 @@ def _parse(left: dict[str, Any]) -> Speculation:
         raise ConfigError(f"prompt_lookup_min={least} must not be above prompt_lookup_max={most}")
     chance = _chance(left) if method == "synthetic" else None
     return Speculation(tokens, method, most, least, chance)
+
+
+def _hidden(method: str) -> tuple[str, ...]:
+    """What measurements ask for, of what computes drafts or stands for it."""
+    return () if method == "ngram" else (_SYNTHETIC,)
 
 
 def _of_model(given: Mapping[str, Any], tokens: int) -> Speculation:
@@ -138,6 +143,7 @@ def _of_model(given: Mapping[str, Any], tokens: int) -> Speculation:
     return Speculation(
         tokens, "draft_model", model=given["model"], revision=given.get("revision"),
         quantization=given.get("quantization"), greedy=how == "greedy", eager=eager,
+        synthetic_acceptance=_chance(given) if _SYNTHETIC in given else None,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from test_drafts import PARAMS, PROMPTS, answers
 from torch import Tensor
 
 from reprise import LLM
+from reprise.engine import draft_counts
+from reprise.errors import ConfigError, ModelError
 from reprise.graphs import Buckets, GraphRunner, parse_plan, parse_verify
 from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
@@ -51,7 +54,7 @@ def other(tiny: TinyModels) -> TinyModel:
 def drafting(model: TinyModel, draft: TinyModel | Path, device: str, k: int, **options: Any) -> LLM:
     path = draft.path if isinstance(draft, TinyModel) else draft
     config = {"method": "draft_model", "model": str(path), "num_speculative_tokens": k}
-    config |= options.pop("draft", {})
+    config |= options.pop("others", {})
     return make_llm(model, device, speculative_config=config, **options)
 
 
@@ -156,6 +159,62 @@ def test_any_draft_model_of_the_same_tokens_does(
     llm = drafting(model, other, device, 3, **{**OPTIONS, "graph_mode": "none"})
     assert serve(llm) == right
     assert 0 < rate(llm) < 0.3
+
+
+def test_what_is_counted_is_told(
+    model: TinyModel, near: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """In stats, metrics and the log alike."""
+    llm = drafting(model, near, device, 3)
+    with caplog.at_level(logging.INFO, "reprise.engine.draft_counts"):
+        generate(llm, PROMPTS, greedy(12))
+        assert caplog.text == ""
+        monkeypatch.setattr(draft_counts, "EVERY", 0.0)
+        generate(llm, PROMPTS, greedy(12))
+    stats, counted = llm.stats().drafts, metrics(llm)
+    assert stats.drafts == counted["spec_decode_num_drafts"] > 0
+    assert stats.drafted == counted["spec_decode_num_draft_tokens"] <= 3 * stats.drafts
+    assert stats.accepted == counted["spec_decode_num_accepted_tokens"]
+    rates = stats.position_rates
+    assert rates == sorted(rates, reverse=True)
+    assert stats.acceptance_length == pytest.approx(1 + sum(rates))
+    lines = [each for each in caplog.messages if "acceptance length" in each]
+    told = sum(int(re.search(r"of (\d+) drafted", each)[1]) for each in lines)  # type: ignore[index]
+    assert told == stats.drafted
+
+
+def test_a_dense_model_drafts_for_a_recurrent_one(
+    tiny: TinyModels, device: str, near: TinyModel
+) -> None:
+    hybrid = tiny("qwen3_5", num_hidden_layers=2, full_attention_interval=2)
+    plain = generate(make_llm(hybrid, device), PROMPTS, greedy(20))
+    llm = drafting(hybrid, near, device, 3)
+    assert generate(llm, PROMPTS, greedy(20)) == plain
+    with pytest.raises(ConfigError, match="recurrent state"):
+        drafting(near, hybrid, device, 3)
+
+
+def test_drafts_that_count_by_chance_are_computed(
+    model: TinyModel, other: TinyModel, device: str
+) -> None:
+    """For measurements: their chance is that which was asked for, and the draft model runs."""
+    options = {"graph_mode": "decode=full,mixed=none", "graph_buckets": "decode=4"}
+    llm = drafting(model, other, device, 3, others={"synthetic_acceptance": 0.8}, **options)
+    generate(llm, PROMPTS * 4, greedy(60))
+    first, second, third = llm.stats().drafts.position_rates
+    assert (first, second, third) == pytest.approx((0.8, 0.64, 0.51), abs=0.1)
+    used = {each.owner for each in llm.graph_report().graphs if each.replays + each.eager_steps}
+    assert used == {"", "draft chain"}
+
+
+def test_a_draft_model_of_other_tokens_is_refused(
+    tiny: TinyModels, model: TinyModel, device: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"model='.*' has a vocabulary of 128 .* 160"):
+        drafting(model, tiny("qwen3", vocab_size=128), device, 3)
+    with pytest.raises(ModelError, match="no such directory"):
+        drafting(model, tmp_path / "nothing", device, 3)
 
 
 # ---- graphs that are wrong -------------------------------------------------------------------

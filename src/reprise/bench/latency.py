@@ -17,7 +17,7 @@ from reprise.bench.drive import Run, check_fits, random_prompts, run
 from reprise.bench.experts import count_experts_hit, uniform_hits
 from reprise.bench.floor import Floor, decode_bytes, measure_floor, size, weights_of_a_token
 from reprise.bench.presets import LatencyWork, engine_arguments
-from reprise.bench.record import engine_facts, heading
+from reprise.bench.record import draft_facts, engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
 from reprise.cache.memory import step_bytes
 from reprise.engine import Engine
@@ -73,6 +73,7 @@ def latency(
             "weights_ms": _ms(step_bytes / floor.bytes_per_second),
         },
         "results": results,
+        **draft_facts(engine),
         **traced,
     }
 

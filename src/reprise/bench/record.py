@@ -77,3 +77,19 @@ def engine_facts(model: str, engine: Engine) -> dict[str, Any]:
         },
         "startup_seconds": round(engine.startup_seconds, 3),
     }
+
+
+def draft_facts(engine: Engine) -> dict[str, Any]:
+    """How often drafts counted so far, if any were made."""
+    stats = engine.stats().drafts
+    if not stats.drafts:
+        return {}
+    return {
+        "drafts": {
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "acceptance_length": round(stats.acceptance_length, 3),
+            "acceptance_rate": round(stats.acceptance_rate, 3),
+            "position_rates": [round(each, 3) for each in stats.position_rates],
+        }
+    }

@@ -13,7 +13,7 @@ from reprise.bench.bound import Bounds, ModelWork, bounds, scheduled
 from reprise.bench.drive import check_fits, random_prompts, run
 from reprise.bench.floor import decode_bytes, measure_floor
 from reprise.bench.presets import ThroughputWork, engine_arguments
-from reprise.bench.record import engine_facts, heading
+from reprise.bench.record import draft_facts, engine_facts, heading
 from reprise.bench.trace import check_traceable, record_trace
 from reprise.bench.where import seconds_by_kind
 from reprise.engine import Engine
@@ -103,6 +103,7 @@ def throughput(
         },
         "where": _where(where, schedule.tail(ended_at[-1])),
         "preemptions": after.total_preemptions - before.total_preemptions,
+        **draft_facts(engine),
         **traced,
     }
 

@@ -20,6 +20,7 @@ from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
+from reprise.engine.draft_counts import DraftStats
 from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt, prepare
@@ -61,6 +62,8 @@ class EngineStats:
     num_requests: int
     """Callers' requests that are not finished."""
     startup_seconds: float
+    drafts: DraftStats
+    """Of drafted tokens, how many counted."""
 
 
 class Engine:
@@ -419,6 +422,7 @@ class Engine:
             scheduler=self.scheduler.stats(),
             num_requests=len(self._groups),
             startup_seconds=self.startup_seconds,
+            drafts=self._observations.drafts.stats(),
         )
 
     def metrics(self) -> list[Metric]:
@@ -430,7 +434,7 @@ class Engine:
         completions = self._completions
         self._observations.step(step.num_tokens)
         if output.drafted:
-            self._observations.drafts(step.num_decodes, output.drafted, output.sampled)
+            self._observations.drafts.add(step.num_decodes, output.drafted, output.sampled)
         requests = self.scheduler.requests_of(step)
         for number, (start, entries) in output.prompt_logprobs.items():
             known = completions.get(requests[number])

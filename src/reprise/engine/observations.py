@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from reprise.engine.draft_counts import DraftCounts
 from reprise.engine.scheduler import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
 from reprise.request import Request
@@ -41,33 +40,11 @@ class Observations:
         self._decode = Distribution(_SECONDS)
         self._inference = Distribution(_SECONDS)
         self._step_tokens = Distribution(steps_1_2_5(max_tokens))
-        self.num_drafts = 0
-        """Times that tokens were drafted for a request and verified."""
-        self.num_draft_tokens = 0
-        self.accepted_at = [0] * num_drafts
-        """Of each place in a draft, how often the token there counted; tokens behind a stop too."""
+        self.drafts = DraftCounts(num_drafts)
 
     def step(self, num_tokens: int) -> None:
         """A step has computed so many tokens."""
         self._step_tokens.add(num_tokens)
-
-    def drafts(
-        self, num_decodes: int, drafted: Sequence[int], sampled: Sequence[Sequence[int]]
-    ) -> None:
-        """A step has verified drafts.
-
-        Args:
-            num_decodes: Its first requests, the ones that can have drafts.
-            drafted: Of each request, how many tokens.
-            sampled: Its new tokens, of which the last is no draft.
-        """
-        for count, tokens in zip(drafted[:num_decodes], sampled[:num_decodes], strict=True):
-            if count == 0:
-                continue
-            self.num_drafts += 1
-            self.num_draft_tokens += count
-            for place in range(len(tokens) - 1):
-                self.accepted_at[place] += 1
 
     def ended(self, request: Request) -> None:
         """A request has finished or was aborted."""
@@ -107,11 +84,12 @@ class Observations:
             "generation_tokens": stats.total_generated_tokens,
             "corrupted_requests": stats.total_finished["error"],
         }
-        if self.accepted_at:
+        drafts = self.drafts.stats()
+        if drafts.accepted_at:
             counters.update(
-                spec_decode_num_drafts=self.num_drafts,
-                spec_decode_num_draft_tokens=self.num_draft_tokens,
-                spec_decode_num_accepted_tokens=sum(self.accepted_at),
+                spec_decode_num_drafts=drafts.drafts,
+                spec_decode_num_draft_tokens=drafts.drafted,
+                spec_decode_num_accepted_tokens=drafts.accepted,
             )
         distributions = {
             "iteration_tokens_total": self._step_tokens,
@@ -140,7 +118,7 @@ class Observations:
                     {**labels, "position": str(place)},
                     count,
                 )
-                for place, count in enumerate(self.accepted_at)
+                for place, count in enumerate(drafts.accepted_at)
             ),
             *(each.histogram(f"reprise:{name}", labels) for name, each in distributions.items()),
         ]

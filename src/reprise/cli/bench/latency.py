@@ -60,8 +60,8 @@ def latency(
         float | None,
         typer.Option(
             help="Let each draft count with this chance, whatever it is: times of drafts that are "
-            "yet to be had. How many are drafted says --speculative-config, else 3. What is "
-            "generated means nothing, and every output says so.",
+            "yet to be had. How many are drafted says --speculative-config, else 3; a model that "
+            "it names is computed. What is generated means nothing, and every output says so.",
             metavar="CHANCE",
             min=0.0,
             max=1.0,
@@ -94,8 +94,9 @@ def latency(
 
     if synthetic_acceptance is not None:
         given = engine.get("speculative_config") or {}
+        computed = given if "model" in given else {"method": "synthetic"}
         engine["speculative_config"] = {
-            "method": "synthetic",
+            **computed,
             "num_speculative_tokens": given.get("num_speculative_tokens", 3),
             "synthetic_acceptance": synthetic_acceptance,
         }

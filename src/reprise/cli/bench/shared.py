@@ -121,6 +121,12 @@ def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[
         )
     for each in tables:
         console.print(_table(each))
+    if "drafts" in record:
+        found = record["drafts"]
+        console.print(
+            f"drafts: acceptance length {found['acceptance_length']}, {found['accepted']} of "
+            f"{found['drafted']} drafted tokens counted"
+        )
     if "trace" in record:
         _print_trace(console, record["trace"])
     known = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -20,6 +20,7 @@ from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import ChainInputs, DraftChain
 from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.drafts.prefill import DraftPrefill
+from reprise.runner.drafts.synthetic import SyntheticDrafter
 from reprise.runner.forward_pass import ForwardPass
 from reprise.shape import StepShape
 from reprise.speculation import Speculation
@@ -78,6 +79,10 @@ class ModelDrafter:
         count = self._count = speculation.num_tokens
         self.draft, self._buffers = draft, buffers
         self._speculation = speculation
+        self._synthetic: SyntheticDrafter | None = None
+        """Has drafts count by chance, for measurements."""
+        if speculation.synthetic_acceptance is not None:
+            self._synthetic = SyntheticDrafter(speculation, buffers.rows, buffers.platform)
         self.inputs = ChainInputs(buffers, max_model_len, count, draft)
         self.prefill = DraftPrefill(draft, buffers, target, max_tokens)
         self.chain = DraftChain(draft, count, self.inputs, target)
@@ -142,7 +147,8 @@ class ModelDrafter:
             self._buffers.rows.clear_tables(rows)
 
     def judge(self, step: Step, rows: Tensor, first_draw: Tensor, drawn: Tensor) -> None:
-        """A draft that is no token that was drawn does not count: nothing to do."""
+        if self._synthetic is not None:
+            self._synthetic.judge(step, rows, first_draw, drawn)
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         inputs, shifted = self.inputs, self.draft.shifted

@@ -1,0 +1,76 @@
+"""What drafts is looked at like the target: its memory, its graphs, its faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import TinyModels, make_llm
+
+from reprise import LLM
+from reprise.config import EngineConfig
+from reprise.doctor.graphs import measure
+from reprise.doctor.graphs.page import render
+from reprise.doctor.memory import memory_report
+from reprise.graphs import Buckets
+
+SMALL: dict[str, Any] = {
+    "max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 8, "max_model_len": 96,
+    "num_blocks": 65, "graph_mode": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(tiny: TinyModels, device: str) -> dict[str, Any]:
+    draft = tiny("llama", seed=4, num_hidden_layers=1)
+    config = {"method": "draft_model", "model": str(draft.path), "num_speculative_tokens": 3}
+    return {**SMALL, "device": device, "speculative_config": config}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: TinyModels, options: dict[str, Any]) -> LLM:
+    return make_llm(tiny("qwen3"), **options)
+
+
+def test_memory_is_that_of_the_engine(tiny: TinyModels, options: dict[str, Any], llm: LLM) -> None:
+    report = memory_report(EngineConfig(model=str(tiny("qwen3").path), **options))
+    runner = llm.engine.runner
+    assert runner.drafter is not None
+    models = runner.model, runner.drafter.draft  # type: ignore[attr-defined]
+    assert report.weights_bytes == sum(e.nbytes for each in models for e in each.parameters())
+    memory = runner.drafter.memory().values()
+    assert report.buffers["drafter"] == sum(each.nbytes for each in memory)
+    layout = runner.cache_layout.pools[0]
+    assert sum(each.block_bytes for each in report.caches) == layout.block_bytes
+
+
+def test_graphs_have_a_row_for_each_owner(llm: LLM) -> None:
+    matrix = measure(
+        llm.engine.runner, {}, executors=("none", "full"), buckets=Buckets((2,), (16,)),
+        contexts=(24,),
+    )  # fmt: skip
+    assert matrix.rows("decode") == ["none", "full", "draft chain, none", "draft chain, full"]
+    assert matrix.rows("mixed") == ["none", "full", "draft prefill, none", "draft prefill, full"]
+    assert matrix.ok
+    assert len(matrix.graphs) == 4
+    assert {each.executor for each in matrix.proofs if each.probes} == {
+        "full", "draft chain, full", "draft prefill, full",
+    }  # fmt: skip
+    page = render(matrix)
+    assert "draft chain, eager" in page
+
+
+def test_a_fault_shows_where_it_is(llm: LLM) -> None:
+    matrix = measure(
+        llm.engine.runner, {}, executors=("full",), buckets=Buckets((2,), (16,)), contexts=(24,),
+        fault=("unwritten_output", "paged_attention"),
+    )  # fmt: skip
+    assert {each.executor for each in matrix.bad} == {
+        "full",
+        "draft prefill, full",
+        "draft chain, full",
+    }
+    for each in matrix.bad:
+        assert each.where is not None
+        assert each.where.op == "paged_attention"
+        assert each.where.layer == 0
