@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pkgutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -45,6 +45,13 @@ def inputs(name: str, device: torch.device = CPU) -> Sequence[tuple[Any, ...]]:
 
 
 @pytest.fixture
+def some(device: str, pytestconfig: pytest.Config) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """In short runs every second one of an op's cases."""
+    short = device == "cpu" and not pytestconfig.getoption("--long")
+    return lambda cases: cases[::2] if short else cases
+
+
+@pytest.fixture
 def undeclared() -> Iterator[None]:
     """Ops that a test declares are gone afterwards; torch.library keeps their names."""
     before = dict(registry._ops)
@@ -73,9 +80,9 @@ def _folder(op: ops.Op) -> str:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_opcheck(name) -> None:
+def test_opcheck(name, some) -> None:
     """Schema (what is mutated, what may alias) and fake implementation, by torch's own checks."""
-    for each in inputs(name):
+    for each in some(inputs(name)):
         checks = list(DEFAULT_TEST_UTILS)
         if any(isinstance(x, Tensor) and x.dtype is torch.float8_e4m3fn for x in each):
             # Torch compares inputs by arithmetic, which a CPU does not do in eight bits. What is
@@ -99,13 +106,13 @@ def test_fake_results_look_like_real_ones(name) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_only_what_is_declared_is_written(name, platform) -> None:
+def test_only_what_is_declared_is_written(name, platform, some) -> None:
     """By every implementation that runs here."""
     op = all_ops()[name]
     for each in op.implementations.values():
         if each.requires(platform) is not None:
             continue
-        for arguments in inputs(name, platform.device):
+        for arguments in some(inputs(name, platform.device)):
             if each.refusal(*arguments) is not None:
                 continue
             before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
