@@ -26,8 +26,13 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("rows", "with_bias"),
+    [
+        (1, False), (1, True), (2, True), (100, False),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((2, False), (100, True))),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("features", "inputs"), SIZES)
 @pytest.mark.parametrize(
     "op", [linear, norm_linear, norm_gated_linear, linear_add], ids=lambda op: op.name
