@@ -97,6 +97,34 @@ def test_a_steady_decode_sends_next_to_nothing_and_waits_for_nothing(
     assert_idle(llm)
 
 
+def test_a_draft_model_sends_nothing_and_waits_for_nothing(
+    tiny: TinyModels, ahead: Any, counts: dict[str, int]
+) -> None:
+    """Lengths, newest tokens, drafts and how many count never visit the host before the next step
+    is submitted."""
+    config = {"method": "draft_model", "model": str(tiny("qwen3").path)}
+    config["num_speculative_tokens"] = 3
+    llm = ahead(max_num_seqs=4, num_blocks=257, speculative_config=config)
+    engine = llm.engine
+    for number, temperature in enumerate((0.0, 0.8)):
+        params = SamplingParams(temperature=temperature, max_tokens=180, ignore_eos=True)
+        engine.add(f"{number}", random_ids(number, 9), params)
+    for _ in range(4):
+        engine.step()
+    counts.update(copies=0, waits=0)
+    with Waits() as waits:
+        for _ in range(20):
+            engine.step()
+    assert llm.stats().drafts.acceptance_length == 4
+    assert counts["copies"] <= 2, "new blocks"
+    assert counts["waits"] == 0
+    assert waits.found == []
+    engine.abort(["0", "1"])
+    while engine.has_work:
+        engine.step()
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("mode", ["none", "full", "breakable"])
 def test_row_0_belongs_to_nobody(tiny: TinyModels, device: str, mode: str) -> None:
     """Whatever lies there, padding stays harmless and nobody gets it."""
