@@ -104,6 +104,9 @@ class SamplingParams:
     """Use this many last tokens of the prompt; -1: as many as leave room for ``max_tokens``."""
     skip_reading_prefix_cache: bool | None = None
     """Compute every token of the prompt, as with ``prompt_logprobs``."""
+    num_drafts: int | None = None
+    """Most tokens that are drafted behind the newest one, where the engine drafts any; None: as
+    many as it does. No token depends on it."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     """What each item of a stream holds. ``LLM`` returns whole outputs whatever it says."""
     skip_special_tokens: bool = True
@@ -259,7 +262,7 @@ class SamplingParams:
 _NAMES = frozenset(each.name for each in dataclasses.fields(SamplingParams))
 _OPTIONAL = {
     "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids",
-    "skip_reading_prefix_cache",
+    "skip_reading_prefix_cache", "num_drafts",
 }  # fmt: skip
 _INTEGERS = [
     ("n", 1, "give an integer of at least 1"),
@@ -269,6 +272,7 @@ _INTEGERS = [
     ("logprobs", -1, "give an integer of at least 0, -1 for the whole vocabulary, or None"),
     ("prompt_logprobs", -1, "give an integer of at least 0, -1 for the whole vocabulary, or None"),
     ("truncate_prompt_tokens", -1, "give an integer of at least 1, -1 for what fits, or None"),
+    ("num_drafts", 0, "give an integer of at least 0, or None"),
 ]
 _NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
     ("temperature", lambda x: 0 <= x < math.inf, "give a number of at least 0; 0 is greedy"),

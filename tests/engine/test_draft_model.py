@@ -15,7 +15,7 @@ import torch
 from drafting import check_counters, metrics
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm
 from planted import OPTIONS, make_oracle, planted, serve
-from test_drafts import PARAMS, PROMPTS, answers
+from test_drafts import NGRAM, PARAMS, PROMPTS, answers
 from torch import Tensor
 
 from reprise import LLM
@@ -193,6 +193,27 @@ def test_a_dense_model_drafts_for_a_recurrent_one(
     assert generate(llm, PROMPTS, greedy(20)) == plain
     with pytest.raises(ConfigError, match="recurrent state"):
         drafting(near, hybrid, device, 3)
+
+
+def test_requests_may_want_fewer_drafts(model: TinyModel, device: str) -> None:
+    """Those beside them get all of theirs, and nobody gets other tokens."""
+    limits = (0, None, 1, 3)
+    right = generate(make_llm(model, device), PROMPTS, greedy(24))
+    for config in (NGRAM, {"method": "draft_model", "model": str(model.path)}):
+        llm = make_llm(model, device, speculative_config={**config, "num_speculative_tokens": 3})
+        params = [greedy(24, num_drafts=each) for each in limits]
+        assert generate(llm, PROMPTS, params) == right
+        most = [llm.stats().drafts.drafted]
+        for number, params in enumerate(limits):
+            before = llm.stats().drafts
+            generate(llm, [PROMPTS[number]], greedy(24, num_drafts=params))
+            made = llm.stats().drafts - before
+            assert made.drafted <= made.drafts * (3 if params is None else params)
+            most.append(made.drafted)
+        # The target as its own draft is right as often as it may be.
+        if config is not NGRAM:
+            assert most[0] == sum(most[1:])
+            assert rate(llm) == 1
 
 
 def test_drafts_that_count_by_chance_are_computed(

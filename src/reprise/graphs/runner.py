@@ -174,6 +174,11 @@ class GraphRunner:
             compiler_reason=self.platform.compiler_missing(),
         )
 
+    @property
+    def exact(self) -> bool:
+        """Eager execution repeats itself to the bit; known where anything may be captured."""
+        return self._error is None
+
     def _may_capture(self) -> bool:
         idle = ("none",) if self.platform.graphs_by_default else ("none", "auto")
         return any(self.requested.of(phase) not in idle for phase in PHASES)

@@ -2,7 +2,7 @@
 
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
-from reprise.layers.causal_lm import CausalLM
+from reprise.layers.causal_lm import CausalLM, routes
 from reprise.layers.decoder import Decoder, DecoderLayer, Depth, Taps
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
@@ -54,5 +54,6 @@ __all__ = [
     "identity_table",
     "parameters_of",
     "rotary_table",
+    "routes",
     "tensor",
 ]

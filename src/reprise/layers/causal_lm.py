@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from reprise.cache import Batch
 from reprise.layers.build import Build
@@ -75,4 +75,9 @@ class CausalLM(StoredModel):
     @property
     def routed(self) -> bool:
         """Some layer sends rows to experts: it says how, as ``routing``."""
-        return any(getattr(each, "routing", None) is not None for each in self.modules())
+        return routes(self)
+
+
+def routes(model: nn.Module) -> bool:
+    """Some layer of it sends rows to experts: it says how, as ``routing``."""
+    return any(getattr(each, "routing", None) is not None for each in model.modules())

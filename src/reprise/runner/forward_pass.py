@@ -16,7 +16,7 @@ from reprise.errors import LoadError
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region, Stack, stacked
-from reprise.layers import CausalLM, Depth, Taps
+from reprise.layers import CausalLM, Depth, Taps, routes
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
@@ -61,6 +61,7 @@ class ForwardPass:
         self.model: Callable[..., Any] = model
         self._causal_lm = model
         self._buffers = buffers
+        self._routes = model.routed or (draft is not None and routes(draft))
         self._caches = model.caches() if caches is None else caches
         dtype = next(model.parameters()).dtype
         device = platform.device
@@ -109,7 +110,7 @@ class ForwardPass:
             self.found_caches,
             vocab_size=self._causal_lm.vocab_size,
             max_model_len=max_model_len,
-            routed=self._causal_lm.routed,
+            routed=self._routes,
         )
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:

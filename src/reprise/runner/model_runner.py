@@ -35,6 +35,7 @@ from reprise.runner.drafts import (
     Drafter,
     GraphOptions,
     ModelDrafter,
+    Withheld,
     load_draft,
     make_drafter,
 )
@@ -153,6 +154,7 @@ class ModelRunner:
             elif config.speculation is not None:
                 rows = self.buffers.rows
                 self.drafter = make_drafter(config.speculation, rows, wanted_len, platform)
+            self._withheld = Withheld(self.buffers.rows, platform)
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
@@ -239,6 +241,7 @@ class ModelRunner:
         )
         if self.drafter is not None and step.rows:
             self.drafter.propose(step, rows, buffers.new_tokens)
+            self._withheld.apply(step, rows)
         return pending
 
     def _landing(self) -> Landing:
@@ -257,7 +260,7 @@ class ModelRunner:
     def _memory_beside(self) -> dict[str, Tensor]:
         """What lies on the device from step to step and that no forward pass may touch."""
         drafter = {} if self.drafter is None else self.drafter.memory()
-        return {**self.sampler.memory(), **drafter}
+        return {**self.sampler.memory(), **drafter, **self._withheld.memory()}
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""

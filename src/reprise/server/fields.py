@@ -67,6 +67,7 @@ class Generation(BaseModel):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    num_drafts: int | None = Field(None, ge=0)
     prompt_logprobs: int | None = Field(None, ge=0)
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None

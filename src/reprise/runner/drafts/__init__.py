@@ -10,6 +10,7 @@ from reprise.runner.drafts.model_drafter import CHAIN, PREFILL, GraphOptions, Mo
 from reprise.runner.drafts.ngram import NgramDrafter
 from reprise.runner.drafts.prefill import DraftPrefill
 from reprise.runner.drafts.synthetic import SyntheticDrafter
+from reprise.runner.drafts.withheld import Withheld
 from reprise.runner.rows import Rows
 from reprise.speculation import Speculation
 
@@ -21,6 +22,7 @@ __all__ = [
     "Drafter",
     "GraphOptions",
     "ModelDrafter",
+    "Withheld",
     "load_draft",
     "make_drafter",
 ]

@@ -15,6 +15,7 @@ from reprise.cache import Batch, CacheLayout, Table
 from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region
+from reprise.layers import routes
 from reprise.ops.step import ACCEPTED, COMPUTED
 from reprise.runner.arena import Ints, to_device
 from reprise.runner.buffers import StepBuffers
@@ -231,6 +232,7 @@ class DraftChain:
             self._target.found_caches,
             vocab_size=self._draft.vocab_size,
             max_model_len=max_model_len,
+            routed=routes(self._draft),
         )
 
     # ---- the passes ----------------------------------------------------------------------

@@ -108,9 +108,14 @@ class ModelDrafter:
             logger.info("graph plan: %s: compiled -> breakable (drafts must be equal)", CHAIN)
         chain = replace(options, plan=GraphPlan(decode, "none"))
         width = 1 + self._buffers.rows.num_drafts
+        chained = chain.runner(self.chain, self._buffers, self.inputs.width, CHAIN)
+        if not chained.exact:
+            logger.warning("graph plan: %s: %s -> none (ops are inexact)", CHAIN, decode)
+            chain = replace(chain, plan=GraphPlan("none", "none"))
+            chained = chain.runner(self.chain, self._buffers, self.inputs.width, CHAIN)
         self.owners = {
             PREFILL: prefill.runner(self.prefill, self._buffers, width, PREFILL),
-            CHAIN: chain.runner(self.chain, self._buffers, self.inputs.width, CHAIN),
+            CHAIN: chained,
         }
 
     def use_cache(self, layout: CacheLayout, max_model_len: int) -> None:
