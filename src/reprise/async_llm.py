@@ -21,6 +21,7 @@ from reprise.engine import (
     chat_prompt,
 )
 from reprise.errors import RequestError
+from reprise.loading import as_transformers
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
 from reprise.sampling_params import RequestOutputKind, SamplingParams
@@ -161,7 +162,7 @@ class AsyncLLM:
         """transformers' tokenizer."""
         if self.engine.tokenizer is None:
             raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
-        return self.engine.tokenizer
+        return as_transformers(self.engine.tokenizer)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Returns True, for vLLM's may fail."""

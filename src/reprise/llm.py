@@ -23,6 +23,7 @@ from reprise.engine import (
 )
 from reprise.errors import NonFiniteError, RepriseError, RequestError, UnsupportedError
 from reprise.graphs import GraphReport
+from reprise.loading import as_transformers
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
@@ -188,7 +189,7 @@ class LLM:
         """transformers' tokenizer."""
         if self.engine.tokenizer is None:
             raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
-        return self.engine.tokenizer
+        return as_transformers(self.engine.tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation config recommends."""

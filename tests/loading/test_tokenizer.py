@@ -281,3 +281,71 @@ def test_added_tokens_of_the_file_are_kept(tmp_path: Path) -> None:
     ids = tokenizer.encode("a<think>b<eos>").ids
     assert found.encode("a<think>b<eos>") == ids
     assert found.decode(ids, skip_special_tokens=True) == "a<think>b"
+
+
+TEMPLATES: list[Any] = [
+    None, "{{ messages }}", {"default": "d", "tool_use": "t"}, {"tool_use": "t"}, {"rag": "r"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=str)
+@pytest.mark.parametrize(
+    "named",
+    [{}, {"eos_token": "<eos>"}, {"eos_token": "<eos>", "unk_token": "<user>", "image_token": "a",
+     "additional_special_tokens": ["<user>"]}],
+    ids=len,
+)  # fmt: skip
+def test_it_answers_as_transformers_does(
+    tmp_path: Path, template: Any, named: dict[str, Any]
+) -> None:
+    config = dict(named)
+    if isinstance(template, dict):
+        config["chat_template"] = [{"name": n, "template": t} for n, t in template.items()]
+    elif template is not None:
+        config["chat_template"] = template
+    found = load_tokenizer(write(tmp_path, byte_level(), **config))
+    other = found.as_transformers()
+    assert found.special_tokens_map == other.special_tokens_map
+    assert found.eos_token == other.eos_token
+    assert end_of_text_id(found) == end_of_text_id(other)
+    for name in (None, "rag", "tool_use", "{{ other }}"):
+        for tools in (None, [{"type": "function"}]):
+            answers = []
+            for each in (found, other):
+                try:
+                    answers.append(each.get_chat_template(name, tools))
+                except ValueError:
+                    answers.append(None)
+            assert answers[0] == answers[1]
+    for text in SAMPLES:
+        ids = other.encode(text)
+        assert found.encode(text) == ids
+        assert found.decode(ids) == other.decode(ids)
+        assert found.convert_ids_to_tokens(ids) == other.convert_ids_to_tokens(ids)
+    for token in ("<eos>", "a", "no such token"):
+        assert found.convert_tokens_to_ids(token) == other.convert_tokens_to_ids(token)
+    assert found.convert_ids_to_tokens(5) == other.convert_ids_to_tokens(5)
+    assert len(found) == len(other)
+    # What is not answered here.
+    assert found.all_special_ids == other.all_special_ids
+
+
+def test_what_a_caller_sets_is_his_own(tmp_path: Path) -> None:
+    """transformers keeps settings of a call in the tokenizer."""
+    found = load_tokenizer(write(tmp_path, byte_level(), eos_token="<eos>", pad_token="<eos>"))
+    expected = found.encode(CORPUS[0])
+    assert len(expected) > 3
+    other = found.as_transformers()
+    assert len(other(CORPUS[0], truncation=True, max_length=3)["input_ids"]) == 3
+    other([CORPUS[0], "a"], padding="max_length", max_length=100)
+    other.add_tokens([CORPUS[0][:6]])
+    assert found.encode(CORPUS[0]) == expected
+    assert found.as_transformers() is other
+
+
+def test_files_that_transformers_refuses(tmp_path: Path) -> None:
+    """The engine needs nothing of it."""
+    found = load_tokenizer(write(tmp_path, byte_level(), padding_side="above"))
+    assert found.encode("a")
+    with pytest.raises(ModelError, match="transformers refuses it"):
+        found.as_transformers()

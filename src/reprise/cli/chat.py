@@ -51,7 +51,7 @@ def chat(
     Works in a pipe too: every line of standard input is a turn, and the answers are printed.
     """
     llm = load(engine)
-    if not getattr(llm.get_tokenizer(), "chat_template", None):
+    if not getattr(llm.engine.tokenizer, "chat_template", None):
         raise RepriseError("this model has no chat template; use 'reprise generate' instead")
     params = llm.engine.default_sampling_params(**{"max_tokens": MAX_TOKENS, **sampling})
     Conversation(llm, params, system, quiet).run()
@@ -124,7 +124,7 @@ class Conversation:
         writer, output = Writer(), None
         try:
             prompt = chat_prompt(
-                self.llm.get_tokenizer(), self.messages, add_generation_prompt=True
+                self.llm.engine.tokenizer, self.messages, add_generation_prompt=True
             )
             for output in stream(self.llm, prompt, self.params):
                 writer.show(output.outputs[0].text)

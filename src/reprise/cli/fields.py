@@ -13,7 +13,7 @@ import inspect
 import itertools
 import json
 import re
-import textwrap
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -189,10 +189,12 @@ def _type_hints(source: type) -> dict[str, Any]:
 def _documentation(source: type) -> dict[str, str]:
     """Field name to the string literal that follows the field in the class's source."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
+        # All of the module: to cut the class out, Python reads it token by token.
+        tree = ast.parse(inspect.getsource(sys.modules[source.__module__]))
     except (OSError, TypeError, SyntaxError):
         return {}
-    body = tree.body[0].body  # type: ignore[attr-defined]
+    classes = (each for each in ast.walk(tree) if isinstance(each, ast.ClassDef))
+    body = next((each.body for each in classes if each.name == source.__name__), [])
     found: dict[str, str] = {}
     for statement, following in itertools.pairwise(body):
         if (

@@ -1,6 +1,7 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
 from reprise.loading.checkpoint import Checkpoint, open_checkpoint
+from reprise.loading.json_tokenizer import as_transformers
 from reprise.loading.quantization import require_method
 from reprise.loading.tokenizer import end_of_text_id
 from reprise.loading.update import NamedTensors, plan_update, update_weights
@@ -9,6 +10,7 @@ from reprise.loading.weights import load_weights
 __all__ = [
     "Checkpoint",
     "NamedTensors",
+    "as_transformers",
     "end_of_text_id",
     "load_weights",
     "open_checkpoint",

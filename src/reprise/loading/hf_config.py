@@ -13,6 +13,7 @@ from typing import Any
 from reprise import models
 from reprise.errors import ConfigError, ModelError
 from reprise.loading.files import read_object
+from reprise.loading.plain_config import plain_config
 from reprise.loading.quantization import with_quantization
 from reprise.loading.rope import resolve_rope
 from reprise.loading.text_part import text_part
@@ -33,7 +34,7 @@ _READ_WHERE_GIVEN = frozenset(
 
 
 def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
-    """transformers' ``PretrainedConfig`` of a ``config.json``.
+    """transformers' ``PretrainedConfig`` of a ``config.json``, or what says the same.
 
     Args:
         file: The config.
@@ -57,9 +58,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     _cut_layer_lists(raw, given, overrides)
     for name in _CLASSIFIERS:
         raw.pop(name, None)
-    known = _known_class(raw.pop("model_type"), raw, file)
-    _refuse_unknown(overrides, given, known)
-    config = _construct(known, raw, file)
+    config = _config(raw.pop("model_type"), raw, given, overrides, file)
     try:
         check_token_ids(config.eos_token_id)
     except ValueError as error:
@@ -79,7 +78,25 @@ def layer_config(given: Mapping[str, Any], file: Path) -> Any:
         ModelError: It cannot be read.
     """
     raw = resolve_rope({"architectures": ["a head"], **given}, given, {})
-    return _construct(_known_class(raw.pop("model_type"), raw, file), raw, file)
+    return _config(raw.pop("model_type"), raw, given, {}, file)
+
+
+def _config(
+    kind: str,
+    raw: Mapping[str, Any],
+    given: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    file: Path,
+) -> Any:
+    # Before anybody makes lists of that many entries.
+    models.require_layer_count(raw.get("num_hidden_layers", 1))
+    # Which names an override may have, transformers alone knows.
+    plain = None if overrides else plain_config(kind, raw)
+    if plain is not None:
+        return plain
+    known = _known_class(kind, raw, file)
+    _refuse_unknown(overrides, given, known)
+    return _construct(known, raw, file)
 
 
 def check_token_ids(eos_token_id: Any) -> None:
@@ -174,8 +191,6 @@ def _known_class(kind: str, raw: Mapping[str, Any], file: Path) -> type:
 
 
 def _construct(known: type, raw: Mapping[str, Any], file: Path) -> Any:
-    # Before transformers makes lists of that many entries.
-    models.require_layer_count(raw.get("num_hidden_layers", 1))
     try:
         return known(**raw)
     except Exception as error:  # transformers validates fields with errors of many types

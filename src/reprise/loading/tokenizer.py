@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reprise.loading.files import read_object
+from reprise.loading.json_tokenizer import JsonTokenizer, read_backend
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input
 
 
 def load_tokenizer(path: Path) -> Any:
-    """transformers' tokenizer of a directory.
+    """The tokenizer of a directory: transformers', or what stands for it.
 
     ``tokenizer.json`` alone decides the ids, as the ``tokenizers`` library reads it: transformers
     builds pipelines anew from the name of a class, which many checkpoints have wrong.
@@ -41,8 +42,8 @@ def load_tokenizer(path: Path) -> Any:
         # That is what transformers makes of a directory without a tokenizer's files.
         if len(found) <= len(set(found.all_special_ids)):
             raise FileNotFoundError("it would know special tokens alone")
-    # The first call may change the tokenizer, which no thread may do while others use it.
-    found.encode("")
+        # The first call may change the tokenizer, which no thread may do while others use it.
+        found.encode("")
     return found
 
 
@@ -56,31 +57,20 @@ def end_of_text_id(tokenizer: Any) -> int | None:
     return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
-def _of_tokenizer_json(path: Path) -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
-    # Left behind by training; a prompt is neither cut nor filled.
-    backend.no_truncation()
-    backend.no_padding()
+def _of_tokenizer_json(path: Path) -> JsonTokenizer:
+    file = path / "tokenizer.json"
+    backend = read_backend(file)
     config = _read(path / "tokenizer_config.json")
     names = _read(path / "special_tokens_map.json")
     # As transformers has it: the older file counts unless the newer one lists all tokens.
     settings = {**names, **config} if "added_tokens_decoder" in config else {**config, **names}
-    found = PreTrainedTokenizerFast(
-        # The class adds tokens to what it is given, so it gets the real one afterwards.
-        tokenizer_object=Tokenizer(BPE()),
-        **_special_tokens(settings, backend),
-        **{name: settings[name] for name in _SETTINGS if settings.get(name) is not None},
-        chat_template=_chat_template(path, config),
-        # Of text that tokenizer.json decodes; it would drop spaces.
-        clean_up_tokenization_spaces=False,
+    return JsonTokenizer(
+        file,
+        backend,
+        _special_tokens(settings, backend),
+        {name: settings[name] for name in _SETTINGS if settings.get(name) is not None},
+        _chat_template(path, config),
     )
-    found._tokenizer = backend
-    found.name_or_path = str(path)
-    return found
 
 
 def _special_tokens(settings: Mapping[str, Any], backend: Any) -> dict[str, Any]:

@@ -58,9 +58,12 @@ def _message_names(tokenizer: Any) -> list[str] | None:
     if tokenizer is None:
         return None
     try:
-        return sorted(template_of(tokenizer, None, None).names)
+        template = template_of(tokenizer, None, None)
     except RequestError:
         return None
+    # Renders, for the first time: what that imports no caller is to wait for.
+    template.content_forms("user")
+    return sorted(template.names)
 
 
 def _ids_of(tokenizer: Any, *texts: str) -> list[int | None]:
@@ -75,7 +78,9 @@ def _ids_of(tokenizer: Any, *texts: str) -> list[int | None]:
 def metric_facts(engine: Engine, emissions: Emissions) -> list[list[Any]]:
     """All metrics of this moment: kind, name, labels, values. Those that vLLM has too bear its
     prefix, so that dashboards and autoscalers find them."""
-    metrics = [*engine.metrics(), *_cache_info(engine)]
+    # Of failures the engine knows a part, the readers all.
+    ours = [each for each in engine.metrics() if each.labels.get("finished_reason") != "error"]
+    metrics = [*ours, *_cache_info(engine)]
     label = {"model_name": engine.config.model or "demo"}
     metrics.append(emissions.gaps.histogram("reprise:inter_token_latency_seconds", label))
     metrics.append(

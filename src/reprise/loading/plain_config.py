@@ -1,0 +1,150 @@
+"""Configs that say everything themselves, read without transformers.
+
+Importing transformers takes longer than all else in the start of a small model but torch. It is
+left out where a config's file leaves nothing to it: every field is known here, has a value of the
+usual kind, and means what it says. Everything else is transformers' to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+_GIVEN: Any = object()
+
+
+class _Field(NamedTuple):
+    usual: Callable[[Any], bool]
+    """Whether a value is of the kind that is taken as it is."""
+    default: Any = _GIVEN
+    """Of transformers' class; left out: the file must say it."""
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_fraction(value: Any) -> bool:
+    return type(value) is float and 0 <= value < 1
+
+
+def _is_id(value: Any) -> bool:
+    return value is None or type(value) is int
+
+
+def _are_ids(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, list) and all(type(each) is int for each in value))
+
+
+def _is_dtype(value: Any) -> bool:
+    return value in ("float32", "bfloat16", "float16")
+
+
+def _is_default_rope(value: Any) -> bool:
+    if not isinstance(value, Mapping) or value.keys() != {"rope_type", "rope_theta"}:
+        return False
+    theta = value["rope_theta"]
+    return value["rope_type"] == "default" and type(theta) is float and theta > 0
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and all(each == "full_attention" for each in value)
+
+
+_COMMON = {
+    "vocab_size": _Field(_is_size),
+    "hidden_size": _Field(_is_size),
+    "intermediate_size": _Field(_is_size),
+    "num_hidden_layers": _Field(_is_size),
+    "num_attention_heads": _Field(_is_size),
+    "num_key_value_heads": _Field(_is_size),
+    "max_position_embeddings": _Field(_is_size),
+    "hidden_act": _Field(_is_text),
+    "rms_norm_eps": _Field(_is_fraction),
+    "rope_parameters": _Field(_is_default_rope),
+    "rope_theta": _Field(lambda value: type(value) is float, None),
+    "eos_token_id": _Field(_are_ids),
+    "bos_token_id": _Field(_is_id, None),
+    "pad_token_id": _Field(_is_id, None),
+    "tie_word_embeddings": _Field(_is_flag, False),
+    "architectures": _Field(lambda value: isinstance(value, list)),
+    "quantization_config": _Field(lambda value: isinstance(value, Mapping), None),
+    "dtype": _Field(_is_dtype, None),
+    "torch_dtype": _Field(_is_dtype, None),
+    # What nothing reads here.
+    "attention_dropout": _Field(_is_fraction, None),
+    "initializer_range": _Field(_is_fraction, None),
+    "transformers_version": _Field(_is_text, None),
+    "use_cache": _Field(_is_flag, None),
+}
+_BIAS = _Field(_is_flag, False)
+_SHARE_OF_HIDDEN = {"head_dim": _Field(_is_size, None)}
+_NO_WINDOWS = {
+    "use_sliding_window": _Field(lambda value: value is False, False),
+    "sliding_window": _Field(lambda value: value is None or _is_size(value), None),
+    "max_window_layers": _Field(_is_size, None),
+    "layer_types": _Field(_are_whole, None),
+}
+_KINDS: dict[str, dict[str, _Field]] = {
+    "llama": {
+        **_COMMON, **_SHARE_OF_HIDDEN, "attention_bias": _BIAS, "mlp_bias": _BIAS,
+        "pretraining_tp": _Field(_is_size, None),
+    },
+    "mistral": {
+        **_COMMON, **_SHARE_OF_HIDDEN,
+        "sliding_window": _Field(lambda value: value is None or _is_size(value)),
+    },
+    "qwen2": {**_COMMON, **_SHARE_OF_HIDDEN, **_NO_WINDOWS},
+    "qwen3": {**_COMMON, **_NO_WINDOWS, "head_dim": _Field(_is_size), "attention_bias": _BIAS},
+}  # fmt: skip
+"""By ``model_type``."""
+
+
+def plain_config(kind: str, raw: Mapping[str, Any]) -> SimpleNamespace | None:
+    """The fields that an architecture reads, as transformers' config of this kind has them.
+
+    Args:
+        kind: ``model_type``.
+        raw: The config, with everything about RoPE in ``rope_parameters``.
+
+    Returns:
+        None if the config is transformers' to read.
+    """
+    fields = _KINDS.get(kind)
+    if fields is None or not raw.keys() <= fields.keys():
+        return None
+    found: dict[str, Any] = {"model_type": kind}
+    for name, field in fields.items():
+        value = raw.get(name, field.default)
+        if value is _GIVEN or (name in raw and not field.usual(value)):
+            return None
+        found[name] = value
+    hidden, heads, layers = (
+        raw[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    if hidden % heads:
+        return None
+    if found["head_dim"] is None:
+        found["head_dim"] = hidden // heads
+    if found["head_dim"] % 2:
+        return None
+    if "layer_types" in fields:
+        found["sliding_window"] = None
+        if found["layer_types"] is None:
+            found["layer_types"] = ["full_attention"] * layers
+        if len(found["layer_types"]) != layers:
+            return None
+    named = found["dtype"] or found.pop("torch_dtype")
+    found["dtype"] = None if named is None else getattr(torch, named)
+    return SimpleNamespace(**found)
