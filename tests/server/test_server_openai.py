@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -341,4 +342,12 @@ def test_the_first_kinds_of_line_in_the_log(server: Server, client: openai.OpenA
     (line,) = (each for each in server.lines if "look-for-me" in each)
     assert "POST /v1/completions 200" in line
     assert "prompt_tokens=7 completion_tokens=2" in line
+    # A text is not logged either where it is said to be wrong, or is in a field that is not known.
+    named = {"extra_headers": {"x-request-id": "look-for-this"}, "extra_body": {"new_field": SUM}}
+    with pytest.raises(openai.BadRequestError, match=re.escape(SUM)):
+        chat(client, [SUM], **named)
+    while "look-for-this" not in server.log:
+        assert time.monotonic() < end
+    (line,) = (each for each in server.lines if "look-for-this" in each)
+    assert "POST /v1/chat/completions 400" in line
     assert SUM not in server.log

@@ -11,8 +11,9 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from reprise.arguments import shown
 from reprise.server.client import EngineRefusal
-from reprise.server.errors import GONE_CLIENT, ApiError, plain
+from reprise.server.errors import GONE_CLIENT, ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _invalid(error: ValidationError) -> ApiError:
         if each["type"] == "missing":
             lines.append(f"{place} is missing")
         else:
-            lines.append(f"{place}={plain(each['input'])}: {each['msg']}"[:500])
+            lines.append(f"{place}={shown(each['input'])}: {each['msg']}"[:500])
     if len(found) > MOST_ERRORS:
         lines.append(f"and {len(found) - MOST_ERRORS} more")
     return ApiError(400, "; ".join(lines), param=None if first is None else first[:200])
@@ -124,10 +125,10 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     """Tells a client which fields changed nothing; each name is logged once."""
     if not names:
         return {}
-    shown = [_NAME.sub("?", each[:64]) for each in sorted(set(names))[:MOST_NAMES]]
-    new = [each for each in shown if each not in _logged and len(_logged) < _MOST_LOGGED]
+    named = [_NAME.sub("?", each[:64]) for each in sorted(set(names))[:MOST_NAMES]]
+    new = [each for each in named if each not in _logged and len(_logged) < _MOST_LOGGED]
     if new:
         _logged.update(new)
         logger.warning("fields of requests that are not known here are ignored: %s", ", ".join(new))
-    more = len(set(names)) - len(shown)
-    return {"x-reprise-ignored-fields": ",".join(shown) + (f",+{more}" if more > 0 else "")}
+    more = len(set(names)) - len(named)
+    return {"x-reprise-ignored-fields": ",".join(named) + (f",+{more}" if more > 0 else "")}

@@ -201,7 +201,6 @@ def _end(delta: RequestOutput) -> dict[str, Any]:
         "cached": times.num_cached_tokens,
         "queue": _between(times.arrival_time, times.first_scheduled_time),
         "first_token": _between(times.arrival_time, times.first_token_time),
-        "total": _between(times.arrival_time, times.finished_time),
     }
 
 

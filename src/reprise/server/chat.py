@@ -117,7 +117,7 @@ class Chat(Reply):
                 400, f"top_logprobs={top} and logprobs is not true", param="top_logprobs"
             )
         if request.logprobs:
-            limit = facts["vocab_size"] if facts["max_logprobs"] == -1 else facts["max_logprobs"]
+            limit = facts["max_logprobs"]
             if (top or 0) > limit:
                 raise ApiError(
                     400, f"top_logprobs={top}: give at most {limit}", param="top_logprobs"

@@ -184,11 +184,6 @@ class EngineClient(asyncio.Protocol):
         finally:
             self._calls.pop(number, None)
 
-    @property
-    def num_streams(self) -> int:
-        """Requests of this process that are not finished."""
-        return len(self._streams)
-
     def forget(self, number: int, tell: bool) -> None:
         """A stream's reader is gone."""
         if self._streams.pop(number, None) is not None and tell and self.lost is None:

@@ -47,11 +47,14 @@ class Completion(Reply):
     ) -> None:
         super().__init__()
         self.request = request
-        self._name = name
-        self._model = model
+        self._head = {
+            "id": name,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._n = request.n or 1
         self._echo = bool(request.echo)
-        self._created = int(time.time())
         ends, each = request.usage_in_stream
         self._usage_at_end, self.usage_each = ends or force_usage, each
         prompts = _prompts(request.prompt)
@@ -95,13 +98,7 @@ class Completion(Reply):
         count = len(prompts) * self._n
         self._logprobs = [CompletionLogprobs(as_ids) for _ in range(count)]
         self._facts: list[dict[str, Any]] = []
-        head = {
-            "id": name,
-            "object": "text_completion",
-            "created": self._created,
-            "model": model,
-        }
-        self._template = Template(head, self._usage_at_end)
+        self._template = Template(self._head, self._usage_at_end)
         self._unfinished = len(prompts)
         self._echoed: set[int] = set()
         self._around: dict[int, tuple[bytes, bytes]] = {}
@@ -129,10 +126,7 @@ class Completion(Reply):
                 choices += [self._choice(number, each, prompt) for each in outputs]
         choices.sort(key=lambda each: int(each["index"]))
         return {
-            "id": self._name,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
+            **self._head,
             "choices": choices,
             "usage": self.usage.to_dict(),
         }
@@ -312,7 +306,6 @@ def check_length(length: int, unit: str, facts: Mapping[str, Any], param: str) -
 
 def _check_logprobs(name: str, wanted: int, facts: Mapping[str, Any]) -> None:
     limit = int(facts["max_logprobs"])
-    limit = int(facts["vocab_size"]) if limit == -1 else limit
     if wanted > limit:
         raise ApiError(
             400, f"{name}={wanted}: give at most {limit}, or raise the engine's max_logprobs",

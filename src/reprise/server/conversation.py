@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reprise.server.errors import ApiError, plain
+from reprise.arguments import shown
+from reprise.server.errors import ApiError
 from reprise.server.fields import ChatRequest, TokenizeRequest, check_tools
 from reprise.server.options import ServerOptions
 
@@ -64,7 +65,7 @@ def conversation(
 def _message(number: int, given: Any, known: set[str], ignored: list[str]) -> dict[str, Any]:
     """A message without what clients of other servers add; the rest is checked behind."""
     if not isinstance(given, dict):
-        raise ApiError(400, f"messages[{number}]={plain(given)}: give an object", param="messages")
+        raise ApiError(400, f"messages[{number}]={shown(given)}: give an object", param="messages")
     ignored += [f"messages[].{key}" for key in given if key not in known]
     message = {key: value for key, value in given.items() if key in known}
     content = message.get("content")

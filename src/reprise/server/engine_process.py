@@ -67,7 +67,7 @@ def main(make: Callable[[EngineConfig, int | None], EngineServer] = EngineServer
         serving.append(server)
         for each in waiting:
             server.connect(each)
-    control.send_text(Control.READY, json.dumps(server.hello.facts))
+    control.send(Control.READY)
     try:
         server.run()
     except RepriseError as error:

@@ -257,13 +257,6 @@ class EngineServer:
     def _do_load(self) -> Future[int]:
         return _done(sum(len(each.readers) for each in self._channels))
 
-    def _do_reset_prefix_cache(self) -> Future[bool]:
-        def reset() -> bool:
-            self.thread.engine.scheduler.reset_prefix_cache()
-            return True
-
-        return self.thread.call(reset)
-
     def _do_tokenize(self, **arguments: Any) -> Future[Any]:
         return self.thread.tokenize(functools.partial(self._tokenize, **arguments))
 

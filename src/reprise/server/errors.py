@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -76,13 +75,11 @@ _KINDS = {
 }  # fmt: skip
 
 
-def invalid(error: RepriseError, param: str | None = None) -> ApiError:
+def invalid(error: RepriseError) -> ApiError:
     """Of a parameter; the message begins with its name."""
     message = str(error)
-    if param is None:
-        found = _PARAMETER.match(message)
-        param = found[1] if found else None
-    return ApiError(400, message, param=param)
+    found = _PARAMETER.match(message)
+    return ApiError(400, message, param=found[1] if found else None)
 
 
 def of_refusal(refusal: EngineRefusal, max_model_len: int | None) -> ApiError:
@@ -96,7 +93,6 @@ def of_refusal(refusal: EngineRefusal, max_model_len: int | None) -> ApiError:
             400,
             f"{known}However, you requested more: {message}",
             code="context_length_exceeded",
-            param="messages" if max_model_len is None else None,
         )
     if refusal.kind == "QueueFull":
         # Not all who were refused at once come back at once.
@@ -131,9 +127,3 @@ def _bounded(message: str) -> str:
 def error_event(error: ApiError) -> bytes:
     """In a stream whose status was sent."""
     return b"data: " + error.body + b"\n\n"
-
-
-def plain(value: Any) -> str:
-    """A value that a client sent, for a message."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from reprise import __version__
 from reprise.engine import Engine
+from reprise.engine.submission import MAX_LOGPROBS
 from reprise.engine.template import template_of
 from reprise.errors import RequestError
 from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
+from reprise.sampling_params import WHOLE_VOCABULARY
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GAPS = [
@@ -37,16 +38,15 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         for name in (*_SAMPLING, "max_new_tokens", "do_sample")
         if engine.generation_config.get(name) is not None
     }
+    limit = MAX_LOGPROBS if config.max_logprobs is None else config.max_logprobs
     return {
         "model": config.model or "demo",
         "version": __version__,
         "device": str(engine.platform.device),
         "dtype": str(engine.config.dtype),
         "max_model_len": engine.max_model_len,
-        "vocab_size": engine.vocab_size,
-        "max_logprobs": 20 if config.max_logprobs is None else config.max_logprobs,
+        "max_logprobs": engine.vocab_size if limit == WHOLE_VOCABULARY else limit,
         "recommended": recommended,
-        "has_tokenizer": engine.tokenizer is not None,
         "thinks": "</think>" in str(getattr(engine.tokenizer, "chat_template", None)),
         "message_names": _message_names(engine.tokenizer),
         "think_ids": _ids_of(engine.tokenizer, "<think>", "</think>"),
@@ -135,8 +135,7 @@ def _cache_info(engine: Engine) -> list[Metric]:
 def _plain(metric: Metric, prefix: str) -> list[Any]:
     name = prefix + metric.name.removeprefix("reprise:")
     if isinstance(metric, Histogram):
-        values = dataclasses.asdict(metric)
-        return ["histogram", name, metric.labels, [values["buckets"], metric.sum]]
+        return ["histogram", name, metric.labels, [metric.buckets, metric.sum]]
     if isinstance(metric, Counter):
         return ["counter", name, metric.labels, metric.value]
     assert isinstance(metric, Gauge)

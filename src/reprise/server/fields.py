@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.sampling_params import SamplingParams
-from reprise.server.errors import ApiError, invalid, plain
+from reprise.server.errors import ApiError, invalid
 
 _PROMPT: dict[str, Any] = {
     "anyOf": [
@@ -199,10 +200,12 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_embeds": ((), "prompts are text or token ids"),
     "logits_processors": (([],), "give logit_bias, allowed_token_ids or bad_words"),
     "mm_processor_kwargs": (({},), "this model reads text alone"),
+    # Completions have this field, so it is no extra one there.
+    "echo": ((False,), "a chat's prompt is not repeated: use /v1/completions"),
 }
 """Field to the values, beside null, at which it asks for nothing, and what to say at others."""
 
-_ECHO = {"echo": ((False,), "a chat's prompt is not repeated: use /v1/completions")}
+_KNOWN = MEANINGLESS | REFUSED.keys() | {"best_of", "response_format"}
 _NAMES = frozenset(SamplingParams.__dataclass_fields__)
 
 
@@ -212,20 +215,19 @@ def refuse_what_is_not_here(request: Generation) -> None:
         ApiError: A field asks for something that this server does not have.
     """
     extra = request.model_extra or {}
-    refused = {**REFUSED, **_ECHO} if isinstance(request, ChatRequest) else REFUSED
-    for name, (neutral, remedy) in refused.items():
+    for name, (neutral, remedy) in REFUSED.items():
         value = extra.get(name)
         if value is not None and value not in neutral:
-            raise ApiError(400, f"{name}={plain(value)}: {remedy}", param=name)
+            raise ApiError(400, f"{name}={shown(value)}: {remedy}", param=name)
     form = getattr(request, "response_format", None) or extra.get("response_format")
     if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
         raise ApiError(
-            400, f"response_format={plain(form)}: {_STRUCTURED}", param="response_format"
+            400, f"response_format={shown(form)}: {_STRUCTURED}", param="response_format"
         )
     best_of = extra.get("best_of")
     if best_of is not None and best_of != (request.n or 1):
         raise ApiError(
-            400, f"best_of={plain(best_of)}: it must be n={request.n or 1}; {_BEAMS}",
+            400, f"best_of={shown(best_of)}: it must be n={request.n or 1}; {_BEAMS}",
             param="best_of",
         )  # fmt: skip
     if request.stream_options is not None and not request.stream:
@@ -247,19 +249,18 @@ def check_tools(request: ChatRequest) -> None:
     if not request.tools:
         if choice not in (None, "none", "auto"):
             raise ApiError(
-                400, f"tool_choice={plain(choice)} and there are no tools", param="tool_choice"
+                400, f"tool_choice={shown(choice)} and there are no tools", param="tool_choice"
             )
         return
     if choice != "none":
-        told = f"tools with tool_choice={plain(choice or 'auto')}: {_TOOLS}"
+        told = f"tools with tool_choice={shown(choice or 'auto')}: {_TOOLS}"
         raise ApiError(400, told, param="tool_choice")
 
 
-def unknown_names(request: BaseModel, also_known: frozenset[str] = frozenset()) -> list[str]:
+def unknown_names(request: BaseModel) -> list[str]:
     """Fields that are ignored."""
     extra = request.model_extra or {}
-    known = MEANINGLESS | REFUSED.keys() | also_known | {"best_of", "response_format", "echo"}
-    found = [name for name, value in extra.items() if name not in known and value is not None]
+    found = [name for name, value in extra.items() if name not in _KNOWN and value is not None]
     options = getattr(request, "stream_options", None)
     if options is not None:
         found += [f"stream_options.{name}" for name in options.model_extra or {}]
@@ -290,7 +291,7 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
         ]
         if wrong:
             raise ApiError(
-                400, f"logit_bias has the key {plain(wrong[0])}: give token ids", param="logit_bias"
+                400, f"logit_bias has the key {shown(wrong[0])}: give token ids", param="logit_bias"
             )
         fields["logit_bias"] = {int(token): each for token, each in bias.items()}
     if request.thinking_token_budget is not None:

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reprise.server.errors import ApiError
-from reprise.server.http_metrics import HttpMetrics
+from reprise.server.http_metrics import PROBES, HttpMetrics
 from reprise.server.options import ServerOptions
 
 logger = logging.getLogger("reprise.server.access")
@@ -25,7 +25,6 @@ failures = logging.getLogger(__name__)
 
 FREE = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
 """Paths that need no key: probes and scrapers have none."""
-PROBES = frozenset({"/health", "/ready", "/ping", "/metrics"})
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 

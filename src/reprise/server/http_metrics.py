@@ -20,7 +20,8 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable, which prometheus_client reads when it is imported."""
 _SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
-_UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/ping"})
+PROBES = frozenset({"/health", "/ready", "/ping", "/metrics"})
+"""Paths that are asked every few seconds: neither counted nor logged."""
 
 
 class HttpMetrics:
@@ -56,7 +57,7 @@ class HttpMetrics:
 
     def answered(self, method: str, path: str, status: int, seconds: float, size: int) -> None:
         """A reply is complete, or its client gone."""
-        if path in _UNCOUNTED:
+        if path in PROBES:
             return
         handler = path if path in self._paths else "other"
         method = method if method in _METHODS else "other"

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.sampling_params import SamplingParams
 from reprise.server.caller import Callers
 from reprise.server.client import EngineClient
-from reprise.server.errors import ApiError, plain, unavailable
+from reprise.server.errors import ApiError, unavailable
 from reprise.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class ServerState:
         if asked not in names:
             raise ApiError(
                 404,
-                f"The model {plain(asked)} does not exist; this server has "
+                f"The model {shown(asked)} does not exist; this server has "
                 f"{', '.join(map(repr, names))}",
                 code="model_not_found",
                 param="model",

@@ -206,7 +206,6 @@ class Supervisor:
                 "options": self._options.to_json(),
                 "listener": keep[0],
                 "engine": keep[1],
-                "address": self.address,
                 "log_level": self._level,
             }
             child = Child("an HTTP process", WORKER, json.dumps(start), keep, self._variables)
@@ -227,7 +226,6 @@ class Supervisor:
                     else:
                         word, _ = engine.control.receive()
                         if word == Control.READY:
-                            engine.control.rest_of_text()
                             ready = True
                             if self._announce is not None:
                                 self._announce(self.address)

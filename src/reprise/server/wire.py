@@ -24,7 +24,7 @@ class Generate(NamedTuple):
     number: int
     """That the HTTP process gave it."""
     name: str
-    """That callers know it by, for :class:`Abort`."""
+    """That callers know it by, for the :class:`Call` of ``abort``."""
     prompt: dict[str, Any] | None
     """As :meth:`reprise.LLM.generate` takes it, and ``add_special_tokens``; None for ``chat``."""
     chat: dict[str, Any] | None

@@ -116,14 +116,14 @@ class Worker:
                     each.stall()
 
 
-async def serve(start: dict[str, object], control: Control) -> None:
+async def serve(start: dict[str, object], options: ServerOptions, control: Control) -> None:
     """Connect to the engine, then serve.
 
     Args:
         start: What the parent said.
+        options: Of the server.
         control: The connection to it.
     """
-    options = ServerOptions.from_json(str(start["options"]))
     loop = asyncio.get_running_loop()
     connection = socket.socket(fileno=int(str(start["engine"])))
     connection.setblocking(False)
@@ -151,8 +151,9 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
-    configure(start["log_level"], ServerOptions.from_json(start["options"]).log_format, "http")
-    uvloop.run(serve(start, control))
+    options = ServerOptions.from_json(start["options"])
+    configure(start["log_level"], options.log_format, "http")
+    uvloop.run(serve(start, options, control))
     os._exit(0)
 
 

@@ -24,8 +24,8 @@ from reprise.server.reasoning import CLOSE, OPEN
 
 FACTS: dict[str, Any] = {
     "model": "stub", "version": "0", "device": "none", "dtype": "none", "max_model_len": 4096,
-    "vocab_size": 1000, "max_logprobs": 20, "recommended": {}, "has_tokenizer": True,
-    "thinks": True, "message_names": [], "think_ids": [None, None],
+    "max_logprobs": 20, "recommended": {}, "thinks": True, "message_names": [],
+    "think_ids": [None, None],
 }  # fmt: skip
 STEP_SECONDS = 0.001
 TOKENS = 64
@@ -63,7 +63,7 @@ class _Request:
         count = len(self.pieces) if self.whole else 1
         finish = "stop" if ends else None
         outputs = [[index, text, count, finish, None, None] for index in range(self.n)]
-        end = {"cached": 0, "queue": 0.0, "first_token": 0.0, "total": 0.0} if ends else None
+        end = {"cached": 0, "queue": 0.0, "first_token": 0.0} if ends else None
         return [self.number, outputs, end, None]
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     start = json.loads(control.receive_text())
     engine = StubEngine(control)
     engine.max_queued = start["max_queued"]
-    control.send_text(Control.READY, "{}")
+    control.send(Control.READY)
     engine.run()
 
 
