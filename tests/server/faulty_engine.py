@@ -15,7 +15,8 @@ from reprise.config import EngineConfig
 from reprise.ops import OpTable
 from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
-from reprise.server.engine_process import EngineServer, main
+from reprise.server.engine_process import main
+from reprise.server.engine_server import EngineServer, QueueLimits
 from reprise.testing import faults
 
 
@@ -23,12 +24,12 @@ class Stop(BaseException):
     """What no one catches."""
 
 
-def make(fault: str) -> Callable[[EngineConfig, int | None], EngineServer]:
-    def server(config: EngineConfig, max_queued: int | None) -> EngineServer:
+def make(fault: str) -> Callable[[EngineConfig, QueueLimits], EngineServer]:
+    def server(config: EngineConfig, limits: QueueLimits) -> EngineServer:
         planted: list[Any] = []
         if fault == "graph":
             break_graphs(planted)
-        found = EngineServer(config, max_queued)
+        found = EngineServer(config, limits)
         engine: Any = found.thread.engine
         submit, steps = engine.runner.submit, 0
 

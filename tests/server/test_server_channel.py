@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 from reprise.config import EngineConfig
 from reprise.server import wire
-from reprise.server.engine_server import EngineServer
+from reprise.server.engine_server import EngineServer, QueueLimits
 
 TOKENS = 100
 PARAMS = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "output_kind": "DELTA"}
@@ -47,11 +48,21 @@ def stream(messages: Iterator[Any]) -> list[list[Any]]:
     raise AssertionError("the messages have ended")
 
 
-def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: str) -> None:
-    server = EngineServer(EngineConfig(device=device, num_blocks=100), None)
+@contextlib.contextmanager
+def running(config: EngineConfig, limits: QueueLimits) -> Iterator[EngineServer]:
+    server = EngineServer(config, limits)
     serving = threading.Thread(target=server.run, daemon=True)
     serving.start()
     try:
+        yield server
+    finally:
+        server.stop()
+        serving.join(30)
+    assert not serving.is_alive()
+
+
+def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: str) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), QueueLimits()) as server:
         idle, news_of_idle = connect(server)
         busy, news_of_busy = connect(server)
         with idle, busy:
@@ -70,7 +81,35 @@ def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: st
             assert found[-1][2] > TOKENS / 2
             assert sum(each[2] for each in found) == TOKENS
             assert "".join(each[1] for each in found) == "".join(each[1] for each in expected)
-    finally:
-        server.stop()
-        serving.join(30)
-    assert not serving.is_alive()
+
+
+def test_prompt_tokens_that_wait(device: str) -> None:
+    """Some may always wait, however many; more only up to the limit, once for each completion."""
+    config = EngineConfig(device=device, num_blocks=200, max_num_seqs=1)
+    with running(config, QueueLimits(tokens=30)) as server:
+        connection, messages = connect(server)
+
+        def ask(number: int, tokens: int, **params: Any) -> Any:
+            """Send a request; what its acceptance is answered with."""
+            ids = {"prompt_token_ids": [5] * tokens}
+            params = {"temperature": 0, "max_tokens": 2, "output_kind": "FINAL_ONLY", **params}
+            wanted = wire.Generate(number, f"{number}", ids, None, params, 0, [])
+            connection.sendall(wire.frame(wanted))
+            answers = (each for each in messages if not isinstance(each, wire.Deltas))
+            return next(each for each in answers if each.number == number)
+
+        with connection:
+            running_one = ask(1, 40, max_tokens=1500, ignore_eos=True)
+            while server.thread.engine.scheduler.num_waiting_tokens:
+                time.sleep(0.01)
+            found = [running_one, ask(2, 40), ask(3, 1)]
+            server.thread.abort("request-2").result(30)
+            found += [ask(4, 10), ask(5, 10, n=3, temperature=1), ask(6, 20), ask(7, 1)]
+            kinds = [each.kind if isinstance(each, wire.Refused) else None for each in found]
+            assert kinds == [None, None, "QueueFull", None, "QueueFull", None, "QueueFull"]
+            assert "max_num_queued_tokens" in found[2].message
+            assert server.thread.engine.scheduler.num_waiting_tokens == 30
+            for number in (1, 4, 6):
+                server.thread.abort(f"request-{number}").result(30)
+            assert server.thread.engine.scheduler.num_waiting_tokens == 0
+            assert not isinstance(ask(8, 100), wire.Refused)

@@ -9,11 +9,14 @@ import ssl
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from http_server import Server, Start
+from pydantic import BaseModel
+
+from reprise.server.fields import ChatRequest, CompletionRequest, Generation
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -129,6 +132,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "x", "seed": 2**63}, "seed"),
     (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix"),
     (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of"),
+    (COMPLETE, {"prompt": "x", "best_of": True}, "best_of"),
+    (COMPLETE, {"prompt": "x", "use_beam_search": 0}, "use_beam_search"),
     (COMPLETE, {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
     (COMPLETE, {"prompt": "x", "min_tokens": 20, "max_tokens": 3}, "min_tokens"),
     (COMPLETE, {"prompt": "x", "stream_options": {}}, "stream_options"),
@@ -175,6 +180,36 @@ def test_what_is_wrong_is_named(stub: Server, path: str, body: dict[str, Any], p
     assert found["param"] == param
     assert param.partition(".")[0] in found["message"] or found["code"] == "context_length_exceeded"
     assert len(found["message"]) < 1500
+
+
+def numbers(model: type[BaseModel]) -> list[str]:
+    """Fields that take a number."""
+    return [
+        name for name, each in model.model_fields.items()
+        if {int, float} & {each.annotation, *get_args(each.annotation)}
+    ]  # fmt: skip
+
+
+def test_a_flag_is_no_number(stub: Server) -> None:
+    """Though Python takes True for 1."""
+    sampling = numbers(Generation)
+    assert {"n", "temperature", "seed", "max_tokens", "priority"} <= set(sampling)
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    cases = [
+        *((COMPLETE, CompletionRequest, {"prompt": "x"}), (CHAT, ChatRequest, chat)),
+    ]  # fmt: skip
+    with stub.client() as client:
+        for path, model, body in cases:
+            assert len(numbers(model)) > len(sampling)
+            for name in [*numbers(model), "best_of"]:
+                for value in (True, False):
+                    found = error(client.post(path, json={**body, name: value}), 400)
+                    assert found["param"] == name
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            body = {"prompt": "x", name: [True]}
+            assert error(client.post(COMPLETE, json=body), 400)["param"] == f"{name}.0"
+        body = {"prompt": "x", "logit_bias": {"5": True}}
+        assert error(client.post(COMPLETE, json=body), 400)["param"] == "logit_bias.5"
 
 
 def test_null_asks_for_nothing(stub: Server) -> None:
@@ -324,12 +359,70 @@ def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
             wait_for(lambda: client.get("/load").json()["server_load"] == 0)
 
 
-def drain(connection: socket.socket) -> bytes:
+def test_heads_that_come_slowly_or_never(start: Start) -> None:
+    server = start("--header-timeout", "0.5", "--max-header-bytes", "3000")
+    line = b"GET /version HTTP/1.1\r\nHost: x\r\n"
+
+    def open_one() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", server.port), timeout=20)
+
+    def is_answered(connection: socket.socket) -> None:
+        answer = b""
+        while b"}" not in answer:
+            answer += connection.recv(4096)
+        assert b" 200 " in answer[:20]
+
+    def ends_with_408(connection: socket.socket) -> None:
+        with connection:
+            answer = drain(connection, 1000)
+            assert b" 408 " in answer[:20]
+            assert b"did not come within 0.5 s" in answer
+
+    began = time.monotonic()
+    silent, broken_off, trickling, second = (open_one() for _ in range(4))
+    broken_off.sendall(line)
+    second.sendall(line + b"\r\n")
+    is_answered(second)
+    for each in line + b"x-slow: " + b"a" * 20:
+        try:
+            trickling.sendall(bytes([each]))
+        except OSError:
+            break
+        time.sleep(0.05)
+    assert time.monotonic() - began < 10
+    for each in (silent, broken_off, trickling):
+        ends_with_408(each)
+    # A connection that has answered may be idle, but not begin and stop.
+    second.sendall(line + b"\r\n")
+    is_answered(second)
+    second.sendall(b"GET /ver")
+    ends_with_408(second)
+    # A reply that takes longer than a head may is no late head, whatever comes behind it.
+    body = json.dumps({"prompt": orders(wait=True), "stream": True}).encode()
+    with open_one() as waiting:
+        waiting.sendall(head(len(body)) + body)
+        time.sleep(1)
+        with server.client() as client:
+            assert client.get("/load").json() == {"server_load": 1}
+    for name in (b"x-large: ", b"x-"):
+        with open_one() as connection:
+            value = (
+                b"a" * 4000
+                if name == b"x-large: "
+                else b"\r\nx-".join(b"%d: %b" % (number, b"b" * 90) for number in range(60))
+            )
+            connection.sendall(line + name + value + b"\r\n\r\n")
+            assert b" 431 " in drain(connection, 1000)[:20]
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+
+
+def drain(connection: socket.socket, most: int = 100) -> bytes:
     """The end of what comes until the connection is closed."""
     last = b""
     with contextlib.suppress(ConnectionError):
         while more := connection.recv(1 << 16):
-            last = (last + more)[-100:]
+            last = (last + more)[-most:]
     return last
 
 

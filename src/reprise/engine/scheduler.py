@@ -272,6 +272,11 @@ class Scheduler:
         return bool(self._requests or self._outstanding)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of the prompts of all waiting requests."""
+        return self._waiting.num_prompt_tokens
+
+    @property
     def num_outstanding(self) -> int:
         """Steps that are scheduled and not updated."""
         return len(self._outstanding)
@@ -670,7 +675,7 @@ class Scheduler:
             self._free_row(request)
             self._drop_blocks(request)
         else:
-            self._waiting.count_discarded()
+            self._waiting.discard(request)
 
     @staticmethod
     def _set_finished(

@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 from reprise.config import EngineConfig
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine
+from reprise.engine.prompt import PreparedPrompt
+from reprise.engine.submission import PreparedParams
 from reprise.errors import RepriseError, describe
 from reprise.outputs import RequestOutput
 from reprise.sampling_params import SamplingParams
@@ -88,6 +90,7 @@ class EngineThread:
         params: SamplingParams | None,
         priority: int,
         reader: Reader,
+        admit: Callable[[PreparedPrompt, int], None] | None = None,
     ) -> Future[CompletionGroup]:
         """Have a request computed.
 
@@ -97,6 +100,8 @@ class EngineThread:
             params: None: as the checkpoint recommends.
             priority: Lower is more urgent.
             reader: Gets the outputs. :meth:`leave` when it wants no more.
+            admit: Asked in the engine's thread with the prompt, tokenized, and the number of
+                completions, before the engine gets the request; raises to refuse it.
 
         Returns:
             Done when the engine has the request; or its exception says why it was refused.
@@ -109,7 +114,9 @@ class EngineThread:
         def prepare() -> None:
             if reader not in self._preparing:
                 return  # it has left
-            command = _Command(lambda: self._add(request_id, prepared, priority, reader), accepted)
+            command = _Command(
+                lambda: self._add(request_id, prepared, priority, reader, admit), accepted
+            )
             try:
                 engine = self.engine
                 prepared = (engine.prepare(prompt()), engine.prepare_params(params))
@@ -237,11 +244,18 @@ class EngineThread:
         self._may_prove = self.engine.prove_idle()
 
     def _add(
-        self, request_id: str, prepared: tuple[Any, Any], priority: int, reader: Reader
+        self,
+        request_id: str,
+        prepared: tuple[PreparedPrompt, PreparedParams],
+        priority: int,
+        reader: Reader,
+        admit: Callable[[PreparedPrompt, int], None] | None,
     ) -> CompletionGroup:
         if reader not in self._preparing:
             raise RepriseError("its reader has left")
         try:
+            if admit is not None:
+                admit(prepared[0], prepared[1].params.n)
             group = self.engine.add(request_id, *prepared, priority)
             reader.accepted(group)
             self._readers[request_id] = reader

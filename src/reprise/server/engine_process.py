@@ -18,7 +18,7 @@ from collections.abc import Callable
 from reprise.config import EngineConfig
 from reprise.errors import RepriseError, describe
 from reprise.server.control import Control
-from reprise.server.engine_server import EngineServer
+from reprise.server.engine_server import EngineServer, QueueLimits
 from reprise.server.logs import configure
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ LAST_WORDS_SECONDS = 0.5
 """For HTTP processes to read why the engine ended."""
 
 
-def main(make: Callable[[EngineConfig, int | None], EngineServer] = EngineServer) -> None:
+def main(make: Callable[[EngineConfig, QueueLimits], EngineServer] = EngineServer) -> None:
     """Run as ``python -m reprise.server.engine_process FD``: the number of the control socket."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent says when to end
@@ -55,7 +55,7 @@ def main(make: Callable[[EngineConfig, int | None], EngineServer] = EngineServer
 
     threading.Thread(target=listen, name="reprise-control", daemon=True).start()
     try:
-        server = make(EngineConfig(**start["engine"]), start["max_queued"])
+        server = make(EngineConfig(**start["engine"]), QueueLimits(*start["limits"]))
     except RepriseError as error:
         control.send_text(Control.FAILED, str(error))
         os._exit(2)

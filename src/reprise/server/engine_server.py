@@ -9,11 +9,11 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 from reprise.config import EngineConfig
 from reprise.engine import CompletionGroup, EngineThread, chat_prompt
-from reprise.engine.prompt import encode
+from reprise.engine.prompt import PreparedPrompt, encode
 from reprise.errors import RepriseError, RequestError
 from reprise.sampling_params import RequestOutputKind, SamplingParams
 from reprise.server import wire
@@ -23,8 +23,17 @@ from reprise.server.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
-QUEUE_FULL = "QueueFull"
-"""Kind of a refusal that is none of :mod:`reprise.errors`."""
+
+class QueueFull(RepriseError):
+    """Too much waits: try again later."""
+
+
+class QueueLimits(NamedTuple):
+    """What may wait for the engine; None: any number."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    """Of prompts, once for each completion."""
 
 
 class EngineServer:
@@ -32,15 +41,15 @@ class EngineServer:
 
     Args:
         config: Of the engine.
-        max_queued: Most requests that wait; None: any number.
+        limits: Of what waits.
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
 
-    def __init__(self, config: EngineConfig, max_queued: int | None) -> None:
+    def __init__(self, config: EngineConfig, limits: QueueLimits) -> None:
         self.thread = EngineThread(config, flush_all)
-        self._max_queued = max_queued
+        self._limits = limits
         self._texts = TokenBytes(self.thread.engine.tokenizer)
         self.hello = wire.Hello(wire.PROTOCOL, engine_facts(self.thread.engine))
         self._emissions = Emissions()
@@ -163,10 +172,10 @@ class EngineServer:
             logger.warning("an HTTP process is gone: its %d request(s) are aborted", len(readers))
 
     def _generate(self, channel: Channel, request: wire.Generate) -> None:
-        limit = self._max_queued
+        limit = self._limits.requests
         if limit is not None and self.thread.num_waiting >= limit:
-            message = f"{limit} requests are waiting (max_num_queued_reqs): try again later"
-            channel.send(wire.Refused(request.number, QUEUE_FULL, message))
+            full = QueueFull(f"{limit} requests are waiting (max_num_queued_reqs): try again later")
+            self._refuse(channel, request.number, full)
             return
         self._names += 1
         reader = WireReader(channel, request, f"request-{self._names}", self._texts)
@@ -178,11 +187,23 @@ class EngineServer:
                 _params(request.params),
                 request.priority,
                 reader,
+                self._admit,
             )
         except RepriseError as error:
             self._refuse(channel, request.number, error)
             return
         accepted.add_done_callback(functools.partial(self._answer_acceptance, channel, request))
+
+    def _admit(self, prompt: PreparedPrompt, completions: int) -> None:
+        """In the engine's thread: so that nothing comes between the question and the answer, and
+        prompts that are being tokenized count before they wait."""
+        limit, waiting = self._limits.tokens, self.thread.engine.scheduler.num_waiting_tokens
+        count = len(prompt.token_ids) * completions
+        if limit is not None and waiting and waiting + count > limit:
+            raise QueueFull(
+                f"{waiting} prompt tokens are waiting, and with the {count} of this request there "
+                f"would be more than {limit} (max_num_queued_tokens): try again later"
+            )
 
     def _answer_acceptance(
         self, channel: Channel, request: wire.Generate, accepted: Future[CompletionGroup]

@@ -15,6 +15,7 @@ from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.sampling_params import SamplingParams
 from reprise.server.errors import ApiError, invalid
+from reprise.vllm_names import is_neutral
 
 _PROMPT: dict[str, Any] = {
     "anyOf": [
@@ -217,7 +218,7 @@ def refuse_what_is_not_here(request: Generation) -> None:
     extra = request.model_extra or {}
     for name, (neutral, remedy) in REFUSED.items():
         value = extra.get(name)
-        if value is not None and value not in neutral:
+        if not is_neutral(value, neutral):
             raise ApiError(400, f"{name}={shown(value)}: {remedy}", param=name)
     form = getattr(request, "response_format", None) or extra.get("response_format")
     if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
@@ -225,7 +226,7 @@ def refuse_what_is_not_here(request: Generation) -> None:
             400, f"response_format={shown(form)}: {_STRUCTURED}", param="response_format"
         )
     best_of = extra.get("best_of")
-    if best_of is not None and best_of != (request.n or 1):
+    if best_of is not None and (type(best_of) is not int or best_of != (request.n or 1)):
         raise ApiError(
             400, f"best_of={shown(best_of)}: it must be n={request.n or 1}; {_BEAMS}",
             param="best_of",

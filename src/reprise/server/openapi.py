@@ -55,7 +55,7 @@ def responses(path: str) -> dict[int | str, dict[str, Any]]:
     for status, told in (
         (400, "The request is not valid."), (401, "The API key is missing or wrong."),
         (404, "There is no such model."), (405, "This path has other methods."),
-        (408, "The body came too slowly."),
+        (408, "The request came too slowly."),
         (413, "The body is too large."), (415, "The body is not JSON."),
         (429, "Too many requests wait."), (499, "The request was aborted."),
         (500, "A defect of the server."), (503, "No engine takes requests now."),

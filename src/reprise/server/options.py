@@ -45,10 +45,17 @@ class ServerOptions:
     """HTTP processes that share the port."""
     max_num_queued_reqs: int | None = None
     """Most requests that wait for the engine; further ones get status 429. None: any number."""
+    max_num_queued_tokens: int | None = None
+    """Most prompt tokens that wait for the engine, once for each completion; a request that would
+    add to more gets status 429, unless none waits. None: any number."""
     max_body_bytes: int = 32 << 20
     """Largest body of a request; larger ones get status 413."""
     max_completions: int = 128
     """Most completions that one request may ask for: n times the number of prompts."""
+    max_header_bytes: int = 64 << 10
+    """Largest address and headers of a request together; larger ones get status 431."""
+    header_timeout: float = 60.0
+    """Seconds that a client may take to send them; then it gets status 408."""
     body_timeout: float = 60.0
     """Seconds that a client may take to send a body; then it gets status 408."""
     write_timeout: float = 300.0
@@ -112,14 +119,17 @@ class ServerOptions:
         if not self.api_key:
             keys = [os.environ.get(name) for name in ("REPRISE_API_KEY", "VLLM_API_KEY")]
             object.__setattr__(self, "api_key", tuple(each for each in keys if each))
-        if not 0 <= self.port <= 65535:
+        if isinstance(self.port, bool) or not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must be from 0 to 65535")
         for name, least in (
-            ("api_server_count", 1), ("max_num_queued_reqs", 1), ("max_body_bytes", 1),
-            ("max_completions", 1), ("body_timeout", 0.001), ("write_timeout", 0.001),
+            ("api_server_count", 1), ("max_num_queued_reqs", 1), ("max_num_queued_tokens", 1),
+            ("max_body_bytes", 1), ("max_completions", 1), ("max_header_bytes", 1),
+            ("header_timeout", 0.001), ("body_timeout", 0.001), ("write_timeout", 0.001),
             ("keep_alive", 1), ("shutdown_timeout", 0),
         ):  # fmt: skip
             value = getattr(self, name)
+            if isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} must be a number")
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} must be at least {least}")
         for name, kind in (

@@ -187,7 +187,7 @@ class Supervisor:
     def _start(self) -> None:
         start = {
             "engine": self._engine_options.arguments(),
-            "max_queued": self._options.max_num_queued_reqs,
+            "limits": [self._options.max_num_queued_reqs, self._options.max_num_queued_tokens],
             "log_level": self._level,
             "log_format": self._options.log_format,
         }

@@ -24,6 +24,7 @@ from reprise.server.control import Control
 from reprise.server.errors import STOPPING
 from reprise.server.logs import configure
 from reprise.server.options import ServerOptions
+from reprise.server.protocol import protocol
 from reprise.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Worker:
         config = uvicorn.Config(
             create_app(self.state),
             loop="uvloop",
-            http="httptools",
+            http=protocol(options.header_timeout, options.max_header_bytes),
             ws="none",
             lifespan="off",
             log_config=None,

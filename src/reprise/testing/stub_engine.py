@@ -173,7 +173,7 @@ def main() -> None:
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     start = json.loads(control.receive_text())
     engine = StubEngine(control)
-    engine.max_queued = start["max_queued"]
+    engine.max_queued = start["limits"][0]
     control.send(Control.READY)
     engine.run()
 

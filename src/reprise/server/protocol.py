@@ -1,0 +1,96 @@
+"""uvicorn's HTTP protocol with an end to waiting for a request's head."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from reprise.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn waits for ever for a line of a head that does not come, and takes heads of any size:
+    a few clients that send a byte a minute would hold all connections that the process may have.
+
+    A connection that has answered and is idle is not meant: ``timeout_keep_alive`` ends it.
+    """
+
+    head_seconds: float
+    """From the connection, or from the first byte of a later request, to the end of its head."""
+    most_head_bytes: int
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._waiting: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self._waiting is None:
+            self._wait()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        if not self.transport.is_closing():
+            super().on_headers_complete()
+
+    def _wait(self) -> None:
+        self._waiting = self.loop.call_later(self.head_seconds, self._late)
+
+    def _arrived(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self.most_head_bytes:
+            self._refuse(431, f"the request's head is larger than {self.most_head_bytes} bytes")
+
+    def _late(self) -> None:
+        self._waiting = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait()  # the reply to an earlier request is under way
+        else:
+            self._refuse(408, f"the request's head did not come within {self.head_seconds:g} s")
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        logger.warning("a connection is closed: %s", message)
+        # A reply that is under way must not have another one in its middle.
+        if self.cycle is None or self.cycle.response_complete:
+            body = ApiError(status, message).body
+            self.transport.write(
+                b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                b"content-length: %d\r\n\r\n%b" % (status, len(body), body)
+            )
+        self.transport.close()
+
+
+def protocol(head_seconds: float, most_head_bytes: int) -> type[Protocol]:
+    """The class for uvicorn, which makes its objects itself."""
+    limits = {"head_seconds": head_seconds, "most_head_bytes": most_head_bytes}
+    return type("Protocol", (Protocol,), limits)
