@@ -382,6 +382,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def update(self) -> None:
         self._update()
 
+    @precondition(lambda self: self.scheduler.num_outstanding)
+    @rule(which=st.integers(0, 7))
+    def update_without_numbers(self, which: int) -> None:
+        """The logits of one request are NaN."""
+        self._update(which)
+
     @rule(count=st.integers(1, 15))
     def run_in_lockstep(self, count: int) -> None:
         for _ in range(count):
@@ -499,12 +505,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         computed = request.num_computed_tokens >= request.num_known_tokens
         return computed and certain < request.max_total_tokens
 
-    def _update(self) -> None:
+    def _update(self, failing: int | None = None) -> None:
         step, results = self.device.run_oldest()
         requests = list(self.scheduler.requests_of(step))
         finished = {request for request in self.requests if request.is_finished}
         before = {r: list(r.output_token_ids) for r in self.requests}
-        updated = self.scheduler.update(step, results)
+        drawn = [number for number, tokens in enumerate(results) if tokens]
+        failed = [] if failing is None else drawn[failing : failing + 1]
+        for number in failed:
+            results[number] = []
+        blocks = [list(requests[number].tables) for number in failed]
+        updated = self.scheduler.update(step, results, failed)
+        for number, tables in zip(failed, blocks, strict=True):
+            request = requests[number]
+            if request not in finished:
+                assert request.finish_reason == "error"
+                assert request in updated
+                updated.remove(request)
+                self.cut_short.add(request)
+                for layout, held in zip(self.cache.layout.tables, tables, strict=False):
+                    pool = self.cache.pools[layout.pool]
+                    assert not any(block in pool._index for block in held)
         for request, tokens in zip(requests, results, strict=True):
             dropped = request in finished or not tokens
             assert (request in updated) == (not dropped)
@@ -573,6 +594,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats = self.scheduler.stats()
         assert stats.num_running == len(self._running()) <= self.scheduler.max_num_seqs
         assert stats.num_running + stats.num_waiting == len(self.live)
+        waiting = [each for each in self.live if each.status is not RequestStatus.RUNNING]
+        tokens = sum(each.num_prompt_tokens for each in waiting)
+        assert self.scheduler.num_waiting_tokens == tokens
         reasons = Counter(r.finish_reason for r in self.requests if r.is_finished)
         assert {k: v for k, v in stats.total_finished.items() if v} == dict(reasons)
         assert stats.total_preemptions == sum(r.num_preemptions for r in self.requests)
