@@ -15,7 +15,7 @@ import torch
 from drafting import check_counters, metrics
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm
 from planted import OPTIONS, make_oracle, planted, serve
-from test_drafts import NGRAM, PARAMS, PROMPTS, answers
+from test_drafts import NGRAM, PARAMS, PROMPTS, OtherOrder, answers
 from torch import Tensor
 
 from reprise import LLM
@@ -87,7 +87,7 @@ EXECUTORS: dict[str, dict[str, Any]] = {
     [
         pytest.param(
             k, which, ahead, id=f"{which}, {k}{', ahead' * ahead}",
-            marks=[pytest.mark.long] * (number not in (1, 2)),
+            marks=[pytest.mark.long] * (number != 1),
         )
         for number, (k, which, ahead) in enumerate(
             (k, which, ahead)
@@ -136,7 +136,7 @@ def test_the_target_as_its_own_draft_is_always_right(
     assert rate(llm) == 1
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_counters_are_those_of_the_draft_model(
     model: TinyModel, near: TinyModel, device: str, k: int
 ) -> None:
@@ -151,6 +151,7 @@ def test_counters_are_those_of_the_draft_model(
     check_counters(drafting(model, near, device, k), PROMPTS[:3], propose, accepted=15)
 
 
+@pytest.mark.long
 def test_any_draft_model_of_the_same_tokens_does(
     model: TinyModel, other: TinyModel, device: str
 ) -> None:
@@ -342,7 +343,9 @@ def test_a_chain_that_writes_the_targets_cache_is_found(
     assert "draft layer" not in str(refused.quarantined)
 
 
-@pytest.mark.parametrize("verify", ["off", "startup", "canary:1"])
+@pytest.mark.parametrize(
+    "verify", ["off", pytest.param("startup", marks=pytest.mark.long), "canary:1"]
+)
 def test_wrong_drafts_cost_acceptance_and_are_found(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, verify: str,
     caplog: pytest.LogCaptureFixture,
@@ -370,3 +373,67 @@ def test_wrong_drafts_cost_acceptance_and_are_found(
     if later:
         assert "no token is wrong" in caplog.text
         assert "suspect_from" not in caplog.text
+
+
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_no_right_graph_is_refused_at_the_end_of_the_context(
+    model: TinyModel, near: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    """Drafts without a place are written to the null block, in whatever order, and never count."""
+    options = {"graph_mode": "full", "graph_buckets": "decode=1,4;mixed=8"}
+    limits = {"max_num_seqs": 3, "block_size": 2, "max_model_len": 80, "num_blocks": 129}
+    plain = make_llm(model, device, **limits)
+    with planted(monkeypatch, OtherOrder, "rotary_cache"):
+        llm = drafting(
+            model, near, device, k, **options, **limits, max_num_batched_tokens=16,
+            graph_verify="canary:1",
+        )  # fmt: skip
+    for params in (greedy(60), greedy(7)):
+        assert generate(llm, PROMPTS, params) == generate(plain, PROMPTS, params)
+    report = llm.graph_report()
+    assert {each.owner for each in report.graphs if each.canaries} == {"", *OWNERS[1:]}
+    assert [each.quarantined for each in report.graphs] == [None] * len(report.graphs)
+    drafts = llm.stats().drafts
+    assert drafts.drafted < k * drafts.drafts, "none is made behind the end"
+
+
+@pytest.mark.parametrize("owner", OWNERS[1:])
+def test_a_replay_that_raises_costs_its_graph_alone(
+    model: TinyModel, near: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    llm = drafting(
+        model, near, device, 3, graph_mode="full", graph_buckets="decode=4;mixed=256",
+        graph_verify="off",
+    )  # fmt: skip
+    right = generate(llm, PROMPTS, greedy(20))
+    graphs = dict(llm.engine.runner.owners)[owner].bucket_graphs
+
+    def raises() -> None:
+        raise RuntimeError("the driver says no")
+
+    for each in graphs.values():
+        if each.graph is not None:
+            monkeypatch.setattr(each.graph, "replay", raises)
+    llm.engine.scheduler.reset_prefix_cache()
+    assert generate(llm, PROMPTS, greedy(20)) == right
+    refused = llm.graph_report().quarantined
+    assert refused
+    assert {each.owner for each in refused} == {owner}
+
+
+def test_weights_of_the_draft_that_a_graph_changes_are_loaded_again(
+    eager: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = eager.engine.runner
+    drafter = runner.drafter
+    assert isinstance(drafter, ModelDrafter)
+    before = {name: each.clone() for name, each in drafter.draft.named_parameters()}
+    with (
+        caplog.at_level(logging.CRITICAL),
+        captured(eager, "draft chain") as capture,
+        faults.inject("changed_weight", runner.ops, "rotary_cache", runner.forward_pass),
+    ):
+        graphs = capture()
+    assert graphs.report().quarantined
+    for name, each in drafter.draft.named_parameters():
+        assert torch.equal(each, before[name]), name

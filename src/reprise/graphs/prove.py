@@ -371,6 +371,7 @@ class Prover:
                 self._replace(bucket, reason or "wrong on another rank")
                 # All that counts has to be proven again, on the fallback.
                 self._meet(bucket, 0)
+        self.mend()  # what graphs have changed that were refused for something else
 
     def _spoils(self, bucket: BucketGraph) -> str | None:
         """Why the graph may not run: the weights that its probes change. They are right after."""
