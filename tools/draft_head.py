@@ -273,6 +273,14 @@ class Walk(NamedTuple):
         steps = max(1, len(self.accepted))
         return [sum(each > n for each in self.accepted) / steps for n in range(self.tokens)]
 
+    def told(self) -> str:
+        """In one line."""
+        rates = " ".join(f"{each:.2f}" for each in self.rates)
+        return (
+            f"{self.length:.2f} tokens a step in {len(self.accepted)} steps of {self.tokens} "
+            f"drafts, which count in {rates}"
+        )
+
 
 def walk(drafts: Tensor, ids: Sequence[int], begin: int) -> Walk:
     """Steps along a text whose first ``begin`` tokens are there before the first of them.
@@ -343,7 +351,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
     head = read_head(args.head, model)
     prompts = [tokenizer.encode(each, add_special_tokens=False) for each in args.prompt]
-    print(measure(head, model, prompts, args.tokens, args.limit, args.temperature))
+    print(measure(head, model, prompts, args.tokens, args.limit, args.temperature).told())
 
 
 def measure(
@@ -353,8 +361,8 @@ def measure(
     tokens: int,
     limit: int,
     temperature: float,
-) -> str:
-    """One line on what a step brings along the target's continuations of some prompts."""
+) -> Walk:
+    """The steps along the target's continuations of some prompts, together."""
     accepted: list[int] = []
     for number, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(number)
@@ -362,12 +370,7 @@ def measure(
         text = tell(model, prompt, limit, temperature, numbers)
         drafts = draft(head, model, text, tokens, drawing(temperature, numbers))
         accepted += walk(drafts, text, len(prompt) + 1).accepted
-    found = Walk(accepted, tokens)
-    rates = " ".join(f"{each:.2f}" for each in found.rates)
-    return (
-        f"T={temperature:g}, {tokens} drafts: {found.length:.2f} tokens a step in "
-        f"{len(accepted)} steps; each draft counts in {rates}"
-    )
+    return Walk(accepted, tokens)
 
 
 if __name__ == "__main__":
