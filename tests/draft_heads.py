@@ -67,7 +67,7 @@ def write_head(
         kind: ``model_type`` of the layers.
         own_embedding: It has one.
         own_head: Likewise.
-        imitates: Its weights make it say what the model's last state means: it is often right.
+        imitates: It says what the model would if no token mattered but the last one.
         leave_out: Names of tensors that the file lacks.
         stored_too: One that it has though no head does.
         layer_fields: Further fields of the layers' config.
@@ -89,7 +89,7 @@ def write_head(
         "fc.weight": random(size, len(depths or DEPTHS) * wide, std=0.1),
         "norm.weight": around_one(size),
     }
-    small = 0.02 if imitates else 0.3
+    small = 0.01 if imitates else 0.3
     for index in range(num_layers):
         name = f"layers.{index}." if index else first
         read = size if index else 2 * size
@@ -106,10 +106,6 @@ def write_head(
         }
         if index == 0:
             tensors[f"{name}hidden_norm.weight"] = around_one(size)
-        biased = (layer_fields or {}).get("attention_bias", False)
-        for part in "qkvo" if biased else "":
-            weight = tensors[f"{name}self_attn.{part}_proj.weight"]
-            tensors[f"{name}self_attn.{part}_proj.bias"] = random(len(weight))
         biased = (layer_fields or {}).get("attention_bias", False)
         for part in "qkvo" if biased else "":
             weight = tensors[f"{name}self_attn.{part}_proj.weight"]
@@ -131,12 +127,27 @@ def write_head(
     if fields.get("norm_before_fc"):
         tensors["input_norm.weight"] = around_one(len(depths or DEPTHS) * wide)
     if imitates:
-        last = torch.cat(
-            [torch.zeros(wide, (len(depths or DEPTHS) - 1) * wide), torch.eye(wide)], 1
-        )
-        tensors["fc.weight"] = last
-        tensors["norm.weight"] = target.reference.get_decoder().norm.weight.clone()
-        tensors["lm_head.weight"] = target.reference.lm_head.weight[ids].clone()
+        # Each row sees itself alone, and of that the embedding: q and k are the same everywhere.
+        # What the model's last product makes of it is often what the model says.
+        name = f"{first}self_attn."
+        for part, count in (("q", heads), ("k", kv_heads)):
+            tensors[f"{name}{part}_proj.weight"].mul_(0.01)
+            tensors[f"{name}{part}_proj.bias"] = torch.full((count * head_dim,), 6.0)
+        value, out = torch.zeros(kv_heads * head_dim, 2 * size), torch.zeros(size, heads * head_dim)
+        for number in range(size):
+            value[number, number] = 1
+            head, channel = divmod(number, head_dim)
+            out[number, head * heads // kv_heads * head_dim + channel] = 1
+        tensors |= {
+            f"{name}v_proj.weight": value, f"{name}v_proj.bias": torch.zeros(len(value)),
+            f"{name}o_proj.weight": out, f"{name}o_proj.bias": torch.zeros(size),
+            f"{first}input_layernorm.weight": torch.ones(size),
+            "norm.weight": target.reference.get_decoder().norm.weight.clone(),
+            "lm_head.weight": target.reference.lm_head.weight[ids].clone(),
+        }  # fmt: skip
+        tensors["fc.weight"].mul_(0.02)
+        tensors[f"{first}hidden_norm.weight"].mul_(0.1)
+        layer_fields = {"attention_bias": True, **(layer_fields or {})}
     layers = {
         "model_type": kind, "hidden_size": size, "intermediate_size": inner,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
@@ -167,3 +178,14 @@ def write_head(
     stored = {f"{prefix}{k}": v.contiguous() for k, v in tensors.items() if k not in leave_out}
     save_file(stored, path / "model.safetensors")
     return path
+
+
+def of_few_words(model: TinyModel, path: Path) -> TinyModel:
+    """The model with layers that say little beside the embedding, so that its tokens follow from
+    the one before more often than not."""
+    other = TinyModel(model.path).reference
+    for layer in other.get_decoder().layers:
+        layer.self_attn.o_proj.weight.mul_(0.004)
+        layer.mlp.down_proj.weight.mul_(0.004)
+    other.save_pretrained(path)
+    return TinyModel(path)

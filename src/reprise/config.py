@@ -121,7 +121,8 @@ class EngineConfig:
     """Draft tokens and verify several in one step, vLLM's names: ``{"method": "ngram",
     "num_speculative_tokens": 4}`` (at most 7), and how many last tokens are looked for earlier in
     the text: ``prompt_lookup_max``, ``prompt_lookup_min``; or ``{"method": "draft_model", "model":
-    ...}``, a small model of the same tokens. The tokens are those without drafts."""
+    ...}``, a small model of the same tokens, or ``"eagle3"``, a head that was trained for this one.
+    The tokens are those without drafts."""
     max_logprobs: int | None = None
     """Most log probabilities that a request may ask for at one position; -1: any number. None: 20,
     or the whole vocabulary at once."""

@@ -19,11 +19,12 @@ _COMMON = ("method", "num_speculative_tokens")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "draft_model": ("model", "revision", "quantization", "draft_sample_method", "enforce_eager"),
+    "eagle3": ("model", "revision", "draft_sample_method", "enforce_eager"),
 }
 """What each method takes beside."""
 _SYNTHETIC = "synthetic_acceptance"
 _OTHER_METHODS = (
-    "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "dflash", "dspark",
+    "eagle", "mtp", "medusa", "mlp_speculator", "suffix", "dflash", "dspark",
     "extract_hidden_states", "custom_class",
 )  # fmt: skip
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -52,7 +53,8 @@ class Speculation:
     """For measurements: each draft counts with this chance, whatever it is. The tokens mean
     nothing."""
     model: str | None = None
-    """Directory or Hugging Face id of the model that drafts."""
+    """Directory or Hugging Face id of the model or the head that drafts; None with ``eagle3``: the
+    demo model's head."""
     revision: str | None = None
     """Of the model on the Hugging Face hub."""
     quantization: str | None = None
@@ -89,7 +91,7 @@ def _parse(left: dict[str, Any]) -> Speculation:
     if left.get("model") in ("ngram", "[ngram]"):
         left.setdefault("method", "ngram")
         del left["model"]
-    method = left.pop("method", "draft_model" if "model" in left else None)
+    method = left.pop("method", _method_of(left.get("model")))
     if method == "ngram_gpu":
         method = "ngram"  # as vLLM calls drafting on the device
     if method in _OTHER_METHODS:
@@ -109,8 +111,8 @@ def _parse(left: dict[str, Any]) -> Speculation:
     if unknown:
         raise ConfigError(f"{unknown_names('name', unknown, known)}")
     tokens = _number(left, "num_speculative_tokens", None, WIDTHS[-1])
-    if method == "draft_model":
-        return _of_model(left, tokens)
+    if "model" in taken:
+        return _of_model(method, left, tokens)
     most, least = left.get("prompt_lookup_max"), left.get("prompt_lookup_min")
     most = _number(left, "prompt_lookup_max", LOOKUP if least is None else least)
     least = _number(left, "prompt_lookup_min", most)
@@ -125,12 +127,19 @@ def _hidden(method: str) -> tuple[str, ...]:
     return () if method == "ngram" else (_SYNTHETIC,)
 
 
-def _of_model(given: Mapping[str, Any], tokens: int) -> Speculation:
+def _method_of(model: Any) -> str | None:
+    """The method, where only a model is given: by its name, as vLLM tells it."""
+    if model is None:
+        return None
+    return "eagle3" if "eagle3" in str(model).lower() else "draft_model"
+
+
+def _of_model(method: str, given: Mapping[str, Any], tokens: int) -> Speculation:
     for name in ("model", "revision", "quantization"):
         value = given.get(name)
         if value is not None and not (isinstance(value, str) and value):
             raise ConfigError(f"{name}={value!r} must be text")
-    if "model" not in given:
+    if "model" not in given and method == "draft_model":
         raise ConfigError("method='draft_model' needs model= a directory or Hugging Face id")
     how = given.get("draft_sample_method", "probabilistic")
     if how not in ("greedy", "probabilistic"):
@@ -141,7 +150,7 @@ def _of_model(given: Mapping[str, Any], tokens: int) -> Speculation:
     if not isinstance(eager, bool):
         raise ConfigError(f"enforce_eager={eager!r} must be True or False")
     return Speculation(
-        tokens, "draft_model", model=given["model"], revision=given.get("revision"),
+        tokens, method, model=given.get("model"), revision=given.get("revision"),
         quantization=given.get("quantization"), greedy=how == "greedy", eager=eager,
         synthetic_acceptance=_chance(given) if _SYNTHETIC in given else None,
     )  # fmt: skip

@@ -50,6 +50,17 @@ def test_stop_strings_and_length(invoke):
     assert "length limit" in limited.stderr
 
 
+def test_drafts_of_the_demo_models_head_change_no_text(invoke):
+    options = ("generate", "Once upon a time", *GREEDY, "--dtype", "float32", "-n", "24")
+    plain, drafted = invoke(*options), invoke(*options, "--speculative")
+    assert drafted.stdout == plain.stdout
+    assert "tokens a step" in drafted.stderr
+    assert "tokens a step" not in plain.stderr
+    twice = invoke(*options, "--speculative", "--speculative-config", '{"method": "ngram"}')
+    assert twice.exit_code == 2
+    assert "give one of them" in twice.stderr
+
+
 def test_seed_decides_the_draws(invoke):
     def draw(seed: str) -> str:
         options = ("--temperature", "1.5", "-n", "24", "--seed", seed)

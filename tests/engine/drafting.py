@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from helpers import greedy
 
-from reprise import LLM
+from reprise import LLM, SamplingParams
 
 Propose = Callable[[list[int]], list[int]]
 """The tokens that are drafted behind a text."""
+LONG = greedy(200)
 _NAMES = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
@@ -40,13 +41,16 @@ def offline(prompt: list[int], output: list[int], propose: Propose) -> tuple[int
     return drafts, drafted, accepted
 
 
-def check_counters(llm: LLM, prompts: Sequence[list[int]], propose: Propose, accepted: int) -> None:
+def check_counters(
+    llm: LLM, prompts: Sequence[list[int]], propose: Propose, accepted: int,
+    params: SamplingParams = LONG,
+) -> None:  # fmt: skip
     """The engine's counters are those of its texts, one after the other; more than so many drafts
     count."""
     engine, total = llm.engine, 0.0
     for prompt in prompts:
         before = metrics(llm)
-        group = engine.add("a", prompt, greedy(200))
+        group = engine.add("a", prompt, params)
         while group.completions[0].request.num_output_tokens < 60:
             engine.step()
         output = list(group.completions[0].request.output_token_ids)

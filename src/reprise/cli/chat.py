@@ -138,7 +138,7 @@ class Conversation:
         write("\n")
         self.messages.append(_message("assistant", writer.text))
         if output is not None and output.finished and not self.quiet:
-            typer.secho(summary(output), err=True, dim=True)
+            typer.secho(summary(output, self.llm), err=True, dim=True)
 
     def _with_pasted(self, line: str) -> str:
         """A line and what a terminal that does not mark a paste has ready behind it."""

@@ -13,6 +13,8 @@ from reprise.cli.streaming import Writer, dimmed, load, stream, summary, write
 
 DEFAULT_PROMPT = "Once upon a time"
 MAX_TOKENS = 256
+DEMO_DRAFTS = {"method": "eagle3", "num_speculative_tokens": 3}
+"""As many as a step of four tokens has room for: the next size has eight."""
 
 
 def generate(
@@ -32,6 +34,14 @@ def generate(
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no summary line.")] = False,
+    speculative: Annotated[
+        bool,
+        typer.Option(
+            "--speculative",
+            help="Draft with the demo model's head: the same text in fewer steps. For other "
+            "models: --speculative-config.",
+        ),
+    ] = False,
     *,
     sampling: dict[str, Any],
     engine: dict[str, Any],
@@ -42,6 +52,10 @@ def generate(
 
         reprise generate "47 + 38 ="
     """
+    if speculative:
+        if "speculative_config" in engine:
+            raise typer.BadParameter("--speculative and --speculative-config: give one of them")
+        engine["speculative_config"] = DEMO_DRAFTS
     given = _given_prompt(prompt)
     text = DEFAULT_PROMPT if given is None else given
     llm = load(engine)
@@ -55,7 +69,7 @@ def generate(
         writer.show(output.outputs[0].text)
     write("\n")
     if output is not None and not quiet:
-        typer.secho(summary(output), err=True, dim=True)
+        typer.secho(summary(output, llm), err=True, dim=True)
 
 
 def _given_prompt(argument: str | None) -> str | None:

@@ -95,8 +95,9 @@ def dimmed(text: str) -> str:
     return f"\x1b[2m{text}\x1b[0m"
 
 
-def summary(output: RequestOutput) -> str:
-    """How much was generated, and how fast: one line."""
+def summary(output: RequestOutput, llm: LLM) -> str:
+    """How much was generated, and how fast: one line. Of drafts what they brought since the engine
+    was made."""
     metrics, completion = output.metrics, output.outputs[0]
     count = len(completion.token_ids)
     parts = [f"{count} token{'' if count == 1 else 's'}"]
@@ -105,6 +106,9 @@ def summary(output: RequestOutput) -> str:
         parts.append(f"{(count - 1) / (end - begin):.1f} tok/s")
     if metrics.time_to_first_token is not None:
         parts.append(f"first token after {metrics.time_to_first_token * 1e3:.0f} ms")
+    drafts = llm.stats().drafts
+    if drafts.drafts:
+        parts.append(f"{drafts.acceptance_length:.2f} tokens a step")
     if completion.finish_reason == "length":
         parts.append("stopped at the length limit")
     return ", ".join(parts)

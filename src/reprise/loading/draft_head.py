@@ -248,13 +248,16 @@ def _own(
     )
 
 
-def find_head(model: str | None, target: Path, revision: str | None = None) -> Path:
+def find_head(
+    model: str | None, target: Path, revision: str | None = None, *, config_only: bool = False
+) -> Path:
     """The directory of a head's checkpoint.
 
     Args:
         model: Directory or hub id; None: the one that ships with the demo model.
         target: Directory of the model that it drafts for.
         revision: Of a hub id.
+        config_only: Do not download weights.
 
     Raises:
         ModelError: There is none.
@@ -266,7 +269,7 @@ def find_head(model: str | None, target: Path, revision: str | None = None) -> P
                 "trained for this model"
             )
         return DEMO_HEAD
-    path = locate(model, revision, config_only=False)
+    path = locate(model, revision, config_only)
     return path.parent if path.name == "config.json" and path.is_file() else path
 
 

@@ -251,4 +251,6 @@ class Eagle3(StoredModel):
         if own is other or own.shape != other.shape or not torch.equal(own, other):
             return
         del self.embed_tokens
+        # Who loads the weights again finds it in the checkpoint.
+        self.others = ("embed_tokens.weight",)
         self._embedding = (target.model.embed_tokens,)

@@ -10,11 +10,14 @@ import torch
 
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, LoadError, ModelError, describe
-from reprise.layers import CausalLM
+from reprise.layers import Build, CausalLM
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
+from reprise.loading.draft_head import find_head, load_head
 from reprise.platforms import Platform
 from reprise.runner.drafts.draft_model import DraftModel, IndependentModel
+from reprise.runner.drafts.head import HeadModel
 from reprise.runner.model_choices import build_model
+from reprise.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ def load_draft(
         LoadError: Its weights do not load.
     """
     asked = config.speculation
+    if asked is not None and asked.method == "eagle3":
+        return _head(config, asked, target, checkpoint, platform, max_model_len, cache_dtype)
     if asked is None or asked.model is None:
         return None
     named = f"speculative_config: model={asked.model!r}"
@@ -73,6 +78,26 @@ def load_draft(
     if weights:
         fill()
     return IndependentModel(model, fill)
+
+
+def _head(
+    config: EngineConfig,
+    asked: Speculation,
+    target: CausalLM,
+    checkpoint: Checkpoint,
+    platform: Platform,
+    max_model_len: int,
+    cache_dtype: torch.dtype | None,
+) -> HeadModel:
+    made_up = config.load_format == "dummy"
+    path = find_head(asked.model, checkpoint.path, asked.revision, config_only=made_up)
+    dtype = next(target.parameters()).dtype
+    build = Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
+    head = load_head(
+        path, target, build, platform, load_format=config.load_format, seed=config.seed
+    )
+    fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
+    return HeadModel(head, fill)
 
 
 def _same_tokens(named: str, checkpoint: Checkpoint, draft: Checkpoint, target: CausalLM) -> None:

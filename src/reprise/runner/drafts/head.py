@@ -1,0 +1,43 @@
+"""A head that drafts from the target's own hidden states, as a draft model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from reprise.cache import Batch
+from reprise.models.eagle3 import Eagle3
+from reprise.runner.drafts.draft_model import DraftModel
+
+
+class HeadModel(DraftModel):
+    """An EAGLE-3 head.
+
+    Args:
+        head: It.
+        reload: Fills its parameters again.
+    """
+
+    shifted = True
+
+    def __init__(self, head: Eagle3, reload: Callable[[], None]) -> None:
+        super().__init__()
+        self.head = head
+        self.taps = head.taps
+        self.hidden_size, self.vocab_size = head.hidden_size, head.vocab_size
+        self.reload = reload
+
+    def prepare(self, taps: Tensor) -> Tensor:
+        return self.head.prepare(taps)
+
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        assert hidden is not None, "a shifted model goes on from hidden states"
+        out: Tensor = self.head(batch, hidden)
+        return out
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        return self.head.logits(hidden, out)
+
+    def token_ids(self, drafts: Tensor) -> Tensor:
+        return self.head.token_ids(drafts)
