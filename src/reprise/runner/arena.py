@@ -18,6 +18,9 @@ ALIGNMENT = 256
 GAP = 1 << 16
 """Bytes between two parts of a step's inputs up to which one copy takes both: at the speed of a
 bus that is a microsecond or two, and a second copy costs the device as much and the host more."""
+MOST_STAGING = 4
+"""Buffers of the host side: for a step and its padding, while those of the step before are on
+their way."""
 
 
 def to_device(array: Ints, platform: Platform) -> Tensor:
@@ -33,9 +36,9 @@ def to_device(array: Ints, platform: Platform) -> Tensor:
 class Arena:
     """Arrays in one piece of device memory, filled from one piece of host memory.
 
-    Where the device reads host memory as it is, both are one. Elsewhere the host side is a pair
-    of page-locked buffers in turn, since a copy may still be under way when the next step is
-    filled; at most one step may be outstanding.
+    Where the device reads host memory as it is, both are one. Elsewhere the host side is a few
+    page-locked buffers in turn, since copies may still be under way when the next step is filled:
+    a buffer is written again when the copies from it have run.
 
     Args:
         arrays: Length and dtype of each, in the order in which they lie in memory.
@@ -56,20 +59,42 @@ class Arena:
         self._platform = platform
         self.shared = platform.device.type == "cpu" if shared is None else shared
         self._device = torch.zeros(end, dtype=torch.uint8, device=platform.device)
-        if self.shared:
-            self._staging = [self._device]
-        else:
-            pin = platform.pins_memory
-            self._staging = [torch.zeros(end, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        self._staging: list[Tensor] = []
+        self._sent: list[Any] = []
+        """Of each buffer the event behind the last copy from it."""
         self._turn = 0
         self.arrays = [
             StagedArray(self, begin, length, dtype)
             for begin, (length, dtype) in zip(begins, arrays, strict=True)
         ]
+        self._add(self._device if self.shared else None)
+
+    def _add(self, buffer: Tensor | None = None) -> None:
+        if buffer is None:
+            pin = self._platform.pins_memory
+            buffer = torch.zeros(len(self._device), dtype=torch.uint8, pin_memory=pin)
+        self._staging.append(buffer)
+        self._sent.append(self._platform.event())
+        for each in self.arrays:
+            each.add_host(buffer)
 
     def flip(self) -> None:
-        """Switch to the other staging buffer; its old content is stale."""
-        self._turn = (self._turn + 1) % len(self._staging)
+        """Switch to a staging buffer that no copy reads; its old content is stale.
+
+        Waits if as many steps are outstanding as there may be buffers.
+        """
+        if self.shared:
+            return
+        count = len(self._staging)
+        following = [(self._turn + 1 + each) % count for each in range(count - 1)]
+        free = next((each for each in following if self._sent[each].query()), None)
+        if free is None and count < MOST_STAGING:
+            self._add()
+            free = count
+        elif free is None:
+            free = following[0]
+            self._sent[free].synchronize()
+        self._turn = free
 
     def upload(self, spans: Sequence[tuple[int, int]]) -> None:
         """Make parts of the host side visible on the device.
@@ -87,6 +112,7 @@ class Arena:
                 begin = next_begin
             end = next_end
         self._copy(begin, end)
+        self._sent[self._turn].record(self._platform.current_stream())
 
     def _copy(self, begin: int, end: int) -> None:
         if end > begin:
@@ -103,7 +129,12 @@ class StagedArray:
         self._itemsize = dtype.itemsize
         end = begin + length * dtype.itemsize
         self.device = arena._device[begin:end].view(dtype)
-        self._hosts: list[Ints] = [each[begin:end].view(dtype).numpy() for each in arena._staging]
+        self._hosts: list[Ints] = []
+
+    def add_host(self, buffer: Tensor) -> None:
+        """One more of the arena's host buffers."""
+        begin, end = self._begin, self._begin + self.device.nbytes
+        self._hosts.append(buffer[begin:end].view(self.device.dtype).numpy())
 
     @property
     def host(self) -> Ints:

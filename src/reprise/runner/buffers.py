@@ -440,6 +440,7 @@ class StepBuffers:
             return
         # Rows are overwritten that the next step might have continued.
         self.forget()
+        self._arena.flip()  # of another step's padding copies may be under way
         tokens, requests = live.num_tokens, live.num_requests
         to_tokens, to_requests = bucket.num_tokens, bucket.num_requests
         self.query_start_loc.host[requests + 1 : to_requests + 1] = tokens
