@@ -225,7 +225,7 @@ def op(
     )
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        table = _active.get() or _default_table(args)
+        table = _active.get() or _default_table((*args, *kwargs.values()))
         interceptor = _interceptor.get()
         if interceptor is not None:
             return interceptor(declared, table.functions[name], args, kwargs)

@@ -36,7 +36,8 @@ def _tried(device: torch.device) -> str | None:
     try:
         for block_n, block_k in ((BLOCK, BLOCK), (1, inputs)):
             scale = x.new_ones(len(weight) // block_n, x.shape[1] // block_k, dtype=torch.float32)
-            fp8_linear(x, weight, scale, None, block_n, block_k)
+            product = fp8_linear(x, weight, scale, None, block_n, block_k)
+            product.sum().item()  # what a device has queued may fail when it runs: wait for it
     except Exception as error:  # torch says so with errors of several types
         return f"torch's scaled_mm does not compute here: {describe(error)}"
     return None
