@@ -77,6 +77,8 @@ class Prover:
         """The smallest whose graph gains nothing."""
         self.bounds = Bounds(computation, error)
         """How much graphs may differ."""
+        self.least_seconds = 0.0
+        """Start-up has so much time for probes, at least."""
 
     # ---- start-up ------------------------------------------------------------------------
 
@@ -85,7 +87,7 @@ class Prover:
     ) -> None:
         """Probe every graph; one that fails is replaced by its fallback and probed again."""
         started = time.perf_counter()
-        budget = max(VERIFY_SECONDS, VERIFY_SHARE * capture_seconds)
+        budget = max(VERIFY_SECONDS, self.least_seconds, VERIFY_SHARE * capture_seconds)
         self.begin(buckets)
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):

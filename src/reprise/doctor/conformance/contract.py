@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parent / "models"
 """Configs of models that are made up."""
+SIDES = (128, 256, 512, 1024, 2048, 4096)
+"""Of matrices whose products keep a device busy."""
 
 
 class Broken(Exception):
@@ -126,11 +129,30 @@ class Kit:
 
     def burn(self, rounds: int = 1) -> torch.Tensor:
         """Work that keeps the device busy for a while: about a millisecond a round."""
-        side = 2048 if self.platform.asynchronous else 128
+        return self._products(self._side, rounds)
+
+    def _products(self, side: int, rounds: int) -> torch.Tensor:
         x = torch.ones(side, side, device=self.platform.device)
         for _ in range(4 * rounds):
             x = (x @ x) * (1.0 / side)
         return x
+
+    @functools.cached_property
+    def _side(self) -> int:
+        """Of matrices that are multiplied: accelerators differ by a factor of a thousand."""
+        self._products(SIDES[0], 1)
+        return next((side for side in SIDES if self._seconds(side) > 0.8e-3), SIDES[-1])
+
+    def _seconds(self, side: int) -> float:
+        """Of one round. The least of three: another program may have the processor."""
+        times = []
+        for _ in range(3):
+            self.platform.synchronize()
+            began = time.perf_counter()
+            self._products(side, 1)
+            self.platform.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
 
     def need_graphs(self) -> None:
         if not self.platform.has_graphs:
