@@ -27,7 +27,8 @@ class AcceleratorPlatform(Platform):
 
     A subclass sets data; methods are overridden only where the hardware differs. All calls go
     through ``torch.accelerator`` or the device module (``torch.get_device_module``), so what is
-    tested on one accelerator is the code that runs on the others.
+    tested on one accelerator is the code that runs on the others. What CUDA's module has beyond
+    ``torch.accelerator`` is used where a module has it, and never needed.
     """
 
     priority: ClassVar[int] = 100
@@ -68,7 +69,8 @@ class AcceleratorPlatform(Platform):
 
     @property
     def device_name(self) -> str:
-        return str(self.module().get_device_name(self.index))
+        name = getattr(self.module(), "get_device_name", None)
+        return str(self.device) if name is None else str(name(self.index))
 
     @functools.cached_property
     def has_triton(self) -> bool:
@@ -79,8 +81,9 @@ class AcceleratorPlatform(Platform):
         return torch.bfloat16 if self.supports_dtype(torch.bfloat16) else torch.float16
 
     def supports_dtype(self, dtype: torch.dtype) -> bool:
-        if dtype is torch.bfloat16:
-            return bool(self.module().is_bf16_supported())
+        supported = getattr(self.module(), "is_bf16_supported", None)
+        if dtype is torch.bfloat16 and supported is not None:
+            return bool(supported())
         return super().supports_dtype(dtype)
 
     # ---- order of work -------------------------------------------------------------------
@@ -104,10 +107,22 @@ class AcceleratorPlatform(Platform):
         return torch.accelerator.current_stream(self.index)
 
     def use_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        return self.module().stream(stream)
+        own = getattr(self.module(), "stream", None)
+        return self._on_stream(stream) if own is None else own(stream)
+
+    @contextlib.contextmanager
+    def _on_stream(self, stream: Any) -> Iterator[Any]:
+        # A torch.Stream is a context, but cannot be entered again inside of itself.
+        outer = self.current_stream()
+        torch.accelerator.set_stream(stream)
+        try:
+            yield stream
+        finally:
+            torch.accelerator.set_stream(outer)
 
     def stream(self) -> Any:
-        return self.module().Stream(device=self.index)
+        own = getattr(self.module(), "Stream", None)
+        return super().stream() if own is None else own(device=self.index)
 
     # ---- graphs --------------------------------------------------------------------------
 
@@ -152,7 +167,8 @@ class AcceleratorPlatform(Platform):
     # ---- memory --------------------------------------------------------------------------
 
     def memory_info(self) -> MemoryInfo:
-        free, total = self.module().mem_get_info(self.index)
+        own = getattr(self.module(), "mem_get_info", None)
+        free, total = (torch.accelerator.get_memory_info if own is None else own)(self.index)
         return MemoryInfo(free=free, total=total)
 
     def memory_allocated(self) -> int:
