@@ -16,11 +16,11 @@ why: $(VENV)/.installed
 	$(BIN)/python tools/why.py
 
 # A module's tests stay together: what they share is made once.
-test: lint
+test: lint $(VENV)/.installed-sim
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE)
 
 # All combinations of faults, executors and modes; test has every pair of them.
-test-long: lint
+test-long: lint $(VENV)/.installed-sim
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE) --long
 
 lint: $(VENV)/.installed-test
@@ -48,5 +48,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint]'
 	touch $@
 
+# The simulated accelerator, for tests. Without a C++ compiler it says so, and they are skipped.
+$(VENV)/.installed-sim: $(VENV)/.installed-test sim/pyproject.toml $(wildcard sim/csrc/*)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e ./sim
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m reprise_sim.build
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info sim/build sim/*.egg-info

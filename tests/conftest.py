@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from helpers import TinyModels
 
 
+ON_CPU = ("cpu", "sim")
+"""Devices whose kernels are the CPU's."""
+
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("reprise", deadline=None)
 hypothesis.settings.load_profile("reprise")
@@ -34,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell starts its background jobs so, and children inherit it: the tests that interrupt
         # a process would wait for ever.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.getoption("--device") == "cpu":
+    if config.getoption("--device") in ON_CPU:
         # Before triton is imported: its kernels then run under the interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
         # Before torch is imported: tiny models gain nothing from threads, and where cores are
@@ -43,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--long") or config.getoption("--device") != "cpu":
+    if config.getoption("--long") or config.getoption("--device") not in ON_CPU:
         return
     left_out = [each for each in items if each.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left_out)

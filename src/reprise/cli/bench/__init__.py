@@ -6,10 +6,10 @@ import os
 
 import typer
 
-from reprise.cli.bench import latency, serve, startup, throughput
+from reprise.cli.bench import latency, startup, throughput
 
 app = typer.Typer(
-    help="Measure latency, throughput, start-up and servers.",
+    help="Measure latency, throughput and start-up.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -21,7 +21,7 @@ def quieten() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-for _each in (latency, throughput, startup, serve):
+for _each in (latency, throughput, startup):
     _each.register(app)
 
 __all__ = ["app"]
