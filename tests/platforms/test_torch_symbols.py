@@ -51,6 +51,8 @@ NEUTRAL_CALLS = {
     "memory_reserved": (0,),
     "reset_peak_memory_stats": (0,),
     "empty_cache": (),
+    "set_stream": (None,),
+    "get_memory_info": (0,),
 }
 
 
@@ -123,12 +125,17 @@ def test_private_helpers():
 def test_the_lists_above_are_complete():
     """Any further symbol that the sources come to use must be listed, and so checked."""
     module_calls, neutral = set(), set()
+    modules = ("self.module()", "cls.module()", "platform.module()")
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+                where, name = node.args[:2]
+                if ast.unparse(where) in modules and isinstance(name, ast.Constant):
+                    module_calls.add(name.value)
             if not isinstance(node, ast.Attribute):
                 continue
             text = ast.unparse(node.value)
-            if text in ("self.module()", "cls.module()", "platform.module()"):
+            if text in modules:
                 module_calls.add(node.attr)
             elif text == "torch.accelerator":
                 neutral.add(node.attr)
