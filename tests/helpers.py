@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,6 +136,30 @@ class TinyModels:
         return self._made[key]
 
 
+_CONFIGS = {
+    "granite": "GraniteConfig",
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "mixtral": "MixtralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen2_moe": "Qwen2MoeConfig",
+    "qwen3": "Qwen3Config",
+    "qwen3_5": "Qwen3_5TextConfig",
+    "qwen3_5_moe": "Qwen3_5MoeTextConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+    "qwen3_next": "Qwen3NextConfig",
+    "smollm3": "SmolLM3Config",
+}
+
+
+def _config_class(name: str) -> Any:
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)
+
+
 def _auto_class(config: Any) -> Any:
     import transformers
 
@@ -146,35 +171,7 @@ def _auto_class(config: Any) -> Any:
 def tiny_config(architecture: str, **fields: Any) -> Any:
     if architecture.endswith("_vl"):
         return _seeing_config(architecture.removesuffix("_vl"), **fields)
-    from transformers import (
-        GraniteConfig,
-        LlamaConfig,
-        MistralConfig,
-        MixtralConfig,
-        Qwen2Config,
-        Qwen2MoeConfig,
-        Qwen3_5MoeTextConfig,
-        Qwen3_5TextConfig,
-        Qwen3Config,
-        Qwen3MoeConfig,
-        Qwen3NextConfig,
-        SmolLM3Config,
-    )
-
-    kind = {
-        "granite": GraniteConfig,
-        "llama": LlamaConfig,
-        "mistral": MistralConfig,
-        "mixtral": MixtralConfig,
-        "qwen2": Qwen2Config,
-        "qwen2_moe": Qwen2MoeConfig,
-        "qwen3": Qwen3Config,
-        "qwen3_5": Qwen3_5TextConfig,
-        "qwen3_5_moe": Qwen3_5MoeTextConfig,
-        "qwen3_moe": Qwen3MoeConfig,
-        "qwen3_next": Qwen3NextConfig,
-        "smollm3": SmolLM3Config,
-    }[architecture]
+    kind = _config_class(_CONFIGS[architecture])
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -197,10 +194,8 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
 
 def _seeing_config(architecture: str, **fields: Any) -> Any:
     """Of a model that reads images too: what :func:`tiny_config` gives, within another one."""
-    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
-
     text = tiny_config(architecture, **fields)
-    kind = {"qwen3_5": Qwen3_5Config, "qwen3_5_moe": Qwen3_5MoeConfig}[architecture]
+    kind = _config_class(_CONFIGS[architecture].replace("Text", ""))
     return kind(
         text_config=text.to_dict(), vision_config=_VISION, image_token_id=VOCAB - 4,
         video_token_id=VOCAB - 3, vision_start_token_id=VOCAB - 2, vision_end_token_id=VOCAB - 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 
 import pytest
 import torch
@@ -38,8 +37,10 @@ def test_residual_stream_at_any_depth(
     model = tiny(architecture)
     layers = model.reference.config.get_text_config().num_hidden_layers
     depths = (0, 1, layers, "final")
-    wanted = functools.partial(model_runner.ForwardPass, taps=depths)
-    monkeypatch.setattr(model_runner, "ForwardPass", wanted)
+    made = model_runner.ForwardPass
+    monkeypatch.setattr(
+        model_runner, "ForwardPass", lambda *given, **named: made(*given, **named | {"taps": depths})
+    )
     llm = make_llm(model, device, **options)
     forward_pass = llm.engine.runner.forward_pass
 
