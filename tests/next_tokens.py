@@ -45,7 +45,7 @@ class Oracle:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Of a text from its beginning on."""
-        return self._layer.model(inputs_embeds=inputs[None]).last_hidden_state[0]
+        return self._layer.model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._target.lm_head(hidden)

@@ -39,7 +39,9 @@ def test_residual_stream_at_any_depth(
     depths = (0, 1, layers, "final")
     made = model_runner.ForwardPass
     monkeypatch.setattr(
-        model_runner, "ForwardPass", lambda *given, **named: made(*given, **named | {"taps": depths})
+        model_runner,
+        "ForwardPass",
+        lambda *given, **named: made(*given, **named | {"taps": depths}),
     )
     llm = make_llm(model, device, **options)
     forward_pass = llm.engine.runner.forward_pass
