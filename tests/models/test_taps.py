@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from helpers import TinyModels, generate, greedy, make_llm, random_ids
