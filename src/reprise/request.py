@@ -113,6 +113,8 @@ class Request:
     """Computed tokens at which the manager wants to know."""
     checkpoints: list[Checkpoint] = field(default_factory=list, init=False, repr=False)
     """Copies of its states that are not offered yet."""
+    junction: int = field(default=0, init=False, repr=False)
+    """Tokens behind which a copy of its states was missing when it was admitted."""
     block_digests: list[bytes] = field(default_factory=list, init=False, repr=False)
     """Digests of its tokens, as far as the cache manager needed them."""
     cache_epoch: int = field(default=0, init=False, repr=False)

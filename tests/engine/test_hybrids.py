@@ -26,7 +26,9 @@ from reprise.testing import faults
 
 STEPS = 8
 CHUNK = 64
-"""A state can be copied behind multiples of so many tokens."""
+"""A state is copied behind multiples of so many tokens while a request goes on."""
+BLOCK = 16
+"""And of its prompt behind any block that no chunk is shorter than."""
 SHARED = random_ids(70, CHUNK)
 PROMPTS = [
     random_ids(71, 1), [*SHARED, *random_ids(72, 7)], random_ids(73, CHUNK),
@@ -126,15 +128,19 @@ def test_a_prompt_of_one_token_does_not_go_on_from_its_slot(known: Known, device
             assert generate(llm, [prompt], greedy(STEPS)) == [expected]
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.long)])
-def test_a_prefix_hits_at_every_multiple_of_a_chunk(known: Known, device: str, name: str) -> None:
-    """Though blocks of keys and values are smaller, and wherever the prompts part."""
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("qwen3_5", 80), *(pytest.param(name, BLOCK, marks=pytest.mark.long)
+                        for name in ("qwen3_5", "qwen3_next"))],
+)  # fmt: skip
+def test_a_prefix_hits_at_every_block(known: Known, device: str, name: str, step: int) -> None:
+    """From the first chunk on, and wherever the prompts part."""
     model = known.model(name)
     text = random_ids(80, 330)
     llm = make_llm(model, device, num_blocks=257, max_num_seqs=8)
     alone = make_llm(model, device, enable_prefix_caching=False)
     generate(llm, [text], greedy(1))
-    for shared in range(CHUNK, 321, CHUNK):
+    for shared in range(CHUNK, 321, step):
         # Its last checkpoint is where this prompt's is.
         generate(llm, [text[: shared + 1]], greedy(1))
         prompt = [*text[:shared], *random_ids(shared, 20)]
@@ -163,9 +169,31 @@ def test_a_prompt_of_a_hundred_tokens_hits(known: Known, device: str) -> None:
     """Where an engine whose states have blocks of their own size would find nothing."""
     llm = make_llm(known.model("qwen3_next"), device)
     prompt = random_ids(81, 100)
-    for cached in (0, CHUNK):
+    for cached in (0, 96):
         (output,) = llm.generate([prompt], greedy(2), use_tqdm=False)
         assert output.metrics.num_cached_tokens == cached
+
+
+def test_the_third_who_shares_a_beginning_goes_on_behind_it(known: Known, device: str) -> None:
+    """The first one's states were copied elsewhere; the second one shows where they are wanted."""
+    llm = make_llm(known.model("qwen3_5"), device)
+    alone = make_llm(known.model("qwen3_5"), device, enable_prefix_caching=False)
+    shared = random_ids(82, 100)
+    for number, cached in enumerate((0, 0, 96, 96)):
+        prompt = [*shared, *random_ids(83 + number, 60)]
+        (output,) = llm.generate([prompt], greedy(2), use_tqdm=False)
+        assert output.metrics.num_cached_tokens == cached
+        assert token_ids([output]) == generate(alone, [prompt], greedy(2))
+
+
+def test_short_prompts_are_computed_at_once(known: Known, device: str) -> None:
+    """They are computed again in less than a step more would take."""
+    llm = make_llm(known.model("qwen3_5"), device)
+    for _ in range(2):
+        before = llm.stats().scheduler.total_steps
+        (output,) = llm.generate([random_ids(84, CHUNK)], greedy(1), use_tqdm=False)
+        assert output.metrics.num_cached_tokens == 0
+        assert llm.stats().scheduler.total_steps == before + 1
 
 
 @pytest.mark.parametrize(
@@ -219,7 +247,7 @@ def test_pools_and_requests_at_once_are_told_at_start(
     told = "\n".join(each.message for each in caplog.records)
     kept, slots = llm.engine.runner.cache_layout.pools
     assert f"KV cache: {kept.num_blocks} blocks of 16 tokens (kept)" in told
-    assert f"KV cache: {slots.num_blocks} blocks of {CHUNK} tokens (state)" in told
+    assert f"KV cache: {slots.num_blocks} blocks of {BLOCK} tokens (state)" in told
     assert f"requests at once: at most {min(kept.num_blocks, slots.num_blocks) - 1} of one" in told
 
 

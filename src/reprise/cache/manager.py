@@ -25,6 +25,9 @@ class Hit:
     """In tokens, from the first one on."""
     tables: Sequence[Sequence[int]] = ()
     """Of each table the blocks of these tokens; the null block for those that nobody needs."""
+    junction: int = 0
+    """So long a prefix there would be, had its states been copied; 0: it is none that is worth it.
+    Others may have it, too."""
 
 
 class CacheManager:
@@ -63,6 +66,7 @@ class CacheManager:
         """The smallest, in tokens."""
         self._hit_step = max(each.block_size for each in layout.tables)
         """A hit ends where blocks of all tables end: their sizes are powers of two."""
+        self._apart = max(each.lifetime.apart for each in layout.tables)
         self._epoch = 0
         self._make_pools()
 
@@ -142,18 +146,28 @@ class CacheManager:
             found.append(blocks)
             runs.append(lengths)
             length = min(length, len(blocks) * table.size // step * step)
-        while length and not all(
-            run[length // table.size - 1] >= len(table.resumes(length))
-            for table, run in zip(self._tables, runs, strict=True)
-        ):
+
+        def resumes(states: bool) -> bool:
+            return all(
+                run[length // table.size - 1] >= len(table.resumes(length))
+                for table, run in zip(self._tables, runs, strict=True)
+                if states or not table.lifetime.rewritten
+            )
+
+        while length and not resumes(states=False):
             length -= step
+        junction = length
+        while length and not resumes(states=True):
+            length -= step
+        if junction - length < self._apart:
+            junction = 0
         if not length:
-            return Hit()
+            return Hit(junction=junction)
         tables = []
         for table, blocks in zip(self._tables, found, strict=True):
             needed = table.resumes(length)
             tables.append([NULL_BLOCK] * needed.start + blocks[needed.start : needed.stop])
-        return Hit(length, tables)
+        return Hit(length, tables, junction)
 
     # ---- blocks --------------------------------------------------------------------------
 
@@ -194,7 +208,7 @@ class CacheManager:
             for table in self._tables
         ]
         request.num_indexed = [hit.length // table.size for table in self._tables]
-        request.checkpoints = []
+        request.checkpoints, request.junction = [], hit.junction
         request.cache_epoch = self._epoch
         if hit.length:
             for table in self._states:
@@ -257,32 +271,49 @@ class CacheManager:
                 table.free(request)
         # New lists: a scheduled step may still refer to the old ones.
         request.tables, request.num_left, request.num_indexed = [], [], []
-        request.checkpoints = []
+        request.checkpoints, request.junction = [], 0
         request.num_places, request.commit_at = 0, NEVER
 
     # ---- states --------------------------------------------------------------------------
 
-    def chunk_end(self, begin: int, end: int, known: int) -> int:
+    def chunk_end(self, request: CacheUser, begin: int, end: int, known: int) -> int:
         """Where a chunk had better end than at ``end``, so that a state is met where others could
         go on from it.
 
         Args:
+            request: Whose it is.
             begin: Of the chunk.
             end: The furthest it can go.
             known: Tokens of the request.
         """
         if not self._states or not self.enable_prefix_caching:
             return end
-        last = (known - 1) // self._hit_step * self._hit_step
-        if begin < last < end:
-            return last
-        aligned = end // self._hit_step * self._hit_step
+        for cut in self._cuts(request, known):
+            if begin < cut < end:
+                return cut
+        aligned = end // self._apart * self._apart
         return aligned if begin < aligned and end < known else end
 
-    def checkpoint(self, request: CacheUser, length: int) -> None:
+    def _cuts(self, request: CacheUser, known: int) -> tuple[int, int]:
+        """Where others may go on from a request with so many known tokens: behind what it shares
+        with one before it, and behind its last whole block; 0: not worth it."""
+        last = (known - 1) // self._hit_step * self._hit_step
+        return request.junction, last if last >= self._apart else 0
+
+    def checkpoint(self, request: CacheUser, length: int, known: int = 0) -> None:
         """Keep the request's states as they are before the step that is scheduled now, ``length``
-        tokens being computed. Call it only where these are known to be all."""
-        if length == 0 or length % self._hit_step or not self.enable_prefix_caching:
+        tokens being computed. Call it only where these are known to be all.
+
+        Args:
+            request: Whose.
+            length: Its computed tokens.
+            known: Of one whose known tokens are computed, how many there are.
+        """
+        if length == 0 or not self.enable_prefix_caching:
+            return
+        if length % self._apart and length not in self._cuts(request, known):
+            return
+        if length % self._hit_step:
             return
         if request.cache_epoch != self._epoch:
             return

@@ -52,6 +52,11 @@ class Lifetime(Protocol):
         What the state was behind some token is known if it was copied then; such checkpoints lie
         at multiples of the block size."""
 
+    @property
+    def apart(self) -> int:
+        """Of a state: tokens between places where it is copied while a request goes on, and of the
+        shortest prefix that is worth a copy, which may end at any block; else 1."""
+
     def block_size(self, preferred: int, every: int) -> int:
         """Tokens that a block spans.
 
@@ -85,6 +90,7 @@ class Kept:
 
     bounded = False
     rewritten = False
+    apart = 1
 
     def block_size(self, preferred: int, every: int) -> int:
         return max(preferred, every)
@@ -121,6 +127,7 @@ class Window:
 
     bounded = True
     rewritten = False
+    apart = 1
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -159,13 +166,17 @@ class State:
     """A request has one row, which each of its steps replaces."""
 
     checkpoint_tokens: int = CHECKPOINT_TOKENS
-    """Tokens between places where a state can be copied for others to go on behind it."""
+    """See :attr:`Lifetime.apart`."""
 
     bounded = True
     rewritten = True
 
-    def block_size(self, preferred: int, every: int) -> int:
+    @property
+    def apart(self) -> int:
         return self.checkpoint_tokens
+
+    def block_size(self, preferred: int, every: int) -> int:
+        return min(preferred, self.checkpoint_tokens)
 
     def needed(self, begin: int, end: int, block_size: int) -> range:
         return range(1)

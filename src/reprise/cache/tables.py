@@ -25,6 +25,7 @@ class CacheUser(Protocol):
     num_places: int
     commit_at: int
     checkpoints: list[Checkpoint]
+    junction: int
     block_digests: list[bytes]
     cache_epoch: int
 

@@ -476,12 +476,12 @@ class Scheduler:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
         start = request.num_computed_tokens
         known = request.num_known_tokens
-        end = self.cache.chunk_end(start, min(known, start + budget), known)
+        end = self.cache.chunk_end(request, start, min(known, start + budget), known)
         end = self.cache.grow(request, start, end)
         if end <= start:
             return 0  # an update will bring blocks
         # Not before: without a step nobody copies, and an update would offer what is not there.
-        self.cache.checkpoint(request, start)
+        self.cache.checkpoint(request, start, known)
         count, samples = end - start, end == known
         if samples and self._lookahead:  # drafts behind it that find no room do not count
             self.cache.grow(
