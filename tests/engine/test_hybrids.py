@@ -251,11 +251,19 @@ def test_pools_and_requests_at_once_are_told_at_start(
     assert f"requests at once: at most {min(kept.num_blocks, slots.num_blocks) - 1} of one" in told
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.long)])
-def test_many_requests_leave_nothing(tiny: TinyModels, device: str, count: int) -> None:
+def test_many_requests_leave_nothing(
+    tiny: TinyModels, device: str, count: int, drafts: int
+) -> None:
     """Of all lengths, some of them given up, in pools so small that others have to give way."""
     model = tiny("qwen3_5", num_hidden_layers=2, full_attention_interval=2, hidden_size=32)
-    llm = make_llm(model, device, num_blocks=34, max_num_seqs=6, max_num_batched_tokens=96)
+    config = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2,
+              "prompt_lookup_min": 1}  # fmt: skip
+    llm = make_llm(
+        model, device, num_blocks=34, max_num_seqs=6, max_num_batched_tokens=96,
+        speculative_config=config if drafts else None,
+    )  # fmt: skip
     inner = llm.engine
     inner._depth = 2
     generator = random.Random(5)
