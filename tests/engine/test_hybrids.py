@@ -252,7 +252,9 @@ def test_pools_and_requests_at_once_are_told_at_start(
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "count", [60, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
 def test_many_requests_leave_nothing(
     tiny: TinyModels, device: str, count: int, drafts: int
 ) -> None:
