@@ -60,16 +60,16 @@ LAYOUTS = st.one_of(
         SIZES, SIZES, WINDOWS, st.integers(4, 14), st.integers(4, 20),
     ),
     st.builds(
-        lambda size, every, kept, slots: several(
-            (KEPT, size, 0), (State(every), every, 1), blocks=[kept, slots]
+        lambda size, every, apart, kept, slots: several(
+            (KEPT, size, 0), (State(every * apart), every, 1), blocks=[kept, slots]
         ),
-        SIZES, SIZES, st.integers(4, 14), st.integers(2, 9),
+        SIZES, SIZES, SIZES, st.integers(4, 14), st.integers(2, 9),
     ),
     st.builds(
-        lambda size, window, every, blocks, slots: several(
-            (window, size, 0), (State(every), every, 1), blocks=[blocks, slots]
+        lambda size, window, every, apart, blocks, slots: several(
+            (window, size, 0), (State(every * apart), every, 1), blocks=[blocks, slots]
         ),
-        SIZES, WINDOWS, SIZES, st.integers(4, 20), st.integers(2, 9),
+        SIZES, WINDOWS, SIZES, SIZES, st.integers(4, 20), st.integers(2, 9),
     ),
 )  # fmt: skip
 """Caches that are kept, windows, both from one pool or from two, and states beside either."""
