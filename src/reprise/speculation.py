@@ -20,13 +20,18 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "draft_model": ("model", "revision", "quantization", "draft_sample_method", "enforce_eager"),
     "eagle3": ("model", "revision", "draft_sample_method", "enforce_eager"),
+    "mtp": ("draft_sample_method", "enforce_eager"),
 }
 """What each method takes beside."""
 _SYNTHETIC = "synthetic_acceptance"
 _OTHER_METHODS = (
-    "eagle", "mtp", "medusa", "mlp_speculator", "suffix", "dflash", "dspark",
+    "eagle", "medusa", "mlp_speculator", "suffix", "dflash", "dspark",
     "extract_hidden_states", "custom_class",
 )  # fmt: skip
+_ALIASES = {
+    "ngram_gpu": "ngram", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp", "qwen3_5_moe_mtp": "mtp",
+}  # fmt: skip
+"""As vLLM calls drafting on the device, and the layers of single families."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "draft_sample_method": ("greedy",), "disable_padded_drafter_batch": (False,),
     "parallel_drafting": (False,), "enforce_eager": (False,), "use_heterogeneous_vocab": (False,),
@@ -92,8 +97,7 @@ def _parse(left: dict[str, Any]) -> Speculation:
         left.setdefault("method", "ngram")
         del left["model"]
     method = left.pop("method", _method_of(left.get("model")))
-    if method == "ngram_gpu":
-        method = "ngram"  # as vLLM calls drafting on the device
+    method = _ALIASES.get(method, method) if isinstance(method, str) else method
     if method in _OTHER_METHODS:
         raise ConfigError(
             f"method={method!r} is not supported; use 'draft_model' with a small model of the same "
@@ -111,7 +115,7 @@ def _parse(left: dict[str, Any]) -> Speculation:
     if unknown:
         raise ConfigError(f"{unknown_names('name', unknown, known)}")
     tokens = _number(left, "num_speculative_tokens", None, WIDTHS[-1])
-    if "model" in taken:
+    if "draft_sample_method" in taken:
         return _of_model(method, left, tokens)
     most, least = left.get("prompt_lookup_max"), left.get("prompt_lookup_min")
     most = _number(left, "prompt_lookup_max", LOOKUP if least is None else least)

@@ -1,4 +1,4 @@
-"""A head that drafts from the target's own hidden states, as a draft model."""
+"""What drafts from the target's own hidden states, as a draft model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from reprise.cache import Batch
 from reprise.models.eagle3 import Eagle3
+from reprise.models.mtp import NextTokens
 from reprise.runner.drafts.draft_model import DraftModel
 
 
 class HeadModel(DraftModel):
-    """An EAGLE-3 head.
+    """An EAGLE-3 head, or a layer of the target's for further tokens.
 
     Args:
         head: It.
@@ -21,7 +22,7 @@ class HeadModel(DraftModel):
 
     shifted = True
 
-    def __init__(self, head: Eagle3, reload: Callable[[], None]) -> None:
+    def __init__(self, head: Eagle3 | NextTokens, reload: Callable[[], None]) -> None:
         super().__init__()
         self.head = head
         self.taps = head.taps

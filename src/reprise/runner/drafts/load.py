@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from reprise import models
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, LoadError, ModelError, describe
 from reprise.layers import Build, CausalLM
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
 from reprise.loading.draft_head import find_head, load_head
+from reprise.loading.weight_files import stored_tensors
+from reprise.models.mtp import PREFIX
 from reprise.platforms import Platform
 from reprise.runner.drafts.draft_model import DraftModel, IndependentModel
 from reprise.runner.drafts.head import HeadModel
@@ -51,8 +54,12 @@ def load_draft(
         LoadError: Its weights do not load.
     """
     asked = config.speculation
-    if asked is not None and asked.method == "eagle3":
-        return _head(config, asked, target, checkpoint, platform, max_model_len, cache_dtype)
+    if asked is not None and asked.method in ("eagle3", "mtp"):
+        dtype = next(target.parameters()).dtype
+        build = Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
+        if asked.method == "mtp":
+            return _next_tokens(config, target, checkpoint, platform, build, weights=weights)
+        return _head(config, asked, target, checkpoint, platform, build)
     if asked is None or asked.model is None:
         return None
     named = f"speculative_config: model={asked.model!r}"
@@ -86,17 +93,40 @@ def _head(
     target: CausalLM,
     checkpoint: Checkpoint,
     platform: Platform,
-    max_model_len: int,
-    cache_dtype: torch.dtype | None,
+    build: Build,
 ) -> HeadModel:
     made_up = config.load_format == "dummy"
     path = find_head(asked.model, checkpoint.path, asked.revision, config_only=made_up)
-    dtype = next(target.parameters()).dtype
-    build = Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
     head = load_head(
         path, target, build, platform, load_format=config.load_format, seed=config.seed
     )
     fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
+    return HeadModel(head, fill)
+
+
+def _next_tokens(
+    config: EngineConfig,
+    target: CausalLM,
+    checkpoint: Checkpoint,
+    platform: Platform,
+    build: Build,
+    *,
+    weights: bool,
+) -> HeadModel:
+    """The target's own layer, from its own checkpoint."""
+    head = models.build_mtp(checkpoint.config, build, target)
+    path = checkpoint.path
+    fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
+    if not weights:
+        return HeadModel(head, fill)
+    stored = () if config.load_format == "dummy" else stored_tensors(path)
+    if stored and not any(name.startswith(PREFIX) for name in stored):
+        raise LoadError(
+            f"speculative_config: {path} has no tensors of the layer that drafts further tokens "
+            f"({PREFIX}*), which copies of checkpoints may leave out; take the original one, or "
+            "use 'method': 'ngram'"
+        )
+    fill()
     return HeadModel(head, fill)
 
 
