@@ -6,10 +6,10 @@ import os
 
 import typer
 
-from reprise.cli.bench import latency, startup, throughput
+from reprise.cli.bench import latency, serve, startup, throughput
 
 app = typer.Typer(
-    help="Measure latency, throughput and start-up.",
+    help="Measure latency, throughput, start-up and servers.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -21,7 +21,7 @@ def quieten() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-for _each in (latency, throughput, startup):
+for _each in (latency, throughput, startup, serve):
     _each.register(app)
 
 __all__ = ["app"]

@@ -107,11 +107,8 @@ def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[
 
         typer.echo(json.dumps(record))
         return
-    from rich.console import Console
-
-    # Figures are never cut, even where the terminal is narrow.
-    console = Console(width=max(80, Console().width))
     facts = f"{record['model']} ({record['load_format']} weights, {record['dtype']})"
+    console = _console()
     console.print(f"[bold]{record['benchmark']}[/]: {facts} on {record['device_name']}")
     synthetic = record.get("synthetic_acceptance")
     if synthetic is not None:
@@ -131,6 +128,21 @@ def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[
         _print_trace(console, record["trace"])
     known = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     console.print(f"[dim]medians of {record['repeats']}; {known}; {record['date']}[/]")
+
+
+def print_tables(title: str, *tables: Sequence[tuple[Any, ...]]) -> None:
+    """To standard output; the first row of each holds the headings."""
+    console = _console()
+    console.print(title)
+    for each in tables:
+        console.print(_table(each))
+
+
+def _console() -> Console:
+    """One whose tables are never cut, even where the terminal is narrow."""
+    from rich.console import Console
+
+    return Console(width=max(80, Console().width))
 
 
 def _table(rows: Sequence[tuple[Any, ...]]) -> Table:
