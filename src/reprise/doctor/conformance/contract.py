@@ -113,16 +113,12 @@ class Kit:
     def _made(self, **options: Any) -> LLM:
         from reprise import LLM
 
-        return LLM(
-            device=self.device,
-            graph_mode="none",
-            skip_tokenizer_init=True,
-            max_num_seqs=4,
-            max_num_batched_tokens=32,
-            num_blocks=129,
-            enable_prefix_caching=False,
-            **options,
-        )
+        small = {
+            "device": self.device, "graph_mode": "none", "skip_tokenizer_init": True,
+            "max_num_seqs": 4, "max_num_batched_tokens": 32, "num_blocks": 129,
+            "enable_prefix_caching": False,
+        }  # fmt: skip
+        return LLM(**{**small, **options})
 
     def full(self, *shape: int, value: float = 0.0) -> torch.Tensor:
         return torch.full(shape, value, device=self.platform.device)

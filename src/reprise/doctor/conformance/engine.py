@@ -12,6 +12,7 @@ from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Executor
 from reprise.graphs.runner import uses_of
+from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.ops import Op
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -27,6 +28,8 @@ VERIFY_SECONDS = 120.0
 BUCKETS = Buckets(decode=(2, 4), mixed=(8, 32))
 PROMPTS = [[5, 17, 3], list(range(20, 61)), [9], [7, 7, 100, 200, 300, 400, 500]]
 TOKENS = 12
+LEAST_ACCEPTED = 0.9
+"""Of what a model drafts for itself. Rounding may decide between two tokens as good as equal."""
 EXECUTORS: tuple[Executor, ...] = ("full", "breakable", "compiled")
 
 
@@ -83,6 +86,35 @@ def executor_is_exact(kit: Kit, executor: Executor) -> str:
         need(mine == theirs, f"request {row}: tokens {mine} and not {theirs}")
     need(replays > 0, "no step was replayed")
     return f"{len(got)} requests, {replays} replays"
+
+
+def drafts_change_nothing(kit: Kit, executor: Executor) -> str:
+    """The demo model as its own draft: compare tokens with those of no drafts, and count drafts."""
+    kit.need_graphs()
+    expected = tokens(kit.model("", {"dtype": "float32"}))
+    draft = {"method": "draft_model", "model": str(DEMO_MODEL), "num_speculative_tokens": 3}
+    llm = kit.model(
+        "",
+        {
+            "dtype": "float32", "speculative_config": draft, "graph_mode": executor,
+            "graph_buckets": "decode=4;mixed=32",
+        },
+    )  # fmt: skip
+    report = llm.graph_report()
+    for each in report.downgrades:
+        if each["wanted"] == executor:
+            raise Skipped(f"{each['phase']}: {each['reason']}")
+    for info in report.graphs:
+        need(info.quarantined is None, f"{info.name}: {info.quarantined}")
+    got = tokens(llm)
+    for row, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        need(mine == theirs, f"request {row}: tokens {mine} and not {theirs}")
+    stats = llm.stats().drafts
+    need(
+        stats.acceptance_rate >= LEAST_ACCEPTED,
+        f"the model drafts for itself, and no more than this counts: {stats}",
+    )
+    return str(stats)
 
 
 def _places(llm: LLM, kind: type[Fault]) -> list[Op]:
@@ -163,6 +195,14 @@ for _executor in EXECUTORS:
         "The demo model, greedily, on both phases; every graph passes verification.",
         functools.partial(executor_is_exact, executor=_executor),
     )
+add(
+    "drafts_change_nothing:full",
+    "executors",
+    "With drafts by a model, and the full executor, no token is another one.\n\n"
+    "The demo model as its own draft, in float32: no graph of target or draft is refused, the\n"
+    "tokens are those without drafts, and nearly all drafts count.",
+    functools.partial(drafts_change_nothing, executor="full"),
+)
 for _fault, _kind in FAULTS.items():
     add(
         f"fault_is_caught:{_fault}",
