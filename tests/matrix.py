@@ -16,10 +16,12 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from draft_heads import write_head
 from helpers import (
     CONTEXT,
     TinyModel,
@@ -87,7 +89,7 @@ CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
 NGRAM: dict[str, Any] = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-DRAFTERS = ("ngram", "draft_model")
+DRAFTERS = ("ngram", "draft_model", "eagle3")
 FORMATS = ("plain", *EIGHT_BITS, *FOUR_BITS)
 """Of the weights; each other one is compared with itself."""
 
@@ -117,8 +119,8 @@ class Case:
     device: str
     subjects: Sequence[Subject] = SUBJECTS
     dtype: str = "float32"
-    draft: TinyModel | None = None
-    """The model that drafts, if one does."""
+    draft: Path | None = None
+    """Where the model or the head is that drafts, if one does."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -130,7 +132,7 @@ class Case:
         if self.features.drafts:
             by: dict[str, Any] = NGRAM
             if self.draft is not None:
-                by = {"method": self.features.drafter, "model": str(self.draft.path)}
+                by = {"method": self.features.drafter, "model": str(self.draft)}
             count = {"num_speculative_tokens": self.features.drafts}
             config["speculative_config"] = {**by, **count}
         with pytest.MonkeyPatch.context() as patch:
@@ -243,7 +245,7 @@ COVERING = [
     Features("none", "plain", 7),
     Features("full", "windows", 3, drafter="draft_model"),
     Features("full", CODES, 1),
-    Features("breakable", "experts", 1),
+    Features("breakable", "experts", 1, drafter="eagle3"),
     Features("breakable", HYBRID, 3),
     Features("none", "plain", 0, "fp8"),
     Features("none", "plain", 0, "awq"),
@@ -258,6 +260,10 @@ PRODUCT = [
         Features(executor, model, drafts, drafter="draft_model")
         for executor, model, drafts in itertools.product(EXECUTORS, MODELS, DRAFTS[1:])
         if model != HYBRID
+    ),
+    *(
+        Features(executor, model, drafts, drafter="eagle3")
+        for executor, model, drafts in itertools.product(EXECUTORS, MODELS, DRAFTS[1:])
     ),
     *(
         Features(executor, "plain", drafts, format)
@@ -282,8 +288,16 @@ class Alone:
     def case(self, features: Features, model: TinyModel | None = None) -> Case:
         """An engine with these features, of another model than their own if one is given."""
         model = model or self.model(features)
-        draft = self._tiny.near(model) if features.drafter == "draft_model" else None
-        return Case(features, model, self._device, draft=draft)
+        return Case(features, model, self._device, draft=self._draft(features.drafter, model))
+
+    def _draft(self, drafter: str, model: TinyModel) -> Path | None:
+        if drafter == "ngram":
+            return None
+        if drafter == "draft_model":
+            return self._tiny.near(model).path
+        # Of random weights: what it drafts is wrong, and must change nothing.
+        path = model.path.with_name(f"{model.path.name}-head")
+        return path if path.exists() else write_head(path, model, depths=(0, 1, 2))
 
     def tokens(self, features: Features) -> list[list[int]]:
         name = features.model, features.format

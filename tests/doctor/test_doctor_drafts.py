@@ -74,3 +74,14 @@ def test_a_fault_shows_where_it_is(llm: LLM) -> None:
         assert each.where is not None
         assert each.where.op == "paged_attention"
         assert each.where.layer == 0
+
+
+def test_memory_of_a_head_is_told_without_reading_it(device: str) -> None:
+    """What it has in common with the target is there once."""
+    options = {**SMALL, "speculative_config": {"method": "eagle3", "num_speculative_tokens": 3}}
+    report = memory_report(EngineConfig(device=device, **options))
+    heads = {each.name for each in report.weights if each.name.startswith("draft ")}
+    assert "draft head.fc.weight" in heads
+    assert not any("embed_tokens" in each for each in heads)
+    (caches,) = report.caches
+    assert caches.layers == 7

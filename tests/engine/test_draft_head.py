@@ -125,7 +125,8 @@ def test_counters_are_those_of_the_head(
 @pytest.mark.long
 def test_chunks_hits_and_preemption(pair: tuple[TinyModel, Path], device: str) -> None:
     right = make_oracle(pair[0], device)()
-    llm = drafting(*pair, device, 3, **{**OPTIONS, "graph_mode": "none"})
+    small = {**OPTIONS, "num_blocks": 24, "graph_mode": "none"}
+    llm = drafting(*pair, device, 3, **small)
     assert serve(llm) == right
     assert llm.stats().scheduler.total_preemptions > 0
     assert llm.stats().scheduler.total_prefix_hits > 0

@@ -269,3 +269,22 @@ def test_default_depths(target: TinyModel) -> None:
         assert config.taps == depths
         # Its own base, whatever the model's is.
         assert config.layers.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_a_head_can_be_loaded_again(
+    target: TinyModel, tmp_path: Path, platform: Platform, loaded: tuple[CausalLM, Build]
+) -> None:
+    """After its memory was changed; what it shares is the model's to mend."""
+    path = write_head(tmp_path / "head", target, own_embedding=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["embed_tokens.weight"] = target.reference.get_input_embeddings().weight.clone()
+    save_file(tensors, path / "model.safetensors")
+    with torch.inference_mode():
+        head = load_head(path, *loaded, platform)
+        own = {**dict(head.named_parameters()), "ids": head.vocabulary.target_ids}
+        before = {name: each.clone() for name, each in own.items()}
+        for each in own.values():
+            each.zero_()
+        load_weights(head, path, "auto", platform)
+    for name, each in own.items():
+        assert torch.equal(each, before[name]), name

@@ -273,6 +273,35 @@ def find_head(
     return path.parent if path.name == "config.json" and path.is_file() else path
 
 
+def build_head(path: Path, target: CausalLM, build: Build, *, made_up: bool = False) -> Eagle3:
+    """The head in a directory, with unset weights.
+
+    Args:
+        path: The directory.
+        target: What it drafts for: what both have is the target's.
+        build: How the target was made.
+        made_up: Weights will not be read: the config alone says what they are.
+
+    Raises:
+        ModelError: It is another kind of head, or one of another model, or asks for something that
+            is not computed here.
+        LoadError: A file is missing or corrupted, or a tensor without which it is no head.
+    """
+    file = path / "config.json"
+    try:
+        raw = read_object(file)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not valid: {error}") from error
+    names = None
+    if not made_up:
+        misfits = Misfits("in the file", "in the head")
+        names = by_our_names(stored_tensors(path).items(), RENAMES, misfits).keys()
+        misfits.refuse("the checkpoint does not fit the head")
+    sizes = Target(target.num_layers, target.hidden_size, target.vocab_size)
+    config = read_head(raw, file, sizes, names)
+    return Eagle3(config, replace(build, formats=PLAIN, path=""), target)
+
+
 def load_head(
     path: Path,
     target: CausalLM,
@@ -293,23 +322,10 @@ def load_head(
         seed: Likewise.
 
     Raises:
-        ModelError: It is another kind of head, or one of another model, or asks for something that
-            is not computed here.
-        LoadError: A file is missing or corrupted, or tensors do not fit.
+        ModelError: See :func:`build_head`.
+        LoadError: Likewise, or tensors do not fit.
     """
-    file = path / "config.json"
-    try:
-        raw = read_object(file)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} is not valid: {error}") from error
-    names = None
-    if load_format != "dummy":
-        misfits = Misfits("in the file", "in the head")
-        names = by_our_names(stored_tensors(path).items(), RENAMES, misfits).keys()
-        misfits.refuse("the checkpoint does not fit the head")
-    sizes = Target(target.num_layers, target.hidden_size, target.vocab_size)
-    config = read_head(raw, file, sizes, names)
-    head = Eagle3(config, replace(build, formats=PLAIN, path=""), target)
+    head = build_head(path, target, build, made_up=load_format == "dummy")
     load_weights(head, path, load_format, platform, seed)
     ids = head.vocabulary.target_ids
     if bool(((ids < 0) | (ids >= target.vocab_size)).any()):

@@ -21,7 +21,7 @@ OPTIONS = (
     "model", "revision", "dtype", "hf_overrides",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "num_blocks",
-    "graph_mode", "graph_buckets", "device", "ops",
+    "graph_mode", "graph_buckets", "speculative_config", "device", "ops",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from reprise.config import EngineConfig
 from reprise.errors import ConfigError, LoadError, ModelError, describe
 from reprise.layers import Build, CausalLM
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
-from reprise.loading.draft_head import find_head, load_head
+from reprise.loading.draft_head import build_head, find_head, load_head
 from reprise.loading.weight_files import stored_tensors
 from reprise.models.mtp import PREFIX
 from reprise.platforms import Platform
@@ -59,7 +59,7 @@ def load_draft(
         build = Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
         if asked.method == "mtp":
             return _next_tokens(config, target, checkpoint, platform, build, weights=weights)
-        return _head(config, asked, target, checkpoint, platform, build)
+        return _head(config, asked, target, checkpoint, platform, build, weights=weights)
     if asked is None or asked.model is None:
         return None
     named = f"speculative_config: model={asked.model!r}"
@@ -94,12 +94,19 @@ def _head(
     checkpoint: Checkpoint,
     platform: Platform,
     build: Build,
+    *,
+    weights: bool,
 ) -> HeadModel:
     made_up = config.load_format == "dummy"
-    path = find_head(asked.model, checkpoint.path, asked.revision, config_only=made_up)
-    head = load_head(
-        path, target, build, platform, load_format=config.load_format, seed=config.seed
+    path = find_head(
+        asked.model, checkpoint.path, asked.revision, config_only=made_up or not weights
     )
+    if weights:
+        head = load_head(
+            path, target, build, platform, load_format=config.load_format, seed=config.seed
+        )
+    else:
+        head = build_head(path, target, build, made_up=not any(path.glob("*.safetensors")))
     fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
     return HeadModel(head, fill)
 
