@@ -219,6 +219,18 @@ def test_bad_prompts(llm: LLM, prompt: Any, named: str) -> None:
         llm.generate(prompt, greedy(2))
 
 
+def test_text_with_half_a_surrogate_pair(llm: LLM) -> None:
+    """Which no tokenizer takes; whoever gives it learns where it is."""
+    wrong, template = "a \ud800", "{{ messages[0].content }}"
+    invalid = pytest.raises(RequestError, match=r"(prompt|bad_words)=.* is not valid text")
+    with invalid:
+        llm.generate(wrong, greedy(2))
+    with invalid:
+        llm.generate("a", greedy(2, bad_words=["b", wrong]))
+    with invalid:
+        llm.chat([{"role": "user", "content": wrong}], greedy(2), chat_template=template)
+
+
 def test_null_is_absent_in_prompts(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("a cat")
     for prompt in (

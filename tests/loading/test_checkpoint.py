@@ -221,7 +221,9 @@ def test_fifos_do_not_hang(copy: Path, name: str) -> None:
     check_refused(copy / name, ModelError, [name, "the checkpoint's directory"])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "\x00", "[" * 100_000, '{"do_sample": "no"}', '{"do_sample": 0}']
+)
 def test_spoiled_generation_config(copy: Path, content: str) -> None:
     (copy / "generation_config.json").write_text(content)
     check_refused(copy, LoadError, ["generation_config.json"])

@@ -121,8 +121,14 @@ def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:
     return text, ids, b"" if salt is None else salt.encode("utf-8", "surrogatepass")
 
 
-def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def encode(tokenizer: Any, text: str, what: str = "prompt", **options: Any) -> list[int]:
     """A text's token ids.
+
+    Args:
+        tokenizer: Of the engine.
+        text: A caller's.
+        what: It is, for the error.
+        **options: Of the tokenizer.
 
     Raises:
         RequestError: It has halves of surrogate pairs.
@@ -131,7 +137,7 @@ def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"prompt={text[:40]!r} is not valid text ({error.reason}, character {error.start}): "
+            f"{what}={text[:40]!r} is not valid text ({error.reason}, character {error.start}): "
             "give UTF-8, decoded"
         ) from error
     found: list[int] = tokenizer.encode(text, **options)

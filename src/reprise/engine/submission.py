@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reprise.arguments import shown
+from reprise.engine.prompt import encode
 from reprise.errors import RequestError
 from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
 
@@ -131,7 +132,7 @@ def bad_word_tokens(
     for word in words:
         bare = word.lstrip(" ") or word
         for text in (bare, f" {bare}"):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            ids = tuple(encode(tokenizer, text, "bad_words", add_special_tokens=False))
             if any(each >= vocab_size for each in ids):
                 continue  # the model has no such token, so it cannot draw it
             if ids:

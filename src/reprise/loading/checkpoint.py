@@ -160,6 +160,9 @@ def _generation_config(path: Path) -> Mapping[str, Any]:
     try:
         content = read_object(file)
         check_token_ids(content.get("eos_token_id"))
+        samples = content.get("do_sample")
+        if not isinstance(samples, bool | None):
+            raise ValueError(f"do_sample={samples!r} must be true or false")
     except (ValueError, OSError) as error:
         raise LoadError(f"{file} is not valid: {error}") from error
     return content
