@@ -37,6 +37,9 @@ def two_layers(path):
     return path
 
 
+pytestmark = pytest.mark.timeout(900)  # all contracts run for the first test
+
+
 @pytest.fixture(scope="module")
 def report(device, tmp_path_factory, pytestconfig):
     """Of all contracts. They make some hundred graphs of the demo model: in short runs of a part
