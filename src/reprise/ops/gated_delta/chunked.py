@@ -12,6 +12,7 @@ from reprise.ops.gated_delta.reference import keys_and_values, prepared
 
 CHUNK = 64
 """Tokens whose updates are solved for together."""
+_ALL = slice(None)
 
 
 def gated_delta(
@@ -45,9 +46,8 @@ def gated_delta(
         counts = torch.where(fresh, 0, accepted)
         drafts = _Drafts(recent, gates, qkv[:, -recent.shape[2] :], counts, known, places)
     step = _Step(inputs, state, slots, seq_lens, fresh, out, drafts)
-    tokens = torch.arange(len(qkv), device=qkv.device)
     if query_len and len(qkv) == query_len * len(slots):
-        step.together(tokens.view(-1, query_len), torch.arange(len(slots), device=qkv.device))
+        step.together(query_len)
         return
     out.zero_()
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -72,7 +72,12 @@ def gated_delta(
     for count, some in short.items():
         rows = torch.tensor(some, device=qkv.device)
         begins = query_start_loc[rows].long().unsqueeze(1)
-        step.together(begins + tokens[:count], rows)
+        step.together(count, rows, begins + torch.arange(count, device=qkv.device))
+
+
+def _of(tokens: Tensor | int, each: Tensor) -> Tensor:
+    """[N, n, ...]: of [T, ...] the tokens [N, n] of N requests; a number: all, so many of each."""
+    return each.unflatten(0, (-1, tokens)) if isinstance(tokens, int) else each[tokens]
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,15 @@ class _Drafts:
         self.recent[slots], self.gates[slots] = 0.0, 0.0
 
     def keep(
-        self, slots: Tensor, idle: Tensor, rows: Tensor, tokens: Tensor, gates: Tensor
+        self, slots: Tensor, idle: Tensor, verifies: Tensor, tokens: Tensor | int, gates: Tensor
     ) -> None:
-        """Of requests ``rows`` [N], which have these ``tokens`` [N, n] with gates [N, n, 2, HV],
-        keep what the next step may have to replay: nothing where all tokens are known."""
-        live = (self.known[rows] == 0).unsqueeze(1) & (self.places[tokens] != 0)
-        for whole, new in ((self.recent, self.new[tokens]), (self.gates, gates)):
+        """Of N requests, which have these tokens (see :func:`_of`) with gates [N, n, 2, HV], keep
+        what the next step may have to replay: nothing where all tokens are known."""
+        live = verifies.view(-1, 1) & (_of(tokens, self.places) != 0)
+        for whole, new in ((self.recent, _of(tokens, self.new)), (self.gates, gates)):
             there = live.view(*live.shape, *(1 for _ in whole.shape[2:]))
             kept = torch.zeros_like(whole[slots])
-            kept[:, : tokens.shape[1]] = torch.where(there, new, 0.0)[:, : whole.shape[1]]
+            kept[:, : live.shape[1]] = torch.where(there, new, 0.0)[:, : whole.shape[1]]
             nobody = idle.view(-1, *(1 for _ in whole.shape[1:]))
             whole.index_copy_(0, slots, torch.where(nobody, whole[slots], kept))
 
@@ -130,10 +135,14 @@ class _Step:
     out: Tensor
     drafts: _Drafts | None
 
-    def together(self, tokens: Tensor, rows: Tensor) -> None:
-        """Requests ``rows`` [N] with equally many tokens [N, n] each, one after the other; of
-        padding, which has slot 0, the answer is 0. Reads nothing on the host."""
+    def together(
+        self, count: int, rows: Tensor | slice = _ALL, tokens: Tensor | None = None
+    ) -> None:
+        """Requests ``rows`` [N] with ``count`` tokens each, [N, count], one after the other; of
+        padding, which has slot 0, the answer is 0. Without both all requests with all tokens. Reads
+        nothing on the host."""
         state, drafts = self.state, self.drafts
+        which = count if tokens is None else tokens
         places = self.slots[rows].long()
         idle = (self.seq_lens[rows] == 0).view(-1, 1, 1, 1)
         then = state[places]
@@ -141,16 +150,17 @@ class _Step:
         if drafts is not None:
             now = drafts.committed(now, places, drafts.accepted[rows])
         before = now
-        query, *inputs = (each[tokens] for each in self.inputs)
-        for token in range(tokens.shape[1]):
+        query, *inputs = (_of(which, each) for each in self.inputs)
+        for token in range(count):
             now = _carried_on(now, *(each[:, token] for each in inputs))
             answer = torch.matmul(now, query[:, token].unsqueeze(-1)).squeeze(-1)
-            self.out[tokens[:, token]] = torch.where(idle[..., 0], 0.0, answer).to(self.out.dtype)
+            place = slice(token, None, count) if tokens is None else tokens[:, token]
+            self.out[place] = torch.where(idle[..., 0], 0.0, answer).to(self.out.dtype)
         if drafts is not None:
             verifies = (drafts.known[rows] == 0).view(-1, 1, 1, 1)
             now = torch.where(verifies, before, now)
             gates = torch.stack(inputs[2:], dim=2)
-            drafts.keep(places, idle, rows, tokens, gates)
+            drafts.keep(places, idle, verifies, which, gates)
         state.index_copy_(0, places, torch.where(idle, then, now.to(state.dtype)))
 
 
