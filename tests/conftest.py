@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: left out unless --long is given")
+    config.addinivalue_line("markers", "races: on the simulated accelerator it may have races")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts its background jobs so, and children inherit it: the tests that interrupt
         # a process would wait for ever.
@@ -70,11 +72,13 @@ def platform(device: str):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def time_to_verify() -> None:
+def time_to_verify(device: str) -> None:
     """On a busy machine too, start-up meets all probes: tests rely on what was proven."""
     from reprise.graphs import prove
 
     prove.VERIFY_SECONDS = 120.0
+    if device == "sim":
+        prove.BUSY_SECONDS = 3600.0  # it is busy for longer than the host in whatever it does
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,22 @@ def quick_interpreter(pytestconfig: pytest.Config) -> None:
 
     interpreter._patch_lang = put_once
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+@pytest.fixture(autouse=True)
+def no_races(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
+    """On the simulated accelerator no two accesses of a test may be in no order."""
+    if device != "sim" or request.node.get_closest_marker("races"):
+        yield
+        return
+    import torch
+
+    request.getfixturevalue("platform")
+    with torch.sim.configured(races=True):
+        yield
+        torch.accelerator.synchronize()
+        found = torch.sim.races(clear=True)
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture(scope="session")

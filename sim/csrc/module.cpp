@@ -21,6 +21,8 @@ WithoutGil::~WithoutGil() {
 std::string python_place() {
   if (!Py_IsInitialized() || stopped()) return "";
   const PyGILState_STATE held = PyGILState_Ensure();
+  PyObject *type, *value, *trace;  // memory is freed while errors are on their way, too
+  PyErr_Fetch(&type, &value, &trace);
   std::string found;
   PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
   int left = 3;  // the line, and who called it
@@ -45,7 +47,7 @@ std::string python_place() {
     Py_DECREF(frame);
     frame = outer;
   }
-  PyErr_Clear();
+  PyErr_Restore(type, value, trace);
   PyGILState_Release(held);
   return found;
 }

@@ -12,6 +12,8 @@ from reprise.platforms.device_graph import capturing
 from reprise.shape import StepShape
 from reprise.testing import faults
 
+pytestmark = pytest.mark.races  # some faults are races
+
 OPS = ("paged_attention", "rotary_cache", "linear_add")
 EXECUTORS = ("full", "breakable")
 STEPS = (StepShape.decode(3), StepShape.mixed(20, 3))

@@ -14,8 +14,8 @@ LARGE = 1 << 20
 
 def busy(platform, milliseconds: float = 50.0, stream=None) -> None:
     """Keep a stream busy."""
-    x = torch.ones(1, device=platform.device)
     with platform.use_stream(stream or platform.current_stream()):
+        x = torch.ones(1, device=platform.device)
         sim.launch("nap", lambda _: time.sleep(milliseconds / 1e3), [x], [])
 
 

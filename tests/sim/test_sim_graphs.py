@@ -41,6 +41,7 @@ def test_branches_of_a_graph_are_ordered_as_they_were(platform, finder) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.races  # outside of a capture nobody refuses it
 def test_a_branch_that_nobody_waits_for_is_refused(platform) -> None:
     x = torch.zeros(64, device=platform.device)
     side = platform.stream()

@@ -79,6 +79,8 @@ class Prover:
         """How much graphs may differ."""
         self.least_seconds = 0.0
         """Start-up has so much time for probes, at least."""
+        self.keeps_useless = False
+        """Graphs that gain nothing are proven and used all the same."""
 
     # ---- start-up ------------------------------------------------------------------------
 
@@ -194,6 +196,8 @@ class Prover:
         """Whether the bucket's graph makes steps no faster: the device is busy for longer than the
         host, which is ahead of it. To prove it would take as long as to prove others."""
         info = bucket.info
+        if self.keeps_useless:
+            return
         # Without a device of its own there is no other time than the host's.
         if not self._platform.asynchronous or bucket.graph is None or info.phase != "mixed":
             return
