@@ -8,8 +8,9 @@ and the text's tokens. Labels are the target's distributions. Training text is t
     python tools/train_demo_head.py --out src/reprise/demo_model/eagle3 --minutes 55
 
 writes a checkpoint as SpecForge does, reads it back in float32 and prints how many tokens a step
-brings on what the target says (:mod:`draft_head`), of material that training never shows. The exit
-status is 1 when that is below a gate. `docs/speculation.md` holds the results.
+brings on what the target says (:mod:`draft_head`), of stories, copies and sums that training does
+not show and of four questions in a chat. The exit status is 1 when that is below a gate.
+`docs/speculation.md` holds the results.
 """
 
 from __future__ import annotations
