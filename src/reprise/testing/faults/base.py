@@ -97,3 +97,23 @@ class BrokenInGraphs(Fault):
     @abstractmethod
     def broken(self, named: dict[str, Any]) -> Any:
         """What is captured. ``named``: the op's arguments."""
+
+
+class StaleArgument(BrokenInGraphs):
+    """A graph's op gets what an argument held in the eager step before the capture."""
+
+    argument: ClassVar[str]
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.latest: dict[tuple[int, ...], Tensor] = {}
+        self.kept: list[Tensor] = []
+
+    def run(self, named: dict[str, Any]) -> Any:
+        if not capturing():
+            self.latest[tuple(named[self.argument].shape)] = named[self.argument].clone()
+        return super().run(named)
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        self.kept.append(self.latest[tuple(named[self.argument].shape)])
+        return self.proceed({**named, self.argument: self.kept[-1]})

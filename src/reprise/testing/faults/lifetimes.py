@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from reprise.ops.registry import Op, OpTable
+from reprise.ops.registry import Op
 from reprise.platforms import Platform
-from reprise.platforms.device_graph import capturing
-from reprise.testing.faults.base import BrokenInGraphs
+from reprise.testing.faults.base import BrokenInGraphs, StaleArgument
 
 TOO_MANY = 16
 """Tokens by which a window is too wide: a block or more."""
@@ -104,23 +102,10 @@ class StateOfRejectedDrafts(DraftFault):
         return self.proceed({**named, "accepted": every})
 
 
-class StaleAccepted(DraftFault):
+class StaleAccepted(StaleArgument, DraftFault):
     name = "stale_accepted"
     summary = "of a request's last step so many tokens count as did in the captured step"
-
-    def __init__(self, table: OpTable, op: Op) -> None:
-        super().__init__(table, op)
-        self.latest: dict[tuple[int, ...], Tensor] = {}
-        self.kept: list[Tensor] = []
-
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            self.latest[tuple(named["accepted"].shape)] = named["accepted"].clone()
-        return super().run(named)
-
-    def broken(self, named: dict[str, Any]) -> Any:
-        self.kept.append(self.latest[tuple(named["accepted"].shape)])
-        return self.proceed({**named, "accepted": self.kept[-1]})
+    argument = "accepted"
 
 
 class StateCommittedTwice(DraftFault):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from reprise.ops.registry import Op, OpTable
+from reprise.ops.registry import Op
 from reprise.platforms import Platform
-from reprise.platforms.device_graph import capturing
-from reprise.testing.faults.base import BrokenInGraphs
+from reprise.testing.faults.base import BrokenInGraphs, StaleArgument
 
 TILE = 16
 """Rows of an expert that a product multiplies at once."""
@@ -38,23 +36,10 @@ class WrongExpert(RoutingFault):
         return self.proceed({**named, "ids": torch.where(ids >= 0, (ids + 1) % count, ids)})
 
 
-class StaleRouting(RoutingFault):
+class StaleRouting(StaleArgument, RoutingFault):
     name = "stale_routing"
     summary = "rows are sent where those of the captured step were sent"
-
-    def __init__(self, table: OpTable, op: Op) -> None:
-        super().__init__(table, op)
-        self.latest: dict[tuple[int, ...], Tensor] = {}
-        self.kept: list[Tensor] = []
-
-    def run(self, named: dict[str, Any]) -> Any:
-        if not capturing():
-            self.latest[tuple(named["ids"].shape)] = named["ids"].clone()
-        return super().run(named)
-
-    def broken(self, named: dict[str, Any]) -> Any:
-        self.kept.append(self.latest[tuple(named["ids"].shape)])
-        return self.proceed({**named, "ids": self.kept[-1]})
+    argument = "ids"
 
 
 class RowsBeyondTile(RoutingFault):
