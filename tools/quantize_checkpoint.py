@@ -257,7 +257,8 @@ def quantize(source: Path, out: Path, method: str, group_size: int = 128) -> Non
 
 def _write(source: Path, out: Path, chosen: Method, group_size: int) -> None:
     for file in source.iterdir():
-        if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
+        weights = file.suffix == ".safetensors" or file.name == "model.safetensors.index.json"
+        if file.is_file() and not weights:  # a folder is another checkpoint, such as a head's
             shutil.copy(file, out / file.name)
     places: dict[str, str] = {}
     for file in sorted(source.glob("*.safetensors")):

@@ -15,6 +15,7 @@ from reprise import platforms
 from reprise.graphs import Computation
 from reprise.ops.registry import intercept
 from reprise.platforms import MemoryInfo, Platform
+from reprise.platforms.host_queue import HostStream
 from reprise.shape import StepShape
 
 META = torch.device("meta")
@@ -76,6 +77,9 @@ def on_paper(device: str, memory: int | None) -> OnPaper:
 
         def synchronize(self) -> None:
             pass
+
+        def current_stream(self) -> HostStream:
+            return HostStream()
 
         def memory_info(self) -> MemoryInfo:
             return MemoryInfo(max(0, known.free - self.used), known.total)

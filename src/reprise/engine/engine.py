@@ -34,7 +34,7 @@ from reprise.errors import (
     NonFiniteError,
     RequestError,
 )
-from reprise.graphs import Damage, keep_compiled_code
+from reprise.graphs import Damage, GraphOwners, keep_compiled_code
 from reprise.loading import (
     NamedTensors,
     end_of_text_id,
@@ -297,8 +297,9 @@ class Engine:
         if self.has_work or self._half_updated or self.profiler.running:
             return False
         try:
-            more = self.runner.owners.prove_more()
-            self._heed_canaries()
+            owners = self.runner.owners
+            more = owners.prove_more()
+            self._heed_canaries(owners)
         except BaseException:
             self.start_over()
             raise
@@ -311,9 +312,10 @@ class Engine:
                 self.runner.submit(step)
                 self._outstanding.append((step, self.runner.sample(step)))
             requests = self.scheduler.requests_of(step)
-            for owner, graphs in self.runner.owners:
+            owners = self.runner.owners
+            for owner, graphs in owners:
                 self._suspects[owner].note(step, requests, graphs.ran)
-            self._heed_canaries()
+            self._heed_canaries(owners)
         if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
             return []
         oldest, pending = self._outstanding[0]
@@ -335,9 +337,9 @@ class Engine:
         self.platform.synchronize()
         logger.warning("%s; %d running request(s) are computed again without it", error, count)
 
-    def _heed_canaries(self) -> None:
+    def _heed_canaries(self, owners: GraphOwners) -> None:
         """Compute again what a graph has spoiled that was found wrong."""
-        for owner, damage in self.runner.owners.take_damages():
+        for owner, damage in owners.take_damages():
             self._heed(owner, damage)
 
     def _heed(self, owner: str, damage: Damage) -> None:

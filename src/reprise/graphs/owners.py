@@ -63,8 +63,12 @@ class GraphOwners:
 
     def take_damages(self) -> list[tuple[str, Damage]]:
         """What graphs have left behind in the last step, and whose they are."""
-        found = ((name, each.take_damage()) for name, each in self.runners.items())
-        return [(name, damage) for name, damage in found if damage is not None]
+        found = []
+        for name, each in self.runners.items():
+            damage = each.take_damage()
+            if damage is not None:
+                found.append((name, damage))
+        return found
 
     def report(self) -> GraphReport:
         """All of them in the words of one; the plan is the target's."""

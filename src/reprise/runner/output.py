@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.finite import all_finite
 from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.platforms import Platform
 from reprise.runner.arena import Ints
@@ -183,9 +182,8 @@ class PendingOutput:
     @staticmethod
     def _odd(peaks: Tensor) -> list[int]:
         """Rows of logits from which nothing can be drawn."""
-        if all_finite(peaks):
-            return []
-        return (~peaks.isfinite()).nonzero().flatten().tolist()
+        finite = peaks.isfinite().numpy()
+        return [] if finite.all() else np.flatnonzero(~finite).tolist()
 
     def _failed(self, odd: Sequence[int], sampled: Sequence[Sequence[int]]) -> list[int]:
         """Numbers of the requests that have a token of such a row. One behind a draft that does not

@@ -12,7 +12,7 @@ from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Executor
 from reprise.graphs.runner import uses_of
-from reprise.loading.checkpoint import DEMO_MODEL
+from reprise.loading import checkpoint
 from reprise.ops import Op
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -92,7 +92,11 @@ def drafts_change_nothing(kit: Kit, executor: Executor) -> str:
     """The demo model as its own draft: compare tokens with those of no drafts, and count drafts."""
     kit.need_graphs()
     expected = tokens(kit.model("", {"dtype": "float32"}))
-    draft = {"method": "draft_model", "model": str(DEMO_MODEL), "num_speculative_tokens": 3}
+    draft = {
+        "method": "draft_model",
+        "model": str(checkpoint.DEMO_MODEL),
+        "num_speculative_tokens": 3,
+    }
     llm = kit.model(
         "",
         {
