@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import TinyModels, make_llm
+from next_tokens import with_layer
 
 from reprise import LLM
 from reprise.config import EngineConfig
@@ -42,6 +44,28 @@ def test_memory_is_that_of_the_engine(tiny: TinyModels, options: dict[str, Any],
     assert report.buffers["drafter"] == sum(each.nbytes for each in memory)
     layout = runner.cache_layout.pools[0]
     assert sum(each.block_bytes for each in report.caches) == layout.block_bytes
+
+
+@pytest.mark.parametrize("kind", ["states", "windows"])
+def test_cache_is_that_of_the_engine(
+    tiny: TinyModels, tmp_path: Path, device: str, kind: str
+) -> None:
+    """States keep what drafts change; windows keep what a draft model writes ahead."""
+    if kind == "states":
+        model, _ = with_layer(tmp_path / "model", tiny("qwen3_5"), "qwen3_5")
+        draft = {"method": "mtp"}
+    else:
+        model = tiny("qwen3", use_sliding_window=True, sliding_window=24, max_window_layers=1)
+        draft = {"method": "draft_model", "model": str(model.path)}
+    config = {**draft, "num_speculative_tokens": 3}
+    options = {**SMALL, "device": device, "speculative_config": config, "dtype": "float32"}
+    report = memory_report(EngineConfig(model=str(model.path), **options))
+    layout = make_llm(model, **options).engine.runner.cache_layout
+    assert [each.block_bytes for each in report.pools] == [e.block_bytes for e in layout.pools]
+    for each in report.capacities:
+        needs = (layout.most(pool, each.tokens) for pool in range(len(layout.pools)))
+        nbytes = sum(n * e.block_bytes for n, e in zip(needs, layout.pools, strict=True))
+        assert each.request_bytes == nbytes
 
 
 def test_graphs_have_a_row_for_each_owner(llm: LLM) -> None:

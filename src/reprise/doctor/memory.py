@@ -28,7 +28,9 @@ from reprise.runner.drafts import (
     Drafter,
     GraphOptions,
     ModelDrafter,
+    caches_with,
     load_draft,
+    lookahead_of,
     make_drafter,
 )
 from reprise.runner.forward_pass import ForwardPass
@@ -191,7 +193,7 @@ def memory_report(
         }
     )
     with torch.inference_mode():
-        build = Build(dtype, META, max_len, cache_dtype=cache_dtype)
+        build = Build(dtype, META, max_len, cache_dtype=cache_dtype, num_drafts=config.num_drafts)
         model = models.build(checkpoint.config, build)
         report.weights = _weights(model)
         report.tables_bytes = _tables(model)
@@ -199,12 +201,12 @@ def memory_report(
             config, model, checkpoint, paper,
             max_model_len=max_len, cache_dtype=cache_dtype, weights=False,
         )  # fmt: skip
-        caches = model.caches()
         if draft is not None:
             report.weights += _weights(draft, "draft ")
             report.tables_bytes += _tables(draft)
-            caches |= {f"draft {name}": each for name, each in draft.caches().items()}
-        layout = lay_out_caches(caches, block_size, width - 1)
+        caches = caches_with(model, draft)
+        lookahead = lookahead_of(draft, config.speculation)
+        layout = lay_out_caches(caches, block_size, width - 1, lookahead)
         buffers = StepBuffers(
             max(max_tokens, config.max_num_seqs * width),
             config.max_num_seqs,
@@ -232,14 +234,11 @@ def memory_report(
             "sampler": _bytes(sampler.memory().values()),
         }
         drafter: Drafter | None = None
-        if draft is not None and config.speculation is not None:
-            drafter = ModelDrafter(
+        if config.speculation is not None:
+            drafter = make_drafter(
                 config.speculation, draft, buffers, computation,
                 max_tokens=max_tokens, max_model_len=max_len,
             )  # fmt: skip
-        elif config.speculation is not None:
-            drafter = make_drafter(config.speculation, buffers.rows, max_len, paper)
-        if drafter is not None:
             report.buffers["drafter"] = _bytes(drafter.memory().values())
         report.activations_bytes = max(peak_of(computation, each) for each in shapes)
         report.graphs = _graphs(config, computation, buffers, drafter, max_tokens)

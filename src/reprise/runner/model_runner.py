@@ -36,7 +36,9 @@ from reprise.runner.drafts import (
     GraphOptions,
     ModelDrafter,
     Withheld,
+    caches_with,
     load_draft,
+    lookahead_of,
     make_drafter,
 )
 from reprise.runner.forward_pass import ForwardPass
@@ -105,15 +107,9 @@ class ModelRunner:
                     max_model_len=wanted_len, cache_dtype=cache_dtype,
                 )  # fmt: skip
             self._draft = draft
-            self.caches = self.model.caches()
-            """Of all layers that keep something, by name."""
-            if draft is not None:
-                drafts = draft.caches().items()
-                self.caches |= {f"draft {name}": each for name, each in drafts}
-            self.lookahead = 0
+            self.caches = caches_with(self.model, draft)
+            self.lookahead = lookahead_of(draft, config.speculation)
             """Places that a draft model needs behind those of the tokens that a step verifies."""
-            if draft is not None and config.speculation is not None:
-                self.lookahead = draft.lookahead(config.speculation.num_tokens, num_drafts)
             self.cache_layout = lay_out_caches(
                 self.caches, self.block_size, num_drafts, self.lookahead
             )
@@ -145,15 +141,11 @@ class ModelRunner:
             # Before graphs are captured: what they spoil has to be known, and made good.
             self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
             self.drafter: Drafter | None = None
-            if draft is not None:
-                assert config.speculation is not None
-                self.drafter = ModelDrafter(
+            if config.speculation is not None:
+                self.drafter = make_drafter(
                     config.speculation, draft, self.buffers, self.forward_pass,
                     max_tokens=self.max_tokens, max_model_len=wanted_len,
                 )  # fmt: skip
-            elif config.speculation is not None:
-                rows = self.buffers.rows
-                self.drafter = make_drafter(config.speculation, rows, wanted_len, platform)
             self._withheld = Withheld(self.buffers.rows, platform)
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path

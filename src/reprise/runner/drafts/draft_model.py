@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from reprise.cache import Batch, LayerCache
 from reprise.cache.spec import caches_of
 from reprise.layers import CausalLM, Depth
+from reprise.speculation import Speculation
 
 
 class DraftModel(nn.Module):
@@ -60,6 +61,19 @@ class DraftModel(nn.Module):
     def caches(self) -> dict[str, LayerCache]:
         """What its layers keep from step to step, by name."""
         return caches_of(self)
+
+
+def caches_with(target: CausalLM, draft: DraftModel | None) -> dict[str, LayerCache]:
+    """Of all layers that keep something, by name: the target's and those of what drafts for it."""
+    drafts = {} if draft is None else draft.caches()
+    return {**target.caches(), **{f"draft {name}": each for name, each in drafts.items()}}
+
+
+def lookahead_of(draft: DraftModel | None, speculation: Speculation | None) -> int:
+    """See :meth:`DraftModel.lookahead`; 0 where no model drafts."""
+    if draft is None or speculation is None:
+        return 0
+    return draft.lookahead(speculation.num_tokens, speculation.width)
 
 
 class IndependentModel(DraftModel):
