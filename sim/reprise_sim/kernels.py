@@ -27,7 +27,7 @@ def _kernel(op: Op) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         result = op.fake(*args, **kwargs)
         outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
-        named = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         given, structure = tree_flatten((args, kwargs))
         changed = {id(each) for each in op.written(named).values()}
         written = [place for place, each in enumerate(given) if id(each) in changed]

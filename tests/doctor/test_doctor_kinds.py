@@ -46,7 +46,7 @@ def broken(runner, op, spoil):
     original = table.functions[op]
 
     def run(*args, **kwargs):
-        named = {**dict(zip(all_ops()[op].arguments, args, strict=False)), **kwargs}
+        named = all_ops()[op].named(args, kwargs)
         with host_code():
             result = launch(original, **named)
             if capturing():

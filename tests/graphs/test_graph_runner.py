@@ -141,7 +141,8 @@ def test_the_plan_follows_what_computes_the_calls_of_each_phase(toy, make_runner
     (chosen, *_) = toy.ops.candidates["paged_attention"]
     decoding = dataclasses.replace(
         chosen, name="decoding", graph_support="single_token_decode",
-        accepts=lambda *args: None if args[-1] == 1 else "it takes one new token a request",
+        accepts=lambda query_len, **_:
+            None if query_len == 1 else "it takes one new token a request",
     )  # fmt: skip
     reference = all_ops()["paged_attention"].implementations["reference"]
     toy.ops.candidates["paged_attention"] = [decoding, reference]

@@ -93,8 +93,8 @@ def test_drafts_that_do_not_count_leave_no_trace(randn, platform, num_drafts, un
 
 
 def test_a_kernel_that_knows_no_drafts_refuses_them(randn) -> None:
-    accepts = causal_conv.implementations["triton"].refusal
+    refusal = causal_conv.implementations["triton"].refusal
     steps = [torch.zeros(1, dtype=torch.int32)] * 4
     call = [randn(1, SIZE), randn(SIZE, TAPS), randn(2, 4, SIZE), *steps, randn(1, SIZE), 0]
-    assert accepts(*call) is None
-    assert "drafts" in str(accepts(*call, *steps[:3]))
+    assert refusal(**causal_conv.named(call, {})) is None
+    assert "drafts" in str(refusal(**causal_conv.named([*call, *steps[:3]], {})))

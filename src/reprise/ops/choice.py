@@ -32,9 +32,8 @@ def _static(value: Any) -> Hashable:
     return tuple(map(_static, value)) if isinstance(value, list | tuple) else value
 
 
-def shown(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def shown(named: Mapping[str, Any]) -> str:
     """A kind of call for people: ``query [*, 32, 128] bfloat16, scale 0.088``."""
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
     return ", ".join(f"{name} {_shown(each)}" for name, each in named.items())
 
 
@@ -62,13 +61,13 @@ class ByArguments:
 
     Args:
         op: Its name.
-        arguments: Their names.
+        named: A call's arguments by name.
         candidates: Those that the platform can run, most wanted first. The last takes everything,
             unless it is the only one: the user asked for it, and nothing may take its place.
     """
 
     op: str
-    arguments: Sequence[str]
+    named: Callable[[Sequence[Any], Mapping[str, Any]], Mapping[str, Any]]
     candidates: Sequence[Implementation]
     answers: dict[Hashable, Answer] = field(default_factory=dict)
     """By signature."""
@@ -91,9 +90,10 @@ class ByArguments:
         if known is not None:
             return known
         refused: dict[str, str] = {}
-        call = shown(self.arguments, args, kwargs)
+        arguments = self.named(args, kwargs)
+        call = shown(arguments)
         for each in self.candidates:
-            reason = each.refusal(*args, **kwargs)
+            reason = each.refusal(**arguments)
             if reason is None:
                 break
             refused[each.name] = reason

@@ -28,9 +28,10 @@ Requirement = Callable[[Platform], str | None]
 """Returns None if the implementation runs on the platform, else the reason why not."""
 
 Accepts = Callable[..., str | None]
-"""Called as the op is; returns None if the implementation computes such calls, else the reason why
-not. It sees dtypes, every dimension of a tensor but the first, and numbers: what is the same in all
-calls of a kind. Tensors are stand-ins without memory whose first dimension is 0."""
+"""Called with the op's arguments by name; returns None if the implementation computes such calls,
+else the reason why not. It sees dtypes, every dimension of a tensor but the first, and numbers:
+what is the same in all calls of a kind. Tensors are stand-ins without memory whose first dimension
+is 0."""
 
 
 def runs_anywhere(platform: Platform) -> str | None:
@@ -93,14 +94,12 @@ class Implementation:
                 logger.warning("op %s: %s is skipped, %s", self.op, self.name, self.import_failure)
         return self.import_failure
 
-    def refusal(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why it does not compute such a call; None: it does."""
+    def refusal(self, **arguments: Any) -> str | None:
+        """Why it does not compute a call with these; None: it does."""
         if self.accepts is anything:
             return None
         try:
-            return self.accepts(
-                *map(_stand_in, args), **{name: _stand_in(each) for name, each in kwargs.items()}
-            )
+            return self.accepts(**{name: _stand_in(each) for name, each in arguments.items()})
         except Exception as error:  # a module may raise anything
             return f"what it accepts cannot be told: {describe(error)}"
 

@@ -352,7 +352,7 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
         if candidates[0].accepts is anything:
             self[name] = candidates[0].function
         else:
-            self[name] = table.choices[name] = ByArguments(name, op.arguments, candidates)
+            self[name] = table.choices[name] = ByArguments(name, op.named, candidates)
         return self[name]
 
 

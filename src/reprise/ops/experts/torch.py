@@ -6,6 +6,7 @@ torch reads where groups end inside of the op, so that a recorded graph reads th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +25,7 @@ def needs_grouped_mm(platform: Platform) -> str | None:
     return None if hasattr(F, "grouped_mm") else "this torch has no grouped_mm"
 
 
-def accepts(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    residual: Tensor | None = None,
-) -> str | None:
+def accepts(x: Tensor, down: Tensor, **_: Any) -> str | None:
     sizes = x.shape[1], down.shape[2]
     if any(each * x.element_size() % ALIGNMENT for each in sizes):
         return f"rows of {sizes[0]} and {sizes[1]} are no multiples of {ALIGNMENT} bytes"

@@ -6,6 +6,8 @@ multiplies eight bits. The reference multiplies all rows with each expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,17 +16,7 @@ from reprise.ops.fp8_linear.reference import dequantise, quantise
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 
-def accepts(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    block_n: int,
-    block_k: int,
-) -> str | None:
+def accepts(x: Tensor, down: Tensor, **_: Any) -> str | None:
     sizes = x.shape[1], down.shape[2]
     if any(4 * each % ALIGNMENT for each in sizes):
         return f"rows of {sizes[0]} and {sizes[1]} float32 are no multiples of {ALIGNMENT} bytes"

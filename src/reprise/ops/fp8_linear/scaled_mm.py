@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,7 @@ def _tried(device: torch.device) -> str | None:
     return None
 
 
-def accepts(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
-) -> str | None:
+def accepts(x: Tensor, block_n: int, block_k: int, **_: Any) -> str | None:
     if x.dtype is not torch.bfloat16:
         return "results are bfloat16"
     if x.shape[1] % _ALIGNED:
