@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from draft_heads import EACH, JOINT, oracle, write_head
+from head_steps import HeadSteps
 from helpers import TinyModel, TinyModels, random_ids
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from reprise import models
-from reprise.cache.layout import lay_out_caches
-from reprise.cache.memory import allocate_caches
 from reprise.errors import LoadError, ModelError
 from reprise.layers import Build, CausalLM
 from reprise.loading import open_checkpoint
 from reprise.loading.draft_head import Target, load_head, read_head
 from reprise.loading.weights import load_weights
-from reprise.models.eagle3 import Eagle3
-from reprise.ops import OpTable
 from reprise.platforms import Platform
-from reprise.runner.buffers import StepBuffers
 
-LENGTH, CHAIN, BLOCK = 21, 4, 4
+LENGTH, CHAIN = 21, 4
 ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
@@ -73,40 +65,6 @@ def loaded(target: TinyModel, platform: Platform) -> tuple[CausalLM, Build]:
     return make_target(target, platform)
 
 
-class Steps:
-    """Runs a head over one request's tokens, in blocks that do not adjoin."""
-
-    def __init__(self, head: Eagle3, platform: Platform) -> None:
-        self.head = head
-        caches = head.caches()
-        layout = lay_out_caches(caches, BLOCK, 0)
-        layout = dataclasses.replace(
-            layout, pools=tuple(dataclasses.replace(p, num_blocks=33) for p in layout.pools)
-        )
-        allocate_caches(caches, layout, platform)
-        self.buffers = StepBuffers(LENGTH, 1, 64, layout, platform)
-        self.ops = OpTable(platform)
-        self.table = np.array([[*range(31, 0, -2)]], dtype=np.int32)
-        self.device = platform.device
-
-    def __call__(self, begin: int, ids: Sequence[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and logits of tokens from position ``begin`` on."""
-        count = len(ids)
-        self.buffers.fill_rows(
-            np.array([count]), np.array([begin + count]), [self.table], np.array(ids),
-            np.array([count]), np.array([0]),
-        )  # fmt: skip
-        batch = self.buffers.batch(count, 1, 1 if count == 1 else 0)
-        with torch.inference_mode(), self.ops.activate():
-            before = hidden.to(self.device)
-            kept = before.clone()
-            after = self.head(batch, before)
-            assert torch.equal(before, kept), "what it reads is the caller's"
-            logits = torch.empty(count, self.head.vocab_size, device=self.device)
-            self.head.logits(after, logits)
-        return after.cpu(), logits.cpu()
-
-
 @pytest.mark.parametrize(
     ("architecture", "form"),
     [*(("qwen3", each) for each in FORMS), ("llama", "SpecForge"), ("llama", "own embedding")],
@@ -126,7 +84,7 @@ def test_head_is_the_one_in_plain_torch(
     aux = torch.randn(LENGTH - 1, len(head.taps), 64)
     assert head.taps == right.config.aux_layers
 
-    steps = Steps(head, platform)
+    steps = HeadSteps(head, platform, LENGTH)
     with torch.inference_mode(), steps.ops.activate():
         hidden = head.prepare(aux.flatten(1).to(platform.device))
     expected = right.combine(aux[None])

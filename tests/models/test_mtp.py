@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from head_steps import HeadSteps
 from helpers import HYBRIDS, VOCAB, TinyModels, random_ids
 from next_tokens import Oracle, with_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reprise import models
-from reprise.cache.layout import lay_out_caches
-from reprise.cache.memory import allocate_caches
 from reprise.errors import LoadError, ModelError
 from reprise.layers import Build, CausalLM
 from reprise.loading import open_checkpoint
 from reprise.loading.weights import load_weights
 from reprise.models.mtp import NextTokens
-from reprise.ops import OpTable
 from reprise.platforms import Platform
-from reprise.runner.buffers import StepBuffers
 
-LENGTH, CHAIN, BLOCK = 21, 4, 4
+LENGTH, CHAIN = 21, 4
 
 
 def load(path: Path, platform: Platform) -> tuple[CausalLM, NextTokens]:
@@ -38,39 +32,6 @@ def load(path: Path, platform: Platform) -> tuple[CausalLM, NextTokens]:
         head = models.build_mtp(config, build, target)
         load_weights(head, path, "auto", platform)
     return target, head
-
-
-class Steps:
-    """Runs a layer over one request's tokens, in blocks that do not adjoin."""
-
-    def __init__(self, head: NextTokens, platform: Platform) -> None:
-        self.head = head
-        caches = head.caches()
-        layout = lay_out_caches(caches, BLOCK, 0)
-        pools = tuple(dataclasses.replace(each, num_blocks=33) for each in layout.pools)
-        layout = dataclasses.replace(layout, pools=pools)
-        allocate_caches(caches, layout, platform)
-        self.buffers = StepBuffers(LENGTH, 1, 64, layout, platform)
-        self.ops = OpTable(platform)
-        self.table = np.array([[*range(31, 0, -2)]], dtype=np.int32)
-        self.device = platform.device
-
-    def __call__(self, begin: int, ids: Sequence[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and logits of tokens from position ``begin`` on."""
-        count = len(ids)
-        self.buffers.fill_rows(
-            np.array([count]), np.array([begin + count]), [self.table], np.array(ids),
-            np.array([count]), np.array([0]),
-        )  # fmt: skip
-        batch = self.buffers.batch(count, 1, 1 if count == 1 else 0)
-        with torch.inference_mode(), self.ops.activate():
-            before = hidden.to(self.device)
-            kept = before.clone()
-            after = self.head(batch, self.head.prepare(before))
-            assert torch.equal(before, kept), "what it reads is the caller's"
-            logits = torch.empty(count, self.head.vocab_size, device=self.device)
-            self.head.logits(after, logits)
-        return after.cpu(), logits.cpu()
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -91,9 +52,9 @@ def test_layer_is_the_one_in_plain_torch(
     text = random_ids(3, LENGTH)
     hidden = oracle.hidden(text[:-1])
     inputs = oracle.inputs(text[1:], hidden)
-    steps, begin = Steps(head, platform), 0
+    steps, begin = HeadSteps(head, platform, LENGTH), 0
     for end in (7, LENGTH - 1):
-        found, logits = steps(begin, text[1 + begin : 1 + end], hidden[begin:end])
+        found, logits = steps(begin, text[1 + begin : 1 + end], head.prepare(hidden[begin:end]))
         expected = oracle.outputs(inputs[:end])[begin:]
         close(found, expected)
         close(logits, oracle.logits(expected))
@@ -102,7 +63,7 @@ def test_layer_is_the_one_in_plain_torch(
     for position in range(LENGTH - 1, LENGTH - 1 + CHAIN):
         (token,) = random_ids(40 + position, 1)
         inputs = torch.cat((inputs, oracle.inputs([token], last)))
-        found, logits = steps(position, [token], last)
+        found, logits = steps(position, [token], head.prepare(last))
         last = oracle.outputs(inputs)[-1:]
         close(found, last)
         close(logits, oracle.logits(last))
