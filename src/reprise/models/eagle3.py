@@ -132,9 +132,6 @@ class Eagle3(StoredModel):
         ModelError: The config asks for something that is not computed here.
     """
 
-    shifted = True
-    """Row i takes the token behind that of the target's row i."""
-
     def __init__(self, config: HeadConfig, build: Build, target: CausalLM) -> None:
         super().__init__(RENAMES)
         layers = config.layers

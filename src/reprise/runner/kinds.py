@@ -218,8 +218,9 @@ def kind_of_step(
             for begins, may in enumerate(may_begin)
             for start in (least, most)
         ]
-    found = [each if may is None else each[may] for each, may in rows]
-    if replays is not None:
+    if replays is None:
+        found = [each if may is None else each[may] for each, may in rows]
+    else:
         found = [
             each[which if may is None else which & may] + number
             for each, may in rows

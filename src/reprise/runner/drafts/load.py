@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ import torch
 from reprise import models
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, LoadError, ModelError, describe
-from reprise.layers import Build, CausalLM
+from reprise.layers import Build, CausalLM, StoredModel
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
 from reprise.loading.draft_head import build_head, find_head, load_head
 from reprise.loading.weight_files import stored_tensors
@@ -54,87 +57,107 @@ def load_draft(
         LoadError: Its weights do not load.
     """
     asked = config.speculation
-    if asked is not None and asked.method in ("eagle3", "mtp"):
-        dtype = next(target.parameters()).dtype
-        build = Build(dtype, platform.device, max_model_len, cache_dtype=cache_dtype)
-        if asked.method == "mtp":
-            return _next_tokens(config, target, checkpoint, platform, build, weights=weights)
-        return _head(config, asked, target, checkpoint, platform, build, weights=weights)
-    if asked is None or asked.model is None:
+    if asked is None:
         return None
-    named = f"speculative_config: model={asked.model!r}"
-    config_only = config.load_format == "dummy" or not weights
-    found = open_checkpoint(asked.model, revision=asked.revision, config_only=config_only)
-    require_method(asked.quantization, found.config)
-    _same_tokens(named, checkpoint, found, target)
-    model = build_model(
-        found.config,
-        max_model_len=max_model_len,
-        table_blocks=0,
-        dtype=next(target.parameters()).dtype,
-        cache_dtype=cache_dtype,
-        platform=platform,
+    load = _Loading(
+        config, asked, target, checkpoint, platform, max_model_len, cache_dtype, weights
     )
-    states = [name for name, each in model.caches().items() if each.lifetime.rewritten]
-    if states:
-        raise ConfigError(
-            f"{named} has layers with a recurrent state ({states[0]}), from which drafts that do "
-            "not count cannot be taken back yet; give another model"
+    if asked.method == "mtp":
+        return load.next_tokens()
+    if asked.method == "eagle3":
+        return load.head()
+    return None if asked.model is None else load.model(asked.model)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """See :func:`load_draft`."""
+
+    config: EngineConfig
+    asked: Speculation
+    target: CausalLM
+    checkpoint: Checkpoint
+    platform: Platform
+    max_model_len: int
+    cache_dtype: torch.dtype | None
+    weights: bool
+
+    def model(self, name: str) -> IndependentModel:
+        """A language model of its own."""
+        named = f"speculative_config: model={name!r}"
+        found = open_checkpoint(name, revision=self.asked.revision, config_only=self._config_only)
+        require_method(self.asked.quantization, found.config)
+        _same_tokens(named, self.checkpoint, found, self.target)
+        model = build_model(
+            found.config,
+            max_model_len=self.max_model_len,
+            table_blocks=0,
+            dtype=self._dtype,
+            cache_dtype=self.cache_dtype,
+            platform=self.platform,
         )
-    fill = partial(load_weights, model, found.path, config.load_format, platform, config.seed)
-    if weights:
-        fill()
-    return IndependentModel(model, fill)
+        states = [key for key, each in model.caches().items() if each.lifetime.rewritten]
+        if states:
+            raise ConfigError(
+                f"{named} has layers with a recurrent state ({states[0]}), from which drafts that "
+                "do not count cannot be taken back yet; give another model"
+            )
+        fill = self._filler(model, found.path)
+        if self.weights:
+            fill()
+        return IndependentModel(model, fill)
 
-
-def _head(
-    config: EngineConfig,
-    asked: Speculation,
-    target: CausalLM,
-    checkpoint: Checkpoint,
-    platform: Platform,
-    build: Build,
-    *,
-    weights: bool,
-) -> HeadModel:
-    made_up = config.load_format == "dummy"
-    path = find_head(
-        asked.model, checkpoint.path, asked.revision, config_only=made_up or not weights
-    )
-    if weights:
-        head = load_head(
-            path, target, build, platform, load_format=config.load_format, seed=config.seed
+    def head(self) -> HeadModel:
+        """An EAGLE-3 head."""
+        config, asked, target, platform = self.config, self.asked, self.target, self.platform
+        path = find_head(
+            asked.model, self.checkpoint.path, asked.revision, config_only=self._config_only
         )
-    else:
-        head = build_head(path, target, build, made_up=not any(path.glob("*.safetensors")))
-    fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
-    return HeadModel(head, fill)
+        if self.weights:
+            head = load_head(
+                path, target, self._build, platform,
+                load_format=config.load_format, seed=config.seed,
+            )  # fmt: skip
+        else:
+            made_up = not any(path.glob("*.safetensors"))
+            head = build_head(path, target, self._build, made_up=made_up)
+        return HeadModel(head, self._filler(head, path))
 
-
-def _next_tokens(
-    config: EngineConfig,
-    target: CausalLM,
-    checkpoint: Checkpoint,
-    platform: Platform,
-    build: Build,
-    *,
-    weights: bool,
-) -> HeadModel:
-    """The target's own layer, from its own checkpoint."""
-    head = models.build_mtp(checkpoint.config, build, target)
-    path = checkpoint.path
-    fill = partial(load_weights, head, path, config.load_format, platform, config.seed)
-    if not weights:
+    def next_tokens(self) -> HeadModel:
+        """The target's own layer, from its own checkpoint."""
+        path = self.checkpoint.path
+        head = models.build_mtp(self.checkpoint.config, self._build, self.target)
+        fill = self._filler(head, path)
+        if self.weights:
+            stored = () if self.config.load_format == "dummy" else stored_tensors(path)
+            if stored and not any(name.startswith(PREFIX) for name in stored):
+                raise LoadError(
+                    f"speculative_config: {path} has no tensors of the layer that drafts further "
+                    f"tokens ({PREFIX}*), which copies of checkpoints may leave out; take the "
+                    "original one, or use 'method': 'ngram'"
+                )
+            fill()
         return HeadModel(head, fill)
-    stored = () if config.load_format == "dummy" else stored_tensors(path)
-    if stored and not any(name.startswith(PREFIX) for name in stored):
-        raise LoadError(
-            f"speculative_config: {path} has no tensors of the layer that drafts further tokens "
-            f"({PREFIX}*), which copies of checkpoints may leave out; take the original one, or "
-            "use 'method': 'ngram'"
+
+    @property
+    def _config_only(self) -> bool:
+        return self.config.load_format == "dummy" or not self.weights
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.target.parameters()).dtype
+
+    @property
+    def _build(self) -> Build:
+        """How a head is made: as the target."""
+        return Build(
+            self._dtype, self.platform.device, self.max_model_len, cache_dtype=self.cache_dtype
         )
-    fill()
-    return HeadModel(head, fill)
+
+    def _filler(self, model: StoredModel, path: Path) -> Callable[[], None]:
+        """Loads its weights, each time that it is called."""
+        config = self.config
+        return partial(load_weights, model, path, config.load_format, self.platform, config.seed)
 
 
 def _same_tokens(named: str, checkpoint: Checkpoint, draft: Checkpoint, target: CausalLM) -> None:

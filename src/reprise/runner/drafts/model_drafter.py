@@ -42,11 +42,9 @@ class GraphOptions:
     verify: VerifyMode
 
     def runner(
-        self, target: ForwardPass | DraftPrefill | DraftChain, buffers: StepBuffers, width: int,
-        owner: str = "",
-    ) -> GraphRunner:  # fmt: skip
+        self, computation: Computation, buffers: StepBuffers, width: int, owner: str = ""
+    ) -> GraphRunner:
         """Of a computation whose decode steps have ``width`` tokens a request."""
-        computation: Computation = target
         return GraphRunner(
             computation, buffers.platform, self.plan, self.buckets, self.max_requests,
             verify=self.verify, query_lens=(width,), owner=owner,
