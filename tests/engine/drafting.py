@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from helpers import greedy
 
@@ -11,6 +12,12 @@ from reprise import LLM, SamplingParams
 Propose = Callable[[list[int]], list[int]]
 """The tokens that are drafted behind a text."""
 LONG = greedy(200)
+EXECUTORS: dict[str, dict[str, Any]] = {
+    "eager": {"graph_mode": "none"},
+    "full": {"graph_mode": "full", "graph_buckets": "decode=2,4;mixed=32"},
+    "breakable": {"graph_mode": "breakable", "graph_buckets": "decode=4;mixed=16,64"},
+}
+"""Graphs of what drafts and of the target."""
 _NAMES = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
@@ -19,6 +26,12 @@ def metrics(llm: LLM) -> dict[str, float]:
     return {
         each.name.removeprefix("reprise:"): each.value for each in found if hasattr(each, "value")
     }
+
+
+def rate(llm: LLM) -> float:
+    """Of the drafted tokens, how many counted."""
+    found = metrics(llm)
+    return found["spec_decode_num_accepted_tokens"] / found["spec_decode_num_draft_tokens"]
 
 
 def offline(prompt: list[int], output: list[int], propose: Propose) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from draft_heads import EACH, of_few_words, oracle, write_head
-from drafting import check_counters, metrics
+from drafting import check_counters, rate
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, make_oracle, serve
 from torch import Tensor
@@ -50,11 +50,6 @@ def drafting(
     if head is not None:
         config["model"] = str(head)
     return make_llm(model, device, speculative_config=config, **options)
-
-
-def rate(llm: LLM) -> float:
-    found = metrics(llm)
-    return found["spec_decode_num_accepted_tokens"] / found["spec_decode_num_draft_tokens"]
 
 
 Draw = Callable[[Tensor, Tensor], Tensor]

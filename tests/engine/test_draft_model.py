@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafting import check_counters, metrics
+from drafting import EXECUTORS, check_counters, metrics, rate
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm
 from planted import OPTIONS, make_oracle, planted, serve
 from test_drafts import NGRAM, PARAMS, PROMPTS, OtherOrder, answers
@@ -58,22 +58,14 @@ def drafting(model: TinyModel, draft: TinyModel | Path, device: str, k: int, **o
     return make_llm(model, device, speculative_config=config, **options)
 
 
-def rate(llm: LLM) -> float:
-    """Of the drafted tokens, how many counted."""
-    found = metrics(llm)
-    return found["spec_decode_num_accepted_tokens"] / found["spec_decode_num_draft_tokens"]
-
-
 @pytest.fixture(scope="module")
 def plain_answers(model: TinyModel, device: str) -> list[list[Any]]:
     plain = make_llm(model, device)
     return [answers(plain, params) for params in MOST]
 
 
-EXECUTORS: dict[str, dict[str, Any]] = {
-    "eager": {"graph_mode": "none"},
-    "full": {"graph_mode": "full", "graph_buckets": "decode=2,4;mixed=32"},
-    "breakable": {"graph_mode": "breakable", "graph_buckets": "decode=4;mixed=16,64"},
+SETUPS = {
+    **EXECUTORS,
     "two at a time": {
         "graph_mode": "decode=full",
         "graph_buckets": "decode=1,4",
@@ -104,7 +96,7 @@ def test_tokens_are_those_without_drafts(
     if ahead:
         buffers = functools.partial(model_runner.StepBuffers, shared=False)
         monkeypatch.setattr(model_runner, "StepBuffers", buffers)
-    llm = drafting(model, near, device, k, **EXECUTORS[which])
+    llm = drafting(model, near, device, k, **SETUPS[which])
     if ahead:
         llm.engine._depth = 2
     for params, right in zip(MOST, plain_answers, strict=True):
@@ -126,7 +118,7 @@ def test_the_target_as_its_own_draft_is_always_right(
 ) -> None:
     """Greedy and with seeds, since it draws with the same number; behind chunks, prefix hits,
     requests that are computed again, and beside others that do anything of it."""
-    llm = drafting(model, model, device, 4, **{**OPTIONS, **EXECUTORS[which]})
+    llm = drafting(model, model, device, 4, **{**OPTIONS, **SETUPS[which]})
     for params in PLAIN:
         answers(llm, params)
         assert rate(llm) == 1
