@@ -3,7 +3,7 @@
 // What is freed goes back to the stream that it was allocated on, is overwritten there, and is
 // given out again in that stream's order: work of other streams must be ordered by events before
 // it is freed, or be named by record_stream().
-#include "core.h"
+#include "ops.h"
 
 #include <ATen/core/CachingHostAllocator.h>
 #include <c10/core/DeviceGuard.h>
@@ -109,6 +109,14 @@ void release_unused(int device) {
   for (Segment* each : found) give_back(each);
 }
 
+void absorb_behind(Block* block) {
+  Block* other = block->behind;
+  block->size += other->size;
+  block->behind = other->behind;
+  if (block->behind != nullptr) block->behind->before = block;
+  delete other;
+}
+
 void make_free(Block* block) {
   Segment* segment = block->segment;
   auto& list = memory_of(segment->device).free[{segment->pool, segment->stream}];
@@ -117,17 +125,11 @@ void make_free(Block* block) {
   };
   if (Block* other = block->behind; idle(other)) {
     list.erase(other);
-    block->size += other->size;
-    block->behind = other->behind;
-    if (block->behind != nullptr) block->behind->before = block;
-    delete other;
+    absorb_behind(block);
   }
   if (Block* other = block->before; idle(other)) {
     list.erase(other);
-    other->size += block->size;
-    other->behind = block->behind;
-    if (other->behind != nullptr) other->behind->before = other;
-    delete block;
+    absorb_behind(other);
     block = other;
   }
   list.insert(block);
@@ -179,7 +181,7 @@ void process_deferred(int device) {
 void release(void* context) {
   auto* block = static_cast<Block*>(context);
   if (stopped()) return;
-  const std::string where = settings().races ? python_place() : "";
+  const std::string where = place();
   Locked guard(lock());
   Segment* segment = block->segment;
   DeviceMemory& memory = memory_of(segment->device);

@@ -143,7 +143,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("device_count", &device_count);
   m.def("current_device", &current_device);
   m.def("set_device", &set_current_device);
-  m.def("memory_info", &memory_info);
   m.def("new_pool", &new_pool);
   m.def("stop", &stop);
   m.def("launch", &launch);
@@ -157,7 +156,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::lock_guard<std::mutex> guard(generator.mutex());
     generator.set_current_seed(seed);
   });
-  m.def("is_capturing", [] { return current_stream(current_device()).capture != nullptr; });
   m.def("settings", [] {
     const Settings& now = settings();
     py::dict out;

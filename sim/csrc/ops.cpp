@@ -369,8 +369,6 @@ struct Call {
   }
 };
 
-bool has_tag(const c10::OperatorHandle& op, at::Tag tag) { return op.hasTag(tag); }
-
 // Results depend on values: the host waits for them, as an accelerator's own op would.
 void compute_now(Call& call, Stack& arguments, Stack& results) {
   Stream& stream = current_stream(call.device.index());
@@ -443,8 +441,8 @@ bool reads_values(const Call& call, const Stack& arguments) {
     const auto kind = each.type()->kind();
     if (kind != c10::TypeKind::TensorType && kind != c10::TypeKind::ListType) return true;
   }
-  if (has_tag(call.op, at::Tag::dynamic_output_shape) ||
-      has_tag(call.op, at::Tag::data_dependent_output))
+  if (call.op.hasTag(at::Tag::dynamic_output_shape) ||
+      call.op.hasTag(at::Tag::data_dependent_output))
     return true;
   if (call.name.rfind("aten::index.Tensor", 0) != 0) return false;
   for (const std::optional<Tensor>& each : arguments[1].toOptionalTensorList().vec())
@@ -499,7 +497,7 @@ void queue(Call& call, Stack& arguments, Stack& results) {
   }
   Stack host_stack = call.changed(
       arguments, [&](const Tensor& tensor) { return call.host(tensor); }, c10::kCPU);
-  if (has_tag(call.op, at::Tag::nondeterministic_seeded)) {
+  if (call.op.hasTag(at::Tag::nondeterministic_seeded)) {
     refuse_in_capture(call.name + ", which draws random numbers on the host,",
                       current_stream(call.device.index()));
     bool given = false;
