@@ -34,6 +34,10 @@ class Fault(ABC):
 
     needs: ClassVar[str] = ""
     """What only some models have: ``experts``, ``states``."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that its op must have."""
+    without: ClassVar[str] = ""
+    """Of an op that lacks some of them: why it cannot exist there."""
 
     def __init__(self, table: OpTable, op: Op) -> None:
         self.table = table
@@ -45,6 +49,8 @@ class Fault(ABC):
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
         """Why this fault cannot exist in ``op`` under ``executor``; None: it can."""
+        if not cls.reads <= set(op.arguments):
+            return cls.without
         if executor in PIECEWISE and op.break_op:
             return "a break op runs eagerly between segments, where this is allowed"
         return None

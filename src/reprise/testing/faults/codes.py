@@ -20,14 +20,15 @@ class CodeFault(Fault):
     and no harm is done to it."""
 
     engine_options: ClassVar[Mapping[str, Any]] = {"kv_cache_dtype": "fp8"}
+    reads = frozenset({"slot_mapping", "key_scales", "value_scales"})
+    without = "the op writes no scales"
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if not {"slot_mapping", "key_scales", "value_scales"} <= set(op.arguments):
-            return "the op writes no scales"
-        if platform.fp8_dtype is None:
+        reason = super().inexpressible(op, executor, platform)
+        if reason is None and platform.fp8_dtype is None:
             return "the platform has no eight-bit floating-point numbers"
-        return super().inexpressible(op, executor, platform)
+        return reason
 
     def run(self, named: dict[str, Any]) -> Any:
         result = self.proceed(named)

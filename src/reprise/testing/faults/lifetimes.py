@@ -20,12 +20,8 @@ DRAFTS = 3
 class WrongWindow(BrokenInGraphs):
     name = "wrong_window"
     summary = "attention sees what has left its window; where there is none, a few tokens alone"
-
-    @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if "sliding_window" not in op.arguments:
-            return "the op has no window"
-        return super().inexpressible(op, executor, platform)
+    reads = frozenset({"sliding_window"})
+    without = "the op has no window"
 
     def broken(self, named: dict[str, Any]) -> Any:
         window = named["sliding_window"]
@@ -36,12 +32,8 @@ class StateFault(BrokenInGraphs):
     """Of an op that rewrites a ``state`` [S, ...] at ``slots`` [R]; ``fresh`` [R] ones begin."""
 
     needs = "states"
-
-    @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if not {"state", "slots", "fresh"} <= set(op.arguments):
-            return "the op has no state"
-        return super().inexpressible(op, executor, platform)
+    reads = frozenset({"state", "slots", "fresh"})
+    without = "the op has no state"
 
 
 class StateNotZeroed(StateFault):
@@ -84,12 +76,8 @@ class DraftFault(StateFault):
     engine_options: ClassVar[Mapping[str, Any]] = {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": DRAFTS}
     }
-
-    @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if "accepted" not in op.arguments:
-            return "the op is told nothing of drafts"
-        return super().inexpressible(op, executor, platform)
+    reads = StateFault.reads | {"accepted"}
+    without = "the op is told nothing of drafts"
 
 
 class StateOfRejectedDrafts(DraftFault):

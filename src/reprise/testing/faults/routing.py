@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from reprise.ops.registry import Op
-from reprise.platforms import Platform
 from reprise.testing.faults.base import BrokenInGraphs, StaleArgument
 
 TILE = 16
@@ -19,12 +17,8 @@ class RoutingFault(BrokenInGraphs):
     ``gate_up`` [E, ...]."""
 
     needs = "experts"
-
-    @classmethod
-    def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:
-        if not {"x", "ids", "gate_up"} <= set(op.arguments):
-            return "the op has no experts"
-        return super().inexpressible(op, executor, platform)
+    reads = frozenset({"x", "ids", "gate_up"})
+    without = "the op has no experts"
 
 
 class WrongExpert(RoutingFault):
