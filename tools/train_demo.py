@@ -1307,6 +1307,31 @@ class Batches:
         return inputs, labels, mask[:, None]
 
 
+def descend(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float, progress: float
+) -> float:
+    """Follow the gradients one step, and clear them.
+
+    Args:
+        model: Has the gradients.
+        optimizer: Of its parameters.
+        rate: At the top of a cosine.
+        progress: From 0 to 1: how much of the cosine lies behind.
+
+    Returns:
+        The step's rate.
+    """
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    rate *= 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return rate
+
+
 def train(model: Qwen3ForCausalLM, stream: Pool, config: TrainConfig) -> dict[str, Any]:
     """Train in place until the steps or the minutes are used up, on a cosine that fits both."""
     import torch
@@ -1337,13 +1362,8 @@ def train(model: Qwen3ForCausalLM, stream: Pool, config: TrainConfig) -> dict[st
             logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
-        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup)
+        rate = descend(model, optimizer, rate, progress)
         step += 1
         tokens += inputs.numel()
         if step % 200 == 0 or step < 4:

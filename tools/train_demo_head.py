@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from train_demo import (
     build_stream,
     chat,
     copy_items,
+    descend,
     held_out_pairs,
     make_rng,
     tell_story,
@@ -142,13 +142,8 @@ def train(head: Head, model: Qwen3ForCausalLM, stream: Pool, args: argparse.Name
             found = losses(head, model, batch, steps)
         loss = sum(scale * each for scale, each in zip(scales, found, strict=False))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
-        rate = args.learning_rate * min(1.0, (step + 1) / args.warmup) * (0.01 + 0.99 * cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rate = args.learning_rate * min(1.0, (step + 1) / args.warmup)
+        rate = descend(head, optimizer, rate, progress)
         step += 1
         tokens += batch[0].numel()
         now = time.perf_counter()
