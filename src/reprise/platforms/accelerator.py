@@ -28,7 +28,7 @@ class AcceleratorPlatform(Platform):
     A subclass sets data; methods are overridden only where the hardware differs. All calls go
     through ``torch.accelerator`` or the device module (``torch.get_device_module``), so what is
     tested on one accelerator is the code that runs on the others. What CUDA's module has beyond
-    ``torch.accelerator`` is used where a module has it, and never needed.
+    ``torch.accelerator`` is used where a module has it; graphs need its ``graph_pool_handle``.
     """
 
     priority: ClassVar[int] = 100
