@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from reprise.errors import RequestError
+from reprise.errors import RequestError, describe
 
 SHOWN = 300
 """Characters of a server's error that are repeated."""
@@ -115,8 +115,9 @@ class Endpoint:
                 listed = reply.raise_for_status().json()["data"]
                 self.model = str(listed[0]["id"])
             except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+                reason = describe(error)[:SHOWN]
                 raise RequestError(
-                    f"base_url={self.base_url!r}: /v1/models names no model ({_told(error)}): is a "
+                    f"base_url={self.base_url!r}: /v1/models names no model ({reason}): is a "
                     "server there? Else give model="
                 ) from None
         return self.model
@@ -132,7 +133,7 @@ class Endpoint:
                 else:
                     await self._read(reply, answer)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            answer.error = _told(error)
+            answer.error = describe(error)[:SHOWN]
         answer.ended = time.perf_counter()
         if answer.error is None:
             answer.error = _fault(answer)
@@ -191,7 +192,3 @@ def _fault(answer: Answer) -> str | None:
     if not answer.arrivals:
         return "no text came"
     return None
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:SHOWN]
