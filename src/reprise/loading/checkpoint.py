@@ -119,6 +119,12 @@ def _similar(name: str) -> str:
 
 
 def locate(model: str, revision: str | None, config_only: bool) -> Path:
+    """The directory or file that ``model`` names, or its files from the hub, as
+    :func:`open_checkpoint` takes the arguments.
+
+    Raises:
+        ModelError: There is none.
+    """
     try:
         local = Path(model).expanduser()
         if local.exists():

@@ -19,7 +19,7 @@ MOST = 8
 def find_odd(copies: Sequence[Copy]) -> list[Copy]:
     """Those whose numbers would not be finite at their targets, which are not written to. What is
     on a device is looked at there."""
-    with ThreadPoolExecutor(WORKERS, "reprise-weights") as pool, torch.inference_mode():
+    with ThreadPoolExecutor(WORKERS, "reprise-weights") as pool:
         found = list(pool.map(_is_finite, copies))
     return [each for each, finite in zip(copies, found, strict=True) if not finite]
 
@@ -41,6 +41,7 @@ def refuse_odd(copies: Sequence[Copy], remedy: str) -> None:
 
 
 def _is_finite(copy: Copy) -> bool:
+    # The mode is a thread's own.
     with torch.inference_mode():
         for each in _numbers(copy):
             finite = all_finite(each) if each.device.type == "cpu" else _finite_on_device(each)

@@ -145,6 +145,7 @@ def plain_config(kind: str, raw: Mapping[str, Any]) -> SimpleNamespace | None:
             found["layer_types"] = ["full_attention"] * layers
         if len(found["layer_types"]) != layers:
             return None
-    named = found["dtype"] or found.pop("torch_dtype")
+    older = found.pop("torch_dtype")
+    named = found["dtype"] or older
     found["dtype"] = None if named is None else getattr(torch, named)
     return SimpleNamespace(**found)
