@@ -186,11 +186,10 @@ def test_a_prompt_that_overflows(overflowing: Path, device: str, graph_mode: str
     if graph_mode == "full":
         options |= {"graph_buckets": "decode=1,4;mixed=64", "graph_verify": "canary:1"}
     llm = make_llm(overflowing, device, **options)
-    bad = [*random_ids(4, 40), OVERFLOWING, *random_ids(5, 30)]
-    bad = [each for each in bad[:40] if each != OVERFLOWING] + bad[40:]
-    good = [
-        [each for each in random_ids(seed, 40) if each != OVERFLOWING] for seed in (6, 7)
-    ]  # fmt: skip
+    sound, *good = (
+        [each for each in random_ids(seed, 40) if each != OVERFLOWING] for seed in (4, 6, 7)
+    )
+    bad = [*sound, OVERFLOWING, *random_ids(5, 30)]
     expected = tokens(served(llm, greedy(6), good))
     for _ in range(2):
         with pytest.raises(NonFiniteError) as caught:
