@@ -51,7 +51,7 @@ def test_layer_is_the_one_in_plain_torch(
     assert (head.taps, head.vocab_size) == (("final",), VOCAB)
     text = random_ids(3, LENGTH)
     hidden = oracle.hidden(text[:-1])
-    inputs = oracle.inputs(text[1:], hidden)
+    inputs, kept = oracle.inputs(text[1:], hidden), hidden.clone()
     steps, begin = HeadSteps(head, platform, LENGTH), 0
     for end in (7, LENGTH - 1):
         found, logits = steps(begin, text[1 + begin : 1 + end], head.prepare(hidden[begin:end]))
@@ -67,6 +67,7 @@ def test_layer_is_the_one_in_plain_torch(
         last = oracle.outputs(inputs)[-1:]
         close(found, last)
         close(logits, oracle.logits(last))
+    assert torch.equal(hidden, kept), "what it reads is the caller's"
 
 
 def test_experts_as_releases_store_them(
