@@ -288,3 +288,47 @@ def test_tables_fit_eighty_columns(model, device):
     assert max(map(len, tables)) <= 80
     for heading in ("ms/step", "x floor", "out tok/s", "first token ms", "prefill share"):
         assert heading in result.stdout
+
+
+def test_synthetic_drafts_of_a_workload_are_its_heads_own(monkeypatch):
+    """The chance replaces what counts, not the head whose passes are measured."""
+    from reprise.bench import latency
+    from reprise.bench.presets import LATENCY
+    from reprise.cli.app import app
+
+    seen = {}
+
+    class Enough(Exception):
+        pass
+
+    def measure(work, engine, *rest):
+        seen.update({**work.engine, **engine})
+        raise Enough
+
+    monkeypatch.setattr(latency, "latency", measure)
+    result = CliRunner().invoke(
+        app,
+        ["bench", "latency", "--workload", "8b-eagle3-bs1", "--synthetic-acceptance", "0.5"],
+    )
+    assert isinstance(result.exception, Enough)
+    own = LATENCY["8b-eagle3-bs1"].engine["speculative_config"]
+    assert seen["speculative_config"] == {**own, "synthetic_acceptance": 0.5}
+
+
+def test_heads_of_workloads_fit_their_targets():
+    from reprise.bench.presets import CONFIGS, LATENCY
+    from reprise.cli.app import app
+
+    heads = {
+        (each.model, json.dumps(each.engine["speculative_config"]))
+        for each in LATENCY.values()
+        if "speculative_config" in each.engine
+    }
+    assert heads
+    for model, config in heads:
+        options = ["--model", str(CONFIGS / model), "--speculative-config", config]
+        command = ["doctor", "memory", *options, "--memory", "160", "--json"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        names = [each["name"] for each in json.loads(result.stdout)["weights"]]
+        assert "draft head.fc.weight" in names

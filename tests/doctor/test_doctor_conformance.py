@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reprise.doctor import conformance as kit
-from reprise.doctor.conformance import operations
+from reprise.doctor.conformance import contract, operations
 from reprise.loading import checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
 
@@ -239,3 +239,36 @@ def test_timing_is_tried_again_on_a_busy_machine(busy, monkeypatch):
     monkeypatch.setattr(order, "_wrong", lambda *times: next(verdicts))
     report = kit.conformance("cpu", {}, kit.select(["events_time_work"]))
     assert not report.failed
+
+
+def test_a_lost_device_is_blamed_on_one_contract(device, monkeypatch):
+    """As an illegal access leaves it: whatever is asked of the device afterwards raises."""
+
+    def loses(_):
+        def gone(*_, **__):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch, "ones", gone)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def never(_):
+        raise AssertionError("the device was asked again")
+
+    lines = [("works", lambda _: "fine"), ("loses", loses), ("never", never)]
+    report = kit.conformance(
+        device, {}, [contract.Contract(name, "toy", "A line.", "", each) for name, each in lines]
+    )
+    assert [each.verdict for each in report.outcomes] == ["pass", "fail", "skip"]
+    assert "device was lost in loses" in report.outcomes[2].detail
+    assert [each.name for each in report.failed] == ["loses"]
+
+
+def test_a_contract_that_fails_stops_no_other(device):
+    def fails(_):
+        raise RuntimeError("only mine")
+
+    lines = [("fails", fails), ("works", lambda _: "fine")]
+    report = kit.conformance(
+        device, {}, [contract.Contract(name, "toy", "A line.", "", each) for name, each in lines]
+    )
+    assert [each.verdict for each in report.outcomes] == ["fail", "pass"]

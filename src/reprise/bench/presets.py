@@ -73,6 +73,14 @@ class ThroughputWork:
 
 _GPU: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 4096}
 _LONG: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 33024}
+_EAGLE3: Mapping[str, Any] = {
+    **_GPU,
+    "speculative_config": {
+        "method": "eagle3",
+        "model": str(CONFIGS / "heads" / "qwen3-8b-eagle3"),
+        "num_speculative_tokens": 3,
+    },
+}
 
 LATENCY: Mapping[str, LatencyWork] = {
     "0.6b-bs1": LatencyWork(engine=_GPU),
@@ -88,6 +96,8 @@ LATENCY: Mapping[str, LatencyWork] = {
     "8b-bs4": LatencyWork((4,), model="qwen3-8b", engine=_GPU),
     "8b-bs8": LatencyWork((8,), model="qwen3-8b", engine=_GPU),
     "8b-bs64": LatencyWork((64,), model="qwen3-8b", engine=_GPU),
+    "8b-eagle3-bs1": LatencyWork(model="qwen3-8b", engine=_EAGLE3),
+    "8b-eagle3-bs8": LatencyWork((8,), model="qwen3-8b", engine=_EAGLE3),
     "8b-fp8-bs1": LatencyWork(model="qwen3-8b-fp8", engine=_GPU),
     "8b-fp8-bs64": LatencyWork((64,), model="qwen3-8b-fp8", engine=_GPU),
     "8b-fp8-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3-8b-fp8", _LONG),

@@ -93,7 +93,7 @@ def latency(
     work = replace(work, **{name: value for name, value in changes.items() if value is not None})
 
     if synthetic_acceptance is not None:
-        given = engine.get("speculative_config") or {}
+        given = {**work.engine, **engine}.get("speculative_config") or {}
         computed = given if "model" in given else {"method": "synthetic"}
         engine["speculative_config"] = {
             **computed,
