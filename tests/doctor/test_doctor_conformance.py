@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reprise.doctor import conformance as kit
-from reprise.doctor.conformance import contract, operations
+from reprise.doctor.conformance import operations
+from reprise.doctor.conformance.contract import Contract
 from reprise.loading import checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
 
@@ -256,7 +257,7 @@ def test_a_lost_device_is_blamed_on_one_contract(device, monkeypatch):
 
     lines = [("works", lambda _: "fine"), ("loses", loses), ("never", never)]
     report = kit.conformance(
-        device, {}, [contract.Contract(name, "toy", "A line.", "", each) for name, each in lines]
+        device, {}, [Contract(name, "toy", "A line.", "", each) for name, each in lines]
     )
     assert [each.verdict for each in report.outcomes] == ["pass", "fail", "skip"]
     assert "device was lost in loses" in report.outcomes[2].detail
@@ -269,6 +270,6 @@ def test_a_contract_that_fails_stops_no_other(device):
 
     lines = [("fails", fails), ("works", lambda _: "fine")]
     report = kit.conformance(
-        device, {}, [contract.Contract(name, "toy", "A line.", "", each) for name, each in lines]
+        device, {}, [Contract(name, "toy", "A line.", "", each) for name, each in lines]
     )
     assert [each.verdict for each in report.outcomes] == ["fail", "pass"]
