@@ -101,7 +101,7 @@ def conformance(
     for done, each in enumerate(chosen):
         progress(each.name, done, len(chosen))
         began = time.perf_counter()
-        verdict, detail = ("skip", lost) if lost else _try(each, kit)
+        verdict, detail = _try(each, kit) if lost is None else _skip(lost)
         if verdict == "fail" and not _answers(platform):
             detail += " (the device answers nothing since)"
             lost = f"not tried: the device was lost in {each.name}; try it alone with --only"
@@ -120,11 +120,15 @@ def _answers(platform: Platform) -> bool:
         return False
 
 
+def _skip(reason: str) -> tuple[Verdict, str]:
+    return "skip", reason
+
+
 def _try(each: Contract, kit: Kit) -> tuple[Verdict, str]:
     try:
         return "pass", each.check(kit)
     except Skipped as reason:
-        return "skip", str(reason)
+        return _skip(str(reason))
     except Broken as broken:
         return "fail", str(broken)
     except Exception as error:
