@@ -37,7 +37,7 @@ def run(model: TinyModel, device: str) -> Callable[[Scenario], None]:
         async def main() -> None:
             async with make(model, device) as llm:
                 await asyncio.wait_for(scenario(llm), 60)
-            assert not llm._thread.is_alive()
+            assert not llm._driver.is_alive()
 
         asyncio.run(main())
 
@@ -196,7 +196,7 @@ def test_abort_during_tokenization(
         outputs = await asyncio.gather(*asked)
         assert [each.outputs[0].finish_reason for each in outputs] == ["abort", "abort", "length"]
         assert outputs[0].outputs[0].token_ids == []
-        assert not llm._thread._preparing
+        assert not llm._driver._preparing
         monkeypatch.setattr(llm.engine, "tokenizer", None)
         assert await serves(llm, model)
 
@@ -207,7 +207,7 @@ def test_abort_during_tokenization(
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_process_an_error_says_so(model: TinyModel, device: str) -> None:
     llm = make(model, device)
-    with llm._thread._lock:  # as if another thread had it
+    with llm._driver._lock:  # as if another thread had it
         child = os.fork()
     if child == 0:
         status = 1

@@ -38,7 +38,7 @@ def run(model: TinyModel, device: str) -> Callable[[Callable[[AsyncLLM], Awaitab
             async with AsyncLLM(str(model.path), **{**defaults, **options}) as llm:
                 await asyncio.wait_for(body(llm), 60)
                 await idle(llm)
-            assert not llm._thread.is_alive()
+            assert not llm._driver.is_alive()
 
         asyncio.run(main())
 

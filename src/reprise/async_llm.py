@@ -8,26 +8,27 @@ import logging
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from reprise.config import EngineConfig
 from reprise.engine import (
-    CompletionGroup,
+    Acceptance,
     ContentFormat,
     Engine,
     EngineStats,
-    EngineThread,
+    Frontend,
     chat_prompt,
+    together,
 )
 from reprise.errors import RequestError
 from reprise.loading import as_transformers
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
+from reprise.replicas import drive
 from reprise.sampling_params import RequestOutputKind, SamplingParams
 from reprise.vllm_names import refuse_others
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,22 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self._thread = EngineThread(EngineConfig(model=model, **options), _wake_all)
+        self._driver = drive(EngineConfig(model=model, **options), _wake_all)
         self._ids = itertools.count()
 
     @property
     def engine(self) -> Engine:
-        """What computes, in a thread of its own."""
-        return self._thread.engine
+        """What computes, in a thread of its own.
+
+        Raises:
+            UnsupportedError: With ``data_parallel_size`` there are several, in other processes.
+        """
+        return self._driver.engine
+
+    @property
+    def frontend(self) -> Frontend:
+        """What is known of the model, wherever it is: its tokenizer, its limits."""
+        return self._driver.frontend
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> Self:
@@ -109,7 +119,7 @@ class AsyncLLM:
 
         def prompt() -> Any:
             return chat_prompt(
-                self.engine.tokenizer,
+                self.frontend.tokenizer,
                 messages,
                 chat_template=chat_template,
                 chat_template_content_format=chat_template_content_format,
@@ -131,7 +141,7 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         name = f"async-{next(self._ids)}" if request_id is None else request_id
         stream = _Stream(asyncio.get_running_loop())
-        accepted = self._thread.submit(name, prompt, sampling_params, priority, stream)
+        accepted = self._driver.submit(name, prompt, sampling_params, priority, stream)
         try:
             kind = (await asyncio.wrap_future(accepted)).params.output_kind
             whole: RequestOutput | None = None
@@ -144,42 +154,41 @@ class AsyncLLM:
                 # Here and not in the engine's thread, whose steps all streams wait for.
                 yield whole.copy() if kind is RequestOutputKind.CUMULATIVE else whole
         finally:
-            self._thread.leave(name, stream)
+            self._driver.leave(name, stream)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream delivers a last output with finish reason ``abort``."""
-        await asyncio.wrap_future(self._thread.abort(request_id))
+        await asyncio.wrap_future(self._driver.abort(request_id))
 
     async def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""
-        return await self._between_steps(self.engine.stats)
+        return await self._ask("stats")
 
     async def get_metrics(self) -> list[Metric]:
         """As of :meth:`reprise.LLM.get_metrics`."""
-        return await self._between_steps(self.engine.metrics)
+        return await self._ask("metrics")
 
     async def get_tokenizer(self) -> Any:
         """transformers' tokenizer."""
-        if self.engine.tokenizer is None:
+        if self.frontend.tokenizer is None:
             raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
-        return as_transformers(self.engine.tokenizer)
+        return as_transformers(self.frontend.tokenizer)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Returns True, for vLLM's may fail."""
-        await self._between_steps(lambda: self.engine.scheduler.reset_prefix_cache())
-        return True
+        return await self._ask("reset_prefix_cache")
 
     async def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
         """As of :meth:`reprise.LLM.start_profile`."""
-        await self._between_steps(lambda: self.engine.profiler.start(directory))
+        await self._ask("start_profile", directory)
 
     async def stop_profile(self) -> Path:
         """As of :meth:`reprise.LLM.stop_profile`."""
-        return await self._between_steps(self.engine.profiler.stop)
+        return await self._ask("stop_profile")
 
     def shutdown(self) -> None:
         """Abort all requests, stop the engine's thread and free the device's memory."""
-        self._thread.shutdown()
+        self._driver.shutdown()
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,8 +196,9 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
-    async def _between_steps(self, function: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._thread.call(function))
+    async def _ask(self, name: str, *arguments: Any) -> Any:
+        asked: Future[Any] = self._driver.ask(name, *arguments)
+        return together(name, await asyncio.wrap_future(asked))
 
 
 def _own(params: Any) -> Any:
@@ -206,7 +216,7 @@ class _Stream:
         self._deltas: deque[RequestOutput] = deque()
         self._error: Exception | None = None
 
-    def accepted(self, group: CompletionGroup) -> None:
+    def accepted(self, group: Acceptance) -> None:
         self._final_only = group.params.output_kind is RequestOutputKind.FINAL_ONLY
 
     @property

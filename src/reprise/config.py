@@ -128,6 +128,9 @@ class EngineConfig:
     or the whole vocabulary at once."""
     seed: int = 0
     """Seed of requests that bring none."""
+    data_parallel_size: int = 1
+    """Engines with all weights each, on as many devices and in processes of their own; a request
+    goes to the one that has its prefix, or the least to do."""
     skip_tokenizer_init: bool = False
     """Load no tokenizer: prompts are token ids and outputs have no text."""
     ops: Mapping[str, str] = field(default_factory=dict)
@@ -147,7 +150,7 @@ class EngineConfig:
         self._one_of("kv_cache_dtype", get_args(CacheDtype))
         self._one_of("graph_memory_profile", ("auto", "off"))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
-                     "kv_cache_memory_bytes", "num_blocks"):  # fmt: skip
+                     "kv_cache_memory_bytes", "num_blocks", "data_parallel_size"):  # fmt: skip
             self._positive(name)
         limit = self.max_logprobs
         if limit is not None and (not is_whole(limit) or limit < -1):
@@ -203,7 +206,7 @@ class EngineConfig:
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name != "max_num_seqs":
+        if value is None and name not in ("max_num_seqs", "data_parallel_size"):
             return
         if not is_whole(value) or value <= 0:
             raise ConfigError(f"{name}={value!r} must be a positive whole number")
@@ -229,6 +232,7 @@ _OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override")
 """vLLM's names of what has another one here."""
 _VLLM_HAS_NONE = (
     "seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides", "speculative_config",
+    "data_parallel_size",
 )  # fmt: skip
 """Where vLLM takes None for the default."""
 _NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))

@@ -72,3 +72,20 @@ class GraphReplayError(GraphError):
 
 class UnsupportedError(RepriseError, AttributeError):
     """A part of vLLM's interface that Reprise does not have."""
+
+
+class StepError(RepriseError, RuntimeError):
+    """A step failed in an engine of another process: its requests ended, and it takes others."""
+
+
+def named(kind: str, message: str) -> RepriseError:
+    """An error of another process.
+
+    Args:
+        kind: Name of its type.
+        message: Of it.
+    """
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, RepriseError):
+        return found(message)
+    return RepriseError(message)

@@ -14,19 +14,21 @@ from torch import Tensor
 from reprise.arguments import plain_list
 from reprise.config import EngineConfig
 from reprise.engine import (
-    CompletionGroup,
     ContentFormat,
     Engine,
     EngineStats,
+    Frontend,
     chat_prompt,
     split_prompts,
+    together,
 )
+from reprise.engine.batch import Asked, Batch
 from reprise.errors import NonFiniteError, RepriseError, RequestError, UnsupportedError
 from reprise.graphs import GraphReport
 from reprise.loading import as_transformers
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
-from reprise.progress import progress
+from reprise.replicas import batch
 from reprise.sampling_params import SamplingParams
 from reprise.vllm_names import METHODS, refuse_others
 
@@ -48,7 +50,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self._engine: Engine | None = Engine(EngineConfig(model=model, **options))
+        self._open: Batch | None = batch(EngineConfig(model=model, **options))
         self._ids = itertools.count()
         self._lock = threading.RLock()
 
@@ -63,10 +65,27 @@ class LLM:
 
         Raises:
             RepriseError: It was shut down.
+            UnsupportedError: With ``data_parallel_size`` there are several, in other processes.
         """
-        if self._engine is None:
+        return self._batch.engine
+
+    @property
+    def frontend(self) -> Frontend:
+        """What is known of the model, wherever it is: its tokenizer, its limits.
+
+        Raises:
+            RepriseError: The engine was shut down.
+        """
+        return self._batch.frontend
+
+    @property
+    def _batch(self) -> Batch:
+        if self._open is None:
             raise RepriseError("the engine was shut down; create a new LLM")
-        return self._engine
+        return self._open
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        return together(name, self._batch.ask(name, *arguments))
 
     def generate(
         self,
@@ -100,28 +119,23 @@ class LLM:
         refuse_others(self.generate, others)
         if not isinstance(use_tqdm, bool):
             raise RequestError(f"use_tqdm={use_tqdm!r}: give True or False")
-        engine = self.engine
+        _ = self._batch
         inputs = split_prompts(prompts)
         params = _one_each("sampling_params", sampling_params, SamplingParams, len(inputs))
         urgencies = 0 if priority is None else plain_list(priority)
         priorities = _one_each("priority", urgencies, int, len(inputs))
-        groups: list[CompletionGroup] = []
         with self._lock:
-            engine = self.engine
-            try:
-                for prompt, each, urgency in zip(inputs, params, priorities, strict=True):
-                    groups.append(engine.add(f"{next(self._ids)}", prompt, each, urgency))
-                self._run(groups, use_tqdm)
-            except RepriseError:
-                engine.abort([each.request_id for each in groups])
-                raise
-            except BaseException:
-                engine.start_over()
-                raise
-            outputs = [each.output() for each in groups]
-        errors = [each.error for each in groups if each.error is not None]
+            completed = self._batch.complete(
+                [
+                    Asked(f"{next(self._ids)}", *each)
+                    for each in zip(inputs, params, priorities, strict=True)
+                ],
+                use_tqdm,
+            )
+        outputs = [output for output, _ in completed]
+        errors = [error for _, error in completed if error is not None]
         if errors:
-            count = f"{len(errors)} of {len(groups)} requests have failed. " if groups[1:] else ""
+            count = f"{len(errors)} of {len(outputs)} requests have failed. " if outputs[1:] else ""
             raise NonFiniteError(f"{count}{errors[0]}", outputs)
         return outputs
 
@@ -171,7 +185,7 @@ class LLM:
         conversations: Any = [messages] if single else messages
         prompts = [
             chat_prompt(
-                self.engine.tokenizer,
+                self.frontend.tokenizer,
                 each,
                 chat_template=chat_template,
                 chat_template_content_format=chat_template_content_format,
@@ -187,19 +201,19 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """transformers' tokenizer."""
-        if self.engine.tokenizer is None:
+        if self.frontend.tokenizer is None:
             raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
-        return as_transformers(self.engine.tokenizer)
+        return as_transformers(self.frontend.tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation config recommends."""
-        return self.engine.default_sampling_params()
+        return self.frontend.default_sampling_params()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Returns True, for vLLM's may fail."""
         with self._lock:
-            self.engine.scheduler.reset_prefix_cache()
-        return True
+            done: bool = self._ask("reset_prefix_cache")
+            return done
 
     def update_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights while the model stands ready, as in reinforcement learning.
@@ -218,12 +232,13 @@ class LLM:
                 good by a further call before anything is generated.
         """
         with self._lock:
-            self.engine.update_weights(weights)
+            self._ask("update_weights", weights)
 
     def get_metrics(self) -> list[Metric]:
         """What is counted from the start, and gauges of this moment: see
         :mod:`reprise.metrics`."""
-        return self.engine.metrics()
+        found: list[Metric] = self._ask("metrics")
+        return found
 
     def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Record what host and device do until :meth:`stop_profile`.
@@ -237,7 +252,7 @@ class LLM:
             ConfigError: The directory cannot be made.
         """
         with self._lock:
-            self.engine.profiler.start(directory)
+            self._ask("start_profile", directory)
 
     def stop_profile(self) -> Path:
         """Write what was recorded, for Chrome's or Perfetto's trace viewer. Returns the file.
@@ -246,15 +261,16 @@ class LLM:
             RepriseError: Nothing is being recorded.
         """
         with self._lock:
-            return self.engine.profiler.stop()
+            file: Path = self._ask("stop_profile")
+            return file
 
     def shutdown(self) -> None:
         """Free the device's memory, after calls of other threads that are under way. Every other
         call afterwards raises a RepriseError."""
         with self._lock:
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                engine.close()
+            open_, self._open = self._open, None
+            if open_ is not None:
+                open_.close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,28 +285,13 @@ class LLM:
 
     def graph_report(self) -> GraphReport:
         """The resolved graph plan, and what is known of every captured graph."""
-        return self.engine.runner.owners.report()
+        report: GraphReport = self._ask("graph_report")
+        return report
 
     def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""
-        return self.engine.stats()
-
-    def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
-        self.engine.platform.activate()  # of the calling thread, which may be a new one
-        unfinished = {each.request_id for each in groups}
-        scheduler = self.engine.scheduler
-        before = scheduler.num_generated_tokens
-        with progress("generating", len(groups), visible=show) as bar:
-            while unfinished:
-                for group in self.engine.step():
-                    if group.finished:
-                        unfinished.discard(group.request_id)
-                tokens = scheduler.num_generated_tokens - before
-                done = len(groups) - len(unfinished)
-                bar.show(f"generating, {tokens} tokens", done, len(groups))
-        # Steps that run ahead may still hold blocks of finished requests.
-        while self.engine.has_work:
-            self.engine.step()
+        stats: EngineStats = self._ask("stats")
+        return stats
 
 
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:

@@ -36,6 +36,11 @@ class WholeLogprobs(Mapping[int, Logprob]):
         self.decode: Callable[[int], str] | None = None
         """Gives a token's text."""
 
+    @property
+    def parts(self) -> tuple[int, Any]:
+        """What makes an equal one, but for ``decode``."""
+        return self._chosen, self._values
+
     def __getitem__(self, token: int) -> Logprob:
         if not 0 <= token < len(self._values):
             raise KeyError(token)

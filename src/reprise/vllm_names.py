@@ -56,10 +56,11 @@ ENGINE = [
         },
     ),
     Group(
-        "one engine uses one device: start one engine for each device",
+        "an engine uses one device; data_parallel_size=N makes N here: start others for "
+        "other machines",
         {
             "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,),
-            "data_parallel_size": (1,), "data_parallel_size_local": (1,),
+            "data_parallel_size_local": (1,),
             "data_parallel_rank": (0,), "data_parallel_start_rank": (0,),
             "data_parallel_address": (), "data_parallel_rpc_port": (),
             "data_parallel_backend": ("mp",), "data_parallel_hybrid_lb": (False,),
@@ -275,7 +276,7 @@ REQUEST = [
     ),
     Group("tracing is not supported", {"trace_headers": ({},)}),
     Group(
-        "one engine uses one device: start one engine for each device",
+        "the router chooses the engine: start one server for each to choose yourself",
         {"data_parallel_rank": (0,)},
     ),
     Group(

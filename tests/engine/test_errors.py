@@ -229,7 +229,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[RepriseError], list[str]]] = {
     "several devices": (
         {"tensor_parallel_size": 2},
         ConfigError,
-        ["tensor_parallel_size=2", "one engine uses one device"],
+        ["tensor_parallel_size=2", "an engine uses one device"],
     ),
     "dtype": ({"dtype": "int3"}, ConfigError, ["dtype='int3'", "float32", "bfloat16"]),
     "load format": ({"load_format": "gguf"}, ConfigError, ["load_format='gguf'", "safetensors"]),

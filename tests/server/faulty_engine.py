@@ -30,7 +30,7 @@ def make(fault: str) -> Callable[[EngineConfig, QueueLimits], EngineServer]:
         if fault == "graph":
             break_graphs(planted)
         found = EngineServer(config, limits)
-        engine: Any = found.thread.engine
+        engine: Any = found.driver.engine
         submit, steps = engine.runner.submit, 0
 
         def failing(step: Any) -> Any:

@@ -100,16 +100,16 @@ def test_prompt_tokens_that_wait(device: str) -> None:
 
         with connection:
             running_one = ask(1, 40, max_tokens=1500, ignore_eos=True)
-            while server.thread.engine.scheduler.num_waiting_tokens:
+            while server.driver.engine.scheduler.num_waiting_tokens:
                 time.sleep(0.01)
             found = [running_one, ask(2, 40), ask(3, 1)]
-            server.thread.abort("request-2").result(30)
+            server.driver.abort("request-2").result(30)
             found += [ask(4, 10), ask(5, 10, n=3, temperature=1), ask(6, 20), ask(7, 1)]
             kinds = [each.kind if isinstance(each, wire.Refused) else None for each in found]
             assert kinds == [None, None, "QueueFull", None, "QueueFull", None, "QueueFull"]
             assert "max_num_queued_tokens" in found[2].message
-            assert server.thread.engine.scheduler.num_waiting_tokens == 30
+            assert server.driver.engine.scheduler.num_waiting_tokens == 30
             for number in (1, 4, 6):
-                server.thread.abort(f"request-{number}").result(30)
-            assert server.thread.engine.scheduler.num_waiting_tokens == 0
+                server.driver.abort(f"request-{number}").result(30)
+            assert server.driver.engine.scheduler.num_waiting_tokens == 0
             assert not isinstance(ask(8, 100), wire.Refused)

@@ -151,6 +151,10 @@ class CompletionGroup:
         """Whether a delta was taken."""
 
     @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.completions[0].request.prompt_token_ids
+
+    @property
     def finished(self) -> bool:
         # Asked of every request in every step: a generator would cost as much again.
         for each in self.completions:  # noqa: SIM110

@@ -21,11 +21,12 @@ from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.draft_counts import DraftStats
+from reprise.engine.frontend import Frontend, checkpoint_of, load_tokenizer
 from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
-from reprise.engine.prompt import PreparedPrompt, prepare
+from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.scheduler import BLOCKS_AHEAD, Scheduler, SchedulerStats
-from reprise.engine.submission import PreparedParams, check_choice, prepare_params, truncated
+from reprise.engine.submission import PreparedParams, check_choice, truncated
 from reprise.engine.suspects import Suspects
 from reprise.errors import (
     ConfigError,
@@ -38,7 +39,6 @@ from reprise.graphs import Damage, GraphOwners, keep_compiled_code
 from reprise.loading import (
     NamedTensors,
     end_of_text_id,
-    open_checkpoint,
     plan_update,
     require_method,
     update_weights,
@@ -64,9 +64,11 @@ class EngineStats:
     startup_seconds: float
     drafts: DraftStats
     """Of drafted tokens, how many counted."""
+    replicas: tuple[EngineStats, ...] = ()
+    """Of each engine, where there are several; all else is their sum, and the longest start-up."""
 
 
-class Engine:
+class Engine(Frontend):
     """Computes requests until they are finished. Not thread-safe: one loop drives it.
 
     Args:
@@ -77,6 +79,11 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size={config.data_parallel_size}: an Engine is one; LLM, AsyncLLM "
+                "and 'reprise serve' have several"
+            )
         started = time.perf_counter()
         keep_compiled_code()
         with timeline.recording() as self.startup:
@@ -85,30 +92,22 @@ class Engine:
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
-            self.config = config
             waking = partial(wake_compiler, self.platform)
             with timeline.span("config"), self.platform.warming_up(then=waking):
-                checkpoint = open_checkpoint(
-                    config.model,
-                    revision=config.revision,
-                    overrides=config.hf_overrides,
-                    config_only=config.load_format == "dummy",
-                )
+                checkpoint = checkpoint_of(config)
                 require_method(config.quantization, checkpoint.config)
-            self.tokenizer: Any = None
-            if not config.skip_tokenizer_init:
-                with timeline.span("tokenizer"):
-                    # The model's files are of its own revision.
-                    other = config.model if config.tokenizer_revision else None
-                    self.tokenizer = checkpoint.tokenizer(
-                        config.tokenizer or other, config.tokenizer_revision or config.revision
-                    )
-            self.generation_config = checkpoint.generation_config
+            tokenizer = load_tokenizer(config, checkpoint)
             self.runner = ModelRunner(config, self.platform, checkpoint)
-        self.vocab_size = self.runner.model.vocab_size
+        super().__init__(
+            config,
+            tokenizer,
+            checkpoint.generation_config,
+            self.runner.model.vocab_size,
+            self.runner.max_model_len,
+            (str(self.platform.device),),
+        )
         self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
         self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)
-        self.max_model_len = self.runner.max_model_len
         width = 1 + self.runner.num_drafts
         if self.runner.max_tokens < config.max_num_seqs * width:
             times = f" times {width} tokens, the drafted ones included" if width > 1 else ""
@@ -171,42 +170,13 @@ class Engine:
 
     # ---- requests ------------------------------------------------------------------------
 
-    def default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """What the checkpoint's generation config recommends."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found = {name: self.generation_config.get(name) for name in names}
-        found["max_tokens"] = self.generation_config.get("max_new_tokens")
-        if self.generation_config.get("do_sample") is False:
-            found["temperature"] = 0.0
-        recommended = {name: value for name, value in found.items() if value is not None}
-        return SamplingParams(**{**recommended, **changes})
-
-    def prepare(self, prompt: Any) -> PreparedPrompt:
-        """What :meth:`add` does to a prompt first. Any thread may call it.
-
-        Raises:
-            RequestError: The prompt is invalid.
-        """
-        return prepare(prompt, self.tokenizer, self.vocab_size)
-
-    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
-        """What :meth:`add` does to parameters first. Any thread may call it.
-
-        Raises:
-            RequestError: A parameter is invalid.
-        """
-        params = self.default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
-        limit = self.config.max_logprobs
-        return prepare_params(params, self.tokenizer, self.vocab_size, limit)
-
     def add(
         self,
         request_id: str,
         prompt: Any,
         params: SamplingParams | PreparedParams | None = None,
         priority: int = 0,
+        ordinal: int | None = None,
     ) -> CompletionGroup:
         """Accept a request.
 
@@ -216,6 +186,8 @@ class Engine:
                 what :meth:`prepare` returned.
             params: None: :meth:`default_sampling_params`; or what :meth:`prepare_params` returned.
             priority: Lower is more urgent.
+            ordinal: Number of requests before it, which decides what it draws if it has no seed;
+                None: this engine's.
 
         Raises:
             RequestError: The prompt or the parameters are invalid.
@@ -229,17 +201,19 @@ class Engine:
             )
         if request_id in self._groups:
             raise RequestError(f"request_id={request_id!r} is already running; give a new one")
-        accepted = params if isinstance(params, PreparedParams) else self.prepare_params(params)
+        accepted = self.prepare_params(params)
         params = accepted.params
         priority = plain(priority)
         if not is_whole(priority):
             raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
-        prepared = prompt if isinstance(prompt, PreparedPrompt) else self.prepare(prompt)
+        prepared = self.prepare(prompt)
         most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
         prepared = replace(prepared, token_ids=truncated(prepared.token_ids, params, most))
         completions: list[Completion] = []
+        ordinal = self._num_added if ordinal is None else ordinal
         for index in range(params.n):
-            request = self._new_request(request_id, index, prepared, accepted, priority)
+            seed = self._seed(params, index, ordinal)
+            request = self._new_request(request_id, index, prepared, accepted, priority, seed)
             completions.append(Completion(index, request, self._texts))
         check_choice(accepted, completions[0].request.stop_token_ids)
         for index, each in enumerate(completions):
@@ -273,6 +247,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def finish_steps(self) -> None:
+        """Steps that run ahead may still hold blocks of finished requests: see to their end, if no
+        request runs."""
+        while self.has_work and not self._groups:
+            self.step()
 
     def step(self) -> list[CompletionGroup]:
         """Advance by one forward pass. Returns the requests that have new tokens or ended.
@@ -501,7 +481,7 @@ class Engine:
 
     def _new_request(
         self, request_id: str, index: int, prompt: PreparedPrompt, accepted: PreparedParams,
-        priority: int,
+        priority: int, seed: int,
     ) -> Request:  # fmt: skip
         params = accepted.params
         return Request(
@@ -511,16 +491,16 @@ class Engine:
             priority=priority,
             cache_salt=prompt.cache_salt,
             eos_token_ids=self.eos_token_ids,
-            seed=self._seed(params, index),
+            seed=seed,
             bad_words=accepted.bad_words,
         )
 
-    def _seed(self, params: SamplingParams, index: int) -> int:
+    def _seed(self, params: SamplingParams, index: int, ordinal: int) -> int:
         """64 bits that only the request's seed (or the engine's) and the completion decide."""
         source = (
             f"request {params.seed} {index}"
             if params.seed is not None
-            else f"engine {self.config.seed} {self._num_added} {index}"
+            else f"engine {self.config.seed} {ordinal} {index}"
         )
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)

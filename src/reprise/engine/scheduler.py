@@ -114,6 +114,33 @@ class SchedulerStats:
     total_finished: dict[FinishReason, int]
 
 
+def check_fits(request_id: str, length: int, max_model_len: int, capacity: int) -> None:
+    """Refuse a prompt that cannot be computed.
+
+    Args:
+        request_id: For messages.
+        length: Of the prompt, in tokens.
+        max_model_len: Most tokens of a request.
+        capacity: Of the cache, in tokens.
+
+    Raises:
+        RequestError: It is empty.
+        CapacityError: It does not fit the context or the cache.
+    """
+    if length == 0:
+        raise RequestError(f"prompt of request {request_id!r} is empty: give at least one token")
+    if length >= max_model_len:
+        raise CapacityError(
+            f"prompt of request {request_id!r} has {length} tokens and the context "
+            f"holds {max_model_len}, output included: shorten it or raise max_model_len"
+        )
+    if length > capacity:
+        raise CapacityError(
+            f"prompt of request {request_id!r} has {length} tokens and the cache "
+            f"holds {capacity}: shorten it or enlarge the cache"
+        )
+
+
 class Scheduler:
     """Owns all unfinished requests. Not thread-safe: one loop calls it.
 
@@ -209,20 +236,7 @@ class Scheduler:
                 f"request_id={request.request_id!r}: a request with this id is running, give "
                 "each a new one"
             )
-        if length == 0:
-            raise RequestError(
-                f"prompt of request {request.request_id!r} is empty: give at least one token"
-            )
-        if length >= self.max_model_len:
-            raise CapacityError(
-                f"prompt of request {request.request_id!r} has {length} tokens and the context "
-                f"holds {self.max_model_len}, output included: shorten it or raise max_model_len"
-            )
-        if length > self.cache.capacity:
-            raise CapacityError(
-                f"prompt of request {request.request_id!r} has {length} tokens and the cache "
-                f"holds {self.cache.capacity}: shorten it or enlarge the cache"
-            )
+        check_fits(request.request_id, length, self.max_model_len, self.cache.capacity)
         # The last token is never computed, so it needs no place in the cache.
         longest = min(self.max_model_len, self.cache.capacity + 1)
         if request.params.max_tokens is not None:

@@ -11,15 +11,17 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from reprise.config import EngineConfig
 from reprise.engine.completion import CompletionGroup
+from reprise.engine.driver import Admit, Reader
 from reprise.engine.engine import Engine
+from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import PreparedPrompt
+from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
 from reprise.errors import RepriseError, describe
-from reprise.outputs import RequestOutput
 from reprise.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -30,21 +32,16 @@ IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
 
 
-class Reader(Protocol):
-    """Who gets what is new of one request. The engine's thread calls it."""
+class Submission(NamedTuple):
+    """A request that was prepared elsewhere."""
 
-    def accepted(self, group: CompletionGroup) -> None:
-        """The engine has the request; before any delta."""
-
-    @property
-    def wants_more(self) -> bool:
-        """What was put last has been taken. Until then a request's news gather in the engine."""
-
-    def put(self, delta: RequestOutput) -> None:
-        """What is new; the one that finishes the request comes in any case."""
-
-    def fail(self, error: Exception) -> None:
-        """Nothing more comes."""
+    request_id: str
+    prompt: PreparedPrompt
+    params: PreparedParams
+    priority: int
+    ordinal: int | None
+    """As of :meth:`reprise.engine.Engine.add`."""
+    reader: Reader
 
 
 class EngineLost(BaseException):
@@ -90,25 +87,9 @@ class EngineThread:
         params: SamplingParams | None,
         priority: int,
         reader: Reader,
-        admit: Callable[[PreparedPrompt, int], None] | None = None,
+        admit: Admit | None = None,
     ) -> Future[CompletionGroup]:
-        """Have a request computed.
-
-        Args:
-            request_id: Unique among the unfinished ones.
-            prompt: Makes the prompt; called in the thread that tokenizes.
-            params: None: as the checkpoint recommends.
-            priority: Lower is more urgent.
-            reader: Gets the outputs. :meth:`leave` when it wants no more.
-            admit: Asked in the engine's thread with the prompt, tokenized, and the number of
-                completions, before the engine gets the request; raises to refuse it.
-
-        Returns:
-            Done when the engine has the request; or its exception says why it was refused.
-
-        Raises:
-            RepriseError: The thread has ended.
-        """
+        """As of :class:`reprise.engine.driver.Driver`."""
         accepted: Future[CompletionGroup] = Future()
 
         def prepare() -> None:
@@ -133,6 +114,29 @@ class EngineThread:
             self._tokenizing.submit(prepare)
         return accepted
 
+    def submit_all(self, requests: Sequence[Submission]) -> None:
+        """Have requests computed that were prepared elsewhere; no step comes in between. Of each
+        that is refused the reader learns why.
+
+        Raises:
+            RepriseError: The thread has ended.
+        """
+
+        def add() -> None:
+            for each in requests:
+                try:
+                    group = self.engine.add(
+                        each.request_id, each.prompt, each.params, each.priority, each.ordinal
+                    )
+                except Exception as error:
+                    each.reader.fail(error)
+                else:
+                    self._readers[each.request_id] = each.reader
+                    each.reader.accepted(group)
+            self._delivered([each.reader for each in requests])
+
+        self.call(add)
+
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run in the engine's thread, between two steps.
 
@@ -144,17 +148,22 @@ class EngineThread:
             self._commands.put(_Command(function, future))
         return future
 
-    def tokenize(self, function: Callable[[], T]) -> Future[T]:
-        """Run in the thread that tokenizes.
+    @property
+    def frontend(self) -> Frontend:
+        """What requests are checked against."""
+        return self.engine
 
-        Raises:
-            RepriseError: The thread has ended.
-        """
+    def ask(self, name: str, *arguments: Any) -> Future[list[Any]]:
+        """As of :class:`reprise.engine.driver.Driver`."""
+        return self.call(lambda: [QUESTIONS[name].answer(self.engine, *arguments)])
+
+    def tokenize(self, function: Callable[[], T]) -> Future[T]:
+        """As of :class:`reprise.engine.driver.Driver`."""
         with self._open():
             return self._tokenizing.submit(function)
 
     def abort(self, request_id: str) -> Future[None]:
-        """End a request; its reader gets a last delta with finish reason ``abort``."""
+        """As of :class:`reprise.engine.driver.Driver`."""
 
         def abort() -> None:
             with self._lock:
@@ -166,7 +175,7 @@ class EngineThread:
         return self.call(abort)
 
     def leave(self, request_id: str, reader: Reader) -> None:
-        """The reader wants no more; its request ends if it has not."""
+        """As of :class:`reprise.engine.driver.Driver`."""
         with self._lock:
             self._preparing.pop(reader, None)
         self._commands.put(_Command(lambda: self._leave(request_id, reader)))
@@ -249,13 +258,13 @@ class EngineThread:
         prepared: tuple[PreparedPrompt, PreparedParams],
         priority: int,
         reader: Reader,
-        admit: Callable[[PreparedPrompt, int], None] | None,
+        admit: Admit | None,
     ) -> CompletionGroup:
         if reader not in self._preparing:
             raise RepriseError("its reader has left")
         try:
             if admit is not None:
-                admit(prepared[0], prepared[1].params.n)
+                admit(*prepared, self.engine.scheduler.num_waiting_tokens)
             group = self.engine.add(request_id, *prepared, priority)
             reader.accepted(group)
             self._readers[request_id] = reader

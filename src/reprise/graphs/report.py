@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,8 @@ class GraphReport:
     verify_seconds: float
     blind_inputs: list[str] = field(default_factory=list)
     """Inputs that no probe changed: a stale value there would have gone unseen."""
+    replicas: list[GraphReport] = field(default_factory=list)
+    """Of each engine, where there are several; see :func:`total`."""
 
     @property
     def replays(self) -> int:
@@ -128,3 +131,67 @@ class GraphReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+_COUNTS = ("bytes", "replays", "canaries", "eager_steps", "capture_seconds", "verify_seconds")
+
+
+def total(reports: Sequence[GraphReport]) -> GraphReport:
+    """Of engines with equal options, each with graphs of its own: counts and times are summed, a
+    graph is verified if all are, and quarantined or not used if one is, with the first reason."""
+    graphs: dict[str, list[tuple[int, GraphInfo]]] = {}
+    for index, report in enumerate(reports):
+        for each in report.graphs:
+            graphs.setdefault(f"{each.name} {each.query_len}", []).append((index, each))
+    notes = [each.memory.note for each in reports if each.memory.note]
+    first = reports[0]
+    return dataclasses.replace(
+        first,
+        graphs=[_total_graph(each) for each in graphs.values()],
+        eager_steps=sum(each.eager_steps for each in reports),
+        canaries=sum(each.canaries for each in reports),
+        canary_failures=sum(each.canary_failures for each in reports),
+        unproven_eager=sum(each.unproven_eager for each in reports),
+        memory=GraphMemory(
+            _sum_known([each.memory.predicted for each in reports]),
+            _sum_known([each.memory.actual for each in reports]),
+            "; ".join(dict.fromkeys(notes)),
+            any(each.memory.failed for each in reports),
+        ),
+        capture_seconds=sum(each.capture_seconds for each in reports),
+        verify_seconds=sum(each.verify_seconds for each in reports),
+        blind_inputs=list(dict.fromkeys(name for one in reports for name in one.blind_inputs)),
+        replicas=list(reports),
+    )
+
+
+def _total_graph(found: Sequence[tuple[int, GraphInfo]]) -> GraphInfo:
+    infos = [each for _, each in found]
+    counts = {name: sum(getattr(each, name) for each in infos) for name in _COUNTS}
+    reasons: dict[str, Any] = {
+        name: next(
+            (
+                f"replica {index}: {getattr(each, name)}"
+                for index, each in found
+                if getattr(each, name) is not None
+            ),
+            None,
+        )
+        for name in ("quarantined", "dropped")
+    }
+    worst = next((each for each in infos if each.executor == "none"), infos[0])
+    return dataclasses.replace(
+        infos[0],
+        **counts,
+        **reasons,
+        executor=worst.executor,
+        verified=all(each.verified for each in infos),
+        probes=min(each.probes for each in infos),
+        pairs=min(each.pairs for each in infos),
+        predicted_bytes=_sum_known([each.predicted_bytes for each in infos]),
+    )
+
+
+def _sum_known(values: Sequence[int | None]) -> int | None:
+    known = [each for each in values if each is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -11,8 +11,18 @@ from importlib.metadata import EntryPoint, entry_points
 
 from reprise.errors import PlatformError
 from reprise.platforms.base import Adjustment, MemoryInfo, Platform
+from reprise.platforms.cpu_limits import usable_cpus
 
-__all__ = ["Adjustment", "MemoryInfo", "Platform", "available", "load", "names", "resolve"]
+__all__ = [
+    "Adjustment",
+    "MemoryInfo",
+    "Platform",
+    "available",
+    "load",
+    "names",
+    "resolve",
+    "usable_cpus",
+]
 
 ENTRY_POINT_GROUP = "reprise.platforms"
 

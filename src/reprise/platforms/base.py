@@ -65,6 +65,8 @@ class Platform(ABC):
     """Whether the driver's free memory tells what graphs take. ``skip``: reserve what the
     allocator counts, where it does (``counts_memory``)."""
     graph_memory_reason: ClassVar[str] = "the platform captures no graphs"
+    is_the_host: ClassVar[bool] = False
+    """The device is the host's processors: any number of engines share it."""
     pins_memory: ClassVar[bool] = False
     """Host memory may be page-locked, so that copies to the device are asynchronous."""
     fp8_dtype: torch.dtype | None = None

@@ -56,6 +56,7 @@ def settle_threads() -> None:
 class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
+    is_the_host = True
     priority = 0
     preferred: ClassVar = {"*": ("onednn", "torch", "numpy", "reference")}
     graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from reprise import __version__
-from reprise.engine import Engine
+from reprise.config import EngineConfig
+from reprise.engine import EngineStats, Frontend
 from reprise.engine.submission import MAX_LOGPROBS
 from reprise.engine.template import template_of
 from reprise.errors import RequestError
+from reprise.graphs import GraphReport
 from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
 from reprise.sampling_params import WHOLE_VOCABULARY
 
@@ -30,7 +33,7 @@ class Emissions:
         """Requests that ended with an error."""
 
 
-def engine_facts(engine: Engine) -> dict[str, Any]:
+def engine_facts(engine: Frontend) -> dict[str, Any]:
     """What does not change."""
     config = engine.config
     recommended = {
@@ -42,7 +45,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     return {
         "model": config.model or "demo",
         "version": __version__,
-        "device": str(engine.platform.device),
+        "device": ", ".join(engine.devices),
         "dtype": str(engine.config.dtype),
         "max_model_len": engine.max_model_len,
         "max_logprobs": engine.vocab_size if limit == WHOLE_VOCABULARY else limit,
@@ -75,31 +78,40 @@ def _ids_of(tokenizer: Any, *texts: str) -> list[int | None]:
     return found
 
 
-def metric_facts(engine: Engine, emissions: Emissions) -> list[list[Any]]:
+def metric_facts(
+    config: EngineConfig,
+    emissions: Emissions,
+    stats: Sequence[EngineStats],
+    metrics: Sequence[Sequence[Metric]],
+    reports: Sequence[GraphReport],
+) -> list[list[Any]]:
     """All metrics of this moment: kind, name, labels, values. Those that vLLM has too bear its
-    prefix, so that dashboards and autoscalers find them."""
-    # Of failures the engine knows a part, the readers all.
-    ours = [each for each in engine.metrics() if each.labels.get("finished_reason") != "error"]
-    metrics = [*ours, *_cache_info(engine)]
-    label = {"model_name": engine.config.model or "demo"}
-    metrics.append(emissions.gaps.histogram("reprise:inter_token_latency_seconds", label))
-    metrics.append(
-        Counter(
-            "reprise:request_success", {**label, "finished_reason": "error"}, emissions.num_failed
-        )
-    )
-    own = [_plain(each, "reprise:") for each in _graph_metrics(engine)]
-    return [*(_plain(each, "vllm:") for each in metrics), *own]
+    prefix, so that dashboards and autoscalers find them.
+
+    Args:
+        config: Of the engines.
+        emissions: Of what leaves this process, which is counted with the first engine.
+        stats: Of each engine, like the next two.
+        metrics: All of them.
+        reports: On graphs.
+    """
+    found: list[list[Any]] = []
+    model = {"model_name": config.model or "demo"}
+    for index, (state, own, report) in enumerate(zip(stats, metrics, reports, strict=True)):
+        engine = {"engine": str(index)}
+        # Of failures the engine knows a part, the readers all.
+        known = [each for each in own if each.labels.get("finished_reason") != "error"]
+        known.append(_cache_info(config, state))
+        if index == 0:
+            known.append(emissions.gaps.histogram("reprise:inter_token_latency_seconds", model))
+            errors = {**model, "finished_reason": "error"}
+            known.append(Counter("reprise:request_success", errors, emissions.num_failed))
+        found += [_plain(each, "vllm:", engine) for each in known]
+        found += [_plain(each, "reprise:", engine) for each in _graph_metrics(model, report)]
+    return found
 
 
-def graph_facts(engine: Engine) -> dict[str, Any]:
-    """What is known of every captured graph."""
-    return engine.runner.owners.report().to_dict()
-
-
-def _graph_metrics(engine: Engine) -> list[Metric]:
-    report = engine.runner.owners.report()
-    label = {"model_name": engine.config.model or "demo"}
+def _graph_metrics(label: dict[str, str], report: GraphReport) -> list[Metric]:
     found: list[Metric] = []
     for phase in sorted({str(each.phase) for each in report.graphs}):
         mine = [each for each in report.graphs if str(each.phase) == phase]
@@ -121,22 +133,22 @@ def _graph_metrics(engine: Engine) -> list[Metric]:
     return found
 
 
-def _cache_info(engine: Engine) -> list[Metric]:
-    stats = engine.stats().scheduler
+def _cache_info(config: EngineConfig, stats: EngineStats) -> Metric:
     labels = {
-        "model_name": engine.config.model or "demo",
-        "block_size": str(engine.config.block_size),
-        "num_gpu_blocks": str(stats.num_blocks),
-        "enable_prefix_caching": str(engine.config.enable_prefix_caching),
+        "model_name": config.model or "demo",
+        "block_size": str(config.block_size),
+        "num_gpu_blocks": str(stats.scheduler.num_blocks),
+        "enable_prefix_caching": str(config.enable_prefix_caching),
     }
-    return [Gauge("reprise:cache_config_info", labels, 1.0)]
+    return Gauge("reprise:cache_config_info", labels, 1.0)
 
 
-def _plain(metric: Metric, prefix: str) -> list[Any]:
+def _plain(metric: Metric, prefix: str, engine: dict[str, str]) -> list[Any]:
+    labels = {**metric.labels, **engine}
     name = prefix + metric.name.removeprefix("reprise:")
     if isinstance(metric, Histogram):
-        return ["histogram", name, metric.labels, [metric.buckets, metric.sum]]
+        return ["histogram", name, labels, [metric.buckets, metric.sum]]
     if isinstance(metric, Counter):
-        return ["counter", name, metric.labels, metric.value]
+        return ["counter", name, labels, metric.value]
     assert isinstance(metric, Gauge)
-    return ["gauge", name, metric.labels, metric.value]
+    return ["gauge", name, labels, metric.value]

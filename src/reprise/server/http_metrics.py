@@ -87,7 +87,7 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Any] = {}
         for kind, name, labels, value in self._facts:
-            labels = {**labels, "model_name": self._served, "engine": "0"}
+            labels = {**labels, "model_name": self._served}
             if kind == "gauge":
                 family = families.setdefault(
                     name, GaugeMetricFamily(name, _HELP, labels=list(labels))

@@ -14,18 +14,17 @@ import resource
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from reprise.config import EngineConfig
-from reprise.errors import ConfigError, RepriseError
-from reprise.server.control import Control
+from reprise.errors import ConfigError, RepriseError, named
+from reprise.processes.child import Child
+from reprise.processes.control import Control
 from reprise.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -39,68 +38,6 @@ STOP_SECONDS = 10.0
 QUICK_SECONDS = 5.0
 MOST_QUICK_DEATHS = 3
 """Deaths of HTTP processes in a row, each so soon behind its start, that are not a coincidence."""
-
-
-class Child:
-    """A process and the way to speak with it.
-
-    Args:
-        name: For messages.
-        command: Arguments of Python; the number of the control socket's descriptor is added.
-        start: What it is told first.
-        keep: Descriptors that it inherits beside.
-        variables: Of its environment, beside ours.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        start: str,
-        keep: Sequence[int] = (),
-        variables: Mapping[str, str] | None = None,
-    ) -> None:
-        self.name = name
-        self.started = time.monotonic()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", *command, str(number)],
-                pass_fds=[number, *keep],
-                stdin=subprocess.DEVNULL,
-                env={**_environment(), **(variables or {})},
-            )
-        self.control = Control(ours)
-        self.tell_text(b"o", start)
-
-    def tell_text(self, word: bytes, text: str) -> None:
-        with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
-            self.control.send_text(word, text)
-
-    def stop(self) -> None:
-        """Ask it to end."""
-        with contextlib.suppress(OSError):
-            self.control.send(Control.STOP)
-
-    def end(self, seconds: float) -> int:
-        """Wait for its end, and kill it if it takes longer. Returns its status."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            logger.warning("%s does not end within %.0f s: it is killed", self.name, seconds)
-            self.process.kill()
-            return self.process.wait()
-        finally:
-            self.control.connection.close()
-
-    @property
-    def fate(self) -> str:
-        """How it ended, for people."""
-        status = self.process.returncode
-        if status is not None and status < 0:
-            return f"by signal {-status} ({signal.Signals(-status).name})"
-        return f"with status {status}"
 
 
 class Supervisor:
@@ -200,7 +137,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             with contextlib.suppress(OSError):  # if the engine has died, that is noticed
-                self._engine.control.send_connection(ours)
+                self._engine.control.send_file(Control.CONNECTION, ours.fileno())
             keep = (self.listener.fileno(), theirs.fileno())
             start = {
                 "options": self._options.to_json(),
@@ -230,7 +167,7 @@ class Supervisor:
                             if self._announce is not None:
                                 self._announce(self.address)
                         elif word == Control.FAILED:
-                            raise RepriseError(engine.control.rest_of_text())
+                            raise named(*json.loads(engine.control.rest_of_text()))
                         else:
                             self._engine_died(engine, ready)
                 self._replace_workers()
@@ -287,14 +224,6 @@ class Supervisor:
 
     def _signalled(self, number: int, _: FrameType | None) -> None:
         self._signals.append(number)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, so that children import what this process has imported."""
-    home = str(Path(__file__).parents[2])
-    known = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    paths = known if home in known else [home, *known]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _listen(options: ServerOptions) -> socket.socket:

@@ -18,9 +18,9 @@ import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
 
+from reprise.processes.control import Control
 from reprise.server.app import create_app
 from reprise.server.client import EngineClient, EngineRefusal
-from reprise.server.control import Control
 from reprise.server.errors import STOPPING
 from reprise.server.logs import configure
 from reprise.server.options import ServerOptions

@@ -18,8 +18,8 @@ import sys
 import time
 from typing import Any
 
+from reprise.processes.control import Control
 from reprise.server import wire
-from reprise.server.control import Control
 from reprise.server.reasoning import CLOSE, OPEN
 
 FACTS: dict[str, Any] = {
@@ -84,10 +84,10 @@ class StubEngine:
             timeout = max(0.0, min(waiting) - time.perf_counter()) if waiting else None
             for key, _ in self._selector.select(timeout):
                 if key.fileobj is self._control.connection:
-                    word, connection = self._control.receive()
-                    if connection is None:
+                    word, descriptor = self._control.receive()
+                    if descriptor is None:
                         os._exit(0 if word == Control.STOP else 1)
-                    self._connect(connection)
+                    self._connect(socket.socket(fileno=descriptor))
                 else:
                     self._read(key.fileobj)  # type: ignore[arg-type]
             self._step()

@@ -15,6 +15,7 @@ MEMORY = 1 << 28
 class ToyPlatform(Platform):
     name = "toy"
     device_type = "cpu"
+    is_the_host = True
     priority = -1
     default_block_size = 8
     default_batched_tokens = 64

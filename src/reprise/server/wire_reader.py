@@ -1,15 +1,13 @@
-"""The engine's side of the connection to one HTTP process."""
+"""What an HTTP process gets of one request."""
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from reprise.engine import CompletionGroup
+from reprise.engine import Acceptance
 from reprise.outputs import CompletionOutput, Logprobs, RequestOutput
+from reprise.processes.channel import Channel
 from reprise.server import wire
 from reprise.server.facts import Emissions
 from reprise.server.token_bytes import TokenBytes
@@ -19,95 +17,19 @@ LOWEST_LOGPROB = -9999.0
 TAIL_CHARACTERS = 64
 
 
-class Channel:
-    """Sends without waiting: the engine's thread has steps to compute.
-
-    What the socket does not take at once is kept and sent by whoever watches the socket.
-    Meanwhile no request of this channel wants more: its news gather in the engine, as one delta,
-    however long that takes.
-
-    Args:
-        connection: Non-blocking.
-        emissions: Counts what is sent.
-        watch: Called by any thread when the socket should be watched for room.
-    """
-
-    def __init__(
-        self,
-        connection: socket.socket,
-        emissions: Emissions,
-        watch: Callable[[Channel], None],
-    ) -> None:
-        self.connection = connection
-        self.frames = wire.Frames()
-        self.readers: dict[int, WireReader] = {}
-        """Of unfinished requests, by number."""
-        self._watch = watch
-        self._lock = threading.Lock()
-        self._unsent = bytearray()
-        self._gone = False
-        self.emissions = emissions
-        self.items: list[list[Any]] = []
-        """Deltas of this step; for the engine's thread alone."""
-
-    @property
-    def blocked(self) -> bool:
-        """The other side has not read what was sent."""
-        return bool(self._unsent)
-
-    def send(self, message: wire.Message) -> None:
-        """From any thread, in order."""
-        data = wire.frame(message)
-        with self._lock:
-            if self._gone:
-                return
-            if self._unsent:
-                self._unsent += data
-                return
-            sent = self._try(data)
-            if sent == len(data) or self._gone:
-                return
-            self._unsent += data[sent:]
-        self._watch(self)
-
-    def send_rest(self) -> None:
-        """There is room again."""
-        with self._lock:
-            while self._unsent and not self._gone:
-                sent = self._try(self._unsent[: 1 << 20])
-                if not sent:
-                    return
-                del self._unsent[:sent]
-
-    def flush(self) -> None:
-        """Send the deltas of a step in one frame."""
-        items, self.items = self.items, []
-        self.send(wire.Deltas(items))
-
-    def close(self) -> None:
-        """The other side is gone."""
-        with self._lock:
-            self._gone = True
-            self._unsent.clear()
-            self.connection.close()
-
-    def _try(self, data: bytes | bytearray) -> int:
-        try:
-            return self.connection.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            self._gone = True  # whoever reads from it will see it too
-            return 0
-
-
 class WireReader:
     """Puts what is new of one request on the channel of its HTTP process."""
 
     def __init__(
-        self, channel: Channel, request: wire.Generate, name: str, texts: TokenBytes
+        self,
+        channel: Channel,
+        request: wire.Generate,
+        name: str,
+        texts: TokenBytes,
+        emissions: Emissions,
     ) -> None:
         self.channel = channel
+        self._emissions = emissions
         self.number = request.number
         self.name = name
         """The engine's."""
@@ -120,9 +42,9 @@ class WireReader:
         self._texts = texts
         self._last_put: float | None = None
 
-    def accepted(self, group: CompletionGroup) -> None:
+    def accepted(self, group: Acceptance) -> None:
         facts: dict[str, Any] = {}
-        ids = group.completions[0].request.prompt_token_ids
+        ids = group.prompt_token_ids
         facts["prompt_tokens"] = len(ids)
         if "prompt" in self._wants:
             whole = group.prompt is not None and group.params.truncate_prompt_tokens is None
@@ -151,12 +73,12 @@ class WireReader:
         if outputs and not self._final_only:
             now = time.perf_counter()
             if self._last_put is not None:
-                self.channel.emissions.gaps.add(now - self._last_put)
+                self._emissions.gaps.add(now - self._last_put)
             self._last_put = now
 
     def fail(self, error: Exception) -> None:
         self.channel.readers.pop(self.number, None)
-        self.channel.emissions.num_failed += 1
+        self._emissions.num_failed += 1
         self.channel.send(wire.Refused(self.number, type(error).__name__, str(error)))
 
     def _output(self, each: CompletionOutput) -> list[Any]:
@@ -186,13 +108,6 @@ class WireReader:
             [token, max(each.logprob, LOWEST_LOGPROB), *self._texts.of(token, each.decoded_token)]
             for token, each in entries.items()
         ]
-
-
-def flush_all(readers: Sequence[WireReader]) -> None:
-    """One frame for each HTTP process."""
-    for channel in {each.channel for each in readers}:
-        if channel.items:
-            channel.flush()
 
 
 def _end(delta: RequestOutput) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""A process that answers others: started by its parent, which holds the other end of a socket."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from reprise.engine.service import EngineService
+from reprise.errors import RepriseError, describe
+from reprise.processes.control import Control
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 0.5
+"""For others to read why it ended."""
+
+
+def begin() -> tuple[Control, Any]:
+    """The connection to the parent and what it says first, behind ``python -m MODULE FD``: the
+    number of the control socket."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent says when to end
+    control = Control(socket.socket(fileno=int(sys.argv[1])))
+    return control, json.loads(control.receive_text())
+
+
+def serve(
+    control: Control,
+    make: Callable[[], EngineService],
+    orphaned: Callable[[], None] = lambda: None,
+) -> None:
+    """Make a service and let it answer. Does not return: the process ends with its parent, when the
+    parent says so, or with the service.
+
+    Args:
+        control: The connection to the parent.
+        make: Makes the service; what it raises is told to the parent.
+        orphaned: Called when the parent has died.
+    """
+    waiting: list[tuple[bytes, int]] = []
+    serving: list[EngineService] = []
+    lock = threading.Lock()
+
+    def hand_in(word: bytes, descriptor: int) -> None:
+        if word == Control.CONNECTION:
+            serving[0].connect(socket.socket(fileno=descriptor))
+        else:
+            serving[0].take_file(descriptor)
+
+    def listen() -> None:
+        """What the parent says; when it says nothing any more, it has died."""
+        while True:
+            word, descriptor = control.receive()
+            if descriptor is not None:
+                with lock:
+                    if serving:
+                        hand_in(word, descriptor)
+                    else:
+                        waiting.append((word, descriptor))
+            elif word == Control.STOP and serving:
+                serving[0].stop()
+            else:
+                orphaned()
+                os._exit(1)
+
+    threading.Thread(target=listen, name="reprise-control", daemon=True).start()
+    try:
+        service = make()
+    except RepriseError as error:
+        control.send_text(Control.FAILED, json.dumps([type(error).__name__, str(error)]))
+        os._exit(2)
+    except Exception as error:
+        logger.exception("the engine could not start")
+        control.send_text(Control.FAILED, json.dumps(["RepriseError", describe(error)]))
+        os._exit(1)
+    with lock:
+        serving.append(service)
+        for word, descriptor in waiting:
+            hand_in(word, descriptor)
+    control.send(Control.READY)
+    try:
+        service.run()
+    except RepriseError as error:
+        logger.critical("%s", error)
+        threading.Event().wait(LAST_WORDS_SECONDS)
+        os._exit(1)
+    os._exit(0)

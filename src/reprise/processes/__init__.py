@@ -1,0 +1,2 @@
+"""Processes that one user's process starts: how they are started and watched, and what they say to
+each other."""

@@ -1,0 +1,162 @@
+"""Replicas for one caller who waits for all outputs."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from reprise.config import EngineConfig
+from reprise.engine import Engine, Frontend
+from reprise.engine.batch import Asked, Batch, Completed, OneEngine
+from reprise.engine.submission import PreparedParams
+from reprise.errors import NonFiniteError
+from reprise.outputs import RequestOutput
+from reprise.progress import progress
+from reprise.replicas.replicas import Replicas, Request
+from reprise.sampling_params import RequestOutputKind
+
+SHOW_SECONDS = 0.2
+"""Between two looks at how far the requests are."""
+
+
+def batch(config: EngineConfig) -> Batch:
+    """One engine that the caller's thread drives, or replicas, as ``data_parallel_size`` says.
+
+    Raises:
+        RepriseError: The device, model or options do not work.
+    """
+    return BatchOfReplicas(config) if config.data_parallel_size > 1 else OneEngine(config)
+
+
+class BatchOfReplicas:
+    """Waits for replicas.
+
+    Args:
+        config: Options of all.
+
+    Raises:
+        RepriseError: The devices, model or options do not work; no process is left.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.replicas = Replicas(config, lambda readers: None)
+        # Of an LLM that is dropped, and at the end of a program that did not shut down.
+        weakref.finalize(self, self.replicas.shutdown)
+
+    @property
+    def frontend(self) -> Frontend:
+        return self.replicas.frontend
+
+    @property
+    def engine(self) -> Engine:
+        return self.replicas.engine
+
+    def complete(self, requests: Sequence[Asked], show: bool) -> list[Completed]:
+        tally = _Tally(len(requests))
+        sent, readers = [], []
+        for each in requests:
+            prompt, params = self.replicas.prepare(each.request_id, each.prompt, each.params)
+            whole = replace(params.params, output_kind=RequestOutputKind.FINAL_ONLY)
+            params = PreparedParams(whole, params.bad_words)
+            reader = _Waiting(tally)
+            readers.append(reader)
+            sent.append(Request(each.request_id, prompt, params, each.priority, reader))
+        try:
+            self.replicas.send(sent)
+            for request in sent:
+                request.future.add_done_callback(tally.answered)
+            with progress("generating", len(sent), visible=show) as bar:
+                while (left := tally.wait(SHOW_SECONDS)) > 0:
+                    bar.show("generating", len(sent) - left, len(sent))
+        except BaseException:
+            for request in sent:
+                self.replicas.leave(request.request_id, request.reader)
+            raise
+        return [each.completed for each in readers]
+
+    def ask(self, name: str, *arguments: Any) -> list[Any]:
+        return self.replicas.ask(name, *arguments).result()
+
+    def close(self) -> None:
+        self.replicas.shutdown()
+
+
+class _Tally:
+    """How many requests are unfinished.
+
+    Args:
+        left: So many.
+    """
+
+    def __init__(self, left: int) -> None:
+        self._changed = threading.Condition()
+        self._left = left
+        self._error: BaseException | None = None
+
+    def wait(self, seconds: float) -> int:
+        """How many there are when none is left, or after so long.
+
+        Raises:
+            Exception: One was refused, or ended with others.
+        """
+        with self._changed:
+            if self._left and self._error is None:
+                self._changed.wait(seconds)
+            if self._error is not None:
+                raise self._error
+            return self._left
+
+    def one_less(self) -> None:
+        with self._changed:
+            self._left -= 1
+            if not self._left:
+                self._changed.notify()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify()
+
+    def answered(self, accepted: Future[Any]) -> None:
+        """A replica has a request, or refuses it."""
+        error = accepted.exception()
+        if error is not None:
+            self.fail(error)
+
+
+class _Waiting:
+    """What comes of one request, at its end.
+
+    Args:
+        tally: Of all.
+    """
+
+    wants_more = False
+
+    def __init__(self, tally: _Tally) -> None:
+        self._tally = tally
+        self._completed: Completed | None = None
+
+    @property
+    def completed(self) -> Completed:
+        """When it is over."""
+        assert self._completed is not None
+        return self._completed
+
+    def accepted(self, group: Any) -> None:
+        """Nobody waits for that."""
+
+    def put(self, delta: RequestOutput) -> None:
+        self._completed = delta, None
+        self._tally.one_less()
+
+    def fail(self, error: Exception) -> None:
+        if isinstance(error, NonFiniteError) and error.outputs:
+            self._completed = error.outputs[0], error
+            self._tally.one_less()
+        else:
+            self._tally.fail(error)
