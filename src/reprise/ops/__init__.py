@@ -11,6 +11,7 @@ from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax
 from reprise.ops.causal_conv import causal_conv as causal_conv
 from reprise.ops.checksum import checksum as checksum
+from reprise.ops.draft_inputs import draft_inputs as draft_inputs
 from reprise.ops.experts import experts as experts
 from reprise.ops.experts import experts_add as experts_add
 from reprise.ops.fp8_experts import fp8_experts as fp8_experts

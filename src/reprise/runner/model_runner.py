@@ -34,7 +34,6 @@ from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts import (
     Drafter,
     GraphOptions,
-    ModelDrafter,
     Withheld,
     caches_with,
     load_draft,
@@ -341,7 +340,7 @@ class ModelRunner:
             config.max_num_seqs,
             parse_verify(config.graph_verify),
         )
-        if isinstance(self.drafter, ModelDrafter):
+        if self.drafter is not None:
             self.drafter.plan_graphs(options)
         return options.runner(self.forward_pass, self.buffers, 1 + self.num_drafts)
 
@@ -394,7 +393,7 @@ class ModelRunner:
         with timeline.span("cache"):
             allocate_caches(self.caches, self.cache_layout, platform)
         self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
-        if isinstance(self.drafter, ModelDrafter):
+        if self.drafter is not None:
             self.drafter.use_cache(self.cache_layout, self.max_model_len)
 
     @property
@@ -432,7 +431,7 @@ class ModelRunner:
 
     def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
         """Those of a model that drafts, of steps of so many tokens and requests."""
-        if not isinstance(self.drafter, ModelDrafter):
+        if self.drafter is None:
             return []
         sizes = ((max(tokens, each), each) for each in requests)
         return [run for each in sizes for run in self.drafter.forward_passes(*each)]
@@ -442,6 +441,8 @@ class ModelRunner:
         example_draws(self.model.vocab_size, self.num_drafts, self.platform)
         self.buffers.example(StepShape.decode(1, 1 + self.num_drafts))
         self.buffers.example(StepShape.mixed(2, 1))
+        if self.drafter is not None:
+            self.drafter.example()
         if parse_verify(self.config.graph_verify).startup:
             Guard(self.forward_pass).example()
 

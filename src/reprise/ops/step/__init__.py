@@ -6,10 +6,19 @@ from reprise.ops.step.cases import advance_cases, lay_out_cases
 from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
 from reprise.platforms import Platform
 
-__all__ = ["ACCEPTED", "COMPUTED", "LIMIT", "NEXT", "PROMPT", "advance", "lay_out"]
+__all__ = [
+    "ACCEPTED",
+    "COMPUTED",
+    "LIMIT",
+    "NEXT",
+    "PROMPT",
+    "advance",
+    "lay_out",
+    "needs_host_memory",
+]
 
 
-def _needs_host_memory(platform: Platform) -> str | None:
+def needs_host_memory(platform: Platform) -> str | None:
     return None if platform.device_type == "cpu" else "computes on the host"
 
 
@@ -22,4 +31,4 @@ lay_out = op(
 advance = op("advance", reference.advance, cases=advance_cases, mutates=("numbers", "emitted"))
 for _op in (lay_out, advance):
     _op.implementation("triton", f"reprise.ops.step.triton:{_op.name}", requires=needs_triton)
-    _op.implementation("numpy", f"reprise.ops.step.host:{_op.name}", requires=_needs_host_memory)
+    _op.implementation("numpy", f"reprise.ops.step.host:{_op.name}", requires=needs_host_memory)

@@ -11,7 +11,7 @@ ROWS = 6
 """The null row and five requests, of which the last stands at its limit."""
 
 
-def _numbers(make: Maker, rows: int, drafts: int) -> torch.Tensor:
+def numbers_of(make: Maker, rows: int, drafts: int) -> torch.Tensor:
     numbers = torch.zeros(NEXT + 1 + drafts, rows, dtype=torch.int64)
     requests = torch.arange(1, rows)
     numbers[COMPUTED, 1:] = 3 * requests
@@ -34,7 +34,7 @@ def _lay_out(
     tables = make.randint(90, 2, requests, 16, dtype=torch.int32) + 1
     tables[:, live:] = 0
     return {
-        "numbers": _numbers(make, ROWS, drafts),
+        "numbers": numbers_of(make, ROWS, drafts),
         "rows": make.ints(rows),
         "known": make.ints([*known, *([0] * padding)], torch.int32),
         "query_start_loc": make.ints(starts, torch.int32),
@@ -67,7 +67,7 @@ def _advances(make: Maker) -> list[Arguments]:
         return []
     found = []
     for drafts, known, first in ((0, [0, 0], [0, 1, 2]), (3, [0, 0, 5, 5], [0, 4, 8, 9, 9])):
-        numbers = _numbers(make, ROWS, drafts)
+        numbers = numbers_of(make, ROWS, drafts)
         drawn = make.randint(50, first[-1])
         rows = list(range(ROWS - 1, ROWS - 1 - len(known), -1))
         if drafts:
@@ -90,7 +90,7 @@ def _large(make: Maker, requests: int, query_len: int) -> Iterator[tuple[str, Ar
     tokens, rows = requests * max(1, query_len), make.ints(range(1, requests + 1))
     drafts = max(0, query_len - 1)
     starts = make.ints(range(0, tokens + 1, max(1, query_len)), torch.int32)
-    numbers = _numbers(make, requests + 1, drafts)
+    numbers = numbers_of(make, requests + 1, drafts)
     known = make.ints([0 if query_len else 1] * requests, torch.int32)
     shared = {"numbers": numbers, "rows": rows, "known": known}
     yield (

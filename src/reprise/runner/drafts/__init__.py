@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import DraftChain
-from reprise.runner.drafts.contract import Drafter
+from reprise.runner.drafts.contract import Drafter, GraphOptions
 from reprise.runner.drafts.draft_model import DraftModel, caches_with, lookahead_of
 from reprise.runner.drafts.load import load_draft
-from reprise.runner.drafts.model_drafter import CHAIN, PREFILL, GraphOptions, ModelDrafter
+from reprise.runner.drafts.model_drafter import CHAIN, PREFILL, ModelDrafter
 from reprise.runner.drafts.ngram import NgramDrafter
 from reprise.runner.drafts.prefill import DraftPrefill
 from reprise.runner.drafts.synthetic import SyntheticDrafter

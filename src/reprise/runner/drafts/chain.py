@@ -16,14 +16,14 @@ from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.regions import Region
 from reprise.layers import routes
-from reprise.ops.step import ACCEPTED, COMPUTED
-from reprise.runner.arena import Ints, to_device
+from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.probes import ProbeMaker
 from reprise.runner.written_rows import WrittenRows
 from reprise.shape import StepShape
+from reprise.step import Step
 
 _PARAMETERS = {
     "temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32,
@@ -65,6 +65,8 @@ class ChainInputs(StepBuffers):
             shared=step.shared, num_drafts=rows.num_drafts, rows=rows,
         )  # fmt: skip
         self._step = step
+        self._behind: tuple[StepShape, int] | None = None
+        """Shape of the step that was followed last, and how many ids of the prefill were written."""
         self._back = 0 if draft.shifted else 1
         device = platform.device
         self.hidden = torch.zeros(
@@ -75,78 +77,115 @@ class ChainInputs(StepBuffers):
         self.parameters = {
             name: torch.zeros(most, dtype=kind, device=device) for name, kind in _PARAMETERS.items()
         }
-        self._numbers = torch.zeros_like(rows.numbers)
+        self.last = torch.zeros(most, dtype=torch.int64, device=device)
+        """[R]: of each request of the chain the last token of the target's step that counts."""
         begins = np.arange(most + 1, dtype=np.int32)
         self.begins = [to_device(begins * each, platform) for each in (0, 1, 2, self.width)]
         """Of passes with so many tokens of each request where those of each begin; the last: of
         whole chains."""
-        self._known_tokens = to_device(np.full(most, self._back, dtype=np.int32), platform)
-
-    def last_tokens(self, requests: int) -> Tensor:
-        """[R] int64: of each request of the step in the target's buffers, which has moved on, the
-        last token that counts, by its place in the step."""
-        step = self._step
-        rows, known = step._rows.device[:requests], step._known.device[:requests]
-        accepted = self.rows.numbers[ACCEPTED].index_select(0, rows)
-        return step.query_start_loc.device[:requests] + known + accepted - 1
+        self._not_told = to_device(np.full(most, -1, dtype=np.int64), platform)
+        self._all = to_device(np.arange(most, dtype=np.int64), platform)
 
     def follow(
-        self, drawing: Ints, number: Tensor | None, last: Tensor, padded: StepShape, *, same: bool,
+        self,
+        step: Step,
+        chosen: Sequence[int],
+        shifted_ids: Tensor | None,
+        padded: StepShape,
+        width: int,
+        *,
         greedy: bool,
-    ) -> Tensor:  # fmt: skip
-        """Begin where the requests of the step in the buffers stand now.
+    ) -> None:
+        """Begin where the requests of the step in the target's buffers stand now, which have moved
+        on, and shift its tokens for the prefill.
 
         Args:
-            drawing: [R], rows of those that drew a token.
-            number: [R] int64 on the device, their numbers in the step; None: they are all of it.
-            last: [R] int64, their last tokens that count.
+            step: That step.
+            chosen: [C], which of its requests drafts are made for.
+            shifted_ids: See ``ops.draft_inputs``.
             padded: What the chain is padded to.
-            same: They are those of the last step, and so are their block tables.
+            width: Tokens of each request in the chain.
             greedy: The likeliest tokens are drafted, whatever requests ask for.
-
-        Returns:
-            [R] int64: their rows.
         """
-        count, most, width = len(drawing), padded.num_requests, self.width
-        step, numbers = self._step, self._numbers
+        count, most = len(chosen), padded.num_requests
         shapes = StepShape.decode(count, width), padded
-        rows = self._rows.device[:count]
-        if not same or self._padded != shapes:
-            of_step = step._rows.device
-            rows.copy_(of_step[:count] if number is None else of_step.index_select(0, number))
-            self._rows.device[count:most].zero_()
-            for name, each in self.rows.parameters(rows).items():
-                if name in self.parameters:
-                    self.parameters[name][:count].copy_(each)
-            self.parameters["temperature"][0 if greedy else count : most].zero_()
+        drawing = [step.rows[each] for each in chosen]
+        behind = step.shape, 0 if shifted_ids is None else len(shifted_ids)
+        goes_on = (
+            self._again is not None
+            and (self._padded, self._behind) == (shapes, behind)
+            and drawing == self._last_rows == step.rows
+            and not step.admitted
+            and step.num_decodes == count
+        )
+        if goes_on:
+            assert self._again is not None
+            if any(step.edits):
+                self._gather(most)
+            self._again()
+        else:
+            arguments = self._arguments(len(step.rows), step.num_tokens, count, most, width)
+            if count < len(step.rows):
+                arguments[6:8] = self._tell(step, chosen)
+            given = (*arguments[:10], shifted_ids, *arguments[10:], width, self._back, greedy)
+            self._again = ops.draft_inputs.repeatedly(*given)
+            self._last_rows, self._padded, self._behind = drawing, shapes, behind
             self.query_start_loc.device[: most + 1].copy_(self.begins[-1][: most + 1])
             self._gather(most)
-        numbers.copy_(self.rows.numbers)
-        if self._back:
-            numbers[COMPUTED].sub_(self._back).clamp_(min=0)
-            ids = self.input_ids.device[: count * width].view(count, width)
-            ids[:, 0].copy_(step.input_ids.device.index_select(0, last))
-        ops.lay_out(
-            numbers,
-            self._rows.device[:most],
-            self._known_tokens[:most],
-            self.query_start_loc.device[: most + 1],
-            self.block_tables[:, :most],
+            self.hidden[count:most].zero_()
+        if count:
+            rows = np.array(drawing, dtype=np.int64)
+            self.known.follow(rows, np.full(count, width, dtype=np.int64), self._back)
+
+    def _tell(self, step: Step, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What only the host knows of a step in which some requests draw nothing: [R] and [C]
+        int64, see ``ops.draft_inputs``."""
+        told = np.full(len(step.rows), -1, dtype=np.int64)
+        for number, samples in enumerate(step.samples):
+            if not samples:
+                admission = self.rows.admitted[step.rows[number]]
+                assert admission is not None, "a row computes known tokens of its admission"
+                told[number] = admission.token_ids[self._step.starts(number) + step.counts[number]]
+        both = to_device(np.concatenate([told, np.array(chosen, dtype=np.int64)]), self.platform)
+        return both[: len(told)], both[len(told) :]
+
+    def _arguments(
+        self, requests: int, tokens: int, count: int, most: int, width: int
+    ) -> list[Tensor]:
+        """Of ``ops.draft_inputs`` if all requests draw, but the ids of the prefill and what is no
+        tensor."""
+        step, rows = self._step, self.rows
+        return [
+            rows.integers,
+            rows.floats,
+            step._rows.device[:requests],
+            step._known.device[:requests],
+            step.query_start_loc.device[: requests + 1],
+            step.input_ids.device[:tokens],
+            self._not_told[:requests],
+            self._all[:count],
+            rows.tables,
             self._block_sizes,
+            self.last[:most],
+            self._rows.device[:most],
             self.input_ids.device[: most * width],
             self.positions.device[: most * width],
-            self.draws[: most * width],
             self.slots[:, : most * width],
             self.seq_lens.device[:most],
             self._accepted.device[:most],
             self._fresh.device[:most],
-            width,
-        )
-        first = self.draws[: count * width].view(count, width)[:, self._back]
-        self.parameters["number"][:count].copy_(first)
-        self.known.follow(drawing, np.full(count, width, dtype=np.int64), self._back)
-        self._padded = shapes
-        return rows
+            *(each[:most] for each in self.parameters.values()),
+        ]
+
+    def example_behind(self, shifted_ids: Tensor | None) -> None:
+        """Begin behind a step of the null row, which changes nothing."""
+        given = self._arguments(1, 1, 1, 1, self.width)
+        ops.draft_inputs(*given[:10], shifted_ids, *given[10:], self.width, self._back, False)
+        self.forget()
+
+    def rows_of(self, count: int) -> Tensor:
+        """[C] int64: the rows of the chosen requests."""
+        return self._rows.device[:count]
 
     def fill_draws(self, live: StepShape, seed: int) -> None:
         """What requests of a made-up step ask of their draws: one in two takes the likeliest."""
@@ -169,6 +208,8 @@ class ChainInputs(StepBuffers):
             self.hidden[:count].copy_(drawn)
 
     def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
+        if self._padded == (live, bucket):
+            return
         begin, end = live.num_requests, bucket.num_requests
         for each in self.parameters.values():
             each[begin:end].zero_()
@@ -181,8 +222,8 @@ class ChainInputs(StepBuffers):
         own = {name: each for name, each in super().arrays().items() if name not in shared}
         constants = dict(zip(("nowhere", "singles", "pairs", "wholes"), self.begins, strict=True))
         own.update(
-            self.parameters, hidden=self.hidden, numbers=self._numbers,
-            known_tokens=self._known_tokens, **constants,
+            self.parameters, hidden=self.hidden, last=self.last, not_told=self._not_told,
+            every=self._all, **constants,
         )  # fmt: skip
         return {f"draft chain's {name}": each for name, each in own.items() if each.numel()}
 

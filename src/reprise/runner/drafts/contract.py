@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from reprise.graphs import GraphRunner
+from reprise.cache import CacheLayout
+from reprise.graphs import Buckets, Computation, GraphPlan, GraphRunner, VerifyMode
+from reprise.graphs.plan import Wanted
+from reprise.runner.buffers import StepBuffers
 from reprise.step import Step
 
 
-class Drafter(Protocol):
+@dataclass(frozen=True)
+class GraphOptions:
+    """How the graphs of an engine are made, whoever owns them."""
+
+    plan: GraphPlan[Wanted]
+    buckets: Buckets
+    max_requests: int
+    verify: VerifyMode
+
+    def runner(
+        self, computation: Computation, buffers: StepBuffers, width: int, owner: str = ""
+    ) -> GraphRunner:
+        """Of a computation whose decode steps have ``width`` tokens a request."""
+        return GraphRunner(
+            computation, buffers.platform, self.plan, self.buckets, self.max_requests,
+            verify=self.verify, query_lens=(width,), owner=owner,
+        )  # fmt: skip
+
+
+class Drafter:
     """Fills what rows have behind their newest tokens. Works on the device alone, and nobody else
     knows in how many passes, or of what."""
 
-    @property
-    def owners(self) -> Mapping[str, GraphRunner]:
-        """Who runs its graphs, by names for people; empty if it computes no model."""
+    owners: Mapping[str, GraphRunner] = {}
+    """Who runs its graphs, by names for people; empty if it computes no model."""
+
+    # ---- before steps --------------------------------------------------------------------
+
+    def plan_graphs(self, options: GraphOptions) -> None:
+        """Make what runs its passes, with graphs as the engine's options say."""
+
+    def use_cache(self, layout: CacheLayout, max_model_len: int) -> None:
+        """The pools have these sizes; the target's pass knows already."""
+
+    def forward_passes(self, tokens: int, requests: int) -> Sequence[Callable[[], Tensor]]:
+        """Its passes at a size, for kernels to be compiled and memory to be measured."""
+        return ()
+
+    def example(self) -> None:
+        """Call once what surrounds its passes, which changes nothing."""
+
+    # ---- steps ---------------------------------------------------------------------------
 
     def admit(self, step: Step) -> None:
         """Rows have new owners, whose known tokens the step says."""
@@ -40,9 +78,11 @@ class Drafter(Protocol):
             rows: [R] int64, the step's.
             emitted: [R, 1 + K] int64, their new tokens, -1 behind them.
         """
+        raise NotImplementedError
 
     def memory(self) -> dict[str, Tensor]:
         """What lies on the device from step to step, by name."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """A step failed half-way, or inputs were overwritten: the next step is begun anew."""

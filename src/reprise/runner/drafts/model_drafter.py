@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from reprise.cache import CacheLayout
-from reprise.graphs import Buckets, Computation, GraphPlan, GraphRunner, VerifyMode
+from reprise.graphs import GraphPlan, GraphRunner
 from reprise.graphs.plan import Wanted
 from reprise.ops.step import NEXT
-from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import ChainInputs, DraftChain
+from reprise.runner.drafts.contract import Drafter, GraphOptions
 from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.drafts.prefill import DraftPrefill
 from reprise.runner.drafts.synthetic import SyntheticDrafter
@@ -32,26 +32,7 @@ PREFILL, CHAIN = "draft prefill", "draft chain"
 """What its graphs are called."""
 
 
-@dataclass(frozen=True)
-class GraphOptions:
-    """How the graphs of an engine are made, whoever owns them."""
-
-    plan: GraphPlan[Wanted]
-    buckets: Buckets
-    max_requests: int
-    verify: VerifyMode
-
-    def runner(
-        self, computation: Computation, buffers: StepBuffers, width: int, owner: str = ""
-    ) -> GraphRunner:
-        """Of a computation whose decode steps have ``width`` tokens a request."""
-        return GraphRunner(
-            computation, buffers.platform, self.plan, self.buckets, self.max_requests,
-            verify=self.verify, query_lens=(width,), owner=owner,
-        )  # fmt: skip
-
-
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Drafts with a model, on the device alone: a prefill over what the target has computed, then a
     chain of passes, one for each further draft.
 
@@ -85,8 +66,6 @@ class ModelDrafter:
         self.prefill = DraftPrefill(draft, buffers, target, max_tokens)
         self.chain = DraftChain(draft, count, self.inputs, target)
         self.owners: dict[str, GraphRunner] = {}
-        self._last: list[int] = []
-        """Rows of the last chain, if nothing of them has changed."""
         logger.info(
             "drafts: %d tokens a step by %s, %.2f GiB of weights of its own",
             count, speculation.method,
@@ -94,7 +73,6 @@ class ModelDrafter:
         )  # fmt: skip
 
     def plan_graphs(self, options: GraphOptions) -> None:
-        """Make what runs the passes, with graphs as the engine's options say."""
         if self._speculation.eager:
             options = replace(options, plan=GraphPlan("none", "none"))
         prefill = options
@@ -117,11 +95,9 @@ class ModelDrafter:
         }
 
     def use_cache(self, layout: CacheLayout, max_model_len: int) -> None:
-        """The pools have these sizes; the target's pass knows already."""
         self.chain.use_cache(layout, max_model_len)
 
     def forward_passes(self, tokens: int, requests: int) -> list[Callable[[], Tensor]]:
-        """Its passes at a size, for kernels to be compiled and memory to be measured."""
         width = 1 + self._buffers.rows.num_drafts
         steps: list[tuple[DraftPrefill | DraftChain, StepShape]] = [
             (self.prefill, StepShape.mixed(tokens, requests))
@@ -136,6 +112,10 @@ class ModelDrafter:
 
         return [partial(run, *each) for each in steps]
 
+    def example(self) -> None:
+        one = StepShape.decode(1, 1)
+        self.inputs.example_behind(self.prefill.ids(one, one))
+
     def chain_shape(self, requests: int) -> StepShape:
         """Of a chain for so many requests."""
         return StepShape.decode(requests, self.inputs.width)
@@ -144,7 +124,6 @@ class ModelDrafter:
 
     def admit(self, step: Step) -> None:
         if step.admitted:
-            self._last = []
             # Further than a row's blocks reach nothing is drafted, whatever lay there before.
             rows = np.array([each.row for each in step.admitted], dtype=np.int64)
             self._buffers.rows.clear_tables(rows)
@@ -155,50 +134,25 @@ class ModelDrafter:
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         inputs, shifted = self.inputs, self.draft.shifted
-        requests, decodes = len(step.rows), step.num_decodes == len(step.rows)
-        drawing, number = list(step.rows), None
-        if not all(step.samples):
-            which = [n for n, samples in enumerate(step.samples) if samples]
-            drawing = [step.rows[n] for n in which]
-            number = to_device(np.array(which, dtype=np.int64), self._buffers.platform)
-        last = inputs.last_tokens(requests)
-        hidden = None
-        if shifted:
-            self.prefill.shift(step.num_tokens, last, self._behind(step, rows))
-        if shifted or not decodes:
-            hidden = self._run(PREFILL, step.shape)
-        if not drawing:
+        chosen = [number for number, samples in enumerate(step.samples) if samples]
+        prefills = shifted or step.num_decodes < len(step.rows)
+        shape = self.chain_shape(len(chosen))
+        ids = self.prefill.ids(step.shape, self.owners[PREFILL].padded(step.shape))
+        if chosen or ids is not None:
+            padded = self.owners[CHAIN].padded(shape) if chosen else shape
+            inputs.follow(
+                step, chosen, ids, padded, inputs.width, greedy=self._speculation.greedy
+            )  # fmt: skip
+        hidden = self._run(PREFILL, step.shape) if prefills else None
+        if not chosen:
             return
-        if number is not None:
-            last = last.index_select(0, number)
-        shape = self.chain_shape(len(drawing))
-        rows = inputs.follow(
-            np.array(drawing, dtype=np.int64), number, last, self.owners[CHAIN].padded(shape),
-            same=drawing == self._last and not any(step.edits), greedy=self._speculation.greedy,
-        )  # fmt: skip
-        self._last = drawing
+        count = len(chosen)
         if shifted:
             assert hidden is not None
-            inputs.hidden[: len(drawing)].copy_(hidden.index_select(0, last))
+            torch.index_select(hidden, 0, inputs.last[:count], out=inputs.hidden[:count])
         drafts = self._run(CHAIN, shape)
         ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + self._count]
-        ahead.index_copy_(1, rows, drafts)
-
-    def _behind(self, step: Step, rows: Tensor) -> Tensor:
-        """[R] int64: the token behind the last one of each request that counts. Behind a chunk that
-        is not its prompt's last one the host knows it."""
-        newest = self._buffers.rows.numbers[NEXT].index_select(0, rows)
-        if all(step.samples):
-            return newest
-        known = np.full(len(step.rows), -1, dtype=np.int64)
-        for number, samples in enumerate(step.samples):
-            if not samples:
-                admission = self._buffers.rows.admitted[step.rows[number]]
-                assert admission is not None, "a row computes known tokens of its admission"
-                end = self._buffers.starts(number) + step.counts[number]
-                known[number] = admission.token_ids[end]
-        told = to_device(known, self._buffers.platform)
-        return torch.where(told >= 0, told, newest)
+        ahead.index_copy_(1, inputs.rows_of(count), drafts)
 
     def _run(self, owner: str, shape: StepShape) -> Tensor:
         runner = self.owners[owner]
@@ -206,8 +160,6 @@ class ModelDrafter:
         return runner.run(shape)
 
     def forget(self) -> None:
-        """A step failed half-way, or inputs were overwritten."""
-        self._last = []
         self.inputs.forget()
 
     def memory(self) -> dict[str, Tensor]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.graphs import GraphRunner
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
+from reprise.runner.drafts.contract import Drafter
 from reprise.runner.rows import Rows
 from reprise.speculation import Speculation
 from reprise.step import Step
@@ -20,7 +19,7 @@ from reprise.step import Step
 logger = logging.getLogger(__name__)
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Drafts what followed the same tokens earlier in a request's text (``ops.ngram``).
 
     Args:
@@ -29,8 +28,6 @@ class NgramDrafter:
         max_model_len: Longest text.
         platform: The device.
     """
-
-    owners: Mapping[str, GraphRunner] = {}
 
     def __init__(
         self, speculation: Speculation, rows: Rows, max_model_len: int, platform: Platform
@@ -58,9 +55,6 @@ class NgramDrafter:
             self._tokens[each.row, : len(text)].copy_(together[begin:end])
             begin = end
 
-    def judge(self, step: Step, rows: Tensor, first_draw: Tensor, drawn: Tensor) -> None:
-        """A draft that is no token that was drawn does not count: nothing to do."""
-
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         asked = self._speculation
         ops.ngram(
@@ -70,6 +64,3 @@ class NgramDrafter:
 
     def memory(self) -> dict[str, Tensor]:
         return {"n-gram drafter's texts": self._tokens}
-
-    def forget(self) -> None:
-        """Nothing is kept from step to step but what rows are admitted with."""

@@ -43,18 +43,16 @@ class DraftPrefill:
         dtype = next(draft.parameters()).dtype
         self._hidden = torch.zeros(most, draft.hidden_size, dtype=dtype, device=device)
         self._ids = torch.zeros(most * draft.shifted, dtype=torch.int64, device=device)
+        self._padded: tuple[StepShape, StepShape] | None = None
+        """The step whose ids are there, and what they were padded to."""
 
-    def shift(self, tokens: int, last: Tensor, newest: Tensor) -> None:
-        """Give each row of the step the id of the token behind its own.
-
-        Args:
-            tokens: Of the step.
-            last: [R] int64, the last token of each request that counts.
-            newest: [R] int64, the token behind it.
-        """
-        ids = self._ids[:tokens]
-        ids[:-1].copy_(self._buffers.input_ids.device[1:tokens])
-        ids.index_copy_(0, last, newest)
+    def ids(self, live: StepShape, bucket: StepShape) -> Tensor | None:
+        """[T] int64, to be written for a step and its padding: the id of the token behind each;
+        None: the model takes the step's own."""
+        if not self._draft.shifted:
+            return None
+        self._padded = live, bucket
+        return self._ids[: bucket.num_tokens]
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """[T, D]"""
@@ -68,6 +66,8 @@ class DraftPrefill:
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:
         self._target.pad(live, bucket)
+        if self._padded == (live, bucket):
+            return
         self._ids[live.num_tokens : bucket.num_tokens].zero_()
 
     def inputs(self, shape: StepShape) -> Mapping[str, Tensor]:
@@ -114,6 +114,7 @@ class DraftPrefill:
         def fill() -> None:
             probe.fill()
             tokens = probe.live.num_tokens
+            self._padded = None
             self._ids.zero_()
             self._ids[:tokens].copy_(self._buffers.input_ids.device[:tokens].roll(-1))
             generator = torch.Generator(device=taps.device).manual_seed(seed)

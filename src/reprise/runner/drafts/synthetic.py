@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from reprise.graphs import GraphRunner
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
+from reprise.runner.drafts.contract import Drafter
 from reprise.runner.rows import Rows
 from reprise.speculation import Speculation
 from reprise.step import Step
@@ -18,7 +17,7 @@ from reprise.step import Step
 logger = logging.getLogger(__name__)
 
 
-class SyntheticDrafter:
+class SyntheticDrafter(Drafter):
     """Has each draft count with a given chance, for measurements of speed alone.
 
     Steps compute what they would with drafts of such quality; the texts mean nothing.
@@ -28,8 +27,6 @@ class SyntheticDrafter:
         rows: The requests.
         platform: The device.
     """
-
-    owners: Mapping[str, GraphRunner] = {}
 
     def __init__(self, speculation: Speculation, rows: Rows, platform: Platform) -> None:
         assert speculation.synthetic_acceptance is not None
@@ -41,9 +38,6 @@ class SyntheticDrafter:
             "synthetic drafts: each of %d counts with a chance of %g; what is generated means "
             "nothing", self._count, self._chance,
         )  # fmt: skip
-
-    def admit(self, step: Step) -> None:
-        """Nothing of a request is needed."""
 
     def judge(self, step: Step, rows: Tensor, first_draw: Tensor, drawn: Tensor) -> None:
         if not step.num_decodes:
@@ -60,6 +54,3 @@ class SyntheticDrafter:
 
     def memory(self) -> dict[str, Tensor]:
         return {}
-
-    def forget(self) -> None:
-        """Nothing is kept from step to step but what rows are admitted with."""
