@@ -66,7 +66,7 @@ class ChainInputs(StepBuffers):
         )  # fmt: skip
         self._step = step
         self._behind: tuple[StepShape, int] | None = None
-        """Shape of the step that was followed last, and how many ids of the prefill were written."""
+        """Of the step that was followed last: its shape, and the ids of the prefill."""
         self._back = 0 if draft.shifted else 1
         device = platform.device
         self.hidden = torch.zeros(
