@@ -155,7 +155,7 @@ def test_drafts_are_drawn_as_the_request_draws(demo: Any, device: str) -> None:
     params = SamplingParams(temperature=0.7, top_k=50, seed=7, max_tokens=200)
     llm = drafting(DEMO_MODEL, None, device, 4)
     prompt = llm.get_tokenizer().encode(STORIES[1], add_special_tokens=False)
-    seed = llm.engine._seed(params, 0)
+    seed = llm.engine._seed(params, 0, 0)
 
     def draw(logits: Tensor, place: Tensor) -> Tensor:
         def filled(value: float, kind: torch.dtype) -> Tensor:
