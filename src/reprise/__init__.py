@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reprise.llm import LLM
     from reprise.outputs import CompletionOutput, RequestOutput
     from reprise.sampling_params import RequestOutputKind, SamplingParams
+    from reprise.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -26,6 +27,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "RequestOutput": "reprise.outputs:RequestOutput",
     "RequestOutputKind": "reprise.sampling_params:RequestOutputKind",
     "SamplingParams": "reprise.sampling_params:SamplingParams",
+    "StructuredOutputsParams": "reprise.structured_outputs:StructuredOutputsParams",
 }
 
 

@@ -92,7 +92,8 @@ class AsyncLLM:
         Raises:
             RequestError: The prompt or a parameter is invalid.
             CapacityError: The prompt does not fit the context or the cache.
-            NonFiniteError: The request's logits were NaN or infinite.
+            FailedRequestError: The request's logits were NaN or infinite (NonFiniteError), or its
+                grammar was left (GrammarError).
         """
         refuse_others(self.generate, others)
         return self._outputs(lambda: prompt, _own(sampling_params), request_id, priority)

@@ -40,8 +40,8 @@ class CapacityError(RepriseError, RuntimeError):
     """The KV cache or the context is too small for what was asked."""
 
 
-class NonFiniteError(RepriseError, ArithmeticError):
-    """A request's logits were NaN or infinite: no token can be drawn. Other requests go on.
+class FailedRequestError(RepriseError):
+    """A request that was accepted cannot be finished. Other requests go on.
 
     Args:
         message: Which request, where, and the remedy.
@@ -52,6 +52,14 @@ class NonFiniteError(RepriseError, ArithmeticError):
     def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.outputs = list(outputs)
+
+
+class NonFiniteError(FailedRequestError, ArithmeticError):
+    """A request's logits were NaN or infinite: no token can be drawn."""
+
+
+class GrammarError(FailedRequestError):
+    """A token was drawn that a request's grammar does not allow."""
 
 
 class OpError(RepriseError, RuntimeError):

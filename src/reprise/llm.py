@@ -23,7 +23,7 @@ from reprise.engine import (
     together,
 )
 from reprise.engine.batch import Asked, Batch
-from reprise.errors import NonFiniteError, RepriseError, RequestError, UnsupportedError
+from reprise.errors import RepriseError, RequestError, UnsupportedError
 from reprise.graphs import GraphReport
 from reprise.loading import as_transformers
 from reprise.metrics import Metric
@@ -113,8 +113,9 @@ class LLM:
         Raises:
             RequestError: A prompt or parameter is invalid; then nothing is generated.
             CapacityError: A prompt does not fit the context or the cache; likewise.
-            NonFiniteError: The logits of some were NaN or infinite. Raised when all others have
-                ended; its ``outputs`` are those of all prompts.
+            FailedRequestError: The logits of some were NaN or infinite (NonFiniteError), or the
+                grammar of some was left (GrammarError). Raised when all others have ended; its
+                ``outputs`` are those of all prompts.
         """
         refuse_others(self.generate, others)
         if not isinstance(use_tqdm, bool):
@@ -136,7 +137,7 @@ class LLM:
         errors = [error for _, error in completed if error is not None]
         if errors:
             count = f"{len(errors)} of {len(outputs)} requests have failed. " if outputs[1:] else ""
-            raise NonFiniteError(f"{count}{errors[0]}", outputs)
+            raise type(errors[0])(f"{count}{errors[0]}", outputs)
         return outputs
 
     def chat(

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
+from reprise.structured_outputs import StructuredOutputsParams
 from reprise.vllm_names import SAMPLING, drop_neutral
 
 MAX_COMPLETIONS = 16384
@@ -107,6 +108,10 @@ class SamplingParams:
     num_drafts: int | None = None
     """Most tokens that are drafted behind the newest one, where the engine drafts any; None: as
     many as it does. No token depends on it."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the text must be. Needs ``reprise[structured]``. The model's end-of-sequence token is
+    drawn when the text can end, and before ``min_tokens`` or with ``ignore_eos`` only if it must
+    end. Not with ``allowed_token_ids``. Log probabilities are the model's own."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     """What each item of a stream holds. ``LLM`` returns whole outputs whatever it says."""
     skip_special_tokens: bool = True
@@ -131,6 +136,7 @@ class SamplingParams:
         self._check_tokens("allowed_token_ids")
         self._check_texts("stop")
         self._check_texts("bad_words")
+        self._check_structured()
         if not isinstance(self.output_kind, RequestOutputKind):
             kinds = ", ".join(each.name for each in RequestOutputKind)
             remedy = f"give a RequestOutputKind: {kinds}"
@@ -250,10 +256,24 @@ class SamplingParams:
         if not isinstance(getattr(self, name), str):
             super().__setattr__(name, tuple(dict.fromkeys(texts)))
 
+    def _check_structured(self) -> None:
+        given = self.structured_outputs
+        if given is None:
+            return
+        if isinstance(given, Mapping):
+            given = StructuredOutputsParams(**given)
+        if not isinstance(given, StructuredOutputsParams):
+            raise _invalid("structured_outputs", given, "give a StructuredOutputsParams")
+        # Validated again: its fields may have been changed.
+        super().__setattr__("structured_outputs", dataclasses.replace(given))
+
     def _check_conflicts(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             remedy = f"it must not exceed max_tokens={self.max_tokens}"
             raise _invalid("min_tokens", self.min_tokens, remedy)
+        if self.structured_outputs is not None and self.allowed_token_ids is not None:
+            remedy = "structured_outputs decides which tokens are allowed: give one of them"
+            raise _invalid("allowed_token_ids", self.allowed_token_ids, remedy)
         if self.stop_strings and not self.detokenize:
             remedy = "stop strings are found in text: set detokenize=True or use stop_token_ids"
             raise _invalid("stop", self.stop, remedy)

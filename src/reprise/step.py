@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -48,6 +50,17 @@ class TableEdit:
     row: int
     begin: int
     blocks: Sequence[int]
+
+
+@dataclass(slots=True, eq=False)
+class Masks:
+    """The tokens that may be drawn from some of a step's rows of logits, of which each request that
+    samples has one, and one for each of its drafts."""
+
+    rows: np.ndarray[Any, Any]
+    """[M] int64, ascending."""
+    words: np.ndarray[Any, Any]
+    """[M, ceil(V / 32)] int32, a bit a token as ``ops.apply_bitmask`` reads it."""
 
 
 @dataclass(slots=True, eq=False)

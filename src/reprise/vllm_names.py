@@ -125,7 +125,8 @@ ENGINE = [
         },
     ),
     Group(
-        "structured outputs and output parsers are not supported",
+        "give structured_outputs to SamplingParams, whose grammars are xgrammar's; the server has "
+        "parsers",
         {
             "structured_outputs_config": ({},), "guided_decoding_backend": ("auto", "xgrammar"),
             "guided_decoding_disable_fallback": (False,),
@@ -263,7 +264,7 @@ REQUEST = [
         {"lora_request": ([],), "prompt_adapter_request": ([],)},
     ),
     Group(
-        "structured outputs are not supported",
+        "give structured_outputs to SamplingParams",
         {"guided_options_request": ({},)},
     ),
     Group(
@@ -287,10 +288,7 @@ REQUEST = [
 """Arguments of ``generate`` and ``chat``."""
 
 SAMPLING = [
-    Group(
-        "structured outputs are not supported",
-        {"structured_outputs": (), "guided_decoding": ()},
-    ),
+    Group("give structured_outputs=StructuredOutputsParams(...)", {"guided_decoding": ()}),
     Group(
         "a budget for thinking is not supported: use max_tokens",
         {"thinking_token_budget": (-1,)},
@@ -330,6 +328,27 @@ SAMPLING = [
     Group("every request gets a copy", {"skip_clone": ANY_FLAG}),
 ]  # fmt: skip
 """Fields of ``SamplingParams``."""
+
+STRUCTURED = [
+    Group(
+        "a schema says it: set additionalProperties to false",
+        {"disable_additional_properties": (False,)},
+    ),
+    Group(
+        "white space in JSON is free up to a bound: use disable_any_whitespace",
+        {"whitespace_pattern": ()},
+    ),
+    Group(
+        "grammars are xgrammar's alone",
+        {
+            "backend": ("auto", "xgrammar"),
+            "_backend": ("xgrammar",),
+            "_backend_was_auto": ANY_FLAG,
+            "disable_fallback": ANY_FLAG,
+        },
+    ),
+]
+"""Fields of ``StructuredOutputsParams``."""
 
 METHODS = {
     "beam_search": "beam search is not supported: use SamplingParams(n=...) with a temperature",
@@ -413,6 +432,7 @@ def markdown() -> str:
         ("`LLM(...)`, `AsyncLLM(...)`, `EngineArgs(...)`", ENGINE),
         ("`generate(...)`, `chat(...)`", REQUEST),
         ("`SamplingParams(...)`", SAMPLING),
+        ("`StructuredOutputsParams(...)`", STRUCTURED),
     )
     for title, groups in titles:
         lines += [f"| {title}: accepted at | at any other value |", "| --- | --- |"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reprise.engine.detokenizer import Detokenizer, TokenTexts
-from reprise.errors import RepriseError
+from reprise.errors import FailedRequestError
 from reprise.outputs import (
     CompletionOutput,
     Logprobs,
@@ -144,7 +144,7 @@ class CompletionGroup:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
-        self.error: RepriseError | None = None
+        self.error: FailedRequestError | None = None
         """Why it was ended, if nobody asked for that."""
         self._metrics: RequestMetrics | None = None
         self._began = False

@@ -26,10 +26,13 @@ from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.scheduler import BLOCKS_AHEAD, Scheduler, SchedulerStats
+from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, check_choice, truncated
 from reprise.engine.suspects import Suspects
 from reprise.errors import (
     ConfigError,
+    FailedRequestError,
+    GrammarError,
     GraphReplayError,
     LoadError,
     NonFiniteError,
@@ -49,7 +52,7 @@ from reprise.outputs import Logprobs
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
-from reprise.step import Step
+from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,15 @@ class EngineStats:
     """Of drafted tokens, how many counted."""
     replicas: tuple[EngineStats, ...] = ()
     """Of each engine, where there are several; all else is their sum, and the longest start-up."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that was submitted, and what it has brought once somebody has waited for it."""
+
+    step: Step
+    pending: PendingOutput
+    output: StepOutput | None = None
 
 
 class Engine(Frontend):
@@ -127,10 +139,12 @@ class Engine(Frontend):
         )
         self._depth = 2 if self.platform.asynchronous else 1
         """Steps under way at once: with two, the next is prepared while the device computes."""
-        self._outstanding: deque[tuple[Step, PendingOutput]] = deque()
+        self._outstanding: deque[_UnderWay] = deque()
         self._groups: dict[str, CompletionGroup] = {}
         self._completions: dict[Request, tuple[CompletionGroup, Completion]] = {}
         """Where a request's results go, until its group has finished or is aborted."""
+        self.compiler = GrammarCompiler(self.tokenizer, self.vocab_size, self.eos_token_ids)
+        self._grammars = Grammars(self.vocab_size, self.eos_token_ids)
         self.profiler = Profiler(self.platform)
         self._observations = Observations(
             config.model or "demo",
@@ -228,6 +242,8 @@ class Engine(Frontend):
         self._groups[request_id] = group
         for each in completions:
             self._completions[each.request] = (group, each)
+            if accepted.grammar is not None:
+                self._grammars.add(each.request, accepted.grammar)
         return group
 
     def abort(self, request_ids: Iterable[str]) -> list[CompletionGroup]:
@@ -290,21 +306,38 @@ class Engine(Frontend):
         if step is not None:
             with self.runner.active():
                 self.runner.submit(step)
-                self._outstanding.append((step, self.runner.sample(step)))
-            requests = self.scheduler.requests_of(step)
+                requests = self.scheduler.requests_of(step)
+                # Grammars follow the tokens before the step's while the device computes it.
+                masks = self._masks(step, requests)
+                self._outstanding.append(_UnderWay(step, self.runner.sample(step, masks)))
             owners = self.runner.owners
             for owner, graphs in owners:
                 self._suspects[owner].note(step, requests, graphs.ran)
             self._heed_canaries(owners)
         if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
             return []
-        oldest, pending = self._outstanding[0]
-        began = time.perf_counter()
-        output = pending.wait()
-        self.wait_seconds += time.perf_counter() - began
-        self._outstanding.popleft()
+        output = self._output_of(self._outstanding[0])
+        oldest = self._outstanding.popleft()
         self._failed_replays = 0
-        return self._take(oldest, output)
+        return self._take(oldest.step, output)
+
+    def _masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
+        """Which tokens may be drawn in the step that was submitted last. Only if one of its
+        requests has a grammar does this wait for the tokens of the step before it."""
+        if not self._grammars.concern(step, requests):
+            return None
+        for each in self._outstanding:
+            self._output_of(each)
+        return self._grammars.masks(step, requests)
+
+    def _output_of(self, each: _UnderWay) -> StepOutput:
+        """Its results, waited for."""
+        if each.output is None:
+            began = time.perf_counter()
+            each.output = each.pending.wait()
+            self.wait_seconds += time.perf_counter() - began
+            self._grammars.take(self.scheduler.requests_of(each.step), each.output)
+        return each.output
 
     def _compute_again(self, error: GraphReplayError) -> None:
         """Drop the steps under way, whose results are lost, and all that they may have spoiled."""
@@ -384,6 +417,7 @@ class Engine(Frontend):
         self.scheduler.start_over()
         self.runner.forget_steps()
         self._outstanding.clear()
+        self._grammars.clear()
         self._groups.clear()
         self._completions.clear()
         self.platform.synchronize()
@@ -432,7 +466,9 @@ class Engine(Frontend):
         for request in self.scheduler.update(step, output.sampled, output.failed, output.spoilt):
             group, completion = completions[request]
             if request.finish_reason == "error":
-                self._fail(group, completion)
+                self._fail(group, self._no_numbers(group, completion))
+            elif self._grammars.count:
+                self._keep_to_grammar(group, completion)
             if completion.reads_tokens:
                 self._read(completion, logprobs.get(request))
             if request.finish_reason is not None:
@@ -444,23 +480,44 @@ class Engine(Frontend):
                 self._forget(group)
         return list(changed)
 
-    def _fail(self, group: CompletionGroup, completion: Completion) -> None:
-        """End a request of which nothing can be drawn, all its completions."""
+    def _keep_to_grammar(self, group: CompletionGroup, completion: Completion) -> None:
+        """End a request whose grammar has ended, or was left, with its newest tokens."""
+        request = completion.request
+        surplus = self._grammars.surplus(request)
+        if surplus is None or request.finish_reason == "stop":
+            return
+        if self._grammars.ended(request):
+            self.scheduler.finish(request, "stop", None, surplus)
+            return
+        token = request.output_token_ids[-surplus]
+        self.scheduler.finish(request, "error", None, surplus)
+        error = GrammarError(
+            f"request {group.request_id!r} has drawn token {token} behind "
+            f"{request.num_output_tokens} others, which its structured_outputs does not allow: it "
+            "was ended, please report this"
+        )
+        self._fail(group, error)
+
+    def _fail(self, group: CompletionGroup, error: FailedRequestError) -> None:
+        """End a request that cannot be finished, all its completions."""
         if group.error is not None:
             return
         for each in group.completions:
             if not each.request.is_finished:
                 self.scheduler.abort(each.request.request_id)
             each.finish()
+        group.error = error
+        logger.error("%s; it was ended", error)
+
+    def _no_numbers(self, group: CompletionGroup, completion: Completion) -> NonFiniteError:
         cause = "the model overflows with this prompt; compare it with another implementation"
         if self.runner.dtype is torch.float16:
             cause = "start with dtype='bfloat16' or 'float32', whose numbers reach further"
-        group.error = NonFiniteError(
+        return NonFiniteError(
             f"the logits of output token {completion.request.num_output_tokens} of request "
             f"{group.request_id!r} are not finite (NaN or infinite) in "
             f"{str(self.runner.dtype).removeprefix('torch.')}: {cause}"
         )
-        logger.error("%s; it was ended", group.error)
 
     def _read(self, completion: Completion, logprobs: Sequence[Logprobs] | None) -> None:
         """Give a completion the tokens that its request has got, up to a stop string."""
@@ -477,6 +534,7 @@ class Engine(Frontend):
         del self._groups[group.request_id]
         for each in group.completions:
             del self._completions[each.request]
+            self._grammars.discard(each.request)
             self._observations.ended(each.request)
 
     def _new_request(

@@ -8,6 +8,7 @@ from typing import Any
 from reprise import timeline
 from reprise.config import EngineConfig
 from reprise.engine.prompt import PreparedPrompt, prepare
+from reprise.engine.structured import GrammarCompiler
 from reprise.engine.submission import PreparedParams, prepare_params
 from reprise.errors import RequestError
 from reprise.loading import Checkpoint, open_checkpoint
@@ -71,6 +72,8 @@ class Frontend:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.devices = devices
+        self.compiler: GrammarCompiler | None = None
+        """Of grammars; None: the engines are elsewhere, and get none."""
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation config recommends."""
@@ -104,4 +107,4 @@ class Frontend:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
         limit = self.config.max_logprobs
-        return prepare_params(params, self.tokenizer, self.vocab_size, limit)
+        return prepare_params(params, self.tokenizer, self.vocab_size, limit, self.compiler)

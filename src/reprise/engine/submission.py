@@ -7,6 +7,7 @@ from typing import Any
 
 from reprise.arguments import shown
 from reprise.engine.prompt import encode
+from reprise.engine.structured import GrammarCompiler
 from reprise.errors import RequestError
 from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
 
@@ -25,21 +26,36 @@ class PreparedParams:
     params: SamplingParams
     bad_words: tuple[tuple[int, ...], ...]
     """Token ids."""
+    grammar: Any = None
+    """Compiled, of ``params.structured_outputs``."""
 
 
 def prepare_params(
-    params: SamplingParams, tokenizer: Any, vocab_size: int, max_logprobs: int | None
+    params: SamplingParams,
+    tokenizer: Any,
+    vocab_size: int,
+    max_logprobs: int | None,
+    compiler: GrammarCompiler | None,
 ) -> PreparedParams:
     """Take a copy, refuse what this model, tokenizer or engine cannot give, and tokenize.
 
     Raises:
         RequestError: A field is invalid, a token is not in the vocabulary, a text needs a tokenizer
-            that there is not, or more is wanted than the engine gives.
+            that there is not, more is wanted than the engine gives, or a grammar does not compile.
     """
     params = params.snapshot()
     _check(params, tokenizer, vocab_size, max_logprobs)
     words = tuple(params.bad_words or ())
-    return PreparedParams(params, bad_word_tokens(words, tokenizer, vocab_size))
+    bad = bad_word_tokens(words, tokenizer, vocab_size)
+    wanted = params.structured_outputs
+    if wanted is None:
+        return PreparedParams(params, bad)
+    if compiler is None:
+        raise RequestError(
+            f"structured_outputs.{wanted.kind} is not supported with data_parallel_size: start one "
+            "engine"
+        )
+    return PreparedParams(params, bad, compiler.compile(wanted))
 
 
 def _check(

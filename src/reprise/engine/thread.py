@@ -48,8 +48,13 @@ class EngineLost(BaseException):
     """The engine is of no use any more. Not an Exception: nobody goes on behind it."""
 
 
+PREPARING_GRAMMARS = 4
+"""Requests with a grammar that are prepared at once: each waits while its grammar is compiled."""
+
+
 class EngineThread:
-    """Drives one engine. A second thread tokenizes, so that no text however long delays a step.
+    """Drives one engine. A second thread tokenizes, so that no text however long delays a step;
+    others prepare requests with a grammar, which may take long to compile.
 
     Args:
         config: Of the engine.
@@ -75,6 +80,7 @@ class EngineThread:
         self._lock = threading.Lock()
         _living.add(self)
         self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
+        self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
 
@@ -110,8 +116,9 @@ class EngineThread:
 
         with self._open():
             self._preparing[reader] = (request_id, False)
-            # Neither the engine nor other callers wait for the tokenizer.
-            self._tokenizing.submit(prepare)
+            # Neither the engine nor other callers wait for the tokenizer or a grammar.
+            plain = getattr(params, "structured_outputs", None) is None
+            (self._tokenizing if plain else self._structuring).submit(prepare)
         return accepted
 
     def submit_all(self, requests: Sequence[Submission]) -> None:
@@ -197,6 +204,7 @@ class EngineThread:
                 self._closed = "the engine was shut down; create a new AsyncLLM"
                 self._commands.put(None)
         self._tokenizing.shutdown(wait=False)
+        self._structuring.shutdown(wait=False)
         self._thread.join()
 
     def is_alive(self) -> bool:

@@ -7,6 +7,7 @@ Every folder in here is declared when this package is imported; what is listed c
 import importlib
 import pkgutil
 
+from reprise.ops.apply_bitmask import apply_bitmask as apply_bitmask
 from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax
 from reprise.ops.causal_conv import causal_conv as causal_conv

@@ -13,7 +13,7 @@ from reprise.config import EngineConfig
 from reprise.engine import Engine, Frontend
 from reprise.engine.batch import Asked, Batch, Completed, OneEngine
 from reprise.engine.submission import PreparedParams
-from reprise.errors import NonFiniteError
+from reprise.errors import FailedRequestError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
 from reprise.replicas.replicas import Replicas, Request
@@ -155,7 +155,7 @@ class _Waiting:
         self._tally.one_less()
 
     def fail(self, error: Exception) -> None:
-        if isinstance(error, NonFiniteError) and error.outputs:
+        if isinstance(error, FailedRequestError) and error.outputs:
             self._completed = error.outputs[0], error
             self._tally.one_less()
         else:

@@ -25,7 +25,7 @@ from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.scheduler import check_fits
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.errors import (
-    NonFiniteError,
+    FailedRequestError,
     RepriseError,
     RequestError,
     StepError,
@@ -523,7 +523,7 @@ class Replicas:
             if isinstance(error, StepError):
                 where = self._replicas[route.replica]
                 error = StepError(f"{where.name} ({where.device}): {error}; its log: {where.log}")
-            if isinstance(error, NonFiniteError) and message.output is not None:
+            if isinstance(error, FailedRequestError) and message.output is not None:
                 error.outputs = [self._unpacked(request, message.output)]
             self._fail(request, error)
 

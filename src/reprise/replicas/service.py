@@ -12,7 +12,7 @@ from reprise.engine import CompletionGroup, EngineThread
 from reprise.engine.driver import then
 from reprise.engine.service import EngineService
 from reprise.engine.thread import Submission
-from reprise.errors import NonFiniteError, RepriseError, StepError, describe
+from reprise.errors import FailedRequestError, RepriseError, StepError, describe
 from reprise.outputs import RequestMetrics, RequestOutput
 from reprise.processes import wire
 from reprise.processes.channel import Channel, flush_all
@@ -139,7 +139,7 @@ class ReplicaReader:
     def fail(self, error: Exception) -> None:
         self.channel.readers.pop(self._number, None)
         output = None
-        if self._group is not None and isinstance(error, NonFiniteError):
+        if self._group is not None and isinstance(error, FailedRequestError):
             output = self._packed(self._group.delta())
         self.channel.send(refusal(self._number, error)._replace(output=output))
 

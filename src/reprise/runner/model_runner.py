@@ -27,6 +27,7 @@ from reprise.graphs import (
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.ops.ahead import compile_ahead
+from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.progress import progress
 from reprise.runner.arena import to_device
@@ -53,7 +54,7 @@ from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
 from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.shape import StepShape
-from reprise.step import Step
+from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
 
@@ -198,14 +199,13 @@ class ModelRunner:
             self.graphs.caches_changed()  # by drafts
         self._result = self.graphs.run(shape, at_least)
 
-    def sample(self, step: Step, masks: Tensor | None = None) -> PendingOutput:
+    def sample(self, step: Step, masks: Masks | None = None) -> PendingOutput:
         """Draw the tokens of the step that was submitted last and move its requests on; its results
         arrive through the returned handle.
 
         Args:
             step: That step.
-            masks: [N, V] bool: tokens that may not be drawn from each row of logits, of which each
-                request that samples has one, and one for each of its drafts. None: all may be.
+            masks: Tokens that may be drawn from some rows of logits; None: all may be.
         """
         result, buffers = self._result, self.buffers
         assert result is not None, "submit comes first"
@@ -233,6 +233,8 @@ class ModelRunner:
         if self.drafter is not None and step.rows:
             self.drafter.propose(step, rows, buffers.new_tokens)
             self._withheld.apply(step, rows)
+            if masks is not None:
+                pending.add_drafts(buffers.rows.numbers[NEXT + 1 :].index_select(1, rows))
         return pending
 
     def _landing(self) -> Landing:

@@ -27,6 +27,9 @@ class StepOutput:
     """The new tokens of each of the step's requests, in their order; none where it samples none."""
     drafted: Sequence[int] = ()
     """Tokens that were drafted behind each request's newest one; empty where nothing ever is."""
+    proposed: Sequence[Sequence[int]] = ()
+    """Tokens that were drafted behind these, for each request's next step, -1 for none; only of a
+    step that was drawn with masks, since the next one's follow them."""
     logprobs: list[list[Logprobs] | None] | None = None
     """Of these tokens, where their requests want them; None: nowhere."""
     failed: Sequence[int] = ()
@@ -87,6 +90,12 @@ class Landing:
         self._tokens[: self._count].copy_(emitted, non_blocking=True)
         self._arrived.record()
 
+    def send_also(self, tensor: Tensor) -> Tensor:
+        """As :meth:`copy`, behind :meth:`send`; :meth:`wait` waits for it too."""
+        host = self.copy(tensor)
+        self._arrived.record()
+        return host
+
     def wait(self) -> Ints:
         """What was sent, when all that was submitted before :meth:`send` is done."""
         self._arrived.synchronize()
@@ -143,6 +152,11 @@ class PendingOutput:
             places = np.array(step.rows, dtype=np.int64)
             self._places = places, rows.lives(places)
         landing.send(emitted, peaks)
+        self._proposed: Tensor | None = None
+
+    def add_drafts(self, drafts: Tensor) -> None:
+        """[K, R] int64 on the device: what was drafted for each request's next step."""
+        self._proposed = self._landing.send_also(drafts)
 
     def wait(self) -> StepOutput:
         emitted = self._landing.wait().copy()
@@ -177,7 +191,10 @@ class PendingOutput:
         spoilt: Sequence[int] = ()
         if self._sound is not None:
             spoilt = (~self._sound).nonzero().flatten().tolist()
-        return StepOutput(sampled, drafted, self._of_samples(sampled), failed, spoilt, prompts)
+        proposed = () if self._proposed is None else self._proposed.T.tolist()
+        return StepOutput(
+            sampled, drafted, proposed, self._of_samples(sampled), failed, spoilt, prompts
+        )
 
     @staticmethod
     def _odd(peaks: Tensor) -> list[int]:

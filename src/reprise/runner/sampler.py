@@ -21,7 +21,7 @@ from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
-from reprise.step import Admission, Step
+from reprise.step import Admission, Masks, Step
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Sampler:
         logits: Tensor,
         step: Step,
         numbers: Tensor,
-        masks: Tensor | None = None,
+        masks: Masks | None = None,
         check: bool = False,
     ) -> tuple[Tensor, Tensor, LogprobTensors | None]:
         """Draw.
@@ -82,7 +82,8 @@ class Sampler:
             step: Whose logits they are.
             numbers: [N] int64, of the token drawn from each row, its number among those that its
                 request generates.
-            masks: [N, V] bool, tokens that a row may not draw; None: any may be drawn.
+            masks: Tokens that some rows may draw, applied behind all that requests ask for; log
+                probabilities are those of the model. None: any may be drawn.
             check: Compare with the reference of the op that draws, which waits for the device.
 
         Returns:
@@ -101,7 +102,8 @@ class Sampler:
         if batch.adjusts or masks is not None:
             adjusted = batch.adjust(raw.clone(), numbers)
             if masks is not None:
-                adjusted.masked_fill_(masks, -torch.inf)
+                rows, words = (to_device(each, self.platform) for each in (masks.rows, masks.words))
+                ops.apply_bitmask(adjusted, rows, words)
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -262,7 +264,10 @@ class _Batch:
         self._held_open = [
             each
             for each in draws
-            if each.request.params.min_tokens > 0 and each.request.stop_token_ids
+            if each.request.params.min_tokens > 0
+            and each.request.stop_token_ids
+            # Its masks hold it open, unless its grammar leaves nothing else.
+            and each.request.params.structured_outputs is None
         ]
         self._closed: tuple[Tensor, ...] = ()
         """Of the tokens that may not end requests yet: their flat indices, the rows of logits that

@@ -1,0 +1,257 @@
+"""Grammars for xgrammar's matchers: made in bounded time, kept in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from reprise.arguments import shown
+from reprise.engine.structured.patterns import check_pattern
+from reprise.engine.structured.schema import check_schema
+from reprise.engine.structured.vocabulary import token_infos
+from reprise.errors import RequestError
+from reprise.structured_outputs import StructuredOutputsParams
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 10.0
+"""Most time that one grammar takes to compile."""
+MAX_COMPILING = 2
+"""Grammars that are compiled at once. One that takes too long goes on in its thread, since nothing
+can stop it, and counts until it ends."""
+MAX_BYTES = 256 << 20
+"""Of the grammars that are kept."""
+MAX_WHITE_SPACE = 16
+"""Characters of white space in a row, in JSON: models that are lost write it without end."""
+
+_Key = tuple[str, str, bool]
+
+
+class GrammarCompiler:
+    """Compiles what requests ask for, and keeps it for others. Any thread may call it.
+
+    Args:
+        tokenizer: The engine's; None: it has none.
+        vocab_size: Of the logits.
+        stop_token_ids: What ends a text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, stop_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._stop_token_ids = stop_token_ids
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._compilers: tuple[Any, Any] | None = None
+        """For text without special tokens, and with them."""
+        self._kept: OrderedDict[_Key, Any] = OrderedDict()
+        self._bytes = 0
+        self._jobs: dict[_Key, _Job] = {}
+        """By what they compile; also those that nobody waits for any more."""
+        self.num_compiled = 0
+        """From the start; the others were kept."""
+
+    def compile(self, wanted: StructuredOutputsParams) -> Any:
+        """xgrammar's compiled grammar.
+
+        Raises:
+            RequestError: Structured output is not installed or needs a tokenizer; the grammar is
+                invalid, asks for what would be ignored, matches nothing, or takes too long.
+        """
+        key = wanted.kind, wanted.source, wanted.disable_any_whitespace
+        self._check(wanted)
+        deadline = time.monotonic() + SECONDS
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+            job = self._jobs.get(key)
+            if job is None:
+                if len(self._jobs) >= MAX_COMPILING and not self._room(deadline):
+                    raise RequestError(
+                        f"structured_outputs.{wanted.kind}: {len(self._jobs)} other grammars have "
+                        f"been compiling for {SECONDS:g} s; give one that is simpler, or try again"
+                    )
+                job = self._jobs[key] = _Job(lambda: self._make(wanted))
+                job.start(lambda: self._finished(key, job))
+        return job.result(deadline, wanted)
+
+    def _room(self, deadline: float) -> bool:
+        """Wait, without the lock, until one more may be compiled."""
+        while len(self._jobs) >= MAX_COMPILING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            jobs = list(self._jobs.values())
+            self._lock.release()
+            try:
+                jobs[0].done.wait(min(left, 0.05))
+            finally:
+                self._lock.acquire()
+        return True
+
+    def _finished(self, key: _Key, job: _Job) -> None:
+        with self._lock:
+            del self._jobs[key]
+            if job.error is None:
+                self.num_compiled += 1
+                self._kept[key] = job.value
+                self._bytes += _size(key, job.value)
+                while self._bytes > MAX_BYTES and len(self._kept) > 1:
+                    oldest, value = self._kept.popitem(last=False)
+                    self._bytes -= _size(oldest, value)
+
+    def _check(self, wanted: StructuredOutputsParams) -> None:
+        """What can be refused without compiling, in time that grows with the text alone."""
+        if self._tokenizer is None:
+            raise RequestError(
+                f"structured_outputs.{wanted.kind} needs a tokenizer, and none is loaded "
+                "(skip_tokenizer_init=True)"
+            )
+        if not self._stop_token_ids:
+            raise RequestError(
+                f"structured_outputs.{wanted.kind} needs a model with an end-of-sequence token: "
+                "its config and tokenizer name none"
+            )
+        if wanted.kind == "json":
+            check_schema(json.loads(wanted.source), "structured_outputs.json")
+        elif wanted.kind == "regex":
+            check_pattern(wanted.source, "structured_outputs.regex")
+        elif wanted.kind == "structural_tag":
+            _check_tag(json.loads(wanted.source), 0)
+
+    def _make(self, wanted: StructuredOutputsParams) -> Any:
+        began = time.perf_counter()
+        plain, tagged = self._loaded()
+        compiler = tagged if wanted.kind == "structural_tag" else plain
+        spaces: dict[str, Any] = {
+            "any_whitespace": not wanted.disable_any_whitespace,
+            "max_whitespace_cnt": None if wanted.disable_any_whitespace else MAX_WHITE_SPACE,
+        }
+        source = wanted.source
+        makers: Mapping[str, Callable[[], Any]] = {
+            "json": lambda: compiler.compile_json_schema(source, **spaces),
+            "json_object": lambda: compiler.compile_json_schema('{"type": "object"}', **spaces),
+            "regex": lambda: compiler.compile_regex(source),
+            "choice": lambda: compiler.compile_grammar(_one_of(wanted.choice or [])),
+            "grammar": lambda: compiler.compile_grammar(source),
+            "structural_tag": lambda: compiler.compile_structural_tag(json.loads(source)),
+        }
+        compiled = makers[wanted.kind]()
+        self._try(compiled, wanted)
+        seconds = time.perf_counter() - began
+        logger.info(
+            "grammar of structured_outputs.%s compiled in %.3f s, %d bytes: %s",
+            wanted.kind, seconds, compiled.memory_size_bytes, shown(source, 80),
+        )  # fmt: skip
+        return compiled
+
+    def _try(self, compiled: Any, wanted: StructuredOutputsParams) -> None:
+        """Refuse a grammar by which no token can come first."""
+        import torch
+        import xgrammar
+
+        matcher = xgrammar.GrammarMatcher(compiled)
+        bits = torch.full((1, -(-self._vocab_size // 32)), -1, dtype=torch.int32)
+        matcher.fill_next_token_bitmask(bits, 0)
+        if not bits.any():
+            raise RequestError(
+                f"structured_outputs.{wanted.kind}={shown(wanted.source)}: no text can be made of "
+                "the model's tokens that matches it"
+            )
+
+    def _loaded(self) -> tuple[Any, Any]:
+        with self._making:
+            if self._compilers is None:
+                began = time.perf_counter()
+                infos = token_infos(self._tokenizer, self._vocab_size, self._stop_token_ids)
+                import xgrammar
+
+                # Kept here and not there: a grammar that was given up would count there too.
+                plain, tagged = (
+                    xgrammar.GrammarCompiler(each, max_threads=1, cache_enabled=False)
+                    for each in infos
+                )
+                self._compilers = plain, tagged
+                logger.info(
+                    "structured output is ready after %.2f s: the first request asks for it",
+                    time.perf_counter() - began,
+                )
+            return self._compilers
+
+
+class _Job:
+    """One grammar that is compiled in a thread of its own, which the process does not wait for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self.done = threading.Event()
+        self.value: Any = None
+        self.error: Exception | None = None
+
+    def start(self, finished: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                self.value = self._make()
+            except Exception as error:
+                self.error = error
+            finally:
+                finished()
+                self.done.set()
+
+        threading.Thread(target=run, name="reprise-grammar", daemon=True).start()
+
+    def result(self, deadline: float, wanted: StructuredOutputsParams) -> Any:
+        named = f"structured_outputs.{wanted.kind}={shown(wanted.source)}"
+        if not self.done.wait(max(0.0, deadline - time.monotonic())):
+            logger.warning("%s takes more than %g s to compile: refused", named, SECONDS)
+            raise RequestError(
+                f"{named}: it takes more than {SECONDS:g} s to compile; give one with fewer or "
+                "shorter repetitions"
+            )
+        if isinstance(self.error, RequestError):
+            raise self.error
+        if self.error is not None:
+            raise RequestError(f"{named}: {_message(self.error)}") from self.error
+        return self.value
+
+
+def _size(key: _Key, compiled: Any) -> int:
+    return int(compiled.memory_size_bytes) + 2 * len(key[1])
+
+
+def _message(error: Exception) -> str:
+    """xgrammar's, without the place in its source."""
+    text = str(error).strip()
+    if text.startswith("[") and ": " in text:
+        text = text.split(": ", 1)[1]
+    return shown(text, 500).strip("\"'")
+
+
+def _one_of(texts: list[str]) -> str:
+    """EBNF whose root is one of the texts."""
+    return "root ::= " + " | ".join(json.dumps(each, ensure_ascii=False) for each in texts)
+
+
+def _check_tag(tag: Any, depth: int) -> None:
+    """The schemas and expressions in a structural tag."""
+    if depth > 64:
+        raise RequestError("structured_outputs.structural_tag is nested more than 64 deep")
+    where = "structured_outputs.structural_tag"
+    if isinstance(tag, list):
+        for each in tag:
+            _check_tag(each, depth + 1)
+    elif isinstance(tag, Mapping):
+        for name, each in tag.items():
+            if name in ("json_schema", "schema") and isinstance(each, Mapping | bool):
+                check_schema(each, f"{where}.{name}")
+            elif name == "pattern" and isinstance(each, str):
+                check_pattern(each, f"{where}.pattern")
+            else:
+                _check_tag(each, depth + 1)

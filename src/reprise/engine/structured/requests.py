@@ -1,0 +1,104 @@
+"""The grammars of all requests that have one, and the masks of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from reprise.engine.structured.grammar import Grammar
+from reprise.request import Request
+from reprise.runner import StepOutput
+from reprise.step import Masks, Step
+
+
+class Grammars:
+    """Those of an engine. For its thread alone.
+
+    Args:
+        vocab_size: Of the logits.
+        eos_token_ids: The model's end-of-sequence tokens.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._of: dict[Request, Grammar] = {}
+        self._drafts: dict[Request, Sequence[int]] = {}
+        """Behind the newest token of each."""
+        self.num_masks = 0
+        """Rows of masks, from the start."""
+
+    def add(self, request: Request, compiled: object) -> None:
+        """The request's text has to match this."""
+        params = request.params
+        least = math.inf if params.ignore_eos else params.min_tokens
+        held = self._eos_token_ids | request.stop_token_ids
+        self._of[request] = Grammar(compiled, held, least)
+
+    def discard(self, request: Request) -> None:
+        """The request has ended."""
+        self._of.pop(request, None)
+        self._drafts.pop(request, None)
+
+    def clear(self) -> None:
+        """All requests have ended."""
+        self._of.clear()
+        self._drafts.clear()
+
+    @property
+    def count(self) -> int:
+        """Requests that have one."""
+        return len(self._of)
+
+    def concern(self, step: Step, requests: Sequence[Request]) -> bool:
+        """Whether a token is drawn for any that has a grammar."""
+        return bool(self._of) and any(
+            samples and request in self._of
+            for request, samples in zip(requests, step.samples, strict=True)
+        )
+
+    def take(self, requests: Sequence[Request], output: StepOutput) -> None:
+        """Follow the tokens of a step, before its requests get them."""
+        if not self._of:
+            return
+        for number, request in enumerate(requests):
+            grammar = self._of.get(request)
+            if grammar is not None and request.finish_reason is None and output.sampled[number]:
+                grammar.take(output.sampled[number], request.num_output_tokens)
+                self._drafts[request] = output.proposed[number] if output.proposed else ()
+
+    def surplus(self, request: Request) -> int | None:
+        """Once a request has its new tokens: how many of them do not follow its grammar, because
+        that had ended (0: it ends with the last one) or refuses them. None: it goes on."""
+        grammar = self._of.get(request)
+        if grammar is None:
+            return None
+        beyond = request.num_output_tokens - grammar.num_tokens
+        return beyond if grammar.ended or beyond > 0 else None
+
+    def ended(self, request: Request) -> bool:
+        """Its grammar allows no further token."""
+        return self._of[request].ended
+
+    def masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
+        """Of a step whose requests' grammars have followed all tokens before it; None: the grammars
+        of all have ended."""
+        rows: list[int] = []
+        room = sum(1 + step.drafts[n] for n, each in enumerate(requests) if each in self._of)
+        words = np.full((room, -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        begin = 0
+        for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
+            if not samples:
+                continue
+            grammar = self._of.get(request)
+            if grammar is not None and request.finish_reason is None:
+                ahead = self._drafts.get(request, ())[:drafts]
+                filled = grammar.fill(words[len(rows) :], ahead)
+                rows += range(begin, begin + filled)
+            begin += 1 + drafts
+        if not rows:
+            return None
+        self.num_masks += len(rows)
+        return Masks(np.array(rows, dtype=np.int64), words[: len(rows)])

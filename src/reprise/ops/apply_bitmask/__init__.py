@@ -1,0 +1,13 @@
+from reprise.ops.apply_bitmask.cases import cases
+from reprise.ops.apply_bitmask.reference import reference
+from reprise.ops.registry import needs_triton, op
+
+__all__ = ["apply_bitmask"]
+
+apply_bitmask = op("apply_bitmask", reference, cases=cases, mutates=("logits",))
+apply_bitmask.implementation(
+    "triton",
+    "reprise.ops.apply_bitmask.triton:apply_bitmask",
+    requires=needs_triton,
+    on_request="no device has run it yet",
+)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from reprise.ops.cases import LARGE, Arguments, Cases, Maker, Workload
+
+
+def _small(make: Maker) -> list[Arguments]:
+    if make.dtype is not torch.float32:
+        return []  # logits are float32, whatever the model computes in
+    words = [-1, 0, 1, -(2**31), 0x55555555, 2**31 - 1, -2]
+    return [
+        {
+            "logits": make.randn(4, vocab),
+            "rows": make.ints(rows),
+            "bits": make.ints(words, torch.int32).repeat(len(rows), 3)[:, : -(-vocab // 32)],
+        }
+        for vocab, rows in ((37, [2]), (500, [3, 0]), (640, [0, 1, 2, 3]))
+    ]
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for rows in (1, 64):
+
+        def arguments(rows: int = rows) -> Arguments:
+            return {
+                "logits": make.randn(rows, LARGE.vocab, dtype=torch.float32),
+                "rows": make.ints(range(rows)),
+                "bits": make.randint(1 << 30, rows, -(-LARGE.vocab // 32), dtype=torch.int32),
+            }
+
+        yield Workload(
+            f"M={rows}", arguments, read_write=2 * 4 * rows * LARGE.vocab, compiled=rows == 1
+        )
+
+
+cases = Cases(_small, _workloads)

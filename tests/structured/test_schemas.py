@@ -1,0 +1,106 @@
+"""Which schemas are followed, and that those which are not are refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from schemas import FOLLOWED, IGNORED, LEAVES
+
+from reprise import LLM, SamplingParams, StructuredOutputsParams
+from reprise.engine.structured.schema import MAX_DEPTH, check_schema
+from reprise.errors import RequestError
+
+jsonschema = pytest.importorskip("jsonschema")
+
+VALUES: list[Any] = [
+    0, 1, 2, 3, 5, -1, -7, 1.5, 17, 100, "", "a", "ab", "abcdef", "cat-12", "2020-01-01",
+    "2020-13-45", "1.2.3.4", "12:00:00Z", "2020-01-01T12:00:00Z", "fixed", "red", "two",
+    "123e4567-e89b-12d3-a456-426614174000", "unknown", "otherwise", True, False, None, [], [1],
+    [1, 1], [1, 2], [True], [True, "x"], [True, "x", 1], [True, False, True, True], {}, {"a": 1},
+    {"a": "x"}, {"a": True}, {"a": True, "z": 1}, {"b": True}, {"b": True, "a": 1},
+    {"a": 1, "b": True}, {"a": 3, "b": True}, {"b": True, "c": None}, {"a": "x", "b": "y"},
+    {"inner": {}}, {"inner": {"deep": 1}}, {"kind": "a", "x": None}, {"kind": "b", "x": None},
+    {"kind": "b", "y": True}, {"value": 1}, {"value": True, "n": 0}, {"one": None}, {"one": 2},
+]  # fmt: skip
+
+
+def test_outputs_validate(llm: LLM) -> None:
+    assert len(FOLLOWED) >= 200
+    params = [
+        SamplingParams(
+            structured_outputs=StructuredOutputsParams(
+                json=schema, disable_any_whitespace=number % 16 != 0
+            ),
+            max_tokens=96, temperature=1.0, seed=number,
+        )
+        for number, schema in enumerate(FOLLOWED)
+    ]  # fmt: skip
+    outputs = llm.generate(["Once upon a time"] * len(params), params, use_tqdm=False)
+    ended = 0
+    for schema, output in zip(FOLLOWED, outputs, strict=True):
+        found = output.outputs[0]
+        if found.finish_reason == "stop":
+            ended += 1
+            jsonschema.validate(json.loads(found.text), schema)
+    print(f"{ended} of {len(FOLLOWED)} schemas: the output ended, and validates")
+    assert ended >= 0.9 * len(FOLLOWED)  # the others write digits of a second
+
+
+def test_what_a_grammar_accepts_is_valid(llm: LLM) -> None:
+    """Of values that no model happened to write, too."""
+    import xgrammar
+
+    compiler = llm.engine.compiler
+    for schema in LEAVES:
+        compiled = compiler.compile(StructuredOutputsParams(json=schema))
+        accepted = []
+        for value in VALUES:
+            matcher = xgrammar.GrammarMatcher(compiled)
+            if matcher.accept_string(json.dumps(value)) and matcher.is_completed():
+                accepted.append(value)
+                jsonschema.validate(value, schema)
+        valid = [each for each in VALUES if jsonschema.Draft202012Validator(schema).is_valid(each)]
+        assert bool(accepted) or not valid or "format" in schema or "pattern" in schema, schema
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_would_be_ignored_is_refused_by_name(llm: LLM, name: str) -> None:
+    keyword = name.split()[0]
+    for schema, path in (
+        (IGNORED[name], "#"),
+        ({"type": "array", "items": IGNORED[name]}, "#/items"),
+    ):
+        if path != "#" and "$ref" in json.dumps(schema):
+            continue  # refers to its own root
+        with pytest.raises(RequestError) as refusal:
+            llm.generate("x", SamplingParams(structured_outputs={"json": schema}))
+        assert f"structured_outputs.json at {path}" in str(refusal.value)
+        if keyword in json.dumps(schema):
+            assert keyword in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": 5, "maximum": 3},
+        {"$ref": "#"},
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        False,
+        {"type": "array", "items": {}, "minItems": 3, "maxItems": 2},
+    ],
+)
+def test_what_nothing_matches_is_refused(llm: LLM, schema: Any) -> None:
+    with pytest.raises(RequestError, match=r"structured_outputs\.json"):
+        llm.generate("x", SamplingParams(structured_outputs={"json": schema}))
+
+
+def test_depth_and_counts_are_bounded() -> None:
+    deep: Any = {"type": "integer"}
+    for _ in range(MAX_DEPTH + 1):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(RequestError, match="nested more than"):
+        check_schema(deep, "schema")
+    with pytest.raises(RequestError, match="maxItems=100000"):
+        check_schema({"type": "array", "maxItems": 100000}, "schema")
