@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepseek import FIELDS, randomise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,6 +60,7 @@ _HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {**_LINEAR, **_SHARED, "rope_parameters": {**_ROPE, **_POSITIONS}},
 }  # fmt: skip
 _EXPERTS.update(_HYBRIDS)
+_EXPERTS["deepseek_v4"] = FIELDS
 HYBRIDS = (*_HYBRIDS, "qwen3_5_vl", "qwen3_5_moe_vl")
 """Models with linear attention; the last two also have a part that reads images."""
 _VISION = {
@@ -137,6 +139,7 @@ class TinyModels:
 
 
 _CONFIGS = {
+    "deepseek_v4": "DeepseekV4Config",
     "granite": "GraniteConfig",
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
@@ -187,6 +190,8 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
         "pad_token_id": None,
     }
     values.update({**_EXPERTS.get(architecture, {}), **fields})
+    if "moe_intermediate_size" in values and architecture == "deepseek_v4":
+        del values["intermediate_size"]  # another name of the same
     if values["head_dim"] is None:
         del values["head_dim"]
     return kind(**values)
@@ -212,6 +217,9 @@ def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
     config = tiny_config(architecture, **fields)
     stds = {**_STDS, **(_HYBRID_STDS if architecture in HYBRIDS else {})}
     model = _auto_class(config).from_config(config)
+    if architecture == "deepseek_v4":
+        randomise(model, seed)
+        return model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         *_, layer, kind = name.split(".")

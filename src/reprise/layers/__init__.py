@@ -3,11 +3,19 @@
 from reprise.layers.attention import SelfAttention
 from reprise.layers.build import Build
 from reprise.layers.causal_lm import CausalLM, routes
+from reprise.layers.compressed_attention import AttentionSizes, CompressedAttention
 from reprise.layers.decoder import Decoder, DecoderLayer, Depth, Taps
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
 from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
 from reprise.layers.gated_delta import GatedDeltaNet
+from reprise.layers.hyper_connection import (
+    HyperConnection,
+    HyperHead,
+    Mixing,
+    Streams,
+    wide_norm,
+)
 from reprise.layers.lazy import Normed, Product, add, tensor
 from reprise.layers.linear import Linear, Run
 from reprise.layers.mlp import GatedMLP
@@ -20,12 +28,15 @@ from reprise.layers.rotary import (
     parameters_of,
     rotary_table,
 )
+from reprise.layers.scored_experts import ScoredMLP
 from reprise.layers.stored_model import StoredModel
 
 __all__ = [
+    "AttentionSizes",
     "Build",
     "CausalLM",
     "CentredRMSNorm",
+    "CompressedAttention",
     "Decoder",
     "DecoderLayer",
     "Depth",
@@ -34,18 +45,23 @@ __all__ = [
     "Experts",
     "GatedDeltaNet",
     "GatedMLP",
+    "HyperConnection",
+    "HyperHead",
     "Implied",
     "Linear",
+    "Mixing",
     "Normed",
     "Place",
     "Product",
     "RMSNorm",
     "Routing",
     "Run",
+    "ScoredMLP",
     "SelfAttention",
     "SparseMLP",
     "Stack",
     "StoredModel",
+    "Streams",
     "Taps",
     "add",
     "context_length",
@@ -56,4 +72,5 @@ __all__ = [
     "rotary_table",
     "routes",
     "tensor",
+    "wide_norm",
 ]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from reprise.cache import Batch
 from reprise.layers.build import Build
-from reprise.layers.decoder import Decoder, Taps
+from reprise.layers.decoder import Body, Taps
 from reprise.layers.linear import Linear
 from reprise.layers.stored_model import StoredModel
 
@@ -27,7 +27,7 @@ class CausalLM(StoredModel):
     def __init__(
         self,
         build: Build,
-        decoder: Decoder,
+        decoder: Body,
         vocab_size: int,
         hidden_size: int,
         *,

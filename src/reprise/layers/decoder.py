@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -29,6 +29,16 @@ class Taps(NamedTuple):
         for number, each in enumerate(self.depths):
             if each == depth:
                 self.out[:, number * width : (number + 1) * width].copy_(states)
+
+
+class Body(Protocol):
+    """What of a decoder a language model needs; a module."""
+
+    embed_tokens: Embedding
+    layers: nn.ModuleList
+
+    def __call__(self, batch: Batch, taps: Taps | None = None) -> Tensor:
+        """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
 
 
 class DecoderLayer(nn.Module):

@@ -150,10 +150,10 @@ class Experts(nn.Module):
         self.format = self.gate_up_proj.format
         _tell_if_slow(type(self.format))
 
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor, limit: float = 0.0) -> Tensor:
         """See :meth:`reprise.layers.formats.Format.grouped`."""
         stacks = self.gate_up_proj.tensors, self.down_proj.tensors
-        return self.format.grouped(x, weights, ids, *stacks)
+        return self.format.grouped(x, weights, ids, *stacks, limit)
 
     def add(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> None:
         """Add it to ``residual`` [T, hidden_size], in place."""

@@ -89,6 +89,15 @@ class Linear(nn.Module):
             return self.format.norm_linear(x.x, norm.weight, norm.eps, self.tensors, self.bias)
         return self.format.linear(x, self.tensors, self.bias)
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The product in float32, [T, out_features]; there is no bias."""
+        return self.format.wide(x, self.tensors)
+
+    def by_groups(self, x: Tensor) -> Tensor:
+        """Groups of outputs, each of inputs of its own: x [T, G, in_features] to [T,
+        out_features]; there is no bias."""
+        return self.format.by_groups(x, self.tensors)
+
     def gated(self, x: Tensor | Normed) -> Tensor:
         """``silu(first half) * second half`` of the product: [T, out_features / 2]."""
         if isinstance(x, Normed):

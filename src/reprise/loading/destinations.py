@@ -99,8 +99,10 @@ def by_our_names(
         misfits: Where to put what comes twice.
     """
     found: dict[str, tuple[str, T]] = {}
+    lengths = sorted({len(each) for each in renames}, reverse=True)
     for name, each in given:
-        prefix = max((p for p in renames if name.startswith(p)), key=len, default="")
+        # Of a large model there are so many names and so many prefixes that not each meets each.
+        prefix = next((name[:size] for size in lengths if name[:size] in renames), "")
         ours = renames.get(prefix, "") + name[len(prefix) :]
         if ours in found:
             misfits.add("given twice", name)

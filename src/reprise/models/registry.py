@@ -18,6 +18,7 @@ from reprise.models.mtp import NextTokens
 ENTRY_POINT_GROUP = "reprise.models"
 
 _BUILT_IN = {
+    "DeepseekV4ForCausalLM": "reprise.models.deepseek_v4",
     "LlamaForCausalLM": "reprise.models.llama",
     "MistralForCausalLM": "reprise.models.mistral",
     "MixtralForCausalLM": "reprise.models.mixtral",

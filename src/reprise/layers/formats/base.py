@@ -106,6 +106,29 @@ class Format(ABC):
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: [T, in_features] to [T, out_features]."""
 
+    def wide(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`linear` without a bias, in float32 as far as the format allows."""
+        return self.linear(x, tensors, None).float()
+
+    def by_groups(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A product whose outputs are as many groups as x has, each of its own inputs.
+
+        Args:
+            x: [T, G, in_features].
+            tensors: Of a product of G * N outputs, those of the first group first. N is a multiple
+                of :attr:`grain`'s first.
+
+        Returns:
+            [T, G * N], contiguous.
+        """
+        groups = x.shape[1]
+        parts = {name: each.unflatten(0, (groups, -1)) for name, each in tensors.items()}
+        found = [
+            self.linear(x[:, each], {name: part[each] for name, part in parts.items()}, None)
+            for each in range(groups)
+        ]
+        return torch.cat(found, dim=1)
+
     def gated(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """``silu(first half) * second half`` of :meth:`linear`: to [T, out_features / 2]."""
         return ops.silu_and_mul(self.linear(x, tensors, bias))
@@ -163,6 +186,7 @@ class Format(ABC):
         ids: Tensor,
         gate_up: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
+        limit: float = 0.0,
     ) -> Tensor:
         """The weighted sum of what each row's experts give: see :func:`reprise.ops.experts`.
 
@@ -176,10 +200,15 @@ class Format(ABC):
             ids: [T, K] int32; a number that is no expert's adds nothing.
             gate_up: A :meth:`stack`; the first half of each product's features are gates.
             down: A :meth:`stack` of as many, back to [T, in_features].
+            limit: What gates and ups are clamped to; 0: they are not.
         """
 
         def product(expert: int) -> Tensor:
-            hidden = self.gated(x, {name: each[expert] for name, each in gate_up.items()}, None)
+            first = {name: each[expert] for name, each in gate_up.items()}
+            if limit:
+                hidden = ops.swiglu_clamp(self.linear(x, first, None), limit)
+            else:
+                hidden = self.gated(x, first, None)
             return self.linear(hidden, {name: each[expert] for name, each in down.items()}, None)
 
         return weighted_sum(x, weights, ids, len(next(iter(gate_up.values()))), product)

@@ -20,6 +20,12 @@ class Dense(Format):
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         return ops.linear(x, tensors["weight"], bias)
 
+    def wide(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return ops.wide_linear(x, tensors["weight"])
+
+    def by_groups(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return ops.grouped_output(x, tensors["weight"])
+
     def norm_linear(
         self,
         x: Tensor,
@@ -60,8 +66,9 @@ class Dense(Format):
         ids: Tensor,
         gate_up: Mapping[str, Tensor],
         down: Mapping[str, Tensor],
+        limit: float = 0.0,
     ) -> Tensor:
-        return ops.experts(x, weights, ids, gate_up["weight"], down["weight"])
+        return ops.experts(x, weights, ids, gate_up["weight"], down["weight"], limit)
 
     def grouped_add(
         self,

@@ -1,7 +1,10 @@
 """Products of rows with the experts that each was sent to, and the sum of what these give."""
 
 from reprise.ops.experts import cases, reference
-from reprise.ops.experts.torch import accepts, needs_grouped_mm
+from reprise.ops.experts.accepts import accepts
+from reprise.ops.experts.torch import accepts as fits
+from reprise.ops.experts.torch import needs_grouped_mm
+from reprise.ops.implementation import anything
 from reprise.ops.registry import Op, needs_triton, op
 
 
@@ -11,9 +14,10 @@ def _declare(name: str, mutates: tuple[str, ...] = ()) -> Op:
         name, getattr(reference, name), cases=getattr(cases, name), mutates=mutates, fake=fake
     )
     target = f"reprise.ops.experts.triton:{name}"
-    declared.implementation("triton", target, requires=needs_triton)
+    takes = accepts if name == "experts" else anything
+    declared.implementation("triton", target, requires=needs_triton, accepts=takes)
     target = f"reprise.ops.experts.torch:{name}"
-    declared.implementation("torch", target, requires=needs_grouped_mm, accepts=accepts)
+    declared.implementation("torch", target, requires=needs_grouped_mm, accepts=fits)
     return declared
 
 

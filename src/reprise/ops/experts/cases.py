@@ -49,6 +49,14 @@ def spread(make: Maker, sizes: Mixture, rows: int, live: int | None = None) -> T
 
 
 def _experts(make: Maker) -> list[Arguments]:
+    clamped = Mixture("clamped", 32, 16, 4, 2)
+    return [
+        *({**each, "limit": 0.0} for each in _unclamped(make)),
+        {**_arguments(make, clamped, spread(make, clamped, 5)), "limit": 0.5},
+    ]
+
+
+def _unclamped(make: Maker) -> list[Arguments]:
     sizes = Mixture("tiny", 64, 32, 8, 3)
     odd = Mixture("odd", 48, 24, 5, 2)
     crowd = make.ints([1, 5, 5, 0, 2, 3, *[0, 5] * 37], torch.int32).view(40, 2)
@@ -65,7 +73,7 @@ def _experts(make: Maker) -> list[Arguments]:
 
 
 def _experts_add(make: Maker) -> list[Arguments]:
-    return [{**each, "residual": make.randn(*each["x"].shape)} for each in _experts(make)]
+    return [{**each, "residual": make.randn(*each["x"].shape)} for each in _unclamped(make)]
 
 
 def _workloads(make: Maker, add: bool) -> Iterator[Workload]:
@@ -77,7 +85,8 @@ def _workloads(make: Maker, add: bool) -> Iterator[Workload]:
 
         def arguments(rows: int = rows) -> Arguments:
             found = _arguments(make, sizes, spread(make, sizes, rows))
-            return {**found, "residual": make.randn(rows, sizes.hidden)} if add else found
+            more = {"residual": make.randn(rows, sizes.hidden)} if add else {"limit": 0.0}
+            return {**found, **more}
 
         yield Workload(
             f"{sizes.name}, T={rows}",

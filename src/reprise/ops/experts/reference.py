@@ -5,9 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+from reprise.ops.swiglu_clamp.reference import reference as swiglu_clamp
 
 
-def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    limit: float = 0.0,
+) -> Tensor:
     """A sparse mixture of SwiGLU feed-forwards (Fedus et al. 2021; Shazeer 2020, eq. 6).
 
     ``sum over k of weights[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` with
@@ -21,15 +29,22 @@ def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tens
             of padding, or what another device computes.
         gate_up: [E, 2*I, D], of each expert the rows of the gate first.
         down: [E, D, I].
+        limit: What gates and ups are clamped to, see :func:`reprise.ops.swiglu_clamp`; 0: they are
+            not.
 
     Returns:
         [T, D] in x's dtype, contiguous. A row depends on no other; one without experts is 0.
     """
 
     def product(expert: int) -> Tensor:
-        return F.linear(silu_and_mul(F.linear(x, gate_up[expert])), down[expert])
+        return F.linear(activation(F.linear(x, gate_up[expert]), limit), down[expert])
 
     return weighted_sum(x, weights, ids, len(gate_up), product)
+
+
+def activation(gate_up: Tensor, limit: float) -> Tensor:
+    """[T, 2*I] to [T, I]: SwiGLU's product, of clamped halves where ``limit`` is not 0."""
+    return swiglu_clamp(gate_up, limit) if limit else silu_and_mul(gate_up)
 
 
 def experts_add(
@@ -70,5 +85,12 @@ def weighted_sum(
     return total.to(x.dtype)
 
 
-def fake_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def fake_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    limit: float = 0.0,
+) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+from reprise.ops.experts.reference import activation
 from reprise.platforms import Platform
 
 ALIGNMENT = 16
@@ -32,11 +32,18 @@ def accepts(x: Tensor, down: Tensor, **_: Any) -> str | None:
     return None
 
 
-def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    limit: float = 0.0,
+) -> Tensor:
     """Shapes as in the reference."""
 
     def multiply(rows: Tensor, ends: Tensor) -> Tensor:
-        hidden = silu_and_mul(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+        hidden = activation(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends), limit)
         return F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
 
     return by_expert(x, weights, ids, len(gate_up), multiply)

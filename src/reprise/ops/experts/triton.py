@@ -28,7 +28,14 @@ _WIDE = Config(16, 64, 64, 4, 4)
 """For float32, which the matrix units do not take."""
 
 
-def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    limit: float = 0.0,
+) -> Tensor:
     """Shapes as in the reference."""
     out = x.new_empty(x.shape)
     _experts(x, weights, ids, gate_up, down, out, add=False)

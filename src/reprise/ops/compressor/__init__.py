@@ -1,0 +1,14 @@
+"""One cache row of so many tokens: weighted, normalised, rotated, stored with its last one."""
+
+from reprise.ops.compressor.cases import cases
+from reprise.ops.compressor.reference import reference
+from reprise.ops.registry import op
+
+compressor = op(
+    "compressor",
+    reference,
+    cases=cases,
+    mutates=("state", "cache"),
+    extent="seq_lens",
+    state=("state", "cache"),
+)

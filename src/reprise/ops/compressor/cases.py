@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from reprise.ops.cases import EPS, Arguments, Cases, Maker, Workload
+from reprise.ops.rotary_tail.cases import HEAD, ROTATED, table
+
+
+def paged(
+    make: Maker, lengths: Sequence[int], new: Sequence[int], block: int, padding: int = 0
+) -> tuple[Tensor, Tensor, int]:
+    """Block tables of requests of these lengths, slots of their new tokens and of padding, and how
+    many blocks there are; the blocks of a request are no neighbours."""
+    counts = [-(-length // block) for length in lengths]
+    width = max(1, *counts)
+    order = make.permutation(sum(counts)) + 1
+    tables = torch.zeros(len(lengths), width, dtype=torch.int32, device=make.device)
+    slots = []
+    for row, (blocks, length, count) in enumerate(
+        zip(order.split(counts), lengths, new, strict=True)
+    ):
+        tables[row, : len(blocks)] = blocks
+        places = torch.arange(length - count, length, device=make.device)
+        slots.append(blocks[places // block] * block + places % block if count else places)
+    slots.append(make.ints([0] * padding))
+    return tables, torch.cat(slots), sum(counts) + 1
+
+
+def step(
+    make: Maker, lengths: Sequence[int], new: Sequence[int], padding: int = 0
+) -> dict[str, Tensor]:
+    """Where the new tokens of requests are, with so many tokens of padding behind them."""
+    starts = [sum(new[:count]) for count in range(len(new) + 1)]
+    places = [p for length, count in zip(lengths, new, strict=True)
+              for p in range(length - count, length)]  # fmt: skip
+    return {
+        "positions": make.ints([*places, *[0] * padding]),
+        "query_start_loc": make.ints(starts, torch.int32),
+        "seq_lens": make.ints(lengths, torch.int32),
+    }
+
+
+def arguments(
+    make: Maker, lengths: Sequence[int], new: Sequence[int], every: int, size: int, rotated: int,
+    *, overlap: bool, blocks: tuple[int, int], padding: int = 0,
+) -> Arguments:  # fmt: skip
+    """``blocks``: tokens of a block of states, and of a block of rows."""
+    channels = size * (2 if overlap else 1)
+    states, state_slots, num_states = paged(make, lengths, new, blocks[0], padding)
+    _, slots, num_rows = paged(make, lengths, new, blocks[1], padding)
+    tokens = sum(new) + padding
+    return {
+        "projected": make.randn(tokens, 2 * channels + 8, dtype=torch.float32)[:, : 2 * channels],
+        "bias": make.randn(every, channels, dtype=torch.float32),
+        "state": make.randn(num_states, blocks[0], 2 * channels, dtype=torch.float32),
+        "state_slots": state_slots,
+        "block_tables": states,
+        **step(make, lengths, new, padding),
+        "gain": make.randn(size, dtype=torch.float32),
+        "norm_eps": EPS,
+        "cos_sin": table(make, max(1, *lengths), rotated),
+        "cache": make.randn(num_rows, blocks[1] // every, size),
+        "slots": slots,
+    }
+
+
+def _small(make: Maker) -> list[Arguments]:
+    behind = arguments(make, [12, 9], [5, 5], 4, 32, 32, overlap=True, blocks=(4, 8))
+    # Drafts beyond a request's end have no place.
+    behind["slots"] = make.ints([0, 0, 0, 0, 0, 8, 9, 10, 11, 12])
+    small = ((8, 8), (8, 16))
+    prompts, lengths = [10, 8, 3, 0], [21, 8, 3, 0]
+    return [
+        arguments(make, [4, 7, 0], [1, 1, 0], 4, 32, 8, overlap=True, blocks=small[0], padding=1),
+        arguments(make, lengths, prompts, 4, 16, 8, overlap=True, blocks=small[1], padding=2),
+        arguments(make, [16, 40], [1, 33], 16, 32, 8, overlap=False, blocks=small[1]),
+        behind,
+    ]
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for every, overlap in ((4, True), (128, False)):
+        for requests, new, length in ((1, 1, 4096), (64, 1, 4096), (1, 8192, 8192)):
+            channels = HEAD * (2 if overlap else 1)
+            yield Workload(
+                f"by {every}, {requests} x {new}",
+                functools.partial(
+                    arguments, make, [length] * requests, [new] * requests, every, HEAD, ROTATED,
+                    overlap=overlap, blocks=(max(8, every // 4), 128),
+                ),
+                read_write=requests * (4 * 2 * channels * (2 * new + every)),
+                compiled=requests == 64,
+            )  # fmt: skip
+
+
+cases = Cases(_small, _workloads)

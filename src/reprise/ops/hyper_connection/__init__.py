@@ -1,0 +1,9 @@
+"""Streams in place of a residual stream: what a sublayer reads of them, and how they go on."""
+
+from reprise.ops.hyper_connection.cases import cases
+from reprise.ops.hyper_connection.reference import fake, reference
+from reprise.ops.registry import op
+
+hyper_connection = op(
+    "hyper_connection", reference, cases=cases, mutates=("streams", "post", "comb"), fake=fake
+)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from reprise.ops.cases import EPS, Arguments, Cases, Maker, Workload
+from reprise.ops.rotary_tail.cases import HEAD, ROTATED, table
+
+
+def _arguments(make: Maker, tokens: int, size: int, rotated: int, *, wide: bool) -> Arguments:
+    return {
+        "kv": make.randn(tokens, 24 + size)[:, 24:],
+        "gain": make.randn(size, dtype=torch.float32 if wide else None),
+        "norm_eps": EPS,
+        "positions": make.ints((5 * each) % 32 for each in range(tokens)),
+        "cos_sin": table(make, 32, rotated),
+        "slots": make.permutation(16 * (2 + tokens // 16))[:tokens] + 16,
+        "cache": make.randn(4 + tokens // 16, 16, size),
+    }
+
+
+def _small(make: Maker) -> list[Arguments]:
+    return [_arguments(make, 1, 32, 8, wide=True), _arguments(make, 9, 64, 64, wide=False)]
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for tokens in (1, 64, 8192):
+        yield Workload(
+            f"V4, T={tokens}",
+            functools.partial(_arguments, make, tokens, HEAD, ROTATED, wide=True),
+            read_write=2 * 2 * tokens * HEAD,
+            compiled=tokens <= 64,
+        )
+
+
+cases = Cases(_small, _workloads)

@@ -1,0 +1,16 @@
+"""Attention of one head of keys that are values too: a window, compressed rows, a sink."""
+
+from reprise.ops.indexer import host_lengths
+from reprise.ops.registry import op
+from reprise.ops.sparse_attention.cases import cases
+from reprise.ops.sparse_attention.reference import reference
+
+sparse_attention = op(
+    "sparse_attention",
+    reference,
+    cases=cases,
+    mutates=("out",),
+    break_op=True,
+    extent="seq_lens",
+    graph_support=host_lengths,
+)

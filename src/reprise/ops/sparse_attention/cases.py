@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from reprise.ops.cases import Arguments, Cases, Maker, Workload
+from reprise.ops.compressor.cases import paged, step
+
+HEAD = 512
+
+
+def arguments(
+    make: Maker, lengths: Sequence[int], new: Sequence[int], heads: int, size: int, window: int,
+    query_len: int, every: int = 0, top: int = 0, padding: int = 0,
+    blocks: tuple[int, int] = (8, 16),
+) -> Arguments:  # fmt: skip
+    """``every``: 0: no compressed rows; ``top``: of these so many are selected, 0: all."""
+    tables, _, count = paged(make, lengths, new, blocks[0], padding)
+    others, _, rows = paged(make, lengths, new, blocks[1], padding)
+    tokens = sum(new) + padding
+    where = step(make, lengths, new, padding)
+    selected = None
+    per_block = blocks[1] // every if every else 0
+    if top:
+        selected = torch.zeros(tokens, top, dtype=torch.int32, device=make.device)
+        token = 0
+        for row, (length, more) in enumerate(zip(lengths, new, strict=True)):
+            for place in range(length - more, length):
+                numbers = torch.arange((place + 1) // every, device=make.device)[::2][:top]
+                found = others[row, numbers // per_block] * per_block + numbers % per_block
+                selected[token, : len(found)] = found.int()
+                token += 1
+    return {
+        "query": make.randn(tokens, heads, size),
+        "cache": make.randn(count, blocks[0], size),
+        "block_tables": tables,
+        "compressed": make.randn(rows, per_block, size) if every else None,
+        "compressed_tables": others if every else None,
+        "selected": selected,
+        "sinks": make.randn(heads, dtype=torch.float32),
+        "seq_lens": where["seq_lens"],
+        "query_start_loc": where["query_start_loc"],
+        "out": make.randn(tokens, heads, size),
+        "scale": size**-0.5,
+        "sliding_window": window,
+        "every": every,
+        "query_len": query_len,
+    }
+
+
+def _small(make: Maker) -> list[Arguments]:
+    return [
+        arguments(make, [3, 37, 64, 0], [1, 1, 1, 0], 4, 32, 16, 1, padding=1),
+        arguments(make, [21, 50, 5, 0], [21, 13, 3, 0], 4, 32, 16, 0, every=4, top=4, padding=2),
+        arguments(make, [40, 18], [4, 4], 8, 32, 12, 4, every=16),
+        arguments(make, [1, 33], [1, 1], 4, 32, 16, 1, every=4, top=8),
+        arguments(make, [47, 5], [47, 2], 4, 32, 16, 0, every=16, padding=3),
+    ]
+
+
+def _workloads(make: Maker) -> Iterator[Workload]:
+    for every, top in ((0, 0), (128, 0)):
+        for requests in (1, 64):
+            rows = 128 + (4096 // every if every else 0)
+            yield Workload(
+                f"Flash, by {every}, {requests} x 4096",
+                functools.partial(
+                    arguments, make, [4096] * requests, [1] * requests, 64, HEAD, 128, 1,
+                    every=every, top=top, blocks=(32, 128),
+                ),
+                read_write=requests * rows * HEAD * 2,
+            )  # fmt: skip
+
+
+cases = Cases(_small, _workloads)
