@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from reprise.ops.draft_inputs.reference import MIN_P, TEMPERATURE, TOP_P
 from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
@@ -11,9 +12,42 @@ from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
 Array = np.ndarray[Any, Any]
 
 
-def draft_inputs(*arguments: Any) -> None:
+def draft_inputs(
+    integers: Tensor,
+    floats: Tensor,
+    step_rows: Tensor,
+    known: Tensor,
+    query_start_loc: Tensor,
+    step_ids: Tensor,
+    told: Tensor,
+    chosen: Tensor,
+    tables: Tensor,
+    block_sizes: Tensor,
+    shifted_ids: Tensor | None,
+    last: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    accepted: Tensor,
+    fresh: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    number: Tensor,
+    width: int,
+    back: int,
+    greedy: bool,
+) -> None:
     """Arguments as in the reference."""
-    _bind(*arguments)
+    _bind(
+        integers, floats, step_rows, known, query_start_loc, step_ids, told, chosen, tables,
+        block_sizes, shifted_ids, last, rows, token_ids, positions, slots, seq_lens, accepted,
+        fresh, temperature, top_k, top_p, min_p, seed, number, width, back, greedy,
+    )  # fmt: skip
 
 
 def _bind(*arguments: Any) -> partial[None]:

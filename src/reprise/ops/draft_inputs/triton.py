@@ -2,6 +2,7 @@ import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from reprise.ops.draft_inputs.reference import MIN_P, TEMPERATURE, TOP_P
 from reprise.ops.step.reference import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
@@ -12,10 +13,43 @@ _SEARCH = 10
 """Halvings until a token's request is found: one kernel for up to 1024 of them."""
 
 
-def draft_inputs(*arguments) -> None:
+def draft_inputs(
+    integers: Tensor,
+    floats: Tensor,
+    step_rows: Tensor,
+    known: Tensor,
+    query_start_loc: Tensor,
+    step_ids: Tensor,
+    told: Tensor,
+    chosen: Tensor,
+    tables: Tensor,
+    block_sizes: Tensor,
+    shifted_ids: Tensor | None,
+    last: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    accepted: Tensor,
+    fresh: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    number: Tensor,
+    width: int,
+    back: int,
+    greedy: bool,
+) -> None:
     """Arguments as in the reference; all are contiguous but ``integers``, ``floats``, ``tables``
     and ``slots``, whose first dimension may be strided."""
-    _bind(*arguments)
+    _bind(
+        integers, floats, step_rows, known, query_start_loc, step_ids, told, chosen, tables,
+        block_sizes, shifted_ids, last, rows, token_ids, positions, slots, seq_lens, accepted,
+        fresh, temperature, top_k, top_p, min_p, seed, number, width, back, greedy,
+    )  # fmt: skip
 
 
 def _bind(*arguments):
