@@ -386,7 +386,8 @@ def test_no_right_graph_is_refused_at_the_end_of_the_context(
     assert {each.owner for each in report.graphs if each.canaries} == {"", *OWNERS[1:]}
     assert [each.quarantined for each in report.graphs] == [None] * len(report.graphs)
     drafts = llm.stats().drafts
-    assert drafts.drafted < k * drafts.drafts, "none is made behind the end"
+    if k > 1:  # a row that has room for none of one has no drafts to count
+        assert drafts.drafted < k * drafts.drafts, "none is made behind the end"
 
 
 @pytest.mark.parametrize("owner", OWNERS[1:])
