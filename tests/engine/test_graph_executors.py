@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from reprise import LLM, SamplingParams
 from reprise.graphs import prove
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.platforms import Platform
+from reprise.runner import model_runner
 
 EXECUTORS = ("full", "breakable", "compiled")
 SHARED = random_ids(200, 40)
@@ -150,15 +152,26 @@ def test_graph_memory_that_fails_or_lies_never_stops_start_up(
     assert busy_tokens(llm, temperature=0) == busy_tokens(eager, temperature=0)
 
 
-@pytest.mark.parametrize("buckets", ["decode=1;mixed=8", "decode=1,2;mixed=8", "decode=4;mixed=16"])
+@pytest.mark.parametrize(
+    ("buckets", "tokens"),
+    [
+        ("decode=1;mixed=8", 16),
+        ("decode=1,2;mixed=8", 16),
+        ("decode=4;mixed=16", 16),
+        ("decode=4;mixed=16", 8192),
+    ],
+)
 def test_probes_change_every_input_of_small_graphs_too(
-    tiny: TinyModels, device: str, buckets: str, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModels, device: str, buckets: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of decodes too whether a request begins, which a model with states reads."""
+    """Of decodes too whether a request begins, which a model with states reads; and of buffers so
+    large that their arrays are sent one by one, to memory that the host does not share."""
     monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
+    made = functools.partial(model_runner.StepBuffers, shared=False)
+    monkeypatch.setattr(model_runner, "StepBuffers", made)
     llm = make_llm(
         tiny("qwen3"), device, graph_mode="full", graph_buckets=buckets, max_num_seqs=4,
-        max_num_batched_tokens=16,
+        max_num_batched_tokens=tokens,
     )  # fmt: skip
     report = llm.graph_report()
     assert all(each.verified for each in report.graphs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
+from reprise.platforms import Platform
 from reprise.platforms.cpu import CpuPlatform
-from reprise.runner.arena import MOST_STAGING, Arena
+from reprise.runner.arena import GAP, MOST_STAGING, Arena
 
 
 class Event:
@@ -73,3 +76,23 @@ def test_buffers_are_used_again_when_their_copies_have_run() -> None:
         arena.upload([array.span(0, 4)])
         run(platform.queue, value)
     assert len(arena._staging) <= 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_what_is_uploaded_arrives_in_whatever_order_it_is_named(
+    platform: Platform, data: st.DataObject
+) -> None:
+    """Arrays that are near each other, and arrays that are not."""
+    length = st.sampled_from([1, 5, 300, GAP // 8, GAP // 4])
+    lengths = data.draw(st.lists(length, min_size=1, max_size=6))
+    arena = Arena([(each, torch.int64) for each in lengths], platform, shared=False)
+    for array in arena.arrays:
+        array.host[:] = torch.randint(1, 1 << 40, (len(array.host),)).numpy()
+    parts = []
+    for which in data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8)):
+        begin = data.draw(st.integers(0, lengths[which] - 1))
+        parts.append((arena.arrays[which], begin, data.draw(st.integers(begin, lengths[which]))))
+    arena.upload([array.span(begin, end) for array, begin, end in parts])
+    for array, begin, end in parts:
+        assert array.device[begin:end].tolist() == array.host[begin:end].tolist()

@@ -100,17 +100,18 @@ class Arena:
         """Make parts of the host side visible on the device.
 
         Args:
-            spans: (begin, end) of each in bytes, ascending. What lies in a small gap between two
+            spans: (begin, end) of each in bytes, in any order. What lies in a small gap between two
                 may be sent along, stale as it may be.
         """
         if self.shared:
             return
-        begin, end = spans[0]
-        for next_begin, next_end in spans[1:]:
+        (begin, end), *others = sorted(spans)
+        for next_begin, next_end in others:
             if next_begin - end > GAP:
                 self._copy(begin, end)
-                begin = next_begin
-            end = next_end
+                begin, end = next_begin, next_end
+            else:
+                end = max(end, next_end)
         self._copy(begin, end)
         self._sent[self._turn].record(self._platform.current_stream())
 
