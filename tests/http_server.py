@@ -51,14 +51,9 @@ class Server:
     def children(self) -> dict[str, list[int]]:
         """Process ids by module."""
         found: dict[str, list[int]] = {}
-        listed = subprocess.run(
-            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        for line in listed.stdout.splitlines():
-            number, _, command = line.strip().partition(" ")
+        for number, command in children(self.process.pid):
             name = "http" if "reprise.server.worker" in command else "engine"
-            found.setdefault(name, []).append(int(number))
+            found.setdefault(name, []).append(number)
         return found
 
     def client(self, **options: Any) -> httpx.Client:
@@ -72,6 +67,20 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self._reader.join(10)
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    """Of a process: the id and the command of each."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
+    )
+    pairs = (line.strip().partition(" ") for line in listed.stdout.splitlines())
+    return [(int(number), command) for number, _, command in pairs]
+
+
+def replicas_of(pid: int) -> list[int]:
+    """Process ids of a program's replicas, in their order."""
+    return [number for number, command in children(pid) if "reprise.replicas.process" in command]
 
 
 def gone(pid: int) -> bool:

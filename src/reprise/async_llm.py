@@ -53,7 +53,7 @@ class AsyncLLM:
         """What computes, in a thread of its own.
 
         Raises:
-            UnsupportedError: With ``data_parallel_size`` there are several, in other processes.
+            ConfigError: With ``data_parallel_size`` there are several, in other processes.
         """
         return self._driver.engine
 

@@ -65,7 +65,7 @@ class LLM:
 
         Raises:
             RepriseError: It was shut down.
-            UnsupportedError: With ``data_parallel_size`` there are several, in other processes.
+            ConfigError: With ``data_parallel_size`` there are several, in other processes.
         """
         return self._batch.engine
 

@@ -41,7 +41,7 @@ class Batch(Protocol):
         """What computes.
 
         Raises:
-            UnsupportedError: It is in another process.
+            ConfigError: It is in another process.
         """
 
     def complete(self, requests: Sequence[Asked], show: bool) -> list[Completed]:

@@ -64,7 +64,7 @@ class Driver(Protocol):
         """What computes.
 
         Raises:
-            UnsupportedError: It is in another process.
+            ConfigError: It is in another process.
         """
 
     def submit(

@@ -25,11 +25,11 @@ from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.scheduler import check_fits
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.errors import (
+    ConfigError,
     FailedRequestError,
     RepriseError,
     RequestError,
     StepError,
-    UnsupportedError,
     describe,
     named,
 )
@@ -174,9 +174,9 @@ class Replicas:
         """None of this process.
 
         Raises:
-            UnsupportedError: Always.
+            ConfigError: Always.
         """
-        raise UnsupportedError(
+        raise ConfigError(
             f"engine: with data_parallel_size={len(self._replicas)} each one is in a process of "
             "its own; ask by stats(), get_metrics() and graph_report()"
         )
@@ -553,16 +553,15 @@ class Replicas:
 
     def _close(self, reason: str) -> None:
         """There are no replicas, here or, after a fork, in this process: let nobody wait."""
-        error = RepriseError(reason)
         with self._lock:
             self._closed = reason
             requests, self._requests = list(self._requests.values()), {}
             asked, self._asked = list(self._asked.values()), {}
             self._names.clear()
         for request in requests:
-            self._fail(request, error)
+            self._fail(request, RepriseError(reason))
         for _, future in asked:
-            refuse(future, error)
+            refuse(future, RepriseError(reason))
 
 
 _living: weakref.WeakSet[Replicas] = weakref.WeakSet()

@@ -170,6 +170,9 @@ class Supervisor:
                             raise named(*json.loads(engine.control.rest_of_text()))
                         else:
                             self._engine_died(engine, ready)
+                if engine.stands_still:
+                    engine.kill()
+                    self._engine_died(engine, ready)
                 self._replace_workers()
         self._drain(engine)
 
@@ -184,6 +187,9 @@ class Supervisor:
 
     def _replace_workers(self) -> None:
         for each in list(self._workers):
+            if each.stands_still:  # its callers wait for it: a broken connection tells them
+                logger.warning("an HTTP process stands still (SIGSTOP): it is killed")
+                each.kill()
             if each.process.poll() is None:
                 continue
             each.end(0)
@@ -209,6 +215,9 @@ class Supervisor:
             if len(self._signals) > 1 or time.monotonic() > end:
                 logger.warning("stopped at once: running requests are lost")
                 return
+            for each in (engine, *self._workers):
+                if each.stands_still:
+                    each.kill()
             if engine.process.poll() is not None:
                 time.sleep(REPORT_SECONDS)
                 return
