@@ -115,6 +115,17 @@ def test_throughput(model, device):
     assert record["preemptions"] == 0
 
 
+def test_throughput_of_replicas(model, device):
+    record = bench(
+        "throughput", *dummy(model, device), "--num-prompts", "6", "--input-len-range", "4:4",
+        "--output-len-range", "3:3", "--repeats", "1", "--data-parallel-size", "2",
+    )  # fmt: skip
+    assert record["data_parallel_size"] == 2
+    assert [each["output_tokens"] for each in record["replicas"]] == [9, 9]
+    rate = record["output_tokens"] / record["seconds"]
+    assert record["output_tokens_per_s"] == pytest.approx(rate, rel=0.05)
+
+
 def test_startup(model, device):
     record = bench("startup", *dummy(model, device), "--repeats", "1")
     parts = record["parts"]

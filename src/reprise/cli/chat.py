@@ -12,7 +12,7 @@ import typer
 
 from reprise.cli.command import command
 from reprise.cli.failures import print_error
-from reprise.cli.options import engine_options, sampling_options
+from reprise.cli.options import ONE_ENGINE, engine_options, sampling_options
 from reprise.cli.streaming import Writer, load, stream, summary, write
 from reprise.errors import CapacityError, RepriseError, RequestError
 
@@ -183,5 +183,5 @@ def register(app: typer.Typer) -> None:
         "chat",
         chat,
         sampling=sampling_options(max_tokens=MAX_TOKENS),
-        engine=engine_options("skip_tokenizer_init"),
+        engine=engine_options("skip_tokenizer_init", *ONE_ENGINE),
     )

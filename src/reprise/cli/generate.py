@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from reprise.cli.command import command
-from reprise.cli.options import engine_options, sampling_options
+from reprise.cli.options import ONE_ENGINE, engine_options, sampling_options
 from reprise.cli.streaming import Writer, dimmed, load, stream, summary, write
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -88,5 +88,5 @@ def register(app: typer.Typer) -> None:
         "generate",
         generate,
         sampling=sampling_options(max_tokens=MAX_TOKENS),
-        engine=engine_options("skip_tokenizer_init"),
+        engine=engine_options("skip_tokenizer_init", *ONE_ENGINE),
     )

@@ -46,6 +46,9 @@ ENGINE_PANELS = {
     "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip
 
+ONE_ENGINE = ("data_parallel_size",)
+"""Fields that mean nothing to a command which looks into one engine."""
+
 ENGINE_SPECIAL = {
     "model": Special(
         flags=("--model", "-m"),

@@ -21,6 +21,7 @@ from reprise.cli.bench.shared import (
 )
 from reprise.cli.command import command
 from reprise.cli.fields import choice
+from reprise.cli.options import ONE_ENGINE
 
 Workload = choice("LatencyWorkload", tuple(LATENCY))
 
@@ -136,4 +137,4 @@ def latency(
 
 def register(app: typer.Typer) -> None:
     """Add this command."""
-    command(app, "latency", latency, engine=bench_engine_options())
+    command(app, "latency", latency, engine=bench_engine_options(*ONE_ENGINE))

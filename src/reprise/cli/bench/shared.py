@@ -59,9 +59,13 @@ Trace = Annotated[
 ]
 
 
-def bench_engine_options() -> FieldOptions:
-    """The engine's options, with the defaults that suit measuring."""
-    return engine_options("model", "tokenizer", "skip_tokenizer_init", "seed",
+def bench_engine_options(*omit: str) -> FieldOptions:
+    """The engine's options, with the defaults that suit measuring.
+
+    Args:
+        *omit: Fields that the command has no use for.
+    """
+    return engine_options("model", "tokenizer", "skip_tokenizer_init", "seed", *omit,
                           enable_prefix_caching=False)  # fmt: skip
 
 

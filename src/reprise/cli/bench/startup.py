@@ -8,6 +8,7 @@ import typer
 
 from reprise.cli.bench.shared import AsJson, Model, Repeats, bench_engine_options, print_record
 from reprise.cli.command import command
+from reprise.cli.options import ONE_ENGINE
 
 
 def startup(
@@ -33,4 +34,4 @@ def startup(
 
 def register(app: typer.Typer) -> None:
     """Add this command."""
-    command(app, "startup", startup, engine=bench_engine_options())
+    command(app, "startup", startup, engine=bench_engine_options(*ONE_ENGINE))

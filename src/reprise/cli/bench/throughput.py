@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from reprise.cli.bench.shared import (
     Trace,
     bench_engine_options,
     print_record,
+    rows,
     span,
 )
 from reprise.cli.command import command
@@ -67,6 +69,10 @@ def throughput(
     }
     work = replace(work, **{name: value for name, value in changes.items() if value is not None})
 
+    if engine.get("data_parallel_size", 1) > 1:
+        _of_replicas(work, engine, repeats, seed, trace, as_json)
+        return
+
     from reprise.bench.throughput import throughput as measure
 
     record = measure(work, engine, repeats, seed, trace)
@@ -86,6 +92,32 @@ def throughput(
     if record["where"] is not None:
         tables.append(_where(record["where"]))
     print_record(record, as_json, *tables)
+
+
+def _of_replicas(
+    work: ThroughputWork,
+    engine: dict[str, Any],
+    repeats: int,
+    seed: int,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    from reprise.bench.replicas import throughput as measure
+
+    if trace is not None:
+        raise typer.BadParameter("--trace records one engine: leave out --data-parallel-size")
+    record = measure(work, engine, repeats, seed)
+    columns = {
+        "requests": "requests", "seconds": "seconds", "out tok/s": "output_tokens_per_s",
+        "all tok/s": "total_tokens_per_s", "requests/s": "requests_per_s",
+    }  # fmt: skip
+    of_each = ("replica", "device", "steps", "output_tokens", "preemptions", "replays")
+    print_record(
+        record,
+        as_json,
+        [tuple(columns), tuple(record[k] for k in columns.values())],
+        rows(record["replicas"], {each.replace("_", " "): each for each in of_each}),
+    )
 
 
 def _bounds(record: dict[str, Any]) -> list[tuple[Any, ...]]:

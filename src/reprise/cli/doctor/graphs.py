@@ -10,7 +10,7 @@ import typer
 from reprise.cli.command import command
 from reprise.cli.doctor.group import AsJson, print_json
 from reprise.cli.files import output_file
-from reprise.cli.options import engine_options
+from reprise.cli.options import ONE_ENGINE, engine_options
 from reprise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -166,6 +166,6 @@ def register(app: typer.Typer) -> None:
     """Add this command."""
     options = engine_options(
         "graph_mode", "graph_verify", "graph_memory_profile", "tokenizer", "skip_tokenizer_init",
-        "enable_prefix_caching", "seed", **ENGINE_DEFAULTS,
+        "enable_prefix_caching", "seed", *ONE_ENGINE, **ENGINE_DEFAULTS,
     )  # fmt: skip
     command(app, "graphs", graphs, engine=options)

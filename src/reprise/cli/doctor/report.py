@@ -10,7 +10,7 @@ import typer
 
 from reprise.cli.command import command
 from reprise.cli.files import output_file
-from reprise.cli.options import engine_options
+from reprise.cli.options import ONE_ENGINE, engine_options
 
 
 def _json_file(path: Path | None) -> Path | None:
@@ -68,4 +68,4 @@ def _write(found: dict[str, Any], output: Path | None) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add this command."""
-    command(app, "report", report, engine=engine_options())
+    command(app, "report", report, engine=engine_options(*ONE_ENGINE))
