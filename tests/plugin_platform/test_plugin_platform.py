@@ -157,6 +157,28 @@ def test_graphs_of_a_plug_in(toy: str, tiny: TinyModels, caplog: pytest.LogCaptu
     assert report.canary_failures == 0
 
 
+def test_two_replicas_with_graphs(
+    toy: str, installed: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a platform that has graphs and nothing for several devices."""
+    paths = [str(installed), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(each for each in paths if each))
+    model = tiny("qwen3")
+    options = {"max_num_seqs": 4, "graph_mode": "auto", "graph_buckets": "decode=1,4;mixed=32"}
+    prompts = [random_ids(n, 5 * n) for n in range(1, 8)]
+    with make_llm(model, f"{toy}-graphs", data_parallel_size=2, **options) as llm:
+        assert llm.frontend.devices == ("cpu:0", "cpu:0"), "torch's name of the toy"
+        outputs = token_ids(llm.generate(prompts, greedy(12)))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert model.is_greedy(prompt, output)
+        report = llm.graph_report()
+    for each in report.replicas:
+        assert each.plan == {"decode": "full", "mixed": "breakable"}
+        assert each.replays > 5
+        assert each.canary_failures == 0
+        assert not each.quarantined
+
+
 @pytest.mark.parametrize(("family", "executor"), ON_EXECUTORS)
 @pytest.mark.usefixtures("kinds_are_compared")
 def test_every_family_on_each_executor(

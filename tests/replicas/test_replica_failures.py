@@ -113,7 +113,7 @@ def test_every_caller_of_a_program_is_told(device: str, temporary: Path, number:
         for name in ("generate", "stats"):
             with pytest.raises(RepriseError, match="replica 1"):
                 await (llm.stats() if name == "stats" else read("later"))
-        assert all(map(gone, pids))
+        until(lambda: all(map(gone, pids)))
         llm.shutdown()
         remove(log)
 
@@ -242,6 +242,7 @@ def generate_on(llm: LLM) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_twenty_moments(device: str, temporary: Path) -> None:
     """Either replica, either way, at any moment: idle, in a prefill, in decodes, while it stops."""
     rng = random.Random(1)

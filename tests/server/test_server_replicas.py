@@ -122,7 +122,10 @@ def test_every_caller_is_answered(device: str, who: str, number: int) -> None:
     log: Path | None = None
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, server, {**LONG, "stream": each % 2 == 0}) for each in range(4)]
-        time.sleep(rng.uniform(0.5, 1.5))
+        with server.client() as client:
+            while client.get("/load").json()["server_load"] < len(asked):
+                time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
         chosen = rng.choice(found[who])
         os.kill(chosen, number)
         began = time.monotonic()
