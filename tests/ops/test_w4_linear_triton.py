@@ -12,30 +12,59 @@ def triton(implementation):
     return lambda op: implementation(op, "triton")
 
 
-@pytest.mark.parametrize("with_zeros", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 9, 16, 17])
+SIZES = [(72, 512, 128), (40, 1152, 64), (24, 256, 32), (136, 768, 256), (8, 384, 384)]
+ALONE = [
+    (ops.w4_linear, rows, *sizes, with_zeros)
+    for rows in (1, 2, 9, 16, 17)
+    for sizes in SIZES
+    for with_zeros in (False, True)
+]
+AROUND = [
+    (op, rows, *sizes, with_zeros)
+    for op in (ops.w4_norm_linear, ops.w4_norm_gated_linear, ops.w4_linear_add)
+    for rows, sizes, with_zeros in (
+        (1, SIZES[0], True), (1, SIZES[4], False), (9, SIZES[1], True), (17, SIZES[2], False)
+    )
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "group"),
-    [(72, 512, 128), (40, 1152, 64), (24, 256, 32), (136, 768, 256), (8, 384, 384)],
+    ("op", "rows", "outputs", "inputs", "group", "with_zeros"),
+    [*ALONE, *AROUND],
+    ids=lambda each: getattr(each, "name", None),
 )
-def test_products(triton, randn, outputs, inputs, group, rows, with_zeros) -> None:
+def test_products(triton, randn, op, rows, outputs, inputs, group, with_zeros) -> None:
     """Groups of several sizes, tiles that are not full, strided rows of x, all numbers of rows that
     differ."""
+    function, reference = triton(op), op.implementations["reference"].function
     dtype = torch.float16
     device = randn(1).device
     bits = torch.Generator().manual_seed(rows)
     words = torch.randint(256, (outputs, inputs // 2), generator=bits, dtype=torch.uint8)
     zeros = torch.randint(16, (outputs, inputs // group), generator=bits, dtype=torch.uint8)
-    x = randn(rows, inputs + 16, dtype=dtype)[:, 8:-8]
-    packed = words.to(device).view(torch.int32)
-    scales = ((randn(outputs, inputs // group).abs() + 0.1) / (8 * inputs**0.5)).to(dtype)
-    middle = zeros.to(device) if with_zeros else None
-    bias = randn(outputs, dtype=dtype) if rows % 2 else None
-    found = triton(ops.w4_linear)(x, packed, scales, middle, bias, group)
+    named = {
+        "x": randn(rows, inputs + 16, dtype=dtype)[:, 8:-8],
+        "packed": words.to(device).view(torch.int32),
+        "scales": ((randn(outputs, inputs // group).abs() + 0.1) / (8 * inputs**0.5)).to(dtype),
+        "zeros": zeros.to(device) if with_zeros else None,
+        "bias": randn(outputs, dtype=dtype) if rows % 2 else None,
+        "group": group,
+    }
+    if "norm" in op.name:
+        named |= {"norm_weight": randn(inputs, dtype=dtype), "eps": 1e-6}
+    if op is ops.w4_linear_add:
+        named["residual"] = randn(rows, outputs, dtype=dtype)
     # The reference in float32: kernels of few rows round no weight.
-    wide_bias = None if bias is None else bias.float()
-    reference = ops.w4_linear.implementations["reference"].function
-    expected = reference(x.float(), packed, scales.float(), middle, wide_bias, group)
+    wide = {
+        name: each.float() if isinstance(each, torch.Tensor) and each.dtype is dtype else each
+        for name, each in named.items()
+    }
+    if op is ops.w4_linear_add:
+        reference(**wide)
+        function(**named)
+        found, expected = named["residual"], wide["residual"]
+    else:
+        found, expected = function(**named), reference(**wide)
     assert found.dtype is dtype
     assert found.is_contiguous()
     torch.testing.assert_close(found.float(), expected, rtol=6e-3, atol=6e-3)
@@ -57,10 +86,7 @@ def test_a_plain_weight_is_the_reference_s(triton, randn) -> None:
 def test_what_it_refuses(randn) -> None:
     from reprise.ops.w4_linear.accepts import accepts
 
-    def refused(inputs: int, group: int) -> str | None:
-        return accepts(randn(1, inputs), randn(1), randn(1), None, None, group)
-
     for inputs, group in ((200, 8), (256, 16), (384, 96), (256, 512)):
-        assert refused(inputs, group) is not None
+        assert accepts(randn(1, inputs), group=group) is not None
     for inputs, group in ((256, 32), (384, 64), (256, 128), (384, 384)):
-        assert refused(inputs, group) is None
+        assert accepts(randn(1, inputs), group=group) is None

@@ -18,6 +18,9 @@ from reprise.ops.experts import experts as experts
 from reprise.ops.experts import experts_add as experts_add
 from reprise.ops.fp8_experts import fp8_experts as fp8_experts
 from reprise.ops.fp8_linear import fp8_linear as fp8_linear
+from reprise.ops.fp8_linear import fp8_linear_add as fp8_linear_add
+from reprise.ops.fp8_linear import fp8_norm_gated_linear as fp8_norm_gated_linear
+from reprise.ops.fp8_linear import fp8_norm_linear as fp8_norm_linear
 from reprise.ops.gated_delta import gated_delta as gated_delta
 from reprise.ops.gated_rms_norm import gated_rms_norm as gated_rms_norm
 from reprise.ops.grouped_output import grouped_output as grouped_output
@@ -50,6 +53,9 @@ from reprise.ops.step import advance as advance
 from reprise.ops.step import lay_out as lay_out
 from reprise.ops.swiglu_clamp import swiglu_clamp as swiglu_clamp
 from reprise.ops.w4_linear import w4_linear as w4_linear
+from reprise.ops.w4_linear import w4_linear_add as w4_linear_add
+from reprise.ops.w4_linear import w4_norm_gated_linear as w4_norm_gated_linear
+from reprise.ops.w4_linear import w4_norm_linear as w4_norm_linear
 from reprise.ops.wide_linear import wide_linear as wide_linear
 
 for _folder in pkgutil.iter_modules(__path__):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
+from reprise.errors import describe
 from reprise.graphs.compare import same_bits
 from reprise.ops import Op, all_ops
 from reprise.ops.cases import Arguments, Maker
+from reprise.platforms.device_graph import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}
@@ -63,6 +65,62 @@ def is_deterministic(kit: Kit, op: Op) -> str:
                         f"{chosen.name}, {dtype}, case {number}: {which} differs between runs",
                     )
     return ", ".join(used)
+
+
+def can_be_captured(kit: Kit, op: Op) -> str:
+    """Replay every implementation that may be in any graph, the reference too, and compare with
+    what it gives outside of one."""
+    kit.need_graphs()
+    done = []
+    default = kit.platform.default_dtype
+    # Cases in which no numbers are computed exist in one dtype alone.
+    dtype = next(each for each in (default, *_dtypes(kit)) if _cases(kit, op, each))
+    for name, implementation in op.implementations.items():
+        if implementation.unusable(kit.platform) is not None:
+            continue
+        if op.break_op and implementation.graph_support_on(kit.platform) != "always":
+            continue
+        for number, arguments in enumerate(_cases(kit, op, dtype)):
+            if implementation.refusal(**arguments) is not None:
+                continue
+            what = f"{name}, case {number}"
+            expected = _run(kit, op, implementation.function, arguments)
+            try:
+                got = _replayed(kit, op, implementation.function, arguments)
+            except Exception as error:  # drivers refuse with errors of many types
+                raise Broken(f"{what} cannot be captured: {describe(error)}") from error
+            for which, tensor in expected.items():
+                if implementation.error is None:
+                    same = same_bits(tensor, got[which])
+                    need(same, f"{what}: {which} of a replay differs from that outside of a graph")
+                else:
+                    _compare(f"{what}, {which}", tensor, got[which])
+        done.append(name)
+    if not done:
+        raise Skipped("no implementation may be in every graph")
+    return f"{', '.join(done)} in {_short(dtype)}"
+
+
+def _replayed(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
+    """What a replay returns and writes, on arguments that were others when it was captured."""
+    held = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    with kit.ops.computing():
+        with kit.platform.capture_stream():
+            function(**held)
+        graph = kit.platform.new_graph()
+        result = graph.capture(lambda: launch(function, **held))
+        for name, each in arguments.items():
+            if isinstance(each, Tensor):
+                held[name].copy_(each)
+        if isinstance(result, Tensor):
+            result.copy_(_poison(result))
+        kit.platform.synchronize()
+        graph.replay()
+        kit.platform.synchronize()
+    found = op.written(held)
+    if isinstance(result, Tensor):
+        found["result"] = result.clone()
+    return found
 
 
 def leaves_zeros(kit: Kit, op: Op) -> str:
@@ -185,6 +243,15 @@ for _name, _op in all_ops().items():
         f"Equal inputs give equal bits from {_name}, as its declaration says.\n\n"
         "Graphs are compared bit by bit, so an op that varies would raise false alarms.",
         functools.partial(is_deterministic, op=_op),
+    )
+for _name, _op in all_ops().items():
+    add(
+        f"op_can_be_captured:{_name}",
+        "ops",
+        f"Every implementation of {_name} can be captured, and a replay gives what it gives.\n\n"
+        "A reference may compute on any device and in any graph: it takes the place of kernels "
+        "that refuse a call.",
+        functools.partial(can_be_captured, op=_op),
     )
 for _name, _op in all_ops().items():
     if _op.break_op:

@@ -42,9 +42,39 @@ class EightBits(Format):
         }
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        return ops.fp8_linear(
-            x, tensors["weight"], tensors[self.scale], bias, *self.blocks(x.shape[1])
-        )
+        return ops.fp8_linear(x, *self._product(x, tensors, bias))
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        return ops.fp8_norm_linear(x, norm_weight, eps, *self._product(x, tensors, bias))
+
+    def norm_gated(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        return ops.fp8_norm_gated_linear(x, norm_weight, eps, *self._product(x, tensors, bias))
+
+    def add(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, residual: Tensor
+    ) -> None:
+        ops.fp8_linear_add(x, residual, *self._product(x, tensors, bias))
+
+    def _product(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+        """What all of these ops take last."""
+        block_n, block_k = self.blocks(x.shape[1])
+        return tensors["weight"], tensors[self.scale], bias, block_n, block_k
 
     def grouped(
         self,

@@ -44,9 +44,39 @@ class FourBits(Format):
         return found
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return ops.w4_linear(x, *self._product(x, tensors, bias))
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        return ops.w4_norm_linear(x, norm_weight, eps, *self._product(x, tensors, bias))
+
+    def norm_gated(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        return ops.w4_norm_gated_linear(x, norm_weight, eps, *self._product(x, tensors, bias))
+
+    def add(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, residual: Tensor
+    ) -> None:
+        ops.w4_linear_add(x, residual, *self._product(x, tensors, bias))
+
+    def _product(
+        self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        """What all of these ops take last."""
         group = self.group or -(-x.shape[1] // 8) * 8
-        packed, scales = tensors["packed"], tensors["scales"]
-        return ops.w4_linear(x, packed, scales, tensors.get("zeros"), bias, group)
+        return tensors["packed"], tensors["scales"], tensors.get("zeros"), bias, group
 
     def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
         for name, each in tensors.items():

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from reprise.ops.experts.reference import weighted_sum
-from reprise.ops.fp8_linear.reference import reference as fp8_linear
+from reprise.ops.fp8_linear.reference import fp8_linear
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 

@@ -1,23 +1,18 @@
-"""Products whose weights and activations have eight bits, with a scale for each block."""
+"""Products whose weights and activations have eight bits, with a scale for each block: alone and
+with what a decoder does right before or behind them."""
 
-from reprise.ops.fp8_linear import onednn, scaled_mm
+from reprise.ops.fp8_linear import cases, onednn, reference, scaled_mm
 from reprise.ops.fp8_linear.accepts import accepts
-from reprise.ops.fp8_linear.cases import cases
-from reprise.ops.fp8_linear.reference import fake, reference
 from reprise.ops.linear import needs_onednn
-from reprise.ops.registry import needs_triton, op
+from reprise.ops.linear.around import Plain, declare
 
-fp8_linear = op("fp8_linear", reference, cases=cases, fake=fake)
-fp8_linear.implementation(
-    "onednn", onednn.fp8_linear, requires=needs_onednn, accepts=onednn.accepts
-)
-fp8_linear.implementation(
-    "torch", scaled_mm.fp8_linear, requires=scaled_mm.requires, accepts=scaled_mm.accepts
-)
-fp8_linear.implementation(
-    "triton",
-    "reprise.ops.fp8_linear.triton:fp8_linear",
-    requires=needs_triton,
-    accepts=accepts,
-    on_request="compiled and interpreted, not yet run on a device in this form",
+fp8_linear, fp8_norm_linear, fp8_norm_gated_linear, fp8_linear_add = declare(
+    "fp8",
+    reference,
+    cases,
+    {
+        "onednn": Plain(onednn.fp8_linear, needs_onednn, onednn.accepts),
+        "torch": Plain(scaled_mm.fp8_linear, scaled_mm.requires, scaled_mm.accepts),
+    },
+    accepts,
 )

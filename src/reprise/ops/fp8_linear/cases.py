@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from reprise.ops.cases import LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
+from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 BLOCK = 128
 
@@ -40,25 +40,49 @@ def _small(make: Maker) -> list[Arguments]:
     return [*found, silent]
 
 
-def _workload(
-    make: Maker, model: Dimensions, rows: int, outputs: int, inputs: int, blocks: tuple[int, int]
-) -> Workload:
-    return Workload(
-        f"{model.name}, T={rows}, {inputs} to {outputs}, "
-        + ("channels" if blocks[0] == 1 else "blocks"),
-        lambda: _arguments(make, rows, outputs, inputs, *blocks, bias=False),
-        read_write=outputs * inputs,
-        compiled=model is SMALL and rows in (1, 64) and outputs == model.projected,
-    )
+def _with_norm(arguments: Arguments, make: Maker) -> Arguments:
+    return {**arguments, "norm_weight": make.randn(arguments["x"].shape[1]), "eps": EPS}
 
 
-def _workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
-        sizes = model.products
-        for rows in (1, 8, 64):
-            for outputs, inputs in sizes:
-                yield _workload(make, model, rows, outputs, inputs, (BLOCK, BLOCK))
-            yield _workload(make, model, rows, *sizes[0], (1, sizes[0][1]))
+def _with_residual(arguments: Arguments, make: Maker) -> Arguments:
+    rows, outputs = len(arguments["x"]), len(arguments["weight"])
+    return {**arguments, "residual": make.randn(rows, outputs)}
 
 
-cases = Cases(_small, _workloads)
+def _cases(
+    sizes: Callable[[Dimensions], list[tuple[int, int]]],
+    more: Callable[[Arguments, Maker], Arguments] = lambda arguments, make: arguments,
+    *,
+    channels: bool = False,
+) -> Cases:
+    """``sizes``: outputs and inputs of a model's products. ``more``: arguments to add."""
+
+    def workload(
+        make: Maker, model: Dimensions, rows: int, outputs: int, inputs: int, block_n: int
+    ) -> Workload:
+        block_k = BLOCK if block_n > 1 else inputs
+        return Workload(
+            f"{model.name}, T={rows}, {inputs} to {outputs}, "
+            + ("blocks" if block_n > 1 else "channels"),
+            lambda: more(
+                _arguments(make, rows, outputs, inputs, block_n, block_k, bias=False), make
+            ),
+            read_write=outputs * inputs,
+            compiled=(model is SMALL and rows in (1, 64)) or (model is LARGE and rows == 8),
+        )
+
+    def workloads(make: Maker) -> Iterator[Workload]:
+        for model in (SMALL, LARGE):
+            for rows in (1, 8, 64):
+                for each in sizes(model):
+                    yield workload(make, model, rows, *each, BLOCK)
+                    if channels:
+                        yield workload(make, model, rows, *each, 1)
+
+    return Cases(lambda make: [more(each, make) for each in _small(make)], workloads)
+
+
+fp8_linear = _cases(lambda model: model.products[:1], channels=True)
+fp8_norm_linear = _cases(lambda model: model.products[:1], _with_norm)
+fp8_norm_gated_linear = _cases(lambda model: model.products[2:3], _with_norm)
+fp8_linear_add = _cases(lambda model: model.products[1::2], _with_residual)

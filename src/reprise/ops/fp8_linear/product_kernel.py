@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Products of two factors of eight bits in Triton.
+"""Products of two factors of eight bits in Triton, with the activation or sum behind them.
 
 As in :mod:`reprise.ops.linear.few_rows_kernel` the weight is the matrix units' first operand, it is
 read before the kernel before has ended, and programs that share a tile sum in one order. Where the
@@ -40,7 +40,7 @@ class Config:
     rows: int
     """Of ``x`` in a tile."""
     block_n: int
-    """Rows of the weight in a tile."""
+    """Rows of the weight in a tile; with an activation one half are gates."""
     together: int
     """Steps of the inner loop that are loaded at a time."""
     num_stages: int
@@ -85,8 +85,11 @@ def launch_product(
     bias: Tensor | None,
     out: Tensor,
     block_n: int,
+    *,
+    add: bool = False,
+    gated: bool = False,
 ) -> None:
-    """Write the product to ``out``.
+    """Write the product to ``out``, or add it if ``add``.
 
     Args:
         numbers: [T, K] of :func:`quantise`; K a multiple of 128.
@@ -96,6 +99,8 @@ def launch_product(
         bias: [N], or None.
         out: [T, N], in the compute dtype.
         block_n: Rows of the weight that share a scale.
+        add: Keep what ``out`` holds and add to it.
+        gated: ``weight`` has 2*N rows, gates first; write ``silu(gate) * up``.
     """
     rows, inputs = numbers.shape
     native = numbers.dtype is weight.dtype
@@ -120,6 +125,8 @@ def launch_product(
         INPUTS=inputs,
         ROWS_OF_SCALE=block_n,
         WHOLE=len(scales) == 1,
+        ADD=add,
+        GATED=gated,
         SPLITS=config.splits,
         WIDEN=INTERPRETED,
         NATIVE=native,
@@ -172,6 +179,8 @@ def fp8_product_kernel(
     INPUTS: tl.constexpr,
     ROWS_OF_SCALE: tl.constexpr,
     WHOLE: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -185,24 +194,25 @@ def fp8_product_kernel(
 ):
     """One program multiplies one share of the inputs into a tile of ``out``.
 
-    x: [rows, INPUTS]; weight: [features, INPUTS]; out: [rows, features]; partial: [SPLITS, tiles,
-    BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs are done with a tile. WHOLE: there
-    is one scale for all inputs.
+    x: [rows, INPUTS]; weight: [features, INPUTS], twice as many rows if GATED; out: [rows,
+    features]; partial: [SPLITS, tiles, BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs
+    are done with a tile. WHOLE: there is one scale for all inputs.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     row_tiles = tl.cdiv(rows, ROWS)
     # Programs next to each other read the same rows of the weight.
     row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
-    first = tile // row_tiles * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
+    n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     k = split * SHARE + tl.arange(0, STEP)
     real_row = (row < rows)[None, :]
-    real_feature = (n < features)[:, None]
+    real_feature = (feature < features)[:, None]
     # Reads of scales need no mask: whoever is not there has another's.
     some_row = tl.minimum(row, rows - 1)
-    some_n = tl.minimum(n, features - 1)
+    some_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1)
     x_ptr += row.to(tl.int64)[None, :] * INPUTS + k[:, None]
     GROUPS: tl.constexpr = 1 if WHOLE else INPUTS // STEP
     first_group = 0 if WHOLE else split * (SHARE // STEP)
@@ -262,7 +272,8 @@ def fp8_product_kernel(
             acc = _multiply(acc, weight_3, scale_3, x_3, x_scale_3, NATIVE, WIDEN)
     acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
-        finish(acc, bias_ptr, out_ptr, first, features, row, rows, out_stride, False, False)
+        first = tile // row_tiles * WIDTH
+        finish(acc, bias_ptr, out_ptr, first, features, row, rows, out_stride, GATED, ADD)
 
 
 @triton.jit

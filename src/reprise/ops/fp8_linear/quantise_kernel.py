@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Activations of eight bits in Triton."""
+"""Activations of eight bits in Triton, with the norm before them if there is one."""
 
 from __future__ import annotations
 
@@ -17,34 +17,48 @@ from reprise.ops.triton_util import (
     launch_options,
     next_power_of_2,
     warps,
+    with_gain,
 )
 
 _SHARE = 1024
 """Elements of a program where no program needs the whole row."""
 
 
-def quantise(x: Tensor, group: int, native: bool) -> tuple[Tensor, Tensor]:
+def quantise(
+    x: Tensor,
+    group: int,
+    native: bool,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    room: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Eight bits for each element, as the reference has them.
 
     Args:
         x: [T, K], its elements side by side; K a multiple of the group.
         group: Inputs that share a scale: a power of two, or K.
         native: Return float8_e4m3fn; else the same numbers in the dtype of ``x``, which holds them.
+        norm_weight: [K], of the root mean square norm before it, or None.
+        eps: Of the norm.
+        room: Rows of the results, of which those behind T are left as they are; 0: T.
 
     Returns:
         [T, K], and scales [K / group, T] float32.
     """
     rows, inputs = x.shape
-    numbers = x.new_empty((rows, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
-    scales = x.new_empty((inputs // group, rows), dtype=torch.float32)
-    whole = group == inputs
+    room = room or rows
+    numbers = x.new_empty((room, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
+    scales = x.new_empty((inputs // group, room), dtype=torch.float32)
+    whole = norm_weight is not None or group == inputs
     share = next_power_of_2(inputs) if whole else min(max(_SHARE, group), next_power_of_2(inputs))
     launch(quantise_kernel, (rows, 1 if whole else cdiv(inputs, share)))(
         x,
+        norm_weight,
         numbers,
         scales,
-        rows,
+        room,
         x.stride(0),
+        eps,
         INPUTS=inputs,
         GROUP=share if group == inputs else group,
         SHARE=share,
@@ -67,13 +81,15 @@ def nearest(y):
     return tl.where(tl.abs(y) < 0.015625, low, high)  # 2**-6, the least normal number
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["room"])
 def quantise_kernel(
     x_ptr,
+    norm_ptr,
     numbers_ptr,
     scales_ptr,
-    rows,
+    room,
     x_stride,
+    eps,
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     SHARE: tl.constexpr,
@@ -88,8 +104,15 @@ def quantise_kernel(
     group = tl.program_id(1) * (SHARE // GROUP) + tl.arange(0, SHARE // GROUP)
     k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = k < INPUTS
+    gain = 1.0
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + k, mask=inside, other=0.0)
     depend(EARLY)
-    x = tl.load(x_ptr + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    loaded = tl.load(x_ptr + row * x_stride + k, mask=inside, other=0.0)
+    x = loaded.to(tl.float32)
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / INPUTS + eps)
+        x = with_gain(x * scale, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)
     magnitude = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST)
     largest = tl.full([SHARE // GROUP], LARGEST, dtype=tl.float32)
     if EXACT:
@@ -103,4 +126,4 @@ def quantise_kernel(
         y = nearest(y)
     number = y.to(numbers_ptr.dtype.element_ty)
     tl.store(numbers_ptr + row * INPUTS + k, number, mask=inside)
-    tl.store(scales_ptr + group * rows + row, scale, mask=group * GROUP < INPUTS)
+    tl.store(scales_ptr + group * room + row, scale, mask=group * GROUP < INPUTS)

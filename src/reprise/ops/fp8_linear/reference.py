@@ -2,13 +2,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprise.ops.rms_norm.reference import reference as rms_norm
+from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 LEAST_MAGNITUDE = 1e-10
 """What counts as a group's largest magnitude where it is smaller: zeros have a scale too."""
 
 
-def reference(
+def fp8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
 ) -> Tensor:
     """``quantised(x) @ (weight * scale).T + bias``, both factors of eight bits, sums in float32.
@@ -46,6 +49,86 @@ def reference(
     return product.to(x.dtype)
 
 
+def fp8_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+) -> Tensor:
+    """:func:`fp8_linear` of x after its root mean square norm.
+
+    Args:
+        x: [T, K].
+        norm_weight: [K].
+        eps: Of the norm.
+        weight: As of :func:`fp8_linear`, like all that follows.
+        scale: The same.
+        bias: The same.
+        block_n: The same.
+        block_k: The same.
+
+    Returns:
+        [T, N] in the compute dtype, contiguous.
+    """
+    return fp8_linear(rms_norm(x, norm_weight, eps), weight, scale, bias, block_n, block_k)
+
+
+def fp8_norm_gated_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+) -> Tensor:
+    """``silu(first half) * second half`` of :func:`fp8_norm_linear`.
+
+    Args:
+        x: [T, K].
+        norm_weight: [K].
+        eps: Of the norm.
+        weight: As of :func:`fp8_linear`, like all that follows; gates come first.
+        scale: The same.
+        bias: The same.
+        block_n: The same.
+        block_k: The same.
+
+    Returns:
+        [T, N / 2] in the compute dtype, contiguous.
+    """
+    product = fp8_norm_linear(x, norm_weight, eps, weight, scale, bias, block_n, block_k)
+    return silu_and_mul(product)
+
+
+def fp8_linear_add(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+) -> None:
+    """Add :func:`fp8_linear` to ``residual``.
+
+    Args:
+        x: As of :func:`fp8_linear`, like all others.
+        residual: [T, N] in the compute dtype.
+        weight: The same.
+        scale: The same.
+        bias: The same.
+        block_n: The same.
+        block_k: The same.
+    """
+    residual.add_(fp8_linear(x, weight, scale, bias, block_n, block_k))
+
+
 def quantise(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Eight bits for each element: [T, K] float8_e4m3fn, and [T, ceil(K / group)] float32."""
     rows, inputs = x.shape
@@ -67,7 +150,33 @@ def dequantise(numbers: Tensor, scale: Tensor, block_n: int, block_k: int) -> Te
     return numbers.float() * wide
 
 
-def fake(
+def fake_fp8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def fake_fp8_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def fake_fp8_norm_gated_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] // 2))

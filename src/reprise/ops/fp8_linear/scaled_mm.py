@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reprise.errors import describe
+from reprise.ops.fp8_linear.reference import fp8_linear as fallback
 from reprise.ops.fp8_linear.reference import quantise
-from reprise.ops.fp8_linear.reference import reference as fallback
 from reprise.platforms import Platform
 
 BLOCK = 128
 _ALIGNED = 16
 """Inputs and outputs are a multiple of it."""
-_BLOCKS = 4
+FOUR = 4
 """With scales of blocks, rows are a multiple of it, and so are blocks along the inputs: the BLAS
 reads four scales at once."""
 
@@ -31,7 +31,7 @@ def requires(platform: Platform) -> str | None:
 
 @functools.cache
 def _tried(device: torch.device) -> str | None:
-    inputs = _BLOCKS * BLOCK
+    inputs = FOUR * BLOCK
     x = torch.ones(5, inputs, dtype=torch.bfloat16, device=device)
     weight = torch.ones(3 * BLOCK, inputs, device=device).to(torch.float8_e4m3fn)
     try:
@@ -53,9 +53,14 @@ def accepts(x: Tensor, block_n: int, block_k: int, **_: Any) -> str | None:
         return None
     if (block_n, block_k) != (BLOCK, BLOCK):
         return f"scales are of blocks of {BLOCK} by {BLOCK}, or of outputs"
-    if x.shape[1] % (_BLOCKS * BLOCK):
-        return f"inputs with scales of blocks must be a multiple of {_BLOCKS * BLOCK}"
+    if x.shape[1] % (FOUR * BLOCK):
+        return f"inputs with scales of blocks must be a multiple of {FOUR * BLOCK}"
     return None
+
+
+def takes(x: Tensor, weight: Tensor, block_n: int, block_k: int) -> bool:
+    """Whether :func:`multiply` computes it."""
+    return accepts(x, block_n, block_k) is None and weight.shape[0] % _ALIGNED == 0
 
 
 def fp8_linear(
@@ -66,9 +71,9 @@ def fp8_linear(
     It sums in the accumulators of the matrix units for one block of inputs at a time, and adds
     these sums up in float32.
     """
-    if weight.shape[0] % _ALIGNED:
+    if not takes(x, weight, block_n, block_k):
         return fallback(x, weight, scale, bias, block_n, block_k)
-    padded = F.pad(x, (0, 0, 0, -len(x) % _BLOCKS)) if block_n > 1 else x
+    padded = F.pad(x, (0, 0, 0, -len(x) % FOUR)) if block_n > 1 else x
     return multiply(*quantise(padded, block_k), weight, scale, bias, block_n, x.dtype)[: len(x)]
 
 

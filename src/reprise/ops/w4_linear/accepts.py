@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 STEP = 128
@@ -5,14 +7,7 @@ STEP = 128
 LEAST_GROUP = 32
 
 
-def accepts(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-) -> str | None:
+def accepts(x: Tensor, group: int, **_: Any) -> str | None:
     """Which calls the Triton kernels compute."""
     inputs = x.shape[1]
     if inputs % STEP:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from reprise.ops.cases import LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
+from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 
 def _arguments(
@@ -39,24 +39,43 @@ def _small(make: Maker) -> list[Arguments]:
     return found
 
 
-def _workload(
-    make: Maker, model: Dimensions, rows: int, outputs: int, inputs: int, zeros: bool
-) -> Workload:
-    return Workload(
-        f"{model.name}, T={rows}, {inputs} to {outputs}, {'zeros' if zeros else 'symmetric'}",
-        lambda: _arguments(make, rows, outputs, inputs, 128, zeros, bias=False),
-        read_write=outputs * inputs // 2,
-        compiled=model is SMALL and outputs == model.projected and not zeros,
-    )
+def _with_norm(arguments: Arguments, make: Maker) -> Arguments:
+    return {**arguments, "norm_weight": make.randn(arguments["x"].shape[1]), "eps": EPS}
 
 
-def _workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
-        sizes = model.products
-        for rows in (1, 8, 64):
-            for outputs, inputs in sizes:
-                yield _workload(make, model, rows, outputs, inputs, zeros=False)
-            yield _workload(make, model, rows, *sizes[0], zeros=True)
+def _with_residual(arguments: Arguments, make: Maker) -> Arguments:
+    rows, outputs = len(arguments["x"]), len(arguments["packed"])
+    return {**arguments, "residual": make.randn(rows, outputs)}
 
 
-cases = Cases(_small, _workloads)
+def _cases(
+    sizes: Callable[[Dimensions], list[tuple[int, int]]],
+    more: Callable[[Arguments, Maker], Arguments] = lambda arguments, make: arguments,
+) -> Cases:
+    """``sizes``: outputs and inputs of a model's products. ``more``: arguments to add."""
+
+    def workload(
+        make: Maker, model: Dimensions, rows: int, outputs: int, inputs: int, zeros: bool
+    ) -> Workload:
+        return Workload(
+            f"{model.name}, T={rows}, {inputs} to {outputs}, {'zeros' if zeros else 'symmetric'}",
+            lambda: more(_arguments(make, rows, outputs, inputs, 128, zeros, bias=False), make),
+            read_write=outputs * inputs // 2 + outputs * inputs // 128 * (3 if zeros else 2),
+            compiled=model is SMALL or (rows == 8 and zeros),
+        )
+
+    def workloads(make: Maker) -> Iterator[Workload]:
+        for model in (SMALL, LARGE):
+            for rows in (1, 8, 64):
+                for number, each in enumerate(sizes(model)):
+                    yield workload(make, model, rows, *each, zeros=False)
+                    if number == 0:
+                        yield workload(make, model, rows, *each, zeros=True)
+
+    return Cases(lambda make: [more(each, make) for each in _small(make)], workloads)
+
+
+w4_linear = _cases(lambda model: model.products[:1])
+w4_norm_linear = _cases(lambda model: model.products[:1], _with_norm)
+w4_norm_gated_linear = _cases(lambda model: model.products[2:3], _with_norm)
+w4_linear_add = _cases(lambda model: model.products[1::2], _with_residual)

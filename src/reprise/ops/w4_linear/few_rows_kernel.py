@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Products of few rows with a weight of four bits in Triton, on the matrix units.
+"""Products of few rows with a weight of four bits in Triton, on the matrix units, with the
+activation or sum behind them.
 
 As :mod:`reprise.ops.linear.few_rows_kernel` has it for plain weights. A product of tiles spans at
 most a group of inputs, whose scale its sums are multiplied by. Numbers go to the matrix units as
@@ -53,8 +54,11 @@ def launch_few_rows(
     bias: Tensor | None,
     out: Tensor,
     group: int,
+    *,
+    add: bool = False,
+    gated: bool = False,
 ) -> None:
-    """Write the product to ``out``.
+    """Write the product to ``out``, or add it if ``add``.
 
     Args:
         x: [T, K] of at most :data:`MOST_ROWS` rows, in two bytes; its elements side by side.
@@ -64,6 +68,8 @@ def launch_few_rows(
         bias: The same.
         out: [T, N].
         group: Inputs that share a scale, see :func:`accepts`.
+        add: Keep what ``out`` holds and add to it.
+        gated: ``packed`` has 2*N rows, gates first; write ``silu(gate) * up``.
     """
     rows, inputs = x.shape
     step = min(STEP, group)
@@ -90,6 +96,8 @@ def launch_few_rows(
         out.stride(0),
         INPUTS=inputs,
         GROUP=group,
+        ADD=add,
+        GATED=gated,
         SPLITS=splits,
         WIDEN=INTERPRETED,
         ROWS=padded,
@@ -139,6 +147,8 @@ def w4_few_rows_kernel(
     out_stride,
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,22 +159,24 @@ def w4_few_rows_kernel(
 ):
     """One program multiplies one share of the inputs into a tile of ``out``.
 
-    x: [rows, INPUTS]; packed: [features, INPUTS / 8]; scales, zeros: [features, INPUTS / GROUP];
-    out: [rows, features]; partial: [SPLITS, tiles, BLOCK_N, ROWS] float32; arrivals: [tiles], how
-    many programs are done with a tile.
+    x: [rows, INPUTS]; packed: [features, INPUTS / 8], twice as many rows if GATED; scales, zeros:
+    as many rows, a column for each GROUP inputs; out: [rows, features]; partial: [SPLITS, tiles,
+    BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs are done with a tile.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     row = tl.arange(0, ROWS)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    feature = tile * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
+    n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     WORDS: tl.constexpr = STEP // 8
-    real = (n < features)[:, None]
+    real = (feature < features)[:, None]
     real_row = (row < rows)[None, :]
     word = split * (SHARE // 8) + tl.arange(0, WORDS)
     packed_ptr += n.to(tl.int64)[:, None] * (INPUTS // 8) + word[None, :]
     # Reads of scales need no mask: whoever is not there has another's.
-    some_n = tl.minimum(n, features - 1).to(tl.int64)
+    some_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1).to(tl.int64)
     scales_ptr += some_n * (INPUTS // GROUP)
     if zeros_ptr is not None:
         zeros_ptr += some_n * (INPUTS // GROUP)
@@ -209,6 +221,4 @@ def w4_few_rows_kernel(
             acc = _multiply(acc, word_3, scale_3, middle_3, x_3, WIDEN)
     acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
-        finish(
-            acc, bias_ptr, out_ptr, tile * BLOCK_N, features, row, rows, out_stride, False, False
-        )
+        finish(acc, bias_ptr, out_ptr, tile * WIDTH, features, row, rows, out_stride, GATED, ADD)

@@ -2,13 +2,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprise.ops.rms_norm.reference import reference as rms_norm
+from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
+
 MIDDLE = 8
 """The number that stands for zero where a weight has no zeros of its own."""
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring inputs is in each four bits of a word, from the lowest on."""
 
 
-def reference(
+def w4_linear(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -40,6 +43,85 @@ def reference(
     return F.linear(x, dequantise(packed, scales, zeros, group, x.shape[1]), bias)
 
 
+def w4_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    """:func:`w4_linear` of x after its root mean square norm.
+
+    Args:
+        x: [T, K].
+        norm_weight: [K].
+        eps: Of the norm.
+        packed: As of :func:`w4_linear`, like all that follows.
+        scales: The same.
+        zeros: The same.
+        bias: The same.
+        group: The same.
+
+    Returns:
+        [T, N] in the compute dtype, contiguous.
+    """
+    return w4_linear(rms_norm(x, norm_weight, eps), packed, scales, zeros, bias, group)
+
+
+def w4_norm_gated_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    """``silu(first half) * second half`` of :func:`w4_norm_linear`.
+
+    Args:
+        x: [T, K].
+        norm_weight: [K].
+        eps: Of the norm.
+        packed: As of :func:`w4_linear`, like all that follows.
+        scales: The same.
+        zeros: The same.
+        bias: The same.
+        group: The same.
+
+    Returns:
+        [T, N / 2] in the compute dtype, contiguous.
+    """
+    return silu_and_mul(w4_norm_linear(x, norm_weight, eps, packed, scales, zeros, bias, group))
+
+
+def w4_linear_add(
+    x: Tensor,
+    residual: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> None:
+    """Add :func:`w4_linear` to ``residual``.
+
+    Args:
+        x: As of :func:`w4_linear`, like all others.
+        residual: [T, N] in the compute dtype.
+        packed: The same.
+        scales: The same.
+        zeros: The same.
+        bias: The same.
+        group: The same.
+    """
+    residual.add_(w4_linear(x, packed, scales, zeros, bias, group))
+
+
 def dequantise(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, inputs: int
 ) -> Tensor:
@@ -55,8 +137,9 @@ def _of_each(values: Tensor, group: int, inputs: int) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """[N, W] int32 to [N, 8 * W] uint8 from 0 to 15, in the order of the inputs."""
-    places = [ORDER.index(each) for each in range(8)]
-    return nibbles(packed).view(len(packed), -1, 8)[:, :, places].flatten(1)
+    # Not by a list of places: that would be a tensor of the host, which no graph copies from.
+    numbers = nibbles(packed).view(len(packed), -1, 8).unbind(2)
+    return torch.stack([numbers[ORDER.index(each)] for each in range(8)], dim=2).flatten(1)
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -76,7 +159,7 @@ def pack(numbers: Tensor) -> Tensor:
     return pairs.reshape(outputs, -1).view(torch.int32)
 
 
-def fake(
+def fake_w4_linear(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -85,3 +168,29 @@ def fake(
     group: int,
 ) -> Tensor:
     return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def fake_w4_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def fake_w4_norm_gated_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0] // 2))

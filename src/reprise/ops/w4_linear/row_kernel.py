@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Products of one row with a weight of four bits in Triton.
+"""Products of one row with a weight of four bits in Triton, with the norm before and the activation
+or sum behind them.
 
 As :mod:`reprise.ops.linear.triton` has it for plain weights. What bounds it is less the bandwidth
-than what it takes to make numbers of bits, so that is two operations: a shift, and one that masks a
-number and gives it the exponent of a float32 between 1 and 2. ``1 + number / 16`` is multiplied,
-and the sum of ``x`` makes good for what is too much.
+than what it takes to make numbers of bits, so that is hardly more than one operation each: it masks
+the number where it lies and gives it the exponent of a float32 between 1 and 2. What is multiplied
+so is 1 and a small part, and the sum of ``x`` makes good for what is too much.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from reprise.ops.triton_util import (
     launch,
     launch_options,
     next_power_of_2,
+    silu,
+    with_gain,
 )
 
 _FEATURES = 8
@@ -39,8 +42,13 @@ def launch_row(
     bias: Tensor | None,
     out: Tensor,
     group: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    add: bool = False,
+    gated: bool = False,
 ) -> None:
-    """Write the product to ``out``.
+    """Write the product to ``out``, or add it if ``add``.
 
     Args:
         x: [1, K], its elements side by side.
@@ -50,20 +58,28 @@ def launch_row(
         bias: The same.
         out: [1, N].
         group: Inputs that share a scale, a multiple of 32.
+        norm_weight: [K], of the root mean square norm that ``x`` goes through first, or None.
+        eps: Of the norm.
+        add: Keep what ``out`` holds and add to it.
+        gated: ``packed`` has 2*N rows, gates first; write ``silu(gate) * up``.
     """
     words, features = packed.shape[1], out.shape[1]
     block = next_power_of_2(words)
-    launch(w4_row_kernel, (cdiv(features, _FEATURES),))(
+    launch(w4_row_kernel, (cdiv(features, _FEATURES // (1 + gated)),))(
         x,
+        norm_weight,
         packed,
         scales,
         zeros,
         bias,
         out,
         features,
+        eps,
         _ONE,
         WORDS=words,
         GROUP=group,
+        GATED=gated,
+        ADD=add,
         BLOCK_N=_FEATURES,
         BLOCK_W=block if block <= _MOST_WORDS else _SOME_WORDS,
         num_warps=_WARPS,
@@ -82,84 +98,141 @@ def _words(packed_ptr, n, word, outputs, WORDS: tl.constexpr, BLOCK_W: tl.conste
 
 
 @triton.jit
-def _one_and(word, one, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """1 + number / 16, float32, of the number that a shift brings to bits 19 to 22."""
-    if LEFT > 0:
-        word = word << LEFT
-    if RIGHT > 0:
-        word = word >> RIGHT
-    return ((word & 0x00780000) | one).to(tl.float32, bitcast=True)
+def _low(word, one):
+    """1 + number / 2048, float32, of the number in bits 12 to 15."""
+    return ((word & 0xF000) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _numbers(word, one):
-    """[N, W] words to [N, 8 * W] float32, ``1 + number / 16``, in the order of the inputs."""
-    low = tl.join(_one_and(word, one, 19, 0), _one_and(word, one, 11, 0))
-    high = tl.join(_one_and(word, one, 15, 0), _one_and(word, one, 7, 0))
-    even = tl.join(low, high)
-    low = tl.join(_one_and(word, one, 3, 0), _one_and(word, one, 0, 5))
-    high = tl.join(_one_and(word, one, 0, 1), _one_and(word, one, 0, 9))
-    odd = tl.join(low, high)
-    return tl.reshape(tl.join(even, odd), [word.shape[0], word.shape[1] * 8])
+def _high(word, one):
+    """1 + number / 128, float32, of the number in bits 16 to 19."""
+    return ((word & 0xF0000) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7):
+    """[N, W] words times [W] eight times, those of :func:`_columns`: their sums [N, W]."""
+    left = word << 12
+    right = word >> 8
+    acc = _low(left, one) * x_0[None, :]
+    acc += _high(left, one) * x_2[None, :]
+    acc += _high(word << 8, one) * x_4[None, :]
+    acc += _low(word, one) * x_6[None, :]
+    acc += _high(word, one) * x_1[None, :]
+    acc += _low(right, one) * x_3[None, :]
+    acc += _high(right, one) * x_5[None, :]
+    return acc + _high(word >> 12, one) * x_7[None, :]
+
+
+@triton.jit
+def _columns(x):
+    """[W, 8] float32 to eight of [W]."""
+    WORDS: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2, 2]))
+    x_04, x_26 = tl.split(even)
+    x_15, x_37 = tl.split(odd)
+    x_0, x_4 = tl.split(x_04)
+    x_1, x_5 = tl.split(x_15)
+    x_2, x_6 = tl.split(x_26)
+    x_3, x_7 = tl.split(x_37)
+    return x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
+
+
+@triton.jit
+def _scales(scales_ptr, zeros_ptr, rows, part, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """[BLOCK_N, PARTS] of a weight, and a 128th of what stands for zero."""
+    offset = rows + tl.minimum(part // (GROUP // 32), GROUPS - 1)[None, :]
+    scale = tl.load(scales_ptr + offset).to(tl.float32)
+    middle = tl.full(scale.shape, 8.0 / 128, dtype=tl.float32)
+    if zeros_ptr is not None:
+        middle = tl.load(zeros_ptr + offset).to(tl.float32) / 128
+    return scale, middle
 
 
 # ``one`` is no constant, so that it lies in a register: masking and setting are one operation then.
 @triton.jit(do_not_specialize=["one"])
 def w4_row_kernel(
     x_ptr,
+    norm_ptr,
     packed_ptr,
     scales_ptr,
     zeros_ptr,
     bias_ptr,
     out_ptr,
     features,
+    eps,
     one,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program computes BLOCK_N of ``features`` outputs.
+    """One program computes BLOCK_N of ``features`` outputs, or half as many if GATED.
 
-    x: [8 * WORDS]; packed: [features, WORDS]; scales, zeros: [features, 8 * WORDS / GROUP].
+    x: [8 * WORDS], normalised first if there is a norm. packed: [features, WORDS], or twice as many
+    rows if GATED: gates, then what they let through; scales, zeros: as many rows, a column for each
+    GROUP inputs.
     """
     INPUTS: tl.constexpr = WORDS * 8
     BLOCK_K: tl.constexpr = BLOCK_W * 8
     PARTS: tl.constexpr = BLOCK_K // 32  # a thread's own sums are of 32 inputs
     GROUPS: tl.constexpr = INPUTS // GROUP
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    i = tl.arange(0, BLOCK_N)
+    feature = tl.program_id(0) * WIDTH + i % WIDTH
+    outputs = features * (BLOCK_N // WIDTH)
+    n = tl.where(feature < features, feature + i // WIDTH * features, outputs)
     word = tl.arange(0, BLOCK_W)
-    k = tl.arange(0, BLOCK_K)
+    k = word[:, None] * 8 + tl.arange(0, 8)[None, :]
     part = tl.arange(0, PARTS)
-    packed = _words(packed_ptr, n, word, features, WORDS, BLOCK_W)
-    some_n = tl.minimum(n, features - 1).to(tl.int64)[:, None] * GROUPS
-    group = tl.minimum(part // (GROUP // 32), GROUPS - 1)[None, :]
-    scale = tl.load(scales_ptr + some_n + group).to(tl.float32)
+    packed = _words(packed_ptr, n, word, outputs, WORDS, BLOCK_W)
+    rows = tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * GROUPS
+    scale, middle = _scales(scales_ptr, zeros_ptr, rows, part, GROUP, GROUPS)
     depend(EARLY)
+
+    norm = 1.0
+    if norm_ptr is not None:
+        squares = tl.zeros([BLOCK_W, 8], dtype=tl.float32)
+        for start in range(0, INPUTS, BLOCK_K):
+            x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0).to(tl.float32)
+            squares += x * x
+        norm = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / INPUTS + eps)
 
     acc = tl.zeros([BLOCK_N, PARTS], dtype=tl.float32)
     for start in range(0, INPUTS, BLOCK_K):
-        now = packed
-        scale_now = scale
-        # What a number of zero gives: 1 + 8 / 16, or 1 + zero / 16.
-        middle = tl.full([BLOCK_N, PARTS], 1.5, dtype=tl.float32)
-        if zeros_ptr is not None:
-            group = tl.minimum((start // 32 + part) // (GROUP // 32), GROUPS - 1)[None, :]
-            middle = 1.0 + tl.load(zeros_ptr + some_n + group).to(tl.float32) / 16
+        packed_now, scale_now, middle_now = packed, scale, middle
         if start + BLOCK_K < INPUTS:  # the next words are asked for before these are used
             next_word = (start + BLOCK_K) // 8 + word
-            packed = _words(packed_ptr, n, next_word, features, WORDS, BLOCK_W)
+            packed = _words(packed_ptr, n, next_word, outputs, WORDS, BLOCK_W)
             ahead = (start + BLOCK_K) // 32 + part
-            ahead = tl.minimum(ahead // (GROUP // 32), GROUPS - 1)[None, :]
-            scale = tl.load(scales_ptr + some_n + ahead).to(tl.float32)
+            scale, middle = _scales(scales_ptr, zeros_ptr, rows, ahead, GROUP, GROUPS)
         x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0)
         value = x.to(tl.float32)
-        sums = tl.sum(tl.reshape(value, [PARTS, 32]), axis=1)
-        products = tl.reshape(_numbers(now, one) * value[None, :], [BLOCK_N, PARTS, 32])
-        acc += scale_now * (tl.sum(products, axis=2) - middle * sums[None, :])
-    y = tl.sum(acc, axis=1) * 16
+        if norm_ptr is not None:
+            gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
+            value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
+        x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
+        low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
+        # Numbers in lower bits are a sixteenth of those in higher ones.
+        product = _product(packed_now, one, x_0 * 16, x_1, x_2, x_3 * 16, x_4, x_5, x_6 * 16, x_7)
+        product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2)
+        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
+        sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
+        acc += scale_now * (product - (ones[None, :] + middle_now * sums[None, :]))
+    y = tl.sum(acc, axis=1) * 128
 
+    kind = out_ptr.dtype.element_ty
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < features)
+        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)
+    if GATED:
+        pairs = tl.reshape(y.to(kind).to(tl.float32), [2, WIDTH])
+        gate, up = tl.split(tl.permute(pairs, [1, 0]))
+        y = silu(gate, kind) * up
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    real = column < features
+    if ADD:
+        y += tl.load(out_ptr + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + column, y.to(kind), mask=real)

@@ -56,9 +56,28 @@ def plain_activations(compute: Compute, named: dict[str, Any]) -> Tensor:
     return (product if named["bias"] is None else product + named["bias"]).to(named["x"].dtype)
 
 
+def not_added(compute: Compute, named: dict[str, Any]) -> Tensor:
+    """The product takes the place of the residual."""
+    named["residual"].zero_()
+    return compute(**named)
+
+
+def forgotten_norm(compute: Compute, named: dict[str, Any]) -> Tensor:
+    """The norm before the product has no gain."""
+    return compute(**{**named, "norm_weight": torch.ones_like(named["norm_weight"])})
+
+
+_OF_SCALES = (wrong_scale, shifted_group, shifted_outputs)
+_OF_BITS = (swapped_nibbles, forgotten_zeros)
 WRONG_PRODUCTS: dict[str, tuple[WrongProduct, ...]] = {
-    "fp8_linear": (wrong_scale, shifted_group, shifted_outputs, plain_activations),
-    "w4_linear": (wrong_scale, shifted_group, shifted_outputs, swapped_nibbles, forgotten_zeros),
+    "fp8_linear": (*_OF_SCALES, plain_activations),
+    "fp8_norm_linear": (wrong_scale, forgotten_norm),
+    "fp8_norm_gated_linear": (shifted_outputs, forgotten_norm),
+    "fp8_linear_add": (shifted_group, not_added),
+    "w4_linear": (*_OF_SCALES, *_OF_BITS),
+    "w4_norm_linear": (swapped_nibbles, forgotten_norm),
+    "w4_norm_gated_linear": (forgotten_zeros, shifted_outputs),
+    "w4_linear_add": (wrong_scale, not_added),
 }
 """By op."""
 
