@@ -15,6 +15,7 @@ from reprise.doctor.conformance import operations
 from reprise.doctor.conformance.contract import Contract
 from reprise.loading import checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
+from reprise.runner import arena, model_runner
 
 BROKEN = {
     "stale-graphs": "graphs_replay_fresh_inputs",
@@ -273,3 +274,18 @@ def test_a_contract_that_fails_stops_no_other(device):
         device, {}, [Contract(name, "toy", "A line.", "", each) for name, each in lines]
     )
     assert [each.verdict for each in report.outcomes] == ["fail", "pass"]
+
+
+def test_inputs_that_do_not_arrive_are_found_out(device, monkeypatch):
+    """Lengths of requests get lost where arrays are too large for one copy, as once on GPUs."""
+    upload = arena.Arena.upload
+
+    def loses(self, spans):
+        upload(self, spans if max(spans)[1] - min(spans)[0] < 1 << 16 else spans[:2])
+
+    monkeypatch.setattr(arena.Arena, "upload", loses)
+    made = functools.partial(model_runner.StepBuffers, shared=False)
+    monkeypatch.setattr(model_runner, "StepBuffers", made)
+    report = kit.conformance(device, {}, kit.select(["probes_reach_the_device"]))
+    (failed,) = report.failed
+    assert "seq_lens" in failed.detail

@@ -88,6 +88,18 @@ def executor_is_exact(kit: Kit, executor: Executor) -> str:
     return f"{len(got)} requests, {replays} replays"
 
 
+def probes_reach_the_device(kit: Kit) -> str:
+    """Start with as many tokens a step as servers have, and see whether every input changes."""
+    kit.need_graphs()
+    options = {"graph_mode": "full", "graph_buckets": "decode=4;mixed=32"}
+    llm = kit.model("", {**options, "max_num_batched_tokens": 8192})
+    report = llm.graph_report()
+    need(report.graphs, "nothing was captured")
+    blind = ", ".join(report.blind_inputs)
+    need(not blind, f"what probes write does not arrive, so that graphs prove nothing: {blind}")
+    return f"{len(report.graphs)} graphs, every input changes"
+
+
 def drafts_change_nothing(kit: Kit, executor: Executor) -> str:
     """The demo model as its own draft: compare tokens with those of no drafts, and count drafts."""
     kit.need_graphs()
@@ -199,6 +211,14 @@ for _executor in EXECUTORS:
         "The demo model, greedily, on both phases; every graph passes verification.",
         functools.partial(executor_is_exact, executor=_executor),
     )
+add(
+    "probes_reach_the_device",
+    "executors",
+    "What the probes of start-up write arrives on the device.\n\n"
+    "The demo model with 8,192 tokens a step, whose inputs are too large to be sent in one copy:\n"
+    "each of them has other values in some probe.",
+    probes_reach_the_device,
+)
 add(
     "drafts_change_nothing:full",
     "executors",
