@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 FIELDS: dict[str, Any] = {
     "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 6,
@@ -53,3 +57,76 @@ def randomise(model: Any, seed: int = 0) -> None:
                 each.normal_(1.0, 0.2, generator=generator)
             else:
                 each.normal_(0.0, each.shape[-1] ** -0.5, generator=generator)
+
+
+PLAIN = ("compressor", "norm", "gate.", "weights_proj", "embed", "head", "ape", "sink", "hc_")
+"""Parts of names of what releases do not quantise."""
+_LARGEST = {"fp8": 448.0, "fp4": 6.0}
+
+
+def as_released(source: Path, released: Path, meant: Path, *, experts: str) -> Path:
+    """Quantise a checkpoint as transformers saves it: once under the names and in the formats of a
+    release, once as the plain numbers that those stand for.
+
+    Args:
+        source: A checkpoint of plain numbers.
+        released: Directory to write.
+        meant: Likewise.
+        experts: ``fp4`` or ``fp8``.
+
+    Returns:
+        ``meant``.
+    """
+    stored = load_file(source / "model.safetensors")
+    numbers, given = {}, {}
+    for name, each in stored.items():
+        theirs = name.removeprefix("model.").replace("embed_tokens", "embed")
+        theirs = theirs.replace("attn.norm", "attn.kv_norm").replace("hc_head.hc_", "hc_head_")
+        if each.dim() != 2 or any(part in theirs for part in PLAIN):
+            numbers[name] = given[theirs] = each
+            continue
+        four = experts == "fp4" and ".experts." in theirs
+        block = (1, 32) if four else (128, 128)
+        scale, wide = _scales(each, block, _LARGEST["fp4" if four else "fp8"])
+        weight, codes = _rounded(each / wide, four=four)
+        numbers[name] = weight * wide
+        given[theirs] = codes
+        given[f"{theirs.removesuffix('weight')}scale"] = scale.view(torch.float8_e8m0fnu)
+    config = json.loads((source / "config.json").read_text())
+    quantization = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    for path, tensors, more in (
+        (meant, numbers, {}),
+        (released, given, {"quantization_config": quantization, "expert_dtype": experts}),
+    ):
+        path.mkdir()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors",
+                  metadata={"format": "pt"})  # fmt: skip
+        (path / "config.json").write_text(json.dumps({**config, **more}))
+    return meant
+
+
+def _scales(weight: Tensor, block: tuple[int, int], largest: float) -> tuple[Tensor, Tensor]:
+    """Exponents [.., ..] uint8 of blocks, and the powers of two of every weight."""
+    rows, columns = weight.shape
+    blocks = [-(-rows // block[0]), -(-columns // block[1])]
+    padded = weight.new_zeros(blocks[0] * block[0], blocks[1] * block[1])
+    padded[:rows, :columns] = weight
+    most = padded.view(blocks[0], block[0], blocks[1], block[1]).abs().amax(dim=(1, 3))
+    exponents = torch.ceil(torch.log2(most.clamp(min=1e-30) / largest))
+    wide = (2.0**exponents).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return (exponents + 127).to(torch.uint8), wide[:rows, :columns]
+
+
+def _rounded(weight: Tensor, *, four: bool) -> tuple[Tensor, Tensor]:
+    """What codes stand for, and the codes: two of four bits in each byte."""
+    if not four:
+        codes = weight.to(torch.float8_e4m3fn)
+        return codes.float(), codes
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nearest = (weight.abs().unsqueeze(-1) - table).abs().argmin(dim=-1)
+    codes = (nearest + 8 * (weight < 0)).to(torch.uint8)
+    packed = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(torch.int8)
+    return table[nearest] * torch.where(weight < 0, -1.0, 1.0), packed

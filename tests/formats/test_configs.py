@@ -38,7 +38,10 @@ def compressed(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "static activations": (config("fp8", activation_scheme="static"), "activation_scheme='static'"),
     "five exponent bits": (config("fp8", fmt="e5m2"), "fmt='e5m2'"),
-    "scales of powers of two": (config("fp8", scale_fmt="ue8m0"), "scale_fmt='ue8m0'"),
+    "scales of no known kind": (config("fp8", scale_fmt="ue4m3"), "scale_fmt='ue4m3'"),
+    "powers of two without blocks": (
+        config("fp8", scale_fmt="ue8m0", weight_block_size=None), "scale_fmt='ue8m0'"
+    ),
     "odd blocks": (config("fp8", weight_block_size=[128]), "weight_block_size"),
     "blocks of nothing": (config("fp8", weight_block_size=[128, 0]), "weight_block_size"),
     "experts of four bits": (config("fp8", expert_dtype="fp4"), "expert_dtype='fp4'"),

@@ -97,7 +97,7 @@ class EightBits(Format):
             # Seven ones are no number.
             bits.sub_(((bits & 127) == 127).to(torch.uint8))
         if self.scale in tensors:
-            tensors[self.scale].fill_(0.02 / _spread())
+            tensors[self.scale].fill_(0.02 / spread())
 
 
 class Blocks(EightBits):
@@ -175,7 +175,7 @@ class Channels(EightBits):
 
 
 @functools.cache
-def _spread() -> float:
+def spread() -> float:
     """Root mean square of all numbers of eight bits."""
     every = torch.arange(256, dtype=torch.uint8).view(FP8).float()
     return float(every[every.isfinite()].square().mean().sqrt())
