@@ -19,6 +19,21 @@ def test_product_and_bias(implementation, randn, rows, name) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
 
 
+def test_large_weights_go_to_onednn(implementation, randn) -> None:
+    """Few rows of float32; what the cases hold is too small for it."""
+    function = implementation(linear, "onednn")
+    weight, bias = randn(512, 512) / 512**0.5, randn(512)
+    for rows in (1, 9, 255, 256):
+        x = randn(rows, 512)
+        with torch.profiler.profile() as seen:
+            found = function(x, weight, bias)
+        names = {each.name for each in seen.events()}
+        assert ("mkldnn::_linear_pointwise" in names) is (rows < 256)
+        expected = x.double() @ weight.double().T + bias.double()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+        assert function(x, weight[:511], bias[:511]).is_contiguous()
+
+
 # One row in a narrow type has a kernel of its own: sizes below a tile, odd ones, several tiles.
 # So have a few rows with whole steps of 128 inputs, of which programs may share a tile.
 SIZES = [

@@ -2,7 +2,8 @@
 
 torch sends float32 products to MKL, which on processors of other makers than Intel is slower
 than oneDNN for the 1 to 128 rows of a decode step (up to 1.7 times at 16 rows, equal near 256, and
-faster beyond). Processors without instructions for a narrower type have no oneDNN kernels for it.
+faster beyond). A call of oneDNN takes some 25 us more, which small weights do not make good.
+Processors without instructions for a narrower type have no oneDNN kernels for it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 _MANY_ROWS = 256
+_LARGE = 1 << 18
+"""Numbers in a weight: of smaller ones MKL is faster with any number of rows."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype is not torch.float32 or x.shape[0] >= _MANY_ROWS:
+    few = x.shape[0] < _MANY_ROWS
+    if x.dtype is not torch.float32 or not few or weight.numel() < _LARGE:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
