@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: left out unless --long is given")
+    config.addinivalue_line("markers", "floor: measures what the device can do as users do")
     config.addinivalue_line("markers", "races: on the simulated accelerator it may have races")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts its background jobs so, and children inherit it: the tests that interrupt

@@ -55,6 +55,7 @@ def dummy(model: str, device: str) -> tuple[str, ...]:
     return "--model", model, "--load-format", "dummy", "--device", device
 
 
+@pytest.mark.floor
 def test_latency(model, device):
     record = bench(
         "latency", *dummy(model, device), "--batch-size", "1,3", "--input-len", "20,40",
@@ -172,20 +173,6 @@ def test_requests_that_do_not_fit_are_refused(model, device, arguments, message)
     assert result.stdout == ""
 
 
-def test_tables_for_people(model, device):
-    from reprise.cli.app import app
-
-    result = CliRunner().invoke(
-        app,
-        ["bench", "latency", *dummy(model, device), "--output-lens", "2,4", "--repeats", "1"],
-        env={"COLUMNS": "160"},
-    )
-    assert result.exit_code == 0, result.stderr
-    assert "ms/step" in result.stdout
-    assert "prefill share" in result.stdout
-    assert "medians of 1" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "runs"),
     [
@@ -268,6 +255,7 @@ def test_the_floor_is_the_fastest_that_memory_was_seen_to_be():
     assert Floor(3.0, 2.0, 1.0).bytes_per_second == 3.0
 
 
+@pytest.mark.floor
 def test_reading_beats_the_floor_by_nothing(platform):
     """What the weights' bytes take to be read, by whatever reads them, is no less than the floor.
 
@@ -285,20 +273,22 @@ def test_reading_beats_the_floor_by_nothing(platform):
     assert taken >= 0.6 * weights.nbytes / floor.bytes_per_second
 
 
-def test_tables_fit_eighty_columns(model, device):
+@pytest.mark.parametrize("columns", [80, 160])
+def test_tables_for_people(model, device, columns):
     from reprise.cli.app import app
 
     result = CliRunner().invoke(
         app,
         ["bench", "latency", *dummy(model, device), "--output-lens", "2,4", "--repeats", "1"],
-        env={"COLUMNS": "80"},
+        env={"COLUMNS": str(columns)},
     )
     assert result.exit_code == 0, result.stderr
     tables = [each for each in result.stdout.splitlines() if "─" in each or "ms" in each]
     assert tables
-    assert max(map(len, tables)) <= 80
+    assert max(map(len, tables)) <= columns
     for heading in ("ms/step", "x floor", "out tok/s", "first token ms", "prefill share"):
         assert heading in result.stdout
+    assert "medians of 1" in result.stdout
 
 
 def test_synthetic_drafts_of_a_workload_are_its_heads_own(monkeypatch):

@@ -35,10 +35,11 @@ def plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
+KNOWN = architectures()
 FAMILIES = sorted(
     family for family, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
     # Other families have models of these classes, too.
-    if name in architectures() and plain(f"{family}ForCausalLM") == plain(name)
+    if name in KNOWN and plain(f"{family}ForCausalLM") == plain(name)
 )  # fmt: skip
 ON_EXECUTORS = [
     pytest.param(
