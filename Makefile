@@ -15,13 +15,16 @@ demo: $(VENV)/.installed
 why: $(VENV)/.installed
 	$(BIN)/python tools/why.py
 
-# A module's tests stay together: what they share is made once.
+# A module's tests stay together: what they share is made once. Modules begin in the order of
+# tests/conftest.py; xdist's own begins with those of many tests, and ends with the longest of few.
+XDIST := -n $(JOBS) --dist loadscope --no-loadscope-reorder
+
 test: lint $(VENV)/.installed-sim
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE)
+	$(BIN)/python -m pytest $(XDIST) --device $(DEVICE)
 
 # All combinations of faults, executors and modes; test has every pair of them.
 test-long: lint $(VENV)/.installed-sim
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --device $(DEVICE) --long
+	$(BIN)/python -m pytest $(XDIST) --device $(DEVICE) --long
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ON_CPU = ("cpu", "sim")
 """Devices whose kernels are the CPU's."""
+LONGEST = ("test_sim.py", "test_matrix.py", "test_trust.py", "test_plugin_platform.py")
 
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("reprise", deadline=None)
@@ -49,11 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest modules come first: no worker is left with one when the others are done.
+    items.sort(key=lambda each: each.path.name not in LONGEST)
     if config.getoption("--long") or config.getoption("--device") not in ON_CPU:
         return
     left_out = [each for each in items if each.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [each for each in items if not each.get_closest_marker("long")]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Looking through a million such objects would take half of a
+    test that closes an engine."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

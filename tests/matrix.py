@@ -242,12 +242,11 @@ DISTURBANCES: dict[str, Disturbance] = {
 
 COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
-    Features("none", "plain", 7),
     Features("full", "windows", 3, drafter="draft_model"),
     Features("full", CODES, 1),
     Features("breakable", "experts", 1, drafter="eagle3"),
     Features("breakable", HYBRID, 3),
-    Features("none", "plain", 0, "fp8"),
+    Features("none", "plain", 7, "fp8"),
     Features("none", "plain", 0, "awq"),
 ]
 """Between them every feature, and both products of fewer bits; each is run under every

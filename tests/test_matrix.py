@@ -44,13 +44,16 @@ def test_same_tokens(
     ],
 )
 def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
-    alone: matrix.Alone, device: str, features: matrix.Features
+    alone: matrix.Alone, device: str, features: matrix.Features, pytestconfig: pytest.Config
 ) -> None:
+    """Short runs have the disturbances that change shapes most, by which kernels round."""
+    long = device != "cpu" or pytestconfig.getoption("--long")
+    names = list(matrix.DISTURBANCES) if long else ["bucket", "chunking", "preemption"]
     model = alone.model(features, decisive=True)
     subjects = matrix.decided(model, device)
     expected = matrix.alone(model, device, subjects, dtype="bfloat16")
     case = replace(alone.case(features, model), subjects=subjects, dtype="bfloat16")
-    found = {name: token_ids(each(case)) for name, each in matrix.DISTURBANCES.items()}
+    found = {name: token_ids(matrix.DISTURBANCES[name](case)) for name in names}
     different = {
         name: [number for number, each in enumerate(got) if each != expected[number]]
         for name, got in found.items() if got != expected

@@ -124,3 +124,15 @@ def product(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any])
             for number, each in enumerate(rest)
         ]
     return cases
+
+
+def in_turn(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """All pairs. Each of the first factor is run in any case, with one of the second in turn: every
+    pair has a test elsewhere."""
+    short = [each for each in second if each not in LONG]
+    return [
+        pytest.param(
+            one, two, marks=[pytest.mark.long] * (two != short[number % len(short)])
+        )
+        for number, one in enumerate(first) for two in second
+    ]  # fmt: skip

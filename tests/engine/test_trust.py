@@ -11,6 +11,7 @@ from planted import (
     OPTIONS,
     PLACES,
     Oracle,
+    in_turn,
     lend_counts,
     make_oracle,
     planted,
@@ -171,7 +172,7 @@ def test_a_compiler_that_changes_the_model_is_found_out(
     assert all(each.quarantined for each in llm.graph_report().graphs)
 
 
-@pytest.mark.parametrize(("fault", "place"), product(MEMORY, list(PLACES)))
+@pytest.mark.parametrize(("fault", "place"), in_turn(MEMORY, list(PLACES)))
 def test_what_unseen_replays_have_spoiled_is_made_good(
     model: TinyModel, device: str, platform: Platform, oracle: Oracle, monkeypatch: Any,
     fault: str, place: str,

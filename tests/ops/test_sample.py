@@ -212,7 +212,7 @@ def test_bad_tokens_are_drawn_where_no_other_is_allowed(implementation, platform
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("vocab", [300, 20000])
+@pytest.mark.parametrize("vocab", [300, 2500, pytest.param(20000, marks=pytest.mark.long)])
 def test_logits_that_are_no_numbers_give_tokens_of_the_vocabulary(
     implementation, platform, name, vocab
 ) -> None:
