@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -35,6 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The tests start a hundred processes: to compile the same modules again would be half of what
+    # each takes to import them.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     config.addinivalue_line("markers", "long: left out unless --long is given")
     config.addinivalue_line("markers", "floor: measures what the device can do as users do")
     config.addinivalue_line("markers", "races: on the simulated accelerator it may have races")
