@@ -75,12 +75,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "hybrid": {"num_hidden_layers": 2, "full_attention_interval": 2},
     "experts": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "latent": {
+        "num_hidden_layers": 2,
+        "compress_ratios": [0, 4, 0],
+        "num_hash_layers": 1,
+        "max_position_embeddings": CONTEXT,
+    },
     "codes": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
 }
 """Fields of a tiny Qwen3's config; with windows every second layer has one. The hybrid is a
 Qwen3.5: a layer of linear attention, a layer of full attention. The one with experts is a Qwen3-MoE
-with a dense layer between; that with codes has windows and a cache of eight bits."""
-ARCHITECTURES = {"hybrid": "qwen3_5", "experts": "qwen3_moe"}
+with a dense layer between; the latent one a DeepSeek-V4, a layer with a window alone and one with
+compressed rows; that with codes has windows and a cache of eight bits."""
+ARCHITECTURES = {"hybrid": "qwen3_5", "experts": "qwen3_moe", "latent": "deepseek_v4"}
 HYBRID = "hybrid"
 CODES = "codes"
 ENGINES: dict[str, dict[str, Any]] = {CODES: {"kv_cache_dtype": "fp8"}}
@@ -263,6 +270,7 @@ PRODUCT = [
     *(
         Features(executor, model, drafts, drafter="eagle3")
         for executor, model, drafts in itertools.product(EXECUTORS, MODELS, DRAFTS[1:])
+        if model != "latent"  # between its layers there are several streams
     ),
     *(
         Features(executor, "plain", drafts, format)

@@ -151,6 +151,16 @@ def test_every_executor(model: TinyModel, device: str, exact: float, executor: s
     assert not llm.graph_report().quarantined
 
 
+@pytest.mark.parametrize(("block", "named"), [(None, "mtp.0"), (5, "DSpark")])
+def test_drafters_of_the_family_are_refused_by_name(
+    tiny: TinyModels, device: str, block: int | None, named: str
+) -> None:
+    fields = {} if block is None else {"dspark_block_size": block}
+    other = tiny("deepseek_v4", **RATIOS["windows alone"], **fields)
+    with pytest.raises(ModelError, match=named):
+        make_llm(other, device, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

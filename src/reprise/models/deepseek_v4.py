@@ -40,6 +40,7 @@ from reprise.models.config_reader import (
     whole_number,
     window_size,
 )
+from reprise.models.mtp import NextTokens
 
 _WINDOW = "sliding_attention"
 _RATIOS = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -80,6 +81,21 @@ def build(config: Config, build: Build) -> CausalLM:
         tie_word_embeddings=flag(config, "tie_word_embeddings"),
         renames=_renames(layers), others=("mtp.",),
     )  # fmt: skip
+
+
+def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
+    """See :func:`reprise.models.registry.build_mtp`: what this family drafts with is not computed
+    here.
+
+    Raises:
+        ModelError: Always.
+    """
+    block = getattr(config, "dspark_block_size", None)
+    kind = "one layer, mtp.0" if block is None else f"DSpark, dspark_block_size={block}"
+    raise ModelError(
+        f"the drafter of this checkpoint ({kind}) is not supported for {config.model_type!r}; use "
+        "'method': 'ngram', which drafts from the text itself, or 'draft_model'"
+    )
 
 
 class _Layer(nn.Module):
@@ -217,6 +233,11 @@ def _table(config: Config, build: Build, name: str) -> Tensor:
 
 def _refuse_others(config: Config, build: Build) -> None:
     """What is of this family and not computed here."""
+    if config.model_type != "deepseek_v4":  # such as deepseek_v41
+        raise ModelError(
+            f"model_type={config.model_type!r} is another architecture than 'deepseek_v4', which "
+            "is not supported"
+        )
     require_sizes(config)
     require(
         config, hidden_act="silu", attention_bias=False, mlp_bias=False, num_key_value_heads=1,
