@@ -83,6 +83,9 @@ class EngineConfig:
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face config to replace; objects are merged, and RoPE may be spelled as
     in transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
+    tensor_parallel_size: int = 1
+    """Devices that compute the model together, each with a part of every layer. Each has a process
+    of its own."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: what the model was trained for."""
     max_num_seqs: int = 256
@@ -150,8 +153,14 @@ class EngineConfig:
         self._one_of("kv_cache_dtype", get_args(CacheDtype))
         self._one_of("graph_memory_profile", ("auto", "off"))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
-                     "kv_cache_memory_bytes", "num_blocks", "data_parallel_size"):  # fmt: skip
+                     "kv_cache_memory_bytes", "num_blocks", "data_parallel_size",
+                     "tensor_parallel_size"):  # fmt: skip
             self._positive(name)
+        if self.tensor_parallel_size > 1 and self.data_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} and data_parallel_size="
+                f"{self.data_parallel_size} together are not supported; give one of them"
+            )
         limit = self.max_logprobs
         if limit is not None and (not is_whole(limit) or limit < -1):
             raise ConfigError(
@@ -206,7 +215,8 @@ class EngineConfig:
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name not in ("max_num_seqs", "data_parallel_size"):
+        always = ("max_num_seqs", "data_parallel_size", "tensor_parallel_size")
+        if value is None and name not in always:
             return
         if not is_whole(value) or value <= 0:
             raise ConfigError(f"{name}={value!r} must be a positive whole number")
@@ -232,7 +242,7 @@ _OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override")
 """vLLM's names of what has another one here."""
 _VLLM_HAS_NONE = (
     "seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides", "speculative_config",
-    "data_parallel_size",
+    "data_parallel_size", "tensor_parallel_size",
 )  # fmt: skip
 """Where vLLM takes None for the default."""
 _NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))

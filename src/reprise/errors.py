@@ -78,6 +78,11 @@ class GraphReplayError(GraphError):
     """A replay raised. The graph is not replayed again; what it was to write is unknown."""
 
 
+class RanksError(RepriseError, RuntimeError):
+    """A process that computes a part of the model has ended, hangs, or has lost step with the
+    others. The engine is of no use any more: create a new one."""
+
+
 class UnsupportedError(RepriseError, AttributeError):
     """A part of vLLM's interface that Reprise does not have."""
 

@@ -56,10 +56,10 @@ ENGINE = [
         },
     ),
     Group(
-        "an engine uses one device; data_parallel_size=N makes N here: start others for "
-        "other machines",
+        "tensor_parallel_size=N shares a model out over N devices of this machine and "
+        "data_parallel_size=N makes N engines: start others for other machines",
         {
-            "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,),
+            "pipeline_parallel_size": (1,),
             "data_parallel_size_local": (1,),
             "data_parallel_rank": (0,), "data_parallel_start_rank": (0,),
             "data_parallel_address": (), "data_parallel_rpc_port": (),

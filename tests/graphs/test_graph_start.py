@@ -48,7 +48,12 @@ class Ranks:
         self.lock = threading.Lock()
         self.votes = []
 
-    def agree(self, ok):
+    size = 2
+
+    def largest(self, value):
+        return value
+
+    def all(self, ok):
         with self.lock:
             self.votes.append(ok)
         self.barrier.wait(WAIT)
@@ -69,7 +74,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
     toys = [Toy(platform) for _ in range(2)]
     broken = toys[1]
     runners = [
-        make_runner(toy, "full", decode=(2,), mixed=(), agree=ranks.agree, used={}) for toy in toys
+        make_runner(toy, "full", decode=(2,), mixed=(), agreement=ranks, used={}) for toy in toys
     ]
 
     def fail(*_):

@@ -122,7 +122,7 @@ def test_a_product_has_its_features_in_the_order_of_its_runs(
         target.copy_(source[part])
     x = torch.randn(5, 12, device=platform.device)
     with torch.inference_mode(), OpTable(platform).activate():
-        expected = [stored[name](x)[:, begin : begin + size] for name, begin, size in runs]
+        expected = [stored[name](x)[:, begin : begin + size] for name, begin, size, _ in runs]
         torch.testing.assert_close(ordered(x), torch.cat(expected, dim=1))
 
 

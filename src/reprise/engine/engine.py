@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import logging
@@ -21,7 +22,7 @@ from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.draft_counts import DraftStats
-from reprise.engine.frontend import Frontend, checkpoint_of, load_tokenizer
+from reprise.engine.frontend import Frontend, load_tokenizer
 from reprise.engine.observations import Observations
 from reprise.engine.profiling import Profiler
 from reprise.engine.prompt import PreparedPrompt
@@ -36,11 +37,14 @@ from reprise.errors import (
     GraphReplayError,
     LoadError,
     NonFiniteError,
+    RanksError,
     RequestError,
 )
 from reprise.graphs import Damage, GraphOwners, keep_compiled_code
 from reprise.loading import (
+    Checkpoint,
     NamedTensors,
+    checkpoint_of,
     end_of_text_id,
     plan_update,
     require_method,
@@ -49,6 +53,7 @@ from reprise.loading import (
 from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
+from reprise.parallel import Leader, LeadingRunner
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
@@ -104,19 +109,46 @@ class Engine(Frontend):
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
-            waking = partial(wake_compiler, self.platform)
-            with timeline.span("config"), self.platform.warming_up(then=waking):
-                checkpoint = checkpoint_of(config)
-                require_method(config.quantization, checkpoint.config)
-            tokenizer = load_tokenizer(config, checkpoint)
+            leader = None
+            if config.tensor_parallel_size > 1:
+                with timeline.span("ranks"):
+                    leader = Leader(config.tensor_parallel_size, self.platform)
+            with contextlib.nullcontext() if leader is None else leader.starting():
+                checkpoint, tokenizer = self._open(config, leader)
+        try:
+            self._begin(config, checkpoint, tokenizer)
+        except BaseException:
+            self.runner.close()
+            raise
+        self.startup_seconds = time.perf_counter() - started
+        logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
+
+    def _open(self, config: EngineConfig, leader: Leader | None) -> tuple[Checkpoint, Any]:
+        """Read the checkpoint, make the tokenizer and the runner."""
+        waking = partial(wake_compiler, self.platform)
+        with timeline.span("config"), self.platform.warming_up(then=waking):
+            checkpoint = checkpoint_of(config)
+            require_method(config.quantization, checkpoint.config)
+        tokenizer = load_tokenizer(config, checkpoint)
+        if leader is None:
             self.runner = ModelRunner(config, self.platform, checkpoint)
+        else:
+            ranks = leader.start(config, checkpoint)
+            self.runner = LeadingRunner(config, self.platform, checkpoint, leader, ranks)
+        return checkpoint, tokenizer
+
+    def _begin(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
+        """All that goes on from the runner."""
+        size = config.tensor_parallel_size
         super().__init__(
             config,
             tokenizer,
             checkpoint.generation_config,
             self.runner.model.vocab_size,
             self.runner.max_model_len,
-            (str(self.platform.device),),
+            tuple(self.platform.device_of(rank, size) for rank in range(size))
+            if size > 1
+            else (str(self.platform.device),),
         )
         self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
         self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)
@@ -161,8 +193,6 @@ class Engine(Frontend):
         """Since the last step that succeeded."""
         self.wait_seconds = 0.0
         """Time that steps have spent waiting for the device; the rest is the host's."""
-        self.startup_seconds = time.perf_counter() - started
-        logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
 
     def _end_of_text(self, listed: frozenset[int]) -> frozenset[int]:
         """The tokens that end a text: those that the configs list, and the tokenizer's own."""
@@ -208,6 +238,7 @@ class Engine(Frontend):
             CapacityError: The prompt is longer than the context or the cache.
             LoadError: :meth:`update_weights` was interrupted.
         """
+        self.runner.check()
         if self._half_updated:
             raise LoadError(
                 f"update_weights was interrupted: {', '.join(sorted(self._half_updated))} may be "
@@ -294,7 +325,7 @@ class Engine(Frontend):
             return False
         try:
             owners = self.runner.owners
-            more = owners.prove_more()
+            more = self.runner.prove_more()
             self._heed_canaries(owners)
         except BaseException:
             self.start_over()
@@ -373,7 +404,7 @@ class Engine(Frontend):
                 damage.name,
             )
         if damage.earlier:
-            self.runner.sampler.forget()
+            self.runner.forget_draws()
             count = self.scheduler.recompute()
             logger.warning(
                 "graph %s was wrong: cached prefixes are forgotten and %d running request(s) "
@@ -405,6 +436,11 @@ class Engine(Frontend):
                 "or abort them"
             )
         self.platform.activate()
+        if self.config.tensor_parallel_size > 1:
+            raise RequestError(
+                "update_weights with tensor_parallel_size="
+                f"{self.config.tensor_parallel_size} is not supported: create a new engine"
+            )
         copies = plan_update(self.runner.model, weights)
         self.scheduler.reset_prefix_cache()
         self._half_updated |= copies.keys()
@@ -428,7 +464,10 @@ class Engine(Frontend):
             if self.profiler.running:
                 self.profiler.stop()
             self.start_over()
+        except RanksError as error:
+            logger.debug("closing: %s", error)  # whoever waited has got it
         finally:
+            self.runner.close()
             del self.runner, self.scheduler
             gc.collect()
             self.platform.empty_cache()

@@ -11,22 +11,8 @@ from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.structured import GrammarCompiler
 from reprise.engine.submission import PreparedParams, prepare_params
 from reprise.errors import RequestError
-from reprise.loading import Checkpoint, open_checkpoint
+from reprise.loading import Checkpoint
 from reprise.sampling_params import SamplingParams
-
-
-def checkpoint_of(config: EngineConfig) -> Checkpoint:
-    """The model's files, not read yet.
-
-    Raises:
-        RepriseError: They are not found, or not a model that is known.
-    """
-    return open_checkpoint(
-        config.model,
-        revision=config.revision,
-        overrides=config.hf_overrides,
-        config_only=config.load_format == "dummy",
-    )
 
 
 def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Any:

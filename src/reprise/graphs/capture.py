@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reprise.distributed import Agreement
 from reprise.errors import describe
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.contract import Computation, Probe
@@ -25,8 +26,6 @@ from reprise.shape import Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
-Agree = Callable[[bool], bool]
-"""True if all ranks say True. Called in the same order on each rank."""
 Key = tuple[Phase, int, int]
 """Phase, query length and size of a bucket."""
 Progress = Callable[[str, int, int], None]
@@ -58,10 +57,10 @@ class BucketGraph:
 class Capturer:
     """Captures the graphs of one computation."""
 
-    def __init__(self, computation: Computation, platform: Platform, agree: Agree) -> None:
+    def __init__(self, computation: Computation, platform: Platform, agreement: Agreement) -> None:
         self._computation = computation
         self._platform = platform
-        self._agree = agree
+        self._agree = agreement.all
         self._pool: Any = None
         self._memory: dict[int, list[Tensor]] = {}
         self._anchors: dict[int, SegmentedGraph] = {}

@@ -11,9 +11,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from reprise.distributed import Agreement
 from reprise.errors import WeightsLostError, describe
 from reprise.graphs.bounds import Bounds
-from reprise.graphs.capture import Agree, BucketGraph, Capturer, Progress
+from reprise.graphs.capture import BucketGraph, Capturer, Progress
 from reprise.graphs.compare import same_bits
 from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
@@ -48,7 +49,7 @@ class Prover:
         capturer: Captures the fallback of a refused graph.
         ledger: Takes down what was proven.
         guard: Of the computation's memory.
-        agree: Whether all ranks say True.
+        agreement: Of the ranks that compute together.
         error: None if all ops in use are exact; else the largest declared relative error.
     """
 
@@ -59,7 +60,7 @@ class Prover:
         capturer: Capturer,
         ledger: Ledger,
         guard: Guard,
-        agree: Agree,
+        agreement: Agreement,
         *,
         error: float | None,
     ) -> None:
@@ -68,7 +69,7 @@ class Prover:
         self._capturer = capturer
         self.ledger = ledger
         self._guard = guard
-        self._agree = agree
+        self._agree, self._largest = agreement.all, agreement.largest
         self._located: Counter[Hashable] = Counter()
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
         """A comparison of a probe that has been submitted, and the seconds that took. It has its
@@ -108,7 +109,16 @@ class Prover:
             self._meet_others(some, started + budget)
         self._settle()
         self._find_spoilers(buckets)
+        self._agree_on_times(buckets)
         self.conclude(buckets)
+
+    def _agree_on_times(self, buckets: list[BucketGraph]) -> None:
+        """What is decided by them later, all ranks decide alike."""
+        for bucket in buckets:
+            info = bucket.info
+            info.check_seconds = self._largest(info.check_seconds)
+            info.eager_seconds = self._largest(info.eager_seconds)
+            info.replay_seconds = self._largest(info.replay_seconds)
 
     def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
         """Every further probe that there is time for."""
@@ -323,7 +333,9 @@ class Prover:
         if compiled is not written:
             comparisons.append((written, self.bounds.of(executor)))
         verdict = Verdict()
-        for model, bound in comparisons:
+        for number, (model, bound) in enumerate(comparisons):
+            if number and not self._agree(verdict.right):
+                break
             pool, reason = self._fill(bucket, probe)
             if reason is not None:
                 return Verdict(error=reason, ran=False)
@@ -337,10 +349,11 @@ class Prover:
                 verdict = Verdict(error=describe(error), ran=False)
             except Exception as error:
                 verdict = Verdict(error=describe(error))
+            if not self._agree(verdict.ran):
+                told = "it did not run on another rank" if verdict.ran else verdict.error
+                return Verdict(error=told, ran=False)
             if timed:
                 self._note_times(bucket, verdict.eager_seconds, verdict.replay_seconds)
-            if not verdict.right:
-                break
         return verdict
 
     def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
+from reprise.distributed import ALONE_AGREES, Agreement
 from reprise.errors import GraphReplayError, describe
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
-from reprise.graphs.capture import Agree, BucketGraph, Capturer, Key, Progress
+from reprise.graphs.capture import BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.kinds import Kind
@@ -100,7 +101,7 @@ class GraphRunner:
         max_requests: Most requests in a step.
         verify: When to compare graphs with eager execution.
         query_lens: New tokens of a request in decode steps; one set of decode graphs for each.
-        agree: Collective AND over the ranks that compute together.
+        agreement: Of the ranks that compute together: each has a runner like this one.
         used: What each phase calls; found by trial runs if left out.
         owner: What the computation is called where an engine has several; nothing: it is the
             target.
@@ -116,7 +117,7 @@ class GraphRunner:
         *,
         verify: VerifyMode = VerifyMode(),  # noqa: B008 - frozen
         query_lens: Iterable[int] = (1,),
-        agree: Agree = lambda ok: ok,
+        agreement: Agreement = ALONE_AGREES,
         used: Mapping[Phase, Uses] | None = None,
         owner: str = "",
     ) -> None:
@@ -128,7 +129,7 @@ class GraphRunner:
         self.verify = verify
         self.memory = GraphMemory()
         self.predicted_bytes: dict[StepShape, int] = {}
-        self._agree = agree
+        self._agreement, self._agree = agreement, agreement.all
         self._query_lens = tuple(query_lens)
         self._max_requests = max_requests
         self._error: float | None = None
@@ -153,10 +154,10 @@ class GraphRunner:
 
     def _start_capturing(self) -> None:
         self.ledger = Ledger(self.computation.facts)
-        self.capturer = Capturer(self.computation, self.platform, self._agree)
+        self.capturer = Capturer(self.computation, self.platform, self._agreement)
         self.prover = Prover(
-            self.computation, self.platform, self.capturer, self.ledger, self.guard, self._agree,
-            error=self._error,
+            self.computation, self.platform, self.capturer, self.ledger, self.guard,
+            self._agreement, error=self._error,
         )  # fmt: skip
 
     def _resolve(self, used: Mapping[Phase, Uses] | None) -> GraphPlan[Executor]:
@@ -438,7 +439,11 @@ class GraphRunner:
             kind = computation.kind(shape, bucket.shape)
             if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
-        if unproven is not None and not policy.checks_everything and not policy.may_meet(bucket):
+        if (
+            unproven is not None
+            and not policy.checks_everything
+            and not self._agree(policy.may_meet(bucket))
+        ):
             policy.put_off(bucket)
             bucket.info.eager_steps += 1
             self._unproven_eager += 1
@@ -486,7 +491,7 @@ class GraphRunner:
             )  # fmt: skip
             self._run_eagerly(shape, whole)
             return
-        seconds = time.perf_counter() - began
+        seconds = self._agreement.largest(time.perf_counter() - began)
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if unproven is not None:
             self.canary.met(bucket, seconds)
@@ -514,6 +519,8 @@ class GraphRunner:
         harm = make_good(self.computation, self.guard, self.prover, bucket, shape, verdict)
         # Others may have changed weights that were not looked at.
         earlier = harm.earlier or (harm.weights and not self.canary.checks_everything)
+        if self._agreement.size > 1:  # what it did to other ranks' caches, this one cannot tell
+            earlier = not self._agree(not earlier and not harm.units)
         wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
         self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier, wrong=wrong)
 

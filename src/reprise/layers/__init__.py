@@ -9,6 +9,7 @@ from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
 from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
 from reprise.layers.gated_delta import GatedDeltaNet
+from reprise.layers.head import Head
 from reprise.layers.hyper_connection import (
     HyperConnection,
     HyperHead,
@@ -45,6 +46,7 @@ __all__ = [
     "Experts",
     "GatedDeltaNet",
     "GatedMLP",
+    "Head",
     "HyperConnection",
     "HyperHead",
     "Implied",

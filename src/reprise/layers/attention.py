@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import KEPT, Batch, LayerCache, Rows, Window
+from reprise.distributed import Share
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination
 from reprise.layers.lazy import Normed, Product
@@ -56,13 +57,16 @@ class SelfAttention(nn.Module):
         input_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
+        group = build.group
+        own = group.share(num_heads, "num_attention_heads")
+        own_kv = group.share_or_copy(num_kv_heads, "num_key_value_heads")
+        self.num_heads, self.num_kv_heads = own.size, own_kv.size
+        """This rank's."""
         self.head_size = head_size
         self.scale = head_size**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
-        shape = (num_kv_heads, head_size)
+        shape = (own_kv.size, head_size)
         rows = {name: Rows(shape, build.cache_dtype or build.dtype) for name in ("key", "value")}
         self.fixed_scales: Tensor | None = None
         """[2] float32: those of all keys and of all values that the checkpoint has; 0: none."""
@@ -77,11 +81,15 @@ class SelfAttention(nn.Module):
         self.output_gate = output_gate
 
         def of_heads(begin: int) -> list[Run]:  # each head's query is followed by its gate
-            starts = range(begin, 2 * num_heads * head_size, 2 * head_size)
-            return [Run("q_proj", each, head_size) for each in starts]
+            heads, step = range(own.begin, own.begin + own.size), 2 * head_size
+            total = num_heads * step
+            return [Run("q_proj", each * step + begin, head_size, total) for each in heads]
 
-        kv = [Run(name, 0, num_kv_heads * head_size) for name in ("k_proj", "v_proj")]
-        queries = of_heads(0) if output_gate else [Run("q_proj", 0, num_heads * head_size)]
+        def of_share(name: str, heads: Share) -> Run:
+            return Run(name, *(each * head_size for each in heads))
+
+        kv = [of_share(name, own_kv) for name in ("k_proj", "v_proj")]
+        queries = of_heads(0) if output_gate else [of_share("q_proj", own)]
         runs = [*queries, *kv, *(of_heads(head_size) if output_gate else ())]
         self.qkv_proj = Linear(build, input_size or hidden_size, runs, split="out", bias=qkv_bias)
         self.o_proj = Linear(

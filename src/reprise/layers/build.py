@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from reprise.distributed import ALONE, Group
 from reprise.layers.formats import PLAIN, Formats
 
 
@@ -31,6 +32,8 @@ class Build:
     num_drafts: int = 0
     """Most tokens that a step verifies behind a request's newest one: what does not count of them
     must leave no trace in a state."""
+    group: Group = ALONE
+    """The ranks that own the model together: each layer takes its own rank's part."""
 
     def at(self, name: str) -> Build:
         """For a part of the layer, by its name in the checkpoint."""

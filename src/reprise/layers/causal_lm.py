@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from reprise.cache import Batch
 from reprise.layers.build import Build
 from reprise.layers.decoder import Body, Taps
-from reprise.layers.linear import Linear
+from reprise.layers.head import Head
 from reprise.layers.stored_model import StoredModel
 
 
@@ -52,9 +52,9 @@ class CausalLM(StoredModel):
         self.lm_head = self._head({"weight": weight})
         return True
 
-    def _head(self, tensors: Mapping[str, Tensor] | None) -> Linear:
+    def _head(self, tensors: Mapping[str, Tensor] | None) -> Head:
         sizes = self.hidden_size, self.vocab_size
-        return Linear(self._build, *sizes, split="out", tensors=tensors)
+        return Head(self._build, *sizes, tensors)
 
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
         """Hidden states [T, hidden_size] of the step's tokens; writes the KV cache, and what

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import Batch
+from reprise.distributed import ALONE
 from reprise.errors import ModelError
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination, Place
 from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product, tensor
-from reprise.layers.linear import Linear, Run, format_of, rows_of
+from reprise.layers.linear import Linear, Run, Split, columns_of, format_of, rows_of, runs_of
 from reprise.layers.mlp import GatedMLP
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Stack(nn.Module):
             outputs, in the order in which the outputs are concatenated.
         merged: What the tensor of all experts is called where a checkpoint stores one
             (transformers' layout: [E, outputs of all parts, inputs]).
+        split: Which features ranks share out, those of the output or of the input: see
+            :class:`reprise.layers.Linear`. What it gives is a part of the sum then.
         beside: What is computed together with it, in its format.
 
     Raises:
@@ -62,14 +65,21 @@ class Stack(nn.Module):
         in_features: int,
         parts: Mapping[str, int],
         merged: str,
+        split: Split,
         beside: Stack | None = None,
     ) -> None:
         super().__init__()
         self.path, self.count, self.merged_name = build.path, count, merged
-        self.in_features, self.out_features = in_features, sum(parts.values())
-        self._runs = [Run(name, 0, size) for name, size in parts.items()]
+        group = build.group
+        self._runs = runs_of(build, parts, group if split == "out" else ALONE)
+        self.out_features = sum(each.size for each in self._runs)
         self.format = self._format(build, beside)
-        made = self.format.stack(count, self.out_features, in_features, build.dtype, build.device)
+        shared = group if split == "in" else ALONE
+        self._columns = columns_of(build, in_features, self.format, shared)
+        self.in_features = self._columns.size
+        made = self.format.stack(
+            count, self.out_features, self.in_features, build.dtype, build.device
+        )
         self.tensors: dict[str, Tensor] = {}
         """[E, ...] each, by the last part of their names in a checkpoint that has one for each
         expert."""
@@ -102,10 +112,10 @@ class Stack(nn.Module):
         for expert in range(self.count):
             tensors = {name: each[expert] for name, each in self.tensors.items()}
             for run, rows in runs:
-                for name, place in self.format.stored(tensors, rows, self.in_features):
+                for name, place in self.format.stored(tensors, rows, self._columns):
                     yield f"{self.path}.{expert}.{run.name}.{name}", place
 
-    def merged(self) -> Iterator[tuple[str, Destination, list[str]]]:
+    def merged(self) -> Iterator[tuple[str, list[Place], list[str]]]:
         """Each tensor of a checkpoint that has one for all experts: its full name, where it goes,
         and the names in whose place it stands."""
         for name, each in self.tensors.items():
@@ -116,13 +126,32 @@ class Stack(nn.Module):
             ]
             yield (
                 f"{self.path}.{self.merged_name}{name.removeprefix('weight')}",
-                Destination(each),
+                list(self._of_all(each)),
                 pieces,
             )
 
+    def _of_all(self, tensor: Tensor) -> Iterator[Destination]:
+        """Where the tensor of all experts [E, outputs, inputs] goes, of which there may be one
+        entry for so many outputs and inputs."""
+        columns = self._columns.per(tensor.shape[2])
+        each = self.out_features // tensor.shape[1]
+        stored = sum(run.total or run.size for run in self._runs) // each
+        if stored == tensor.shape[1] and columns.size == columns.total:
+            yield Destination(tensor)
+            return
+        begin = offset = 0
+        for run in self._runs:
+            size, total = run.size // each, (run.total or run.size) // each
+            first = offset + run.begin // each
+            part = (slice(None), slice(first, first + size), columns.part)
+            shape = (self.count, stored, columns.total)
+            yield Destination(tensor[:, begin : begin + size], part, shape)
+            begin, offset = begin + size, offset + total
+
 
 class Experts(nn.Module):
-    """SwiGLU feed-forwards of which each row is computed by some.
+    """SwiGLU feed-forwards of which each row is computed by some. Each rank has some of the
+    intermediate features of every expert, so what it gives is a part of the sum.
 
     Args:
         build: How to make it.
@@ -143,10 +172,11 @@ class Experts(nn.Module):
         super().__init__()
         gate, up, down = names
         parts = {gate: intermediate_size, up: intermediate_size}
-        self.gate_up_proj = Stack(build, count, hidden_size, parts, "gate_up_proj")
+        self.gate_up_proj = Stack(build, count, hidden_size, parts, "gate_up_proj", "out")
         self.down_proj = Stack(
-            build, count, intermediate_size, {down: hidden_size}, "down_proj", self.gate_up_proj
-        )
+            build, count, intermediate_size, {down: hidden_size}, "down_proj", "in",
+            self.gate_up_proj,
+        )  # fmt: skip
         self.format = self.gate_up_proj.format
         _tell_if_slow(type(self.format))
 
@@ -185,7 +215,7 @@ class SparseMLP(nn.Module):
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         super().__init__()
-        self.routing = routing
+        self.routing, self.group = routing, build.group
         router, gate = [Run("gate", 0, routing.experts)], [Run("shared_expert_gate", 0, 1)]
         self.shared_expert_gate: Linear | None = None
         if not shared_size:
@@ -224,7 +254,7 @@ class SparseMLP(nn.Module):
         )  # fmt: skip
         return weights, ids, logits
 
-    def shared(self, x: Tensor, logits: Tensor) -> Product | None:
+    def shared(self, x: Tensor, logits: Tensor) -> _Shared | None:
         """What the expert that computes all rows gives, if there is one."""
         if self.shared_expert is None:
             return None
@@ -232,7 +262,14 @@ class SparseMLP(nn.Module):
         if self.shared_expert_gate is not None:
             gate = self.shared_expert_gate(x)
         hidden = self.shared_expert.gate_up_proj.gated(x) * gate.sigmoid()
-        return Product(self.shared_expert.down_proj, hidden)
+        return _Shared(self.shared_expert.down_proj, hidden)
+
+
+class _Shared(NamedTuple):
+    """The product of the expert that computes all rows."""
+
+    linear: Linear
+    x: Tensor
 
 
 class _Mixture(NamedTuple):
@@ -242,14 +279,23 @@ class _Mixture(NamedTuple):
     live: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
+        result = self._partial(x)
+        if self.mlp.group.size > 1:
+            ops.all_reduce(result, self.mlp.group.name)
+        return result
+
+    def _partial(self, x: Tensor) -> Tensor:
         weights, ids, logits = self.mlp.route(x, self.live)
         result = self.mlp.experts(x, weights, ids)
         shared = self.mlp.shared(x, logits)
         if shared is not None:
-            shared.linear.add(shared.x, result)
+            shared.linear.add_partial(shared.x, result)
         return result
 
     def add(self, x: Tensor, residual: Tensor) -> None:
+        if self.mlp.group.size > 1:
+            ops.all_reduce_add(self._partial(x), residual, self.mlp.group.name)
+            return
         weights, ids, logits = self.mlp.route(x, self.live)
         shared = self.mlp.shared(x, logits)
         self.mlp.experts.add(x, weights, ids, residual)

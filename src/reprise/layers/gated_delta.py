@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import STATE, Batch, LayerCache, Rows
+from reprise.distributed import Share
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination
 from reprise.layers.lazy import Normed, Product, tensor
@@ -49,24 +50,32 @@ class GatedDeltaNet(nn.Module):
     ) -> None:
         super().__init__()
         self.path, self.eps = build.path, eps
-        self.value_heads, self.value_size = value_heads, value_size
-        values = value_heads * value_size
-        self.channels = 2 * key_heads * key_size + values
+        every_value = value_heads * value_size
+        # A key head and the value heads that go with it stay together.
+        own = build.group.share(key_heads, "linear_num_key_heads")
+        group = value_heads // key_heads
+        self._heads = Share(*(each * group for each in own))
+        keys = Share(*(each * key_size for each in own))
+        values = Share(*(each * value_size for each in self._heads))
+        self._channels = _side_by_side(keys, keys, values)
         if interleaved:
-            group = value_heads // key_heads
             sizes = (key_size, key_size, group * value_size, group * value_size)
-            mixed = _ungrouped("in_proj_qkvz", key_heads, sizes)
-            gates = _ungrouped("in_proj_ba", key_heads, (group, group))
+            mixed = _ungrouped("in_proj_qkvz", own, sizes)
+            gates = _ungrouped("in_proj_ba", own, (group, group))
         else:
-            mixed = [Run("in_proj_qkv", 0, self.channels), Run("in_proj_z", 0, values)]
-            gates = [Run("in_proj_b", 0, value_heads), Run("in_proj_a", 0, value_heads)]
+            mixed = [Run("in_proj_qkv", *each) for each in self._channels]
+            mixed.append(Run("in_proj_z", *values))
+            gates = [Run(name, *self._heads) for name in ("in_proj_b", "in_proj_a")]
+        key_heads, value_heads = own.size, self._heads.size
+        self.value_heads, self.value_size = value_heads, value_size
+        self.channels = 2 * keys.size + values.size
         self.gates: Linear | None = None
         if format_of(build, mixed) is format_of(build, gates):
             mixed = [*mixed, *gates]
         else:  # few outputs: quantised checkpoints leave them as they were
             self.gates = Linear(build, hidden_size, gates, split="out")
         self.in_proj = Linear(build, hidden_size, mixed, split="out")
-        self.out_proj = Linear(build.at("out_proj"), values, hidden_size, split="in")
+        self.out_proj = Linear(build.at("out_proj"), every_value, hidden_size, split="in")
 
         def parameter(value: Tensor) -> nn.Parameter:
             return nn.Parameter(value.to(build.device), requires_grad=False)
@@ -82,16 +91,20 @@ class GatedDeltaNet(nn.Module):
             "heads": Rows((value_heads, value_size, key_size), torch.float32),
         }
         if drafts:
-            kept = key_heads * key_size + values
+            kept = keys.size + values.size
             rows["recent"] = Rows((1 + drafts, kept), build.dtype)
             rows["gates"] = Rows((1 + drafts, 2, value_heads), torch.float32)
         self.cache = LayerCache(STATE, drafts, **rows)
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """See :func:`reprise.loading.destinations.destinations`."""
-        yield f"{self.path}.conv1d.weight", Destination(self.conv.unsqueeze(1))
-        yield f"{self.path}.A_log", Destination(self.a_log)
-        yield f"{self.path}.dt_bias", Destination(self.dt_bias)
+        begin = 0
+        for each in self._channels:
+            target = self.conv[begin : begin + each.size].unsqueeze(1)
+            yield f"{self.path}.conv1d.weight", _part(target, each)
+            begin += each.size
+        yield f"{self.path}.A_log", _part(self.a_log, self._heads)
+        yield f"{self.path}.dt_bias", _part(self.dt_bias, self._heads)
         yield f"{self.path}.norm.weight", Destination(self.norm)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
@@ -122,12 +135,36 @@ class GatedDeltaNet(nn.Module):
         return Product(self.out_proj, ops.gated_rms_norm(out, z, self.norm, self.eps))
 
 
-def _ungrouped(name: str, groups: int, sizes: tuple[int, ...]) -> list[Run]:
-    """Of a projection that stores, group by group, parts of these sizes: the first part of all
+def _side_by_side(*shares: Share) -> list[Share]:
+    """Shares of things that are stored one behind the other, counted from where the first begins;
+    what adjoins is one."""
+    total, offset = sum(each.total for each in shares), 0
+    found: list[Share] = []
+    for each in shares:
+        begin = offset + each.begin
+        last = found[-1] if found else None
+        if last is not None and last.begin + last.size == begin:
+            found[-1] = Share(last.begin, last.size + each.size, total)
+        else:
+            found.append(Share(begin, each.size, total))
+        offset += each.total
+    return found
+
+
+def _part(target: Tensor, share: Share) -> Destination:
+    """Those rows of what is stored."""
+    if share.size == share.total:
+        return Destination(target)
+    part = (slice(share.begin, share.begin + share.size),)
+    return Destination(target, part, (share.total, *target.shape[1:]))
+
+
+def _ungrouped(name: str, groups: Share, sizes: tuple[int, ...]) -> list[Run]:
+    """Of a projection that stores, group by group, parts of these sizes: the first part of all our
     groups, then the second, and so on."""
     width = sum(sizes)
     return [
-        Run(name, group * width + sum(sizes[:part]), size)
+        Run(name, group * width + sum(sizes[:part]), size, groups.total * width)
         for part, size in enumerate(sizes)
-        for group in range(groups)
+        for group in range(groups.begin, groups.begin + groups.size)
     ]

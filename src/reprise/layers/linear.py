@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from reprise import ops
+from reprise.distributed import ALONE, Group
 from reprise.errors import ModelError
 from reprise.layers.build import Build
 from reprise.layers.destination import Place
-from reprise.layers.formats import DENSE, Format, Rows
+from reprise.layers.formats import DENSE, Columns, Format, Rows
 from reprise.layers.lazy import Normed
 
 Split = Literal["out", "in"]
@@ -25,6 +27,8 @@ class Run(NamedTuple):
     """The first of them there."""
     size: int
     """How many there are."""
+    total: int | None = None
+    """All that it has there; None: what a product's runs of it have together."""
 
 
 class Linear(nn.Module):
@@ -39,13 +43,18 @@ class Linear(nn.Module):
             the outputs are concatenated. Where a checkpoint has their features in another order
             than the model wants them: the runs of which the outputs consist, in the model's order;
             together they have every feature of each projection once.
-        split: Which features are shared out where several devices own the product together:
-            those of the output or of the input. None: each has the whole.
+        split: Which features are shared out where several ranks own the product together (the
+            build's group): those of the output or of the input. None: each has the whole. Outputs
+            by name are divided here; runs are this rank's already. What shares out its inputs has
+            the whole number of them as ``in_features``, reads this rank's, and sums what it gives
+            over the ranks.
         bias: It has a bias.
         tensors: Plain weights to use in place of new ones, such as an embedding's.
+        room: Outputs that it has room for, where that is more than there are: those beyond are
+            zeros. None: as many as there are.
 
     Raises:
-        ModelError: The formats of the parts do not allow to merge them.
+        ModelError: The formats of the parts do not allow to merge them, or to share them out.
     """
 
     def __init__(
@@ -57,21 +66,28 @@ class Linear(nn.Module):
         split: Split | None = None,
         bias: bool = False,
         tensors: Mapping[str, Tensor] | None = None,
+        room: int | None = None,
     ) -> None:
         super().__init__()
         if split not in ("out", "in", None):
             raise ValueError(f"split={split!r} must be 'out', 'in' or None")
         self.path, self.split = build.path, split
+        self.group: Group = build.group if split is not None else ALONE
         if isinstance(out_features, int):
-            out_features = [Run("", 0, out_features)]
-        elif isinstance(out_features, Mapping):
-            out_features = [Run(name, 0, size) for name, size in out_features.items()]
+            out_features = {"": out_features}
+        if isinstance(out_features, Mapping):
+            out_features = runs_of(build, out_features, self.group if split == "out" else ALONE)
         self.runs = list(out_features)
-        self.in_features = in_features
-        self.out_features = sum(each.size for each in self.runs)
+        self.out_features = room or sum(each.size for each in self.runs)
         self.format = DENSE if tensors is not None else format_of(build, self.runs)
+        shared = self.group if split == "in" else ALONE
+        self.columns = columns_of(build, in_features, self.format, shared)
+        self.in_features = self.columns.size
+        self._reduces = shared.size > 1
         if tensors is None:
-            tensors = self.format.tensors(self.out_features, in_features, build.dtype, build.device)
+            tensors = self.format.tensors(
+                self.out_features, self.in_features, build.dtype, build.device
+            )
         self.tensors: dict[str, Tensor] = {}
         """By the last part of their names in the checkpoint, without the bias."""
         for name, each in tensors.items():
@@ -87,7 +103,15 @@ class Linear(nn.Module):
         if isinstance(x, Normed):
             norm = x.norm
             return self.format.norm_linear(x.x, norm.weight, norm.eps, self.tensors, self.bias)
+        if self._reduces:
+            result = self.partial(x)
+            ops.all_reduce(result, self.group.name)
+            return result
         return self.format.linear(x, self.tensors, self.bias)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """What this rank's inputs give of the product; the bias is the first rank's."""
+        return self.format.linear(x, self.tensors, self.bias if self.group.rank == 0 else None)
 
     def wide(self, x: Tensor) -> Tensor:
         """The product in float32, [T, out_features]; there is no bias."""
@@ -107,7 +131,15 @@ class Linear(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         """Add the product to ``residual`` [T, out_features], in place."""
-        self.format.add(x, self.tensors, self.bias, residual)
+        if self._reduces:
+            ops.all_reduce_add(self.partial(x), residual, self.group.name)
+        else:
+            self.format.add(x, self.tensors, self.bias, residual)
+
+    def add_partial(self, x: Tensor, sum: Tensor) -> None:
+        """Add what this rank's inputs give to ``sum`` [T, out_features], in place."""
+        bias = self.bias if self.group.rank == 0 else None
+        self.format.add(x, self.tensors, bias, sum)
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Write the product into ``out`` [T, out_features]."""
@@ -115,23 +147,43 @@ class Linear(nn.Module):
 
     def destinations(self) -> Iterator[tuple[str, Place]]:
         """Each tensor that a checkpoint has of this, by its full name there."""
-        for run, rows in zip(self.runs, rows_of(self.runs), strict=True):
+        for run, rows in zip(self.runs, rows_of(self.runs, self.out_features), strict=True):
             path = f"{self.path}.{run.name}" if run.name else self.path
-            places = dict(self.format.stored(self.tensors, rows, self.in_features))
+            places = dict(self.format.stored(self.tensors, rows, self.columns))
             if self.bias is not None:
-                places["bias"] = rows.of(self.bias)
+                places["bias"] = rows.of(self.bias, self.columns)
             for name, each in places.items():
                 yield f"{path}.{name}", each
 
 
-def rows_of(runs: Sequence[Run]) -> list[Rows]:
-    """Where the runs of a product lie in it and in what is stored."""
+def runs_of(build: Build, outputs: Mapping[str, int], group: Group) -> list[Run]:
+    """A rank's part of each of some projections."""
+    found = []
+    for name, total in outputs.items():
+        share = group.share(total, f"outputs of {build.at(name).path if name else build.path}")
+        found.append(Run(name, share.begin, share.size, total))
+    return found
+
+
+def columns_of(build: Build, in_features: int, format: Format, group: Group) -> Columns:
+    """A rank's part of a product's inputs."""
+    what = f"inputs of {build.path}"
+    return Columns(*group.share(in_features, what, format.grain[1] if group.size > 1 else 1))
+
+
+def rows_of(runs: Sequence[Run], total: int | None = None) -> list[Rows]:
+    """Where the runs of a product lie in it and in what is stored.
+
+    Args:
+        runs: In the product's order.
+        total: Outputs of the product; None: the runs'.
+    """
     stored: dict[str, int] = {}
     for run in runs:
         stored[run.name] = stored.get(run.name, 0) + run.size
     ends = list(itertools.accumulate(run.size for run in runs))
     return [
-        Rows(end - run.size, run.size, ends[-1], run.begin, stored[run.name])
+        Rows(end - run.size, run.size, total or ends[-1], run.begin, run.total or stored[run.name])
         for run, end in zip(runs, ends, strict=True)
     ]
 
@@ -145,11 +197,11 @@ def format_of(build: Build, runs: Sequence[Run]) -> Format:
             f"{', '.join(paths.values())} are computed as one product and stored in different "
             "formats, which is not supported"
         )
-    if len(runs) == 1:
+    if len(runs) == 1 and runs[0].total in (None, runs[0].size):
         return first
     try:
         return first.merged(rows_of(runs))
     except ValueError as error:
         raise ModelError(
-            f"{', '.join(paths.values())} are computed as one product, of which a part has {error}"
+            f"{', '.join(paths.values())} are computed in parts, of which one has {error}"
         ) from error

@@ -1,6 +1,6 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
-from reprise.loading.checkpoint import Checkpoint, open_checkpoint
+from reprise.loading.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from reprise.loading.json_tokenizer import as_transformers
 from reprise.loading.quantization import require_method
 from reprise.loading.tokenizer import end_of_text_id
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoint",
     "NamedTensors",
     "as_transformers",
+    "checkpoint_of",
     "end_of_text_id",
     "load_weights",
     "open_checkpoint",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reprise.config import EngineConfig
 from reprise.errors import LoadError, ModelError
 from reprise.loading.files import read_object
 from reprise.loading.foreign import foreign_content
@@ -172,3 +173,17 @@ def _generation_config(path: Path) -> Mapping[str, Any]:
     except (ValueError, OSError) as error:
         raise LoadError(f"{file} is not valid: {error}") from error
     return content
+
+
+def checkpoint_of(config: EngineConfig) -> Checkpoint:
+    """The model's files, not read yet.
+
+    Raises:
+        RepriseError: They are not found, or not a model that is known.
+    """
+    return open_checkpoint(
+        config.model,
+        revision=config.revision,
+        overrides=config.hf_overrides,
+        config_only=config.load_format == "dummy",
+    )

@@ -24,7 +24,8 @@ def destinations(model: StoredModel) -> dict[str, list[Place]]:
 
     A module with a method ``destinations`` says itself what it takes, by full names, one that goes
     to several places as often; what it knows and leaves to others is None. Of every other module
-    the parameters' names are the checkpoint's.
+    the parameters' names are the checkpoint's; one with a method ``destination`` says where its
+    parameters go.
 
     Raises:
         ModelError: Two modules claim the same tensor.
@@ -33,11 +34,12 @@ def destinations(model: StoredModel) -> dict[str, list[Place]]:
     for path, module in model.named_modules():
         mine: dict[str, list[Place]] = {}
         own = getattr(module, "destinations", None)
+        place = getattr(module, "destination", Destination)
         pairs: Iterable[tuple[str, Place | None]] = (
             own()
             if own is not None
             else (
-                (f"{path}.{name}" if path else name, Destination(each))
+                (f"{path}.{name}" if path else name, place(each))
                 for name, each in module.named_parameters(recurse=False)
             )
         )
@@ -67,11 +69,11 @@ def as_stored(model: StoredModel, wanted: dict[str, list[Place]], stored: Contai
         stored: The names that there are, as the model has them.
     """
     for module in model.modules():
-        for name, destination, pieces in getattr(module, "merged", tuple)():
+        for name, places, pieces in getattr(module, "merged", tuple)():
             if name in stored:
                 for piece in pieces:
                     wanted.pop(piece, None)
-                wanted[name] = [destination]
+                wanted[name] = places
 
 
 def ties(wanted: Mapping[str, Sequence[Place]]) -> dict[str, tuple[str, Destination]]:

@@ -21,6 +21,7 @@ from reprise.layers import (
     Destination,
     Embedding,
     GatedMLP,
+    Head,
     Linear,
     Normed,
     RMSNorm,
@@ -197,12 +198,10 @@ class Eagle3(StoredModel):
         if config.embedding == "own":
             self.embed_tokens = Embedding(build, layers.vocab_size, hidden)
             self._embedding = (self.embed_tokens,)
-        self._head: tuple[Linear] = (target.lm_head,)
+        self._head: tuple[Head] = (target.lm_head,)
         if config.head != "target's":
             tensors = self._embedding[0].tensors if config.head == "embedding" else None
-            head = Linear(
-                build.at("lm_head"), hidden, self.vocab_size, split="out", tensors=tensors
-            )
+            head = Head(build.at("lm_head"), hidden, self.vocab_size, tensors)
             self._head = (head,)
             if config.head == "own":
                 self.lm_head = head

@@ -7,6 +7,9 @@ Every folder in here is declared when this package is imported; what is listed c
 import importlib
 import pkgutil
 
+from reprise.ops.all_gather import all_gather as all_gather
+from reprise.ops.all_reduce import all_reduce as all_reduce
+from reprise.ops.all_reduce import all_reduce_add as all_reduce_add
 from reprise.ops.apply_bitmask import apply_bitmask as apply_bitmask
 from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax

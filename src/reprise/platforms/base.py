@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from reprise.errors import GraphError
+from reprise.errors import GraphError, PlatformError
 from reprise.platforms.host_queue import HostEvent, HostStream
 
 if TYPE_CHECKING:
@@ -135,6 +135,28 @@ class Platform(ABC):
     def prefers_dtype(self, dtype: torch.dtype) -> bool:
         """Whether a checkpoint stored in ``dtype`` is best computed in it on this device."""
         return self.supports_dtype(dtype)
+
+    # ---- several ranks -------------------------------------------------------------------
+
+    def device_of(self, rank: int, size: int) -> str:
+        """What ``--device`` of a rank would be, where this device is rank 0's: the next ones.
+
+        Raises:
+            PlatformError: There are not so many.
+        """
+        count = self.device_count()
+        if self.index + size > count:
+            first = f" from {self.name}:{self.index} on" if self.index else ""
+            variable = self.visible_devices_variable
+            hint = f" ({variable} may hide some)" if variable else ""
+            raise PlatformError(
+                f"tensor_parallel_size={size} needs as many devices{first}, and {count} are "
+                f"visible{hint}; lower it"
+            )
+        return f"{self.name}:{self.index + rank}"
+
+    def share_host(self, size: int) -> None:  # noqa: B027 - an accelerator's host has little to do
+        """So many ranks compute on this machine; called in each once."""
 
     # ---- order of work -------------------------------------------------------------------
 

@@ -99,6 +99,16 @@ class CpuPlatform(Platform):
             self._settled = True
             settle_threads()
 
+    def device_of(self, rank: int, size: int) -> str:
+        """All ranks compute on it."""
+        return self.name
+
+    def share_host(self, size: int) -> None:
+        """Each rank gets its part of the threads, unless the user chose a number."""
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, usable_cpus()[0] // size))
+            logger.info("CPU threads: %d, for each of %d ranks", torch.get_num_threads(), size)
+
     def synchronize(self) -> None:
         """Work on the CPU is finished when the call that started it returns."""
 

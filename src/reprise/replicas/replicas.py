@@ -20,7 +20,7 @@ from reprise.config import EngineConfig
 from reprise.engine import Admit, Engine, Frontend, Reader
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.driver import gather, refuse, settle
-from reprise.engine.frontend import checkpoint_of, load_tokenizer
+from reprise.engine.frontend import load_tokenizer
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.scheduler import check_fits
 from reprise.engine.submission import PreparedParams, truncated
@@ -33,7 +33,7 @@ from reprise.errors import (
     describe,
     named,
 )
-from reprise.loading import NamedTensors
+from reprise.loading import NamedTensors, checkpoint_of
 from reprise.outputs import RequestMetrics, RequestOutput
 from reprise.processes import wire
 from reprise.processes.channel import Channel

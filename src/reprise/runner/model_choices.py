@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from reprise import models
 from reprise.config import EngineConfig
-from reprise.errors import CapacityError, ModelError, describe
+from reprise.distributed import ALONE, Group
+from reprise.errors import CapacityError, ConfigError, ModelError, describe
 from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
 from reprise.ops import all_ops
 from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
+
+MOST_RANKS = 16
+"""Numbers of ranks up to here are tried when a message lists those that a model can have."""
 
 
 def choose_dtype(requested: str, config: Any, platform: Platform) -> torch.dtype:
@@ -148,6 +153,7 @@ def build_model(
     cache_dtype: torch.dtype | None,
     platform: Platform,
     num_drafts: int = 0,
+    group: Group = ALONE,
 ) -> CausalLM:
     """The model with unset weights, after it has been made sure that the device can hold it.
 
@@ -159,14 +165,16 @@ def build_model(
         cache_dtype: See :func:`choose_cache_dtype`.
         platform: Drives the device.
         num_drafts: See :class:`reprise.layers.Build`.
+        group: The ranks that own it together; what is built is this one's part.
 
     Raises:
-        ModelError: The config describes no model that can be built.
+        ModelError: The config describes no model that can be built, or none that so many ranks can
+            share.
         CapacityError: The device has not so much memory.
     """
     try:
         # Sizes alone, in no memory: an absurd config must not claim the machine's.
-        shape = models.build(config, Build(dtype, torch.device("meta"), max_model_len=1))
+        shape = shape_of(config, dtype, group)
         weights = sum(each.nbytes for each in shape.parameters())
         position = _bytes_of_a_position(shape)
     except (RuntimeError, OverflowError, MemoryError) as error:
@@ -186,11 +194,55 @@ def build_model(
         raise CapacityError(too_much)
     try:
         build = Build(
-            dtype, platform.device, max_model_len, cache_dtype=cache_dtype, num_drafts=num_drafts
-        )
+            dtype, platform.device, max_model_len, cache_dtype=cache_dtype, num_drafts=num_drafts,
+            group=group,
+        )  # fmt: skip
         return models.build(config, build)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
+
+
+def shape_of(config: Any, dtype: torch.dtype, group: Group) -> CausalLM:
+    """A rank's part of the model, without memory.
+
+    Raises:
+        ModelError: The config describes no model, or none that so many ranks can share.
+    """
+
+    def build(group: Group) -> CausalLM:
+        return models.build(config, Build(dtype, torch.device("meta"), 1, group=group))
+
+    try:
+        return build(group)
+    except ModelError as error:
+        if group.size == 1:
+            raise
+        sizes = [
+            n for n in range(1, MOST_RANKS + 1) if _builds(build, replace(group, rank=0, size=n))
+        ]
+        if not sizes:
+            raise  # it is not the number of ranks
+        raise ModelError(
+            f"{error}; this model can be shared by {', '.join(map(str, sizes))} rank(s)"
+        ) from error
+
+
+def _builds(build: Callable[[Group], CausalLM], group: Group) -> bool:
+    try:
+        build(group)
+    except ModelError:
+        return False
+    return True
+
+
+def refuse_unshared(config: EngineConfig) -> None:
+    """Raise a ConfigError for what several ranks do not compute together yet."""
+    asked = config.speculation
+    if asked is not None and asked.method not in ("ngram",):
+        raise ConfigError(
+            f"speculative_config: method {asked.method!r} with tensor_parallel_size="
+            f"{config.tensor_parallel_size} is not supported; use 'ngram'"
+        )
 
 
 def _bytes_of_a_position(shape: CausalLM) -> int:

@@ -14,6 +14,7 @@ from reprise import ops, timeline
 from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
+from reprise.distributed import Ranks, require_same
 from reprise.errors import ConfigError, PlatformError, RepriseError, describe
 from reprise.graphs import (
     Damage,
@@ -49,6 +50,7 @@ from reprise.runner.model_choices import (
     choose_max_tokens,
     choose_model_len,
     choose_ops,
+    refuse_unshared,
 )
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
@@ -69,6 +71,7 @@ class ModelRunner:
         config: Validated options; the platform has adjusted them.
         platform: The device.
         checkpoint: What to load.
+        ranks: What this one's part of the model is, and how it agrees with the others.
 
     Raises:
         ModelError: The architecture or the dtype is not supported.
@@ -76,14 +79,31 @@ class ModelRunner:
         CapacityError: The model and a cache do not fit.
     """
 
-    def __init__(self, config: EngineConfig, platform: Platform, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        platform: Platform,
+        checkpoint: Checkpoint,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    ) -> None:
         self.config = config
         self.platform = platform
+        self.ranks = ranks
         with timeline.span("platform"):
             platform.activate()
         cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, platform)
         self.ops = OpTable(platform, choose_ops(config.ops, cache_dtype, platform))
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
+        if ranks.group.size > 1:
+            chosen = {name: each.name for name, each in self.ops.chosen.items()}
+            require_same(
+                ranks.agreement,
+                torch.__version__,
+                config,
+                self.dtype,
+                chosen,
+            )
+            refuse_unshared(config)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
         self.max_tokens = choose_max_tokens(config, platform)
@@ -98,6 +118,7 @@ class ModelRunner:
                     cache_dtype=cache_dtype,
                     num_drafts=num_drafts,
                     platform=platform,
+                    group=ranks.group,
                 )
             with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
@@ -267,6 +288,20 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.forget()
 
+    def forget_draws(self) -> None:
+        """What was drawn so far is counted anew: requests are computed again."""
+        self.sampler.forget()
+
+    def prove_more(self) -> bool:
+        """See :meth:`reprise.graphs.GraphRunner.prove_more`, of all owners."""
+        return self.owners.prove_more()
+
+    def check(self) -> None:
+        """Raise a RanksError if other ranks are lost."""
+
+    def close(self) -> None:
+        """Take leave of other ranks, if there are any."""
+
     def weights_replaced(self) -> None:
         """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
         self.forward_pass.reload = None
@@ -341,6 +376,7 @@ class ModelRunner:
             parse_buckets(config.graph_buckets, config.max_num_seqs, self.max_tokens),
             config.max_num_seqs,
             parse_verify(config.graph_verify),
+            self.ranks.agreement,
         )
         if self.drafter is not None:
             self.drafter.plan_graphs(options)
@@ -385,6 +421,7 @@ class ModelRunner:
             max_tokens=self.max_tokens,
             activation_bytes=reserved_bytes,
         )
+        self._agree_on_blocks()
         self.max_model_len = fit_model_len(config.max_model_len, wanted_len, self.cache_layout)
         layout, longest = self.cache_layout, self.max_model_len
         logger.info(
@@ -397,6 +434,17 @@ class ModelRunner:
         self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
         if self.drafter is not None:
             self.drafter.use_cache(self.cache_layout, self.max_model_len)
+
+    def _agree_on_blocks(self) -> None:
+        """The least that a rank has room for: one scheduler gives out the blocks of all."""
+        agreement = self.ranks.agreement
+        if agreement.size == 1:
+            return
+        own = [each.num_blocks for each in self.cache_layout.pools]
+        least = [-int(agreement.largest(-count)) for count in own]
+        if least != own:
+            logger.info("KV cache: %s blocks, as many as the fullest rank has room for", least)
+            self.cache_layout = self.cache_layout.sized(least)
 
     @property
     def num_blocks(self) -> int:

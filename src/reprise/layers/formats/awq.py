@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise.layers.destination import Destination, Place
-from reprise.layers.formats.base import Formats, Rows
+from reprise.layers.formats.base import Columns, Formats, Rows
 from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import pack, unpack
@@ -23,27 +23,27 @@ class Awq(FourBits):
     on.
     """
 
-    grain = (8, 1)
+    outputs_together = 8
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        groups = self.groups(in_features)
+        groups = self.group_columns(columns)
         here = slice(rows.begin, rows.begin + rows.size)
         begin, end = rows.stored_begin, rows.stored_begin + rows.size
-        words = (slice(None), slice(begin // 8, end // 8))
+        words = slice(begin // 8, end // 8)
         total = rows.stored_total // 8
         yield "qweight", Destination(
-            tensors["packed"][here], words, (in_features, total),
+            tensors["packed"][here], (columns.part, words), (columns.total, total),
             dtype=torch.int32, convert=lambda given: pack(unpack(given).t()),
         )  # fmt: skip
         yield "qzeros", Destination(
-            tensors["zeros"][here], words, (groups, total),
+            tensors["zeros"][here], (groups.part, words), (groups.total, total),
             dtype=torch.int32, convert=lambda given: unpack(given).t(),
         )  # fmt: skip
         yield "scales", Destination(
-            tensors["scales"][here], (slice(None), slice(begin, end)), (groups, rows.stored_total),
-            convert=Tensor.t,
+            tensors["scales"][here], (groups.part, slice(begin, end)),
+            (groups.total, rows.stored_total), convert=Tensor.t,
         )  # fmt: skip
 
 

@@ -26,19 +26,53 @@ class Rows(NamedTuple):
     stored_total: int
     """Of the stored projection."""
 
-    def of(self, tensor: Tensor) -> Destination:
+    def of(self, tensor: Tensor, columns: Columns) -> Destination:
         """Those of a tensor that is stored as it is: its first dimension has a row for every output
-        of the product, or one for every so many."""
+        of the product, or one for every so many; its second, if it has one, likewise of inputs."""
         count = len(tensor)
 
         def rows(features: int) -> int:
             return features * count // self.total
 
         view = tensor[rows(self.begin) : rows(self.begin + self.size)]
-        if self.size == self.stored_total:
-            return Destination(view)
-        part = slice(rows(self.stored_begin), rows(self.stored_begin + self.size))
-        return Destination(view, (part,), (rows(self.stored_total), *tensor.shape[1:]))
+        whole = slice(None)
+        part, stored = whole, len(view)
+        if self.size != self.stored_total:
+            part = slice(rows(self.stored_begin), rows(self.stored_begin + self.size))
+            stored = rows(self.stored_total)
+        if tensor.dim() == 1 or columns.size == columns.total:
+            if part == whole:
+                return Destination(view)
+            return Destination(view, (part,), (stored, *tensor.shape[1:]))
+        inputs = columns.per(tensor.shape[1])
+        return Destination(view, (part, inputs.part), (stored, inputs.total))
+
+
+class Columns(NamedTuple):
+    """Input features that a product has of those of the stored projection."""
+
+    begin: int
+    """The first of them there."""
+    size: int
+    """How many there are."""
+    total: int
+    """Of the stored projection."""
+
+    @property
+    def part(self) -> slice:
+        """Where they are in a tensor that is stored with a column for each."""
+        return slice(None) if self.size == self.total else slice(self.begin, self.begin + self.size)
+
+    def per(self, count: int) -> Columns:
+        """Counted in entries, of which the product has ``count``."""
+        if self.size == self.total:
+            return Columns(0, count, count)
+        each = -(-self.size // count)
+        return Columns(self.begin // each, count, -(-self.total // each))
+
+
+ALL_INPUTS = Columns(0, 1, 1)
+"""Where one entry stands for all inputs of an output."""
 
 
 class Format(ABC):
@@ -52,7 +86,9 @@ class Format(ABC):
 
     grain: tuple[int, int] = (1, 1)
     """Output and input features that one entry of some tensor stands for, as a scale of a block
-    does. The parts of a merged product have multiples of the first."""
+    does. The parts of a merged product have multiples of the first; where a product is shared out
+    over ranks by its inputs, each has a multiple of the second. Where that is 1, a tensor of one
+    column stands for all inputs."""
 
     def merged(self, rows: Sequence[Rows]) -> Format:
         """The format of a product that is computed of several projections, or of parts of them.
@@ -90,17 +126,18 @@ class Format(ABC):
         """
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
         """What a checkpoint has of a projection, by the last part of the name: where it goes.
 
         Args:
             tensors: Of the product that the projection is computed in.
             rows: Those that are meant.
-            in_features: Of the product.
+            columns: The inputs of the product.
         """
         for name, each in tensors.items():
-            yield name, rows.of(each)
+            narrow = each.dim() > 1 and each.shape[1] == 1 and self.grain[1] == 1
+            yield name, rows.of(each, ALL_INPUTS if narrow else columns)
 
     @abstractmethod
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

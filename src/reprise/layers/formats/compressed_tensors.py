@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise.layers.destination import Destination, Implied, Place
-from reprise.layers.formats.base import Format, Formats, Rows
+from reprise.layers.formats.base import Columns, Format, Formats, Rows
 from reprise.layers.formats.dense import DENSE
 from reprise.layers.formats.eight_bits import Blocks, Channels
 from reprise.layers.formats.fields import Fields, check_cache_scheme
@@ -27,23 +27,25 @@ class PackedInts(FourBits):
     [out_features / 8, groups] int32, eight neighbouring outputs in a word; ``weight_shape``."""
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        packed = rows.of(tensors["packed"])
+        packed = rows.of(tensors["packed"], columns)
         yield "weight_packed", packed._replace(convert=lambda given: pack(nibbles(given)))
-        yield _SCALE, rows.of(tensors["scales"])
+        yield _SCALE, rows.of(tensors["scales"], self.group_columns(columns))
         if self.zeros:
             begin, end = rows.stored_begin, rows.stored_begin + rows.size
+            groups = self.group_columns(columns)
             yield (
                 "weight_zero_point",
                 Destination(
                     tensors["zeros"][rows.begin : rows.begin + rows.size],
-                    shape=(-(-rows.stored_total // 8), self.groups(in_features)),
+                    (slice(None), groups.part),
+                    (-(-rows.stored_total // 8), groups.total),
                     dtype=torch.int32,
                     convert=lambda given: nibbles(given.t()).t()[begin:end],
                 ),
             )
-        size = [rows.stored_total, in_features]
+        size = [rows.stored_total, columns.total]
         yield "weight_shape", Implied((2,), torch.int64, lambda given: _is(given, size))
 
 

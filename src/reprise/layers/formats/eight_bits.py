@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.layers.destination import Destination, Place
-from reprise.layers.formats.base import Format, Rows
+from reprise.layers.formats.base import ALL_INPUTS, Columns, Format, Rows
 
 FP8 = torch.float8_e4m3fn
 
@@ -115,6 +115,7 @@ class Blocks(EightBits):
     ) -> None:
         super().__init__(scale)
         self.block_n, self.block_k = block_n, block_k
+        self.grain = (1, block_k)
         self.computed_n = computed_n or block_n
 
     def blocks(self, in_features: int) -> tuple[int, int]:
@@ -131,19 +132,21 @@ class Blocks(EightBits):
         return Blocks(self.scale, self.block_n, self.block_k, computed_n)
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        yield "weight", rows.of(tensors["weight"])
+        yield "weight", rows.of(tensors["weight"], columns)
         step = self.computed_n
         first, last = rows.begin // step, -(-(rows.begin + rows.size) // step)
         scale = tensors[self.scale][first:last]
         features = range(rows.stored_begin, rows.stored_begin + rows.size, step)
         chosen = [each // self.block_n for each in features]
-        shape = (-(-rows.stored_total // self.block_n), scale.shape[1])
+        inputs = columns.per(scale.shape[1])
+        shape = (-(-rows.stored_total // self.block_n), inputs.total)
+        part = (slice(None), inputs.part)
         if chosen == list(range(shape[0])):
-            yield self.scale, Destination(scale)
+            yield self.scale, Destination(scale, part, shape)
         else:
-            yield self.scale, Destination(scale, shape=shape, convert=lambda given: given[chosen])
+            yield self.scale, Destination(scale, part, shape, convert=lambda given: given[chosen])
 
 
 class Channels(EightBits):
@@ -162,10 +165,10 @@ class Channels(EightBits):
         return 1, in_features
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        yield "weight", rows.of(tensors["weight"])
-        scale = rows.of(tensors[self.scale])
+        yield "weight", rows.of(tensors["weight"], columns)
+        scale = rows.of(tensors[self.scale], ALL_INPUTS)
         if self.whole:
             target, size = scale.target, rows.size
             scale = Destination(

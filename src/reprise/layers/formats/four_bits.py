@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.layers.formats.base import Format
+from reprise.layers.formats.base import ALL_INPUTS, Columns, Format
 
 SPREAD = 4.61
 """Standard deviation of the numbers from 0 to 15."""
@@ -23,12 +24,22 @@ class FourBits(Format):
         zeros: What stands for zero is stored; else it is the middle, 8.
     """
 
+    outputs_together = 1
+    """In a word of what is stored."""
+
     def __init__(self, group: int | None, *, zeros: bool) -> None:
         self.group, self.zeros = group, zeros
+        self.grain = (self.outputs_together, math.lcm(8, group or 8))
 
     def groups(self, in_features: int) -> int:
         """Scales of an output."""
         return -(-in_features // (self.group or in_features))
+
+    def group_columns(self, columns: Columns) -> Columns:
+        """Inputs counted in groups."""
+        if self.group is None:
+            return ALL_INPUTS
+        return columns.per(self.groups(columns.size))
 
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise.layers.destination import Destination, Implied, Place
-from reprise.layers.formats.base import Formats, Rows
+from reprise.layers.formats.base import Columns, Formats, Rows
 from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import nibbles, pack
@@ -30,28 +30,29 @@ class Gptq(FourBits):
         less: What is stored is less than what is meant by this: 1 in the first convention.
     """
 
-    grain = (8, 1)
+    outputs_together = 8
 
     def __init__(self, group: int | None, *, zeros: bool, less: int) -> None:
         super().__init__(group, zeros=zeros)
         self.less = less
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        groups = self.groups(in_features)
+        groups = self.group_columns(columns)
+        words = columns.per(-(-columns.size // 8))
         here = slice(rows.begin, rows.begin + rows.size)
         begin, end = rows.stored_begin, rows.stored_begin + rows.size
-        columns = (slice(None), slice(begin, end))
+        outputs = slice(begin, end)
         yield "qweight", Destination(
-            tensors["packed"][here], columns, (-(-in_features // 8), rows.stored_total),
+            tensors["packed"][here], (words.part, outputs), (words.total, rows.stored_total),
             dtype=torch.int32, convert=lambda given: pack(nibbles(given.t())),
         )  # fmt: skip
-        shape = (groups, rows.stored_total // 8)
+        shape = (groups.total, rows.stored_total // 8)
         if self.zeros:
             # Four bits more than 15 begin anew (AutoGPTQ, GPTQModel).
             yield "qzeros", Destination(
-                tensors["zeros"][here], (slice(None), slice(begin // 8, end // 8)), shape,
+                tensors["zeros"][here], (groups.part, slice(begin // 8, end // 8)), shape,
                 dtype=torch.int32, convert=lambda given: nibbles(given).add(self.less).t() & 15,
             )  # fmt: skip
         else:
@@ -59,11 +60,17 @@ class Gptq(FourBits):
         yield (
             "scales",
             Destination(
-                tensors["scales"][here], columns, (groups, rows.stored_total), convert=Tensor.t
+                tensors["scales"][here],
+                (groups.part, outputs),
+                (groups.total, rows.stored_total),
+                convert=Tensor.t,
             ),
         )
-        size = self.group or in_features
-        yield "g_idx", Implied((in_features,), torch.int32, lambda given: _is_in_order(given, size))
+        size = self.group or columns.total
+        yield (
+            "g_idx",
+            Implied((columns.total,), torch.int32, lambda given: _is_in_order(given, size)),
+        )
         # AutoGPTQ stores one for products that have none.
         yield "bias", Implied((rows.stored_total,), torch.float32, _is_nothing)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reprise import ops
 from reprise.layers.destination import Destination, Place
-from reprise.layers.formats.base import Format, Rows
+from reprise.layers.formats.base import Columns, Format, Rows
 from reprise.layers.formats.dense import DENSE
 from reprise.layers.formats.eight_bits import Blocks, spread
 from reprise.layers.formats.fields import is_head, is_router, is_within
@@ -42,9 +42,9 @@ class PowerBlocks(Blocks):
         return PowerBlocks(self.scale, self.block_n, self.block_k, computed_n)
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        for name, place in super().stored(tensors, rows, in_features):
+        for name, place in super().stored(tensors, rows, columns):
             if name == self.scale and isinstance(place, Destination):
                 convert = functools.partial(_numbers, place.convert)
                 place = place._replace(dtype=E8M0, convert=convert)
@@ -82,10 +82,13 @@ class Mxfp4(Format):
         }
 
     def stored(
-        self, tensors: Mapping[str, Tensor], rows: Rows, in_features: int
+        self, tensors: Mapping[str, Tensor], rows: Rows, columns: Columns
     ) -> Iterator[tuple[str, Place]]:
-        yield "weight", rows.of(tensors["weight"])
-        yield self.scale, rows.of(tensors[self.scale])._replace(dtype=E8M0, convert=_as_bytes)
+        yield "weight", rows.of(tensors["weight"], columns)
+        yield (
+            self.scale,
+            rows.of(tensors[self.scale], columns)._replace(dtype=E8M0, convert=_as_bytes),
+        )
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         weight = dequantise(tensors["weight"], tensors[self.scale])

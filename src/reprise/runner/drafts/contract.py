@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reprise.cache import CacheLayout
+from reprise.distributed import ALONE_AGREES, Agreement
 from reprise.graphs import Buckets, Computation, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Wanted
 from reprise.runner.buffers import StepBuffers
@@ -22,6 +23,7 @@ class GraphOptions:
     buckets: Buckets
     max_requests: int
     verify: VerifyMode
+    agreement: Agreement = ALONE_AGREES
 
     def runner(
         self, computation: Computation, buffers: StepBuffers, width: int, owner: str = ""
@@ -29,7 +31,7 @@ class GraphOptions:
         """Of a computation whose decode steps have ``width`` tokens a request."""
         return GraphRunner(
             computation, buffers.platform, self.plan, self.buckets, self.max_requests,
-            verify=self.verify, query_lens=(width,), owner=owner,
+            verify=self.verify, query_lens=(width,), owner=owner, agreement=self.agreement,
         )  # fmt: skip
 
 

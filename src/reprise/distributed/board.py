@@ -1,0 +1,244 @@
+"""Memory that all ranks of one machine share: who is where, what they agree on, what failed.
+
+It has no name in any file system: the leader makes it and hands its file descriptor on, so nothing
+is left behind however the processes end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import tempfile
+import threading
+import time
+from typing import Any
+
+from reprise.errors import RanksError
+
+_WORDS = 16
+"""Of eight bytes, of each rank: two cache lines."""
+_TEXT_BYTES = 1 << 14
+_ALIVE, _TAIL, _ASKED, _FIRST, _SECOND, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _STAGE = range(10)
+SPIN_SECONDS = 0.002
+"""For so long a rank that waits stays awake."""
+NAP_SECONDS = 0.0005
+
+
+def create(nbytes: int) -> int:
+    """A file descriptor of shared memory without a name."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("reprise")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, nbytes)
+    return descriptor
+
+
+class Board:
+    """One process's view of the shared memory.
+
+    Args:
+        descriptor: Of :func:`create`, which had :meth:`nbytes`; the board has its own copy of it.
+        rank: Ours.
+        size: Ranks there are.
+        ring_bytes: Of the messages that are on their way.
+    """
+
+    def __init__(self, descriptor: int, rank: int, size: int, ring_bytes: int) -> None:
+        self.rank, self.size = rank, size
+        self._map = mmap.mmap(descriptor, self.nbytes(size, ring_bytes))
+        self._view = memoryview(self._map)
+        words = 8 * _WORDS * (1 + size)
+        self._words = self._view[:words].cast("Q")
+        self._numbers = self._view[:words].cast("d")
+        texts = words + _TEXT_BYTES * size
+        self._texts = self._view[words:texts]
+        self.ring = self._view[texts:]
+        """Bytes of messages; see :mod:`reprise.distributed.ring`."""
+        self._fence_lock = threading.Lock()
+        self._asked = 0
+        self.timeout = 600.0
+        """Seconds that a rank waits for an answer of the others."""
+
+    @staticmethod
+    def nbytes(size: int, ring_bytes: int) -> int:
+        """Of the memory that a board needs."""
+        return 8 * _WORDS * (1 + size) + _TEXT_BYTES * size + ring_bytes
+
+    def close(self) -> None:
+        """Give up the view."""
+        for each in (self._words, self._numbers, self._texts, self.ring, self._view):
+            each.release()
+        self._map.close()
+
+    def fence(self) -> None:
+        """What was written before is seen before what is written after: taking a lock is a barrier
+        on every processor."""
+        with self._fence_lock:
+            pass
+
+    # ---- words of the leader and of each rank --------------------------------------------
+
+    @property
+    def head(self) -> int:
+        """Bytes that the leader has written to the ring so far."""
+        return self._words[0]
+
+    @head.setter
+    def head(self, value: int) -> None:
+        self.fence()
+        self._words[0] = value
+        self.fence()
+
+    @property
+    def sent(self) -> int:
+        """Messages that the leader has written so far."""
+        return self._words[1]
+
+    @sent.setter
+    def sent(self, value: int) -> None:
+        self._words[1] = value
+
+    @property
+    def ended(self) -> bool:
+        """The group is over: nobody is to wait for anybody."""
+        return bool(self._words[2])
+
+    def end(self) -> None:
+        self._words[2] = 1
+
+    def _of(self, rank: int, word: int) -> int:
+        return self._words[(1 + rank) * _WORDS + word]
+
+    def _set(self, word: int, value: int) -> None:
+        self._words[(1 + self.rank) * _WORDS + word] = value
+
+    def tail(self, rank: int) -> int:
+        """Bytes that a rank has read."""
+        return self._of(rank, _TAIL)
+
+    def read_up_to(self, tail: int) -> None:
+        self.fence()
+        self._set(_TAIL, tail)
+
+    def beat(self) -> None:
+        """Say that this process runs."""
+        self._set(_ALIVE, self._of(self.rank, _ALIVE) + 1)
+
+    def beats(self, rank: int) -> int:
+        """Changes while a rank's process runs."""
+        return self._of(rank, _ALIVE)
+
+    def received(self, rank: int) -> int:
+        """Messages that a rank has taken."""
+        return self._of(rank, _MESSAGES)
+
+    def note_received(self, count: int) -> None:
+        self._set(_MESSAGES, count)
+
+    def done(self, rank: int) -> int:
+        """Messages that a rank has carried out."""
+        return self._of(rank, _STEPS)
+
+    def note_done(self, count: int) -> None:
+        self._set(_STEPS, count)
+
+    def asleep(self, rank: int) -> bool:
+        """A rank has to be woken when there is a message."""
+        return bool(self._of(rank, _ASLEEP))
+
+    def fall_asleep(self, asleep: bool) -> None:
+        self._set(_ASLEEP, int(asleep))
+        self.fence()
+
+    # ---- failures ------------------------------------------------------------------------
+
+    def fail(self, error: BaseException | str) -> None:
+        """Say what ended this rank, for the others to see; the first one counts."""
+        if self._of(self.rank, _FAILED):
+            return
+        try:
+            text = pickle.dumps(error)
+            pickle.loads(text)
+        except Exception:  # not every exception can be sent
+            text = pickle.dumps(f"{type(error).__name__}: {error}")
+        if len(text) > _TEXT_BYTES:
+            text = pickle.dumps(str(error)[: _TEXT_BYTES // 8])
+        begin = self.rank * _TEXT_BYTES
+        self._texts[begin : begin + len(text)] = text
+        self.fence()
+        self._set(_FAILED, len(text))
+
+    def failure(self, rank: int) -> Any:
+        """The error or the words with which a rank ended; None: it has not."""
+        length = self._of(rank, _FAILED)
+        if not length:
+            return None
+        begin = rank * _TEXT_BYTES
+        return pickle.loads(self._texts[begin : begin + length])
+
+    def check(self) -> None:
+        """Raise if there is nobody to wait for any more."""
+        if self.ended:
+            raise RanksError("the ranks have ended")
+        for rank in range(self.size):
+            if rank != self.rank and self._of(rank, _FAILED):
+                raise failed(rank, self.failure(rank))
+
+    # ---- agreement -----------------------------------------------------------------------
+
+    def all(self, ok: bool) -> bool:
+        """See :class:`reprise.distributed.Agreement`."""
+        return self.largest(0.0 if ok else 1.0) == 0.0
+
+    def largest(self, value: float) -> float:
+        """See :class:`reprise.distributed.Agreement`.
+
+        Raises:
+            RanksError: A rank has failed or did not answer in time.
+        """
+        # A rank that is one question ahead writes to the other word: those who have not read this
+        # answer yet still find it.
+        asked = self._asked = self._asked + 1
+        word = _FIRST if asked % 2 else _SECOND
+        self._numbers[(1 + self.rank) * _WORDS + word] = value
+        self.fence()
+        self._set(_ASKED, asked)
+        began = time.monotonic()
+        for rank in range(self.size):
+            while self._of(rank, _ASKED) < asked:
+                waited = time.monotonic() - began
+                if waited > self.timeout:
+                    error = RanksError(
+                        f"rank {rank} did not answer within {self.timeout:.0f} s; the group ends"
+                    )
+                    self.fail(error)
+                    raise error
+                self.check()
+                pause(waited)
+        self.fence()
+        return max(self._numbers[(1 + rank) * _WORDS + word] for rank in range(self.size))
+
+
+def pause(waited: float) -> None:
+    """Between two looks at what another process is to change."""
+    if waited < SPIN_SECONDS:
+        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+    else:
+        time.sleep(NAP_SECONDS)
+
+
+def failed(rank: int, cause: Any) -> Exception:
+    """The error for others with which a rank has ended: of the same type, if it is typed."""
+    from reprise.errors import RepriseError
+
+    if isinstance(cause, RepriseError):
+        try:
+            return type(cause)(f"rank {rank}: {cause}")
+        except TypeError:  # it takes more than a message
+            return RanksError(f"rank {rank}: {type(cause).__name__}: {cause}")
+    if isinstance(cause, BaseException):
+        return RanksError(f"rank {rank}: {type(cause).__name__}: {cause}")
+    return RanksError(f"rank {rank}: {cause}")

@@ -1,0 +1,172 @@
+"""Sums and concatenations over the ranks of a group, through ``torch.distributed``.
+
+Process groups are made here and known to nobody else: the default group of ``torch.distributed``
+stays the user's, and one process may have several engines.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, PrefixStore, Store
+
+from reprise.distributed.group import ALONE, ECHO, Group
+from reprise.distributed.symmetric import SymmetricBuffer
+from reprise.errors import PlatformError
+
+_known: dict[str, Communicator] = {}
+
+
+class Communicator:
+    """How the ranks of a group exchange tensors. Collectives are called in the same order, with the
+    same shapes, on every rank.
+
+    Args:
+        group: Who.
+        process_group: A ``torch.distributed`` backend's group; None: there is one rank.
+        device: That this rank computes on.
+        store: Through which the ranks find each other.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        process_group: Any = None,
+        device: torch.device | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.group = group
+        self._group = process_group
+        self._device, self._store = device, store
+        self._symmetric: SymmetricBuffer | None = None
+        self.calls = 0
+        """Collectives that this rank has begun, for those who look where it stands."""
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Replace ``x`` by the sum of all ranks' ``x``: the same bits on every rank."""
+        if self._group is None:
+            return
+        self.calls += 1
+        options = AllreduceOptions()
+        options.asyncOp = False  # in the stream that waits for it, where the backend has streams
+        _finish(self._group.allreduce([x], options))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[...] to [size, ...]: every rank's ``x``."""
+        if self._group is None:
+            return x.unsqueeze(0)
+        self.calls += 1
+        found = x.new_empty((self.group.size, *x.shape))
+        options = AllgatherOptions()
+        options.asyncOp = False
+        parts = found.view(-1), x.contiguous().view(-1)
+        _finish(self._group._allgather_base(*parts, options))
+        return found
+
+    def symmetric(self) -> SymmetricBuffer | None:
+        """Memory that all ranks read directly, made when it is first asked for: every rank asks at
+        the same call. None: there is none for such a group."""
+        if self._symmetric is None and self._device is not None and self._store is not None:
+            store = PrefixStore(f"{self.group.name}-symmetric", self._store)
+            self._symmetric = SymmetricBuffer(self.group, store, self._device)
+        return self._symmetric
+
+    def abort(self) -> None:
+        """End what waits for a rank that is gone, on any thread, where the backend can."""
+        if self._symmetric is not None:
+            self._symmetric.give_up()
+        abort = getattr(self._group, "abort", None)
+        if abort is not None:
+            abort()
+
+    def close(self) -> None:
+        """Leave the group."""
+        _known.pop(self.group.name, None)
+        self._group = self._symmetric = None
+
+
+def _finish(work: Any) -> None:
+    """Wait, where the backend gives something to wait for and has not done so."""
+    if work is not None:
+        work.wait()
+
+
+def communicator(name: str) -> Communicator:
+    """Of the group of this name.
+
+    Raises:
+        PlatformError: There is none (any more).
+    """
+    try:
+        return _known[name]
+    except KeyError:
+        raise PlatformError(
+            f"group {name!r} has no communicator: its engine was closed, or never made one"
+        ) from None
+
+
+def connect(
+    group: Group, backend: str, store: Store, device: torch.device, timeout: float
+) -> Communicator:
+    """Make a group's communicator. Every rank calls it.
+
+    Args:
+        group: Who.
+        backend: As ``torch.distributed`` calls it: ``gloo``, ``nccl``, ``xccl``, or a plug-in's.
+        store: Through which the ranks find each other.
+        device: That this rank computes on.
+        timeout: Seconds after which a rank that waits gives up, where the backend knows that.
+
+    Raises:
+        PlatformError: This torch does not have the backend.
+    """
+    made = _make(group, backend, PrefixStore(group.name, store), timeout)
+    eager = getattr(made, "eager_connect_single_device", None)
+    if eager is not None and device.index is not None:
+        eager(device)  # a failure to connect shows now, and memory is taken before it is measured
+    found = _known[group.name] = Communicator(group, made, device, store)
+    return found
+
+
+def _make(group: Group, backend: str, store: Store, timeout: float) -> Any:
+    limit = timedelta(seconds=timeout)
+    if backend == "gloo":
+        # All ranks are on this machine, whose name need not resolve.
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = limit
+        return gloo(store, group.rank, group.size, options)
+    if backend == "nccl" and dist.is_nccl_available():
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        return dist.ProcessGroupNCCL(store, group.rank, group.size, options)
+    if backend == "xccl" and getattr(dist, "is_xccl_available", lambda: False)():
+        options = dist.ProcessGroupXCCL.Options()
+        options._timeout = limit
+        return dist.ProcessGroupXCCL(store, group.rank, group.size, options)
+    plugin = dist.Backend._plugins.get(backend.upper())
+    if plugin is not None and not plugin.extended_api:
+        return plugin.creator_fn(store, group.rank, group.size, limit)
+    raise PlatformError(
+        f"this torch ({torch.__version__}) has no collectives of backend {backend!r}; install one "
+        "that has, or leave tensor_parallel_size out"
+    )
+
+
+class Echo(Communicator):
+    """Of one rank whose others have what it has: what collectives do, without other processes."""
+
+    def all_reduce(self, x: Tensor) -> None:
+        x.mul_(self.group.size)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0).repeat(self.group.size, *(1 for _ in x.shape))
+
+
+_known[ALONE.name] = Communicator(ALONE)
+_known[ECHO.name] = Echo(ECHO)

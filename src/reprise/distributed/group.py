@@ -1,0 +1,85 @@
+"""Which part of a model each of several ranks owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from reprise.errors import ModelError
+
+
+class Share(NamedTuple):
+    """What one rank has of things that stand in a row."""
+
+    begin: int
+    """The first of them."""
+    size: int
+    """How many."""
+    total: int
+    """All ranks' together."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that compute one model together. Layers get it with their build; ops get its name."""
+
+    name: str
+    """By which ops find the communicator."""
+    rank: int
+    """Ours, from 0 on."""
+    size: int
+    """Ranks there are."""
+
+    def share(self, total: int, what: str, grain: int = 1) -> Share:
+        """Ours of ``total`` things, equally many for each rank.
+
+        Args:
+            total: All of them.
+            what: Their name, for the error.
+            grain: So many stay together.
+
+        Raises:
+            ModelError: They cannot be shared out so.
+        """
+        if total % (self.size * grain):
+            together = f" in groups of {grain}" if grain > 1 else ""
+            raise ModelError(
+                f"tensor_parallel_size={self.size} does not divide {what}={total}{together}"
+            )
+        size = total // self.size
+        return Share(self.rank * size, size, total)
+
+    def share_or_copy(self, total: int, what: str) -> Share:
+        """As :meth:`share`; where there are more ranks than things, several have the same one.
+
+        Raises:
+            ModelError: Neither number divides the other.
+        """
+        if total >= self.size:
+            return self.share(total, what)
+        if self.size % total:
+            raise ModelError(
+                f"tensor_parallel_size={self.size} is no multiple of {what}={total}, so that not "
+                "every one would be on as many ranks"
+            )
+        return Share(self.rank * total // self.size, 1, total)
+
+    def refuse(self, what: str) -> None:
+        """Raise a ModelError if there are several ranks, which ``what`` is not shared out over."""
+        if self.size > 1:
+            raise ModelError(
+                f"{what} with tensor_parallel_size={self.size} is not supported; leave it out"
+            )
+
+    def rows_of_vocabulary(self, total: int) -> tuple[Share, int]:
+        """Ours of the rows of an embedding or a head, and the rows that each rank has room for: the
+        last ranks may have fewer."""
+        room = -(-total // self.size)
+        begin = min(self.rank * room, total)
+        return Share(begin, min(room, total - begin), total), room
+
+
+ALONE = Group("alone", 0, 1)
+"""One rank, which owns everything."""
+ECHO = Group("echo", 0, 2)
+"""Two ranks of which the other has what this one has: for what is compared within one process."""

@@ -1,0 +1,62 @@
+"""Memory that every rank of a group can read directly (``torch.distributed._symmetric_memory``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Store, _SymmetricMemory
+
+from reprise.distributed.group import Group
+
+BLOCKS = 32
+"""Programs that share a sum at most. All of them run at once, since they wait for each other."""
+STAGE_BYTES = 32 << 10
+"""What each of them can put down for the others, of which it has two places that take turns."""
+
+
+class SymmetricBuffer:
+    """One rank's part of the memory, and where the others' are.
+
+    Programs put down what they have, tell the others, wait until all have told, and read. Each has
+    its own two places, used in turn: before it overwrites what it put down two sums ago, every
+    other rank has told that it is one sum further, and has therefore read it. Numbers of turns only
+    grow, on the device, so that a replayed graph goes on where the last call stood.
+
+    Args:
+        group: Who; every rank makes one at the same time.
+        store: Through which they find each other.
+        device: Of this rank.
+    """
+
+    def __init__(self, group: Group, store: Store, device: torch.device) -> None:
+        self.group = group
+        name = f"{group.name}-symmetric"
+        # Other versions of torch find the store by the name of a registered group.
+        _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
+        self.flags = 2 * BLOCKS * STAGE_BYTES
+        """Bytes from the beginning to the turns that others have told: [BLOCKS, size] int32."""
+        nbytes = self.flags + 4 * (BLOCKS * group.size + 1)
+        self._own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
+        self._own.zero_()
+        self._handle = _SymmetricMemory.rendezvous(self._own)
+        self.bases = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64, device=device)
+        """[size]: addresses of every rank's memory."""
+        self.turns = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
+        """[BLOCKS]: sums that each program has begun."""
+        self.given_up = self._own[nbytes - 4 :].view(torch.int32)
+        """[1]: not 0: nobody is to wait any more."""
+        self._handle.barrier(channel=0)
+
+    def give_up(self) -> None:
+        """Let nobody here wait any more, from any thread: another rank is gone."""
+        stream = torch.Stream(device=self._own.device)
+        with stream:
+            self.given_up.fill_(1)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a sum of such tensors fits."""
+        return (
+            x.is_contiguous()
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and 0 < x.nbytes <= BLOCKS * STAGE_BYTES // 2
+        )

@@ -1,0 +1,18 @@
+"""Sums over the ranks of a group, alone and with the residual stream behind them."""
+
+from reprise.ops.all_reduce.cases import add_cases, cases
+from reprise.ops.all_reduce.reference import all_reduce as _all_reduce
+from reprise.ops.all_reduce.reference import all_reduce_add as _all_reduce_add
+from reprise.ops.registry import needs_triton, op
+
+all_reduce = op("all_reduce", _all_reduce, cases=cases, mutates=("x",))
+all_reduce_add = op(
+    "all_reduce_add", _all_reduce_add, cases=add_cases, mutates=("partial", "residual")
+)
+for _op in (all_reduce, all_reduce_add):
+    _op.implementation(
+        "one_shot",
+        f"reprise.ops.all_reduce.triton:{_op.name}",
+        requires=needs_triton,
+        on_request="no device has run it yet",
+    )

@@ -1,0 +1,4 @@
+"""One model on several processes: a leader that schedules, and followers that do as it says."""
+
+from reprise.parallel.leader import Leader as Leader
+from reprise.parallel.leader import LeadingRunner as LeadingRunner

@@ -1,0 +1,134 @@
+"""Ranks 1 and up: do what the leader says, in its order."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import threading
+import time
+from collections import deque
+from functools import partial
+
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from reprise import platforms
+from reprise.distributed import Group, Ranks
+from reprise.distributed.board import Board
+from reprise.distributed.communicator import connect
+from reprise.distributed.ring import Reader
+from reprise.errors import RanksError
+from reprise.loading import checkpoint_of
+from reprise.ops.ahead import wake_compiler
+from reprise.parallel.messages import Kind, Start, unpack
+from reprise.parallel.wire import Decoder
+from reprise.runner import ModelRunner, PendingOutput
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.25
+
+
+def follow(board: Board, woken: int) -> None:
+    """Until the leader says stop.
+
+    Args:
+        board: The memory that is shared with the leader.
+        woken: File descriptor that the leader writes to.
+
+    Raises:
+        Exception: This rank failed; the others have to be told.
+    """
+    threading.Thread(target=_beat, args=(board,), name="reprise-beat", daemon=True).start()
+    reader = Reader(board, woken, lambda: None)
+    kind, _, content = unpack(reader.receive())
+    if kind is Kind.STOP:
+        return
+    if kind is not Kind.START:
+        raise RanksError(f"the leader began with {kind.name} and not with START")
+    with torch.inference_mode():
+        _Follower(board, reader, pickle.loads(content)).run()
+
+
+def _beat(board: Board) -> None:
+    while True:
+        board.beat()
+        time.sleep(BEAT_SECONDS)
+
+
+class _Follower:
+    def __init__(self, board: Board, reader: Reader, start: Start) -> None:
+        rank = board.rank
+        for each in start.setup:
+            module, _, name = each.partition(":")
+            getattr(importlib.import_module(module), name)(rank)
+        board.timeout = start.timeout
+        platform = platforms.resolve(start.device)
+        platform = platforms.resolve(platform.device_of(rank, board.size))
+        platform.activate()
+        config = start.config
+        group = Group(start.group, rank, board.size)
+        with platform.warming_up(then=partial(wake_compiler, platform)):
+            checkpoint = checkpoint_of(config)
+        store = TCPStore("127.0.0.1", start.port, is_master=False)
+        connect(group, platform.dist_backend, store, platform.device, start.timeout)
+        self._board, self._reader, self._store = board, reader, store
+        self._decoder = Decoder()
+        self._outstanding: deque[PendingOutput] = deque()
+        self._retired = 0
+        self._runner = ModelRunner(config, platform, checkpoint, Ranks(group, board))
+        board.note_done(1)
+
+    def run(self) -> None:
+        """Carry out messages until the last one."""
+        count = 1
+        while True:
+            kind, retired, content = unpack(self._reader.receive())
+            if kind is Kind.STOP:
+                return
+            self._retire(retired)
+            self._carry_out(kind, content)
+            count += 1
+            self._board.note_done(count)
+
+    def _retire(self, retired: int) -> None:
+        """Wait for the steps that the leader has waited for: both hosts know the same of them."""
+        while self._retired != retired:
+            self._retired = (self._retired + 1) & 0xFFFFFFFF
+            if self._outstanding:
+                self._outstanding.popleft().wait()
+
+    def _carry_out(self, kind: Kind, content: bytes) -> None:
+        runner = self._runner
+        if kind is Kind.STEP:
+            step = self._step = self._decoder.decode(content)
+            with runner.active():
+                runner.submit(step)
+        elif kind is Kind.SAMPLE:
+            masks = pickle.loads(content) if content else None
+            with runner.active():
+                self._outstanding.append(runner.sample(self._step, masks))
+            runner.owners.take_damages()
+        elif kind is Kind.FORGET:
+            self._outstanding.clear()
+            runner.forget_steps()
+            runner.platform.synchronize()
+        elif kind is Kind.FORGET_DRAWS:
+            runner.forget_draws()
+        elif kind is Kind.PROVE:
+            runner.prove_more()
+            runner.owners.take_damages()
+        else:
+            raise RanksError(f"the leader says {kind.name}, which has no place here")
+
+
+def die_with(life: int) -> None:
+    """End this process when the leader's is gone: its end of the pipe closes then."""
+
+    def watch() -> None:
+        os.read(life, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="reprise-life", daemon=True).start()

@@ -1,0 +1,257 @@
+"""Rank 0: the runner of the engine's process, which tells the others what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from reprise.config import EngineConfig
+from reprise.distributed import Group, Ranks
+from reprise.distributed.communicator import Communicator, connect
+from reprise.distributed.ring import Writer
+from reprise.errors import RanksError, describe
+from reprise.loading import Checkpoint
+from reprise.parallel.messages import Kind, Start, pack, pickled
+from reprise.parallel.processes import Processes
+from reprise.parallel.wire import Encoder
+from reprise.platforms import Platform
+from reprise.runner import ModelRunner, PendingOutput, StepOutput
+from reprise.runner.model_choices import shape_of
+from reprise.shape import StepShape
+from reprise.step import Masks, Step
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 300.0
+"""A rank that does nothing for so long is lost; the first step compiles, and may take minutes."""
+BLAME_SECONDS = 5.0
+"""After a collective failed, for so long the reason is looked for in the other processes."""
+SETUP: tuple[str, ...] = ()
+"""See :attr:`reprise.parallel.messages.Start.setup`."""
+_numbers = itertools.count()
+
+
+class Leader:
+    """What the leader's process has of its followers.
+
+    Args:
+        size: Ranks, this one included.
+        platform: Of this rank.
+
+    Raises:
+        PlatformError: There are not so many devices, or no collectives for them.
+    """
+
+    def __init__(self, size: int, platform: Platform, timeout: float = TIMEOUT_SECONDS) -> None:
+        for rank in range(size):
+            platform.device_of(rank, size)
+        self.size, self.platform, self._timeout = size, platform, timeout
+        self.group = Group(f"tensor-{os.getpid()}-{next(_numbers)}", 0, size)
+        logger.info("ranks: starting %d follower(s) on %s", size - 1, platform.name)
+        self._processes = Processes(size, timeout)
+        self._processes.report = lambda: f"the leader's last one was {self._last}"
+        self._writer = Writer(self._processes.board, self._processes.wakers)
+        self._communicator: Communicator | None = None
+        self._store: Any = None
+        self._last = "none"
+        self.retired = 0
+        """Steps whose results were waited for."""
+        self._finalizer = weakref.finalize(self, self._processes.close)
+
+    def start(self, config: EngineConfig, checkpoint: Checkpoint) -> Ranks:
+        """Have all followers make their runners, and join them; this rank's has to be made next.
+
+        Raises:
+            ModelError: So many ranks cannot share the model.
+        """
+        shape_of(checkpoint.config, torch.bfloat16, self.group)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        platform = self.platform
+        begin = Start(
+            config.arguments(), platform.device_of(0, self.size), self.group.name,
+            self._store.port, self._timeout, SETUP,
+        )  # fmt: skip
+        self.say(Kind.START, pickled(begin))
+        platform.share_host(self.size)
+        self._communicator = connect(
+            self.group, platform.dist_backend, self._store, platform.device, self._timeout
+        )
+        self._processes.on_loss = self._communicator.abort
+        return Ranks(self.group, self._processes.board)
+
+    def say(self, kind: Kind, content: bytes = b"") -> None:
+        """Tell all followers.
+
+        Raises:
+            RanksError: A rank was lost.
+        """
+        self.check()
+        board = self._processes.board
+        self._last = f"number {board.sent + 1}, {kind.name.lower()}"
+        try:
+            self._writer.send(pack(kind, self.retired, content))
+        except RanksError as error:
+            raise (self._processes.cause(error, BLAME_SECONDS) or error) from error
+
+    def check(self) -> None:
+        """Raise a RanksError if a rank was lost."""
+        if self._processes.lost is not None:
+            raise self._processes.lost
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What all ranks do at once, to its end: an interruption waits, and what fails ends all.
+
+        Raises:
+            RanksError: It did.
+        """
+        with _uninterrupted():
+            try:
+                yield
+            except Exception as error:
+                cause = self._processes.cause(error, BLAME_SECONDS)
+                if cause is None:
+                    cause = RanksError(
+                        f"rank 0 failed ({describe(error)}) and has lost step with the others; "
+                        "create a new engine"
+                    )
+                    self._processes.lost = cause
+                    self._processes.board.end()
+                    self._processes.kill()
+                raise cause from error
+        self.check()
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Building this rank's runner: what fails ends all followers, and is raised as it is if
+        they are not the reason."""
+        try:
+            yield
+        except BaseException as error:
+            seconds = 1.0 if isinstance(error, Exception) else 0.0
+            cause = None
+            if isinstance(error, RanksError | RuntimeError):
+                cause = self._processes.cause(error, seconds)
+            self.close(at_once=True)
+            if cause is None:
+                raise
+            told = cause.__cause__
+            raise (cause if told is None else _as_told(cause, told)) from error
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the followers; nothing of them is left."""
+        self._finalizer.detach()
+        stop = pack(Kind.STOP, self.retired)
+        self._processes.close(None if at_once else lambda: self._writer.send(stop))
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+        self._store = None
+
+
+class LeadingRunner(ModelRunner):
+    """The runner of rank 0. Whatever changes its state, it tells the followers first.
+
+    Args:
+        config: Validated options.
+        platform: Of this rank.
+        checkpoint: What to load.
+        leader: Of the followers, started.
+        ranks: What :meth:`Leader.start` gave.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        platform: Platform,
+        checkpoint: Checkpoint,
+        leader: Leader,
+        ranks: Ranks,
+    ) -> None:
+        self._leader = leader
+        self._encoder = Encoder()
+        super().__init__(config, platform, checkpoint, ranks)
+
+    def submit(self, step: Step, at_least: StepShape | None = None) -> None:
+        content = self._encoder.encode(step)
+        with self._leader.together():
+            self._leader.say(Kind.STEP, content)
+            super().submit(step, at_least)
+
+    def sample(self, step: Step, masks: Masks | None = None) -> PendingOutput:
+        with self._leader.together():
+            content = b"" if masks is None else pickled(masks)
+            self._leader.say(Kind.SAMPLE, content)
+            pending = super().sample(step, masks)
+        return _Counted(pending, self._leader)
+
+    def forget_steps(self) -> None:
+        self._leader.say(Kind.FORGET)
+        super().forget_steps()
+
+    def forget_draws(self) -> None:
+        self._leader.say(Kind.FORGET_DRAWS)
+        super().forget_draws()
+
+    def prove_more(self) -> bool:
+        with self._leader.together():
+            self._leader.say(Kind.PROVE)
+            return super().prove_more()
+
+    def check(self) -> None:
+        self._leader.check()
+
+    def close(self) -> None:
+        self._leader.close()
+
+
+class _Counted(PendingOutput):
+    """A result that the followers are told to have been waited for."""
+
+    def __init__(self, pending: PendingOutput, leader: Leader) -> None:
+        self._pending, self._leader = pending, leader
+
+    def wait(self) -> StepOutput:
+        output = self._pending.wait()
+        self._leader.check()  # the device may have been made to give up waiting for a lost rank
+        self._leader.retired += 1
+        return output
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the ``with`` block has ended: other ranks go on, and would wait for this
+    one in a collective."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
+def _as_told(cause: RanksError, told: BaseException) -> BaseException:
+    """A typed error of another rank as one of this."""
+    from reprise.distributed.board import failed
+
+    rank = str(cause).split(maxsplit=2)[1]
+    return failed(int(rank), told)

@@ -1,0 +1,74 @@
+"""What the leader says to its followers, in one order: everything that changes a rank's state."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from reprise.config import EngineConfig
+
+_HEADER = struct.Struct("<BI")
+
+
+class Kind(IntEnum):
+    START = 0
+    """Make a runner: a :class:`Start`, pickled."""
+    STEP = 1
+    """Submit a step: :class:`reprise.parallel.wire.Encoder`'s bytes."""
+    SAMPLE = 2
+    """Draw from the step that was submitted last: masks, pickled, or nothing."""
+    FORGET = 3
+    """A step failed: trust nothing that steps leave behind."""
+    FORGET_DRAWS = 4
+    PROVE = 5
+    """Prove graphs further."""
+    SAME = 6
+    """Answer whether all ranks have drawn the same tokens so far."""
+    STOP = 7
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a follower has to know of its engine."""
+
+    options: dict[str, Any]
+    """Of :class:`EngineConfig`."""
+    device: str
+    """Of the leader."""
+    group: str
+    """Its name."""
+    port: int
+    """Of the store through which process groups are made."""
+    timeout: float
+    """Seconds that a rank waits for others."""
+    setup: tuple[str, ...]
+    """``module:function`` to be called with the rank beforehand: tests put faults in so."""
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(**self.options)
+
+
+def pack(kind: Kind, retired: int, content: bytes = b"") -> bytes:
+    """A message.
+
+    Args:
+        kind: What to do.
+        retired: Steps whose results the leader has waited for so far: what a rank's host knows of
+            them, it knows from then on.
+        content: With what.
+    """
+    return _HEADER.pack(kind, retired & 0xFFFFFFFF) + content
+
+
+def unpack(message: bytes) -> tuple[Kind, int, bytes]:
+    """Kind, retired steps and content."""
+    kind, retired = _HEADER.unpack_from(message)
+    return Kind(kind), retired, message[_HEADER.size :]
+
+
+def pickled(value: Any) -> bytes:
+    return pickle.dumps(value, 5)

@@ -1,0 +1,87 @@
+"""What each rank reads of a checkpoint: together everything, and equally much."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyModels
+from quantized import BLOCK, EIGHT_BITS, FOUR_BITS, quantized
+
+from reprise import models
+from reprise.distributed import Group
+from reprise.errors import ModelError
+from reprise.layers import Build, Implied
+from reprise.loading import open_checkpoint
+from reprise.loading.destinations import as_stored, destinations
+from reprise.loading.weight_files import stored_tensors
+from reprise.runner.model_choices import build_model
+
+IN_BLOCKS = ("fp8", "fp8-block")
+"""As wide as all inputs of a tiny model."""
+HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "smollm3": {}, "mixtral": {}, "qwen3_moe": {},
+    "qwen2_moe": {}, "qwen3_next": HEADS, "qwen3_5": HEADS,
+}  # fmt: skip
+
+
+def parts_of(path: Path, size: int) -> dict[str, torch.Tensor]:
+    """How often each number of the checkpoint is read, by any rank."""
+    checkpoint = open_checkpoint(str(path), revision=None, overrides={}, config_only=False)
+    stored = stored_tensors(path)
+    found = {
+        name: torch.zeros(tuple(each.shape) or 1, dtype=torch.int32)
+        for name, each in stored.items()
+    }
+    for rank in range(size):
+        group = Group("test", rank, size)
+        build = Build(torch.float32, torch.device("meta"), 16, group=group)
+        model = models.build(checkpoint.config, build)
+        wanted = destinations(model)
+        as_stored(model, wanted, stored)
+        for name, places in wanted.items():
+            for place in places:
+                if name in found and isinstance(place, Implied):
+                    found[name] += 1
+                elif name in found:
+                    assert tuple(found[name].shape) == tuple(place.stored_shape), name
+                    part = found[name][place.part]
+                    if place.convert is None:
+                        assert part.shape == place.target.shape, name
+                    part += 1
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_read_everything(tiny: TinyModels, family: str, size: int) -> None:
+    for name, counts in parts_of(tiny(family, **FAMILIES[family]).path, size).items():
+        assert counts.min() > 0, name
+        # One rank's, or everyone's, or of so many as have the same key and value head.
+        assert counts.max() in (1, 2, size), name
+
+
+@pytest.mark.parametrize("format", [*EIGHT_BITS, *FOUR_BITS])
+def test_of_each_format(tiny: TinyModels, format: str) -> None:
+    path = quantized(tiny("qwen3", intermediate_size=128), format).path
+    if format in IN_BLOCKS:
+        with pytest.raises(ModelError, match=f"in groups of {BLOCK}"):
+            parts_of(path, 2)
+        return
+    for name, counts in parts_of(path, 2).items():
+        assert counts.min() > 0, name
+
+
+def test_an_error_names_the_sizes_that_will_do(tiny: TinyModels, platform: Any) -> None:
+    path = tiny("qwen3").path
+    config = open_checkpoint(str(path), revision=None, overrides={}, config_only=False).config
+    heads = json.loads((path / "config.json").read_text())["num_attention_heads"]
+    with pytest.raises(ModelError, match=rf"num_attention_heads={heads}.*can be shared by 1, 2"):
+        build_model(
+            config, max_model_len=16, table_blocks=1, dtype=torch.float32, cache_dtype=None,
+            platform=platform, group=Group("test", 0, 3),
+        )  # fmt: skip

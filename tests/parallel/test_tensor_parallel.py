@@ -1,0 +1,138 @@
+"""A model on two processes gives the tokens that it gives on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import matrix
+import pytest
+from helpers import TinyModels, greedy, token_ids
+
+from reprise import LLM
+from reprise.engine import Engine
+from reprise.errors import ModelError, RanksError
+
+ANSWER_SECONDS = 10.0
+KILLED = r"rank 1 .* was ended by SIGKILL"
+
+
+class Shared(matrix.Case):
+    """The same on two ranks."""
+
+    def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
+        return super().engine(ahead=ahead, **{"tensor_parallel_size": 2, **options})
+
+
+def finish(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def shared(alone: matrix.Alone, features: matrix.Features) -> Shared:
+    case = alone.case(features)
+    return Shared(case.features, case.model, case.device, case.subjects, case.dtype, case.draft)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: TinyModels, device: str) -> matrix.Alone:
+    if device != "cpu":
+        pytest.skip("these ranks share a CPU")
+    return matrix.Alone(tiny, device)
+
+
+COVERING = matrix.Features("full", "plain", 3)
+
+
+@pytest.fixture(scope="module")
+def llm(alone: matrix.Alone) -> Iterator[LLM]:
+    """Graphs, drafts, and a cache that not all requests fit into."""
+    found = shared(alone, COVERING).engine(ahead=True, num_blocks=24, max_model_len=96)
+    yield found
+    found.engine.close()
+
+
+def test_same_tokens(alone: matrix.Alone, llm: LLM) -> None:
+    """In steps that are padded, with prefixes that are found again, and requests that are computed
+    again."""
+    case, expected = shared(alone, COVERING), alone.tokens(COVERING)
+    for turn in range(2):
+        outputs = case.answers(llm)
+        assert token_ids(outputs) == expected
+        assert turn == 0 or any(each.metrics.num_cached_tokens for each in outputs)
+        assert sum(each.metrics.num_preemptions for each in outputs) > 0
+    report = llm.graph_report()
+    assert all(each.executor == "full" for each in report.graphs)
+    assert sum(each.replays for each in report.graphs) > 0
+
+
+def test_an_interrupted_step_leaves_all_ranks_in_step(alone: matrix.Alone, llm: LLM) -> None:
+    """Ctrl-C comes between two steps, however early: others would wait for what was left out."""
+    inner = llm.engine
+    inner.add("interrupted", alone.case(COVERING).subjects[0][0], greedy(40))
+    submit = type(inner.runner).__mro__[1].submit
+
+    def interrupt(runner: Any, *what: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        submit(runner, *what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(inner.runner).__mro__[1], "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            inner.step()
+    assert token_ids(shared(alone, COVERING).answers(llm)) == alone.tokens(COVERING)
+
+
+def test_a_killed_rank_is_named(llm: LLM) -> None:
+    """Whoever waits gets the error, and whoever comes later."""
+    (child,) = llm.engine.runner._leader._processes._children
+    inner = llm.engine
+    inner.add("waiting", {"prompt_token_ids": [1, 2, 3]}, greedy(80))
+    inner.step()
+    began = time.monotonic()
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(RanksError, match=KILLED):
+        finish(inner)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    with pytest.raises(RanksError, match=KILLED):
+        llm.generate([{"prompt_token_ids": [1]}], greedy(1), use_tqdm=False)
+    assert child.poll() is not None
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused(alone: matrix.Alone) -> None:
+    with pytest.raises(ModelError, match=r"num_attention_heads.*can be shared by 1, 2"):
+        shared(alone, replace(COVERING, executor="none")).engine(tensor_parallel_size=3)
+
+
+LONG = [
+    matrix.Features(executor, model, drafts)
+    for executor in matrix.EXECUTORS
+    for model in matrix.MODELS
+    for drafts in (0, 3)
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("disturbance", matrix.DISTURBANCES)
+@pytest.mark.parametrize("features", LONG, ids=str)
+def test_same_tokens_of_everything(
+    alone: matrix.Alone, features: matrix.Features, disturbance: str
+) -> None:
+    made: list[LLM] = []
+
+    class Kept(Shared):
+        def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
+            made.append(super().engine(ahead=ahead, **options))
+            return made[-1]
+
+    case = shared(alone, features)
+    kept = Kept(case.features, case.model, case.device, case.subjects, case.dtype, case.draft)
+    try:
+        assert token_ids(matrix.DISTURBANCES[disturbance](kept)) == alone.tokens(features)
+    finally:
+        for each in made:
+            each.engine.close()
