@@ -59,9 +59,21 @@ def results(outputs: list[RequestOutput]) -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", [1, 2], ids=["in lockstep", "one ahead"])
-@pytest.mark.parametrize("executor", ["full", "breakable"])
-@pytest.mark.parametrize("at", [(0,), (5,), (4, 5, 9), (13, 14)])
+AT = [(0,), (5,), (4, 5, 9), (13, 14)]
+
+
+@pytest.mark.parametrize(
+    ("at", "executor", "depth"),
+    [
+        pytest.param(
+            at, executor, depth,
+            id=f"{at}-{executor}-{('in lockstep', 'one ahead')[depth - 1]}",
+            # Short runs have every two of them.
+            marks=[pytest.mark.long] * ((number + (executor == "full") + depth) % 2),
+        )
+        for number, at in enumerate(AT) for executor in ("full", "breakable") for depth in (1, 2)
+    ],
+)  # fmt: skip
 def test_running_requests_are_computed_again(
     tiny: TinyModels, device: str, caplog: pytest.LogCaptureFixture,
     executor: str, depth: int, at: tuple[int, ...],

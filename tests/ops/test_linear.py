@@ -41,17 +41,26 @@ SIZES = [
 ]  # fmt: skip
 
 
+ROWS = [(1, False), (1, True), (2, True), (100, False), (2, False), (100, True)]
+"""And whether there is a bias."""
+OPS = [linear, norm_linear, norm_gated_linear, linear_add]
+
+
+def in_short_runs(op: int, size: int, rows: int) -> bool:
+    """Every two of them, and each op with each size twice."""
+    return rows < 4 and (op + size + rows) % 2 == 0
+
+
 @pytest.mark.parametrize(
-    ("rows", "with_bias"),
+    ("op", "features", "inputs", "rows", "with_bias"),
     [
-        (1, False), (1, True), (2, True), (100, False),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in ((2, False), (100, True))),
+        pytest.param(
+            op, *size, *rows, id=f"{op.name}-{size[0]}-{size[1]}-{rows[0]}-{rows[1]}",
+            marks=[pytest.mark.long] * (not in_short_runs(i, j, k)),
+        )
+        for i, op in enumerate(OPS) for j, size in enumerate(SIZES) for k, rows in enumerate(ROWS)
     ],
 )  # fmt: skip
-@pytest.mark.parametrize(("features", "inputs"), SIZES)
-@pytest.mark.parametrize(
-    "op", [linear, norm_linear, norm_gated_linear, linear_add], ids=lambda op: op.name
-)
 def test_triton(implementation, dtypes, randn, op, features, inputs, rows, with_bias) -> None:
     triton, reference = implementation(op, "triton"), implementation(op, "reference")
     for dtype in dtypes:
