@@ -35,7 +35,8 @@ class Generate(NamedTuple):
     priority: int
     wants: list[str]
     """Of HTTP processes: of ``prompt`` (its text, and ``first``: id and text of its first token),
-    ``prompt_ids``, ``tail`` (the end of its text), ``ids`` (of the outputs)."""
+    ``prompt_ids``, ``tail`` (the end of its text), ``ids`` (of the outputs). Of a program: of
+    ``whole`` (all outputs at once)."""
     ordinal: int | None = None
     """Of all requests of a program, which of them draw without a seed of their own; None: the
     engine counts."""

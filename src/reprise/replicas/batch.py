@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 from reprise.config import EngineConfig
@@ -17,7 +16,6 @@ from reprise.errors import FailedRequestError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
 from reprise.replicas.replicas import Replicas, Request
-from reprise.sampling_params import RequestOutputKind
 
 SHOW_SECONDS = 0.2
 """Between two looks at how far the requests are."""
@@ -58,13 +56,15 @@ class BatchOfReplicas:
     def complete(self, requests: Sequence[Asked], show: bool) -> list[Completed]:
         tally = _Tally(len(requests))
         sent, readers = [], []
+        known: dict[int, PreparedParams] = {}  # often all have the same
         for each in requests:
-            prompt, params = self.replicas.prepare(each.request_id, each.prompt, each.params)
-            whole = replace(params.params, output_kind=RequestOutputKind.FINAL_ONLY)
-            params = PreparedParams(whole, params.bad_words)
+            params = known.get(id(each.params))
+            if params is None:
+                params = known[id(each.params)] = self.replicas.prepare_params(each.params)
+            prompt = self.replicas.prepare(each.request_id, each.prompt, params)
             reader = _Waiting(tally)
             readers.append(reader)
-            sent.append(Request(each.request_id, prompt, params, each.priority, reader))
+            sent.append(Request(each.request_id, prompt, params, each.priority, reader, whole=True))
         try:
             self.replicas.send(sent)
             for request in sent:

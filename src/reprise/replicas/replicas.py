@@ -64,6 +64,7 @@ class Request:
         priority: int,
         reader: Reader,
         accepted: Future[Any] | None = None,
+        whole: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt.text
@@ -71,6 +72,7 @@ class Request:
         self.params = params.params
         self.prepared = prompt, params
         self.priority = priority
+        self.wants = ["whole"] if whole else []
         self.reader = reader
         self.number = 0
         self.route: Route | None = None
@@ -199,7 +201,8 @@ class Replicas:
             if reader not in self._preparing:
                 return  # it has left
             try:
-                prepared = self.prepare(request_id, prompt(), params)
+                accepted_params = self.prepare_params(params)
+                prepared = self.prepare(request_id, prompt(), accepted_params), accepted_params
                 with self._open():
                     if admit is not None:
                         admit(*prepared, self._waiting_tokens())
@@ -217,21 +220,26 @@ class Replicas:
             self._tokenizing.submit(prepare)
         return accepted
 
-    def prepare(
-        self, request_id: str, prompt: Any, params: SamplingParams | PreparedParams | None
-    ) -> tuple[PreparedPrompt, PreparedParams]:
-        """Check all of a request that can be checked here.
+    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
+        """Check parameters, as far as that can be done here.
 
         Raises:
-            RequestError: The prompt or the parameters are invalid.
-            CapacityError: The prompt does not fit the context or the cache.
+            RequestError: They are invalid.
+        """
+        return self.frontend.prepare_params(params)
+
+    def prepare(self, request_id: str, prompt: Any, params: PreparedParams) -> PreparedPrompt:
+        """Check a prompt.
+
+        Raises:
+            RequestError: It is invalid.
+            CapacityError: It does not fit the context or the cache.
         """
         found = self.frontend.prepare(prompt)
-        accepted = self.frontend.prepare_params(params)
         most = min(self.frontend.max_model_len, self._capacity + 1)
-        ids = truncated(found.token_ids, accepted.params, most)
+        ids = truncated(found.token_ids, params.params, most)
         check_fits(request_id, len(ids), self.frontend.max_model_len, self._capacity)
-        return replace(found, token_ids=ids), accepted
+        return found if ids is found.token_ids else replace(found, token_ids=ids)
 
     def send(self, requests: Sequence[Request]) -> None:
         """Have requests computed, each by the replica that the router chooses; those of one replica
@@ -257,7 +265,7 @@ class Replicas:
                 self._requests[each.number] = each
                 self._names[each.request_id] = each.number
                 message = wire.Generate(
-                    each.number, each.request_id, prompt, None, params, each.priority, [],
+                    each.number, each.request_id, prompt, None, params, each.priority, each.wants,
                     self._num_added,
                 )  # fmt: skip
                 self._num_added += 1

@@ -64,7 +64,7 @@ class ReplicaService(EngineService):
     def generate_all(self, channel: Channel, requests: list[wire.Generate]) -> None:
         found = []
         for each in requests:
-            reader = ReplicaReader(channel, each.number, each.name)
+            reader = ReplicaReader(channel, each.number, each.name, "whole" in each.wants)
             channel.readers[each.number] = reader
             found.append(
                 Submission(
@@ -112,19 +112,20 @@ class ReplicaReader:
         channel: To the program.
         number: Of the request, there.
         name: Of the request, here.
+        whole: It wants all at once, whatever its parameters say.
     """
 
-    def __init__(self, channel: Channel, number: int, name: str) -> None:
+    def __init__(self, channel: Channel, number: int, name: str, whole: bool) -> None:
         self.channel = channel
         self.name = name
         self._number = number
         self._group: CompletionGroup | None = None
-        self._final_only = False
+        self._final_only = whole
         self._metrics: RequestMetrics | None = None
 
     def accepted(self, group: CompletionGroup) -> None:
         self._group = group
-        self._final_only = group.params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._final_only |= group.params.output_kind is RequestOutputKind.FINAL_ONLY
         self.channel.items.append((self._number,))
 
     @property
