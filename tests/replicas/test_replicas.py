@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from reprise import LLM, SamplingParams
+from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.errors import (
     CapacityError,
     ConfigError,
@@ -210,3 +211,20 @@ def test_devices_that_are_not_there(options: dict[str, Any], monkeypatch: Any) -
         LLM(**{**options, "device": "cpu"}, data_parallel_size=3)
     with pytest.raises(PlatformError, match="abacus"):
         LLM(device="abacus", data_parallel_size=2)
+
+
+def test_structured_output(one: LLM, pair: LLM) -> None:
+    """A replica compiles the grammars of its requests, or says why it cannot."""
+    pytest.importorskip("xgrammar")
+    digits, bad = (
+        SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(regex=each))
+        for each in ("[0-9]{3,5}", "((")
+    )
+    free = SamplingParams(max_tokens=5)
+    for llm in (one, pair):
+        with pytest.raises(RequestError, match="regex"):
+            llm.generate(["x", "y"], [free, bad])
+    assert pair.stats().num_requests == 0
+    found = pair.generate(TEXTS, [digits, free] * 2 + [digits])
+    for each in found[::2]:
+        assert re.fullmatch("[0-9]{3,5}", each.outputs[0].text)

@@ -59,7 +59,7 @@ class Frontend:
         self.max_model_len = max_model_len
         self.devices = devices
         self.compiler: GrammarCompiler | None = None
-        """Of grammars; None: the engines are elsewhere, and get none."""
+        """Of grammars; None: the engines are elsewhere, and compile them there."""
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation config recommends."""

@@ -39,6 +39,13 @@ def prepare_params(
 ) -> PreparedParams:
     """Take a copy, refuse what this model, tokenizer or engine cannot give, and tokenize.
 
+    Args:
+        params: A caller's.
+        tokenizer: Of the engine, or None.
+        vocab_size: Ids are smaller.
+        max_logprobs: Of the engine.
+        compiler: Of grammars; None: where the engine is they are compiled.
+
     Raises:
         RequestError: A field is invalid, a token is not in the vocabulary, a text needs a tokenizer
             that there is not, more is wanted than the engine gives, or a grammar does not compile.
@@ -48,13 +55,8 @@ def prepare_params(
     words = tuple(params.bad_words or ())
     bad = bad_word_tokens(words, tokenizer, vocab_size)
     wanted = params.structured_outputs
-    if wanted is None:
+    if wanted is None or compiler is None:
         return PreparedParams(params, bad)
-    if compiler is None:
-        raise RequestError(
-            f"structured_outputs.{wanted.kind} is not supported with data_parallel_size: start one "
-            "engine"
-        )
     return PreparedParams(params, bad, compiler.compile(wanted))
 
 

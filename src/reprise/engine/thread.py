@@ -94,15 +94,20 @@ class EngineThread:
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
+        ordinal: int | None = None,
     ) -> Future[CompletionGroup]:
-        """As of :class:`reprise.engine.driver.Driver`."""
+        """As of :class:`reprise.engine.driver.Driver`.
+
+        Args:
+            ordinal: As of :meth:`reprise.engine.Engine.add`.
+        """
         accepted: Future[CompletionGroup] = Future()
 
         def prepare() -> None:
             if reader not in self._preparing:
                 return  # it has left
             command = _Command(
-                lambda: self._add(request_id, prepared, priority, reader, admit), accepted
+                lambda: self._add(request_id, prepared, priority, reader, admit, ordinal), accepted
             )
             try:
                 engine = self.engine
@@ -267,13 +272,14 @@ class EngineThread:
         priority: int,
         reader: Reader,
         admit: Admit | None,
+        ordinal: int | None,
     ) -> CompletionGroup:
         if reader not in self._preparing:
             raise RepriseError("its reader has left")
         try:
             if admit is not None:
                 admit(*prepared, self.engine.scheduler.num_waiting_tokens)
-            group = self.engine.add(request_id, *prepared, priority)
+            group = self.engine.add(request_id, *prepared, priority, ordinal)
             reader.accepted(group)
             self._readers[request_id] = reader
         finally:

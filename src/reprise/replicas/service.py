@@ -63,19 +63,42 @@ class ReplicaService(EngineService):
 
     def generate_all(self, channel: Channel, requests: list[wire.Generate]) -> None:
         found = []
-        for each in requests:
-            reader = ReplicaReader(channel, each.number, each.name, "whole" in each.wants)
-            channel.readers[each.number] = reader
-            found.append(
-                Submission(
-                    reader.name, each.prompt, each.params, each.priority, each.ordinal, reader
-                )
-            )
         try:
+            for each in requests:
+                reader = ReplicaReader(channel, each.number, each.name, "whole" in each.wants)
+                channel.readers[each.number] = reader
+                if each.params.params.structured_outputs is None:
+                    found.append(
+                        Submission(
+                            each.name, each.prompt, each.params, each.priority, each.ordinal, reader
+                        )
+                    )
+                else:
+                    self._generate_structured(channel, each, reader)
             self.thread.submit_all(found)
         except RepriseError as error:
             for one in requests:
                 self.refuse(channel, one.number, error)
+
+    def _generate_structured(
+        self, channel: Channel, request: wire.Generate, reader: ReplicaReader
+    ) -> None:
+        """Its grammar is compiled here, where nobody waits for that."""
+        accepted = self.thread.submit(
+            request.name,
+            lambda: request.prompt,
+            request.params.params,
+            request.priority,
+            reader,
+            ordinal=request.ordinal,
+        )
+
+        def refuse(done: Future[Any]) -> None:
+            error = None if done.cancelled() else done.exception()
+            if error is not None:
+                self.refuse(channel, request.number, error)
+
+        accepted.add_done_callback(refuse)
 
     def take_file(self, descriptor: int) -> None:
         self._files.put(descriptor)
