@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches
+from reprise.models.deepseek_v4 import NextStreams
 from reprise.models.eagle3 import Eagle3
 from reprise.models.mtp import NextTokens
 from reprise.ops import OpTable
@@ -29,7 +30,9 @@ class HeadSteps:
         length: Most tokens in a step.
     """
 
-    def __init__(self, head: Eagle3 | NextTokens, platform: Platform, length: int) -> None:
+    def __init__(
+        self, head: Eagle3 | NextTokens | NextStreams, platform: Platform, length: int
+    ) -> None:
         self.head = head
         caches = head.caches()
         layout = lay_out_caches(caches, BLOCK, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -11,9 +11,10 @@ from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Normed, add
 from reprise.layers.norm import RMSNorm
 
-Depth = int | Literal["final"]
+Depth = int | str
 """Where hidden states are taken: a number v means the residual stream behind v layers, which is the
-input of layer v, and that of the last norm behind all of them; ``"final"`` what that norm gives."""
+input of layer v, and that of the last norm behind all of them; ``"final"`` what that norm gives.
+Of a decoder with several streams ``"stream 0"`` and so on are those behind its last layer."""
 
 
 class Taps(NamedTuple):

@@ -47,6 +47,14 @@ class Streams(NamedTuple):
             embedded.new_zeros((tokens, count, count), dtype=torch.float32),
         )
 
+    @staticmethod
+    def kept(values: Tensor) -> Streams:
+        """Streams [T, n, D] that are there already: what comes first is added to each."""
+        tokens, count, _ = values.shape
+        ones = values.new_ones((tokens, count), dtype=torch.float32)
+        same = torch.eye(count, device=values.device).expand(tokens, -1, -1).contiguous()
+        return Streams(values, ones, same)
+
 
 class HyperConnection(nn.Module):
     """From one sublayer to the next: adds what the one gave, makes what the other reads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reprise.cache import Batch
@@ -14,13 +15,16 @@ from reprise.layers import (
     Build,
     CausalLM,
     CompressedAttention,
+    Depth,
     Embedding,
     HyperConnection,
     HyperHead,
+    Linear,
     Mixing,
     RMSNorm,
     Routing,
     ScoredMLP,
+    StoredModel,
     Streams,
     Taps,
     parameters_of,
@@ -40,12 +44,14 @@ from reprise.models.config_reader import (
     whole_number,
     window_size,
 )
-from reprise.models.mtp import NextTokens
+from reprise.models.deepseek_v4_names import renames
 
 _WINDOW = "sliding_attention"
 _RATIOS = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 """Tokens of a compressed row, by the kind of layer; those of 4 overlap and have an indexer."""
 _EXPERTS = ("hash_moe", "moe")
+_TARGETS = ("layers.", "embed.", "head.", "norm.", "hc_head_", "model.", "lm_head.")
+"""What a checkpoint has beside the layer that drafts."""
 _SIZES = ("q_lora_rank", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim",
           "index_topk", "hc_mult", "hc_sinkhorn_iters", "n_routed_experts",
           "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")  # fmt: skip
@@ -80,23 +86,84 @@ def build(config: Config, build: Build) -> CausalLM:
     return CausalLM(
         build, decoder, config.vocab_size, hidden,
         tie_word_embeddings=flag(config, "tie_word_embeddings"),
-        renames=_renames(layers), others=("mtp.",),
+        renames=renames(layers), others=("mtp.",),
     )  # fmt: skip
 
 
-def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
-    """See :func:`reprise.models.registry.build_mtp`: what this family drafts with is not computed
-    here.
-
-    Raises:
-        ModelError: Always.
-    """
+def build_mtp(config: Config, build: Build, target: CausalLM) -> NextStreams:
+    """See :func:`reprise.models.registry.build_mtp`."""
+    _refuse_others(config, build)
     block = getattr(config, "dspark_block_size", None)
-    kind = "one layer, mtp.0" if block is None else f"DSpark, dspark_block_size={block}"
-    raise ModelError(
-        f"the drafter of this checkpoint ({kind}) is not supported for {config.model_type!r}; use "
-        "'method': 'ngram', which drafts from the text itself, or 'draft_model'"
-    )
+    if block is not None or whole_number(config, "num_nextn_predict_layers") != 1:
+        kind = f"num_nextn_predict_layers={config.num_nextn_predict_layers}"
+        raise ModelError(
+            f"the drafter of this checkpoint ({kind if block is None else 'DSpark'}) is not "
+            f"supported for {config.model_type!r}; use 'method': 'ngram', which drafts from the "
+            "text itself, or 'draft_model'"
+        )
+    return NextStreams(config, build, target)
+
+
+class NextStreams(StoredModel):
+    """The layer that drafts further tokens: it reads the target's streams, not one hidden state.
+
+    Row i takes the streams at position i and the embedding of token i + 1, and its own streams are
+    what the next pass goes on from. The embedding and the last product are the target's.
+
+    Args:
+        config: The target's.
+        build: How to make it: as the target.
+        target: Whose streams it reads.
+    """
+
+    def __init__(self, config: Config, build: Build, target: CausalLM) -> None:
+        super().__init__(others=_TARGETS)
+        self.mixing = _mixing(config)
+        count, hidden = self.mixing.streams, self.mixing.hidden_size
+        self.taps: tuple[Depth, ...] = tuple(map(stream, range(count)))
+        self.hidden_size, self.vocab_size = count * hidden, target.vocab_size
+        here = build.at("mtp.0")
+        attention = CompressedAttention(
+            here.at("attn"), _attention_sizes(config), _table(config, build, "main")
+        )
+        mlp = _experts(config, here.at("ffn"), hashed=False)
+        layer = _NextLayer(here, self.mixing, attention, mlp)
+        self.mtp, self._layer = nn.ModuleList([layer]), (layer,)
+        # A tuple hides modules of the target from the walk over this one's own.
+        self._target = (target.model.embed_tokens, target.lm_head)
+
+    def prepare(self, taps: Tensor) -> Tensor:
+        """The target's streams [T, n * D], as they are."""
+        return taps
+
+    def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """One pass.
+
+        Args:
+            batch: Of which ``token_ids`` are the tokens behind the rows'.
+            hidden: [T, n * D], the target's streams, or what this gave for the rows before them;
+                not changed.
+
+        Returns:
+            [T, n * D], of which :meth:`logits` are and from which the next pass goes on.
+        """
+        embedded = self._target[0](batch.token_ids)
+        given = hidden.unflatten(1, (self.mixing.streams, -1))
+        return self._layer[0].further(embedded, given, batch)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """[R, n * D] to [R, V], in ``out``."""
+        self._target[1].into(self._layer[0].collapsed(hidden), out)
+        return out
+
+    def token_ids(self, drafts: Tensor) -> Tensor:
+        """Its tokens are the target's."""
+        return drafts
+
+
+def stream(number: int) -> Depth:
+    """Of a stream behind the last layer."""
+    return f"stream {number}"
 
 
 class _Layer(nn.Module):
@@ -117,6 +184,38 @@ class _Layer(nn.Module):
         """What its last sublayer gives, [T, D]; ``y`` is what the one before it gave."""
         y = tensor(self.attn(self.hc_attn(streams, y), batch))
         return tensor(self.ffn(self.hc_ffn(streams, y), batch))
+
+
+class _NextLayer(_Layer):
+    """A layer with what its streams are made of, and what is made of them."""
+
+    def __init__(
+        self, build: Build, mixing: Mixing, attention: CompressedAttention, mlp: ScoredMLP
+    ) -> None:
+        super().__init__(build, mixing, attention, mlp)
+        size, eps = mixing.hidden_size, mixing.norm_eps
+        self.enorm = wide_norm(build.at("enorm"), size, eps)
+        self.hnorm = wide_norm(build.at("hnorm"), size, eps)
+        self.e_proj = Linear(build.at("e_proj"), size, size)
+        self.h_proj = Linear(build.at("h_proj"), size, size)
+        self.norm = wide_norm(build.at("norm"), size, eps)
+        self.hc_head = HyperHead(build.at("hc_head"), mixing)
+
+    def further(self, embedded: Tensor, given: Tensor, batch: Batch) -> Tensor:
+        """embedded: [T, D]; given: [T, n, D], not changed. Returns [T, n * D]."""
+        count = given.shape[1]
+        values = self.h_proj(self.hnorm(given).flatten(0, 1)).unflatten(0, (-1, count))
+        streams = Streams.kept(values.contiguous())
+        y = self(streams, self.e_proj(self.enorm(embedded)), batch)
+        self.hc_head(streams, y)
+        return streams.values.flatten(1)
+
+    def collapsed(self, hidden: Tensor) -> Tensor:
+        """The normalised sum [R, D] of streams [R, n * D], which are not changed."""
+        values = hidden.unflatten(1, (self.hc_head.mixing.streams, -1)).clone()
+        streams = Streams.kept(values)
+        found: Tensor = self.norm(self.hc_head(streams, torch.zeros_like(values[:, 0])))
+        return found
 
 
 class _Decoder(nn.Module):
@@ -142,12 +241,15 @@ class _Decoder(nn.Module):
             y = layer(streams, y, batch)
         hidden: Tensor = self.norm(self.hc_head(streams, y))
         if taps is not None:
-            if any(depth != "final" for depth in taps.depths):
+            if any(isinstance(depth, int) for depth in taps.depths):
                 raise ModelError(
                     f"hidden states at depths {taps.depths}: between layers this model has "
-                    "several streams, which no head is made for; use 'method': 'ngram'"
+                    "several streams, which no such head is made for; use 'method': 'mtp' or "
+                    "'ngram'"
                 )
             taps.take("final", hidden)
+            for number, each in enumerate(streams.values.unbind(1)):
+                taps.take(stream(number), each)
         return hidden
 
 
@@ -271,56 +373,3 @@ def _refuse_others(config: Config, build: Build) -> None:
             "kv_cache_dtype='fp8' is not supported for 'deepseek_v4'; leave it out: keys and "
             "values are kept in the compute dtype"
         )
-
-
-_MODULES = {
-    "self_attn.q_a_proj.": "attn.wq_a.",
-    "self_attn.q_a_norm.": "attn.q_norm.",
-    "self_attn.q_b_proj.": "attn.wq_b.",
-    "self_attn.kv_proj.": "attn.wkv.",
-    "self_attn.kv_norm.": "attn.kv_norm.",
-    "attn.norm.": "attn.kv_norm.",
-    "self_attn.o_a_proj.": "attn.wo_a.",
-    "self_attn.o_b_proj.": "attn.wo_b.",
-    "self_attn.sinks": "attn.attn_sink",
-    "self_attn.compressor.": "attn.compressor.",
-    "self_attn.compressor.kv_proj.": "attn.compressor.wkv.",
-    "self_attn.compressor.gate_proj.": "attn.compressor.wgate.",
-    "self_attn.compressor.position_bias": "attn.compressor.ape",
-    "self_attn.compressor.kv_norm.": "attn.compressor.norm.",
-    "self_attn.compressor.indexer.kv_proj.": "attn.indexer.compressor.wkv.",
-    "self_attn.compressor.indexer.gate_proj.": "attn.indexer.compressor.wgate.",
-    "self_attn.compressor.indexer.position_bias": "attn.indexer.compressor.ape",
-    "self_attn.compressor.indexer.kv_norm.": "attn.indexer.compressor.norm.",
-    "self_attn.compressor.indexer.q_b_proj.": "attn.indexer.wq_b.",
-    "self_attn.compressor.indexer.scorer.weights_proj.": "attn.indexer.weights_proj.",
-    "input_layernorm.": "attn_norm.",
-    "post_attention_layernorm.": "ffn_norm.",
-    "attn_hc.": "hc_attn_",
-    "ffn_hc.": "hc_ffn_",
-    "mlp.": "ffn.",
-    "mlp.gate.e_score_correction_bias": "ffn.gate.bias",
-    "mlp.shared_experts.gate_proj.": "ffn.shared_experts.w1.",
-    "mlp.shared_experts.up_proj.": "ffn.shared_experts.w3.",
-    "mlp.shared_experts.down_proj.": "ffn.shared_experts.w2.",
-}
-"""transformers' modules of a layer, and what released checkpoints call them; one of its own names
-is what it writes for the norm of keys."""
-
-
-def _renames(layers: int) -> dict[str, str]:
-    """Of the names of released checkpoints, of what transformers makes of them when it saves, and
-    of its modules."""
-    found = {
-        "embed.": "model.embed_tokens.",
-        "head.": "lm_head.",
-        "norm.": "model.norm.",
-        "hc_head_": "model.hc_head_",
-        "layers.": "model.layers.",
-        "model.hc_head.hc_": "model.hc_head_",
-    }
-    for number in range(layers):
-        for theirs, ours in _MODULES.items():
-            for prefix in ("layers", "model.layers"):
-                found[f"{prefix}.{number}.{theirs}"] = f"model.layers.{number}.{ours}"
-    return found

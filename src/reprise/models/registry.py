@@ -13,6 +13,7 @@ from reprise.errors import ModelError
 from reprise.layers import Build, CausalLM
 from reprise.layers.formats import formats_of
 from reprise.models.config_reader import Config
+from reprise.models.deepseek_v4 import NextStreams
 from reprise.models.mtp import NextTokens
 
 ENTRY_POINT_GROUP = "reprise.models"
@@ -87,7 +88,7 @@ def build(config: Config, build: Build) -> CausalLM:
     return builder(config, _formatted(config, build))
 
 
-def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
+def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens | NextStreams:
     """The layer of a model that drafts further tokens, of the first of the config's
     ``architectures`` that is known.
 
@@ -109,7 +110,7 @@ def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
             f"architectures={list(config.architectures or ())!r} has no layer that drafts further "
             "tokens (mtp); use 'method': 'ngram', which drafts from the text itself"
         )
-    head: NextTokens = found(config, _formatted(config, build), target)
+    head: NextTokens | NextStreams = found(config, _formatted(config, build), target)
     return head
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from reprise.cache import Batch
+from reprise.models.deepseek_v4 import NextStreams
 from reprise.models.eagle3 import Eagle3
 from reprise.models.mtp import NextTokens
 from reprise.runner.drafts.draft_model import DraftModel
@@ -22,7 +23,7 @@ class HeadModel(DraftModel):
 
     shifted = True
 
-    def __init__(self, head: Eagle3 | NextTokens, reload: Callable[[], None]) -> None:
+    def __init__(self, head: Eagle3 | NextTokens | NextStreams, reload: Callable[[], None]) -> None:
         super().__init__()
         self.head = head
         self.taps = head.taps
