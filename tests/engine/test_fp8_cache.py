@@ -22,7 +22,6 @@ from reprise.layers import SelfAttention
 from reprise.ops.fp8_rows import dequantise
 from reprise.platforms import Platform
 from reprise.platforms.cpu import CpuPlatform
-from reprise.runner.model_choices import choose_ops
 from reprise.testing import faults
 
 FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
@@ -101,22 +100,6 @@ def test_a_device_without_such_numbers_is_refused(
     monkeypatch.setattr(CpuPlatform, "fp8_dtype", None)
     with pytest.raises(ModelError, match=r"kv_cache_dtype='fp8': .* no eight-bit floating-point"):
         make_llm(tiny("qwen3"), "cpu", **FP8)
-
-
-def test_kernels_that_no_device_has_run_are_used_where_they_are_asked_for(
-    platform: Platform, fp8: torch.dtype, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    assert choose_ops({}, None, platform) == {}
-    if not platform.has_triton:
-        pytest.skip("no Triton")
-    monkeypatch.setattr(type(platform), "preferred", {"*": ("triton",)})
-    both = dict.fromkeys(("rotary_cache", "paged_attention"), "reference")
-    with caplog.at_level(logging.WARNING):
-        assert choose_ops({}, fp8, platform) == both
-    assert "ops={'rotary_cache': 'triton', 'paged_attention': 'triton'}" in caplog.text
-    asked = dict.fromkeys(both, "triton")
-    assert choose_ops(asked, fp8, platform) == asked
 
 
 def test_other_eight_bit_numbers(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

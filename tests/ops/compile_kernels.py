@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from reprise.ops import all_ops, triton_util
+from reprise.ops import all_ops, registry, triton_util
 from reprise.ops.cases import Maker
 
 
@@ -58,8 +58,10 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     early = SimpleNamespace(
         supports_pdl=target.backend == "cuda" and target.arch >= 90,
         takes_ptx=target.backend == "cuda",
+        multiplies_fp8=target.backend == "cuda" and target.arch >= 89,
     )
-    triton_util.active_platform = lambda: early
+    # Also for modules that ask for it when they are imported, which no launcher is yet.
+    registry.active_platform = triton_util.active_platform = lambda: early
     # What was compiled for an absent device cannot be launched, not even a second time.
     triton_util.launch = lambda kernel, grid: functools.partial(_compile, kernel[grid])
 

@@ -43,7 +43,7 @@ ON_CODES = {
     "Ampere": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
     "CDNA 3": {"mixed_attention_kernel": 10, "split_attention_kernel": 637},
 }
-"""The same where keys and values are eight-bit numbers: forms that are used on request alone."""
+"""The same where keys and values are eight-bit numbers."""
 
 
 # The one of another vendor compiles fastest, and has the least room.

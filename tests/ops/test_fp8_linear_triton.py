@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,6 +73,63 @@ def test_products(triton, randn, op, rows, outputs, inputs, block_n) -> None:
     # With a norm, sums of squares in another order may move a number by one step of eight bits.
     tolerance = 2e-2 if "norm" in op.name else 1e-4
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("op", [ops.fp8_norm_gated_linear, ops.fp8_linear_add, ops.fp8_linear])
+@pytest.mark.parametrize("block_n", [1, 128])
+def test_many_rows_go_to_the_blas(triton, monkeypatch, randn, op, block_n) -> None:
+    """What it is given is what the reference would quantise, in rows that may be more than asked
+    for; what it returns of those is left out."""
+    if randn(1).device.type != "cpu":
+        pytest.skip("a device's own is compared by the kit")
+    function = triton(op)
+    from reprise.ops.fp8_linear import quantise_kernel
+    from reprise.ops.fp8_linear.reference import dequantise
+
+    calls = []
+
+    def multiply(numbers, scales, weight, scale, bias, rows_of_scale, dtype):
+        calls.append(len(numbers))
+        # Behind the rows there may be anything.
+        numbers[70:] = torch.nan
+        scales[70:] = torch.nan
+        wide = dequantise(numbers, scales, 1, numbers.shape[1] // scales.shape[1])
+        product = wide @ dequantise(weight, scale, rows_of_scale, block_k).t()
+        return (product if bias is None else product + bias).to(dtype)
+
+    module = sys.modules[function.__module__]
+    platform = SimpleNamespace(multiplies_fp8=True)
+    monkeypatch.setattr(module, "active_platform", lambda: platform)
+    monkeypatch.setattr(module.scaled_mm, "takes", lambda *shapes: True)
+    monkeypatch.setattr(module.scaled_mm, "requires", lambda platform: None)
+    monkeypatch.setattr(module.scaled_mm, "multiply", multiply)
+    # Conversion to eight bits is the device's own there, and wrong in the interpreter.
+    kernel = quantise_kernel.quantise
+
+    def quantise(x, group, native, *args):
+        numbers, scales = kernel(x, group, False, *args)
+        return numbers.to(torch.float8_e4m3fn), scales
+
+    monkeypatch.setattr(module, "quantise", quantise)
+    block_k = 512 if block_n == 1 else 128
+    named = {
+        "x": randn(70, 512),
+        "weight": randn(96, 512).to(torch.float8_e4m3fn),
+        "scale": (randn(-(-96 // block_n), 512 // block_k).abs() + 0.1) / 512**0.5,
+        "bias": randn(96),
+        "block_n": block_n,
+        "block_k": block_k,
+    }
+    if "norm" in op.name:
+        named |= {"norm_weight": randn(512), "eps": 1e-6}
+    if op is ops.fp8_linear_add:
+        named["residual"] = randn(70, 96)
+    cloned = {k: v.clone() if k == "residual" else v for k, v in named.items()}
+    found, expected = function(**named), op.implementations["reference"].function(**cloned)
+    if op is ops.fp8_linear_add:
+        found, expected = named["residual"], cloned["residual"]
+    assert calls == [72]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_what_it_refuses(randn) -> None:

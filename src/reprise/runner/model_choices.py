@@ -14,7 +14,6 @@ from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group
 from reprise.errors import CapacityError, ConfigError, ModelError, describe
 from reprise.layers import Build, CausalLM, context_length, default_length, describe_rotary
-from reprise.ops import all_ops
 from reprise.platforms import MemoryInfo, Platform
 
 logger = logging.getLogger(__name__)
@@ -73,39 +72,6 @@ def choose_cache_dtype(requested: str, config: Any, platform: Platform) -> torch
         return None
     logger.info("kv_cache_dtype: %s (the checkpoint's kv_cache_scheme)", _short(dtype))
     return dtype
-
-
-NOT_RUN_YET = (
-    "compiled and interpreted; its last form was run on a device in part (decode of whole tiles, "
-    "prompts), so it computes an eight-bit cache where it is asked for"
-)
-"""Of the Triton kernels of both ops that know eight-bit rows."""
-_KNOW_CODES = ("rotary_cache", "paged_attention")
-
-
-def choose_ops(
-    asked: Mapping[str, str], cache_dtype: torch.dtype | None, platform: Platform
-) -> Mapping[str, str]:
-    """The implementations that are to be used whatever the platform prefers: those asked for, and
-    with a cache of eight bits the references, in place of kernels that no device has run as they
-    are.
-
-    Raises:
-        OpError: What was asked for cannot run here.
-    """
-    if cache_dtype is None:
-        return asked
-    chosen = {
-        name: all_ops()[name].candidates(platform)[0] for name in _KNOW_CODES if name not in asked
-    }
-    waiting = {name: each.name for name, each in chosen.items() if each.compiles}
-    if not waiting:
-        return asked
-    logger.warning(
-        "kv_cache_dtype: %s run as references, which is slow (the kernel is %s); to use it: ops=%s",
-        " and ".join(waiting), NOT_RUN_YET, waiting,
-    )  # fmt: skip
-    return {**asked, **dict.fromkeys(waiting, "reference")}
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -49,7 +49,6 @@ from reprise.runner.model_choices import (
     choose_dtype,
     choose_max_tokens,
     choose_model_len,
-    choose_ops,
     refuse_unshared,
 )
 from reprise.runner.output import Landing, PendingOutput
@@ -92,7 +91,7 @@ class ModelRunner:
         with timeline.span("platform"):
             platform.activate()
         cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, platform)
-        self.ops = OpTable(platform, choose_ops(config.ops, cache_dtype, platform))
+        self.ops = OpTable(platform, config.ops)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
         if ranks.group.size > 1:
             chosen = {name: each.name for name, each in self.ops.chosen.items()}

@@ -7,6 +7,8 @@ import torch
 from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 BLOCK = 128
+_ALSO_COMPILED = [(SMALL, 64, SMALL.projected), (LARGE, 64, 2 * LARGE.intermediate)]
+"""Models, rows and outputs for which other sizes are chosen."""
 
 
 def _arguments(
@@ -33,6 +35,8 @@ def _small(make: Maker) -> list[Arguments]:
     ]
     found = [_arguments(make, rows, *each, bias=rows > 1) for each in sizes for rows in (1, 5)]
     found.append(_arguments(make, 130, *sizes[1], bias=False))
+    # As many as other kernels take, and as the BLAS does.
+    found += [_arguments(make, rows, *each, bias=True) for each in sizes[::3] for rows in (33, 70)]
     found.append({**found[1], "x": make.randn(5, 3 * 512)[:, 512:1024]})
     silent = _arguments(make, 3, *sizes[0], bias=False)
     silent["x"][1] = 0
@@ -68,7 +72,7 @@ def _cases(
                 _arguments(make, rows, outputs, inputs, block_n, block_k, bias=False), make
             ),
             read_write=outputs * inputs,
-            compiled=(model is SMALL and rows in (1, 64)) or (model is LARGE and rows == 8),
+            compiled=(model is SMALL and rows == 1) or (model, rows, outputs) in _ALSO_COMPILED,
         )
 
     def workloads(make: Maker) -> Iterator[Workload]:

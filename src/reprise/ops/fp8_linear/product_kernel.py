@@ -55,9 +55,11 @@ class Config:
 
 _CONFIGS = (
     Config(16, 64, 4, 2, 4, 3, late=True),
-    Config(64, 64, 2, 4, 4, 1.5, late=False),
+    Config(64, 64, 1, 6, 4, 2, late=False),
     Config(128, 128, 1, 3, 8, 0, late=False),
 )
+_WIDE = Config(64, 128, 1, 4, 4, 1, late=False)
+"""In place of the second, where its tiles are as many as multiprocessors."""
 _FETCHED = 512
 """Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
 
@@ -66,6 +68,8 @@ _FETCHED = 512
 def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide: bool) -> Config:
     """``wide``: the factors are multiplied in two bytes."""
     config = next((each for each in _CONFIGS if rows <= each.rows), _CONFIGS[-1])
+    if config is _CONFIGS[1] and outputs >= _WIDE.block_n * limits(device).multiprocessors:
+        config = _WIDE
     together = config.together
     while inputs // STEP % together:
         together //= 2

@@ -61,7 +61,7 @@ def _cases(
             f"{model.name}, T={rows}, {inputs} to {outputs}, {'zeros' if zeros else 'symmetric'}",
             lambda: more(_arguments(make, rows, outputs, inputs, 128, zeros, bias=False), make),
             read_write=outputs * inputs // 2 + outputs * inputs // 128 * (3 if zeros else 2),
-            compiled=model is SMALL or (rows == 8 and zeros),
+            compiled=model is SMALL and (rows < 64 or outputs == model.projected),
         )
 
     def workloads(make: Maker) -> Iterator[Workload]:
