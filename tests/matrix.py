@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Case:
             if self.draft is not None:
                 by = {"method": self.features.drafter, "model": str(self.draft)}
             count = {"num_speculative_tokens": self.features.drafts}
-            config["speculative_config"] = {**by, **count}
+            config["speculative_config"] = {**by, **count, **options.pop("drafts", {})}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gated_delta, "STATE", CHECKPOINT)
             if ahead:
@@ -242,9 +243,46 @@ def abort(case: Case) -> list[Any]:
     return [each.output() for each in groups]
 
 
+def other_drafts(case: Case) -> list[Any]:
+    """How many tokens are drafted changes all the time; where none are, nothing does."""
+    most = case.features.drafts
+    if not most:
+        return case.answers(case.engine())
+    ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
+    llm = case.engine(ahead=True, drafts={"num_speculative_tokens_per_batch_size": ranges})
+    taken = change_drafts(llm, seed=most)
+    outputs = case.answers(llm)
+    assert set(taken) == {0, 1, most}
+    return outputs
+
+
+def change_drafts(llm: LLM, seed: int) -> list[int]:
+    """Has the engine draft another number of tokens every other step, of those that it may;
+    returns those that it took."""
+    chance, taken = random.Random(seed), []
+    levels = llm.engine.config.speculation.levels
+
+    def choose(requests: int) -> int:
+        if not taken or chance.random() < 0.6:
+            taken.append(chance.choice(levels))
+        return taken[-1]
+
+    llm.engine.scheduler._drafting = choose
+    return taken
+
+
 DISTURBANCES: dict[str, Disturbance] = {
     each.__name__: each
-    for each in (bucket, neighbours, chunking, prefix_hit, preemption, run_ahead, abort)
+    for each in (
+        bucket,
+        neighbours,
+        chunking,
+        prefix_hit,
+        preemption,
+        run_ahead,
+        abort,
+        other_drafts,
+    )
 }
 
 COVERING = [

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from reprise.arguments import is_whole, plain, takes_names
 from reprise.errors import ConfigError
-from reprise.speculation import Speculation, parse_speculation
+from reprise.speculation import Speculation, parse_speculation, room_for
 from reprise.vllm_names import ENGINE, drop_neutral
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
@@ -199,6 +199,12 @@ class EngineConfig:
         """Tokens that a decode verifies beside its newest one."""
         asked = self.speculation
         return 0 if asked is None else asked.width
+
+    @property
+    def decode_widths(self) -> list[int]:
+        """Tokens of a request that decodes, its drafts included, now or then; ascending."""
+        asked = self.speculation
+        return [1] if asked is None else sorted({1 + room_for(each) for each in asked.levels})
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some options changed, validated again."""

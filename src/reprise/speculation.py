@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reprise.arguments import is_whole, plain, shown, unknown_names
@@ -15,7 +15,8 @@ requests of 2, 4 or 8 tokens alone."""
 LOOKUP = 5
 """Tokens of an n-gram, unless told otherwise."""
 
-_COMMON = ("method", "num_speculative_tokens")
+_BY_BATCH = "num_speculative_tokens_per_batch_size"
+_COMMON = ("method", "num_speculative_tokens", _BY_BATCH)
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "draft_model": ("model", "revision", "quantization", "draft_sample_method", "enforce_eager"),
@@ -38,7 +39,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "draft_tensor_parallel_size": (1,), "kv_cache_dtype": ("auto",),
     "max_model_len": (), "code_revision": (), "attention_backend": (), "moe_backend": (),
     "draft_load_config": (), "rejection_sample_method": (), "tensor_parallel_size": (1,),
-    "num_speculative_tokens_per_batch_size": (),
 }  # fmt: skip
 """vLLM's other names, and the values besides None at which they ask for nothing, unless the method
 takes them."""
@@ -69,11 +69,35 @@ class Speculation:
     from it, which counts more often."""
     eager: bool = False
     """It runs without graphs."""
+    by_batch: tuple[tuple[int, int, int], ...] = ()
+    """First and last number of requests, and how many tokens are drafted where so many run."""
+    measured: bool = False
+    """How many are drafted is found out from how long steps take and how many drafts count."""
 
     @property
     def width(self) -> int:
         """Drafts that a step has room for."""
-        return next(each for each in WIDTHS if each >= self.num_tokens)
+        return room_for(self.num_tokens)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """All numbers of tokens that are drafted now or then, ascending."""
+        found = {self.num_tokens, *(each for *_, each in self.by_batch)}
+        if self.measured:
+            found.add(0)
+        return tuple(sorted(found))
+
+    def level(self, requests: int) -> int:
+        """How many tokens are drafted where so many requests run, if that is not measured."""
+        for first, last, tokens in self.by_batch:
+            if first <= requests <= last:
+                return tokens
+        return self.num_tokens
+
+
+def room_for(drafts: int) -> int:
+    """What a step of so many drafts has room for: the next of :data:`WIDTHS`."""
+    return next(each for each in WIDTHS if each >= drafts)
 
 
 def parse_speculation(config: Mapping[str, Any] | None) -> Speculation | None:
@@ -115,15 +139,43 @@ def _parse(left: dict[str, Any]) -> Speculation:
     if unknown:
         raise ConfigError(f"{unknown_names('name', unknown, known)}")
     tokens = _number(left, "num_speculative_tokens", None, WIDTHS[-1])
+    by_batch, measured = _ranges(left.pop(_BY_BATCH, None), tokens)
     if "draft_sample_method" in taken:
-        return _of_model(method, left, tokens)
+        found = _of_model(method, left, tokens)
+        return replace(found, by_batch=by_batch, measured=measured)
     most, least = left.get("prompt_lookup_max"), left.get("prompt_lookup_min")
     most = _number(left, "prompt_lookup_max", LOOKUP if least is None else least)
     least = _number(left, "prompt_lookup_min", most)
     if least > most:
         raise ConfigError(f"prompt_lookup_min={least} must not be above prompt_lookup_max={most}")
     chance = _chance(left) if method == "synthetic" else None
-    return Speculation(tokens, method, most, least, chance)
+    return Speculation(
+        tokens, method, most, least, chance, by_batch=by_batch, measured=measured
+    )  # fmt: skip
+
+
+def _ranges(value: Any, most: int) -> tuple[tuple[tuple[int, int, int], ...], bool]:
+    """How many tokens are drafted for how many requests, and whether that is measured."""
+    if value is None:
+        return (), False
+    if value == "auto":
+        return (), True
+    told = ConfigError(
+        f"{_BY_BATCH}={value!r} must be 'auto' or a list of [first, last, tokens]: ascending "
+        f"numbers of requests, and from 0 to num_speculative_tokens={most} tokens for them"
+    )
+    if not isinstance(value, list | tuple) or not value:
+        raise told
+    found, before = [], 0
+    for each in value:
+        if not isinstance(each, list | tuple) or len(each) != 3 or not all(map(is_whole, each)):
+            raise told
+        first, last, tokens = map(int, each)
+        if not before < first <= last or not 0 <= tokens <= most:
+            raise told
+        found.append((first, last, tokens))
+        before = last
+    return tuple(found), False
 
 
 def _hidden(method: str) -> tuple[str, ...]:

@@ -92,6 +92,8 @@ class Step:
     """Rows that ended or were preempted since the last step; some may be in ``admitted`` again."""
     copies: Sequence[Copy] = ()
     """States to be copied before the step is computed, all at once."""
+    drafting: int | None = None
+    """Tokens to be drafted behind each request; None: as many as ever."""
 
     @property
     def shape(self) -> StepShape:

@@ -21,7 +21,7 @@ from torch import Tensor
 from reprise import LLM
 from reprise.engine import draft_counts
 from reprise.errors import ConfigError, ModelError
-from reprise.graphs import Buckets, GraphRunner, parse_plan, parse_verify
+from reprise.graphs import Buckets, GraphPool, GraphRunner, parse_plan, parse_verify
 from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
 from reprise.runner.drafts import GraphOptions, ModelDrafter
@@ -249,13 +249,19 @@ def captured(llm: LLM, owner: str) -> Iterator[Callable[[], GraphRunner]]:
     runner = llm.engine.runner
     drafter = runner.drafter
     assert isinstance(drafter, ModelDrafter)
-    kinds: dict[str, tuple[Any, Any, int]] = {
-        "target": (runner.forward_pass, runner.buffers, 4),
-        "draft prefill": (drafter.prefill, runner.buffers, 4),
-        "draft chain": (drafter.chain, drafter.inputs, drafter.inputs.width),
+    kinds: dict[str, tuple[Any, Any, Any]] = {
+        "target": (runner.forward_pass, runner.buffers, (4,)),
+        "draft prefill": (drafter.prefill, runner.buffers, (4,)),
+        "draft chain": (drafter.chain, drafter.inputs, drafter.inputs.widths),
     }
     plan = "decode=none,mixed=full" if owner == "draft prefill" else "decode=full,mixed=none"
-    options = GraphOptions(parse_plan(plan), Buckets((3,), (24,)), 8, parse_verify("startup"))
+    options = GraphOptions(
+        parse_plan(plan),
+        Buckets((3,), (24,)),
+        8,
+        parse_verify("startup"),
+        GraphPool(runner.platform),
+    )
 
     def capture() -> GraphRunner:
         made = options.runner(*kinds[owner], owner)

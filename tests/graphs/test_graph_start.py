@@ -94,7 +94,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
         class Broken(type(platform)):
             graph_pool = fail
 
-        runners[1].capturer._platform = Broken()
+        runners[1].capturer.pool._platform = Broken()
     elif failing == "pad":
         broken.pad = fail
     elif failing == "eager pass":

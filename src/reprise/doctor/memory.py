@@ -18,7 +18,7 @@ from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
 from reprise.doctor.on_paper import META, OnPaper, on_paper, peak_of
 from reprise.errors import CapacityError
-from reprise.graphs import GraphOwners, parse_buckets, parse_plan, parse_verify
+from reprise.graphs import GraphOwners
 from reprise.layers import Build
 from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
@@ -27,7 +27,6 @@ from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts import (
     Drafter,
     GraphOptions,
-    ModelDrafter,
     caches_with,
     load_draft,
     lookahead_of,
@@ -303,14 +302,9 @@ def _graphs(
     config: EngineConfig, computation: ForwardPass, buffers: StepBuffers, drafter: Drafter | None,
     max_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
-    options = GraphOptions(
-        parse_plan(config.graph_mode),
-        parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),
-        config.max_num_seqs,
-        parse_verify(config.graph_verify),
-    )
-    runners = {"": options.runner(computation, buffers, 1 + config.num_drafts)}
-    if isinstance(drafter, ModelDrafter):
+    options = GraphOptions.of(config, max_tokens, buffers.platform)
+    runners = {"": options.runner(computation, buffers, config.decode_widths)}
+    if drafter is not None:
         drafter.plan_graphs(options)
         runners |= drafter.owners
     buckets: Counter[str] = Counter()
@@ -320,7 +314,7 @@ def _graphs(
         buckets.update(f"{owner} {each.phase}".lstrip() for each in shapes)
         largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
         peaks = (peak_of(runner.computation, each) for each in largest if each)
-        pool_bytes += max(peaks, default=0)
+        pool_bytes = max(pool_bytes, *peaks, 0)  # they share it
     platform = buffers.platform
     return {
         "plan": str(runners[""].plan),

@@ -21,6 +21,7 @@ from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
+from reprise.engine.draft_choice import DraftChoice
 from reprise.engine.draft_counts import DraftStats
 from reprise.engine.frontend import Frontend, load_tokenizer
 from reprise.engine.observations import Observations
@@ -160,6 +161,12 @@ class Engine(Frontend):
                 f"max_num_seqs={config.max_num_seqs}{times}, so that all requests can decode in "
                 "one step"
             )
+        self._draft_choice: DraftChoice | None = None
+        if config.speculation is not None and len(config.speculation.levels) > 1:
+            self._draft_choice = DraftChoice(config.speculation)
+        self._last_decode: tuple[int | None, int, float] | None = None
+        """Of the last step, if its requests did nothing but decode, how many tokens it drafted and
+        how many requests it had, and when it was done."""
         self.scheduler = Scheduler(
             CacheManager(self.runner.cache_layout, config.enable_prefix_caching),
             config.max_num_seqs,
@@ -168,6 +175,7 @@ class Engine(Frontend):
             num_drafts=self.runner.num_drafts,
             lookahead=self.runner.lookahead,
             blocks_ahead=BLOCKS_AHEAD,
+            drafting=None if self._draft_choice is None else self._draft_choice.choose,
         )
         self._depth = 2 if self.platform.asynchronous else 1
         """Steps under way at once: with two, the next is prepared while the device computes."""
@@ -484,12 +492,24 @@ class Engine(Frontend):
         """All metrics of this moment."""
         return self._observations.metrics(self.scheduler.stats())
 
+    def _observe_drafts(self, choice: DraftChoice, step: Step, output: StepOutput) -> None:
+        now, requests = time.perf_counter(), len(step.rows)
+        known, self._last_decode = self._last_decode, None
+        if step.drafting is None or step.num_decodes < requests or not requests:
+            return
+        self._last_decode = step.drafting, requests, now
+        if known is not None and known[:2] == (step.drafting, requests):
+            tokens = sum(map(len, output.sampled)) / requests
+            choice.observe(requests, step.drafting, now - known[2], tokens)
+
     def _take(self, step: Step, output: StepOutput) -> list[CompletionGroup]:
         """Give a step's results to the requests."""
         completions = self._completions
         self._observations.step(step.num_tokens)
         if output.drafted:
             self._observations.drafts.add(step.num_decodes, output.drafted, output.sampled)
+        if self._draft_choice is not None:
+            self._observe_drafts(self._draft_choice, step, output)
         requests = self.scheduler.requests_of(step)
         for number, (start, entries) in output.prompt_logprobs.items():
             known = completions.get(requests[number])

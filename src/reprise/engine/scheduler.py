@@ -28,7 +28,7 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
@@ -38,6 +38,7 @@ from reprise.cache.tables import Checkpoint
 from reprise.engine.waiting_queue import WaitingQueue
 from reprise.errors import CapacityError, ConfigError, RequestError
 from reprise.request import FINISHED_STATUS, FinishReason, Request, RequestStatus
+from reprise.speculation import room_for
 from reprise.step import NULL_ROW, Admission, Step, TableEdit
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,9 @@ class Scheduler:
         max_model_len: Most tokens of a request, prompt and output together.
         reserve_blocks: Blocks of each pool that an admission leaves free while others run; None:
             1 %, and where windows move on, those of a step.
-        num_drafts: Tokens that each decode verifies beside its newest one.
+        num_drafts: Tokens that each decode verifies beside its newest one, at most.
+        drafting: Says how many are drafted where so many requests run, of which 0 want any; None:
+            always as many.
         lookahead: Tokens behind them for which what drafts has rows in the cache.
         blocks_ahead: Most blocks that a request gets before it needs them.
 
@@ -169,6 +172,7 @@ class Scheduler:
         num_drafts: int = 0,
         lookahead: int = 0,
         blocks_ahead: int = 0,
+        drafting: Callable[[int], int] | None = None,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
@@ -188,6 +192,11 @@ class Scheduler:
         else:
             self._reserve = [reserve_blocks] * len(cache.pools)
         self._num_drafts = num_drafts
+        self._drafting = drafting
+        self._drafted: int | None = None
+        """Tokens to be drafted behind the requests of this step; None: as many as ever."""
+        self._verified = num_drafts
+        """Tokens that each decode of this step verifies."""
         self._lookahead = lookahead
         self._blocks_ahead = blocks_ahead
         self._decodes: _Decodes = ((), (), (), ())
@@ -381,10 +390,12 @@ class Scheduler:
         """The next step, or None if nothing can be computed now: there is no work, or outstanding
         steps must be updated first."""
         preemptions = self._num_preemptions
+        if self._drafting is not None:
+            self._choose_drafts(self._drafting)
         parts = _Parts(edits=[[] for _ in self.cache.layout.tables])
         prefilling, starved = self._schedule_decodes(parts)
         num_decodes = len(parts.requests)
-        budget = self.max_num_batched_tokens - num_decodes * (1 + self._num_drafts)
+        budget = self.max_num_batched_tokens - num_decodes * (1 + self._verified)
         for request in prefilling:
             if budget == 0:
                 break
@@ -407,6 +418,7 @@ class Scheduler:
         step = Step(
             self._num_steps, rows, counts, drafts, samples, num_decodes, num_tokens,
             parts.admitted, parts.edits, self._released, [copy for copy, _ in copies],
+            self._drafted,
         )  # fmt: skip
         self._released = []
         checkpoints = [checkpoint for _, checkpoint in copies]
@@ -416,12 +428,20 @@ class Scheduler:
         self._num_prefill_tokens += sum(parts.counts)
         return step
 
+    def _choose_drafts(self, drafting: Callable[[int], int]) -> None:
+        """How many tokens are drafted in the next step. Those that it verifies are as many as were
+        drafted where the number is still the same; of others some are missing, or too many."""
+        running = self._running
+        wanting = not running or any(each.params.num_drafts != 0 for each in running)
+        self._drafted = drafting(len(running) if wanting else 0)
+        self._verified = room_for(self._drafted)
+
     def _schedule_decodes(self, parts: _Parts) -> tuple[list[Request], bool]:
         """Schedule all requests whose tokens are all computed but the newest. Returns those with
         more left, and whether a request could not get a block."""
         # The hot loop of a serving engine: attribute access is what costs.
-        width = 1 + self._num_drafts
-        reach = width + self._lookahead
+        width = 1 + self._verified
+        reach = 1 + self._num_drafts + self._lookahead
         requests = parts.requests
         prefilling: list[Request] = []
         starved = needed = False
@@ -451,7 +471,7 @@ class Scheduler:
                 self.cache.checkpoint(request, request.num_computed_tokens - 1)
         if needed:
             for request in requests:
-                self._get_ahead(request, STEPS_AHEAD * width)
+                self._get_ahead(request, STEPS_AHEAD * (1 + self._num_drafts))
                 self._edit_table(request, parts)
         return prefilling, starved
 
@@ -482,8 +502,8 @@ class Scheduler:
         """Rows, tokens, drafts and samples of the first ``count`` requests; the same lists as long
         as the rows are the same."""
         rows = [each.row for each in requests[:count]]
-        if rows != self._decodes[0]:
-            self._decodes = rows, [1] * count, [self._num_drafts] * count, [True] * count
+        if rows != self._decodes[0] or (count and self._decodes[2][0] != self._verified):
+            self._decodes = rows, [1] * count, [self._verified] * count, [True] * count
         return self._decodes
 
     def _schedule_chunk(self, request: Request, budget: int, parts: _Parts) -> int:
@@ -607,7 +627,8 @@ class Scheduler:
                 checkpoint.sound = number not in spoilt
         # The other hot loop, see _schedule_decodes.
         now, running = time.perf_counter(), RequestStatus.RUNNING
-        num_decodes, width = step.num_decodes, 1 + self._num_drafts
+        num_decodes = step.num_decodes
+        width = 1 + step.drafts[0] if num_decodes else 1
         updated: list[Request] = []
         generated = 0
         for number in failed:

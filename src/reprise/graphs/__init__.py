@@ -17,6 +17,7 @@ from reprise.graphs.plan import (
     parse_plan,
     resolve,
 )
+from reprise.graphs.pool import GraphPool
 from reprise.graphs.regions import Region
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.runner import Damage, GraphRunner, Ran
@@ -36,6 +37,7 @@ __all__ = [
     "GraphMemory",
     "GraphOwners",
     "GraphPlan",
+    "GraphPool",
     "GraphReport",
     "GraphRunner",
     "Guard",

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from reprise.distributed import Agreement
 from reprise.errors import describe
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.plan import FALLBACK, Executor
+from reprise.graphs.pool import GraphPool
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
 from reprise.ops.registry import intercept
@@ -55,16 +54,26 @@ class BucketGraph:
 
 
 class Capturer:
-    """Captures the graphs of one computation."""
+    """Captures the graphs of one computation.
 
-    def __init__(self, computation: Computation, platform: Platform, agreement: Agreement) -> None:
+    Args:
+        computation: It.
+        platform: Where.
+        agreement: Of the ranks that compute together.
+        pool: What the graphs share.
+    """
+
+    def __init__(
+        self,
+        computation: Computation,
+        platform: Platform,
+        agreement: Agreement,
+        pool: GraphPool,
+    ) -> None:
         self._computation = computation
         self._platform = platform
         self._agree = agreement.all
-        self._pool: Any = None
-        self._memory: dict[int, list[Tensor]] = {}
-        self._anchors: dict[int, SegmentedGraph] = {}
-        """One graph of each pool, kept whatever its verdict: a pool dies with its last graph."""
+        self.pool = pool
         self._compiled: Callable[..., Any] | None = None
         self._logged: Counter[tuple[str, Executor]] = Counter()
 
@@ -86,12 +95,6 @@ class Capturer:
                 yield
         finally:
             gc.unfreeze()
-
-    def memory(self, graph: SegmentedGraph) -> list[Tensor]:
-        """All memory of a graph's pool, to be overwritten."""
-        if id(graph.pool) not in self._memory:
-            self._memory[id(graph.pool)] = self._platform.graph_pool_memory(graph.pool)
-        return self._memory[id(graph.pool)]
 
     def empty_inputs(self, shape: StepShape) -> None:
         """Fill the inputs with what graphs are captured on: padding alone."""
@@ -118,14 +121,12 @@ class Capturer:
         A vote follows each stage: a rank that failed says no before the others begin a pass over
         the model, in whose collectives they would wait for it.
         """
-        self._memory.clear()
         for stage in (self._prepare, self._warm_up, self._record):
             reason = None
             try:
                 stage(bucket, executor)
             except Exception as error:
-                # What a failed capture leaves in the pool is unknown; take another one.
-                self._pool = None
+                self.pool.spoiled()
                 reason = f"capture failed: {describe(error)}"
             if not self._agree(reason is None):
                 return reason or "capture failed on another rank"
@@ -134,8 +135,7 @@ class Capturer:
     def _prepare(self, bucket: BucketGraph, executor: Executor) -> None:
         """All that a rank does alone."""
         self.model(executor)
-        if self._pool is None:
-            self._pool = self._platform.graph_pool()
+        self.pool.prepare()
         self.empty_inputs(bucket.shape)
 
     def _warm_up(self, bucket: BucketGraph, executor: Executor) -> None:
@@ -144,12 +144,12 @@ class Capturer:
             self._computation.forward(bucket.shape, self.model(executor))
 
     def _record(self, bucket: BucketGraph, executor: Executor) -> None:
-        graph = SegmentedGraph(self._platform, self._pool)
+        graph = SegmentedGraph(self._platform, self.pool.handle)
         graph.capture(
             lambda: self._computation.forward(bucket.shape, self.model(executor)),
             "nowhere" if executor == "full" else "breaks",
         )
-        self._anchors.setdefault(id(graph.pool), graph)
+        self.pool.keep(graph)
         bucket.graph = graph
         bucket.info.segments, bucket.info.breaks = graph.num_segments, graph.num_breaks
         bucket.info.bytes = graph.nbytes

@@ -19,7 +19,9 @@ REPEATS = 3
 """How often the second bucket is captured again: drivers take memory in large pieces."""
 
 
-def predict(runner: GraphRunner, free_memory: Callable[[], int] | None = None) -> GraphMemory:
+def predict(
+    runner: GraphRunner, free_memory: Callable[[], int] | None = None, *, keep: bool = False
+) -> GraphMemory:
     """Capture the two largest buckets of each phase, and throw them away again.
 
     The allocator knows exactly by how much each capture made the shared pool grow; the second
@@ -32,6 +34,8 @@ def predict(runner: GraphRunner, free_memory: Callable[[], int] | None = None) -
     Args:
         runner: Has captured nothing yet; its computation can run (a small cache will do).
         free_memory: Bytes free on the device; the platform's unless given.
+        keep: Leave the captured graphs to the caller, who discards them when it has asked all
+            runners that share a pool: by how much each makes it grow.
 
     Returns:
         The prediction, which the runner's report shows from now on.
@@ -55,7 +59,8 @@ def predict(runner: GraphRunner, free_memory: Callable[[], int] | None = None) -
         logger.warning("graph memory: %s; taken as 0", memory.note)
         return memory
     finally:
-        runner.discard()
+        if not keep:
+            runner.discard()
     pool = sum(each for each, _ in measured.values())
     driver = sum(each for _, each in measured.values())
     doubt = None

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class GraphOwners:
-    """Runners that compute in turn, over the same caches.
+    """Runners that compute in turn, over the same caches and in the same pool.
 
     Args:
         runners: By what their computations are called; the first is the target's.
@@ -35,7 +35,11 @@ class GraphOwners:
 
     def predict(self) -> int:
         """Bytes to keep free for graphs, see :func:`reprise.graphs.predict`."""
-        return sum(predict(each).predicted or 0 for each in self.runners.values())
+        try:
+            return sum(predict(each, keep=True).predicted or 0 for each in self.runners.values())
+        finally:
+            for each in self.runners.values():
+                each.discard()
 
     def comparison_bytes(self) -> int:
         """Bytes to keep free for comparisons, of which one is made at a time."""

@@ -364,7 +364,7 @@ class Prover:
         reason = None
         try:
             probe.fill()
-            pool = self._capturer.memory(bucket.graph)
+            pool = self._capturer.pool.memory(bucket.graph)
         except Exception as error:
             reason = f"it cannot be made: {describe(error)}"
         if self._agree(reason is None):

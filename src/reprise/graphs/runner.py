@@ -21,6 +21,7 @@ from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.kinds import Kind
 from reprise.graphs.plan import Executor, GraphPlan, Wanted, resolve, support_of
+from reprise.graphs.pool import GraphPool
 from reprise.graphs.prove import Prover
 from reprise.graphs.repair import make_good
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
@@ -103,6 +104,7 @@ class GraphRunner:
         query_lens: New tokens of a request in decode steps; one set of decode graphs for each.
         agreement: Of the ranks that compute together: each has a runner like this one.
         used: What each phase calls; found by trial runs if left out.
+        pool: Memory of graphs that never run beside these; None: one of their own.
         owner: What the computation is called where an engine has several; nothing: it is the
             target.
     """
@@ -119,6 +121,7 @@ class GraphRunner:
         query_lens: Iterable[int] = (1,),
         agreement: Agreement = ALONE_AGREES,
         used: Mapping[Phase, Uses] | None = None,
+        pool: GraphPool | None = None,
         owner: str = "",
     ) -> None:
         self.owner = owner
@@ -130,6 +133,7 @@ class GraphRunner:
         self.memory = GraphMemory()
         self.predicted_bytes: dict[StepShape, int] = {}
         self._agreement, self._agree = agreement, agreement.all
+        self._pool = GraphPool(platform) if pool is None else pool
         self._query_lens = tuple(query_lens)
         self._max_requests = max_requests
         self._error: float | None = None
@@ -154,7 +158,7 @@ class GraphRunner:
 
     def _start_capturing(self) -> None:
         self.ledger = Ledger(self.computation.facts)
-        self.capturer = Capturer(self.computation, self.platform, self._agreement)
+        self.capturer = Capturer(self.computation, self.platform, self._agreement, self._pool)
         self.prover = Prover(
             self.computation, self.platform, self.capturer, self.ledger, self.guard,
             self._agreement, error=self._error,
@@ -275,8 +279,9 @@ class GraphRunner:
         return bucket
 
     def discard(self) -> None:
-        """Forget all graphs and give their memory back."""
+        """Forget all graphs, and give their memory back if no other runner's graphs share it."""
         self.bucket_graphs.clear()
+        self._pool.discard()
         self._start_capturing()
         try:
             self.platform.synchronize()

@@ -21,8 +21,6 @@ from reprise.graphs import (
     GraphOwners,
     GraphRunner,
     Guard,
-    parse_buckets,
-    parse_plan,
     parse_verify,
 )
 from reprise.loading import Checkpoint, load_weights
@@ -105,6 +103,7 @@ class ModelRunner:
             refuse_unshared(config)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
+        self.decode_widths = config.decode_widths
         self.max_tokens = choose_max_tokens(config, platform)
         self.block_size = config.block_size or platform.default_block_size
         with torch.inference_mode():
@@ -369,17 +368,10 @@ class ModelRunner:
         return owner != "target" and drafts
 
     def _plan_graphs(self) -> GraphRunner:
-        config = self.config
-        options = GraphOptions(
-            parse_plan(config.graph_mode),
-            parse_buckets(config.graph_buckets, config.max_num_seqs, self.max_tokens),
-            config.max_num_seqs,
-            parse_verify(config.graph_verify),
-            self.ranks.agreement,
-        )
+        options = GraphOptions.of(self.config, self.max_tokens, self.platform, self.ranks.agreement)
         if self.drafter is not None:
             self.drafter.plan_graphs(options)
-        return options.runner(self.forward_pass, self.buffers, 1 + self.num_drafts)
+        return options.runner(self.forward_pass, self.buffers, self.decode_widths)
 
     def _predict_graphs(self) -> int:
         """Bytes to keep free for graphs."""
@@ -467,7 +459,7 @@ class ModelRunner:
         most = self.config.max_num_seqs
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
-        decode = [StepShape.decode(n, 1 + self.num_drafts) for n in sizes]
+        decode = [StepShape.decode(n, each) for each in self.decode_widths for n in sizes]
         compile_ahead(
             self.ops,
             [
@@ -488,7 +480,8 @@ class ModelRunner:
     def _example_of_the_rest(self) -> None:
         """Calls of the ops that surround a forward pass."""
         example_draws(self.model.vocab_size, self.num_drafts, self.platform)
-        self.buffers.example(StepShape.decode(1, 1 + self.num_drafts))
+        for width in self.decode_widths:
+            self.buffers.example(StepShape.decode(1, width))
         self.buffers.example(StepShape.mixed(2, 1))
         if self.drafter is not None:
             self.drafter.example()

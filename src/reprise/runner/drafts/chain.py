@@ -50,14 +50,16 @@ class ChainInputs(StepBuffers):
     Args:
         step: The buffers of the target's steps.
         max_model_len: Most tokens of a request.
-        count: Tokens that are drafted.
+        counts: How many tokens are drafted now or then.
         draft: What drafts.
     """
 
     def __init__(
-        self, step: StepBuffers, max_model_len: int, count: int, draft: DraftModel
+        self, step: StepBuffers, max_model_len: int, counts: Sequence[int], draft: DraftModel
     ) -> None:
-        self.width = chain_width(count, draft.shifted)
+        self.widths = {chain_width(each, draft.shifted): each for each in sorted(counts)}
+        """Of all chains, and how many tokens each drafts at most."""
+        self.width = max(self.widths)
         rows, platform = step.rows, step.platform
         most = step.max_requests
         super().__init__(
@@ -80,9 +82,11 @@ class ChainInputs(StepBuffers):
         self.last = torch.zeros(most, dtype=torch.int64, device=device)
         """[R]: of each request of the chain the last token of the target's step that counts."""
         begins = np.arange(most + 1, dtype=np.int32)
-        self.begins = [to_device(begins * each, platform) for each in (0, 1, 2, self.width)]
-        """Of passes with so many tokens of each request where those of each begin; the last: of
-        whole chains."""
+        self.begins = {
+            each: to_device(begins * each, platform) for each in sorted({1, 2, *self.widths})
+        }
+        """Of passes, and of whole chains, with so many tokens of each request where those of each
+        begin."""
         self._not_told = to_device(np.full(most, -1, dtype=np.int64), platform)
         self._all = to_device(np.arange(most, dtype=np.int64), platform)
 
@@ -130,7 +134,7 @@ class ChainInputs(StepBuffers):
             given = (*arguments[:10], shifted_ids, *arguments[10:], width, self._back, greedy)
             self._again = ops.draft_inputs.repeatedly(*given)
             self._last_rows, self._padded, self._behind = drawing, shapes, behind
-            self.query_start_loc.device[: most + 1].copy_(self.begins[-1][: most + 1])
+            self.query_start_loc.device[: most + 1].copy_(self.begins[width][: most + 1])
             self._gather(most)
             self.hidden[count:most].zero_()
         if count:
@@ -220,7 +224,7 @@ class ChainInputs(StepBuffers):
         """All device memory of this alone, by name."""
         shared = self.rows.arrays()
         own = {name: each for name, each in super().arrays().items() if name not in shared}
-        constants = dict(zip(("nowhere", "singles", "pairs", "wholes"), self.begins, strict=True))
+        constants = {f"begins of {width}": each for width, each in self.begins.items()}
         own.update(
             self.parameters, hidden=self.hidden, last=self.last, not_told=self._not_told,
             every=self._all, **constants,
@@ -244,20 +248,18 @@ class DraftChain:
 
     Args:
         draft: What drafts.
-        count: Tokens that are drafted.
         inputs: Where the requests stand.
         target: Lists the memory.
     """
 
-    def __init__(
-        self, draft: DraftModel, count: int, inputs: ChainInputs, target: ForwardPass
-    ) -> None:
+    def __init__(self, draft: DraftModel, inputs: ChainInputs, target: ForwardPass) -> None:
         self.ops = target.ops
         self.model: Callable[..., Any] = draft
         self.facts: Facts = inputs.known.facts
-        self._draft, self._count, self._inputs, self._target = draft, count, inputs, target
+        self._draft, self._inputs, self._target = draft, inputs, target
         device, dtype = inputs.platform.device, next(draft.parameters()).dtype
         most = inputs.max_requests
+        count = max(inputs.widths.values())
         self._drafts = torch.zeros(count, most, dtype=torch.int64, device=device)
         self._logits = torch.zeros(most, draft.vocab_size, dtype=dtype, device=device)
         self._behind = torch.arange(
@@ -294,16 +296,17 @@ class DraftChain:
             hidden = pair.view(requests, 2, -1)[:, 1].contiguous()
         else:
             hidden = inputs.hidden[:requests]
-        for draft in range(self._count):
+        count = inputs.widths[shape.query_len]
+        for draft in range(count):
             raw = self._draft.logits(hidden, logits).float()
             drawn = ops.sample(raw, *parameters.values(), number + draft)
             # In trials ops give memory of any content, and the next pass looks it up.
             drawn = self._draft.token_ids(drawn.clamp(0, self._draft.vocab_size - 1))
             behind = draft + 2 * back - 1
             self._drafts[draft, :requests] = torch.where(passes.there(behind), drawn, -1)
-            if draft + 1 < self._count:
+            if draft + 1 < count:
                 hidden = run(passes.one(behind + 1, drawn), None if back else hidden)
-        return self._drafts[:, :requests]
+        return self._drafts[:count, :requests]
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:
         self._inputs.fill_padding(live, bucket)
@@ -312,7 +315,8 @@ class DraftChain:
         return self._inputs.views(shape.num_tokens, shape.num_requests)
 
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
-        return {"drafts": self._drafts[:, : shape.num_requests]}
+        count = self._inputs.widths[shape.query_len]
+        return {"drafts": self._drafts[:count, : shape.num_requests]}
 
     def memory(self) -> Mapping[str, Region]:
         return self._target.memory()
@@ -365,7 +369,7 @@ class _Passes:
         self._slots = slots.movedim(2, 0).contiguous()
         """[W, L, R]"""
         ends = self._batch.seq_lens
-        self._lengths = torch.where(ends > 0, ends - behind, 0)
+        self._lengths = torch.where(ends > 0, ends - behind[-width:], 0)
         """[W, R]: tokens of each request up to each token of the chain."""
         kept = inputs.layout.tables[0].block_size
         self._there = self._slots[:, 0] >= kept

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from reprise.cache import CacheLayout
+from reprise.config import EngineConfig
 from reprise.distributed import ALONE_AGREES, Agreement
-from reprise.graphs import Buckets, Computation, GraphPlan, GraphRunner, VerifyMode
+from reprise.graphs import (
+    Buckets,
+    Computation,
+    GraphPlan,
+    GraphPool,
+    GraphRunner,
+    VerifyMode,
+    parse_buckets,
+    parse_plan,
+    parse_verify,
+)
 from reprise.graphs.plan import Wanted
+from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.step import Step
 
@@ -23,15 +35,40 @@ class GraphOptions:
     buckets: Buckets
     max_requests: int
     verify: VerifyMode
+    pool: GraphPool
+    """Of all owners: a step's target and what drafts behind it run one after the other."""
     agreement: Agreement = ALONE_AGREES
 
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        max_tokens: int,
+        platform: Platform,
+        agreement: Agreement = ALONE_AGREES,
+    ) -> GraphOptions:
+        """Those of an engine whose steps have ``max_tokens`` tokens at most."""
+        return cls(
+            parse_plan(config.graph_mode),
+            parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),
+            config.max_num_seqs,
+            parse_verify(config.graph_verify),
+            GraphPool(platform),
+            agreement,
+        )
+
     def runner(
-        self, computation: Computation, buffers: StepBuffers, width: int, owner: str = ""
+        self,
+        computation: Computation,
+        buffers: StepBuffers,
+        widths: Iterable[int],
+        owner: str = "",
     ) -> GraphRunner:
-        """Of a computation whose decode steps have ``width`` tokens a request."""
+        """Of a computation whose decode steps have one of ``widths`` tokens a request."""
         return GraphRunner(
             computation, buffers.platform, self.plan, self.buckets, self.max_requests,
-            verify=self.verify, query_lens=(width,), owner=owner, agreement=self.agreement,
+            verify=self.verify, query_lens=tuple(dict.fromkeys(widths)), pool=self.pool,
+            owner=owner, agreement=self.agreement,
         )  # fmt: skip
 
 

@@ -16,14 +16,14 @@ from reprise.graphs import GraphPlan, GraphRunner
 from reprise.graphs.plan import Wanted
 from reprise.ops.step import NEXT
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts.chain import ChainInputs, DraftChain
+from reprise.runner.drafts.chain import ChainInputs, DraftChain, chain_width
 from reprise.runner.drafts.contract import Drafter, GraphOptions
 from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.drafts.prefill import DraftPrefill
 from reprise.runner.drafts.synthetic import SyntheticDrafter
 from reprise.runner.forward_pass import ForwardPass
 from reprise.shape import StepShape
-from reprise.speculation import Speculation
+from reprise.speculation import Speculation, room_for
 from reprise.step import Step
 
 logger = logging.getLogger(__name__)
@@ -55,42 +55,47 @@ class ModelDrafter(Drafter):
         max_tokens: int,
         max_model_len: int,
     ) -> None:
-        count = self._count = speculation.num_tokens
         self.draft, self._buffers = draft, buffers
         self._speculation = speculation
         self._synthetic: SyntheticDrafter | None = None
         """Has drafts count by chance, for measurements."""
         if speculation.synthetic_acceptance is not None:
             self._synthetic = SyntheticDrafter(speculation, buffers.rows, buffers.platform)
-        self.inputs = ChainInputs(buffers, max_model_len, count, draft)
+        counts = [each for each in speculation.levels if each]
+        self.inputs = ChainInputs(buffers, max_model_len, counts, draft)
         self.prefill = DraftPrefill(draft, buffers, target, max_tokens)
-        self.chain = DraftChain(draft, count, self.inputs, target)
+        self.chain = DraftChain(draft, self.inputs, target)
         self.owners: dict[str, GraphRunner] = {}
         logger.info(
             "drafts: %d tokens a step by %s, %.2f GiB of weights of its own",
-            count, speculation.method,
+            speculation.num_tokens, speculation.method,
             sum(each.nbytes for each in draft.parameters()) / 2**30,
         )  # fmt: skip
 
     def plan_graphs(self, options: GraphOptions) -> None:
         if self._speculation.eager:
             options = replace(options, plan=GraphPlan("none", "none"))
-        prefill = options
-        if not self.draft.shifted:  # the tokens of decode steps are met in the chain
-            prefill = replace(options, plan=GraphPlan("none", options.plan.mixed))
+        prefill, widths = options, self._step_widths
+        if (
+            not self.draft.shifted
+        ):  # the tokens of decode steps are met in the chain, if there is one
+            widths = [each for each in widths if each == 1]
+            if not widths:
+                prefill = replace(options, plan=GraphPlan("none", options.plan.mixed))
         # Drafts are compared token by token: code that is right within a bound may draw others.
         decode: Wanted = "breakable" if options.plan.decode == "compiled" else options.plan.decode
         if decode != options.plan.decode:
             logger.info("graph plan: %s: compiled -> breakable (drafts must be equal)", CHAIN)
         chain = replace(options, plan=GraphPlan(decode, "none"))
-        width = 1 + self._buffers.rows.num_drafts
-        chained = chain.runner(self.chain, self._buffers, self.inputs.width, CHAIN)
+        chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN)
         if not chained.exact:
             logger.warning("graph plan: %s: %s -> none (ops are inexact)", CHAIN, decode)
             chain = replace(chain, plan=GraphPlan("none", "none"))
-            chained = chain.runner(self.chain, self._buffers, self.inputs.width, CHAIN)
+            chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN)
         self.owners = {
-            PREFILL: prefill.runner(self.prefill, self._buffers, width, PREFILL),
+            PREFILL: prefill.runner(
+                self.prefill, self._buffers, widths or self._step_widths, PREFILL
+            ),
             CHAIN: chained,
         }
 
@@ -98,13 +103,14 @@ class ModelDrafter(Drafter):
         self.chain.use_cache(layout, max_model_len)
 
     def forward_passes(self, tokens: int, requests: int) -> list[Callable[[], Tensor]]:
-        width = 1 + self._buffers.rows.num_drafts
         steps: list[tuple[DraftPrefill | DraftChain, StepShape]] = [
             (self.prefill, StepShape.mixed(tokens, requests))
         ]
-        if self.draft.shifted:
-            steps.append((self.prefill, StepShape.decode(requests, width)))
-        steps.append((self.chain, self.chain_shape(requests)))
+        for width in self._step_widths:
+            if self.draft.shifted or width == 1:
+                steps.append((self.prefill, StepShape.decode(requests, width)))
+        for width in self.inputs.widths:
+            steps.append((self.chain, StepShape.decode(requests, width)))
 
         def run(computation: DraftPrefill | DraftChain, shape: StepShape) -> Tensor:
             computation.pad(shape.empty, shape)
@@ -116,9 +122,10 @@ class ModelDrafter(Drafter):
         one = StepShape.decode(1, 1)
         self.inputs.example_behind(self.prefill.ids(one, one))
 
-    def chain_shape(self, requests: int) -> StepShape:
-        """Of a chain for so many requests."""
-        return StepShape.decode(requests, self.inputs.width)
+    @property
+    def _step_widths(self) -> list[int]:
+        """Tokens of each request in the target's decode steps."""
+        return [1 + room_for(each) for each in self._speculation.levels]
 
     # ---- steps ---------------------------------------------------------------------------
 
@@ -134,25 +141,40 @@ class ModelDrafter(Drafter):
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         inputs, shifted = self.inputs, self.draft.shifted
-        chosen = [number for number, samples in enumerate(step.samples) if samples]
-        prefills = shifted or step.num_decodes < len(step.rows)
-        shape = self.chain_shape(len(chosen))
+        count = self._speculation.num_tokens if step.drafting is None else step.drafting
+        wanted = self._wanted(step)
+        decodes = step.num_decodes == len(step.rows)
+        # What is not drafted behind now may be later: the draft's caches must have it.
+        prefills = not decodes or (wanted and (shifted or not count))
+        chosen = []
+        if wanted and count:
+            chosen = [number for number, samples in enumerate(step.samples) if samples]
+        width = chain_width(max(1, count), shifted)
+        shape = StepShape.decode(len(chosen), width)
+        if not (prefills or chosen):
+            return
         ids = self.prefill.ids(step.shape, self.owners[PREFILL].padded(step.shape))
         if chosen or ids is not None:
             padded = self.owners[CHAIN].padded(shape) if chosen else shape
-            inputs.follow(
-                step, chosen, ids, padded, inputs.width, greedy=self._speculation.greedy
-            )  # fmt: skip
+            inputs.follow(step, chosen, ids, padded, width, greedy=self._speculation.greedy)
         hidden = self._run(PREFILL, step.shape) if prefills else None
         if not chosen:
             return
-        count = len(chosen)
+        requests = len(chosen)
         if shifted:
             assert hidden is not None
-            torch.index_select(hidden, 0, inputs.last[:count], out=inputs.hidden[:count])
+            torch.index_select(hidden, 0, inputs.last[:requests], out=inputs.hidden[:requests])
         drafts = self._run(CHAIN, shape)
-        ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + self._count]
-        ahead.index_copy_(1, inputs.rows_of(count), drafts)
+        ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + len(drafts)]
+        ahead.index_copy_(1, inputs.rows_of(requests), drafts)
+
+    def _wanted(self, step: Step) -> bool:
+        """Whether any request of the step wants drafts."""
+        admitted = self._buffers.rows.admitted
+        return any(
+            owner is None or owner.params.num_drafts != 0
+            for owner in (admitted[row] for row in step.rows)
+        )
 
     def _run(self, owner: str, shape: StepShape) -> Tensor:
         runner = self.owners[owner]

@@ -57,9 +57,10 @@ class NgramDrafter(Drafter):
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         asked = self._speculation
+        count = asked.num_tokens if step.drafting is None else step.drafting
         ops.ngram(
             self._rows.numbers, self._tokens, rows, emitted,
-            asked.lookup_max, asked.lookup_min, asked.num_tokens,
+            asked.lookup_max, asked.lookup_min, count,
         )  # fmt: skip
 
     def memory(self) -> dict[str, Tensor]:

@@ -40,14 +40,15 @@ class SyntheticDrafter(Drafter):
         )  # fmt: skip
 
     def judge(self, step: Step, rows: Tensor, first_draw: Tensor, drawn: Tensor) -> None:
-        if not step.num_decodes:
+        count = min(self._count, step.drafts[0]) if step.num_decodes else 0
+        if not count:
             return
         # Decodes come first, each with as many draws.
         rows, first = rows[: step.num_decodes], first_draw[: step.num_decodes].long()
-        got = drawn[first[:, None] + self._places]
+        got = drawn[first[:, None] + self._places[:count]]
         counts = torch.rand(got.shape, device=got.device) < self._chance
         drafts = torch.where(counts, got, got + 1).T
-        self._rows.numbers[NEXT + 1 : NEXT + 1 + self._count].index_copy_(1, rows, drafts)
+        self._rows.numbers[NEXT + 1 : NEXT + 1 + count].index_copy_(1, rows, drafts)
 
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         """Which drafts count is decided when they are judged."""
