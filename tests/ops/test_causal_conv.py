@@ -73,8 +73,12 @@ def test_requests_side_by_side_do_not_meet(implementation, randn, name) -> None:
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 7])
 @pytest.mark.parametrize("uniform", [True, False])
-def test_drafts_that_do_not_count_leave_no_trace(randn, platform, num_drafts, uniform) -> None:
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_drafts_that_do_not_count_leave_no_trace(
+    implementation, randn, platform, name, num_drafts, uniform
+) -> None:
     """Chunks and verifying steps in any order, drafts of any quality; poisoned slots."""
+    function = implementation(causal_conv, name)
     for seed in range(4):
         x, weight = randn(90, SIZE), randn(SIZE, TAPS)
         shape = 4, TAPS - 1 + num_drafts, SIZE
@@ -83,18 +87,10 @@ def test_drafts_that_do_not_count_leave_no_trace(randn, platform, num_drafts, un
         def call(rows, *, x=x, weight=weight, state=state, **step):
             given = torch.where((rows < 0).unsqueeze(1), 1e6, x[rows.clamp(min=0)])
             out = torch.full_like(given, torch.nan)
-            causal_conv(given, weight, state, out=out, **step)
+            function(given, weight, state, out=out, **step)
             return out
 
         plan = verifying.plans(seed, num_drafts, len(x))
         found = verifying.run(call, plan, num_drafts, platform.device, uniform=uniform)
         torch.testing.assert_close(found.double(), expected(x, weight), rtol=0, atol=1e-5)
         assert state[[0, 1, 3]].isnan().all(), "no other slot is written"
-
-
-def test_a_kernel_that_knows_no_drafts_refuses_them(randn) -> None:
-    refusal = causal_conv.implementations["triton"].refusal
-    steps = [torch.zeros(1, dtype=torch.int32)] * 4
-    call = [randn(1, SIZE), randn(SIZE, TAPS), randn(2, 4, SIZE), *steps, randn(1, SIZE), 0]
-    assert refusal(**causal_conv.named(call, {})) is None
-    assert "drafts" in str(refusal(**causal_conv.named([*call, *steps[:3]], {})))

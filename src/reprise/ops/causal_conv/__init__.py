@@ -1,4 +1,3 @@
-from reprise.ops.causal_conv.accepts import accepts
 from reprise.ops.causal_conv.cases import cases
 from reprise.ops.causal_conv.reference import reference
 from reprise.ops.registry import needs_triton, op
@@ -15,6 +14,5 @@ causal_conv.implementation(
     "triton",
     "reprise.ops.causal_conv.triton:causal_conv",
     requires=needs_triton,
-    accepts=accepts,
-    on_request="compiled and interpreted, not yet run on a device",
+    on_request="compiled and interpreted, not yet run on a device in this form",
 )

@@ -1,4 +1,3 @@
-from reprise.ops.gated_delta.accepts import accepts
 from reprise.ops.gated_delta.cases import cases
 from reprise.ops.gated_delta.reference import reference
 from reprise.ops.implementation import GraphSupport
@@ -25,9 +24,8 @@ gated_delta.implementation(
     "triton",
     "reprise.ops.gated_delta.triton:gated_delta",
     requires=needs_triton,
-    accepts=accepts,
+    on_request="compiled and interpreted, not yet run on a device in this form",
     graph_support="always",
-    on_request="compiled and interpreted, not yet run on a device",
 )
 gated_delta.implementation(
     "torch",

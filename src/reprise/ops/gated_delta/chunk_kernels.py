@@ -12,8 +12,8 @@ the notation of :mod:`reprise.ops.gated_delta.chunked`, with S [K, V] the state 
 import triton
 import triton.language as tl
 
-from reprise.ops.gated_delta.recurrent_kernel import log_decay, sigmoid
-from reprise.ops.triton_util import depend, dot
+from reprise.ops.gated_delta.recurrent_kernel import committed, log_decay, sigmoid
+from reprise.ops.triton_util import depend
 
 CHUNK = tl.constexpr(64)
 _BLOCK = tl.constexpr(16)
@@ -32,7 +32,11 @@ def _chunks_of(starts_ptr, lengths_ptr, requests, SHORT: tl.constexpr, REQUESTS:
 
 
 @triton.jit
-def _times(a, b, PRECISION: tl.constexpr):
+def _times(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a @ b, float32. The interpreter multiplies float32 correctly and bfloat16 as integers."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
@@ -54,10 +58,11 @@ def _inverse(lower, i, j, PRECISION: tl.constexpr):
         inverse = tl.where(row == step, line[:, None, :], inverse)
     wide = tl.broadcast_to(inverse[:, :, None, :], (blocks, _BLOCK, blocks, _BLOCK))
     diagonal = tl.where(same, tl.reshape(wide, (CHUNK, CHUNK)), 0.0) + tl.where(i == j, 1.0, 0.0)
-    rest = _times(diagonal, tl.where(same, 0.0, lower), PRECISION)
-    squared = _times(rest, rest, PRECISION)
+    rest = _times(diagonal, tl.where(same, 0.0, lower), PRECISION, False)
+    squared = _times(rest, rest, PRECISION, False)
     one = tl.where(i == j, 1.0, 0.0)
-    return _times(_times(one - rest, one + squared, PRECISION), diagonal, PRECISION)
+    product = _times(one - rest, one + squared, PRECISION, False)
+    return _times(product, diagonal, PRECISION, False)
 
 
 @triton.jit(do_not_specialize=["requests"])
@@ -123,41 +128,48 @@ def delta_chunk_kernel(
         decay = tl.where(there, decay, 0.0)
         beta = sigmoid(tl.load(b_ptr + token * b_stride + head, mask=there, other=0.0))
         beta = tl.where(there, beta, 0.0)
-        sums = tl.cumsum(decay, axis=0)
-        last = tl.sum(decay, axis=0)
+        # Of strong decays the sums are large, and what matters is how little some differ: sums of
+        # multiples of 1/256 are exact, those of the rests are small.
+        decay = tl.maximum(decay, -256.0)
+        coarse = tl.floor(decay * 256.0) * (1.0 / 256.0)
+        rest = decay - coarse
+        sums, rests = tl.cumsum(coarse, axis=0), tl.cumsum(rest, axis=0)
+        all_sum, all_rest = tl.sum(coarse, axis=0), tl.sum(rest, axis=0)
+        last = tl.exp(all_sum + all_rest)
         # Differences of sums before they are raised: a sum alone need not be representable.
-        ratio = tl.exp(tl.where(i >= j, sums[:, None] - sums[None, :], -float("inf")))
+        gap = (sums[:, None] - sums[None, :]) + (rests[:, None] - rests[None, :])
+        ratio = tl.exp(tl.where(i >= j, gap, -float("inf")))
+        until = tl.exp((all_sum - sums) + (all_rest - rests))
+        since = tl.exp(sums + rests)
 
         key = tl.load(rows + width + head // GROUP * KEYS + k, mask=real, other=0.0)
         key = key.to(tl.float32)
         key = key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
         narrow = key.to(dtype)
-        zeros = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
-        lower = dot(narrow, tl.trans(narrow), zeros, WIDEN) * beta[:, None] * ratio
+        lower = _times(narrow, tl.trans(narrow), PRECISION, WIDEN) * beta[:, None] * ratio
         inverse = _inverse(tl.where(i > j, lower, 0.0), i, j, PRECISION).to(dtype)
         at = (chunk * HEADS + head).to(tl.int64)
         wide = at * CHUNK * BLOCK_K + i * BLOCK_K + k
-        weighted = (key * (beta * tl.exp(sums))[:, None]).to(dtype)
-        none = tl.zeros([CHUNK, BLOCK_K], dtype=tl.float32)
-        tl.store(of_state_ptr + wide, dot(inverse, weighted, none, WIDEN).to(dtype))
-        tl.store(kept_ptr + wide, (key * tl.exp(last - sums)[:, None]).to(dtype))
+        weighted = (key * (beta * since)[:, None]).to(dtype)
+        of_state = _times(inverse, weighted, PRECISION, WIDEN)
+        tl.store(of_state_ptr + wide, of_state.to(dtype))
+        tl.store(kept_ptr + wide, (key * until[:, None]).to(dtype))
 
         v = tl.arange(0, BLOCK_V)[None, :]
         value = tl.load(
             rows + 2 * width + head * VALUES + v, mask=there[:, None] & (v < VALUES), other=0.0
         )
         value = (value.to(tl.float32) * beta[:, None]).to(dtype)
-        none_of_value = tl.zeros([CHUNK, BLOCK_V], dtype=tl.float32)
-        own = dot(inverse, value, none_of_value, WIDEN)
+        own = _times(inverse, value, PRECISION, WIDEN)
         tl.store(own_ptr + at * CHUNK * BLOCK_V + i * BLOCK_V + v, own.to(dtype))
 
         query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
         query = query * scale[:, None]
-        tl.store(from_state_ptr + wide, (query * tl.exp(sums)[:, None]).to(dtype))
-        seen = dot(query.to(dtype), tl.trans(narrow), zeros, WIDEN) * ratio
+        tl.store(from_state_ptr + wide, (query * since[:, None]).to(dtype))
+        seen = _times(query.to(dtype), tl.trans(narrow), PRECISION, WIDEN) * ratio
         tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
-        tl.store(last_ptr + at, tl.exp(last))
+        tl.store(last_ptr + at, last)
 
 
 @triton.jit(do_not_specialize=["requests"])
@@ -169,21 +181,28 @@ def delta_scan_kernel(
     seen_ptr,
     last_ptr,
     state_ptr,
+    recent_ptr,
+    gates_ptr,
     slots_ptr,
     starts_ptr,
     lengths_ptr,
     fresh_ptr,
+    accepted_ptr,
     out_ptr,
     slot_stride,
+    recent_stride,
+    gates_stride,
     requests,
     SHORT: tl.constexpr,
     REQUESTS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALL_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -204,11 +223,18 @@ def delta_scan_kernel(
         k = tl.arange(0, BLOCK_K)
         v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
         i = tl.arange(0, CHUNK)[:, None]
-        # [K, V] here, [V, K] in memory.
-        at = state_ptr + slot * slot_stride + (head * VALUES + v)[None, :] * KEYS + k[:, None]
-        real = (v < VALUES)[None, :] & (k < KEYS)[:, None]
-        now = tl.load(at, mask=real & (k < tl.where(old, KEYS, 0))[:, None], other=0.0)
+        at = state_ptr + slot * slot_stride + (head * VALUES + v)[:, None] * KEYS + k[None, :]
+        real = (v < VALUES)[:, None] & (k < KEYS)[None, :]
+        now = tl.load(at, mask=real & (k < tl.where(old, KEYS, 0))[None, :], other=0.0)
         now = now.to(tl.float32)
+        if recent_ptr is not None:
+            accepted = tl.where(old, tl.load(accepted_ptr + row), 0)
+            now = committed(
+                now, recent_ptr, gates_ptr, accepted, recent_stride, gates_stride, slot, head,
+                k, v, GROUP, HEADS, KEYS, VALUES,
+            )  # fmt: skip
+        # [V, K] in memory.
+        now = tl.trans(now)
         keys = i * BLOCK_K + k[None, :]
         values = i * ALL_V + v[None, :]
         square = i * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -217,16 +243,16 @@ def delta_scan_kernel(
             before = now.to(dtype)
             of_state = tl.load(of_state_ptr + place * CHUNK * BLOCK_K + keys)
             own = tl.load(own_ptr + place * CHUNK * ALL_V + values).to(tl.float32)
-            none = tl.zeros([CHUNK, BLOCK_V], dtype=tl.float32)
-            update = (own - dot(of_state, before, none, WIDEN)).to(dtype)
+            update = (own - _times(of_state, before, PRECISION, WIDEN)).to(dtype)
             from_state = tl.load(from_state_ptr + place * CHUNK * BLOCK_K + keys)
             seen = tl.load(seen_ptr + place * CHUNK * CHUNK + square)
-            answer = dot(from_state, before, none, WIDEN)
-            answer = dot(seen, update, answer, WIDEN)
+            answer = _times(from_state, before, PRECISION, WIDEN)
+            answer += _times(seen, update, PRECISION, WIDEN)
             kept = tl.load(kept_ptr + place * CHUNK * BLOCK_K + keys)
-            now = dot(tl.trans(kept), update, now * tl.load(last_ptr + place), WIDEN)
+            now = now * tl.load(last_ptr + place)
+            now += _times(tl.trans(kept), update, PRECISION, WIDEN)
             token = chunk * CHUNK + i
             target = out_ptr + ((begin + token).to(tl.int64) * HEADS + head) * VALUES + v[None, :]
             inside = (token < new) & (v < VALUES)[None, :]
             tl.store(target, answer.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(at, now.to(state_ptr.dtype.element_ty), mask=real)
+        tl.store(at, tl.trans(now).to(state_ptr.dtype.element_ty), mask=real)

@@ -2,6 +2,7 @@
 and one that takes states through them."""
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
 from reprise.ops.gated_delta.chunk_kernels import delta_chunk_kernel, delta_scan_kernel
-from reprise.ops.gated_delta.recurrent_kernel import delta_tokens_kernel
+from reprise.ops.gated_delta.recurrent_kernel import delta_keep_kernel, delta_tokens_kernel
 from reprise.ops.triton_util import (
     INTERPRETED,
     cdiv,
@@ -24,6 +25,11 @@ _SHORT = 8
 """New tokens of a request up to which it is computed token by token in any step."""
 _TOKEN_PART, _TOKEN_WARPS = 32, 4
 """Channels of a head that one program computes token by token, and its warps."""
+_KEEP = 1024
+"""Channels of a token that one program keeps."""
+_LEAST = 16 if INTERPRETED else 128
+"""Columns of a tile of the chunk kernels. Heads of released models have 128; for tiles of 16 and 32
+columns of two-byte numbers Triton 3.6 makes code that faults on an H100."""
 _CHUNK_WARPS = 4
 _SCAN_PART, _SCAN_WARPS, _SCAN_STAGES = 32, 4, 3
 """Channels of a head that one program takes through the chunks, its warps, chunks under way."""
@@ -48,27 +54,62 @@ def gated_delta(
     known: Tensor | None = None,
     places: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference; but no drafts."""
+    """Shapes as in the reference."""
     tokens, requests = len(qkv), len(slots)
     _, heads, values, keys = state.shape
     group = heads // ((qkv.shape[1] - heads * values) // (2 * keys))
-    step = slots, query_start_loc, seq_lens, fresh
-    strides = qkv.stride(0), a.stride(0), b.stride(0)
-    sizes = {"HEADS": heads, "KEYS": keys, "VALUES": values}
+    inputs = qkv, a, b, a_log, dt_bias
+    states = state, recent, gates
+    step = slots, query_start_loc, seq_lens, fresh, accepted
+    in_strides = qkv.stride(0), a.stride(0), b.stride(0)
+    drafts = 0 if recent is None else recent.shape[1]
+    strides = state.stride(0), _stride(recent), _stride(gates)
+    sizes = {"GROUP": group, "HEADS": heads, "KEYS": keys, "VALUES": values}
     block_k, block_v = next_power_of_2(keys), next_power_of_2(values)
-    single = query_len == 1 and tokens == requests
-    if not single:
+    # Who verifies drafts is computed token by token.
+    short = max(_SHORT, drafts)
+    all_short = 0 < query_len <= short
+    each = query_len if all_short and tokens == requests * query_len else 0
+    if not each:
         out.zero_()
     part = min(_TOKEN_PART, block_v)
     launch(delta_tokens_kernel, (requests, heads, cdiv(values, part)))(
-        qkv, a, b, a_log, dt_bias, state, *step, out, *strides, state.stride(0),
-        MOST=1 if single else _SHORT, GROUP=group, **sizes, BLOCK_K=block_k, BLOCK_V=part,
+        *inputs, *states, *step, known, out, *in_strides, *strides,
+        EACH=each, MOST=short, **sizes, BLOCK_K=block_k, BLOCK_V=part,
         num_warps=_TOKEN_WARPS, **launch_options(),
     )  # fmt: skip
-    if single or 0 < query_len <= _SHORT:
-        return
-    block_k, block_v = max(16, block_k), max(16, block_v)
-    chunks = tokens // _CHUNK + min(requests, cdiv(tokens, _SHORT + 1))
+    if not all_short:
+        _long(inputs, states, step, out, in_strides, strides, short, sizes)
+    if recent is not None:
+        grid = requests, drafts, cdiv(recent.shape[2], _KEEP)
+        launch(delta_keep_kernel, grid)(
+            *inputs, recent, gates, slots, query_start_loc, seq_lens, known, places,
+            *in_strides, *strides[1:], **sizes, BLOCK=_KEEP, BLOCK_H=next_power_of_2(heads),
+            num_warps=4, **launch_options(),
+        )  # fmt: skip
+
+
+def _stride(kept: Tensor | None) -> int:
+    return 0 if kept is None else kept.stride(0)
+
+
+def _long(
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    step: Sequence[Tensor | None],
+    out: Tensor,
+    in_strides: Sequence[int],
+    strides: Sequence[int],
+    short: int,
+    sizes: Mapping[str, int],
+) -> None:
+    """Requests with more than ``short`` new tokens, chunk by chunk."""
+    qkv, (slots, starts, lengths, *_) = inputs[0], step
+    assert slots is not None
+    tokens, requests = len(qkv), len(slots)
+    _, heads, values = out.shape
+    block_k, block_v = (max(_LEAST, next_power_of_2(sizes[each])) for each in ("KEYS", "VALUES"))
+    chunks = tokens // _CHUNK + min(requests, cdiv(tokens, short + 1))
 
     def scratch(columns: int) -> Tensor:
         return qkv.new_empty((chunks, heads, _CHUNK, columns))
@@ -78,12 +119,11 @@ def gated_delta(
     last = qkv.new_empty((chunks, heads), dtype=torch.float32)
     made = own, of_state, from_state, kept, seen, last
     shared = {
-        "SHORT": _SHORT, "REQUESTS": next_power_of_2(requests), "BLOCK_K": block_k,
-        "WIDEN": INTERPRETED, **sizes,
+        "SHORT": short, "REQUESTS": next_power_of_2(requests), "BLOCK_K": block_k,
+        "PRECISION": _precision(qkv.dtype), "WIDEN": INTERPRETED, **sizes,
     }  # fmt: skip
     launch(delta_chunk_kernel, (chunks, heads))(
-        qkv, a, b, a_log, dt_bias, query_start_loc, seq_lens, *made, *strides, requests,
-        GROUP=group, BLOCK_V=block_v, PRECISION=_precision(qkv.dtype), **shared,
+        *inputs, starts, lengths, *made, *in_strides, requests, BLOCK_V=block_v, **shared,
         num_warps=_CHUNK_WARPS, **launch_options(),
     )  # fmt: skip
     part = min(_SCAN_PART, block_v)
@@ -91,19 +131,21 @@ def gated_delta(
     stage = qkv.element_size() * _CHUNK * (3 * block_k + _CHUNK + part)
     stages = max(1, min(_SCAN_STAGES, limits(qkv.device).shared_memory // stage - 1))
     launch(delta_scan_kernel, (cdiv(values, part), heads, requests))(
-        *made, state, *step, out, state.stride(0), requests,
-        ALL_V=block_v, BLOCK_V=part, **shared,
+        *made, *states, *step, out, *strides, requests, ALL_V=block_v, BLOCK_V=part, **shared,
         num_warps=_SCAN_WARPS, num_stages=stages, **launch_options(),
     )  # fmt: skip
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32 numbers. Where the results are rounded to a shorter dtype anyway,
-    matrix units may compute them, if they take what is nearly float32."""
-    return "ieee" if dtype == torch.float32 or INTERPRETED else _matrix_precision()
+    """Of products of float32 numbers. Three products of matrix units are as exact as float32, one
+    is enough where the results are rounded to a shorter dtype anyway. (Without matrix units such
+    tiles fit in no registers: on an H100 the compiler spilled 8 KiB a thread.)"""
+    wanted = "tf32x3" if dtype == torch.float32 else "tf32"
+    return wanted if not INTERPRETED and wanted in _precisions() else "ieee"
 
 
 @functools.cache
-def _matrix_precision() -> str:
+def _precisions() -> Sequence[str]:
+    """That the device's matrix units know."""
     options = make_backend(driver.active.get_current_target()).parse_options({})
-    return "tf32" if "tf32" in options.allowed_dot_input_precisions else "ieee"
+    return tuple(options.allowed_dot_input_precisions)

@@ -7,5 +7,4 @@ gated_rms_norm.implementation(
     "triton",
     "reprise.ops.gated_rms_norm.triton:gated_rms_norm",
     requires=needs_triton,
-    on_request="compiled and interpreted, not yet run on a device",
 )
