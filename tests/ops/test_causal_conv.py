@@ -23,6 +23,8 @@ def run(function, x, weight, state, slots, counts, seq_lens, fresh, padding=0, q
     starts = [sum(counts[:n]) for n in range(len(counts) + 1)]
     ints = [torch.tensor(each, dtype=torch.int32, device=x.device)
             for each in (slots, starts, seq_lens)]  # fmt: skip
+    # Slots are a column of a table.
+    ints[0] = ints[0].unsqueeze(1).repeat(1, 3)[:, 1]
     flags = torch.tensor(fresh, device=x.device)
     function(x, weight, state, *ints, flags, out, query_len)
     return out

@@ -19,7 +19,8 @@ def batch(
     lengths = [old + more for old, more in zip(begins, new, strict=True)]
     slots = [0 if each == 0 else len(new) - row for row, each in enumerate(lengths)]
     return {
-        "slots": make.ints(slots, torch.int32),
+        # A column of the table of blocks.
+        "slots": make.ints(slots, torch.int32).unsqueeze(1).repeat(1, 3)[:, 1],
         "query_start_loc": make.ints(starts, torch.int32),
         "seq_lens": make.ints(lengths, torch.int32),
         "fresh": make.ints(fresh).bool(),

@@ -39,7 +39,7 @@ def reference(
         weight: [D, W].
         state: [S, W - 1 + K, D], of each slot the inputs of its request's last tokens, newest
             last.
-        slots: [R] int32, each request's.
+        slots: [R] int32, each request's; may be strided.
         query_start_loc: [R + 1] int32, ascending.
         seq_lens: [R] int32, tokens of each request, the new ones included.
         fresh: [R] bool: nothing comes before the request's new tokens, whatever its slot holds.

@@ -30,7 +30,7 @@ def causal_conv(
     requests, taps = len(slots), weight.shape[1]
     step = slots, query_start_loc, seq_lens, fresh, accepted
     told = known, places
-    strides = x.stride(0), state.stride(0)
+    strides = x.stride(0), state.stride(0), slots.stride(0)
     sizes = {"SIZE": size, "TAPS": taps}
     kept = state.shape[1]
     if query_len == 1 and tokens == requests:
@@ -81,6 +81,7 @@ def conv_one_token_kernel(
     out_ptr,
     x_stride,
     slot_stride,
+    slots_stride,
     SIZE: tl.constexpr,
     TAPS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -95,7 +96,7 @@ def conv_one_token_kernel(
     # Padding has no channels, and who is fresh none that are old.
     real = column < tl.where(live, SIZE, 0)
     old = column < tl.where(live & (tl.load(fresh_ptr + row) == 0), SIZE, 0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     depend(EARLY)
     window = state_ptr + slot * slot_stride + column
     first = _first(accepted_ptr, row)
@@ -131,6 +132,7 @@ def conv_tokens_kernel(
     out_ptr,
     x_stride,
     slot_stride,
+    slots_stride,
     tokens,
     requests,
     SIZE: tl.constexpr,
@@ -152,7 +154,7 @@ def conv_tokens_kernel(
     live = some & (tl.load(lengths_ptr + request) > 0)
     old = live & (tl.load(fresh_ptr + request) == 0)
     since = token - tl.load(starts_ptr + request)
-    slot = tl.load(slots_ptr + request).to(tl.int64)
+    slot = tl.load(slots_ptr + request * slots_stride).to(tl.int64)
     depend(EARLY)
     rows = x_ptr + token.to(tl.int64)[:, None] * x_stride + column
     first = _first(accepted_ptr, request)
@@ -185,6 +187,7 @@ def conv_state_kernel(
     places_ptr,
     x_stride,
     slot_stride,
+    slots_stride,
     SIZE: tl.constexpr,
     TAPS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -201,7 +204,7 @@ def conv_state_kernel(
     live = (tl.load(lengths_ptr + row) > 0) & (new > 0)
     inside = column < tl.where(live, SIZE, 0)
     old = column < tl.where(live & (tl.load(fresh_ptr + row) == 0), SIZE, 0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     depend(EARLY)
     place = tl.arange(0, ROWS)[:, None]
     # Of each input that is kept, its token's number among the request's new ones.

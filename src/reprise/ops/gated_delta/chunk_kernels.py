@@ -192,6 +192,7 @@ def delta_scan_kernel(
     slot_stride,
     recent_stride,
     gates_stride,
+    slots_stride,
     requests,
     SHORT: tl.constexpr,
     REQUESTS: tl.constexpr,
@@ -218,7 +219,7 @@ def delta_scan_kernel(
         dtype: tl.constexpr = own_ptr.dtype.element_ty
         begin = tl.load(starts_ptr + row)
         new = tl.load(starts_ptr + row + 1) - begin
-        slot = tl.load(slots_ptr + row).to(tl.int64)
+        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
         old = tl.load(fresh_ptr + row) == 0
         k = tl.arange(0, BLOCK_K)
         v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)

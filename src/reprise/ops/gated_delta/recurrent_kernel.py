@@ -94,6 +94,7 @@ def delta_tokens_kernel(
     slot_stride,
     recent_stride,
     gates_stride,
+    slots_stride,
     EACH: tl.constexpr,
     MOST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -117,7 +118,7 @@ def delta_tokens_kernel(
     start = tl.load(starts_ptr + row).to(tl.int64)
     count = (tl.load(starts_ptr + row + 1) - start).to(tl.int32)
     old = live & (tl.load(fresh_ptr + row) == 0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     a_log = tl.load(a_log_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     # Padding has no channels, and who is fresh none that are old.
@@ -170,6 +171,7 @@ def delta_keep_kernel(
     b_stride,
     recent_stride,
     gates_stride,
+    slots_stride,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -185,7 +187,7 @@ def delta_keep_kernel(
     live = tl.load(lengths_ptr + row) > 0
     start = tl.load(starts_ptr + row)
     count = tl.load(starts_ptr + row + 1) - start
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     # All kernels before have read what is overwritten here.
     depend(EARLY)
     if live & (count > 0):

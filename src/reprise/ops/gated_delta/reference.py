@@ -56,7 +56,7 @@ def reference(
         a_log: [HV] float32.
         dt_bias: [HV] float32.
         state: [S, HV, V, K].
-        slots: [R] int32, each request's.
+        slots: [R] int32, each request's; may be strided.
         query_start_loc: [R + 1] int32, ascending.
         seq_lens: [R] int32, tokens of each request, the new ones included.
         fresh: [R] bool.

@@ -63,7 +63,7 @@ def gated_delta(
     step = slots, query_start_loc, seq_lens, fresh, accepted
     in_strides = qkv.stride(0), a.stride(0), b.stride(0)
     drafts = 0 if recent is None else recent.shape[1]
-    strides = state.stride(0), _stride(recent), _stride(gates)
+    strides = state.stride(0), _stride(recent), _stride(gates), slots.stride(0)
     sizes = {"GROUP": group, "HEADS": heads, "KEYS": keys, "VALUES": values}
     block_k, block_v = next_power_of_2(keys), next_power_of_2(values)
     # Who verifies drafts is computed token by token.
