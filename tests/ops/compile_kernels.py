@@ -12,6 +12,7 @@ eight-bit numbers; where an op fails, its name and the error.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -101,6 +102,20 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
             for kernel, needs in found:
                 yield kernel, {"on_codes": coded, **needs}
             found.clear()
+    sum_over_ranks(make)
+    yield from ((kernel, {"on_codes": False, **needs}) for kernel, needs in found)
+
+
+def sum_over_ranks(make: Maker) -> None:
+    """Of eight ranks, of which an op's cases have one."""
+    triton_of = importlib.import_module("reprise.ops.all_reduce.triton")
+    buffer = SimpleNamespace(
+        bases=make.randint(1, 8),
+        turns=make.randint(1, 64, dtype=torch.int32),
+        group=SimpleNamespace(rank=0, size=8),
+        flags=0,
+    )
+    triton_of._sum(buffer, make.randn(64, 4096), make.randn(64, 4096), add=True)
 
 
 def registers(compiled: Any) -> dict[str, int]:
