@@ -16,6 +16,7 @@ from helpers import TinyModels, greedy, token_ids
 from reprise import LLM
 from reprise.engine import Engine
 from reprise.errors import ModelError, RanksError
+from reprise.parallel import leader
 
 ANSWER_SECONDS = 10.0
 KILLED = r"rank 1 .* was ended by SIGKILL"
@@ -87,6 +88,40 @@ def test_an_interrupted_step_leaves_all_ranks_in_step(alone: matrix.Alone, llm: 
     assert token_ids(shared(alone, COVERING).answers(llm)) == alone.tokens(COVERING)
 
 
+def test_a_rank_that_draws_otherwise_is_named(alone: matrix.Alone) -> None:
+    """Its fault is put in by name, in its process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leader, "SETUP", ("reprise.testing.faults.ranks:draws_otherwise",))
+        patch.setattr(leader, "COMPARE_EVERY", 4)
+        llm = shared(alone, replace(COVERING, executor="none", drafts=0)).engine()
+        try:
+            with pytest.raises(RanksError, match=r"rank 1 .* has drawn other tokens than rank 0"):
+                llm.generate([{"prompt_token_ids": [1, 2]}] * 2, greedy(60), use_tqdm=False)
+        finally:
+            llm.engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("steps", [0, 1, 7, 30])
+def test_whoever_waits_is_told_in_time(alone: matrix.Alone, kind: int, steps: int) -> None:
+    llm = shared(alone, replace(COVERING, executor="none")).engine()
+    inner = llm.engine
+    (child,) = inner.runner._leader._processes._children
+    try:
+        inner.add("waiting", {"prompt_token_ids": [1, 2, 3]}, greedy(100, ignore_eos=True))
+        for _ in range(steps):
+            inner.step()
+        began = time.monotonic()
+        os.kill(child.pid, kind)
+        with pytest.raises(RanksError, match="rank 1"):
+            finish(inner)
+        assert time.monotonic() - began < ANSWER_SECONDS
+        assert child.poll() is not None
+    finally:
+        inner.close()
+
+
 def test_a_killed_rank_is_named(llm: LLM) -> None:
     """Whoever waits gets the error, and whoever comes later."""
     (child,) = llm.engine.runner._leader._processes._children
@@ -112,6 +147,7 @@ LONG = [
     matrix.Features(executor, model, drafts)
     for executor in matrix.EXECUTORS
     for model in matrix.MODELS
+    if model != "latent"  # refused
     for drafts in (0, 3)
 ]
 

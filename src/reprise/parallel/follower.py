@@ -22,7 +22,7 @@ from reprise.distributed.ring import Reader
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import wake_compiler
-from reprise.parallel.messages import Kind, Start, unpack
+from reprise.parallel.messages import Drawn, Kind, Start, unpack
 from reprise.parallel.wire import Decoder
 from reprise.runner import ModelRunner, PendingOutput
 
@@ -78,6 +78,7 @@ class _Follower:
         self._decoder = Decoder()
         self._outstanding: deque[PendingOutput] = deque()
         self._retired = 0
+        self._drawn = Drawn()
         self._runner = ModelRunner(config, platform, checkpoint, Ranks(group, board))
         board.note_done(1)
 
@@ -98,7 +99,7 @@ class _Follower:
         while self._retired != retired:
             self._retired = (self._retired + 1) & 0xFFFFFFFF
             if self._outstanding:
-                self._outstanding.popleft().wait()
+                self._drawn.note(self._outstanding.popleft().wait().sampled)
 
     def _carry_out(self, kind: Kind, content: bytes) -> None:
         runner = self._runner
@@ -117,6 +118,11 @@ class _Follower:
             runner.platform.synchronize()
         elif kind is Kind.FORGET_DRAWS:
             runner.forget_draws()
+        elif kind is Kind.SAME:
+            if pickle.loads(content) != self._drawn.checksum:
+                raise RanksError(
+                    f"it has drawn other tokens than rank 0, in one of {self._retired} steps"
+                )
         elif kind is Kind.PROVE:
             runner.prove_more()
             runner.owners.take_damages()

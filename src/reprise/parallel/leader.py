@@ -21,7 +21,7 @@ from reprise.distributed.communicator import Communicator, connect
 from reprise.distributed.ring import Writer
 from reprise.errors import RanksError, describe
 from reprise.loading import Checkpoint
-from reprise.parallel.messages import Kind, Start, pack, pickled
+from reprise.parallel.messages import Drawn, Kind, Start, pack, pickled
 from reprise.parallel.processes import Processes
 from reprise.parallel.wire import Encoder
 from reprise.platforms import Platform
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 300.0
 """A rank that does nothing for so long is lost; the first step compiles, and may take minutes."""
+COMPARE_EVERY = 256
+"""Steps after which ranks compare what they have drawn."""
 BLAME_SECONDS = 5.0
 """After a collective failed, for so long the reason is looked for in the other processes."""
 SETUP: tuple[str, ...] = ()
@@ -66,6 +68,9 @@ class Leader:
         self._last = "none"
         self.retired = 0
         """Steps whose results were waited for."""
+        self.drawn = Drawn()
+        """In these steps."""
+        self._compared = 0
         self._finalizer = weakref.finalize(self, self._processes.close)
 
     def start(self, config: EngineConfig, checkpoint: Checkpoint) -> Ranks:
@@ -102,6 +107,12 @@ class Leader:
             self._writer.send(pack(kind, self.retired, content))
         except RanksError as error:
             raise (self._processes.cause(error, BLAME_SECONDS) or error) from error
+
+    def compare(self) -> None:
+        """Now and then have the followers look whether they have drawn the same."""
+        if self.retired - self._compared >= COMPARE_EVERY:
+            self._compared = self.retired
+            self.say(Kind.SAME, pickled(self.drawn.checksum))
 
     def check(self) -> None:
         """Raise a RanksError if a rank was lost."""
@@ -185,6 +196,7 @@ class LeadingRunner(ModelRunner):
     def submit(self, step: Step, at_least: StepShape | None = None) -> None:
         content = self._encoder.encode(step)
         with self._leader.together():
+            self._leader.compare()
             self._leader.say(Kind.STEP, content)
             super().submit(step, at_least)
 
@@ -225,6 +237,7 @@ class _Counted(PendingOutput):
         output = self._pending.wait()
         self._leader.check()  # the device may have been made to give up waiting for a lost rank
         self._leader.retired += 1
+        self._leader.drawn.note(output.sampled)
         return output
 
 

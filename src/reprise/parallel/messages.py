@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -26,7 +29,8 @@ class Kind(IntEnum):
     PROVE = 5
     """Prove graphs further."""
     SAME = 6
-    """Answer whether all ranks have drawn the same tokens so far."""
+    """What the leader has drawn so far, as :class:`Drawn` counts it: a rank that has drawn anything
+    else ends."""
     STOP = 7
 
 
@@ -50,6 +54,18 @@ class Start:
     @property
     def config(self) -> EngineConfig:
         return EngineConfig(**self.options)
+
+
+class Drawn:
+    """A checksum of all tokens that a rank has drawn."""
+
+    def __init__(self) -> None:
+        self.checksum = 0
+
+    def note(self, sampled: Sequence[Sequence[int]]) -> None:
+        """Of a step, whose results have arrived."""
+        tokens = array("q", [token for each in sampled for token in each])
+        self.checksum = zlib.crc32(tokens.tobytes(), self.checksum)
 
 
 def pack(kind: Kind, retired: int, content: bytes = b"") -> bytes:
