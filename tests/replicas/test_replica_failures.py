@@ -196,6 +196,19 @@ def test_what_does_not_start(device: str, temporary: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.long
+def test_a_loop_that_ends_ends_its_process(device: str, temporary: Path) -> None:
+    """What comes is no message: whoever reads it must not stay as a process that answers nobody."""
+    with clean(temporary):
+        llm: Any = LLM(device=device, data_parallel_size=2, **SMALL)
+        connection = llm._batch.replicas._channels[0].connection
+        connection.sendall((1 << 40).to_bytes(8, "little"))
+        with pytest.raises(RepriseError, match="this is not the protocol") as caught:
+            generate_on(llm)
+        remove(explained(caught.value, 0, "status 1"))
+        llm.shutdown()
+
+
+@pytest.mark.long
 def test_a_replica_that_dies_while_it_starts(device: str, temporary: Path) -> None:
     """While torch is imported, weights are loaded, graphs are captured and verified."""
     rng = random.Random(0)

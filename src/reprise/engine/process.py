@@ -87,8 +87,9 @@ def serve(
     control.send(Control.READY)
     try:
         service.run()
-    except RepriseError as error:
-        logger.critical("%s", error)
+    except Exception as error:
+        # Of whatever kind: a process that answers nothing must not stay.
+        logger.critical("%s", error, exc_info=not isinstance(error, RepriseError))
         threading.Event().wait(LAST_WORDS_SECONDS)
         os._exit(1)
     os._exit(0)
