@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reprise.arguments import plain_list, shown, takes_names
+from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
 from reprise.vllm_names import STRUCTURED, drop_neutral
 
@@ -44,6 +44,9 @@ class StructuredOutputsParams:
     """Free text with parts that are constrained, as xgrammar describes it."""
     disable_any_whitespace: bool = False
     """JSON has no white space but a space behind each comma and colon."""
+    begin_after: int | None = None
+    """(Ours.) What has to match begins behind this token, such as the one that ends a thought;
+    before it anything is allowed. At once where it is among the last tokens of the prompt."""
 
     def __post_init__(self) -> None:
         if self.json_object is not None and not isinstance(self.json_object, bool):
@@ -58,6 +61,11 @@ class StructuredOutputsParams:
             raise _invalid(
                 "disable_any_whitespace", self.disable_any_whitespace, "give True or False"
             )
+        self.begin_after = plain(self.begin_after)
+        if self.begin_after is not None and (
+            not is_whole(self.begin_after) or self.begin_after < 0
+        ):
+            raise _invalid("begin_after", self.begin_after, "give a token id or None")
         if self.json is not None:
             self.json = _document("json", self.json, (Mapping, bool))
         if self.structural_tag is not None:

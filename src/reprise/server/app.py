@@ -37,6 +37,7 @@ from reprise.server.openapi import body, describe, responses
 from reprise.server.reasoning import CLOSE
 from reprise.server.state import ServerState
 from reprise.server.streaming import EventStream
+from reprise.server.tools import parser_name
 
 
 def create_app(state: ServerState) -> ASGIApp:
@@ -137,7 +138,7 @@ class Handlers:
         state = self._state
         asked, name, model = await self._generation(request, ChatRequest, "chatcmpl")
         work = Chat(
-            asked, name, model, state.fingerprint, self._parser(), state.facts,
+            asked, name, model, state.fingerprint, self._parser(), self._tool_parser(), state.facts,
             state.sampling_defaults(), state.options,
         )  # fmt: skip
         return await self._answer(request, asked, work, unknown_names(asked) + work.ignored)
@@ -186,6 +187,14 @@ class Handlers:
         else:
             thinks = bool(self._state.facts["thinks"])
         return "qwen3" if thinks else "none"
+
+    def _tool_parser(self) -> str:
+        options = self._state.options
+        if options.tool_call_parser != "auto":
+            return options.tool_call_parser
+        if options.template is not None:
+            return parser_name(options.template)
+        return str(self._state.facts["tool_parser"])
 
     # ---- beside it -------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from reprise.arguments import shown
 from reprise.server.caller import Caller
 from reprise.server.client import EngineRefusal
 from reprise.server.completions import check_length
@@ -19,6 +21,7 @@ from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
 from reprise.server.reasoning import Part, Splitter, thinks_from_start
 from reprise.server.streaming import DONE, Template
+from reprise.server.tools import ToolUse, tool_use
 
 TOKENS_BEFORE_THOUGHT = 3
 """White space, at most."""
@@ -34,6 +37,7 @@ class Chat(Reply):
         model: Name of the model, as asked for.
         fingerprint: Of the server.
         parser: Of reasoning, one of :data:`reprise.server.reasoning.PARSERS`.
+        tool_parser: Of calls, one of :data:`reprise.server.tools.PARSERS`, or ``none``.
         facts: Of the engine.
         defaults: Sampling values that the request may leave out.
         options: Of the server.
@@ -49,6 +53,7 @@ class Chat(Reply):
         model: str,
         fingerprint: str,
         parser: str,
+        tool_parser: str,
         facts: Mapping[str, Any],
         defaults: Mapping[str, Any],
         options: ServerOptions,
@@ -73,7 +78,15 @@ class Chat(Reply):
             )
         chat, self.ignored, unfinished = conversation(request, facts, options)
         self._unfinished = unfinished
+        self._use = tool_use(
+            request.tools, request.tool_choice, request.parallel_tool_calls, tool_parser
+        )
         params = sampling(request, defaults, **self._changes(facts, defaults))
+        self._ask_for_calls(params)
+        wanted = params.get("structured_outputs")
+        if wanted is not None and parser != "none" and facts["think_ids"][1] is not None:
+            # A model thinks as it likes; what has to match is its answer.
+            params["structured_outputs"] = {"begin_after": facts["think_ids"][1], **wanted}
         params["output_kind"] = "DELTA" if request.stream else "FINAL_ONLY"
         wants = []
         if request.return_token_ids:
@@ -125,6 +138,22 @@ class Chat(Reply):
             changes["logprobs"] = top or 0
         return changes
 
+    def _ask_for_calls(self, params: dict[str, Any]) -> None:
+        use = self._use
+        if use is None:
+            return
+        if use.parser.needs_special_tokens and self.request.skip_special_tokens is None:
+            params["skip_special_tokens"] = False
+        wanted = use.structured_outputs()
+        if wanted is None:
+            return
+        if params.get("structured_outputs") is not None:
+            raise ApiError(
+                400, f"tool_choice={shown(self.request.tool_choice)} and response_format or "
+                "structured_outputs exclude each other", param="tool_choice",
+            )  # fmt: skip
+        params["structured_outputs"] = wanted
+
     def accepted(self, facts: list[dict[str, Any]]) -> None:
         """The engine has the prompt, and said what was wanted of it."""
         (self._facts,) = facts
@@ -137,7 +166,7 @@ class Chat(Reply):
             if self._parser != "none":
                 tail = self._facts.get("tail", "")
                 splitter = Splitter(thinks_from_start(self._parser, tail, self._unfinished))
-            found = self._choices[index] = _Choice(splitter, self._think_ids)
+            found = self._choices[index] = _Choice(splitter, self._think_ids, self._use)
         return found
 
     # ---- plain -----------------------------------------------------------------------------
@@ -174,13 +203,23 @@ class Chat(Reply):
             raise EngineRefusal(ABORTED, "")
         choice = self._choice(index)
         texts = {"content": "", "reasoning": ""}
+        calls: list[dict[str, Any]] = []
         for kind, part in [*choice.feed(text), *choice.finish()]:
-            texts[kind] += part
+            if kind == "call":
+                calls.append(choice.new_call(part))
+            elif kind == "arguments":
+                calls[-1]["function"]["arguments"] += part
+            else:
+                texts[kind] += part
+        empty = bool(texts["reasoning"] or calls) and not texts["content"]
         message: dict[str, Any] = {
             "role": self._role,
-            "content": texts["content"] if texts["content"] or not texts["reasoning"] else None,
+            "content": None if empty else texts["content"],
             "refusal": None,
         }
+        if calls:
+            message["tool_calls"] = calls
+        finish = choice.finish_reason(finish)
         if texts["reasoning"] and self.request.include_reasoning is not False:
             message["reasoning"] = message["reasoning_content"] = texts["reasoning"]
         self.finish_reasons[index] = finish
@@ -223,7 +262,8 @@ class Chat(Reply):
                 self._count([output], None)
                 self._chunks(self._template, output, chunks)
                 choice = self._choice(index)
-                if choice.begun and choice.answers and not self.usage_each:
+                plain = self._use is None and not self.usage_each
+                if choice.begun and choice.answers and plain:
                     before = b'"delta":{"content":'
                     self._around[index] = self._template.around(index, before, b"}," + _NO_LOGPROBS)
             self._count([], end)
@@ -258,7 +298,14 @@ class Chat(Reply):
                 extra += b',"suspect_from":%d' % more["suspect_from"]
         for kind, part in parts:
             encoded = orjson.dumps(part)
-            if kind == "content":
+            if kind == "call":
+                call = orjson.dumps([{"index": choice.num_calls, **choice.new_call(part)}])
+                delta = b'"delta":{"tool_calls":%b},' % call
+            elif kind == "arguments":
+                delta = b'"delta":{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]},' % (
+                    choice.num_calls - 1, encoded,
+                )  # fmt: skip
+            elif kind == "content":
                 delta = b'"delta":{"content":%b},' % encoded
             elif self.request.include_reasoning is False:
                 continue
@@ -271,6 +318,7 @@ class Chat(Reply):
             middle = b'"delta":{},' + self._rest(choice) + extra
             chunks.append(template.chunk(index, middle, self.running_usage()))
         if finish is not None:
+            finish = choice.finish_reason(finish)
             self.finish_reasons[index] = finish
             middle = b'"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":%b' % (
                 finish.encode(), orjson.dumps(stop),
@@ -302,9 +350,16 @@ class _Choice:
     Args:
         splitter: Of its text; None: all of it is the answer.
         think_ids: The tokens that begin and end a thought.
+        use: How calls are read; None: there are none.
     """
 
-    def __init__(self, splitter: Splitter | None, think_ids: Sequence[int | None]) -> None:
+    def __init__(
+        self, splitter: Splitter | None, think_ids: Sequence[int | None], use: ToolUse | None
+    ) -> None:
+        self._use = use
+        self._reader = None if use is None else use.reader()
+        self.num_calls = 0
+        self._dropping = self._seen_call = False
         self.begun = False
         """The chunk with the role was sent."""
         self.positions: list[Position] = []
@@ -314,18 +369,54 @@ class _Choice:
         self._thinks = True if splitter is not None and splitter.thinking else None
         """Whether the next token is a thought; None: it is not decided."""
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[tuple[str, str]]:
         if self._splitter is None:
-            return [("content", text)] if text else []
-        return self._splitter.feed(text)
+            return self._read([("content", text)] if text else [])
+        return self._read(self._splitter.feed(text))
+
+    def _read(self, parts: Sequence[Part], ended: bool = False) -> list[tuple[str, str]]:
+        """The parts, with the calls that are in the answer."""
+        if self._reader is None or self._use is None:
+            return list(parts)
+        found: list[tuple[str, str]] = []
+        for kind, text in parts:
+            if kind == "content":
+                found += self._reader.feed(text)
+            else:
+                found.append((kind, text))
+        if ended:
+            found += self._reader.finish()
+        if self._use.parallel:
+            return found
+        return [each for each in found if not self._beyond_first(each[0])]
+
+    def _beyond_first(self, kind: str) -> bool:
+        """Whether it is of a call behind the first one, where only one is wanted."""
+        if kind == "call":
+            self._dropping, self._seen_call = self._seen_call, True
+        return self._dropping and kind in ("call", "arguments")
+
+    def new_call(self, name: str) -> dict[str, Any]:
+        """One more call, whose arguments are still to come."""
+        self.num_calls += 1
+        return {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
+
+    def finish_reason(self, finish: str) -> str:
+        """The chat API's."""
+        called = self.num_calls and self._use is not None and self._use.named is None
+        return "tool_calls" if finish == "stop" and called else finish
 
     @property
     def answers(self) -> bool:
         """All that follows is answer."""
         return self._splitter is None or self._splitter.state == "content"
 
-    def finish(self) -> list[Part]:
-        return [] if self._splitter is None else self._splitter.finish()
+    def finish(self) -> list[tuple[str, str]]:
+        return self._read([] if self._splitter is None else self._splitter.finish(), ended=True)
 
     def count(self, ids: list[int]) -> int:
         """How many of the next tokens are thoughts, the tags included."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from reprise.arguments import shown
 from reprise.server.errors import ApiError
-from reprise.server.fields import ChatRequest, TokenizeRequest, check_tools
+from reprise.server.fields import ChatRequest, TokenizeRequest
 from reprise.server.options import ServerOptions
 
 _MESSAGE = {
@@ -51,7 +51,6 @@ def conversation(
         "chat_template_kwargs": _variables(request, options),
     }
     if isinstance(request, ChatRequest):
-        check_tools(request)
         chat["documents"] = request.documents or None
         if request.cache_salt is not None:
             chat["cache_salt"] = request.cache_salt

@@ -106,6 +106,8 @@ def of_refusal(refusal: EngineRefusal, max_model_len: int | None) -> ApiError:
         return ApiError(499, "the request was aborted", code="request_aborted")
     if refusal.kind == "NonFiniteError":
         return ApiError(500, message, code="non_finite_logits")
+    if refusal.kind == "GrammarError":
+        return ApiError(500, message, code="grammar_left")
     # Messages of unexpected exceptions may show paths and addresses.
     return ApiError(
         500, f"the engine failed at this request ({refusal.kind}); the server's log says more"

@@ -14,6 +14,7 @@ from reprise.errors import RequestError
 from reprise.graphs import GraphReport
 from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
 from reprise.sampling_params import WHOLE_VOCABULARY
+from reprise.server.tools import parser_name
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GAPS = [
@@ -51,6 +52,7 @@ def engine_facts(engine: Frontend) -> dict[str, Any]:
         "max_logprobs": engine.vocab_size if limit == WHOLE_VOCABULARY else limit,
         "recommended": recommended,
         "thinks": "</think>" in str(getattr(engine.tokenizer, "chat_template", None)),
+        "tool_parser": parser_name(str(getattr(engine.tokenizer, "chat_template", None))),
         "message_names": _message_names(engine.tokenizer),
         "think_ids": _ids_of(engine.tokenizer, "<think>", "</think>"),
     }

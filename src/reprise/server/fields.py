@@ -15,6 +15,7 @@ from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.sampling_params import SamplingParams
 from reprise.server.errors import ApiError, invalid
+from reprise.server.structured import structured_outputs
 from reprise.vllm_names import is_neutral
 
 _PROMPT: dict[str, Any] = {
@@ -81,6 +82,8 @@ class Generation(BaseModel):
     cache_salt: str | None = Field(None, min_length=1, max_length=4096)
     request_id: str | None = Field(None, max_length=128)
     thinking_token_budget: int | None = None
+    response_format: Any = None
+    structured_outputs: dict[str, Any] | None = None
 
     @property
     def usage_in_stream(self) -> tuple[bool, bool]:
@@ -128,7 +131,7 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0)
     tools: list[Any] | None = Field(None, max_length=512)
     tool_choice: Any = None
-    response_format: Any = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     chat_template: str | None = None
@@ -173,21 +176,16 @@ MEANINGLESS = frozenset(
     {
         "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
         "safety_identifier", "verbosity", "prediction", "web_search_options",
-        "parallel_tool_calls", "session_id", "length_penalty", "early_stopping",
+        "session_id", "length_penalty", "early_stopping",
     }
 )  # fmt: skip
 """Fields of the OpenAI API, or of vLLM's, that change nothing here and that clients always send."""
 
-_STRUCTURED = "structured output is not supported yet: ask for it in the prompt"
-_TOOLS = (
-    "tool calls are not read from outputs yet: give tool_choice='none', and the template shows "
-    "the tools"
-)
+_STRUCTURED = "give structured_outputs, an object with one of json, regex, choice and grammar"
 _BEAMS = "beam search is not supported: use n and a temperature"
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "suffix": ((), "insertion is not supported: put the suffix into the prompt"),
     "use_beam_search": ((False,), _BEAMS),
-    "structured_outputs": ((), _STRUCTURED),
     "guided_json": ((), _STRUCTURED),
     "guided_regex": ((), _STRUCTURED),
     "guided_choice": ((), _STRUCTURED),
@@ -206,7 +204,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Field to the values, beside null, at which it asks for nothing, and what to say at others."""
 
-_KNOWN = MEANINGLESS | REFUSED.keys() | {"best_of", "response_format"}
+_KNOWN = MEANINGLESS | REFUSED.keys() | {"best_of", "parallel_tool_calls"}
 _NAMES = frozenset(SamplingParams.__dataclass_fields__)
 
 
@@ -220,11 +218,6 @@ def refuse_what_is_not_here(request: Generation) -> None:
         value = extra.get(name)
         if not is_neutral(value, neutral):
             raise ApiError(400, f"{name}={shown(value)}: {remedy}", param=name)
-    form = getattr(request, "response_format", None) or extra.get("response_format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise ApiError(
-            400, f"response_format={shown(form)}: {_STRUCTURED}", param="response_format"
-        )
     best_of = extra.get("best_of")
     if best_of is not None and (type(best_of) is not int or best_of != (request.n or 1)):
         raise ApiError(
@@ -239,23 +232,6 @@ def refuse_what_is_not_here(request: Generation) -> None:
         raise ApiError(
             400, "prompt_logprobs and stream=true exclude each other", param="prompt_logprobs"
         )
-
-
-def check_tools(request: ChatRequest) -> None:
-    """
-    Raises:
-        ApiError: Tool calls are wanted, or the fields contradict each other.
-    """
-    choice = request.tool_choice
-    if not request.tools:
-        if choice not in (None, "none", "auto"):
-            raise ApiError(
-                400, f"tool_choice={shown(choice)} and there are no tools", param="tool_choice"
-            )
-        return
-    if choice != "none":
-        told = f"tools with tool_choice={shown(choice or 'auto')}: {_TOOLS}"
-        raise ApiError(400, told, param="tool_choice")
 
 
 def unknown_names(request: BaseModel) -> list[str]:
@@ -284,6 +260,9 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
         for name in _NAMES & type(request).model_fields.keys()
         if (value := getattr(request, name)) is not None
     }
+    wanted = structured_outputs(request)
+    if wanted is not None:
+        given["structured_outputs"] = wanted
     fields = {**defaults, **given, **changes}
     bias = fields.get("logit_bias")
     if bias is not None:

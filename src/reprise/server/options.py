@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from reprise.errors import ConfigError, RequestError
 from reprise.sampling_params import SamplingParams
 from reprise.server.reasoning import PARSERS
+from reprise.server.tools.formats import PARSERS as TOOL_PARSERS
 
 ContentFormat = Literal["auto", "string", "openai"]
 LogFormat = Literal["text", "json"]
@@ -77,6 +78,11 @@ class ServerOptions:
     reasoning_parser: str = "auto"
     """Splits what the model thinks from its answer: ``auto`` (by the chat template), ``none``,
     ``qwen3`` or ``deepseek_r1``."""
+    tool_call_parser: str = "auto"
+    """Reads tool calls from outputs: ``auto`` (by the chat template), ``none``, ``hermes``,
+    ``qwen3``, ``qwen3_coder``, ``llama3_json`` or ``deepseek_v31``."""
+    enable_auto_tool_choice: bool = False
+    """Accepted for compatibility, without effect: tools are read wherever the parser is known."""
     generation_config: Literal["auto", "vllm"] = "auto"
     """Sampling values that requests leave out: ``auto`` takes the checkpoint's recommendation,
     ``vllm`` the OpenAI API's defaults."""
@@ -160,6 +166,11 @@ class ServerOptions:
             raise ConfigError(
                 f"reasoning_parser={self.reasoning_parser!r} must be one of auto, "
                 f"{', '.join(PARSERS)}"
+            )
+        if self.tool_call_parser not in ("auto", "none", *TOOL_PARSERS):
+            raise ConfigError(
+                f"tool_call_parser={self.tool_call_parser!r} must be one of auto, none, "
+                f"{', '.join(TOOL_PARSERS)}"
             )
 
     def _check_sampling(self) -> None:

@@ -25,7 +25,7 @@ from reprise.server.reasoning import CLOSE, OPEN
 FACTS: dict[str, Any] = {
     "model": "stub", "version": "0", "device": "none", "dtype": "none", "max_model_len": 4096,
     "max_logprobs": 20, "recommended": {}, "thinks": True, "message_names": [],
-    "think_ids": [None, None],
+    "think_ids": [None, None], "tool_parser": "none",
 }  # fmt: skip
 STEP_SECONDS = 0.001
 TOKENS = 64

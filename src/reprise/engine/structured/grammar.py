@@ -22,10 +22,21 @@ class Grammar:
         held: Tokens that end the sequence, and that are not drawn while it is shorter than
             ``min_tokens``, unless the grammar leaves no other.
         min_tokens: Of the sequence.
+        begin_after: Token behind which the grammar begins; None: at once.
     """
 
-    def __init__(self, compiled: Any, held: frozenset[int], min_tokens: float) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        held: frozenset[int],
+        min_tokens: float,
+        begin_after: int | None = None,
+    ) -> None:
         import xgrammar
+
+        self._begin_after = begin_after
+        self._begins: int | None = 0 if begin_after is None else None
+        """Tokens before those that the grammar is about; None: it has not begun."""
 
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self.num_tokens = 0
@@ -50,16 +61,33 @@ class Grammar:
         Returns:
             How many follow the grammar, up to its end.
         """
-        if self.num_tokens > known:
-            self._matcher.rollback(self.num_tokens - known)
-            self.num_tokens = known
-        taken = 0
+        self._take_back(known)
         for token in tokens:
-            if self.ended or not self._matcher.accept_token(token):
+            if self.ended or not self._accept(token):
                 break
-            taken += 1
-        self.num_tokens += taken
-        return taken
+        return self.num_tokens - known
+
+    def _accept(self, token: int) -> bool:
+        if self._begins is None:
+            self.num_tokens += 1
+            if token == self._begin_after:
+                self._begins = self.num_tokens
+            return True
+        if not self._matcher.accept_token(token):
+            return False
+        self.num_tokens += 1
+        return True
+
+    def _take_back(self, known: int) -> None:
+        """Forget what was taken behind the first ``known`` tokens."""
+        count = self.num_tokens - known
+        if count <= 0:
+            return
+        if self._begins is not None:
+            self._matcher.rollback(min(count, self.num_tokens - self._begins))
+            if self._begin_after is not None and known < self._begins:
+                self._begins = None
+        self.num_tokens = known
 
     def fill(self, words: Words, drafts: Sequence[int] = ()) -> int:
         """Write which tokens may come next, and which behind each of the drafts.
@@ -75,17 +103,14 @@ class Grammar:
         """
         filled, before = 0, self.num_tokens
         for draft in (None, *drafts):
-            if draft is not None:
-                if draft < 0 or not self._matcher.accept_token(draft):
-                    break
-                self.num_tokens += 1
+            if draft is not None and (draft < 0 or not self._accept(draft)):
+                break
             if self.ended:
                 break
-            self._fill_row(words, filled)
+            if self._begins is not None:
+                self._fill_row(words, filled)
             filled += 1
-        if self.num_tokens > before:
-            self._matcher.rollback(self.num_tokens - before)
-            self.num_tokens = before
+        self._take_back(before)
         return filled
 
     def _fill_row(self, words: Words, row: int) -> None:

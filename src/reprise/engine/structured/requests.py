@@ -12,6 +12,9 @@ from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
 
+PROMPT_TAIL = 4
+"""Tokens at its end: behind a thought that a template closes there is white space at most."""
+
 
 class Grammars:
     """Those of an engine. For its thread alone.
@@ -35,7 +38,11 @@ class Grammars:
         params = request.params
         least = math.inf if params.ignore_eos else params.min_tokens
         held = self._eos_token_ids | request.stop_token_ids
-        self._of[request] = Grammar(compiled, held, least)
+        wanted = params.structured_outputs
+        after = None if wanted is None else wanted.begin_after
+        if after in request.prompt_token_ids[-PROMPT_TAIL:]:
+            after = None  # the prompt has an empty thought, which is closed
+        self._of[request] = Grammar(compiled, held, least, after)
 
     def discard(self, request: Request) -> None:
         """The request has ended."""

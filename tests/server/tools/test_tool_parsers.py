@@ -1,0 +1,154 @@
+"""Calls are told from text, however the text is cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reprise.server.tools.formats import PARSERS
+
+TOOLS: dict[str, Any] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "detail": {"type": "object"},
+            "unit": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "exact": {"type": "boolean"},
+            "lines": {"type": "string"},
+        },
+    },
+    "now": {"type": "object", "properties": {}},
+}
+ARGUMENTS = '{"city": "São \\"Paulo\\" </tool_call> {[", "days": 3, "detail": {"a": [1, {}]}}'
+DEEP = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+ONE_DEEP = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+CODER = """<tool_call>
+<function=get_weather>
+<parameter=city>
+</parameter> is
+ a <parameter=x> tag
+</parameter>
+<parameter=days>
+3
+</parameter>
+<parameter=unit>
+null
+</parameter>
+<parameter=exact>True</parameter>
+<parameter=lines>
+
+two
+
+</parameter>
+</function>
+</tool_call>"""
+
+Case = tuple[str, str, str, list[tuple[str, Any]]]
+"""Parser, text, content, and calls."""
+WEATHER = ("get_weather", json.loads(ARGUMENTS))
+NOW: tuple[str, Any] = ("now", {})
+HERMES = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+HERMES_NOW = '<tool_call>{"name":"now","arguments":{}}</tool_call>'
+LLAMA = f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}'
+CASES: list[Case] = [
+    ("hermes", "plain text, 3 < 4 <tool", "plain text, 3 < 4 <tool", []),
+    ("hermes", HERMES, "", [WEATHER]),
+    ("qwen3", f"Let me see.\n\n{HERMES}\n{HERMES_NOW}\n", "Let me see.", [WEATHER, NOW]),
+    ("hermes", HERMES_NOW + HERMES, "", [NOW, WEATHER]),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "now"}</tool_call>', "",
+     [("now", {"a": 1})]),
+    ("hermes", "<tool_call>no json</tool_call> end", "<tool_call>no json</tool_call> end", []),
+    ("hermes", '<tool_call>{"x": 1}</tool_call>', '<tool_call>{"x": 1}</tool_call>', []),
+    ("hermes", "<tool_call>[1, 2", "<tool_call>[1, 2", []),
+    ("hermes", f"{HERMES_NOW} and then", " and then".strip(), [NOW]),
+    ("llama3_json", LLAMA, "", [WEATHER]),
+    ("llama3_json", f"<|python_tag|>{LLAMA}; {LLAMA}", "", [WEATHER, WEATHER]),
+    ("llama3_json", '{"name":"now","arguments":{}} ;{"name": "now", "parameters": {}}', "",
+     [NOW, NOW]),
+    ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
+    ("llama3_json", "It is {not} a call", "It is {not} a call", []),
+    ("llama3_json", '{"type": "function", "name": "now", "parameters": {}}', "", [NOW]),
+    ("llama3_json", '{"name": 4}', '{"name": 4}', []),
+    ("llama3_json", "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
+    ("qwen3_coder", "text <tool_call> only", "text <tool_call> only", []),
+    ("qwen3_coder", f"Well.\n{CODER}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+     "Well.",
+     [("get_weather", {"city": "</parameter> is\n a <parameter=x> tag", "days": 3, "unit": None,
+                       "exact": True, "lines": "\ntwo\n"}), NOW]),
+    ("deepseek_v31", "Sure." + DEEP.format(
+        ONE_DEEP.format("get_weather", ARGUMENTS) + ONE_DEEP.format("now", "{}")),
+     "Sure.", [WEATHER, NOW]),
+    ("deepseek_v31", "no <｜tool▁calls▁ here", "no <｜tool▁calls▁ here", []),
+]  # fmt: skip
+
+
+def read(parser: str, pieces: list[str]) -> tuple[str, list[list[str]], list[Any]]:
+    reader = PARSERS[parser](TOOLS)
+    events = [event for piece in pieces for event in reader.feed(piece)] + reader.finish()
+    content, calls = "", []
+    for kind, text in events:
+        if kind == "content":
+            content += text
+        elif kind == "call":
+            calls.append([text, ""])
+        else:
+            calls[-1][1] += text
+    return content, calls, events
+
+
+@pytest.mark.parametrize(("parser", "text", "content", "calls"), CASES)
+def test_a_text_is_read(parser: str, text: str, content: str, calls: list[tuple[str, Any]]) -> None:
+    found, named, _ = read(parser, [text])
+    assert found == content
+    assert [(name, json.loads(arguments)) for name, arguments in named] == calls
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_cut_gives_the_same(data: st.DataObject) -> None:
+    parser, text, *_ = data.draw(st.sampled_from(CASES))
+    more = ["", "\n", " more", text, "<tool_call>", "</tool_call>", "}"]
+    text += data.draw(st.sampled_from(more))
+    text = text[: data.draw(st.integers(0, len(text)))]  # broken off anywhere
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    whole = read(parser, [text])
+    assert read(parser, pieces)[:2] == whole[:2]
+    assert read(parser, list(text))[:2] == whole[:2]
+
+
+WORDS = [
+    "<tool_call>", "</tool_call>", "<function=now>", "</function>", "<parameter=a>",
+    "</parameter>", '{"name": "now", "arguments": ', '{"arguments": 1, "name": "now"}', "{", "}",
+    '"', "\\", ";", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "now", "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "text", "<|python_tag|>", "[1]", "1",
+]  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(sorted(PARSERS)), st.lists(st.sampled_from(WORDS), max_size=14))
+def test_any_text_whatever_is_read_the_same_however_it_is_cut(
+    parser: str, words: list[str]
+) -> None:
+    text = "".join(words)
+    whole = read(parser, [text])[:2]
+    assert read(parser, words)[:2] == whole
+    assert read(parser, list(text))[:2] == whole
+
+
+def test_arguments_are_given_out_as_they_come() -> None:
+    for parser, text in (("hermes", HERMES), ("llama3_json", LLAMA)):
+        reader = PARSERS[parser](TOOLS)
+        seen = ""
+        for character in text[: text.index("days")]:
+            seen += "".join(
+                each.text for each in reader.feed(character) if each.kind == "arguments"
+            )
+        assert len(seen) > 20
+        assert ARGUMENTS.startswith(seen)
