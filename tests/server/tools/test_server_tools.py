@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import openai
 import pytest
 from http_server import Server
 from pydantic import BaseModel, Field
 
 pytest.importorskip("xgrammar")
+jsonschema = pytest.importorskip("jsonschema")
 
 TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
 {% endfor %}{{ "<tool_call>" if tools else "" }}
