@@ -7,13 +7,14 @@ import logging
 from typing import Any
 
 import pytest
-from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm, random_ids
+from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 
 from reprise import LLM, SamplingParams
 from reprise.graphs import prove
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.platforms import Platform
-from reprise.runner import model_runner
+from reprise.runner import buffers, model_runner
+from reprise.runner.arena import Arena
 
 EXECUTORS = ("full", "breakable", "compiled")
 SHARED = random_ids(200, 40)
@@ -176,3 +177,34 @@ def test_probes_change_every_input_of_small_graphs_too(
     report = llm.graph_report()
     assert all(each.verified for each in report.graphs)
     assert report.blind_inputs == []
+
+
+def test_probes_that_do_not_arrive_prove_nothing(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As once on GPUs, where lengths got lost at start, and in no step of a request."""
+    made = functools.partial(model_runner.StepBuffers, shared=False)
+    monkeypatch.setattr(model_runner, "StepBuffers", made)
+    upload, fill_rows = Arena.upload, buffers.StepBuffers.fill_rows
+
+    def loses(self: Any, *given: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Arena, "upload", lambda arena, spans: upload(arena, spans[:2]))
+            fill_rows(self, *given)
+
+    options: dict[str, Any] = {"graph_mode": "full", "max_num_seqs": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers.StepBuffers, "fill_rows", loses)
+        llm = make_llm(
+            tiny("qwen3"), device, graph_buckets="decode=4;mixed=16", max_num_batched_tokens=16,
+            **options,
+        )  # fmt: skip
+    report = llm.graph_report()
+    assert "decode: seq_lens" in report.blind_inputs
+    assert {each.proof for each in report.graphs} == {"not proven"}
+    before = sum(each.canaries + each.eager_steps for each in report.graphs)
+    prompts = [random_ids(seed, 12) for seed in range(3)]
+    expected = generate(make_llm(tiny("qwen3"), device), prompts, greedy(8))
+    assert generate(llm, prompts, greedy(8)) == expected
+    after = sum(each.canaries + each.eager_steps for each in llm.graph_report().graphs)
+    assert after > before, "no step was trusted unseen"

@@ -180,13 +180,25 @@ def test_every_graph_gets_a_probe_and_more_only_within_the_budget(toy, make_runn
     assert {each.proof for each in runner.report().graphs} == {"partly proven (1 of 2 probes)"}
 
 
-def test_inputs_that_no_probe_changes_are_reported(toy, make_runner, caplog):
+def test_probes_that_leave_an_input_unchanged_prove_nothing(toy, make_runner, caplog):
+    """Of its phase; graphs of the other one are proven."""
     inputs = toy.inputs
-    toy.inputs = lambda shape: {**inputs(shape), "extra": toy.hidden[:0]}
-    runner = make_runner(toy, "full", mixed=())
+
+    def more(shape):
+        extra = {"extra": toy.hidden[:0]} if shape.phase == "decode" else {}
+        return {**inputs(shape), **extra}
+
+    toy.inputs = more
+    runner = make_runner(toy, "full")
     runner.capture_all()
-    assert runner.report().blind_inputs == ["decode: extra"]
+    report = runner.report()
+    assert report.blind_inputs == ["decode: extra"]
     assert "decode: extra" in caplog.text
+    for each in report.graphs:
+        assert each.verified == (each.phase == "mixed")
+        if each.phase == "decode":
+            assert each.proof == "not proven"
+            assert set(each.facts.values()) == {"not yet met"}
 
 
 # ---- failures --------------------------------------------------------------------------------

@@ -482,13 +482,13 @@ class Prover:
         )  # fmt: skip
 
     def blind_inputs(self, buckets: list[BucketGraph]) -> list[str]:
-        """Inputs to which no probe of the phase's first graph gives a new value."""
+        """Inputs to which no probe of the phase's first graph gives a new value. Then the phase's
+        probes have proven nothing: perhaps they have not arrived, and were all the same step."""
         blind: list[str] = []
-        phases: set[str] = set()
+        phases: dict[str, bool] = {}
         for bucket in buckets:
             if bucket.shape.phase in phases or bucket.graph is None:
                 continue
-            phases.add(bucket.shape.phase)
             self._capturer.empty_inputs(bucket.shape)
             inputs = self._computation.inputs(bucket.shape)
             before = {name: each.clone() for name, each in inputs.items()}
@@ -499,7 +499,15 @@ class Prover:
                 with contextlib.suppress(Exception):  # one that time did not allow before
                     probe.fill()
                 unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
+            phases[bucket.shape.phase] = bool(unchanged)
             blind += [f"{bucket.shape.phase}: {name}" for name in before if name in unchanged]
         if blind:
-            logger.warning("graph probes change no value of: %s", ", ".join(blind))
+            logger.warning(
+                "graph probes change no value of: %s; graphs of these phases are not proven, and "
+                "live steps are compared or run eagerly", ", ".join(blind),
+            )  # fmt: skip
+        for bucket in buckets:
+            if bucket.graph is not None and phases[bucket.shape.phase]:
+                self.ledger.enter(bucket.key, bucket.family)
+                bucket.info.verified, bucket.info.probes = False, 0
         return blind

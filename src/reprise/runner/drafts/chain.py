@@ -312,7 +312,9 @@ class DraftChain:
         self._inputs.fill_padding(live, bucket)
 
     def inputs(self, shape: StepShape) -> Mapping[str, Tensor]:
-        return self._inputs.views(shape.num_tokens, shape.num_requests)
+        views = self._inputs.views(shape.num_tokens, shape.num_requests)
+        # It is for states, which models that draft do not have.
+        return {name: each for name, each in views.items() if name != "accepted"}
 
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         count = self._inputs.widths[shape.query_len]
