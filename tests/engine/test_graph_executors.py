@@ -201,7 +201,9 @@ def test_probes_that_do_not_arrive_prove_nothing(
         )  # fmt: skip
     report = llm.graph_report()
     assert "decode: seq_lens" in report.blind_inputs
-    assert {each.proof for each in report.graphs} == {"not proven"}
+    for each in report.graphs:  # it may be refused as well: the rows of its steps are garbage
+        assert not each.verified
+        assert "start" not in each.facts.values()
     before = sum(each.canaries + each.eager_steps for each in report.graphs)
     prompts = [random_ids(seed, 12) for seed in range(3)]
     expected = generate(make_llm(tiny("qwen3"), device), prompts, greedy(8))
