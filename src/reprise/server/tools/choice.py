@@ -151,10 +151,12 @@ def _grammar(
     form = _FORMS[parser.__name__]
     tags = []
     for name in names:
-        content: dict[str, Any] = {"type": "json_schema", "json_schema": tools[name]}
-        if form.style is None:
-            content["max_whitespace_cnt"] = MAX_WHITE_SPACE
-        else:
+        content: dict[str, Any] = {
+            "type": "json_schema",
+            "json_schema": tools[name],
+            "max_whitespace_cnt": MAX_WHITE_SPACE,
+        }
+        if form.style is not None:
             content["style"] = form.style
         spelled = json.dumps(name, ensure_ascii=False)[1:-1]
         tags.append(

@@ -330,12 +330,21 @@ def _typed(value: str, schema: Any) -> Any:
     if "null" in kinds and value.strip().lower() in ("null", "none"):
         return None
     if "string" in kinds:
-        return value
+        # White space around one of a few values is none of its own.
+        return value.strip() if value.strip() in _listed(schema) else value
     try:
         return json.loads(value)
     except ValueError:
         lowered = value.strip().lower()
         return {"true": True, "false": False}.get(lowered, value) if "boolean" in kinds else value
+
+
+def _listed(schema: Any) -> list[Any]:
+    """The values that a schema lists, if it lists any."""
+    if not isinstance(schema, dict):
+        return []
+    found = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return found if isinstance(found, list) else []
 
 
 def _kinds(schema: Any) -> set[str]:
@@ -350,7 +359,5 @@ def _kinds(schema: Any) -> set[str]:
         branches = schema.get(name)
         if isinstance(branches, list):
             return set().union(*(_kinds(each) for each in branches))
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    if isinstance(values, list) and values and all(isinstance(each, str) for each in values):
-        return {"string"}
-    return set()
+    values = _listed(schema)
+    return {"string"} if values and all(isinstance(each, str) for each in values) else set()
