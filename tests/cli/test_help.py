@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from reprise.cli.options import ONE_ENGINE
 from reprise.config import EngineConfig
 
 COMMANDS = [
@@ -36,11 +37,14 @@ def test_every_command_has_help(invoke, command):
 
 
 def test_every_engine_option_is_a_flag_with_its_documentation(invoke):
+    """Of a command that runs one engine, or, if it is about several, of one that runs those."""
     text = invoke("generate", "--help", env=WIDE).output
+    several = invoke("bench", "throughput", "--help", env=WIDE).output
     flags = {"ops": "--op", "enable_prefix_caching": "--no-enable-prefix-caching"}
     for each in dataclasses.fields(EngineConfig):
         if each.name != "skip_tokenizer_init":
-            assert flags.get(each.name, "--" + each.name.replace("_", "-")) in text
+            shown = several if each.name in ONE_ENGINE else text
+            assert flags.get(each.name, "--" + each.name.replace("_", "-")) in shown
     assert "New tokens in one step" in text
     assert "[default: 256]" in text
 

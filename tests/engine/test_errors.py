@@ -227,9 +227,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[RepriseError], list[str]]] = {
         ["1000000000000 blocks", "does not fit", "num_blocks"],
     ),
     "several devices": (
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "data_parallel_size": 2},
         ConfigError,
-        ["tensor_parallel_size=2", "an engine uses one device"],
+        ["tensor_parallel_size=2", "data_parallel_size=2", "give one of them"],
     ),
     "dtype": ({"dtype": "int3"}, ConfigError, ["dtype='int3'", "float32", "bfloat16"]),
     "load format": ({"load_format": "gguf"}, ConfigError, ["load_format='gguf'", "safetensors"]),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_ids
@@ -18,7 +19,7 @@ from reprise.platforms import Platform
 from reprise.runner import model_runner
 from reprise.runner.known_step import KnownStep
 from reprise.shape import StepShape
-from reprise.step import Step
+from reprise.step import Masks, Step
 
 SYNCHRONISE = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique"}
 """Calls of torch whose result the host waits for."""
@@ -194,9 +195,11 @@ def test_masks_keep_tokens_from_being_drawn(tiny: TinyModels, device: str) -> No
     free = generate(llm, [prompt], greedy(6))[0]
     runner = llm.engine.runner
     sample, vocab = runner.sample, runner.model.vocab_size
-    mask = torch.zeros(1, vocab, dtype=torch.bool, device=runner.platform.device)
-    mask[0, free[2]] = True
-    runner.sample = lambda step: sample(step, mask)  # type: ignore[method-assign]
+    allowed = np.ones(-(-vocab // 32) * 32, dtype=np.bool_)
+    allowed[free[2]] = False
+    words = np.packbits(allowed, bitorder="little").view(np.int32).reshape(1, -1)
+    masks = Masks(np.zeros(1, dtype=np.int64), words)
+    runner.sample = lambda step, none: sample(step, masks)  # type: ignore[method-assign]
     masked = generate(llm, [prompt], greedy(6))[0]
     assert masked[:2] == free[:2]
     assert free[2] not in masked

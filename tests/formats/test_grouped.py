@@ -92,4 +92,7 @@ def test_a_router_and_the_gate_beside_it_may_be_stored_in_different_formats(
         x = torch.randn(7, 24, generator=generator, device=device)
         ends = torch.tensor([0, 6], dtype=torch.int32, device=device)
         batch = Batch(*[None] * 3, query_start_loc=ends, **dict.fromkeys(OTHERS))
-        torch.testing.assert_close(tensor(one(x, batch)), tensor(two(x, batch)))
+        # Products of other widths may add up in another order.
+        torch.testing.assert_close(
+            tensor(one(x, batch)), tensor(two(x, batch)), rtol=1e-5, atol=1e-5
+        )

@@ -41,7 +41,7 @@ ENGINE_PANELS = {
         "enable_prefix_caching",
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
-    "Device": ("device", "data_parallel_size", "ops"),
+    "Device": ("device", "data_parallel_size", "tensor_parallel_size", "ops"),
     "Drafts": ("speculative_config",),
     "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip

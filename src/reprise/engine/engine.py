@@ -363,7 +363,7 @@ class Engine(Frontend):
     def _masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
         """Which tokens may be drawn in the step that was submitted last. Only if one of its
         requests has a grammar does this wait for the tokens of the step before it."""
-        if not self._grammars.concern(step, requests):
+        if not self._grammars.count or not self._grammars.concern(step, requests):
             return None
         for each in self._outstanding:
             self._output_of(each)
@@ -375,7 +375,8 @@ class Engine(Frontend):
             began = time.perf_counter()
             each.output = each.pending.wait()
             self.wait_seconds += time.perf_counter() - began
-            self._grammars.take(self.scheduler.requests_of(each.step), each.output)
+            if self._grammars.count:
+                self._grammars.take(self.scheduler.requests_of(each.step), each.output)
         return each.output
 
     def _compute_again(self, error: GraphReplayError) -> None:
@@ -522,11 +523,12 @@ class Engine(Frontend):
         # The hot loop of a serving engine: attribute access is what costs.
         changed: dict[CompletionGroup, None] = {}
         ended: dict[CompletionGroup, None] = {}
+        some_have_grammars = self._grammars.count > 0
         for request in self.scheduler.update(step, output.sampled, output.failed, output.spoilt):
             group, completion = completions[request]
             if request.finish_reason == "error":
                 self._fail(group, self._no_numbers(group, completion))
-            elif self._grammars.count:
+            elif some_have_grammars:
                 self._keep_to_grammar(group, completion)
             if completion.reads_tokens:
                 self._read(completion, logprobs.get(request))

@@ -37,7 +37,7 @@ from reprise.server.openapi import body, describe, responses
 from reprise.server.reasoning import CLOSE
 from reprise.server.state import ServerState
 from reprise.server.streaming import EventStream
-from reprise.server.tools import parser_name
+from reprise.server.tools.choice import parser_name
 
 
 def create_app(state: ServerState) -> ASGIApp:

@@ -21,7 +21,7 @@ from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
 from reprise.server.reasoning import Part, Splitter, thinks_from_start
 from reprise.server.streaming import DONE, Template
-from reprise.server.tools import ToolUse, tool_use
+from reprise.server.tools.choice import ToolUse, tool_use
 
 TOKENS_BEFORE_THOUGHT = 3
 """White space, at most."""

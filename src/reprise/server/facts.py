@@ -14,7 +14,7 @@ from reprise.errors import RequestError
 from reprise.graphs import GraphReport
 from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
 from reprise.sampling_params import WHOLE_VOCABULARY
-from reprise.server.tools import parser_name
+from reprise.server.tools.choice import parser_name
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GAPS = [

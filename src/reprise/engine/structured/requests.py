@@ -61,15 +61,13 @@ class Grammars:
 
     def concern(self, step: Step, requests: Sequence[Request]) -> bool:
         """Whether a token is drawn for any that has a grammar."""
-        return bool(self._of) and any(
+        return any(
             samples and request in self._of
             for request, samples in zip(requests, step.samples, strict=True)
         )
 
     def take(self, requests: Sequence[Request], output: StepOutput) -> None:
         """Follow the tokens of a step, before its requests get them."""
-        if not self._of:
-            return
         for number, request in enumerate(requests):
             grammar = self._of.get(request)
             if grammar is not None and request.finish_reason is None and output.sampled[number]:

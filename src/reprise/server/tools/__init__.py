@@ -1,7 +1,4 @@
-"""Tool calls: read from outputs, and asked for by grammars."""
+"""Tool calls: read from outputs, and asked for by grammars.
 
-from reprise.server.tools.choice import ToolUse, parser_name, tool_use
-from reprise.server.tools.formats import PARSERS
-from reprise.server.tools.parser import Event, ToolParser
-
-__all__ = ["PARSERS", "Event", "ToolParser", "ToolUse", "parser_name", "tool_use"]
+Options name the parsers without the server's packages, so nothing is imported here.
+"""
