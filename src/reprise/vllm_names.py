@@ -56,8 +56,8 @@ ENGINE = [
         },
     ),
     Group(
-        "tensor_parallel_size=N shares a model out over N devices of this machine and "
-        "data_parallel_size=N makes N engines: start others for other machines",
+        "one machine is used, by tensor_parallel_size=N, which shares a model out over N devices, "
+        "or data_parallel_size=N, which makes N engines: start others for other machines",
         {
             "pipeline_parallel_size": (1,),
             "data_parallel_size_local": (1,),

@@ -15,6 +15,7 @@ from reprise.engine.driver import Driver
 from reprise.errors import RepriseError
 from reprise.processes import wire
 from reprise.processes.channel import Channel
+from reprise.processes.waker import Waker
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,8 @@ class EngineService(ABC):
         self._lock = threading.Lock()
         self._new: list[socket.socket] = []
         self._to_watch: list[Channel] = []
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_receiver.setblocking(False)
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, None)
+        self._waker = Waker()
+        self._selector.register(self._waker.receiver, selectors.EVENT_READ, None)
         self._stopping = False
 
     @abstractmethod
@@ -78,26 +77,18 @@ class EngineService(ABC):
         """Serve a process."""
         with self._lock:
             self._new.append(connection)
-        self._wake()
+        self._waker.wake()
 
     def stop(self) -> None:
         """Let :meth:`run` return."""
         self._stopping = True
-        self._wake()
+        self._waker.wake()
 
     def watch(self, channel: Channel) -> None:
         """Tell when there is room to send again."""
         with self._lock:
             self._to_watch.append(channel)
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self._wake_sender.send(b"x")
-        except BlockingIOError:
-            pass  # it is awake
-        except OSError:
-            logger.debug("the process is ending")
+        self._waker.wake()
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -126,13 +117,10 @@ class EngineService(ABC):
 
     def _await_end(self) -> None:
         self.driver.join()
-        self._wake()
+        self._waker.wake()
 
     def _woken(self) -> None:
-        try:
-            self._wake_receiver.recv(4096)
-        except BlockingIOError:
-            return
+        self._waker.clear()
         with self._lock:
             new, self._new = self._new, []
             blocked, self._to_watch = self._to_watch, []

@@ -17,16 +17,16 @@ from typing import IO
 from reprise.distributed.board import Board, create, failed
 from reprise.distributed.ring import wake
 from reprise.errors import RanksError
+from reprise.platforms import usable_cpus
+from reprise.processes.child import STOPPED_SECONDS, is_stopped
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES = 4 << 20
 WATCH_SECONDS = 0.1
 """Between two looks at the processes."""
-STOPPED_SECONDS = 3.0
-"""A process that somebody has stopped for so long counts as lost."""
 SILENT_SECONDS = 30.0
-"""So does one of which no thread runs for so long."""
+"""A process of which no thread runs for so long counts as lost."""
 LEAVE_SECONDS = 4.0
 """For so long a follower may take its leave."""
 LOG_LINES = 30
@@ -86,7 +86,8 @@ class Processes:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *(each for each in sys.path if each)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-        environment.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(self.size)))
+        # As ``Platform.share_host`` gives the leader; here before the process makes its threads.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus()[0] // self.size)))
         # In a session of its own: a terminal's signals are for the leader.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
@@ -115,7 +116,7 @@ class Processes:
         while not self._closing:
             for rank, child in enumerate(self._children, 1):
                 reason = self._ended(rank, child)
-                stopped[rank] = stopped[rank] + 1 if _is_stopped(child.pid) else 0
+                stopped[rank] = stopped[rank] + 1 if is_stopped(child.pid) else 0
                 new = self.board.beats(rank)
                 silent[rank] = silent[rank] + 1 if new and new == beats[rank] else 0
                 beats[rank] = new
@@ -207,24 +208,9 @@ class Processes:
             child.wait()
 
 
-def threads_of_a_rank(size: int) -> int:
-    """For what a rank computes on the host."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (count or 1) // size)
-
-
 def _follow(rank: int, stream: IO[str], log: deque[str]) -> None:
     """Pass a follower's log on, line by line."""
     with stream:
         for line in stream:
             log.append(line.rstrip())
             sys.stderr.write(f"[rank {rank}] {line}")
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped a process, where the system tells it."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])

@@ -156,7 +156,8 @@ class Platform(ABC):
         return f"{self.name}:{self.index + rank}"
 
     def share_host(self, size: int) -> None:  # noqa: B027 - an accelerator's host has little to do
-        """So many ranks compute on this machine; called in each once."""
+        """So many ranks compute on this machine; called once in the leader's process. Followers
+        are started with their number of threads."""
 
     # ---- order of work -------------------------------------------------------------------
 

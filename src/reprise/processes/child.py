@@ -98,7 +98,7 @@ class Child:
         was asked time and again: not while this process was stopped as well."""
         now = time.monotonic()
         gap, self._looked_at = now - self._looked_at, now
-        if not _stopped(self.process.pid):
+        if not is_stopped(self.process.pid):
             self._stopped_since = None
         elif self._stopped_since is None or gap > 2:
             self._stopped_since = now
@@ -113,8 +113,9 @@ class Child:
         return f"with status {status}"
 
 
-def _stopped(pid: int) -> bool:
-    """As the system tells a parent of its child, which stays to be waited for."""
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a child of this process, as the system tells a parent; the child
+    stays to be waited for."""
     try:
         found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
     except (ChildProcessError, AttributeError):  # it was waited for; there is no waitid

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import selectors
-import socket
 import threading
 import time
 import weakref
@@ -38,6 +37,7 @@ from reprise.outputs import RequestMetrics, RequestOutput
 from reprise.processes import wire
 from reprise.processes.channel import Channel
 from reprise.processes.control import Control
+from reprise.processes.waker import Waker
 from reprise.replicas.deltas import unpack
 from reprise.replicas.launch import POLL_SECONDS, Replica, end_all, launch, remove
 from reprise.replicas.router import Route, Router
@@ -116,10 +116,8 @@ class Replicas:
         self._num_added = 0
         self._replicas, self._directory = launch(config)
         self._selector = selectors.DefaultSelector()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_receiver.setblocking(False)
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, None)
+        self._waker = Waker()
+        self._selector.register(self._waker.receiver, selectors.EVENT_READ, None)
         self._to_watch: list[Channel] = []
         try:
             self._channels = [self._connect(each) for each in self._replicas]
@@ -361,7 +359,7 @@ class Replicas:
                 self._deadline = time.monotonic() + STOP_SECONDS
                 for each in self._replicas:
                     each.child.stop()
-        self._wake()
+        self._waker.wake()
         self._tokenizing.shutdown(wait=False)
         self._thread.join()
 
@@ -372,11 +370,7 @@ class Replicas:
     def _watch(self, channel: Channel) -> None:
         with self._lock:
             self._to_watch.append(channel)
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is awake
-            self._wake_sender.send(b"x")
+        self._waker.wake()
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -446,8 +440,7 @@ class Replicas:
             self._delivered(given)
 
     def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_receiver.recv(4096)
+        self._waker.clear()
         with self._lock:
             blocked, self._to_watch = self._to_watch, []
         both = selectors.EVENT_READ | selectors.EVENT_WRITE
