@@ -37,7 +37,7 @@ class Chat(Reply):
         model: Name of the model, as asked for.
         fingerprint: Of the server.
         parser: Of reasoning, one of :data:`reprise.server.reasoning.PARSERS`.
-        tool_parser: Of calls, one of :data:`reprise.server.tools.PARSERS`, or ``none``.
+        tool_parser: Of calls, one of :data:`reprise.server.tools.formats.PARSERS`, or ``none``.
         facts: Of the engine.
         defaults: Sampling values that the request may leave out.
         options: Of the server.

@@ -183,6 +183,15 @@ def test_calls_are_read_from_what_the_model_writes(with_tools: openai.OpenAI) ->
     assert (calls, plain.finish_reason) == ([], "length")
 
 
+def test_the_template_is_shown_the_tools_whatever_is_chosen(with_tools: openai.OpenAI) -> None:
+    def prompt(**options: Any) -> int:
+        return int(chat(with_tools, max_tokens=1, **options).usage.prompt_tokens)
+
+    choices = ("auto", "none", "required")
+    assert len({prompt(tools=TOOLS, tool_choice=each) for each in choices}) == 1
+    assert prompt(tools=TOOLS) > prompt()
+
+
 def test_required_and_named_calls_are_made(with_tools: openai.OpenAI) -> None:
     check_choices(with_tools)
 
