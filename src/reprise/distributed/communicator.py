@@ -6,6 +6,11 @@ stays the user's, and one process may have several engines.
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +21,9 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Prefi
 
 from reprise.distributed.group import ALONE, ECHO, Group
 from reprise.distributed.symmetric import SymmetricBuffer
-from reprise.errors import PlatformError
+from reprise.errors import PlatformError, describe
+
+logger = logging.getLogger(__name__)
 
 _known: dict[str, Communicator] = {}
 
@@ -42,7 +49,8 @@ class Communicator:
         self.group = group
         self._group = process_group
         self._device, self._store = device, store
-        self._symmetric: SymmetricBuffer | None = None
+        self.symmetric: SymmetricBuffer | None = None
+        """Memory that all ranks read directly; None: there is none, or it is not wanted."""
         self.calls = 0
         """Collectives that this rank has begun, for those who look where it stands."""
 
@@ -67,26 +75,50 @@ class Communicator:
         _finish(self._group._allgather_base(*parts, options))
         return found
 
-    def symmetric(self) -> SymmetricBuffer | None:
-        """Memory that all ranks read directly, made when it is first asked for: every rank asks at
-        the same call. None: there is none for such a group."""
-        if self._symmetric is None and self._device is not None and self._store is not None:
-            store = PrefixStore(f"{self.group.name}-symmetric", self._store)
-            self._symmetric = SymmetricBuffer(self.group, store, self._device)
-        return self._symmetric
+    def reach(self) -> None:
+        """Make memory that all ranks read directly, if each can. Every rank calls it."""
+        assert self._device is not None
+        assert self._store is not None
+        store = PrefixStore(f"{self.group.name}-symmetric", self._store)
+        reason = "another rank cannot"
+        try:
+            self.symmetric = SymmetricBuffer(self.group, store, self._device)
+        except Exception as error:  # drivers and plug-ins fail with errors of many types
+            reason = describe(error)
+        missing = torch.tensor([self.symmetric is None], dtype=torch.int32, device=self._device)
+        self.all_reduce(missing)
+        if missing.item():
+            logger.info("ranks: no memory that all of them read directly (%s)", reason)
+            self.drop_symmetric()
+
+    def drop_symmetric(self) -> None:
+        """Do without the memory that all ranks read. Every rank calls it."""
+        if self.symmetric is not None:
+            self.symmetric.close()
+            self.symmetric = None
 
     def abort(self) -> None:
         """End what waits for a rank that is gone, on any thread, where the backend can."""
-        if self._symmetric is not None:
-            self._symmetric.give_up()
-        abort = getattr(self._group, "abort", None)
+        if self.symmetric is not None:
+            self.symmetric.give_up()
+        self._abort(self._group)
+
+    def _abort(self, group: Any) -> None:
+        abort = getattr(group, "abort", None)
         if abort is not None:
             abort()
 
     def close(self) -> None:
         """Leave the group."""
         _known.pop(self.group.name, None)
-        self._group = self._symmetric = None
+        group, self._group = self._group, None
+        self.drop_symmetric()
+        if group is not None and self._device is not None and self._device.index is not None:
+            # It waits until the graphs that hold its collectives are gone, which may be kept.
+            leave = threading.Thread(
+                target=self._abort, args=(group,), name="reprise-leave", daemon=True
+            )
+            leave.start()
 
 
 def _finish(work: Any) -> None:
@@ -110,7 +142,13 @@ def communicator(name: str) -> Communicator:
 
 
 def connect(
-    group: Group, backend: str, store: Store, device: torch.device, timeout: float
+    group: Group,
+    backend: str,
+    store: Store,
+    device: torch.device,
+    timeout: float,
+    *,
+    direct: bool = True,
 ) -> Communicator:
     """Make a group's communicator. Every rank calls it.
 
@@ -120,6 +158,7 @@ def connect(
         store: Through which the ranks find each other.
         device: That this rank computes on.
         timeout: Seconds after which a rank that waits gives up, where the backend knows that.
+        direct: Whether ranks may read each other's memory, where their devices can.
 
     Raises:
         PlatformError: This torch does not have the backend.
@@ -129,6 +168,8 @@ def connect(
     if eager is not None and device.index is not None:
         eager(device)  # a failure to connect shows now, and memory is taken before it is measured
     found = _known[group.name] = Communicator(group, made, device, store)
+    if direct and device.index is not None:
+        found.reach()
     return found
 
 
@@ -144,7 +185,8 @@ def _make(group: Group, backend: str, store: Store, timeout: float) -> Any:
     if backend == "nccl" and dist.is_nccl_available():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
-        return dist.ProcessGroupNCCL(store, group.rank, group.size, options)
+        with _unwatched():
+            return dist.ProcessGroupNCCL(store, group.rank, group.size, options)
     if backend == "xccl" and getattr(dist, "is_xccl_available", lambda: False)():
         options = dist.ProcessGroupXCCL.Options()
         options._timeout = limit
@@ -156,6 +198,21 @@ def _make(group: Group, backend: str, store: Store, timeout: float) -> Any:
         f"this torch ({torch.__version__}) has no collectives of backend {backend!r}; install one "
         "that has, or leave tensor_parallel_size out"
     )
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """A process group made here ends no process when a rank is lost: the leader watches ranks, and
+    its process is the user's."""
+    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({k: v for k, v in wanted.items() if before[k] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 class Echo(Communicator):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, _SymmetricMemory
+from torch._C._distributed_c10d import (
+    Store,
+    _register_process_group,
+    _SymmetricMemory,
+    _unregister_process_group,
+)
 
 from reprise.distributed.group import Group
 
@@ -30,12 +38,14 @@ class SymmetricBuffer:
 
     def __init__(self, group: Group, store: Store, device: torch.device) -> None:
         self.group = group
-        name = f"{group.name}-symmetric"
-        # Other versions of torch find the store by the name of a registered group.
+        name: Any = f"{group.name}-symmetric"
+        self._name = name
+        # torch finds the store by either, which depends on its version.
         _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
+        _register_process_group(name, dist.ProcessGroup(store, group.rank, group.size))
         self.flags = 2 * BLOCKS * STAGE_BYTES
         """Bytes from the beginning to the turns that others have told: [BLOCKS, size] int32."""
-        nbytes = self.flags + 4 * (BLOCKS * group.size + 1)
+        nbytes = self.nbytes(group.size)
         self._own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
         self._own.zero_()
         self._handle = _SymmetricMemory.rendezvous(self._own)
@@ -45,13 +55,22 @@ class SymmetricBuffer:
         """[BLOCKS]: sums that each program has begun."""
         self.given_up = self._own[nbytes - 4 :].view(torch.int32)
         """[1]: not 0: nobody is to wait any more."""
-        self._handle.barrier(channel=0)
+        torch.accelerator.synchronize(device)
+
+    @staticmethod
+    def nbytes(size: int) -> int:
+        """Of a rank's part, where there are ``size`` of them."""
+        return 2 * BLOCKS * STAGE_BYTES + 4 * (BLOCKS * size + 1)
 
     def give_up(self) -> None:
         """Let nobody here wait any more, from any thread: another rank is gone."""
         stream = torch.Stream(device=self._own.device)
         with stream:
             self.given_up.fill_(1)
+
+    def close(self) -> None:
+        """Nobody sums here any more."""
+        _unregister_process_group(self._name)
 
     def takes(self, x: Tensor) -> bool:
         """Whether a sum of such tensors fits."""

@@ -31,7 +31,8 @@ def compile_ahead(
     """Call once, in parallel threads, every op that the passes call and that compiles kernels.
 
     The passes are run without computing: op calls return memory of any content. They must not
-    look into it. Calls whose arguments agree in shapes, strides and dtypes count as one.
+    look into it. Calls whose arguments agree in shapes, strides and dtypes count as one. Ops that
+    wait for other ranks are left out: threads would call them in another order on each rank.
 
     Args:
         table: The implementations.
@@ -48,7 +49,9 @@ def compile_ahead(
         op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
-        if key not in known and table.implementation_of(op, args, kwargs).compiles:
+        if op.collective or key in known:
+            return op.fake(*args, **kwargs)
+        if table.implementation_of(op, args, kwargs).compiles:
             known.add(key)
             # Break ops have kernels of their own, the longest of a wave.
             waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))

@@ -67,6 +67,8 @@ class Op:
     """The argument that says how far the op reaches into each request, if one does."""
     state: tuple[str, ...] = ()
     """Those of :attr:`mutates` that live on from step to step."""
+    collective: bool = False
+    """It waits for other ranks: all call it in one order, and none in a thread of its own."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     kernel: Any = None
@@ -182,6 +184,7 @@ def op(
     break_op: bool = False,
     extent: str | None = None,
     state: tuple[str, ...] = (),
+    collective: bool = False,
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupportOn | None = None,
@@ -199,6 +202,7 @@ def op(
             or positions. Faults in graphs are planted there.
         state: Names among ``mutates`` of what lives on from step to step, such as a cache. What a
             break op writes beside it are outputs: a row of length 0 leaves zeros there.
+        collective: Whether it waits for other ranks.
         error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
@@ -216,7 +220,9 @@ def op(
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
-    declared = Op(name, schema, mutates, break_op, cases, extent, state, fake=fake or _nothing)
+    declared = Op(
+        name, schema, mutates, break_op, cases, extent, state, collective, fake=fake or _nothing
+    )
     declared.implementation(
         "reference",
         reference,

@@ -48,7 +48,7 @@ class Processes:
         self.lost: RanksError | None = None
         """Why the group is over, if it was not ended on purpose."""
         self.on_loss: Callable[[], None] = lambda: None
-        """Called once when a rank is lost, in the thread that watches."""
+        """Called once when a rank is lost, in a thread of its own."""
         self.report: Callable[[], str] = str
         """Says what the leader last told its followers."""
         self._closing = False
@@ -162,7 +162,8 @@ class Processes:
         self.lost = RanksError(text + (f" The last lines of its log:{log}" if log else ""))
         self.lost.__cause__ = told if isinstance(told, BaseException) else None
         logger.critical("%s", self.lost)
-        self.on_loss()
+        # It may wait for a device that never answers; nobody waits for it.
+        threading.Thread(target=self.on_loss, name="reprise-loss", daemon=True).start()
 
     def cause(self, error: BaseException | None = None, seconds: float = 0.0) -> RanksError | None:
         """Why the group is over; if it may be so for a reason not seen yet, wait so long."""

@@ -5,9 +5,13 @@ from reprise.ops.all_reduce.reference import all_reduce as _all_reduce
 from reprise.ops.all_reduce.reference import all_reduce_add as _all_reduce_add
 from reprise.ops.registry import needs_triton, op
 
-all_reduce = op("all_reduce", _all_reduce, cases=cases, mutates=("x",))
+all_reduce = op("all_reduce", _all_reduce, cases=cases, mutates=("x",), collective=True)
 all_reduce_add = op(
-    "all_reduce_add", _all_reduce_add, cases=add_cases, mutates=("partial", "residual")
+    "all_reduce_add",
+    _all_reduce_add,
+    cases=add_cases,
+    mutates=("partial", "residual"),
+    collective=True,
 )
 for _op in (all_reduce, all_reduce_add):
     _op.implementation(

@@ -19,7 +19,7 @@ _LEAST = 1024
 
 
 def all_reduce(x: Tensor, group: str) -> None:
-    buffer = communicator(group).symmetric()
+    buffer = communicator(group).symmetric
     if buffer is None or not buffer.takes(x):
         reference.all_reduce(x, group)
     else:
@@ -27,7 +27,7 @@ def all_reduce(x: Tensor, group: str) -> None:
 
 
 def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
-    buffer = communicator(group).symmetric()
+    buffer = communicator(group).symmetric
     if buffer is None or not buffer.takes(partial) or not residual.is_contiguous():
         reference.all_reduce_add(partial, residual, group)
     else:
@@ -39,8 +39,8 @@ def _sum(buffer: SymmetricBuffer, x: Tensor, out: Tensor, *, add: bool) -> None:
     block = max(_LEAST, next_power_of_2(cdiv(count, BLOCKS)))
     launch(sum_kernel, (cdiv(count, block),))(
         x, out, buffer.bases, buffer.turns, count,
-        RANK=buffer.group.rank, RANKS=buffer.group.size, LANES=next_power_of_2(buffer.group.size),
-        FLAGS=buffer.flags, STAGE=STAGE_BYTES, BLOCKS=BLOCKS, BLOCK=block, ADD=add,
+        RANK=buffer.group.rank, RANKS=buffer.group.size, FLAGS=buffer.flags,
+        STAGE=STAGE_BYTES, BLOCKS=BLOCKS, BLOCK=block, ADD=add,
         num_warps=min(16, max(4, block // 512)), **launch_options(),
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def _sum(buffer: SymmetricBuffer, x: Tensor, out: Tensor, *, add: bool) -> None:
 @triton.jit
 def sum_kernel(
     x_ptr, out_ptr, bases_ptr, turns_ptr, count,
-    RANK: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, FLAGS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, FLAGS: tl.constexpr,
     STAGE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -65,22 +65,21 @@ def sum_kernel(
     own = (tl.load(bases_ptr + RANK) + place).to(element)
     tl.store(own + lane, x, mask=here)
     tl.debug_barrier()
-    # Tell everyone that it is there, ourselves too.
-    rank = tl.arange(0, LANES)
-    peers = tl.load(bases_ptr + rank, mask=rank < RANKS, other=0)
-    told = (peers + FLAGS + 4 * (program * RANKS + RANK)).to(tl.pointer_type(tl.int32))
-    tl.atomic_xchg(told, turn + 1, mask=rank < RANKS, sem="release", scope="sys")
-    heard = (tl.load(bases_ptr + RANK) + FLAGS + 4 * program * RANKS).to(tl.pointer_type(tl.int32))
-    given_up = (tl.load(bases_ptr + RANK) + FLAGS + 4 * BLOCKS * RANKS).to(
-        tl.pointer_type(tl.int32)
-    )
-    waits = 1
-    while waits != 0:
-        seen = tl.atomic_add(heard + rank, 0, mask=rank < RANKS, sem="acquire", scope="sys")
-        # Numbers of turns begin anew behind the largest: their distance counts.
-        behind = (rank < RANKS) & (seen - (turn + 1) < 0)
-        waits = tl.sum(behind.to(tl.int32), axis=0)
-        waits = tl.where(tl.load(given_up, volatile=True) != 0, 0, waits)
+    # Tell everyone that it is there. One number at a time: what a program gets of an atomic
+    # access to a few is known to some of its threads only.
+    for each in tl.static_range(RANKS):
+        told = tl.load(bases_ptr + each) + FLAGS + 4 * (program * RANKS + RANK)
+        tl.atomic_xchg(told.to(tl.pointer_type(tl.int32)), turn + 1, sem="release", scope="sys")
+    flags = tl.load(bases_ptr + RANK) + FLAGS
+    given_up = (flags + 4 * BLOCKS * RANKS).to(tl.pointer_type(tl.int32))
+    for each in tl.static_range(RANKS):
+        heard = (flags + 4 * (program * RANKS + each)).to(tl.pointer_type(tl.int32))
+        waits = 1
+        while waits != 0:
+            seen = tl.atomic_add(heard, 0, sem="acquire", scope="sys")
+            # Numbers of turns begin anew behind the largest: their distance counts.
+            waits = (seen - (turn + 1) < 0).to(tl.int32)
+            waits = tl.where(tl.load(given_up, volatile=True) != 0, 0, waits)
     tl.debug_barrier()
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for each in tl.static_range(RANKS):

@@ -1,0 +1,60 @@
+"""One rank of a sum over shared memory, its kernel run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import time
+
+import numpy as np
+import torch
+
+from reprise.distributed import Group
+from reprise.distributed.symmetric import BLOCKS, STAGE_BYTES, SymmetricBuffer
+from reprise.ops.all_reduce.triton import _sum
+
+SIZES = (3, 2100, 8)
+"""Elements, of grids that differ from sum to sum."""
+
+
+class Shared(SymmetricBuffer):
+    """Every rank's memory in one mapping of a file that all have."""
+
+    def __init__(self, group: Group, file: int) -> None:
+        self.group, self.flags = group, 2 * BLOCKS * STAGE_BYTES
+        nbytes = self.nbytes(group.size)
+        mapped = np.frombuffer(mmap.mmap(file, nbytes * group.size), dtype=np.uint8)
+        self._own = torch.from_numpy(mapped)
+        base = self._own.data_ptr()
+        self.bases = torch.tensor([base + nbytes * rank for rank in range(group.size)])
+        self.turns = torch.zeros(BLOCKS, dtype=torch.int32)
+
+
+def parts(size: int, turn: int, count: int) -> list[torch.Tensor]:
+    """What each rank adds."""
+    numbers = torch.Generator().manual_seed(1000 * turn + count)
+    return [torch.randn(count, generator=numbers) for _ in range(size)]
+
+
+def main() -> None:
+    rank, size, file = map(int, sys.argv[1:])
+    buffer = Shared(Group("sum", rank, size), file)
+    for turn in range(3):
+        for count in SIZES:
+            if turn % size == rank:
+                time.sleep(0.05)  # one is late
+            all_parts = parts(size, turn, count)
+            total = torch.zeros(count)
+            for each in all_parts:
+                total += each
+            residual = torch.ones(count)
+            _sum(buffer, all_parts[rank].clone(), residual, add=True)
+            assert torch.equal(residual, 1 + total), (turn, count)
+            x = all_parts[rank].clone()
+            _sum(buffer, x, x, add=False)
+            assert torch.equal(x, total), (turn, count)
+    assert int(buffer.turns[0]) == 3 * 2 * len(SIZES)
+
+
+if __name__ == "__main__":
+    main()
