@@ -5,6 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -16,10 +21,20 @@ from typer.testing import CliRunner, Result
 
 from reprise.bench.distributions import plot_distributions
 from reprise.bench.endpoint import Answer
-from reprise.bench.serve import ServeWork, arrivals, figures, make_prompts, times_of
+from reprise.bench.serve import figures, times_of
+from reprise.bench.work import ServeWork, arrivals, make_prompts
 from reprise.cli.app import app
+from reprise.errors import ConfigError
 
-SMALL = ("--num-prompts", "12", "--input-len-range", "4:30", "--output-len-range", "3:20")
+SMALL = (
+    "--num-prompts",
+    "12",
+    "--input-len-range",
+    "4:30",
+    "--output-len-range",
+    "3:20",
+    "--ignore-eos",
+)
 
 
 def bench(server: Server, *arguments: str) -> Result:
@@ -88,6 +103,123 @@ def test_requests_under_way_are_limited_and_wait_here(stub: Server) -> None:
     assert found["late_ms"]["p99"] >= 0.8 * behind
 
 
+def test_several_processes_send_what_one_would(stub: Server) -> None:
+    result = bench(
+        stub, "--num-prompts", "7", "--input-len-range", "3", "--output-len-range", "2:40",
+        "--max-concurrency", "5", "--client-processes", "3", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)["results"]
+    work = ServeWork(7, (3, 3), (2, 40))
+    assert found["output_tokens"] == sum(each.output_tokens for each in make_prompts(work, False))
+    assert (found["completed"], found["unfinished"]) == (7, 0)
+    assert found["client_busy"] > 0
+    assert found["ttft_ms"]["p50"] < found["e2el_ms"]["p50"] < 1e3 * found["seconds"]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_prints_what_there_is(stub: Server, tmp_path: Path, processes: str) -> None:
+    """Two requests end, and two never do."""
+    prompts = [{"prompt": json.dumps(each), "output_tokens": 3} for each in ({}, {"wait": True})]
+    dataset = tmp_path / "prompts.jsonl"
+    dataset.write_text("\n".join(map(json.dumps, prompts)) + "\n")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "reprise", "bench", "serve", "--base-url", stub.url, "--json",
+         "--num-prompts", "4", "--dataset", str(dataset), "--client-processes", processes],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ended = -1.0
+    before = len(re.findall("/v1/completions 200", stub.log))
+    for _ in range(600):  # the first request comes twice
+        ended = len(re.findall("/v1/completions 200", stub.log)) - before
+        if ended == 3:
+            break
+        time.sleep(0.05)
+    assert ended == 3
+    time.sleep(0.3)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    record = json.loads(out)
+    (found,) = record["results"]
+    assert (found["completed"], found["failed"], found["unfinished"]) == (2, 0, 2)
+    assert record["interrupted"]
+
+
+def test_failures_are_counted_by_kind(stub: Server, tmp_path: Path) -> None:
+    prompts = [json.dumps({}), json.dumps({"fail": 2}), json.dumps({"fail": 1}), ""]
+    kinds = [{"prompt": each or [1], "output_tokens": 5} for each in prompts]
+    dataset = tmp_path / "prompts.jsonl"
+    dataset.write_text("\n\n".join(map(json.dumps, kinds)))
+    result = bench(stub, "--dataset", str(dataset), "--json")
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["completed"], found["failed"], found["output_tokens"]) == (2, 2, 10)
+    assert sum(each["count"] for each in found["failures"].values()) == 2
+    assert found["failures"].keys() <= {"error in the stream", "status 500"}
+    assert "RuntimeError" in str(found["failures"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is no JSON"), ("3", "line 1 is no object"), ("", "has no prompts"),
+        ('{"prompt": "a", "x": 1}', "line 1 has 'x'"), ('{"output_tokens": 1}', "give prompt"),
+        ('{"prompt": ""}', "give prompt"), ('{"messages": []}', "--chat"),
+        ('{"prompt": "a", "output_tokens": 0}', "output_tokens=0 must be a whole number"),
+    ],
+)  # fmt: skip
+def test_a_data_set_that_is_none(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "d"
+    file.write_text(line)
+    with pytest.raises(ConfigError, match=message):
+        make_prompts(ServeWork(dataset=file), chat=False)
+
+
+def test_a_data_set_begins_anew_and_has_chats(tmp_path: Path) -> None:
+    file = tmp_path / "d"
+    chat = [{"role": "user", "content": "hi"}]
+    file.write_text(f'{{"messages": {json.dumps(chat)}, "output_tokens": 4}}\n{{"prompt": "a"}}')
+    found = make_prompts(ServeWork(3, output_len_range=(7, 7), dataset=file), chat=True)
+    assert [(each.text, each.output_tokens) for each in found] == [(chat, 4), ("a", 7), (chat, 4)]
+
+
+@pytest.mark.long
+def test_tokens_a_second_are_the_server_s_own(server: Server) -> None:
+    """Against the counter and the gauge that somebody else reads beside the load."""
+    seen: list[tuple[float, float, float]] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        with server.client() as client:
+            while not ended.is_set():
+                text = client.get("/metrics").text
+                running, waiting, tokens = (
+                    float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+                    for name in ("num_requests_running", "num_requests_waiting",
+                                 "generation_tokens_total")
+                )  # fmt: skip
+                seen.append((time.perf_counter(), running + waiting, tokens))
+                time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = bench(
+        server, "--num-prompts", "32", "--input-len-range", "20", "--output-len-range", "200",
+        "--max-concurrency", "8", "--ignore-eos", "--json",
+    )  # fmt: skip
+    ended.set()
+    watcher.join()
+    (found,) = json.loads(result.stdout)["results"]
+    # The first request, which is not counted, has ended when only its tokens are known.
+    first = next(n for n, each in enumerate(seen) if each[2] >= seen[0][2] + 200 and not each[1])
+    busy = [n for n, each in enumerate(seen) if n > first and each[1]]
+    began, end = seen[busy[0] - 1], seen[busy[-1] + 1]
+    own = (end[2] - began[2]) / (end[0] - began[0])
+    assert found["output_tokens"] == end[2] - began[2] == 32 * 200
+    assert found["output_tokens_per_s"] == pytest.approx(own, rel=0.02)
+
+
 def test_nobody_there(start: Start) -> None:
     server = start()
     server.close()
@@ -122,14 +254,14 @@ def test_odd_options_are_refused(stub: Server, arguments: list[str], message: st
 def test_arrivals_are_in_order_and_of_the_seed(
     rate: float, burstiness: float, count: int, seed: int
 ) -> None:
-    work = ServeWork(num_prompts=count, burstiness=burstiness, seed=seed)
-    found = arrivals(work, rate)
+    work = ServeWork(burstiness=burstiness, seed=seed)
+    found = arrivals(work, count, rate)
     assert len(found) == count
     assert found[0] == 0
     assert found == sorted(found)
-    assert found == arrivals(work, rate)
+    assert found == arrivals(work, count, rate)
     # Time goes by the rate alone.
-    assert arrivals(work, 2 * rate) == pytest.approx([each / 2 for each in found])
+    assert arrivals(work, count, 2 * rate) == pytest.approx([each / 2 for each in found])
 
 
 @pytest.mark.parametrize(("burstiness", "spread"), [(0.25, 2.0), (1.0, 1.0), (4.0, 0.5)])
@@ -137,7 +269,7 @@ def test_times_between_arrivals_have_their_mean_and_spread(
     burstiness: float, spread: float
 ) -> None:
     """The standard deviation of a gamma distribution is its mean over the root of its shape."""
-    found = arrivals(ServeWork(num_prompts=20_000, burstiness=burstiness), 8.0)
+    found = arrivals(ServeWork(burstiness=burstiness), 20_000, 8.0)
     gaps = [b - a for a, b in itertools.pairwise(found)]
     mean = sum(gaps) / len(gaps)
     deviation = (sum((each - mean) ** 2 for each in gaps) / len(gaps)) ** 0.5
@@ -146,12 +278,12 @@ def test_times_between_arrivals_have_their_mean_and_spread(
 
 
 def test_figures_of_known_times() -> None:
-    good = Answer(10.0, [10.1, 10.2, 10.4], 10.5, input_tokens=7, output_tokens=5)
-    slow = Answer(10.0, [11.0], 11.0, input_tokens=3, output_tokens=1)
-    lost = Answer(10.0, [10.1], 12.0, error="status 500: no")
+    good = Answer(10.0, arrivals=[10.1, 10.2, 10.4], ended=10.5, input_tokens=7, output_tokens=5)
+    slow = Answer(10.0, arrivals=[11.0], ended=11.0, input_tokens=3, output_tokens=1)
+    lost = Answer(10.0, arrivals=[10.1], ended=12.0, error="no", kind="status 500")
     found = figures([good, slow, lost], 2.0, (50,), {"ttft": 200.0})
     assert (found["completed"], found["failed"]) == (2, 1)
-    assert found["failures"] == {"status 500: no": 1}
+    assert found["failures"] == {"status 500": {"count": 1, "first": "no"}}
     assert (found["output_tokens"], found["output_tokens_per_s"]) == (6, 3.0)
     assert found["goodput_requests_per_s"] == 0.5
     assert found["ttft_ms"]["mean"] == pytest.approx(550)

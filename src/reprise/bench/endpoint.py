@@ -21,10 +21,10 @@ SHOWN = 300
 class Prompt:
     """What is asked."""
 
-    text: str | list[int]
-    """Or token ids, which the completions endpoint takes too."""
+    text: str | list[int] | list[dict[str, Any]]
+    """Or token ids, which the completions endpoint takes, or messages of a chat."""
     output_tokens: int
-    """To generate."""
+    """To generate, at most where the text may end before."""
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Answer:
     """Times are of ``time.perf_counter``."""
 
     sent: float
+    due: float = 0.0
+    """When it was to be sent."""
     arrivals: list[float] = field(default_factory=list)
     """Of each chunk with text."""
     ended: float = 0.0
@@ -39,6 +41,12 @@ class Answer:
     output_tokens: int = 0
     """As the server counts them."""
     error: str | None = None
+    kind: str | None = None
+    """Of the error, in a word or two: those of a kind are counted together."""
+
+    def fail(self, kind: str, error: str) -> None:
+        """It is no answer."""
+        self.kind, self.error = kind, error[:SHOWN]
 
     @property
     def to_first(self) -> float:
@@ -88,6 +96,8 @@ class Endpoint:
         self.chat = chat
         self.path = "/v1/chat/completions" if chat else "/v1/completions"
         self.model = model
+        self._api_key = api_key
+        self._timeout = timeout
         self._fields = dict(fields or {})
         self._client = httpx.AsyncClient(
             base_url=self.base_url,
@@ -96,6 +106,18 @@ class Endpoint:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,  # a proxy would be measured too
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that make an equal one, in another process."""
+        return {
+            "base_url": self.base_url,
+            "chat": self.chat,
+            "model": self.model,
+            "api_key": self._api_key,
+            "fields": self._fields,
+            "timeout": self._timeout,
+        }
 
     async def __aenter__(self) -> Endpoint:
         return self
@@ -122,27 +144,37 @@ class Endpoint:
                 ) from None
         return self.model
 
-    async def ask(self, prompt: Prompt) -> Answer:
-        """Send and read to the end. What goes wrong is the answer's ``error``."""
-        answer = Answer(time.perf_counter())
+    async def ask(self, prompt: Prompt, due: float | None = None) -> Answer:
+        """Send and read to the end. What goes wrong is the answer's ``error``.
+
+        Args:
+            prompt: To send.
+            due: When it was to be sent; None: now.
+        """
+        now = time.perf_counter()
+        answer = Answer(now, now if due is None else due)
         try:
             async with self._client.stream("POST", self.path, json=self._body(prompt)) as reply:
                 if reply.status_code != 200:
                     await reply.aread()
-                    answer.error = f"status {reply.status_code}: {reply.text[:SHOWN]}"
+                    answer.fail(f"status {reply.status_code}", reply.text)
                 else:
                     await self._read(reply, answer)
+        except httpx.TimeoutException as error:
+            answer.fail("timeout", describe(error))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            answer.error = describe(error)[:SHOWN]
+            answer.fail("connection", describe(error))
         answer.ended = time.perf_counter()
         if answer.error is None:
-            answer.error = _fault(answer)
+            _look_for_faults(answer)
         return answer
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         asked: dict[str, Any] = {"prompt": prompt.text}
         if self.chat:
-            asked = {"messages": [{"role": "user", "content": prompt.text}]}
+            asked = {"messages": prompt.text}
+            if isinstance(prompt.text, str):
+                asked = {"messages": [{"role": "user", "content": prompt.text}]}
         return {
             "model": self.model,
             **asked,
@@ -164,20 +196,20 @@ class Endpoint:
                 continue
             try:
                 event = json.loads(data)
-            except ValueError:
-                answer.error = f"an event is not JSON: {data[:SHOWN]}"
+                if "error" in event:
+                    answer.fail("error in the stream", str(event["error"]))
+                    return
+                usage = event.get("usage")
+                if usage:
+                    answer.input_tokens = int(usage["prompt_tokens"])
+                    answer.output_tokens = int(usage["completion_tokens"])
+                if any(map(_has_text, event.get("choices") or ())):
+                    answer.arrivals.append(now)
+            except (ValueError, TypeError, LookupError, AttributeError):
+                answer.fail("no such event", f"what came is no chunk: {data}")
                 return
-            if "error" in event:
-                answer.error = f"error in the stream: {str(event['error'])[:SHOWN]}"
-                return
-            usage = event.get("usage")
-            if usage:
-                answer.input_tokens = int(usage["prompt_tokens"])
-                answer.output_tokens = int(usage["completion_tokens"])
-            if any(map(_has_text, event.get("choices", ()))):
-                answer.arrivals.append(now)
         if not ended:
-            answer.error = "the stream ended before [DONE]"
+            answer.fail("stream cut off", "the stream ended before [DONE]")
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:
@@ -186,9 +218,10 @@ def _has_text(choice: Mapping[str, Any]) -> bool:
     return any(delta.get(each) for each in names)
 
 
-def _fault(answer: Answer) -> str | None:
+def _look_for_faults(answer: Answer) -> None:
     if not answer.output_tokens:
-        return "the server sent no usage: it does not know stream_options.include_usage"
-    if not answer.arrivals:
-        return "no text came"
-    return None
+        answer.fail(
+            "no usage", "the server sent no usage: it does not know stream_options.include_usage"
+        )
+    elif not answer.arrivals:
+        answer.fail("no text", "no text came")

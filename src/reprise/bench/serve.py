@@ -3,168 +3,125 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from reprise.bench.endpoint import Answer, Endpoint, Prompt
+from reprise.bench.load import Load
 from reprise.bench.record import heading
-from reprise.errors import ConfigError, RequestError
+from reprise.bench.work import ServeWork, arrivals, make_prompts
+from reprise.errors import RequestError
 from reprise.progress import Counter as Bar
 from reprise.progress import progress
 
-METRICS = ("ttft", "tpot", "itl", "e2el")
-"""As vLLM calls them: time to the first token, mean time of each further one, time between chunks,
-time to the end."""
 Times = dict[str, list[float]]
 """Milliseconds, by the names of ``METRICS``."""
-WORDS = [
-    "the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with",
-    "his", "they", "at", "be", "this", "from", "have", "or", "by", "one", "had", "not", "but",
-    "what", "all", "were", "when", "we", "there", "can", "an", "your", "which", "their", "said",
-    "if", "do", "will", "each", "about", "how",
-]  # fmt: skip
-"""Each is one token of most vocabularies."""
-
-
-@dataclass(frozen=True)
-class ServeWork:
-    """Which requests arrive when."""
-
-    num_prompts: int = 200
-    input_len_range: tuple[int, int] = (100, 1024)
-    output_len_range: tuple[int, int] = (100, 1024)
-    burstiness: float = 1.0
-    """Shape of the gamma distribution of the times between arrivals: 1 is Poisson's process, less
-    has more bursts."""
-    max_concurrency: int | None = None
-    """Requests under way; further ones wait here."""
-    vocab_size: int = 256
-    """Prompts of token ids are drawn below it."""
-    goodput: Mapping[str, float] = field(default_factory=dict)
-    """Of some of ``METRICS``, the most milliseconds that a request may take to be a good one."""
-    percentiles: tuple[float, ...] = (50, 90, 99)
-    seed: int = 0
-
-
-def make_prompts(work: ServeWork, chat: bool) -> list[Prompt]:
-    """Random ones: token ids, which are exactly so many, or for chats words."""
-    draw = random.Random(work.seed)
-    prompts = []
-    for _ in range(work.num_prompts):
-        length = draw.randint(*work.input_len_range)
-        text: str | list[int]
-        if chat:
-            text = " ".join(draw.choices(WORDS, k=length))
-        else:
-            text = [draw.randrange(work.vocab_size) for _ in range(length)]
-        prompts.append(Prompt(text, draw.randint(*work.output_len_range)))
-    return prompts
-
-
-def arrivals(work: ServeWork, rate: float | None) -> list[float]:
-    """Seconds from the start at which requests arrive, the first one at once; None: all do."""
-    if rate is None:
-        return [0.0] * work.num_prompts
-    draw, shape = random.Random(f"arrivals {work.seed}"), work.burstiness
-    found = [0.0]
-    while len(found) < work.num_prompts:
-        found.append(found[-1] + draw.gammavariate(shape, 1 / (shape * rate)))
-    return found
 
 
 def serve(
-    endpoint: Endpoint, work: ServeWork, rates: Sequence[float | None] = (None,)
+    endpoint: Endpoint,
+    work: ServeWork,
+    rates: Sequence[float | None] = (None,),
+    processes: int = 1,
 ) -> tuple[dict[str, Any], list[Times]]:
     """Measure, once for each rate; returns the record, and the times of each rate.
+
+    Ctrl-C ends the measurement: the record then has what was measured so far, and ``interrupted``.
 
     Args:
         endpoint: Closed afterwards.
         work: The requests.
         rates: Requests a second; None: all at once.
+        processes: That send them, where one is too slow.
 
     Raises:
-        ConfigError: A number of ``work`` is out of range.
+        ConfigError: A number of ``work`` is out of range, or its data set is not valid.
         RequestError: The server is not there, or the first request fails, which is not counted.
+        KeyboardInterrupt: Nothing was measured yet.
     """
-    _check(work, rates)
-    return asyncio.run(_serve(endpoint, work, rates))
-
-
-def _check(work: ServeWork, rates: Sequence[float | None]) -> None:
-    for name, value in (("burstiness", work.burstiness), *(("request_rate", r) for r in rates)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name}={value!r} must be above 0, and finite")
-    for name, most in work.goodput.items():
-        if name not in METRICS or name == "itl" or not most > 0:
-            known = ", ".join(each for each in METRICS if each != "itl")
-            raise ConfigError(f"goodput={name}:{most:g} must be milliseconds of one of {known}")
-    for each in work.percentiles:
-        if not 0 <= each <= 100:
-            raise ConfigError(f"percentiles={each:g} must be from 0 to 100")
+    work.check(rates)
+    prompts = make_prompts(work, endpoint.chat)
+    return asyncio.run(_serve(endpoint, work, prompts, rates, processes))
 
 
 async def _serve(
-    endpoint: Endpoint, work: ServeWork, rates: Sequence[float | None]
+    endpoint: Endpoint,
+    work: ServeWork,
+    prompts: Sequence[Prompt],
+    rates: Sequence[float | None],
+    processes: int,
 ) -> tuple[dict[str, Any], list[Times]]:
-    prompts = make_prompts(work, endpoint.chat)
     async with endpoint:
         model = await endpoint.find_model()
         first = await endpoint.ask(prompts[0])
         if first.error is not None:
-            raise RequestError(f"{endpoint.base_url}{endpoint.path}: {first.error}")
-        results, times = [], []
+            raise RequestError(f"{endpoint.base_url}{endpoint.path}: {first.kind}: {first.error}")
+        results: list[dict[str, Any]] = []
+        times: list[Times] = []
+        interrupted = False
         with progress("bench serve", len(rates) * len(prompts), at_once=True) as bar:
             for rate in rates:
-                result, found = await _load(endpoint, prompts, work, rate, bar)
-                results.append(result)
-                times.append(found)
+                due = arrivals(work, len(prompts), rate)
+                load = Load(endpoint, prompts, due, work.max_concurrency, processes)
+                answers, interrupted = await _gather(load, bar)
+                if answers or not interrupted:
+                    results.append({"request_rate": rate, **_of_load(load, answers, due, work)})
+                    times.append(times_of(answers))
+                if interrupted:
+                    break
+    if interrupted and not results:
+        raise asyncio.CancelledError
     record = {
         **heading("serve"),
         "base_url": endpoint.base_url,
         "endpoint": endpoint.path,
         "model": model,
-        "num_prompts": work.num_prompts,
-        "input_len_range": list(work.input_len_range),
+        "num_prompts": len(prompts),
+        "dataset": None if work.dataset is None else str(work.dataset),
+        "input_len_range": None if work.dataset is not None else list(work.input_len_range),
         "output_len_range": list(work.output_len_range),
         "burstiness": work.burstiness,
         "max_concurrency": work.max_concurrency,
         "seed": work.seed,
+        "client_processes": processes,
+        "goodput": dict(work.goodput),
+        "interrupted": interrupted,
         "results": results,
     }
     return record, times
 
 
-async def _load(
-    endpoint: Endpoint, prompts: Sequence[Prompt], work: ServeWork, rate: float | None, bar: Bar
-) -> tuple[dict[str, Any], Times]:
-    free = asyncio.Semaphore(work.max_concurrency or len(prompts))
-    began, worked = time.perf_counter(), time.process_time()
-    due = [began + each for each in arrivals(work, rate)]
+async def _gather(load: Load, bar: Bar) -> tuple[list[Answer], bool]:
+    """Answers, and whether Ctrl-C came before the last one."""
+    answers = []
+    stream = load.answers()
+    try:
+        async for each in stream:
+            answers.append(each)
+            bar.advance()
+    except asyncio.CancelledError:
+        return answers, True
+    finally:
+        await stream.aclose()
+    return answers, False
 
-    async def one(prompt: Prompt, at: float) -> Answer:
-        await asyncio.sleep(at - time.perf_counter())
-        async with free:
-            answer = await endpoint.ask(prompt)
-        bar.advance()
-        return answer
 
-    answers = await asyncio.gather(*map(one, prompts, due))
-    seconds = max(each.ended for each in answers) - began
-    busy = (time.process_time() - worked) / seconds
-    late = [each.sent - at for each, at in zip(answers, due, strict=True)]
-    result = {
-        "request_rate": rate,
+def _of_load(
+    load: Load, answers: Sequence[Answer], due: Sequence[float], work: ServeWork
+) -> dict[str, Any]:
+    complete = len(answers) == len(due)
+    end = max(each.ended for each in answers) if complete else time.perf_counter()
+    seconds = end - load.began
+    late = [1e3 * (each.sent - each.due) for each in answers]
+    return {
         **figures(answers, seconds, work.percentiles, work.goodput),
-        "late_ms": _spread([1e3 * each for each in late], work.percentiles),
-        "client_busy": round(busy, 3),
+        "unfinished": len(due) - len(answers),
+        "late_ms": _spread(late, work.percentiles),
+        "client_busy": round(load.busy_seconds / seconds, 3),
     }
-    return result, times_of(answers)
 
 
 def figures(
@@ -185,12 +142,15 @@ def figures(
     inputs = sum(each.input_tokens for each in done)
     outputs = sum(each.output_tokens for each in done)
     good = sum(_is_good(each, goodput) for each in done)
-    failures = Counter(each.error for each in answers if each.error is not None)
+    failures: dict[str, dict[str, Any]] = {}
+    for each in answers:
+        if each.kind is not None:
+            failures.setdefault(each.kind, {"count": 0, "first": each.error})["count"] += 1
     return {
         "seconds": round(seconds, 4),
         "completed": len(done),
         "failed": len(answers) - len(done),
-        "failures": dict(failures.most_common(5)),
+        "failures": failures,
         "input_tokens": inputs,
         "output_tokens": outputs,
         "requests_per_s": round(len(done) / seconds, 4),

@@ -10,6 +10,7 @@ import typer
 
 from reprise.cli.bench.shared import AsJson, Seed, print_tables, span
 from reprise.cli.command import command
+from reprise.cli.failures import EXIT_INTERRUPTED
 from reprise.cli.files import output_file
 
 TITLES = {
@@ -35,12 +36,27 @@ def serve(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask for chat completions, in words.")
     ] = False,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 200,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests. [dim]\\[default: 200, or as many as the data set has][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take the prompts from this file: JSON objects, one a line, with prompt or "
+            "messages, and maybe output_tokens.",
+            exists=True, dir_okay=False, metavar="FILE", show_default=False,
+        ),
+    ] = None,
     input_len_range: Annotated[
-        str, typer.Option(help="Tokens of a prompt, uniform.", metavar="LOW:HIGH")
+        str, typer.Option(help="Tokens of a prompt, uniform.", metavar="LOW[:HIGH]")
     ] = "100:1024",
     output_len_range: Annotated[
-        str, typer.Option(help="Tokens to generate, uniform.", metavar="LOW:HIGH")
+        str, typer.Option(help="Tokens to generate, uniform.", metavar="LOW[:HIGH]")
     ] = "100:1024",
     request_rate: Annotated[
         str,
@@ -60,8 +76,12 @@ def serve(
     ] = None,
     ignore_eos: Annotated[
         bool,
-        typer.Option(help="Ask for exactly so many tokens. Servers of OpenAI refuse the field."),
-    ] = True,
+        typer.Option(
+            "--ignore-eos",
+            help="Ask for exactly so many tokens, by a field that some servers refuse. Else "
+            "answers may end before.",
+        ),
+    ] = False,
     vocab_size: Annotated[
         int, typer.Option(min=1, help="Prompts are of token ids below it.")
     ] = 256,
@@ -80,6 +100,10 @@ def serve(
         str | None,
         typer.Option(envvar="OPENAI_API_KEY", help="For the server.", show_default=False),
     ] = None,
+    client_processes: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that send requests, where one would be what is slow."),
+    ] = 1,
     seed: Seed = 0,
     plot: Annotated[
         Path | None,
@@ -92,35 +116,39 @@ def serve(
 ) -> None:  # fmt: skip
     """Measure how long users of a server wait, under a load of streamed requests.
 
-    Any server will do that has OpenAI's completions or chat completions.
+    Any server will do that has OpenAI's completions or chat completions. Ctrl-C prints what there
+    is.
     """
     limits = dict(_limit(each) for each in goodput or ())
     rates = [_rate(each) for each in request_rate.split(",")]
     wanted = tuple(_decimal("--percentiles", each) for each in percentiles.split(","))
 
     from reprise.bench.endpoint import Endpoint
-    from reprise.bench.serve import ServeWork
     from reprise.bench.serve import serve as measure
+    from reprise.bench.work import ServeWork
 
     endpoint = Endpoint(
         base_url, chat=chat, model=model, api_key=api_key,
         fields={"ignore_eos": True} if ignore_eos else {},
     )  # fmt: skip
     work = ServeWork(
-        num_prompts, span(input_len_range), span(output_len_range), burstiness, max_concurrency,
-        vocab_size, limits, wanted, seed,
+        num_prompts, _span(input_len_range), _span(output_len_range), burstiness, max_concurrency,
+        vocab_size, limits, wanted, seed, dataset,
     )  # fmt: skip
-    record, times = measure(endpoint, work, rates)
+    record, times = measure(endpoint, work, rates, client_processes)
     if plot is not None:
         from reprise.bench.distributions import plot_distributions
 
         plot.write_text(plot_distributions(record, times), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(record))
-        return
-    _show(record)
-    if plot is not None:
-        typer.echo(f"written to {plot}", err=True)
+    else:
+        _show(record)
+        if plot is not None:
+            typer.echo(f"written to {plot}", err=True)
+    if record["interrupted"]:
+        typer.secho("interrupted: requests that were under way count nowhere", err=True, dim=True)
+        raise SystemExit(EXIT_INTERRUPTED)
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -147,13 +175,18 @@ def _show(record: dict[str, Any]) -> None:
     load = f"{record['num_prompts']} requests to {record['base_url']}{record['endpoint']}"
     print_tables(f"[bold]serve[/]: {load} ({record['model']})", *tables)
     for each in record["results"]:
-        for reason, count in each["failures"].items():
-            typer.echo(f"{count} failed: {reason}", err=True)
+        for kind, failed in each["failures"].items():
+            typer.echo(f"{failed['count']} failed ({kind}), first: {failed['first']}", err=True)
         if each["client_busy"] > BUSY:
             typer.echo(
                 f"the client kept {each['client_busy']:.0%} of a core busy at "
-                f"{_rate_name(each)} requests/s: it may be what was slow", err=True,
+                f"{_rate_name(each)} requests/s: it may be what was slow (--client-processes)",
+                err=True,
             )  # fmt: skip
+
+
+def _span(text: str) -> tuple[int, int]:
+    return span(text if ":" in text else f"{text}:{text}")
 
 
 def _rate_name(result: dict[str, Any]) -> str:
