@@ -227,12 +227,13 @@ def test_what_is_fetched_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_pat
             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
             "chat_template.jinja", "additional_chat_templates/rag.jinja", "original/params.json",
             "model.safetensors", "original/tokenizer.model", "onnx/model.safetensors",
-            "tokenizer.model", "consolidated.json", "README.md",
+            "tokenizer.model", "encoding/encoding_dsv4.py", "consolidated.json", "README.md",
+            "modeling_remote.py", "encoding/other.py",
         ]  # fmt: skip
         found = filter_repo_objects(
             files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         )
-        assert set(found) == {*files[:6], "tokenizer.model"}
+        assert set(found) == {*files[:6], "tokenizer.model", "encoding/encoding_dsv4.py"}
         return str(write(tmp_path, byte_level()))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

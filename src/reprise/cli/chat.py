@@ -51,7 +51,8 @@ def chat(
     Works in a pipe too: every line of standard input is a turn, and the answers are printed.
     """
     llm = load(engine)
-    if not getattr(llm.engine.tokenizer, "chat_template", None):
+    known = ("chat_template", "encoder_texts")
+    if not any(getattr(llm.engine.tokenizer, each, None) for each in known):
         raise RepriseError("this model has no chat template; use 'reprise generate' instead")
     params = llm.engine.default_sampling_params(**{"max_tokens": MAX_TOKENS, **sampling})
     Conversation(llm, params, system, quiet).run()

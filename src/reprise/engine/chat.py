@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from reprise.engine.messages import read_messages, read_tools
 from reprise.engine.prompt import TokensPrompt, encode
-from reprise.engine.template import PROVIDED, ChatTemplate, template_of
+from reprise.engine.renderer import renderer_of
+from reprise.engine.template import PROVIDED, Renderer
 from reprise.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def chat_prompt(
         )
     options["tools"] = read_tools(options["tools"])
     options["documents"] = _documents(options["documents"])
-    template = template_of(tokenizer, options.pop("chat_template"), options["tools"])
+    template = renderer_of(tokenizer, options.pop("chat_template"), options["tools"])
     for name in ("tools", "documents"):
         if options[name] is not None and name not in template.variables:
             raise RequestError(
@@ -88,7 +89,7 @@ def chat_prompt(
     return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)}
 
 
-def _read_by(template: ChatTemplate, variables: Mapping[str, Any]) -> dict[str, Any]:
+def _read_by(template: Renderer, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the caller's variables that the template reads."""
     for name in variables:
         if not isinstance(name, str):
@@ -97,7 +98,7 @@ def _read_by(template: ChatTemplate, variables: Mapping[str, Any]) -> dict[str, 
             raise RequestError(f"chat_template_kwargs has {name!r}, which is set here: drop it")
     unread = variables.keys() - template.variables
     if unread:
-        _log_unread(template, tuple(sorted(unread)))
+        _log_unread(_names(template), tuple(sorted(unread)))
     return {name: value for name, value in variables.items() if name not in unread}
 
 
@@ -105,16 +106,16 @@ _SET_HERE = PROVIDED | {"tokenize"}
 
 
 @functools.lru_cache(maxsize=64)  # once, not for each request
-def _log_unread(template: ChatTemplate, names: tuple[str, ...]) -> None:
+def _log_unread(known: str, names: tuple[str, ...]) -> None:
     logger.warning(
         "chat_template_kwargs: the chat template does not read %s, so it changes nothing; its "
         "variables: %s",
         ", ".join(repr(each[:40]) for each in names),
-        _names(template),
+        known,
     )
 
 
-def _names(template: ChatTemplate) -> str:
+def _names(template: Renderer) -> str:
     return ", ".join(sorted(template.variables)) or "none"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from reprise.engine.prompt import short
-from reprise.engine.template import ChatTemplate, Message
+from reprise.engine.template import Message, Renderer, ToolCallForm
 from reprise.errors import RequestError
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -26,9 +26,7 @@ _TOOL_CALL = {"id", "type", "function", "index"}
 _CALLED = {"name", "arguments"}
 
 
-def read_messages(
-    messages: Any, template: ChatTemplate, content_format: str = "auto"
-) -> list[Message]:
+def read_messages(messages: Any, template: Renderer, content_format: str = "auto") -> list[Message]:
     """Messages as the template takes them.
 
     Raises:
@@ -71,7 +69,7 @@ class _Reader:
         content_format: ``string``, ``openai`` or ``auto``.
     """
 
-    def __init__(self, place: str, template: ChatTemplate, content_format: str) -> None:
+    def __init__(self, place: str, template: Renderer, content_format: str) -> None:
         self._place = place
         self._template = template
         self._format = content_format
@@ -162,10 +160,10 @@ class _Reader:
             raise RequestError(f"{place}: the chat template shows tool calls without content alone")
         if not beside_content and form.no_content is None:
             raise RequestError(f"{place}: the chat template shows tool calls beside content alone")
-        read: Message = {"tool_calls": self._tool_calls(place, calls, form.as_dictionary)}
+        read: Message = {"tool_calls": self._tool_calls(place, calls, form)}
         return read if beside_content else {**read, **(form.no_content or {})}
 
-    def _tool_calls(self, place: str, calls: Any, as_dictionary: bool) -> list[dict[str, Any]]:
+    def _tool_calls(self, place: str, calls: Any, form: ToolCallForm) -> list[dict[str, Any]]:
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise RequestError(f"{place}={short(calls)}: give a list of tool calls")
         read = []
@@ -173,7 +171,7 @@ class _Reader:
             here = f"{place}[{index}]"
             _check(here, call, _TOOL_CALL | self._template.names)
             _check_function(here, call, _CALLED | self._template.names)
-            arguments = _arguments(here, call["function"].get("arguments"), as_dictionary)
+            arguments = _arguments(here, call["function"].get("arguments"), form)
             function = {**call["function"], "arguments": arguments}
             read.append({"type": "function", **call, "function": function})
         return read
@@ -187,18 +185,21 @@ class _Reader:
                     message.setdefault(other, thought)
 
 
-def _arguments(place: str, given: Any, as_dictionary: bool) -> Any:
+def _arguments(place: str, given: Any, form: ToolCallForm) -> Any:
     """A tool call's arguments, which were given as a dictionary or as JSON of one."""
     place = f"{place}.function.arguments"
     arguments = {} if given is None or given == "" else given
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
-            raise RequestError(f"{place}={short(given)} is not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            if form.unparsed is None:
+                raise RequestError(f"{place}={short(given)} is not valid JSON: {error}") from error
+    if isinstance(given, str) and form.unparsed is not None and not isinstance(arguments, Mapping):
+        arguments = {form.unparsed: given}
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{place}={short(given)}: give a JSON object")
-    if as_dictionary:
+    if form.as_dictionary:
         return dict(arguments)
     return given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from reprise.errors import RequestError
 
@@ -25,25 +25,6 @@ _CALL_ID = "kgqx00000"
 """Of the length that Mistral's templates insist on."""
 
 
-def template_of(
-    tokenizer: Any, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None
-) -> ChatTemplate:
-    """The template that a conversation with these tools is rendered by.
-
-    Raises:
-        RequestError: There is none, or it is no template.
-    """
-    if chat_template is not None and not isinstance(chat_template, str):
-        raise RequestError(f"chat_template={chat_template!r}: give a Jinja template, or None")
-    try:
-        text: str = tokenizer.get_chat_template(chat_template, tools)
-    except Exception as error:  # transformers raises many types
-        raise RequestError(
-            f"the tokenizer has no chat template; give chat_template= ({error})"
-        ) from error
-    return _of_text(text, tuple(tokenizer.special_tokens_map.items()))
-
-
 @dataclass(frozen=True)
 class ToolCallForm:
     """What a template makes tool calls of."""
@@ -54,6 +35,34 @@ class ToolCallForm:
     """The part of a message that stands for no content; None: it must have some."""
     beside_content: bool
     """It shows tool calls of a message that has content."""
+    unparsed: str | None = None
+    """The argument that stands for arguments that are no JSON object; None: they are refused."""
+
+
+class Renderer(Protocol):
+    """Makes conversations into prompts: a chat template, or code that stands for one."""
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the one who renders can give."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What it may look up in messages, or compare roles with."""
+
+    @property
+    def text(self) -> str:
+        """In which the tags occur that its models write."""
+
+    @property
+    def tool_call_form(self) -> ToolCallForm | None:
+        """How messages show their tool calls; None: they do not."""
+
+    def content_forms(self, role: str) -> frozenset[str]:
+        """``string`` and ``parts``: in which of them a message of this role shows its text."""
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The prompt."""
 
 
 class ChatTemplate:
@@ -75,7 +84,7 @@ class ChatTemplate:
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
         from jinja2 import Environment, TemplateError, meta, nodes
 
-        self._text = text
+        self.text = text
         self._special_tokens = special_tokens
         # transformers' own block, which changes nothing that is read.
         plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", text)
@@ -105,7 +114,7 @@ class ChatTemplate:
         try:
             rendered, _ = render_jinja_template(
                 conversations=[list(messages)],
-                chat_template=self._text,
+                chat_template=self.text,
                 **{**self._special_tokens, **variables},
             )
         except Exception as error:  # Jinja and transformers raise many types
@@ -144,7 +153,7 @@ class ChatTemplate:
         shown = self._try([self._other, _call(content, arguments)])
         wanted = (_NAME, _KEY, _VALUE, content.get("content") or "")
         as_python, twice = f"'{_KEY}'", f'\\"{_KEY}'
-        printed_null = "None" in shown and "None" not in self._text
+        printed_null = "None" in shown and "None" not in self.text
         return all(each in shown for each in wanted) and not (
             as_python in shown or twice in shown or printed_null
         )
@@ -173,11 +182,6 @@ class ChatTemplate:
             return self.render(messages)
         except RequestError:
             return ""
-
-
-@functools.lru_cache(maxsize=64)  # callers may make a new one for each request
-def _of_text(text: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    return ChatTemplate(text, dict(special_tokens))
 
 
 def _call(content: Message, arguments: Any) -> Message:

@@ -11,6 +11,7 @@ from typing import Any
 
 from reprise.config import EngineConfig
 from reprise.errors import LoadError, ModelError
+from reprise.loading.chat_encoder import FILE as ENCODER
 from reprise.loading.files import read_object
 from reprise.loading.foreign import foreign_content
 from reprise.loading.hf_config import check_token_ids, read_config
@@ -136,7 +137,9 @@ def locate(model: str, revision: str | None, config_only: bool) -> Path:
         raise ModelError(f"model={model!r}: no such directory{_similar(model)}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    within = ["*.jinja", ENCODER.as_posix()]
+    """Further chat templates, and what stands for one, lie in folders."""
+    patterns = ["*.json", "*.txt", "*.model", *within]
     if not config_only:
         patterns.append("*.safetensors")
     try:
@@ -145,11 +148,10 @@ def locate(model: str, revision: str | None, config_only: bool) -> Path:
                 model,
                 revision=revision,
                 allow_patterns=patterns,
-                # The same weights once more, in the formats of other tools. Further chat templates
-                # lie in a folder too.
+                # The same weights once more, in the formats of other tools.
                 ignore_patterns=[
                     "consolidated*",
-                    *(f"*/{each}" for each in patterns if each != "*.jinja"),
+                    *(f"*/{each}" for each in patterns if each not in within),
                 ],
             )
         )

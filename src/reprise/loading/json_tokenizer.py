@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reprise.errors import ModelError
+from reprise.loading.chat_encoder import EncoderTexts
 
 
 class JsonTokenizer:
@@ -24,6 +25,7 @@ class JsonTokenizer:
             ``extra_special_tokens`` and ``model_specific_special_tokens``.
         settings: Other arguments of that class.
         chat_template: One, or several by name.
+        encoder_texts: What makes prompts of conversations in place of one.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class JsonTokenizer:
         special_tokens: Mapping[str, Any],
         settings: Mapping[str, Any],
         chat_template: str | dict[str, str] | None,
+        encoder_texts: EncoderTexts | None = None,
     ) -> None:
         self._file = file
         self._special_tokens = special_tokens
@@ -41,6 +44,7 @@ class JsonTokenizer:
         self._made: Any = None
         self.backend_tokenizer = backend
         self.chat_template = chat_template
+        self.encoder_texts = encoder_texts
 
     @property
     def eos_token(self) -> str | None:

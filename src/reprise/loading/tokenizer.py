@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reprise.loading.chat_encoder import encoder_texts
 from reprise.loading.files import read_object
 from reprise.loading.json_tokenizer import JsonTokenizer, read_backend
 
@@ -64,12 +65,14 @@ def _of_tokenizer_json(path: Path) -> JsonTokenizer:
     names = _read(path / "special_tokens_map.json")
     # As transformers has it: the older file counts unless the newer one lists all tokens.
     settings = {**names, **config} if "added_tokens_decoder" in config else {**config, **names}
+    template = _chat_template(path, config)
     return JsonTokenizer(
         file,
         backend,
         _special_tokens(settings, backend),
         {name: settings[name] for name in _SETTINGS if settings.get(name) is not None},
-        _chat_template(path, config),
+        template,
+        encoder_texts(path) if template is None else None,
     )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from reprise import __version__
 from reprise.config import EngineConfig
 from reprise.engine import EngineStats, Frontend
+from reprise.engine.renderer import renderer_of
 from reprise.engine.submission import MAX_LOGPROBS
-from reprise.engine.template import template_of
+from reprise.engine.template import Renderer
 from reprise.errors import RequestError
 from reprise.graphs import GraphReport
 from reprise.metrics import Counter, Distribution, Gauge, Histogram, Metric
@@ -42,6 +43,11 @@ def engine_facts(engine: Frontend) -> dict[str, Any]:
         for name in (*_SAMPLING, "max_new_tokens", "do_sample")
         if engine.generation_config.get(name) is not None
     }
+    renderer = _renderer(engine.tokenizer)
+    if renderer is not None:
+        # Renders, for the first time: what that imports no caller is to wait for.
+        renderer.content_forms("user")
+    signs = "" if renderer is None else renderer.text
     limit = MAX_LOGPROBS if config.max_logprobs is None else config.max_logprobs
     return {
         "model": config.model or "demo",
@@ -51,24 +57,21 @@ def engine_facts(engine: Frontend) -> dict[str, Any]:
         "max_model_len": engine.max_model_len,
         "max_logprobs": engine.vocab_size if limit == WHOLE_VOCABULARY else limit,
         "recommended": recommended,
-        "thinks": "</think>" in str(getattr(engine.tokenizer, "chat_template", None)),
-        "tool_parser": parser_name(str(getattr(engine.tokenizer, "chat_template", None))),
-        "message_names": _message_names(engine.tokenizer),
+        "thinks": "</think>" in signs,
+        "tool_parser": parser_name(signs),
+        "message_names": None if renderer is None else sorted(renderer.names),
         "think_ids": _ids_of(engine.tokenizer, "<think>", "</think>"),
     }
 
 
-def _message_names(tokenizer: Any) -> list[str] | None:
-    """Keys of messages that the chat template may read; None: it has none."""
+def _renderer(tokenizer: Any) -> Renderer | None:
+    """Of conversations; None: the model has none."""
     if tokenizer is None:
         return None
     try:
-        template = template_of(tokenizer, None, None)
+        return renderer_of(tokenizer, None, None)
     except RequestError:
         return None
-    # Renders, for the first time: what that imports no caller is to wait for.
-    template.content_forms("user")
-    return sorted(template.names)
 
 
 def _ids_of(tokenizer: Any, *texts: str) -> list[int | None]:
