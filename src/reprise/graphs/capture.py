@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import time
@@ -43,7 +44,7 @@ class BucketGraph:
     probes: list[Probe] = field(default_factory=list)
     """What it is proven on at start-up."""
 
-    @property
+    @functools.cached_property
     def key(self) -> Key:
         return self.shape.phase, self.shape.query_len, self.shape.size
 

@@ -83,6 +83,15 @@ def context_class(lengths: Any) -> Any:
     return np.clip(class_of(lengths) - _SHORTEST, 0, CONTEXTS - 1)
 
 
+def class_bounds(starts: Ints, new: Ints) -> tuple[Ints, Ints]:
+    """[R] each: between which starts, none of them 0, contexts with so many new tokens are of the
+    class that these are of."""
+    classes = context_class(starts + new)
+    low = np.where(classes > 0, 4 ** (classes + _SHORTEST - 1) + 1, 1)
+    high = np.where(classes < CONTEXTS - 1, 4 ** (classes + _SHORTEST), np.iinfo(np.int32).max)
+    return np.maximum(low - new, 1), high - new
+
+
 class RowLayouts:
     """Where the blocks of each row lie, kept up to date as block tables grow.
 

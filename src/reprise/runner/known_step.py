@@ -11,6 +11,8 @@ from reprise.graphs.kinds import Kind
 from reprise.runner.arena import Ints
 from reprise.runner.kinds import (
     DecodeCodes,
+    RowLayouts,
+    class_bounds,
     facts_of,
     facts_of_step,
     kind_of_step,
@@ -66,6 +68,9 @@ class KnownStep:
         """Of :attr:`_bucket`, up to turn :attr:`_until`."""
         self._bucket: StepShape | None = None
         self._until = _NEVER
+        self._range: tuple[Ints, Ints, Ints | None] | None = None
+        """[R] each: of decodes that verify drafts, :attr:`_kind` is that of all that begin at least
+        and at most there; and what they replay."""
         self._blocks: list[Ints] | None = None
         """What the rows' blocks add to their codes, of each table."""
 
@@ -79,9 +84,7 @@ class KnownStep:
             verifies: [R] bool: it verifies drafts.
             plain: Each is one token, of a request that decodes.
         """
-        self._numbers, self._place = rows, rows
-        if len(rows) and (rows == np.arange(rows[0], rows[0] + len(rows))).all():
-            self._place = slice(int(rows[0]), int(rows[0]) + len(rows))
+        self._stand_at(rows)
         self._made_up, self._new, self._moves, self._plain = (), new, moves, plain
         self._verifies = verifies
         self.tables_changed()
@@ -102,18 +105,27 @@ class KnownStep:
     def follow(self, rows: Ints, new: Ints, back: int) -> None:
         """A step of so many tokens of each row, the first ``back`` of which are computed again,
         from where the rows stand behind all that was submitted. It moves no row on."""
-        self._numbers = self._place = rows
+        self._stand_at(rows)
         self._made_up, self._new, self._plain = (), new, False
         self._verifies = np.ones(len(rows), dtype=bool)
         if self._tells_replays:  # what drafts keeps no state
             self._replays = may_replay(np.zeros(len(rows), dtype=bool))
-        self._least = np.maximum(self._rows.at_least[rows] - back, 0)
-        self._most = np.maximum(self._rows.at_most[rows] - back, 0)
         self.tables_changed()
+        self.follow_again(back)
+
+    def follow_again(self, back: int) -> None:
+        """The step of :meth:`follow` once more, with the same rows and tables."""
+        self._least = np.maximum(self._rows.at_least[self._place] - back, 0)
+        self._most = np.maximum(self._rows.at_most[self._place] - back, 0)
+
+    def _stand_at(self, rows: Ints) -> None:
+        self._numbers, self._place = rows, rows
+        if len(rows) and (rows == np.arange(rows[0], rows[0] + len(rows))).all():
+            self._place = slice(int(rows[0]), int(rows[0]) + len(rows))
 
     def tables_changed(self) -> None:
         """Of some row."""
-        self._until, self._blocks = _NEVER, None
+        self._until, self._blocks, self._range = _NEVER, None, None
 
     def make_up(
         self, new: Ints, starts: Ints, tables: Sequence[Ints], verifies: Ints,
@@ -146,7 +158,9 @@ class KnownStep:
             assert self._kind is not None
             return self._kind
         if not self._plain or self._numbers is None:
-            return self.told(bucket, device)
+            if device is not None or bucket.phase != "decode" or self._numbers is None:
+                return self.told(bucket, device)
+            return self._of_drafted(bucket)
         # Steps of requests that decode come one after the other: what is the same is kept.
         if self._blocks is None:
             self._blocks = [
@@ -156,6 +170,36 @@ class KnownStep:
         codes, left = self._decode_codes.of(self._least, self._blocks)
         self._kind = Kind(facts_of_step(self._new, bucket, self._verifies), codes)
         self._bucket, self._until = bucket, self._turn + left
+        return self._kind
+
+    def _of_drafted(self, bucket: StepShape) -> Kind:
+        """The kind of all steps whose contexts are of the same classes: where drafts are under way
+        it is not known where a block begins, and the next steps' kind is the same."""
+        least, most, replays = self._least, self._most, self._replays
+        if self._range is not None and bucket == self._bucket:
+            low, high, known = self._range
+            inside = bool((least >= low).all() and (most <= high).all())
+            if inside and (replays is None or known is None or np.array_equal(replays, known)):
+                assert self._kind is not None
+                return self._kind
+        if not least.all():
+            return self.told(bucket)
+        low, high = class_bounds(least, self._new)
+
+        def between(low: Ints, high: Ints) -> Kind:
+            rows, layouts = self._numbers, self._rows.layouts
+            return self._between(low, high, rows, replays, layouts, bucket)
+
+        beyond = most > high
+        if beyond.any():
+            # A context of one class, or of the next one: each with the places that it has there.
+            parts = (
+                between(least, np.minimum(most, high)),
+                between(np.where(beyond, high + 1, least), most),
+            )
+            return Kind(parts[0].step, np.concatenate([each.rows for each in parts]))
+        self._kind = between(low, high)
+        self._bucket, self._range = bucket, (low, high, replays)
         return self._kind
 
     def told(self, bucket: StepShape, device: tuple[Ints, Ints] | None = None) -> Kind:
@@ -174,6 +218,13 @@ class KnownStep:
                 )
             ]
             rows = np.arange(len(self._new))
+        return self._between(least, most, rows, replays, layouts, bucket)
+
+    def _between(
+        self, least: Ints, most: Ints, rows: Ints | None, replays: Ints | None,
+        layouts: Sequence[RowLayouts], bucket: StepShape,
+    ) -> Kind:  # fmt: skip
+        assert rows is not None
         blocks = [each.codes(rows) for each in layouts]
         return kind_of_step(
             self._new, least, most, blocks, bucket, self._sizes, self.facts, self._decodes, replays

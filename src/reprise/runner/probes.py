@@ -133,6 +133,10 @@ class ProbeMaker:
             yield self._probe("mostly padding", bucket, few, seed=3)
         left = rows[most:]
         left = [*left[-1:], *left[:-1]]  # a request that begins first: small graphs meet few
+        if most == 1:
+            # What is told of one request alone no larger graph meets.
+            for number, row in enumerate(self._alone(bucket.query_len)):
+                yield self._probe(f"one request {number + 1}", bucket, [row], seed=20 + number)
         for number in range(min(MOST_EXTRA, -(-len(left) // most))):
             # A graph of few rows meets every other one: the larger anchors meet them all.
             some = left[number :: -(-len(left) // most)] if most > 1 else [_spread(left, number)]
@@ -213,6 +217,21 @@ class ProbeMaker:
         rows.append(make(new, new, NEIGHBOURS, LOWER))
         longest = max(new, self._max_model_len)
         return [make(new, longest, SCATTERED, BOTH), *rows]
+
+    def _alone(self, new: int) -> list[Row]:
+        """Contexts of every class, the shortest first, within a block and at one, as a request has
+        them that decodes alone in a new cache."""
+        size = self._size
+        rows: list[Row] = []
+        for cls in range(CONTEXTS):
+            length = self._top(cls, 0)
+            if length is None or length < new:
+                continue
+            last = length - new
+            for start in (last - (last % size == 0), last // size * size):
+                if start > 0 and int(context_class(start + new)) == cls:
+                    rows.append(self._decode(new, start + new, NEIGHBOURS, LOWER, len(rows)))
+        return rows
 
     def _decode(self, new: int, length: int, layout: int, half: int, number: int = 0) -> Row:
         """One that verifies drafts, behind a step of which all count, one, or some. One that begins

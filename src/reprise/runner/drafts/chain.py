@@ -126,6 +126,8 @@ class ChainInputs(StepBuffers):
             assert self._again is not None
             if any(step.edits):
                 self._gather(most)
+                self.known.tables_changed()
+            self.known.follow_again(self._back)
             self._again()
         else:
             arguments = self._arguments(len(step.rows), step.num_tokens, count, most, width)
@@ -137,7 +139,6 @@ class ChainInputs(StepBuffers):
             self.query_start_loc.device[: most + 1].copy_(self.begins[width][: most + 1])
             self._gather(most)
             self.hidden[count:most].zero_()
-        if count:
             rows = np.array(drawing, dtype=np.int64)
             self.known.follow(rows, np.full(count, width, dtype=np.int64), self._back)
 
