@@ -50,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") in ON_CPU:
         # Before triton is imported: its kernels then run under the interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-        # Before torch is imported: tiny models gain nothing from threads, and where cores are
-        # shared they wait for each other for most of the time.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Before torch is imported: tiny models gain nothing from threads, and where cores are shared
+    # they wait for each other for most of the time. What a device is compared with is computed on
+    # the CPU, too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
