@@ -18,7 +18,12 @@ from helpers import install_package
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "sim"
 SHORT = {
-    "1": ("sim/test_sim_device.py", "sim/test_sim_graphs.py", "sim/test_sim_races.py"),
+    "1": (
+        "sim/test_sim_device.py",
+        "sim/test_sim_graphs.py",
+        "sim/test_sim_races.py",
+        "sim/test_sim_compiler.py",
+    ),
     "2": ("sim/test_sim_engine.py", "platforms/test_device_graph.py"),
 }
 """By seed of the delays."""

@@ -73,6 +73,15 @@ class SimGraph:
         return core.Graph()
 
 
+def __getattr__(name: str) -> Any:
+    # The compiler takes seconds to import, and asks for these when it is first used.
+    if name in ("Scheduling", "PythonWrapperCodegen", "CppWrapperCodegen", "WrapperFxCodegen"):
+        from reprise_sim import compiler
+
+        return compiler.EXPORTS[name]
+    raise AttributeError(f"torch.sim has no {name}")
+
+
 # ---- what a test asks -----------------------------------------------------------------------
 
 

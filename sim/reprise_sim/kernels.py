@@ -33,10 +33,12 @@ def _kernel(op: Op) -> Callable[..., Any]:
         written = [place for place, each in enumerate(given) if id(each) in changed]
         written += range(len(given), len(given) + len(outputs))
 
+        count = len(given)  # and not `given`: a graph would keep all tensors that it uses
+
         def compute(*host: Any) -> None:
-            args, kwargs = tree_unflatten(list(host[: len(given)]), structure)
+            args, kwargs = tree_unflatten(list(host[:count]), structure)
             found = tree_flatten(op(*args, **kwargs))[0]
-            for target, source in zip(host[len(given) :], found, strict=False):
+            for target, source in zip(host[count:], found, strict=False):
                 target.copy_(source)
 
         device.launch(op.name, compute, [*given, *outputs], written)

@@ -8,6 +8,7 @@ import torch
 
 import reprise_sim
 from reprise.platforms.accelerator import AcceleratorPlatform
+from reprise.platforms.cpu import cpp_compiler_missing
 
 
 class SimPlatform(AcceleratorPlatform):
@@ -46,6 +47,9 @@ class SimPlatform(AcceleratorPlatform):
 
     def prefers_dtype(self, dtype: torch.dtype) -> bool:
         return dtype is torch.float32  # its kernels are the CPU's
+
+    def compiler_missing(self) -> str | None:
+        return cpp_compiler_missing()  # reprise_sim/compiler.py
 
     @property
     def default_dtype(self) -> torch.dtype:

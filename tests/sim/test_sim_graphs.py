@@ -107,3 +107,19 @@ def test_memory_that_was_given_back_is_no_longer_replayed(platform) -> None:
     with pytest.raises(RuntimeError, match="illegal memory access: aten::add"):
         graph.replay()
     platform.synchronize()
+
+
+def test_a_capture_that_fails_leaves_its_work_in_order(platform, finder) -> None:
+    """What was queued on the capture stream before the error still reads its inputs."""
+    x = torch.ones(1 << 16, device=platform.device)
+    kept = []
+
+    def fail() -> None:
+        kept.append(x * 2)
+        raise KeyError("of the model")
+
+    with pytest.raises(KeyError), platform.capture_stream():
+        fail()
+    x.zero_()
+    assert not finder()
+    assert kept[0].cpu().min() == 2

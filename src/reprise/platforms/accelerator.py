@@ -155,9 +155,12 @@ class AcceleratorPlatform(Platform):
         # One stream for all captures: the allocator reuses a pool's memory within a stream only.
         outer = self.current_stream()
         self._capture_stream.wait_stream(outer)
-        with self.use_stream(self._capture_stream):
-            yield self._capture_stream
-        outer.wait_stream(self._capture_stream)
+        try:
+            with self.use_stream(self._capture_stream):
+                yield self._capture_stream
+        finally:
+            # After a failure too: what was queued before it still reads its inputs.
+            outer.wait_stream(self._capture_stream)
 
     def new_graph(self, pool: Any = None) -> DeviceGraph:
         if not self.has_graphs:

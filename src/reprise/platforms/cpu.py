@@ -53,6 +53,14 @@ def settle_threads() -> None:
     logger.info("CPU threads: %d (%s), %s", torch.get_num_threads(), reason, waiting)
 
 
+def cpp_compiler_missing() -> str | None:
+    """Why torch's compiler cannot write for the CPU here; None: it can."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if any(shutil.which(each) for each in compilers):
+        return None
+    return f"no C++ compiler ({compilers[0]}) on this machine"
+
+
 class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
@@ -132,10 +140,7 @@ class CpuPlatform(Platform):
         return recording()
 
     def compiler_missing(self) -> str | None:
-        compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if any(shutil.which(each) for each in compilers):
-            return None
-        return f"no C++ compiler ({compilers[0]}) on this machine"
+        return cpp_compiler_missing()
 
     def new_graph(self, pool: Any = None) -> DeviceGraph:
         return RecordedGraph(RecordedPool() if pool is None else pool)

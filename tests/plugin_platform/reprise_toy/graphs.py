@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import weakref
 from typing import Any, ClassVar
 
 import torch
 
 from reprise.platforms import MemoryInfo
+from reprise.platforms.cpu import cpp_compiler_missing
 from reprise.platforms.device_graph import DeviceGraph
 from reprise.platforms.recorded_graph import RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
@@ -47,7 +47,7 @@ class GraphToyPlatform(ToyPlatform):
         return True
 
     def compiler_missing(self) -> str | None:
-        return None if shutil.which("g++") else "no g++, for which its compiler writes"
+        return cpp_compiler_missing()
 
     def graph_pool(self) -> RecordedPool:
         pool = RecordedPool()
