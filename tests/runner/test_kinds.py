@@ -19,15 +19,19 @@ from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import (
+    CONTEXTS,
     FACTS,
     DecodeCodes,
     RowLayouts,
+    context_class,
     facts_of,
     kind_of_step,
     may_replay,
     replays_of,
 )
+from reprise.runner.known_step import KnownStep
 from reprise.runner.probes import ProbeMaker
+from reprise.runner.rows import Rows as RequestRows
 from reprise.shape import StepShape
 
 BLOCKS = 24
@@ -251,6 +255,51 @@ def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
 
     exact = [codes(each, each) for each in range(least, least + spread + 1)]
     assert codes(least, least + spread) >= set().union(*exact)
+
+
+@settings(max_examples=30)
+@given(
+    starts=st.lists(st.integers(1, 280), min_size=1, max_size=3),
+    accepted=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    size=st.sampled_from([1, 4, 16]),
+    ahead=st.integers(0, 2),
+)
+def test_kinds_of_decodes_with_drafts_hold_whatever_the_step_may_be(
+    platform: Platform, starts: list[int], accepted: list[int], size: int, ahead: int
+) -> None:
+    """However many drafts count, whatever the host knows of that, and of no class of contexts that
+    the step cannot be of."""
+    _, layout = make(platform, CACHES["kept"], size, 65)
+    requests, width = len(starts), 4
+    standing = RequestRows(requests, 8, width - 1, layout.tables, platform)
+    known = KnownStep(standing, layout, 2000)
+    rows, new = np.arange(1, requests + 1), np.full(requests, width)
+    standing.at_least[rows] = standing.at_most[rows] = starts
+    lives, none = standing.lives(rows), np.zeros(requests, dtype=np.int64)
+    known.begin(rows, new, none + 1, none == 0, plain=False)
+    shape, truth = StepShape.decode(requests, width), np.array(starts)
+    blocks = [each.codes(rows) for each in standing.layouts]
+    under_way: list[int] = []
+    for count in accepted:
+        kind, (least, most) = known.kind(shape), (known._least, known._most)
+        assert (least <= truth).all()
+        assert (truth <= most).all()
+        sizes = [each.block_size for each in layout.tables]
+        verifies = none == 0
+        for start in {*range(int(least.min()), int(most.max()) + 1)}:
+            at = np.clip(start, least, most)
+            exact = kind_of_step(new, at, at, blocks, shape, sizes, known.facts, verifies)
+            assert exact.step == kind.step
+            assert set(exact.rows) <= set(kind.rows)
+        contexts = {int(row) // 12 % CONTEXTS for row in kind.rows}
+        assert contexts <= {*context_class(least + width).tolist(),
+                            *context_class(most + width).tolist()}  # fmt: skip
+        under_way.append(count)
+        truth = truth + 1 + count
+        if len(under_way) > ahead:
+            oldest = none + under_way.pop(0)
+            standing.settle(rows, lives, oldest, width - 1 - oldest)
+        known.go_on()
 
 
 @pytest.mark.parametrize("anchor", [True, False])
