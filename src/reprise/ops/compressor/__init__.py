@@ -2,7 +2,7 @@
 
 from reprise.ops.compressor.cases import cases
 from reprise.ops.compressor.reference import reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 compressor = op(
     "compressor",
@@ -11,4 +11,10 @@ compressor = op(
     mutates=("state", "cache"),
     extent="seq_lens",
     state=("state", "cache"),
+)
+compressor.implementation(
+    "triton",
+    "reprise.ops.compressor.triton:compressor",
+    requires=needs_triton,
+    on_request="no device has run it yet",
 )

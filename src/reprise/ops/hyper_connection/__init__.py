@@ -2,8 +2,14 @@
 
 from reprise.ops.hyper_connection.cases import cases
 from reprise.ops.hyper_connection.reference import fake, reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 hyper_connection = op(
     "hyper_connection", reference, cases=cases, mutates=("streams", "post", "comb"), fake=fake
+)
+hyper_connection.implementation(
+    "triton",
+    "reprise.ops.hyper_connection.triton:hyper_connection",
+    requires=needs_triton,
+    on_request="no device has run it yet",
 )

@@ -2,6 +2,12 @@
 
 from reprise.ops.hyper_head.cases import cases
 from reprise.ops.hyper_head.reference import fake, reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 hyper_head = op("hyper_head", reference, cases=cases, mutates=("streams",), fake=fake)
+hyper_head.implementation(
+    "triton",
+    "reprise.ops.hyper_head.triton:hyper_head",
+    requires=needs_triton,
+    on_request="no device has run it yet",
+)

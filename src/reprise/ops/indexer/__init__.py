@@ -3,7 +3,7 @@
 from reprise.ops.implementation import GraphSupport
 from reprise.ops.indexer.cases import cases
 from reprise.ops.indexer.reference import reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
 
 
@@ -20,4 +20,11 @@ indexer = op(
     break_op=True,
     extent="seq_lens",
     graph_support=host_lengths,
+)
+indexer.implementation(
+    "triton",
+    "reprise.ops.indexer.triton:indexer",
+    requires=needs_triton,
+    graph_support="always",
+    on_request="no device has run it yet",
 )

@@ -1,7 +1,13 @@
 from reprise.ops.kv_insert.cases import cases
 from reprise.ops.kv_insert.reference import reference
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 kv_insert = op(
     "kv_insert", reference, cases=cases, mutates=("cache",), extent="positions", state=("cache",)
+)
+kv_insert.implementation(
+    "triton",
+    "reprise.ops.kv_insert.triton:kv_insert",
+    requires=needs_triton,
+    on_request="no device has run it yet",
 )

@@ -1,7 +1,7 @@
 """Attention of one head of keys that are values too: a window, compressed rows, a sink."""
 
 from reprise.ops.indexer import host_lengths
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 from reprise.ops.sparse_attention.cases import cases
 from reprise.ops.sparse_attention.reference import reference
 
@@ -13,4 +13,11 @@ sparse_attention = op(
     break_op=True,
     extent="seq_lens",
     graph_support=host_lengths,
+)
+sparse_attention.implementation(
+    "triton",
+    "reprise.ops.sparse_attention.triton:sparse_attention",
+    requires=needs_triton,
+    graph_support="always",
+    on_request="no device has run it yet",
 )

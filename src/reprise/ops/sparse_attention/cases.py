@@ -61,16 +61,17 @@ def _small(make: Maker) -> list[Arguments]:
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
-    for every, top in ((0, 0), (128, 0)):
-        for requests in (1, 64):
-            rows = 128 + (4096 // every if every else 0)
+    for every, top in ((0, 0), (4, 512), (128, 0)):
+        for requests, length in ((1, 4096), (64, 4096), (1, 131072), (8, 131072), (64, 131072)):
+            rows = 128 + min(top or length, length // every if every else 0)
             yield Workload(
-                f"Flash, by {every}, {requests} x 4096",
+                f"Flash, by {every}, {requests} x {length}",
                 functools.partial(
-                    arguments, make, [4096] * requests, [1] * requests, 64, HEAD, 128, 1,
+                    arguments, make, [length] * requests, [1] * requests, 64, HEAD, 128, 1,
                     every=every, top=top, blocks=(32, 128),
                 ),
                 read_write=requests * rows * HEAD * 2,
+                compiled=length == 4096,
             )  # fmt: skip
 
 

@@ -1,0 +1,389 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""Hyper-connections in Triton, as two kernels.
+
+The first adds what a sublayer gave to the streams and multiplies them with ``fn``: each program
+takes some channels of all streams, so that ``fn``, which is most of what a decode reads, is read by
+all multiprocessors at once. The second sums what these found, in their order, makes factors of it,
+and from the streams the input of the next sublayer.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    DeviceLimits,
+    cdiv,
+    depend,
+    dot,
+    fetch,
+    launch,
+    launch_options,
+    limits,
+    next_power_of_2,
+    warps,
+    with_gain,
+)
+
+STREAMS = 4
+_FEW = 8
+"""Tokens up to which sums are made without matrix units."""
+
+
+def accepts(streams: Tensor, **_: object) -> str | None:
+    """What the kernels take."""
+    if streams.shape[1] != STREAMS:
+        return f"there are {STREAMS} streams in these kernels"
+    return None
+
+
+def hyper_connection(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    gain: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    y: Tensor,
+    post: Tensor,
+    comb: Tensor,
+) -> Tensor:
+    """Shapes as in the reference."""
+    return connect(streams, fn, base, scale, gain, iterations, eps, norm_eps, y, post, comb)
+
+
+def connect(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    gain: Tensor | None,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    y: Tensor,
+    post: Tensor,
+    comb: Tensor,
+) -> Tensor:
+    """``gain`` None: the head, which makes one factor a stream and has no norm."""
+    tokens, _, size = streams.shape
+    out = streams.new_empty((tokens, size))
+    if tokens == 0:
+        return out
+    values = streams if streams.is_contiguous() else streams.contiguous()
+    y, base, scale = y.contiguous(), base.float(), scale.float()
+    factors = post if post.is_contiguous() else post.contiguous()
+    matrix = comb if comb.is_contiguous() else comb.contiguous()
+    rows = len(fn)
+    options = _mix_options(tokens, size, rows, streams.dtype, limits(streams.device))
+    splits = cdiv(size, options["CHANNELS"])
+    # Behind the sums with fn one of squares.
+    found = streams.new_empty((splits, tokens, rows + 1), dtype=base.dtype)
+    launch(stream_mix_kernel, (splits, cdiv(tokens, options["TOKENS"])))(
+        values,
+        fn,
+        y,
+        factors,
+        matrix,
+        found,
+        tokens,
+        fn.stride(0),
+        SIZE=size,
+        OUTPUTS=rows,
+        WIDEN=INTERPRETED,
+        **options,
+        **launch_options(),
+    )
+    block = next_power_of_2(size)
+    launch(stream_sum_kernel, (tokens,))(
+        values,
+        found,
+        base,
+        scale,
+        gain,
+        factors,
+        matrix,
+        out,
+        tokens,
+        splits,
+        iterations,
+        eps,
+        norm_eps,
+        SIZE=size,
+        OUTPUTS=rows,
+        BLOCK_OUTPUTS=next_power_of_2(rows + 1),
+        BLOCK_SPLITS=next_power_of_2(splits),
+        BLOCK=block,
+        HEAD=gain is None,
+        num_warps=warps(block, per_thread=16),
+        **launch_options(),
+    )
+    for ours, given in ((values, streams), (factors, post), (matrix, comb)):
+        if ours is not given:
+            given.copy_(ours)
+    return out
+
+
+@functools.cache
+def _mix_options(
+    tokens: int, size: int, rows: int, dtype: torch.dtype, device: DeviceLimits
+) -> dict[str, int]:
+    block_rows = next_power_of_2(rows)
+    if tokens <= _FEW:
+        here = next_power_of_2(tokens)
+        channels = min(128, max(16, next_power_of_2(cdiv(size, device.multiprocessors))))
+        step = min(channels, max(16, 4096 // (here * block_rows)))
+        return {"TOKENS": here, "CHANNELS": channels, "STEP": step, "UNITS": False, "PARTS": 1,
+                "BLOCK_OUTPUTS": block_rows, "num_warps": 4}  # fmt: skip
+    here = 16 if tokens <= 512 else 32
+    tiles = cdiv(tokens, here)
+    step = 64 if dtype.itemsize == 2 else 32
+    splits = max(1, min(cdiv(size, step), cdiv(2 * device.multiprocessors, tiles)))
+    return {"TOKENS": here, "CHANNELS": cdiv(cdiv(size, splits), step) * step, "STEP": step,
+            "UNITS": True, "PARTS": 3 if dtype == torch.bfloat16 else 1,
+            "BLOCK_OUTPUTS": max(16, block_rows), "num_warps": 4}  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def stream_mix_kernel(
+    streams_ptr,
+    fn_ptr,
+    y_ptr,
+    post_ptr,
+    comb_ptr,
+    found_ptr,
+    tokens,
+    fn_stride,
+    SIZE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes CHANNELS channels of all streams of TOKENS tokens.
+
+    UNITS: products are those of matrix units. PARTS: of float32 numbers of ``fn``, so many numbers
+    of the streams' dtype that are multiplied one by one: bfloat16 has room for all bits in three.
+    """
+    split = tl.program_id(0)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    real = token < tokens
+    output = tl.arange(0, BLOCK_OUTPUTS)
+    real_output = output < OUTPUTS
+    line = tl.arange(0, BLOCK_OUTPUTS * 4)
+    first = tl.minimum(line // 4, OUTPUTS - 1) * fn_stride + line % 4 * SIZE + split * CHANNELS
+    for start in range(0, CHANNELS, 32):
+        fetch(fn_ptr + tl.minimum(first + start, OUTPUTS * fn_stride - 1), EARLY)
+    depend(EARLY)
+    squares = tl.zeros([TOKENS], dtype=tl.float32)
+    if UNITS:
+        acc = tl.zeros([TOKENS, BLOCK_OUTPUTS], dtype=tl.float32)
+    else:
+        acc = tl.zeros([TOKENS, BLOCK_OUTPUTS, STEP], dtype=tl.float32)
+    matrix = comb_ptr + token * 16
+    for start in range(0, CHANNELS, STEP):
+        channel = split * CHANNELS + start + tl.arange(0, STEP)
+        real_channel = channel < SIZE
+        inside = real[:, None] & real_channel[None, :]
+        y = tl.load(
+            y_ptr + token[:, None] * SIZE + channel[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        place = streams_ptr + token[:, None] * (4 * SIZE) + channel[None, :]
+        x0 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(place + SIZE, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(place + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(place + 3 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(4):
+            factor = tl.load(post_ptr + token * 4 + k, mask=real, other=0.0)
+            c0 = tl.load(matrix + k, mask=real, other=0.0)
+            c1 = tl.load(matrix + 4 + k, mask=real, other=0.0)
+            c2 = tl.load(matrix + 8 + k, mask=real, other=0.0)
+            c3 = tl.load(matrix + 12 + k, mask=real, other=0.0)
+            mixed = c0[:, None] * x0 + c1[:, None] * x1 + c2[:, None] * x2 + c3[:, None] * x3
+            narrow = (factor[:, None] * y + mixed).to(streams_ptr.dtype.element_ty)
+            tl.store(place + k * SIZE, narrow, mask=inside)
+            wide = narrow.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            if UNITS:
+                weight = tl.load(
+                    fn_ptr + output[None, :] * fn_stride + k * SIZE + channel[:, None],
+                    mask=real_output[None, :] & real_channel[:, None],
+                    other=0.0,
+                )
+                if PARTS == 3:
+                    for _ in tl.static_range(3):
+                        part = weight.to(tl.bfloat16)
+                        acc = dot(narrow.to(tl.bfloat16), part, acc, WIDEN)
+                        weight = weight - part.to(tl.float32)
+                else:
+                    acc = dot(wide, weight, acc, WIDEN)
+            else:
+                weight = tl.load(
+                    fn_ptr + output[:, None] * fn_stride + k * SIZE + channel[None, :],
+                    mask=real_output[:, None] & real_channel[None, :],
+                    other=0.0,
+                )
+                acc += wide[:, None, :] * weight[None, :, :]
+    if not UNITS:
+        acc = tl.sum(acc, axis=2)
+    target = found_ptr + (split * tokens + token) * (OUTPUTS + 1)
+    tl.store(
+        target[:, None] + output[None, :], acc, mask=real[:, None] & real_output[None, :]
+    )
+    tl.store(target + OUTPUTS, squares, mask=real)
+
+
+@triton.jit
+def _factor(found, scale, base_ptr, output, which: tl.constexpr):
+    """``m * scale + base`` of one output."""
+    m = tl.sum(tl.where(output == which, found, 0.0), axis=0)
+    return m * scale + tl.load(base_ptr + which)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _soft(a, b, c, d, eps):
+    """The softmax of a row, plus eps."""
+    high = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - high), tl.exp(b - high), tl.exp(c - high), tl.exp(d - high)
+    scale = 1 / (a + b + c + d)
+    return a * scale + eps, b * scale + eps, c * scale + eps, d * scale + eps
+
+
+@triton.jit
+def _even(a, b, c, d, eps):
+    """Divided by their sum."""
+    scale = 1 / (a + b + c + d + eps)
+    return a * scale, b * scale, c * scale, d * scale
+
+
+@triton.jit(do_not_specialize=["tokens", "splits", "iterations"])
+def stream_sum_kernel(
+    streams_ptr,
+    found_ptr,
+    base_ptr,
+    scale_ptr,
+    gain_ptr,
+    post_ptr,
+    comb_ptr,
+    out_ptr,
+    tokens,
+    splits,
+    iterations,
+    eps,
+    norm_eps,
+    SIZE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes a token. The matrix is 16 numbers in registers: nothing that its rows and
+    columns are divided by has to be looked for in other threads."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < SIZE
+    output = tl.arange(0, BLOCK_OUTPUTS)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    scale_pre = tl.load(scale_ptr)
+    if not HEAD:
+        scale_post = tl.load(scale_ptr + 1)
+        scale_comb = tl.load(scale_ptr + 2)
+        gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
+    depend(EARLY)
+    found = tl.load(
+        found_ptr + (split * tokens + token) * (OUTPUTS + 1) + output[None, :],
+        mask=(split < splits) & (output <= OUTPUTS)[None, :],
+        other=0.0,
+    )
+    place = streams_ptr + token * (4 * SIZE) + channel
+    x0 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(place + SIZE, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(place + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
+    x3 = tl.load(place + 3 * SIZE, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.sum(found, axis=0)
+    squares = tl.sum(tl.where(output == OUTPUTS, sums, 0.0), axis=0)
+    m = sums * tl.rsqrt(squares / (4 * SIZE) + norm_eps)
+
+    total = (_sigmoid(_factor(m, scale_pre, base_ptr, output, 0)) + eps) * x0
+    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 1)) + eps) * x1
+    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 2)) + eps) * x2
+    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 3)) + eps) * x3
+    total = total.to(out_ptr.dtype.element_ty)
+    if not HEAD:
+        wide = total.to(tl.float32)
+        wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + norm_eps)
+        total = with_gain(wide, gain, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * SIZE + channel, total, mask=inside)
+    if not HEAD:
+        for k in tl.static_range(4):
+            factor = 2 * _sigmoid(_factor(m, scale_post, base_ptr, output, 4 + k))
+            tl.store(post_ptr + token * 4 + k, factor)
+        a0, a1, a2, a3 = _soft(
+            _factor(m, scale_comb, base_ptr, output, 8),
+            _factor(m, scale_comb, base_ptr, output, 9),
+            _factor(m, scale_comb, base_ptr, output, 10),
+            _factor(m, scale_comb, base_ptr, output, 11),
+            eps,
+        )
+        b0, b1, b2, b3 = _soft(
+            _factor(m, scale_comb, base_ptr, output, 12),
+            _factor(m, scale_comb, base_ptr, output, 13),
+            _factor(m, scale_comb, base_ptr, output, 14),
+            _factor(m, scale_comb, base_ptr, output, 15),
+            eps,
+        )
+        c0, c1, c2, c3 = _soft(
+            _factor(m, scale_comb, base_ptr, output, 16),
+            _factor(m, scale_comb, base_ptr, output, 17),
+            _factor(m, scale_comb, base_ptr, output, 18),
+            _factor(m, scale_comb, base_ptr, output, 19),
+            eps,
+        )
+        d0, d1, d2, d3 = _soft(
+            _factor(m, scale_comb, base_ptr, output, 20),
+            _factor(m, scale_comb, base_ptr, output, 21),
+            _factor(m, scale_comb, base_ptr, output, 22),
+            _factor(m, scale_comb, base_ptr, output, 23),
+            eps,
+        )
+        for each in range(2 * iterations - 1):
+            if each % 2 == 0:
+                a0, b0, c0, d0 = _even(a0, b0, c0, d0, eps)
+                a1, b1, c1, d1 = _even(a1, b1, c1, d1, eps)
+                a2, b2, c2, d2 = _even(a2, b2, c2, d2, eps)
+                a3, b3, c3, d3 = _even(a3, b3, c3, d3, eps)
+            else:
+                a0, a1, a2, a3 = _even(a0, a1, a2, a3, eps)
+                b0, b1, b2, b3 = _even(b0, b1, b2, b3, eps)
+                c0, c1, c2, c3 = _even(c0, c1, c2, c3, eps)
+                d0, d1, d2, d3 = _even(d0, d1, d2, d3, eps)
+        _store_row(comb_ptr + token * 16, a0, a1, a2, a3)
+        _store_row(comb_ptr + token * 16 + 4, b0, b1, b2, b3)
+        _store_row(comb_ptr + token * 16 + 8, c0, c1, c2, c3)
+        _store_row(comb_ptr + token * 16 + 12, d0, d1, d2, d3)
+
+
+@triton.jit
+def _store_row(target, a, b, c, d):
+    tl.store(target, a)
+    tl.store(target + 1, b)
+    tl.store(target + 2, c)
+    tl.store(target + 3, d)

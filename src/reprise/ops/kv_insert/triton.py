@@ -1,0 +1,77 @@
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.rotary_tail.turn import turn
+from reprise.ops.triton_util import depend, launch, launch_options, next_power_of_2, warps, with_gain
+
+
+def kv_insert(
+    kv: Tensor,
+    gain: Tensor,
+    norm_eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+) -> None:
+    """Shapes as in the reference; rows and blocks of the cache may be strided."""
+    tokens, size = kv.shape
+    if kv.stride(1) != 1:
+        kv = kv.contiguous()
+    block = next_power_of_2(size)
+    launch(kv_insert_kernel, (tokens,))(
+        kv,
+        gain,
+        positions,
+        cos_sin,
+        slots,
+        cache,
+        kv.stride(0),
+        cos_sin.stride(0),
+        *cache.stride(),
+        norm_eps,
+        SIZE=size,
+        HALF=cos_sin.shape[1] // 2,
+        BLOCK_SIZE=cache.shape[1],
+        BLOCK=block,
+        num_warps=warps(block, per_thread=4),
+        **launch_options(),
+    )
+
+
+@triton.jit
+def kv_insert_kernel(
+    kv_ptr,
+    gain_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    slots_ptr,
+    cache_ptr,
+    row_stride,
+    angle_stride,
+    block_stride,
+    slot_stride,
+    channel_stride,
+    norm_eps,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes a token."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)[None, :]
+    inside = channel < SIZE
+    gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
+    angles = cos_sin_ptr + tl.load(positions_ptr + token) * angle_stride
+    slot = tl.load(slots_ptr + token)
+    depend(EARLY)
+    x = tl.load(kv_ptr + token * row_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + norm_eps)[:, None]
+    x = with_gain(x, gain, kv_ptr.dtype.element_ty).to(kv_ptr.dtype.element_ty)
+    y = turn(x.to(tl.float32), angles, SIZE, HALF, BLOCK, False)
+    target = cache_ptr + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
+    y = y.to(cache_ptr.dtype.element_ty)
+    tl.store(target + channel * channel_stride, y, mask=inside)

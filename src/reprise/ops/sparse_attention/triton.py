@@ -1,0 +1,410 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""Attention over a window and over compressed rows in Triton.
+
+All heads share their rows, so the heads of one token are the rows of a matrix product. What a token
+sees is one list: the rows of its window, then compressed ones; it is cut into as many equal parts
+as there are programs for a token, by lengths that are read on the device. Where there are several,
+a second kernel merges what they found, in their order. Prompts have a program or more for each
+token too: the rows that neighbours share come from the last-level cache.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    DeviceLimits,
+    cdiv,
+    depend,
+    dot,
+    launch,
+    launch_options,
+    limits,
+    next_power_of_2,
+)
+
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a launch."""
+
+    block_m: int
+    """Heads of a program."""
+    block_n: int
+    """Rows at a time."""
+    num_warps: int
+    num_stages: int
+    least: int
+    """Rows that a part has at least, unless there are fewer."""
+
+
+@functools.cache
+def attention_config(
+    tokens: int, heads: int, size: int, element_size: int, device: DeviceLimits
+) -> Config:
+    """``size``: channels of a head."""
+    if INTERPRETED:
+        return Config(max(16, next_power_of_2(heads)), 16, 1, 1, 16)
+    block_d = next_power_of_2(size)
+    if element_size == 4:  # products hold their operands in registers
+        return Config(16, 16, 8, 1, 64)
+    wide = next_power_of_2(min(heads, 64))
+    row = block_d * element_size
+    # Rows in use and rows on their way, the queries, the weights.
+    if wide == 64 and (64 + 2 * 64) * row + 16 * 1024 <= device.shared_memory:
+        block_n = 64 if tokens >= 32 else 32
+        return Config(64, block_n, 8, 3, 2 * block_n if tokens >= 32 else 32)
+    for block_n, stages in ((32, 3), (16, 3), (16, 2)):
+        if (16 + (stages - 1) * block_n) * row + 8 * 1024 <= device.shared_memory:
+            return Config(16, block_n, 4, stages, 2 * block_n)
+    return Config(16, 16, 4, 1, 32)
+
+
+def splits(
+    tokens: int, groups: int, most_rows: int, config: Config, device: DeviceLimits
+) -> int:
+    """Parts that the rows of a token are cut into, at most; it follows from shapes alone."""
+    programs = device.multiprocessors * (1 if config.block_m == 64 else 2)
+    return max(1, min(programs // max(1, tokens * groups), cdiv(most_rows, config.least)))
+
+
+def sparse_attention(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    compressed: Tensor | None,
+    compressed_tables: Tensor | None,
+    selected: Tensor | None,
+    sinks: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    every: int,
+    query_len: int,
+) -> None:
+    """Shapes as in the reference."""
+    bind(
+        query, cache, block_tables, compressed, compressed_tables, selected, sinks, seq_lens,
+        query_start_loc, out, scale, sliding_window, every, query_len,
+    )  # fmt: skip
+
+
+def bind(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    compressed: Tensor | None,
+    compressed_tables: Tensor | None,
+    selected: Tensor | None,
+    sinks: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    every: int,
+    query_len: int,
+) -> Callable[[], None]:
+    """Compute, and return a function that computes again on the same tensors."""
+    tokens, heads, size = query.shape
+    requests = len(seq_lens)
+    device = limits(query.device)
+    config = attention_config(tokens, heads, size, query.element_size(), device)
+    groups = cdiv(heads, config.block_m)
+    most, kind = sliding_window, 0
+    if compressed is not None and selected is not None:
+        most, kind = most + selected.shape[1], 1
+    elif compressed is not None and compressed_tables is not None:
+        most, kind = most + compressed_tables.shape[1] * compressed.shape[1], 2
+    rows = cache if compressed is None else compressed
+    tables = block_tables if compressed_tables is None else compressed_tables
+    chosen = tables if selected is None else selected
+    parts = splits(tokens, groups, most, config, device)
+    block_d = next_power_of_2(size)
+    inputs = (query, cache, block_tables, rows, tables, chosen, sinks, seq_lens, query_start_loc, out)
+    numbers = (
+        requests, *query.stride()[:2], *cache.stride()[:2], block_tables.stride(0),
+        *rows.stride()[:2], tables.stride(0), chosen.stride(0), *out.stride()[:2],
+        scale * _LOG2_E,
+    )  # fmt: skip
+    options = {
+        "HEADS": heads, "SIZE": size, "WINDOW": sliding_window, "EVERY": every, "KIND": kind,
+        "TOP": chosen.shape[1] if kind == 1 else 1, "BLOCK_SIZE": cache.shape[1],
+        "ROWS_BLOCK": rows.shape[1], "PARTS": parts, "LEAST": config.least,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d,
+        "BLOCK_R": next_power_of_2(requests),
+        "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
+        "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        **launch_options(),
+    }  # fmt: skip
+    if tokens == 0:
+        return lambda: None
+
+    def scratch() -> tuple[Tensor, Tensor]:
+        shape = (parts, tokens, heads) if parts > 1 else (0, 0, 0)
+        found = query.new_empty((*shape, size), dtype=torch.float32)
+        return found, query.new_empty(shape, dtype=torch.float32)
+
+    found, sums = scratch()
+    again = launch(sparse_attention_kernel, (tokens, groups, parts))(
+        *inputs, found, sums, tokens, *numbers, **options
+    )
+    if parts == 1:
+        return lambda: again(*inputs, *scratch(), tokens, *numbers)
+    merged = {
+        "HEADS": heads, "SIZE": size, "PARTS": parts, "BLOCK_D": block_d,
+        "STEP": min(4, next_power_of_2(parts)), "num_warps": 4, **launch_options(),
+    }  # fmt: skip
+    merge = launch(sparse_merge_kernel, (tokens, heads))(
+        found, sums, sinks, out, tokens, *out.stride()[:2], **merged
+    )
+
+    def repeat() -> None:
+        found, sums = scratch()
+        again(*inputs, found, sums, tokens, *numbers)
+        merge(found, sums, sinks, out, tokens, *out.stride()[:2])
+
+    return repeat
+
+
+sparse_attention.bind = bind  # type: ignore[attr-defined]
+
+
+@triton.jit
+def request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R: tl.constexpr):
+    """The request of a token, and the token's position; -1: it has none, or is padding."""
+    number = tl.arange(0, BLOCK_R)
+    real = number < requests
+    ends = tl.load(starts_ptr + 1 + number, mask=real, other=0)
+    request = tl.sum((real & (ends <= token)).to(tl.int32), axis=0)
+    inside = request < requests
+    request = tl.where(inside, request, 0)
+    length = tl.load(seq_lens_ptr + request)
+    end = tl.load(starts_ptr + request + 1)
+    position = length - (end - token)
+    return request, tl.where(inside & (length > 0), position, -1)
+
+
+@triton.jit
+def _attend(
+    acc,
+    row_sum,
+    row_max,
+    query,
+    source,
+    seen,
+    scale,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One step of the running softmax over BLOCK_N rows, which lie at ``source`` [BLOCK_N]."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    rows = tl.load(
+        source[:, None] + channel, mask=seen[:, None] & (channel < SIZE), other=0.0
+    )
+    zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    scores = dot(query, tl.trans(rows), zero, WIDEN) * scale
+    scores = tl.where(seen[None, :], scores, -float("inf"))
+    high = tl.maximum(row_max, tl.max(scores, axis=1))
+    shift = tl.where(high == -float("inf"), 0.0, high)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(row_max - shift)
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    acc = dot(weights.to(rows.dtype), rows, acc * decay[:, None], WIDEN)
+    return acc, row_sum, high
+
+
+@triton.jit(do_not_specialize=["tokens", "requests"])
+def sparse_attention_kernel(
+    query_ptr,
+    cache_ptr,
+    table_ptr,
+    rows_ptr,
+    rows_table_ptr,
+    chosen_ptr,
+    sinks_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    out_ptr,
+    found_ptr,
+    sums_ptr,
+    tokens,
+    requests,
+    query_stride,
+    query_head_stride,
+    block_stride,
+    slot_stride,
+    table_stride,
+    rows_block_stride,
+    rows_slot_stride,
+    rows_table_stride,
+    chosen_stride,
+    out_stride,
+    out_head_stride,
+    scale,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    EVERY: tl.constexpr,
+    KIND: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes BLOCK_M heads of a token and one of PARTS parts of its rows.
+
+    KIND: 0 no compressed rows, 1 those that are chosen, 2 all that are whole. With one part it
+    writes ``out``; with several ``found`` [PARTS, T, HEADS, SIZE] and the base-2 logarithm of the
+    sum of its weights, -inf where it had no rows.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(2)
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = channel < SIZE
+    request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
+    oldest = tl.maximum(0, position - WINDOW + 1)
+    near = position + 1 - oldest  # 0 for padding: its position is -1
+    sink = tl.load(sinks_ptr + head, mask=head < HEADS, other=0.0) * 1.4426950408889634
+    depend(EARLY)
+    far = near * 0
+    if KIND == 1:
+        rank = tl.arange(0, BLOCK_TOP)
+        slots = tl.load(
+            chosen_ptr + token.to(tl.int64) * chosen_stride + rank, mask=rank < TOP, other=0
+        )
+        far = tl.max(tl.where(slots > 0, rank + 1, 0), axis=0)
+        far = tl.where(position < 0, 0, far)
+    if KIND == 2:
+        far = (position + 1) // EVERY
+    # Tiles of the window, then of compressed rows.
+    near_tiles = tl.cdiv(near, BLOCK_N)
+    tiles = near_tiles + tl.cdiv(far, BLOCK_N)
+    busy = tl.minimum(PARTS, tl.maximum(1, tiles * BLOCK_N // LEAST))
+    begin = tiles * part // busy
+    end = tl.minimum(tiles, tiles * (part + 1) // busy)
+    if part >= busy:
+        end = begin
+
+    used = (head < HEADS)[:, None] & real_channel[None, :]
+    query = tl.load(
+        query_ptr
+        + token.to(tl.int64) * query_stride
+        + head[:, None] * query_head_stride
+        + channel[None, :],
+        mask=used,
+        other=0.0,
+    )
+    tables = table_ptr + request.to(tl.int64) * table_stride
+    rows_tables = rows_table_ptr + request.to(tl.int64) * rows_table_stride
+    chosen = chosen_ptr + token.to(tl.int64) * chosen_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    for tile in range(begin, tl.minimum(end, near_tiles)):
+        number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        seen = number < near
+        place = oldest + number
+        block = tl.load(tables + place // BLOCK_SIZE, mask=seen, other=0)
+        offset = block.to(tl.int64) * block_stride + place % BLOCK_SIZE * slot_stride
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, query, cache_ptr + offset, seen, scale,
+            SIZE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+        )  # fmt: skip
+    if KIND != 0:
+        for tile in range(tl.maximum(begin, near_tiles), end):
+            number = (tile - near_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+            seen = number < far
+            if KIND == 1:
+                slot = tl.load(chosen + number, mask=seen, other=0)
+                seen = seen & (slot > 0)
+                block = slot // ROWS_BLOCK
+            else:
+                slot = number
+                block = tl.load(rows_tables + number // ROWS_BLOCK, mask=seen, other=0)
+            offset = block.to(tl.int64) * rows_block_stride
+            offset += slot % ROWS_BLOCK * rows_slot_stride
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, query, rows_ptr + offset, seen, scale,
+                SIZE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+            )  # fmt: skip
+    if PARTS == 1:
+        # A score without a value.
+        high = tl.maximum(row_max, sink)
+        row_sum = row_sum * tl.exp2(row_max - high) + tl.exp2(sink - high)
+        acc = acc * (tl.exp2(row_max - high) / row_sum)[:, None]
+        target = out_ptr + token.to(tl.int64) * out_stride + head[:, None] * out_head_stride
+        tl.store(target + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
+    else:
+        here = (part.to(tl.int64) * tokens + token) * HEADS + head
+        tl.store(sums_ptr + here, row_max + tl.log2(row_sum), mask=head < HEADS)
+        if begin < end:
+            acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+            tl.store(found_ptr + here[:, None] * SIZE + channel[None, :], acc, mask=used)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sparse_merge_kernel(
+    found_ptr,
+    sums_ptr,
+    sinks_ptr,
+    out_ptr,
+    tokens,
+    out_stride,
+    out_head_stride,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program merges the parts of a head of a token, STEP at a time, in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = channel < SIZE
+    largest = tl.load(sinks_ptr + head) * 1.4426950408889634
+    total = largest * 0 + 1.0
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    depend(EARLY)
+    for start in range(0, PARTS, STEP):
+        part = start + tl.arange(0, STEP)
+        here = (part.to(tl.int64) * tokens + token) * HEADS + head
+        log_sum = tl.load(sums_ptr + here, mask=part < PARTS, other=-float("inf"))
+        real = log_sum > -float("inf")
+        found = tl.load(
+            found_ptr + here[:, None] * SIZE + channel[None, :],
+            mask=real[:, None] & real_channel[None, :],
+            other=0.0,
+        )
+        high = tl.maximum(largest, tl.max(log_sum, axis=0))
+        weights = tl.exp2(log_sum - high)
+        decay = tl.exp2(largest - high)
+        acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
+        total = total * decay + tl.sum(weights, axis=0)
+        largest = high
+    target = out_ptr + token * out_stride + head * out_head_stride + channel
+    tl.store(target, (acc / total).to(out_ptr.dtype.element_ty), mask=real_channel)
