@@ -40,13 +40,14 @@ def _small(make: Maker) -> list[Arguments]:
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
-    for requests, length in ((1, 4096), (64, 4096)):
+    for requests, length in ((1, 4096), (64, 4096), (1, 131072), (64, 131072)):
         yield Workload(
             f"Flash, {requests} x {length}",
             functools.partial(
                 arguments, make, [length] * requests, [1] * requests, 512, 64, 128, 1, block=128
             ),
             read_write=requests * length // 4 * 128 * 2,
+            compiled=requests == 1,
         )
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.request_of import request_of
 from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
@@ -178,21 +179,6 @@ def bind(
 
 
 sparse_attention.bind = bind  # type: ignore[attr-defined]
-
-
-@triton.jit
-def request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R: tl.constexpr):
-    """The request of a token, and the token's position; -1: it has none, or is padding."""
-    number = tl.arange(0, BLOCK_R)
-    real = number < requests
-    ends = tl.load(starts_ptr + 1 + number, mask=real, other=0)
-    request = tl.sum((real & (ends <= token)).to(tl.int32), axis=0)
-    inside = request < requests
-    request = tl.where(inside, request, 0)
-    length = tl.load(seq_lens_ptr + request)
-    end = tl.load(starts_ptr + request + 1)
-    position = length - (end - token)
-    return request, tl.where(inside & (length > 0), position, -1)
 
 
 @triton.jit

@@ -1,0 +1,303 @@
+# mypy: allow-untyped-defs, no-check-untyped-defs
+"""The indexer in Triton: scores, then the choice.
+
+Scores of a token are sums over its heads, made where they are multiplied: what lies in memory is
+one number a row. Programs for a token each take an equal part of the rows that it sees, whose number
+is read on the device. Of these the largest are found by halving the range of their bits. Where a
+table has room for many rows, first each chunk's largest are found, then those of all chunks: rows
+that are not among their chunk's are not among all.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprise.ops.request_of import request_of
+from reprise.ops.triton_util import (
+    INTERPRETED,
+    cdiv,
+    depend,
+    dot,
+    launch,
+    launch_options,
+    limits,
+    next_power_of_2,
+    warps,
+)
+
+_MOST_SCORES = 1 << 24
+"""Of tokens that are scored at once: the rest comes after them, in the same memory."""
+_CHUNK = 4096
+_MOST_CHUNKS = 16
+
+
+def indexer(
+    query: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    every: int,
+    scale: float,
+    query_len: int,
+) -> None:
+    """Shapes as in the reference."""
+    bind(
+        query, weights, keys, block_tables, seq_lens, query_start_loc, out, every, scale, query_len
+    )
+
+
+def bind(
+    query: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    every: int,
+    scale: float,
+    query_len: int,
+) -> Callable[[], None]:
+    """Compute, and return a function that computes again on the same tensors."""
+    tokens, heads, size = query.shape
+    requests, top = len(seq_lens), out.shape[1]
+    if tokens == 0 or top == 0:
+        return lambda: None
+    room = max(1, block_tables.shape[1] * keys.shape[1])
+    at_once = min(tokens, max(1, _MOST_SCORES // room))
+    chunk = max(_CHUNK, next_power_of_2(cdiv(room, _MOST_CHUNKS)))
+    if INTERPRETED:
+        chunk = max(16, next_power_of_2(cdiv(room, 2)), next_power_of_2(top))
+    chunk = max(chunk, next_power_of_2(top))
+    chunks = cdiv(room, chunk)
+    wide = query.element_size() == 4
+    block_n = 32 if wide or INTERPRETED else 64
+    parts = max(1, min(cdiv(room, block_n), 4 * limits(query.device).multiprocessors // at_once))
+    block_r = next_power_of_2(requests)
+    shared = {"EVERY": every, "BLOCK_R": block_r, **launch_options()}
+    score = {
+        "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,
+        "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
+        "WIDEN": INTERPRETED, "num_warps": 4, "num_stages": 1 if wide else 3, **shared,
+    }  # fmt: skip
+    choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
+    merged = next_power_of_2(chunks * top)
+
+    def compute() -> None:
+        scores = query.new_empty((at_once, room), dtype=torch.float32)
+        shape = (at_once, chunks, top) if chunks > 1 else (0, 0, 0)
+        best, numbers = scores.new_empty(shape), block_tables.new_empty(shape)
+        for first in range(0, tokens, at_once):
+            count = min(at_once, tokens - first)
+            where = (seq_lens, query_start_loc, requests, first)
+            launch(index_scores_kernel, (count, parts))(
+                query, weights, keys, block_tables, scores, *where, room, *query.stride(),
+                *weights.stride(), *keys.stride(), block_tables.stride(0), scale, **score,
+            )  # fmt: skip
+            launch(index_top_kernel, (count, chunks))(
+                scores, block_tables, out, best, numbers, *where, room, chunks,
+                block_tables.stride(0), *out.stride(), **choose,
+                SECOND=False, WIDTH=chunk, num_warps=warps(chunk, per_thread=16),
+            )  # fmt: skip
+            if chunks > 1:
+                launch(index_top_kernel, (count, 1))(
+                    scores, block_tables, out, best, numbers, *where, room, chunks,
+                    block_tables.stride(0), *out.stride(), **choose,
+                    SECOND=True, WIDTH=merged, num_warps=warps(merged, per_thread=16),
+                )  # fmt: skip
+
+    compute()
+    return compute
+
+
+indexer.bind = bind  # type: ignore[attr-defined]
+
+
+@triton.jit(do_not_specialize=["requests", "first"])
+def index_scores_kernel(
+    query_ptr,
+    weights_ptr,
+    keys_ptr,
+    table_ptr,
+    scores_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    requests,
+    first,
+    room,
+    query_stride,
+    query_head_stride,
+    query_channel_stride,
+    weights_stride,
+    weights_head_stride,
+    block_stride,
+    slot_stride,
+    channel_stride,
+    table_stride,
+    scale,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EVERY: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program scores one of PARTS parts of the rows of a token. scores: [T, room]."""
+    here = tl.program_id(0)
+    token = (first + here).to(tl.int64)
+    part = tl.program_id(1)
+    request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
+    count = tl.minimum((position + 1) // EVERY, room)
+    tiles = tl.cdiv(count, BLOCK_N)
+    head = tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)
+    real = (head < HEADS)[None, :] & (channel < SIZE)[:, None]
+    depend(EARLY)
+    if part >= tiles:
+        return
+    query = tl.load(
+        query_ptr
+        + token * query_stride
+        + head[None, :] * query_head_stride
+        + channel[:, None] * query_channel_stride,
+        mask=real,
+        other=0.0,
+    )
+    factor = tl.load(
+        weights_ptr + token * weights_stride + head * weights_head_stride,
+        mask=head < HEADS,
+        other=0.0,
+    ).to(tl.float32)
+    tables = table_ptr + request.to(tl.int64) * table_stride
+    busy = tl.minimum(tiles, PARTS)
+    target = scores_ptr + here.to(tl.int64) * room
+    for tile in range(tiles * part // busy, tiles * (part + 1) // busy):
+        number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        seen = number < count
+        block = tl.load(tables + number // BLOCK, mask=seen, other=0)
+        offset = block.to(tl.int64) * block_stride + number % BLOCK * slot_stride
+        rows = tl.load(
+            keys_ptr + offset[:, None] + channel[None, :] * channel_stride,
+            mask=seen[:, None] & (channel < SIZE)[None, :],
+            other=0.0,
+        )
+        zero = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
+        found = tl.maximum(dot(rows, query, zero, WIDEN), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        score = tl.sum(found * factor[None, :], axis=1) * scale
+        tl.store(target + number, score, mask=seen)
+
+
+@triton.jit
+def _order(x):
+    """int32 in the order of float32, above the smallest one: NaN as the largest, both zeros the
+    same."""
+    x = tl.where(x != x, float("inf"), tl.where(x == 0, 0.0, x))
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _largest(keys, real, TOP: tl.constexpr):
+    """Which TOP of ``keys`` are the largest, of equal ones the first; there are more than TOP.
+
+    The TOP-th largest is looked for between two bounds, the lower of which at least TOP keys reach.
+    """
+    low = tl.min(tl.where(real, keys, 0x7FFFFFFF), axis=0).to(tl.int64)
+    high = tl.max(tl.where(real, keys, -0x7FFFFFFF), axis=0).to(tl.int64) + 1
+    count = tl.sum(real.to(tl.int32), axis=0)
+    while (high - low > 1) & (count != TOP):
+        middle = (low + high) // 2
+        reach = tl.sum((real & (keys >= middle.to(tl.int32))).to(tl.int32), axis=0)
+        enough = reach >= TOP
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        count = tl.where(enough, reach, count)
+    least = low.to(tl.int32)
+    above = real & (keys > least)
+    equal = real & (keys == least)
+    left = TOP - tl.sum(above.to(tl.int32), axis=0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= left))
+
+
+@triton.jit(do_not_specialize=["requests", "first", "chunks"])
+def index_top_kernel(
+    scores_ptr,
+    table_ptr,
+    out_ptr,
+    best_ptr,
+    numbers_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    requests,
+    first,
+    room,
+    chunks,
+    table_stride,
+    out_stride,
+    out_place_stride,
+    TOP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SECOND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVERY: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program chooses of a chunk of a token's scores, or of what all chunks chose (SECOND).
+
+    A token with one chunk, or none, is done at once. Of others each chunk leaves scores and numbers
+    of TOP rows, in the order of the rows, in ``best`` and ``numbers`` [T, chunks, TOP].
+    """
+    here = tl.program_id(0)
+    token = (first + here).to(tl.int64)
+    chunk = tl.program_id(1)
+    request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
+    count = tl.minimum((position + 1) // EVERY, room)
+    tables = table_ptr + request.to(tl.int64) * table_stride
+    target = out_ptr + token * out_stride
+    kept = (here.to(tl.int64) * chunks + chunk) * TOP
+    depend(EARLY)
+    place = tl.arange(0, WIDTH)
+    alone = count <= CHUNK
+    if SECOND:
+        if alone:
+            return
+        real = (place < chunks * TOP) & (
+            place % TOP < tl.minimum(TOP, count - place // TOP * CHUNK)
+        )
+        scores = tl.load(best_ptr + kept + place, mask=real, other=0.0)
+        number = tl.load(numbers_ptr + kept + place, mask=real, other=0)
+    else:
+        number = chunk * CHUNK + place
+        real = number < count
+        if (chunk > 0) & (chunk * CHUNK >= count):
+            return
+        row = scores_ptr + here.to(tl.int64) * room
+        scores = tl.load(row + number, mask=real, other=0.0)
+    keys = _order(scores)
+    many = tl.sum(real.to(tl.int32), axis=0)
+    taken = real
+    if many > TOP:
+        taken = _largest(keys, real, TOP)
+    rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+    if SECOND or alone:
+        block = tl.load(tables + number // BLOCK, mask=taken, other=0)
+        tl.store(target + rank * out_place_stride, block * BLOCK + number % BLOCK, mask=taken)
+        # Behind them nobody's rows; a chunk is as wide as TOP at least.
+        behind = (place >= many) & (place < TOP)
+        tl.store(target + place * out_place_stride, tl.zeros([WIDTH], dtype=tl.int32), mask=behind)
+    else:
+        tl.store(best_ptr + kept + rank, scores, mask=taken)
+        tl.store(numbers_ptr + kept + rank, number, mask=taken)
