@@ -143,7 +143,7 @@ def _mix_options(
                 "BLOCK_OUTPUTS": block_rows, "num_warps": 4}  # fmt: skip
     here = 16 if tokens <= 512 else 32
     tiles = cdiv(tokens, here)
-    step = 64 if dtype.itemsize == 2 else 32
+    step = 32
     splits = max(1, min(cdiv(size, step), cdiv(2 * device.multiprocessors, tiles)))
     return {"TOKENS": here, "CHANNELS": cdiv(cdiv(size, splits), step) * step, "STEP": step,
             "UNITS": True, "PARTS": 3 if dtype == torch.bfloat16 else 1,
@@ -196,9 +196,9 @@ def stream_mix_kernel(
         channel = split * CHANNELS + start + tl.arange(0, STEP)
         real_channel = channel < SIZE
         inside = real[:, None] & real_channel[None, :]
-        y = tl.load(
-            y_ptr + token[:, None] * SIZE + channel[None, :], mask=inside, other=0.0
-        ).to(tl.float32)
+        y = tl.load(y_ptr + token[:, None] * SIZE + channel[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         place = streams_ptr + token[:, None] * (4 * SIZE) + channel[None, :]
         x0 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         x1 = tl.load(place + SIZE, mask=inside, other=0.0).to(tl.float32)
@@ -238,9 +238,7 @@ def stream_mix_kernel(
     if not UNITS:
         acc = tl.sum(acc, axis=2)
     target = found_ptr + (split * tokens + token) * (OUTPUTS + 1)
-    tl.store(
-        target[:, None] + output[None, :], acc, mask=real[:, None] & real_output[None, :]
-    )
+    tl.store(target[:, None] + output[None, :], acc, mask=real[:, None] & real_output[None, :])
     tl.store(target + OUTPUTS, squares, mask=real)
 
 

@@ -2,10 +2,10 @@
 """The indexer in Triton: scores, then the choice.
 
 Scores of a token are sums over its heads, made where they are multiplied: what lies in memory is
-one number a row. Programs for a token each take an equal part of the rows that it sees, whose number
-is read on the device. Of these the largest are found by halving the range of their bits. Where a
-table has room for many rows, first each chunk's largest are found, then those of all chunks: rows
-that are not among their chunk's are not among all.
+one number a row. Programs for a token each take an equal part of the rows that it sees, whose
+number is read on the device. Of these the largest are found by halving the range of their bits.
+Where a table has room for many rows, first each chunk's largest are found, then those of all
+chunks: rows that are not among their chunk's are not among all.
 """
 
 from collections.abc import Callable

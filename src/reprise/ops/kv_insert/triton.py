@@ -3,7 +3,14 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.rotary_tail.turn import turn
-from reprise.ops.triton_util import depend, launch, launch_options, next_power_of_2, warps, with_gain
+from reprise.ops.triton_util import (
+    depend,
+    launch,
+    launch_options,
+    next_power_of_2,
+    warps,
+    with_gain,
+)
 
 
 def kv_insert(

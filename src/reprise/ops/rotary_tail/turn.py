@@ -6,7 +6,9 @@ import triton.language as tl
 
 
 @triton.jit
-def turn(x, angle_ptr, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
+def turn(
+    x, angle_ptr, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr
+):
     """x: [ROWS, BLOCK] float32, of which the pairs of neighbours in the 2 * HALF channels before
     SIZE rotate by the angles whose cosines and then sines stand at ``angle_ptr``."""
     ROWS: tl.constexpr = x.shape[0]

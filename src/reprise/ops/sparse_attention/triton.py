@@ -69,9 +69,7 @@ def attention_config(
     return Config(16, 16, 4, 1, 32)
 
 
-def splits(
-    tokens: int, groups: int, most_rows: int, config: Config, device: DeviceLimits
-) -> int:
+def splits(tokens: int, groups: int, most_rows: int, config: Config, device: DeviceLimits) -> int:
     """Parts that the rows of a token are cut into, at most; it follows from shapes alone."""
     programs = device.multiprocessors * (1 if config.block_m == 64 else 2)
     return max(1, min(programs // max(1, tokens * groups), cdiv(most_rows, config.least)))
@@ -132,7 +130,18 @@ def bind(
     chosen = tables if selected is None else selected
     parts = splits(tokens, groups, most, config, device)
     block_d = next_power_of_2(size)
-    inputs = (query, cache, block_tables, rows, tables, chosen, sinks, seq_lens, query_start_loc, out)
+    inputs = (
+        query,
+        cache,
+        block_tables,
+        rows,
+        tables,
+        chosen,
+        sinks,
+        seq_lens,
+        query_start_loc,
+        out,
+    )
     numbers = (
         requests, *query.stride()[:2], *cache.stride()[:2], block_tables.stride(0),
         *rows.stride()[:2], tables.stride(0), chosen.stride(0), *out.stride()[:2],
@@ -198,9 +207,7 @@ def _attend(
 ):
     """One step of the running softmax over BLOCK_N rows, which lie at ``source`` [BLOCK_N]."""
     channel = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.load(
-        source[:, None] + channel, mask=seen[:, None] & (channel < SIZE), other=0.0
-    )
+    rows = tl.load(source[:, None] + channel, mask=seen[:, None] & (channel < SIZE), other=0.0)
     zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     scores = dot(query, tl.trans(rows), zero, WIDEN) * scale
     scores = tl.where(seen[None, :], scores, -float("inf"))
