@@ -30,10 +30,20 @@ TARGETS = {
 }
 """Backend, architecture, bytes of shared memory that a program can have."""
 SPILLS = {
-    "Hopper": {"mixed_attention_kernel": 64, "delta_chunk_kernel": 128},
+    "Hopper": {
+        "mixed_attention_kernel": 64,
+        "delta_chunk_kernel": 128,
+        "sparse_attention_kernel": 352,
+    },
     "Ada": {"mixed_attention_kernel": 224, "delta_chunk_kernel": 128},
     "Ampere": {"mixed_attention_kernel": 224, "delta_chunk_kernel": 128},
-    "CDNA 3": {"mixed_attention_kernel": 6, "split_attention_kernel": 28, "draw_kernel": 56},
+    "CDNA 3": {
+        "mixed_attention_kernel": 6,
+        "split_attention_kernel": 28,
+        "draw_kernel": 56,
+        "sparse_attention_kernel": 13,
+        "index_scores_kernel": 1,
+    },
 }
 """Registers do not suffice for these, by at most so much: bytes with CUDA, registers with HIP. All
 others fit; whoever changes one of these may bring it down, not up."""
