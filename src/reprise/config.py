@@ -35,6 +35,15 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
             f"enforce_eager=True and graph_mode={left['graph_mode']!r} contradict each other; "
             "give one of them"
         )
+    without = left.pop("disable_custom_all_reduce", None)
+    if without is not None:
+        if not isinstance(without, bool):
+            raise ConfigError(f"disable_custom_all_reduce={without!r} must be True or False")
+        if left.setdefault("custom_all_reduce", not without) is without:
+            raise ConfigError(
+                f"disable_custom_all_reduce={without} and custom_all_reduce={without} contradict "
+                "each other; give one of them"
+            )
     blocks = left.pop("num_gpu_blocks_override", None)
     if blocks is not None:
         if "num_blocks" in left:
@@ -131,6 +140,9 @@ class EngineConfig:
     or the whole vocabulary at once."""
     seed: int = 0
     """Seed of requests that bring none."""
+    custom_all_reduce: bool = True
+    """Let kernels of several ranks read each other's memory, where devices can and it was proven at
+    the start; off: ranks exchange by the backend's collectives alone."""
     data_parallel_size: int = 1
     """Engines with all weights each, on as many devices and in processes of their own; a request
     goes to the one that has its prefix, or the least to do."""
@@ -161,6 +173,13 @@ class EngineConfig:
                 f"tensor_parallel_size={self.tensor_parallel_size} and data_parallel_size="
                 f"{self.data_parallel_size} together are not supported; give one of them"
             )
+        if not self.custom_all_reduce:
+            for op, name in self.ops.items():
+                if name == "one_shot":
+                    raise ConfigError(
+                        f"custom_all_reduce=False and ops={{{op!r}: 'one_shot'}} contradict each "
+                        "other; give one of them"
+                    )
         limit = self.max_logprobs
         if limit is not None and (not is_whole(limit) or limit < -1):
             raise ConfigError(
@@ -244,7 +263,7 @@ def _take_model_len(arguments: dict[str, Any]) -> None:
 
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-_OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override")
+_OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override", "disable_custom_all_reduce")
 """vLLM's names of what has another one here."""
 _VLLM_HAS_NONE = (
     "seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides", "speculative_config",
@@ -263,5 +282,5 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
     (("graph_buckets",), (str, type(None)), "a string, such as '1,2,4', or None"),
     (("hf_overrides", "ops", "speculative_config"), Mapping, "a dictionary"),
     (("seed",), int, "a whole number"),
-    (("enable_prefix_caching", "skip_tokenizer_init"), bool, "True or False"),
+    (("enable_prefix_caching", "skip_tokenizer_init", "custom_all_reduce"), bool, "True or False"),
 ]

@@ -69,7 +69,7 @@ ENGINE = [
             "cp_kv_cache_interleave_size": (1,), "dcp_comm_backend": ("ag_rs",),
             "distributed_executor_backend": ("uni", "mp"), "distributed_timeout_seconds": (),
             "nnodes": (1,), "node_rank": (0,), "master_addr": ("127.0.0.1",),
-            "master_port": (29501,), "disable_custom_all_reduce": ANY_FLAG,
+            "master_port": (29501,),
             "max_parallel_loading_workers": (), "ray_workers_use_nsight": (False,),
             "disable_nccl_for_dp_synchronization": ANY_FLAG, "worker_cls": ("auto",),
             "worker_extension_cls": ("",), "enable_fault_tolerance": (False,),

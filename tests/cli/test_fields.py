@@ -66,6 +66,20 @@ def test_each_kind_of_field(parse):
     assert parse("--tag", "a", "--tag", "b") == {"tags": ["A", "B"]}
 
 
+def test_what_a_command_does_not_take_is_refused_with_the_remedy() -> None:
+    app = typer.Typer()
+    seen: list[dict[str, Any]] = []
+    options = FieldOptions(Sample, omit=frozenset({"size"}), refused={"size": "leave it out"})
+    command(app, "show", lambda *, sample: seen.append(sample), sample=options)
+    result = CliRunner().invoke(app, ["--size", "2"], env={"COLUMNS": "150"})
+    assert result.exit_code == 2
+    assert "--size is not supported here; leave it out" in result.output
+    assert "--size" not in CliRunner().invoke(app, ["--help"]).output
+    assert not seen
+    assert CliRunner().invoke(app, ["--name", "x"]).exit_code == 0
+    assert seen == [{"name": "x"}]
+
+
 def test_switches_go_both_ways(parse):
     assert parse("--no-caching", "--verbose") == {"caching": False, "verbose": True}
     assert parse("--caching", "--no-verbose") == {"caching": True, "verbose": False}

@@ -41,6 +41,7 @@ def test_every_engine_option_is_a_flag_with_its_documentation(invoke):
     text = invoke("generate", "--help", env=WIDE).output
     several = invoke("bench", "throughput", "--help", env=WIDE).output
     flags = {"ops": "--op", "enable_prefix_caching": "--no-enable-prefix-caching"}
+    flags["custom_all_reduce"] = "--no-custom-all-reduce"
     for each in dataclasses.fields(EngineConfig):
         if each.name != "skip_tokenizer_init":
             shown = several if each.name in ONE_ENGINE else text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -88,17 +90,88 @@ def test_an_interrupted_step_leaves_all_ranks_in_step(alone: matrix.Alone, llm: 
     assert token_ids(shared(alone, COVERING).answers(llm)) == alone.tokens(COVERING)
 
 
-def test_a_rank_that_draws_otherwise_is_named(alone: matrix.Alone) -> None:
-    """Its fault is put in by name, in its process."""
+@contextlib.contextmanager
+def faulty(name: str) -> Iterator[None]:
+    """A fault, by name, in the process of rank 1 of engines that are made inside."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leader, "SETUP", ("reprise.testing.faults.ranks:draws_otherwise",))
+        patch.setattr(leader, "SETUP", (f"reprise.testing.faults.ranks:{name}",))
         patch.setattr(leader, "COMPARE_EVERY", 4)
-        llm = shared(alone, replace(COVERING, executor="none", drafts=0)).engine()
+        yield
+
+
+EAGER = replace(COVERING, executor="none", drafts=0)
+WORK = [{"prompt_token_ids": [1, 2]}] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("draws_otherwise", "rank 1 .* has drawn other tokens than rank 0"),
+        pytest.param(
+            "misses_a_message", r"rank 1 .* message \d+ of \d+ from the leader was lost",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("dies_submitting", KILLED, marks=pytest.mark.long),
+        pytest.param("dies_drawing", KILLED, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_a_rank_that_goes_wrong_is_named(alone: matrix.Alone, name: str, told: str) -> None:
+    with faulty(name):
+        llm = shared(alone, EAGER).engine()
         try:
-            with pytest.raises(RanksError, match=r"rank 1 .* has drawn other tokens than rank 0"):
-                llm.generate([{"prompt_token_ids": [1, 2]}] * 2, greedy(60), use_tqdm=False)
+            began = time.monotonic()
+            with pytest.raises(RanksError, match=told):
+                llm.generate(WORK, greedy(60, ignore_eos=True), use_tqdm=False)
+            assert time.monotonic() - began < ANSWER_SECONDS
         finally:
             llm.engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("dies_loading", KILLED),
+        ("dies_capturing", KILLED),
+        ("is_unlike", "the ranks are not alike"),
+    ],
+)
+def test_a_rank_that_does_not_start_is_named(alone: matrix.Alone, name: str, told: str) -> None:
+    with faulty(name), pytest.raises(RanksError, match=told):
+        shared(alone, replace(COVERING, drafts=0)).engine()
+    assert not followers()
+
+
+def followers() -> list[str]:
+    """Followers of this process that live."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+    )
+    return [line for line in listed.stdout.splitlines() if "reprise.follower" in line]
+
+
+def test_a_graph_that_is_wrong_on_one_rank_runs_on_none(alone: matrix.Alone) -> None:
+    features = replace(COVERING, drafts=0)
+    with faulty("captures_stale"):
+        llm = shared(alone, features).engine(ahead=True)
+    try:
+        assert token_ids(shared(alone, features).answers(llm)) == alone.tokens(features)
+        report = llm.graph_report()
+        assert report.quarantined
+        assert not any(each.replays for each in report.graphs if each.executor == "full")
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.long
+def test_a_slow_rank_changes_no_token(alone: matrix.Alone) -> None:
+    with faulty("is_slow"):
+        llm = shared(alone, replace(COVERING, drafts=0)).engine(ahead=True)
+    try:
+        found = token_ids(shared(alone, replace(COVERING, drafts=0)).answers(llm))
+        assert found == alone.tokens(replace(COVERING, drafts=0))
+    finally:
+        llm.engine.close()
 
 
 @pytest.mark.long
@@ -172,3 +245,18 @@ def test_same_tokens_of_everything(
     finally:
         for each in made:
             each.engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("executor", ["none", "full", "breakable"])
+def test_four_ranks(alone: matrix.Alone, executor: str) -> None:
+    """With fewer key and value heads than ranks, if the model has so few."""
+    features = replace(COVERING, executor=executor)
+    try:
+        llm = shared(alone, features).engine(tensor_parallel_size=4)
+    except ModelError as error:
+        pytest.skip(str(error))
+    try:
+        assert token_ids(shared(alone, features).answers(llm)) == alone.tokens(features)
+    finally:
+        llm.engine.close()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from reprise.cache.tables import Copy
 from reprise.errors import RanksError
+from reprise.parallel.messages import Kind, pack, unpack
 from reprise.parallel.wire import Decoder, Encoder
 from reprise.sampling_params import SamplingParams
 from reprise.step import Admission, Step, TableEdit
@@ -120,3 +121,14 @@ def test_a_step_like_the_last_one_is_small() -> None:
 def test_a_row_that_does_not_fit_is_refused() -> None:
     with pytest.raises(RanksError, match="at most 65535"):
         Encoder().encode(Step(0, [70000], [1], [0], [True], 1, 1))
+
+
+def test_a_message_out_of_order_is_no_message() -> None:
+    """Whatever it says: a rank that has missed one would do other things than the others."""
+    message = pack(Kind.SAMPLE, 7, 3, b"x")
+    assert unpack(message, 7) == (Kind.SAMPLE, 3, b"x")
+    for expected in (6, 8, 7 + (1 << 31)):
+        with pytest.raises(RanksError, match=f"message {expected} .* was lost: number 7 came"):
+            unpack(message, expected)
+    wrapped = pack(Kind.STEP, (1 << 32) + 5, 0)
+    assert unpack(wrapped, (1 << 32) + 5)[0] is Kind.STEP

@@ -35,8 +35,9 @@ MODULE_CALLS = {
     "mem_get_info": ((0,), {}),
     "graph_pool_handle": ((), {}),
     "memory_snapshot": ((), {}),
+    "can_device_access_peer": ((0, 1), {}),
 }
-OPTIONAL = {"memory_snapshot"}
+OPTIONAL = {"memory_snapshot", "can_device_access_peer"}
 """Where it is missing, the platform does without."""
 
 NEUTRAL_CALLS = {

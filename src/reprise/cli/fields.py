@@ -52,6 +52,8 @@ class FieldOptions:
     names: tuple[str, ...] | None = None
     """Fields to offer, in this order; None: all."""
     omit: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Fields that the command does not take, and what to say to who gives one all the same."""
     panels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Heading in the help to field names."""
     default_panel: str = "Engine"
@@ -64,11 +66,15 @@ class FieldOptions:
         made: list[inspect.Parameter] = []
         for each in self._fields():
             made += self._switch(each) if self._is_switch(each) else [self._parameter(each)]
-        return made
+        return [*made, *(_refusal(name) for name in self.refused)]
 
     def take(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Remove these options from a command's arguments; return those that the user gave."""
         given: dict[str, Any] = {}
+        for name, remedy in self.refused.items():
+            if arguments.pop(name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"{flag} is not supported here; {remedy}")
         for each in self._fields():
             special = self.special.get(each.name, Special())
             value: Any = arguments.pop(each.name)
@@ -145,6 +151,13 @@ class FieldOptions:
         if default is None or default is dataclasses.MISSING or isinstance(default, bool):
             return text
         return f"{text} [dim]\\[default: {default}][/dim]"
+
+
+def _refusal(name: str) -> inspect.Parameter:
+    """An option that no help shows."""
+    option = typer.Option("--" + name.replace("_", "-"), hidden=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=Annotated[str | None, option])
 
 
 def choice(name: str, values: tuple[str, ...]) -> type[Enum]:

@@ -41,13 +41,20 @@ ENGINE_PANELS = {
         "enable_prefix_caching",
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
-    "Device": ("device", "data_parallel_size", "tensor_parallel_size", "ops"),
+    "Device": (
+        "device", "data_parallel_size", "tensor_parallel_size", "custom_all_reduce", "ops",
+    ),
     "Drafts": ("speculative_config",),
     "Sampling": ("seed", "max_logprobs"),
 }  # fmt: skip
 
 ONE_ENGINE = ("data_parallel_size",)
 """Fields that mean nothing to a command which looks into one engine."""
+
+_ONE_ENGINE_REMEDY = (
+    "this command looks into one engine: leave it out, or share the model out with "
+    "--tensor-parallel-size; 'reprise serve' and 'reprise bench throughput' take it"
+)
 
 ENGINE_SPECIAL = {
     "model": Special(
@@ -67,6 +74,7 @@ ENGINE_SPECIAL = {
     "no_enable_prefix_caching": Special(
         help="Do not share the cache blocks of equal prompt beginnings."
     ),
+    "no_custom_all_reduce": Special(help="Let ranks exchange by the backend's collectives alone."),
     "seed": Special(help="Of the random draws: the same seed gives the same text."),
     "hf_overrides": Special(metavar="JSON", parse=json_object),
     "speculative_config": Special(metavar="JSON", parse=json_object),
@@ -83,6 +91,7 @@ def engine_options(*omit: str, **shown_defaults: Any) -> FieldOptions:
     return FieldOptions(
         EngineConfig,
         omit=frozenset(omit),
+        refused={name: _ONE_ENGINE_REMEDY for name in ONE_ENGINE if name in omit},
         panels=ENGINE_PANELS,
         special=ENGINE_SPECIAL,
         shown_defaults=shown_defaults,

@@ -22,6 +22,7 @@ from reprise.distributed.ring import Reader
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import wake_compiler
+from reprise.parallel.direct import prove_direct
 from reprise.parallel.messages import Drawn, Kind, Start, unpack
 from reprise.parallel.wire import Decoder
 from reprise.runner import ModelRunner, PendingOutput
@@ -43,7 +44,7 @@ def follow(board: Board, woken: int) -> None:
     """
     threading.Thread(target=_beat, args=(board,), name="reprise-beat", daemon=True).start()
     reader = Reader(board, woken, lambda: None)
-    kind, _, content = unpack(reader.receive())
+    kind, _, content = unpack(reader.receive(), 1)
     if kind is Kind.STOP:
         return
     if kind is not Kind.START:
@@ -73,7 +74,11 @@ class _Follower:
         with platform.warming_up(then=partial(wake_compiler, platform)):
             checkpoint = checkpoint_of(config)
         store = TCPStore("127.0.0.1", start.port, is_master=False)
-        connect(group, platform.dist_backend, store, platform.device, start.timeout)
+        communicator = connect(
+            group, platform.dist_backend, store, platform.device, start.timeout,
+            direct=config.custom_all_reduce,
+        )  # fmt: skip
+        prove_direct(communicator, platform, board)
         self._board, self._reader, self._store = board, reader, store
         self._decoder = Decoder()
         self._outstanding: deque[PendingOutput] = deque()
@@ -86,12 +91,12 @@ class _Follower:
         """Carry out messages until the last one."""
         count = 1
         while True:
-            kind, retired, content = unpack(self._reader.receive())
+            count += 1
+            kind, retired, content = unpack(self._reader.receive(), count)
             if kind is Kind.STOP:
                 return
             self._retire(retired)
             self._carry_out(kind, content)
-            count += 1
             self._board.note_done(count)
 
     def _retire(self, retired: int) -> None:

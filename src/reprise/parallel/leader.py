@@ -21,6 +21,7 @@ from reprise.distributed.communicator import Communicator, connect
 from reprise.distributed.ring import Writer
 from reprise.errors import RanksError, describe
 from reprise.loading import Checkpoint
+from reprise.parallel.direct import prove_direct
 from reprise.parallel.messages import Drawn, Kind, Start, pack, pickled
 from reprise.parallel.processes import Processes
 from reprise.parallel.wire import Encoder
@@ -89,9 +90,11 @@ class Leader:
         self.say(Kind.START, pickled(begin))
         platform.share_host(self.size)
         self._communicator = connect(
-            self.group, platform.dist_backend, self._store, platform.device, self._timeout
-        )
+            self.group, platform.dist_backend, self._store, platform.device, self._timeout,
+            direct=config.custom_all_reduce,
+        )  # fmt: skip
         self._processes.on_loss = self._communicator.abort
+        prove_direct(self._communicator, platform, self._processes.board)
         return Ranks(self.group, self._processes.board)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:
@@ -104,7 +107,7 @@ class Leader:
         board = self._processes.board
         self._last = f"number {board.sent + 1}, {kind.name.lower()}"
         try:
-            self._writer.send(pack(kind, self.retired, content))
+            self._writer.send(pack(kind, board.sent + 1, self.retired, content))
         except RanksError as error:
             raise (self._processes.cause(error, BLAME_SECONDS) or error) from error
 
@@ -162,7 +165,8 @@ class Leader:
     def close(self, *, at_once: bool = False) -> None:
         """End the followers; nothing of them is left."""
         self._finalizer.detach()
-        stop = pack(Kind.STOP, self.retired)
+        number = self._processes.board.sent + 1
+        stop = pack(Kind.STOP, number, self.retired)
         self._processes.close(None if at_once else lambda: self._writer.send(stop))
         if self._communicator is not None:
             self._communicator.close()

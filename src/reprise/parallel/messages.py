@@ -12,8 +12,9 @@ from enum import IntEnum
 from typing import Any
 
 from reprise.config import EngineConfig
+from reprise.errors import RanksError
 
-_HEADER = struct.Struct("<BI")
+_HEADER = struct.Struct("<BII")
 
 
 class Kind(IntEnum):
@@ -68,21 +69,28 @@ class Drawn:
         self.checksum = zlib.crc32(tokens.tobytes(), self.checksum)
 
 
-def pack(kind: Kind, retired: int, content: bytes = b"") -> bytes:
+def pack(kind: Kind, number: int, retired: int, content: bytes = b"") -> bytes:
     """A message.
 
     Args:
         kind: What to do.
+        number: Of the message, from 1 on: a rank that misses one must not go on.
         retired: Steps whose results the leader has waited for so far: what a rank's host knows of
             them, it knows from then on.
         content: With what.
     """
-    return _HEADER.pack(kind, retired & 0xFFFFFFFF) + content
+    return _HEADER.pack(kind, number & 0xFFFFFFFF, retired & 0xFFFFFFFF) + content
 
 
-def unpack(message: bytes) -> tuple[Kind, int, bytes]:
-    """Kind, retired steps and content."""
-    kind, retired = _HEADER.unpack_from(message)
+def unpack(message: bytes, number: int) -> tuple[Kind, int, bytes]:
+    """Kind, retired steps and content.
+
+    Raises:
+        RanksError: It is not message ``number``.
+    """
+    kind, found, retired = _HEADER.unpack_from(message)
+    if found != number & 0xFFFFFFFF:
+        raise RanksError(f"message {number} from the leader was lost: number {found} came")
     return Kind(kind), retired, message[_HEADER.size :]
 
 

@@ -146,6 +146,12 @@ class AcceleratorPlatform(Platform):
             and segment["device"] == self.index
         ]
 
+    def reaches(self, other: int) -> bool | None:
+        asked = getattr(self.module(), "can_device_access_peer", None)
+        if asked is None:
+            return None
+        return other == 0 or bool(asked(self.index, self.index + other))
+
     @functools.cached_property
     def _capture_stream(self) -> Any:
         return self.stream()

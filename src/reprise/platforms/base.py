@@ -155,6 +155,11 @@ class Platform(ABC):
             )
         return f"{self.name}:{self.index + rank}"
 
+    def reaches(self, other: int) -> bool | None:
+        """Whether this device reads the memory of the one that stands ``other`` places behind it;
+        None: nobody can tell."""
+        return None
+
     def share_host(self, size: int) -> None:  # noqa: B027 - an accelerator's host has little to do
         """So many ranks compute on this machine; called once in the leader's process. Followers
         are started with their number of threads."""

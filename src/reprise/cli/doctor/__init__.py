@@ -5,7 +5,7 @@ A further report is one more file here with a function ``register``.
 
 from __future__ import annotations
 
-from reprise.cli.doctor import conformance, graphs, machine, memory, ops, report
+from reprise.cli.doctor import collectives, conformance, graphs, machine, memory, ops, report
 from reprise.cli.doctor.group import app
 
 machine.register(app)
@@ -13,6 +13,7 @@ ops.register(app)
 graphs.register(app)
 conformance.register(app)
 memory.register(app)
+collectives.register(app)
 report.register(app)
 
 __all__ = ["app"]

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+
+from reprise.distributed.ring import Reader
 from reprise.parallel import messages
+from reprise.runner import ModelRunner
+from reprise.testing import faults
+
+SLOW_SECONDS = 0.1
+LATE = 12
+"""Calls of what dies or is lost late, before it does."""
 
 
 def draws_otherwise(rank: int) -> None:
@@ -13,3 +27,76 @@ def draws_otherwise(rank: int) -> None:
         note(self, [[token + 1 for token in each] for each in sampled])
 
     messages.Drawn.note = other  # type: ignore[assignment,method-assign]
+
+
+def captures_stale(rank: int) -> None:
+    """Its graphs hold a number that is another one in later steps."""
+    capture = ModelRunner._capture_graphs
+
+    def wrong(self: ModelRunner) -> None:
+        with faults.stale_scalar(self.ops, "paged_attention"):
+            capture(self)
+
+    ModelRunner._capture_graphs = wrong  # type: ignore[method-assign]
+
+
+def is_slow(rank: int) -> None:
+    """It is late at each step."""
+    submit = ModelRunner.submit
+
+    def late(self: ModelRunner, *what: Any) -> None:
+        time.sleep(SLOW_SECONDS)
+        submit(self, *what)
+
+    ModelRunner.submit = late  # type: ignore[assignment,method-assign]
+
+
+def is_unlike(rank: int) -> None:
+    """It has another version of torch."""
+    torch.__version__ = "another"  # type: ignore[assignment]
+
+
+def misses_a_message(rank: int) -> None:
+    """One never reaches it."""
+    receive = Reader.receive
+    calls = 0
+
+    def lose(self: Reader) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == LATE:
+            receive(self)
+            self._count -= 1
+        return receive(self)
+
+    Reader.receive = lose  # type: ignore[method-assign]
+
+
+def dies_loading(rank: int) -> None:
+    _dies_in("__init__", 1)
+
+
+def dies_capturing(rank: int) -> None:
+    _dies_in("_capture_graphs", 1)
+
+
+def dies_submitting(rank: int) -> None:
+    _dies_in("submit", LATE)
+
+
+def dies_drawing(rank: int) -> None:
+    _dies_in("sample", LATE)
+
+
+def _dies_in(method: str, calls: int) -> None:
+    """The process is killed at its so many-th call of a method of its runner."""
+    inner = getattr(ModelRunner, method)
+
+    def die(self: ModelRunner, *what: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, *what, **more)
+
+    setattr(ModelRunner, method, die)

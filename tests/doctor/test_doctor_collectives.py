@@ -1,0 +1,50 @@
+"""``reprise doctor collectives``: sums of several processes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from reprise.doctor import collectives
+from reprise.errors import ConfigError, RanksError
+
+
+def test_sums_are_timed_and_compared(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("these ranks share a CPU")
+    report = collectives.measure(device, 2, (1 << 13, 1 << 15))
+    assert [each["bytes"] for each in report["sums"]] == [1 << 13, 1 << 15]
+    for each in report["sums"]:
+        assert each["implementation"] == "reference"
+        assert each["bits_equal"]
+        assert each["us"] > 0
+        assert each["gb_per_s"] == pytest.approx(each["bytes"] / each["us"] / 1e3)
+        assert each["difference"] == 0
+
+
+def test_a_rank_that_hangs_is_named_and_ended(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device != "cpu":
+        pytest.skip("these ranks share a CPU")
+    monkeypatch.setattr(collectives, "START_SECONDS", 0.0)
+    monkeypatch.setattr(collectives, "ENOUGH_SECONDS", 0.0)
+    began: list[int] = []
+    popen = collectives.subprocess.Popen
+
+    def start(*what: object, **options: object) -> object:
+        child = popen(*what, **options)  # type: ignore[call-overload]
+        began.append(child.pid)
+        return child
+
+    monkeypatch.setattr(collectives.subprocess, "Popen", start)
+    with pytest.raises(RanksError, match=r"rank 0 does not answer; .*NCCL_P2P_DISABLE=1"):
+        collectives.measure(device, 2, (1 << 13,))
+    assert len(began) == 2
+    for pid in began:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_one_rank_has_none() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_size=1"):
+        collectives.measure("cpu", 1)

@@ -1,0 +1,72 @@
+"""Memory that ranks read from each other is used if sums over it are right on every rank."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reprise import ops, platforms
+from reprise.parallel import direct
+from reprise.parallel.direct import prove_direct
+
+
+class Others:
+    """The other ranks say this."""
+
+    size = 2
+
+    def __init__(self, ok: bool) -> None:
+        self.ok = ok
+        self.heard: list[bool] = []
+
+    def all(self, ok: bool) -> bool:
+        self.heard.append(ok)
+        return ok and self.ok
+
+    def largest(self, value: float) -> float:
+        return value
+
+
+def outcome(
+    monkeypatch: pytest.MonkeyPatch, sums: Any, others: Others, runs: str | None = None
+) -> bool:
+    """Whether the memory is kept."""
+    found = SimpleNamespace(symmetric=SimpleNamespace(give_up=lambda: None))
+    found.drop_symmetric = lambda: setattr(found, "symmetric", None)
+    monkeypatch.setattr(direct, "_sums_are_right", sums)
+    one_shot = ops.all_reduce.implementations["one_shot"]
+    monkeypatch.setattr(one_shot, "requires", lambda platform: runs)
+    monkeypatch.setattr(one_shot, "target", lambda x, group: None)
+    prove_direct(found, platforms.resolve("cpu"), others)  # type: ignore[arg-type]
+    return found.symmetric is not None
+
+
+def fails(*what: object) -> bool:
+    raise RuntimeError("an illegal access")
+
+
+def test_right_sums_everywhere_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outcome(monkeypatch, lambda *_: True, Others(True))
+
+
+def test_one_wrong_sum_ends_it_on_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every rank is asked, whatever it found: others would wait for its answer."""
+    for sums, others, reason in (
+        (lambda *_: False, Others(True), "they are wrong"),
+        (lambda *_: True, Others(False), "another rank's are"),
+        (fails, Others(True), "an illegal access"),
+    ):
+        caplog.clear()
+        assert not outcome(monkeypatch, sums, others)
+        assert len(others.heard) == 1
+        assert reason in caplog.text
+
+
+def test_without_its_kernel_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = Others(True)
+    assert not outcome(monkeypatch, fails, others, runs="Triton cannot run here")
+    assert not others.heard
