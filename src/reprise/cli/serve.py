@@ -71,7 +71,7 @@ PANELS = {
     "TLS": ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
     "Limits": (
         "max_num_queued_reqs", "max_body_bytes", "max_completions", "body_timeout",
-        "write_timeout", "keep_alive", "shutdown_timeout",
+        "response_store_bytes", "write_timeout", "keep_alive", "shutdown_timeout",
     ),
     "Answers": (
         "chat_template", "chat_template_content_format", "default_chat_template_kwargs",

@@ -35,6 +35,10 @@ from reprise.server.gate import Gate
 from reprise.server.http_metrics import HttpMetrics, exposition
 from reprise.server.openapi import body, describe, responses
 from reprise.server.reasoning import CLOSE
+from reprise.server.responses.items import items_of
+from reprise.server.responses.reply import Response as ModelResponse
+from reprise.server.responses.request import ResponsesRequest, check
+from reprise.server.responses.store import not_found
 from reprise.server.state import ServerState
 from reprise.server.streaming import EventStream
 from reprise.server.tools.choice import parser_name
@@ -78,12 +82,14 @@ class Handlers:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._started = int(time.time())
+        self._running: dict[str, ModelResponse] = {}
 
     def register(self, app: FastAPI) -> None:
         """Add the routes, and what makes errors of all others."""
         post: list[tuple[str, Any, type[BaseModel], str]] = [
             ("/v1/completions", self.completions, CompletionRequest, "Complete prompts."),
             ("/v1/chat/completions", self.chat, ChatRequest, "Answer a conversation."),
+            ("/v1/responses", self.responses, ResponsesRequest, "Answer a list of items."),
             ("/tokenize", self.tokenize, TokenizeRequest, "Token ids of a text or a conversation."),
             ("/detokenize", self.detokenize, DetokenizeRequest, "The text of token ids."),
             ("/abort", self.abort, AbortRequest, "End a running request by its id."),
@@ -92,6 +98,17 @@ class Handlers:
             app.add_api_route(
                 path, handler, methods=["POST"], summary=summary, response_class=Response,
                 responses=responses(path), openapi_extra=body(model),
+            )  # fmt: skip
+        by_id: list[tuple[str, str, Any, str]] = [
+            ("GET", "", self.response, "A response that was stored, or is under way."),
+            ("DELETE", "", self.delete_response, "Forget a response."),
+            ("POST", "/cancel", self.cancel_response, "End a response that is under way."),
+        ]
+        for method, suffix, handler, summary in by_id:
+            path = f"/v1/responses/{{response_id}}{suffix}"
+            app.add_api_route(
+                path, handler, methods=[method], summary=summary, response_class=Response,
+                responses=responses(path),
             )  # fmt: skip
         get: list[tuple[str, Any, str]] = [
             ("/v1/models", self.models, "The model, under each of its names."),
@@ -155,7 +172,11 @@ class Handlers:
         return asked, name, state.model_name(asked.model)
 
     async def _answer(
-        self, request: Request, asked: Generation, work: Completion | Chat, ignored: list[str]
+        self,
+        request: Request,
+        asked: Generation | ResponsesRequest,
+        work: Completion | Chat,
+        ignored: list[str],
     ) -> Response:
         state = self._state
         caller = Caller(state.client, state.callers, request.receive)
@@ -177,6 +198,7 @@ class Handlers:
         finally:
             if not streaming:
                 caller.close()
+                work.left()
 
     def _parser(self) -> str:
         options = self._state.options
@@ -195,6 +217,53 @@ class Handlers:
         if options.template is not None:
             return parser_name(options.template)
         return str(self._state.facts["tool_parser"])
+
+    # ---- responses -------------------------------------------------------------------------
+
+    async def responses(self, request: Request) -> Response:
+        state = self._state
+        state.check_open()
+        asked: ResponsesRequest = await self._read(request, ResponsesRequest)
+        ignored = check(asked)
+        model = state.model_name(asked.model)
+        before = []
+        if asked.previous_response_id is not None:
+            stored = state.responses.get(asked.previous_response_id, "previous_response_id")
+            before = orjson.loads(stored.items)
+        keeps = asked.store is not False and state.responses.limit > 0
+        work = ModelResponse(
+            asked, before, items_of(asked.input), state.responses if keeps else None, self._running,
+            model, state.fingerprint, self._parser(), self._tool_parser(), state.facts,
+            state.sampling_defaults(), state.options,
+        )  # fmt: skip
+        return await self._answer(request, asked, work, ignored)
+
+    async def response(self, request: Request, response_id: str) -> Response:
+        if request.query_params.get("stream", "false").lower() != "false":
+            raise ApiError(
+                400, "stream: events are not sent again: get the response", param="stream"
+            )
+        running = self._running.get(response_id)
+        if running is not None:
+            return _json(running.snapshot())
+        return _ready_json(self._state.responses.get(response_id).response)
+
+    async def delete_response(self, response_id: str) -> Response:
+        self._state.responses.delete(response_id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    async def cancel_response(self, response_id: str) -> Response:
+        running = self._running.get(response_id)
+        if running is None:
+            known = orjson.loads(self._state.responses.get(response_id).response)
+            raise ApiError(
+                400, f"the response is {known['status']}: there is nothing to cancel",
+                param="response_id",
+            )  # fmt: skip
+        running.cancelled = True
+        if not await self._call("abort", name=response_id):
+            raise not_found(response_id)
+        return _json({**running.snapshot(), "status": "cancelled"})
 
     # ---- beside it -------------------------------------------------------------------------
 
@@ -307,6 +376,10 @@ class Handlers:
 
 def _json(value: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), 200, headers, "application/json")
+
+
+def _ready_json(text: bytes) -> Response:
+    return Response(text, 200, None, "application/json")
 
 
 async def _tell(_: Request, error: Exception) -> Response:

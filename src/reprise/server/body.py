@@ -88,7 +88,7 @@ def parse(body: bytes, model: type[M]) -> M:
     try:
         return model.model_validate(found)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid_fields(error) from None
 
 
 def _deeper(value: Any, most: int) -> bool:
@@ -106,7 +106,8 @@ def _deeper(value: Any, most: int) -> bool:
     return True
 
 
-def _invalid(error: ValidationError) -> ApiError:
+def invalid_fields(error: ValidationError) -> ApiError:
+    """What is wrong with a body, in few words."""
     found = error.errors(include_url=False, include_context=False)
     lines, first = [], None
     for each in found[:MOST_ERRORS]:

@@ -16,11 +16,11 @@ from reprise.server.completions import check_length
 from reprise.server.conversation import conversation
 from reprise.server.errors import ABORTED, ApiError
 from reprise.server.fields import ChatRequest, sampling
-from reprise.server.generation import Reply
+from reprise.server.generation import DONE, Reply
 from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
 from reprise.server.reasoning import Part, Splitter, thinks_from_start
-from reprise.server.streaming import DONE, Template
+from reprise.server.streaming import Template
 from reprise.server.tools.choice import ToolUse, tool_use
 
 TOKENS_BEFORE_THOUGHT = 3

@@ -12,9 +12,9 @@ from reprise.server.caller import Caller
 from reprise.server.client import EngineRefusal
 from reprise.server.errors import ABORTED, ApiError
 from reprise.server.fields import CompletionRequest, sampling
-from reprise.server.generation import Reply
+from reprise.server.generation import DONE, Reply
 from reprise.server.logprobs import CompletionLogprobs, prompt_logprobs
-from reprise.server.streaming import DONE, Template
+from reprise.server.streaming import Template
 
 _TEXT_ALONE = b',"logprobs":null,"finish_reason":null,"stop_reason":null'
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import orjson
 
+from reprise.server.errors import ApiError, error_event
 from reprise.server.usage import Usage
+
+DONE = b"data: [DONE]\n\n"
 
 
 class Reply(ABC):
@@ -34,6 +37,18 @@ class Reply(ABC):
         Raises:
             EngineRefusal: A request was aborted.
         """
+
+    def begin(self) -> bytes:
+        """What a stream has before its first news."""
+        return b""
+
+    def failed(self, error: ApiError) -> bytes:
+        """How a stream ends whose status is out."""
+        return error_event(error) + DONE
+
+    def left(self) -> None:
+        """Its caller has all of it, or is gone."""
+        return
 
     def running_usage(self) -> bytes | None:
         """For a chunk."""

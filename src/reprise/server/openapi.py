@@ -15,6 +15,7 @@ from reprise.server.fields import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from reprise.server.responses.request import ResponsesRequest
 
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
@@ -48,13 +49,13 @@ def responses(path: str) -> dict[int | str, dict[str, Any]]:
     found: dict[int | str, dict[str, Any]] = {200: {"description": "OK", "content": {}}}
     if path not in ("/health", "/ready", "/ping"):
         content: dict[str, Any] = {kinds.get(path, "application/json"): {}}
-        if path.endswith("completions"):
+        if path.endswith(("completions", "/responses")):
             content["text/event-stream"] = {}
         found[200] = {"description": "OK", "content": content}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status, told in (
         (400, "The request is not valid."), (401, "The API key is missing or wrong."),
-        (404, "There is no such model."), (405, "This path has other methods."),
+        (404, "There is no such model, or response."), (405, "This path has other methods."),
         (408, "The request came too slowly."),
         (413, "The body is too large."), (415, "The body is not JSON."),
         (429, "Too many requests wait."), (499, "The request was aborted."),
@@ -77,6 +78,7 @@ def describe(app: FastAPI) -> None:
             for model in (
                 CompletionRequest,
                 ChatRequest,
+                ResponsesRequest,
                 TokenizeRequest,
                 DetokenizeRequest,
                 AbortRequest,

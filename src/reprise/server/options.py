@@ -59,6 +59,9 @@ class ServerOptions:
     """Seconds that a client may take to send them; then it gets status 408."""
     body_timeout: float = 60.0
     """Seconds that a client may take to send a body; then it gets status 408."""
+    response_store_bytes: int = 64 << 20
+    """Bytes of responses that are kept for /v1/responses to go on from, the newest ones; 0: none.
+    Kept in the HTTP process, so with several of them nothing is."""
     write_timeout: float = 300.0
     """Seconds that a client may read nothing of its stream; then the request is aborted."""
     keep_alive: int = 75
@@ -130,6 +133,7 @@ class ServerOptions:
         for name, least in (
             ("api_server_count", 1), ("max_num_queued_reqs", 1), ("max_num_queued_tokens", 1),
             ("max_body_bytes", 1), ("max_completions", 1), ("max_header_bytes", 1),
+            ("response_store_bytes", 0),
             ("header_timeout", 0.001), ("body_timeout", 0.001), ("write_timeout", 0.001),
             ("keep_alive", 1), ("shutdown_timeout", 0),
         ):  # fmt: skip

@@ -12,12 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from reprise.server.caller import Caller
 from reprise.server.client import EngineRefusal
-from reprise.server.errors import GONE_CLIENT, ApiError, error_event, of_refusal
+from reprise.server.errors import GONE_CLIENT, ApiError, of_refusal
 from reprise.server.generation import Reply
 
 logger = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -107,11 +106,15 @@ class EventStream(Response):
             await _break_off(scope)
         finally:
             self._caller.close()
+            self._reply.left()
 
     async def _pump(self, state: dict[str, Any]) -> None:
         caller, reply, send = self._caller, self._reply, state["send"]
         loop = asyncio.get_running_loop()
         size = 0
+        if begin := reply.begin():
+            size += len(begin)
+            await send({"type": "http.response.body", "body": begin, "more_body": True})
         while not reply.complete:
             try:
                 news = caller.take()
@@ -137,4 +140,4 @@ class EventStream(Response):
     def _last(self, error: ApiError) -> bytes:
         """The status is out: an error is an event."""
         self._reply.complete = True
-        return error_event(error) + DONE
+        return self._reply.failed(error)

@@ -1,0 +1,165 @@
+"""A body of ``POST /v1/responses``, and the chat that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reprise.arguments import shown
+from reprise.server.body import invalid_fields
+from reprise.server.errors import ApiError
+from reprise.server.fields import MEANINGLESS, ChatRequest
+from reprise.server.responses.items import messages_of
+from reprise.vllm_names import is_neutral
+
+_INPUT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "object"}},
+    ]
+}
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponsesRequest(BaseModel):
+    """Body of ``POST /v1/responses``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    input: Any = Field(json_schema_extra=_INPUT)
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0)
+    include: list[str] | None = Field(None, max_length=64)
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    tools: list[Any] | None = Field(None, max_length=512)
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+
+_PASSED = frozenset(
+    {
+        "seed", "stop", "top_k", "min_p", "min_tokens", "ignore_eos", "presence_penalty",
+        "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids",
+        "allowed_token_ids", "bad_words", "skip_special_tokens", "priority", "cache_salt",
+        "chat_template_kwargs", "structured_outputs", "num_drafts",
+    }
+)  # fmt: skip
+"""Fields beyond OpenAI's, as chats have them."""
+
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "background": ((False,), "responses are computed while their client waits: stream=true"),
+    "conversation": ((), "give previous_response_id, or all items in input"),
+    "prompt": ((), "there are no stored prompts: give instructions and input"),
+    "truncation": (("disabled",), "no item of a conversation is dropped: give fewer"),
+    "context_management": (([],), "no item of a conversation is dropped: give fewer"),
+    "moderation": ((), "this server has no moderation"),
+    "image": ((), "this model writes text alone"),
+    "messages": ((), "give input"),
+    "n": ((1,), "there is one response: send the request several times"),
+    "max_tokens": ((), "give max_output_tokens"),
+    "max_completion_tokens": ((), "give max_output_tokens"),
+    "response_format": ((), "give text.format"),
+    "logprobs": ((False,), f"give include=['{LOGPROBS}']"),
+}
+"""Field to the values, beside null, at which it asks for nothing, and what to say at others."""
+_INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})
+"""The second is for clients who keep a conversation themselves; reasoning is in the clear here."""
+_KNOWN = MEANINGLESS | _PASSED | REFUSED.keys() | {"max_tool_calls", "stream_options"}
+
+
+def check(request: ResponsesRequest) -> list[str]:
+    """Names of fields that are ignored.
+
+    Raises:
+        ApiError: A field asks for something that this server does not have.
+    """
+    extra = request.model_extra or {}
+    for name, (neutral, remedy) in REFUSED.items():
+        if not is_neutral(extra.get(name), neutral):
+            raise _invalid(name, extra[name], remedy)
+    for each in request.include or ():
+        if each not in _INCLUDED:
+            raise _invalid("include", each, f"this server knows {', '.join(sorted(_INCLUDED))}")
+    options = extra.get("stream_options") or {}
+    if not isinstance(options, dict) or options.get("include_obfuscation"):
+        raise _invalid("stream_options", options, "events are not padded: leave it out")
+    summary = (request.reasoning or {}).get("summary")
+    if summary not in (None, "auto"):
+        raise _invalid("reasoning.summary", summary, "reasoning is given whole: leave it out")
+    logprobs = LOGPROBS in (request.include or ()) or request.top_logprobs
+    if logprobs and request.tools:
+        raise _invalid("include", [LOGPROBS], "calls have no log probabilities: leave out tools")
+    return [name for name, value in extra.items() if name not in _KNOWN and value is not None]
+
+
+def chat_request(request: ResponsesRequest, items: Sequence[Mapping[str, Any]]) -> ChatRequest:
+    """The chat.
+
+    Args:
+        request: As it came.
+        items: The whole conversation.
+
+    Raises:
+        ApiError: A field is not valid.
+    """
+    extra = request.model_extra or {}
+    logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
+    effort = (request.reasoning or {}).get("effort")
+    fields = {
+        **{name: extra[name] for name in _PASSED if name in extra},
+        "messages": messages_of(items, request.instructions),
+        "model": request.model,
+        "stream": request.stream,
+        "max_completion_tokens": request.max_output_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "logprobs": logprobs or None,
+        "top_logprobs": request.top_logprobs if logprobs else None,
+        "reasoning_effort": effort,
+        "response_format": _format((request.text or {}).get("format")),
+        "tools": _tools(request.tools),
+        "tool_choice": _choice(request.tool_choice),
+        "parallel_tool_calls": request.parallel_tool_calls,
+    }
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_fields(error) from None
+
+
+def _format(form: Any) -> Any:
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        return form
+    inner = {name: value for name, value in form.items() if name != "type"}
+    return {"type": "json_schema", "json_schema": inner}
+
+
+def _tools(tools: Sequence[Any] | None) -> list[Any] | None:
+    found = []
+    for number, each in enumerate(tools or ()):
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind != "function":
+            raise _invalid(f"tools[{number}].type", kind, "this server has function tools alone")
+        function = {name: value for name, value in each.items() if name != "type"}
+        found.append({"type": "function", "function": function})
+    return found or None
+
+
+def _choice(choice: Any) -> Any:
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        return choice
+    return {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _invalid(name: str, value: Any, remedy: str) -> ApiError:
+    return ApiError(400, f"{name}={shown(value)}: {remedy}", param=name)

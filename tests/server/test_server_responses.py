@@ -1,0 +1,316 @@
+"""``/v1/responses`` through the official client, streamed and plain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from http_server import Server, Start
+from pydantic import BaseModel, Field
+
+from reprise.server.errors import ApiError
+from reprise.server.responses.items import messages_of
+from reprise.server.responses.store import ResponseStore
+
+pytest.importorskip("xgrammar")
+
+TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{{ "<tool_call>" if tools else "" }}
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.reasoning_content }}{{ message.content }}
+{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TOOL = {
+    "type": "function", "name": "get_weather", "strict": True,
+    "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+                   "required": ["city"], "additionalProperties": False},
+}  # fmt: skip
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city":  "Rome"}}\n</tool_call>'
+ASK = "What is the weather?"
+
+
+@pytest.fixture(scope="module")
+def client(device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    file = tmp_path_factory.mktemp("template") / "tools.jinja"
+    file.write_text(TEMPLATE)
+    server = Server(
+        ["-m", "reprise", "serve", "--port", "0", "--device", device, "--num-blocks", "400",
+         "--chat-template", str(file), "--reasoning-parser", "qwen3"]
+    )  # fmt: skip
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+    server.close()
+
+
+def create(client: Any, **options: Any) -> Any:
+    options = {"input": ASK, "temperature": 0, "max_output_tokens": 300, **options}
+    return client.responses.create(**options)
+
+
+def written(text: str) -> dict[str, Any]:
+    """The model is made to write this."""
+    return {"extra_body": {"structured_outputs": {"choice": [text]}}}
+
+
+VARYING = {"id", "created_at", "completed_at", "call_id"}
+
+
+def stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: stable(v) for k, v in value.items() if k not in VARYING}
+    return [stable(each) for each in value] if isinstance(value, list) else value
+
+
+def both(client: openai.OpenAI, **options: Any) -> tuple[Any, list[Any]]:
+    """A plain response; a stream has told of the same, in the order that clients rely on."""
+    plain = create(client, **options)
+    events = list(create(client, stream=True, **options))
+    assert [each.sequence_number for each in events] == list(range(len(events)))
+    names = [each.type for each in events]
+    assert names[:2] == ["response.created", "response.in_progress"]
+    assert names[-1] == f"response.{plain.status}"
+    last = events[-1].response
+    assert {each.response.id for each in (events[0], events[1], events[-1])} == {last.id}
+    expected, found = (stable(each.model_dump()) for each in (plain, last))
+    for each in (expected, found):
+        each["usage"].pop("input_tokens_details")  # the second one finds what the first has cached
+        # This model's tags are no tokens: which of them are thoughts is a guess, of streams alone.
+        each["usage"].pop("output_tokens_details")
+    assert found == expected
+    for number, item in enumerate(last.output):
+        own = [each for each in events if getattr(each, "output_index", None) == number]
+        assert own[0].type == "response.output_item.added"
+        assert own[0].item.status == "in_progress"
+        assert (own[-1].type, own[-1].item) == ("response.output_item.done", item)
+        assert {each.item_id for each in own[1:-1]} == {item.id}
+        deltas = "".join(each.delta for each in own if each.type.endswith(".delta"))
+        text = item.arguments if item.type == "function_call" else item.content[0].text
+        assert deltas == text
+        inner = [each.type for each in own[1:-1] if not each.type.endswith(".delta")]
+        kind = {"message": "output_text", "reasoning": "reasoning_text"}.get(item.type)
+        if kind is None:
+            assert inner == ["response.function_call_arguments.done"]
+        else:
+            assert inner == ["response.content_part.added", f"response.{kind}.done",
+                             "response.content_part.done"]  # fmt: skip
+    return plain, events
+
+
+def test_a_response_is_the_chat_s_answer(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="demo", temperature=0, max_tokens=12,
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}],
+    )  # fmt: skip
+    plain, _ = both(client, instructions="Be brief.", max_output_tokens=12)
+    message = chat.choices[0].message
+    assert plain.output_text == (message.content or "")
+    assert (plain.status, plain.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert plain.output[-1].status == "incomplete"
+    assert (plain.usage.input_tokens, plain.usage.output_tokens) == (chat.usage.prompt_tokens, 12)
+    plain, _ = both(client, **written("It rains."))
+    assert (plain.status, plain.output_text) == ("completed", "It rains.")
+    assert plain.usage.input_tokens_details.cached_tokens >= 0
+    items = [{"role": "user", "content": [{"type": "input_text", "text": ASK}]}]
+    assert create(client, input=items, **written("It rains.")).output_text == "It rains."
+
+
+def test_reasoning_calls_and_text_are_items(client: openai.OpenAI) -> None:
+    text = f"<think>\nLet me look.\n</think>\n\nI look it up.\n{CALL}\n{CALL}"
+    extra = {"structured_outputs": {"regex": re.escape(text)}}
+    plain, _ = both(client, tools=[TOOL], extra_body=extra)
+    # The grammar holds behind the thought's end only, which the model may never write.
+    assert plain.output[0].type in ("message", "reasoning")
+    answer = f"I look it up.\n{CALL}\n{CALL}"
+    plain, _ = both(client, tools=[TOOL], **written(answer))
+    kinds = [each.type for each in plain.output]
+    assert kinds == ["message", "function_call", "function_call"]
+    assert [each.arguments for each in plain.output[1:]] == ['{"city":  "Rome"}'] * 2
+    names = [each.id for each in plain.output] + [each.call_id for each in plain.output[1:]]
+    assert len(set(names)) == 5
+    plain, _ = both(client, tools=[TOOL], parallel_tool_calls=False, **written(answer))
+    assert [each.type for each in plain.output] == ["message", "function_call"]
+    choice = {"type": "function", "name": "get_weather"}
+    plain, _ = both(client, tools=[TOOL], tool_choice=choice)
+    (call,) = plain.output
+    assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    assert plain.status == "completed"
+
+
+def test_reasoning_of_a_stub(start: Start) -> None:
+    """The same parser as a chat's: what is thought comes as an item of its own."""
+    server = start()
+    pieces = ["<th", "ink>\nA", " b", "</thi", "nk>\n\nC", "alm"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        plain, _ = both(found, input=json.dumps({"pieces": pieces}))
+    thought, answer = plain.output
+    assert (thought.content[0].text, answer.content[0].text) == ("A b", "Calm")
+
+
+class Weather(BaseModel):
+    city: str = Field(max_length=12)
+    days: int = Field(ge=0, le=99)
+
+
+def test_the_client_parses_and_accumulates(client: openai.OpenAI) -> None:
+    options: Any = {"model": "demo", "input": ASK, "temperature": 0, "max_output_tokens": 200}
+    parsed = client.responses.parse(text_format=Weather, **options)
+    assert isinstance(parsed.output_parsed, Weather)
+    with client.responses.stream(text_format=Weather, **options) as stream:
+        snapshots = [each.snapshot for each in stream if each.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_parsed == parsed.output_parsed
+    assert snapshots[-1] == parsed.output_text
+
+    async def through_the_other_client() -> Any:
+        other = openai.AsyncOpenAI(base_url=client.base_url, api_key="none")
+        async with other, other.responses.stream(text_format=Weather, **options) as found:
+            async for _ in found:
+                pass
+            return await found.get_final_response()
+
+    assert asyncio.run(through_the_other_client()).output_parsed == parsed.output_parsed
+    form = {"type": "json_object"}
+    assert both(client, text={"format": form}, max_output_tokens=8)[0].output_text.startswith("{")
+
+
+def test_log_probabilities_are_of_the_answer_s_tokens(client: openai.OpenAI) -> None:
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    plain, _ = both(client, max_output_tokens=6, **options)
+    (part,) = plain.output[-1].content
+    assert "".join(each.token for each in part.logprobs) == part.text
+    assert {len(each.top_logprobs) for each in part.logprobs} == {2}
+
+
+def test_a_conversation_goes_on_from_what_was_stored(client: openai.OpenAI) -> None:
+    first = create(client, instructions="Be brief.", tools=[TOOL], **written(f"Well.\n{CALL}"))
+    call = first.output[1]
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    stored = create(client, previous_response_id=first.id, input=[answer], max_output_tokens=1)
+    said = [each.model_dump() for each in first.output]
+    whole = [{"role": "user", "content": ASK}, *said, answer]
+    alone = create(client, input=whole, max_output_tokens=1, store=False)
+    assert stored.usage.input_tokens == alone.usage.input_tokens
+    assert stored.output_text == alone.output_text
+    assert client.responses.retrieve(first.id) == first
+    client.responses.delete(first.id)
+    for gone in (first.id, alone.id, "resp_x"):
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            client.responses.retrieve(gone)
+        with pytest.raises(openai.NotFoundError) as caught:
+            create(client, previous_response_id=gone)
+        assert caught.value.code == "previous_response_not_found"
+    assert create(client, previous_response_id=stored.id, max_output_tokens=1).id
+
+
+def test_one_under_way_is_seen_and_cancelled(client: openai.OpenAI) -> None:
+    many = {"max_output_tokens": 1500, "extra_body": {"ignore_eos": True}}
+    stream = iter(create(client, stream=True, **many))
+    name = next(stream).response.id
+    assert client.responses.retrieve(name).status == "in_progress"
+    assert client.responses.cancel(name).status == "cancelled"
+    last = list(stream)[-1]
+    assert (last.response.status, last.response.id) == ("cancelled", name)
+    assert last.response.usage.output_tokens < 1500
+    assert client.responses.retrieve(name).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="nothing to cancel"):
+        client.responses.cancel(name)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_x")
+
+
+def test_one_that_fails_and_one_whose_client_leaves(start: Start) -> None:
+    server = start()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        failed = list(client.responses.create(input=json.dumps({"fail": 2}), stream=True))[-1]
+        assert (failed.type, failed.response.status) == ("response.failed", "failed")
+        with pytest.raises(openai.InternalServerError):
+            client.responses.create(input=json.dumps({"fail": 2}))
+        stream = client.responses.create(input=json.dumps({"wait": True}), stream=True)
+        name = next(iter(stream)).response.id
+        stream.close()
+        for _ in range(100):
+            try:
+                client.responses.retrieve(name)
+            except openai.NotFoundError:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("a response whose client is gone is still under way")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": True}, "background=True"), ({"conversation": "c"}, "conversation='c'"),
+        ({"truncation": "auto"}, "truncation='auto'"), ({"prompt": {"id": "x"}}, "stored prompts"),
+        ({"tools": [{"type": "web_search"}]}, "'web_search': this server has function tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+         "reads text alone"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference'"),
+        ({"input": []}, "give a text, or a list"), ({"input": 3}, "give a text, or a list"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "'robot'"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "call_id=None: give a text"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary='detailed'"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "json_schema"),
+        ({"extra_body": {"max_tokens": 3}}, "give max_output_tokens"),
+        ({"extra_body": {"n": 2}}, "n=2"), ({"top_p": 7}, "top_p"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_not_here_is_refused_by_name(
+    client: openai.OpenAI, options: dict[str, Any], message: str
+) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+            create(client, stream=stream, **options)
+
+
+def test_what_an_assistant_did_in_a_row_is_one_message() -> None:
+    def call(name: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": name, "name": name, "arguments": "{}"}
+
+    items = [
+        {"role": "system", "content": "S"}, {"role": "user", "content": "a"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "r"}], "summary": []},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+        call("f"), call("g"),
+        {"type": "function_call_output", "call_id": "f", "output": "1"},
+        {"type": "function_call_output", "call_id": "g",
+         "output": [{"type": "input_text", "text": "2"}]},
+        {"type": "reasoning", "summary": [], "encrypted_content": "x"}, call("h"),
+    ]  # fmt: skip
+    found = messages_of(items, "I")
+    assert [each["role"] for each in found] == [
+        "system", "user", "assistant", "tool", "tool", "assistant",
+    ]  # fmt: skip
+    assert found[0]["content"] == "I\n\nS"
+    assert (found[2]["reasoning_content"], found[2]["content"]) == ("r", "b")
+    assert [each["id"] for each in found[2]["tool_calls"]] == ["f", "g"]
+    assert [each["content"] for each in found[3:5]] == ["1", "2"]
+    assert [each["id"] for each in found[5]["tool_calls"]] == ["h"]
+
+
+def test_the_store_is_bounded() -> None:
+    store = ResponseStore(10_000)
+    for number in range(300):
+        store.put(str(number), {"text": "x" * 100 * (number % 7)}, [])
+        store.get("0") if number < 5 else None
+        assert store.size <= 10_000
+    assert 5 < len(store) < 60
+    store.put("huge", {"text": "x" * 20_000}, [])
+    with pytest.raises(ApiError, match="not found"):
+        store.get("huge")
+    for number in range(300):
+        try:
+            store.delete(str(number))
+        except ApiError:
+            continue
+    assert (store.size, len(store)) == (0, 0)
