@@ -126,7 +126,7 @@ def with_draws(rows: list[Row]) -> list[Row]:
     return [row | {"seeds": 17 * i - 3, "positions": i} for i, row in enumerate(rows)]
 
 
-IMPLEMENTATIONS = ["reference", "triton"]
+IMPLEMENTATIONS = list(sample.implementations)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -32,7 +32,8 @@ def paged_attention(
     value_scales: Tensor | None = None,
 ) -> None:
     block_size = key_cache.shape[1]
-    starts = query_start_loc.tolist()
+    starts, tables = query_start_loc.tolist(), block_tables.tolist()
+    caches = ((key_cache, key_scales), (value_cache, value_scales))
     for row, seq_len in enumerate(seq_lens.tolist()):
         begin, end = starts[row], starts[row + 1]
         if begin == end:
@@ -43,10 +44,9 @@ def paged_attention(
         new = end - begin
         first = max(0, seq_len - new - sliding_window + 1) if sliding_window > 0 else 0
         before = first % block_size  # in the first block, before the window
-        blocks = block_tables[row, first // block_size : math.ceil(seq_len / block_size)]
+        blocks = tables[row][first // block_size : math.ceil(seq_len / block_size)]
         count = seq_len - first + before
-        keys = _numbers(key_cache, key_scales, blocks, count, query.dtype)[before:]
-        values = _numbers(value_cache, value_scales, blocks, count, query.dtype)[before:]
+        keys, values = (_numbers(*each, blocks, before, count, query.dtype) for each in caches)
         if soft_cap > 0:
             _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
                          sliding_window, soft_cap)  # fmt: skip
@@ -58,13 +58,14 @@ def paged_attention(
 
 
 def _numbers(
-    cache: Tensor, scales: Tensor | None, blocks: Tensor, count: int, dtype: torch.dtype
-) -> Tensor:
+    cache: Tensor, scales: Tensor | None, blocks: list[int], before: int, count: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """As :func:`_tokens`; eight-bit codes as the numbers that they stand for."""
-    tokens = _tokens(cache, blocks, count)
+    tokens = _tokens(cache, blocks, before, count)
     if scales is None:
         return tokens
-    by_token = scales[blocks.long()].transpose(1, 2).flatten(0, 1)[:count]
+    by_token = scales[torch.tensor(blocks)].transpose(1, 2).flatten(0, 1)[before:count]
     codes = tokens.reshape(-1).view(torch.uint8).int()
     numbers = _numbers_of(cache.dtype).index_select(0, codes).view(tokens.shape)
     return (numbers * by_token.unsqueeze(-1)).to(dtype)
@@ -77,14 +78,14 @@ def _numbers_of(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
-def _tokens(cache: Tensor, blocks: Tensor, count: int) -> Tensor:
-    """The first ``count`` tokens of ``blocks``: [count, Hkv, D], a view where blocks adjoin."""
-    slots = cache.flatten(0, 1)
-    block_size = cache.shape[1]
-    start, last = int(blocks[0]), int(blocks[-1])
-    if last - start == len(blocks) - 1 and bool((blocks.diff() == 1).all()):
-        return slots[start * block_size : start * block_size + count]
-    return cache[blocks.long()].flatten(0, 1)[:count]
+def _tokens(cache: Tensor, blocks: list[int], before: int, count: int) -> Tensor:
+    """Those in ``blocks`` from number ``before`` to ``count``: [count - before, Hkv, D], a view
+    where blocks adjoin."""
+    start = blocks[0]
+    if blocks == list(range(start, start + len(blocks))):
+        first = start * cache.shape[1]
+        return cache.flatten(0, 1)[first + before : first + count]
+    return cache[torch.tensor(blocks)].flatten(0, 1)[before:count]
 
 
 def _one_token(

@@ -1,6 +1,7 @@
 from reprise.ops.registry import needs_triton, op
 from reprise.ops.rotary_cache.cases import cases
 from reprise.ops.rotary_cache.reference import fake, reference
+from reprise.ops.step import needs_host_memory
 
 _CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
 
@@ -15,4 +16,7 @@ rotary_cache = op(
 )
 rotary_cache.implementation(
     "triton", "reprise.ops.rotary_cache.triton:rotary_cache", requires=needs_triton
+)
+rotary_cache.implementation(
+    "torch", "reprise.ops.rotary_cache.host:rotary_cache", requires=needs_host_memory
 )

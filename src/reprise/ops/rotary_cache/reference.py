@@ -57,14 +57,15 @@ def reference(
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     key = _rotate(key, cos, sin)
     fixed = (None, None) if fixed_scales is None else fixed_scales.unbind()
-    _write(key_cache, key_scales, slot_mapping, key, fixed[0])
-    _write(value_cache, value_scales, slot_mapping, value, fixed[1])
+    write(key_cache, key_scales, slot_mapping, key, fixed[0])
+    write(value_cache, value_scales, slot_mapping, value, fixed[1])
     return _rotate(query, cos, sin)
 
 
-def _write(
+def write(
     cache: Tensor, scales: Tensor | None, slots: Tensor, rows: Tensor, fixed: Tensor | None
 ) -> None:
+    """Put ``rows`` [T, Hkv, D] into their slots; arguments otherwise as of the op."""
     block, offset = slots // cache.shape[1], slots % cache.shape[1]
     if scales is None:
         cache[block, offset] = rows.to(cache.dtype)

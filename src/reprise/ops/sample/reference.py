@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +37,16 @@ def reference(
     Returns:
         [R] int64 token ids.
     """
-    vocab = logits.shape[1]
     greedy = temperature == 0
     scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    drawn = inverted(scaled, kept(scaled, top_k, top_p, min_p), uniform(seeds, positions))
+    best = (logits == logits.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
+    return torch.where(greedy, best, drawn)
+
+
+def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[R, V] bool: the tokens that may be drawn."""
+    vocab = scaled.shape[1]
     ordered = scaled.sort(dim=-1, descending=True).values
     count = torch.where((top_k <= 0) | (top_k > vocab), vocab, top_k).long().unsqueeze(1)
     kth = ordered.gather(1, count - 1)
@@ -49,15 +57,20 @@ def reference(
     in_nucleus |= (top_p >= 1).unsqueeze(1) & (ordered >= kth)
     in_nucleus[:, 0] = True
     threshold = ordered.masked_fill(~in_nucleus, math.inf).amin(dim=-1, keepdim=True)
-    largest = ordered[:, :1]
-    floor = torch.where(min_p > 0, min_p.log(), -math.inf).unsqueeze(1) + largest
-    kept = (scaled >= threshold) & (scaled >= floor)
-    weights = (scaled - largest).exp().masked_fill(~kept, 0.0).double()
-    cumulative = weights.cumsum(dim=-1)
-    target = uniform(seeds, positions).double().unsqueeze(1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=vocab - 1)
-    best = (logits == logits.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
-    return torch.where(greedy, best, drawn)
+    floor = torch.where(min_p > 0, min_p.log(), -math.inf).unsqueeze(1) + ordered[:, :1]
+    return (scaled >= threshold) & (scaled >= floor)
+
+
+def inverted(scaled: Tensor, kept: Tensor | None, chance: Tensor) -> Tensor:
+    """[R] int64: where the cumulative distribution of the kept tokens, or of all, reaches
+    ``chance`` [R]."""
+    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
+    if kept is not None:
+        weights = weights.masked_fill(~kept, 0.0)
+    cumulative = weights.double().cumsum(dim=-1)
+    target = chance.double().unsqueeze(1) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return found.clamp(max=scaled.shape[1] - 1)
 
 
 def fake(
@@ -74,18 +87,24 @@ def fake(
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """[R] float32 in [0, 1): the first word of Philox-4x32-10, its top 24 bits as a fraction."""
-    key0, key1 = seeds & _MASK32, (seeds >> 32) & _MASK32
-    c0, c1 = positions & _MASK32, (positions >> 32) & _MASK32
-    c2 = c3 = torch.zeros_like(c0)
+    return (philox(seeds, positions) >> 8).float() * 2.0**-24
+
+
+def philox(seed: Any, position: Any) -> Any:
+    """The first word of Philox-4x32-10: of whole numbers, or of each of a tensor's or an array's,
+    of int64."""
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    c0, c1 = position & _MASK32, (position >> 32) & _MASK32
+    c2 = c3 = c0 & 0
     for _ in range(10):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & _MASK32, (key1 + 0xBB67AE85) & _MASK32
-    return (c0 >> 8).float() * 2.0**-24
+    return c0
 
 
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def _multiply(a: Any, b: int) -> tuple[Any, Any]:
     """High and low 32 bits of the product of 32-bit words held in int64, without overflow."""
     low_half = (a & 0xFFFF) * b
     high_half = (a >> 16) * b + (low_half >> 16)
