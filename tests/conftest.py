@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 ON_CPU = ("cpu", "sim")
 """Devices whose kernels are the CPU's."""
-LONGEST = ("test_sim.py", "test_matrix.py", "test_trust.py", "test_plugin_platform.py")
+LONGEST = (
+    "test_sim.py", "test_matrix.py", "test_doctor_conformance.py", "test_trust.py",
+    "test_plugin_platform.py",
+)  # fmt: skip
 
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("reprise", deadline=None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +15,17 @@ from typing import Any
 
 import httpx
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 SERVE_WITH = Path(__file__).parent / "server" / "serve_with.py"
 START_SECONDS = 120
+
+
+def end_with_parent() -> None:
+    """What a child calls before it runs its program: a killed pytest leaves no child behind, where
+    the system can see to that."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
@@ -23,8 +34,9 @@ class Server:
     def __init__(self, command: Sequence[str]) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, *command], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
-        )
+            [sys.executable, *command], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
         self._ready = threading.Event()
         self.url = ""
         self._reader = threading.Thread(target=self._read, daemon=True)

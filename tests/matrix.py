@@ -288,14 +288,13 @@ DISTURBANCES: dict[str, Disturbance] = {
 COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
     Features("full", "windows", 3, drafter="draft_model"),
-    Features("full", CODES, 1),
+    Features("full", CODES, 0, "awq"),
     Features("breakable", "experts", 1, drafter="eagle3"),
     Features("breakable", HYBRID, 3),
     Features("none", "plain", 7, "fp8"),
-    Features("none", "plain", 0, "awq"),
 ]
 """Between them every feature, and both products of fewer bits; each is run under every
-disturbance."""
+disturbance. One for each model is as few as can be."""
 IN_EACH_FORMAT = [("none", 0), ("full", 0), ("full", 3), ("breakable", 0), ("compiled", 1)]
 """Executors and drafts."""
 PRODUCT = [

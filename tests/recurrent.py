@@ -51,8 +51,8 @@ def delta_rule(
         which = request[token : token + 1]
         old = now.index_select(0, which)[0]
         k = keys[token]
-        error = value[token].float() - torch.einsum("hkv,hk->hv", old, k)
-        new = 0.95 * old + 0.6 * torch.einsum("hk,hv->hkv", k, error)
+        error = value[token].float() - (k.unsqueeze(1) @ old).squeeze(1)
+        new = 0.95 * old + 0.6 * k.unsqueeze(2) * error.unsqueeze(1)
         new = torch.where(live[token], new, old)
         now.index_copy_(0, which, new[None])
         offset = torch.where(known[which] == 0, token - query_start_loc[which], 0).long()
@@ -61,7 +61,7 @@ def delta_rule(
         here = kept[which, offset]
         kept.index_put_((which, offset), torch.where(counts, new[None], here))
         asked = query[token].float().view(heads, -1, size)
-        answer = torch.einsum("hgk,hkv->hgv", asked, new).reshape(query.shape[1:])
+        answer = (asked @ new).reshape(query.shape[1:])
         out[token] = torch.where(live[token], answer, 0.0).to(out.dtype)
     state.index_copy_(0, places, torch.where((seq_lens == 0).view(-1, 1, 1, 1, 1), then, kept))
 

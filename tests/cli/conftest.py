@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from http_server import end_with_parent
 from typer.testing import CliRunner, Result
 
 Invoke = Callable[..., Result]
@@ -36,6 +37,7 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_parent,
         )
         started.append(process)
         return process

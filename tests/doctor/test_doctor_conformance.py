@@ -45,14 +45,14 @@ pytestmark = pytest.mark.timeout(900)  # all contracts run for the first test
 @pytest.fixture(scope="module")
 def report(device, tmp_path_factory, pytestconfig):
     """Of all contracts. They make some hundred graphs of the demo model: in short runs of a part
-    of it, and of ops every fourth case in one type."""
+    of it, and of ops every eighth case in one type."""
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu" and not pytestconfig.getoption("--long"):
             patch.setattr(checkpoint, "DEMO_MODEL", two_layers(tmp_path_factory.mktemp("demo")))
             # The interpreter takes minutes, and rounds other types in ways of its own.
             patch.setattr(operations, "DTYPES", (torch.float32,))
             cases = operations._cases
-            patch.setattr(operations, "_cases", lambda *given: cases(*given)[::4])
+            patch.setattr(operations, "_cases", lambda *given: cases(*given)[::8])
         return kit.conformance(device, {}, kit.select())
 
 

@@ -77,11 +77,13 @@ def test_requests_side_by_side_do_not_meet(implementation, randn, name) -> None:
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_drafts_that_do_not_count_leave_no_trace(
-    implementation, randn, platform, name, num_drafts, uniform
+    implementation, randn, platform, name, num_drafts, uniform, pytestconfig
 ) -> None:
-    """Chunks and verifying steps in any order, drafts of any quality; poisoned slots."""
+    """Chunks and verifying steps in any order, drafts of any quality; poisoned slots. Of Triton's
+    interpreter, which takes a second for each, short runs have one order."""
     function = implementation(causal_conv, name)
-    for seed in range(4):
+    interpreted = name == "triton" and platform.device_type == "cpu"
+    for seed in range(1 if interpreted and not pytestconfig.getoption("--long") else 4):
         x, weight = randn(90, SIZE), randn(SIZE, TAPS)
         shape = 4, TAPS - 1 + num_drafts, SIZE
         state = torch.full(shape, torch.nan, device=x.device)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -198,3 +199,27 @@ def test_a_storm_of_disconnects_leaves_nothing(start: Start, count: int) -> None
         until(lambda: client.get("/load").json()["server_load"] == 0)
         assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
     assert "Traceback" not in server.log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_a_killed_test_run_leaves_no_server_behind() -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "from http_server import end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '600'], preexec_fn=end_with_parent)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.stdout is not None
+    child = int(run.stdout.readline())
+    assert not gone(child)
+    run.kill()
+    run.communicate(timeout=30)
+    deadline = time.monotonic() + 30
+    while not gone(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
