@@ -83,7 +83,7 @@ class ServerOptions:
     ``qwen3`` or ``deepseek_r1``."""
     tool_call_parser: str = "auto"
     """Reads tool calls from outputs: ``auto`` (by the chat template), ``none``, ``hermes``,
-    ``qwen3``, ``qwen3_coder``, ``llama3_json`` or ``deepseek_v31``."""
+    ``qwen3``, ``qwen3_coder``, ``llama3_json``, ``deepseek_v31`` or ``deepseek_v4``."""
     enable_auto_tool_choice: bool = False
     """Accepted for compatibility, without effect: tools are read wherever the parser is known."""
     generation_config: Literal["auto", "vllm"] = "auto"

@@ -197,7 +197,7 @@ def test_required_and_named_calls_are_made(with_tools: openai.OpenAI) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", ["qwen3_coder", "llama3_json", "deepseek_v31"])
+@pytest.mark.parametrize("family", ["qwen3_coder", "llama3_json", "deepseek_v31", "deepseek_v4"])
 def test_calls_of_other_families_are_made(device: str, family: str, tmp_path: Path) -> None:
     clients = _client(device, tmp_path / "tools.jinja", ["--tool-call-parser", family])
     check_choices(next(clients))

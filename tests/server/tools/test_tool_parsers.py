@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reprise.engine import deepseek_v4_chat
+from reprise.server.tools.choice import parser_name
 from reprise.server.tools.formats import PARSERS
 
 TOOLS: dict[str, Any] = {
@@ -49,6 +51,18 @@ two
 </function>
 </tool_call>"""
 
+V4 = """<｜DSML｜tool_calls>
+<｜DSML｜invoke name="get_weather">
+<｜DSML｜parameter name="city" string="true"> a </｜DSML｜parameter> "b"
+</｜DSML｜parameter>
+<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>
+<｜DSML｜parameter name="detail" string="false">{"a": [1, {}]}</｜DSML｜parameter>
+<｜DSML｜parameter name="unit" string="false">no JSON</｜DSML｜parameter>
+</｜DSML｜invoke>
+<｜DSML｜invoke name="now">
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>"""
+
 Case = tuple[str, str, str, list[tuple[str, Any]]]
 """Parser, text, content, and calls."""
 WEATHER = ("get_weather", json.loads(ARGUMENTS))
@@ -84,6 +98,10 @@ CASES: list[Case] = [
     ("deepseek_v31", "Sure." + DEEP.format(
         ONE_DEEP.format("get_weather", ARGUMENTS) + ONE_DEEP.format("now", "{}")),
      "Sure.", [WEATHER, NOW]),
+    ("deepseek_v4", f"Well.\n\n{V4}", "Well.",
+     [("get_weather", {"city": ' a </｜DSML｜parameter> "b"\n', "days": 3,
+                       "detail": {"a": [1, {}]}, "unit": "no JSON"}), NOW]),
+    ("deepseek_v4", "a <｜DSML｜tool_calls> b", "a <｜DSML｜tool_calls> b", []),
     ("deepseek_v31", "no <｜tool▁calls▁ here", "no <｜tool▁calls▁ here", []),
 ]  # fmt: skip
 
@@ -127,7 +145,10 @@ WORDS = [
     "<tool_call>", "</tool_call>", "<function=now>", "</function>", "<parameter=a>",
     "</parameter>", '{"name": "now", "arguments": ', '{"arguments": 1, "name": "now"}', "{", "}",
     '"', "\\", ";", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "now", "<｜tool▁sep｜>",
-    "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "text", "<|python_tag|>", "[1]", "1",
+    "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>",
+    '<｜DSML｜invoke name="now">', "</｜DSML｜invoke>", "</｜DSML｜parameter>",
+    '<｜DSML｜parameter name="a" string="true">', '<｜DSML｜parameter name="b" string="false">',
+    " ", "\n", "text", "<|python_tag|>", "[1]", "1",
 ]  # fmt: skip
 
 
@@ -152,3 +173,19 @@ def test_arguments_are_given_out_as_they_come() -> None:
             )
         assert len(seen) > 20
         assert ARGUMENTS.startswith(seen)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.text("abc_", min_size=1), st.one_of(
+    st.integers(), st.booleans(), st.none(), st.lists(st.text()), st.text(),
+)))  # fmt: skip
+def test_what_the_encoder_of_deepseek_v4_writes_is_read_back(arguments: dict[str, Any]) -> None:
+    """The oracle is the other direction: earlier calls as a prompt shows them."""
+    text = deepseek_v4_chat._calls([{"function": {"name": "f", "arguments": arguments}}] * 2)
+    content, calls, _ = read("deepseek_v4", [f"Well.{text}"])
+    assert content == "Well."
+    assert [(name, json.loads(found)) for name, found in calls] == [("f", arguments)] * 2
+
+
+def test_the_parser_of_deepseek_v4_is_found_by_its_encoder() -> None:
+    assert parser_name(deepseek_v4_chat.DeepSeekV4Chat.text) == "deepseek_v4"

@@ -13,6 +13,7 @@ from reprise.server.tools.formats import PARSERS
 from reprise.server.tools.parser import ToolParser
 
 _SIGNS = (
+    ("deepseek_v4", "<｜DSML｜tool_calls>"),
     ("qwen3_coder", "<function="),
     ("deepseek_v31", "<｜tool▁calls▁begin｜>"),
     ("hermes", "<tool_call>"),
@@ -205,6 +206,13 @@ _FORMS = {
         "<｜tool▁call▁end｜>",
         "",
         around=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    ),
+    "DeepSeekV4": _Form(
+        '<｜DSML｜invoke name="NAME">\n',
+        "</｜DSML｜invoke>\n",
+        "",
+        "deepseek_xml",
+        around=("<｜DSML｜tool_calls>\n", "</｜DSML｜tool_calls>"),
     ),
 }  # fmt: skip
 """How each parser's calls are asked for."""

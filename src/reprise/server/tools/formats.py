@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any, Literal
 
+from reprise.server.tools.dsml import DeepSeekV4
 from reprise.server.tools.parser import JsonValue, TaggedParser, ToolParser
 
 _NAME_FIRST = re.compile(
@@ -296,6 +297,7 @@ PARSERS: dict[str, type[ToolParser]] = {
     "qwen3_coder": Qwen3Coder,
     "llama3_json": Llama3Json,
     "deepseek_v31": DeepSeekV31,
+    "deepseek_v4": DeepSeekV4,
 }
 """By what ``--tool-call-parser`` calls them."""
 
