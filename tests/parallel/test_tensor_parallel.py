@@ -150,6 +150,7 @@ def followers() -> list[str]:
     return [line for line in listed.stdout.splitlines() if "reprise.follower" in line]
 
 
+@pytest.mark.long
 def test_a_graph_that_is_wrong_on_one_rank_runs_on_none(alone: matrix.Alone) -> None:
     features = replace(COVERING, drafts=0)
     with faulty("captures_stale"):
