@@ -568,6 +568,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert set(owners.values()) <= {1}
 
     @invariant()
+    def lifetimes_have_what_their_tables_own(self) -> None:
+        used = {name: count for name, (count, _) in self.cache.used_by_lifetime().items()}
+        owned = {
+            str(table.lifetime): {
+                block
+                for request in self.requests
+                if request.tables
+                for block in request.tables[number][request.num_left[number] :]
+            }
+            for number, table in enumerate(self.cache.layout.tables)
+        }
+        for request in self.requests:
+            for each in request.checkpoints:
+                owned[str(each.table.lifetime)].add(each.slot)
+        assert used == {name: len(blocks) for name, blocks in owned.items()}
+
+    @invariant()
     def free_blocks_form_one_ring(self) -> None:
         for pool in self.cache.pools:
             ring = list[int]()

@@ -81,6 +81,10 @@ def test_only_what_was_proven_is_trusted(history: Any, asked: list[Kind]) -> Non
         expected = {pair for pair in names_of(kind) if not holds(graph, pair)}
         assert ledger.missing(graph, kind) == [FACTS.name(pair) for pair in sorted(expected)]
         assert ledger.trusts(graph, kind) == (not expected)
+        met = [told != "not yet met" for told in ledger.known(graph).values()]
+        assert met == [holds(graph, (fact, fact)) for fact in range(len(FACTS.names))]
+        candidates = proven[graph] | plans[FAMILY[graph]].keys()
+        assert ledger.num_pairs(graph) == sum(holds(graph, pair) for pair in candidates)
 
     for what, graph, given_kinds in [("enter", each, None) for each in GRAPHS] + history:
         if what == "enter":

@@ -112,6 +112,13 @@ class CacheManager:
         """Of the fullest pool, owned blocks as a fraction of all that requests can own."""
         return max(each.num_used / (each.num_blocks - 1) for each in self.pools)
 
+    def used_by_lifetime(self) -> dict[str, tuple[int, int]]:
+        """Of each lifetime, the blocks (of a state: the slots) with at least one owner, and all
+        that its pool has for requests. Lifetimes of one pool take from each other's."""
+        return {
+            str(each.lifetime): (each.num_used, each.pool.num_blocks - 1) for each in self._tables
+        }
+
     def reserve(self, fraction: float, max_tokens: int) -> list[int]:
         """Of each pool, blocks to leave at an admission while others run: a fraction of all, and
         where windows move on, what a step of so many tokens takes for a while."""

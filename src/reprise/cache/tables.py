@@ -110,6 +110,13 @@ class RequestTable:
 class BlockTable(RequestTable):
     """Blocks that hold the rows of a request's tokens."""
 
+    _num_used = 0
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that have an owner. Others of the pool may be another table's."""
+        return self._num_used
+
     def _claim(self, request: CacheUser, held: int) -> int:
         """Blocks that the request may still take without asking, if it holds so many."""
         if not self.bounded:
@@ -141,7 +148,9 @@ class BlockTable(RequestTable):
         held = [each for each in hit if each != NULL_BLOCK]
         if self.lifetime.bounded:
             self.pool.num_claimed += sum(not self.pool.is_free(each) for each in held)
+        free = self.pool.num_free
         self.pool.share(held)
+        self._num_used += free - self.pool.num_free
 
     def admit(self, request: CacheUser, hit: Sequence[int]) -> list[int]:
         """The request's table, whose other entries are those of the hit, which are shared; counts
@@ -151,7 +160,12 @@ class BlockTable(RequestTable):
         new = 0
         if not self.lifetime.bounded:
             new = self.lifetime.needed(0, len(request.token_ids), self.size).stop - len(hit)
-        return [*hit, *self.pool.allocate(new, after=hit[-1] if held else None)]
+        return [*hit, *self._allocate(new, hit[-1] if held else None)]
+
+    def _allocate(self, count: int, after: int | None) -> list[int]:
+        taken = self.pool.allocate(count, after=after)
+        self._num_used += count
+        return taken
 
     # ---- growth --------------------------------------------------------------------------
 
@@ -168,7 +182,7 @@ class BlockTable(RequestTable):
         count, held = self._missing(request, begin, end), self._held(request)
         if count:
             blocks = request.tables[self.number]
-            taken = self.pool.allocate(count, after=blocks[-1] if held else None)
+            taken = self._allocate(count, blocks[-1] if held else None)
             self._count_claim(request, held, held + count)
             blocks += taken
 
@@ -221,7 +235,9 @@ class BlockTable(RequestTable):
     def _give_back(self, blocks: Sequence[int]) -> None:
         if self.lifetime.bounded:
             self.pool.num_claimed -= sum(self.pool.ref_count(each) > 1 for each in blocks)
+        free = self.pool.num_free
         self.pool.free(blocks)
+        self._num_used += free - self.pool.num_free
 
     def free(self, request: CacheUser) -> None:
         """Take back all blocks and claims; the request's last blocks are reused first."""
@@ -235,6 +251,11 @@ class StateTable(RequestTable):
     Others that begin with the same tokens go on from a copy of the copy. A checkpoint that nobody
     copies just now has no owner: a request that needs a state takes its place.
     """
+
+    @property
+    def num_used(self) -> int:
+        """States that have an owner; a pool of states is of one table."""
+        return self.pool.num_used
 
     def least_cost(self, request: CacheUser) -> int:
         return 1

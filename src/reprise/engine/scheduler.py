@@ -100,6 +100,10 @@ class SchedulerStats:
     """All that requests can own."""
     cache_usage: float
     """0 to 1."""
+    lifetime_blocks_used: dict[str, int]
+    """By how long the cache needs a row: ``kept``, ``window of N``, ``state``."""
+    lifetime_blocks: dict[str, int]
+    """All that requests can own of each; two lifetimes may share them."""
     total_steps: int
     total_decode_tokens: int
     """Scheduled as a request's one last token."""
@@ -366,6 +370,7 @@ class Scheduler:
         return next(each.requests for each in self._outstanding if each.step is step)
 
     def stats(self) -> SchedulerStats:
+        lifetimes = self.cache.used_by_lifetime()
         return SchedulerStats(
             # Read alone: another thread than the engine's may ask.
             num_running=sum(each.finish_reason is None for each in self._running),
@@ -373,6 +378,8 @@ class Scheduler:
             num_blocks_used=self.cache.num_used,
             num_blocks=self.cache.num_blocks,
             cache_usage=self.cache.usage,
+            lifetime_blocks_used={name: used for name, (used, _) in lifetimes.items()},
+            lifetime_blocks={name: total for name, (_, total) in lifetimes.items()},
             total_steps=self._num_steps,
             total_decode_tokens=self._num_decode_tokens,
             total_prefill_tokens=self._num_prefill_tokens,

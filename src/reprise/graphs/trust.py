@@ -39,10 +39,14 @@ class Ledger:
         facts are not."""
         self._trusted: dict[Hashable, Kind] = {}
         """By graph, the kind for which it was trusted last: the next step's is often the same."""
+        self._told: dict[Hashable, tuple[dict[str, str], int]] = {}
+        """By graph, :meth:`known` and :meth:`num_pairs`, which are asked for every second and
+        change seldom."""
 
     def enter(self, graph: Hashable, family: Hashable) -> None:
         """A new graph, of which nothing is known; also instead of one that was refused."""
         self.leave(graph)
+        self._told.clear()
         self._family_of[graph] = family
         self._proven[graph] = {}
 
@@ -113,13 +117,23 @@ class Ledger:
     def known(self, graph: Hashable) -> dict[str, str]:
         """Of every fact by name: ``start``, ``live``, ``family`` (proven on its anchors), or
         ``not yet met``."""
-        return {
-            name: self._source(graph, (number, number))
-            for number, name in enumerate(self.facts.names)
-        }
+        return self._tell(graph)[0]
 
     def num_pairs(self, graph: Hashable) -> int:
         """Facts and pairs of facts for which the graph is trusted."""
+        return self._tell(graph)[1]
+
+    def _tell(self, graph: Hashable) -> tuple[dict[str, str], int]:
+        told = self._told.get(graph)
+        if told is None:
+            known = {
+                name: self._source(graph, (number, number))
+                for number, name in enumerate(self.facts.names)
+            }
+            told = self._told[graph] = known, self._count_pairs(graph)
+        return told
+
+    def _count_pairs(self, graph: Hashable) -> int:
         family = self._planned.get(self._family_of.get(graph), {})
         candidates = self._proven.get(graph, {}).keys() | family.keys()
         return sum(self._holds(graph, pair) for pair in candidates)
@@ -146,5 +160,6 @@ class Ledger:
     def _forget(self, family: Hashable) -> None:
         """What was looked up for graphs of the family."""
         self._trusted.clear()
+        self._told.clear()
         for key in [each for each in self._rows if self._family_of.get(each[0]) == family]:
             del self._rows[key]
