@@ -66,7 +66,7 @@ PANELS = {
     "Address": ("host", "port", "uds", "root_path", "api_server_count"),
     "Clients": (
         "served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers",
-        "allow_credentials", "disable_fastapi_docs",
+        "allow_credentials", "page", "disable_fastapi_docs",
     ),
     "TLS": ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
     "Limits": (
@@ -101,6 +101,7 @@ def server_options() -> FieldOptions:
             **{name: Special(metavar="TEXT", parse=str, repeated=True) for name in lists},
             **{name: Special(metavar="JSON", parse=json_object) for name in objects},
             "no_access_log": Special(help="Log no line for each request."),
+            "no_page": Special(help="Serve no page at / and no events at /live."),
         },
     )
 

@@ -33,7 +33,9 @@ from reprise.server.fields import (
 )
 from reprise.server.gate import Gate
 from reprise.server.http_metrics import HttpMetrics, exposition
+from reprise.server.live.feed import Feed, LiveStream
 from reprise.server.openapi import body, describe, responses
+from reprise.server.page import add_page
 from reprise.server.reasoning import CLOSE
 from reprise.server.responses.items import items_of
 from reprise.server.responses.reply import Response as ModelResponse
@@ -44,8 +46,8 @@ from reprise.server.streaming import EventStream
 from reprise.server.tools.choice import parser_name
 
 
-def create_app(state: ServerState) -> ASGIApp:
-    """The application of one HTTP process."""
+def create_app(state: ServerState, feed: Feed) -> ASGIApp:
+    """The application of one HTTP process; ``feed`` has its live view."""
     options = state.options
     docs = not options.disable_fastapi_docs
     app = FastAPI(
@@ -56,8 +58,10 @@ def create_app(state: ServerState) -> ASGIApp:
         redoc_url="/redoc" if docs else None,
         openapi_url="/openapi.json" if docs else None,
     )
-    handlers = Handlers(state)
+    handlers = Handlers(state, feed)
     handlers.register(app)
+    if options.page:
+        add_page(app, options.root_path)
     paths = [str(getattr(each, "path", "")) for each in app.routes]
     handlers.metrics = HttpMetrics(paths)
     gate: ASGIApp = Gate(app, options, handlers.metrics)
@@ -79,8 +83,9 @@ class Handlers:
 
     metrics: HttpMetrics
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, feed: Feed) -> None:
         self._state = state
+        self._feed = feed
         self._started = int(time.time())
         self._running: dict[str, ModelResponse] = {}
 
@@ -121,6 +126,8 @@ class Handlers:
             ("/metrics", self.metric_text, "For Prometheus."),
             ("/graphs", self.graphs, "What is known of every captured graph."),
         ]
+        if self._state.options.page:
+            get.append(("/live", self.live, "Everything to watch, once a second, as events."))
         for path, handler, summary in get:
             methods = ["GET", "POST"] if path == "/ping" else ["GET"]
             app.add_api_route(
@@ -347,6 +354,9 @@ class Handlers:
 
     async def graphs(self) -> Response:
         return _json(await self._call("graphs"))
+
+    async def live(self) -> Response:
+        return LiveStream(self._feed, self._feed.join())
 
     async def metric_text(self) -> Response:
         facts = await self._call("metrics")

@@ -21,6 +21,7 @@ from reprise.replicas import drive
 from reprise.sampling_params import RequestOutputKind, SamplingParams
 from reprise.server import wire
 from reprise.server.facts import Emissions, engine_facts, metric_facts
+from reprise.server.live.sample import sample
 from reprise.server.token_bytes import TokenBytes
 from reprise.server.wire_reader import WireReader
 
@@ -138,11 +139,18 @@ class EngineServer(EngineService):
         return then(gather(ended), lambda _: len(names))
 
     def _do_metrics(self) -> Future[Any]:
+        return then(self._observed(), lambda found: metric_facts(*found))
+
+    def _observed(self) -> Future[tuple[Any, ...]]:
+        """The arguments of :func:`metric_facts`."""
         asked = [self.driver.ask(name) for name in ("stats", "metrics", "graph_report")]
         return then(
-            gather(asked),
-            lambda found: metric_facts(self._frontend.config, self._emissions, *found),
+            gather(asked), lambda found: (self._frontend.config, self._emissions, *found)
         )
+
+    def _do_live(self) -> Future[Any]:
+        """See :func:`reprise.server.live.sample.sample`."""
+        return then(self._observed(), lambda found: sample(*found))
 
     def _do_graphs(self) -> Future[Any]:
         """What is known of every captured graph."""

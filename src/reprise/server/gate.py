@@ -19,12 +19,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from reprise.server.errors import ApiError
 from reprise.server.http_metrics import PROBES, HttpMetrics
 from reprise.server.options import ServerOptions
+from reprise.server.page import PAGE_PATHS
 
 logger = logging.getLogger("reprise.server.access")
 failures = logging.getLogger(__name__)
 
-FREE = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
-"""Paths that need no key: probes and scrapers have none."""
+FREE = PAGE_PATHS | {"/health", "/ready", "/ping", "/version", "/metrics"}
+"""Paths that need no key: probes and scrapers have none, and the page asks for one."""
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -48,6 +49,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = dict(scope["headers"])
         name = _request_id(headers.get(b"x-request-id"))
         state = scope.setdefault("state", {})
@@ -66,7 +68,7 @@ class Gate:
             await send(message)
 
         try:
-            if self._keys and not self._allowed(scope, headers):
+            if self._keys and not self._allowed(scope["method"], path, headers):
                 error = ApiError(
                     401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
                     code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
@@ -84,13 +86,13 @@ class Gate:
             status = 499 if state.get("gone") else status or 499
             seconds = time.perf_counter() - began
             size = state.get("size", size)
-            self._metrics.answered(scope["method"], scope["path"], status, seconds, size)
-            if self._log and scope["path"] not in PROBES:
+            self._metrics.answered(scope["method"], path, status, seconds, size)
+            if self._log and path not in PROBES:
                 told = state.get("told")
                 _log(scope, name, status, seconds, {} if told is None else told())
 
-    def _allowed(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        if scope["path"] in FREE or scope["method"] == "OPTIONS":
+    def _allowed(self, method: str, path: str, headers: dict[bytes, bytes]) -> bool:
+        if path in FREE or method == "OPTIONS":
             return True
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() != b"bearer":

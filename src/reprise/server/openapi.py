@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from reprise.server.fields import (
     AbortRequest,
@@ -15,6 +15,7 @@ from reprise.server.fields import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from reprise.server.live.view import View
 from reprise.server.responses.request import ResponsesRequest
 
 
@@ -45,13 +46,16 @@ _ERROR = {
 
 def responses(path: str) -> dict[int | str, dict[str, Any]]:
     """What comes back from a path."""
-    kinds = {"/metrics": "text/plain"}
+    kinds = {"/metrics": "text/plain", "/live": "text/event-stream"}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "OK", "content": {}}}
     if path not in ("/health", "/ready", "/ping"):
         content: dict[str, Any] = {kinds.get(path, "application/json"): {}}
         if path.endswith(("completions", "/responses")):
             content["text/event-stream"] = {}
         found[200] = {"description": "OK", "content": content}
+    if path == "/live":
+        view = {"schema": {"$ref": "#/components/schemas/View"}}
+        found[200]["content"] = {kinds[path]: view}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status, told in (
         (400, "The request is not valid."), (401, "The API key is missing or wrong."),
@@ -86,6 +90,9 @@ def describe(app: FastAPI) -> None:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            view = TypeAdapter(View).json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(view.pop("$defs"))
+            schemas["View"] = {**view, "description": "The data of each event of /live."}
             app.openapi_schema = found
         return app.openapi_schema
 

@@ -111,6 +111,8 @@ class ServerOptions:
     """Whether clients must bring certificates."""
     root_path: str = ""
     """Path that a proxy in front strips."""
+    page: bool = True
+    """Serve a page at / to chat and to watch the engine, and /live, its events."""
     disable_fastapi_docs: bool = False
     """Serve no /docs, /redoc and /openapi.json."""
     log_format: LogFormat = "text"

@@ -17,14 +17,14 @@ from reprise.server.generation import Reply
 
 logger = logging.getLogger(__name__)
 
-_HEADERS = {
+STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
 
 
-async def _break_off(scope: Scope) -> None:
+async def break_off(scope: Scope) -> None:
     """Drop a connection with all that waits in it: a client that reads nothing would hold it."""
     scope["state"]["gone"] = True
     # ASGI has no word for it: uvicorn's own object does.
@@ -85,7 +85,7 @@ class EventStream(Response):
     def __init__(
         self, caller: Caller, reply: Reply, max_model_len: int | None, headers: dict[str, str]
     ) -> None:
-        super().__init__(None, 200, {**headers, **_HEADERS})
+        super().__init__(None, 200, {**headers, **STREAM_HEADERS})
         del self.headers["content-length"]
         self._caller = caller
         self._reply = reply
@@ -103,7 +103,7 @@ class EventStream(Response):
             pumping.cancel()
             if not self._caller.stalled:
                 raise
-            await _break_off(scope)
+            await break_off(scope)
         finally:
             self._caller.close()
             self._reply.left()

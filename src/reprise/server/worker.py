@@ -22,6 +22,7 @@ from reprise.processes.control import Control
 from reprise.server.app import create_app
 from reprise.server.client import EngineClient, EngineRefusal
 from reprise.server.errors import STOPPING
+from reprise.server.live.feed import Feed
 from reprise.server.logs import configure
 from reprise.server.options import ServerOptions
 from reprise.server.protocol import protocol
@@ -53,8 +54,9 @@ class Worker:
 
     def __init__(self, options: ServerOptions, client: EngineClient) -> None:
         self.state = ServerState(options, client)
+        self._feed = Feed(self.state)
         config = uvicorn.Config(
-            create_app(self.state),
+            create_app(self.state, self._feed),
             loop="uvloop",
             http=protocol(options.header_timeout, options.max_header_bytes),
             ws="none",
@@ -103,6 +105,7 @@ class Worker:
             logger.warning("%d request(s) are aborted: the time to end is over", len(callers))
         for each in callers:
             each.fail(EngineRefusal(STOPPING, "the server is shutting down"))
+        self._feed.close()
         self._server.should_exit = True
 
     async def _sweep(self) -> None:
@@ -111,7 +114,7 @@ class Worker:
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, self.state.options.write_timeout / 2))
             oldest = loop.time() - self.state.options.write_timeout
-            for each in self.state.callers:
+            for each in (*self.state.callers, *self._feed.readers):
                 if each.sending_since is not None and each.sending_since < oldest:
                     logger.warning("a client has read nothing of its stream: it is dropped")
                     each.stall()
