@@ -2,11 +2,13 @@
 
 ``step``: every 40th step raises. ``thread``: the 40th step ends the engine's thread. ``lost``: a
 step raises, and so does every try to start over. ``graph``: graphs go wrong behind their proof.
+``graph_on_signal``: they do so on SIGUSR1.
 ``nan``: logits of every 40th step are no numbers for its first request.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +29,7 @@ class Stop(BaseException):
 def make(fault: str) -> Callable[[EngineConfig, QueueLimits], EngineServer]:
     def server(config: EngineConfig, limits: QueueLimits) -> EngineServer:
         planted: list[Any] = []
-        if fault == "graph":
+        if fault.startswith("graph"):
             break_graphs(planted)
         found = EngineServer(config, limits)
         engine: Any = found.driver.engine
@@ -47,6 +49,9 @@ def make(fault: str) -> Callable[[EngineConfig, QueueLimits], EngineServer]:
 
         if fault == "nan":
             spoil_logits(engine)
+            return found
+        if fault == "graph_on_signal":
+            signal.signal(signal.SIGUSR1, lambda *_: [e.active.fill_(True) for e in planted])
             return found
         engine.runner.submit = failing
         if fault == "lost":

@@ -144,9 +144,7 @@ class EngineServer(EngineService):
     def _observed(self) -> Future[tuple[Any, ...]]:
         """The arguments of :func:`metric_facts`."""
         asked = [self.driver.ask(name) for name in ("stats", "metrics", "graph_report")]
-        return then(
-            gather(asked), lambda found: (self._frontend.config, self._emissions, *found)
-        )
+        return then(gather(asked), lambda found: (self._frontend.config, self._emissions, *found))
 
     def _do_live(self) -> Future[Any]:
         """See :func:`reprise.server.live.sample.sample`."""

@@ -117,6 +117,7 @@ class StubEngine:
             self._requests.pop((connection, message.number), None)
         elif isinstance(message, wire.Call):
             result = {"load": len(self._requests), "abort": 0, "metrics": [], "graphs": {},
+                      "live": {"metrics": [], "caches": [], "graphs": []},
                       "detokenize": "text", "tokenize": {"count": 1, "tokens": [1]}}  # fmt: skip
             connection.sendall(wire.frame(wire.Reply(message.number, result[message.what])))
         elif self.max_queued is not None and len(self._requests) >= self.max_queued:

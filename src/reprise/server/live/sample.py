@@ -32,7 +32,12 @@ def sample(
         reports: On graphs.
     """
     caches = [
-        {"engine": index, "lifetime": name, "used": used, "total": each.scheduler.lifetime_blocks[name]}
+        {
+            "engine": index,
+            "lifetime": name,
+            "used": used,
+            "total": each.scheduler.lifetime_blocks[name],
+        }
         for index, each in enumerate(stats)
         for name, used in each.scheduler.lifetime_blocks_used.items()
     ]

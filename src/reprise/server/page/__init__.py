@@ -1,6 +1,7 @@
 """The page at ``/``: a chat and the live view. Its files lie beside this one and need no build.
 
-They are the same for everybody and hold nothing secret, so that they need no key; what they ask for does.
+They are the same for everybody and hold nothing secret, so they need no key;
+what they ask for does.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 _FILES = {
-    each.name: each.read_bytes() for each in Path(__file__).parent.iterdir() if each.suffix in _KINDS
+    each.name: each.read_bytes()
+    for each in Path(__file__).parent.iterdir()
+    if each.suffix in _KINDS
 }
 _INDEX = "index.html"
-PAGE_PATHS = frozenset(
-    "/" if name == _INDEX else f"/page/{name}" for name in _FILES
-)
+PAGE_PATHS = frozenset("/" if name == _INDEX else f"/page/{name}" for name in _FILES)
 """All that the page is made of."""
 
 HEADERS = {

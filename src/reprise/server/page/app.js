@@ -73,10 +73,7 @@ async function follow(live, keys) {
     try {
       for await (const data of events(await request("live"))) {
         failures = 0;
-        const view = JSON.parse(data);
-        live.show(view);
-        setText(byId("model"), view.model);
-        tell(health(view));
+        showAll(live, JSON.parse(data));
       }
       tell({ mark: "…", state: "off", text: "disconnected" });
     } catch (error) {
@@ -92,6 +89,16 @@ async function follow(live, keys) {
     }
     live.disconnected("The server does not answer. Trying again.");
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS[Math.min(failures, 3)]));
+  }
+}
+
+function showAll(live, view) {
+  try {
+    setText(byId("model"), view.model);
+    tell(health(view));
+    live.show(view);
+  } catch (error) {
+    reportError(error); // a defect of this page is none of the connection
   }
 }
 

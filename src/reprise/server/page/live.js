@@ -109,7 +109,7 @@ export class Live {
     const all = Object.entries(requests.finished).filter(([, number]) => number);
     const total = all.reduce((sum, [, number]) => sum + number, 0);
     finished.show(count(total), all.map(([reason, number]) => `${count(number)} ${reason}`).join(", ") || "requests");
-    prefix.show(prefix.queries ? percent(prefix.hits / prefix.queries) : "-", "of prompt tokens found");
+    this.tiles.prefix.show(prefix.queries ? percent(prefix.hits / prefix.queries) : "-", "of prompt tokens found");
     this.tiles.drafts.element.hidden = drafts === null;
     if (drafts) {
       const length = 1 + drafts.accepted / drafts.drafts;
@@ -138,7 +138,7 @@ export class Live {
 class Latency {
   constructor() {
     this.over = h("span", { class: "soft" });
-    const names = { first_token: "To the first token", inter_token: "Between tokens", total: "To the end" };
+    const names = { first_token: "First token", inter_token: "Between tokens", total: "Whole request" };
     this.rows = {};
     const body = Object.entries(names).map(([name, told]) => {
       const made = ["p50", "p90", "p99", "count"].map(() => h("td", {}, "-"));

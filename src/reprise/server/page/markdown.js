@@ -115,25 +115,28 @@ const list = {
     const ordered = /\d/.test(first);
     const items = [];
     let end = at;
+    const nextItem = (line) => {
+      const found = ITEM.exec(line);
+      const shift = found && found[1].length - before.length;
+      return found && /\d/.test(found[2]) === ordered && shift >= 0 && shift < 2 ? found : null;
+    };
     while (end < lines.length) {
       const line = lines[end];
-      const found = ITEM.exec(line);
-      const mine = found && /\d/.test(found[2]) === ordered && found[1].length < before.length + 2;
-      if (mine && found[1].length >= before.length) {
+      const found = nextItem(line);
+      if (found) {
         items.push([line.slice(found[0].length)]);
       } else if (!line.trim()) {
         // A blank line is the list's if the list goes on behind it.
         let next = end + 1;
         while (next < lines.length && !lines[next].trim()) next += 1;
         if (next === lines.length) break;
-        const goesOn = ITEM.exec(lines[next]);
-        if (indent(lines[next]) < before.length + 2 && !goesOn) break;
+        if (indent(lines[next]) < before.length + 2 && !nextItem(lines[next])) break;
         items.at(-1).push("");
         end = next;
         continue;
       } else if (indent(line) >= before.length + 2) {
         items.at(-1).push(line.slice(Math.min(indent(line), before.length + first.length + 1)));
-      } else if (found || READERS.some((each) => each.begins(lines, end)) || !items.at(-1).at(-1)) {
+      } else if (READERS.some((each) => each.begins(lines, end)) || !items.at(-1).at(-1)) {
         break;
       } else {
         items.at(-1).push(line.trim()); // a paragraph goes on without an indent
