@@ -241,16 +241,22 @@ def test_what_a_state_replays_is_told_where_drafts_are_verified() -> None:
     assert ledger.trusts("graph", either)
 
 
-@given(least=st.integers(0, 80), spread=st.integers(0, 20), size=st.sampled_from([1, 4, 16]))
+@given(
+    least=st.integers(0, 80),
+    spread=st.integers(0, 20),
+    size=st.sampled_from([1, 4, 16]),
+    compressed=st.sampled_from([(), (4,), (4, 128)]),
+)
 def test_a_step_whose_lengths_are_not_known_is_of_every_kind_that_it_may_be(
-    least: int, spread: int, size: int
+    least: int, spread: int, size: int, compressed: tuple[int, ...]
 ) -> None:
+    facts = facts_of([TableLayout(KEPT, size, compressed=compressed)])
     counts, shape = np.array([4]), StepShape.decode(1, 4)
     layouts = [(np.array([1]), np.array([0]))]
 
     def codes(low: int, high: int) -> set[int]:
         bounds = np.array([low]), np.array([high])
-        kind = kind_of_step(counts, *bounds, layouts, shape, [size])
+        kind = kind_of_step(counts, *bounds, layouts, shape, [size], facts, compressed=compressed)
         return set(kind.rows.tolist())
 
     exact = [codes(each, each) for each in range(least, least + spread + 1)]
@@ -322,24 +328,63 @@ def test_probes_meet_ids_of_all_parts_of_the_vocabulary(platform: Platform, anch
     starts=st.lists(st.integers(0, 300), min_size=1, max_size=4),
     sizes=st.lists(st.sampled_from([1, 3, 8, 16]), min_size=1, max_size=2),
     steps=st.integers(1, 40),
+    compressed=st.sampled_from([(), (4,), (4, 128)]),
 )
 def test_kinds_of_decodes_that_are_looked_up_are_those_that_are_found(
-    starts: list[int], sizes: list[int], steps: int
+    starts: list[int], sizes: list[int], steps: int, compressed: tuple[int, ...]
 ) -> None:
     """However many steps in a row, and the same object as long as nothing changes."""
-    facts = facts_of([TableLayout(KEPT, each) for each in sizes])
-    known = DecodeCodes(facts, sizes, 300)
+    facts = facts_of([TableLayout(KEPT, each, compressed=compressed) for each in sizes])
+    known = DecodeCodes(facts, sizes, 300, compressed)
     lengths, ones = np.array(starts), np.ones(len(starts), dtype=np.int64)
     shape = StepShape.decode(len(starts))
     layouts = [(ones * (n + 1), ones * (n % 3)) for n in range(len(sizes))]
-    blocks = [facts.code(0, 0, 0, *each) for each in layouts]
+    places = [0] * len(compressed)
+    blocks = [facts.code(0, 0, 0, *places, *each) for each in layouts]
     until, before = -1, None
     for step in range(steps):
         if lengths.max() + step > 300:
             break
         codes, left = known.of(lengths + step, blocks)
-        told = kind_of_step(ones, lengths + step, lengths + step, layouts, shape, sizes, facts).rows
+        told = kind_of_step(
+            ones, lengths + step, lengths + step, layouts, shape, sizes, facts,
+            compressed=compressed,
+        ).rows  # fmt: skip
         assert codes.tolist() == told.tolist()
         if step <= until:
             assert codes.tolist() == before
         until, before = max(until, step + left), codes.tolist()
+
+
+def test_what_completes_a_row_of_several_tokens_is_told_and_proven(platform: Platform) -> None:
+    """A graph that is right at one place of such a row may be wrong at another one."""
+    rows = {every: Rows((1, 2), torch.float32, every) for every in (4, 128)}
+    caches = {"layer 0": LayerCache(KEPT, few=rows[4], many=rows[128])}
+    layout = lay_out_caches(caches, 16).sized([65])
+    allocate_caches(caches, layout, platform)
+    buffers = StepBuffers(64, 4, 1024, layout, platform)
+    buffers.use_cache(layout)
+    found = listed(caches, layout)
+    facts = buffers.known.facts
+    names = {
+        4: ["completes one", *(f"is number {number} of one" for number in (1, 2, 3))],
+        128: ["completes one", "begins one", *["within one"] * 126],
+    }
+
+    def told(length: int) -> set[str]:
+        ones, before = np.array([1]), np.array([length - 1])
+        shape, layouts = StepShape.decode(1), [(np.array([0]), np.array([0]))]
+        kind = kind_of_step(ones, before, before, layouts, shape, [128], facts, compressed=(4, 128))
+        return {facts.name(each) for each in facts.pairs(kind)}
+
+    for length in range(1, 260):
+        for every in (4, 128):
+            assert f"rows of {every}: {names[every][length % every]}" in told(length)
+    maker = ProbeMaker(buffers, lambda: found, vocab_size=50, max_model_len=1024)
+    for bucket in (StepShape.decode(4), StepShape.mixed(64, 4)):
+        met = set()
+        for probe in maker.probes(bucket, True):
+            met |= {facts.name(each) for each in facts.pairs(probe.kind)}
+        for every, places in names.items():
+            for place in places:
+                assert f"rows of {every}: {place}" in met, bucket

@@ -22,6 +22,8 @@ class TableLayout:
     """Which pool the blocks are from."""
     ahead: int = AHEAD
     """Tokens that may be scheduled behind a request's computed ones while it decodes."""
+    compressed: tuple[int, ...] = ()
+    """How many tokens rows of these caches stand for, where it is more than one."""
 
     def entries(self, length: int) -> int:
         """Of the table of a request of ``length`` tokens."""
@@ -136,7 +138,8 @@ def lay_out_caches(
         else:
             number = signatures.index(signature)
         ahead = AHEAD * (1 + num_drafts) + lookahead
-        tables.append(TableLayout(lifetime, size, number, ahead))
+        compressed = tuple(sorted({each.every for each in rows if each.every > 1}))
+        tables.append(TableLayout(lifetime, size, number, ahead, compressed))
     return CacheLayout(tuple(tables), tuple(pools))
 
 

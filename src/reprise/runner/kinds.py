@@ -10,6 +10,7 @@ import numpy as np
 from reprise.cache import KEPT, NULL_BLOCK
 from reprise.cache.layout import TableLayout
 from reprise.graphs.kinds import Facts, Ints, Kind
+from reprise.runner.residues import compressed_of, place_of, places_of
 from reprise.shape import StepShape
 
 _BLOCKS = ("one", "neighbours", "some neighbours", "scattered")
@@ -42,6 +43,7 @@ def facts_of(tables: Sequence[TableLayout], num_drafts: int = 0) -> Facts:
             "context": (
                 "to 16", "to 64", "to 256", "to 1024", "to 4096", "to 16k", "to 64k", "more",
             ),
+            **{f"rows of {every}": places_of(every) for every in compressed_of(tables)},
             "blocks": blocks,
             "cache": halves,
             **({"replays": _REPLAYS} if tells_replays(tables, num_drafts) else {}),
@@ -188,6 +190,7 @@ def kind_of_step(
     facts: Facts = FACTS,
     decodes: Ints | None = None,
     replays: Ints | None = None,
+    compressed: Sequence[int] = (),
 ) -> Kind:
     """The kind of a step. Where it is not known how far a request has come, all that it may be:
     such a step is trusted if each of them is.
@@ -203,6 +206,7 @@ def kind_of_step(
         decodes: [R] bool: it computes its newest token and drafts; None: who has one new token
             does.
         replays: [R, 3] bool: what each may replay, where that is told.
+        compressed: Tokens of compressed rows, as the facts have them.
     """
     new = np.minimum(class_of(counts), NEW_TOKENS - 1)
     certain = least is most or bool((least == most).all())
@@ -213,9 +217,21 @@ def kind_of_step(
     for table, ((blocks, halves), size) in enumerate(zip(layouts, block_sizes, strict=True)):
         behind = least % size
         others = blocks + table * len(_BLOCKS), halves + table * len(_HALVES), *nothing
+
+        def code(begins: Any, start: Ints, others: tuple[Any, ...] = others) -> Any:
+            end = start + counts
+            places = (place_of(end, every) for every in compressed)
+            return facts.code(begins, new, context_class(end), *places, *others)
+
         if certain:
             begins = np.where(least == 0, 0, np.where(behind == 0, 1, 2))
-            rows.append((facts.code(begins, new, context_class(least + counts), *others), None))
+            rows.append((code(begins, least), None))
+            continue
+        if compressed:  # each number of tokens is another kind
+            for further in range(int(spread.max()) + 1):
+                start = least + further
+                begins = np.where(start == 0, 0, np.where(start % size == 0, 1, 2))
+                rows.append((code(begins, start), further <= spread))
             continue
         may_begin = (
             least == 0,
@@ -223,7 +239,7 @@ def kind_of_step(
             (behind > 0) | (spread > 0),
         )
         rows += [
-            (facts.code(begins, new, context_class(start + counts), *others), may)
+            (code(begins, start), may)
             for begins, may in enumerate(may_begin)
             for start in (least, most)
         ]
@@ -247,14 +263,23 @@ class DecodeCodes:
         facts: Of the tables.
         block_sizes: Of each table.
         longest: Most tokens of a request.
+        compressed: Tokens of compressed rows.
     """
 
-    def __init__(self, facts: Facts, block_sizes: Sequence[int], longest: int) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        block_sizes: Sequence[int],
+        longest: int,
+        compressed: Sequence[int] = (),
+    ) -> None:
         starts = np.arange(longest + 1)
         ones = np.ones_like(starts)
         shape = StepShape.decode(len(starts))
         nowhere = [(np.zeros_like(starts), np.zeros_like(starts))] * len(block_sizes)
-        told = kind_of_step(ones, starts, starts, nowhere, shape, block_sizes, facts)
+        told = kind_of_step(
+            ones, starts, starts, nowhere, shape, block_sizes, facts, compressed=compressed
+        )
         self._codes = told.rows.reshape(len(block_sizes), -1)
         """[L, S]: of each table, of a request with so many tokens, but for where its blocks lie."""
         ends = (self._codes[:, 1:] != self._codes[:, :-1]).any(axis=0).nonzero()[0]

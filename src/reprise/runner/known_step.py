@@ -20,6 +20,7 @@ from reprise.runner.kinds import (
     replays_of,
     tells_replays,
 )
+from reprise.runner.residues import compressed_of
 from reprise.runner.rows import Rows
 from reprise.shape import StepShape
 
@@ -41,10 +42,11 @@ class KnownStep:
         self.facts = facts_of(layout.tables, rows.num_drafts)
         self._tells_replays = tells_replays(layout.tables, rows.num_drafts)
         self._sizes = [each.block_size for each in layout.tables]
+        self._compressed = compressed_of(layout.tables)
         self._decode_codes: DecodeCodes | None = None
         """Of plain steps."""
         if not rows.num_drafts:
-            self._decode_codes = DecodeCodes(self.facts, self._sizes, longest)
+            self._decode_codes = DecodeCodes(self.facts, self._sizes, longest, self._compressed)
         nothing: Ints = np.zeros(0, dtype=np.int64)
         self._numbers: Ints | None = nothing
         """[R], rows; None: a made-up step, that says itself what rows would."""
@@ -158,13 +160,16 @@ class KnownStep:
             assert self._kind is not None
             return self._kind
         if not self._plain or self._numbers is None:
-            if device is not None or bucket.phase != "decode" or self._numbers is None:
+            narrow = bool(self._compressed)  # a whole class has every place of a row
+            if device is not None or bucket.phase != "decode" or self._numbers is None or narrow:
                 return self.told(bucket, device)
             return self._of_drafted(bucket)
         # Steps of requests that decode come one after the other: what is the same is kept.
         if self._blocks is None:
+            nowhere = [0] * len(self._compressed)
             self._blocks = [
-                self.facts.code(0, 0, 0, *each.codes(self._numbers)) for each in self._rows.layouts
+                self.facts.code(0, 0, 0, *nowhere, *each.codes(self._numbers))
+                for each in self._rows.layouts
             ]
         assert self._decode_codes is not None
         codes, left = self._decode_codes.of(self._least, self._blocks)
@@ -227,8 +232,9 @@ class KnownStep:
         assert rows is not None
         blocks = [each.codes(rows) for each in layouts]
         return kind_of_step(
-            self._new, least, most, blocks, bucket, self._sizes, self.facts, self._decodes, replays
-        )
+            self._new, least, most, blocks, bucket, self._sizes, self.facts, self._decodes, replays,
+            self._compressed,
+        )  # fmt: skip
 
     @property
     def _decodes(self) -> Ints | None:

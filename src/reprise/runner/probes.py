@@ -39,6 +39,7 @@ from reprise.runner.placement import (
     Placement,
     Row,
 )
+from reprise.runner.residues import compressed_of, shifts
 from reprise.shape import StepShape
 
 BANK = 64
@@ -87,6 +88,7 @@ class ProbeMaker:
             (each.block_size for each in layout.tables if not each.lifetime.rewritten), default=1
         )
         """Where a block of every table ends."""
+        self._shifts = shifts(layout.tables)
         self._placement = Placement(layout, max_model_len, buffers.max_requests, buffers.max_tokens)
         self._has_content = [np.zeros(each.num_blocks, dtype=bool) for each in layout.pools]
         strata = [vocab_size * part // STRATA for part in range(STRATA)]
@@ -211,6 +213,8 @@ class ProbeMaker:
                 continue
             if (layout + 2 * cls) % 3 == 0 and length > size:
                 length = (length - new) // size * size + new  # it begins a block
+            else:
+                length -= number % self._shifts
             rows.append(make(new, max(new, length), layout, (layout + cls) % 3, number))
         short = max(new, min(size, self._max_model_len))
         rows += [make(new, short, NEIGHBOURS, half, half) for half in (LOWER, UPPER)]
@@ -262,6 +266,8 @@ class ProbeMaker:
                 start = length - new
                 if number % 2 and start >= size:
                     start = start // size * size  # as behind a prefix hit
+                else:
+                    start -= min(start, number % self._shifts)
                 rows.append(Row(new, start + new, layout, (cls + 2 * new_class) % 3))
         return rows
 
@@ -329,7 +335,8 @@ class ProbeMaker:
         replays = None
         if tells_replays(self._layout.tables, num_drafts):
             replays = replays_of(accepted)
-        kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, decodes, replays)
+        kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, decodes, replays,
+                            compressed_of(self._layout.tables))  # fmt: skip
         return Probe(name, fill, live, kind, always=alike)
 
     def _fill_blocks(self, tables: Sequence[Ints]) -> None:

@@ -96,7 +96,7 @@ class Kit:
         """One that has what the demo model has not, with random weights; "": the demo model.
 
         Args:
-            needs: A folder of ``models/``: ``experts``, ``states``.
+            needs: A folder of ``models/``: ``experts``, ``states``, ``compressed``.
             options: Further ones of the engine.
         """
         options = dict(options or {})

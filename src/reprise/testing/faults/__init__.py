@@ -22,6 +22,14 @@ from reprise.testing.faults.codes import (
     UnscaledRow,
     WrongScale,
 )
+from reprise.testing.faults.compressed import (
+    IndexOfAnother,
+    RowNotMade,
+    StaleHash,
+    StaleRingRow,
+    WrongAtOneResidue,
+    WrongResidue,
+)
 from reprise.testing.faults.lifetimes import (
     StaleAccepted,
     StateCommittedTwice,
@@ -88,6 +96,7 @@ FAULTS: dict[str, type[Fault]] = {
         StateOfAnother, StateOfRejectedDrafts, StaleAccepted, StateCommittedTwice,
         WrongExpert, StaleRouting, RowsBeyondTile, SwappedRows,
         WrongScale, UnscaledRow, ScaleOfAnotherHead, ScaleOfAnotherToken,
+        RowNotMade, StaleRingRow, WrongResidue, WrongAtOneResidue, IndexOfAnother, StaleHash,
     )
 }  # fmt: skip
 """Every fault by name."""
@@ -182,3 +191,9 @@ wrong_scale = _named("wrong_scale")
 unscaled_row = _named("unscaled_row")
 scale_of_another_head = _named("scale_of_another_head")
 scale_of_another_token = _named("scale_of_another_token")
+row_not_made = _named("row_not_made")
+stale_ring_row = _named("stale_ring_row")
+wrong_residue = _named("wrong_residue")
+wrong_at_one_residue = _named("wrong_at_one_residue")
+index_of_another = _named("index_of_another")
+stale_hash = _named("stale_hash")

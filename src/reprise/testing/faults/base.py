@@ -33,7 +33,7 @@ class Fault(ABC):
     """Its op can be told from what the op writes; else the report names the memory alone."""
 
     needs: ClassVar[str] = ""
-    """What only some models have: ``experts``, ``states``."""
+    """What only some models have: ``experts``, ``states``, ``compressed`` rows."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Arguments that its op must have."""
     without: ClassVar[str] = ""
