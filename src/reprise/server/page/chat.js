@@ -86,7 +86,6 @@ function send(text) {
 async function answer() {
   const asked = [...messages];
   const made = new Answer(() => retry(made, asked));
-  for (const each of log.querySelectorAll(".retry")) each.remove();
   log.append(made.element);
   log.scrollTop = log.scrollHeight;
   const abort = (running = new AbortController());

@@ -9,14 +9,14 @@ const STATES = {
   lost: "The engine is gone",
 };
 
-export function seconds(value) {
+function seconds(value) {
   if (value === null) return "-";
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
   if (value < 1) return `${(value * 1000).toFixed(value < 0.01 ? 1 : 0)} ms`;
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
 
-export const count = (value) => value.toLocaleString("en");
+const count = (value) => value.toLocaleString("en");
 const percent = (part) => `${(part * 100).toFixed(part > 0 && part < 0.1 ? 1 : 0)} %`;
 
 // A number with a name, a line below it, and the last two minutes as a curve if it is one.
