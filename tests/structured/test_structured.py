@@ -371,3 +371,22 @@ def test_async_requests_do_not_wait_for_the_grammar_of_another(
             llm.shutdown()
 
     asyncio.run(run())
+
+
+def test_preempted_requests_and_cached_prompts_keep_to_their_grammars(
+    llm: LLM, device: str
+) -> None:
+    """A grammar stands where its text stands, whatever is computed again or not at all."""
+    prompts = [f"{'Once upon a time. ' * 4}{each}" for each in "abcdefgh"]
+    params = SamplingParams(
+        structured_outputs=wanted(regex="[a-d]{90}e"), max_tokens=95, temperature=1, seed=4
+    )
+    expected = [each.outputs[0].text for each in llm.generate(prompts, params, use_tqdm=False)]
+    assert all(re.fullmatch("[a-d]{90}e", each) for each in expected)
+    again = llm.generate(prompts, params, use_tqdm=False)
+    assert sum(each.num_cached_tokens for each in again) > 0
+    assert [each.outputs[0].text for each in again] == expected
+    small = make_llm(DEMO_MODEL, device, max_num_seqs=8, num_blocks=36, max_model_len=256)
+    found = small.generate(prompts, params, use_tqdm=False)
+    assert small.engine.stats().scheduler.total_preemptions > 0
+    assert [each.outputs[0].text for each in found] == expected
