@@ -103,7 +103,7 @@ def long_but(*wanted: tuple[str, Any], values: Any) -> list[Any]:
     long_but(("qwen3_5", 63), values=CUTS),
 )
 def test_any_chunks_give_the_same_tokens(known: Known, device: str, name: str, cut: int) -> None:
-    check(known, name, device, max_num_seqs=3 if cut < 8 else 8, max_num_batched_tokens=cut)
+    check(known, name, device, max_num_seqs=min(cut, 8), max_num_batched_tokens=cut)
 
 
 @pytest.mark.parametrize(

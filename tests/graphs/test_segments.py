@@ -106,6 +106,37 @@ def test_buckets_share_memory_and_do_not_disturb_each_other(platform, split):
         assert torch.equal(replayed(toy, graphs[shape], shape), toy.eager(shape))
 
 
+def test_a_break_op_reads_what_the_pass_has_computed_while_it_is_captured_too(platform, toy):
+    """Of lengths or addresses that a graph makes it would otherwise read what lay there before."""
+    shape = StepShape.decode(2)
+    toy.fill(shape, 1)
+    lengths, layer = toy.seq_lens[:2].tolist(), toy.model.layers[0]
+    out = torch.empty(2, 4, 32, dtype=toy.hidden.dtype, device=toy.hidden.device)
+    original, seen = toy.ops.functions["paged_attention"], []
+
+    def watched(*args, **kwargs):
+        seen.append(args[4].tolist())
+        original(*args, **kwargs)
+
+    def forward():
+        once, twice = toy.seq_lens[:2] + 1, toy.seq_lens[:2] + 2
+        for made in (once, once, twice, twice * 2):
+            torch.ops.reprise.paged_attention(
+                out, layer.key_cache, layer.value_cache, toy.block_tables[:2],
+                made, toy.query_start_loc[:3], out, 0.1, 0, 0.0, 1,
+            )  # fmt: skip
+
+    expected = [[each + 1 for each in lengths]] * 2
+    expected += [[n * (each + 2) for each in lengths] for n in (1, 2)]
+    toy.ops.functions["paged_attention"] = watched
+    with torch.inference_mode(), toy.ops.activate():
+        graph = SegmentedGraph(platform, platform.graph_pool())
+        graph.capture(forward, "breaks")
+        assert seen == expected
+        graph.replay()
+    assert seen == expected * 2
+
+
 def test_a_break_op_must_not_return_its_output(platform, toy):
     original = toy.ops.functions["paged_attention"]
 

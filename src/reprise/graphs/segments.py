@@ -97,6 +97,8 @@ class SegmentedGraph:
         self.pool = pool
         self._split: Split = "nowhere"
         self.steps: list[Segment | Break] = []
+        self._num_done = 0
+        """Steps whose work is done while the rest is being captured."""
         self._counts: Counter[str] = Counter()
         self._deferred: dict[int, _Deferred] = {}
         self._replay: list[Callable[[], None]] = []
@@ -189,6 +191,7 @@ class SegmentedGraph:
         kept = Break(call, function, self._hold(args), self._hold(kwargs))
         call.inputs, call.outputs = tensor_arguments(op, kept.args, kept.kwargs)
         self._close()
+        self._catch_up()
         with intercept(None):
             result = function(*args, **kwargs)
         if result is not None:
@@ -197,7 +200,14 @@ class SegmentedGraph:
                 "which is where the next segment reads"
             )
         self.steps.append(kept)
+        self._num_done = len(self.steps)
         self._open()
+
+    def _catch_up(self) -> None:
+        """Do what is captured so far: a break op reads its results, as lengths or as addresses."""
+        for step in self.steps[self._num_done :]:
+            if isinstance(step, Segment) and not step.graph.computes_while_captured:
+                step.run()
 
     def _own_segment(
         self,

@@ -88,6 +88,9 @@ class DeviceGraph(ABC):
     the host is an error.
     """
 
+    computes_while_captured = False
+    """Capture also does the work, as far as it has come."""
+
     def __init__(self, pool: Any) -> None:
         self.pool = pool
         self.empty = False

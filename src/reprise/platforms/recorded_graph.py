@@ -51,6 +51,8 @@ def recording() -> Iterator[Recorder]:
 class RecordedGraph(DeviceGraph):
     """Calls with fixed arguments. Intermediates lie in the pool, all else where it was."""
 
+    computes_while_captured = True
+
     def __init__(self, pool: RecordedPool) -> None:
         super().__init__(pool)
         self.pool: RecordedPool = pool
