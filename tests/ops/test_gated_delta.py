@@ -155,7 +155,12 @@ def test_requests_of_a_step_do_not_meet(implementation, make, platform) -> None:
             implementation(gated_delta, name)(**got)
             tolerance = {"rtol": 0, "atol": 2e-5 if dtype == torch.float32 else 4e-2}
             torch.testing.assert_close(got["out"], expected["out"], **tolerance)
-            torch.testing.assert_close(got["state"], expected["state"], rtol=0, atol=2e-5)
+            # Matrix units take what a chunk adds to a state rounded to the compute dtype.
+            for slot, count in zip(call["slots"].tolist(), new, strict=True):
+                apart = (got["state"][slot] - expected["state"][slot]).norm()
+                rounded = dtype == torch.bfloat16 and count > 8
+                allowed = (2**-7 if rounded else 2e-6) * expected["state"][slot].norm()
+                assert apart <= allowed, (name, dtype, count)
 
 
 def _drafting() -> list[Any]:

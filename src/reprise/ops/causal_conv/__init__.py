@@ -14,5 +14,4 @@ causal_conv.implementation(
     "triton",
     "reprise.ops.causal_conv.triton:causal_conv",
     requires=needs_triton,
-    on_request="right in every case on an H200, not yet in an engine on a device",
 )

@@ -24,7 +24,6 @@ gated_delta.implementation(
     "triton",
     "reprise.ops.gated_delta.triton:gated_delta",
     requires=needs_triton,
-    on_request="right in every case on an H200, not yet in an engine on a device",
     graph_support="always",
 )
 gated_delta.implementation(

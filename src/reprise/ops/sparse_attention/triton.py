@@ -348,6 +348,7 @@ def sparse_attention_kernel(
         high = tl.maximum(row_max, sink)
         row_sum = row_sum * tl.exp2(row_max - high) + tl.exp2(sink - high)
         acc = acc * (tl.exp2(row_max - high) / row_sum)[:, None]
+        acc = tl.where(position < 0, 0.0, acc)
         target = out_ptr + token.to(tl.int64) * out_stride + head[:, None] * out_head_stride
         tl.store(target + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
     else:
@@ -381,6 +382,7 @@ def sparse_merge_kernel(
     real_channel = channel < SIZE
     largest = tl.load(sinks_ptr + head) * 1.4426950408889634
     total = largest * 0 + 1.0
+    some = total < 0.0  # padding has no rows
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     depend(EARLY)
     for start in range(0, PARTS, STEP):
@@ -398,6 +400,8 @@ def sparse_merge_kernel(
         decay = tl.exp2(largest - high)
         acc = acc * decay + tl.sum(found * weights[:, None], axis=0)
         total = total * decay + tl.sum(weights, axis=0)
+        some = some | (tl.max(log_sum, axis=0) > -float("inf"))
         largest = high
     target = out_ptr + token * out_stride + head * out_head_stride + channel
-    tl.store(target, (acc / total).to(out_ptr.dtype.element_ty), mask=real_channel)
+    acc = tl.where(some, acc / total, 0.0)
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=real_channel)
