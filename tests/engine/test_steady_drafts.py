@@ -84,6 +84,8 @@ def test_calls_of_a_steady_step(
     """The host's work of a step whose target, prefill and chain graphs compute."""
     if device == "sim":
         pytest.skip("its kernels are launched in Python")
+    if device != "cpu":
+        most += 150  # Triton launches what surrounds the graphs: 395 and 497 on an H100
     llm = drafting("eagle3", max_num_seqs=16, graph_buckets=f"decode={requests}", num_blocks=513)
     engine = llm.engine
     monkeypatch.setattr(SegmentedGraph, "replay", lambda self: None)
