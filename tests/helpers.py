@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -319,6 +320,31 @@ def calls_of_a_step(llm: LLM, params: Sequence[SamplingParams]) -> int:
     while engine.has_work:
         engine.step()
     return count.number
+
+
+def python_calls_of_a_step(llm: LLM, requests: int, tokens: int, before: int, steps: int) -> float:
+    """Calls of Python functions in a step, on average over ``steps``, behind ``before`` others, in
+    which ``requests`` requests for so many ``tokens`` decode."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for number in range(requests):
+        engine.add(f"{number}", random_ids(number, 20), params)
+    for _ in range(before):
+        engine.step()
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        for _ in range(steps):
+            engine.step()
+    finally:
+        sys.setprofile(None)
+    engine.abort([f"{number}" for number in range(requests)])
+    return calls / steps
 
 
 @contextlib.contextmanager

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from helpers import (
+    TinyModels,
+    assert_idle,
+    generate,
+    greedy,
+    make_llm,
+    python_calls_of_a_step,
+    random_ids,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, SamplingParams
@@ -260,25 +267,6 @@ def test_a_steady_decode_calls_few_functions(
         max_num_seqs=64, num_blocks=64 * 16 + 1, max_model_len=256, graph_mode="full",
         graph_buckets=f"decode={requests};mixed=64", graph_verify="startup",
     )  # fmt: skip
-    engine = llm.engine
     monkeypatch.setattr(SegmentedGraph, "replay", lambda self: None)
-    monkeypatch.setattr(engine.runner.graphs.ledger, "_holds", lambda *asked: True)
-    params = SamplingParams(temperature=0.0, max_tokens=180, ignore_eos=True, detokenize=False)
-    for number in range(requests):
-        engine.add(f"{number}", random_ids(number, 20), params)
-    for _ in range(60):
-        engine.step()
-    calls = 0
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        for _ in range(32):
-            engine.step()
-    finally:
-        sys.setprofile(None)
-    assert calls / 32 <= most
-    engine.abort([f"{number}" for number in range(requests)])
+    monkeypatch.setattr(llm.engine.runner.graphs.ledger, "_holds", lambda *asked: True)
+    assert python_calls_of_a_step(llm, requests, 180, 60, 32) <= most

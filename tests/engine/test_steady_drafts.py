@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from draft_heads import of_few_words, write_head
-from helpers import TinyModel, TinyModels, greedy, make_llm, random_ids
+from helpers import (
+    TinyModel,
+    TinyModels,
+    greedy,
+    make_llm,
+    python_calls_of_a_step,
+    random_ids,
+)
 
-from reprise import LLM, SamplingParams
+from reprise import LLM
 from reprise.graphs import prove
 from reprise.graphs.segments import SegmentedGraph
 from reprise.runner.kinds import CONTEXTS, class_bounds, context_class
@@ -87,29 +93,10 @@ def test_calls_of_a_steady_step(
     if device != "cpu":
         most += 150  # Triton launches what surrounds the graphs: 395 and 497 on an H100
     llm = drafting("eagle3", max_num_seqs=16, graph_buckets=f"decode={requests}", num_blocks=513)
-    engine = llm.engine
     monkeypatch.setattr(SegmentedGraph, "replay", lambda self: None)
-    for _, owner in engine.runner.owners:
+    for _, owner in llm.engine.runner.owners:
         monkeypatch.setattr(owner.ledger, "_holds", lambda *asked: True)
-    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, detokenize=False)
-    for number in range(requests):
-        engine.add(f"{number}", random_ids(number, 20), params)
-    for _ in range(20):
-        engine.step()
-    calls = 0
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        for _ in range(20):
-            engine.step()
-    finally:
-        sys.setprofile(None)
-    assert calls / 20 <= most
-    engine.abort([f"{number}" for number in range(requests)])
+    assert python_calls_of_a_step(llm, requests, 200, 20, 20) <= most
 
 
 @pytest.mark.parametrize("new", [1, 2, 8, 16])

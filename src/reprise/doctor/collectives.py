@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from reprise.distributed.communicator import connect
 from reprise.doctor.timing import once_ms
 from reprise.errors import ConfigError, GraphError, RanksError
 from reprise.ops import OpTable
+from reprise.parallel.processes import rank_environment
 from reprise.platforms import Platform
 
 SIZES = tuple(1 << each for each in range(13, 26, 2))
@@ -61,16 +61,12 @@ def measure(device: str, size: int, sizes: Sequence[int] = SIZES) -> dict[str, A
     names = [platform.device_of(rank, size) for rank in range(size)]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     limit = START_SECONDS + 4 * ENOUGH_SECONDS * len(sizes)
-    root = str(Path(__file__).resolve().parents[2])
-    paths = dict.fromkeys([root, *(each for each in sys.path if each)])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, platforms.usable_cpus()[0] // size)))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, str(rank), str(size), str(store.port), name,
              json.dumps(list(sizes)), str(limit)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            env=environment,
+            env=rank_environment(size),
         )
         for rank, name in enumerate(names)
     ]  # fmt: skip

@@ -83,15 +83,10 @@ class Processes:
             str(self.size), "--memory", str(memory), "--ring-bytes", str(RING_BYTES),
             "--woken", str(woken), "--life", str(life),
         ]  # fmt: skip
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *(each for each in sys.path if each)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-        # As ``Platform.share_host`` gives the leader; here before the process makes its threads.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus()[0] // self.size)))
         # In a session of its own: a terminal's signals are for the leader.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-            pass_fds=(memory, woken, life), env=environment, start_new_session=True,
+            pass_fds=(memory, woken, life), env=rank_environment(self.size), start_new_session=True,
         )  # fmt: skip
         os.close(woken)
         self._children.append(child)
@@ -207,6 +202,16 @@ class Processes:
                 child.kill()
         for child in self._children:
             child.wait()
+
+
+def rank_environment(size: int) -> dict[str, str]:
+    """Of a process that is one of ``size`` ranks on this machine: it imports what this one does."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = dict.fromkeys([root, *(each for each in sys.path if each)])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # As ``Platform.share_host`` gives the leader; here before the process makes its threads.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus()[0] // size)))
+    return environment
 
 
 def _follow(rank: int, stream: IO[str], log: deque[str]) -> None:

@@ -264,6 +264,18 @@ def _soft(a, b, c, d, eps):
 
 
 @triton.jit
+def _row(found, scale, base_ptr, output, first: tl.constexpr, eps):
+    """Of the matrix, made of four outputs."""
+    return _soft(
+        _factor(found, scale, base_ptr, output, first),
+        _factor(found, scale, base_ptr, output, first + 1),
+        _factor(found, scale, base_ptr, output, first + 2),
+        _factor(found, scale, base_ptr, output, first + 3),
+        eps,
+    )
+
+
+@triton.jit
 def _even(a, b, c, d, eps):
     """Divided by their sum."""
     scale = 1 / (a + b + c + d + eps)
@@ -334,34 +346,10 @@ def stream_sum_kernel(
         for k in tl.static_range(4):
             factor = 2 * _sigmoid(_factor(m, scale_post, base_ptr, output, 4 + k))
             tl.store(post_ptr + token * 4 + k, factor)
-        a0, a1, a2, a3 = _soft(
-            _factor(m, scale_comb, base_ptr, output, 8),
-            _factor(m, scale_comb, base_ptr, output, 9),
-            _factor(m, scale_comb, base_ptr, output, 10),
-            _factor(m, scale_comb, base_ptr, output, 11),
-            eps,
-        )
-        b0, b1, b2, b3 = _soft(
-            _factor(m, scale_comb, base_ptr, output, 12),
-            _factor(m, scale_comb, base_ptr, output, 13),
-            _factor(m, scale_comb, base_ptr, output, 14),
-            _factor(m, scale_comb, base_ptr, output, 15),
-            eps,
-        )
-        c0, c1, c2, c3 = _soft(
-            _factor(m, scale_comb, base_ptr, output, 16),
-            _factor(m, scale_comb, base_ptr, output, 17),
-            _factor(m, scale_comb, base_ptr, output, 18),
-            _factor(m, scale_comb, base_ptr, output, 19),
-            eps,
-        )
-        d0, d1, d2, d3 = _soft(
-            _factor(m, scale_comb, base_ptr, output, 20),
-            _factor(m, scale_comb, base_ptr, output, 21),
-            _factor(m, scale_comb, base_ptr, output, 22),
-            _factor(m, scale_comb, base_ptr, output, 23),
-            eps,
-        )
+        a0, a1, a2, a3 = _row(m, scale_comb, base_ptr, output, 8, eps)
+        b0, b1, b2, b3 = _row(m, scale_comb, base_ptr, output, 12, eps)
+        c0, c1, c2, c3 = _row(m, scale_comb, base_ptr, output, 16, eps)
+        d0, d1, d2, d3 = _row(m, scale_comb, base_ptr, output, 20, eps)
         for each in range(2 * iterations - 1):
             if each % 2 == 0:
                 a0, b0, c0, d0 = _even(a0, b0, c0, d0, eps)
