@@ -250,6 +250,20 @@ def widen_choices(model: Any) -> None:
     head.mul_(torch.empty(len(head), 1).log_normal_(-3.5, 1.5, generator=generator))
 
 
+def stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a tiny model of Qwen in transformers' layout of all experts in one tensor."""
+    others = {name: each for name, each in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors[f"{path}.{n}.{part}_proj.weight"] for n in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        others[f"{path}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        others[f"{path}.down_proj"] = down
+    return others
+
+
 def random_ids(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (length,), generator=generator).tolist()

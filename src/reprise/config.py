@@ -143,6 +143,9 @@ class EngineConfig:
     custom_all_reduce: bool = True
     """Let kernels of several ranks read each other's memory, where devices can and it was proven at
     the start; off: ranks exchange by the backend's collectives alone."""
+    enable_expert_parallel: bool = False
+    """Spread whole experts over the devices that compute a model together, instead of a part of
+    each expert on every device."""
     data_parallel_size: int = 1
     """Engines with all weights each, on as many devices and in processes of their own; a request
     goes to the one that has its prefix, or the least to do."""
@@ -282,5 +285,14 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
     (("graph_buckets",), (str, type(None)), "a string, such as '1,2,4', or None"),
     (("hf_overrides", "ops", "speculative_config"), Mapping, "a dictionary"),
     (("seed",), int, "a whole number"),
-    (("enable_prefix_caching", "skip_tokenizer_init", "custom_all_reduce"), bool, "True or False"),
+    (
+        (
+            "enable_prefix_caching",
+            "skip_tokenizer_init",
+            "custom_all_reduce",
+            "enable_expert_parallel",
+        ),
+        bool,
+        "True or False",
+    ),
 ]

@@ -78,10 +78,10 @@ ENGINE = [
         },
     ),
     Group(
-        "all experts are on one device, and computed as ops={'experts': ...} says; see 'reprise "
-        "doctor ops'",
+        "experts are spread by enable_expert_parallel alone, in the order of their numbers, and "
+        "computed as ops={'experts': ...} says; see 'reprise doctor ops'",
         {
-            "enable_expert_parallel": (False,), "enable_eplb": (False,), "eplb_config": ({},),
+            "enable_eplb": (False,), "eplb_config": ({},),
             "expert_placement_strategy": ("linear",), "num_redundant_experts": (0,),
             "all2all_backend": ("allgather_reducescatter",), "enable_dbo": (False,),
             "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),

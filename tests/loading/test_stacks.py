@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TinyModels, generate, greedy, make_llm, random_ids
+from helpers import TinyModels, generate, greedy, make_llm, random_ids, stacked_experts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,20 +20,6 @@ from reprise.models import qwen3_moe
 from reprise.platforms import Platform
 
 LAYER = "model.layers.{}.mlp.experts"
-
-
-def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in transformers' layout of all experts in one tensor."""
-    others = {name: each for name, each in tensors.items() if ".experts." not in name}
-    for layer in range(2):
-        path = LAYER.format(layer)
-        gate, up, down = (
-            torch.stack([tensors[f"{path}.{n}.{part}_proj.weight"] for n in range(8)])
-            for part in ("gate", "up", "down")
-        )
-        others[f"{path}.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        others[f"{path}.down_proj"] = down
-    return others
 
 
 @pytest.fixture
@@ -50,7 +36,7 @@ def test_one_by_one_or_as_one(
     stored: tuple[Path, dict[str, Tensor]], tiny: TinyModels, device: str
 ) -> None:
     path, tensors = stored
-    together = merged(tensors)
+    together = stacked_experts(tensors)
     prompt = [random_ids(0, 9)]
     expected = generate(make_llm(tiny("qwen3_moe"), device), prompt, greedy(8))
     some = {name: each for name, each in tensors.items() if "layers.1" in name}
@@ -93,7 +79,7 @@ def test_all_that_is_odd_is_said_at_once(
 
 def test_a_number_that_is_not_finite(stored: tuple[Path, dict[str, Tensor]], device: str) -> None:
     path, tensors = stored
-    together = merged(tensors)
+    together = stacked_experts(tensors)
     name = f"{LAYER.format(1)}.gate_up_proj"
     together[name][5, 40, 7] = torch.nan
     save(path, together)
@@ -150,7 +136,7 @@ def test_a_spoiled_expert_is_loaded_again(
 ) -> None:
     path, tensors = stored
     if how == "as one":
-        save(path, merged(tensors))
+        save(path, stacked_experts(tensors))
     llm = make_llm(path, device, load_format="dummy" if how == "random" else "auto")
     computation = llm.engine.runner.forward_pass
     names = {name for name in computation.memory() if "experts" in name}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TinyModels
+from helpers import TinyModels, stacked_experts
 from quantized import BLOCK, EIGHT_BITS, FOUR_BITS, quantized
+from safetensors.torch import load_file, save_file
 
 from reprise import models
-from reprise.distributed import Group
+from reprise.distributed import ALONE, Group, own_experts
 from reprise.errors import ModelError
 from reprise.layers import Build, Implied
 from reprise.loading import open_checkpoint
@@ -29,8 +31,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def parts_of(path: Path, size: int) -> dict[str, torch.Tensor]:
-    """How often each number of the checkpoint is read, by any rank."""
+EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe")
+
+
+def parts_of(path: Path, size: int, spread: bool = False) -> dict[str, torch.Tensor]:
+    """How often each number of the checkpoint is read, by any rank; ``spread``: whole experts are
+    shared out."""
     checkpoint = open_checkpoint(str(path), revision=None, overrides={}, config_only=False)
     stored = stored_tensors(path)
     found = {
@@ -39,7 +45,8 @@ def parts_of(path: Path, size: int) -> dict[str, torch.Tensor]:
     }
     for rank in range(size):
         group = Group("test", rank, size)
-        build = Build(torch.float32, torch.device("meta"), 16, group=group)
+        exchange = ALONE if spread else None
+        build = Build(torch.float32, torch.device("meta"), 16, group=group, exchange=exchange)
         model = models.build(checkpoint.config, build)
         wanted = destinations(model)
         as_stored(model, wanted, stored)
@@ -63,6 +70,39 @@ def test_ranks_read_everything(tiny: TinyModels, family: str, size: int) -> None
         assert counts.min() > 0, name
         # One rank's, or everyone's, or of so many as have the same key and value head.
         assert counts.max() in (1, 2, size), name
+
+
+@pytest.mark.parametrize("stored", ["one by one", "as one"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_each_expert_is_read_by_one_rank(
+    tiny: TinyModels, tmp_path: Path, family: str, stored: str
+) -> None:
+    path = tiny(family).path
+    if stored == "as one":
+        if family == "mixtral":
+            pytest.skip("it is stored one by one")
+        path = Path(shutil.copytree(path, tmp_path / "model"))
+        tensors = stacked_experts(load_file(path / "model.safetensors"))
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    counts = parts_of(path, 2, spread=True)
+    experts = {name: each for name, each in counts.items() if ".experts" in name}
+    assert experts
+    for name, each in experts.items():
+        assert (each == 1).all(), name
+    for name, each in counts.items():
+        assert each.min() > 0, name
+
+
+def test_experts_stand_in_a_row_over_data_and_tensor_ranks() -> None:
+    shares = [
+        own_experts(Group("tensor", tensor, 3), Group("data", data, 2), 12)
+        for data in range(2)
+        for tensor in range(3)
+    ]
+    assert [each.begin for each in shares] == [0, 2, 4, 6, 8, 10]
+    assert {each.size for each in shares} == {2}
+    with pytest.raises(ModelError, match=r"4 ranks do not divide 6 experts.*: 1, 2, 3, 6"):
+        own_experts(Group("tensor", 0, 2), Group("data", 0, 2), 6)
 
 
 @pytest.mark.parametrize("format", [*EIGHT_BITS, *FOUR_BITS])

@@ -217,6 +217,40 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(alone: matrix.Alone) 
         shared(alone, replace(COVERING, executor="none")).engine(tensor_parallel_size=3)
 
 
+EXPERTS = matrix.Features("full", "experts", 0)
+
+
+@pytest.mark.parametrize(
+    ("executor", "ranks"),
+    [
+        ("none", 2),
+        *(pytest.param(each, 2, marks=pytest.mark.long) for each in ("full", "breakable")),
+        pytest.param("full", 4, marks=pytest.mark.long),
+    ],
+)
+def test_whole_experts_on_each_rank(alone: matrix.Alone, executor: str, ranks: int) -> None:
+    features = replace(EXPERTS, executor=executor)
+    llm = shared(alone, features).engine(tensor_parallel_size=ranks, enable_expert_parallel=True)
+    try:
+        mlp = llm.engine.runner.model.model.layers[0].mlp
+        assert len(mlp.experts.down_proj.tensors["weight"]) * ranks == mlp.routing.experts
+        assert token_ids(shared(alone, features).answers(llm)) == alone.tokens(features)
+        if executor != "none":
+            report = llm.graph_report()
+            assert not report.quarantined
+            assert sum(each.replays for each in report.graphs) > 0
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_without_experts_has_none_to_spread(alone: matrix.Alone, ranks: int) -> None:
+    with pytest.raises(ModelError, match="Qwen3ForCausalLM has no experts; leave it out"):
+        shared(alone, replace(COVERING, executor="none")).engine(
+            tensor_parallel_size=ranks, enable_expert_parallel=True
+        )
+
+
 LONG = [
     matrix.Features(executor, model, drafts)
     for executor in matrix.EXECUTORS

@@ -42,7 +42,8 @@ ENGINE_PANELS = {
     ),
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": (
-        "device", "data_parallel_size", "tensor_parallel_size", "custom_all_reduce", "ops",
+        "device", "data_parallel_size", "tensor_parallel_size", "enable_expert_parallel",
+        "custom_all_reduce", "ops",
     ),
     "Drafts": ("speculative_config",),
     "Sampling": ("seed", "max_logprobs"),

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, PrefixStore, Store
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    PrefixStore,
+    ReduceScatterOptions,
+    Store,
+)
 
 from reprise.distributed.group import ALONE, ECHO, Group
 from reprise.distributed.symmetric import SymmetricBuffer
@@ -63,17 +69,29 @@ class Communicator:
         options.asyncOp = False  # in the stream that waits for it, where the backend has streams
         _finish(self._group.allreduce([x], options))
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[...] to [size, ...]: every rank's ``x``."""
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[...] to [size, ...]: every rank's ``x``; in ``out``, contiguous and of as many numbers,
+        or in new memory."""
         if self._group is None:
-            return x.unsqueeze(0)
+            return x.unsqueeze(0) if out is None else out.copy_(x.view(out.shape))
         self.calls += 1
-        found = x.new_empty((self.group.size, *x.shape))
+        found = x.new_empty((self.group.size, *x.shape)) if out is None else out
         options = AllgatherOptions()
         options.asyncOp = False
         parts = found.view(-1), x.contiguous().view(-1)
         _finish(self._group._allgather_base(*parts, options))
         return found
+
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        """Write to ``out`` [...] the sum of what all ranks have for this one in their ``x``,
+        [size, ...]. Both are contiguous."""
+        if self._group is None:
+            out.copy_(x[0])
+            return
+        self.calls += 1
+        options = ReduceScatterOptions()
+        options.asyncOp = False
+        _finish(self._group._reduce_scatter_base(out.view(-1), x.view(-1), options))
 
     def reach(self) -> None:
         """Make memory that all ranks read directly, if each can. Every rank calls it."""
@@ -221,8 +239,12 @@ class Echo(Communicator):
     def all_reduce(self, x: Tensor) -> None:
         x.mul_(self.group.size)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(0).repeat(self.group.size, *(1 for _ in x.shape))
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        found = x.unsqueeze(0).repeat(self.group.size, *(1 for _ in x.shape))
+        return found if out is None else out.copy_(found.view(out.shape))
+
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        torch.mul(x.view(self.group.size, *out.shape)[self.group.rank], self.group.size, out=out)
 
 
 _known[ALONE.name] = Communicator(ALONE)

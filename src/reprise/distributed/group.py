@@ -83,3 +83,26 @@ ALONE = Group("alone", 0, 1)
 """One rank, which owns everything."""
 ECHO = Group("echo", 0, 2)
 """Two ranks of which the other has what this one has: for what is compared within one process."""
+
+
+def own_experts(group: Group, exchange: Group, total: int) -> Share:
+    """Which of ``total`` experts a rank has, where whole experts are spread over the ranks of
+    several groups: equally many on each, in a row.
+
+    Args:
+        group: Ours: its ranks compute the same rows.
+        exchange: The ranks of our number in all groups, which exchange rows.
+        total: Experts.
+
+    Raises:
+        ModelError: Not every rank would have equally many.
+    """
+    ranks = group.size * exchange.size
+    if total % ranks:
+        sizes = [each for each in range(1, total + 1) if total % each == 0]
+        raise ModelError(
+            f"enable_expert_parallel: {ranks} ranks do not divide {total} experts; so many do: "
+            f"{', '.join(map(str, sizes))}"
+        )
+    size = total // ranks
+    return Share((exchange.rank * group.size + group.rank) * size, size, total)

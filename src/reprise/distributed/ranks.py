@@ -14,3 +14,5 @@ class Ranks:
     """Whose parts of the model it has, and by whose name ops find the communicator."""
     agreement: Agreement = ALONE_AGREES
     """How they decide together."""
+    exchange: Group | None = None
+    """See :class:`reprise.layers.Build`."""

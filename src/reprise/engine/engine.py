@@ -19,6 +19,7 @@ from reprise import platforms, timeline
 from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
+from reprise.distributed import ALONE, Ranks
 from reprise.engine.completion import Completion, CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.draft_choice import DraftChoice
@@ -132,7 +133,8 @@ class Engine(Frontend):
             require_method(config.quantization, checkpoint.config)
         tokenizer = load_tokenizer(config, checkpoint)
         if leader is None:
-            self.runner = ModelRunner(config, self.platform, checkpoint)
+            ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
+            self.runner = ModelRunner(config, self.platform, checkpoint, ranks)
         else:
             ranks = leader.start(config, checkpoint)
             self.runner = LeadingRunner(config, self.platform, checkpoint, leader, ranks)

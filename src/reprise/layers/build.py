@@ -34,6 +34,9 @@ class Build:
     must leave no trace in a state."""
     group: Group = ALONE
     """The ranks that own the model together: each layer takes its own rank's part."""
+    exchange: Group | None = None
+    """Where whole experts are spread over ranks, those of this number in all groups like ours, each
+    of which computes other rows; None: each rank of the group has a part of every expert."""
 
     def at(self, name: str) -> Build:
         """For a part of the layer, by its name in the checkpoint."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import Batch
-from reprise.distributed import ALONE
+from reprise.distributed import ALONE, Share, own_experts
 from reprise.errors import ModelError
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination, Place
@@ -21,6 +21,7 @@ from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear, Run, Split, columns_of, format_of, rows_of, runs_of
 from reprise.layers.mlp import GatedMLP
+from reprise.ops.dispatch.reference import own_ids
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ class Stack(nn.Module):
             outputs, in the order in which the outputs are concatenated.
         merged: What the tensor of all experts is called where a checkpoint stores one
             (transformers' layout: [E, outputs of all parts, inputs]).
-        split: Which features ranks share out, those of the output or of the input: see
-            :class:`reprise.layers.Linear`. What it gives is a part of the sum then.
+        split: Which features ranks share out, those of the output or of the input, unless whole
+            experts are spread over them: see :class:`reprise.layers.Linear`. What it gives is a
+            part of the sum then.
         beside: What is computed together with it, in its format.
 
     Raises:
@@ -70,7 +72,8 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.path, self.count, self.merged_name = build.path, count, merged
-        group = build.group
+        self._own = _own(build, count)
+        group = build.group if build.exchange is None else ALONE
         self._runs = runs_of(build, parts, group if split == "out" else ALONE)
         self.out_features = sum(each.size for each in self._runs)
         self.format = self._format(build, beside)
@@ -78,7 +81,7 @@ class Stack(nn.Module):
         self._columns = columns_of(build, in_features, self.format, shared)
         self.in_features = self._columns.size
         made = self.format.stack(
-            count, self.out_features, self.in_features, build.dtype, build.device
+            self._own.size, self.out_features, self.in_features, build.dtype, build.device
         )
         self.tensors: dict[str, Tensor] = {}
         """[E, ...] each, by the last part of their names in a checkpoint that has one for each
@@ -106,14 +109,19 @@ class Stack(nn.Module):
             "different formats, which is not supported"
         )
 
-    def destinations(self) -> Iterator[tuple[str, Place]]:
-        """Each tensor of a checkpoint that has one for each expert, by its full name."""
+    def destinations(self) -> Iterator[tuple[str, Place | None]]:
+        """Each tensor of a checkpoint that has one for each expert, by its full name; None: it is
+        another rank's."""
         runs = list(zip(self._runs, rows_of(self._runs), strict=True))
+        own = self._own
         for expert in range(self.count):
-            tensors = {name: each[expert] for name, each in self.tensors.items()}
+            is_own = own.begin <= expert < own.begin + own.size
+            # Others' have the same names: those of the first of ours.
+            here = expert - own.begin if is_own else 0
+            tensors = {name: each[here] for name, each in self.tensors.items()}
             for run, rows in runs:
                 for name, place in self.format.stored(tensors, rows, self._columns):
-                    yield f"{self.path}.{expert}.{run.name}.{name}", place
+                    yield f"{self.path}.{expert}.{run.name}.{name}", place if is_own else None
 
     def merged(self) -> Iterator[tuple[str, list[Place], list[str]]]:
         """Each tensor of a checkpoint that has one for all experts: its full name, where it goes,
@@ -133,25 +141,43 @@ class Stack(nn.Module):
     def _of_all(self, tensor: Tensor) -> Iterator[Destination]:
         """Where the tensor of all experts [E, outputs, inputs] goes, of which there may be one
         entry for so many outputs and inputs."""
+        own = self._own
+        some = slice(None)
+        if own.size < own.total:
+            some = slice(own.begin, own.begin + own.size)
         columns = self._columns.per(tensor.shape[2])
         each = self.out_features // tensor.shape[1]
         stored = sum(run.total or run.size for run in self._runs) // each
         if stored == tensor.shape[1] and columns.size == columns.total:
-            yield Destination(tensor)
+            if own.size == own.total:
+                yield Destination(tensor)
+            else:
+                yield Destination(tensor, (some,), (self.count, *tensor.shape[1:]))
             return
         begin = offset = 0
         for run in self._runs:
             size, total = run.size // each, (run.total or run.size) // each
             first = offset + run.begin // each
-            part = (slice(None), slice(first, first + size), columns.part)
+            part = (some, slice(first, first + size), columns.part)
             shape = (self.count, stored, columns.total)
             yield Destination(tensor[:, begin : begin + size], part, shape)
             begin, offset = begin + size, offset + total
 
 
+def _own(build: Build, count: int) -> Share:
+    """Which of so many experts this rank has weights of."""
+    if build.exchange is None:
+        return Share(0, count, count)
+    return own_experts(build.group, build.exchange, count)
+
+
 class Experts(nn.Module):
-    """SwiGLU feed-forwards of which each row is computed by some. Each rank has some of the
-    intermediate features of every expert, so what it gives is a part of the sum.
+    """SwiGLU feed-forwards of which each row is computed by some.
+
+    Where several ranks compute a model together, each has some of the intermediate features of
+    every expert, or, if the build says so, some experts as a whole. Either way what it gives is a
+    part of the sum over the build's group. Ranks of other groups may have experts for its rows:
+    these are sent there and back.
 
     Args:
         build: How to make it.
@@ -178,15 +204,35 @@ class Experts(nn.Module):
             self.gate_up_proj,
         )  # fmt: skip
         self.format = self.gate_up_proj.format
+        self._own = _own(build, count)
+        self._exchange = build.exchange or ALONE
         _tell_if_slow(type(self.format))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor, limit: float = 0.0) -> Tensor:
-        """See :meth:`reprise.layers.formats.Format.grouped`."""
+        """See :meth:`reprise.layers.formats.Format.grouped`; ids are numbers among all experts."""
         stacks = self.gate_up_proj.tensors, self.down_proj.tensors
-        return self.format.grouped(x, weights, ids, *stacks, limit)
+        own, group = self._own, self._exchange
+        if own.size == own.total:
+            return self.format.grouped(x, weights, ids, *stacks, limit)
+        if group.size == 1:
+            ids = own_ids(ids, own.begin, own.size)
+            return self.format.grouped(x, weights, ids, *stacks, limit)
+        x = x.contiguous()
+        count = group.size * len(x)
+        rows = x.new_empty(count, x.shape[1])
+        rows_weights = weights.new_empty(count, weights.shape[1])
+        rows_ids = ids.new_empty(count, ids.shape[1])
+        ops.dispatch(x, weights, ids, own.begin, own.size, rows, rows_weights, rows_ids, group.name)
+        given = self.format.grouped(rows, rows_weights, rows_ids, *stacks, limit)
+        out = torch.empty_like(x)
+        ops.combine(given, ids, out, group.name)
+        return out
 
     def add(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> None:
         """Add it to ``residual`` [T, hidden_size], in place."""
+        if self._own.size < self._own.total:
+            residual.add_(self(x, weights, ids))
+            return
         stacks = self.gate_up_proj.tensors, self.down_proj.tensors
         self.format.grouped_add(x, weights, ids, *stacks, residual)
 

@@ -16,6 +16,8 @@ from reprise.ops.argmax import argmax as argmax
 from reprise.ops.causal_conv import causal_conv as causal_conv
 from reprise.ops.checksum import checksum as checksum
 from reprise.ops.compressor import compressor as compressor
+from reprise.ops.dispatch import combine as combine
+from reprise.ops.dispatch import dispatch as dispatch
 from reprise.ops.draft_inputs import draft_inputs as draft_inputs
 from reprise.ops.experts import experts as experts
 from reprise.ops.experts import experts_add as experts_add

@@ -15,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from reprise import platforms
-from reprise.distributed import Group, Ranks
+from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.board import Board
 from reprise.distributed.communicator import connect
 from reprise.distributed.ring import Reader
@@ -84,7 +84,8 @@ class _Follower:
         self._outstanding: deque[PendingOutput] = deque()
         self._retired = 0
         self._drawn = Drawn()
-        self._runner = ModelRunner(config, platform, checkpoint, Ranks(group, board))
+        ranks = Ranks(group, board, ALONE if config.enable_expert_parallel else None)
+        self._runner = ModelRunner(config, platform, checkpoint, ranks)
         board.note_done(1)
 
     def run(self) -> None:

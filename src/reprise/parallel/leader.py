@@ -16,7 +16,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from reprise.config import EngineConfig
-from reprise.distributed import Group, Ranks
+from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.communicator import Communicator, connect
 from reprise.distributed.ring import Writer
 from reprise.errors import RanksError, describe
@@ -80,7 +80,8 @@ class Leader:
         Raises:
             ModelError: So many ranks cannot share the model.
         """
-        shape_of(checkpoint.config, torch.bfloat16, self.group)
+        exchange = ALONE if config.enable_expert_parallel else None
+        shape_of(checkpoint.config, torch.bfloat16, self.group, exchange)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         platform = self.platform
         begin = Start(
@@ -95,7 +96,7 @@ class Leader:
         )  # fmt: skip
         self._processes.on_loss = self._communicator.abort
         prove_direct(self._communicator, platform, self._processes.board)
-        return Ranks(self.group, self._processes.board)
+        return Ranks(self.group, self._processes.board, exchange)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:
         """Tell all followers.

@@ -120,6 +120,7 @@ def build_model(
     platform: Platform,
     num_drafts: int = 0,
     group: Group = ALONE,
+    exchange: Group | None = None,
 ) -> CausalLM:
     """The model with unset weights, after it has been made sure that the device can hold it.
 
@@ -132,6 +133,7 @@ def build_model(
         platform: Drives the device.
         num_drafts: See :class:`reprise.layers.Build`.
         group: The ranks that own it together; what is built is this one's part.
+        exchange: See :class:`reprise.layers.Build`.
 
     Raises:
         ModelError: The config describes no model that can be built, or none that so many ranks can
@@ -140,7 +142,7 @@ def build_model(
     """
     try:
         # Sizes alone, in no memory: an absurd config must not claim the machine's.
-        shape = shape_of(config, dtype, group)
+        shape = shape_of(config, dtype, group, exchange)
         weights = sum(each.nbytes for each in shape.parameters())
         position = _bytes_of_a_position(shape)
     except (RuntimeError, OverflowError, MemoryError) as error:
@@ -161,14 +163,16 @@ def build_model(
     try:
         build = Build(
             dtype, platform.device, max_model_len, cache_dtype=cache_dtype, num_drafts=num_drafts,
-            group=group,
+            group=group, exchange=exchange,
         )  # fmt: skip
         return models.build(config, build)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 
 
-def shape_of(config: Any, dtype: torch.dtype, group: Group) -> CausalLM:
+def shape_of(
+    config: Any, dtype: torch.dtype, group: Group, exchange: Group | None = None
+) -> CausalLM:
     """A rank's part of the model, without memory.
 
     Raises:
@@ -176,10 +180,11 @@ def shape_of(config: Any, dtype: torch.dtype, group: Group) -> CausalLM:
     """
 
     def build(group: Group) -> CausalLM:
-        return models.build(config, Build(dtype, torch.device("meta"), 1, group=group))
+        made = Build(dtype, torch.device("meta"), 1, group=group, exchange=exchange)
+        return models.build(config, made)
 
     try:
-        return build(group)
+        found = build(group)
     except ModelError as error:
         if group.size == 1:
             raise
@@ -191,6 +196,16 @@ def shape_of(config: Any, dtype: torch.dtype, group: Group) -> CausalLM:
         raise ModelError(
             f"{error}; this model can be shared by {', '.join(map(str, sizes))} rank(s)"
         ) from error
+    if exchange is not None and not found.routed:
+        raise ModelError(
+            f"enable_expert_parallel=True: {_architecture(config)} has no experts; leave it out"
+        )
+    return found
+
+
+def _architecture(config: Any) -> str:
+    """The architecture of a config, for people."""
+    return str((getattr(config, "architectures", None) or ["the model"])[0])
 
 
 def _builds(build: Callable[[Group], CausalLM], group: Group) -> bool:

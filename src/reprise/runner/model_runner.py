@@ -117,6 +117,7 @@ class ModelRunner:
                     num_drafts=num_drafts,
                     platform=platform,
                     group=ranks.group,
+                    exchange=ranks.exchange,
                 )
             with timeline.span("weights"):
                 load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
