@@ -10,7 +10,7 @@ from http_server import Server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reprise.server.reasoning import Splitter, thinks_from_start
+from reprise.server.reasoning import Splitter, ThoughtTokens, thinks_from_start
 
 PIECES = st.lists(
     st.sampled_from(["<think>", "</think>", "<", "<th", "ink>", "</", " ", "\n", "a", "so x<y"])
@@ -45,6 +45,36 @@ def test_how_a_text_is_cut_makes_no_difference(
         sorted("".join(text.replace("</think>", "", 1).split())),
         sorted("".join(text.replace("<think>", "", 1).split())),
     )  # fmt: skip
+
+
+@given(PIECES, st.booleans(), st.data())
+def test_how_tokens_come_makes_no_difference_to_which_are_thoughts(
+    tokens: list[str], thinking: bool, data: st.DataObject
+) -> None:
+    """Texts come behind their tokens where they are held back. A token is a thought if it begins
+    before the end of the thought."""
+    tokens = [*tokens, ""]  # one that ends the text, and has none
+    text = "".join(tokens)
+    splitter = Splitter(thinking)
+    splitter.feed(text)
+    begins = [len("".join(tokens[:place]).encode()) for place in range(len(tokens))]
+    if splitter.thought_end is not None:
+        expected = sum(begin < splitter.thought_end for begin in begins)
+    else:
+        expected = len(tokens) if splitter.thinking else 0
+
+    late = data.draw(st.integers(0, 3))
+    splitter = Splitter(thinking)
+    count = ThoughtTokens(splitter)
+    known = said = 0
+    while known < len(tokens):
+        more = data.draw(st.integers(1, 4))
+        new, known = tokens[known : known + more], min(known + more, len(tokens))
+        until = len(tokens) if known == len(tokens) else max(said, known - late)
+        splitter.feed("".join(tokens[said:until]))
+        said = until
+        count.add([len(each.encode()) for each in new])
+    assert count.count == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import openai
 import pytest
 from http_server import Server, Start
 from pydantic import BaseModel, Field
+from tokenizers import Tokenizer
 
+from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.server.errors import ApiError
 from reprise.server.responses.items import messages_of
 from reprise.server.responses.store import ResponseStore
@@ -81,8 +83,6 @@ def both(client: openai.OpenAI, **options: Any) -> tuple[Any, list[Any]]:
     expected, found = (stable(each.model_dump()) for each in (plain, last))
     for each in (expected, found):
         each["usage"].pop("input_tokens_details")  # the second one finds what the first has cached
-        # This model's tags are no tokens: which of them are thoughts is a guess, of streams alone.
-        each["usage"].pop("output_tokens_details")
     assert found == expected
     for number, item in enumerate(last.output):
         own = [each for each in events if getattr(each, "output_index", None) == number]
@@ -141,6 +141,31 @@ def test_reasoning_calls_and_text_are_items(client: openai.OpenAI) -> None:
     (call,) = plain.output
     assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
     assert plain.status == "completed"
+
+
+def test_tokens_of_thoughts_are_counted_where_their_tags_are_no_tokens(
+    client: openai.OpenAI,
+) -> None:
+    """One is a thought's if the text before it has not ended the thought; streamed or not."""
+    text = "<think>\nLet me look.\n</think>\n\nIt rains."
+    options: dict[str, Any] = {
+        "model": "demo", "messages": [{"role": "user", "content": ASK}],
+        "extra_body": {"structured_outputs": {"choice": [text]}, "return_token_ids": True},
+    }  # fmt: skip
+    plain = client.chat.completions.create(**options)
+    ids = plain.choices[0].token_ids  # type: ignore[attr-defined]
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    assert tokenizer.decode(ids) == text
+    before = [tokenizer.decode(ids[:place]) for place in range(len(ids))]
+    expected = sum("</think>" not in each for each in before)
+    assert 8 < expected < len(ids) - 2
+    *_, last = client.chat.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    )
+    for usage in (plain.usage, last.usage):
+        assert usage is not None
+        assert usage.completion_tokens_details is not None
+        assert usage.completion_tokens_details.reasoning_tokens == expected
 
 
 def test_reasoning_of_a_stub(start: Start) -> None:

@@ -19,12 +19,10 @@ from reprise.server.fields import ChatRequest, sampling
 from reprise.server.generation import DONE, Reply
 from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
-from reprise.server.reasoning import Part, Splitter, thinks_from_start
+from reprise.server.reasoning import Part, Splitter, ThoughtTokens, thinks_from_start
 from reprise.server.streaming import Template
 from reprise.server.tools.choice import ToolUse, tool_use
 
-TOKENS_BEFORE_THOUGHT = 3
-"""White space, at most."""
 _NO_LOGPROBS = b'"logprobs":null,"finish_reason":null'
 
 
@@ -93,8 +91,7 @@ class Chat(Reply):
             wants += ["prompt_ids", "ids"]
         if parser != "none":
             self.usage.reasoning = 0
-            wants += ["tail", "ids"]
-        self._think_ids = facts["think_ids"]
+            wants += ["tail", "sizes"]
         if request.truncate_prompt_tokens is None:
             texts = sum(_length(each.get("content")) for each in chat["messages"])
             check_length(texts, "characters", facts, "messages")
@@ -166,7 +163,7 @@ class Chat(Reply):
             if self._parser != "none":
                 tail = self._facts.get("tail", "")
                 splitter = Splitter(thinks_from_start(self._parser, tail, self._unfinished))
-            found = self._choices[index] = _Choice(splitter, self._think_ids, self._use)
+            found = self._choices[index] = _Choice(splitter, self._use)
         return found
 
     # ---- plain -----------------------------------------------------------------------------
@@ -211,6 +208,7 @@ class Chat(Reply):
                 calls[-1]["function"]["arguments"] += part
             else:
                 texts[kind] += part
+        self._count_thoughts(choice, more)
         empty = bool(texts["reasoning"] or calls) and not texts["content"]
         message: dict[str, Any] = {
             "role": self._role,
@@ -289,6 +287,7 @@ class Chat(Reply):
         parts = choice.feed(text)
         if finish is not None:
             parts += choice.finish()
+        self._count_thoughts(choice, more)
         extra = b""
         if more is not None:
             choice.positions += more["logprobs"] or []
@@ -335,13 +334,17 @@ class Chat(Reply):
     # ---- both ------------------------------------------------------------------------------
 
     def _count(self, outputs: list[list[Any]], end: dict[str, Any] | None) -> None:
-        for index, _, count, _, _, more in outputs:
-            self.usage.completion += count
-            if self.usage.reasoning is not None:
-                self.usage.reasoning += self._choice(index).count((more or {}).get("ids") or [])
+        self.usage.completion += sum(each[2] for each in outputs)
         if end is not None:
             self.usage.cached += end["cached"]
             self.end = end
+
+    def _count_thoughts(self, choice: _Choice, more: Mapping[str, Any] | None) -> None:
+        """Behind the text of an output."""
+        if choice.thoughts is not None and more is not None:
+            before = choice.thoughts.count
+            choice.thoughts.add(more["sizes"])
+            self.usage.reasoning = (self.usage.reasoning or 0) + choice.thoughts.count - before
 
 
 class _Choice:
@@ -349,13 +352,10 @@ class _Choice:
 
     Args:
         splitter: Of its text; None: all of it is the answer.
-        think_ids: The tokens that begin and end a thought.
         use: How calls are read; None: there are none.
     """
 
-    def __init__(
-        self, splitter: Splitter | None, think_ids: Sequence[int | None], use: ToolUse | None
-    ) -> None:
+    def __init__(self, splitter: Splitter | None, use: ToolUse | None) -> None:
         self._use = use
         self._reader = None if use is None else use.reader()
         self.num_calls = 0
@@ -364,10 +364,7 @@ class _Choice:
         """The chunk with the role was sent."""
         self.positions: list[Position] = []
         self._splitter = splitter
-        self._begin, self._end = think_ids
-        self._seen = 0
-        self._thinks = True if splitter is not None and splitter.thinking else None
-        """Whether the next token is a thought; None: it is not decided."""
+        self.thoughts = None if splitter is None else ThoughtTokens(splitter)
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         if self._splitter is None:
@@ -411,31 +408,19 @@ class _Choice:
         return "tool_calls" if finish == "stop" and called else finish
 
     @property
+    def thinks(self) -> bool:
+        """What follows is a thought, as far as is known."""
+        return self._splitter is not None and self._splitter.thinking
+
+    @property
     def answers(self) -> bool:
         """All that follows is answer."""
-        return self._splitter is None or self._splitter.state == "content"
+        if self._splitter is None or self.thoughts is None:
+            return True
+        return self._splitter.state == "content" and self.thoughts.settled
 
     def finish(self) -> list[tuple[str, str]]:
         return self._read([] if self._splitter is None else self._splitter.finish(), ended=True)
-
-    def count(self, ids: list[int]) -> int:
-        """How many of the next tokens are thoughts, the tags included."""
-        if self._splitter is None or self._thinks is False:
-            return 0
-        if self._end is None:  # the tag is no token: as far as the text tells
-            return len(ids) if self._splitter.thinking else 0
-        for place, token in enumerate(ids):
-            self._seen += 1
-            if self._thinks is None:
-                if token == self._begin:
-                    self._thinks = True
-                elif self._seen > TOKENS_BEFORE_THOUGHT:
-                    self._thinks = False
-                    return 0
-            elif token == self._end:
-                self._thinks = False
-                return place + 1
-        return len(ids) if self._thinks else 0
 
 
 def _length(content: Any) -> int:

@@ -130,6 +130,7 @@ def _merged(first: list[Any], later: list[Any]) -> list[Any]:
         before[3], before[4] = finish, stop
         if more is not None and before[5] is not None:
             before[5]["ids"] += more["ids"]
+            before[5]["sizes"] += more["sizes"]
             if more["logprobs"] is not None:
                 before[5]["logprobs"] = (before[5]["logprobs"] or []) + more["logprobs"]
             before[5]["suspect_from"] = more["suspect_from"]

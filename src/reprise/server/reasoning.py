@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -46,6 +47,11 @@ class Splitter:
         """Something of this block was given out."""
         self._may_open = thinking
         """Some models write the tag behind a prompt that ends with it."""
+        self._fed = 0
+        """Bytes of the text (UTF-8), as long as a thought may end."""
+        self.thought_end: int | None = None
+        """Bytes of the text up to the end of its thought, the tag included; None: it has none, or
+        none that has ended."""
 
     @property
     def thinking(self) -> bool:
@@ -55,6 +61,8 @@ class Splitter:
     def feed(self, text: str) -> list[Part]:
         """What is certain with this piece."""
         self._held += text
+        if self.state in ("start", "reasoning"):
+            self._fed += len(text.encode())
         parts: list[Part] = []
         while self._step(parts):
             pass
@@ -109,6 +117,7 @@ class Splitter:
         if found:
             parts.append(("reasoning", thought.rstrip()))
             self.state, self._held = "between", rest
+            self.thought_end = self._fed - len(rest.encode())
             return True
         sure = len(held) - _beginning_of(held, CLOSE)
         sure = len(held[:sure].rstrip())
@@ -117,6 +126,46 @@ class Splitter:
             self._began = True
         self._held = held[sure:]
         return False
+
+
+class ThoughtTokens:
+    """Counts the tokens of an output that are thoughts, the tags included. How they are cut into
+    pieces makes no difference to the count.
+
+    Args:
+        splitter: Of the text.
+    """
+
+    def __init__(self, splitter: Splitter) -> None:
+        self._splitter = splitter
+        self._sizes: list[int] = []
+        self._bytes = 0
+        """Of the tokens that are known to be thoughts."""
+        self.count = 0
+        """As far as the splitter knows."""
+        self.settled = False
+        """No later token is a thought."""
+
+    def add(self, sizes: Sequence[int]) -> None:
+        """The next tokens, whose text the splitter has as far as it is known.
+
+        Args:
+            sizes: Bytes that each adds to the text.
+        """
+        if self.settled:
+            return
+        self._sizes += sizes
+        end = self._splitter.thought_end
+        if end is None:
+            self.count = len(self._sizes) if self._splitter.thinking else 0
+            self.settled = self._splitter.state == "content"
+            return
+        if self._bytes == 0:
+            self.count = 0
+        while self._bytes < end and self.count < len(self._sizes):
+            self._bytes += self._sizes[self.count]
+            self.count += 1
+        self.settled = self._bytes >= end
 
 
 def _beginning_of(text: str, tag: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from reprise.engine.detokenizer import TokenTexts
+
 REPLACEMENT = "\ufffd"
 
 
@@ -18,12 +20,25 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._bytes_of = _byte_alphabet()
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
+        self._sizes: dict[tuple[int, bool], int] = {}
 
     def text(self, ids: Sequence[int]) -> str:
         """Of a prompt that was given as ids."""
         if self._tokenizer is None:
             return ""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def size(self, token: int, skip_special_tokens: bool) -> int:
+        """Bytes (UTF-8) that a token adds to a text."""
+        found = self._sizes.get((token, skip_special_tokens))
+        if found is None:
+            found = 0
+            if self._texts is not None and not self._texts.is_silent(token, skip_special_tokens):
+                text, pieces = self.of(token, self._texts.of(token))
+                found = len(text.encode() if pieces is None else pieces)
+            self._sizes[token, skip_special_tokens] = found
+        return found
 
     def of(self, token: int, text: str | None) -> tuple[str, list[int] | None]:
         """A token's text, and its bytes where they are not those of the text: it is a part of a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from reprise.engine import Acceptance
@@ -38,6 +39,8 @@ class WireReader:
         self.chat = request.chat is not None
         self._wants = frozenset(request.wants)
         self._ids = "ids" in self._wants
+        self._sizes = "sizes" in self._wants
+        self._skip_special = request.params.get("skip_special_tokens") is not False
         self._final_only = request.params.get("output_kind") == "FINAL_ONLY"
         self._texts = texts
         self._last_put: float | None = None
@@ -85,9 +88,11 @@ class WireReader:
         more, logprobs = None, None
         if each.logprobs is not None:
             logprobs = [self._logprobs(position) for position in each.logprobs]
-        if self._ids or each.logprobs is not None or each.suspect_from is not None:
+        asked = self._ids or self._sizes
+        if asked or each.logprobs is not None or each.suspect_from is not None:
             more = {
-                "ids": each.token_ids,
+                "ids": each.token_ids if self._ids else [],
+                "sizes": self._sizes_of(each.token_ids),
                 "logprobs": logprobs,
                 "suspect_from": each.suspect_from,
             }
@@ -99,6 +104,12 @@ class WireReader:
             each.stop_reason,
             more,
         ]
+
+    def _sizes_of(self, ids: Sequence[int]) -> list[int]:
+        """Bytes of each token, if they are wanted."""
+        if not self._sizes:
+            return []
+        return [self._texts.size(each, self._skip_special) for each in ids]
 
     def _logprobs(self, entries: Logprobs | None) -> list[list[Any]] | None:
         """``[id, logprob, text, bytes or None]`` of each, the chosen token first."""

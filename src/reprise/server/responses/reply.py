@@ -61,6 +61,8 @@ class Response(Chat):
         self._error: dict[str, Any] | None = None
         self._completed_at: int | None = None
         self._suspect_from: int | None = None
+        self._thoughts_passed = 0
+        """Log probabilities of thoughts that were left out."""
         self.cancelled = False
         """Somebody has asked for its end."""
         params: Any = self.asks[0]["params"]
@@ -165,19 +167,22 @@ class Response(Chat):
         _, text, _, finish, _, more = output
         if finish == "abort" and not self.cancelled:
             raise EngineRefusal(ABORTED, "")
-        before = self.usage.reasoning or 0
         self._count([output], None)
         choice = self._choice(0)
-        positions: list[Any] = []
-        if more is not None:
-            thoughts = (self.usage.reasoning or 0) - before
-            positions = (more["logprobs"] or [])[thoughts:]
-            if more["suspect_from"] is not None:
-                self._suspect_from = more["suspect_from"]
-        choice.positions += positions
         parts = choice.feed(text)
         if finish is not None:
             parts += choice.finish()
+        self._count_thoughts(choice, more)
+        if more is not None:
+            choice.positions += more["logprobs"] or []
+            if more["suspect_from"] is not None:
+                self._suspect_from = more["suspect_from"]
+        if finish is not None or not choice.thinks:
+            # Log probabilities of thoughts have no place in a response.
+            thoughts = (self.usage.reasoning or 0) - self._thoughts_passed
+            passed = min(thoughts, len(choice.positions))
+            del choice.positions[:passed]
+            self._thoughts_passed += passed
         for kind, part in parts:
             if kind == "content":
                 self._output.content(part, self._taken(choice.positions))
