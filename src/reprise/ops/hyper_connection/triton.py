@@ -204,6 +204,9 @@ def stream_mix_kernel(
         x1 = tl.load(place + SIZE, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(place + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
         x3 = tl.load(place + 3 * SIZE, mask=inside, other=0.0).to(tl.float32)
+        # Where there are fewer channels than threads several warps hold the same ones, and each
+        # multiplies them with other rows of fn: all have read before one writes.
+        tl.debug_barrier()
         for k in tl.static_range(4):
             factor = tl.load(post_ptr + token * 4 + k, mask=real, other=0.0)
             c0 = tl.load(matrix + k, mask=real, other=0.0)
