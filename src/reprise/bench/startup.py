@@ -22,8 +22,8 @@ from reprise.errors import RepriseError
 from reprise.progress import progress
 
 PARTS = (
-    "interpreter", "import", "platform", "config", "tokenizer", "model", "weights", "compile",
-    "profile", "cache", "capture", "verify", "other", "first_token",
+    "interpreter", "import", "platform", "config", "tokenizer", "model", "weights", "draft",
+    "compile", "profile", "cache", "capture", "verify", "other", "first_token",
 )  # fmt: skip
 """In the order in which they happen; ``other`` is what no part claims. Those that a version or a
 configuration does not have are 0."""

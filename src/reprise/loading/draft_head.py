@@ -138,7 +138,8 @@ def read_head(
             f"{file}: model_type={described.get('model_type')!r} of a head is not supported; "
             f"supported: {', '.join(map(repr, _KINDS))}"
         )
-    layers = layer_config({k: v for k, v in described.items() if k not in _NESTED}, file)
+    own = {"eagle_config", *_NESTED}
+    layers = layer_config({k: v for k, v in described.items() if k not in own}, file)
     if layers.vocab_size != target.vocab_size:
         raise ModelError(
             f"{file}: vocab_size={layers.vocab_size} is not the model's, {target.vocab_size}: "

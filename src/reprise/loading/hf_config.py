@@ -77,7 +77,8 @@ def layer_config(given: Mapping[str, Any], file: Path) -> Any:
     Raises:
         ModelError: It cannot be read.
     """
-    raw = resolve_rope({"architectures": ["a head"], **given}, given, {})
+    nowhere: dict[str, Any] = {"architectures": ["a head"], "eos_token_id": None}
+    raw = resolve_rope({**nowhere, **given}, given, {})
     return _config(raw.pop("model_type"), raw, given, {}, file)
 
 

@@ -51,11 +51,24 @@ def _is_dtype(value: Any) -> bool:
     return value in ("float32", "bfloat16", "float16")
 
 
-def _is_default_rope(value: Any) -> bool:
-    if not isinstance(value, Mapping) or value.keys() != {"rope_type", "rope_theta"}:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def _is_whole_rope(value: Any) -> bool:
+    """Of no scaling, or of that of Llama 3, with all its parameters. A type that is not said is
+    the default one, as in files of transformers 4."""
+    if not isinstance(value, Mapping) or not all(
+        _is_number(each) and each > 0 for name, each in value.items() if name != "rope_type"
+    ):
         return False
-    theta = value["rope_theta"]
-    return value["rope_type"] == "default" and type(theta) is float and theta > 0
+    names = value.keys() - {"rope_type"}
+    kinds = {"default": {"rope_theta"}, "llama3": {"rope_theta", *_LLAMA3}}
+    kind = value.get("rope_type", "default")
+    return isinstance(kind, str) and names == kinds.get(kind)
 
 
 def _are_whole(value: Any) -> bool:
@@ -72,8 +85,8 @@ _COMMON = {
     "max_position_embeddings": _Field(_is_size),
     "hidden_act": _Field(_is_text),
     "rms_norm_eps": _Field(_is_fraction),
-    "rope_parameters": _Field(_is_default_rope),
-    "rope_theta": _Field(lambda value: type(value) is float, None),
+    "rope_parameters": _Field(_is_whole_rope),
+    "rope_theta": _Field(_is_number, None),
     "eos_token_id": _Field(_are_ids),
     "bos_token_id": _Field(_is_id, None),
     "pad_token_id": _Field(_is_id, None),
@@ -83,30 +96,41 @@ _COMMON = {
     "dtype": _Field(_is_dtype, None),
     "torch_dtype": _Field(_is_dtype, None),
     # What nothing reads here.
+    "_name_or_path": _Field(_is_text, None),
     "attention_dropout": _Field(_is_fraction, None),
     "initializer_range": _Field(_is_fraction, None),
     "transformers_version": _Field(_is_text, None),
     "use_cache": _Field(_is_flag, None),
 }
+_NO_FLAG = _Field(lambda value: value is False, None)
 _BIAS = _Field(_is_flag, False)
 _SHARE_OF_HIDDEN = {"head_dim": _Field(_is_size, None)}
-_NO_WINDOWS = {
+_FEW_WINDOWS = {
     "use_sliding_window": _Field(lambda value: value is False, False),
     "sliding_window": _Field(lambda value: value is None or _is_size(value), None),
     "max_window_layers": _Field(_is_size, None),
-    "layer_types": _Field(_are_whole, None),
 }
+_NO_WINDOWS = {**_FEW_WINDOWS, "layer_types": _Field(_are_whole, None)}
 _KINDS: dict[str, dict[str, _Field]] = {
     "llama": {
         **_COMMON, **_SHARE_OF_HIDDEN, "attention_bias": _BIAS, "mlp_bias": _BIAS,
-        "pretraining_tp": _Field(_is_size, None),
+        "pretraining_tp": _Field(_is_size, None), "is_llama_config": _Field(_is_flag, None),
+        "rope_interleaved": _NO_FLAG,
     },
     "mistral": {
         **_COMMON, **_SHARE_OF_HIDDEN,
         "sliding_window": _Field(lambda value: value is None or _is_size(value)),
     },
-    "qwen2": {**_COMMON, **_SHARE_OF_HIDDEN, **_NO_WINDOWS},
+    "qwen2": {**_COMMON, **_SHARE_OF_HIDDEN, **_NO_WINDOWS, "use_mrope": _NO_FLAG},
     "qwen3": {**_COMMON, **_NO_WINDOWS, "head_dim": _Field(_is_size), "attention_bias": _BIAS},
+    "qwen3_moe": {
+        **_COMMON, **_FEW_WINDOWS, "head_dim": _Field(_is_size), "attention_bias": _BIAS,
+        "decoder_sparse_step": _Field(_is_size), "moe_intermediate_size": _Field(_is_size),
+        "num_experts": _Field(_is_size), "num_experts_per_tok": _Field(_is_size),
+        "norm_topk_prob": _Field(_is_flag),
+        "mlp_only_layers": _Field(lambda value: isinstance(value, list) and _are_ids(value)),
+        "output_router_logits": _NO_FLAG, "router_aux_loss_coef": _Field(_is_fraction, None),
+    },
 }  # fmt: skip
 """By ``model_type``."""
 
@@ -139,8 +163,10 @@ def plain_config(kind: str, raw: Mapping[str, Any]) -> SimpleNamespace | None:
         found["head_dim"] = hidden // heads
     if found["head_dim"] % 2:
         return None
-    if "layer_types" in fields:
+    found["rope_parameters"] = {"rope_type": "default", **found["rope_parameters"]}
+    if "use_sliding_window" in fields:
         found["sliding_window"] = None
+    if "layer_types" in fields:
         if found["layer_types"] is None:
             found["layer_types"] = ["full_attention"] * layers
         if len(found["layer_types"]) != layers:
