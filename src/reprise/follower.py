@@ -19,6 +19,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     from reprise.distributed.board import Board
+    from reprise.distributed.ring import Reader
     from reprise.errors import RepriseError
     from reprise.parallel.follower import die_with, follow
 
@@ -26,7 +27,7 @@ def main() -> None:
     board = Board(options.memory, options.rank, options.size, options.ring_bytes)
     code = 0
     try:
-        follow(board, options.woken)
+        follow(board, Reader(board, options.woken, lambda: None))
     except BaseException as error:
         if not board.ended:
             if isinstance(error, RepriseError):

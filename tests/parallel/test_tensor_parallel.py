@@ -181,7 +181,7 @@ def test_a_slow_rank_changes_no_token(alone: matrix.Alone) -> None:
 def test_whoever_waits_is_told_in_time(alone: matrix.Alone, kind: int, steps: int) -> None:
     llm = shared(alone, replace(COVERING, executor="none")).engine()
     inner = llm.engine
-    (child,) = inner.runner._leader._processes._children
+    (child,) = inner.runner._leader._followers._children
     try:
         inner.add("waiting", {"prompt_token_ids": [1, 2, 3]}, greedy(100, ignore_eos=True))
         for _ in range(steps):
@@ -198,7 +198,7 @@ def test_whoever_waits_is_told_in_time(alone: matrix.Alone, kind: int, steps: in
 
 def test_a_killed_rank_is_named(llm: LLM) -> None:
     """Whoever waits gets the error, and whoever comes later."""
-    (child,) = llm.engine.runner._leader._processes._children
+    (child,) = llm.engine.runner._leader._followers._children
     inner = llm.engine
     inner.add("waiting", {"prompt_token_ids": [1, 2, 3]}, greedy(80))
     inner.step()

@@ -11,6 +11,7 @@ from reprise.distributed.communicator import communicator as communicator
 from reprise.distributed.group import ALONE as ALONE
 from reprise.distributed.group import ECHO as ECHO
 from reprise.distributed.group import Group as Group
+from reprise.distributed.group import Host as Host
 from reprise.distributed.group import Share as Share
 from reprise.distributed.group import own_experts as own_experts
 from reprise.distributed.ranks import Ranks as Ranks

@@ -159,13 +159,7 @@ class Board:
         """Say what ended this rank, for the others to see; the first one counts."""
         if self._of(self.rank, _FAILED):
             return
-        try:
-            text = pickle.dumps(error)
-            pickle.loads(text)
-        except Exception:  # not every exception can be sent
-            text = pickle.dumps(f"{type(error).__name__}: {error}")
-        if len(text) > _TEXT_BYTES:
-            text = pickle.dumps(str(error)[: _TEXT_BYTES // 8])
+        text = sendable(error)
         begin = self.rank * _TEXT_BYTES
         self._texts[begin : begin + len(text)] = text
         self.fence()
@@ -220,6 +214,18 @@ class Board:
                 pause(waited)
         self.fence()
         return max(self._numbers[(1 + rank) * _WORDS + word] for rank in range(self.size))
+
+
+def sendable(error: BaseException | str) -> bytes:
+    """An error, or what can be said of it, pickled: at most :data:`_TEXT_BYTES`."""
+    try:
+        text = pickle.dumps(error)
+        pickle.loads(text)
+    except Exception:  # not every exception can be sent
+        text = pickle.dumps(f"{type(error).__name__}: {error}")
+    if len(text) > _TEXT_BYTES:
+        text = pickle.dumps(str(error)[: _TEXT_BYTES // 8])
+    return text
 
 
 def pause(waited: float) -> None:

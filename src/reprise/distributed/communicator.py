@@ -176,7 +176,8 @@ def connect(
         store: Through which the ranks find each other.
         device: That this rank computes on.
         timeout: Seconds after which a rank that waits gives up, where the backend knows that.
-        direct: Whether ranks may read each other's memory, where their devices can.
+        direct: Whether ranks may read each other's memory, where they are on one host and their
+            devices can.
 
     Raises:
         PlatformError: This torch does not have the backend.
@@ -186,7 +187,7 @@ def connect(
     if eager is not None and device.index is not None:
         eager(device)  # a failure to connect shows now, and memory is taken before it is measured
     found = _known[group.name] = Communicator(group, made, device, store)
-    if direct and device.index is not None:
+    if direct and device.index is not None and group.on_one_host:
         found.reach()
     return found
 
@@ -194,10 +195,9 @@ def connect(
 def _make(group: Group, backend: str, store: Store, timeout: float) -> Any:
     limit = timedelta(seconds=timeout)
     if backend == "gloo":
-        # All ranks are on this machine, whose name need not resolve.
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._devices = [gloo.create_device(hostname=group.host.address)]
         options._timeout = limit
         return gloo(store, group.rank, group.size, options)
     if backend == "nccl" and dist.is_nccl_available():

@@ -19,6 +19,19 @@ class Share(NamedTuple):
     """All ranks' together."""
 
 
+class Host(NamedTuple):
+    """Where a rank's process runs."""
+
+    name: str
+    """Equal for ranks that share memory, and for no others."""
+    address: str
+    """By which the others reach it."""
+
+
+HERE = Host("", "127.0.0.1")
+"""Of ranks that are all on one host, whose name need not resolve."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks that compute one model together. Layers get it with their build; ops get its name."""
@@ -29,6 +42,28 @@ class Group:
     """Ours, from 0 on."""
     size: int
     """Ranks there are."""
+    hosts: tuple[Host, ...] = ()
+    """Of each rank; none: all are on this one."""
+
+    @property
+    def host(self) -> Host:
+        """Ours."""
+        return self.hosts[self.rank] if self.hosts else HERE
+
+    @property
+    def leader(self) -> Host:
+        """Rank 0's."""
+        return self.hosts[0] if self.hosts else HERE
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether ranks can share memory at all."""
+        return len(set(self.hosts)) <= 1
+
+    @property
+    def beside(self) -> int:
+        """Ranks on our host, this one included."""
+        return self.hosts.count(self.host) if self.hosts else self.size
 
     def share(self, total: int, what: str, grain: int = 1) -> Share:
         """Ours of ``total`` things, equally many for each rank.

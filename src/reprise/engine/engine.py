@@ -55,7 +55,7 @@ from reprise.loading import (
 from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
-from reprise.parallel import Leader, LeadingRunner
+from reprise.parallel import Elsewhere, Leader, LeadingRunner
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
@@ -92,12 +92,13 @@ class Engine(Frontend):
 
     Args:
         config: Options; the platform may adjust them, each change is logged.
+        elsewhere: The ranks, if somebody else has started them, this process as their first.
 
     Raises:
         RepriseError: The device, model or options do not work; nothing stays allocated.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, elsewhere: Elsewhere | None = None) -> None:
         if config.data_parallel_size > 1:
             raise ConfigError(
                 f"data_parallel_size={config.data_parallel_size}: an Engine is one; LLM, AsyncLLM "
@@ -114,11 +115,12 @@ class Engine(Frontend):
             leader = None
             if config.tensor_parallel_size > 1:
                 with timeline.span("ranks"):
-                    leader = Leader(config.tensor_parallel_size, self.platform)
+                    leader = Leader(config.tensor_parallel_size, self.platform, elsewhere)
             with contextlib.nullcontext() if leader is None else leader.starting():
                 checkpoint, tokenizer = self._open(config, leader)
+        devices = (str(self.platform.device),) if leader is None else leader.devices
         try:
-            self._begin(config, checkpoint, tokenizer)
+            self._begin(config, checkpoint, tokenizer, devices)
         except BaseException:
             self.runner.close()
             raise
@@ -140,18 +142,21 @@ class Engine(Frontend):
             self.runner = LeadingRunner(config, self.platform, checkpoint, leader, ranks)
         return checkpoint, tokenizer
 
-    def _begin(self, config: EngineConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
+    def _begin(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        devices: tuple[str, ...],
+    ) -> None:
         """All that goes on from the runner."""
-        size = config.tensor_parallel_size
         super().__init__(
             config,
             tokenizer,
             checkpoint.generation_config,
             self.runner.model.vocab_size,
             self.runner.max_model_len,
-            tuple(self.platform.device_of(rank, size) for rank in range(size))
-            if size > 1
-            else (str(self.platform.device),),
+            devices,
         )
         self._texts = None if self.tokenizer is None else TokenTexts(self.tokenizer)
         self.eos_token_ids = self._end_of_text(checkpoint.stop_token_ids)

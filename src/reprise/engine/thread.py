@@ -22,6 +22,7 @@ from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
 from reprise.errors import RepriseError, describe
+from reprise.parallel import Elsewhere
 from reprise.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -59,13 +60,19 @@ class EngineThread:
     Args:
         config: Of the engine.
         delivered: Called behind the deliveries of a step with the readers that got something.
+        elsewhere: As of :class:`reprise.engine.Engine`.
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
 
-    def __init__(self, config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> None:
-        self.engine = Engine(config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        delivered: Callable[[Sequence[Any]], None],
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        self.engine = Engine(config, elsewhere)
         self._delivered = delivered
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._readers: dict[str, Reader] = {}

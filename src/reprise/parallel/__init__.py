@@ -2,3 +2,4 @@
 
 from reprise.parallel.leader import Leader as Leader
 from reprise.parallel.leader import LeadingRunner as LeadingRunner
+from reprise.parallel.remote import Elsewhere as Elsewhere

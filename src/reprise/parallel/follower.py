@@ -10,15 +10,14 @@ import threading
 import time
 from collections import deque
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch._C._distributed_c10d import TCPStore
 
 from reprise import platforms
-from reprise.distributed import ALONE, Group, Ranks
-from reprise.distributed.board import Board
+from reprise.distributed import ALONE, Agreement, Ranks
 from reprise.distributed.communicator import connect
-from reprise.distributed.ring import Reader
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import wake_compiler
@@ -32,54 +31,83 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 0.25
 
 
-def follow(board: Board, woken: int) -> None:
+class Board(Agreement, Protocol):
+    """What a follower and the others know of each other, whatever carries it."""
+
+    rank: int
+    timeout: float
+    """Seconds that a rank waits for an answer of the others."""
+
+    @property
+    def ended(self) -> bool:
+        """The group is over."""
+
+    def beat(self) -> None:
+        """Say that this process runs."""
+
+    def note_done(self, count: int) -> None:
+        """Say how many messages were carried out."""
+
+
+class Messages(Protocol):
+    """The leader's, in its order."""
+
+    def receive(self) -> bytes:
+        """The next one, when it has come.
+
+        Raises:
+            RanksError: None will come.
+        """
+
+
+def follow(board: Board, messages: Messages) -> None:
     """Until the leader says stop.
 
     Args:
-        board: The memory that is shared with the leader.
-        woken: File descriptor that the leader writes to.
+        board: What is known of the others.
+        messages: What the leader says.
 
     Raises:
         Exception: This rank failed; the others have to be told.
     """
     threading.Thread(target=_beat, args=(board,), name="reprise-beat", daemon=True).start()
-    reader = Reader(board, woken, lambda: None)
-    kind, _, content = unpack(reader.receive(), 1)
+    kind, _, content = unpack(messages.receive(), 1)
     if kind is Kind.STOP:
         return
     if kind is not Kind.START:
         raise RanksError(f"the leader began with {kind.name} and not with START")
     with torch.inference_mode():
-        _Follower(board, reader, pickle.loads(content)).run()
+        _Follower(board, messages, pickle.loads(content)).run()
 
 
 def _beat(board: Board) -> None:
-    while True:
+    while not board.ended:
         board.beat()
         time.sleep(BEAT_SECONDS)
 
 
 class _Follower:
-    def __init__(self, board: Board, reader: Reader, start: Start) -> None:
+    def __init__(self, board: Board, messages: Messages, start: Start) -> None:
         rank = board.rank
         for each in start.setup:
             module, _, name = each.partition(":")
             getattr(importlib.import_module(module), name)(rank)
         board.timeout = start.timeout
-        platform = platforms.resolve(start.device)
-        platform = platforms.resolve(platform.device_of(rank, board.size))
+        platform = platforms.resolve(start.devices[rank])
+        group = start.group_of(rank)
+        if group.hosts:
+            platform.share_host(group.beside)
         platform.activate()
         config = start.config
-        group = Group(start.group, rank, board.size)
         with platform.warming_up(then=partial(wake_compiler, platform)):
             checkpoint = checkpoint_of(config)
-        store = TCPStore("127.0.0.1", start.port, is_master=False)
+        store = TCPStore(group.leader.address, start.port, is_master=False)
         communicator = connect(
             group, platform.dist_backend, store, platform.device, start.timeout,
             direct=config.custom_all_reduce,
         )  # fmt: skip
         prove_direct(communicator, platform, board)
-        self._board, self._reader, self._store = board, reader, store
+        self._board, self._messages, self._store = board, messages, store
         self._decoder = Decoder()
         self._outstanding: deque[PendingOutput] = deque()
         self._retired = 0
@@ -93,7 +121,7 @@ class _Follower:
         count = 1
         while True:
             count += 1
-            kind, retired, content = unpack(self._reader.receive(), count)
+            kind, retired, content = unpack(self._messages.receive(), count)
             if kind is Kind.STOP:
                 return
             self._retire(retired)

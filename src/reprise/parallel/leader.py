@@ -18,12 +18,13 @@ from torch._C._distributed_c10d import TCPStore
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.communicator import Communicator, connect
-from reprise.distributed.ring import Writer
 from reprise.errors import RanksError, describe
 from reprise.loading import Checkpoint
 from reprise.parallel.direct import prove_direct
+from reprise.parallel.followers import Followers
 from reprise.parallel.messages import Drawn, Kind, Start, pack, pickled
 from reprise.parallel.processes import Processes
+from reprise.parallel.remote import Elsewhere
 from reprise.parallel.wire import Encoder
 from reprise.platforms import Platform
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
@@ -50,20 +51,39 @@ class Leader:
     Args:
         size: Ranks, this one included.
         platform: Of this rank.
+        elsewhere: The ranks, if somebody else has started them; None: followers are started on
+            this machine.
+        timeout: Seconds that a rank may take for one message.
 
     Raises:
         PlatformError: There are not so many devices, or no collectives for them.
+        RanksError: Followers do not connect.
     """
 
-    def __init__(self, size: int, platform: Platform, timeout: float = TIMEOUT_SECONDS) -> None:
-        for rank in range(size):
-            platform.device_of(rank, size)
+    def __init__(
+        self,
+        size: int,
+        platform: Platform,
+        elsewhere: Elsewhere | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
         self.size, self.platform, self._timeout = size, platform, timeout
-        self.group = Group(f"tensor-{os.getpid()}-{next(_numbers)}", 0, size)
-        logger.info("ranks: starting %d follower(s) on %s", size - 1, platform.name)
-        self._processes = Processes(size, timeout)
-        self._processes.report = lambda: f"the leader's last one was {self._last}"
-        self._writer = Writer(self._processes.board, self._processes.wakers)
+        name = f"tensor-{os.getpid()}-{next(_numbers)}"
+        self._followers: Followers
+        if elsewhere is None:
+            self._devices = tuple(platform.device_of(rank, size) for rank in range(size))
+            self.devices = self._devices
+            self.group = Group(name, 0, size)
+            logger.info("ranks: starting %d follower(s) on %s", size - 1, platform.name)
+            self._followers = Processes(size, timeout)
+        else:
+            self._devices = tuple(each.device for each in elsewhere.ranks)
+            self.devices = tuple(
+                f"{each.device} on {each.host.address}" for each in elsewhere.ranks
+            )
+            self.group = Group(name, 0, size, tuple(each.host for each in elsewhere.ranks))
+            self._followers = elsewhere.followers(timeout)
+        self._followers.report = lambda: f"the leader's last one was {self._last}"
         self._communicator: Communicator | None = None
         self._store: Any = None
         self._last = "none"
@@ -72,7 +92,7 @@ class Leader:
         self.drawn = Drawn()
         """In these steps."""
         self._compared = 0
-        self._finalizer = weakref.finalize(self, self._processes.close)
+        self._finalizer = weakref.finalize(self, self._followers.close)
 
     def start(self, config: EngineConfig, checkpoint: Checkpoint) -> Ranks:
         """Have all followers make their runners, and join them; this rank's has to be made next.
@@ -82,21 +102,21 @@ class Leader:
         """
         exchange = ALONE if config.enable_expert_parallel else None
         shape_of(checkpoint.config, torch.bfloat16, self.group, exchange)
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        platform = self.platform
+        group, platform = self.group, self.platform
+        self._store = TCPStore(group.leader.address, 0, is_master=True, wait_for_workers=False)
         begin = Start(
-            config.arguments(), platform.device_of(0, self.size), self.group.name,
-            self._store.port, self._timeout, SETUP,
+            config.arguments(), self._devices, group.hosts, group.name, self._store.port,
+            self._timeout, SETUP,
         )  # fmt: skip
         self.say(Kind.START, pickled(begin))
-        platform.share_host(self.size)
+        platform.share_host(group.beside)
         self._communicator = connect(
             self.group, platform.dist_backend, self._store, platform.device, self._timeout,
             direct=config.custom_all_reduce,
         )  # fmt: skip
-        self._processes.on_loss = self._communicator.abort
-        prove_direct(self._communicator, platform, self._processes.board)
-        return Ranks(self.group, self._processes.board, exchange)
+        self._followers.on_loss = self._communicator.abort
+        prove_direct(self._communicator, platform, self._followers.board)
+        return Ranks(self.group, self._followers.board, exchange)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:
         """Tell all followers.
@@ -105,12 +125,12 @@ class Leader:
             RanksError: A rank was lost.
         """
         self.check()
-        board = self._processes.board
+        board = self._followers.board
         self._last = f"number {board.sent + 1}, {kind.name.lower()}"
         try:
-            self._writer.send(pack(kind, board.sent + 1, self.retired, content))
+            self._followers.send(pack(kind, board.sent + 1, self.retired, content))
         except RanksError as error:
-            raise (self._processes.cause(error, BLAME_SECONDS) or error) from error
+            raise (self._followers.cause(error, BLAME_SECONDS) or error) from error
 
     def compare(self) -> None:
         """Now and then have the followers look whether they have drawn the same."""
@@ -120,8 +140,8 @@ class Leader:
 
     def check(self) -> None:
         """Raise a RanksError if a rank was lost."""
-        if self._processes.lost is not None:
-            raise self._processes.lost
+        if self._followers.lost is not None:
+            raise self._followers.lost
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -134,15 +154,13 @@ class Leader:
             try:
                 yield
             except Exception as error:
-                cause = self._processes.cause(error, BLAME_SECONDS)
+                cause = self._followers.cause(error, BLAME_SECONDS)
                 if cause is None:
                     cause = RanksError(
                         f"rank 0 failed ({describe(error)}) and has lost step with the others; "
                         "create a new engine"
                     )
-                    self._processes.lost = cause
-                    self._processes.board.end()
-                    self._processes.kill()
+                    self._followers.give_up(cause)
                 raise cause from error
         self.check()
 
@@ -156,7 +174,7 @@ class Leader:
             seconds = 1.0 if isinstance(error, Exception) else 0.0
             cause = None
             if isinstance(error, RanksError | RuntimeError):
-                cause = self._processes.cause(error, seconds)
+                cause = self._followers.cause(error, seconds)
             self.close(at_once=True)
             if cause is None:
                 raise
@@ -166,9 +184,9 @@ class Leader:
     def close(self, *, at_once: bool = False) -> None:
         """End the followers; nothing of them is left."""
         self._finalizer.detach()
-        number = self._processes.board.sent + 1
+        number = self._followers.board.sent + 1
         stop = pack(Kind.STOP, number, self.retired)
-        self._processes.close(None if at_once else lambda: self._writer.send(stop))
+        self._followers.close(None if at_once else lambda: self._followers.send(stop))
         if self._communicator is not None:
             self._communicator.close()
             self._communicator = None

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any
 
 from reprise.config import EngineConfig
+from reprise.distributed import Group, Host
 from reprise.errors import RanksError
 
 _HEADER = struct.Struct("<BII")
@@ -41,12 +42,14 @@ class Start:
 
     options: dict[str, Any]
     """Of :class:`EngineConfig`."""
-    device: str
-    """Of the leader."""
+    devices: tuple[str, ...]
+    """Of each rank, as its host calls it."""
+    hosts: tuple[Host, ...]
+    """Of each rank; none: all are on this one."""
     group: str
     """Its name."""
     port: int
-    """Of the store through which process groups are made."""
+    """Of the store through which process groups are made, on the leader's host."""
     timeout: float
     """Seconds that a rank waits for others."""
     setup: tuple[str, ...]
@@ -55,6 +58,10 @@ class Start:
     @property
     def config(self) -> EngineConfig:
         return EngineConfig(**self.options)
+
+    def group_of(self, rank: int) -> Group:
+        """As a rank has it."""
+        return Group(self.group, rank, len(self.devices), self.hosts)
 
 
 class Drawn:
