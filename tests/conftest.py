@@ -7,13 +7,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
+import seeds
 
 if TYPE_CHECKING:
     from helpers import TinyModels
@@ -26,19 +26,17 @@ LONGEST = (
     "test_plugin_platform.py",
 )  # fmt: skip
 
-# On a busy machine an example may take any time.
-hypothesis.settings.register_profile("reprise", deadline=None)
-hypothesis.settings.load_profile("reprise")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="platform to test on: cpu, cuda, xpu, ...")
     parser.addoption(
-        "--long", action="store_true", help="all combinations; an accelerator always gets them"
-    )
+        "--long", action="store_true",
+        help="all combinations, and random examples; an accelerator always gets the combinations",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    seeds.set_profiles(config.getoption("--long"))
     # The tests start a hundred processes: to compile the same modules again would be half of what
     # each takes to import them.
     sys.dont_write_bytecode = False
@@ -78,6 +76,24 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # libraries that look for leaks at the end would find all
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """What several tests share does not depend on which of them is the first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    case = getattr(request, "param_index", 0)
+    with seeds.seeded(f"{fixturedef.baseid}::{fixturedef.argname}[{case}]"):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def same_draws(request: pytest.FixtureRequest) -> None:
+    """A test that fails fails again, alone too."""
+    seeds.seed(request.node.nodeid)
 
 
 @pytest.fixture(scope="session")

@@ -195,7 +195,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10**6))
 @example(seed=0)
 def test_every_row_that_is_read_holds_what_it_should(name: str, seed: int) -> None:

@@ -70,14 +70,14 @@ def check(parameters: dict[str, Any], head_size: int, length: int, device: torch
     torch.testing.assert_close(table, expected, rtol=1e-5, atol=2e-6 * length)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(parameters=st.one_of(LINEAR, LLAMA3, YARN), head_size=st.sampled_from([8, 16, 64, 128, 192]))
 def test_scalings(platform: Any, parameters: dict[str, Any], head_size: int) -> None:
     check(parameters, head_size, 64, platform.device)
 
 
 @given(theta=THETA, head_size=st.sampled_from([2, 16, 96]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_unscaled(platform: Any, theta: float, head_size: int) -> None:
     table = rotary_table(
         {"rope_theta": theta},

@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from helpers import TinyModels
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 
 from reprise.errors import RepriseError
 from reprise.layers import CausalLM, SelfAttention
@@ -116,10 +116,7 @@ def check(path: Path, config: dict[str, Any], field: str, platform: Platform) ->
         assert bool(layer.cos_sin[:4].isfinite().all())
 
 
-FUZZ = settings(
-    max_examples=100,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = settings(max_examples=100)
 
 
 @FUZZ

@@ -20,7 +20,7 @@ from helpers import (
     random_ids,
     recorded_logits,
 )
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 
 from reprise import LLM
 from reprise.errors import ConfigError, ModelError
@@ -291,7 +291,7 @@ def test_overrides_that_mean_nothing(
         assert each in str(caught.value)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(st.text(), st.none() | st.integers() | st.text())
 def test_any_unknown_key(copy: Path, name: str, value: Any) -> None:
     """At both places where overrides are a mapping."""

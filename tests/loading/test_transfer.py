@@ -60,7 +60,7 @@ CASES = st.tuples(
 
 
 @pytest.mark.usefixtures("lane")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(cases=[([1], torch.float32, torch.float32, True)], staging=1)
 @given(cases=st.lists(CASES, max_size=6), staging=st.integers(1, 300))
 def test_any_shapes(platform: Platform, cases: list[Any], staging: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from reprise.ops import draft_inputs
 from reprise.ops.step import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
@@ -29,7 +29,7 @@ def on(platform: Platform, values: Any, dtype: torch.dtype = torch.int64) -> tor
 
 
 @pytest.mark.parametrize("name", list(draft_inputs.implementations))
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_inputs_follow_from_where_rows_stand(
     implementation: Callable[..., Any], platform: Platform, name: str, data: st.DataObject

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from reprise.ops import ngram
 from reprise.ops.step import COMPUTED, NEXT
@@ -28,7 +28,7 @@ def drafts_of(text: list[int], most: int, least: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", list(ngram.implementations))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_drafts(
     implementation: Callable[..., Any], platform: Platform, name: str, data: st.DataObject

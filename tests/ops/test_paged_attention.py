@@ -285,7 +285,7 @@ def test_triton_gives_the_same_bits_again(implementation, platform, case) -> Non
     assert torch.equal(batch.run(function), batch.run(function))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_torch_on_any_batch(data: st.DataObject) -> None:
     function = paged_attention.implementations["torch"].function
@@ -293,7 +293,7 @@ def test_torch_on_any_batch(data: st.DataObject) -> None:
     torch.testing.assert_close(batch.run(function), batch.run(reference), rtol=2e-5, atol=2e-5)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_triton_on_any_batch(platform, data: st.DataObject) -> None:
     if paged_attention.implementations["triton"].requires(platform):

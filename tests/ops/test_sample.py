@@ -291,7 +291,7 @@ def test_uniform_is_philox(pairs: list[tuple[int, int]]) -> None:
     assert uniform(seeds, positions).tolist() == expected
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(words, words)
 def test_triton_uses_the_same_variate(platform, seed: int, position: int) -> None:
     if sample.implementations["triton"].requires(platform):
@@ -304,7 +304,7 @@ def test_triton_uses_the_same_variate(platform, seed: int, position: int) -> Non
     assert drawn.item() == philox(seed, position) >> 23
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=st.lists(st.integers(-6, 6).map(lambda n: n / 2), min_size=1, max_size=9),
     top_k=st.integers(0, 10),

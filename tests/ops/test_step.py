@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from reprise.ops import advance, lay_out
 from reprise.ops.step import ACCEPTED, COMPUTED, LIMIT, NEXT, PROMPT
@@ -59,7 +59,7 @@ def on(platform: Platform, values: Any, dtype: torch.dtype = torch.int64) -> tor
     return torch.tensor(values, dtype=dtype, device=platform.device)
 
 
-RUNS = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RUNS = settings(max_examples=30)
 IMPLEMENTATIONS = pytest.mark.parametrize("name", list(lay_out.implementations))
 
 

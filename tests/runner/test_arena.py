@@ -78,7 +78,7 @@ def test_buffers_are_used_again_when_their_copies_have_run() -> None:
     assert len(arena._staging) <= 2
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_what_is_uploaded_arrives_in_whatever_order_it_is_named(
     platform: Platform, data: st.DataObject

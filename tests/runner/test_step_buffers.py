@@ -130,7 +130,7 @@ def check(world: World, step: Step, padded: StepShape) -> None:
     assert (list(range(step.num_tokens)) if chosen is None else chosen.tolist()) == last
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_random_steps(platform: Platform, data: st.DataObject) -> None:
     """Prompts in chunks, prefix hits, decodes, requests that come and go, the same rows again;
