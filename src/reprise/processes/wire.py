@@ -35,8 +35,8 @@ class Generate(NamedTuple):
     priority: int
     wants: list[str]
     """Of HTTP processes: of ``prompt`` (its text, and ``first``: id and text of its first token),
-    ``prompt_ids``, ``tail`` (the end of its text), ``ids`` (of the outputs). Of a program: of
-    ``whole`` (all outputs at once)."""
+    ``prompt_ids``, ``tail`` (the end of its text), ``ids`` (of the outputs) and ``sizes`` (bytes
+    that each adds to the text). Of a program: of ``whole`` (all outputs at once)."""
     ordinal: int | None = None
     """Of all requests of a program, which of them draw without a seed of their own; None: the
     engine counts."""
@@ -95,8 +95,8 @@ class Deltas(NamedTuple):
     items: list[Any]
     """For a program: of :mod:`reprise.replicas.deltas`. For HTTP processes: ``[number, outputs,
     end, prompt_logprobs]``. An output is ``[index, text, number of tokens, finish_reason,
-    stop_reason, more]``, where ``more`` is None or has ``ids``, ``logprobs`` and
-    ``suspect_from``. ``end`` is None, or what is known of the request when it has finished."""
+    stop_reason, more]``, where ``more`` is None or has ``ids``, ``sizes``, ``logprobs``
+    and ``suspect_from``. ``end`` is None, or what is known of the request when it has finished."""
 
 
 Message = Generate | Leave | Call | Hello | Accepted | Refused | Reply | Deltas | list[Generate]

@@ -145,6 +145,8 @@ class Chat(Reply):
         if wanted is None:
             return
         if params.get("structured_outputs") is not None:
+            if not use.required:
+                return  # the text is what they say, and no call
             raise ApiError(
                 400, f"tool_choice={shown(self.request.tool_choice)} and response_format or "
                 "structured_outputs exclude each other", param="tool_choice",
@@ -404,7 +406,7 @@ class _Choice:
 
     def finish_reason(self, finish: str) -> str:
         """The chat API's."""
-        called = self.num_calls and self._use is not None and self._use.named is None
+        called = self.num_calls and self._use is not None and not self._use.named
         return "tool_calls" if finish == "stop" and called else finish
 
     @property

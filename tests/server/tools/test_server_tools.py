@@ -153,6 +153,8 @@ def test_the_client_parses_a_model_of_pydantic(with_tools: openai.OpenAI) -> Non
         ({"tools": [TOOLS[0], TOOLS[0]]}, "two functions"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {
             "type": "object", "minContains": 1}}}], "tool_choice": "required"}, "minContains"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+            "type": "object", "minContains": 1}}}]}, "minContains"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_a_bad_request(
@@ -194,6 +196,24 @@ def test_the_template_is_shown_the_tools_whatever_is_chosen(with_tools: openai.O
 
 def test_required_and_named_calls_are_made(with_tools: openai.OpenAI) -> None:
     check_choices(with_tools)
+    now = {"type": "function", "function": {"name": "now"}}
+    allowed = {"mode": "required", "tools": [now]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    _, calls = both(with_tools, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [("now", {})]
+
+
+def test_a_strict_tool_leaves_the_model_its_choice(with_tools: openai.OpenAI) -> None:
+    """Its text is its own; beside a format, the format is what counts."""
+    strict = [{"type": "function", "function": {**each["function"], "strict": True}}  # type: ignore[dict-item]
+              for each in TOOLS]  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+    plain, calls = both(with_tools, tools=strict, response_format=form)
+    assert not calls
+    jsonschema.validate(json.loads(plain.message.content), SCHEMA)
+    plain, calls = both(with_tools, tools=strict, max_tokens=12)
+    assert (calls, plain.finish_reason) == ([], "length")
+    assert plain.message.content
 
 
 @pytest.mark.long

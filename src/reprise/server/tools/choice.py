@@ -10,7 +10,7 @@ from typing import Any
 from reprise.arguments import shown
 from reprise.server.errors import ApiError
 from reprise.server.tools.formats import PARSERS
-from reprise.server.tools.parser import ToolParser
+from reprise.server.tools.parser import TaggedParser, ToolParser
 
 _SIGNS = (
     ("deepseek_v4", "<｜DSML｜tool_calls>"),
@@ -32,6 +32,8 @@ MAX_WHITE_SPACE = 16
 """Characters of white space in a row, in arguments: models that are lost write it without end."""
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters."""
+_ANYTHING = {"type": "object"}
+"""What a call's arguments are where nothing is enforced but the form of a call."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,12 @@ class ToolUse:
     parser: type[ToolParser]
     tools: dict[str, Any]
     """Parameters' schemas by name."""
-    named: str | None
-    """The one tool that has to be called."""
+    strict: frozenset[str]
+    """Tools whose schema is enforced wherever they are called."""
+    allowed: tuple[str, ...]
+    """Those that may be called."""
+    named: bool
+    """The one that is allowed has to be called, once."""
     required: bool
     parallel: bool
     """Several calls are wanted."""
@@ -52,12 +58,23 @@ class ToolUse:
         return self.parser(self.tools)
 
     def structured_outputs(self) -> dict[str, Any] | None:
-        """By which the output is calls and nothing else; None: the model chooses."""
-        if not self.required:
+        """What holds of the output: it is calls and nothing else where they are required; else a
+        call that is begun is one that is allowed. None: nothing does."""
+        once = self.named or not self.parallel
+        if self.required:
+            schemas = {name: self.tools[name] for name in self.allowed}
+            return {"structural_tag": _tag_of(only_calls(self.parser, schemas, once))}
+        if not self.strict and len(self.allowed) == len(self.tools):
             return None
-        names = list(self.tools) if self.named is None else [self.named]
-        once = self.named is not None or not self.parallel
-        return {"structural_tag": _grammar(self.parser, self.tools, names, once)}
+        schemas = {
+            name: self.tools[name] if name in self.strict else _ANYTHING for name in self.allowed
+        }
+        form = calls_in_text(self.parser, schemas, once)
+        found: dict[str, Any] = {"structural_tag": _tag_of(form)}
+        if issubclass(self.parser, TaggedParser):
+            # At once: a model that does not think would never come to it.
+            found["begin_after"] = None
+        return found
 
 
 def tool_use(
@@ -83,10 +100,12 @@ def tool_use(
             )
         return None
     known = _tools(tools)
-    named = None
+    allowed, named, mode = tuple(known), False, choice
     if isinstance(choice, dict):
-        named = _named(choice)
-        if named not in known:
+        named = choice.get("type") != "allowed_tools"
+        mode, allowed = ("required", (_named(choice),)) if named else _allowed(choice)
+        unknown = [each for each in allowed if each not in known]
+        if unknown:
             raise ApiError(
                 400, f"tool_choice={shown(choice)}: tools has no function of this name",
                 param="tool_choice",
@@ -105,11 +124,31 @@ def tool_use(
             f"--tool-call-parser ({', '.join(PARSERS)}), or give tool_choice='none'",
             param="tools",
         )
-    required = choice == "required" or named is not None
-    return ToolUse(PARSERS[parser], known, named, required, parallel is not False)
+    strict = frozenset(
+        each["function"]["name"] for each in tools if each["function"].get("strict") is True
+    )
+    return ToolUse(
+        PARSERS[parser], known, strict, allowed, named, mode == "required", parallel is not False
+    )
 
 
-def _named(choice: Mapping[str, Any]) -> str:
+def _allowed(choice: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """Mode and names of a choice that allows some tools, in the form of either API."""
+    inner = choice.get("allowed_tools", choice)
+    mode, tools = (inner.get(each) if isinstance(inner, dict) else None for each in _OF_ALLOWED)
+    if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
+        raise ApiError(
+            400,
+            f"tool_choice={shown(choice)}: give mode ('auto' or 'required') and tools, a list of "
+            "functions' names in objects",
+            param="tool_choice",
+        )
+    return mode, tuple(dict.fromkeys(_named(each) for each in tools))
+
+
+def _named(choice: Any) -> str:
+    if not isinstance(choice, dict):
+        choice = {}
     inner = choice.get("function")
     name = inner.get("name") if isinstance(inner, dict) else choice.get("name")
     if choice.get("type") != "function" or not isinstance(name, str):
@@ -145,16 +184,51 @@ def _tools(tools: Sequence[Any]) -> dict[str, Any]:
     return known
 
 
-def _grammar(
-    parser: type[ToolParser], tools: Mapping[str, Any], names: Sequence[str], once: bool
-) -> dict[str, Any]:
-    """A structural tag of calls as the parser reads them."""
+def only_calls(parser: type[ToolParser], schemas: Mapping[str, Any], once: bool) -> dict[str, Any]:
+    """A format of calls as the parser reads them, at least one, and nothing else.
+
+    Args:
+        parser: Of the calls.
+        schemas: Parameters' by the names of those that may be called.
+        once: There is one call.
+    """
     form = _FORMS[parser.__name__]
+    calls = _calls(form, schemas, once)
+    if form.around is None:
+        return calls
+    before, behind = ({"type": "const_string", "value": each} for each in form.around)
+    return {"type": "sequence", "elements": [before, calls, behind]}
+
+
+def calls_in_text(
+    parser: type[ToolParser], schemas: Mapping[str, Any], once: bool
+) -> dict[str, Any]:
+    """A format of any text, in which what the parser takes for a call is one of these.
+
+    Args:
+        parser, schemas, once: As of :func:`only_calls`; nothing comes behind one call.
+    """
+    form = _FORMS[parser.__name__]
+    calls = _calls(form, schemas, once)
+    if not issubclass(parser, TaggedParser):  # calls are the whole output: its begin tells
+        return {"type": "or", "elements": [calls, {"type": "regex", "pattern": form.text}]}
+    tags = calls["tags"]
+    if form.around is not None:
+        tags = [{"type": "tag", "begin": form.around[0], "content": calls, "end": form.around[1]}]
+    return {
+        "type": "triggered_tags",
+        "triggers": [parser.begin],
+        "tags": tags,
+        "stop_after_first": once,
+    }
+
+
+def _calls(form: _Form, schemas: Mapping[str, Any], once: bool) -> dict[str, Any]:
     tags = []
-    for name in names:
+    for name, schema in schemas.items():
         content: dict[str, Any] = {
             "type": "json_schema",
-            "json_schema": tools[name],
+            "json_schema": schema,
             "max_whitespace_cnt": MAX_WHITE_SPACE,
         }
         if form.style is not None:
@@ -168,17 +242,20 @@ def _grammar(
                 "end": form.end,
             }
         )
-    calls: dict[str, Any] = {
+    return {
         "type": "tags_with_separator",
         "tags": tags,
         "separator": form.separator,
         "at_least_one": True,
         "stop_after_first": once,
     }
-    if form.around is not None:
-        before, behind = ({"type": "const_string", "value": each} for each in form.around)
-        calls = {"type": "sequence", "elements": [before, calls, behind]}
-    return {"type": "structural_tag", "format": calls}
+
+
+def _tag_of(form: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "structural_tag", "format": form}
+
+
+_OF_ALLOWED = ("mode", "tools")
 
 
 @dataclass(frozen=True)
@@ -191,6 +268,8 @@ class _Form:
     """xgrammar's, of arguments that are no JSON."""
     around: tuple[str, str] | None = None
     """All calls."""
+    text: str | None = None
+    """Expression of texts that are no calls, where their begin alone tells."""
 
 
 _FORMS = {
@@ -200,7 +279,9 @@ _FORMS = {
     "Qwen3Coder": _Form(
         "<tool_call>\n<function=NAME>\n", "\n</function>\n</tool_call>", "\n", "qwen_xml"
     ),
-    "Llama3Json": _Form('{"name": "NAME", "parameters": ', "}", "; "),
+    "Llama3Json": _Form(
+        '{"name": "NAME", "parameters": ', "}", "; ", text=r"(<|([^{<\s]|<[^|])[\s\S]*)?"
+    ),
     "DeepSeekV31": _Form(
         "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
         "<｜tool▁call▁end｜>",
