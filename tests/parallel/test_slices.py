@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepseek import as_released
 from helpers import TinyModels, stacked_experts
 from quantized import BLOCK, EIGHT_BITS, FOUR_BITS, quantized
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from reprise.distributed import ALONE, Group, own_experts
 from reprise.errors import ModelError
 from reprise.layers import Build, Implied
 from reprise.loading import open_checkpoint
-from reprise.loading.destinations import as_stored, destinations
+from reprise.loading.destinations import Misfits, as_stored, by_our_names, destinations
 from reprise.loading.weight_files import stored_tensors
 from reprise.runner.model_choices import build_model
 
@@ -27,7 +28,7 @@ IN_BLOCKS = ("fp8", "fp8-block")
 HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "smollm3": {}, "mixtral": {}, "qwen3_moe": {},
-    "qwen2_moe": {}, "qwen3_next": HEADS, "qwen3_5": HEADS,
+    "qwen2_moe": {}, "qwen3_next": HEADS, "qwen3_5": HEADS, "deepseek_v4": {},
 }  # fmt: skip
 
 
@@ -49,8 +50,10 @@ def parts_of(path: Path, size: int, spread: bool = False) -> dict[str, torch.Ten
         build = Build(torch.float32, torch.device("meta"), 16, group=group, exchange=exchange)
         model = models.build(checkpoint.config, build)
         wanted = destinations(model)
-        as_stored(model, wanted, stored)
-        for name, places in wanted.items():
+        theirs = by_our_names(stored.items(), model.renames, Misfits("", ""))
+        as_stored(model, wanted, theirs)
+        for ours, places in wanted.items():
+            name, _ = theirs.get(ours, (ours, None))
             for place in places:
                 if name in found and isinstance(place, Implied):
                     found[name] += 1
@@ -114,6 +117,29 @@ def test_of_each_format(tiny: TinyModels, format: str) -> None:
         return
     for name, counts in parts_of(path, 2).items():
         assert counts.min() > 0, name
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 128,
+    "num_attention_heads": 4, "qk_rope_head_dim": 32, "q_lora_rank": 128, "o_groups": 2,
+    "o_lora_rank": 128, "compress_ratios": [4, 128], "num_hash_layers": 1, "n_routed_experts": 4,
+    "index_head_dim": 32,
+}  # fmt: skip
+"""Of sizes that the blocks of a release divide, on two ranks as well."""
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+def test_of_a_release_of_deepseek_v4(tiny: TinyModels, tmp_path: Path, experts: str) -> None:
+    """With a half of the groups, and all that every head reads."""
+    source = tiny("deepseek_v4", **WIDE).path
+    as_released(source, tmp_path / "released", tmp_path / "meant", experts=experts)
+    for name, counts in parts_of(tmp_path / "released", 2).items():
+        shared = any(part in name for part in ("wq_b", "wo_", "sink", "experts.", "embed", "head"))
+        shared = shared and not any(part in name for part in ("indexer", "hc_head"))
+        if name.endswith(".scale"):  # of which some are read whole
+            assert counts.min() > 0, name
+        else:
+            assert (counts == (1 if shared else 2)).all(), name
 
 
 def test_an_error_names_the_sizes_that_will_do(tiny: TinyModels, platform: Any) -> None:

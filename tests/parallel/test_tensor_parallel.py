@@ -9,11 +9,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matrix
 import pytest
 from helpers import TinyModels, greedy, token_ids
+from next_streams import NextLayer
 
 from reprise import LLM
 from reprise.engine import Engine
@@ -243,6 +245,37 @@ def test_whole_experts_on_each_rank(alone: matrix.Alone, executor: str, ranks: i
         llm.engine.close()
 
 
+@pytest.mark.parametrize(
+    ("executor", "ranks"),
+    [
+        ("none", 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (("full", 2), ("breakable", 2), ("full", 4))
+        ),
+    ],
+)
+def test_a_layer_that_drafts(
+    alone: matrix.Alone, tiny: TinyModels, tmp_path: Path, executor: str, ranks: int
+) -> None:
+    """DeepSeek-V4, by groups of heads, with its layer for further tokens; how many it drafts
+    changes with the number of requests."""
+    model = NextLayer(tiny, tmp_path / "model").model
+    mtp = {
+        "method": "mtp", "num_speculative_tokens": 3,
+        "num_speculative_tokens_per_batch_size": [[1, 1, 1], [2, 9, 3]],
+    }  # fmt: skip
+    case = shared(alone, replace(EAGER, executor=executor))
+    case = replace(case, model=model, subjects=case.subjects[:3])
+    llm = case.engine(tensor_parallel_size=ranks, speculative_config=mtp)
+    try:
+        assert token_ids(case.answers(llm)) == matrix.alone(model, case.device, case.subjects)
+        assert llm.stats().drafts.drafted > 0
+        assert not llm.graph_report().quarantined
+    finally:
+        llm.engine.close()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_model_without_experts_has_none_to_spread(alone: matrix.Alone, ranks: int) -> None:
     with pytest.raises(ModelError, match="Qwen3ForCausalLM has no experts; leave it out"):
@@ -255,7 +288,6 @@ LONG = [
     matrix.Features(executor, model, drafts)
     for executor in matrix.EXECUTORS
     for model in matrix.MODELS
-    if model != "latent"  # refused
     for drafts in (0, 3)
 ]
 

@@ -86,6 +86,7 @@ def steps(draw: st.DrawFn) -> list[Step]:
             Step(
                 index, mine, counts, drafts, samples, draw(st.integers(0, len(mine))),
                 sum(counts) + sum(drafts), admitted, edits, draw(rows), copies,
+                draw(st.none() | st.integers(0, 7)),
             )
         )  # fmt: skip
     return found

@@ -99,13 +99,6 @@ class Group:
             )
         return Share(self.rank * total // self.size, 1, total)
 
-    def refuse(self, what: str) -> None:
-        """Raise a ModelError if there are several ranks, which ``what`` is not shared out over."""
-        if self.size > 1:
-            raise ModelError(
-                f"{what} with tensor_parallel_size={self.size} is not supported; leave it out"
-            )
-
     def rows_of_vocabulary(self, total: int) -> tuple[Share, int]:
         """Ours of the rows of an embedding or a head, and the rows that each rank has room for: the
         last ranks may have fewer."""

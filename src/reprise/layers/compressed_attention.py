@@ -2,6 +2,9 @@
 
 A query sees the last tokens one by one, and of what is further back rows that stand for some tokens
 each: all rows, where one stands for many, or those that an indexer chooses.
+
+Several ranks share out the groups of heads. What all heads read (keys, rows, what the indexer
+chooses) each rank makes for itself: there is one head of keys.
 """
 
 from __future__ import annotations
@@ -97,20 +100,28 @@ class CompressedAttention(nn.Module):
         super().__init__()
         self.sizes, self.every, self.cos_sin = sizes, every, cos_sin
         self.path, head, hidden = build.path, sizes.head_size, sizes.hidden_size
+        own = build.group.share(sizes.groups, "o_groups")
+        each = sizes.heads // sizes.groups
+        self.groups, self.heads = own.size, own.size * each
+        self._own_heads = slice(own.begin * each, (own.begin + own.size) * each)
         self.down = Linear(build, hidden, {"wq_a": sizes.query_rank, "wkv": head})
-        queries = {"wq_b": sizes.heads * head}
+        begin, all_heads = self._own_heads.start * head, sizes.heads * head
+        queries = [Run("wq_b", begin, self.heads * head, all_heads)]
         if overlap:
-            queries["indexer.wq_b"] = sizes.index_heads * sizes.index_size
+            queries.append(Run("indexer.wq_b", 0, sizes.index_heads * sizes.index_size))
         self.up = Linear(build, sizes.query_rank, queries, split="out")
         self.q_norm = wide_norm(build.at("q_norm"), sizes.query_rank, sizes.eps)
         self.kv_norm = wide_norm(build.at("kv_norm"), head, sizes.eps)
         # As runs, so that no block of a format reaches from one group into the next.
         rank = sizes.output_rank
-        runs = [Run("", number * rank, rank) for number in range(sizes.groups)]
+        runs = [
+            Run("", number * rank, rank, sizes.groups * rank)
+            for number in range(own.begin, own.begin + own.size)
+        ]
         inputs = sizes.heads * head // sizes.groups
         self.wo_a = Linear(build.at("wo_a"), inputs, runs, split="out")
         self.wo_b = Linear(build.at("wo_b"), sizes.groups * sizes.output_rank, hidden, split="in")
-        zeros = torch.zeros(sizes.heads, device=build.device)
+        zeros = torch.zeros(self.heads, device=build.device)
         self.attn_sink = nn.Parameter(zeros, requires_grad=False)
         self.window = LayerCache(Window(sizes.window), kv=Rows((head,), build.dtype))
         self.compressor: Compressor | None = None
@@ -140,7 +151,8 @@ class CompressedAttention(nn.Module):
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """See :func:`reprise.loading.destinations.destinations`."""
-        yield f"{self.path}.attn_sink", Destination(self.attn_sink)
+        part, stored = (self._own_heads,), (self.sizes.heads,)
+        yield f"{self.path}.attn_sink", Destination(self.attn_sink, part, stored)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
@@ -149,8 +161,8 @@ class CompressedAttention(nn.Module):
         low = self.down(x)
         rank = sizes.query_rank
         queries = self.up(ops.rms_norm(low[:, :rank], self.q_norm.weight, sizes.eps))
-        heads = sizes.heads, sizes.head_size
-        query = queries[:, : sizes.heads * sizes.head_size].unflatten(1, heads)
+        heads = self.heads, sizes.head_size
+        query = queries[:, : self.heads * sizes.head_size].unflatten(1, heads)
         query = ops.rotary_tail(query, *rotate, sizes.eps, False)
         table, cache = batch.tables[self.window.table], self.window.tensors["kv"]
         ops.kv_insert(low[:, rank:], self.kv_norm.weight, sizes.eps, *rotate, table.slots, cache)
@@ -166,7 +178,7 @@ class CompressedAttention(nn.Module):
             sizes.window, self.every, batch.query_len,
         )  # fmt: skip
         attended = ops.rotary_tail(attended, *rotate, 0.0, True)
-        grouped = attended.view(len(attended), sizes.groups, -1)
+        grouped = attended.view(len(attended), self.groups, -1)
         return Product(self.wo_b, self.wo_a.by_groups(grouped))
 
     def _store(self, x: Tensor, queries: Tensor, batch: Batch) -> Tensor | None:
@@ -182,7 +194,7 @@ class CompressedAttention(nn.Module):
         own = gates[:, width : width + 2 * self.indexer.channels]
         self._compressed(self.indexer, own, batch, "index_state", "keys")
         shape = sizes.index_heads, sizes.index_size
-        asked = queries[:, sizes.heads * sizes.head_size :].unflatten(1, shape)
+        asked = queries[:, self.heads * sizes.head_size :].unflatten(1, shape)
         asked = ops.rotary_tail(asked, batch.positions, self.cos_sin, 0.0, False)
         selected = x.new_empty((len(x), sizes.index_top), dtype=torch.int32)
         ops.indexer(

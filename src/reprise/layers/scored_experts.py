@@ -13,7 +13,7 @@ from reprise.cache import Batch
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination
 from reprise.layers.experts import Experts, Routing
-from reprise.layers.lazy import Normed, Product, add, tensor
+from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
 
@@ -48,6 +48,7 @@ class ScoredMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.routing, self.limit, self.path = routing, limit, build.path
+        self.group = build.group
         self.gate = Linear(build.at("gate"), hidden_size, routing.experts)
         self.bias: Tensor | None = None
         table: Tensor | None = None
@@ -86,6 +87,13 @@ class _Mixture(NamedTuple):
     batch: Batch
 
     def __call__(self, x: Tensor) -> Tensor:
+        result = self._partial(x)
+        if self.mlp.group.size > 1:
+            ops.all_reduce(result, self.mlp.group.name)
+        return result
+
+    def _partial(self, x: Tensor) -> Tensor:
+        """What this rank's parts of the experts give."""
         mlp, batch = self.mlp, self.batch
         routing, logits = mlp.routing, mlp.gate.wide(x)
         weights = x.new_empty((len(x), routing.top), dtype=torch.float32)
@@ -96,7 +104,7 @@ class _Mixture(NamedTuple):
             routing.scoring, routing.renormalize, routing.scale, mlp.bias, chosen,
         )  # fmt: skip
         result = mlp.experts(x, weights, ids, mlp.limit)
-        add(result, mlp.shared_experts(x, batch))
+        mlp.shared_experts.down_proj.add_partial(mlp.shared_experts.hidden(x), result)
         return result
 
     def add(self, x: Tensor, residual: Tensor) -> None:

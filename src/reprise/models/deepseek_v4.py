@@ -59,7 +59,6 @@ _SIZES = ("q_lora_rank", "o_groups", "o_lora_rank", "index_n_heads", "index_head
 
 def build(config: Config, build: Build) -> CausalLM:
     """See :func:`reprise.models.registry.build`."""
-    build.group.refuse("DeepSeek-V4")
     _refuse_others(config, build)
     hidden, eps = config.hidden_size, norm_eps(config)
     layers = layer_count(config)

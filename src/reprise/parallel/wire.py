@@ -16,8 +16,9 @@ from dataclasses import replace
 from reprise.errors import RanksError
 from reprise.step import Step, TableEdit
 
-_HEADER = struct.Struct("<BQIIHHI")
-"""Flags; index, decodes, tokens; released rows; entries in order, bytes of what is pickled."""
+_HEADER = struct.Struct("<BbQIIHHI")
+"""Flags; drafts, -1 for as many as ever; index, decodes, tokens; released rows; entries in order,
+bytes of what is pickled."""
 _CONTINUES, _IN_ORDER = 1, 2
 MOST_ROWS = (1 << 16) - 1
 
@@ -68,7 +69,8 @@ class Encoder:
         try:
             parts = [
                 _HEADER.pack(
-                    flags, step.index, step.num_decodes, step.num_tokens, len(step.released),
+                    flags, -1 if step.drafting is None else step.drafting,
+                    step.index, step.num_decodes, step.num_tokens, len(step.released),
                     0 if in_order is None else sum(count for _, count in in_order), len(rest),
                 ),
                 array("H", step.released).tobytes(),
@@ -121,7 +123,9 @@ class Decoder:
 
     def decode(self, message: bytes) -> Step:
         mirror = self._mirror
-        flags, index, decodes, tokens, released, entries, nbytes = _HEADER.unpack_from(message)
+        (
+            flags, drafting, index, decodes, tokens, released, entries, nbytes,
+        ) = _HEADER.unpack_from(message)  # fmt: skip
         content = memoryview(message)[_HEADER.size :]
         rest, content = content[len(content) - nbytes :], content[: len(content) - nbytes]
         freed, content = _take(content, "H", released)
@@ -137,6 +141,7 @@ class Decoder:
             step = Step(index, rows, counts, drafts, [bool(e) for e in samples], 0, 0)
             step.released = freed
         step.num_decodes, step.num_tokens = decodes, tokens
+        step.drafting = None if drafting < 0 else drafting
         edits = None
         if nbytes:
             step.admitted, step.copies, edits, self._lifetimes = pickle.loads(rest)

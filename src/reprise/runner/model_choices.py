@@ -219,10 +219,11 @@ def _builds(build: Callable[[Group], CausalLM], group: Group) -> bool:
 def refuse_unshared(config: EngineConfig) -> None:
     """Raise a ConfigError for what several ranks do not compute together yet."""
     asked = config.speculation
-    if asked is not None and asked.method not in ("ngram",):
+    if asked is not None and asked.method not in ("ngram", "mtp"):
         raise ConfigError(
             f"speculative_config: method {asked.method!r} with tensor_parallel_size="
-            f"{config.tensor_parallel_size} is not supported; use 'ngram'"
+            f"{config.tensor_parallel_size} is not supported; use 'ngram', or 'mtp' "
+            "where the checkpoint has such a layer"
         )
 
 

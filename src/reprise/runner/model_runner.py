@@ -125,6 +125,7 @@ class ModelRunner:
                 draft = load_draft(
                     config, self.model, checkpoint, platform,
                     max_model_len=wanted_len, cache_dtype=cache_dtype,
+                    group=ranks.group, exchange=ranks.exchange,
                 )  # fmt: skip
             self._draft = draft
             self.caches = caches_with(self.model, draft)

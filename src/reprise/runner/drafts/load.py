@@ -13,6 +13,7 @@ import torch
 
 from reprise import models
 from reprise.config import EngineConfig
+from reprise.distributed import ALONE, Group
 from reprise.errors import ConfigError, LoadError, ModelError, describe
 from reprise.layers import Build, CausalLM, StoredModel
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
@@ -36,6 +37,8 @@ def load_draft(
     *,
     max_model_len: int,
     cache_dtype: torch.dtype | None,
+    group: Group = ALONE,
+    exchange: Group | None = None,
     weights: bool = True,
 ) -> DraftModel | None:
     """The draft model with its weights; None: no model drafts.
@@ -48,6 +51,8 @@ def load_draft(
         max_model_len: Longest context of the target. What the draft was trained for does not lower
             it: behind that its drafts count less often.
         cache_dtype: Of the target's keys and values.
+        group: The ranks that own the target together, and its own layer.
+        exchange: See :class:`reprise.layers.Build`.
         weights: Load them; else sizes alone are wanted.
 
     Raises:
@@ -60,8 +65,9 @@ def load_draft(
     if asked is None:
         return None
     load = _Loading(
-        config, asked, target, checkpoint, platform, max_model_len, cache_dtype, weights
-    )
+        config, asked, target, checkpoint, platform, max_model_len, cache_dtype, group, exchange,
+        weights,
+    )  # fmt: skip
     if asked.method == "mtp":
         return load.next_tokens()
     if asked.method == "eagle3":
@@ -80,6 +86,8 @@ class _Loading:
     platform: Platform
     max_model_len: int
     cache_dtype: torch.dtype | None
+    group: Group
+    exchange: Group | None
     weights: bool
 
     def model(self, name: str) -> IndependentModel:
@@ -151,8 +159,9 @@ class _Loading:
     def _build(self) -> Build:
         """How a head is made: as the target."""
         return Build(
-            self._dtype, self.platform.device, self.max_model_len, cache_dtype=self.cache_dtype
-        )
+            self._dtype, self.platform.device, self.max_model_len, cache_dtype=self.cache_dtype,
+            group=self.group, exchange=self.exchange,
+        )  # fmt: skip
 
     def _filler(self, model: StoredModel, path: Path) -> Callable[[], None]:
         """Loads its weights, each time that it is called."""
