@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -274,6 +277,81 @@ def test_a_contract_that_fails_stops_no_other(device):
         device, {}, [Contract(name, "toy", "A line.", "", each) for name, each in lines]
     )
     assert [each.verdict for each in report.outcomes] == ["fail", "pass"]
+
+
+def stopped_in_the_midst(monkeypatch, check):
+    """Three contracts, the second of which is ``check``; what each saw on standard output."""
+    seen = []
+
+    def watch(then, kit):
+        sys.stdout.flush()
+        seen.append(sys.stdout.buffer.getvalue().decode())
+        return then(kit)
+
+    made = [
+        Contract(name, "toy", "A line.", "", functools.partial(watch, each))
+        for name, each in (("first", lambda _: "fine"), ("second", check), ("third", None))
+    ]
+    monkeypatch.setattr(kit, "select", lambda patterns: made)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_run_that_is_told_to_end_reports_what_it_has_found(invoke, monkeypatch, number, status):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def stops(_):
+        signal.raise_signal(number)
+        raise AssertionError("not reached")
+
+    seen = stopped_in_the_midst(monkeypatch, stops)
+    result = invoke("doctor", "conformance")
+    assert result.exit_code == status, result.output
+    assert "1/3  first   pass" in seen[1]  # while the second one is under way
+    assert seen[1].endswith("2/3  second  ")
+    assert f"ended by {number.name} after 1 of 3 contracts" in result.stdout
+    assert "not known whether it conforms (1 pass, 0 fail, 0 skip)" in result.stdout
+    result = invoke("doctor", "conformance", "--json")
+    assert result.exit_code == status
+    assert "1/3  first   pass" in result.stderr
+    data = json.loads(result.stdout)
+    assert (data["conforms"], data["ended"]) == (None, number.name)
+    assert data["not_tried"] == ["second", "third"]
+    assert [each["name"] for each in data["contracts"]] == ["first"]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_time_limit_ends_a_run(invoke, monkeypatch):
+    def waits(_):
+        while True:
+            time.sleep(0.01)
+
+    stopped_in_the_midst(monkeypatch, waits)
+    result = invoke("doctor", "conformance", "--time-limit", "0.2", "--json")
+    assert result.exit_code == 124, result.output
+    data = json.loads(result.stdout)
+    assert data["conforms"] is None
+    assert data["ended"] == "the time limit of 0.2 s"
+    assert data["not_tried"][-2:] == ["second", "third"]
+
+
+def test_a_broken_contract_is_told_though_others_were_not_tried(invoke, monkeypatch):
+    def fails(_):
+        raise RuntimeError("only mine")
+
+    def stops(_):
+        signal.raise_signal(signal.SIGINT)
+
+    lines = [("fails", fails), ("stops", stops)]
+    made = [Contract(name, "toy", "A line.", "", each) for name, each in lines]
+    monkeypatch.setattr(kit, "select", lambda patterns: made)
+    result = invoke("doctor", "conformance", "--json")
+    assert result.exit_code == 130
+    data = json.loads(result.stdout)
+    assert data["conforms"] is False
+    assert data["not_tried"] == ["stops"]
 
 
 def test_inputs_that_do_not_arrive_are_found_out(device, monkeypatch):

@@ -14,7 +14,7 @@ from reprise.doctor.conformance import (  # noqa: F401, I001 - in the order of t
     engine,
 )
 from reprise.doctor.conformance.contract import CONTRACTS, Broken, Contract, Kit, Skipped
-from reprise.doctor.conformance.run import Conformance, Outcome, conformance, select
+from reprise.doctor.conformance.run import Conformance, Outcome, attempts, conformance, select
 
 __all__ = [
     "CONTRACTS",
@@ -24,6 +24,7 @@ __all__ = [
     "Kit",
     "Outcome",
     "Skipped",
+    "attempts",
     "conformance",
     "select",
 ]

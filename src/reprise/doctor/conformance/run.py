@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,11 +38,25 @@ class Conformance:
 
     facts: dict[str, Any]
     """Device, versions, date, command."""
+    chosen: list[str] = field(default_factory=list)
+    """Names of the contracts to be tried, in their order."""
     outcomes: list[Outcome] = field(default_factory=list)
+    """Of those that were tried, in the same order."""
+    ended: str | None = None
+    """Why not all were tried; None: they were, or are being."""
 
     @property
     def failed(self) -> list[Outcome]:
         return [each for each in self.outcomes if each.verdict == "fail"]
+
+    @property
+    def not_tried(self) -> list[str]:
+        return self.chosen[len(self.outcomes) :]
+
+    @property
+    def conforms(self) -> bool | None:
+        """None: what was tried holds, and some was not tried."""
+        return False if self.failed else None if self.not_tried else True
 
     def count(self, verdict: Verdict) -> int:
         return sum(each.verdict == verdict for each in self.outcomes)
@@ -51,9 +65,11 @@ class Conformance:
         """Plain data, ready for JSON."""
         return {
             "kit": KIT,
-            "conforms": not self.failed,
+            "conforms": self.conforms,
             **self.facts,
             "counts": {each: self.count(each) for each in ("pass", "fail", "skip")},
+            "ended": self.ended,
+            "not_tried": self.not_tried,
             "contracts": [dataclasses.asdict(each) for each in self.outcomes],
         }
 
@@ -69,23 +85,28 @@ def select(patterns: Sequence[str] = ()) -> list[Contract]:
     ]
 
 
-def conformance(
-    device: str,
-    facts: dict[str, Any],
-    chosen: Sequence[Contract],
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Conformance:
+def attempts(
+    device: str, facts: dict[str, Any], chosen: Sequence[Contract]
+) -> Iterator[Conformance]:
     """Try contracts one after the other; none can stop the next.
 
     Only a device that answers nothing more can: what it was not asked is skipped by that reason,
     so that the one contract that lost it stands out.
+
+    Args:
+        device: As users write it.
+        facts: For the report: versions, date, command.
+        chosen: The contracts to try.
+
+    Yields:
+        The one report, before the first contract and behind each: who stops in between has all
+        that was found.
 
     Raises:
         PlatformError: The device is unknown or not on this machine.
     """
     platform = platforms.resolve(device)
     platform.activate()
-    memory = platform.memory_info()
     report = Conformance(
         {
             **facts,
@@ -93,13 +114,14 @@ def conformance(
             "platform_class": f"{type(platform).__module__}.{type(platform).__qualname__}",
             "device": str(platform.device),
             "device_name": platform.device_name,
-            "memory_total": memory.total,
-        }
+            "memory_total": platform.memory_info().total,
+        },
+        [each.name for each in chosen],
     )
+    yield report
     kit = Kit(platform, device)
     lost: str | None = None
-    for done, each in enumerate(chosen):
-        progress(each.name, done, len(chosen))
+    for each in chosen:
         began = time.perf_counter()
         verdict, detail = _try(each, kit) if lost is None else _skip(lost)
         if verdict == "fail" and not _answers(platform):
@@ -109,6 +131,12 @@ def conformance(
         report.outcomes.append(
             Outcome(each.name, each.group, each.summary, verdict, detail, seconds)
         )
+        yield report
+
+
+def conformance(device: str, facts: dict[str, Any], chosen: Sequence[Contract]) -> Conformance:
+    """The report on all of them; arguments and errors as of :func:`attempts`."""
+    *_, report = attempts(device, facts, chosen)
     return report
 
 
