@@ -18,7 +18,7 @@ from reprise.ops import OpTable
 from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
 from reprise.server.engine_process import main
-from reprise.server.engine_server import EngineServer, QueueLimits
+from reprise.server.engine_server import EngineLimits, EngineServer
 from reprise.testing import faults
 
 
@@ -26,8 +26,8 @@ class Stop(BaseException):
     """What no one catches."""
 
 
-def make(fault: str) -> Callable[[EngineConfig, QueueLimits], EngineServer]:
-    def server(config: EngineConfig, limits: QueueLimits) -> EngineServer:
+def make(fault: str) -> Callable[[EngineConfig, EngineLimits], EngineServer]:
+    def server(config: EngineConfig, limits: EngineLimits) -> EngineServer:
         planted: list[Any] = []
         if fault.startswith("graph"):
             break_graphs(planted)

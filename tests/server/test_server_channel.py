@@ -11,7 +11,7 @@ from typing import Any
 
 from reprise.config import EngineConfig
 from reprise.server import wire
-from reprise.server.engine_server import EngineServer, QueueLimits
+from reprise.server.engine_server import EngineLimits, EngineServer
 
 TOKENS = 100
 PARAMS = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "output_kind": "DELTA"}
@@ -49,7 +49,7 @@ def stream(messages: Iterator[Any]) -> list[list[Any]]:
 
 
 @contextlib.contextmanager
-def running(config: EngineConfig, limits: QueueLimits) -> Iterator[EngineServer]:
+def running(config: EngineConfig, limits: EngineLimits) -> Iterator[EngineServer]:
     server = EngineServer(config, limits)
     serving = threading.Thread(target=server.run, daemon=True)
     serving.start()
@@ -62,7 +62,7 @@ def running(config: EngineConfig, limits: QueueLimits) -> Iterator[EngineServer]
 
 
 def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: str) -> None:
-    with running(EngineConfig(device=device, num_blocks=100), QueueLimits()) as server:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
         idle, news_of_idle = connect(server)
         busy, news_of_busy = connect(server)
         with idle, busy:
@@ -86,7 +86,7 @@ def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: st
 def test_prompt_tokens_that_wait(device: str) -> None:
     """Some may always wait, however many; more only up to the limit, once for each completion."""
     config = EngineConfig(device=device, num_blocks=200, max_num_seqs=1)
-    with running(config, QueueLimits(tokens=30)) as server:
+    with running(config, EngineLimits(tokens=30)) as server:
         connection, messages = connect(server)
 
         def ask(number: int, tokens: int, **params: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -12,13 +13,15 @@ from typing import Any
 import openai
 import pytest
 from http_server import Server, Start
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from reprise.loading.checkpoint import DEMO_MODEL
-from reprise.server.errors import ApiError
 from reprise.server.responses.items import messages_of
-from reprise.server.responses.store import ResponseStore
+from reprise.server.responses.store import ResponseStore, Stored
+from reprise.server.truncation import fitting, shortened
 
 pytest.importorskip("xgrammar")
 
@@ -149,7 +152,7 @@ def test_tokens_of_thoughts_are_counted_where_their_tags_are_no_tokens(
     """One is a thought's if the text before it has not ended the thought; streamed or not."""
     text = "<think>\nLet me look.\n</think>\n\nIt rains."
     options: dict[str, Any] = {
-        "model": "demo", "messages": [{"role": "user", "content": ASK}],
+        "model": "demo", "messages": [{"role": "user", "content": ASK}], "temperature": 0,
         "extra_body": {"structured_outputs": {"choice": [text]}, "return_token_ids": True},
     }  # fmt: skip
     plain = client.chat.completions.create(**options)
@@ -273,7 +276,7 @@ def test_one_that_fails_and_one_whose_client_leaves(start: Start) -> None:
     ("options", "message"),
     [
         ({"background": True}, "background=True"), ({"conversation": "c"}, "conversation='c'"),
-        ({"truncation": "auto"}, "truncation='auto'"), ({"prompt": {"id": "x"}}, "stored prompts"),
+        ({"truncation": "most"}, "truncation"), ({"prompt": {"id": "x"}}, "stored prompts"),
         ({"tools": [{"type": "web_search"}]}, "'web_search': this server has function tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
@@ -326,16 +329,104 @@ def test_what_an_assistant_did_in_a_row_is_one_message() -> None:
 def test_the_store_is_bounded() -> None:
     store = ResponseStore(10_000)
     for number in range(300):
-        store.put(str(number), {"text": "x" * 100 * (number % 7)}, [])
+        store.begin(str(number), "{}")
+        store.put(str(number), Stored("x" * 100 * (number % 7)))
         store.get("0") if number < 5 else None
         assert store.size <= 10_000
     assert 5 < len(store) < 60
-    store.put("huge", {"text": "x" * 20_000}, [])
-    with pytest.raises(ApiError, match="not found"):
-        store.get("huge")
-    for number in range(300):
-        try:
-            store.delete(str(number))
-        except ApiError:
-            continue
+    store.put("huge", Stored("x" * 20_000))
+    assert store.get("huge") is None
+    assert sum(store.delete(str(number)) for number in range(300)) > 5
     assert (store.size, len(store)) == (0, 0)
+    store.begin("one", "x" * 20_000)
+    assert store.get("one") is not None
+    assert not store.delete("one")
+    store.forget(["one", "two"])
+    assert store.get("one") is None
+
+
+def test_what_a_response_was_computed_from_is_listed(client: openai.OpenAI) -> None:
+    first = create(client, instructions="Be brief.", **written("Well."))
+    items = [{"role": "user", "content": [{"type": "input_text", "text": f"{n}"}]} for n in "abc"]
+    second = create(client, previous_response_id=first.id, input=items, max_output_tokens=1)
+    listed = list(client.responses.input_items.list(second.id, order="asc"))
+    texts = [each.content[0].text for each in listed]
+    assert texts == [ASK, "Well.", "a", "b", "c"]
+    assert [each.role for each in listed] == ["user", "assistant", "user", "user", "user"]
+    assert listed[1].id == first.output[0].id
+    pages = client.responses.input_items.list(second.id, limit=2)
+    assert [each.id for each in pages] == [each.id for each in reversed(listed)]
+    assert [each.content[0].text for each in pages.data] == ["c", "b"]
+    for wrong in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "msg_x"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
+            client.responses.input_items.list(second.id, extra_query=wrong)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_x")
+
+
+def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: openai.OpenAI) -> None:
+    """The rest is what it would be without them."""
+    turn = [{"role": "user", "content": "tell me more " * 20},
+            {"role": "assistant", "content": "and more " * 20}]  # fmt: skip
+    options = {"instructions": "Be brief.", "store": False, "max_output_tokens": 1}
+    last = [{"role": "user", "content": ASK}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, input=turn * 99 + last, **options)
+    assert caught.value.code == "context_length_exceeded"
+    found = create(client, input=turn * 99 + last, truncation="auto", **options)
+    assert found.truncation == "auto"
+    used = [create(client, input=turn * number + last, **options).usage.input_tokens
+            for number in (1, 2)]  # fmt: skip
+    context = client.models.list().data[0].max_model_len  # type: ignore[attr-defined]
+    turns, rest = divmod(found.usage.input_tokens - used[0], used[1] - used[0])
+    assert rest == 0
+    assert context - (used[1] - used[0]) <= found.usage.input_tokens < context
+    assert turns > 1
+    alone = create(client, input=turn * (turns + 1) + last, **options)
+    assert (alone.output_text, alone.truncation) == (found.output_text, "disabled")
+    with pytest.raises(openai.BadRequestError) as caught:  # one message that is too long
+        create(client, input="more " * 9999, truncation="auto", **options)
+    assert caught.value.code == "context_length_exceeded"
+
+
+ROLES = st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=12)
+
+
+@given(ROLES, st.integers(1, 14))
+def test_turns_are_left_out_whole(roles: list[str], most: int) -> None:
+    messages = [{"role": role, "content": number} for number, role in enumerate(roles)]
+    for each, shorter in itertools.pairwise(shortened(messages)):
+        assert len(shorter) < len(each)
+        kept = [message["content"] for message in shorter]
+        assert kept == sorted(kept)
+        first = next(message for message in shorter if message["role"] != "system")
+        assert first["role"] == "user"
+        assert kept[-1] == len(roles) - 1
+    choices = [len(each) for each in shortened(messages)]
+    found = fitting(messages, most, lambda given: {"prompt_token_ids": [0] * len(given)})
+    room = [each for each in choices if each <= most]
+    assert len(found["prompt_token_ids"]) == (room[0] if room else choices[-1])
+
+
+def test_any_http_process_knows_a_response(start: Start) -> None:
+    """Connections meet one of two processes or the other; what one has kept both know."""
+    server = start("--api-server-count", "2")
+    pieces = json.dumps({"pieces": ["It ", "rains."]})
+    answers = set()
+    for _ in range(8):  # clients, each with a connection of its own
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            first = client.responses.create(input=pieces)
+            *_, last = client.responses.create(input=pieces, stream=True)
+            answers |= {first.id, last.response.id}
+    for name in answers:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.responses.retrieve(name).output_text == "It rains."
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = iter(client.responses.create(input=json.dumps({"wait": True}), stream=True))
+        name = next(stream).response.id
+        seen = set()
+        for _ in range(8):
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as other:
+                seen.add(other.responses.retrieve(name).status)
+        assert seen == {"in_progress"}
+        stream.close()  # type: ignore[attr-defined]

@@ -37,10 +37,11 @@ from reprise.server.live.feed import Feed, LiveStream
 from reprise.server.openapi import body, describe, responses
 from reprise.server.page import add_page
 from reprise.server.reasoning import CLOSE
+from reprise.server.responses.input_items import page
 from reprise.server.responses.items import items_of
 from reprise.server.responses.reply import Response as ModelResponse
 from reprise.server.responses.request import ResponsesRequest, check
-from reprise.server.responses.store import not_found
+from reprise.server.responses.store import Stored, not_found
 from reprise.server.state import ServerState
 from reprise.server.streaming import EventStream
 from reprise.server.tools.choice import parser_name
@@ -87,7 +88,6 @@ class Handlers:
         self._state = state
         self._feed = feed
         self._started = int(time.time())
-        self._running: dict[str, ModelResponse] = {}
 
     def register(self, app: FastAPI) -> None:
         """Add the routes, and what makes errors of all others."""
@@ -106,6 +106,7 @@ class Handlers:
             )  # fmt: skip
         by_id: list[tuple[str, str, Any, str]] = [
             ("GET", "", self.response, "A response that was stored, or is under way."),
+            ("GET", "/input_items", self.response_input, "What a response was computed from."),
             ("DELETE", "", self.delete_response, "Forget a response."),
             ("POST", "/cancel", self.cancel_response, "End a response that is under way."),
         ]
@@ -235,13 +236,13 @@ class Handlers:
         model = state.model_name(asked.model)
         before = []
         if asked.previous_response_id is not None:
-            stored = state.responses.get(asked.previous_response_id, "previous_response_id")
+            stored = await self._stored(asked.previous_response_id, "previous_response_id")
             before = orjson.loads(stored.items)
-        keeps = asked.store is not False and state.responses.limit > 0
+        keeps = asked.store is not False and state.options.response_store_bytes > 0
         work = ModelResponse(
-            asked, before, items_of(asked.input), state.responses if keeps else None, self._running,
-            model, state.fingerprint, self._parser(), self._tool_parser(), state.facts,
-            state.sampling_defaults(), state.options,
+            asked, before, items_of(asked.input), state.client, keeps, model, state.fingerprint,
+            self._parser(), self._tool_parser(), state.facts, state.sampling_defaults(),
+            state.options,
         )  # fmt: skip
         return await self._answer(request, asked, work, ignored)
 
@@ -250,27 +251,34 @@ class Handlers:
             raise ApiError(
                 400, "stream: events are not sent again: get the response", param="stream"
             )
-        running = self._running.get(response_id)
-        if running is not None:
-            return _json(running.snapshot())
-        return _ready_json(self._state.responses.get(response_id).response)
+        return _ready_json((await self._stored(response_id)).response)
+
+    async def response_input(self, request: Request, response_id: str) -> Response:
+        stored = await self._stored(response_id)
+        items = orjson.loads(stored.items)[: stored.num_inputs]
+        return _json(page(items, request.query_params))
 
     async def delete_response(self, response_id: str) -> Response:
-        self._state.responses.delete(response_id)
+        if not await self._call("response", action="delete", name=response_id):
+            raise not_found(response_id)
         return _json({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel_response(self, response_id: str) -> Response:
-        running = self._running.get(response_id)
-        if running is None:
-            known = orjson.loads(self._state.responses.get(response_id).response)
+        await self._stored(response_id)
+        ended = await self._call("abort", name=response_id)
+        known = orjson.loads((await self._stored(response_id)).response)
+        if not ended:
             raise ApiError(
                 400, f"the response is {known['status']}: there is nothing to cancel",
                 param="response_id",
             )  # fmt: skip
-        running.cancelled = True
-        if not await self._call("abort", name=response_id):
-            raise not_found(response_id)
-        return _json({**running.snapshot(), "status": "cancelled"})
+        return _json({**known, "status": "cancelled"})
+
+    async def _stored(self, name: str, param: str | None = None) -> Stored:
+        found = await self._call("response", action="get", name=name)
+        if found is None:
+            raise not_found(name, param)
+        return Stored(*found)
 
     # ---- beside it -------------------------------------------------------------------------
 
@@ -388,7 +396,7 @@ def _json(value: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), 200, headers, "application/json")
 
 
-def _ready_json(text: bytes) -> Response:
+def _ready_json(text: str) -> Response:
     return Response(text, 200, None, "application/json")
 
 

@@ -39,6 +39,8 @@ class Chat(Reply):
         facts: Of the engine.
         defaults: Sampling values that the request may leave out.
         options: Of the server.
+        most_tokens: Of the prompt, from which the oldest turns are left out as need be; None: a
+            conversation that is too long is refused.
 
     Raises:
         ApiError: A field is not valid.
@@ -55,6 +57,7 @@ class Chat(Reply):
         facts: Mapping[str, Any],
         defaults: Mapping[str, Any],
         options: ServerOptions,
+        most_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.request = request
@@ -92,7 +95,9 @@ class Chat(Reply):
         if parser != "none":
             self.usage.reasoning = 0
             wants += ["tail", "sizes"]
-        if request.truncate_prompt_tokens is None:
+        if most_tokens is not None:
+            chat["most_tokens"] = most_tokens
+        elif request.truncate_prompt_tokens is None:
             texts = sum(_length(each.get("content")) for each in chat["messages"])
             check_length(texts, "characters", facts, "messages")
         self.asks = [

@@ -185,6 +185,11 @@ class EngineClient(asyncio.Protocol):
         finally:
             self._calls.pop(number, None)
 
+    def tell(self, what: str, **arguments: Any) -> None:
+        """As :meth:`call`, where nobody waits for the answer."""
+        if self.lost is None:
+            self._send(wire.Call(next(self._numbers), what, arguments))
+
     def forget(self, number: int, tell: bool) -> None:
         """A stream's reader is gone."""
         if self._streams.pop(number, None) is not None and tell and self.lost is None:

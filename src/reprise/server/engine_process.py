@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 from reprise.config import EngineConfig
 from reprise.engine.process import begin, serve
-from reprise.server.engine_server import EngineServer, QueueLimits
+from reprise.server.engine_server import EngineLimits, EngineServer
 from reprise.server.logs import configure
 
 
-def main(make: Callable[[EngineConfig, QueueLimits], EngineServer] = EngineServer) -> None:
+def main(make: Callable[[EngineConfig, EngineLimits], EngineServer] = EngineServer) -> None:
     """Run as ``python -m reprise.server.engine_process FD``: the number of the control socket."""
     control, start = begin()
     configure(start["log_level"], start["log_format"], "engine")
-    serve(control, lambda: make(EngineConfig(**start["engine"]), QueueLimits(*start["limits"])))
+    serve(control, lambda: make(EngineConfig(**start["engine"]), EngineLimits(*start["limits"])))
 
 
 if __name__ == "__main__":

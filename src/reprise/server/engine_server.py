@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from reprise.config import EngineConfig
 from reprise.engine import Acceptance, chat_prompt, together
 from reprise.engine.driver import gather, then
-from reprise.engine.prompt import PreparedPrompt, encode
+from reprise.engine.prompt import PreparedPrompt, TokensPrompt, encode
 from reprise.engine.service import EngineService
 from reprise.engine.submission import PreparedParams
 from reprise.errors import RepriseError, RequestError
@@ -22,7 +22,9 @@ from reprise.sampling_params import RequestOutputKind, SamplingParams
 from reprise.server import wire
 from reprise.server.facts import Emissions, engine_facts, metric_facts
 from reprise.server.live.sample import sample
+from reprise.server.responses.store import ResponseStore
 from reprise.server.token_bytes import TokenBytes
+from reprise.server.truncation import fitting
 from reprise.server.wire_reader import WireReader
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,15 @@ class QueueFull(RepriseError):
     """Too much waits: try again later."""
 
 
-class QueueLimits(NamedTuple):
-    """What may wait for the engine; None: any number."""
+class EngineLimits(NamedTuple):
+    """What waits for the engine, and what is kept with it."""
 
     requests: int | None = None
+    """That may wait; None: any number."""
     tokens: int | None = None
-    """Of prompts, once for each completion."""
+    """Of prompts that wait, once for each completion; None: any number."""
+    response_bytes: int = 0
+    """Of responses."""
 
 
 class EngineServer(EngineService):
@@ -45,13 +50,13 @@ class EngineServer(EngineService):
 
     Args:
         config: Of the engine, or the engines.
-        limits: Of what waits.
+        limits: Of what waits, and of what is kept.
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
 
-    def __init__(self, config: EngineConfig, limits: QueueLimits) -> None:
+    def __init__(self, config: EngineConfig, limits: EngineLimits) -> None:
         super().__init__(drive(config, flush_all))
         self._limits = limits
         self._frontend = self.driver.frontend
@@ -59,6 +64,7 @@ class EngineServer(EngineService):
         self._hello = wire.Hello(wire.PROTOCOL, engine_facts(self._frontend))
         self._emissions = Emissions()
         self._names = 0
+        self._responses = ResponseStore(limits.response_bytes)
 
     def hello(self) -> wire.Hello:
         return self._hello
@@ -112,15 +118,24 @@ class EngineServer(EngineService):
                 "prompt_token_ids": encode(tokenizer, plain["prompt"], add_special_tokens=False),
             }
         chat = request.chat
-        salt = chat.pop("cache_salt", None)
+        salt, most = chat.pop("cache_salt", None), chat.pop("most_tokens", None)
+
+        def render(messages: Any) -> TokensPrompt:
+            return chat_prompt(tokenizer, **{**chat, "messages": messages})
 
         def prompt() -> Any:
-            found: dict[str, Any] = dict(chat_prompt(tokenizer, **chat))
+            messages = chat["messages"]
+            whole = render(messages) if most is None else fitting(messages, most, render)
+            found: dict[str, Any] = dict(whole)
             if salt is not None:
                 found["cache_salt"] = salt
             return found
 
         return prompt
+
+    def _drop(self, channel: Channel) -> None:
+        self._responses.forget([each.called for each in channel.readers.values()])
+        super()._drop(channel)
 
     # ---- calls -----------------------------------------------------------------------------
 
@@ -137,6 +152,10 @@ class EngineServer(EngineService):
         ]
         ended = [self.driver.abort(each) for each in names]
         return then(gather(ended), lambda _: len(names))
+
+    def _do_response(self, **question: Any) -> Future[Any]:
+        """See :meth:`ResponseStore.answer`."""
+        return _done(self._responses.answer(**question))
 
     def _do_metrics(self) -> Future[Any]:
         return then(self._observed(), lambda found: metric_facts(*found))

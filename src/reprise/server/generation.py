@@ -46,6 +46,10 @@ class Reply(ABC):
         """How a stream ends whose status is out."""
         return error_event(error) + DONE
 
+    async def settle(self) -> None:
+        """It is complete; before its caller has the end of it."""
+        return
+
     def left(self) -> None:
         """Its caller has all of it, or is gone."""
         return

@@ -15,7 +15,6 @@ from reprise.server.caller import Callers
 from reprise.server.client import EngineClient
 from reprise.server.errors import ApiError, unavailable
 from reprise.server.options import ServerOptions
-from reprise.server.responses.store import ResponseStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +26,8 @@ class ServerState:
     options: ServerOptions
     client: EngineClient
     callers: Callers = field(default_factory=Callers)
-    responses: ResponseStore = field(init=False)
     draining: bool = False
     """No new requests are taken."""
-
-    def __post_init__(self) -> None:
-        # Processes share no memory: what one has kept another one would not know.
-        alone = self.options.api_server_count == 1
-        self.responses = ResponseStore(self.options.response_store_bytes if alone else 0)
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -127,6 +127,8 @@ class EventStream(Response):
             except Exception:
                 logger.exception("a stream failed")
                 data = self._last(ApiError(500, "internal error; the server's log says more"))
+            if reply.complete:
+                await reply.settle()
             if data:
                 size += len(data)
                 caller.sending_since = loop.time()

@@ -124,7 +124,11 @@ class Supervisor:
     def _start(self) -> None:
         start = {
             "engine": self._engine_options.arguments(),
-            "limits": [self._options.max_num_queued_reqs, self._options.max_num_queued_tokens],
+            "limits": [
+                self._options.max_num_queued_reqs,
+                self._options.max_num_queued_tokens,
+                self._options.response_store_bytes,
+            ],
             "log_level": self._level,
             "log_format": self._options.log_format,
         }

@@ -21,6 +21,7 @@ from typing import Any
 from reprise.processes.control import Control
 from reprise.server import wire
 from reprise.server.reasoning import CLOSE, OPEN
+from reprise.server.responses.store import ResponseStore
 
 FACTS: dict[str, Any] = {
     "model": "stub", "version": "0", "device": "none", "dtype": "none", "max_model_len": 4096,
@@ -77,6 +78,7 @@ class StubEngine:
         self._frames: dict[socket.socket, wire.Frames] = {}
         self._requests: dict[tuple[socket.socket, int], _Request] = {}
         self.max_queued: int | None = None
+        self.responses = ResponseStore(0)
 
     def run(self) -> None:
         while True:
@@ -115,6 +117,9 @@ class StubEngine:
     def _answer(self, connection: socket.socket, message: Any) -> None:
         if isinstance(message, wire.Leave):
             self._requests.pop((connection, message.number), None)
+        elif isinstance(message, wire.Call) and message.what == "response":
+            answer = self.responses.answer(**message.arguments)
+            connection.sendall(wire.frame(wire.Reply(message.number, answer)))
         elif isinstance(message, wire.Call):
             result = {"load": len(self._requests), "abort": 0, "metrics": [], "graphs": {},
                       "live": {"metrics": [], "caches": [], "graphs": []},
@@ -174,7 +179,7 @@ def main() -> None:
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     start = json.loads(control.receive_text())
     engine = StubEngine(control)
-    engine.max_queued = start["limits"][0]
+    engine.max_queued, _, engine.responses.limit = start["limits"]
     control.send(Control.READY)
     engine.run()
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from reprise.server.caller import Caller
 from reprise.server.chat import Chat
-from reprise.server.client import EngineRefusal
-from reprise.server.errors import ABORTED, ApiError
+from reprise.server.client import EngineClient, EngineRefusal
+from reprise.server.errors import ApiError
 from reprise.server.options import ServerOptions
+from reprise.server.responses.input_items import with_ids
 from reprise.server.responses.output import Output
-from reprise.server.responses.request import ResponsesRequest, chat_request
-from reprise.server.responses.store import ResponseStore
+from reprise.server.responses.request import ResponsesRequest, chat_request, most_tokens
 
 
 class Response(Chat):
@@ -24,8 +27,8 @@ class Response(Chat):
         asked: The request.
         before: Items of the response that it goes on from.
         items: Those of the request.
-        store: Where it is kept; None: nowhere.
-        running: By name, those that are not complete.
+        client: Of the engine, which keeps responses.
+        keeps: It is kept when it has ended.
         model, fingerprint, parser, tool_parser, facts, defaults, options: As of :class:`Chat`.
 
     Raises:
@@ -37,8 +40,8 @@ class Response(Chat):
         asked: ResponsesRequest,
         before: Sequence[dict[str, Any]],
         items: Sequence[dict[str, Any]],
-        store: ResponseStore | None,
-        running: dict[str, Response],
+        client: EngineClient,
+        keeps: bool,
         model: str,
         fingerprint: str,
         parser: str,
@@ -50,12 +53,15 @@ class Response(Chat):
         self.name = f"resp_{secrets.token_hex(24)}"
         self._conversation = [*before, *items]
         chat = chat_request(asked, self._conversation)
+        most = most_tokens(asked, facts)
         super().__init__(
-            chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options
+            chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options, most
         )
         self._asked = asked
-        self._store = store
-        self._running = running
+        self._client = client
+        self._keeps = keeps
+        self._known = False
+        """The engine has heard of it."""
         self._output = Output()
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
@@ -63,8 +69,6 @@ class Response(Chat):
         self._suspect_from: int | None = None
         self._thoughts_passed = 0
         """Log probabilities of thoughts that were left out."""
-        self.cancelled = False
-        """Somebody has asked for its end."""
         params: Any = self.asks[0]["params"]
         self._facts_of_request = self._echo(params)
 
@@ -81,14 +85,14 @@ class Response(Chat):
             "previous_response_id": asked.previous_response_id,
             "reasoning": {"effort": reasoning.get("effort"), "summary": None},
             "service_tier": None,
-            "store": self._store is not None,
+            "store": self._keeps,
             "temperature": params.get("temperature", 1.0),
             "text": {**text, "format": text.get("format") or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
             "tools": asked.tools or [],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.get("top_p", 1.0),
-            "truncation": "disabled",
+            "truncation": asked.truncation or "disabled",
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -123,10 +127,30 @@ class Response(Chat):
 
     def accepted(self, facts: list[dict[str, Any]]) -> None:
         super().accepted(facts)
-        self._running[self.name] = self
+        self._known = True
+        self._client.tell("response", action="begin", name=self.name, response=self._json())
+
+    async def settle(self) -> None:
+        # Who has seen its end finds it, whichever process is asked.
+        self._known = False
+        kept: dict[str, Any] = {"action": "forget"}
+        if self._keeps:
+            items = with_ids([*self._conversation, *self._output.items])
+            kept = {
+                "action": "put",
+                "response": self._json(),
+                "items": orjson.dumps(items).decode(),
+                "num_inputs": len(self._conversation),
+            }
+        with contextlib.suppress(EngineRefusal):  # an engine that has ended keeps nothing
+            await self._client.call("response", name=self.name, **kept)
 
     def left(self) -> None:
-        self._running.pop(self.name, None)
+        if self._known:
+            self._client.tell("response", action="forget", name=self.name)
+
+    def _json(self) -> str:
+        return orjson.dumps(self.snapshot()).decode()
 
     # ---- plain and streamed ----------------------------------------------------------------
 
@@ -134,6 +158,7 @@ class Response(Chat):
         while not self.complete:
             self._add(await caller.next())
             self._output.take_events()
+        await self.settle()
         return self.snapshot()
 
     def begin(self) -> bytes:
@@ -165,8 +190,6 @@ class Response(Chat):
 
     def _add_output(self, output: list[Any]) -> None:
         _, text, _, finish, _, more = output
-        if finish == "abort" and not self.cancelled:
-            raise EngineRefusal(ABORTED, "")
         self._count([output], None)
         choice = self._choice(0)
         parts = choice.feed(text)
@@ -210,10 +233,6 @@ class Response(Chat):
     def _end(self, status: str) -> None:
         self._status, self.complete = status, True
         self._completed_at = int(time.time()) if status == "completed" else None
-        self._running.pop(self.name, None)
-        response = self.snapshot()
-        if self._store is not None:
-            self._store.put(self.name, response, [*self._conversation, *self._output.items])
         # There is no event of a cancelled one.
         event = "incomplete" if status == "cancelled" else status
-        self._output.event(f"response.{event}", response=response)
+        self._output.event(f"response.{event}", response=self.snapshot())

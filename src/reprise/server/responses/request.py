@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +44,7 @@ class ResponsesRequest(BaseModel):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    truncation: Literal["auto", "disabled"] | None = None
 
 
 _PASSED = frozenset(
@@ -60,8 +61,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "responses are computed while their client waits: stream=true"),
     "conversation": ((), "give previous_response_id, or all items in input"),
     "prompt": ((), "there are no stored prompts: give instructions and input"),
-    "truncation": (("disabled",), "no item of a conversation is dropped: give fewer"),
-    "context_management": (([],), "no item of a conversation is dropped: give fewer"),
+    "context_management": (([],), "give truncation='auto'"),
     "moderation": ((), "this server has no moderation"),
     "image": ((), "this model writes text alone"),
     "messages": ((), "give input"),
@@ -135,6 +135,16 @@ def chat_request(request: ResponsesRequest, items: Sequence[Mapping[str, Any]]) 
         return ChatRequest.model_validate(fields)
     except ValidationError as error:
         raise invalid_fields(error) from None
+
+
+def most_tokens(request: ResponsesRequest, facts: Mapping[str, Any]) -> int | None:
+    """Of the prompt; None: it is not truncated. The answer has room for ``max_output_tokens``, or a
+    quarter of the context, and at most for half of it."""
+    if request.truncation != "auto":
+        return None
+    context = int(facts["max_model_len"])
+    answer = request.max_output_tokens or context // 4
+    return context - max(1, min(answer, context // 2))
 
 
 def _format(form: Any) -> Any:

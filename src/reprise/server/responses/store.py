@@ -1,11 +1,11 @@
-"""Responses that clients may go on from, as long as there is room."""
+"""Responses that clients may go on from, as long as there is room. They are with the engine, so
+that every HTTP process finds them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-import orjson
 
 from reprise.arguments import shown
 from reprise.server.errors import ApiError
@@ -14,14 +14,22 @@ from reprise.server.errors import ApiError
 class Stored(NamedTuple):
     """One response."""
 
-    response: bytes
+    response: str
     """JSON."""
-    items: bytes
+    items: str = "[]"
     """JSON: the conversation up to its end."""
+    num_inputs: int = 0
+    """How many of the items it was computed from; the others are its output."""
+
+    @property
+    def size(self) -> int:
+        """In bytes, about."""
+        return len(self.response) + len(self.items) + 200
 
 
 class ResponseStore:
-    """The least recently used are forgotten first.
+    """The least recently used are forgotten first. Those under way are known too, and cost nothing
+    of the limit: there are no more of them than requests.
 
     Args:
         limit: Bytes of all together.
@@ -31,37 +39,57 @@ class ResponseStore:
         self.limit = limit
         self.size = 0
         self._found: OrderedDict[str, Stored] = OrderedDict()
+        self._running: dict[str, Stored] = {}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._found) + len(self._running)
 
-    def put(self, name: str, response: dict[str, Any], items: list[Any]) -> None:
-        """Keep one; what is larger than the limit is not kept."""
-        entry = Stored(orjson.dumps(response), orjson.dumps(items))
-        if _size(entry) > self.limit:
+    def begin(self, name: str, response: str) -> None:
+        """One is under way."""
+        self._running[name] = Stored(response)
+
+    def put(self, name: str, entry: Stored) -> None:
+        """One has ended; what is larger than the limit is not kept."""
+        self.forget([name])
+        if entry.size > self.limit:
             return
         self._found[name] = entry
-        self.size += _size(entry)
+        self.size += entry.size
         while self.size > self.limit:
-            self.size -= _size(self._found.popitem(last=False)[1])
+            self.size -= self._found.popitem(last=False)[1].size
 
-    def get(self, name: str, param: str | None = None) -> Stored:
-        """
-        Raises:
-            ApiError: It is not known, or not any more.
-        """
-        if name not in self._found:
-            raise not_found(name, param)
-        self._found.move_to_end(name)
-        return self._found[name]
+    def get(self, name: str) -> Stored | None:
+        """None: it is not known, or not any more."""
+        if name in self._found:
+            self._found.move_to_end(name)
+            return self._found[name]
+        return self._running.get(name)
 
-    def delete(self, name: str) -> None:
-        """
-        Raises:
-            ApiError: As :meth:`get`.
-        """
-        self.size -= _size(self.get(name))
-        del self._found[name]
+    def delete(self, name: str) -> bool:
+        """Whether it was known, and is under way no more."""
+        entry = self._found.pop(name, None)
+        if entry is not None:
+            self.size -= entry.size
+        return entry is not None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """They are under way no more, and not kept."""
+        for each in names:
+            self._running.pop(each, None)
+
+    def answer(self, action: str, name: str, **more: Any) -> Any:
+        """A question of an HTTP process: a method here, whose arguments and answers are JSON."""
+        if action == "put":
+            return self.put(name, Stored(**more))
+        if action == "forget":
+            return self.forget([name])
+        if action == "get":
+            found = self.get(name)
+            return found and list(found)
+        if action == "begin":
+            return self.begin(name, **more)
+        assert action == "delete"
+        return self.delete(name)
 
 
 def not_found(name: str, param: str | None = None) -> ApiError:
@@ -71,7 +99,3 @@ def not_found(name: str, param: str | None = None) -> ApiError:
         404, f"Response with id {shown(name)} not found: it was never stored, or is forgotten "
         "(response_store_bytes)", code=code, param=param,
     )  # fmt: skip
-
-
-def _size(entry: Stored) -> int:
-    return len(entry.response) + len(entry.items) + 200
