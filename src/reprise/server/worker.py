@@ -110,14 +110,16 @@ class Worker:
 
     async def _sweep(self) -> None:
         """Clients that take nothing of their streams for long are dropped."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, self.state.options.write_timeout / 2))
-            oldest = loop.time() - self.state.options.write_timeout
-            for each in (*self.state.callers, *self._feed.readers):
-                if each.sending_since is not None and each.sending_since < oldest:
-                    logger.warning("a client has read nothing of its stream: it is dropped")
-                    each.stall()
+            self._drop_stalled()  # a call: while this sleeps it is to hold no caller
+
+    def _drop_stalled(self) -> None:
+        oldest = asyncio.get_running_loop().time() - self.state.options.write_timeout
+        for each in (*self.state.callers, *self._feed.readers):
+            if each.sending_since is not None and each.sending_since < oldest:
+                logger.warning("a client has read nothing of its stream: it is dropped")
+                each.stall()
 
 
 async def serve(start: dict[str, object], options: ServerOptions, control: Control) -> None:
