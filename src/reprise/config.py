@@ -144,8 +144,9 @@ class EngineConfig:
     """Let kernels of several ranks read each other's memory, where devices can and it was proven at
     the start; off: ranks exchange by the backend's collectives alone."""
     enable_expert_parallel: bool = False
-    """Spread whole experts over the devices that compute a model together, instead of a part of
-    each expert on every device."""
+    """Spread whole experts over devices: those of ``tensor_parallel_size``, instead of a part of
+    each expert on every one; or those of ``data_parallel_size``, whose engines then have all other
+    weights each and compute their steps at the same time."""
     data_parallel_size: int = 1
     """Engines with all weights each, on as many devices and in processes of their own; a request
     goes to the one that has its prefix, or the least to do."""

@@ -51,6 +51,12 @@ class StepShape:
             self.query_len,
         )
 
+    def laid_out_as(self, other: StepShape) -> StepShape:
+        """This step in the phase of another one that holds it: of mixed steps any is one."""
+        if (self.phase, self.query_len) == (other.phase, other.query_len):
+            return self
+        return StepShape.mixed(self.num_tokens, self.num_requests)
+
     @property
     def size(self) -> int:
         """What buckets count: requests in the decode phase, tokens in the mixed phase."""

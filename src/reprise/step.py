@@ -95,6 +95,11 @@ class Step:
     drafting: int | None = None
     """Tokens to be drafted behind each request; None: as many as ever."""
 
+    @classmethod
+    def of_nobody(cls) -> Step:
+        """A step without requests: others that compute at the same time have some."""
+        return cls(0, (), (), (), (), 0, 0)
+
     @property
     def shape(self) -> StepShape:
         """``decode`` if every request computes equally many tokens, drafts included."""

@@ -19,6 +19,10 @@ class Agreement(Protocol):
     def size(self) -> int:
         """Ranks there are."""
 
+    @property
+    def alike(self) -> bool:
+        """All ranks compute the same steps: what one knows of a step, all know."""
+
     def all(self, ok: bool) -> bool:
         """Whether every rank says True."""
 
@@ -28,6 +32,7 @@ class Agreement(Protocol):
 
 class _Alone:
     size = 1
+    alike = True
 
     def all(self, ok: bool) -> bool:
         return ok

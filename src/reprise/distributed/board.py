@@ -12,14 +12,18 @@ import pickle
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from reprise.errors import RanksError
 
-_WORDS = 16
-"""Of eight bytes, of each rank: two cache lines."""
+_WORDS = 32
+"""Of eight bytes, of each rank: four cache lines."""
 _TEXT_BYTES = 1 << 14
-_ALIVE, _TAIL, _ASKED, _FIRST, _SECOND, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _STAGE = range(10)
+_ALIVE, _TAIL, _ASKED, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _FAILED_AT = range(8)
+_FIRST, _SECOND = 16, 24
+MOST_NUMBERS = 8
+"""Of one question."""
 SPIN_SECONDS = 0.002
 """For so long a rank that waits stays awake."""
 NAP_SECONDS = 0.0005
@@ -61,6 +65,8 @@ class Board:
         self._asked = 0
         self.timeout = 600.0
         """Seconds that a rank waits for an answer of the others."""
+        self.alike = True
+        """See :class:`reprise.distributed.Agreement`."""
 
     @staticmethod
     def nbytes(size: int, ring_bytes: int) -> int:
@@ -162,6 +168,7 @@ class Board:
         text = sendable(error)
         begin = self.rank * _TEXT_BYTES
         self._texts[begin : begin + len(text)] = text
+        self._numbers[(1 + self.rank) * _WORDS + _FAILED_AT] = time.monotonic()
         self.fence()
         self._set(_FAILED, len(text))
 
@@ -172,6 +179,13 @@ class Board:
             return None
         begin = rank * _TEXT_BYTES
         return pickle.loads(self._texts[begin : begin + length])
+
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that failed first; None: none has."""
+        ranks = [rank for rank in range(self.size) if self._of(rank, _FAILED)]
+        when = [self._numbers[(1 + rank) * _WORDS + _FAILED_AT] for rank in ranks]
+        return min(zip(when, ranks, strict=True))[1] if ranks else None
 
     def check(self) -> None:
         """Raise if there is nobody to wait for any more."""
@@ -193,13 +207,36 @@ class Board:
         Raises:
             RanksError: A rank has failed or did not answer in time.
         """
-        # A rank that is one question ahead writes to the other word: those who have not read this
+        return self.largest_of([value])[0]
+
+    @property
+    def is_asked(self) -> bool:
+        """Another rank has asked what this one has not answered yet."""
+        return any(self._of(rank, _ASKED) > self._asked for rank in range(self.size))
+
+    def largest_of(
+        self, values: Sequence[float], told: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Of several numbers, at most :data:`MOST_NUMBERS`, the largest that a rank says of each.
+
+        Args:
+            values: As many on each rank.
+            told: Called when the others can see what this rank says, before it waits for them.
+
+        Raises:
+            RanksError: A rank has failed or did not answer in time.
+        """
+        # A rank that is one question ahead writes to the other words: those who have not read this
         # answer yet still find it.
         asked = self._asked = self._asked + 1
         word = _FIRST if asked % 2 else _SECOND
-        self._numbers[(1 + self.rank) * _WORDS + word] = value
+        count = len(values)
+        for number, value in enumerate(values, (1 + self.rank) * _WORDS + word):
+            self._numbers[number] = value
         self.fence()
         self._set(_ASKED, asked)
+        self.fence()
+        told()
         began = time.monotonic()
         for rank in range(self.size):
             while self._of(rank, _ASKED) < asked:
@@ -213,7 +250,8 @@ class Board:
                 self.check()
                 pause(waited)
         self.fence()
-        return max(self._numbers[(1 + rank) * _WORDS + word] for rank in range(self.size))
+        places = [(1 + rank) * _WORDS + word for rank in range(self.size)]
+        return [max(self._numbers[each + n] for each in places) for n in range(count)]
 
 
 def sendable(error: BaseException | str) -> bytes:

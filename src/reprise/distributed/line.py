@@ -40,6 +40,7 @@ class LeadersLine:
 
     def __init__(self, connections: Mapping[int, Sealed], timeout: float) -> None:
         self.size = 1 + len(connections)
+        self.alike = True
         self.timeout = timeout
         self.sent = 0
         """Messages so far."""
@@ -200,6 +201,7 @@ class FollowersLine:
 
     def __init__(self, connection: Sealed, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.alike = True
         self.timeout = 600.0
         """Seconds that a rank waits for an answer of the others."""
         self.ended = False

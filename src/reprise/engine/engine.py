@@ -55,10 +55,11 @@ from reprise.loading import (
 from reprise.metrics import Metric
 from reprise.ops.ahead import wake_compiler
 from reprise.outputs import Logprobs
-from reprise.parallel import Elsewhere, Leader, LeadingRunner
+from reprise.parallel import Elsewhere, Leader, LeadingRunner, Lockstep, Seat, Wish
 from reprise.request import Request
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.sampling_params import SamplingParams
+from reprise.shape import StepShape
 from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
@@ -93,12 +94,15 @@ class Engine(Frontend):
     Args:
         config: Options; the platform may adjust them, each change is logged.
         elsewhere: The ranks, if somebody else has started them, this process as their first.
+        seat: Among engines that compute in step; None: it is alone.
 
     Raises:
         RepriseError: The device, model or options do not work; nothing stays allocated.
     """
 
-    def __init__(self, config: EngineConfig, elsewhere: Elsewhere | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, elsewhere: Elsewhere | None = None, seat: Seat | None = None
+    ) -> None:
         if config.data_parallel_size > 1:
             raise ConfigError(
                 f"data_parallel_size={config.data_parallel_size}: an Engine is one; LLM, AsyncLLM "
@@ -112,6 +116,7 @@ class Engine(Frontend):
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
+            self.lockstep = None if seat is None else Lockstep(seat, self.platform)
             leader = None
             if config.tensor_parallel_size > 1:
                 with timeline.span("ranks"):
@@ -136,6 +141,8 @@ class Engine(Frontend):
         tokenizer = load_tokenizer(config, checkpoint)
         if leader is None:
             ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
+            if self.lockstep is not None:
+                ranks = self.lockstep.connect()
             self.runner = ModelRunner(config, self.platform, checkpoint, ranks)
         else:
             ranks = leader.start(config, checkpoint)
@@ -200,6 +207,8 @@ class Engine(Frontend):
             0 if config.speculation is None else config.speculation.num_tokens,
         )
         self._num_added = 0
+        self._more_to_prove = True
+        """Graphs, while no request runs."""
         self._half_updated: set[str] = set()
         """Weights that may be neither old nor new, since replacing them was interrupted."""
         self._suspects = {owner: Suspects() for owner, _ in self.runner.owners}
@@ -254,6 +263,8 @@ class Engine(Frontend):
             LoadError: :meth:`update_weights` was interrupted.
         """
         self.runner.check()
+        if self.lockstep is not None:
+            self.lockstep.check()
         if self._half_updated:
             raise LoadError(
                 f"update_weights was interrupted: {', '.join(sorted(self._half_updated))} may be "
@@ -310,6 +321,20 @@ class Engine(Frontend):
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def must_step(self) -> bool:
+        """Who drives the engine has to call :meth:`step`: for requests, or since engines that
+        compute in step with this one have some."""
+        return (
+            self.has_work
+            or bool(self._outstanding)
+            or (self.lockstep is not None and self.lockstep.must_meet)
+        )
+
+    def resting(self) -> contextlib.AbstractContextManager[None]:
+        """In the ``with`` block nobody steps: see :meth:`Lockstep.resting`."""
+        return contextlib.nullcontext() if self.lockstep is None else self.lockstep.resting()
+
     def finish_steps(self) -> None:
         """Steps that run ahead may still hold blocks of finished requests: see to their end, if no
         request runs."""
@@ -327,9 +352,12 @@ class Engine(Frontend):
             try:
                 return self._advance()
             except GraphReplayError as error:
+                if self.lockstep is not None:
+                    raise  # others have computed it
                 self._compute_again(error)
                 return []
-        except BaseException:
+        except BaseException as error:
+            self._lose_step(error)
             self.start_over()
             raise
 
@@ -339,33 +367,82 @@ class Engine(Frontend):
         if self.has_work or self._half_updated or self.profiler.running:
             return False
         try:
-            owners = self.runner.owners
-            more = self.runner.prove_more()
-            self._heed_canaries(owners)
-        except BaseException:
+            if self.lockstep is None:
+                self._prove()
+            else:
+                self._advance(Wish.PROVE)
+        except BaseException as error:
+            self._lose_step(error)
             self.start_over()
             raise
-        return more
+        return self._more_to_prove
 
-    def _advance(self) -> list[CompletionGroup]:
-        step = self.scheduler.schedule()
+    def _lose_step(self, error: BaseException) -> None:
+        """A step failed half-way, of which others that compute it as well may have more."""
+        if self.lockstep is not None and isinstance(error, Exception):
+            self.lockstep.lose(error)
+
+    def _prove(self) -> None:
+        owners = self.runner.owners
+        self._more_to_prove = self.runner.prove_more()
+        self._heed_canaries(owners)
+
+    def _meet(self, lockstep: Lockstep, step: Step | None, wish: Wish) -> None:
+        """Do what all engines that compute in step do now.
+
+        Args:
+            lockstep: Of them.
+            step: To be computed here; None: nothing.
+            wish: What there is to do otherwise.
+        """
         if step is not None:
-            with self.runner.active():
-                self.runner.submit(step)
-                requests = self.scheduler.requests_of(step)
-                # Grammars follow the tokens before the step's while the device computes it.
-                masks = self._masks(step, requests)
-                self._outstanding.append(_UnderWay(step, self.runner.sample(step, masks)))
-            owners = self.runner.owners
-            for owner, graphs in owners:
-                self._suspects[owner].note(step, requests, graphs.ran)
-            self._heed_canaries(owners)
-        if not self._outstanding or (step is not None and len(self._outstanding) < self._depth):
+            wish = Wish.STEP
+        elif self.has_work:
+            wish = Wish.WAIT
+        elif not lockstep.must_meet and wish is Wish.NOTHING:
+            return
+        agreed = lockstep.meet(wish, None if step is None else step.shape)
+        if agreed.wish == Wish.PROVE:
+            self._prove()
+        elif agreed.shape is not None:
+            self._submit(Step.of_nobody() if step is None else step, agreed.shape)
+
+    def _submit(self, step: Step, *at_least: StepShape) -> None:
+        """Start a step.
+
+        Args:
+            step: It.
+            at_least: As of :meth:`reprise.runner.ModelRunner.submit`, where others compute too.
+        """
+        with self.runner.active():
+            self.runner.submit(step, *at_least)
+            requests = self.scheduler.requests_of(step) if step.rows else ()
+            # Grammars follow the tokens before the step's while the device computes it.
+            masks = self._masks(step, requests)
+            self._outstanding.append(_UnderWay(step, self.runner.sample(step, masks)))
+        owners = self.runner.owners
+        for owner, graphs in owners:
+            self._suspects[owner].note(step, requests, graphs.ran)
+        self._heed_canaries(owners)
+
+    def _advance(self, wish: Wish = Wish.NOTHING) -> list[CompletionGroup]:
+        """Submit a step and take the results of an earlier one.
+
+        Args:
+            wish: What engines that compute in step may do if none has a request.
+        """
+        step = self.scheduler.schedule()
+        before = len(self._outstanding)
+        if self.lockstep is not None:
+            self._meet(self.lockstep, step, wish)
+        elif step is not None:
+            self._submit(step)
+        if not self._outstanding or before < len(self._outstanding) < self._depth:
             return []
         output = self._output_of(self._outstanding[0])
         oldest = self._outstanding.popleft()
         self._failed_replays = 0
-        return self._take(oldest.step, output)
+        return self._take(oldest.step, output) if oldest.step.rows else []
 
     def _masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
         """Which tokens may be drawn in the step that was submitted last. Only if one of its
@@ -382,7 +459,7 @@ class Engine(Frontend):
             began = time.perf_counter()
             each.output = each.pending.wait()
             self.wait_seconds += time.perf_counter() - began
-            if self._grammars.count:
+            if self._grammars.count and each.step.rows:
                 self._grammars.take(self.scheduler.requests_of(each.step), each.output)
         return each.output
 
@@ -452,10 +529,10 @@ class Engine(Frontend):
                 "or abort them"
             )
         self.platform.activate()
-        if self.config.tensor_parallel_size > 1:
+        if self.config.tensor_parallel_size > 1 or self.lockstep is not None:
             raise RequestError(
-                "update_weights with tensor_parallel_size="
-                f"{self.config.tensor_parallel_size} is not supported: create a new engine"
+                "update_weights where several ranks compute one model (tensor_parallel_size, "
+                "enable_expert_parallel) is not supported: create a new engine"
             )
         copies = plan_update(self.runner.model, weights)
         self.scheduler.reset_prefix_cache()
@@ -465,7 +542,13 @@ class Engine(Frontend):
         self.runner.weights_replaced()
 
     def start_over(self) -> None:
-        """Abort everything, in whatever state an exception left it, and be ready for requests."""
+        """Abort everything, in whatever state an exception left it, and be ready for requests.
+
+        Raises:
+            RanksError: Others that compute in step with this engine are lost.
+        """
+        if self.lockstep is not None:
+            self.lockstep.check()
         self.scheduler.start_over()
         self.runner.forget_steps()
         self._outstanding.clear()
@@ -479,11 +562,16 @@ class Engine(Frontend):
         try:
             if self.profiler.running:
                 self.profiler.stop()
+            if self.lockstep is not None:
+                self.abort(list(self._groups))
+                self.lockstep.leave(self._advance)
             self.start_over()
         except RanksError as error:
             logger.debug("closing: %s", error)  # whoever waited has got it
         finally:
             self.runner.close()
+            if self.lockstep is not None:
+                self.lockstep.close()
             del self.runner, self.scheduler
             gc.collect()
             self.platform.empty_cache()
@@ -498,7 +586,7 @@ class Engine(Frontend):
 
     def metrics(self) -> list[Metric]:
         """All metrics of this moment."""
-        return self._observations.metrics(self.scheduler.stats())
+        return self._observations.metrics(self.scheduler.stats(), self.lockstep)
 
     def _observe_drafts(self, choice: DraftChoice, step: Step, output: StepOutput) -> None:
         now, requests = time.perf_counter(), len(step.rows)

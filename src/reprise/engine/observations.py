@@ -5,6 +5,7 @@ from __future__ import annotations
 from reprise.engine.draft_counts import DraftCounts
 from reprise.engine.scheduler import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
+from reprise.parallel import Lockstep
 from reprise.request import Request
 
 _SECONDS = [
@@ -68,8 +69,13 @@ class Observations:
         if request.num_output_tokens > 1:
             self._per_token.add((last - first) / (request.num_output_tokens - 1))
 
-    def metrics(self, stats: SchedulerStats) -> list[Metric]:
-        """All metrics of this moment."""
+    def metrics(self, stats: SchedulerStats, lockstep: Lockstep | None = None) -> list[Metric]:
+        """All metrics of this moment.
+
+        Args:
+            stats: The scheduler's.
+            lockstep: Of engines that compute in step, if this is one.
+        """
         labels = self._labels
         gauges = {
             "num_requests_running": stats.num_running,
@@ -90,6 +96,11 @@ class Observations:
                 spec_decode_num_drafts=drafts.drafts,
                 spec_decode_num_draft_tokens=drafts.drafted,
                 spec_decode_num_accepted_tokens=drafts.accepted,
+            )
+        if lockstep is not None:
+            gauges["lockstep_waited_seconds"] = lockstep.waited_seconds
+            counters.update(
+                lockstep_meetings=lockstep.meetings, lockstep_empty_steps=lockstep.empty_steps
             )
         distributions = {
             "iteration_tokens_total": self._step_tokens,

@@ -22,7 +22,7 @@ from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
 from reprise.errors import RepriseError, describe
-from reprise.parallel import Elsewhere
+from reprise.parallel import Elsewhere, Seat
 from reprise.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ class EngineThread:
         config: Of the engine.
         delivered: Called behind the deliveries of a step with the readers that got something.
         elsewhere: As of :class:`reprise.engine.Engine`.
+        seat: As of :class:`Engine`.
 
     Raises:
         RepriseError: The device, model or options do not work.
@@ -71,8 +72,9 @@ class EngineThread:
         config: EngineConfig,
         delivered: Callable[[Sequence[Any]], None],
         elsewhere: Elsewhere | None = None,
+        seat: Seat | None = None,
     ) -> None:
-        self.engine = Engine(config, elsewhere)
+        self.engine = Engine(config, elsewhere, seat)
         self._delivered = delivered
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._readers: dict[str, Reader] = {}
@@ -90,6 +92,8 @@ class EngineThread:
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         self._thread.start()
+        if self.engine.lockstep is not None:
+            self.engine.lockstep.on_wake = lambda: self._commands.put(_Command(lambda: None))
 
     # ---- any thread ------------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ class EngineThread:
             try:
                 command = self._next_command()
             except queue.Empty:
-                work = self._step if self.engine.has_work else self._prove
+                work = self._step if self.engine.must_step else self._prove
                 command = _Command(partial(self._attempt, work))
             if command is None:
                 break
@@ -263,10 +267,14 @@ class EngineThread:
 
     def _next_command(self) -> _Command | None:
         """What others want done. Raises queue.Empty when there is time for something else."""
-        if self.engine.has_work:
-            self._may_prove = True
-            return self._commands.get(block=False)
-        return self._commands.get(timeout=IDLE_AFTER_SECONDS if self._may_prove else None)
+        engine = self.engine
+        if not engine.must_step:
+            with engine.resting():
+                if not engine.must_step:  # nor has anybody come to want it meanwhile
+                    seconds = IDLE_AFTER_SECONDS if self._may_prove else None
+                    return self._commands.get(timeout=seconds)
+        self._may_prove |= engine.has_work
+        return self._commands.get(block=False)
 
     def _prove(self) -> None:
         self._may_prove = False  # if it fails, it does so once

@@ -20,7 +20,7 @@ from reprise.graphs.segments import (
     tensor_arguments,
 )
 from reprise.graphs.verify import StepMemory, memory_of_ops
-from reprise.ops.registry import Op, intercept
+from reprise.ops.registry import Op, all_ops, intercept
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -183,9 +183,11 @@ def _walk(
                 results = {**call.outputs, **memory}
                 wrong = _first_wrong(traced.outputs, results)
                 if wrong is not None and suspect is not None:
-                    _feed(results, traced)
-                    step.run()
-                    if _first_wrong(traced.outputs, results) is None:
+                    again = not all_ops()[call.op].collective
+                    if again:  # else others would not be there
+                        _feed(results, traced)
+                        step.run()
+                    if not again or _first_wrong(traced.outputs, results) is None:
                         wrong, produced = suspect, False
             if wrong is not None:
                 found = Location(segments, str(call), wrong, produced, right)

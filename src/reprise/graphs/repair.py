@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from reprise.graphs.capture import BucketGraph
@@ -37,6 +37,7 @@ def make_good(
     bucket: BucketGraph,
     shape: StepShape,
     verdict: Verdict,
+    agree: Callable[[bool], bool],
 ) -> Harm:
     """Load weights again that were changed, and find out what was wrong.
 
@@ -50,13 +51,15 @@ def make_good(
         bucket: The graph's.
         shape: The step in the inputs, without padding.
         verdict: About it.
+        agree: Whether all ranks say True.
 
     Raises:
         WeightsLostError: Weights were changed and cannot be loaded again.
     """
     changes, where = list(verdict.changes), ""
     _mend(prover, changes)
-    if verdict.differences or not changes:
+    # All ranks search or none: they meet in the collectives of what is computed for it.
+    if not agree(bool(changes) and not verdict.differences):
         where, more = _where(computation, guard, prover, bucket, shape)
         _mend(prover, more)
         changes += more

@@ -444,19 +444,19 @@ class GraphRunner:
             kind = computation.kind(shape, bucket.shape)
             if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
-        if (
-            unproven is not None
-            and not policy.checks_everything
-            and not self._agree(policy.may_meet(bucket))
-        ):
+        meets = unproven is not None
+        """It is of such a kind on some rank."""
+        if policy.checks_kinds and not self._agreement.alike:
+            meets = not self._agree(not meets)
+        if meets and not policy.checks_everything and not self._agree(policy.may_meet(bucket)):
             policy.put_off(bucket)
             bucket.info.eager_steps += 1
             self._unproven_eager += 1
             self._run_eagerly(shape, whole)
             return
         bucket.info.replays += 1
-        if policy.is_due(bucket) or unproven is not None:
-            self._compare(bucket, shape, whole, unproven)
+        if policy.is_due(bucket) or meets:
+            self._compare(bucket, shape, whole, unproven, meets=meets)
         else:
             self.guard.forget()
             self._unseen[bucket.key] = self._unseen.get(bucket.key, 0) + 1
@@ -476,7 +476,13 @@ class GraphRunner:
     # ---- canaries ------------------------------------------------------------------------
 
     def _compare(
-        self, bucket: BucketGraph, shape: StepShape, whole: StepShape, unproven: Kind | None
+        self,
+        bucket: BucketGraph,
+        shape: StepShape,
+        whole: StepShape,
+        unproven: Kind | None,
+        *,
+        meets: bool,
     ) -> None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets."""
         assert bucket.graph is not None
@@ -490,6 +496,8 @@ class GraphRunner:
                 self._scope(bucket), bound=self.prover.bounds.of(bucket.info.executor), keep=True,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
+            if self._agreement.size > 1:
+                raise  # others wait in a collective that this rank did not come to
             logger.warning(
                 "graph %s: a canary lacks memory and its step runs eagerly: %s",
                 bucket.info.name, describe(error),
@@ -498,7 +506,7 @@ class GraphRunner:
             return
         seconds = self._agreement.largest(time.perf_counter() - began)
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
-        if unproven is not None:
+        if meets:
             self.canary.met(bucket, seconds)
         if self._agree(verdict.right):
             self._unseen[bucket.key] = 0
@@ -521,7 +529,9 @@ class GraphRunner:
     ) -> None:
         """Refuse a graph that was found wrong, and repair what it did."""
         self.canary_failures += 1
-        harm = make_good(self.computation, self.guard, self.prover, bucket, shape, verdict)
+        harm = make_good(
+            self.computation, self.guard, self.prover, bucket, shape, verdict, self._agree
+        )
         # Others may have changed weights that were not looked at.
         earlier = harm.earlier or (harm.weights and not self.canary.checks_everything)
         if self._agreement.size > 1:  # what it did to other ranks' caches, this one cannot tell

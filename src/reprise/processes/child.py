@@ -105,6 +105,12 @@ class Child:
         return self._stopped_since is not None and now - self._stopped_since >= STOPPED_SECONDS
 
     @property
+    def was_killed(self) -> bool:
+        """A signal has ended it."""
+        status = self.process.poll()
+        return status is not None and status < 0
+
+    @property
     def fate(self) -> str:
         """How it ended, for people."""
         status = self.process.returncode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -11,13 +12,16 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, RepriseError, named
+from reprise.parallel import Seat
 from reprise.processes.child import STOPPED_SECONDS, Child
 from reprise.processes.control import Control
 from reprise.progress import progress
 from reprise.replicas.placement import Place, places
+from reprise.replicas.table import Table, descriptors
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Replica:
         config: Of all.
         directory: For its log.
         command: Python's arguments for its process.
+        seat: Among replicas that share experts; None: it knows no other.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Replica:
         config: EngineConfig,
         directory: Path,
         command: tuple[str, ...] = PROCESS,
+        seat: Seat | None = None,
     ) -> None:
         self.index = index
         self.device = place.device
@@ -56,6 +62,7 @@ class Replica:
             "engine": own.arguments(),
             "log": str(self.log),
             "level": logging.getLogger("reprise").getEffectiveLevel(),
+            "seat": None if seat is None else dataclasses.asdict(seat),
         }
         try:
             text = json.dumps(start)
@@ -64,7 +71,8 @@ class Replica:
                 f"options for replicas must be plain data, as JSON has it: {error}"
             ) from error
         with self.log.open("wb") as output:
-            self.child = Child(self.name, command, text, variables=place.variables, output=output)
+            keep = () if seat is None else descriptors(seat)
+            self.child = Child(self.name, command, text, keep, place.variables, output)
 
     @property
     def name(self) -> str:
@@ -103,11 +111,31 @@ class Replica:
         return self.last_words(f"was stopped for {STOPPED_SECONDS:.0f} s (SIGSTOP), and ended")
 
 
-def launch(config: EngineConfig) -> tuple[list[Replica], Path]:
-    """Start all replicas side by side, and wait until every engine is ready.
+class Launched(NamedTuple):
+    """Replicas that are ready."""
 
-    Returns:
-        The replicas, and the directory of their logs.
+    replicas: list[Replica]
+    directory: Path
+    """Of their logs."""
+    table: Table | None
+    """At which they sit, if they share experts."""
+
+    def lost(self, replica: Replica) -> str:
+        """How it went when a replica has said nothing more: of those that share experts another one
+        may be the reason."""
+        if self.table is None:
+            return replica.ended()
+        killed = [each for each in self.replicas if each.child.was_killed]
+        first = self.table.first_failure
+        if killed:
+            replica = killed[0]
+        elif first is not None:
+            replica = self.replicas[first]
+        return replica.ended()
+
+
+def launch(config: EngineConfig) -> Launched:
+    """Start all replicas side by side, and wait until every engine is ready.
 
     Raises:
         RepriseError: One could not start: what it said. No process is left.
@@ -115,10 +143,15 @@ def launch(config: EngineConfig) -> tuple[list[Replica], Path]:
     chosen = places(config)
     directory = Path(tempfile.mkdtemp(prefix="reprise-replicas-"))
     replicas: list[Replica] = []
+    table = Table(len(chosen)) if config.enable_expert_parallel else None
+    seats = [None] * len(chosen) if table is None else table.seats
+    launched = Launched(replicas, directory, table)
     try:
-        for index, place in enumerate(chosen):
-            replicas.append(Replica(index, place, config, directory))
-        _await(replicas)
+        for index, (place, seat) in enumerate(zip(chosen, seats, strict=True)):
+            replicas.append(Replica(index, place, config, directory, seat=seat))
+        if table is not None:
+            table.taken()
+        _await(launched)
     except BaseException as error:
         end_all(replicas)
         if not isinstance(error, _Died):  # its log says why
@@ -126,14 +159,15 @@ def launch(config: EngineConfig) -> tuple[list[Replica], Path]:
         if isinstance(error, _Died):
             raise RepriseError(str(error)) from None
         raise
-    return replicas, directory
+    return launched
 
 
 class _Died(RepriseError):
     """Before it was ready."""
 
 
-def _await(replicas: list[Replica]) -> None:
+def _await(launched: Launched) -> None:
+    replicas = launched.replicas
     with selectors.DefaultSelector() as selector, progress("replicas", len(replicas)) as bar:
         for each in replicas:
             selector.register(each.child.control.connection, selectors.EVENT_READ, each)
@@ -148,7 +182,7 @@ def _await(replicas: list[Replica]) -> None:
                     kind, message = json.loads(replica.child.control.rest_of_text())
                     raise named(kind, f"{replica.name} ({replica.device}): {message}")
                 elif not word:
-                    raise _Died(f"{replica.ended()}. No replica was started")
+                    raise _Died(f"{launched.lost(replica)}. No replica was started")
                 else:
                     replica.heard(word)
             for replica in replicas:

@@ -12,6 +12,7 @@ from typing import Any
 
 from reprise.config import EngineConfig
 from reprise.engine.process import begin, serve
+from reprise.parallel import Seat
 from reprise.processes.control import Control
 from reprise.replicas.service import ReplicaService
 
@@ -42,7 +43,11 @@ def main() -> None:
         with contextlib.suppress(OSError):  # others have theirs there
             os.rmdir(os.path.dirname(start["log"]))
 
-    serve(control, lambda: ReplicaService(EngineConfig(**start["engine"])), remove_log)
+    def make() -> ReplicaService:
+        seat = None if start["seat"] is None else Seat(**start["seat"])
+        return ReplicaService(EngineConfig(**start["engine"]), seat=seat)
+
+    serve(control, make, remove_log)
 
 
 def _set_up_log(control: Control, level: int) -> None:

@@ -15,7 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 from reprise.config import EngineConfig
+from reprise.distributed import ALONE, Group
 from reprise.engine import Admit, Engine, Frontend, Reader
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.driver import gather, refuse, settle
@@ -26,6 +29,7 @@ from reprise.engine.submission import PreparedParams, truncated
 from reprise.errors import (
     ConfigError,
     FailedRequestError,
+    RanksError,
     RepriseError,
     RequestError,
     StepError,
@@ -42,6 +46,7 @@ from reprise.replicas.deltas import unpack
 from reprise.replicas.launch import POLL_SECONDS, Replica, end_all, launch, remove
 from reprise.replicas.router import Route, Router
 from reprise.replicas.weights import write_weights
+from reprise.runner.model_choices import refuse_apart, shape_of
 from reprise.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -100,6 +105,10 @@ class Replicas:
 
     def __init__(self, config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> None:
         checkpoint = checkpoint_of(config)
+        if config.enable_expert_parallel:  # before any process is started
+            everyone = Group("data", 0, config.data_parallel_size)
+            shape_of(checkpoint.config, torch.bfloat16, ALONE, everyone)
+            refuse_apart(config)
         tokenizer = load_tokenizer(config, checkpoint)
         self._delivered = delivered
         self._closed: str | None = None
@@ -114,7 +123,8 @@ class Replicas:
         self._asked: dict[int, tuple[int, Future[Any]]] = {}
         """Questions by number: whose answer is awaited."""
         self._num_added = 0
-        self._replicas, self._directory = launch(config)
+        self._launched = launch(config)
+        self._replicas, self._directory, _ = self._launched
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker.receiver, selectors.EVENT_READ, None)
@@ -421,7 +431,7 @@ class Replicas:
                     self._selector.unregister(key.fileobj)
                     if not self._stopping:
                         self._say(given)
-                        return replica.ended()
+                        return self._launched.lost(replica)
                     if channel is not None:
                         left.discard(replica.index)
             self._say(given)
@@ -513,6 +523,8 @@ class Replicas:
 
     def _refused(self, message: wire.Refused) -> None:
         error = named(message.kind, message.message)
+        if isinstance(error, RanksError):
+            return  # its process ends, and why is told to all at once
         with self._lock:
             asked = self._asked.pop(message.number, None)
             request = self._requests.get(message.number)

@@ -14,7 +14,7 @@ from reprise.engine.service import EngineService
 from reprise.engine.thread import Submission
 from reprise.errors import FailedRequestError, RepriseError, StepError, describe
 from reprise.outputs import RequestMetrics, RequestOutput
-from reprise.parallel import Elsewhere
+from reprise.parallel import Elsewhere, Seat
 from reprise.processes import wire
 from reprise.processes.channel import Channel, flush_all
 from reprise.replicas.deltas import pack
@@ -31,13 +31,16 @@ class ReplicaService(EngineService):
     Args:
         config: Of one engine.
         elsewhere: As of :class:`reprise.engine.Engine`.
+        seat: As of :class:`reprise.engine.Engine`.
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
 
-    def __init__(self, config: EngineConfig, elsewhere: Elsewhere | None = None) -> None:
-        self.thread = EngineThread(config, flush_all, elsewhere)
+    def __init__(
+        self, config: EngineConfig, elsewhere: Elsewhere | None = None, seat: Seat | None = None
+    ) -> None:
+        self.thread = EngineThread(config, flush_all, elsewhere, seat)
         super().__init__(self.thread)
         self._files: queue.SimpleQueue[int] = queue.SimpleQueue()
 

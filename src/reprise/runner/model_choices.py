@@ -221,9 +221,21 @@ def refuse_unshared(config: EngineConfig) -> None:
     asked = config.speculation
     if asked is not None and asked.method not in ("ngram", "mtp"):
         raise ConfigError(
-            f"speculative_config: method {asked.method!r} with tensor_parallel_size="
-            f"{config.tensor_parallel_size} is not supported; use 'ngram', or 'mtp' "
-            "where the checkpoint has such a layer"
+            f"speculative_config: method {asked.method!r} where several ranks compute one model "
+            "(tensor_parallel_size, enable_expert_parallel) is not supported; use 'ngram', or "
+            "with tensor_parallel_size 'mtp' where the checkpoint has such a layer"
+        )
+
+
+def refuse_apart(config: EngineConfig) -> None:
+    """Raise a ConfigError for what engines that share experts do not compute in step yet."""
+    refuse_unshared(config)
+    asked = config.speculation
+    if asked is not None and asked.method != "ngram":
+        raise ConfigError(
+            f"speculative_config: method {asked.method!r} with data_parallel_size="
+            f"{config.data_parallel_size} and enable_expert_parallel=True is not supported; use "
+            "'ngram'"
         )
 
 

@@ -91,15 +91,10 @@ class ModelRunner:
         cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, platform)
         self.ops = OpTable(platform, config.ops)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
-        if ranks.group.size > 1:
+        if ranks.agreement.size > 1:
             chosen = {name: each.name for name, each in self.ops.chosen.items()}
-            require_same(
-                ranks.agreement,
-                torch.__version__,
-                config,
-                self.dtype,
-                chosen,
-            )
+            alike = config.replace(device=platform.name)
+            require_same(ranks.agreement, torch.__version__, alike, self.dtype, chosen)
             refuse_unshared(config)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
@@ -203,13 +198,16 @@ class ModelRunner:
         device.
 
         Args:
-            step: What to compute. With ``at_least`` it may have no request at all.
+            step: What to compute. With ``at_least`` it may have no request at all, and a decode
+                step is laid out as a mixed one if that is mixed.
             at_least: See :meth:`reprise.graphs.GraphRunner.run`.
         """
         self.sampler.admit(step)
         if self.drafter is not None:
             self.drafter.admit(step)
-        shape = step.shape if step.rows or at_least is None else at_least.empty
+        shape = step.shape
+        if at_least is not None:
+            shape = shape.laid_out_as(at_least) if step.rows else at_least.empty
         self._shape = shape
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
         self._sound = None

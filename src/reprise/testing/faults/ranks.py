@@ -1,15 +1,18 @@
-"""Faults of one of several ranks, put into its process by name (``parallel.leader.SETUP``)."""
+"""Faults of one of several ranks, put into its process by name (``parallel.leader.SETUP``,
+``replicas.table.SETUP``)."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from reprise.distributed.ring import Reader
+from reprise.graphs import GraphRunner
 from reprise.parallel import messages
 from reprise.runner import ModelRunner
 from reprise.testing import faults
@@ -88,15 +91,35 @@ def dies_drawing(rank: int) -> None:
     _dies_in("sample", LATE)
 
 
-def _dies_in(method: str, calls: int) -> None:
-    """The process is killed at its so many-th call of a method of its runner."""
-    inner = getattr(ModelRunner, method)
+def raises_submitting(rank: int) -> None:
+    """A step raises on this rank alone."""
+    _dies_in("submit", LATE, _raise)
 
-    def die(self: ModelRunner, *what: Any, **more: Any) -> Any:
+
+def raises_in_a_pass(rank: int) -> None:
+    """It raises where others wait for it in a collective."""
+    _dies_in("_run_eagerly", LATE, _raise, GraphRunner)
+
+
+def _raise() -> None:
+    raise RuntimeError("this rank alone fails")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _dies_in(
+    method: str, calls: int, die: Callable[[], None] = _kill, owner: Any = ModelRunner
+) -> None:
+    """The process is killed at its so many-th call of a method of its runner, or raises."""
+    inner = getattr(owner, method)
+
+    def call(self: Any, *what: Any, **more: Any) -> Any:
         nonlocal calls
         calls -= 1
         if calls == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return inner(self, *what, **more)
 
-    setattr(ModelRunner, method, die)
+    setattr(owner, method, call)

@@ -1,0 +1,229 @@
+"""Engines that compute different requests and share experts: their steps happen at the same time.
+
+Each has a scheduler of its own, but a layer whose experts are spread over all of them needs all of
+them in each pass. So before every step they tell each other what they have, through memory that
+they share, and all run the least common plan: the same phase, padded to the largest size. One that
+has nothing runs padding alone. What is decided about graphs is decided by all, as where several
+ranks compute one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from torch._C._distributed_c10d import TCPStore
+
+from reprise.distributed import Group, Ranks
+from reprise.distributed.board import Board
+from reprise.distributed.communicator import Communicator, connect
+from reprise.distributed.ring import wake
+from reprise.errors import RanksError
+from reprise.platforms import Platform
+from reprise.shape import StepShape
+
+logger = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 8.0
+"""For so long an engine that ends takes part in the others' steps, until they end as well."""
+_NO_LENGTH = float("-inf")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one of the engines has to know of the others; plain data."""
+
+    rank: int
+    size: int
+    memory: int
+    """File descriptor of the board."""
+    woken: int
+    """File descriptor that others write to when they have something to do."""
+    wakers: tuple[int, ...]
+    """Of each of the others: its ``woken``'s other end; of this one -1."""
+    group: str
+    """Name of the group."""
+    port: int
+    """Of the store through which the process group is made."""
+    timeout: float
+    """Seconds that one waits for another."""
+    setup: tuple[str, ...] = ()
+    """As of :attr:`reprise.parallel.messages.Start.setup`."""
+
+
+class Wish(IntEnum):
+    """What an engine has to do; the largest of all wishes is done."""
+
+    NOTHING = 0
+    PROVE = 1
+    """A graph could be proven further."""
+    WAIT = 2
+    """Results of earlier steps; then there may be more."""
+    STEP = 3
+
+
+class Agreed(NamedTuple):
+    """What all engines do next."""
+
+    wish: Wish
+    shape: StepShape | None
+    """What the step of each is laid out as and padded to, if there is one."""
+
+
+class Lockstep:
+    """One engine's view of all.
+
+    Args:
+        seat: Its own.
+        platform: Of this engine.
+    """
+
+    def __init__(self, seat: Seat, platform: Platform) -> None:
+        for each in seat.setup:
+            module, _, name = each.partition(":")
+            getattr(importlib.import_module(module), name)(seat.rank)
+        self.rank, self.size = seat.rank, seat.size
+        self._seat, self._platform = seat, platform
+        self.board = Board(seat.memory, seat.rank, seat.size, 0)
+        self.board.timeout, self.board.alike = seat.timeout, False
+        self._communicator: Communicator | None = None
+        self._store: Any = None
+        self._awake = False
+        """Somebody had something to do when all met last."""
+        self.leaving = False
+        """It takes part in the others' steps until they leave as well."""
+        self._all_leave = False
+        self._lost: RanksError | None = None
+        self.on_wake: Callable[[], None] = lambda: None
+        """Called in a thread of its own when others want to meet and this engine rests."""
+        self.waited_seconds = 0.0
+        """For others, in meetings: the slowest waits least."""
+        self.meetings = 0
+        """Before each step, and when there was none."""
+        self.empty_steps = 0
+        """Steps that were others' alone."""
+        threading.Thread(target=self._listen, name="reprise-lockstep", daemon=True).start()
+
+    def connect(self) -> Ranks:
+        """Join the others; each does so at the same time."""
+        seat = self._seat
+        group = Group(seat.group, seat.rank, seat.size)
+        self._store = TCPStore("127.0.0.1", seat.port, is_master=False)
+        self._communicator = connect(
+            group, self._platform.dist_backend, self._store, self._platform.device, seat.timeout,
+            direct=False,
+        )  # fmt: skip
+        return Ranks(agreement=self.board, exchange=group)
+
+    # ---- steps ---------------------------------------------------------------------------
+
+    @property
+    def must_meet(self) -> bool:
+        """This engine may not rest: others have something to do, want to meet or are not left."""
+        return self._awake or self.leaving or self.board.is_asked
+
+    def meet(self, wish: Wish, shape: StepShape | None = None) -> Agreed:
+        """Tell all what this engine has to do, and learn what they do.
+
+        Args:
+            wish: What it has.
+            shape: Of its step, if that is it.
+
+        Raises:
+            RanksError: An engine was lost.
+        """
+        self.check()
+        mixed, length, least, tokens, requests = 0.0, 0.0, _NO_LENGTH, 0.0, 0.0
+        if shape is not None:
+            mixed, length, least = float(shape.phase == "mixed"), shape.query_len, -shape.query_len
+            tokens, requests = shape.num_tokens, shape.num_requests
+        values = [wish, not self.leaving, mixed, length, least, tokens, requests]
+        began = time.perf_counter()
+        try:
+            found = self.board.largest_of([float(each) for each in values], self._wake_others)
+        except Exception as error:
+            self.lose(error)
+            raise
+        self.waited_seconds += time.perf_counter() - began
+        self.meetings += 1
+        agreed, stay, mixed, length, least, tokens, requests = found
+        self._awake = agreed >= Wish.WAIT
+        self._all_leave = not stay
+        if agreed < Wish.STEP:
+            return Agreed(Wish(int(agreed)), None)
+        self.empty_steps += shape is None
+        if mixed or length != -least:
+            return Agreed(Wish.STEP, StepShape.mixed(int(tokens), int(requests)))
+        return Agreed(Wish.STEP, StepShape.decode(int(requests), int(length)))
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """In the ``with`` block this engine waits for requests: who wants to meet wakes it."""
+        self.board.fall_asleep(True)
+        try:
+            yield
+        finally:
+            self.board.fall_asleep(False)
+
+    def check(self) -> None:
+        """Raise a RanksError if an engine was lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def lose(self, error: Exception) -> None:
+        """This engine has lost step with the others: the group is over. Who learns that from
+        another does not say that it has failed itself."""
+        if self._lost is not None:
+            return
+        first = self.board.first_failure
+        if first is None and not self.board.ended:
+            self.board.fail(error)
+            first = self.rank
+        told = f"{type(error).__name__}: {error}" if first == self.rank else str(error)
+        self._lost = RanksError(f"engine {self.rank} of {self.size} has lost the others: {told}")
+        self._abort()
+
+    def _wake_others(self) -> None:
+        for rank, waker in enumerate(self._seat.wakers):
+            if waker >= 0 and self.board.asleep(rank):
+                wake(waker)
+
+    # ---- the end -------------------------------------------------------------------------
+
+    def leave(self, step: Callable[[], object]) -> None:
+        """Take part in what the others do until they leave as well.
+
+        Args:
+            step: Takes part once: it calls :meth:`meet`.
+        """
+        self.leaving = True
+        until = time.monotonic() + LEAVE_SECONDS
+        while not self._all_leave and time.monotonic() < until:
+            step()
+
+    def close(self) -> None:
+        """Nobody is met any more."""
+        self.board.end()
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+
+    def _abort(self) -> None:
+        """Whoever waits for this engine's device in a collective need not."""
+        if self._communicator is not None:
+            # It may wait for a device that never answers; nobody waits for it.
+            threading.Thread(
+                target=self._communicator.abort, name="reprise-loss", daemon=True
+            ).start()
+
+    def _listen(self) -> None:
+        while os.read(self._seat.woken, 4096):
+            self.on_wake()

@@ -1,0 +1,336 @@
+"""Replicas that share experts: each computes its own requests, in steps of the same shape, and
+every request gets the tokens that one engine gives it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers import TinyModels, greedy, random_ids
+from http_server import gone, replicas_of
+
+from reprise import LLM, AsyncLLM, SamplingParams
+from reprise.errors import ModelError, RanksError, RepriseError, RequestError
+from reprise.replicas import table
+
+ANSWER_SECONDS = 10.0
+LENGTHS = (1, 3, 9, 30, 47, 70)
+"""Of prompts: within a bucket of mixed steps, of several chunks, and of one token."""
+MOST = 24
+ENDLESS = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+OPTIONS: dict[str, Any] = {
+    "num_blocks": 130, "dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 48,
+    "graph_buckets": "decode=2,6;mixed=32", "skip_tokenizer_init": True,
+}  # fmt: skip
+"""Some steps are larger than any bucket."""
+
+
+@pytest.fixture(scope="module")
+def options(tiny: TinyModels, device: str) -> dict[str, Any]:
+    if device != "cpu":
+        pytest.skip("these replicas share a CPU")
+    return {**OPTIONS, "model": str(tiny("qwen3_moe").path), "device": device}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [random_ids(60 + number, length) for number, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(options: dict[str, Any], prompts: list[list[int]]) -> list[list[int]]:
+    with LLM(**options, graph_mode="none") as llm:
+        return tokens(llm, prompts)
+
+
+@pytest.fixture(scope="module")
+def pair(options: dict[str, Any], expected: Any) -> Iterator[LLM]:
+    with together(options, graph_mode="full") as llm:
+        yield llm
+
+
+def together(options: dict[str, Any], **more: Any) -> LLM:
+    return LLM(**{**options, "data_parallel_size": 2, "enable_expert_parallel": True, **more})
+
+
+def tokens(llm: LLM, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    """Greedy ones, unless ``params`` say otherwise."""
+    asked = SamplingParams(**{"temperature": 0, "max_tokens": MOST, "ignore_eos": True, **params})
+    outputs = llm.generate(prompts, asked, use_tqdm=False)
+    return [each.outputs[0].token_ids for each in outputs]
+
+
+def until_lost(llm: LLM, prompts: list[list[int]]) -> None:
+    for _ in range(1000):
+        llm.generate(prompts, ENDLESS, use_tqdm=False)
+
+
+def metric(llm: LLM, name: str) -> dict[str, float]:
+    """By engine."""
+    return {
+        each.labels["engine"]: each.value  # type: ignore[attr-defined]
+        for each in llm.get_metrics()
+        if each.name == f"reprise:{name}"
+    }
+
+
+@contextlib.contextmanager
+def all_to(driver: Any, chosen: int) -> Iterator[None]:
+    """Requests go to one replica, whatever the router would say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(driver.router), "choose", _chooser(driver, lambda: chosen))
+        yield
+
+
+def _chooser(driver: Any, choose: Any) -> Any:
+    inner = type(driver.router).choose
+
+    def other(self: Any, *what: Any) -> Any:
+        route = inner(self, *what)
+        wanted = choose()
+        cost = route.prompt_tokens + route.output_tokens
+        self.loads[route.replica] -= cost
+        self.loads[wanted] += cost
+        route.replica = wanted
+        return route
+
+    return other
+
+
+def test_one_is_busy_and_one_idle(
+    pair: LLM, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """The idle one computes padding alone, in graphs of the other one's size."""
+    for busy in (0, 1):
+        before = metric(pair, "lockstep_empty_steps")
+        with all_to(pair._batch.replicas, busy):
+            assert tokens(pair, prompts) == expected
+        empty = metric(pair, "lockstep_empty_steps")
+        idle, other = str(1 - busy), str(busy)
+        assert empty[idle] - before[idle] >= MOST
+        assert empty[other] == before[other]
+    report = pair.graph_report()
+    assert not report.quarantined
+    for phase, least in (("decode", MOST), ("mixed", 1)):
+        assert sum(each.replays for each in report.graphs if each.phase == phase) >= least
+
+
+def test_both_are_busy(pair: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """With different things: prompts here and decodes there."""
+    for _ in range(2):
+        assert tokens(pair, prompts * 2) == expected * 2
+    drawn = tokens(pair, prompts[:3], temperature=0.9, seed=5)
+    assert tokens(pair, prompts[2::-1], temperature=0.9, seed=5) == drawn[::-1]
+
+
+def test_weights_are_not_replaced(pair: LLM) -> None:
+    with pytest.raises(RequestError, match="update_weights where several ranks"):
+        pair.update_weights({})
+
+
+def test_a_killed_replica_is_named(pair: LLM, prompts: list[list[int]]) -> None:
+    """The other one waits for it in a step, and is not blamed."""
+    children = replicas_of(os.getpid())
+    lost = children[1]
+    threading.Timer(0.3, os.kill, (lost, signal.SIGKILL)).start()
+    began = time.monotonic()
+    with pytest.raises(RepriseError, match=r"replica 1 \(cpu, .* by signal 9 \(SIGKILL\)"):
+        until_lost(pair, prompts)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    pair.shutdown()
+    assert all(gone(each) for each in children)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "told"),
+    [
+        ("qwen3", 2, "Qwen3ForCausalLM has no experts"),
+        ("qwen3_moe", 3, "3 ranks do not divide 8 experts"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(
+    tiny: TinyModels, options: dict[str, Any], model: str, ranks: int, told: str
+) -> None:
+    with pytest.raises(ModelError, match=told):
+        together(options, model=str(tiny(model).path), data_parallel_size=ranks)
+
+
+# ---- everything --------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("executor", "steps", "more"),
+    [
+        ("full", 2000, {}),
+        ("breakable", 2000, {}),
+        ("none", 500, {}),
+        ("full", 500, {"graph_verify": "canary:1"}),
+        ("full", 500, {"num_blocks": 18}),
+        ("full", 500, {"data_parallel_size": 4}),
+        ("full", 500, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
+                       "prompt_lookup_max": 3, "prompt_lookup_min": 1}}),
+    ],
+    ids=["full", "breakable", "none", "every step compared", "preemption", "four", "drafts"],
+)  # fmt: skip
+def test_random_steps(
+    options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], executor: str,
+    steps: int, more: dict[str, Any],
+) -> None:  # fmt: skip
+    """Requests come and go at any step of others, to one replica, to all, to none for a while."""
+    rng = random.Random(f"{executor} {more}")
+    count = more.get("data_parallel_size", 2)
+
+    async def main() -> None:
+        llm = AsyncLLM(**{**options, "data_parallel_size": count, "enable_expert_parallel": True,
+                          "graph_mode": executor, **more})  # fmt: skip
+        names = iter(range(1 << 30))
+
+        async def ask(news: asyncio.Event) -> None:
+            which, most = rng.randrange(len(prompts)), rng.randint(1, MOST)
+            left = rng.random() < 0.1
+            params = greedy(most, ignore_eos=True)
+            found: list[int] = []
+            async for each in llm.generate(prompts[which], params, f"{next(names)}"):
+                found = each.outputs[0].token_ids
+                news.set()
+                if left and len(found) > 2:
+                    return  # its reader leaves
+            assert found == expected[which][:most]
+
+        async def total() -> int:
+            found = await llm.get_metrics()
+            return max(int(each.value) for each in found
+                       if each.name == "reprise:lockstep_meetings")  # fmt: skip
+
+        waiting: set[asyncio.Task[None]] = set()
+        with pytest.MonkeyPatch.context() as patch:
+            pinned: list[int] = list(range(count))
+            driver: Any = llm._driver
+            patch.setattr(
+                type(driver.router), "choose", _chooser(driver, lambda: rng.choice(pinned))
+            )
+            while await total() < steps:
+                pinned = rng.choice([[0], [1], [count - 1], list(range(count))])
+                news = asyncio.Event()
+                for _ in range(rng.randint(1, 8)):
+                    waiting.add(asyncio.create_task(ask(news)))
+                if rng.random() < 0.3:
+                    await asyncio.gather(*waiting)  # all are idle then
+                    waiting.clear()
+                else:  # others come while these are computed
+                    await news.wait()
+                    done = {each for each in waiting if each.done()}
+                    await asyncio.gather(*done)
+                    waiting -= done
+            await asyncio.gather(*waiting)
+        report = await llm.graph_report()
+        assert not report.quarantined
+        if executor != "none":
+            assert report.replays > steps
+        stats = await llm.stats()
+        assert stats.num_requests == 0
+        if "num_blocks" in more:
+            assert stats.scheduler.total_preemptions > 0
+        llm.shutdown()
+
+    asyncio.run(main())
+
+
+# ---- faults ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def faulty(name: str) -> Iterator[None]:
+    """A fault, by name, in replica 1 of those that are made inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "SETUP", (f"reprise.testing.faults.ranks:{name}",))
+        yield
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("dies_submitting", "by signal 9"),
+        ("dies_drawing", "by signal 9"),
+        ("raises_submitting", "this rank alone fails"),
+        ("raises_in_a_pass", "this rank alone fails"),
+    ],
+)
+def test_a_replica_that_goes_wrong_is_named(
+    options: dict[str, Any], prompts: list[list[int]], name: str, told: str
+) -> None:
+    with faulty(name):
+        llm = together(options, graph_mode="none")
+    with all_to(llm._batch.replicas, 0):  # it is idle itself
+        began = time.monotonic()
+        with pytest.raises(RepriseError, match=rf"(?s)replica 1 \(.*{told}"):
+            llm.generate(prompts, ENDLESS, use_tqdm=False)
+        assert time.monotonic() - began < ANSWER_SECONDS
+    llm.shutdown()
+    assert not replicas_of(os.getpid())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "kind", "told"),
+    [
+        ("dies_loading", RepriseError, r"replica 1 \(.* by signal 9"),
+        ("dies_capturing", RepriseError, r"replica 1 \(.* by signal 9"),
+        ("is_unlike", RanksError, "the ranks are not alike"),
+    ],
+)
+def test_a_replica_that_does_not_start_is_named(
+    options: dict[str, Any], name: str, kind: type[Exception], told: str
+) -> None:
+    with faulty(name), pytest.raises(kind, match=told):
+        together(options, graph_mode="full")
+    assert not replicas_of(os.getpid())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["captures_stale", "is_slow"])
+def test_a_fault_that_costs_no_token(
+    options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], name: str
+) -> None:
+    """A graph that is wrong on one replica runs on none; a slow one is waited for."""
+    with faulty(name), together(options, graph_mode="full") as llm:
+        assert tokens(llm, prompts) == expected
+        report = llm.graph_report()
+        if name == "captures_stale":
+            assert report.quarantined
+            assert not any(each.replays for each in report.graphs if each.executor == "full")
+        else:
+            assert not report.quarantined
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_whoever_waits_is_told_in_time(
+    options: dict[str, Any], prompts: list[list[int]], kind: int
+) -> None:
+    """At any moment: idle, in the midst of steps, of either."""
+    rng = random.Random(int(kind))
+    for _ in range(10):
+        llm = together(options, graph_mode="full")
+        children = replicas_of(os.getpid())
+        chosen = rng.randrange(2)
+        llm.generate(prompts, greedy(rng.randint(1, 5)), use_tqdm=False)
+        threading.Timer(rng.uniform(0, 0.5), os.kill, (children[chosen], kind)).start()
+        began = time.monotonic()
+        with pytest.raises(RepriseError, match=rf"replica {chosen} \("):
+            until_lost(llm, prompts)
+        assert time.monotonic() - began < ANSWER_SECONDS
+        llm.shutdown()
+        assert all(gone(each) for each in children)
