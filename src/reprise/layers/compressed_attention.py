@@ -22,6 +22,7 @@ from reprise.layers.destination import Destination
 from reprise.layers.hyper_connection import wide_norm
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear, Run
+from reprise.ops.latent_rows import group_size
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class CompressedAttention(nn.Module):
         self.wo_b = Linear(build.at("wo_b"), sizes.groups * sizes.output_rank, hidden, split="in")
         zeros = torch.zeros(self.heads, device=build.device)
         self.attn_sink = nn.Parameter(zeros, requires_grad=False)
-        self.window = LayerCache(Window(sizes.window), kv=Rows((head,), build.dtype))
+        self.window = LayerCache(Window(sizes.window), **self._rows(build, "kv", head))
         self.compressor: Compressor | None = None
         self.indexer: Compressor | None = None
         if every:
@@ -136,7 +137,7 @@ class CompressedAttention(nn.Module):
         width = self.compressor.channels
         parts = {"compressor.wkv": width, "compressor.wgate": width}
         states = {"state": self.compressor.state}
-        rows = {"compressed": Rows((sizes.head_size,), build.dtype, every=every)}
+        rows = self._rows(build, "compressed", sizes.head_size, every)
         if overlap:
             here = build.at("indexer.compressor")
             self.indexer = Compressor(here, sizes.index_size, every, eps, overlap=True)
@@ -144,10 +145,26 @@ class CompressedAttention(nn.Module):
             parts |= {"indexer.compressor.wkv": width, "indexer.compressor.wgate": width}
             parts["indexer.weights_proj"] = sizes.index_heads
             states["index_state"] = self.indexer.state
-            rows["keys"] = Rows((sizes.index_size,), build.dtype, every=every)
+            rows |= self._rows(build, "keys", sizes.index_size, every)
         self.gates = Linear(build, sizes.hidden_size, parts)
         self.states = LayerCache(Window(every * (2 if overlap else 1)), **states)
         self.kept = LayerCache(KEPT, **rows)
+
+    def _rows(self, build: Build, name: str, size: int, every: int = 1) -> dict[str, Rows]:
+        """What a cache keeps of rows of ``size`` channels. Codes have scales beside them, one for
+        a row of the indexer's keys; the channels of others that rotate have none."""
+        codes = build.cache_dtype
+        if codes is None:
+            return {name: Rows((size,), build.dtype, every)}
+        shape: tuple[int, ...] = (size,)
+        tail = {}
+        if name != "keys":
+            rotated = self.cos_sin.shape[1]
+            each = group_size(size - rotated)
+            shape = ((size - rotated) // each, each)
+            tail[f"{name}_tail"] = Rows((rotated,), build.dtype, every)
+        scales = Rows(shape[:-1], torch.float32, every, scales_of=name)
+        return {name: Rows(shape, codes, every), **tail, f"{name}_scales": scales}
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """See :func:`reprise.loading.destinations.destinations`."""
@@ -164,18 +181,22 @@ class CompressedAttention(nn.Module):
         heads = self.heads, sizes.head_size
         query = queries[:, : self.heads * sizes.head_size].unflatten(1, heads)
         query = ops.rotary_tail(query, *rotate, sizes.eps, False)
-        table, cache = batch.tables[self.window.table], self.window.tensors["kv"]
-        ops.kv_insert(low[:, rank:], self.kv_norm.weight, sizes.eps, *rotate, table.slots, cache)
+        table = batch.tables[self.window.table]
+        cache, *codes = _tensors(self.window, "kv")
+        ops.kv_insert(
+            low[:, rank:], self.kv_norm.weight, sizes.eps, *rotate, table.slots, cache, *codes
+        )
         compressed = tables = selected = None
+        compressed_codes: list[Tensor | None] = [None, None]
         if self.compressor is not None:
             selected = self._store(x, queries, batch)
-            compressed = self.kept.tensors["compressed"]
+            compressed, *compressed_codes = _tensors(self.kept, "compressed")
             tables = batch.tables[self.kept.table].blocks
         attended = torch.empty_like(query)
         ops.sparse_attention(
             query, cache, table.blocks, compressed, tables, selected, self.attn_sink,
             batch.seq_lens, batch.query_start_loc, attended, sizes.head_size**-0.5,
-            sizes.window, self.every, batch.query_len,
+            sizes.window, self.every, batch.query_len, *codes, *compressed_codes,
         )  # fmt: skip
         attended = ops.rotary_tail(attended, *rotate, 0.0, True)
         grouped = attended.view(len(attended), self.groups, -1)
@@ -190,7 +211,8 @@ class CompressedAttention(nn.Module):
         self._compressed(self.compressor, gates[:, :width], batch, "state", "compressed")
         if self.indexer is None:
             return None
-        sizes, keys = self.sizes, self.kept.tensors["keys"]
+        sizes = self.sizes
+        keys, _, scales = _tensors(self.kept, "keys")
         own = gates[:, width : width + 2 * self.indexer.channels]
         self._compressed(self.indexer, own, batch, "index_state", "keys")
         shape = sizes.index_heads, sizes.index_size
@@ -200,16 +222,23 @@ class CompressedAttention(nn.Module):
         ops.indexer(
             asked, gates[:, -sizes.index_heads :], keys, batch.tables[self.kept.table].blocks,
             batch.seq_lens, batch.query_start_loc, selected, self.every,
-            (sizes.index_heads * sizes.index_size) ** -0.5, batch.query_len,
+            (sizes.index_heads * sizes.index_size) ** -0.5, batch.query_len, scales,
         )  # fmt: skip
         return selected
 
     def _compressed(
         self, compressor: Compressor, projected: Tensor, batch: Batch, state: str, rows: str
     ) -> None:
+        cache, *codes = _tensors(self.kept, rows)
         states, kept = batch.tables[self.states.table], batch.tables[self.kept.table]
         ops.compressor(
             projected, compressor.ape, self.states.tensors[state], states.slots, states.blocks,
             batch.positions, batch.query_start_loc, batch.seq_lens, compressor.gain,
-            compressor.eps, self.cos_sin, self.kept.tensors[rows], kept.slots,
+            compressor.eps, self.cos_sin, cache, kept.slots, *codes,
         )  # fmt: skip
+
+
+def _tensors(cache: LayerCache, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of a cache; of codes the numbers beside them, and the scales."""
+    tensors = cache.tensors
+    return tensors[name], tensors.get(f"{name}_tail"), tensors.get(f"{name}_scales")

@@ -367,8 +367,3 @@ def _refuse_others(config: Config, build: Build) -> None:
             f"config field mlp_layer_types={kinds!r} must be one of {', '.join(_EXPERTS)} for "
             "each layer"
         )
-    if build.cache_dtype is not None:
-        raise ModelError(
-            "kv_cache_dtype='fp8' is not supported for 'deepseek_v4'; leave it out: keys and "
-            "values are kept in the compute dtype"
-        )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     "model", "revision", "dtype", "hf_overrides",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_blocks",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_cache_dtype", "num_blocks",
     "graph_mode", "graph_buckets", "speculative_config", "device", "ops",
 )  # fmt: skip
 

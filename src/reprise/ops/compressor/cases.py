@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reprise.ops.cases import EPS, Arguments, Cases, Maker, Workload
+from reprise.ops.latent_rows import as_codes
 from reprise.ops.rotary_tail.cases import HEAD, ROTATED, table
 
 
@@ -68,6 +69,13 @@ def arguments(
     }
 
 
+def _coded(make: Maker, rotated: int, dtype: torch.dtype) -> Arguments:
+    """Of a cache of codes, beside ``rotated`` numbers a row."""
+    found = arguments(make, [9, 4], [6, 4], 4, 32, 8, overlap=True, blocks=(8, 16))
+    made = as_codes(found["cache"], rotated, dtype)
+    return {**found, **dict(zip(("cache", "tail", "scales"), made, strict=True))}
+
+
 def _small(make: Maker) -> list[Arguments]:
     # At most one token of padding: several share a slot, and any may be the last to write it.
     behind = arguments(make, [12, 9], [5, 5], 4, 32, 32, overlap=True, blocks=(4, 8))
@@ -75,11 +83,13 @@ def _small(make: Maker) -> list[Arguments]:
     behind["slots"] = make.ints([0, 0, 0, 0, 0, 8, 9, 10, 11, 12])
     small = ((8, 8), (8, 16))
     prompts, lengths = [10, 8, 3, 0], [21, 8, 3, 0]
+    coded = [] if make.fp8 is None else [_coded(make, rotated, make.fp8) for rotated in (8, 0)]
     return [
         arguments(make, [4, 7, 0], [1, 1, 0], 4, 32, 8, overlap=True, blocks=small[0], padding=1),
         arguments(make, lengths, prompts, 4, 16, 8, overlap=True, blocks=small[1], padding=1),
         arguments(make, [16, 40], [1, 33], 16, 32, 8, overlap=False, blocks=small[1]),
         behind,
+        *coded,
     ]
 
 

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from reprise.ops.latent_rows import store
 from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.ops.rotary_tail.reference import rotated
 
@@ -19,6 +20,8 @@ def reference(
     cos_sin: Tensor,
     cache: Tensor,
     slots: Tensor,
+    tail: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """Compress each r tokens of a request to one row, as in DeepSeek-V4.
 
@@ -48,11 +51,17 @@ def reference(
         gain: [D], of the norm, as ``rms_norm`` takes it.
         norm_eps: Of the norm.
         cos_sin: [P, R] float32.
-        cache: [N', B' / r, D] of blocks of B' tokens; the rows are written.
+        cache: [N', B' / r, D] of blocks of B' tokens; the rows are written. Or codes: [N', B' / r,
+            G, (D - R) / G] of the channels that do not rotate, or [N', B' / r, D] of all.
         slots: [T] int64, block * B' + offset in blocks of B' tokens.
+        tail: [N', B' / r, R], the channels that rotate, if not all have codes.
+        scales: [N', G, B' / r] float32 of the codes, or [N', B' / r]
+            (:mod:`reprise.ops.latent_rows`).
     """
     every, channels = bias.shape
-    size = cache.shape[2]
+    size = len(gain)
+    # Codes without numbers beside them are of what was not rounded before.
+    numbers = cache.dtype if scales is None else torch.float32 if tail is None else tail.dtype
     values, gates = projected.float().split(channels, dim=1)
     rows = torch.cat((values, gates + bias[positions % every]), dim=1).to(state.dtype)
     block = state.shape[1]
@@ -66,24 +75,24 @@ def reference(
     places = places.clamp(min=0)
     last = block_tables.shape[1] - 1
     blocks = block_tables[request.unsqueeze(1), (places // block).clamp(max=last)].long()
-    kept = state[blocks, places % block].float()
-    values, gates = kept.split(channels, dim=2)
+    left = state[blocks, places % block].float()
+    values, gates = left.split(channels, dim=2)
     if span > every:
         values, gates = _halves(values, size, every), _halves(gates, size, every)
     weights = gates.masked_fill(before, -torch.inf).softmax(dim=1)
-    total = (weights * values.masked_fill(before, 0.0)).sum(dim=1).to(cache.dtype)
+    total = (weights * values.masked_fill(before, 0.0)).sum(dim=1).to(numbers)
     made = rms_norm(total, gain, norm_eps).float()
     limit = len(cos_sin) - 1
-    made = rotated(made, cos_sin[(entry * every).clamp(max=limit)]).to(cache.dtype)
+    made = rotated(made, cos_sin[(entry * every).clamp(max=limit)]).to(numbers)
 
     lengths = (query_start_loc[1:] - query_start_loc[:-1]).long()
     begins = seq_lens.long() - lengths
     token = query_start_loc.long()[request] + (entry + 1) * every - 1 - begins[request]
     slot = slots[torch.where(real, token, 0).clamp(0, max(len(slots) - 1, 0))]
-    real = (real & (slot >= cache.shape[1] * every)).unsqueeze(1)
-    target = torch.where(real[:, 0], slot // every, 0)
+    real = real & (slot >= cache.shape[1] * every)
+    target = torch.where(real, slot // every, 0)
     where = target // cache.shape[1], target % cache.shape[1]
-    cache[where] = torch.where(real, made, cache[where])
+    store(made, *where, cache, tail, scales, real)
 
 
 def finished(

@@ -34,8 +34,10 @@ def compressor(
     cos_sin: Tensor,
     cache: Tensor,
     slots: Tensor,
+    tail: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference; rows, and blocks of both caches, may be strided."""
+    """Shapes as in the reference, of numbers; rows, and blocks of both caches, may be strided."""
     tokens, requests = len(positions), len(seq_lens)
     every, channels = bias.shape
     size = cache.shape[2]

@@ -7,6 +7,7 @@ import torch
 
 from reprise.ops.cases import Arguments, Cases, Maker, Workload
 from reprise.ops.compressor.cases import paged, step
+from reprise.ops.latent_rows import as_codes
 
 
 def arguments(
@@ -32,10 +33,16 @@ def arguments(
 
 
 def _small(make: Maker) -> list[Arguments]:
+    coded = []
+    if make.fp8 is not None:
+        found = arguments(make, [37, 9], [3, 1], 4, 32, 16, 0)
+        found["keys"], _, found["scales"] = as_codes(found["keys"], 0, make.fp8)
+        coded.append(found)
     return [
         arguments(make, [3, 37, 64, 0], [1, 1, 1, 0], 4, 32, 16, 1, padding=1),
         arguments(make, [21, 90, 5, 0], [21, 13, 3, 0], 6, 32, 16, 0, padding=2),
         arguments(make, [40, 18], [4, 4], 512, 32, 32, 4),
+        *coded,
     ]
 
 

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+from reprise.ops.latent_rows import load
+
 CHUNK = 128
 """Tokens that are scored at once."""
 
@@ -16,6 +18,7 @@ def reference(
     every: int,
     scale: float,
     query_len: int,
+    scales: Tensor | None = None,
 ) -> None:
     """Choose the compressed rows that each token attends to.
 
@@ -30,7 +33,7 @@ def reference(
     Args:
         query: [T, H, D], rotated.
         weights: [T, H] float32, rows may be strided.
-        keys: [N, B, D], N blocks of B rows.
+        keys: [N, B, D], N blocks of B rows; numbers, or codes.
         block_tables: [R, M] int32.
         seq_lens: [R] int32, tokens of each request, the new ones included; 0: padding.
         query_start_loc: [R + 1] int32, ascending.
@@ -39,6 +42,7 @@ def reference(
         every: Tokens of a row.
         scale: Factor of the scores.
         query_len: New tokens of every request if they all have the same number, else 0.
+        scales: [N, B] float32 of keys that are codes (:mod:`reprise.ops.latent_rows`).
     """
     out.zero_()
     starts = query_start_loc.tolist()
@@ -48,7 +52,7 @@ def reference(
         if begin == end or not count:
             continue
         places = row_places(block_tables[row], count, keys.shape[1])
-        wide = keys.flatten(0, 1)[places].float()
+        wide = load(places, keys, None, scales)
         top = min(out.shape[1], count)
         for first in range(begin, end, CHUNK):
             some = slice(first, min(first + CHUNK, end))

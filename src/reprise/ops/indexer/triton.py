@@ -45,8 +45,9 @@ def indexer(
     every: int,
     scale: float,
     query_len: int,
+    scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference, of numbers."""
     bind(
         query, weights, keys, block_tables, seq_lens, query_start_loc, out, every, scale, query_len
     )
@@ -63,6 +64,7 @@ def bind(
     every: int,
     scale: float,
     query_len: int,
+    scales: Tensor | None = None,
 ) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     tokens, heads, size = query.shape

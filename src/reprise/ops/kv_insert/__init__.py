@@ -1,13 +1,20 @@
 from reprise.ops.kv_insert.cases import cases
 from reprise.ops.kv_insert.reference import reference
+from reprise.ops.latent_rows import takes_numbers
 from reprise.ops.registry import needs_triton, op
 
 kv_insert = op(
-    "kv_insert", reference, cases=cases, mutates=("cache",), extent="positions", state=("cache",)
+    "kv_insert",
+    reference,
+    cases=cases,
+    mutates=("cache", "tail", "scales"),
+    extent="positions",
+    state=("cache", "tail", "scales"),
 )
 kv_insert.implementation(
     "triton",
     "reprise.ops.kv_insert.triton:kv_insert",
     requires=needs_triton,
+    accepts=takes_numbers,
     on_request="no device has run it yet",
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from reprise.ops.cases import EPS, Arguments, Cases, Maker, Workload
+from reprise.ops.latent_rows import as_codes
 from reprise.ops.rotary_tail.cases import HEAD, ROTATED, table
 
 
@@ -22,7 +23,12 @@ def _arguments(make: Maker, tokens: int, size: int, rotated: int, *, wide: bool)
 
 
 def _small(make: Maker) -> list[Arguments]:
-    return [_arguments(make, 1, 32, 8, wide=True), _arguments(make, 9, 64, 64, wide=False)]
+    plain = [_arguments(make, 1, 32, 8, wide=True), _arguments(make, 9, 64, 64, wide=False)]
+    if make.fp8 is None:
+        return plain
+    coded = _arguments(make, 5, 32, 8, wide=True)
+    names = zip(("cache", "tail", "scales"), as_codes(coded["cache"], 8, make.fp8), strict=True)
+    return [*plain, {**coded, **dict(names)}]
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:

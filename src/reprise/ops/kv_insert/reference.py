@@ -1,5 +1,6 @@
 from torch import Tensor
 
+from reprise.ops.latent_rows import store
 from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.ops.rotary_tail.reference import rotated
 
@@ -12,6 +13,8 @@ def reference(
     cos_sin: Tensor,
     slots: Tensor,
     cache: Tensor,
+    tail: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """Normalise the one vector that is a token's key and value, rotate its last channels, store it.
 
@@ -22,7 +25,11 @@ def reference(
         positions: [T] int64.
         cos_sin: [P, R] float32, see :func:`reprise.ops.rotary_tail`.
         slots: [T] int64, block * block_size + offset; padding rows point into block 0.
-        cache: [N, B, D], written at the tokens' slots.
+        cache: [N, B, D], written at the tokens' slots; or codes [N, B, G, (D - R) / G] of the
+            channels that do not rotate.
+        tail: [N, B, R], the others, where the cache has codes.
+        scales: [N, G, B] float32 of the codes (:mod:`reprise.ops.latent_rows`).
     """
     rows = rotated(rms_norm(kv, gain, norm_eps).float(), cos_sin[positions])
-    cache[slots // cache.shape[1], slots % cache.shape[1]] = rows.to(cache.dtype)
+    block = cache.shape[1]
+    store(rows.to(kv.dtype), slots // block, slots % block, cache, tail, scales)

@@ -21,8 +21,10 @@ def kv_insert(
     cos_sin: Tensor,
     slots: Tensor,
     cache: Tensor,
+    tail: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference; rows and blocks of the cache may be strided."""
+    """Shapes as in the reference, of numbers; rows and blocks of the cache may be strided."""
     tokens, size = kv.shape
     if kv.stride(1) != 1:
         kv = kv.contiguous()

@@ -7,6 +7,7 @@ import torch
 
 from reprise.ops.cases import Arguments, Cases, Maker, Workload
 from reprise.ops.compressor.cases import paged, step
+from reprise.ops.latent_rows import as_codes
 
 HEAD = 512
 
@@ -50,7 +51,26 @@ def arguments(
     }
 
 
+def _coded(found: Arguments, rotated: int, dtype: torch.dtype) -> Arguments:
+    """The same of caches of codes."""
+    found = dict(found)
+    for name, names in (
+        ("cache", ("cache_tail", "scales")),
+        ("compressed", ("compressed_tail", "compressed_scales")),
+    ):
+        if found[name] is not None:
+            made = as_codes(found[name], rotated, dtype)
+            found |= dict(zip((name, *names), made, strict=True))
+    return found
+
+
 def _small(make: Maker) -> list[Arguments]:
+    plain = _small_of_numbers(make)
+    coded = [] if make.fp8 is None else [_coded(each, 8, make.fp8) for each in plain[:3]]
+    return [*plain, *coded]
+
+
+def _small_of_numbers(make: Maker) -> list[Arguments]:
     return [
         arguments(make, [3, 37, 64, 0], [1, 1, 1, 0], 4, 32, 16, 1, padding=1),
         arguments(make, [21, 50, 5, 0], [21, 13, 3, 0], 4, 32, 16, 0, every=4, top=4, padding=2),

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from reprise.ops.indexer.reference import CHUNK, row_places
+from reprise.ops.latent_rows import load
 from reprise.ops.paged_attention.reference import visibility
 
 
@@ -20,6 +21,10 @@ def reference(
     sliding_window: int,
     every: int,
     query_len: int,
+    cache_tail: Tensor | None = None,
+    scales: Tensor | None = None,
+    compressed_tail: Tensor | None = None,
+    compressed_scales: Tensor | None = None,
 ) -> None:
     """Attention over a window of token rows and over rows of many tokens each, one softmax of all.
 
@@ -47,6 +52,11 @@ def reference(
         sliding_window: At least 1.
         every: Tokens of a compressed row.
         query_len: New tokens of every request if they all have the same number, else 0.
+        cache_tail: [N, B, R], the last channels of rows in ``cache``, where that has codes
+            [N, B, G, (D - R) / G] (:mod:`reprise.ops.latent_rows`).
+        scales: [N, G, B] float32 of these codes.
+        compressed_tail: As ``cache_tail``, of ``compressed``.
+        compressed_scales: Likewise.
     """
     out.zero_()
     starts = query_start_loc.tolist()
@@ -58,10 +68,10 @@ def reference(
             visible = visibility(last - first, length, sliding_window, out.device)
             oldest = max(0, length - (last - first) - sliding_window + 1)
             places = row_places(block_tables[row], length, cache.shape[1])[oldest:]
-            groups = [(cache.flatten(0, 1)[places].float(), visible[:, oldest:])]
+            groups = [(load(places, cache, cache_tail, scales), visible[:, oldest:])]
             if compressed is not None and selected is not None:
                 chosen = selected[first:last].long()
-                rows = compressed.flatten(0, 1)[chosen].float()
+                rows = load(chosen, compressed, compressed_tail, compressed_scales)
                 real = chosen > 0
                 groups.append((rows.masked_fill(~real.unsqueeze(2), 0.0), real))
             elif compressed is not None and compressed_tables is not None and length >= every:
@@ -70,7 +80,8 @@ def reference(
                 position = torch.arange(length - (last - first), length, device=out.device)
                 number = torch.arange(count, device=out.device)
                 whole = number < ((position + 1) // every).unsqueeze(1)
-                groups.append((compressed.flatten(0, 1)[places].float(), whole))
+                rows = load(places, compressed, compressed_tail, compressed_scales)
+                groups.append((rows, whole))
             out[first:last] = _attend(query[first:last].float() * scale, groups, sinks).to(
                 out.dtype
             )

@@ -90,8 +90,12 @@ def sparse_attention(
     sliding_window: int,
     every: int,
     query_len: int,
+    cache_tail: Tensor | None = None,
+    scales: Tensor | None = None,
+    compressed_tail: Tensor | None = None,
+    compressed_scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference, of numbers."""
     bind(
         query, cache, block_tables, compressed, compressed_tables, selected, sinks, seq_lens,
         query_start_loc, out, scale, sliding_window, every, query_len,
@@ -113,6 +117,10 @@ def bind(
     sliding_window: int,
     every: int,
     query_len: int,
+    cache_tail: Tensor | None = None,
+    scales: Tensor | None = None,
+    compressed_tail: Tensor | None = None,
+    compressed_scales: Tensor | None = None,
 ) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     tokens, heads, size = query.shape
