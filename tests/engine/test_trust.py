@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 import pytest
-from helpers import TinyModel, TinyModels, make_llm
+import torch
+from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import (
     OPTIONS,
     PLACES,
@@ -194,3 +195,35 @@ def test_what_unseen_replays_have_spoiled_is_made_good(
     assert llm.graph_report().canary_failures
     serve(llm, **params)
     assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
+def test_the_search_for_the_op_writes_nothing_that_the_graph_is_blamed_for(
+    tiny: TinyModels, device: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """It begins with a step of padding alone, which writes null blocks; live steps have none."""
+    with (
+        planted(
+            monkeypatch, faults.FAULTS["wrong_every_second"], "paged_attention", False
+        ) as found,
+        caplog.at_level(logging.WARNING),
+    ):
+        llm = make_llm(
+            tiny(name), device, **OPTIONS, graph_mode="decode=full,mixed=none",
+            graph_verify="canary:1",
+        )  # fmt: skip
+        found[0].active.fill_(True)
+        null = [
+            tensor[0]
+            for cache in llm.engine.runner.model.caches().values()
+            for tensor in cache.tensors.values()
+        ]
+        with torch.inference_mode():
+            for each in null:
+                each.fill_(torch.nan)
+        tokens = generate(llm, [random_ids(5, 20)], greedy(8))
+    (graph,) = llm.graph_report().quarantined
+    assert "paged_attention #" in graph.quarantined
+    assert "did not own" not in caplog.text
+    assert all(each.isnan().all() for each in null)
+    assert tokens == generate(make_llm(tiny(name), device), [random_ids(5, 20)], greedy(8))

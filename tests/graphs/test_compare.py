@@ -42,6 +42,20 @@ def test_pieces_say_what_the_whole_says(shape, monkeypatch):
         assert told() == whole
 
 
+@pytest.mark.parametrize("take", [
+    lambda x: x[0, 0], lambda x: x[:1, 0], lambda x: x[0, ::15], lambda x: x.t()[:1, :1],
+    lambda x: x[:0], lambda x: x.t(), lambda x: x[:, 3:4],
+])  # fmt: skip
+def test_bits_of_views_of_any_strides(take):
+    base = torch.arange(30, dtype=torch.int32).view(2, 15)
+    view, other = take(base), take(base.clone())
+    assert compare.same_bits(view, other)
+    if view.numel():
+        other += 1
+        assert not compare.same_bits(view, other)
+        assert compare.difference("x", view, other).wrong == view.numel()
+
+
 class _Largest(TorchDispatchMode):
     """The most elements of a tensor that was made."""
 

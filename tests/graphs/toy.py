@@ -100,6 +100,9 @@ class Slots:
     def scales(self, key: str) -> str | None:
         return None
 
+    def together(self, key: str) -> int:
+        return 1
+
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 

@@ -28,6 +28,9 @@ class Rows:
     """The rows whose eight-bit codes these are the scales of: one for each entry but those of their
     last dimension. A block of scales has its tokens last, since a kernel reads those of many tokens
     for one head."""
+    together: int = 1
+    """How many of the last dimensions are of one scale: what rounding does to a number is in
+    proportion to the largest of them, however small the number itself came out."""
 
     @property
     def nbytes(self) -> int:
@@ -219,6 +222,11 @@ class LayerCache:
                 raise ModelError(f"cache {name}: every={each.every} must be a power of two")
             if lifetime.rewritten and each.every > 1:
                 raise ModelError(f"cache {name}: every={each.every} of a state, which is one row")
+            if not 1 <= each.together <= len(each.shape):
+                raise ModelError(
+                    f"cache {name}: together={each.together} of rows of shape {each.shape}: give "
+                    "1 to the number of its dimensions"
+                )
             codes = rows.get(each.scales_of or "")
             if each.scales_of and (
                 codes is None or (codes.shape[:-1], codes.every) != (each.shape, each.every)

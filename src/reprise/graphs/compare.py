@@ -58,7 +58,8 @@ def differs(expected: Compared, got: Compared, bound: float | None = None) -> Te
         expected: What eager execution computed.
         got: What the replay computed.
         bound: None: compare bits. Else the allowed difference of an element, relative to the
-            largest expected magnitude in its row (the last dimension).
+            largest expected magnitude in its row (the last dimension); what underflow does to a
+            number is allowed in any case.
     """
     flags = [_differ(one, other, bound) for one, other in _pieces(expected, got)]
     return torch.stack(flags).any()
@@ -78,7 +79,7 @@ def difference(
             wrong = gap != 0
         else:
             gap = (_numbers(one) - _numbers(other)).abs()
-            wrong = _wrong(one, other, bound or 0.0)
+            wrong = _wrong(one, other, bound)
         if wrong.any():
             count += int(wrong.sum())
             found = float(gap[wrong].max())
@@ -96,7 +97,7 @@ def relative_difference(expected: Compared, got: Compared) -> float:
 def _differ(expected: Compared, got: Compared, bound: float | None) -> Tensor:
     if isinstance(expected, Tensor) and (bound is None or not expected.is_floating_point()):
         return (_bytes(expected) != _bytes(_values(got))).any()
-    return _wrong(expected, got, bound or 0.0).any()
+    return _wrong(expected, got, bound).any()
 
 
 def _relative(expected: Compared, got: Compared) -> Tensor:
@@ -137,18 +138,21 @@ def _numbers(x: Compared) -> Tensor:
 
 
 def _slack(expected: Compared) -> Tensor | float:
-    """How far from an element the next code is."""
+    """How far from an element the next code is; of numbers, what underflow may do to one: it is
+    rounded to a multiple of the smallest, or flushed, as float32 is in which they are computed."""
     if isinstance(expected, Tensor):
-        return 0.0
+        own = torch.finfo(expected.dtype)
+        return max(own.smallest_normal * own.eps, torch.finfo(torch.float32).smallest_normal)
     of = torch.finfo(expected.codes.dtype)
     magnitude = expected.codes.double().abs().clamp(min=of.smallest_normal)
     power = torch.ldexp(torch.ones_like(magnitude), magnitude.frexp().exponent - 1)
     return power * of.eps * expected.scales.double().unsqueeze(-1)
 
 
-def _wrong(expected: Compared, got: Compared, bound: float) -> Tensor:
+def _wrong(expected: Compared, got: Compared, bound: float | None) -> Tensor:
     wide, other = _numbers(expected), _numbers(got)
-    close = (wide - other).abs() <= bound * _largest(wide) + _slack(expected)
+    allowed = 0.0 if bound is None else bound * _largest(wide) + _slack(expected)
+    close = (wide - other).abs() <= allowed
     # A NaN on one side alone is wrong, which no comparison of a NaN says by itself.
     return ~(close | (wide.isnan() & other.isnan()) | (wide == other))
 
@@ -178,4 +182,5 @@ def poison_memory(memory: Iterable[Tensor]) -> None:
 
 def _bytes(tensor: Tensor) -> Tensor:
     flat = tensor.contiguous()
-    return flat.view(torch.uint8) if flat.dim() > 0 else flat.view(1).view(torch.uint8)
+    # Where a dimension has one element torch calls any stride of it contiguous.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)

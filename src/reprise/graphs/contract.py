@@ -52,6 +52,9 @@ class State(Protocol):
         """Where these rows are codes of eight bits, the key of their scales, [C, N, ...] without
         the codes' last dimension; None: they are numbers."""
 
+    def together(self, key: str) -> int:
+        """How many of the last dimensions of these rows are of one scale (``Rows.together``)."""
+
     def live(self, key: str, shape: StepShape) -> int:
         """How many of the N rows are not padding's, if ``shape`` has the real ones."""
 

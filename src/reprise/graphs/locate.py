@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprise.graphs.compare import poison, poison_memory, same_bits
-from reprise.graphs.contract import Computation
+from reprise.graphs.contract import Computation, State
 from reprise.graphs.segments import (
     Break,
     Call,
@@ -96,8 +96,11 @@ def locate(
         agree: Whether all ranks say True.
     """
     state, before = None, {}
+    padding: tuple[State, Mapping[str, Tensor]] | None = None
     try:
         reset()
+        nobodys = computation.state(bucket)
+        padding = nobodys, nobodys.read()
         pool = platform.graph_pool()
         with intercept(None), platform.capture_stream():
             computation.forward(bucket, computation.model)
@@ -132,6 +135,8 @@ def locate(
             fill()
         else:
             state.put(before)
+        if padding is not None:  # it wrote null units, which the step at hand may not
+            padding[0].write(padding[1])
 
 
 def _trace(

@@ -397,8 +397,11 @@ class StepMemory:
 
 
 def coded(state: State, values: Mapping[str, Tensor]) -> dict[str, Compared]:
-    """Rows of the caches with codes and their scales as one; ``values``: as ``state`` read them."""
-    found: dict[str, Compared] = dict(values)
+    """Rows of the caches as bounds are meant for them: codes and their scales as one, numbers of
+    one scale as one row. ``values``: as ``state`` read them."""
+    found: dict[str, Compared] = {
+        name: each.flatten(-state.together(name)) for name, each in values.items()
+    }
     for name, codes in values.items():
         scales = state.scales(name)
         if scales is not None:

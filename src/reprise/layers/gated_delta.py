@@ -88,7 +88,9 @@ class GatedDeltaNet(nn.Module):
         drafts = build.num_drafts
         rows = {
             "conv": Rows((taps - 1 + drafts, self.channels), build.dtype),
-            "heads": Rows((value_heads, value_size, key_size), torch.float32),
+            # A head is a sum of keys times values: where a component of one nearly cancels, a row
+            # or column of it does, while roundings are those of the other components.
+            "heads": Rows((value_heads, value_size, key_size), torch.float32, together=2),
         }
         if drafts:
             kept = keys.size + values.size

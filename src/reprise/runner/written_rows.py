@@ -30,6 +30,8 @@ class _Rows:
     """A row is a request's, not a token's."""
     scales: str | None
     """The key of their scales."""
+    together: int
+    """See :attr:`Rows.together`."""
 
     @property
     def written(self) -> tuple[slice | Tensor, ...]:
@@ -93,6 +95,7 @@ class WrittenRows:
                     places,
                     table.lifetime.rewritten,
                     None if first.scales is None else keys[first.scales],
+                    first.rows.together,
                 )
         self._written = {
             unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()
@@ -103,6 +106,9 @@ class WrittenRows:
 
     def scales(self, key: str) -> str | None:
         return self._rows[key].scales
+
+    def together(self, key: str) -> int:
+        return self._rows[key].together
 
     def read_by_someone(self, key: str | None = None) -> Tensor | None:
         of_requests = key is not None and self._rows[key].of_requests
