@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 Phase = Literal["decode", "mixed"]
 """``decode``: every request has the same number of new tokens, its newest one and drafts behind it,
@@ -11,9 +11,9 @@ which all get logits; ``mixed``: anything else."""
 PHASES: tuple[Phase, ...] = ("decode", "mixed")
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """How much one step computes, live or padded to a bucket."""
+class StepShape(NamedTuple):
+    """How much one step computes, live or padded to a bucket. Each step asks for several, so the
+    newest are kept and comparing them calls nothing."""
 
     phase: Phase
     num_tokens: int
@@ -22,10 +22,12 @@ class StepShape:
     """New tokens of each request in the decode phase, 0 in the mixed phase."""
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def decode(num_requests: int, query_len: int = 1) -> StepShape:
         return StepShape("decode", num_requests * query_len, num_requests, query_len)
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def mixed(num_tokens: int, num_requests: int) -> StepShape:
         return StepShape("mixed", num_tokens, num_requests, 0)
 

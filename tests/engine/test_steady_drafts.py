@@ -82,7 +82,7 @@ def test_start_up_proves_what_a_request_alone_meets(
     assert {each.owner for each in graphs if each.replays} >= {"", "draft chain"}
 
 
-@pytest.mark.parametrize(("requests", "most"), [(1, 300), (16, 365)])
+@pytest.mark.parametrize(("requests", "most"), [(1, 225), (16, 260)])
 def test_calls_of_a_steady_step(
     drafting: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch,
     requests: int, most: int,

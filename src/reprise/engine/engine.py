@@ -138,7 +138,7 @@ class Engine(Frontend):
         with timeline.span("config"), self.platform.warming_up(then=waking):
             checkpoint = checkpoint_of(config)
             require_method(config.quantization, checkpoint.config)
-        tokenizer = load_tokenizer(config, checkpoint)
+            tokenizer = load_tokenizer(config, checkpoint)
         if leader is None:
             ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
             if self.lockstep is not None:

@@ -367,7 +367,10 @@ class Scheduler:
 
     def requests_of(self, step: Step) -> Sequence[Request]:
         """The requests of an outstanding step, in its order."""
-        return next(each.requests for each in self._outstanding if each.step is step)
+        for each in self._outstanding:
+            if each.step is step:
+                return each.requests
+        raise ValueError(f"step {step.index} is not outstanding")
 
     def stats(self) -> SchedulerStats:
         lifetimes = self.cache.used_by_lifetime()

@@ -38,6 +38,10 @@ class CanaryPolicy:
         self, mode: VerifyMode, seed: int = 0, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._mode = mode
+        self.checks_kinds = mode.startup
+        """Whether steps of unproven kinds may not be replayed unseen."""
+        self.checks_everything = mode.canary == 1
+        """Whether each replay is compared, and all memory with it."""
         self._seed = seed
         self._clock = clock
         self._left: dict[object, int] = {}
@@ -45,26 +49,15 @@ class CanaryPolicy:
         self._spent: deque[tuple[float, float]] = deque()
         self._lost: dict[object, float] = {}
 
-    @property
-    def checks_kinds(self) -> bool:
-        """Whether steps of unproven kinds may not be replayed unseen."""
-        return self._mode.startup
-
-    @property
-    def checks_everything(self) -> bool:
-        """Whether each replay is compared, and all memory with it."""
-        return self._mode.canary == 1
-
     def is_due(self, bucket: BucketGraph) -> bool:
         """Count a replay; whether it is to be compared."""
-        left = self._left.get(bucket.key)
-        every = self.every(bucket)
-        if every == 1:
+        if self.checks_everything:
             return True
-        if every is None and left is None:
-            return False
+        left = self._left.get(bucket.key)
         if left is None:
-            assert every is not None
+            every = self.every(bucket)
+            if every is None:
+                return False
             left = self._draw(bucket, every)
         self._left[bucket.key] = left - 1
         if left > 1:

@@ -24,6 +24,8 @@ class GraphOwners:
 
     def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
         self.runners = runners
+        for each in runners.values():
+            each.alone = len(runners) == 1
 
     def __iter__(self) -> Iterator[tuple[str, GraphRunner]]:
         return iter(self.runners.items())
@@ -69,9 +71,9 @@ class GraphOwners:
         """What graphs have left behind in the last step, and whose they are."""
         found = []
         for name, each in self.runners.items():
-            damage = each.take_damage()
-            if damage is not None:
-                found.append((name, damage))
+            if each.damage is not None:
+                found.append((name, each.damage))
+                each.damage = None
         return found
 
     def report(self) -> GraphReport:

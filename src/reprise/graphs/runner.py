@@ -139,6 +139,13 @@ class GraphRunner:
         self._error: float | None = None
         self.plan = self._resolve(used)
         self.bucket_graphs: dict[Key, BucketGraph] = {}
+        self.alone = True
+        """Nothing else writes the caches between two of its steps."""
+        self._found: tuple[StepShape, BucketGraph | None] | None = None
+        """The last shape that was looked up, and its bucket."""
+        self._result: tuple[StepShape, Tensor] | None = None
+        """The shape of the last step, and its first output."""
+        self._replayed: dict[Key, Ran] = {}
         self.guard = Guard(computation)
         self.canary = CanaryPolicy(verify)
         self._start_capturing()
@@ -151,7 +158,8 @@ class GraphRunner:
         self.canary_failures = 0
         self.ran = Ran(None, proven=False)
         """How the last step was computed."""
-        self._damage: Damage | None = None
+        self.damage: Damage | None = None
+        """See :meth:`take_damage`."""
         self._not_to_be_proven: set[Key] = set()
         """Graphs of which a probe did not run, for want of memory or of blocks."""
         self._blind: list[str] = []
@@ -275,12 +283,14 @@ class GraphRunner:
         bucket = self.bucket_graphs[shape.phase, shape.query_len, shape.size] = BucketGraph(
             shape, info
         )
+        self._found = None
         self.prover.capture_unproven(bucket, planned)
         return bucket
 
     def discard(self) -> None:
         """Forget all graphs, and give their memory back if no other runner's graphs share it."""
         self.bucket_graphs.clear()
+        self._found = None
         self._pool.discard()
         self._start_capturing()
         try:
@@ -384,18 +394,27 @@ class GraphRunner:
             WeightsLostError: A graph has changed weights that cannot be loaded again.
             ValueError: Both shapes are of different phases.
         """
-        computation, whole = self.computation, shape.holding(at_least)
-        with computation.ops.computing():
-            bucket = self._bucket_for(whole)
-            if bucket is None or bucket.graph is None:
-                self._run_eagerly(shape, whole)
-            else:
-                self._run_graph(bucket, shape, whole)
-        return next(iter(computation.outputs(shape).values()))
+        computation = self.computation
+        if computation.ops.is_computing():
+            self._run(shape, at_least)
+        else:
+            with computation.ops.computing():
+                self._run(shape, at_least)
+        if self._result is None or self._result[0] != shape:
+            self._result = shape, next(iter(computation.outputs(shape).values()))
+        return self._result[1]
+
+    def _run(self, shape: StepShape, at_least: StepShape | None) -> None:
+        whole = shape if at_least is None else shape.holding(at_least)
+        bucket = self._bucket_for(whole)
+        if bucket is None or bucket.graph is None:
+            self._run_eagerly(shape, whole)
+        else:
+            self._run_graph(bucket, shape, whole)
 
     def take_damage(self) -> Damage | None:
         """What the last step's graph has left behind, told once; None: nothing."""
-        damage, self._damage = self._damage, None
+        damage, self.damage = self.damage, None
         return damage
 
     def caches_changed(self) -> None:
@@ -411,7 +430,7 @@ class GraphRunner:
     def padded(self, shape: StepShape, at_least: StepShape | None = None) -> StepShape:
         """What :meth:`run` pads a step to: its bucket, or nothing more than ``at_least`` if none
         holds it."""
-        whole = shape.holding(at_least)
+        whole = shape if at_least is None else shape.holding(at_least)
         bucket = self._bucket_for(whole)
         return whole if bucket is None or bucket.graph is None else bucket.shape
 
@@ -421,10 +440,14 @@ class GraphRunner:
         return "none" if bucket is None or bucket.graph is None else bucket.info.executor
 
     def _bucket_for(self, shape: StepShape) -> BucketGraph | None:
-        bucket = self.buckets.bucket_for(shape.phase, shape.size)
-        if bucket is None:
-            return None
-        return self.bucket_graphs.get((shape.phase, shape.query_len, bucket))
+        if self._found is not None and self._found[0] == shape:
+            return self._found[1]
+        size = self.buckets.bucket_for(shape.phase, shape.size)
+        found = None
+        if size is not None:
+            found = self.bucket_graphs.get((shape.phase, shape.query_len, size))
+        self._found = shape, found
+        return found
 
     def _run_eagerly(self, shape: StepShape, whole: StepShape) -> None:
         """``whole``: with padding."""
@@ -460,7 +483,10 @@ class GraphRunner:
         else:
             self.guard.forget()
             self._unseen[bucket.key] = self._unseen.get(bucket.key, 0) + 1
-            self.ran = Ran(bucket.key, proven=False)
+            ran = self._replayed.get(bucket.key)
+            if ran is None:
+                ran = self._replayed[bucket.key] = Ran(bucket.key, proven=False)
+            self.ran = ran
             self._replay(bucket)
 
     def _replay(self, bucket: BucketGraph) -> None:
@@ -486,6 +512,8 @@ class GraphRunner:
     ) -> None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets."""
         assert bucket.graph is not None
+        if not self.alone:
+            self.guard.forget()
         self.platform.synchronize()  # what was submitted before is not the canary's time
         began = time.perf_counter()
         bucket.info.canaries += 1
@@ -558,7 +586,7 @@ class GraphRunner:
         ]
         self.canary.hurry(siblings)
         earlier = earlier or unseen > 0
-        self._damage = Damage(bucket.key, bucket.info.name, units, earlier, wrong)
+        self.damage = Damage(bucket.key, bucket.info.name, units, earlier, wrong)
 
     # ---- report --------------------------------------------------------------------------
 

@@ -317,6 +317,10 @@ class OpTable:
         """Route op calls of this thread to this table within the ``with`` block."""
         return _Active(self, inference=False)
 
+    def is_computing(self) -> bool:
+        """This thread is in a ``with`` block of :meth:`computing` already."""
+        return _active.get() is self and torch.is_inference_mode_enabled()
+
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """:meth:`activate`, and compute without gradients."""
         return _Active(self, inference=not torch.is_inference_mode_enabled())

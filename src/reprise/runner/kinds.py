@@ -74,6 +74,7 @@ bound that a graph has wrong shows."""
 NEW_TOKENS, CONTEXTS = 8, 8
 _SHORTEST = 2
 """Contexts to 4**2 tokens are one class."""
+_LONGEST = np.iinfo(np.int32).max
 
 
 def class_of(values: Any) -> Any:
@@ -90,7 +91,7 @@ def class_bounds(starts: Ints, new: Ints) -> tuple[Ints, Ints]:
     class that these are of."""
     classes = context_class(starts + new)
     low = np.where(classes > 0, 4 ** (classes + _SHORTEST - 1) + 1, 1)
-    high = np.where(classes < CONTEXTS - 1, 4 ** (classes + _SHORTEST), np.iinfo(np.int32).max)
+    high = np.where(classes < CONTEXTS - 1, 4 ** (classes + _SHORTEST), _LONGEST)
     return np.maximum(low - new, 1), high - new
 
 

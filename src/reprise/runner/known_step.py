@@ -73,6 +73,9 @@ class KnownStep:
         self._range: tuple[Ints, Ints, Ints | None] | None = None
         """[R] each: of decodes that verify drafts, :attr:`_kind` is that of all that begin at least
         and at most there; and what they replay."""
+        self._asked: tuple[int, StepShape, Kind] | None = None
+        """The turn in which the kind of drafts was asked last, the bucket, and the answer: a model
+        that drafts computes the step once more, and asks the same."""
         self._blocks: list[Ints] | None = None
         """What the rows' blocks add to their codes, of each table."""
 
@@ -117,6 +120,7 @@ class KnownStep:
 
     def follow_again(self, back: int) -> None:
         """The step of :meth:`follow` once more, with the same rows and tables."""
+        self._turn += 1
         self._least = np.maximum(self._rows.at_least[self._place] - back, 0)
         self._most = np.maximum(self._rows.at_most[self._place] - back, 0)
 
@@ -127,7 +131,7 @@ class KnownStep:
 
     def tables_changed(self) -> None:
         """Of some row."""
-        self._until, self._blocks, self._range = _NEVER, None, None
+        self._until, self._blocks, self._range, self._asked = _NEVER, None, None, None
 
     def make_up(
         self, new: Ints, starts: Ints, tables: Sequence[Ints], verifies: Ints,
@@ -163,7 +167,9 @@ class KnownStep:
             narrow = bool(self._compressed)  # a whole class has every place of a row
             if device is not None or bucket.phase != "decode" or self._numbers is None or narrow:
                 return self.told(bucket, device)
-            return self._of_drafted(bucket)
+            if self._asked is None or self._asked[:2] != (self._turn, bucket):
+                self._asked = self._turn, bucket, self._of_drafted(bucket)
+            return self._asked[2]
         # Steps of requests that decode come one after the other: what is the same is kept.
         if self._blocks is None:
             nowhere = [0] * len(self._compressed)

@@ -174,6 +174,9 @@ class ModelRunner:
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
                 """The target's."""
+                drafts = {} if self.drafter is None else self.drafter.owners
+                self.owners = GraphOwners({"target": self.graphs, **drafts})
+                """Of all graphs: the target's, and those of a model that drafts."""
                 activation_bytes += self._predict_graphs() + self._comparison_bytes()
             with self._after_prediction():
                 self._make_cache(wanted_len, activation_bytes)
@@ -214,8 +217,6 @@ class ModelRunner:
         if step.copies:
             self._sound = self.forward_pass.copy_states(step.copies)
             self.owners.caches_changed()
-        if self.drafter is not None and self.drafter.owners:
-            self.graphs.caches_changed()  # by drafts
         self._result = self.graphs.run(shape, at_least)
 
     def sample(self, step: Step, masks: Masks | None = None) -> PendingOutput:
@@ -258,8 +259,10 @@ class ModelRunner:
 
     def _landing(self) -> Landing:
         """A free one, or a new one where more steps are under way than the engine has."""
-        found = next((each for each in self._landings if each.free), None)
-        if found is None:
+        for found in self._landings:
+            if found.free:
+                break
+        else:
             found = self._new_landing()
             self._landings.append(found)
         found.free = False
@@ -355,12 +358,6 @@ class ModelRunner:
             if count == WHOLE_VOCABULARY:
                 whole = torch.arange(len(part), device=part.device)
             yield top_logprobs(logits, ids, max(count, 0), whole)
-
-    @property
-    def owners(self) -> GraphOwners:
-        """Of all graphs: the target's, and those of a model that drafts."""
-        drafts = {} if self.drafter is None else self.drafter.owners
-        return GraphOwners({"target": self.graphs, **drafts})
 
     def harmless(self, owner: str, damage: Damage) -> bool:
         """A graph that was found wrong has cost accepted drafts at most, and no token."""

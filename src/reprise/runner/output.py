@@ -82,10 +82,10 @@ class Landing:
     def send(self, emitted: Tensor, peaks: Tensor | None) -> None:
         """Start copying ``emitted`` [R, 1 + K + 1] int64, what ``ops.advance`` says, and ``peaks``
         [D] in a floating-point dtype of up to 32 bits, if there are any."""
-        self._count = len(emitted)
+        self._count = emitted.shape[0]
         self._peaks = self._room[:0]
         if peaks is not None:
-            self._peaks = self._room.view(peaks.dtype)[: len(peaks)]
+            self._peaks = self._room.view(peaks.dtype)[: peaks.shape[0]]
             self._peaks.copy_(peaks, non_blocking=True)
         self._tokens[: self._count].copy_(emitted, non_blocking=True)
         self._arrived.record()

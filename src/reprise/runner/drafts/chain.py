@@ -87,6 +87,9 @@ class ChainInputs(StepBuffers):
         }
         """Of passes, and of whole chains, with so many tokens of each request where those of each
         begin."""
+        self.of_chosen: tuple[Tensor, Tensor, Tensor] = self.last[:0], self.last[:0], self.hidden
+        """Of the chosen requests of the last step: [C] int64, their rows; [C] of :attr:`last`; [C,
+        D] of :attr:`hidden`."""
         self._not_told = to_device(np.full(most, -1, dtype=np.int64), platform)
         self._all = to_device(np.arange(most, dtype=np.int64), platform)
 
@@ -113,8 +116,10 @@ class ChainInputs(StepBuffers):
         """
         count, most = len(chosen), padded.num_requests
         shapes = StepShape.decode(count, width), padded
-        drawing = [step.rows[each] for each in chosen]
-        behind = step.shape, 0 if shifted_ids is None else len(shifted_ids)
+        drawing = step.rows
+        if count < len(step.rows):
+            drawing = [step.rows[each] for each in chosen]
+        behind = step.shape, 0 if shifted_ids is None else shifted_ids.shape[0]
         goes_on = (
             self._again is not None
             and (self._padded, self._behind) == (shapes, behind)
@@ -135,7 +140,8 @@ class ChainInputs(StepBuffers):
                 arguments[6:8] = self._tell(step, chosen)
             given = (*arguments[:10], shifted_ids, *arguments[10:], width, self._back, greedy)
             self._again = ops.draft_inputs.repeatedly(*given)
-            self._last_rows, self._padded, self._behind = drawing, shapes, behind
+            self._last_rows, self._padded, self._behind = list(drawing), shapes, behind
+            self.of_chosen = self._rows.device[:count], self.last[:count], self.hidden[:count]
             self.query_start_loc.device[: most + 1].copy_(self.begins[width][: most + 1])
             self._gather(most)
             self.hidden[count:most].zero_()
@@ -187,10 +193,6 @@ class ChainInputs(StepBuffers):
         given = self._arguments(1, 1, 1, 1, self.width)
         ops.draft_inputs(*given[:10], shifted_ids, *given[10:], self.width, self._back, False)
         self.forget()
-
-    def rows_of(self, count: int) -> Tensor:
-        """[C] int64: the rows of the chosen requests."""
-        return self._rows.device[:count]
 
     def fill_draws(self, live: StepShape, seed: int) -> None:
         """What requests of a made-up step ask of their draws: one in two takes the likeliest."""

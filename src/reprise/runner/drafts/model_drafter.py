@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -142,44 +142,42 @@ class ModelDrafter(Drafter):
     def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
         inputs, shifted = self.inputs, self.draft.shifted
         count = self._speculation.num_tokens if step.drafting is None else step.drafting
-        wanted = self._wanted(step)
+        wanted, step_shape = self._wanted(step), step.shape
         decodes = step.num_decodes == len(step.rows)
         # What is not drafted behind now may be later: the draft's caches must have it.
         prefills = not decodes or (wanted and (shifted or not count))
-        chosen = []
+        chosen: Sequence[int] = ()
         if wanted and count:
-            chosen = [number for number, samples in enumerate(step.samples) if samples]
+            chosen = range(len(step.rows))
+            if not decodes:
+                chosen = [number for number, samples in enumerate(step.samples) if samples]
         width = chain_width(max(1, count), shifted)
         shape = StepShape.decode(len(chosen), width)
         if not (prefills or chosen):
             return
-        ids = self.prefill.ids(step.shape, self.owners[PREFILL].padded(step.shape))
+        ids = self.prefill.ids(step_shape, self.owners[PREFILL].padded(step_shape))
         if chosen or ids is not None:
             padded = self.owners[CHAIN].padded(shape) if chosen else shape
             inputs.follow(step, chosen, ids, padded, width, greedy=self._speculation.greedy)
-        hidden = self._run(PREFILL, step.shape) if prefills else None
+        hidden = self.owners[PREFILL].run(step_shape) if prefills else None
         if not chosen:
             return
-        requests = len(chosen)
+        rows_of, last, behind = inputs.of_chosen
         if shifted:
             assert hidden is not None
-            torch.index_select(hidden, 0, inputs.last[:requests], out=inputs.hidden[:requests])
-        drafts = self._run(CHAIN, shape)
-        ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + len(drafts)]
-        ahead.index_copy_(1, inputs.rows_of(requests), drafts)
+            torch.index_select(hidden, 0, last, out=behind)
+        drafts = self.owners[CHAIN].run(shape)
+        ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + drafts.shape[0]]
+        ahead.index_copy_(1, rows_of, drafts)
 
     def _wanted(self, step: Step) -> bool:
         """Whether any request of the step wants drafts."""
         admitted = self._buffers.rows.admitted
-        return any(
-            owner is None or owner.params.num_drafts != 0
-            for owner in (admitted[row] for row in step.rows)
-        )
-
-    def _run(self, owner: str, shape: StepShape) -> Tensor:
-        runner = self.owners[owner]
-        runner.caches_changed()  # by the others
-        return runner.run(shape)
+        for row in step.rows:
+            owner = admitted[row]
+            if owner is None or owner.params.num_drafts != 0:
+                return True
+        return False
 
     def forget(self) -> None:
         self.inputs.forget()
