@@ -140,6 +140,10 @@ class EngineConfig:
     or the whole vocabulary at once."""
     seed: int = 0
     """Seed of requests that bring none."""
+    batch_invariant: bool = False
+    """The same bits every time: logits and tokens of a request do not depend on other requests, on
+    the sizes of steps, chunks, prefix hits, graphs or drafts. Only implementations of ops that
+    promise it are used; what has none is refused. Slower."""
     custom_all_reduce: bool = True
     """Let kernels of several ranks read each other's memory, where devices can and it was proven at
     the start; off: ranks exchange by the backend's collectives alone."""
@@ -176,6 +180,11 @@ class EngineConfig:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} and data_parallel_size="
                 f"{self.data_parallel_size} together are not supported; give one of them"
+            )
+        if self.batch_invariant and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"batch_invariant=True with tensor_parallel_size={self.tensor_parallel_size} is "
+                "not supported: sums over ranks depend on their sizes; give one of them"
             )
         if not self.custom_all_reduce:
             for op, name in self.ops.items():
@@ -292,6 +301,7 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
             "skip_tokenizer_init",
             "custom_all_reduce",
             "enable_expert_parallel",
+            "batch_invariant",
         ),
         bool,
         "True or False",

@@ -46,7 +46,7 @@ ENGINE_PANELS = {
         "custom_all_reduce", "ops",
     ),
     "Drafts": ("speculative_config",),
-    "Sampling": ("seed", "max_logprobs"),
+    "Sampling": ("seed", "batch_invariant", "max_logprobs"),
 }  # fmt: skip
 
 ONE_ENGINE = ("data_parallel_size",)

@@ -38,7 +38,7 @@ def op_facts(table: OpTable) -> dict[str, Any]:
     platform, chosen = table.platform, table.chosen
     return {
         name: {
-            "chosen": chosen[name].name,
+            "chosen": chosen[name].name if name in chosen else None,
             "break_op": op.break_op,
             "mutates": list(op.mutates),
             "implementations": {
@@ -48,6 +48,7 @@ def op_facts(table: OpTable) -> dict[str, Any]:
                     "refuses": refusals(op, each),
                     "graph_support": each.graph_support_on(platform),
                     "error": each.error,
+                    "batch_invariant": each.batch_invariant_on(platform),
                 }
                 for each in op.implementations.values()
             },

@@ -155,5 +155,5 @@ class SelfAttention(nn.Module):
         )
         attended = attended.flatten(1)
         if gate is not None:
-            attended = attended * gate.sigmoid()
+            attended = ops.sigmoid_and_mul(attended, gate)
         return Product(self.o_proj, attended)

@@ -307,7 +307,7 @@ class SparseMLP(nn.Module):
         gate = logits[:, self.routing.experts :]
         if self.shared_expert_gate is not None:
             gate = self.shared_expert_gate(x)
-        hidden = self.shared_expert.gate_up_proj.gated(x) * gate.sigmoid()
+        hidden = ops.sigmoid_and_mul(self.shared_expert.gate_up_proj.gated(x), gate)
         return _Shared(self.shared_expert.down_proj, hidden)
 
 

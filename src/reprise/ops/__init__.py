@@ -53,6 +53,7 @@ from reprise.ops.rotary_cache import rotary_cache as rotary_cache
 from reprise.ops.rotary_tail import rotary_tail as rotary_tail
 from reprise.ops.route import route as route
 from reprise.ops.sample import sample as sample
+from reprise.ops.sigmoid_and_mul import sigmoid_and_mul as sigmoid_and_mul
 from reprise.ops.silu_and_mul import silu_and_mul as silu_and_mul
 from reprise.ops.sparse_attention import sparse_attention as sparse_attention
 from reprise.ops.step import advance as advance

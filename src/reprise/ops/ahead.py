@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise.errors import OpError
+from reprise.ops.choice import NOT_INVARIANT
 from reprise.ops.registry import Op, OpTable, intercept
 from reprise.ops.rms_norm import rms_norm
 from reprise.platforms import Platform
@@ -75,6 +77,27 @@ def compile_ahead(
             _finish(aside)
     logger.info("kernels of %d op calls are ready", len(known))
     return len(known)
+
+
+def refused_calls(table: OpTable, passes: Iterable[Callable[[], Any]]) -> list[str]:
+    """The ops of which the table has no batch-invariant implementation for some call of these
+    passes, which are run without computing: each once, with the reason where there is one."""
+    reasons: dict[str, None] = {}
+
+    def note(
+        op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            table.implementation_of(op, args, kwargs)
+        except OpError as error:
+            text = str(error).removeprefix(NOT_INVARIANT)
+            reasons[text.removesuffix(f" on {table.platform.name}")] = None
+        return op.fake(*args, **kwargs)
+
+    with table.computing(), intercept(note):
+        for each in passes:
+            each()
+    return list(reasons)
 
 
 def wake_compiler(platform: Platform) -> None:

@@ -14,6 +14,8 @@ from reprise.ops.implementation import Implementation
 
 logger = logging.getLogger(__name__)
 
+NOT_INVARIANT = "batch_invariant=True: no batch-invariant implementation of "
+"""What messages begin with that name an op which has none."""
 MOST_KINDS = 4096
 """Of calls of one op to remember: a number that is another in each call would make ever more."""
 
@@ -64,11 +66,13 @@ class ByArguments:
         named: A call's arguments by name.
         candidates: Those that the platform can run, most wanted first. The last takes everything,
             unless it is the only one: the user asked for it, and nothing may take its place.
+        batch_invariant: These are all that are batch-invariant, and nothing else may compute.
     """
 
     op: str
     named: Callable[[Sequence[Any], Mapping[str, Any]], Mapping[str, Any]]
     candidates: Sequence[Implementation]
+    batch_invariant: bool = False
     answers: dict[Hashable, Answer] = field(default_factory=dict)
     """By signature."""
     _functions: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
@@ -83,7 +87,8 @@ class ByArguments:
         """Who computes a call; asked once for each kind.
 
         Raises:
-            OpError: The user asked for an implementation that does not accept it.
+            OpError: The user asked for an implementation that does not accept it, or none that is
+                batch-invariant does.
         """
         key = signature(args, kwargs)
         known = self.answers.get(key)
@@ -98,6 +103,9 @@ class ByArguments:
                 break
             refused[each.name] = reason
         else:
+            if self.batch_invariant:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+                raise OpError(f"{NOT_INVARIANT}{self.op} ({reasons}; {call})")
             raise OpError(
                 f"--op {self.op}={self.candidates[0].name}: {'; '.join(refused.values())} "
                 f"({call}); leave the choice to Reprise, or name another implementation"

@@ -24,6 +24,9 @@ have the same number of new tokens; ``always``: in any step."""
 GraphSupportOn = GraphSupport | Callable[[Platform], GraphSupport]
 """The same everywhere, or by platform."""
 
+InvariantOn = bool | Callable[[Platform], bool]
+"""Whether bits of a row depend on that row alone: the same everywhere, or by platform."""
+
 Requirement = Callable[[Platform], str | None]
 """Returns None if the implementation runs on the platform, else the reason why not."""
 
@@ -40,6 +43,11 @@ def runs_anywhere(platform: Platform) -> str | None:
 
 def anything(*args: Any, **kwargs: Any) -> str | None:
     return None
+
+
+def on_the_host(platform: Platform) -> bool:
+    """What torch computes row by row on a CPU, and by the number of rows elsewhere."""
+    return platform.device_type == "cpu"
 
 
 def needs_triton(platform: Platform) -> str | None:
@@ -75,6 +83,9 @@ class Implementation:
     accepts: Accepts = anything
     on_request: str | None = None
     """Why nobody gets it who does not ask for it by name; None: it is chosen as any other."""
+    batch_invariant: InvariantOn = False
+    """The bits that it gives a row (a token, or a request) depend on that row alone: not on how
+    many others there are, on what they hold, nor on its place among them."""
     import_failure: str | None = field(default=None, init=False)
     """Why its function cannot be had, once that was tried."""
 
@@ -117,6 +128,11 @@ class Implementation:
                 f"{', '.join(get_args(GraphSupport))}"
             )
         return level
+
+    def batch_invariant_on(self, platform: Platform) -> bool:
+        """Whether the bits of a row depend on that row alone on the platform."""
+        declared = self.batch_invariant
+        return declared(platform) if callable(declared) else declared
 
     @property
     def compiles(self) -> bool:

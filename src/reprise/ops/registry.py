@@ -13,22 +13,24 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
 from reprise import platforms
 from reprise.errors import OpError
 from reprise.ops.cases import Cases
-from reprise.ops.choice import ByArguments, resolved
+from reprise.ops.choice import NOT_INVARIANT, ByArguments, resolved
 from reprise.ops.implementation import (
     Accepts,
     GraphSupportOn,
     Implementation,
+    InvariantOn,
     Requirement,
     anything,
 )
 from reprise.ops.implementation import needs_triton as needs_triton
+from reprise.ops.implementation import on_the_host as on_the_host
 from reprise.ops.implementation import runs_anywhere as runs_anywhere
 from reprise.platforms import Platform
 
@@ -69,6 +71,11 @@ class Op:
     """Those of :attr:`mutates` that live on from step to step."""
     collective: bool = False
     """It waits for other ranks: all call it in one order, and none in a thread of its own."""
+    rows: tuple[str, ...] = ()
+    """Arguments whose first dimension counts tokens; of what it returns, the first counts them
+    too."""
+    requests: tuple[str, ...] = ()
+    """Arguments whose first dimension counts requests, which have rows by ``query_start_loc``."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     kernel: Any = None
@@ -122,6 +129,7 @@ class Op:
         graph_support: GraphSupportOn = "always",
         error: float | None = None,
         on_request: str | None = None,
+        batch_invariant: InvariantOn = False,
     ) -> None:
         """Add a way to compute this op.
 
@@ -136,20 +144,26 @@ class Op:
             error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
             on_request: Why it computes only where ``--op NAME=IMPL`` asks for it, such as that no
                 device has run it yet. None: it is chosen as any other.
+            batch_invariant: See :class:`Implementation`; what engines with that option choose from.
         """
         if name in self.implementations:
             raise OpError(f"op {self.name!r} already has an implementation {name!r}")
         self.implementations[name] = Implementation(
-            self.name, name, target, requires, graph_support, error, accepts, on_request
-        )
+            self.name, name, target, requires, graph_support, error, accepts, on_request,
+            batch_invariant,
+        )  # fmt: skip
 
-    def candidates(self, platform: Platform, override: str | None = None) -> list[Implementation]:
+    def candidates(
+        self, platform: Platform, override: str | None = None, *, batch_invariant: bool = False
+    ) -> list[Implementation]:
         """The implementations to use on ``platform``, most wanted first: each computes what those
         before it do not accept, and the last accepts everything, unless it is the override.
 
+        With ``batch_invariant`` only those that are; there may be none, and the last may refuse.
+
         Raises:
-            OpError: ``override`` names none, or one that this platform cannot run or that does
-                not import.
+            OpError: ``override`` names none, one that this platform cannot run or that does not
+                import, or one that is not batch-invariant and has to be.
         """
         if override is not None:
             chosen = self.implementations.get(override)
@@ -161,18 +175,44 @@ class Op:
             reason = chosen.unusable(platform)
             if reason is not None:
                 raise OpError(f"--op {self.name}={override}: {reason} ({platform.name})")
+            if batch_invariant and not chosen.batch_invariant_on(platform):
+                raise OpError(
+                    f"--op {self.name}={override}: bits of a row depend on other rows there, which "
+                    f"batch_invariant=True rules out; {self.invariant_ones(platform)}"
+                )
             return [chosen]
         order = platform.preferred.get(self.name, platform.preferred.get("*", ()))
+        if batch_invariant:
+            order = (*order, *self.implementations)
         found: list[Implementation] = []
         for name in dict.fromkeys((*order, "reference")):
             candidate = self.implementations.get(name)
             if candidate is None or candidate.on_request is not None:
                 continue
+            if batch_invariant and not candidate.batch_invariant_on(platform):
+                continue
             if candidate.unusable(platform) is None:
                 found.append(candidate)
                 if candidate.accepts is anything:
                     return found
+        if batch_invariant:
+            return found
         raise OpError(f"op {self.name!r} has no implementation for platform {platform.name!r}")
+
+    def invariant_ones(self, platform: Platform) -> str:
+        """For people: the implementations that are batch-invariant on the platform."""
+        found = [
+            f"--op {self.name}={name}" + ("" if each.on_request is None else f", {each.on_request}")
+            for name, each in self.implementations.items()
+            if each.batch_invariant_on(platform) and each.requires(platform) is None
+        ]
+        return ", ".join(found) or f"no other is batch-invariant on {platform.name}"
+
+    def varies(self, platform: Platform) -> str:
+        """Its name, with what could be asked for where it has no batch-invariant implementation
+        that is chosen by itself."""
+        asked = self.invariant_ones(platform)
+        return f"{self.name} ({asked})" if asked.startswith("--op") else self.name
 
 
 def op(
@@ -185,9 +225,12 @@ def op(
     extent: str | None = None,
     state: tuple[str, ...] = (),
     collective: bool = False,
+    rows: tuple[str, ...] = (),
+    requests: tuple[str, ...] = (),
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupportOn | None = None,
+    batch_invariant: InvariantOn = False,
 ) -> Op:
     """Declare an op. Its reference implementation's signature becomes its schema.
 
@@ -203,9 +246,13 @@ def op(
         state: Names among ``mutates`` of what lives on from step to step, such as a cache. What a
             break op writes beside it are outputs: a row of length 0 leaves zeros there.
         collective: Whether it waits for other ranks.
+        rows: Names of arguments whose first dimension counts tokens, as that of the result does.
+        requests: Names of arguments whose first dimension counts requests; ``query_start_loc``
+            says which tokens are theirs.
         error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
+        batch_invariant: Of the reference implementation, see :class:`Implementation`.
     """
     if name in _ops:
         raise OpError(f"op {name!r} is already declared")
@@ -215,19 +262,23 @@ def op(
         raise OpError(f"op {name!r}: extent={extent!r} is no argument of it")
     if not set(state) <= set(mutates):
         raise OpError(f"op {name!r}: state={state!r} must be among mutates={mutates!r}")
+    if not {*rows, *requests} <= set(signature.parameters):
+        raise OpError(f"op {name!r}: rows={rows!r} and requests={requests!r} must be arguments")
     if fake is None and returns is not None:
         raise OpError(f"op {name!r} returns a value and declares no fake implementation")
     if break_op and returns is not None:
         raise OpError(f"break op {name!r} must write into its arguments and return nothing")
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     declared = Op(
-        name, schema, mutates, break_op, cases, extent, state, collective, fake=fake or _nothing
-    )
+        name, schema, mutates, break_op, cases, extent, state, collective, rows, requests,
+        fake=fake or _nothing,
+    )  # fmt: skip
     declared.implementation(
         "reference",
         reference,
         graph_support=graph_support or ("never" if break_op else "always"),
         error=error,
+        batch_invariant=batch_invariant,
     )
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -274,19 +325,34 @@ def find(overload: Any) -> Op | None:
 class OpTable:
     """The implementation of every op that one engine uses. Active while the engine computes."""
 
-    def __init__(self, platform: Platform, overrides: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        overrides: Mapping[str, str] | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         """Choose once.
 
+        Args:
+            platform: The device.
+            overrides: Op name to the implementation to use instead of the platform's choice.
+            batch_invariant: Use only implementations whose bits of a row depend on that row alone.
+                An op that has none here cannot be called.
+
         Raises:
-            OpError: An override names an unknown op, or an implementation that cannot run here.
+            OpError: An override names an unknown op, or an implementation that cannot run here, or
+                one that is not batch-invariant and has to be.
         """
         overrides = overrides or {}
         for name in overrides:
             if name not in _ops:
                 raise OpError(f"--op {name}=...: no such op; known: {', '.join(sorted(_ops))}")
         self.platform = platform
+        self.batch_invariant = batch_invariant
         self.candidates = {
-            name: each.candidates(platform, overrides.get(name)) for name, each in _ops.items()
+            name: each.candidates(platform, overrides.get(name), batch_invariant=batch_invariant)
+            for name, each in _ops.items()
         }
         """By op, most wanted first; see :meth:`Op.candidates`."""
         self.choices: dict[str, ByArguments] = {}
@@ -296,8 +362,8 @@ class OpTable:
 
     @property
     def chosen(self) -> dict[str, Implementation]:
-        """The implementation of each op that is wanted most."""
-        return {name: found[0] for name, found in self.candidates.items()}
+        """The implementation of each op that is wanted most; none of an op that has none."""
+        return {name: found[0] for name, found in self.candidates.items() if found}
 
     def implementation_of(
         self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -305,10 +371,13 @@ class OpTable:
         """What computes this call of ``op`` here.
 
         Raises:
-            OpError: The user asked for an implementation that does not accept it.
+            OpError: The user asked for an implementation that does not accept it, or there is none
+                that is batch-invariant and has to be.
         """
         self.functions[op.name]  # chooses, if the op was declared after the table was made
         choice = self.choices.get(op.name)
+        if not self.candidates[op.name]:
+            _refuse(op, self.platform)
         if choice is None:
             return self.candidates[op.name][0]
         return choice.answer(args, kwargs).implementation
@@ -357,13 +426,24 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
     def __missing__(self, name: str) -> Callable[..., Any]:
         table, op = self._table, _ops[name]
         if name not in table.candidates:  # declared after the table was made
-            table.candidates[name] = op.candidates(table.platform)
+            table.candidates[name] = op.candidates(
+                table.platform, batch_invariant=table.batch_invariant
+            )
         candidates = table.candidates[name]
-        if candidates[0].accepts is anything:
+        if not candidates:
+            self[name] = functools.partial(_refuse, op, table.platform)
+        elif candidates[0].accepts is anything:
             self[name] = candidates[0].function
         else:
-            self[name] = table.choices[name] = ByArguments(name, op.named, candidates)
+            self[name] = table.choices[name] = ByArguments(
+                name, op.named, candidates, table.batch_invariant
+            )
         return self[name]
+
+
+def _refuse(op: Op, platform: Platform, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stands for an op that has no batch-invariant implementation where it has to be."""
+    raise OpError(f"{NOT_INVARIANT}{op.varies(platform)} on {platform.name}")
 
 
 def active_platform() -> Platform | None:

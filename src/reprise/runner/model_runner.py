@@ -15,7 +15,7 @@ from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.distributed import Ranks, require_same
-from reprise.errors import ConfigError, PlatformError, RepriseError, describe
+from reprise.errors import ConfigError, ModelError, PlatformError, RepriseError, describe
 from reprise.graphs import (
     Damage,
     GraphOwners,
@@ -25,7 +25,7 @@ from reprise.graphs import (
 )
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
-from reprise.ops.ahead import compile_ahead
+from reprise.ops.ahead import compile_ahead, refused_calls
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.progress import progress
@@ -89,7 +89,7 @@ class ModelRunner:
         with timeline.span("platform"):
             platform.activate()
         cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, platform)
-        self.ops = OpTable(platform, config.ops)
+        self.ops = OpTable(platform, config.ops, batch_invariant=config.batch_invariant)
         self.dtype = choose_dtype(config.dtype, checkpoint.config, platform)
         if ranks.agreement.size > 1:
             chosen = {name: each.name for name, each in self.ops.chosen.items()}
@@ -168,8 +168,10 @@ class ModelRunner:
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
             allocate_caches(self.caches, self.cache_layout, platform)
+            if config.batch_invariant:
+                self._refuse_what_varies()
             with timeline.span("compile"):
-                self._compile_kernels()
+                compile_ahead(self.ops, self._example_passes(), beside=self._example_of_the_rest)
             with timeline.span("profile"):
                 activation_bytes = self._measure_activations()
                 self.graphs = self._plan_graphs()
@@ -444,7 +446,18 @@ class ModelRunner:
             self.owners.capture_all(bar.show)
         self._forget_inputs()
 
-    def _compile_kernels(self) -> None:
+    def _refuse_what_varies(self) -> None:
+        """Raise a ModelError if the model calls what has no batch-invariant implementation."""
+        reasons = refused_calls(self.ops, [*self._example_passes(), self._example_of_the_rest])
+        if reasons:
+            raise ModelError(
+                f"batch_invariant=True: this model needs ops that have no batch-invariant "
+                f"implementation on {self.platform.name}: {', '.join(reasons)}; leave the option "
+                "out ('reprise doctor ops' shows which ops have one)"
+            )
+        logger.info("batch_invariant: bits of a row depend on no other, in all ops of the model")
+
+    def _example_passes(self) -> list[Callable[[], Tensor]]:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
 
         def run(*shapes: StepShape) -> Tensor:
@@ -457,15 +470,11 @@ class ModelRunner:
         mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
         sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
         decode = [StepShape.decode(n, each) for each in self.decode_widths for n in sizes]
-        compile_ahead(
-            self.ops,
-            [
-                lambda: self.model.logits(run(mixed)[:1]),
-                lambda: ops.argmax(run(*decode)),
-                *self._draft_passes(min(self.max_tokens, 64), *sizes),
-            ],
-            beside=self._example_of_the_rest,
-        )
+        return [
+            lambda: self.model.logits(run(mixed)[:1]),
+            lambda: ops.argmax(run(*decode)),
+            *self._draft_passes(min(self.max_tokens, 64), *sizes),
+        ]
 
     def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
         """Those of a model that drafts, of steps of so many tokens and requests."""

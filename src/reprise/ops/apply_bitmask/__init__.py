@@ -4,10 +4,13 @@ from reprise.ops.registry import needs_triton, op
 
 __all__ = ["apply_bitmask"]
 
-apply_bitmask = op("apply_bitmask", reference, cases=cases, mutates=("logits",))
+apply_bitmask = op(
+    "apply_bitmask", reference, cases=cases, mutates=("logits",), batch_invariant=True
+)
 apply_bitmask.implementation(
     "triton",
     "reprise.ops.apply_bitmask.triton:apply_bitmask",
     requires=needs_triton,
     on_request="no device has run it yet",
+    batch_invariant=True,
 )

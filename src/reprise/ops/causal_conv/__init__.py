@@ -1,6 +1,6 @@
 from reprise.ops.causal_conv.cases import cases
 from reprise.ops.causal_conv.reference import reference
-from reprise.ops.registry import needs_triton, op
+from reprise.ops.registry import needs_triton, on_the_host, op
 
 causal_conv = op(
     "causal_conv",
@@ -9,6 +9,9 @@ causal_conv = op(
     mutates=("out", "state"),
     extent="seq_lens",
     state=("state",),
+    rows=("x", "out", "places"),
+    requests=("slots", "seq_lens", "fresh", "accepted", "known"),
+    batch_invariant=on_the_host,
 )
 causal_conv.implementation(
     "triton",

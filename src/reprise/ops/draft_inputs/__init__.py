@@ -13,10 +13,17 @@ draft_inputs = op(
         "shifted_ids", "last", "rows", "token_ids", "positions", "slots", "seq_lens", "accepted",
         "fresh", "temperature", "top_k", "top_p", "min_p", "seed", "number",
     ),
+    batch_invariant=True,
 )  # fmt: skip
 draft_inputs.implementation(
-    "triton", "reprise.ops.draft_inputs.triton:draft_inputs", requires=needs_triton
+    "triton",
+    "reprise.ops.draft_inputs.triton:draft_inputs",
+    requires=needs_triton,
+    batch_invariant=True,
 )
 draft_inputs.implementation(
-    "numpy", "reprise.ops.draft_inputs.host:draft_inputs", requires=needs_host_memory
+    "numpy",
+    "reprise.ops.draft_inputs.host:draft_inputs",
+    requires=needs_host_memory,
+    batch_invariant=True,
 )

@@ -2,6 +2,7 @@ from reprise.ops.gated_delta.cases import cases
 from reprise.ops.gated_delta.reference import reference
 from reprise.ops.implementation import GraphSupport
 from reprise.ops.registry import needs_triton, op
+from reprise.ops.step import needs_host_memory
 from reprise.platforms import Platform
 
 
@@ -19,6 +20,8 @@ gated_delta = op(
     extent="seq_lens",
     state=("state", "recent", "gates"),
     graph_support="never",
+    rows=("qkv", "a", "b", "out", "places"),
+    requests=("slots", "seq_lens", "fresh", "accepted", "known"),
 )
 gated_delta.implementation(
     "triton",
@@ -30,4 +33,11 @@ gated_delta.implementation(
     "torch",
     "reprise.ops.gated_delta.chunked:gated_delta",
     graph_support=_graphs,
+)
+gated_delta.implementation(
+    "invariant",
+    "reprise.ops.gated_delta.invariant:gated_delta",
+    requires=needs_host_memory,
+    graph_support="always",
+    batch_invariant=True,
 )

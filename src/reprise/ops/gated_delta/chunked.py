@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,31 @@ from reprise.ops.gated_delta.reference import keys_and_values, prepared
 CHUNK = 64
 """Tokens whose updates are solved for together."""
 _ALL = slice(None)
+
+
+class Rule(NamedTuple):
+    """How the delta rule is computed."""
+
+    carried_on: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """States [N, HV, V, K] of N requests behind one token more of each, from key [N, HV, K], value
+    [N, HV, V], decay and beta [N, HV]. It may overwrite what it was given."""
+    read: Callable[[Tensor, Tensor], Tensor]
+    """What queries [N, HV, K] find in such states: [N, HV, V]."""
+    chunks: bool
+    """Prompts are solved for chunk by chunk, not token by token."""
+
+
+def _carried_on(now: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    now = now * decay.exp()[..., None, None]
+    error = value - _read(now, key)
+    return now.addcmul_((beta.unsqueeze(-1) * error).unsqueeze(-1), key.unsqueeze(-2))
+
+
+def _read(now: Tensor, query: Tensor) -> Tensor:
+    return torch.matmul(now, query.unsqueeze(-1)).squeeze(-1)
+
+
+_CHUNKS = Rule(_carried_on, _read, chunks=True)
 
 
 def gated_delta(
@@ -33,6 +59,7 @@ def gated_delta(
     accepted: Tensor | None = None,
     known: Tensor | None = None,
     places: Tensor | None = None,
+    rule: Rule = _CHUNKS,
 ) -> None:
     """Shapes as in the reference; lengths are read on the host, but where all requests have the
     same number of new tokens."""
@@ -44,8 +71,8 @@ def gated_delta(
         assert known is not None
         assert places is not None
         counts = torch.where(fresh, 0, accepted)
-        drafts = _Drafts(recent, gates, qkv[:, -recent.shape[2] :], counts, known, places)
-    step = _Step(inputs, state, slots, seq_lens, fresh, out, drafts)
+        drafts = _Drafts(recent, gates, qkv[:, -recent.shape[2] :], counts, known, places, rule)
+    step = _Step(inputs, state, slots, seq_lens, fresh, out, drafts, rule)
     if query_len and len(qkv) == query_len * len(slots):
         step.together(query_len)
         return
@@ -53,12 +80,12 @@ def gated_delta(
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     verifies = [False] * len(lengths) if known is None else (known == 0).tolist()
     short: dict[int, list[int]] = {}
-    """Requests by how many tokens they have, if they verify drafts or have one."""
+    """Requests by how many tokens they have, if they are computed token by token."""
     for row, length in enumerate(lengths):
         begin, end = starts[row], starts[row + 1]
         if length == 0 or begin == end:
             continue
-        if end - begin == 1 or (drafts is not None and verifies[row]):
+        if not rule.chunks or end - begin == 1 or (drafts is not None and verifies[row]):
             short.setdefault(end - begin, []).append(row)
             continue
         slot = slots[row : row + 1].long()
@@ -91,6 +118,7 @@ class _Drafts:
     accepted: Tensor
     known: Tensor
     places: Tensor
+    rule: Rule
 
     def committed(self, now: Tensor, slots: Tensor, accepted: Tensor) -> Tensor:
         """States [N, HV, V, K] of these slots, carried over the tokens that count: [N] each.
@@ -103,7 +131,8 @@ class _Drafts:
         gates = torch.where(count[..., None, None], self.gates[slots], 0.0)
         key, value = keys_and_values(recent, *now.shape[1:])
         for token in range(recent.shape[1]):
-            now = _carried_on(now, key[:, token], value[:, token], *gates[:, token].unbind(1))
+            decay, beta = gates[:, token].unbind(1)
+            now = self.rule.carried_on(now, key[:, token], value[:, token], decay, beta)
         return now
 
     def clear(self, slots: Tensor) -> None:
@@ -134,6 +163,7 @@ class _Step:
     fresh: Tensor
     out: Tensor
     drafts: _Drafts | None
+    rule: Rule
 
     def together(
         self, count: int, rows: Tensor | slice = _ALL, tokens: Tensor | None = None
@@ -152,8 +182,8 @@ class _Step:
         before = now
         query, *inputs = (_of(which, each) for each in self.inputs)
         for token in range(count):
-            now = _carried_on(now, *(each[:, token] for each in inputs))
-            answer = torch.matmul(now, query[:, token].unsqueeze(-1)).squeeze(-1)
+            now = self.rule.carried_on(now, *(each[:, token] for each in inputs))
+            answer = self.rule.read(now, query[:, token])
             place = slice(token, None, count) if tokens is None else tokens[:, token]
             self.out[place] = torch.where(idle[..., 0], 0.0, answer).to(self.out.dtype)
         if drafts is not None:
@@ -162,13 +192,6 @@ class _Step:
             gates = torch.stack(inputs[2:], dim=2)
             drafts.keep(places, idle, verifies, which, gates)
         state.index_copy_(0, places, torch.where(idle, then, now.to(state.dtype)))
-
-
-def _carried_on(now: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-    """The states [N, HV, V, K] of N requests behind one token more of each."""
-    now = now * decay.exp()[..., None, None]
-    error = value - torch.matmul(now, key.unsqueeze(-1)).squeeze(-1)
-    return now.addcmul_((beta.unsqueeze(-1) * error).unsqueeze(-1), key.unsqueeze(-2))
 
 
 def _chunks(

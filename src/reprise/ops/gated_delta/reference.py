@@ -1,6 +1,7 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from reprise.ops.lanes import sigmoid, softplus
 
 NORM_EPS = 1e-6
 """Added to a head's sum of squares."""
@@ -147,5 +148,5 @@ def prepared(
     query = _normalised(qkv[:, :queries].float().unflatten(-1, (-1, key_size)))
     query = (query * key_size**-0.5).repeat_interleave(heads // query.shape[1], dim=1)
     key, value = keys_and_values(qkv[:, queries:], heads, value_size, key_size)
-    decay = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
-    return query, key, value, decay, b.float().sigmoid()
+    decay = -a_log.float().exp() * softplus(a.float() + dt_bias.float())
+    return query, key, value, decay, sigmoid(b.float())

@@ -2,8 +2,11 @@
 
 import torch
 
+from reprise.ops.implementation import anything
 from reprise.ops.linear import cases, reference
 from reprise.ops.registry import Op, needs_triton, op
+from reprise.ops.rms_norm.accepts import sums_alone
+from reprise.ops.step import needs_host_memory
 from reprise.platforms import Platform
 
 
@@ -13,7 +16,11 @@ def needs_onednn(platform: Platform) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
-_REQUIREMENTS = {"triton": needs_triton, "onednn": needs_onednn}
+_REQUIREMENTS = {
+    "triton": needs_triton,
+    "onednn": needs_onednn,
+    "invariant": needs_host_memory,
+}
 
 
 def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) -> Op:
@@ -22,11 +29,18 @@ def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) ->
         getattr(reference, name),
         cases=getattr(cases, name),
         mutates=mutates,
+        rows=("x", *mutates),
         fake=getattr(reference, f"fake_{name}", None),
     )
-    for each in implementations:
-        target = f"reprise.ops.linear.{each}:{name}"
-        declared.implementation(each, target, requires=_REQUIREMENTS[each])
+    for each in (*implementations, "invariant"):
+        invariant = each == "invariant"
+        declared.implementation(
+            each,
+            f"reprise.ops.linear.{each}:{name}",
+            requires=_REQUIREMENTS[each],
+            accepts=sums_alone if invariant and name.startswith("norm") else anything,
+            batch_invariant=invariant,
+        )
     return declared
 
 

@@ -18,13 +18,13 @@ from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 _FEW_ROWS = 64
-_LARGE = 1 << 18
+LARGE = 1 << 18
 """Numbers in a weight: of smaller ones MKL is faster with any number of rows."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     few = x.shape[0] <= _FEW_ROWS
-    if x.dtype is not torch.float32 or not few or weight.numel() < _LARGE:
+    if x.dtype is not torch.float32 or not few or weight.numel() < LARGE:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -17,6 +17,8 @@ paged_attention = op(
     mutates=("out",),
     break_op=True,
     extent="seq_lens",
+    rows=("query", "out"),
+    requests=("block_tables", "seq_lens"),
     graph_support="never",
 )
 paged_attention.implementation(
@@ -30,4 +32,11 @@ paged_attention.implementation(
     "reprise.ops.paged_attention.sdpa:paged_attention",
     requires=_needs_cpu_memory,
     graph_support="always",
+)
+paged_attention.implementation(
+    "invariant",
+    "reprise.ops.paged_attention.invariant:paged_attention",
+    requires=_needs_cpu_memory,
+    graph_support="always",
+    batch_invariant=True,
 )

@@ -46,7 +46,7 @@ def paged_attention(
         before = first % block_size  # in the first block, before the window
         blocks = tables[row][first // block_size : math.ceil(seq_len / block_size)]
         count = seq_len - first + before
-        keys, values = (_numbers(*each, blocks, before, count, query.dtype) for each in caches)
+        keys, values = (tokens_of(*each, blocks, before, count, query.dtype) for each in caches)
         if soft_cap > 0:
             _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
                          sliding_window, soft_cap)  # fmt: skip
@@ -57,7 +57,7 @@ def paged_attention(
     out[starts[-1] :].zero_()
 
 
-def _numbers(
+def tokens_of(
     cache: Tensor, scales: Tensor | None, blocks: list[int], before: int, count: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip

@@ -1,4 +1,4 @@
-from reprise.ops.registry import needs_triton, op
+from reprise.ops.registry import needs_triton, on_the_host, op
 from reprise.ops.rotary_cache.cases import cases
 from reprise.ops.rotary_cache.reference import fake, reference
 from reprise.ops.step import needs_host_memory
@@ -12,11 +12,16 @@ rotary_cache = op(
     mutates=_CACHES,
     extent="positions",
     state=_CACHES,
+    rows=("qkv", "positions", "slot_mapping"),
     fake=fake,
+    batch_invariant=on_the_host,
 )
 rotary_cache.implementation(
     "triton", "reprise.ops.rotary_cache.triton:rotary_cache", requires=needs_triton
 )
 rotary_cache.implementation(
-    "torch", "reprise.ops.rotary_cache.host:rotary_cache", requires=needs_host_memory
+    "torch",
+    "reprise.ops.rotary_cache.host:rotary_cache",
+    requires=needs_host_memory,
+    batch_invariant=True,
 )

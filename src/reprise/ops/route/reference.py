@@ -1,6 +1,7 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from reprise.ops.lanes import sigmoid, softplus
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 TINY = 1e-20
@@ -44,9 +45,9 @@ def reference(
     if scoring == "softmax":
         scores = wide.softmax(dim=-1)
     elif scoring == "sigmoid":
-        scores = wide.sigmoid()
+        scores = sigmoid(wide)
     elif scoring == "sqrtsoftplus":
-        scores = F.softplus(wide).sqrt()
+        scores = softplus(wide).sqrt()
     else:
         raise ValueError(f"scoring={scoring!r} must be one of {', '.join(SCORINGS)}")
     if chosen is None:

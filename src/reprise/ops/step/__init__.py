@@ -27,8 +27,19 @@ lay_out = op(
     reference.lay_out,
     cases=lay_out_cases,
     mutates=("token_ids", "positions", "draws", "slots", "seq_lens", "accepted", "fresh"),
+    batch_invariant=True,
 )
-advance = op("advance", reference.advance, cases=advance_cases, mutates=("numbers", "emitted"))
+advance = op(
+    "advance",
+    reference.advance,
+    cases=advance_cases,
+    mutates=("numbers", "emitted"),
+    batch_invariant=True,
+)
 for _op in (lay_out, advance):
-    _op.implementation("triton", f"reprise.ops.step.triton:{_op.name}", requires=needs_triton)
-    _op.implementation("numpy", f"reprise.ops.step.host:{_op.name}", requires=needs_host_memory)
+    for _name, _module, _requires in (
+        ("triton", "triton", needs_triton),
+        ("numpy", "host", needs_host_memory),
+    ):
+        _target = f"reprise.ops.step.{_module}:{_op.name}"
+        _op.implementation(_name, _target, requires=_requires, batch_invariant=True)
