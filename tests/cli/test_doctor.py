@@ -49,7 +49,16 @@ def test_ops_agree_with_the_registry(invoke, device, platform):
                 "refuses": refusals(op, each),
                 "graph_support": each.graph_support_on(platform),
                 "error": each.error,
+                "batch_invariant": each.batch_invariant_on(platform),
             }
+
+
+def test_ops_show_what_an_engine_of_the_same_bits_would_use(invoke):
+    options = ("--device", "cpu", "--batch-invariant")
+    report = one_json_line(invoke("doctor", "ops", *options, "--json"))["ops"]
+    assert report["linear"]["chosen"] == "invariant"
+    assert report["sparse_attention"]["chosen"] is None
+    assert "invariant" in invoke("doctor", "ops", *options).stdout
 
 
 def test_ops_say_what_an_implementation_refuses(invoke, device, monkeypatch):

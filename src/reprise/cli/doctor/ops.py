@@ -15,14 +15,20 @@ from reprise.config import EngineConfig
 
 def ops(as_json: AsJson = False, *, engine: dict[str, Any]) -> None:
     """List the ops: implementations, the chosen one, and why others cannot be used here."""
-    report = inspect_ops(engine.get("device", "auto"), engine.get("ops", {}))
+    report = inspect_ops(
+        engine.get("device", "auto"),
+        engine.get("ops", {}),
+        batch_invariant=engine.get("batch_invariant", False),
+    )
     if as_json:
         print_json(report)
     else:
         _show(report)
 
 
-def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
+def inspect_ops(
+    device: str, overrides: dict[str, str], *, batch_invariant: bool = False
+) -> dict[str, Any]:
     """The registry as one device sees it, ready for JSON.
 
     Raises:
@@ -37,7 +43,7 @@ def inspect_ops(device: str, overrides: dict[str, str]) -> dict[str, Any]:
     return {
         "platform": platform.name,
         "device_name": platform.device_name,
-        "ops": op_facts(registry.OpTable(platform, overrides)),
+        "ops": op_facts(registry.OpTable(platform, overrides, batch_invariant=batch_invariant)),
     }
 
 
@@ -46,7 +52,7 @@ def _show(report: dict[str, Any]) -> None:
 
     found = table(
         f"Ops on {report['platform']} ({report['device_name']})",
-        "op", "implementation", "used", "in graphs", "cannot run, or refuses",
+        "op", "implementation", "used", "in graphs", "invariant", "cannot run, or refuses",
     )  # fmt: skip
     for name, op in report["ops"].items():
         label = f"{name} [dim](break op)[/]" if op["break_op"] else name
@@ -55,7 +61,8 @@ def _show(report: dict[str, Any]) -> None:
             reason = facts["unusable"] or "; ".join(facts["refuses"])
             if facts["on_request"] and not used and not facts["unusable"]:
                 reason = f"only by --op {name}={implementation}: {facts['on_request']}"
-            found.add_row(label, implementation, used, facts["graph_support"], reason)
+            invariant = "yes" if facts["batch_invariant"] else ""
+            found.add_row(label, implementation, used, facts["graph_support"], invariant, reason)
             label = ""
         found.add_section()
     Console().print(found)
@@ -64,6 +71,9 @@ def _show(report: dict[str, Any]) -> None:
 def register(app: typer.Typer) -> None:
     """Add this command."""
     options = FieldOptions(
-        EngineConfig, names=("device", "ops"), panels=ENGINE_PANELS, special=ENGINE_SPECIAL
+        EngineConfig,
+        names=("device", "ops", "batch_invariant"),
+        panels=ENGINE_PANELS,
+        special=ENGINE_SPECIAL,
     )
     command(app, "ops", ops, engine=options)
