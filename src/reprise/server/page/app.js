@@ -75,17 +75,17 @@ async function follow(live, keys) {
         failures = 0;
         showAll(live, JSON.parse(data));
       }
-      tell({ mark: "…", state: "off", text: "disconnected" });
+      tell({ mark: "…", state: "off", short: "offline", text: "disconnected" });
     } catch (error) {
       if (error instanceof ApiError && error.status === 401) {
-        tell({ mark: "?", state: "off", text: "needs a key" });
+        tell({ mark: "?", state: "off", short: "no key", text: "needs a key" });
         live.disconnected("This server wants an API key.");
         keys.ask(hasKey() ? "The server does not take this key." : "This server wants one.");
         await keys.wait();
         failures = -1;
         continue;
       }
-      tell({ mark: "…", state: "off", text: "disconnected" });
+      tell({ mark: "…", state: "off", short: "offline", text: "disconnected" });
     }
     live.disconnected("The server does not answer. Trying again.");
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS[Math.min(failures, 3)]));
@@ -102,11 +102,13 @@ function showAll(live, view) {
   }
 }
 
-function tell({ mark, state, text }) {
+function tell({ mark, state, text, short = text }) {
   const pill = byId("health");
   pill.dataset.state = state;
   setText(pill.firstElementChild, mark);
-  setText(pill.lastElementChild, text);
+  setText(pill.querySelector(".long"), text);
+  setText(pill.querySelector(".short"), short);
+  pill.setAttribute("aria-label", text);
   document.title = state === "bad" ? `${mark} ${text} - Reprise` : "Reprise";
 }
 

@@ -1,4 +1,4 @@
-// The conversation.
+// The conversation. It is kept until the tab is closed, or cleared.
 
 import { Answer } from "./answer.js";
 import { ApiError, events, request } from "./api.js";
@@ -9,13 +9,22 @@ const EXAMPLES = ["Tell me a story about a fox.", "What is 12 + 30?", "Repeat af
 
 const log = byId("log");
 const say = byId("say");
-let messages = []; // what the next request begins with, but for the system prompt
+const KEPT = "reprise.chat";
+let messages = []; // what the next request begins with, but for the system prompt; answers as they are kept
 let running = null; // aborts the answer that is being written
+let writing = null; // that answer
+let leaving = false;
+const LEFT = "Stopped: the page was left";
 let onUnauthorized = () => {};
 
 export function setUpChat(unauthorized) {
   onUnauthorized = unauthorized;
-  welcome();
+  restore();
+  addEventListener("beforeunload", () => (leaving = true)); // connections break before the page is hidden
+  addEventListener("pageshow", () => (leaving = false));
+  addEventListener("pagehide", () => {
+    if (writing?.text) keep([...messages, { ...writing.kept, note: LEFT }]);
+  });
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send(say.value);
@@ -55,9 +64,33 @@ function welcome() {
   );
 }
 
+function restore() {
+  const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "[]");
+  if (!kept.length) return welcome();
+  for (const each of kept) {
+    const asked = [...messages];
+    if (each.role === "user") log.append(mine(each.content));
+    else {
+      const made = Answer.of(each, () => retry(made, asked));
+      log.append(made.element);
+    }
+    messages.push(each);
+  }
+  log.scrollTop = log.scrollHeight;
+}
+
+function keep(all) {
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify(all));
+  } catch {
+    sessionStorage.removeItem(KEPT); // there is no room: rather nothing than the half of it
+  }
+}
+
 function clear() {
   stop();
   messages = [];
+  keep(messages);
   welcome();
   say.focus();
 }
@@ -72,27 +105,32 @@ function send(text) {
   grow();
   log.querySelector(".welcome")?.remove();
   messages.push({ role: "user", content: text });
-  log.append(
-    h(
-      "article",
-      { class: "message mine", "aria-label": "You" },
-      h("div", { class: "bubble", dir: "auto" }, text),
-      h("div", { class: "under" }, copyButton(() => text)),
-    ),
-  );
+  log.append(mine(text));
   answer();
 }
 
+function mine(text) {
+  return h(
+    "article",
+    { class: "message mine", "aria-label": "You" },
+    h("div", { class: "bubble", dir: "auto" }, text),
+    h("div", { class: "under" }, copyButton(() => text)),
+  );
+}
+
 async function answer() {
+  keep(messages);
   const asked = [...messages];
   const made = new Answer(() => retry(made, asked));
+  writing = made;
   log.append(made.element);
   log.scrollTop = log.scrollHeight;
   const abort = (running = new AbortController());
   busy(true);
   const { system, parameters } = settings();
+  const said = asked.map(({ role, content }) => ({ role, content }));
   const body = {
-    messages: system ? [{ role: "system", content: system }, ...asked] : asked,
+    messages: system ? [{ role: "system", content: system }, ...said] : said,
     stream: true,
     stream_options: { include_usage: true },
     ...parameters,
@@ -106,9 +144,9 @@ async function answer() {
     if (made.finish === null) throw new Error("The connection broke before the answer's end.");
     made.end(null);
   } catch (error) {
-    if (abort.signal.aborted) {
+    if (abort.signal.aborted || leaving) {
       spoken = "Stopped.";
-      made.end("Stopped");
+      made.end(leaving ? LEFT : "Stopped");
     } else {
       spoken = "The answer failed.";
       made.end(error.message || String(error), true);
@@ -116,9 +154,12 @@ async function answer() {
     }
   }
   // Cleared meanwhile, it belongs to no conversation.
-  if (made.element.isConnected && made.text) messages.push({ role: "assistant", content: made.text });
+  if (made.element.isConnected && made.text) {
+    messages.push(made.kept);
+    keep(messages);
+  }
   if (running === abort) {
-    running = null;
+    running = writing = null;
     busy(false);
   }
   setText(byId("spoken"), spoken);

@@ -23,16 +23,17 @@ function summary(view) {
 }
 
 // For the header: the same on every view.
+// ``short`` stands for ``text`` where there is little room.
 export function health(view) {
   if (view.requests === null || view.state === "lost") {
     return { mark: view.state === "lost" ? "✗" : "…", state: view.state === "lost" ? "bad" : "off", text: view.state };
   }
   const { bad, used, failures } = summary(view);
-  if (bad.length) return { mark: "✗", state: "bad", text: `${plural(bad.length, "graph")} quarantined` };
-  if (failures) return { mark: "✗", state: "bad", text: plural(failures, "failed canary").replace("canarys", "canaries") };
+  if (bad.length) return { mark: "✗", state: "bad", short: `${bad.length} wrong`, text: `${plural(bad.length, "graph")} quarantined` };
+  if (failures) return { mark: "✗", state: "bad", short: `${failures} failed`, text: plural(failures, "failed canary").replace("canarys", "canaries") };
   if (view.state !== "serving") return { mark: "…", state: "off", text: view.state };
-  if (!used.length) return { mark: "-", state: "off", text: "eager, no graphs" };
-  return { mark: "✓", state: "good", text: `${plural(used.length, "graph")}, none wrong` };
+  if (!used.length) return { mark: "-", state: "off", short: "eager", text: "eager, no graphs" };
+  return { mark: "✓", state: "good", short: `${used.length} right`, text: `${plural(used.length, "graph")}, none wrong` };
 }
 
 export class GraphsView {
