@@ -15,6 +15,7 @@ from reprise.vllm_names import ENGINE, drop_neutral
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExecutorBackend = Literal["mp", "ray"]
 CacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
 
 
@@ -44,6 +45,14 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
                 f"disable_custom_all_reduce={without} and custom_all_reduce={without} contradict "
                 "each other; give one of them"
             )
+    if left.get("distributed_executor_backend") == "uni":
+        ranks = left.get("tensor_parallel_size", 1)
+        if ranks not in (None, 1):
+            raise ConfigError(
+                f"distributed_executor_backend='uni' and tensor_parallel_size={ranks} contradict "
+                "each other: give 'mp' or 'ray'"
+            )
+        left["distributed_executor_backend"] = "mp"
     blocks = left.pop("num_gpu_blocks_override", None)
     if blocks is not None:
         if "num_blocks" in left:
@@ -154,6 +163,12 @@ class EngineConfig:
     data_parallel_size: int = 1
     """Engines with all weights each, on as many devices and in processes of their own; a request
     goes to the one that has its prefix, or the least to do."""
+    distributed_executor_backend: ExecutorBackend = "mp"
+    """Where the processes of several devices run: ``mp``, on this machine; ``ray``, one actor for
+    each device of a Ray cluster, so on several machines."""
+    distributed_timeout_seconds: float | None = None
+    """For so long a process of several waits for the others, and an engine for its place in a
+    cluster; None: 300."""
     skip_tokenizer_init: bool = False
     """Load no tokenizer: prompts are token ids and outputs have no text."""
     ops: Mapping[str, str] = field(default_factory=dict)
@@ -172,14 +187,34 @@ class EngineConfig:
         self._one_of("load_format", get_args(LoadFormat))
         self._one_of("kv_cache_dtype", get_args(CacheDtype))
         self._one_of("graph_memory_profile", ("auto", "off"))
+        self._one_of("distributed_executor_backend", get_args(ExecutorBackend))
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "block_size",
                      "kv_cache_memory_bytes", "num_blocks", "data_parallel_size",
                      "tensor_parallel_size"):  # fmt: skip
             self._positive(name)
-        if self.tensor_parallel_size > 1 and self.data_parallel_size > 1:
+        seconds = self.distributed_timeout_seconds
+        if seconds is not None and (
+            isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0
+        ):
+            raise ConfigError(
+                f"distributed_timeout_seconds={seconds!r} must be above 0, or None for 300"
+            )
+        several = self.tensor_parallel_size > 1 and self.data_parallel_size > 1
+        if several and self.distributed_executor_backend == "mp":
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} and data_parallel_size="
-                f"{self.data_parallel_size} together are not supported; give one of them"
+                f"{self.data_parallel_size} together need distributed_executor_backend='ray'; give "
+                "that, or one of them"
+            )
+        if (
+            self.enable_expert_parallel
+            and self.data_parallel_size > 1
+            and self.distributed_executor_backend == "ray"
+        ):
+            raise ConfigError(
+                f"enable_expert_parallel with data_parallel_size={self.data_parallel_size} and "
+                "distributed_executor_backend='ray' is not supported: spread experts over "
+                "tensor_parallel_size, or use 'mp'"
             )
         if self.batch_invariant and self.tensor_parallel_size > 1:
             raise ConfigError(
@@ -225,6 +260,17 @@ class EngineConfig:
     def speculation(self) -> Speculation | None:
         """What ``speculative_config`` asks for; None: nothing is drafted."""
         return parse_speculation(self.speculative_config)
+
+    @property
+    def computes_elsewhere(self) -> bool:
+        """Engines are in processes of their own, and none in this one."""
+        return self.data_parallel_size > 1 or self.distributed_executor_backend == "ray"
+
+    @property
+    def patience(self) -> float:
+        """Seconds that ranks wait for each other; the first step compiles, and may take minutes."""
+        given = self.distributed_timeout_seconds
+        return 300.0 if given is None else given
 
     @property
     def num_drafts(self) -> int:
@@ -280,7 +326,7 @@ _OTHER_NAMES = ("enforce_eager", "num_gpu_blocks_override", "disable_custom_all_
 """vLLM's names of what has another one here."""
 _VLLM_HAS_NONE = (
     "seed", "max_num_seqs", "enable_prefix_caching", "hf_overrides", "speculative_config",
-    "data_parallel_size", "tensor_parallel_size",
+    "data_parallel_size", "tensor_parallel_size", "distributed_executor_backend",
 )  # fmt: skip
 """Where vLLM takes None for the default."""
 _NAMES = frozenset(each.name for each in dataclasses.fields(EngineConfig))

@@ -56,8 +56,9 @@ ENGINE = [
         },
     ),
     Group(
-        "one machine is used, by tensor_parallel_size=N, which shares a model out over N devices, "
-        "or data_parallel_size=N, which makes N engines: start others for other machines",
+        "devices are used by tensor_parallel_size=N, which shares a model out over N of them, and "
+        "data_parallel_size=N, which makes N engines; those of several machines by "
+        "distributed_executor_backend='ray'",
         {
             "pipeline_parallel_size": (1,),
             "data_parallel_size_local": (1,),
@@ -67,7 +68,6 @@ ENGINE = [
             "data_parallel_external_lb": (False,), "prefill_context_parallel_size": (1,),
             "decode_context_parallel_size": (1,), "dcp_kv_cache_interleave_size": (1,),
             "cp_kv_cache_interleave_size": (1,), "dcp_comm_backend": ("ag_rs",),
-            "distributed_executor_backend": ("uni", "mp"), "distributed_timeout_seconds": (),
             "nnodes": (1,), "node_rank": (0,), "master_addr": ("127.0.0.1",),
             "master_port": (29501,),
             "max_parallel_loading_workers": (), "ray_workers_use_nsight": (False,),

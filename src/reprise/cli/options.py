@@ -43,13 +43,13 @@ ENGINE_PANELS = {
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": (
         "device", "data_parallel_size", "tensor_parallel_size", "enable_expert_parallel",
-        "custom_all_reduce", "ops",
+        "custom_all_reduce", "distributed_executor_backend", "distributed_timeout_seconds", "ops",
     ),
     "Drafts": ("speculative_config",),
     "Sampling": ("seed", "batch_invariant", "max_logprobs"),
 }  # fmt: skip
 
-ONE_ENGINE = ("data_parallel_size",)
+ONE_ENGINE = ("data_parallel_size", "distributed_executor_backend")
 """Fields that mean nothing to a command which looks into one engine."""
 
 _ONE_ENGINE_REMEDY = (

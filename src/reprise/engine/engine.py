@@ -108,6 +108,11 @@ class Engine(Frontend):
                 f"data_parallel_size={config.data_parallel_size}: an Engine is one; LLM, AsyncLLM "
                 "and 'reprise serve' have several"
             )
+        if config.computes_elsewhere:
+            raise ConfigError(
+                f"distributed_executor_backend={config.distributed_executor_backend!r}: an Engine "
+                "is in this process; LLM, AsyncLLM and 'reprise serve' have one elsewhere"
+            )
         started = time.perf_counter()
         keep_compiled_code()
         with timeline.recording() as self.startup:
@@ -120,7 +125,7 @@ class Engine(Frontend):
             leader = None
             if config.tensor_parallel_size > 1:
                 with timeline.span("ranks"):
-                    leader = Leader(config.tensor_parallel_size, self.platform, elsewhere)
+                    leader = Leader(config, self.platform, elsewhere)
             with contextlib.nullcontext() if leader is None else leader.starting():
                 checkpoint, tokenizer = self._open(config, leader)
         devices = (str(self.platform.device),) if leader is None else leader.devices

@@ -34,8 +34,6 @@ from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 300.0
-"""A rank that does nothing for so long is lost; the first step compiles, and may take minutes."""
 COMPARE_EVERY = 256
 """Steps after which ranks compare what they have drawn."""
 BLAME_SECONDS = 5.0
@@ -49,11 +47,10 @@ class Leader:
     """What the leader's process has of its followers.
 
     Args:
-        size: Ranks, this one included.
+        config: How many ranks there are, and how long one may take for one message.
         platform: Of this rank.
         elsewhere: The ranks, if somebody else has started them; None: followers are started on
             this machine.
-        timeout: Seconds that a rank may take for one message.
 
     Raises:
         PlatformError: There are not so many devices, or no collectives for them.
@@ -61,12 +58,9 @@ class Leader:
     """
 
     def __init__(
-        self,
-        size: int,
-        platform: Platform,
-        elsewhere: Elsewhere | None = None,
-        timeout: float = TIMEOUT_SECONDS,
+        self, config: EngineConfig, platform: Platform, elsewhere: Elsewhere | None = None
     ) -> None:
+        size, timeout = config.tensor_parallel_size, config.patience
         self.size, self.platform, self._timeout = size, platform, timeout
         name = f"tensor-{os.getpid()}-{next(_numbers)}"
         self._followers: Followers

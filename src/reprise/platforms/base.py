@@ -55,6 +55,8 @@ class Platform(ABC):
     priority: ClassVar[int] = 50
     """``--device auto`` takes the available platform of highest priority."""
     dist_backend: ClassVar[str] = "gloo"
+    cluster_resource: ClassVar[str] = "GPU"
+    """What Ray calls such a device among the resources of a node."""
     visible_devices_variable: ClassVar[str | None] = None
     """Environment variable that selects devices of this kind."""
     graph_class: ClassVar[str | None] = None

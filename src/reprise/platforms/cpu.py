@@ -64,6 +64,7 @@ def cpp_compiler_missing() -> str | None:
 class CpuPlatform(Platform):
     name = "cpu"
     device_type = "cpu"
+    cluster_resource = "CPU"
     is_the_host = True
     priority = 0
     preferred: ClassVar = {"*": ("onednn", "torch", "numpy", "reference")}

@@ -50,10 +50,10 @@ class Channel:
 
     def send(self, message: wire.Message) -> None:
         """From any thread, in order."""
-        data = self._frame(message)
         with self._lock:
             if self._gone:
                 return
+            data = self._frame(message)  # frames may be numbered
             if self._unsent:
                 self._unsent += data
                 return

@@ -14,7 +14,7 @@ __all__ = ["Replicas", "batch", "drive"]
 
 
 def drive(config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> Driver:
-    """One engine in a thread of this process, or replicas, as ``data_parallel_size`` says.
+    """One engine in a thread of this process, or replicas, as the options say.
 
     Args:
         config: Options.
@@ -23,5 +23,5 @@ def drive(config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> D
     Raises:
         RepriseError: The device, model or options do not work.
     """
-    several = config.data_parallel_size > 1
-    return Replicas(config, delivered) if several else EngineThread(config, delivered)
+    elsewhere = config.computes_elsewhere
+    return Replicas(config, delivered) if elsewhere else EngineThread(config, delivered)

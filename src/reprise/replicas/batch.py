@@ -22,12 +22,12 @@ SHOW_SECONDS = 0.2
 
 
 def batch(config: EngineConfig) -> Batch:
-    """One engine that the caller's thread drives, or replicas, as ``data_parallel_size`` says.
+    """One engine that the caller's thread drives, or replicas, as the options say.
 
     Raises:
         RepriseError: The device, model or options do not work.
     """
-    return BatchOfReplicas(config) if config.data_parallel_size > 1 else OneEngine(config)
+    return BatchOfReplicas(config) if config.computes_elsewhere else OneEngine(config)
 
 
 class BatchOfReplicas:

@@ -1,4 +1,4 @@
-"""Starts replicas, and says how one of them ended."""
+"""Replicas as processes of this machine."""
 
 from __future__ import annotations
 
@@ -7,34 +7,30 @@ import dataclasses
 import json
 import logging
 import os
-import selectors
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, RepriseError, named
 from reprise.parallel import Seat
+from reprise.processes.channel import Channel
 from reprise.processes.child import STOPPED_SECONDS, Child
 from reprise.processes.control import Control
-from reprise.progress import progress
 from reprise.replicas.placement import Place, places
+from reprise.replicas.replica import POLL_SECONDS, Died, Fleet, Heard, Replica, await_ready
 from reprise.replicas.table import Table, descriptors
 
-logger = logging.getLogger(__name__)
-
 PROCESS = ("-m", "reprise.replicas.process")
-POLL_SECONDS = 0.5
-"""Between two looks at whether processes stand still."""
 MOST_CHARACTERS = 300
 """Of a last message."""
 TAIL_BYTES = 4096
 
 
-class Replica:
-    """One process.
+class LocalReplica(Replica):
+    """One process of this machine.
 
     Args:
         index: Among all.
@@ -54,13 +50,12 @@ class Replica:
         command: tuple[str, ...] = PROCESS,
         seat: Seat | None = None,
     ) -> None:
-        self.index = index
-        self.device = place.device
-        self.log = directory / f"replica-{index}.log"
+        log = directory / f"replica-{index}.log"
+        super().__init__(index, place.device, str(log))
         own = config.replace(data_parallel_size=1, device=place.device)
         start = {
             "engine": own.arguments(),
-            "log": str(self.log),
+            "log": self.log,
             "level": logging.getLogger("reprise").getEffectiveLevel(),
             "seat": None if seat is None else dataclasses.asdict(seat),
         }
@@ -70,136 +65,121 @@ class Replica:
             raise ConfigError(
                 f"options for replicas must be plain data, as JSON has it: {error}"
             ) from error
-        with self.log.open("wb") as output:
+        with log.open("wb") as output:
             keep = () if seat is None else descriptors(seat)
-            self.child = Child(self.name, command, text, keep, place.variables, output)
+            self._child = Child(self.name, command, text, keep, place.variables, output)
 
     @property
-    def name(self) -> str:
-        return f"replica {self.index}"
+    def was_killed(self) -> bool:
+        """A signal has ended it."""
+        return self._child.was_killed
 
-    def heard(self, word: bytes) -> None:
-        """Show a line of its log in ours."""
+    @property
+    def control(self) -> socket.socket:
+        return self._child.control.connection
+
+    def hear(self) -> Heard:
+        word, _ = self._child.control.receive()
+        if not word:
+            return Heard.GONE
+        if word == Control.READY:
+            return Heard.READY
+        text = self._child.control.rest_of_text()
+        if word == Control.FAILED:
+            kind, message = json.loads(text)
+            raise named(kind, f"{self.name} ({self.device}): {message}")
         assert word == Control.LOG, word
-        logger_name, level, message = json.loads(self.child.control.rest_of_text())
+        logger_name, level, message = json.loads(text)
         logging.getLogger(logger_name).log(level, "%s: %s", self.name, message)
+        return Heard.NOTHING
 
-    def connect(self) -> socket.socket:
-        """Our end of a connection to what answers there."""
+    def channel(self, watch: Callable[[Channel], None]) -> Channel:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.child.control.send_file(Control.CONNECTION, theirs.fileno())
-        return ours
+            self._child.control.send_file(Control.CONNECTION, theirs.fileno())
+        return Channel(ours, watch)
 
-    def last_words(self, what: str) -> str:
-        """What is to be said of its end."""
-        return (
-            f"{self.name} ({self.device}, process {self.child.process.pid}) {what}; its last "
-            f"message: {_last_line(self.log)!r}; its log: {self.log}"
-        )
+    def stop(self) -> None:
+        self._child.stop()
+
+    def end(self, seconds: float) -> None:
+        self._child.end(seconds)
+
+    def kill(self) -> None:
+        self._child.kill()
+
+    def lost(self) -> str | None:
+        if not self._child.stands_still:
+            return None
+        self._child.kill()
+        return self._last_words(f"was stopped for {STOPPED_SECONDS:.0f} s (SIGSTOP), and ended")
 
     def ended(self) -> str:
-        """It has said nothing more: make sure that it is gone, and say how it went."""
-        if self.child.stands_still:
-            return self.stopped()
-        self.child.end(POLL_SECONDS)
-        return self.last_words(f"was ended {self.child.fate}")
+        lost = self.lost()
+        if lost is not None:
+            return lost
+        self._child.end(POLL_SECONDS)
+        return self._last_words(f"was ended {self._child.fate}")
 
-    def stopped(self) -> str:
-        """It stands still: end it."""
-        self.child.kill()
-        return self.last_words(f"was stopped for {STOPPED_SECONDS:.0f} s (SIGSTOP), and ended")
+    def forget(self) -> None:
+        self._child.control.connection.close()  # else it would not learn of the parent's end
 
+    def give_file(self, descriptor: int) -> None:
+        with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
+            self._child.control.send_file(Control.FILE, descriptor)
 
-class Launched(NamedTuple):
-    """Replicas that are ready."""
-
-    replicas: list[Replica]
-    directory: Path
-    """Of their logs."""
-    table: Table | None
-    """At which they sit, if they share experts."""
-
-    def lost(self, replica: Replica) -> str:
-        """How it went when a replica has said nothing more: of those that share experts another one
-        may be the reason."""
-        if self.table is None:
-            return replica.ended()
-        killed = [each for each in self.replicas if each.child.was_killed]
-        first = self.table.first_failure
-        if killed:
-            replica = killed[0]
-        elif first is not None:
-            replica = self.replicas[first]
-        return replica.ended()
+    def _last_words(self, what: str) -> str:
+        """What is to be said of its end."""
+        return (
+            f"{self.name} ({self.device}, process {self._child.process.pid}) {what}; its last "
+            f"message: {_last_line(Path(self.log))!r}; its log: {self.log}"
+        )
 
 
-def launch(config: EngineConfig) -> Launched:
-    """Start all replicas side by side, and wait until every engine is ready.
+class LocalFleet(Fleet):
+    """All processes, and the directory of their logs.
+
+    Args:
+        config: Options of all.
 
     Raises:
         RepriseError: One could not start: what it said. No process is left.
     """
-    chosen = places(config)
-    directory = Path(tempfile.mkdtemp(prefix="reprise-replicas-"))
-    replicas: list[Replica] = []
-    table = Table(len(chosen)) if config.enable_expert_parallel else None
-    seats = [None] * len(chosen) if table is None else table.seats
-    launched = Launched(replicas, directory, table)
-    try:
-        for index, (place, seat) in enumerate(zip(chosen, seats, strict=True)):
-            replicas.append(Replica(index, place, config, directory, seat=seat))
-        if table is not None:
-            table.taken()
-        _await(launched)
-    except BaseException as error:
-        end_all(replicas)
-        if not isinstance(error, _Died):  # its log says why
-            remove(directory)
-        if isinstance(error, _Died):
-            raise RepriseError(str(error)) from None
-        raise
-    return launched
 
+    def __init__(self, config: EngineConfig) -> None:
+        chosen = places(config)
+        self._directory = Path(tempfile.mkdtemp(prefix="reprise-replicas-"))
+        self.replicas: list[LocalReplica] = []
+        self._table = Table(len(chosen)) if config.enable_expert_parallel else None
+        seats = [None] * len(chosen) if self._table is None else self._table.seats
+        try:
+            for index, (place, seat) in enumerate(zip(chosen, seats, strict=True)):
+                self.replicas.append(LocalReplica(index, place, config, self._directory, seat=seat))
+            if self._table is not None:
+                self._table.taken()
+            await_ready(self)
+        except BaseException as error:
+            self.end()
+            if not isinstance(error, Died):  # its log says why
+                self.remove()
+            if isinstance(error, Died):
+                raise RepriseError(str(error)) from None
+            raise
 
-class _Died(RepriseError):
-    """Before it was ready."""
+    def ended(self, replica: Replica) -> str:
+        """Of those that share experts another one may be the reason."""
+        if self._table is not None:
+            killed = [each for each in self.replicas if each.was_killed]
+            first = self._table.first_failure
+            if killed:
+                replica = killed[0]
+            elif first is not None:
+                replica = self.replicas[first]
+        return replica.ended()
 
-
-def _await(launched: Launched) -> None:
-    replicas = launched.replicas
-    with selectors.DefaultSelector() as selector, progress("replicas", len(replicas)) as bar:
-        for each in replicas:
-            selector.register(each.child.control.connection, selectors.EVENT_READ, each)
-        while selector.get_map():
-            for key, _ in selector.select(POLL_SECONDS):
-                replica: Replica = key.data
-                word, _ = replica.child.control.receive()
-                if word == Control.READY:
-                    selector.unregister(key.fileobj)
-                    bar.advance()
-                elif word == Control.FAILED:
-                    kind, message = json.loads(replica.child.control.rest_of_text())
-                    raise named(kind, f"{replica.name} ({replica.device}): {message}")
-                elif not word:
-                    raise _Died(f"{launched.lost(replica)}. No replica was started")
-                else:
-                    replica.heard(word)
-            for replica in replicas:
-                if replica.child.stands_still:
-                    raise _Died(f"{replica.stopped()}. No replica was started")
-
-
-def end_all(replicas: list[Replica]) -> None:
-    """Kill what is left of them."""
-    for each in replicas:
-        each.child.kill()
-
-
-def remove(directory: Path) -> None:
-    """Of replicas that have ended well nothing stays."""
-    with contextlib.suppress(OSError):
-        shutil.rmtree(directory)
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self._directory)
 
 
 def _last_line(log: Path) -> str:

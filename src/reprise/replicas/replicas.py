@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import logging
 import os
@@ -40,10 +41,9 @@ from reprise.loading import NamedTensors, checkpoint_of
 from reprise.outputs import RequestMetrics, RequestOutput
 from reprise.processes import wire
 from reprise.processes.channel import Channel
-from reprise.processes.control import Control
 from reprise.processes.waker import Waker
 from reprise.replicas.deltas import unpack
-from reprise.replicas.launch import POLL_SECONDS, Replica, end_all, launch, remove
+from reprise.replicas.replica import POLL_SECONDS, Fleet, Heard, Replica
 from reprise.replicas.router import Route, Router
 from reprise.replicas.weights import write_weights
 from reprise.runner.model_choices import refuse_apart, shape_of
@@ -92,6 +92,24 @@ class Request:
         """What the reader did not want yet."""
 
 
+FLEETS = {
+    "mp": "reprise.replicas.launch:LocalFleet",
+    "ray": "reprise.replicas.ray.fleet:RayFleet",
+}
+"""By ``distributed_executor_backend``; imported when one is wanted."""
+
+
+def launch(config: EngineConfig) -> Fleet:
+    """Start all replicas side by side, and wait until every engine is ready.
+
+    Raises:
+        RepriseError: One could not start: what it said. No process is left.
+    """
+    module, _, name = FLEETS[config.distributed_executor_backend].partition(":")
+    found: Fleet = getattr(importlib.import_module(module), name)(config)
+    return found
+
+
 class Replicas:
     """Drives several engines. A thread reads what they send, another one tokenizes.
 
@@ -123,8 +141,8 @@ class Replicas:
         self._asked: dict[int, tuple[int, Future[Any]]] = {}
         """Questions by number: whose answer is awaited."""
         self._num_added = 0
-        self._launched = launch(config)
-        self._replicas, self._directory, _ = self._launched
+        self._fleet = launch(config)
+        self._replicas = self._fleet.replicas
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker.receiver, selectors.EVENT_READ, None)
@@ -133,13 +151,17 @@ class Replicas:
             self._channels = [self._connect(each) for each in self._replicas]
             facts = [self._greeted(index) for index in range(len(self._channels))]
         except BaseException:
-            end_all(self._replicas)
-            remove(self._directory)
+            self._fleet.end()
+            self._fleet.remove()
             raise
         first = facts[0]
         resolved: EngineConfig = first["config"]
         self.frontend = Frontend(
-            resolved.replace(device=config.device, data_parallel_size=config.data_parallel_size),
+            resolved.replace(
+                device=config.device,
+                data_parallel_size=config.data_parallel_size,
+                distributed_executor_backend=config.distributed_executor_backend,
+            ),
             tokenizer,
             checkpoint.generation_config,
             first["vocab_size"],
@@ -151,7 +173,7 @@ class Replicas:
         size = first["block_size"] if resolved.enable_prefix_caching else 0
         self.router = Router(size, [each["num_blocks"] for each in facts])
         logger.info(
-            "%d replicas are ready, after %s s", len(facts),
+            "%d replica(s) ready, after %s s", len(facts),
             ", ".join(f"{each['startup_seconds']:.2f}" for each in facts),
         )  # fmt: skip
         self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
@@ -160,11 +182,9 @@ class Replicas:
         self._thread.start()
 
     def _connect(self, replica: Replica) -> Channel:
-        connection = replica.connect()
-        channel = Channel(connection, self._watch)
-        self._selector.register(connection, selectors.EVENT_READ, (replica, channel))
-        control = replica.child.control.connection
-        self._selector.register(control, selectors.EVENT_READ, (replica, None))
+        channel = replica.channel(self._watch)
+        self._selector.register(channel.connection, selectors.EVENT_READ, (replica, channel))
+        self._selector.register(replica.control, selectors.EVENT_READ, (replica, None))
         return channel
 
     def _greeted(self, index: int) -> dict[str, Any]:
@@ -187,8 +207,9 @@ class Replicas:
             ConfigError: Always.
         """
         raise ConfigError(
-            f"engine: with data_parallel_size={len(self._replicas)} each one is in a process of "
-            "its own; ask by stats(), get_metrics() and graph_report()"
+            f"engine: with data_parallel_size={len(self._replicas)} and "
+            f"distributed_executor_backend={self.frontend.config.distributed_executor_backend!r} "
+            "each one is in a process of its own; ask by stats(), get_metrics() and graph_report()"
         )
 
     # ---- any thread ------------------------------------------------------------------------
@@ -305,8 +326,7 @@ class Replicas:
         file, index = write_weights(weights)
         with file:
             for replica in self._replicas:
-                with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
-                    replica.child.control.send_file(Control.FILE, file.fileno())
+                replica.give_file(file.fileno())
             with self._lock:
                 self.router.forget()
             return gather(
@@ -368,7 +388,7 @@ class Replicas:
                 self._stopping = True
                 self._deadline = time.monotonic() + STOP_SECONDS
                 for each in self._replicas:
-                    each.child.stop()
+                    each.stop()
         self._waker.wake()
         self._tokenizing.shutdown(wait=False)
         self._thread.join()
@@ -402,9 +422,9 @@ class Replicas:
             logger.critical("%s", lost)
             lost = f"{lost}. All requests have ended, and the other replicas with them"
         self._close(lost or self._closed or "")
-        end_all(self._replicas)
+        self._fleet.end()
         if lost is None:
-            remove(self._directory)
+            self._fleet.remove()
         self._selector.close()
 
     def _serve(self) -> str | None:
@@ -424,25 +444,26 @@ class Replicas:
                 if not events & selectors.EVENT_READ:
                     continue
                 if channel is None:
-                    over = self._read_control(replica)
+                    over = replica.hear() is Heard.GONE
                 else:
                     over = self._read(channel, given)
                 if over:
                     self._selector.unregister(key.fileobj)
                     if not self._stopping:
                         self._say(given)
-                        return self._launched.lost(replica)
+                        return self._fleet.ended(replica)
                     if channel is not None:
                         left.discard(replica.index)
             self._say(given)
             for replica in self._replicas:
-                if not self._stopping and replica.child.stands_still:
-                    return replica.stopped()
+                stands_still = None if self._stopping else replica.lost()
+                if stands_still is not None:
+                    return stands_still
             if self._stopping and time.monotonic() > self._deadline:
                 logger.warning("replicas do not end within %.0f s: they are killed", STOP_SECONDS)
                 return None
         for replica in self._replicas:
-            replica.child.end(STOP_SECONDS)
+            replica.end(STOP_SECONDS)
         return None
 
     def _say(self, given: list[Reader]) -> None:
@@ -457,13 +478,6 @@ class Replicas:
         for key in list(self._selector.get_map().values()):
             if key.data is not None and key.data[1] in blocked:
                 self._selector.modify(key.fileobj, both, key.data)
-
-    def _read_control(self, replica: Replica) -> bool:
-        """Whether it has nothing more to say."""
-        word, _ = replica.child.control.receive()
-        if word:
-            replica.heard(word)
-        return not word
 
     def _read(self, channel: Channel, given: list[Reader]) -> bool:
         """Whether nothing more comes."""
@@ -583,8 +597,8 @@ _living: weakref.WeakSet[Replicas] = weakref.WeakSet()
 def _after_fork() -> None:
     for each in list(_living):
         each._lock = threading.RLock()  # a thread of the parent may have held it
-        for replica in each._replicas:  # else they would not learn of the parent's end
-            replica.child.control.connection.close()
+        for replica in each._replicas:
+            replica.forget()
         for channel in each._channels:
             channel.connection.close()
         each._close(

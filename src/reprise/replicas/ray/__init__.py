@@ -1,0 +1,1 @@
+"""Replicas whose ranks are actors of a Ray cluster: the only package that names Ray."""
