@@ -9,18 +9,25 @@ import matrix
 import pytest
 from helpers import TinyModels, token_ids
 
+from reprise.cache import Window
+from reprise.layers import compressed_attention
+
 
 @pytest.fixture(scope="module")
 def alone(tiny: TinyModels, device: str) -> matrix.Alone:
     return matrix.Alone(tiny, device)
 
 
+LATENT = matrix.Features("full", "latent", 3)
+"""Takes ten times as long as others, so short runs have it under one disturbance."""
+SHORT = {(LATENT, "chunking")}
 CASES = [
     pytest.param(
         features, name, id=f"{features}: {name}",
-        marks=[] if features in matrix.COVERING else [pytest.mark.long],
+        marks=[] if features in matrix.COVERING or (features, name) in SHORT
+        else [pytest.mark.long],
     )
-    for features in dict.fromkeys([*matrix.COVERING, *matrix.PRODUCT])
+    for features in dict.fromkeys([*matrix.COVERING, LATENT, *matrix.PRODUCT])
     for name in matrix.DISTURBANCES
 ]  # fmt: skip
 
@@ -32,6 +39,30 @@ def test_same_tokens(
     outputs = matrix.DISTURBANCES[disturbance](alone.case(features))
     expected = alone.tokens(features)
     assert [list(each.outputs[0].token_ids) for each in outputs] == expected
+
+
+class Forgetful(Window):
+    """Says that who goes on behind a prefix needs none of it."""
+
+    def resumes(self, length: int, block_size: int) -> range:
+        return range(0)
+
+
+@pytest.mark.long
+def test_states_that_a_prefix_comes_without_are_seen(
+    alone: matrix.Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the next compressed row is made of is missing then; whoever finds no prefix is right."""
+    eager = replace(LATENT, executor="none", drafts=0)
+    expected = alone.tokens(eager)
+
+    def of(size: int) -> Window:
+        return Forgetful(size) if size == 8 else Window(size)
+
+    monkeypatch.setattr(compressed_attention, "Window", of)
+    case = alone.case(eager)
+    assert token_ids(case.answers(case.engine(enable_prefix_caching=False))) == expected
+    assert token_ids(matrix.chunking(case)) != expected
 
 
 @pytest.mark.parametrize(
@@ -66,8 +97,7 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
 def test_the_short_set_has_every_feature() -> None:
     names: dict[str, set[Any]] = {
         "executor": set(matrix.EXECUTORS) - {"compiled"},
-        # The latent one takes ten times as long, and has its own tests of drafts and prefixes.
-        "model": set(matrix.MODELS) - {"latent"},
+        "model": set(matrix.MODELS) - {LATENT.model},
         "drafts": set(matrix.DRAFTS),
         "drafter": set(matrix.DRAFTERS),
     }

@@ -59,7 +59,7 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     early = SimpleNamespace(
         supports_pdl=target.backend == "cuda" and target.arch >= 90,
         takes_ptx=target.backend == "cuda",
-        multiplies_fp8=target.backend == "cuda" and target.arch >= 89,
+        multiplies_fp8=codes_of(target) is torch.float8_e4m3fn,
     )
     # Also for modules that ask for it when they are imported, which no launcher is yet.
     registry.active_platform = triton_util.active_platform = lambda: early
@@ -84,8 +84,7 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
         return compiled
 
     JITFunction.run = run
-    backend = triton.runtime.driver.active.get_current_target().backend
-    fp8 = torch.float8_e4m3fn if backend == "cuda" else torch.float8_e4m3fnuz
+    fp8 = codes_of(triton.runtime.driver.active.get_current_target())
     make = EmptyMaker(torch.device("cpu"), torch.bfloat16, fp8)
     for op in all_ops().values():
         if "triton" not in op.implementations:
@@ -94,7 +93,9 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
             coded = False
             try:
                 arguments = workload.arguments()
-                coded = any(isinstance(x, Tensor) and x.dtype == fp8 for x in arguments.values())
+                coded = fp8 is not None and any(
+                    isinstance(x, Tensor) and x.dtype == fp8 for x in arguments.values()
+                )
                 op.implementations["triton"].function(**arguments)
             except Exception as error:
                 reason = f"{workload.shape}: {type(error).__name__}: {error}"
@@ -104,6 +105,14 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
             found.clear()
     sum_over_ranks(make)
     yield from ((kernel, {"on_codes": False, **needs}) for kernel, needs in found)
+
+
+def codes_of(target: GPUTarget) -> torch.dtype | None:
+    """What the platform of such a device says its eight-bit numbers are: none before they can be
+    multiplied, and Triton has none there either."""
+    if target.backend == "hip":
+        return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn if target.arch >= 89 else None
 
 
 def sum_over_ranks(make: Maker) -> None:

@@ -50,7 +50,7 @@ others fit; whoever changes one of these may bring it down, not up."""
 ON_CODES = {
     "Hopper": {"mixed_attention_kernel": 72, "split_attention_kernel": 40},
     "Ada": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
-    "Ampere": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
+    "Ampere": {},
     "CDNA 3": {"mixed_attention_kernel": 10, "split_attention_kernel": 637},
 }
 """The same where keys and values are eight-bit numbers."""

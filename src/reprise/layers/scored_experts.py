@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -73,11 +74,20 @@ class ScoredMLP(nn.Module):
         if self.bias is not None:
             yield f"{self.path}.gate.bias", Destination(self.bias)
         if self.table is not None:
-            yield f"{self.path}.gate.tid2eid", Destination(self.table)
+            check = functools.partial(_experts_that_are, self.routing.experts)
+            yield f"{self.path}.gate.tid2eid", Destination(self.table, convert=check)
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
         return Product(_Mixture(self, batch), tensor(x))
+
+
+def _experts_that_are(count: int, table: Tensor) -> Tensor:
+    """The table, of which an entry beyond the experts would be looked up in somebody's memory."""
+    least, most = table.aminmax()
+    if least < 0 or most >= count:
+        raise ValueError(f"experts {int(least)} to {int(most)} of {count}: the table is damaged")
+    return table
 
 
 class _Mixture(NamedTuple):

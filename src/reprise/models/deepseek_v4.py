@@ -44,14 +44,15 @@ from reprise.models.config_reader import (
     whole_number,
     window_size,
 )
-from reprise.models.deepseek_v4_names import renames
+from reprise.models.deepseek_v4_names import next_renames, renames
 
 _WINDOW = "sliding_attention"
 _RATIOS = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 """Tokens of a compressed row, by the kind of layer; those of 4 overlap and have an indexer."""
 _EXPERTS = ("hash_moe", "moe")
-_TARGETS = ("layers.", "embed.", "head.", "norm.", "hc_head_", "model.", "lm_head.")
-"""What a checkpoint has beside the layer that drafts."""
+_TARGETS = ("layers.", "embed.", "head.", "norm.", "hc_head_", "model.", "lm_head.",
+            "mtp.0.emb", "mtp.0.head.")  # fmt: skip
+"""What a checkpoint has beside the layer that drafts; some have embedding and head twice."""
 _SIZES = ("q_lora_rank", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim",
           "index_topk", "hc_mult", "hc_sinkhorn_iters", "n_routed_experts",
           "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")  # fmt: skip
@@ -116,7 +117,7 @@ class NextStreams(StoredModel):
     """
 
     def __init__(self, config: Config, build: Build, target: CausalLM) -> None:
-        super().__init__(others=_TARGETS)
+        super().__init__(renames=next_renames(), others=_TARGETS)
         self.mixing = _mixing(config)
         count, hidden = self.mixing.streams, self.mixing.hidden_size
         self.taps: tuple[Depth, ...] = tuple(map(stream, range(count)))

@@ -37,6 +37,12 @@ _MODULES = {
 is what it writes for the norm of keys."""
 
 
+def next_renames() -> dict[str, str]:
+    """The same of the layer that drafts, which has transformers' names where a tool wrote them."""
+    found = {f"mtp.0.{theirs}": f"mtp.0.{ours}" for theirs, ours in _MODULES.items()}
+    return {**found, "mtp.0.hc_head.hc_": "mtp.0.hc_head_"}
+
+
 def renames(layers: int) -> dict[str, str]:
     """Of the names of released checkpoints, of what transformers makes of them when it saves, and
     of its modules."""
