@@ -249,6 +249,9 @@ def test_ranks_agree_on_every_verdict(toy, make_runner, votes, why):
             asked.append(ok)
             return ok and len(asked) not in votes
 
+        def fell_out(self, reason):
+            pass
+
     runner = make_runner(toy, "full", decode=(2,), mixed=(), agreement=Votes())
     runner.capture_all()
     (info,) = runner.report().graphs

@@ -61,6 +61,9 @@ class Ranks:
         self.barrier.wait(WAIT)
         return verdict
 
+    def fell_out(self, reason):
+        pass
+
     def collective(self):
         self.barrier.wait(WAIT)
 

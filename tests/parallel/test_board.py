@@ -65,6 +65,36 @@ def test_a_rank_that_does_not_answer_is_named(boards: list[Board]) -> None:
         boards[0].all(True)
 
 
+def test_a_rank_that_left_a_pass_alone_ends_the_group(boards: list[Board]) -> None:
+    """Others have begun a collective that it never enters: nobody waits for the other's answer."""
+    for each, calls in zip(boards, (7, 6, 7), strict=True):
+        each.note_calls(calls)
+    boards[1].fell_out("graph decode[1]: no memory")
+    told = "graph decode.1.: no memory; on this rank alone: rank 0 waits for it in a collective"
+    with pytest.raises(RanksError, match=told):
+        boards[1].all(False)
+    with pytest.raises(RanksError, match=f"rank 1: {told}"):
+        boards[0].all(True)
+    assert not boards[2].all(True)  # it may have answered before; no further question is
+    with pytest.raises(RanksError, match=f"rank 1: {told}"):
+        boards[2].check()
+
+
+def test_ranks_that_left_a_pass_alike_go_on(boards: list[Board]) -> None:
+    """All, or those behind the last collective of it: who is behind is waited for by nobody."""
+    for left, calls in (((0, 1, 2), (6, 6, 6)), ((1,), (6, 6, 6)), ((1,), (6, 9, 6))):
+        for each, count in zip(boards, calls, strict=True):
+            each.note_calls(count)
+        for rank in left:
+            boards[rank].fell_out("host_sync")
+        with ThreadPoolExecutor(3) as pool:
+            answers = pool.map(lambda each: each.all(each.rank not in left), boards)  # noqa: B023
+            assert list(answers) == [False] * 3
+    with ThreadPoolExecutor(3) as pool:
+        boards[1].note_calls(0)  # nobody has left the next pass
+        assert list(pool.map(lambda each: each.all(True), boards)) == [True] * 3
+
+
 def test_ranks_that_are_not_alike_are_refused(boards: list[Board]) -> None:
     def begin(board: Board) -> str:
         try:

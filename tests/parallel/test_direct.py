@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from reprise import ops, platforms
+from reprise.distributed import Communicator, Group
+from reprise.errors import ConfigError
 from reprise.parallel import direct
 from reprise.parallel.direct import COUNTS, part, prove_direct
 
@@ -31,16 +34,25 @@ class Others:
 
 
 def outcome(
-    monkeypatch: pytest.MonkeyPatch, sums: Any, others: Others, runs: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    sums: Any,
+    others: Others,
+    runs: str | None = None,
+    chosen: dict[str, str] | None = None,
+    reached: bool = True,
 ) -> bool:
     """Whether the memory is kept."""
-    found = SimpleNamespace(symmetric=SimpleNamespace(give_up=lambda: None))
-    found.drop_symmetric = lambda: setattr(found, "symmetric", None)
+    group = Group("direct", 0, 2)
+    found = Communicator(group)
+    if reached:
+        found.symmetric = SimpleNamespace(give_up=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    else:
+        found.drop_symmetric("no peer access")
     monkeypatch.setattr(direct, "_sums_are_right", sums)
     one_shot = ops.all_reduce.implementations["one_shot"]
     monkeypatch.setattr(one_shot, "requires", lambda platform: runs)
     monkeypatch.setattr(one_shot, "target", lambda x, group: None)
-    prove_direct(found, platforms.resolve("cpu"), others)  # type: ignore[arg-type]
+    prove_direct(found, platforms.resolve("cpu"), others, chosen or {})  # type: ignore[arg-type]
     return found.symmetric is not None
 
 
@@ -65,6 +77,34 @@ def test_one_wrong_sum_ends_it_on_all(
         assert not outcome(monkeypatch, sums, others)
         assert len(others.heard) == 1
         assert reason in caplog.text
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "all_reduce_add"])
+def test_what_was_asked_for_by_name_is_refused_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, op: str
+) -> None:
+    """Nothing else computes in its place; who asked for nothing gets the backend and a line."""
+    chosen = {op: "one_shot"}
+    good = (lambda *_: True, Others(True))
+    for case, told in (
+        ({"reached": False}, "no peer access"),
+        ({"runs": "Triton cannot run here"}, "Triton cannot run here"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"--op {op}=one_shot: .*{told}.*leave it out.* gloo"
+        ):
+            outcome(monkeypatch, *good, **case, chosen=chosen)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert not outcome(monkeypatch, *good, **case, chosen={op: "reference"})
+        assert told in caplog.text
+    for sums, others, told in (
+        (lambda *_: False, Others(True), "they are wrong"),
+        (lambda *_: True, Others(False), "another rank's are"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--op {op}=one_shot: .*sums over it: {told}"):
+            outcome(monkeypatch, sums, others, chosen=chosen)
+    assert outcome(monkeypatch, *good, chosen=chosen)
 
 
 def test_without_its_kernel_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

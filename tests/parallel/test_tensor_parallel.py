@@ -145,6 +145,15 @@ def test_a_rank_that_does_not_start_is_named(alone: matrix.Alone, name: str, tol
     assert not followers()
 
 
+def test_a_rank_that_leaves_a_pass_ends_the_start_in_time(alone: matrix.Alone) -> None:
+    """It fails while a graph is captured, on this rank alone; the other one is in a sum with it,
+    and nobody waits until its time is over."""
+    told = r"rank 1: graph .*capture failed: .*alone fails.*rank 0 waits for it in a collective"
+    with faulty("raises_capturing"), pytest.raises(RanksError, match=told):
+        shared(alone, replace(COVERING, drafts=0)).engine()
+    assert not followers()
+
+
 def followers() -> list[str]:
     """Followers of this process that live."""
     listed = subprocess.run(

@@ -29,6 +29,13 @@ class Agreement(Protocol):
     def largest(self, value: float) -> float:
         """The largest number that a rank says."""
 
+    def fell_out(self, reason: str) -> None:
+        """Said before the next question by a rank that left a pass over the model in its midst.
+
+        Others may be in a collective of it that this one never enters, and would wait for ever:
+        then that question raises a RanksError with the reason. If all left alike, it does not.
+        """
+
 
 class _Alone:
     size = 1
@@ -39,6 +46,9 @@ class _Alone:
 
     def largest(self, value: float) -> float:
         return value
+
+    def fell_out(self, reason: str) -> None:
+        pass
 
 
 ALONE_AGREES: Agreement = _Alone()

@@ -20,7 +20,7 @@ from reprise.errors import RanksError
 _WORDS = 32
 """Of eight bytes, of each rank: four cache lines."""
 _TEXT_BYTES = 1 << 14
-_ALIVE, _TAIL, _ASKED, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _FAILED_AT = range(8)
+_ALIVE, _TAIL, _ASKED, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _FAILED_AT, _CALLS = range(9)
 _FIRST, _SECOND = 16, 24
 MOST_NUMBERS = 8
 """Of one question."""
@@ -63,6 +63,7 @@ class Board:
         """Bytes of messages; see :mod:`reprise.distributed.ring`."""
         self._fence_lock = threading.Lock()
         self._asked = 0
+        self._fell_out: str | None = None
         self.timeout = 600.0
         """Seconds that a rank waits for an answer of the others."""
         self.alike = True
@@ -151,6 +152,10 @@ class Board:
     def note_done(self, count: int) -> None:
         self._set(_STEPS, count)
 
+    def note_calls(self, count: int) -> None:
+        """Say how many collectives this rank has begun."""
+        self._set(_CALLS, count)
+
     def asleep(self, rank: int) -> bool:
         """A rank has to be woken when there is a message."""
         return bool(self._of(rank, _ASLEEP))
@@ -209,6 +214,24 @@ class Board:
         """
         return self.largest_of([value])[0]
 
+    def fell_out(self, reason: str) -> None:
+        """See :class:`reprise.distributed.Agreement`."""
+        self._fell_out = reason
+
+    def _check_left(self) -> None:
+        """Raise if this rank left a pass and another one goes on in it."""
+        if self._fell_out is None:
+            return
+        own = self._of(self.rank, _CALLS)
+        for rank in range(self.size):
+            if self._of(rank, _CALLS) > own:
+                error = RanksError(
+                    f"{self._fell_out}; on this rank alone: rank {rank} waits for it in a "
+                    "collective, and the group ends"
+                )
+                self.fail(error)
+                raise error
+
     @property
     def is_asked(self) -> bool:
         """Another rank has asked what this one has not answered yet."""
@@ -248,8 +271,11 @@ class Board:
                     self.fail(error)
                     raise error
                 self.check()
+                self._check_left()
                 pause(waited)
         self.fence()
+        self._check_left()  # where collectives are left to the device, all may have answered
+        self._fell_out = None
         places = [(1 + rank) * _WORDS + word for rank in range(self.size)]
         return [max(self._numbers[each + n] for each in places) for n in range(count)]
 

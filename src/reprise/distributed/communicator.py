@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -58,13 +58,22 @@ class Communicator:
         self.symmetric: SymmetricBuffer | None = None
         """Memory that all ranks read directly; None: there is none, or it is not wanted."""
         self.calls = 0
-        """Collectives that this rank has begun, for those who look where it stands."""
+        """Collectives that this rank has begun."""
+        self.told: Callable[[int], None] = lambda calls: None
+        """Called with their number at each, so that others can see where this rank stands."""
+        self.unreached = "it was not asked for"
+        """Why :attr:`symmetric` is None, where it is."""
+
+    def begin(self) -> None:
+        """A collective of this rank begins."""
+        self.calls += 1
+        self.told(self.calls)
 
     def all_reduce(self, x: Tensor) -> None:
         """Replace ``x`` by the sum of all ranks' ``x``: the same bits on every rank."""
         if self._group is None:
             return
-        self.calls += 1
+        self.begin()
         options = AllreduceOptions()
         options.asyncOp = False  # in the stream that waits for it, where the backend has streams
         _finish(self._group.allreduce([x], options))
@@ -74,7 +83,7 @@ class Communicator:
         or in new memory."""
         if self._group is None:
             return x.unsqueeze(0) if out is None else out.copy_(x.view(out.shape))
-        self.calls += 1
+        self.begin()
         found = x.new_empty((self.group.size, *x.shape)) if out is None else out
         options = AllgatherOptions()
         options.asyncOp = False
@@ -88,7 +97,7 @@ class Communicator:
         if self._group is None:
             out.copy_(x[0])
             return
-        self.calls += 1
+        self.begin()
         options = ReduceScatterOptions()
         options.asyncOp = False
         _finish(self._group._reduce_scatter_base(out.view(-1), x.view(-1), options))
@@ -106,11 +115,12 @@ class Communicator:
         missing = torch.tensor([self.symmetric is None], dtype=torch.int32, device=self._device)
         self.all_reduce(missing)
         if missing.item():
-            logger.info("ranks: no memory that all of them read directly (%s)", reason)
-            self.drop_symmetric()
+            self.drop_symmetric(reason)
 
-    def drop_symmetric(self) -> None:
-        """Do without the memory that all ranks read. Every rank calls it."""
+    def drop_symmetric(self, reason: str) -> None:
+        """Do without the memory that all ranks read, and say why. Every rank calls it."""
+        self.unreached = reason
+        logger.info("ranks: no memory that all of them read directly (%s)", reason)
         if self.symmetric is not None:
             self.symmetric.close()
             self.symmetric = None
@@ -130,7 +140,9 @@ class Communicator:
         """Leave the group."""
         _known.pop(self.group.name, None)
         group, self._group = self._group, None
-        self.drop_symmetric()
+        if self.symmetric is not None:
+            self.symmetric.close()
+            self.symmetric = None
         if group is not None and self._device is not None and self._device.index is not None:
             # It waits until the graphs that hold its collectives are gone, which may be kept.
             leave = threading.Thread(
@@ -187,8 +199,13 @@ def connect(
     if eager is not None and device.index is not None:
         eager(device)  # a failure to connect shows now, and memory is taken before it is measured
     found = _known[group.name] = Communicator(group, made, device, store)
-    if direct and device.index is not None and group.on_one_host:
-        found.reach()
+    if direct:
+        if device.index is None:
+            found.drop_symmetric(f"{device} has none")
+        elif not group.on_one_host:
+            found.drop_symmetric("the ranks are on several hosts")
+        else:
+            found.reach()
     return found
 
 

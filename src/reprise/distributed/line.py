@@ -26,6 +26,9 @@ _BEAT_WORDS = struct.Struct("<QQ")
 _ASKED_WORDS = struct.Struct("<Qd")
 """Number of a question, and a value."""
 CHECK_SECONDS = 0.25
+FELL_OUT_SECONDS = 30.0
+"""For so long a rank that left a pass waits for the others, who may be in a collective of it: on
+another host nobody sees that."""
 
 
 class LeadersLine:
@@ -49,6 +52,7 @@ class LeadersLine:
         self._followers = {rank: _Follower(each) for rank, each in connections.items()}
         self._failure: Any = None
         self._asked = 0
+        self._fell_out: str | None = None
         self._news = threading.Condition()
         for rank, each in self._followers.items():
             threading.Thread(
@@ -129,15 +133,17 @@ class LeadersLine:
             RanksError: A rank has failed or did not answer in time.
         """
         number = self._asked = self._asked + 1
-        until = time.monotonic() + self.timeout
+        why, self._fell_out = self._fell_out, None
+        patience = self.timeout if why is None else FELL_OUT_SECONDS
+        until = time.monotonic() + patience
         with self._news:
             for rank, each in self._followers.items():
                 while number not in each.asked:
                     self.check()
                     if time.monotonic() > until:
                         error = RanksError(
-                            f"rank {rank} did not answer within {self.timeout:.0f} s; the group "
-                            "ends"
+                            f"{'' if why is None else f'{why}; '}rank {rank} did not answer within "
+                            f"{patience:.0f} s; the group ends"
                         )
                         self.fail(error)
                         raise error
@@ -146,6 +152,13 @@ class LeadersLine:
         for rank, each in self._followers.items():
             self._say(rank, each, _ANSWER + _ASKED_WORDS.pack(number, found))
         return found
+
+    def fell_out(self, reason: str) -> None:
+        """See :class:`reprise.distributed.Agreement`."""
+        self._fell_out = reason
+
+    def note_calls(self, count: int) -> None:
+        """Collectives that were begun: of no use from afar."""
 
     # ---- a thread for each follower ------------------------------------------------------
 
@@ -210,6 +223,7 @@ class FollowersLine:
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
         self._asked = self._received = self._done = 0
+        self._fell_out: str | None = None
         self._left = False
         threading.Thread(target=self._listen, name="reprise-line", daemon=True).start()
 
@@ -249,20 +263,29 @@ class FollowersLine:
         """
         self._asked += 1
         self._say(_QUESTION + _ASKED_WORDS.pack(self._asked, value))
+        why, self._fell_out = self._fell_out, None
+        patience = self.timeout if why is None else FELL_OUT_SECONDS
         try:
-            answer = self._answers.get(timeout=self.timeout)
+            answer = self._answers.get(timeout=patience)
         except queue.Empty:
             answer = None
             self.ended = True
         if answer is None:
             raise RanksError(
-                f"the leader gave no answer within {self.timeout:.0f} s, or has ended; the group "
-                "ends"
+                f"{'' if why is None else f'{why}; '}the leader gave no answer within "
+                f"{patience:.0f} s, or has ended; the group ends"
             )
         number, found = answer
         if number != self._asked:
             raise RanksError(f"question {self._asked} was answered with number {number}")
         return found
+
+    def fell_out(self, reason: str) -> None:
+        """See :class:`reprise.distributed.Agreement`."""
+        self._fell_out = reason
+
+    def note_calls(self, count: int) -> None:
+        """Collectives that were begun: of no use from afar."""
 
     def close(self) -> None:
         """Leave."""

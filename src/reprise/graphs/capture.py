@@ -73,7 +73,7 @@ class Capturer:
     ) -> None:
         self._computation = computation
         self._platform = platform
-        self._agree = agreement.all
+        self._agreement = agreement
         self.pool = pool
         self._compiled: Callable[..., Any] | None = None
         self._logged: Counter[tuple[str, Executor]] = Counter()
@@ -120,7 +120,8 @@ class Capturer:
         """Capture; returns why it failed, here or on another rank.
 
         A vote follows each stage: a rank that failed says no before the others begin a pass over
-        the model, in whose collectives they would wait for it.
+        the model, in whose collectives they would wait for it. One that left a pass in its midst
+        ends the group, unless all others did as well.
         """
         for stage in (self._prepare, self._warm_up, self._record):
             reason = None
@@ -129,7 +130,9 @@ class Capturer:
             except Exception as error:
                 self.pool.spoiled()
                 reason = f"capture failed: {describe(error)}"
-            if not self._agree(reason is None):
+                if stage != self._prepare:
+                    self._agreement.fell_out(f"graph {bucket.info.name}: {reason}")
+            if not self._agreement.all(reason is None):
                 return reason or "capture failed on another rank"
         return None
 

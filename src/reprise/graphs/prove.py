@@ -69,6 +69,7 @@ class Prover:
         self._capturer = capturer
         self.ledger = ledger
         self._guard = guard
+        self._agreement = agreement
         self._agree, self._largest = agreement.all, agreement.largest
         self._located: Counter[Hashable] = Counter()
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
@@ -166,6 +167,7 @@ class Prover:
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
+            self._fell_out(bucket, describe(error))
         return later if self._agree(later is not None) else None
 
     def _settle(self) -> None:
@@ -349,12 +351,17 @@ class Prover:
                 verdict = Verdict(error=describe(error), ran=False)
             except Exception as error:
                 verdict = Verdict(error=describe(error))
+            if verdict.error is not None:
+                self._fell_out(bucket, verdict.error)
             if not self._agree(verdict.ran):
                 told = "it did not run on another rank" if verdict.ran else verdict.error
                 return Verdict(error=told, ran=False)
             if timed:
                 self._note_times(bucket, verdict.eager_seconds, verdict.replay_seconds)
         return verdict
+
+    def _fell_out(self, bucket: BucketGraph, error: str) -> None:
+        self._agreement.fell_out(f"a probe of graph {bucket.info.name}: {error}")
 
     def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:
         """Write the probe into the inputs: all memory of the graph's pool, and why it cannot be

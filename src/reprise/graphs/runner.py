@@ -536,6 +536,8 @@ class GraphRunner:
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if meets:
             self.canary.met(bucket, seconds)
+        if verdict.error is not None:
+            self._agreement.fell_out(f"a canary of graph {bucket.info.name}: {verdict.error}")
         if self._agree(verdict.right):
             self._unseen[bucket.key] = 0
             self.ran = Ran(bucket.key, proven=True, first=unproven is not None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 
 import torch
 
 from reprise import ops
 from reprise.distributed import Agreement, Communicator
-from reprise.errors import describe
+from reprise.distributed.symmetric import SymmetricBuffer
+from reprise.errors import ConfigError, describe
 from reprise.ops import OpTable
 from reprise.platforms import Platform
 
@@ -17,19 +19,50 @@ logger = logging.getLogger(__name__)
 
 COUNTS = (8, 5000, 100_000)
 """Numbers of a sum: of one program, of some, of many."""
+NEED_IT = (("all_reduce", "one_shot"), ("all_reduce_add", "one_shot"))
+"""Implementations that compute in this memory."""
 PATIENCE_SECONDS = 60.0
 """A sum that takes longer never ends."""
 
 
-def prove_direct(communicator: Communicator, platform: Platform, agreement: Agreement) -> None:
+def prove_direct(
+    communicator: Communicator,
+    platform: Platform,
+    agreement: Agreement,
+    chosen: Mapping[str, str],
+) -> None:
     """Give up the memory that ranks read from each other, on all of them, unless sums over it are
-    right. Every rank calls it."""
-    buffer = communicator.symmetric
-    if buffer is None:
-        return
-    if ops.all_reduce.implementations["one_shot"].unusable(platform) is not None:
-        communicator.drop_symmetric()  # alike on all: ranks have the same platform
-        return
+    right. Every rank calls it.
+
+    Args:
+        communicator: Of the ranks.
+        platform: Of this one; the others have the same.
+        agreement: Of the ranks.
+        chosen: Implementations that the user asked for by name, by op.
+
+    Raises:
+        ConfigError: One of them needs the memory, and there is none. All ranks raise it.
+    """
+    unusable = ops.all_reduce.implementations["one_shot"].unusable(platform)
+    if communicator.symmetric is not None and unusable is not None:
+        communicator.drop_symmetric(unusable)  # alike on all
+    if communicator.symmetric is not None:
+        _prove(communicator, communicator.symmetric, platform, agreement)
+    wanted = [f"{name}={each}" for name, each in chosen.items() if (name, each) in NEED_IT]
+    if wanted and communicator.symmetric is None:
+        raise ConfigError(
+            f"--op {wanted[0]}: these ranks have no memory that all of them read directly "
+            f"({unusable or communicator.unreached}); leave it out, and {platform.dist_backend} "
+            "sums"
+        )
+
+
+def _prove(
+    communicator: Communicator,
+    buffer: SymmetricBuffer,
+    platform: Platform,
+    agreement: Agreement,
+) -> None:
     patience = threading.Timer(PATIENCE_SECONDS, buffer.give_up)
     patience.daemon = True
     patience.start()
@@ -42,7 +75,7 @@ def prove_direct(communicator: Communicator, platform: Platform, agreement: Agre
     patience.cancel()
     if not agreement.all(right):
         logger.warning("ranks: sums over memory that all read are not used: %s", reason)
-        communicator.drop_symmetric()
+        communicator.drop_symmetric(f"sums over it: {reason}")
 
 
 def _sums_are_right(communicator: Communicator, platform: Platform) -> bool:

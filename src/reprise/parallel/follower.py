@@ -48,6 +48,9 @@ class Board(Agreement, Protocol):
     def note_done(self, count: int) -> None:
         """Say how many messages were carried out."""
 
+    def note_calls(self, count: int) -> None:
+        """Say how many collectives this rank has begun."""
+
 
 class Messages(Protocol):
     """The leader's, in its order."""
@@ -106,7 +109,8 @@ class _Follower:
             group, platform.dist_backend, store, platform.device, start.timeout,
             direct=config.custom_all_reduce,
         )  # fmt: skip
-        prove_direct(communicator, platform, board)
+        communicator.told = board.note_calls
+        prove_direct(communicator, platform, board, config.ops)
         self._board, self._messages, self._store = board, messages, store
         self._decoder = Decoder()
         self._outstanding: deque[PendingOutput] = deque()

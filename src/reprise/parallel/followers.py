@@ -32,6 +32,9 @@ class Board(Agreement, Protocol):
     def end(self) -> None:
         """The group is over: nobody is to wait for anybody."""
 
+    def note_calls(self, count: int) -> None:
+        """Say how many collectives the leader has begun."""
+
     def beats(self, rank: int) -> int:
         """Changes while a rank's process runs."""
 

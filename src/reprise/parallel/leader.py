@@ -27,6 +27,7 @@ from reprise.parallel.processes import Processes
 from reprise.parallel.remote import Elsewhere
 from reprise.parallel.wire import Encoder
 from reprise.platforms import Platform
+from reprise.processes.launched import refuse_launcher
 from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.runner.model_choices import shape_of
 from reprise.shape import StepShape
@@ -53,6 +54,7 @@ class Leader:
             this machine.
 
     Raises:
+        ConfigError: A launcher has started this process several times.
         PlatformError: There are not so many devices, or no collectives for them.
         RanksError: Followers do not connect.
     """
@@ -65,6 +67,7 @@ class Leader:
         name = f"tensor-{os.getpid()}-{next(_numbers)}"
         self._followers: Followers
         if elsewhere is None:
+            refuse_launcher("tensor_parallel_size", size)
             self._devices = tuple(platform.device_of(rank, size) for rank in range(size))
             self.devices = self._devices
             self.group = Group(name, 0, size)
@@ -109,7 +112,8 @@ class Leader:
             direct=config.custom_all_reduce,
         )  # fmt: skip
         self._followers.on_loss = self._communicator.abort
-        prove_direct(self._communicator, platform, self._followers.board)
+        self._communicator.told = self._followers.board.note_calls
+        prove_direct(self._communicator, platform, self._followers.board, config.ops)
         return Ranks(self.group, self._followers.board, exchange)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:

@@ -121,6 +121,7 @@ class Lockstep:
             group, self._platform.dist_backend, self._store, self._platform.device, seat.timeout,
             direct=False,
         )  # fmt: skip
+        self._communicator.told = self.board.note_calls
         return Ranks(agreement=self.board, exchange=group)
 
     # ---- steps ---------------------------------------------------------------------------

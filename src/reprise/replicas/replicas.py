@@ -41,6 +41,7 @@ from reprise.loading import NamedTensors, checkpoint_of
 from reprise.outputs import RequestMetrics, RequestOutput
 from reprise.processes import wire
 from reprise.processes.channel import Channel
+from reprise.processes.launched import refuse_launcher
 from reprise.processes.waker import Waker
 from reprise.replicas.deltas import unpack
 from reprise.replicas.replica import POLL_SECONDS, Fleet, Heard, Replica
@@ -122,6 +123,7 @@ class Replicas:
     """
 
     def __init__(self, config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> None:
+        refuse_launcher("data_parallel_size", config.data_parallel_size)
         checkpoint = checkpoint_of(config)
         if config.enable_expert_parallel:  # before any process is started
             everyone = Group("data", 0, config.data_parallel_size)

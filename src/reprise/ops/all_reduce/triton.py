@@ -35,6 +35,7 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
 
 
 def _sum(buffer: SymmetricBuffer, x: Tensor, out: Tensor, *, add: bool) -> None:
+    communicator(buffer.group.name).begin()
     count = x.numel()
     block = max(_LEAST, next_power_of_2(cdiv(count, BLOCKS)))
     launch(sum_kernel, (cdiv(count, block),))(

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from reprise.distributed import Communicator
 from reprise.distributed.ring import Reader
 from reprise.graphs import GraphRunner
+from reprise.graphs.capture import Capturer
 from reprise.parallel import messages
 from reprise.runner import ModelRunner
 from reprise.testing import faults
@@ -99,6 +101,25 @@ def raises_submitting(rank: int) -> None:
 def raises_in_a_pass(rank: int) -> None:
     """It raises where others wait for it in a collective."""
     _dies_in("_run_eagerly", LATE, _raise, GraphRunner)
+
+
+def raises_capturing(rank: int) -> None:
+    """In the midst of the first pass of a graph, where others wait for it in a collective."""
+    warm_up, all_reduce = Capturer._warm_up, Communicator.all_reduce
+    passing = False
+
+    def watched(self: Capturer, *what: Any) -> None:
+        nonlocal passing
+        passing = True
+        warm_up(self, *what)
+
+    def fail(self: Communicator, *what: Any) -> None:
+        if passing:
+            _raise()
+        all_reduce(self, *what)
+
+    Capturer._warm_up = watched  # type: ignore[assignment,method-assign]
+    Communicator.all_reduce = fail  # type: ignore[assignment,method-assign]
 
 
 def _raise() -> None:
