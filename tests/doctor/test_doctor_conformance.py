@@ -82,6 +82,7 @@ def test_every_fault_and_every_op_has_its_contract():
     for name in all_ops():
         assert f"op_matches_reference:{name}" in kit.CONTRACTS
         assert f"op_is_deterministic:{name}" in kit.CONTRACTS
+        assert f"op_is_batch_invariant:{name}" in kit.CONTRACTS
         if all_ops()[name].break_op:
             assert f"op_leaves_zeros:{name}" in kit.CONTRACTS
 

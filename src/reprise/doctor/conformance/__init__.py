@@ -11,6 +11,7 @@ from reprise.doctor.conformance import (  # noqa: F401, I001 - in the order of t
     graphs,
     collectives,
     operations,
+    invariance,
     engine,
 )
 from reprise.doctor.conformance.contract import CONTRACTS, Broken, Contract, Kit, Skipped

@@ -49,7 +49,7 @@ def paged_attention(
         blocks = tables[row][first // block_size : math.ceil(length / block_size)]
         count = length - first + before
         keys, values = (
-            _splits(tokens_of(*each, blocks, before, count, torch.float32), first)
+            _splits(tokens_of(*each, blocks, before, count, torch.float32).float(), first)
             for each in caches
         )
         request = _Request(keys, values, first // SPLIT * SPLIT, scale, sliding_window, soft_cap)
@@ -115,7 +115,7 @@ class _Request:
         # What is not seen adds zeros, so it does not matter how many such splits there are.
         scores = scores[:, :, :count].masked_fill(~seen.unsqueeze(1), -math.inf)
         weights = torch.exp(scores - scores.amax(dim=(0, 3), keepdim=True))
-        padded = torch.zeros_like(query[..., :1]).expand(-1, -1, -1, SPLIT).clone()
+        padded = query.new_zeros(*query.shape[:3], SPLIT)
         padded[:, :, :count] = weights
         sums = padded.sum(dim=-1, keepdim=True)
         products = _products(padded, self.values[begin:end])
