@@ -160,6 +160,9 @@ class EngineConfig:
     """Spread whole experts over devices: those of ``tensor_parallel_size``, instead of a part of
     each expert on every one; or those of ``data_parallel_size``, whose engines then have all other
     weights each and compute their steps at the same time."""
+    count_expert_load: bool = False
+    """Count how many tokens each expert of each layer gets, for metrics; it costs a few small
+    kernels a layer."""
     data_parallel_size: int = 1
     """Engines with all weights each, on as many devices and in processes of their own; a request
     goes to the one that has its prefix, or the least to do."""
@@ -348,6 +351,7 @@ _KINDS: list[tuple[tuple[str, ...], type | tuple[type, ...], str]] = [
             "custom_all_reduce",
             "enable_expert_parallel",
             "batch_invariant",
+            "count_expert_load",
         ),
         bool,
         "True or False",

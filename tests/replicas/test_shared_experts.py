@@ -18,6 +18,7 @@ from helpers import TinyModels, greedy, random_ids
 from http_server import gone, replicas_of
 
 from reprise import LLM, AsyncLLM, SamplingParams
+from reprise.engine.questions import QUESTIONS
 from reprise.errors import ModelError, RanksError, RepriseError, RequestError
 from reprise.replicas import table
 
@@ -233,7 +234,8 @@ def test_random_steps(
                     await asyncio.gather(*done)
                     waiting -= done
             await asyncio.gather(*waiting)
-        report = await llm.graph_report()
+        reports = await asyncio.wrap_future(driver.ask("graph_report"))
+        report = QUESTIONS["graph_report"].of_all(reports)
         assert not report.quarantined
         if executor != "none":
             assert report.replays > steps

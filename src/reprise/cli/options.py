@@ -43,7 +43,8 @@ ENGINE_PANELS = {
     "Graphs": ("graph_mode", "graph_verify", "graph_buckets", "graph_memory_profile"),
     "Device": (
         "device", "data_parallel_size", "tensor_parallel_size", "enable_expert_parallel",
-        "custom_all_reduce", "distributed_executor_backend", "distributed_timeout_seconds", "ops",
+        "count_expert_load", "custom_all_reduce", "distributed_executor_backend",
+        "distributed_timeout_seconds", "ops",
     ),
     "Drafts": ("speculative_config",),
     "Sampling": ("seed", "batch_invariant", "max_logprobs"),

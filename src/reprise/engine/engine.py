@@ -591,7 +591,13 @@ class Engine(Frontend):
 
     def metrics(self) -> list[Metric]:
         """All metrics of this moment."""
-        return self._observations.metrics(self.scheduler.stats(), self.lockstep)
+        load, ranks = self.runner.expert_load, self.runner.ranks
+        return self._observations.metrics(
+            self.scheduler.stats(),
+            self.lockstep,
+            None if load is None else load.totals(),
+            1 if ranks.exchange is None else ranks.exchange.size * ranks.group.size,
+        )
 
     def _observe_drafts(self, choice: DraftChoice, step: Step, output: StepOutput) -> None:
         now, requests = time.perf_counter(), len(step.rows)

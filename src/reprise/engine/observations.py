@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 from reprise.engine.draft_counts import DraftCounts
 from reprise.engine.scheduler import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
@@ -12,6 +14,9 @@ _SECONDS = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640,
     2560,
 ]  # fmt: skip
+
+OURS = ("expert_", "lockstep_")
+"""What names of metrics begin with that vLLM does not have."""
 
 
 class Observations:
@@ -69,12 +74,20 @@ class Observations:
         if request.num_output_tokens > 1:
             self._per_token.add((last - first) / (request.num_output_tokens - 1))
 
-    def metrics(self, stats: SchedulerStats, lockstep: Lockstep | None = None) -> list[Metric]:
+    def metrics(
+        self,
+        stats: SchedulerStats,
+        lockstep: Lockstep | None = None,
+        experts: Mapping[str, Sequence[int]] | None = None,
+        expert_ranks: int = 1,
+    ) -> list[Metric]:
         """All metrics of this moment.
 
         Args:
             stats: The scheduler's.
             lockstep: Of engines that compute in step, if this is one.
+            experts: By layer, of each expert the tokens that it has got, if they are counted.
+            expert_ranks: Ranks over which whole experts are spread.
         """
         labels = self._labels
         gauges = {
@@ -132,4 +145,15 @@ class Observations:
                 for place, count in enumerate(drafts.accepted_at)
             ),
             *(each.histogram(f"reprise:{name}", labels) for name, each in distributions.items()),
+            *self._of_experts(experts or {}, expert_ranks),
         ]
+
+    def _of_experts(self, experts: Mapping[str, Sequence[int]], ranks: int) -> Iterator[Metric]:
+        for layer, counts in experts.items():
+            labels = {**self._labels, "layer": layer}
+            for number, count in enumerate(counts):
+                yield Counter("reprise:expert_tokens", {**labels, "expert": str(number)}, count)
+            each = len(counts) // ranks
+            for rank in range(ranks if ranks > 1 else 0):
+                mine = sum(counts[rank * each : (rank + 1) * each])
+                yield Counter("reprise:expert_rank_tokens", {**labels, "rank": str(rank)}, mine)

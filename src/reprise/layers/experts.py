@@ -204,12 +204,17 @@ class Experts(nn.Module):
             self.gate_up_proj,
         )  # fmt: skip
         self.format = self.gate_up_proj.format
+        self.count = count
+        self.load: tuple[Tensor] | None = None
+        """[count] int64: rows that each expert gets are added there; nothing: they are not counted.
+        In a tuple, since it is no weight."""
         self._own = _own(build, count)
         self._exchange = build.exchange or ALONE
         _tell_if_slow(type(self.format))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor, limit: float = 0.0) -> Tensor:
         """See :meth:`reprise.layers.formats.Format.grouped`; ids are numbers among all experts."""
+        self._note(ids)
         stacks = self.gate_up_proj.tensors, self.down_proj.tensors
         own, group = self._own, self._exchange
         if own.size == own.total:
@@ -228,11 +233,16 @@ class Experts(nn.Module):
         ops.combine(given, ids, out, group.name)
         return out
 
+    def _note(self, ids: Tensor) -> None:
+        if self.load is not None:
+            ops.expert_load(ids, *self.load)
+
     def add(self, x: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> None:
         """Add it to ``residual`` [T, hidden_size], in place."""
         if self._own.size < self._own.total:
             residual.add_(self(x, weights, ids))
             return
+        self._note(ids)
         stacks = self.gate_up_proj.tensors, self.down_proj.tensors
         self.format.grouped_add(x, weights, ids, *stacks, residual)
 

@@ -19,6 +19,7 @@ from reprise.ops.compressor import compressor as compressor
 from reprise.ops.dispatch import combine as combine
 from reprise.ops.dispatch import dispatch as dispatch
 from reprise.ops.draft_inputs import draft_inputs as draft_inputs
+from reprise.ops.expert_load import expert_load as expert_load
 from reprise.ops.experts import experts as experts
 from reprise.ops.experts import experts_add as experts_add
 from reprise.ops.fp8_experts import fp8_experts as fp8_experts

@@ -40,6 +40,7 @@ from reprise.runner.drafts import (
     lookahead_of,
     make_drafter,
 )
+from reprise.runner.expert_load import ExpertLoad
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     build_model,
@@ -122,6 +123,9 @@ class ModelRunner:
                     max_model_len=wanted_len, cache_dtype=cache_dtype,
                     group=ranks.group, exchange=ranks.exchange,
                 )  # fmt: skip
+            self.expert_load: ExpertLoad | None = None
+            if config.count_expert_load:
+                self.expert_load = ExpertLoad(self.model, self.ops, platform.device)
             self._draft = draft
             self.caches = caches_with(self.model, draft)
             self.lookahead = lookahead_of(draft, config.speculation)
@@ -184,6 +188,8 @@ class ModelRunner:
                 self._make_cache(wanted_len, activation_bytes)
                 with timeline.span("capture"):
                     self._capture_graphs()
+            if self.expert_load is not None:
+                self.expert_load.reset()
         self._shape = StepShape.decode(0)
         self._result: Tensor | None = None
         """Of the step that was submitted last."""

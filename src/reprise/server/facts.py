@@ -8,6 +8,7 @@ from typing import Any
 from reprise import __version__
 from reprise.config import EngineConfig
 from reprise.engine import EngineStats, Frontend
+from reprise.engine.observations import OURS
 from reprise.engine.renderer import renderer_of
 from reprise.engine.submission import MAX_LOGPROBS
 from reprise.engine.template import Renderer
@@ -111,9 +112,15 @@ def metric_facts(
             known.append(emissions.gaps.histogram("reprise:inter_token_latency_seconds", model))
             errors = {**model, "finished_reason": "error"}
             known.append(Counter("reprise:request_success", errors, emissions.num_failed))
-        found += [_plain(each, "vllm:", engine) for each in known]
+        found += [_plain(each, _prefix(each), engine) for each in known]
         found += [_plain(each, "reprise:", engine) for each in _graph_metrics(model, report)]
     return found
+
+
+def _prefix(metric: Metric) -> str:
+    """vLLM's, unless it has no metric of this name."""
+    ours = metric.name.removeprefix("reprise:").startswith(OURS)
+    return "reprise:" if ours else "vllm:"
 
 
 def _graph_metrics(label: dict[str, str], report: GraphReport) -> list[Metric]:
