@@ -175,13 +175,15 @@ def test_what_cannot_be_spread_is_refused(
         ("full", 2000, {}),
         ("breakable", 2000, {}),
         ("none", 500, {}),
+        ("full", 500, {"graph_verify": "off"}),
         ("full", 500, {"graph_verify": "canary:1"}),
         ("full", 500, {"num_blocks": 18}),
         ("full", 500, {"data_parallel_size": 4}),
         ("full", 500, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
                        "prompt_lookup_max": 3, "prompt_lookup_min": 1}}),
     ],
-    ids=["full", "breakable", "none", "every step compared", "preemption", "four", "drafts"],
+    ids=["full", "breakable", "none", "unverified", "every step compared", "preemption", "four",
+         "drafts"],
 )  # fmt: skip
 def test_random_steps(
     options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], executor: str,
@@ -191,9 +193,7 @@ def test_random_steps(
     rng = random.Random(f"{executor} {more}")
     count = more.get("data_parallel_size", 2)
 
-    async def main() -> None:
-        llm = AsyncLLM(**{**options, "data_parallel_size": count, "enable_expert_parallel": True,
-                          "graph_mode": executor, **more})  # fmt: skip
+    async def main(llm: AsyncLLM) -> None:
         names = iter(range(1 << 30))
 
         async def ask(news: asyncio.Event) -> None:
@@ -238,14 +238,21 @@ def test_random_steps(
         report = QUESTIONS["graph_report"].of_all(reports)
         assert not report.quarantined
         if executor != "none":
-            assert report.replays > steps
+            # How many wait for their kind to be proven depends on what a comparison takes.
+            assert report.replays > (steps if "graph_verify" in more else 0)
         stats = await llm.stats()
         assert stats.num_requests == 0
         if "num_blocks" in more:
             assert stats.scheduler.total_preemptions > 0
-        llm.shutdown()
 
-    asyncio.run(main())
+    llm = AsyncLLM(
+        **{**options, "data_parallel_size": count, "enable_expert_parallel": True,
+           "graph_mode": executor, **more}
+    )  # fmt: skip
+    try:
+        asyncio.run(main(llm))
+    finally:
+        llm.shutdown()
 
 
 # ---- faults ------------------------------------------------------------------------------
