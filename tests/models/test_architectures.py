@@ -211,6 +211,10 @@ BY_LAYER = {"full_attention": LINEAR, "sliding_attention": LINEAR}
         ("smollm3", {"no_rope_layers": None}, "no_rope_layers=None"),
         ("smollm3", {"mlp_bias": "yes"}, "mlp_bias='yes'"),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings=1"),
+        *(
+            (each, {"is_causal": False}, "is_causal=False")
+            for each in ("llama", "qwen3", "mixtral", "qwen3_next")
+        ),
     ],
 )
 def test_fields_that_an_architecture_cannot_read_are_refused(

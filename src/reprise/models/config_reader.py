@@ -87,7 +87,7 @@ def head_size(config: Config) -> int:
 
 
 def require_sizes(config: Config, *, dense: bool = True) -> None:
-    """Refuse a config from whose sizes no decoder can be built.
+    """Refuse a config from whose sizes no decoder can be built, or that is of an encoder.
 
     Args:
         config: Of a checkpoint.
@@ -97,6 +97,11 @@ def require_sizes(config: Config, *, dense: bool = True) -> None:
         ModelError: Names the field, its value and what it must be.
     """
     layer_count(config)
+    if getattr(config, "is_causal", None) not in (True, None):
+        raise ModelError(
+            f"config field is_causal={config.is_causal!r} is not supported; supported: true. "
+            "Models whose tokens attend to later ones make embeddings; this engine generates text"
+        )
     for name in _SIZES:
         if dense or name != "intermediate_size":
             whole_number(config, name)
