@@ -34,6 +34,43 @@ def test_large_weights_go_to_onednn(implementation, randn) -> None:
         assert function(x, weight[:511], bias[:511]).is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (512, 511), (40, 96), (1, 1)])
+def test_bfloat16_is_as_exact_as_its_rounding(implementation, randn, shape) -> None:
+    """However many rows: each number is within a rounding of the true product, as torch's own."""
+    outputs, inputs = shape
+    weight = (randn(outputs, inputs) / inputs**0.5).bfloat16()
+    bias = randn(outputs).bfloat16()
+    for name in ("onednn", "reference"):
+        function = implementation(linear, name)
+        for rows in (0, 1, 2, 9, 64, 65):
+            x = randn(rows, inputs).bfloat16()
+            for each in (None, bias):
+                found = function(x, weight, each)
+                assert (found.shape, found.dtype) == ((rows, outputs), torch.bfloat16)
+                assert found.is_contiguous()
+                expected = x.double() @ weight.double().T + (0 if each is None else each.double())
+                torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)
+            into = torch.zeros(rows, outputs, dtype=torch.bfloat16)
+            implementation(linear_into, name)(x, weight, into)
+            implementation(linear_add, name)(x, weight, None, into)
+            torch.testing.assert_close(into.double(), 2 * (expected - bias), rtol=2**-7, atol=2e-3)
+
+
+def test_few_rows_of_bfloat16_leave_the_weight_as_it_lies(implementation, randn) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no instructions for it")
+    function = implementation(linear, "onednn")
+    weight = randn(512, 512).bfloat16()
+    called = {1: "aten::mv", 2: "aten::mm", 64: "aten::mm", 65: "aten::linear"}
+    for rows, name in called.items():
+        x = randn(rows, 512).bfloat16()
+        with torch.profiler.profile() as seen:
+            function(x, weight, None)
+        names = {each.name for each in seen.events()}
+        assert name in names
+        assert ("aten::linear" in names) is (rows > 64)
+
+
 # One row in a narrow type has a kernel of its own: sizes below a tile, odd ones, several tiles.
 # So have a few rows with whole steps of 128 inputs, of which programs may share a tile.
 SIZES = [
