@@ -91,9 +91,9 @@ class EngineThread:
         self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
-        self._thread.start()
-        if self.engine.lockstep is not None:
+        if self.engine.lockstep is not None:  # before it rests for the first time
             self.engine.lockstep.on_wake = lambda: self._commands.put(_Command(lambda: None))
+        self._thread.start()
 
     # ---- any thread ------------------------------------------------------------------------
 

@@ -153,10 +153,14 @@ class LocalFleet(Fleet):
         self._table = Table(len(chosen)) if config.enable_expert_parallel else None
         seats = [None] * len(chosen) if self._table is None else self._table.seats
         try:
-            for index, (place, seat) in enumerate(zip(chosen, seats, strict=True)):
-                self.replicas.append(LocalReplica(index, place, config, self._directory, seat=seat))
-            if self._table is not None:
-                self._table.taken()
+            try:
+                for index, (place, seat) in enumerate(zip(chosen, seats, strict=True)):
+                    self.replicas.append(
+                        LocalReplica(index, place, config, self._directory, seat=seat)
+                    )
+            finally:
+                if self._table is not None:
+                    self._table.taken()
             await_ready(self)
         except BaseException as error:
             self.end()

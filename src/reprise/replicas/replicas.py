@@ -125,7 +125,9 @@ class Replicas:
     def __init__(self, config: EngineConfig, delivered: Callable[[Sequence[Any]], None]) -> None:
         refuse_launcher("data_parallel_size", config.data_parallel_size)
         checkpoint = checkpoint_of(config)
-        if config.enable_expert_parallel:  # before any process is started
+        self._in_step = config.enable_expert_parallel and config.data_parallel_size > 1
+        """They share experts: one that has lost the others ends."""
+        if self._in_step:  # before any process is started
             everyone = Group("data", 0, config.data_parallel_size)
             shape_of(checkpoint.config, torch.bfloat16, ALONE, everyone)
             refuse_apart(config)
@@ -539,7 +541,7 @@ class Replicas:
 
     def _refused(self, message: wire.Refused) -> None:
         error = named(message.kind, message.message)
-        if isinstance(error, RanksError):
+        if self._in_step and isinstance(error, RanksError):
             return  # its process ends, and why is told to all at once
         with self._lock:
             asked = self._asked.pop(message.number, None)
