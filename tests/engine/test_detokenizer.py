@@ -145,6 +145,8 @@ def test_characters_cut_anywhere(case: tuple[str, list[int]]) -> None:
 )
 @example(text="👍", prompt="🎉🎉")
 @example(text="🎉" * 30 + "é" * 30, prompt="a🎉🎉")
+@example(text="\ufffd\u2028 漢", prompt="")
+@example(text="\ufffd\ufffd漢\ufffd🎉", prompt="漢")
 def test_byte_fallback(text: str, prompt: str) -> None:
     """Each byte of a rare character is a token; the first word's space is not text."""
     tokenizer = byte_fallback()

@@ -154,7 +154,7 @@ class Detokenizer:
         self._pending.append(token_id)
         text = self._pending_text()
         whole = text.rstrip(REPLACEMENT)
-        settled = max(len(whole), len(text) - UNFINISHED, self._num_out)
+        settled = max(len(whole), self._sure(text), self._num_out)
         added, self._unsure = text[self._num_out : settled], text[settled:]
         self._num_out = settled
         if added and not self._unsure:
@@ -163,9 +163,24 @@ class Detokenizer:
             added += self._advance_within_pending()
         return added
 
-    def _pending_text(self) -> str:
-        """What the pending tokens add to the text of the context."""
-        before, text = self._context_text, self._decode(self._context + self._pending)
+    def _sure(self, text: str) -> int:
+        """How many of the characters no further token changes.
+
+        Those that the text has without its last tokens too, which may begin a character: a whole
+        U+FFFD before them is three replacement characters until they are whole.
+        """
+        if len(text) <= UNFINISHED:
+            return 0
+        shorter = [self._pending_text(without=each) for each in range(1, UNFINISHED + 1)]
+        agreed = itertools.takewhile(
+            lambda letters: len(set(letters)) == 1, zip(text, *shorter, strict=False)
+        )
+        return min(len(text) - UNFINISHED, sum(1 for _ in agreed))
+
+    def _pending_text(self, without: int = 0) -> str:
+        """What the pending tokens, but for the last ones, add to the text of the context."""
+        pending = self._pending[: len(self._pending) - without]
+        before, text = self._context_text, self._decode(self._context + pending)
         if text.startswith(before):
             return text[len(before) :]
         pairs = itertools.takewhile(
@@ -174,7 +189,7 @@ class Detokenizer:
         common = sum(1 for _ in pairs)
         if not before[common:].strip(REPLACEMENT):
             return text[common:]  # they complete a character that the context began
-        return self._decode(self._pending)  # they spoil the context's run of bytes
+        return self._decode(pending)  # they spoil the context's run of bytes
 
     def _advance(self, text: str) -> None:
         """The pending tokens, whose text is out, become the context."""
