@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import covering
 import pytest
 import seeds
 
@@ -42,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     config.addinivalue_line("markers", "long: left out unless --long is given")
+    config.addinivalue_line("markers", "covering(values): see tests/covering.py")
     config.addinivalue_line("markers", "floor: measures what the device can do as users do")
     config.addinivalue_line("markers", "races: on the simulated accelerator it may have races")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -62,9 +64,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda each: each.path.name not in LONGEST)
     if config.getoption("--long") or config.getoption("--device") not in ON_CPU:
         return
-    left_out = [each for each in items if each.get_closest_marker("long")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [each for each in items if not each.get_closest_marker("long")]
+    long = {each for each in items if each.get_closest_marker("long")}
+    long |= covering.left_over(each for each in items if each not in long)
+    config.hook.pytest_deselected(items=[each for each in items if each in long])
+    items[:] = [each for each in items if each not in long]
 
 
 def pytest_collection_finish() -> None:

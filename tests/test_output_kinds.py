@@ -79,6 +79,7 @@ def content(output: RequestOutput) -> Any:
     return output.finished, output.prompt, output.prompt_token_ids, plain
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("pause", [0, 0.005])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_they_say_the_same(llm: LLM, serve: Any, case: dict[str, Any], pause: float) -> None:
@@ -143,7 +144,8 @@ def test_a_slow_reader_gets_every_token_once(serve: Any, llm: LLM) -> None:
         found = []
         async for each in served.generate(PROMPT, greedy(STEPS, output_kind=DELTA)):
             found.append(each)
-            await asyncio.sleep(0.2)  # the request ends meanwhile
+            while (await served.stats()).num_requests:  # it ends meanwhile
+                await asyncio.sleep(0.01)
         return found
 
     found = serve(body)

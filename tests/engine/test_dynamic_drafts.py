@@ -139,6 +139,7 @@ def make(model: TinyModel, device: str, **options: Any) -> LLM:
     return make_llm(model, device, speculative_config=config, max_num_seqs=4, **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("graphs", ["none", "full"])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_any_change_leaves_the_tokens_as_they_are(

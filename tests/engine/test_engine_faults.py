@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import TinyModels, greedy, make_llm, random_ids
 
-from reprise import LLM
+from reprise import LLM, platforms
 from reprise.ops import OpTable
 from reprise.ops.registry import all_ops
 from reprise.platforms import Platform
@@ -42,6 +42,12 @@ def tokens(llm: LLM, prompts: list[list[int]], count: int = 12) -> list[list[int
     return [each.outputs[0].token_ids for each in outputs]
 
 
+def exists(name: str, op: str, executor: str) -> bool:
+    platform = platforms.resolve("cpu")
+    return faults.FAULTS[name].inexpressible(all_ops()[op], executor, platform) is None
+
+
+@pytest.mark.covering(2, where=exists)
 @pytest.mark.parametrize("executor", ["full", "breakable"])
 @pytest.mark.parametrize("op", ["paged_attention", "rotary_cache"])
 @pytest.mark.parametrize("name", sorted(faults.RECORDED))

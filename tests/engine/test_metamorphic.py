@@ -74,6 +74,7 @@ def check(known: Known, llm: LLM) -> None:
     assert generate(llm, PROMPTS, SAMPLED) == known.sampled
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,6 +92,7 @@ def test_steps(known: Known, device: str, options: dict[str, Any]) -> None:
     check(known, make_llm(known.model, device, **options))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("mode", "buckets"),
     [("decode=full", "2,8"), ("breakable", "2,8,64")],
@@ -104,6 +106,7 @@ def test_graphs(known: Known, device: str, mode: str, buckets: str) -> None:
     assert report.quarantined == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +136,7 @@ def test_one_step_ahead(
     assert_idle(llm)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_tiny_blocks(known: Known, device: str, block_size: int) -> None:
     if device != "cpu":
@@ -191,6 +195,7 @@ def test_a_conversation_continues_from_generated_blocks(known: Known, device: st
     assert output.outputs[0].token_ids == answer[20:]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("caching", [True, False])
 def test_preemption(known: Known, device: str, caching: bool) -> None:
     """The cache holds the longest request and little more."""

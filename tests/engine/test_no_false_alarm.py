@@ -40,6 +40,7 @@ def assert_no_alarm(llm: LLM) -> None:
     assert all(each.verified for each in report.graphs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("block_size", "num_blocks"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -202,20 +201,9 @@ FAULTS = (
 )  # fmt: skip
 
 
-LONG = {
-    ("full", "state_forgotten"), ("breakable", "state_forgotten"), ("full", "stale_accepted"),
-    ("breakable", "state_of_rejected_drafts"),
-}  # fmt: skip
-"""Left out of short runs: the conformance kit has them."""
-
-
-@pytest.mark.parametrize(
-    ("executor", "fault"),
-    [
-        pytest.param(*each, marks=[pytest.mark.long] * (each in LONG))
-        for each in itertools.product(("full", "breakable"), FAULTS)
-    ],
-)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("executor", ["full", "breakable"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_graph_that_is_wrong_about_states_is_refused(
     known: Known, device: str, monkeypatch: pytest.MonkeyPatch, fault: str, executor: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from reprise import platforms
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.verify import VerifyMode, examine
 from reprise.ops import all_ops
@@ -40,6 +41,12 @@ def steps_are_right(runner, toy):
             )
 
 
+def exists(fault, op, executor):
+    platform = platforms.resolve("cpu")
+    return faults.FAULTS[fault].inexpressible(all_ops()[op], executor, platform) is None
+
+
+@pytest.mark.covering(2, where=exists)
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("fault", faults.RECORDED)

@@ -56,8 +56,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "eps": {"rms_norm_eps": 0.1},
 }
 CASES = [
-    *(("qwen3", name, fields) for name, fields in BOTH.items()),
-    *(("llama", name, fields) for name, fields in BOTH.items()),
+    *((kind, name, fields) for name, fields in BOTH.items() for kind in ("qwen3", "llama")),
     ("llama", "mlp bias", {"mlp_bias": True, "attention_bias": True}),
     ("llama", "head_dim from hidden", {"head_dim": None}),
     ("qwen3", "sliding window in the upper layers", WINDOW_ABOVE),
@@ -113,6 +112,7 @@ CASES = [
     ("mixtral", "sliding window", {"sliding_window": 13, "num_experts_per_tok": 3}),
 ]
 LONG = [
+    *((("llama", "qwen3")[number % 2], name) for number, name in enumerate(BOTH)),
     ("qwen3_moe", "weights as they are"),
     ("qwen3_moe", "every second layer"),
     ("qwen3_moe", "every expert"),

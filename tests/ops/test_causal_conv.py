@@ -73,6 +73,7 @@ def test_requests_side_by_side_do_not_meet(implementation, randn, name) -> None:
         assert not out[place:].count_nonzero()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("num_drafts", [1, 3, 7])
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("name", ["reference", "triton"])

@@ -179,6 +179,7 @@ def test_few_rows(implementation, randn, monkeypatch, rows, kind) -> None:
     few_rows_kernel.config_of.cache_clear()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rows", [4, 8, 9, 16, 17, 31, 33, 64, 65, 128, 129, 130])
 @pytest.mark.parametrize("inputs", [200, 256])
 def test_numbers_of_rows(implementation, randn, inputs, rows) -> None:

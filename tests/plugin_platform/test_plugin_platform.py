@@ -56,7 +56,6 @@ MATRIX = (
     (matrix.Features("breakable", matrix.HYBRID, 0), "bucket"),
     (matrix.Features("breakable", "experts", 1), "bucket"),
     (matrix.Features("none", "plain", 7), "preemption"),
-    (matrix.Features("compiled", "plain", 1), "bucket"),
 )
 """Of the metamorphic matrix, what its maker would look at first."""
 IN_TURN = zip(matrix.PRODUCT, itertools.cycle(matrix.DISTURBANCES), strict=False)

@@ -40,6 +40,7 @@ def ask(llm: LLM, what: StructuredOutputsParams, **params: Any) -> Any:
     return output.outputs[0] if params.get("n", 1) == 1 else output.outputs
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("what", "pattern"),
     [
@@ -136,6 +137,7 @@ def alone(llm: LLM) -> list[Any]:
     return [llm.generate(*each, use_tqdm=False)[0].outputs[0] for each in subjects()]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("drafts", [{}, {"speculative_config": NGRAM}], ids=["plain", "drafts"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 def test_alone_and_among_others_and_with_drafts_the_same_tokens(
@@ -195,7 +197,7 @@ def test_a_bomb_is_refused_in_bounded_time_and_harms_nobody(
 
     def make(self: Any, what: Any) -> Any:
         compiled = made(self, what)
-        assert go_on.wait(60)  # as one that takes minutes
+        assert go_on.wait(100)  # as one that takes minutes
         return compiled
 
     monkeypatch.setattr(compiling.GrammarCompiler, "_make", make)
@@ -206,7 +208,7 @@ def test_a_bomb_is_refused_in_bounded_time_and_harms_nobody(
             ask(llm, wanted(json={**bomb, "title": title}))
     with pytest.raises(RequestError, match="2 other grammars have been compiling"):
         ask(llm, wanted(regex="[fg]{3}"))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
     # What is compiled already is given out, and nobody else has noticed anything.
     assert re.fullmatch("[cd]{3}", ask(llm, wanted(regex="[cd]{3}")).text)
     free = llm.generate("The", SamplingParams(max_tokens=5), use_tqdm=False)
