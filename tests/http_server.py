@@ -90,6 +90,15 @@ def children(pid: int) -> list[tuple[int, str]]:
     return [(int(number), command) for number, _, command in pairs]
 
 
+def at_rest(pid: int) -> bool:
+    """Whether a process and its children wait: what was sent to them they have read."""
+    listed = [str(each) for each in (pid, *(number for number, _ in children(pid)))]
+    found = subprocess.run(
+        ["ps", "-p", ",".join(listed), "-o", "state="], capture_output=True, text=True, check=False
+    )
+    return all(state[0] in "SI" for state in found.stdout.split())
+
+
 def replicas_of(pid: int) -> list[int]:
     """Process ids of a program's replicas, in their order."""
     return [number for number, command in children(pid) if "reprise.replicas.process" in command]

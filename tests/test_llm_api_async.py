@@ -80,9 +80,9 @@ def test_cancelling_tasks(run: Any, model: TinyModel, moment: int) -> None:
             for _ in range(moment):
                 await asyncio.sleep(0)
             await asyncio.sleep(moment / 1000)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            if task.cancel():  # on a busy machine this one may be late
+                with pytest.raises(asyncio.CancelledError):
+                    await task
             assert model.is_greedy(PROMPTS[1], tokens(await other))
 
     run(body)
@@ -93,7 +93,7 @@ def test_priorities(run: Any) -> None:
         order: list[int] = []
 
         async def one(number: int, priority: int) -> None:
-            await last(llm.generate(PROMPTS[0], greedy(60), priority=priority))
+            await last(llm.generate(PROMPTS[0], greedy(200), priority=priority))
             order.append(number)
 
         await asyncio.gather(*(one(number, -number) for number in range(4)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -67,11 +66,14 @@ def test_no_bar_without_a_terminal(stderr, monkeypatch):
 
 
 def test_no_bar_for_short_work(stderr, monkeypatch):
-    monkeypatch.setattr(module, "SHOW_AFTER_SECONDS", 0.05)
+    now = 0.0
+    monkeypatch.setattr(module, "SHOW_AFTER_SECONDS", 1.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     with progress("counting", 3) as bar:
+        now = 0.9
         bar.advance()
         assert stderr.getvalue() == ""
-        time.sleep(0.06)
+        now = 1.1
         bar.advance()
     assert "2/3" in stderr.getvalue()
 

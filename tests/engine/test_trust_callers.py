@@ -121,10 +121,10 @@ def test_who_leaves_in_the_midst_of_a_step_harms_nobody(
     async def leaves(llm: AsyncLLM, number: int) -> None:
         prompt = random_ids(50 + number, draw.randrange(1, 90))
         stream = llm.generate(prompt, SamplingParams(max_tokens=35, seed=number, n=1 + number % 2))
-        task = asyncio.ensure_future(anext(stream))
+        task = asyncio.ensure_future(anext(stream, None))  # it may have ended already
         for _ in range(number % 4):
             await task
-            task = asyncio.ensure_future(anext(stream))
+            task = asyncio.ensure_future(anext(stream, None))
         await asyncio.sleep(draw.random() / 20)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

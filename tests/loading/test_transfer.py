@@ -135,12 +135,14 @@ def test_progress_is_told_by_the_calling_thread(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[threading.Thread, int, int]] = []
+    begun = threading.Event()
 
     class Bar:
         what, total = "", 3
 
         def show(self, what: str, done: int, total: int) -> None:
             shown.append((threading.current_thread(), done, total))
+            begun.set()
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Bar]:
@@ -149,7 +151,7 @@ def test_progress_is_told_by_the_calling_thread(
         yield Bar()
 
     def slowly(self: Lane, target: Tensor, source: Tensor, offset: float) -> None:
-        time.sleep(0.05)
+        assert begun.wait(100)
 
     monkeypatch.setattr(module, "progress", progress)
     monkeypatch.setattr(module, "WORKERS", 1)
@@ -178,7 +180,8 @@ def test_failure_names_the_tensor_and_stops_the_others(
 
     def copy(self: Lane, target: Tensor, source: Tensor, offset: float) -> None:
         attempts.append(1)
-        time.sleep(0.01)
+        # What is on its way when one fails takes long: the others have time to be stopped.
+        time.sleep(0.01 if len(attempts) < 20 else 0.3)
         if float(source[0, 0]) == float(made[5].source[0, 0]):
             raise DeviceLostError("the device is gone")
         plain(self, target, source, offset)
@@ -212,13 +215,13 @@ def test_interrupt(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
         attempts.append(1)
         if len(attempts) == 10:
             _thread.interrupt_main()
-        time.sleep(0.02)
+        time.sleep(0.02 if len(attempts) < 10 else 0.3)
 
     monkeypatch.setattr(Lane, "copy", copy)
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         transfer(copies(platform, 1000), platform)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 60
     assert len(attempts) < 200
     assert not workers()
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from http_server import Server, Start
+from http_server import Server, Start, at_rest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -128,15 +128,16 @@ def test_ctrl_c_prints_what_there_is(stub: Server, tmp_path: Path, processes: st
          "--num-prompts", "4", "--dataset", str(dataset), "--client-processes", processes],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    ended = -1.0
     before = len(re.findall("/v1/completions 200", stub.log))
-    for _ in range(600):  # the first request comes twice
-        ended = len(re.findall("/v1/completions 200", stub.log)) - before
-        if ended == 3:
-            break
+    deadline = time.monotonic() + 100
+    while (len(re.findall("/v1/completions 200", stub.log)) - before) != 3:
+        assert time.monotonic() < deadline  # the first request comes twice
         time.sleep(0.05)
-    assert ended == 3
-    time.sleep(0.3)
+    for _ in range(3):  # what was sent to it, it has read
+        while not at_rest(run.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130, err

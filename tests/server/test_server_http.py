@@ -337,7 +337,7 @@ def test_malformed_heads_harm_nobody(stub: Server) -> None:
 
 
 def test_a_half_closed_connection_and_a_cut_body_end(stub: Server) -> None:
-    with socket.create_connection(("127.0.0.1", stub.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", stub.port), timeout=100) as connection:
         connection.sendall(head(100) + b'{"prompt"')
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(4096):
@@ -351,7 +351,7 @@ def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
     with stub.client() as client:
         for stream in (False, True):
             body = json.dumps({"prompt": orders(wait=True), "stream": stream}).encode()
-            connection = socket.create_connection(("127.0.0.1", stub.port), timeout=10)
+            connection = socket.create_connection(("127.0.0.1", stub.port), timeout=100)
             connection.sendall(head(len(body)) + body)
             wait_for(lambda: client.get("/load").json()["server_load"] == 1)
             connection.close()
@@ -359,11 +359,11 @@ def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
 
 
 def test_heads_that_come_slowly_or_never(start: Start) -> None:
-    server = start("--header-timeout", "0.5", "--max-header-bytes", "3000")
+    server = start("--header-timeout", "1.5", "--max-header-bytes", "3000")
     line = b"GET /version HTTP/1.1\r\nHost: x\r\n"
 
     def open_one() -> socket.socket:
-        return socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", server.port), timeout=100)
 
     def is_answered(connection: socket.socket) -> None:
         answer = b""
@@ -375,7 +375,7 @@ def test_heads_that_come_slowly_or_never(start: Start) -> None:
         with connection:
             answer = drain(connection, 1000)
             assert b" 408 " in answer[:20]
-            assert b"did not come within 0.5 s" in answer
+            assert b"did not come within 1.5 s" in answer
 
     began = time.monotonic()
     silent, broken_off, trickling, second = (open_one() for _ in range(4))
@@ -387,8 +387,8 @@ def test_heads_that_come_slowly_or_never(start: Start) -> None:
             trickling.sendall(bytes([each]))
         except OSError:
             break
-        time.sleep(0.05)
-    assert time.monotonic() - began < 10
+        time.sleep(0.1)
+    assert time.monotonic() - began < 60
     for each in (silent, broken_off, trickling):
         ends_with_408(each)
     # A connection that has answered may be idle, but not begin and stop.
@@ -400,8 +400,9 @@ def test_heads_that_come_slowly_or_never(start: Start) -> None:
     body = json.dumps({"prompt": orders(wait=True), "stream": True}).encode()
     with open_one() as waiting:
         waiting.sendall(head(len(body)) + body)
-        time.sleep(1)
         with server.client() as client:
+            wait_for(lambda: client.get("/load").json() == {"server_load": 1})
+            time.sleep(2)
             assert client.get("/load").json() == {"server_load": 1}
     many = b"\r\n".join(b"x-%d: %b" % (number, b"b" * 90) for number in range(60))
     for headers in (b"x-large: " + b"a" * 4000, many):
@@ -421,7 +422,7 @@ def drain(connection: socket.socket, most: int = 100) -> bytes:
     return last
 
 
-def wait_for(condition: Any, seconds: float = 10) -> None:
+def wait_for(condition: Any, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -430,7 +431,7 @@ def wait_for(condition: Any, seconds: float = 10) -> None:
 
 def test_limits_of_a_server(start: Start) -> None:
     server = start(
-        "--max-body-bytes", "2000", "--body-timeout", "0.3", "--max-num-queued-reqs", "2",
+        "--max-body-bytes", "2000", "--body-timeout", "1.5", "--max-num-queued-reqs", "2",
         "--api-key", "k1", "--api-key", "k2", "--allowed-origins", "https://a.example",
         "--served-model-name", "m1", "--served-model-name", "m2",
     )  # fmt: skip
@@ -487,9 +488,9 @@ def test_a_reader_that_takes_nothing_is_dropped(start: Start) -> None:
     connection.connect(("127.0.0.1", server.port))
     with connection, server.client() as client:
         connection.sendall(head(len(body)) + body)
-        wait_for(lambda: "it is dropped" in server.log, 20)
+        wait_for(lambda: "it is dropped" in server.log)
         wait_for(lambda: client.get("/load").json()["server_load"] == 0)
-        connection.settimeout(10)
+        connection.settimeout(100)
         assert b"[DONE]" not in drain(connection)
 
 

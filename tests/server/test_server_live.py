@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from bisect import bisect_left
 from typing import Any
 
@@ -127,15 +126,13 @@ def test_behind_a_proxy_with_a_key(start: Start) -> None:
 
 
 def test_the_end_of_a_server_waits_for_nobody_who_looks(start: Start) -> None:
-    server = start()
+    server = start("--shutdown-timeout", "1000")
     with server.client() as client, client.stream("GET", "/live") as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        began = time.monotonic()
         server.process.terminate()
         list(lines)  # it ends, and properly
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - began < 10
+        assert server.process.wait(100) == 0
 
 
 def test_a_reader_holds_one_event() -> None:

@@ -243,7 +243,7 @@ def test_many_at_once_and_who_leaves(server: Server, client: openai.OpenAI, llm:
 
 
 def nothing_is_left(server: Server) -> bool:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     with server.client() as ours:
         while time.monotonic() < end:
             text = ours.get("/metrics").text
@@ -272,10 +272,10 @@ def test_abort_by_id(server: Server, client: openai.OpenAI) -> None:
     thread.start()
     with server.client() as ours:
         assert ours.post("/abort", json={"request_id": "cmpl-other"}).status_code == 404
-        end = time.monotonic() + 10
+        end = time.monotonic() + 100
         while ours.post("/abort", json={"request_id": "cmpl-mine"}).status_code == 404:
             assert time.monotonic() < end
-    thread.join(10)
+    thread.join(100)
     (error,) = found
     assert isinstance(error, openai.APIStatusError)
     assert error.status_code == 499  # which clients do not send again
@@ -336,7 +336,7 @@ def test_metrics_say_what_the_usage_said(server: Server, client: openai.OpenAI) 
 
 def test_the_first_kinds_of_line_in_the_log(server: Server, client: openai.OpenAI) -> None:
     complete(client, max_tokens=2, extra_headers={"x-request-id": "look-for-me"})
-    end = time.monotonic() + 5
+    end = time.monotonic() + 100
     while "look-for-me" not in server.log:
         assert time.monotonic() < end
     (line,) = (each for each in server.lines if "look-for-me" in each)

@@ -130,7 +130,7 @@ def test_every_caller_is_answered(device: str, who: str, number: int) -> None:
         os.kill(chosen, number)
         began = time.monotonic()
         for each in asked:
-            status, text, when = each.result(30)
+            status, text, when = each.result(100)
             assert when - began < ANSWER_SECONDS
             assert '"finish_reason":"length"' not in text
             if who == "replica":
@@ -140,7 +140,7 @@ def test_every_caller_is_answered(device: str, who: str, number: int) -> None:
                 assert "its last message:" in text
                 log = Path(text.partition("its log: ")[2].partition(".log")[0] + ".log")
     if who != "http":
-        assert server.process.wait(20) == 2
+        assert server.process.wait(100) == 2
         assert all(map(gone, everyone))
     else:  # another one takes its place
         status, text, _ = ask(server, {**LONG, "max_tokens": 3})

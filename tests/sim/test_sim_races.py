@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -91,10 +92,11 @@ def test_a_host_buffer_that_is_reused_before_its_copy_has_run(platform, make, fi
 
 def test_reading_what_has_not_arrived(platform, make, finder) -> None:
     """The host's reads cannot be seen: what is there until the copy has run is no number."""
-    x, buffer = make(3), torch.zeros(SIZE, pin_memory=True)
-    sim.launch("nap", lambda _: time.sleep(0.05), [x], [0])
+    x, buffer, go_on = make(3), torch.zeros(SIZE, pin_memory=True), threading.Event()
+    sim.launch("held", lambda _: go_on.wait(100), [x], [0])
     buffer.copy_(x, non_blocking=True)
     assert bool(buffer.isnan().all())
+    go_on.set()
     platform.synchronize()
     assert bool(buffer.eq(3).all())
     found = finder()
