@@ -43,8 +43,8 @@ def planted(
     found: list[Fault] = []
 
     class BrokenTable(OpTable):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             broken = fault(self, all_ops()[op])
             self.functions[op] = broken
             found.append(broken)

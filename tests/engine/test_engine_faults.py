@@ -27,8 +27,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, op: str) -> Iterator[None
     with contextlib.ExitStack() as stack:
 
         class BrokenTable(OpTable):
-            def __init__(self, *args: Any) -> None:
-                super().__init__(*args)
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
                 stack.enter_context(faults.inject(name, self, op))
 
         monkeypatch.setattr(model_runner, "OpTable", BrokenTable)

@@ -87,8 +87,8 @@ def break_graphs(planted: list[Any]) -> None:
     """Attention in graphs, which is sound until it is told otherwise."""
 
     class Broken(OpTable):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             fault = faults.FAULTS["wrong_padded"](self, all_ops()["paged_attention"])
             fault.active.fill_(False)  # type: ignore[attr-defined]
             self.functions["paged_attention"] = fault
