@@ -198,3 +198,17 @@ def test_shapes():
     assert StepShape.decode(3, 4).size == 3
     assert StepShape.mixed(12, 3).size == 12
     assert str(StepShape.decode(8)) == "decode[8]"
+
+
+@pytest.mark.parametrize(
+    ("decode", "kept"),
+    [
+        ((), ()),
+        ((5,), (5,)),
+        ((1, 2, 4, 8), (1, 2, 4, 8)),
+        ((1, 2, 3, 4, 5), (1, 2, 4, 5)),
+        ((8, 16, 32, 64, 96, 128, 160, 200), (8, 16, 32, 64, 128, 200)),
+    ],
+)
+def test_sparse_buckets_double_and_hold_the_largest_step(decode, kept):
+    assert Buckets(decode, (64, 65)).sparse() == Buckets(kept, (64, 65))

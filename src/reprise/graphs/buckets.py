@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reprise.errors import ConfigError
 from reprise.shape import PHASES, Phase
@@ -23,6 +23,16 @@ class Buckets:
 
     decode: tuple[int, ...]
     mixed: tuple[int, ...]
+
+    def sparse(self) -> Buckets:
+        """Fewer decode sizes: each at least twice the one before; the largest stays."""
+        kept: list[int] = []
+        for size in self.decode:
+            if not kept or size >= 2 * kept[-1]:
+                kept.append(size)
+        if self.decode and kept[-1] != self.decode[-1]:
+            kept.append(self.decode[-1])
+        return replace(self, decode=tuple(kept))
 
     def of(self, phase: Phase) -> tuple[int, ...]:
         return self.decode if phase == "decode" else self.mixed

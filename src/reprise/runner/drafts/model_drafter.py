@@ -86,7 +86,9 @@ class ModelDrafter(Drafter):
         decode: Wanted = "breakable" if options.plan.decode == "compiled" else options.plan.decode
         if decode != options.plan.decode:
             logger.info("graph plan: %s: compiled -> breakable (drafts must be equal)", CHAIN)
-        chain = replace(options, plan=GraphPlan(decode, "none"))
+        # Few layers with rows of padding are cheap; a graph of all passes takes the memory of many.
+        buckets = options.buckets.sparse()
+        chain = replace(options, plan=GraphPlan(decode, "none"), buckets=buckets)
         chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN)
         if not chained.exact:
             logger.warning("graph plan: %s: %s -> none (ops are inexact)", CHAIN, decode)
