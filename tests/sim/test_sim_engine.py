@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any
@@ -76,28 +77,55 @@ def test_memory_numbers_that_are_wrong(tiny, numbers: str) -> None:
     assert got == tokens(model, "cpu")
 
 
+def test_weights_belong_to_the_caller_again_when_they_are_taken(tiny, platform, finder) -> None:
+    """Whatever stream changes them then."""
+    from safetensors.torch import load_file
+
+    model = tiny("qwen3")
+    expected = tokens(model, "cpu")
+    llm = LLM(str(model.path), device="sim", graph_mode="none", **OPTIONS)
+    stored = load_file(str(model.path / "model.safetensors"))
+    given = {name: each.to("sim") for name, each in stored.items()}
+    llm.update_weights(list(given.items()))
+    side = platform.stream()
+    with platform.use_stream(side):
+        for each in given.values():
+            each.zero_()
+    assert [list(each) for each in generate(llm, PROMPTS, greedy(10))] == expected
+    found = finder()
+    assert not found, "\n".join(found)
+
+
 # ---- waits that are removed on purpose ------------------------------------------------------
 
 
 class Hasty:
-    """An event that the host does not wait for, where ``file`` asks it to."""
+    """An event one of whose methods does nothing, where ``file`` calls it."""
 
-    def __init__(self, event: Any, file: str) -> None:
-        self._event, self._file = event, file
+    def __init__(self, event: Any, method: str, file: str) -> None:
+        self._event, self._method, self._file = event, method, file
+
+    def record(self, *streams: Any) -> None:
+        if not self._left_out("record"):
+            self._event.record(*streams)
 
     def synchronize(self) -> None:
-        if not sys._getframe(1).f_code.co_filename.endswith(self._file):
+        if not self._left_out("synchronize"):
             self._event.synchronize()
+
+    def _left_out(self, method: str) -> bool:
+        caller = sys._getframe(2).f_code.co_filename
+        return method == self._method and caller.endswith(self._file)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._event, name)
 
 
-def hasty_events(monkeypatch, platform, file: str) -> None:
+def hasty_events(monkeypatch, platform, method: str, file: str) -> None:
     made = type(platform).event
 
     def event(self: Any, *, timing: bool = False) -> Any:
-        return Hasty(made(self, timing=timing), file)
+        return Hasty(made(self, timing=timing), method, file)
 
     monkeypatch.setattr(type(platform), "event", event)
 
@@ -112,27 +140,40 @@ def hasty_device(monkeypatch, platform, file: str) -> None:
     monkeypatch.setattr(type(platform), "synchronize", synchronize)
 
 
-def careless_captures(monkeypatch, platform) -> None:
-    import contextlib
-
+def careless_captures(monkeypatch, platform, before: bool) -> None:
     @contextlib.contextmanager
     def capture_stream(self: Any):
+        outer = self.current_stream()
+        if not before:
+            self._capture_stream.wait_stream(outer)
         with self.use_stream(self._capture_stream):
             yield self._capture_stream
+        if before:
+            outer.wait_stream(self._capture_stream)
 
     monkeypatch.setattr(type(platform), "capture_stream", capture_stream)
 
 
 REMOVED = {
     "the loader's, for its copies": (hasty_device, "loading/transfer.py"),
-    "a lane's, for its buffer": (hasty_events, "loading/transfer.py"),
-    "a step's, for its tokens": (hasty_events, "runner/output.py"),
-    "a comparison's, for its verdict": (hasty_events, "graphs/verify.py"),
-    "a capture's, for what was submitted before": (careless_captures,),
+    "a lane's, for its buffer": (hasty_events, "synchronize", "loading/transfer.py"),
+    "a lane's record of its copy": (hasty_events, "record", "loading/transfer.py"),
+    "a step's, for its tokens": (hasty_events, "synchronize", "runner/output.py"),
+    "a step's record of its tokens": (hasty_events, "record", "runner/output.py"),
+    "a step's record of its inputs": (hasty_events, "record", "runner/arena.py"),
+    "a comparison's, for its verdict": (hasty_events, "synchronize", "graphs/verify.py"),
+    "a comparison's record of its verdict": (hasty_events, "record", "graphs/verify.py"),
+    "a capture's, for what was submitted before": (careless_captures, True),
+    "what follows a capture, for it": (careless_captures, False),
 }
+RECORDS = [each for each in REMOVED if "record" in each]
+"""Noticed as the waits for them are."""
 
 
-@pytest.mark.parametrize("which", REMOVED)
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param(each, marks=[pytest.mark.long] * (each in RECORDS)) for each in REMOVED],
+)
 def test_each_wait_of_the_engine_is_needed(tiny, platform, finder, monkeypatch, which: str) -> None:
     model = tiny("qwen3")
     expected = tokens(model, "cpu")

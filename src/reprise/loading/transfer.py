@@ -191,8 +191,6 @@ class StagedLane(Lane):
         pin = platform.pins_memory
         buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
         reads = [platform.event() for _ in buffers]
-        for each in reads:
-            each.record(self._stream)
         self._turns = itertools.cycle(zip(buffers, reads, strict=True))
 
     def copy(self, target: Tensor, source: Tensor, offset: float) -> bool:

@@ -95,8 +95,7 @@ def update_weights(copies: Mapping[str, Sequence[Copy]], platform: Platform) -> 
                 each.target.copy_(each.source)
                 if each.offset:
                     each.target.add_(each.offset)
-    transfer(on_host, platform)
-    platform.synchronize()
+    transfer(on_host, platform)  # waits for all of it: the caller's weights are his own again
     total = sum(each.target.nbytes for each in itertools.chain(*copies.values()))
     seconds = time.perf_counter() - started
     logger.info(
