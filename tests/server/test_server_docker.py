@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import yaml
 from http_server import Server
+
+from reprise.server.options import ServerOptions
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -58,6 +61,14 @@ def test_files_that_are_named_are_there() -> None:
         each.split()[1:-1] for each in lines if each.startswith("COPY ") and "--from" not in each
     ]
     assert copied
+    ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    sent = {each.removeprefix("!") for each in ignore if each.startswith("!")}
+    assert {name for names in copied for name in names} == sent
+    (extras,) = re.findall(r"pip install '\.\[(.*)\]'", "\n".join(lines))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    wait = float(compose["services"]["reprise"]["stop_grace_period"].removesuffix("s"))
+    assert wait > ServerOptions().shutdown_timeout
     assert all((ROOT / name).exists() for names in copied for name in names)
     for name in ("prometheus.yaml", "grafana/datasource.yaml", "grafana/provider.yaml"):
         assert isinstance(yaml.safe_load((DOCKER / name).read_text()), dict)
