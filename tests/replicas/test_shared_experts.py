@@ -69,6 +69,12 @@ def tokens(llm: LLM, prompts: list[list[int]], **params: Any) -> list[list[int]]
     return [each.outputs[0].token_ids for each in outputs]
 
 
+def processes(llm: LLM) -> list[int]:
+    """Of each replica."""
+    replicas: Any = llm._batch.replicas._replicas  # type: ignore[attr-defined]
+    return [each._child.process.pid for each in replicas]
+
+
 def until_lost(llm: LLM, prompts: list[list[int]]) -> None:
     for _ in range(1000):
         llm.generate(prompts, ENDLESS, use_tqdm=False)
@@ -139,9 +145,8 @@ def test_weights_are_not_replaced(pair: LLM) -> None:
 
 def test_a_killed_replica_is_named(pair: LLM, prompts: list[list[int]]) -> None:
     """The other one waits for it in a step, and is not blamed."""
-    children = replicas_of(os.getpid())
-    lost = children[1]
-    threading.Timer(0.3, os.kill, (lost, signal.SIGKILL)).start()
+    children = processes(pair)
+    threading.Timer(0.3, os.kill, (children[1], signal.SIGKILL)).start()
     began = time.monotonic()
     with pytest.raises(RepriseError, match=r"replica 1 \(cpu, .* by signal 9 \(SIGKILL\)"):
         until_lost(pair, prompts)
@@ -333,7 +338,7 @@ def test_whoever_waits_is_told_in_time(
     rng = random.Random(int(kind))
     for _ in range(10):
         llm = together(options, graph_mode="full")
-        children = replicas_of(os.getpid())
+        children = processes(llm)
         chosen = rng.randrange(2)
         llm.generate(prompts, greedy(rng.randint(1, 5)), use_tqdm=False)
         threading.Timer(rng.uniform(0, 0.5), os.kill, (children[chosen], kind)).start()
