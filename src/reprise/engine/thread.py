@@ -21,7 +21,7 @@ from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
-from reprise.errors import RepriseError, describe
+from reprise.errors import RanksError, RepriseError, describe
 from reprise.parallel import Elsewhere, Seat
 from reprise.sampling_params import SamplingParams
 
@@ -93,6 +93,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         if self.engine.lockstep is not None:  # before it rests for the first time
             self.engine.lockstep.on_wake = lambda: self._commands.put(_Command(lambda: None))
+        self.engine.runner.when_lost(lambda: self._commands.put(_Command(self._check)))
         self._thread.start()
 
     # ---- any thread ------------------------------------------------------------------------
@@ -303,6 +304,14 @@ class EngineThread:
         if aborted:
             self._end([request_id])
         return group
+
+    def _check(self) -> None:
+        """Others that compute with this engine may be lost, of which nobody need have asked."""
+        try:
+            self.engine.runner.check()
+        except RanksError as error:
+            self._fail_readers(error)
+            raise EngineLost(describe(error)) from error
 
     def _step(self) -> None:
         self._deliver(self.engine.step())

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ class Leader:
             )
             self.group = Group(name, 0, size, tuple(each.host for each in elsewhere.ranks))
             self._followers = elsewhere.followers(timeout)
+        self._when_lost: Callable[[], None] = lambda: None
+        self._followers.on_loss = self._lose
         self._followers.report = lambda: f"the leader's last one was {self._last}"
         self._communicator: Communicator | None = None
         self._store: Any = None
@@ -111,7 +113,6 @@ class Leader:
             self.group, platform.dist_backend, self._store, platform.device, self._timeout,
             direct=config.custom_all_reduce,
         )  # fmt: skip
-        self._followers.on_loss = self._communicator.abort
         self._communicator.told = self._followers.board.note_calls
         prove_direct(self._communicator, platform, self._followers.board, config.ops)
         return Ranks(self.group, self._followers.board, exchange)
@@ -135,6 +136,18 @@ class Leader:
         if self.retired - self._compared >= COMPARE_EVERY:
             self._compared = self.retired
             self.say(Kind.SAME, pickled(self.drawn.checksum))
+
+    def _lose(self) -> None:
+        """A rank was lost."""
+        self._when_lost()
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call this in a thread of its own when a rank is lost, or now."""
+        self._when_lost = call
+        if self._followers.lost is not None:
+            call()
 
     def check(self) -> None:
         """Raise a RanksError if a rank was lost."""
@@ -243,6 +256,9 @@ class LeadingRunner(ModelRunner):
 
     def check(self) -> None:
         self._leader.check()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        self._leader.when_lost(call)
 
     def close(self) -> None:
         self._leader.close()

@@ -308,6 +308,9 @@ class ModelRunner:
     def check(self) -> None:
         """Raise a RanksError if other ranks are lost."""
 
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call this when other ranks are lost, in a thread of its own."""
+
     def close(self) -> None:
         """Take leave of other ranks, if there are any."""
 

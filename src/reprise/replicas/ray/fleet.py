@@ -17,8 +17,8 @@ from reprise.errors import RepriseError, RequestError, describe, named
 from reprise.parallel.followers import SILENT_SECONDS
 from reprise.parallel.remote import Rank
 from reprise.processes.channel import Channel
+from reprise.processes.sealed import Sealed, new_secret
 from reprise.processes.sealed import connect as connect_sealed
-from reprise.processes.sealed import new_secret
 from reprise.replicas.ray.cluster import Places, Want, alive, connect, require_enough, wanted
 from reprise.replicas.ray.rank import BEAT, FAILED, READY, STOP
 from reprise.replicas.ray.service import sealed_channel
@@ -126,6 +126,7 @@ class RayReplica(Replica):
         """Of each rank, what Ray will say of its end."""
         self._ready = False
         self._secret = new_secret()
+        self._control: Sealed | None = None
 
     def start(self, device: str) -> None:
         """Let the ranks begin, which goes on beside.
@@ -151,7 +152,7 @@ class RayReplica(Replica):
             for rank, actor in enumerate(self._actors[1:], 1)
         ]
         self._control = connect_sealed(self._place, "control", self._secret, CONNECT_SECONDS)
-        self._beat, self._looked_at = time.monotonic(), 0.0
+        self._beat = self._looked_at = time.monotonic()
 
     def _ranks(self, device: str) -> list[Rank]:
         """Where actors are; they are put in the order of ranks: those of a node one after the
@@ -194,9 +195,11 @@ class RayReplica(Replica):
 
     @property
     def control(self) -> socket.socket:
+        assert self._control is not None
         return self._control.connection
 
     def hear(self) -> Heard:
+        assert self._control is not None
         try:
             word = self._control.receive()
         except (OSError, EOFError):
@@ -216,6 +219,7 @@ class RayReplica(Replica):
         return sealed_channel(data, watch)
 
     def stop(self) -> None:
+        assert self._control is not None
         with contextlib.suppress(OSError):  # it has ended, which is noticed elsewhere
             self._control.send(STOP)
 
@@ -229,7 +233,7 @@ class RayReplica(Replica):
         if self._ray.is_initialized():  # else the cluster knows that this program has ended
             for each in actors:
                 self._ray.kill(each, no_restart=True)
-        if hasattr(self, "_control"):
+        if self._control is not None:
             self._control.close()
 
     def lost(self) -> str | None:
@@ -255,7 +259,7 @@ class RayReplica(Replica):
 
     def forget(self) -> None:
         self._actors = []
-        self._control.connection.close()
+        self.control.close()
 
     def give_file(self, descriptor: int) -> None:
         raise RequestError(
@@ -265,11 +269,14 @@ class RayReplica(Replica):
 
     def _end_of(self, run: Any, seconds: float) -> str | None:
         """How a rank has ended; None: it has not, as far as Ray knows."""
+        if not self._ray.is_initialized():
+            return "this program has left the cluster"
+        errors = self._ray.exceptions
         try:
             self._ray.get(run, timeout=seconds)
-        except self._ray.exceptions.GetTimeoutError:
+        except (errors.GetTimeoutError, errors.ActorUnavailableError):
             return None
-        except self._ray.exceptions.RayError as error:
+        except errors.RayError as error:
             return reason_of(error)
         return "it left" if self._ready else None  # it has told rank 0 why
 
