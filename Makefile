@@ -23,8 +23,8 @@ XDIST := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 test: lint $(VENV)/.installed-sim
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest $(XDIST) --device $(DEVICE)
 
-# All combinations of faults, executors and modes; test has every pair of them. Examples are random.
-test-long: lint $(VENV)/.installed-sim
+# All combinations of faults, executors and modes, of which test has every pair; clusters of Ray. Examples are random.
+test-long: lint $(VENV)/.installed-sim $(VENV)/.installed-ray
 	$(BIN)/python -m pytest $(XDIST) --device $(DEVICE) --long
 
 lint: $(VENV)/.installed-test
@@ -56,6 +56,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(VENV)/.installed-sim: $(VENV)/.installed-test sim/pyproject.toml $(wildcard sim/csrc/*)
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e ./sim
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m reprise_sim.build
+	touch $@
+
+# 75 MB, which only tests of several minutes need.
+$(VENV)/.installed-ray: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
 	touch $@
 
 clean:

@@ -61,8 +61,9 @@ def test_ranks_get_the_devices_that_the_cluster_has(monkeypatch: pytest.MonkeyPa
     assert wanted(over_ray(device="auto"), {"CPU": 64.0, "GPU": 8.0}) == ("GPU", "auto", {"GPU": 1})
     assert wanted(over_ray(device="auto"), {"CPU": 64.0}) == ("CPU", "cpu", {"CPU": 1})
     assert wanted(over_ray(device="cuda"), {"CPU": 64.0}) == ("GPU", "cuda", {"GPU": 1})
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    assert wanted(over_ray(device="cpu"), {"GPU": 8.0}) == ("CPU", "cpu", {"CPU": 6})
+    for threads, count in (("6", 6), ("4,2", 4), ("0", 1), ("many", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert wanted(over_ray(device="cpu"), {"GPU": 8.0}) == ("CPU", "cpu", {"CPU": count})
 
 
 def test_one_device_by_its_index_is_refused() -> None:

@@ -133,8 +133,9 @@ def wanted(config: EngineConfig, has: Mapping[str, float]) -> Want:
     if resource != _CPU:
         return Want(resource, name, {resource: 1})
     # Ray lets a process compute with as many threads as it has CPUs.
-    threads = os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]
-    return Want(_CPU, "cpu" if name == "auto" else name, {_CPU: int(threads)})
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    count = int(threads) if threads.isdigit() and int(threads) > 0 else 1
+    return Want(_CPU, "cpu" if name == "auto" else name, {_CPU: count})
 
 
 def _best(has: Mapping[str, float]) -> str:
