@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,9 +163,7 @@ def test_a_node_that_is_killed(
         nodes.kill()
         began = time.monotonic()
         ended = await asyncio.gather(*readers, return_exceptions=True)
-        seconds = time.monotonic() - began
-        assert seconds < ANSWER_SECONDS
-        print(f"told after {seconds:.1f} s: {ended[0]}")
+        assert time.monotonic() - began < ANSWER_SECONDS
         with pytest.raises(RepriseError, match=r"was lost|was ended"):
             await llm.stats()
         llm.shutdown()
@@ -172,9 +171,8 @@ def test_a_node_that_is_killed(
 
     for each in asyncio.run(main()):
         assert isinstance(each, RepriseError)
-        assert ("rank 1 (process" if "tensor_parallel_size" in sizes else "replica 1 (") in str(
-            each
-        )
+        lost = r"rank 1 \(process" if "tensor_parallel_size" in sizes else r"replica [01] \("
+        assert re.search(lost, str(each))
         assert "ray logs actor --id" in str(each)
     nodes.want(2)
     with LLM(**elsewhere, **sizes) as again:
