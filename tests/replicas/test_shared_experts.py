@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ OPTIONS: dict[str, Any] = {
     "graph_buckets": "decode=2,6;mixed=32", "skip_tokenizer_init": True,
 }  # fmt: skip
 """Some steps are larger than any bucket."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where logs of replicas go that are lost: they stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("replicas")))
+        yield
 
 
 @pytest.fixture(scope="module")
