@@ -3,7 +3,8 @@
     python benchmarks/canary_soak.py --replays 100000 --graph-verify canary:100
 
 On a CPU a smaller engine has more replays in the same time: ``--options '{"max_num_seqs": 8,
-"max_num_batched_tokens": 64, "num_blocks": 600}'``.
+"max_num_batched_tokens": 64, "num_blocks": 600}'``. With ``"tensor_parallel_size": 2`` in it, and
+``--drafts none,ngram``, two ranks compute, which compare their draws as well.
 
 The demo model generates for batches of changing size, so that steps cross buckets, with sampling,
 chunked prefill and prefix hits; one engine without drafts, one with n-gram drafts and one with the

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -206,6 +208,43 @@ def test_whoever_waits_is_told_in_time(alone: matrix.Alone, kind: int, steps: in
         assert child.poll() is not None
     finally:
         inner.close()
+
+
+def work_on(engine: Engine) -> None:
+    """Until it fails: what waits may be computed to its end before."""
+    while True:
+        finish(engine)
+        engine.add("next", {"prompt_token_ids": [1, 2]}, greedy(50, ignore_eos=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", range(20))
+def test_twenty_moments(alone: matrix.Alone, moment: int) -> None:
+    """Killed or stopped at any moment, within a collective of a replay too: while graphs run, with
+    drafts, and while the engine ends."""
+    rng = random.Random(moment)
+    kind = rng.choice((signal.SIGKILL, signal.SIGSTOP))
+    llm = shared(alone, replace(COVERING, executor=rng.choice(("full", "breakable")))).engine()
+    inner = llm.engine
+    (child,) = inner.runner._leader._followers._children
+    try:
+        if moment % 5 == 4:  # idle, or on its way out
+            os.kill(child.pid, kind)
+        else:
+            inner.add("waiting", {"prompt_token_ids": [1, 2, 3]}, greedy(100, ignore_eos=True))
+            for _ in range(rng.randrange(20)):
+                inner.step()
+            lost = threading.Timer(rng.uniform(0, 0.05), os.kill, (child.pid, kind))
+            lost.start()
+            with pytest.raises(RanksError, match="rank 1"):
+                work_on(inner)
+            lost.join()
+    finally:
+        began = time.monotonic()
+        inner.close()
+        assert time.monotonic() - began < ANSWER_SECONDS
+    assert child.poll() is not None
+    assert not followers()
 
 
 def test_a_killed_rank_is_named(llm: LLM) -> None:

@@ -6,7 +6,6 @@ Keys and values are used where they lie whenever a request's blocks are neighbou
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reprise.ops.paged_attention.reference import visibility
+from reprise.ops.registry import op_memory
 
 
 def paged_attention(
@@ -71,11 +71,13 @@ def tokens_of(
     return (numbers * by_token.unsqueeze(-1)).to(dtype)
 
 
-@functools.cache
 def _numbers_of(dtype: torch.dtype) -> Tensor:
     """[256] float32: what each code stands for. Looking them up is four times as fast as torch's
     conversion."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    memory, name = op_memory(), f"numbers of {dtype}"
+    if name not in memory:
+        memory[name] = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return memory[name]
 
 
 def _tokens(cache: Tensor, blocks: list[int], before: int, count: int) -> Tensor:
