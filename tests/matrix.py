@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from reprise import LLM, SamplingParams
 from reprise.cache import State
 from reprise.layers import gated_delta
 from reprise.runner import model_runner
+from reprise.sampling_params import WHOLE_VOCABULARY
 
 MARGIN = 0.04
 """Two ways to round have been seen to differ by half of it."""
@@ -129,6 +130,8 @@ class Case:
     dtype: str = "float32"
     draft: Path | None = None
     """Where the model or the head is that drafts, if one does."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones of the engine."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -136,7 +139,7 @@ class Case:
             "graph_mode": self.features.executor, "graph_buckets": "decode=3,6;mixed=64",
             "max_num_seqs": 6, "num_blocks": 257, "block_size": 8, "dtype": self.dtype,
         }  # fmt: skip
-        config |= ENGINES.get(self.features.model, {})
+        config |= {**ENGINES.get(self.features.model, {}), **self.options}
         if self.features.drafts:
             by: dict[str, Any] = NGRAM
             if self.draft is not None:
@@ -285,6 +288,16 @@ DISTURBANCES: dict[str, Disturbance] = {
     )
 }
 
+IN_BITS = [
+    Features("full", "windows", 3, drafter="draft_model"),
+    Features("full", CODES, 0),
+    Features("breakable", "experts", 1, drafter="eagle3"),
+    Features("breakable", HYBRID, 3),
+    Features("compiled", "plain", 0),
+    Features("none", "plain", 7),
+]
+"""What ``batch_invariant`` is tried with: what it does not support is refused."""
+
 COVERING = [
     # Compiling takes long: the executor has a test of its own, and the product has it.
     Features("full", "windows", 3, drafter="draft_model"),
@@ -362,6 +375,20 @@ def alone(
     return [
         token_ids(llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False))[0]
         for prompt, params in subjects
+    ]
+
+
+def in_bits(subjects: Sequence[Subject] = SUBJECTS) -> list[Subject]:
+    """The same, with the log probabilities of the whole vocabulary at each token."""
+    return [(prompt, replace(params, logprobs=WHOLE_VOCABULARY)) for prompt, params in subjects]
+
+
+def bits(outputs: Sequence[Any]) -> list[list[tuple[int, bytes]]]:
+    """Of each output its tokens and their log probabilities."""
+    first = [each.outputs[0] for each in outputs]
+    return [
+        [(token, entry.parts[1].tobytes()) for token, entry in zip(*pair, strict=True)]
+        for pair in ((each.token_ids, each.logprobs) for each in first)
     ]
 
 

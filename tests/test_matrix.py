@@ -11,6 +11,8 @@ from helpers import TinyModels, token_ids
 
 from reprise.cache import Window
 from reprise.layers import compressed_attention
+from reprise.ops import OpTable
+from reprise.platforms import Platform
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,36 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
     count = len(subjects) * len(found)
     print(f"{features}: {sum(map(len, different.values()))} of {count} requests differ")
     assert not different
+
+
+@pytest.mark.parametrize(
+    ("features", "disturbance"),
+    [
+        pytest.param(
+            features, name, id=f"{features}: {name}",
+            marks=[] if (features.executor, name) == ("none", "chunking") else pytest.mark.long,
+        )
+        for features in matrix.IN_BITS
+        for name in matrix.DISTURBANCES
+    ],
+)  # fmt: skip
+def test_batch_invariant_gives_the_same_bits(
+    alone: matrix.Alone,
+    device: str,
+    platform: Platform,
+    features: matrix.Features,
+    disturbance: str,
+) -> None:
+    """Without a margin, in bfloat16, whatever rounding could decide."""
+    if not OpTable(platform, batch_invariant=True).candidates["linear"]:
+        pytest.skip("no implementation of products promises it here")
+    subjects, options = matrix.in_bits(), {"batch_invariant": True}
+    case = replace(alone.case(features), subjects=subjects, dtype="bfloat16", options=options)
+    plain = replace(case, features=matrix.Features("none", features.model, 0), draft=None)
+    llm = plain.engine(enable_prefix_caching=False)
+    expected = [llm.generate([{"prompt_token_ids": p}], s, use_tqdm=False)[0] for p, s in subjects]
+    outputs = matrix.DISTURBANCES[disturbance](case)
+    assert matrix.bits(outputs) == matrix.bits(expected)
 
 
 def test_the_short_set_has_every_feature() -> None:

@@ -1,0 +1,190 @@
+"""Random compositions of batches: requests whose answers are known to the bit come and go, and get
+those answers whoever computes beside them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reprise.engine.completion import CompletionGroup
+from reprise.llm import LLM
+from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
+from reprise.step import Step
+
+WRONG_AT_MOST = 20
+"""Differences after which a run ends."""
+
+
+class Subject(NamedTuple):
+    """A request."""
+
+    prompt: list[int]
+    params: SamplingParams
+
+
+class Answer(NamedTuple):
+    """What a request got."""
+
+    tokens: list[int]
+    logprobs: list[Any]
+    """Of each token, [V] float32."""
+
+    @classmethod
+    def of(cls, group: CompletionGroup) -> Answer:
+        (output,) = group.output().outputs
+        entries: Any = output.logprobs
+        return cls(list(output.token_ids), [each.parts[1] for each in entries])
+
+    def differs(self, other: Answer) -> str | None:
+        """At which token the other one is different; None: it has the same bits."""
+        for number, (mine, its) in enumerate(zip(self.logprobs, other.logprobs, strict=False)):
+            if not np.array_equal(mine.view(np.int32), its.view(np.int32)):
+                largest = np.abs(mine - its).max()
+                return f"the log probabilities of token {number} differ by {largest:.3g} at most"
+        return None if self.tokens == other.tokens else "tokens differ"
+
+
+@dataclass
+class Found:
+    """What a run has seen."""
+
+    steps: int = 0
+    compositions: set[Hashable] = field(default_factory=set)
+    """Steps that differ in what their requests are, how far they have come, or how many tokens of
+    which are computed."""
+    requests: int = 0
+    """That were compared from their first token to their last."""
+    largest: int = 0
+    """Requests in a step."""
+    cached: int = 0
+    """Requests that found a part of their prompt computed."""
+    wrong: list[str] = field(default_factory=list)
+
+    def compare(
+        self, number: int, subject: Subject, expected: Answer, group: CompletionGroup
+    ) -> None:
+        """Take in what subject ``number`` got."""
+        self.requests += 1
+        metrics = group.output().metrics
+        self.cached += bool(metrics and metrics.num_cached_tokens)
+        reason = expected.differs(Answer.of(group))
+        if reason is not None:
+            tokens = len(subject.prompt)
+            self.wrong.append(f"request {number} ({tokens} tokens of prompt): {reason}")
+
+
+def make_subjects(vocab_size: int, longest: int, count: int, seed: int = 0) -> list[Subject]:
+    """Requests of all kinds: short and long ones, beginnings that several share, texts that repeat
+    themselves, so that drafts count; greedy, drawn, and with penalties.
+
+    Args:
+        vocab_size: Of the model.
+        longest: Tokens of a prompt and its answer at most; at least 48.
+        count: Requests.
+        seed: Of all that is random.
+    """
+    chance = random.Random(seed)
+
+    def ids(number: int) -> list[int]:
+        return [chance.randrange(vocab_size) for _ in range(number)]
+
+    shared = ids(longest // 3)
+    found = []
+    for number in range(count):
+        tokens = chance.randint(4, 16)
+        room = longest - tokens
+        prompt = ids(chance.randint(1, chance.choice((8, room // 2, room))))
+        if number % 3 == 1:
+            prompt = [*shared[: chance.randint(1, len(shared))], *prompt]
+        elif number % 3 == 2:
+            prompt = prompt[: chance.randint(1, 6)] * room
+        draw = ({"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.95, "top_k": 50},
+                {"temperature": 0.0, "repetition_penalty": 1.2})[number % 4 % 3]  # fmt: skip
+        params = SamplingParams(
+            **draw, seed=number, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            logprobs=WHOLE_VOCABULARY,
+        )  # fmt: skip
+        found.append(Subject(prompt[:room], params))
+    return found
+
+
+def alone(llm: LLM, subjects: Sequence[Subject]) -> list[Answer]:
+    """What each gets from an engine that has nothing else to do."""
+    found = []
+    for number, (prompt, params) in enumerate(subjects):
+        group = llm.engine.add(f"alone {number}", {"prompt_token_ids": prompt}, params)
+        while llm.engine.has_work:
+            llm.engine.step()
+        found.append(Answer.of(group))
+    return found
+
+
+def run(
+    llm: LLM, subjects: Sequence[Subject], expected: Sequence[Answer], count: int, seed: int = 0
+) -> Found:
+    """Compute random batches until there were ``count`` compositions, and compare all that ends.
+
+    Requests come at random times, more of them and fewer by turns, and some are given up.
+
+    Args:
+        llm: Whose batches they are.
+        subjects: What requests are drawn from.
+        expected: The answer of each.
+        count: Compositions.
+        seed: Of what comes when.
+    """
+    chance, found, engine = random.Random(seed), Found(), llm.engine
+    most = engine.config.max_num_seqs
+    under_way: dict[str, tuple[int, CompletionGroup]] = {}
+    known: dict[str, tuple[int, CompletionGroup]] = {}
+    """Those, and given up ones that a step under way may still have."""
+    by_row: dict[int, str] = {}
+    submit = engine.runner.submit
+
+    def noting(step: Step, *args: Any, **kwargs: Any) -> None:
+        for each in step.admitted:
+            by_row[each.row] = each.request_id
+        found.steps += 1
+        found.largest = max(found.largest, len(step.rows))
+        members = []
+        for row, tokens, drafts in zip(step.rows, step.counts, step.drafts, strict=True):
+            number, group = known[by_row[row]]
+            done = len(group.completions[0].request.output_token_ids)
+            members.append((number, done, tokens, drafts))
+        found.compositions.add(tuple(members))
+        submit(step, *args, **kwargs)
+
+    vars(engine.runner)["submit"] = noting
+    try:
+        crowd, names = most, itertools.count()
+        while (more := len(found.compositions) < count) or under_way:
+            if chance.random() < 0.05:
+                crowd = chance.randint(1, most + 2)
+            while more and len(under_way) < crowd and (not under_way or chance.random() < 0.6):
+                number = chance.randrange(len(subjects))
+                name = f"{next(names)}"
+                prompt, params = subjects[number]
+                group = engine.add(name, {"prompt_token_ids": prompt}, params)
+                under_way[name] = known[name] = number, group
+            if more and chance.random() < 0.02:
+                given_up = chance.choice(list(under_way))
+                engine.abort([given_up])
+                del under_way[given_up]
+            engine.step()
+            ended = [name for name, (_, group) in under_way.items() if group.finished]
+            for name in ended:
+                number, group = under_way.pop(name)
+                found.compare(number, subjects[number], expected[number], group)
+            if len(found.wrong) >= WRONG_AT_MOST:
+                engine.abort(list(under_way))
+                break
+        while engine.has_work:
+            engine.step()
+    finally:
+        del vars(engine.runner)["submit"]
+    return found
