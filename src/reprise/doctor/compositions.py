@@ -20,6 +20,13 @@ WRONG_AT_MOST = 20
 """Differences after which a run ends."""
 
 
+_DRAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.95, "top_k": 50},
+    {"temperature": 0.0, "repetition_penalty": 1.2},
+)
+
+
 class Subject(NamedTuple):
     """A request."""
 
@@ -103,8 +110,7 @@ def make_subjects(vocab_size: int, longest: int, count: int, seed: int = 0) -> l
             prompt = [*shared[: chance.randint(1, len(shared))], *prompt]
         elif number % 3 == 2:
             prompt = prompt[: chance.randint(1, 6)] * room
-        draw = ({"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.95, "top_k": 50},
-                {"temperature": 0.0, "repetition_penalty": 1.2})[number % 4 % 3]  # fmt: skip
+        draw = _DRAWS[number % 4 % 3]
         params = SamplingParams(
             **draw, seed=number, max_tokens=tokens, ignore_eos=True, detokenize=False,
             logprobs=WHOLE_VOCABULARY,
