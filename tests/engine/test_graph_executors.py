@@ -50,7 +50,6 @@ def busy_tokens(llm: LLM, **sampling: Any) -> list[list[int]]:
     return [each.outputs[0].token_ids for each in outputs]
 
 
-@pytest.mark.usefixtures("kinds_are_compared")
 @pytest.mark.parametrize(
     ("architecture", "executor"),
     [

@@ -180,7 +180,6 @@ def test_two_replicas_with_graphs(
 
 
 @pytest.mark.parametrize(("family", "executor"), ON_EXECUTORS)
-@pytest.mark.usefixtures("kinds_are_compared")
 def test_every_family_on_each_executor(
     toy: str, tiny: TinyModels, family: str, executor: str
 ) -> None:
