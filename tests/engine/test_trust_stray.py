@@ -25,7 +25,7 @@ from reprise.testing.faults.planted import PlantedFault
 
 DRAFTS: dict[str, Any] = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
 ASKED: dict[str, Any] = {
-    "frequency_penalty": 0.5, "allowed_token_ids": list(range(0, 160, 2)),
+    "frequency_penalty": 0.5, "allowed_token_ids": tuple(range(0, 160, 2)),
 }  # fmt: skip
 """What makes the sampler keep something of each request."""
 VICTIMS = (
