@@ -66,6 +66,8 @@ def arguments(
         "cos_sin": table(make, max(1, *lengths), rotated),
         "cache": make.randn(num_rows, blocks[1] // every, size),
         "slots": slots,
+        "tail": None,
+        "scales": None,
     }
 
 

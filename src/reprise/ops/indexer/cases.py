@@ -29,6 +29,7 @@ def arguments(
         "every": every,
         "scale": size**-0.5,
         "query_len": query_len,
+        "scales": None,
     }
 
 

@@ -19,6 +19,8 @@ def _arguments(make: Maker, tokens: int, size: int, rotated: int, *, wide: bool)
         "cos_sin": table(make, 32, rotated),
         "slots": make.permutation(16 * (2 + tokens // 16))[:tokens] + 16,
         "cache": make.randn(4 + tokens // 16, 16, size),
+        "tail": None,
+        "scales": None,
     }
 
 

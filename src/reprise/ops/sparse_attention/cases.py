@@ -48,6 +48,10 @@ def arguments(
         "sliding_window": window,
         "every": every,
         "query_len": query_len,
+        "cache_tail": None,
+        "scales": None,
+        "compressed_tail": None,
+        "compressed_scales": None,
     }
 
 
