@@ -46,6 +46,10 @@ class Reply(ABC):
         """How a stream ends whose status is out."""
         return error_event(error) + DONE
 
+    async def announce(self) -> None:
+        """A stream of it begins: before its caller has anything of it."""
+        return
+
     async def settle(self) -> None:
         """It is complete; before its caller has the end of it."""
         return

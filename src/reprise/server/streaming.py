@@ -112,6 +112,7 @@ class EventStream(Response):
         caller, reply, send = self._caller, self._reply, state["send"]
         loop = asyncio.get_running_loop()
         size = 0
+        await reply.announce()
         if begin := reply.begin():
             size += len(begin)
             await send({"type": "http.response.body", "body": begin, "more_body": True})

@@ -125,13 +125,12 @@ class Response(Chat):
             "total_tokens": usage.prompt + usage.completion,
         }
 
-    def accepted(self, facts: list[dict[str, Any]]) -> None:
-        super().accepted(facts)
+    async def announce(self) -> None:
+        # Who has its name finds it, whichever process is asked; in streams that is at the begin.
         self._known = True
-        self._client.tell("response", action="begin", name=self.name, response=self._json())
+        await self._tell(action="begin", response=self._json())
 
     async def settle(self) -> None:
-        # Who has seen its end finds it, whichever process is asked.
         self._known = False
         kept: dict[str, Any] = {"action": "forget"}
         if self._keeps:
@@ -142,8 +141,11 @@ class Response(Chat):
                 "items": orjson.dumps(items).decode(),
                 "num_inputs": len(self._conversation),
             }
+        await self._tell(**kept)
+
+    async def _tell(self, **what: Any) -> None:
         with contextlib.suppress(EngineRefusal):  # an engine that has ended keeps nothing
-            await self._client.call("response", name=self.name, **kept)
+            await self._client.call("response", name=self.name, **what)
 
     def left(self) -> None:
         if self._known:
