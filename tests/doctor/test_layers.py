@@ -104,7 +104,7 @@ def test_the_command(invoke, device):
         (["--dtype", "bfloat16"], "--dtype=bfloat16: only with --model"),
         (
             ["--model", str(DEMO_MODEL), "--only", "op_*"],
-            "--only and --explain are about contracts",
+            "--only, --explain and --time-limit are about contracts",
         ),
     ],
 )

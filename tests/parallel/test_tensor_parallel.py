@@ -153,6 +153,9 @@ def test_a_rank_that_leaves_a_pass_ends_the_start_in_time(alone: matrix.Alone) -
     told = r"rank 1: graph .*capture failed: .*alone fails.*rank 0 waits for it in a collective"
     with faulty("raises_capturing"), pytest.raises(RanksError, match=told):
         shared(alone, replace(COVERING, drafts=0)).engine()
+    deadline = time.monotonic() + 60  # it was told to end
+    while followers() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not followers()
 
 

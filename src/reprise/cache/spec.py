@@ -222,7 +222,7 @@ class LayerCache:
                 raise ModelError(f"cache {name}: every={each.every} must be a power of two")
             if lifetime.rewritten and each.every > 1:
                 raise ModelError(f"cache {name}: every={each.every} of a state, which is one row")
-            if not 1 <= each.together <= len(each.shape):
+            if not 1 <= each.together <= max(1, len(each.shape)):
                 raise ModelError(
                     f"cache {name}: together={each.together} of rows of shape {each.shape}: give "
                     "1 to the number of its dimensions"

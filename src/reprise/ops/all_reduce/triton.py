@@ -23,6 +23,7 @@ def all_reduce(x: Tensor, group: str) -> None:
     if buffer is None or not buffer.takes(x):
         reference.all_reduce(x, group)
     else:
+        communicator(group).begin()
         _sum(buffer, x, x, add=False)
 
 
@@ -31,11 +32,11 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
     if buffer is None or not buffer.takes(partial) or not residual.is_contiguous():
         reference.all_reduce_add(partial, residual, group)
     else:
+        communicator(group).begin()
         _sum(buffer, partial, residual, add=True)
 
 
 def _sum(buffer: SymmetricBuffer, x: Tensor, out: Tensor, *, add: bool) -> None:
-    communicator(buffer.group.name).begin()
     count = x.numel()
     block = max(_LEAST, next_power_of_2(cdiv(count, BLOCKS)))
     launch(sum_kernel, (cdiv(count, block),))(
