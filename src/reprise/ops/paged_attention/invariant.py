@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from reprise.ops.paged_attention.sdpa import tokens_of
+from reprise.ops.paged_attention.sdpa import seen_by, tokens_of
 
 SPLIT = 64
 """Keys."""
@@ -43,17 +43,13 @@ def paged_attention(
         begin, end = starts[row], starts[row + 1]
         if length == 0 or begin == end:
             continue
-        position = length - (end - begin)
-        first = max(0, position - sliding_window + 1) if sliding_window > 0 else 0
-        before = first % block_size  # in the first block, before the window
-        blocks = tables[row][first // block_size : math.ceil(length / block_size)]
-        count = length - first + before
+        new = end - begin
+        first, place = seen_by(tables[row], block_size, length, new, sliding_window)
         keys, values = (
-            _splits(tokens_of(*each, blocks, before, count, torch.float32).float(), first)
-            for each in caches
+            _splits(tokens_of(*each, place, torch.float32).float(), first) for each in caches
         )
         request = _Request(keys, values, first // SPLIT * SPLIT, scale, sliding_window, soft_cap)
-        out[begin:end] = request.attend(query[begin:end].float(), position).to(out.dtype)
+        out[begin:end] = request.attend(query[begin:end].float(), length - new).to(out.dtype)
 
 
 def _splits(tokens: Tensor, first: int) -> Tensor:

@@ -7,6 +7,7 @@ Keys and values are used where they lie whenever a request's blocks are neighbou
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +43,8 @@ def paged_attention(
             out[begin:end].zero_()
             continue
         new = end - begin
-        first = max(0, seq_len - new - sliding_window + 1) if sliding_window > 0 else 0
-        before = first % block_size  # in the first block, before the window
-        blocks = tables[row][first // block_size : math.ceil(seq_len / block_size)]
-        count = seq_len - first + before
-        keys, values = (tokens_of(*each, blocks, before, count, query.dtype) for each in caches)
+        _, place = seen_by(tables[row], block_size, seq_len, new, sliding_window)
+        keys, values = (tokens_of(*each, place, query.dtype) for each in caches)
         if soft_cap > 0:
             _soft_capped(query[begin:end], keys, values, out[begin:end], scale,
                          sliding_window, soft_cap)  # fmt: skip
@@ -57,15 +55,32 @@ def paged_attention(
     out[starts[-1] :].zero_()
 
 
-def tokens_of(
-    cache: Tensor, scales: Tensor | None, blocks: list[int], before: int, count: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+class Place(NamedTuple):
+    """Where a request's tokens lie: those in ``blocks`` from number ``before`` to ``end``."""
+
+    blocks: list[int]
+    before: int
+    end: int
+
+
+def seen_by(
+    table: list[int], block_size: int, seq_len: int, new: int, window: int
+) -> tuple[int, Place]:
+    """What the last ``new`` of a request's tokens see: the first token's number, and where all
+    are."""
+    first = max(0, seq_len - new - window + 1) if window > 0 else 0
+    before = first % block_size  # in the first block, before the window
+    blocks = table[first // block_size : math.ceil(seq_len / block_size)]
+    return first, Place(blocks, before, seq_len - first + before)
+
+
+def tokens_of(cache: Tensor, scales: Tensor | None, place: Place, dtype: torch.dtype) -> Tensor:
     """As :func:`_tokens`; eight-bit codes as the numbers that they stand for."""
-    tokens = _tokens(cache, blocks, before, count)
+    tokens = _tokens(cache, place)
     if scales is None:
         return tokens
-    by_token = scales[torch.tensor(blocks)].transpose(1, 2).flatten(0, 1)[before:count]
+    blocks = torch.tensor(place.blocks)
+    by_token = scales[blocks].transpose(1, 2).flatten(0, 1)[place.before : place.end]
     codes = tokens.reshape(-1).view(torch.uint8).int()
     numbers = _numbers_of(cache.dtype).index_select(0, codes).view(tokens.shape)
     return (numbers * by_token.unsqueeze(-1)).to(dtype)
@@ -80,14 +95,14 @@ def _numbers_of(dtype: torch.dtype) -> Tensor:
     return memory[name]
 
 
-def _tokens(cache: Tensor, blocks: list[int], before: int, count: int) -> Tensor:
-    """Those in ``blocks`` from number ``before`` to ``count``: [count - before, Hkv, D], a view
-    where blocks adjoin."""
+def _tokens(cache: Tensor, place: Place) -> Tensor:
+    """[end - before, Hkv, D], a view where blocks adjoin."""
+    blocks, before, end = place
     start = blocks[0]
     if blocks == list(range(start, start + len(blocks))):
         first = start * cache.shape[1]
-        return cache.flatten(0, 1)[first + before : first + count]
-    return cache[torch.tensor(blocks)].flatten(0, 1)[before:count]
+        return cache.flatten(0, 1)[first + before : first + end]
+    return cache[torch.tensor(blocks)].flatten(0, 1)[before:end]
 
 
 def _one_token(
