@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm, text_model
 
 from reprise import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from reprise.engine import Engine
 
 CUMULATIVE, DELTA, FINAL_ONLY = (
     RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY,
@@ -120,21 +122,35 @@ def test_they_say_the_same(llm: LLM, serve: Any, case: dict[str, Any], pause: fl
     assert (deltas[0].prompt_logprobs is None) == (expected.prompt_logprobs is None)
 
 
-def test_an_aborted_stream_of_deltas_ends_with_what_is_new(serve: Any) -> None:
+def test_an_aborted_stream_of_deltas_ends_with_what_is_new(
+    serve: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = greedy(200, output_kind=DELTA, detokenize=False)
+    expected = llm.generate([PROMPT], greedy(200, detokenize=False))[0].outputs[0].token_ids
+    step, allowed = Engine.step, threading.Semaphore(4)
+
+    def waits_for_the_reader(engine: Engine) -> Any:
+        allowed.acquire(timeout=50)
+        return step(engine)
+
     async def body(served: AsyncLLM) -> list[RequestOutput]:
         found = []
-        params = greedy(200, output_kind=DELTA, detokenize=False)
         async for each in served.generate(PROMPT, params, "mine"):
             found.append(each)
+            allowed.release()
             if len(found) == 5:
                 await served.abort("mine")
+        allowed.release(1000)
         return found
 
+    monkeypatch.setattr(Engine, "step", waits_for_the_reader)
     found = serve(body)
     assert found[-1].outputs[0].finish_reason == "abort"
     lengths = [len(each.outputs[0].token_ids) for each in found]
     assert sum(lengths) < 200
     assert max(lengths[1:]) < 5
+    tokens = [token for each in found for token in each.outputs[0].token_ids]
+    assert tokens == expected[: len(tokens)]
 
 
 def test_a_slow_reader_gets_every_token_once(serve: Any, llm: LLM) -> None:
