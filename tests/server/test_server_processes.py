@@ -149,7 +149,9 @@ def test_an_http_process_is_replaced_and_nothing_outlives_the_parent(start: Star
         asked = running(server, pool, LONG)
         server.process.kill()
         until(lambda: all(map(gone, children)))
-        assert asked[0].result(100)[0] == 0
+        status, text = asked[0].result(100)
+        # Both processes end by themselves. If the engine's is first, the other tells its callers.
+        assert status == 0 or "the engine's process has ended" in text
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(start: Start, stub: Server) -> None:
