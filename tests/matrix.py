@@ -153,7 +153,7 @@ class Case:
                 patch.setattr(model_runner, "StepBuffers", buffers)
             llm = make_llm(self.model, self.device, **{**config, **options})
         if ahead:
-            llm.engine._depth = 2
+            llm.engine.pipeline.depth = 2
         return llm
 
     def answers(self, llm: LLM, order: Sequence[int] | None = None) -> list[Any]:

@@ -12,6 +12,7 @@ import pytest
 from helpers import TinyModel, TinyModels, greedy, random_ids
 
 from reprise import AsyncLLM, RequestOutput
+from reprise.engine import CompletionGroup
 from reprise.errors import RepriseError
 from reprise.platforms import Platform
 
@@ -157,8 +158,7 @@ def test_an_output_that_cannot_be_made(
     async def scenario(llm: AsyncLLM) -> None:
         running = await started(llm, 2)
         with monkeypatch.context() as broken:
-            kind = type(next(iter(llm.engine._groups.values())))
-            broken.setattr(kind, "delta", raiser(ValueError("no text")))
+            broken.setattr(CompletionGroup, "delta", raiser(ValueError("no text")))
             results = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(each, ValueError) for each in results)
         assert await serves(llm, model)

@@ -55,7 +55,7 @@ def test_steps_after_a_refusal_continue_where_the_one_before_ended(
         model, device, **SMALL, graph_mode="decode=full,mixed=none",
         graph_buckets="decode=1,2,4", graph_verify="canary:1",
     )  # fmt: skip
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     logits = llm.engine.runner.forward_pass._logits
     spoil(lambda count: logits.neg_() if count == 5 else None)
     prompts = [random_ids(70 + n, 60) for n in range(requests)]
@@ -73,7 +73,7 @@ def test_what_a_bad_graph_wrote_is_computed_again(
         model, device, **SMALL, graph_mode="decode=none,mixed=full",
         graph_buckets="mixed=64", graph_verify="startup",
     )  # fmt: skip
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     graphs = llm.engine.runner.graphs
     monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: bucket.info.replays == 3)
     monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)

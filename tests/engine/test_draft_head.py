@@ -16,6 +16,7 @@ from planted import OPTIONS, make_oracle, serve
 from torch import Tensor
 
 from reprise import LLM, SamplingParams
+from reprise.engine.intake import draw_seed
 from reprise.errors import ModelError
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.loading.draft_head import DEMO_HEAD
@@ -97,7 +98,7 @@ def test_tokens_are_those_without_drafts(
         monkeypatch.setattr(model_runner, "StepBuffers", buffers)
     llm = drafting(*pair, device, k, graph_mode=graphs, graph_buckets="decode=4;mixed=64")
     if ahead:
-        llm.engine._depth = 2
+        llm.engine.pipeline.depth = 2
     assert [generate(llm, PROMPTS, params) for params in ASKED] == right
     assert 0.02 < rate(llm) < 0.95
     report = llm.graph_report()
@@ -155,7 +156,7 @@ def test_drafts_are_drawn_as_the_request_draws(demo: Any, device: str) -> None:
     params = SamplingParams(temperature=0.7, top_k=50, seed=7, max_tokens=200)
     llm = drafting(DEMO_MODEL, None, device, 4)
     prompt = llm.get_tokenizer().encode(STORIES[1], add_special_tokens=False)
-    seed = llm.engine._seed(params, 0, 0)
+    seed = draw_seed(params, engine_seed=0, ordinal=0, index=0)
 
     def draw(logits: Tensor, place: Tensor) -> Tensor:
         def filled(value: float, kind: torch.dtype) -> Tensor:

@@ -98,7 +98,7 @@ def test_tokens_are_those_without_drafts(
         monkeypatch.setattr(model_runner, "StepBuffers", buffers)
     llm = drafting(model, near, device, k, **SETUPS[which])
     if ahead:
-        llm.engine._depth = 2
+        llm.engine.pipeline.depth = 2
     for params, right in zip(MOST, plain_answers, strict=True):
         for got, expected in zip(answers(llm, params), right, strict=True):
             assert got.token_ids == expected.token_ids

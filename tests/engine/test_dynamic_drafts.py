@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_any_change_leaves_the_tokens_as_they_are(
         model, device, graph_mode=graphs, graph_buckets="decode=2,4;mixed=64",
         max_num_batched_tokens=32,
     )  # fmt: skip
-    llm.engine._depth = ahead
+    llm.engine.pipeline.depth = ahead
     taken = change_drafts(llm, ahead)
     for params in ASKED:
         assert generate(llm, PROMPTS, params) == generate(plain, PROMPTS, params)
@@ -226,13 +227,18 @@ def test_states_are_carried_over_whatever_was_verified(tiny: TinyModels, device:
         assert generate(llm, PROMPTS, params) == generate(plain, PROMPTS, params)
 
 
-def test_it_measures_itself(model: TinyModel, device: str) -> None:
+def test_it_measures_itself(
+    model: TinyModel, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """From the engine's own steps, and what it finds is what it takes."""
+    caplog.set_level(logging.INFO, "reprise.engine.draft_choice")
     llm = make(model, device, draft={"num_speculative_tokens_per_batch_size": "auto"})
     plain = make_llm(model, device)
     prompts = PROMPTS[:2]
     params = greedy(80)
     assert generate(llm, prompts, params) == generate(plain, prompts, params)
-    found = llm.engine._draft_choice._ranges[1]
-    assert [each.steps >= TRIED for each in found.levels.values()] == [True, True]
-    assert found.chosen in (0, 3)
+    told = [
+        each.message for each in caplog.records if "tokens a step for 2 requests" in each.message
+    ]
+    assert len(told) == 1
+    assert re.fullmatch(r"drafts: [03] tokens .*\(3: .* ms; 0: .* ms\)", told[0])

@@ -81,7 +81,7 @@ def test_running_requests_are_computed_again(
     model = tiny("qwen3")
     expected = make_llm(model, device, **OPTIONS).generate(PROMPTS, PARAMS, use_tqdm=False)
     llm = make_llm(model, device, **OPTIONS, graph_mode=executor)
-    llm.engine._depth = depth
+    llm.engine.pipeline.depth = depth
     # A canary would have the eager result at hand.
     llm.engine.runner.graphs.ledger.trusts = lambda *asked: True  # type: ignore[method-assign]
     failing = Failing(llm, *at)

@@ -76,7 +76,7 @@ def poison(llm: LLM, *, states_alone: bool = False) -> None:
 def check(known: Known, name: str, device: str, **options: Any) -> LLM:
     """One step ahead, over poisoned memory, twice: the second time behind what the first kept."""
     llm = make_llm(known.model(name), device, **{"num_blocks": 129, **options})
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     poison(llm)
     for _ in range(2):
         assert generate(llm, PROMPTS, greedy(STEPS)) == known.tokens(name)

@@ -124,7 +124,7 @@ def test_one_step_ahead(
         model_runner, "StepBuffers", functools.partial(model_runner.StepBuffers, shared=False)
     )
     llm = make_llm(known.model, device, **options)
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     check(known, llm)
     stops = [prompt_output[STEPS // 2] for prompt_output in known.greedy]
     params = [greedy(STEPS, stop_token_ids=[stop], logprobs=0, n=2) for stop in stops]

@@ -72,7 +72,7 @@ def test_tokens_are_those_without_drafts(
     buffers = functools.partial(model_runner.StepBuffers, shared=False)
     monkeypatch.setattr(model_runner, "StepBuffers", buffers)
     llm = drafting(pair[0], device, k, **EXECUTORS[executor])
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     assert answers(llm) == expected
     report = llm.graph_report()
     assert not report.quarantined

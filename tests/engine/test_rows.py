@@ -59,7 +59,7 @@ def ahead(tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def make(**options: Any) -> LLM:
         llm = make_llm(tiny("qwen3"), device, **options)
-        llm.engine._depth = 2
+        llm.engine.pipeline.depth = 2
         return llm
 
     return make

@@ -123,7 +123,7 @@ def test_same_tokens(
     """One step ahead, over memory that is poisoned."""
     graphs = {"graph_buckets": "decode=2,8;mixed=32", "max_num_batched_tokens": 32}
     llm = make_llm(known.model, device, **{**graphs, **options})
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     change(llm, lambda state: state.fill_(float("nan")))  # the null slot too
     scheduler, counts = llm.engine.scheduler, set[int]()
     update = scheduler.update

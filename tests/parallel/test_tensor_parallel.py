@@ -389,7 +389,7 @@ def test_texts_keep_to_their_grammars(
     try:
         outputs = case.answers(found)
         assert token_ids(outputs) == matrix.alone(model, device, subjects)
-        assert found.engine._grammars.num_masks > 0
+        assert found.engine.grammars.num_masks > 0
     finally:
         found.engine.close()
     for output, what in zip(outputs, wanted * 4, strict=True):

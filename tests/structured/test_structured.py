@@ -148,7 +148,7 @@ def test_alone_and_among_others_and_with_drafts_the_same_tokens(
         **drafts,
     )  # fmt: skip
     if ahead:
-        other.engine._depth = 2
+        other.engine.pipeline.depth = 2
     prompts, params = zip(*subjects(), strict=True)
     together = other.generate(list(prompts), list(params), use_tqdm=False)
     for one, two in zip(alone, together, strict=True):
@@ -160,15 +160,15 @@ def test_alone_and_among_others_and_with_drafts_the_same_tokens(
         found = {each.name: getattr(each, "value", 0) for each in other.get_metrics()}
         assert found["reprise:spec_decode_num_accepted_tokens"] > 0
     assert_idle(other)
-    assert other.engine._grammars.count == 0
+    assert other.engine.grammars.count == 0
 
 
 def test_only_steps_with_a_grammar_wait_and_have_masks(llm: LLM) -> None:
-    before = llm.engine._grammars.num_masks
+    before = llm.engine.grammars.num_masks
     llm.generate("The", SamplingParams(max_tokens=20), use_tqdm=False)
-    assert llm.engine._grammars.num_masks == before
+    assert llm.engine.grammars.num_masks == before
     found = ask(llm, wanted(regex="[ab]{9}"))
-    assert llm.engine._grammars.num_masks == before + len(found.token_ids)
+    assert llm.engine.grammars.num_masks == before + len(found.token_ids)
 
 
 def test_compiled_grammars_are_kept_up_to_a_bound(

@@ -51,7 +51,7 @@ def check_served(groups: Sequence[CompletionGroup]) -> None:
 
 def run(engine: Engine, prompts: Sequence[list[int]], output_lens: Sequence[int]) -> Run:
     """Generate exactly so many tokens, greedily, all requests at once."""
-    waited = engine.wait_seconds
+    waited = engine.pipeline.wait_seconds
     began = time.perf_counter()
     groups = [
         engine.add(
@@ -69,4 +69,4 @@ def run(engine: Engine, prompts: Sequence[list[int]], output_lens: Sequence[int]
     ended = time.perf_counter()
     while engine.has_work:
         engine.step()
-    return Run(ended - began, steps, engine.wait_seconds - waited)
+    return Run(ended - began, steps, engine.pipeline.wait_seconds - waited)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from reprise.speculation import Speculation
+from reprise.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,9 @@ class DraftChoice:
     def __init__(self, speculation: Speculation) -> None:
         self._speculation = speculation
         self._ranges: dict[int, _Range] = {}
+        self._last: tuple[int, int, float] | None = None
+        """Of the last step, if its requests did nothing but decode: how many tokens it drafted, how
+        many requests it had, and when it was done."""
 
     def choose(self, requests: int) -> int:
         """The number of tokens for the next step, which so many requests are part of; 0: none that
@@ -93,6 +99,17 @@ class DraftChoice:
             return found.trying[0]
         assert found.chosen is not None, "what is not being tried has been chosen"
         return found.chosen
+
+    def step_done(self, step: Step, sampled: Sequence[Sequence[int]]) -> None:
+        """A step has brought these tokens, now: measure it, if one like it was done before."""
+        now, requests = time.perf_counter(), len(step.rows)
+        known, self._last = self._last, None
+        if step.drafting is None or step.num_decodes < requests:
+            return
+        self._last = step.drafting, requests, now
+        if known is not None and known[:2] == (step.drafting, requests):
+            tokens = sum(map(len, sampled)) / requests
+            self.observe(requests, step.drafting, now - known[2], tokens)
 
     def observe(self, requests: int, drafted: int, seconds: float, tokens: float) -> None:
         """A step in which requests did nothing but decode has followed one like it.

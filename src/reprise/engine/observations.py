@@ -9,6 +9,8 @@ from reprise.engine.scheduler import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
 from reprise.parallel import Lockstep
 from reprise.request import Request
+from reprise.runner import StepOutput
+from reprise.step import Step
 
 _SECONDS = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640,
@@ -48,9 +50,11 @@ class Observations:
         self._step_tokens = Distribution(steps_1_2_5(max_tokens))
         self.drafts = DraftCounts(num_drafts)
 
-    def step(self, num_tokens: int) -> None:
-        """A step has computed so many tokens."""
-        self._step_tokens.add(num_tokens)
+    def step(self, step: Step, output: StepOutput) -> None:
+        """A step of requests has brought its results."""
+        self._step_tokens.add(step.num_tokens)
+        if output.drafted:
+            self.drafts.add(step.num_decodes, output.drafted, output.sampled)
 
     def ended(self, request: Request) -> None:
         """A request has finished or was aborted."""
