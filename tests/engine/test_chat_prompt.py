@@ -246,6 +246,10 @@ def test_tools() -> None:
         assert '"anything"' in render(user(), WITH_TOOLS, tools=tools)
     for nothing in (None, []):
         assert render(user(), WITH_TOOLS.replace("tools", "(tools or [])"), tools=nothing) == "x"
+    bare = {"type": "function", "function": {"name": "add"}}
+    null = {**bare, "function": {"name": "add", "strict": None, "description": None}}
+    whole = "{{ tools | tojson }}" + WITH_TOOLS
+    assert render(user(), whole, tools=[null]) == render(user(), whole, tools=[bare])
     for tools, named in (
         (TOOL, "give a list"),
         ([{**TOOL, "typ": 1}], "tools[0] has the unknown key 'typ'"),

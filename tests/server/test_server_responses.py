@@ -272,6 +272,34 @@ def test_one_that_fails_and_one_whose_client_leaves(start: Start) -> None:
             pytest.fail("a response whose client is gone is still under way")
 
 
+LOOSE = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {
+         "type": "integer"}}, "required": ["city"]}  # fmt: skip
+UNBOUND = {"type": "object", "properties": {"all": {"type": "array", "items": {
+           "type": "string"}, "uniqueItems": True}}}  # fmt: skip
+"""What no grammar follows."""
+
+
+@pytest.mark.parametrize(
+    ("strict", "parameters", "found"),
+    [({"strict": None}, LOOSE, True), ({"strict": True}, LOOSE, True), ({}, LOOSE, True),
+     ({"strict": False}, LOOSE, False), ({"strict": None}, None, True), ({}, UNBOUND, False),
+     ({"strict": None}, UNBOUND, False)],
+)  # fmt: skip
+def test_tools_are_strict_unless_they_say_otherwise_or_cannot_be(
+    client: openai.OpenAI, strict: dict[str, Any], parameters: Any, found: bool
+) -> None:
+    """OpenAI's default of this API; the prompt is the same."""
+    tool = {"type": "function", "name": "get_weather", "parameters": parameters}
+    other = {"type": "function", "name": "now", "strict": False}
+    first, second = (
+        create(client, tools=[{**tool, **each}, other], max_output_tokens=2)
+        for each in (strict, {"strict": False})
+    )
+    assert [each.strict for each in first.tools] == [found, False]
+    assert first.usage.input_tokens == second.usage.input_tokens
+    assert first.tools[0].parameters == parameters
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -279,6 +307,9 @@ def test_one_that_fails_and_one_whose_client_leaves(start: Start) -> None:
         ({"truncation": "most"}, "truncation"), ({"prompt": {"id": "x"}}, "stored prompts"),
         ({"tools": [{"type": "web_search"}]}, "'web_search': this server has function tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tools": [{**TOOL, "strict": "yes"}]}, "strict='yes': give true or false"),
+        ({"tools": [{**TOOL, "parameters": UNBOUND}]}, "uniqueItems"),
+        ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "arguments are an object"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
          "reads text alone"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference'"),

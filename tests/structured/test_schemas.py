@@ -9,8 +9,8 @@ import pytest
 from schemas import FOLLOWED, IGNORED, LEAVES
 
 from reprise import LLM, SamplingParams, StructuredOutputsParams
-from reprise.engine.structured.schema import MAX_DEPTH, check_schema
 from reprise.errors import RequestError
+from reprise.json_schema import MAX_DEPTH, check_schema
 
 jsonschema = pytest.importorskip("jsonschema")
 

@@ -57,7 +57,12 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
         place = f"tools[{index}]"
         _check(place, tool, _TOOL)
         _check_function(place, tool, _FUNCTION)
-    return [dict(each) for each in tools]
+    return [{**each, "function": _present(each["function"])} for each in tools]
+
+
+def _present(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is null is not there."""
+    return {key: value for key, value in given.items() if value is not None}
 
 
 class _Reader:
@@ -80,8 +85,7 @@ class _Reader:
         for key, why in _REFUSED.items():
             if given.get(key) is not None and key not in self._template.names:
                 raise RequestError(f"{place} has the key {key!r}: {why}")
-        # What is null is not there.
-        read = {key: value for key, value in given.items() if value is not None}
+        read = _present(given)
         role = self._role(read.get("role"))
         calls = read.pop("tool_calls", None)
         content = read.pop("content", None)

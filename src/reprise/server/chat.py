@@ -39,6 +39,8 @@ class Chat(Reply):
         facts: Of the engine.
         defaults: Sampling values that the request may leave out.
         options: Of the server.
+        strict_by_default: Schemas of tools that do not say ``strict`` are enforced, where they can
+            be followed.
         most_tokens: Of the prompt, from which the oldest turns are left out as need be; None: a
             conversation that is too long is refused.
 
@@ -57,6 +59,7 @@ class Chat(Reply):
         facts: Mapping[str, Any],
         defaults: Mapping[str, Any],
         options: ServerOptions,
+        strict_by_default: bool = False,
         most_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -80,8 +83,9 @@ class Chat(Reply):
         chat, self.ignored, unfinished = conversation(request, facts, options)
         self._unfinished = unfinished
         self._use = tool_use(
-            request.tools, request.tool_choice, request.parallel_tool_calls, tool_parser
-        )
+            request.tools, request.tool_choice, request.parallel_tool_calls, tool_parser,
+            strict_by_default,
+        )  # fmt: skip
         params = sampling(request, defaults, **self._changes(facts, defaults))
         self._ask_for_calls(params)
         wanted = params.get("structured_outputs")

@@ -47,7 +47,7 @@ def conversation(
         "chat_template_content_format": options.chat_template_content_format,
         "add_generation_prompt": not goes_on if prompted is None else prompted,
         "continue_final_message": goes_on,
-        "tools": request.tools or None,
+        "tools": [_shown(each) for each in request.tools or ()] or None,
         "chat_template_kwargs": _variables(request, options),
     }
     if isinstance(request, ChatRequest):
@@ -71,6 +71,15 @@ def _message(number: int, given: Any, known: set[str], ignored: list[str]) -> di
     if isinstance(content, list):
         message["content"] = [_part(each, ignored) for each in content]
     return message
+
+
+def _shown(tool: Any) -> Any:
+    """A tool as the template sees it: how its schema is enforced is the server's business."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or "strict" not in function:
+        return tool
+    named = {key: value for key, value in function.items() if key != "strict"}
+    return {**tool, "function": named}
 
 
 def _part(given: Any, ignored: list[str]) -> Any:

@@ -10,6 +10,7 @@ from reprise.config import EngineConfig
 from reprise.engine import EngineStats, Frontend
 from reprise.engine.observations import OURS
 from reprise.engine.renderer import renderer_of
+from reprise.engine.structured import installed
 from reprise.engine.submission import MAX_LOGPROBS
 from reprise.engine.template import Renderer
 from reprise.errors import RequestError
@@ -61,6 +62,7 @@ def engine_facts(engine: Frontend) -> dict[str, Any]:
         "thinks": "</think>" in signs,
         "tool_parser": parser_name(signs),
         "message_names": None if renderer is None else sorted(renderer.names),
+        "structured": installed() and (engine.compiler is None or engine.compiler.usable),
         "think_ids": _ids_of(engine.tokenizer, "<think>", "</think>"),
     }
 

@@ -26,7 +26,7 @@ from reprise.server.responses.store import ResponseStore
 FACTS: dict[str, Any] = {
     "model": "stub", "version": "0", "device": "none", "dtype": "none", "max_model_len": 4096,
     "max_logprobs": 20, "recommended": {}, "thinks": True, "message_names": [],
-    "think_ids": [None, None], "tool_parser": "none",
+    "think_ids": [None, None], "tool_parser": "none", "structured": False,
 }  # fmt: skip
 STEP_SECONDS = 0.001
 TOKENS = 64

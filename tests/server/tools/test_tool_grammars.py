@@ -130,8 +130,8 @@ NAMES = [{"type": "function", "function": {"name": "b"}}, {"type": "function", "
 def test_what_is_enforced_is_what_is_asked_for() -> None:
     tools = [_tool("a", strict=True), _tool("b"), _tool("c", strict=False)]
 
-    def schemas(choice: Any, given: Any = tools) -> dict[str, Any] | None:
-        use = tool_use(given, choice, None, "hermes")
+    def schemas(choice: Any, given: Any = tools, default: bool = False) -> dict[str, Any] | None:
+        use = tool_use(given, choice, None, "hermes", default)
         wanted = None if use is None else use.structured_outputs()
         if wanted is None:
             return None
@@ -144,6 +144,8 @@ def test_what_is_enforced_is_what_is_asked_for() -> None:
     free, calls, anything = "triggered_tags", "tags_with_separator", {"type": "object"}
     assert schemas("auto") == {"kind": free, "a": SCHEMA, "b": anything, "c": anything}
     assert schemas("auto", tools[1:]) is None
+    assert schemas("auto", default=True) == {"kind": free, "a": SCHEMA, "b": SCHEMA, "c": anything}
+    assert schemas("auto", tools[2:], default=True) is None
     assert schemas("none") is None
     assert schemas("required") == {"kind": calls, "a": SCHEMA, "b": SCHEMA, "c": SCHEMA}
     for name in NAMES:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from reprise.arguments import shown
-from reprise.engine.structured.patterns import check_pattern
-from reprise.engine.structured.schema import check_schema
 from reprise.engine.structured.vocabulary import token_infos
 from reprise.errors import RequestError
+from reprise.json_schema import check_schema
+from reprise.patterns import check_pattern
 from reprise.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class GrammarCompiler:
         """By what they compile; also those that nobody waits for any more."""
         self.num_compiled = 0
         """From the start; the others were kept."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the model can follow any grammar."""
+        return self._tokenizer is not None and bool(self._stop_token_ids)
 
     def compile(self, wanted: StructuredOutputsParams) -> Any:
         """xgrammar's compiled grammar.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -9,6 +10,11 @@ from reprise.errors import RequestError
 from reprise.loading import as_transformers
 
 INSTALL = "pip install 'reprise[structured]'"
+
+
+def installed() -> bool:
+    """Whether grammars can be compiled here."""
+    return importlib.util.find_spec("xgrammar") is not None
 
 
 def token_infos(tokenizer: Any, vocab_size: int, stop_token_ids: frozenset[int]) -> tuple[Any, Any]:

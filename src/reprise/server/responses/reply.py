@@ -18,6 +18,7 @@ from reprise.server.options import ServerOptions
 from reprise.server.responses.input_items import with_ids
 from reprise.server.responses.output import Output
 from reprise.server.responses.request import ResponsesRequest, chat_request, most_tokens
+from reprise.server.tools.choice import strict_tools
 
 
 class Response(Chat):
@@ -54,9 +55,13 @@ class Response(Chat):
         self._conversation = [*before, *items]
         chat = chat_request(asked, self._conversation)
         most = most_tokens(asked, facts)
+        by_default = bool(facts["structured"])
         super().__init__(
-            chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options, most
-        )
+            chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options,
+            by_default, most,
+        )  # fmt: skip
+        use = self._use
+        self._strict = strict_tools(chat.tools or (), by_default) if use is None else use.strict
         self._asked = asked
         self._client = client
         self._keeps = keeps
@@ -89,7 +94,9 @@ class Response(Chat):
             "temperature": params.get("temperature", 1.0),
             "text": {**text, "format": text.get("format") or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
-            "tools": asked.tools or [],
+            "tools": [
+                {**each, "strict": each["name"] in self._strict} for each in asked.tools or ()
+            ],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.get("top_p", 1.0),
             "truncation": asked.truncation or "disabled",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reprise.arguments import shown
+from reprise.errors import RequestError
+from reprise.json_schema import check_schema
 from reprise.server.errors import ApiError
 from reprise.server.tools.formats import PARSERS
 from reprise.server.tools.parser import TaggedParser, ToolParser
@@ -77,8 +79,44 @@ class ToolUse:
         return found
 
 
+def strict_tools(tools: Sequence[Any], by_default: bool) -> frozenset[str]:
+    """Names of those whose schema is enforced wherever they are called.
+
+    Args:
+        tools: As the chat API has them.
+        by_default: So are those that do not say ``strict``, where their schema can be followed.
+
+    Raises:
+        ApiError: A tool is malformed.
+    """
+    known, found = _tools(tools), set()
+    for number, each in enumerate(tools):
+        function = each["function"]
+        name, strict = function["name"], function.get("strict")
+        if strict is not None and not isinstance(strict, bool):
+            raise ApiError(
+                400, f"tools[{number}].function.strict={shown(strict)}: give true or false",
+                param="tools",
+            )  # fmt: skip
+        if strict or (strict is None and by_default and _can_be_followed(known[name])):
+            found.add(name)
+    return frozenset(found)
+
+
+def _can_be_followed(schema: Any) -> bool:
+    try:
+        check_schema(schema, "")
+    except RequestError:
+        return False
+    return True
+
+
 def tool_use(
-    tools: Sequence[Any] | None, choice: Any, parallel: bool | None, parser: str
+    tools: Sequence[Any] | None,
+    choice: Any,
+    parallel: bool | None,
+    parser: str,
+    strict_by_default: bool = False,
 ) -> ToolUse | None:
     """
     Args:
@@ -86,6 +124,7 @@ def tool_use(
         choice: ``tool_choice``.
         parallel: ``parallel_tool_calls``.
         parser: One of :data:`PARSERS`, or ``none``.
+        strict_by_default: As of :func:`strict_tools`.
 
     Returns:
         None if no calls are to be read.
@@ -124,9 +163,7 @@ def tool_use(
             f"--tool-call-parser ({', '.join(PARSERS)}), or give tool_choice='none'",
             param="tools",
         )
-    strict = frozenset(
-        each["function"]["name"] for each in tools if each["function"].get("strict") is True
-    )
+    strict = strict_tools(tools, strict_by_default)
     return ToolUse(
         PARSERS[parser], known, strict, allowed, named, mode == "required", parallel is not False
     )
@@ -177,6 +214,12 @@ def _tools(tools: Sequence[Any]) -> dict[str, Any]:
             raise ApiError(
                 400, f"tools[{number}].function.parameters={shown(schema)}: give a JSON schema",
                 param="tools",
+            )  # fmt: skip
+        kinds = (schema or {}).get("type", "object")
+        if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+            raise ApiError(
+                400, f"tools[{number}].function.parameters.type={shown(kinds)}: arguments are "
+                "an object", param="tools",
             )  # fmt: skip
         if name in known:
             raise ApiError(400, f"tools has two functions {name!r}", param="tools")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reprise.arguments import shown
-from reprise.engine.structured.patterns import check_pattern
 from reprise.errors import RequestError
+from reprise.patterns import check_pattern
 
 MAX_DEPTH = 64
 """Of schemas in schemas: the compiler recurses."""
