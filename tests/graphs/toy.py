@@ -106,6 +106,9 @@ class Slots:
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_tokens
 
+    def kept(self) -> list[Tensor]:
+        return [self.slots]
+
     def read_by_someone(self, key: str | None = None) -> Tensor | None:
         return None
 

@@ -63,6 +63,9 @@ class State(Protocol):
         bool on the device: those of which anybody reads what was computed; None: all, padding
         aside. What a token beyond the end of its request writes lies where others write, too."""
 
+    def kept(self) -> Sequence[Tensor]:
+        """Copies of inputs by which it finds these rows."""
+
     def written(self) -> Units:
         """The units of the caches that hold these rows."""
 

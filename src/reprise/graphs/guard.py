@@ -22,6 +22,7 @@ from reprise.graphs.regions import (
     spans,
     stacked,
 )
+from reprise.graphs.seal import sum_of
 
 PARTS = 16
 """A background canary checks the memory that its step has nothing to do with in so many parts, one
@@ -68,6 +69,11 @@ class Before:
     caches_after: list[tuple[Stack, Tensor]] = field(default_factory=list)
     weights_after: dict[str, Tensor] = field(default_factory=dict)
 
+    def kept(self) -> list[Tensor]:
+        """What was taken down before the step."""
+        copied = [kept for _, kept in self.copied]
+        return [*copied, *(sums for _, sums in self.caches), *self.weights.values()]
+
 
 class Guard:
     """Compares the memory of a computation before and after a step.
@@ -91,7 +97,7 @@ class Guard:
     def learn_weights(self) -> None:
         """The weights are right as they are now."""
         self._weights = {
-            name: _sum(each) for name, each in owned(self._computation.memory(), "weight").items()
+            name: sum_of(each) for name, each in owned(self._computation.memory(), "weight").items()
         }
 
     def example(self) -> None:
@@ -100,7 +106,7 @@ class Guard:
         for stack in self._stacks(memory):
             _unit_sums(memory, stack, torch.zeros(2, dtype=torch.int64, device=stack.tensor.device))
         for weight in list(owned(memory, "weight").values())[:1]:
-            _sum(weight)
+            sum_of(weight)
 
     def learn_ops(self) -> None:
         """Ops are between two steps, and what they keep has been made."""
@@ -246,7 +252,7 @@ class Guard:
         if part is not None and part < 0:
             return {}
         return {
-            name: _sum(memory[name].tensor)
+            name: sum_of(memory[name].tensor)
             for number, name in enumerate(self._weights)
             if part is None or number % PARTS == part
         }
@@ -259,10 +265,6 @@ def _part(span: Span, kept: Tensor, tensor: Tensor) -> Tensor:
     begin = tensor.data_ptr() - span.bytes.data_ptr()
     own = kept[begin : begin + tensor.nbytes].clone()  # its address suits any dtype
     return own.view(tensor.dtype).view(tensor.shape)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    return ops.checksum(as_words(tensor.reshape(1, 1, -1)), None)
 
 
 def _unit_sums(memory: Mapping[str, Region], stack: Stack, units: Tensor | None) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from reprise.errors import GraphError
 from reprise.graphs.capture import BucketGraph
 from reprise.graphs.compare import copies
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.prove import Prover
+from reprise.graphs.seal import Seal
 from reprise.graphs.verify import Verdict
 from reprise.shape import StepShape
 
@@ -28,6 +30,8 @@ class Harm:
     """Something had changed before the step."""
     changed: frozenset[str]
     """Names of the memory that it changed and must not have."""
+    lost: bool = False
+    """What could be put back was changed as well: nothing of the step can be used."""
 
 
 def make_good(
@@ -56,11 +60,16 @@ def make_good(
     Raises:
         WeightsLostError: Weights were changed and cannot be loaded again.
     """
+    if not agree(not verdict.lost):
+        return _nothing_left(prover, verdict.told)
     changes, where = list(verdict.changes), ""
     _mend(prover, changes)
     # All ranks search or none: they meet in the collectives of what is computed for it.
     if not agree(bool(changes) and not verdict.differences):
         where, more = _where(computation, guard, prover, bucket, shape)
+        if not agree(more is not None):
+            return _nothing_left(prover, f"{verdict.told}{where}")
+        assert more is not None
         _mend(prover, more)
         changes += more
     return Harm(
@@ -76,6 +85,12 @@ def make_good(
     )
 
 
+def _nothing_left(prover: Prover, told: str) -> Harm:
+    prover.mend()
+    told = told or "what another rank compared it with was changed"
+    return Harm(told, frozenset(), False, True, frozenset(), lost=True)
+
+
 def _mend(prover: Prover, changes: Iterable[Change]) -> None:
     if any(each.owner == "weight" for each in changes):
         prover.mend()
@@ -83,20 +98,27 @@ def _mend(prover: Prover, changes: Iterable[Change]) -> None:
 
 def _where(
     computation: Computation, guard: Guard, prover: Prover, bucket: BucketGraph, shape: StepShape
-) -> tuple[str, list[Change]]:
+) -> tuple[str, list[Change] | None]:
     """The op at which the graph leaves the path of eager execution on the step at hand, and what
-    the search has changed, which replays what is wrong: inputs and memory beside are as before."""
+    the search has changed, which replays what is wrong: inputs and memory beside are as before.
+    None: not even that, since what was kept of them was changed."""
     before = guard.before(Scope())
     inputs = copies(computation.inputs(bucket.shape))
     outputs = copies(computation.outputs(shape))
     state = computation.state(bucket.shape)
     rows = state.read()
+    kept = [*inputs.values(), *outputs.values(), *rows.values(), *state.kept(), *before.kept()]
+    seal = Seal(kept)
 
     def refill() -> None:
+        if seal.broken():
+            raise GraphError("the search changed the step that it is made with")
         for name, tensor in computation.inputs(bucket.shape).items():
             tensor.copy_(inputs[name])
 
     where = prover.where(bucket, shape, refill)
+    if seal.broken():
+        return where, None
     refill()
     state.write(rows)
     for name, tensor in computation.outputs(shape).items():

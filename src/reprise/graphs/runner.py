@@ -389,8 +389,8 @@ class GraphRunner:
             The first output's rows of this step, overwritten by the next one.
 
         Raises:
-            GraphReplayError: A replay failed and nothing has computed the step; its graph is
-                refused.
+            GraphReplayError: A replay failed, or has changed what it was compared with, and
+                nothing has computed the step; its graph is refused.
             WeightsLostError: A graph has changed weights that cannot be loaded again.
             ValueError: Both shapes are of different phases.
         """
@@ -546,7 +546,8 @@ class GraphRunner:
                 self.ledger.prove(bucket.key, met, "live")
             return
         self.ran = Ran(None, proven=False)
-        self._make_good(bucket, shape, verdict, "canary")
+        if self._make_good(bucket, shape, verdict, "canary"):
+            raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
 
     def _scope(self, bucket: BucketGraph) -> Scope:
         if self.canary.checks_everything:
@@ -556,8 +557,9 @@ class GraphRunner:
 
     def _make_good(
         self, bucket: BucketGraph, shape: StepShape, verdict: Verdict, found_by: str
-    ) -> None:
-        """Refuse a graph that was found wrong, and repair what it did."""
+    ) -> bool:
+        """Refuse a graph that was found wrong, and repair what it did. Returns whether the step is
+        lost: there is no eager result that could be trusted."""
         self.canary_failures += 1
         harm = make_good(
             self.computation, self.guard, self.prover, bucket, shape, verdict, self._agree
@@ -568,6 +570,9 @@ class GraphRunner:
             earlier = not self._agree(not earlier and not harm.units)
         wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
         self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier, wrong=wrong)
+        if harm.lost:
+            self.guard.settle_ops()
+        return harm.lost
 
     def _refuse(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from reprise.graphs.compare import (
 )
 from reprise.graphs.contract import Computation, State
 from reprise.graphs.guard import Change, Guard, Scope
+from reprise.graphs.seal import Seal
 from reprise.graphs.segments import SegmentedGraph
 from reprise.ops.registry import OpTable
 from reprise.platforms import Platform
@@ -83,18 +85,23 @@ class Verdict:
     """Why there was nothing to compare."""
     ran: bool = True
     """There was a replay."""
+    lost: bool = False
+    """The replay has changed what the comparison keeps for itself: there is nothing to compare
+    with, to go on from or to put back."""
     eager_seconds: float | None = None
     """None: not measured."""
     replay_seconds: float | None = None
 
     @property
     def right(self) -> bool:
-        return not (self.differences or self.changes or self.error)
+        return not (self.differences or self.changes or self.error or self.lost)
 
     @property
     def told(self) -> str:
         """In words; the first of each kind, and how many more."""
         parts = [] if self.error is None else [self.error]
+        if self.lost:
+            parts.append("it changed copies and eager results that it was compared with")
         if self.differences:
             parts.append(str(self.differences[0]) + _more(self.differences))
         if self.changes:
@@ -120,7 +127,8 @@ def examine(
 
     Eager execution comes first, on state that no replay has touched; what a step updates in place
     is put back between the two. Unwritten output shows since the two start from different garbage.
-    Inputs and memory beside are as before afterwards, whatever the replay did to them.
+    Inputs and memory beside are as before afterwards, whatever the replay did to them, unless the
+    verdict is ``lost``.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
@@ -137,8 +145,10 @@ def examine(
         timed_on: The device; None: the runs need not be timed.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, model, pool, bound, timed_on)
+    both.run(graph, model, pool, bound, timed_on, sealed=True)
     verdict = both.verdict
+    if verdict.lost:
+        return verdict
     if verdict.error is not None or both.flag.item():
         both.tell(bound)
         guard.put_back(both.before)
@@ -228,8 +238,14 @@ class _Both:
         pool: Sequence[Tensor],
         bound: float | None,
         platform: Platform | None,
+        *,
+        sealed: bool = False,
     ) -> None:
-        """Compute both ways; afterwards the state is as before. Timed if there is a platform."""
+        """Compute both ways; afterwards the state is as before. Timed if there is a platform.
+
+        Args:
+            sealed: What is kept is looked at behind the replay, which waits for the device.
+        """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:
             self._watches = _Stopwatch(platform), _Stopwatch(platform)
@@ -246,11 +262,15 @@ class _Both:
             step.put(at_first)
             poison(computation.outputs(self._bucket).values())
             poison_memory(pool)
+            seal = Seal(self._kept(at_first)) if sealed else None
             try:
                 with replay:
                     graph.replay()
             except Exception as error:
                 verdict.error = describe(error)
+            if seal is not None and seal.broken():
+                verdict.lost = True
+                return
             step.clear_unread()
             self.got = step.state()
             step.put(at_first)
@@ -262,6 +282,12 @@ class _Both:
             self._guard.put_back(self.before)
             step.put(at_first)
             raise
+
+    def _kept(self, at_first: Values) -> list[Tensor]:
+        """All that lies in memory of the comparison's own."""
+        step = self.step
+        values = [at_first, self.expected, self.outputs, step.written]
+        return [*chain(*(e.values() for e in values)), *step.kept(), *self.before.kept()]
 
     def tell(self, bound: float | None) -> None:
         """What differs, in detail."""
@@ -346,6 +372,10 @@ class StepMemory:
         self._state.write({k: v for k, v in values.items() if k not in self._ops})
         for name, tensor in self._ops.items():
             tensor.copy_(values[name])
+
+    def kept(self) -> Sequence[Tensor]:
+        """See :meth:`State.kept`."""
+        return self._state.kept()
 
     def clear_unread(self) -> None:
         """Make outputs that nobody reads the same, however they were computed."""

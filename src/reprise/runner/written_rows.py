@@ -133,6 +133,10 @@ class WrittenRows:
     def live(self, key: str, shape: StepShape) -> int:
         return shape.num_requests if self._rows[key].of_requests else shape.num_tokens
 
+    def kept(self) -> Sequence[Tensor]:
+        places = {id(place): place for each in self._rows.values() for place in each.places}
+        return [*places.values(), *([] if self._read is None else [self._read])]
+
     def written(self) -> Units:
         return self._written
 

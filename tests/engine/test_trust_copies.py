@@ -1,0 +1,164 @@
+"""A graph that writes where its canary keeps copies and eager results, as over a pointer to memory
+that was freed and given out again: what would leave, or be put back, would be the graph's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from torch import Tensor
+
+from reprise import LLM
+from reprise.graphs import repair, verify
+from reprise.graphs.segments import Segment, SegmentedGraph
+
+PROMPTS = [random_ids(80 + n, 9 + 7 * n) for n in range(3)]
+PARAMS = greedy(14, frequency_penalty=0.5)
+KEPT = ("results", "eager rows", "rows before", "inputs and what lies beside", "sums", "places")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> TinyModel:
+    return tiny("qwen3")
+
+
+@pytest.fixture(scope="module")
+def expected(model: TinyModel, device: str) -> list[list[int]]:
+    return generate(small_llm(model, device, graph_mode="none"), PROMPTS, PARAMS)
+
+
+def small_llm(model: TinyModel, device: str, **options: Any) -> LLM:
+    return make_llm(
+        model, device, max_num_seqs=4, max_num_batched_tokens=64, **options,
+        graph_buckets="decode=2,4;mixed=64", graph_verify="canary:1",
+    )  # fmt: skip
+
+
+def spoil(tensors: Iterable[Tensor]) -> None:
+    for each in tensors:
+        each.neg_() if each.is_floating_point() else each.bitwise_not_()
+
+
+def after_replays(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], None]) -> None:
+    """From now on ``change(n)`` follows the n-th replay."""
+    replay, count = SegmentedGraph.replay, 0
+
+    def replay_and_change(self: SegmentedGraph) -> None:
+        nonlocal count
+        replay(self)
+        count += 1
+        change(count)
+
+    monkeypatch.setattr(SegmentedGraph, "replay", replay_and_change)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("depth", [1, 2], ids=["in lockstep", "one ahead"])
+def test_what_a_canary_keeps(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+    kept: str, depth: int,
+) -> None:  # fmt: skip
+    llm = small_llm(model, device, graph_mode="full")
+    llm.engine._depth = depth
+    now: list[Any] = []
+    init = verify._Both.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        init(self, *args)
+        now[:] = [self, {}]
+        state = self.step.state
+        self.step.state = lambda: now[1].setdefault(len(now[1]), state())
+
+    monkeypatch.setattr(verify._Both, "__init__", noted)
+
+    def change(count: int) -> None:
+        if count in (2, 3):
+            both, states = now
+            spoil({
+                "results": lambda: both.outputs.values(),
+                "eager rows": lambda: states[1].values(),
+                "rows before": lambda: states[0].values(),
+                "inputs and what lies beside": lambda: [copy for _, copy in both.before.copied],
+                "sums": lambda: [sums for _, sums in both.before.caches],
+                "places": lambda: both.step.kept(),
+            }[kept]())  # fmt: skip
+
+    after_replays(monkeypatch, change)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    refused = llm.graph_report().quarantined
+    assert len(refused) == 2
+    assert all("copies and eager results" in str(each.quarantined) for each in refused)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["inputs", "results"])
+def test_what_the_search_for_the_op_keeps(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+    kept: int,
+) -> None:  # fmt: skip
+    """It replays what is wrong, and the step goes on from its copies."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none")
+    logits = llm.engine.runner.forward_pass._logits
+    copied: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(
+        repair, "copies", lambda tensors: copied.append(verify.copies(tensors)) or copied[-1]
+    )
+
+    run = Segment.run
+
+    def run_and_spoil(self: Segment) -> None:
+        run(self)
+        if copied:
+            spoil(copied[kept].values())
+            copied.clear()
+
+    monkeypatch.setattr(Segment, "run", run_and_spoil)
+    after_replays(monkeypatch, lambda count: logits.neg_() if count == 3 else None)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert len(llm.graph_report().quarantined) == 1
+    assert not copied, "the search has replayed"
+    assert_idle(llm)
+
+
+def test_what_is_kept_while_no_request_runs(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe is written over what requests have left, and put back from a copy."""
+    llm = small_llm(model, device, graph_mode="full")
+    prompt = random_ids(90, 60)
+    first = generate(llm, [prompt], PARAMS)
+    graphs = llm.engine.runner.graphs
+    for each in graphs.bucket_graphs.values():
+        each.info.probes = 1
+    state = verify.StepMemory.state
+    found: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(
+        verify.StepMemory, "state", lambda self: found.append(state(self)) or found[-1]
+    )
+    after_replays(monkeypatch, lambda count: spoil(found[0].values()))
+    assert llm.engine.prove_idle()
+    assert found
+    monkeypatch.undo()
+    assert len(llm.graph_report().quarantined) == 1
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], PARAMS, use_tqdm=False)
+    assert output.metrics.num_cached_tokens == 0, "cached prefixes are forgotten"
+    assert [list(output.outputs[0].token_ids)] == first
+
+
+def test_sums_of_odd_tensors(device: str) -> None:
+    """Of any type, stride and size: what is changed shows."""
+    from reprise.graphs.seal import Seal
+
+    base = torch.arange(60, device=device)
+    for tensor in (base.view(4, 15)[:, 3], base.view(4, 15)[:1, 3], base[:5].to(torch.uint8),
+                   base > 7, base[:0], base.to(torch.bfloat16)[1:]):  # fmt: skip
+        seal = Seal([tensor, base.float()])
+        assert not seal.broken()
+        if tensor.numel():
+            tensor[-1] = ~tensor[-1] if tensor.dtype == torch.bool else tensor[-1] + 1
+            assert seal.broken()
+            tensor[-1] = ~tensor[-1] if tensor.dtype == torch.bool else tensor[-1] - 1
