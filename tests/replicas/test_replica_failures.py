@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import gone, replicas_of
+from http_server import gone, replicas_of, until
 
 import reprise
 from reprise import LLM, AsyncLLM, SamplingParams
@@ -34,13 +34,6 @@ SMALL: dict[str, Any] = {"num_blocks": 400, "dtype": "float32"}
 def children(of: int | None = None) -> list[int]:
     """Process ids of our replicas, or of another process's."""
     return replicas_of(of or os.getpid())
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +87,9 @@ def test_every_caller_of_a_program_is_told(device: str, temporary: Path, number:
         assert len(pids) == 2
 
         async def read(name: str) -> None:
-            async for _ in llm.generate(name, LONG):
-                begun.add(name)
+            while True:  # until it is told: one may come to its end before
+                async for _ in llm.generate(name, LONG):
+                    begun.add(name)
 
         begun: set[str] = set()
         readers = [asyncio.create_task(read(f"{each}")) for each in range(4)]

@@ -133,10 +133,18 @@ def test_one_is_busy_and_one_idle(
         idle, other = str(1 - busy), str(busy)
         assert empty[idle] - before[idle] >= MOST
         assert empty[other] == before[other]
-    report = pair.graph_report()
-    assert not report.quarantined
-    for phase, least in (("decode", MOST), ("mixed", 1)):
-        assert sum(each.replays for each in report.graphs if each.phase == phase) >= least
+
+    def are_used() -> bool:
+        graphs = pair.graph_report().graphs
+        counts = (
+            sum(each.replays for each in graphs if each.phase == phase)
+            for phase in ("decode", "mixed")
+        )
+        return all(count >= least for count, least in zip(counts, (MOST, 1), strict=True))
+
+    # When a kind of step is proven depends on how long a comparison takes.
+    assert are_used() or any(tokens(pair, prompts) == expected and are_used() for _ in range(20))
+    assert not pair.graph_report().quarantined
 
 
 def test_both_are_busy(pair: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Server, Start
+from http_server import Server, Start, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra test is not installed")
 
@@ -108,7 +108,7 @@ def test_a_chat_streams_and_stops(page: Any, served: Server) -> None:
     ]
     headers = {"Authorization": f"Bearer {KEY}"}
     with served.client(headers=headers) as client:
-        assert client.get("/load").json() == {"server_load": 0}
+        until(lambda: client.get("/load").json() == {"server_load": 0})
         metrics = client.get("/metrics").text
     (aborted,) = (each for each in metrics.splitlines() if 'reason="abort"' in each)
     assert aborted.endswith(" 1.0")

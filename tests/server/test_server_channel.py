@@ -87,6 +87,15 @@ def test_prompt_tokens_that_wait(device: str) -> None:
     """Some may always wait, however many; more only up to the limit, once for each completion."""
     config = EngineConfig(device=device, num_blocks=200, max_num_seqs=1)
     with running(config, EngineLimits(tokens=30)) as server:
+        runner: Any = server.driver.engine.runner
+        submit = runner.submit
+
+        def takes_its_time(step: Any) -> Any:
+            time.sleep(0.05)
+            return submit(step)
+
+        # The first request does not end before the others were sent, however late these are.
+        runner.submit = takes_its_time
         connection, messages = connect(server)
 
         def ask(number: int, tokens: int, **params: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import Server, Start
+from http_server import Server, Start, until
 
 from reprise import LLM, SamplingParams
 
@@ -82,9 +82,9 @@ def check_all(server: Server, expected: list[str], statuses: set[int]) -> int:
 
 
 def nothing_is_left(server: Server) -> None:
-    end = time.monotonic() + 100
     with server.client() as client:
-        while True:
+
+        def idle() -> bool:
             lines = client.get("/metrics").text.splitlines()
             busy = [
                 each
@@ -92,10 +92,9 @@ def nothing_is_left(server: Server) -> None:
                 if each.startswith(("vllm:num_requests", "vllm:kv_cache_usage_perc"))
                 and not each.endswith(" 0.0")
             ]
-            if not busy and client.get("/load").json() == {"server_load": 0}:
-                return
-            assert time.monotonic() < end, busy
-            time.sleep(0.05)
+            return not busy and bool(client.get("/load").json() == {"server_load": 0})
+
+        until(idle)
 
 
 def test_steps_that_raise(start: Start, expected: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import httpx
 import pytest
-from http_server import Server, Start
+from http_server import Server, Start, until
 from pydantic import BaseModel
 
 from reprise.server.fields import ChatRequest, CompletionRequest, Generation
@@ -97,10 +97,15 @@ def test_several_prompts_and_samples_have_their_own_places(stub: Server) -> None
     assert list(texts.values()) == list("aabbcc")
 
 
-def test_an_error_behind_the_first_chunk_is_an_event(stub: Server) -> None:
+def test_an_error_behind_the_first_chunk_is_an_event(stub: Server, tmp_path: Path) -> None:
+    received, go_on = "", tmp_path / "go on"
     with stub.client() as client:
-        body = {"prompt": orders(fail=2, seconds=0.3), "stream": True}
-        *_, told, done = events(client.post(COMPLETE, json=body).text)
+        body = {"prompt": orders(fail=2, until=str(go_on)), "stream": True}
+        with client.stream("POST", COMPLETE, json=body) as response:
+            for part in response.iter_text():
+                received += part
+                go_on.touch()
+        *_, told, done = events(received)
         plain = error(client.post(COMPLETE, json={"prompt": orders(fail=2)}), 500)
     assert done == "[DONE]"
     for each in (told["error"], plain):
@@ -343,7 +348,7 @@ def test_a_half_closed_connection_and_a_cut_body_end(stub: Server) -> None:
         while connection.recv(4096):
             pass  # it ends, with an answer or without
     with stub.client() as client:
-        assert client.get("/load").json() == {"server_load": 0}
+        until(lambda: client.get("/load").json() == {"server_load": 0})
 
 
 def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
@@ -353,9 +358,9 @@ def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
             body = json.dumps({"prompt": orders(wait=True), "stream": stream}).encode()
             connection = socket.create_connection(("127.0.0.1", stub.port), timeout=100)
             connection.sendall(head(len(body)) + body)
-            wait_for(lambda: client.get("/load").json()["server_load"] == 1)
+            until(lambda: client.get("/load").json()["server_load"] == 1)
             connection.close()
-            wait_for(lambda: client.get("/load").json()["server_load"] == 0)
+            until(lambda: client.get("/load").json()["server_load"] == 0)
 
 
 def test_heads_that_come_slowly_or_never(start: Start) -> None:
@@ -379,8 +384,8 @@ def test_heads_that_come_slowly_or_never(start: Start) -> None:
 
     began = time.monotonic()
     silent, broken_off, trickling, second = (open_one() for _ in range(4))
-    broken_off.sendall(line)
     second.sendall(line + b"\r\n")
+    broken_off.sendall(line)
     is_answered(second)
     for each in line + b"x-slow: " + b"a" * 20:
         try:
@@ -401,7 +406,7 @@ def test_heads_that_come_slowly_or_never(start: Start) -> None:
     with open_one() as waiting:
         waiting.sendall(head(len(body)) + body)
         with server.client() as client:
-            wait_for(lambda: client.get("/load").json() == {"server_load": 1})
+            until(lambda: client.get("/load").json() == {"server_load": 1})
             time.sleep(2)
             assert client.get("/load").json() == {"server_load": 1}
     many = b"\r\n".join(b"x-%d: %b" % (number, b"b" * 90) for number in range(60))
@@ -420,13 +425,6 @@ def drain(connection: socket.socket, most: int = 100) -> bytes:
         while more := connection.recv(1 << 16):
             last = (last + more)[-most:]
     return last
-
-
-def wait_for(condition: Any, seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_limits_of_a_server(start: Start) -> None:
@@ -454,7 +452,7 @@ def test_limits_of_a_server(start: Start) -> None:
             connection = socket.create_connection(("127.0.0.1", server.port))
             connection.sendall(head(len(waiting), key) + waiting)
             held.append(connection)
-        wait_for(lambda: client.get("/load").json()["server_load"] == 2)
+        until(lambda: client.get("/load").json()["server_load"] == 2)
         for stream in (False, True):
             response = client.post(COMPLETE, json={"prompt": "x", "stream": stream})
             assert error(response, 429)["code"] == "rate_limit_exceeded"
@@ -488,8 +486,8 @@ def test_a_reader_that_takes_nothing_is_dropped(start: Start) -> None:
     connection.connect(("127.0.0.1", server.port))
     with connection, server.client() as client:
         connection.sendall(head(len(body)) + body)
-        wait_for(lambda: "it is dropped" in server.log)
-        wait_for(lambda: client.get("/load").json()["server_load"] == 0)
+        until(lambda: "it is dropped" in server.log)
+        until(lambda: client.get("/load").json()["server_load"] == 0)
         connection.settimeout(100)
         assert b"[DONE]" not in drain(connection)
 
@@ -512,7 +510,7 @@ def test_tls_and_lines_of_json(start: Start, tmp_path: Path) -> None:
             COMPLETE, json={"prompt": "x", "max_tokens": 2}, headers={"x-request-id": "r-1"}
         )
     assert reply.status_code == 200
-    wait_for(lambda: "r-1" in server.log)
+    until(lambda: "r-1" in server.log)
     lines = [json.loads(each) for each in server.lines if each.startswith("{")]
     (line,) = (each for each in lines if each.get("request_id") == "r-1")
     assert (line["status"], line["path"], line["completion_tokens"]) == (200, COMPLETE, 2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from http_server import Server
+from http_server import Server, until
 
 from reprise import LLM, SamplingParams
 
@@ -239,48 +238,47 @@ def test_many_at_once_and_who_leaves(server: Server, client: openai.OpenAI, llm:
             return list(texts)
 
     assert asyncio.run(scenario()) == expected
-    assert nothing_is_left(server)
+    nothing_is_left(server)
 
 
-def nothing_is_left(server: Server) -> bool:
-    end = time.monotonic() + 100
+def nothing_is_left(server: Server) -> None:
     with server.client() as ours:
-        while time.monotonic() < end:
+
+        def nothing() -> bool:
             text = ours.get("/metrics").text
             values = {
                 line.partition("{")[0]: float(line.rpartition(" ")[2])
                 for line in text.splitlines()
                 if line.startswith(("vllm:num_requests", "vllm:kv_cache_usage_perc"))
             }
-            if set(values.values()) == {0.0} and ours.get("/load").json() == {"server_load": 0}:
-                return True
-            time.sleep(0.05)
-    return False
+            idle = {"server_load": 0}
+            return set(values.values()) == {0.0} and bool(ours.get("/load").json() == idle)
+
+        until(nothing)
 
 
 def test_abort_by_id(server: Server, client: openai.OpenAI) -> None:
     found: list[Exception] = []
 
     def ask() -> None:
-        try:
-            complete(client, max_tokens=1500, extra_headers={"x-request-id": "mine"},
-                     extra_body={"ignore_eos": True})  # fmt: skip
-        except openai.APIStatusError as error:
-            found.append(error)
+        while not found:  # it may come to its end before
+            try:
+                complete(client, max_tokens=1500, extra_headers={"x-request-id": "mine"},
+                         extra_body={"ignore_eos": True})  # fmt: skip
+            except openai.APIStatusError as error:
+                found.append(error)
 
     thread = threading.Thread(target=ask)
     thread.start()
     with server.client() as ours:
         assert ours.post("/abort", json={"request_id": "cmpl-other"}).status_code == 404
-        end = time.monotonic() + 100
-        while ours.post("/abort", json={"request_id": "cmpl-mine"}).status_code == 404:
-            assert time.monotonic() < end
+        until(lambda: ours.post("/abort", json={"request_id": "cmpl-mine"}).status_code != 404)
     thread.join(100)
     (error,) = found
     assert isinstance(error, openai.APIStatusError)
     assert error.status_code == 499  # which clients do not send again
     assert error.code == "request_aborted"
-    assert nothing_is_left(server)
+    nothing_is_left(server)
 
 
 def test_tokens_and_texts(server: Server, llm: LLM) -> None:
@@ -314,16 +312,23 @@ def test_metrics_say_what_the_usage_said(server: Server, client: openai.OpenAI) 
     before = read()
     usage = [complete(client, n=2, max_tokens=5).usage, chat(client).usage]
     list(complete(client, max_tokens=4, stream=True))
-    after = read()
+    after: dict[str, float] = {}
 
     def grown(name: str) -> float:
-        return after[name] - before.get(name, 0.0)
+        return after.get(name, 0.0) - before.get(name, 0.0)
 
+    requests = 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}'
+
+    def counted() -> bool:
+        """A reply is counted when its last byte is on its way, which may come first."""
+        after.update(read())
+        return grown(requests) >= 2
+
+    until(counted)
     generated = sum(each.completion_tokens for each in usage) + 4
     assert grown(f"vllm:generation_tokens_total{label}") == generated
     assert grown(f"vllm:time_to_first_token_seconds_count{label}") == 4
     assert grown(f"vllm:inter_token_latency_seconds_count{label}") in (1, 2, 3)
-    requests = 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}'
     assert grown(requests) == 2
     for name in (
         "e2e_request_latency_seconds", "request_queue_time_seconds", "request_prompt_tokens",
@@ -336,9 +341,7 @@ def test_metrics_say_what_the_usage_said(server: Server, client: openai.OpenAI) 
 
 def test_the_first_kinds_of_line_in_the_log(server: Server, client: openai.OpenAI) -> None:
     complete(client, max_tokens=2, extra_headers={"x-request-id": "look-for-me"})
-    end = time.monotonic() + 100
-    while "look-for-me" not in server.log:
-        assert time.monotonic() < end
+    until(lambda: "look-for-me" in server.log)
     (line,) = (each for each in server.lines if "look-for-me" in each)
     assert "POST /v1/completions 200" in line
     assert "prompt_tokens=7 completion_tokens=2" in line
@@ -346,8 +349,7 @@ def test_the_first_kinds_of_line_in_the_log(server: Server, client: openai.OpenA
     named = {"extra_headers": {"x-request-id": "look-for-this"}, "extra_body": {"new_field": SUM}}
     with pytest.raises(openai.BadRequestError, match=re.escape(SUM)):
         chat(client, [SUM], **named)
-    while "look-for-this" not in server.log:
-        assert time.monotonic() < end
+    until(lambda: "look-for-this" in server.log)
     (line,) = (each for each in server.lines if "look-for-this" in each)
     assert "POST /v1/chat/completions 400" in line
     assert SUM not in server.log

@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import Server, Start, gone
+from http_server import Server, Start, gone, until
 
 COMPLETE = "/v1/completions"
 WAITING = {"prompt": json.dumps({"wait": True})}
-SLOW = {"prompt": json.dumps({"pieces": ["x"] * 20, "seconds": 0.15}), "stream": True}
+BRIEF = {"prompt": json.dumps({"pieces": ["x"] * 20, "seconds": 0.15}), "stream": True}
 LONG = {"prompt": json.dumps({"pieces": ["x"] * 10_000, "seconds": 0.05}), "stream": True}
 
 
@@ -44,22 +44,17 @@ def running(server: Server, pool: ThreadPoolExecutor, *bodies: dict[str, Any]) -
     return asked
 
 
-def until(condition: Any, seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def pids(server: Server) -> list[int]:
     return [each for group in server.children().values() for each in group]
 
 
-def test_sigterm_lets_running_requests_end(start: Start) -> None:
+def test_sigterm_lets_running_requests_end(start: Start, tmp_path: Path) -> None:
     server = start()
     children = pids(server)
+    go_on = tmp_path / "go on"
+    stream = {"prompt": json.dumps({"pieces": ["x"] * 20, "until": str(go_on)}), "stream": True}
     with ThreadPoolExecutor(4) as pool, server.client() as client:
-        asked = running(server, pool, SLOW, SLOW)
+        asked = running(server, pool, stream, stream)
         assert client.get("/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         until(lambda: client.get("/ready").status_code == 503)
@@ -68,6 +63,7 @@ def test_sigterm_lets_running_requests_end(start: Start) -> None:
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
         assert refused.json()["error"]["message"] == "the server is shutting down"
+        go_on.touch()
         for each in asked:
             status, text = each.result(100)
             assert status == 200
@@ -130,7 +126,6 @@ def test_an_http_process_is_replaced_and_nothing_outlives_the_parent(start: Star
     server = start("--api-server-count", "2")
     with ThreadPoolExecutor(8) as pool:
         asked = running(server, pool, *[LONG] * 6)
-        time.sleep(0.2)
         first, second = server.children()["http"]
         os.kill(first, signal.SIGKILL)
         until(lambda: len({*server.children()["http"]} - {first, second}) == 1)
@@ -138,11 +133,12 @@ def test_an_http_process_is_replaced_and_nothing_outlives_the_parent(start: Star
         for each in asked:
             status, text = each.result(100)
             assert (status, text.endswith("[DONE]\n\n")) == (0, False)
+    until(lambda: gone(first) and gone(second))  # whichever of them had the requests
     with server.client() as client:
         until(lambda: client.get("/load").json()["server_load"] == 0)
         assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 200
         until(lambda: 'status="2xx"} ' in client.get("/metrics").text)
-    assert len(server.children()["http"]) == 2
+    until(lambda: len(server.children()["http"]) == 2)
     children = pids(server)
     assert len(children) == 3
     with ThreadPoolExecutor(4) as pool:
@@ -185,7 +181,7 @@ def test_a_storm_of_disconnects_leaves_nothing(start: Start, count: int) -> None
         while not stop.is_set():
             with server.client() as client:
                 try:
-                    with client.stream("POST", COMPLETE, json=LONG if seed % 2 else SLOW) as found:
+                    with client.stream("POST", COMPLETE, json=LONG if seed % 2 else BRIEF) as found:
                         for number, _ in enumerate(found.iter_bytes()):
                             if number == seed % 5:
                                 break
@@ -221,7 +217,4 @@ def test_a_killed_test_run_leaves_no_server_behind() -> None:
     assert not gone(child)
     run.kill()
     run.communicate(timeout=30)
-    deadline = time.monotonic() + 30
-    while not gone(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: gone(child))

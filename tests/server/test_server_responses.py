@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from http_server import Server, Start
+from http_server import Server, Start, until
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
@@ -238,10 +238,14 @@ def test_a_conversation_goes_on_from_what_was_stored(client: openai.OpenAI) -> N
 
 def test_one_under_way_is_seen_and_cancelled(client: openai.OpenAI) -> None:
     many = {"max_output_tokens": 1500, "extra_body": {"ignore_eos": True}}
-    stream = iter(create(client, stream=True, **many))
-    name = next(stream).response.id
-    assert client.responses.retrieve(name).status == "in_progress"
-    assert client.responses.cancel(name).status == "cancelled"
+    for _ in range(9):  # on a busy machine it may be over when somebody looks
+        stream = iter(create(client, stream=True, **many))
+        name = next(stream).response.id
+        if client.responses.retrieve(name).status != "in_progress":
+            continue
+        with contextlib.suppress(openai.BadRequestError):
+            assert client.responses.cancel(name).status == "cancelled"
+            break
     last = list(stream)[-1]
     assert (last.response.status, last.response.id) == ("cancelled", name)
     assert last.response.usage.output_tokens < 1500
@@ -262,14 +266,15 @@ def test_one_that_fails_and_one_whose_client_leaves(start: Start) -> None:
         stream = client.responses.create(input=json.dumps({"wait": True}), stream=True)
         name = next(iter(stream)).response.id
         stream.close()
-        for _ in range(100):
+
+        def is_gone() -> bool:
             try:
                 client.responses.retrieve(name)
             except openai.NotFoundError:
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("a response whose client is gone is still under way")
+                return True
+            return False
+
+        until(is_gone)
 
 
 LOOSE = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {

@@ -12,11 +12,10 @@ from reprise_sim import device as sim
 LARGE = 1 << 20
 
 
-def busy(platform, milliseconds: float = 50.0, stream=None) -> None:
-    """Keep a stream busy."""
-    with platform.use_stream(stream or platform.current_stream()):
-        x = torch.ones(1, device=platform.device)
-        sim.launch("nap", lambda _: time.sleep(milliseconds / 1e3), [x], [])
+def busy(platform, milliseconds: float = 50.0) -> None:
+    """Keep the current stream busy."""
+    x = torch.ones(1, device=platform.device)
+    sim.launch("nap", lambda _: time.sleep(milliseconds / 1e3), [x], [])
 
 
 def test_ops_compute_what_the_cpu_computes(platform) -> None:
@@ -108,12 +107,14 @@ def test_a_stream_that_is_named_keeps_memory(platform) -> None:
     x = torch.ones(LARGE, device=platform.device)
     address = x.data_ptr()
     side.wait_stream(platform.current_stream())
-    busy(platform, stream=side)
+    go_on = threading.Event()
     with platform.use_stream(side):
+        sim.launch("held", lambda _: go_on.wait(100), [x], [])
         total = x.sum()
     x.record_stream(side)
     del x
     assert torch.empty(LARGE, device=platform.device).data_ptr() != address
+    go_on.set()
     side.synchronize()
     assert float(total) == LARGE
     assert torch.empty(LARGE, device=platform.device).data_ptr() == address
@@ -163,12 +164,19 @@ def test_a_kernel_that_fails_is_named_by_the_next_wait(platform) -> None:
 
 
 def test_a_wait_is_bounded_and_names_what_it_waits_for(platform) -> None:
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
+
+    def endless(_) -> None:
+        begun.set()
+        done.wait(100)
+
     x = torch.ones(1, device=platform.device)
+    platform.synchronize()
     before = dict(sim.core.settings())["timeout"]
+    sim.launch("endless", endless, [x], [])
+    assert begun.wait(100)
     sim.configure(timeout=0.2)
     try:
-        sim.launch("endless", lambda _: done.wait(30), [x], [])
         with pytest.raises(RuntimeError, match=r"has waited 0.2 s .* runs endless"):
             platform.synchronize()
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -80,10 +79,11 @@ def test_writing_what_another_stream_still_reads(platform, make, finder) -> None
 
 
 def test_a_host_buffer_that_is_reused_before_its_copy_has_run(platform, make, finder) -> None:
-    x, buffer = make(), torch.ones(SIZE, pin_memory=True)
-    sim.launch("nap", lambda _: time.sleep(0.05), [x], [0])
+    x, buffer, go_on = make(), torch.ones(SIZE, pin_memory=True), threading.Event()
+    sim.launch("held", lambda _: go_on.wait(100), [x], [0])
     x.copy_(buffer, non_blocking=True)
     buffer.fill_(2)
+    go_on.set()
     platform.synchronize()
     (race,) = finder()
     assert race.startswith("host: memory")

@@ -31,10 +31,9 @@ logger = logging.getLogger(__name__)
 
 ENGINE = ("-m", "reprise.server.engine_process")
 WORKER = ("-m", "reprise.server.worker")
-REPORT_SECONDS = 1.0
-"""For HTTP processes to tell their callers that the engine has died."""
 STOP_SECONDS = 10.0
-"""For the engine's process to free its device."""
+"""For the engine's process to free its device; for HTTP processes to tell their callers that the
+engine has died."""
 QUICK_SECONDS = 5.0
 MOST_QUICK_DEATHS = 3
 """Deaths of HTTP processes in a row, each so soon behind its start, that are not a coincidence."""
@@ -183,7 +182,7 @@ class Supervisor:
     def _engine_died(self, engine: Child, ready: bool) -> None:
         engine.end(STOP_SECONDS)
         if ready:
-            time.sleep(REPORT_SECONDS)
+            self._let_callers_be_told()
         raise RepriseError(
             f"the engine's process ended {engine.fate}; its log lines above say why. "
             "Start the server again"
@@ -223,11 +222,24 @@ class Supervisor:
                 if each.stands_still:
                     each.kill()
             if engine.process.poll() is not None:
-                time.sleep(REPORT_SECONDS)
+                self._let_callers_be_told()
                 return
             time.sleep(0.02)
         engine.stop()
         engine.end(STOP_SECONDS)
+
+    def _let_callers_be_told(self) -> None:
+        """The engine has died, as HTTP processes see. They end when they have told it."""
+        for each in self._workers:
+            each.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while any(each.process.poll() is None for each in self._workers):
+            if len(self._signals) > 1 or time.monotonic() > end:
+                return
+            for each in self._workers:
+                if each.stands_still:
+                    each.kill()
+            time.sleep(0.02)
 
     def _kill_all(self) -> None:
         for each in (*self._workers, *([self._engine] if self._engine else [])):

@@ -3,8 +3,8 @@ reprise.testing.stub_engine FD``.
 
 A prompt says what comes: JSON with ``pieces`` (texts, one a step; default: one letter for each
 token) or ``repeat`` (a text, how often it is in a piece, number of pieces), ``seconds`` of a step,
-``fail`` (raise behind so many tokens) and ``wait`` (never begin). Other prompts get as many letters
-as ``max_tokens`` says.
+``fail`` (raise behind so many tokens), ``wait`` (never begin) and ``until`` (go on behind the first
+piece when this file is there). Other prompts get as many letters as ``max_tokens`` says.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _Request:
         self.seconds = float(orders.get("seconds", STEP_SECONDS))
         self.fail = orders.get("fail")
         self.waits = bool(orders.get("wait"))
+        self.until: str | None = orders.get("until")
         self.n = int(asked.params.get("n") or 1)
         self.whole = asked.params["output_kind"] == "FINAL_ONLY"
         self.done = 0
@@ -142,6 +143,8 @@ class StubEngine:
             if request.waits or request.next_at > now:
                 continue
             request.next_at = request._next(now)
+            if request.done and request.until is not None and not os.path.exists(request.until):
+                continue
             if request.fail is not None and request.done >= request.fail:
                 del self._requests[connection, number]
                 connection.sendall(wire.frame(wire.Refused(number, "RuntimeError", "/secret/path")))
