@@ -85,10 +85,8 @@ class EightBits(Format):
         down: Mapping[str, Tensor],
         limit: float = 0.0,
     ) -> Tensor:
-        if limit:
-            return super().grouped(x, weights, ids, gate_up, down, limit)
         tensors = gate_up["weight"], gate_up[self.scale], down["weight"], down[self.scale]
-        return ops.fp8_experts(x, weights, ids, *tensors, *self.blocks(0))
+        return ops.fp8_experts(x, weights, ids, *tensors, *self.blocks(0), limit)
 
     def fill_at_random(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
         if "weight" in tensors:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.experts.groups import Groups
+from reprise.ops.experts.tile import finish, tile_of
 from reprise.ops.triton_util import (
     INTERPRETED,
     cdiv,
@@ -25,7 +26,6 @@ from reprise.ops.triton_util import (
     launch_options,
     limits,
     next_power_of_2,
-    silu,
 )
 
 
@@ -130,12 +130,7 @@ def grouped_kernel(
     k = tl.arange(0, BLOCK_K)
     depend(EARLY)
     if tile < tl.load(count_ptr):
-        expert = tl.load(tiles_ptr + tile).to(tl.int64)
-        first = tl.load(tiles_ptr + most + tile)
-        end = tl.load(tiles_ptr + 2 * most + tile)
-        place = first + tl.arange(0, BLOCK_M)
-        real = place < end
-        slot = tl.load(slots_ptr + place, mask=real, other=0)
+        expert, place, real, slot = tile_of(slots_ptr, tiles_ptr, tile, most, BLOCK_M)
         row = slot // TOP if GATED else place
         x_tile = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
         n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
@@ -158,16 +153,7 @@ def grouped_kernel(
                 acc = dot(weight, x.T, acc, WIDEN)
             else:
                 acc = dot(x, weight.T, acc, WIDEN)
-        kind = out_ptr.dtype.element_ty
-        result = acc.T if SWAP else acc
-        if GATED:
-            pairs = tl.reshape(result.to(kind).to(tl.float32), [BLOCK_M, 2, WIDTH])
-            gate, up = tl.split(tl.permute(pairs, [0, 2, 1]))
-            result = silu(gate, kind) * up
-        target = place if GATED else slot
-        where = column + tl.arange(0, WIDTH)
-        out_tile = out_ptr + target.to(tl.int64)[:, None] * features + where[None, :]
-        tl.store(out_tile, result.to(kind), mask=real[:, None] & (where < features)[None, :])
+        finish(acc, out_ptr, place, slot, real, column, features, 0.0, GATED, SWAP, False)
 
 
 def launch_combine(

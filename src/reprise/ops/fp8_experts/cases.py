@@ -13,7 +13,9 @@ from reprise.ops.experts.cases import A3B, Mixture, spread
 BLOCK = 128
 
 
-def _arguments(make: Maker, sizes: Mixture, ids: Tensor, block_n: int, block_k: int) -> Arguments:
+def _arguments(
+    make: Maker, sizes: Mixture, ids: Tensor, block_n: int, block_k: int, limit: float = 0.0
+) -> Arguments:
     hidden, inner, count = sizes.hidden, sizes.intermediate, sizes.experts
 
     def scale(outputs: int, inputs: int) -> Tensor:
@@ -31,6 +33,7 @@ def _arguments(make: Maker, sizes: Mixture, ids: Tensor, block_n: int, block_k: 
         "down_scale": scale(hidden, inner),
         "block_n": block_n,
         "block_k": block_k,
+        "limit": limit,
     }
 
 
@@ -45,6 +48,7 @@ def _small(make: Maker) -> list[Arguments]:
         _arguments(make, odd, spread(make, odd, 3), 8, BLOCK),
         _arguments(make, odd, spread(make, odd, 3), 1, 0),
         _arguments(make, whole, spread(make, whole, 1), 1, 0),
+        _arguments(make, whole, spread(make, whole, 3), 32, BLOCK, 0.5),
     ]
 
 

@@ -1,9 +1,8 @@
 import torch
 from torch import Tensor
 
-from reprise.ops.experts.reference import weighted_sum
+from reprise.ops.experts.reference import activation, weighted_sum
 from reprise.ops.fp8_linear.reference import fp8_linear
-from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 
 def reference(
@@ -16,6 +15,7 @@ def reference(
     down_scale: Tensor,
     block_n: int,
     block_k: int,
+    limit: float,
 ) -> Tensor:
     """:func:`reprise.ops.experts` with weights and activations of eight bits.
 
@@ -32,6 +32,8 @@ def reference(
         down_scale: [E, ceil(D / block_n), ceil(I / block_k)] float32.
         block_n: Outputs that share a scale.
         block_k: Inputs that share a scale, of weights and of activations; 0: all.
+        limit: What gates and ups are clamped to, see :func:`reprise.ops.swiglu_clamp`; 0: they are
+            not.
 
     Returns:
         [T, D] in x's dtype, contiguous. A row depends on no other; one without experts is 0.
@@ -39,7 +41,7 @@ def reference(
 
     def product(expert: int) -> Tensor:
         first = gate_up[expert], gate_up_scale[expert], None, block_n, block_k or x.shape[1]
-        hidden = silu_and_mul(fp8_linear(x, *first))
+        hidden = activation(fp8_linear(x, *first), limit)
         second = down[expert], down_scale[expert], None, block_n, block_k or hidden.shape[1]
         return fp8_linear(hidden, *second)
 
@@ -56,5 +58,6 @@ def fake(
     down_scale: Tensor,
     block_n: int,
     block_k: int,
+    limit: float,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

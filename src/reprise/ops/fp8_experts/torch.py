@@ -11,9 +11,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from reprise.ops.experts.reference import activation
 from reprise.ops.experts.torch import ALIGNMENT, by_expert
 from reprise.ops.fp8_linear.reference import dequantise, quantise
-from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
 
 def accepts(x: Tensor, down: Tensor, **_: Any) -> str | None:
@@ -33,6 +33,7 @@ def fp8_experts(
     down_scale: Tensor,
     block_n: int,
     block_k: int,
+    limit: float,
 ) -> Tensor:
     """Shapes as in the reference."""
 
@@ -44,7 +45,7 @@ def fp8_experts(
         return F.grouped_mm(seen, meant.transpose(1, 2), offs=ends).to(x.dtype)
 
     def multiply(rows: Tensor, ends: Tensor) -> Tensor:
-        hidden = silu_and_mul(product(rows, ends, gate_up, gate_up_scale))
+        hidden = activation(product(rows, ends, gate_up, gate_up_scale), limit)
         return product(hidden, ends, down, down_scale)
 
     return by_expert(x, weights, ids, len(gate_up), multiply)

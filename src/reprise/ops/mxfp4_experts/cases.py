@@ -37,16 +37,25 @@ def _arguments(make: Maker, sizes: Mixture, rows: int, live: int, limit: float) 
 
 def _small(make: Maker) -> list[Arguments]:
     sizes = Mixture("small", 64, 32, 6, 2)
-    return [_arguments(make, sizes, 1, 1, 0.0), _arguments(make, sizes, 7, 5, 1.5)]
+    odd = Mixture("odd", 96, 160, 5, 3)
+    return [
+        _arguments(make, sizes, 1, 1, 0.0),
+        _arguments(make, sizes, 7, 5, 1.5),
+        _arguments(make, odd, 19, 19, 2.5),
+    ]
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
     per_expert = 3 * FLASH.hidden * FLASH.intermediate
-    for rows in (1, 8):
+    for rows in (1, 8, 64, 4096):
+        # Uniform routing: of each expert, how likely it is that some row goes there.
+        hit = FLASH.experts * (1 - (1 - FLASH.top / FLASH.experts) ** rows)
         yield Workload(
             f"{FLASH.name}, T={rows}",
             functools.partial(_arguments, make, FLASH, rows, rows, 10.0),
-            read_write=rows * FLASH.top * per_expert * 17 // 32,
+            read_write=int(hit * per_expert * 17 / 32) if rows < 512 else 0,
+            operations=2 * rows * FLASH.top * per_expert if rows >= 512 else 0,
+            compiled=rows != 8,
         )
 
 
