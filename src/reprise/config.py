@@ -202,13 +202,6 @@ class EngineConfig:
             raise ConfigError(
                 f"distributed_timeout_seconds={seconds!r} must be above 0, or None for 300"
             )
-        several = self.tensor_parallel_size > 1 and self.data_parallel_size > 1
-        if several and self.distributed_executor_backend == "mp":
-            raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size} and data_parallel_size="
-                f"{self.data_parallel_size} together need distributed_executor_backend='ray'; give "
-                "that, or one of them"
-            )
         if (
             self.enable_expert_parallel
             and self.data_parallel_size > 1

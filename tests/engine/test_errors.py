@@ -226,11 +226,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[RepriseError], list[str]]] = {
         CapacityError,
         ["1000000000000 blocks", "does not fit", "num_blocks"],
     ),
-    "several devices": (
-        {"tensor_parallel_size": 2, "data_parallel_size": 2},
-        ConfigError,
-        ["tensor_parallel_size=2", "data_parallel_size=2", "give that, or one of them"],
-    ),
     "dtype": ({"dtype": "int3"}, ConfigError, ["dtype='int3'", "float32", "bfloat16"]),
     "load format": ({"load_format": "gguf"}, ConfigError, ["load_format='gguf'", "safetensors"]),
     "device": ({"device": "abacus"}, PlatformError, ["device='abacus'", "known: auto", "cpu"]),

@@ -47,6 +47,17 @@ def test_a_rank_that_failed_is_not_waited_for(boards: list[Board]) -> None:
             each.all(True)
 
 
+def test_a_rank_that_was_seen_to_end_comes_before_those_that_miss_it(boards: list[Board]) -> None:
+    """Whoever waits for it fails sooner than it is seen that it is gone."""
+    assert boards[0].first_failure is None
+    boards[2].fail(RuntimeError("connection closed by peer"))
+    boards[0].fail(RuntimeError("too late"))
+    assert boards[1].first_failure == 2
+    boards[0].fail(RanksError("was ended by SIGKILL"), seen=1)
+    assert [each.first_failure for each in boards] == [1, 1, 1]
+    assert "SIGKILL" in str(boards[2].failure(1))
+
+
 def test_an_error_that_cannot_be_sent_is_described(boards: list[Board]) -> None:
     boards[1].fail(RuntimeError(threading.Lock()))
     with pytest.raises(RanksError, match="rank 1: RuntimeError"):

@@ -201,11 +201,12 @@ def test_what_cannot_be_spread_is_refused(
         ("full", 500, {"graph_verify": "canary:1"}),
         ("full", 500, {"num_blocks": 18}),
         ("full", 500, {"data_parallel_size": 4}),
+        ("full", 500, {"tensor_parallel_size": 2}),
         ("full", 500, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
                        "prompt_lookup_max": 3, "prompt_lookup_min": 1}}),
     ],
     ids=["full", "breakable", "none", "unverified", "every step compared", "preemption", "four",
-         "drafts"],
+         "two ranks each", "drafts"],
 )  # fmt: skip
 def test_random_steps(
     options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], executor: str,

@@ -20,7 +20,9 @@ from reprise.errors import RanksError
 _WORDS = 32
 """Of eight bytes, of each rank: four cache lines."""
 _TEXT_BYTES = 1 << 14
-_ALIVE, _TAIL, _ASKED, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _FAILED_AT, _CALLS = range(9)
+(
+    _ALIVE, _TAIL, _ASKED, _ASLEEP, _MESSAGES, _STEPS, _FAILED, _FAILED_AT, _CALLS, _SEEN,
+) = range(10)  # fmt: skip
 _FIRST, _SECOND = 16, 24
 MOST_NUMBERS = 8
 """Of one question."""
@@ -119,8 +121,8 @@ class Board:
     def _of(self, rank: int, word: int) -> int:
         return self._words[(1 + rank) * _WORDS + word]
 
-    def _set(self, word: int, value: int) -> None:
-        self._words[(1 + self.rank) * _WORDS + word] = value
+    def _set(self, word: int, value: int, rank: int | None = None) -> None:
+        self._words[(1 + (self.rank if rank is None else rank)) * _WORDS + word] = value
 
     def tail(self, rank: int) -> int:
         """Bytes that a rank has read."""
@@ -166,16 +168,24 @@ class Board:
 
     # ---- failures ------------------------------------------------------------------------
 
-    def fail(self, error: BaseException | str) -> None:
-        """Say what ended this rank, for the others to see; the first one counts."""
-        if self._of(self.rank, _FAILED):
+    def fail(self, error: BaseException | str, seen: int | None = None) -> None:
+        """Say what ended this rank, for the others to see; the first one counts.
+
+        Args:
+            error: What.
+            seen: Another rank, whose process cannot say so itself: it was seen to have ended, or to
+                stand still. What others say meanwhile, they say since it is gone.
+        """
+        rank = self.rank if seen is None else seen
+        if self._of(rank, _FAILED):
             return
         text = sendable(error)
-        begin = self.rank * _TEXT_BYTES
+        begin = rank * _TEXT_BYTES
         self._texts[begin : begin + len(text)] = text
-        self._numbers[(1 + self.rank) * _WORDS + _FAILED_AT] = time.monotonic()
+        self._numbers[(1 + rank) * _WORDS + _FAILED_AT] = time.monotonic()
+        self._set(_SEEN, seen is not None, rank)
         self.fence()
-        self._set(_FAILED, len(text))
+        self._set(_FAILED, len(text), rank)
 
     def failure(self, rank: int) -> Any:
         """The error or the words with which a rank ended; None: it has not."""
@@ -187,10 +197,13 @@ class Board:
 
     @property
     def first_failure(self) -> int | None:
-        """The rank that failed first; None: none has."""
+        """The rank that failed first, before all others one that was seen to; None: none has."""
         ranks = [rank for rank in range(self.size) if self._of(rank, _FAILED)]
-        when = [self._numbers[(1 + rank) * _WORDS + _FAILED_AT] for rank in ranks]
-        return min(zip(when, ranks, strict=True))[1] if ranks else None
+        return min(ranks, key=self._failed_at, default=None)
+
+    def _failed_at(self, rank: int) -> tuple[bool, float]:
+        when = self._numbers[(1 + rank) * _WORDS + _FAILED_AT]
+        return not self._of(rank, _SEEN), when
 
     def check(self) -> None:
         """Raise if there is nobody to wait for any more."""

@@ -73,7 +73,7 @@ def open_model(
     leader = None
     if config.tensor_parallel_size > 1:
         with timeline.span("ranks"):
-            leader = Leader(config, platform, elsewhere)
+            leader = Leader(config, platform, elsewhere, lockstep)
     with contextlib.nullcontext() if leader is None else leader.starting():
         waking = partial(wake_compiler, platform)
         with timeline.span("config"), platform.warming_up(then=waking):

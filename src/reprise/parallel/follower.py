@@ -17,12 +17,14 @@ from torch._C._distributed_c10d import TCPStore
 
 from reprise import platforms
 from reprise.distributed import ALONE, Agreement, Ranks
+from reprise.distributed.board import Board as SharedBoard
 from reprise.distributed.communicator import connect
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import wake_compiler
 from reprise.parallel.direct import prove_direct
-from reprise.parallel.messages import Drawn, Kind, Start, unpack
+from reprise.parallel.messages import Drawn, Kind, Start, unpack, unpack_shape
+from reprise.parallel.seat import join
 from reprise.parallel.wire import Decoder
 from reprise.runner import ModelRunner, PendingOutput
 
@@ -79,8 +81,15 @@ def follow(board: Board, messages: Messages) -> None:
         return
     if kind is not Kind.START:
         raise RanksError(f"the leader began with {kind.name} and not with START")
-    with torch.inference_mode():
-        _Follower(board, messages, pickle.loads(content)).run()
+    start: Start = pickle.loads(content)
+    everyone = None if start.seat is None else start.seat.board_of(board.rank)
+    try:
+        with torch.inference_mode():
+            _Follower(board, messages, start, everyone).run()
+    except Exception as error:
+        if everyone is not None and not everyone.ended:
+            everyone.fail(error)
+        raise
 
 
 def _beat(board: Board) -> None:
@@ -90,7 +99,9 @@ def _beat(board: Board) -> None:
 
 
 class _Follower:
-    def __init__(self, board: Board, messages: Messages, start: Start) -> None:
+    def __init__(
+        self, board: Board, messages: Messages, start: Start, everyone: SharedBoard | None
+    ) -> None:
         rank = board.rank
         for each in start.setup:
             module, _, name = each.partition(":")
@@ -117,6 +128,10 @@ class _Follower:
         self._retired = 0
         self._drawn = Drawn()
         ranks = Ranks(group, board, ALONE if config.enable_expert_parallel else None)
+        if everyone is not None:
+            assert start.seat is not None
+            self._joined = join(start.seat, rank, everyone, platform, communicator)
+            ranks = Ranks(group, everyone, self._joined.communicator.group)
         self._runner = ModelRunner(config, platform, checkpoint, ranks)
         board.note_done(1)
 
@@ -141,10 +156,13 @@ class _Follower:
 
     def _carry_out(self, kind: Kind, content: bytes) -> None:
         runner = self._runner
-        if kind is Kind.STEP:
+        if kind in (Kind.STEP, Kind.STEP_AMONG):
+            at_least = None
+            if kind is Kind.STEP_AMONG:
+                at_least, content = unpack_shape(content)
             step = self._step = self._decoder.decode(content)
             with runner.active():
-                runner.submit(step)
+                runner.submit(step, at_least)
         elif kind is Kind.SAMPLE:
             masks = pickle.loads(content) if content else None
             with runner.active():

@@ -61,6 +61,8 @@ class Followers(ABC):
         self.size, self._timeout = board.size, timeout
         self.lost: RanksError | None = None
         """Why the group is over, if it was not ended on purpose."""
+        self.missing: int | None = None
+        """The rank that was lost, if it could not say why itself."""
         self.on_loss: Callable[[], None] = lambda: None
         """Called once when a rank is lost, in a thread of its own."""
         self.report: Callable[[], str] = str
@@ -154,6 +156,7 @@ class Followers(ABC):
         log = self.log(rank)
         if self.lost is not None:
             return  # the leader has given it up
+        self.missing = rank if told is None else None
         self.lost = RanksError(f"{text} {log}" if log else text)
         self.lost.__cause__ = told if isinstance(told, BaseException) else None
         logger.critical("%s", self.lost)

@@ -22,7 +22,8 @@ from reprise.errors import RanksError, describe
 from reprise.loading import Checkpoint
 from reprise.parallel.direct import prove_direct
 from reprise.parallel.followers import Followers
-from reprise.parallel.messages import Drawn, Kind, Start, pack, pickled
+from reprise.parallel.lockstep import Lockstep
+from reprise.parallel.messages import Drawn, Kind, Start, pack, pack_shape, pickled
 from reprise.parallel.processes import Processes
 from reprise.parallel.remote import Elsewhere
 from reprise.parallel.wire import Encoder
@@ -52,6 +53,7 @@ class Leader:
         platform: Of this rank.
         elsewhere: The ranks, if somebody else has started them; None: followers are started on
             this machine.
+        lockstep: Of the engine, if it shares experts with others.
 
     Raises:
         ConfigError: A launcher has started this process several times.
@@ -60,10 +62,15 @@ class Leader:
     """
 
     def __init__(
-        self, config: EngineConfig, platform: Platform, elsewhere: Elsewhere | None = None
+        self,
+        config: EngineConfig,
+        platform: Platform,
+        elsewhere: Elsewhere | None = None,
+        lockstep: Lockstep | None = None,
     ) -> None:
         size, timeout = config.tensor_parallel_size, config.patience
         self.size, self.platform, self._timeout = size, platform, timeout
+        self._lockstep = lockstep
         name = f"tensor-{os.getpid()}-{next(_numbers)}"
         self._followers: Followers
         if elsewhere is None:
@@ -72,7 +79,8 @@ class Leader:
             self.devices = self._devices
             self.group = Group(name, 0, size)
             logger.info("ranks: starting %d follower(s) on %s", size - 1, platform.name)
-            self._followers = Processes(size, timeout)
+            keep = () if lockstep is None else (lockstep.seat.everyone,)
+            self._followers = Processes(size, timeout, keep)
         else:
             self._devices = tuple(each.device for each in elsewhere.ranks)
             self.devices = tuple(
@@ -100,12 +108,15 @@ class Leader:
             ModelError: So many ranks cannot share the model.
         """
         exchange = ALONE if config.enable_expert_parallel else None
+        seat = None if self._lockstep is None else self._lockstep.seat
+        if seat is not None:
+            exchange = seat.group_of(0)
         shape_of(checkpoint.config, torch.bfloat16, self.group, exchange)
         group, platform = self.group, self.platform
         self._store = TCPStore(group.leader.address, 0, is_master=True, wait_for_workers=False)
         begin = Start(
             config.arguments(), self._devices, group.hosts, group.name, self._store.port,
-            self._timeout, SETUP,
+            self._timeout, SETUP, seat,
         )  # fmt: skip
         self.say(Kind.START, pickled(begin))
         platform.share_host(group.beside)
@@ -115,6 +126,8 @@ class Leader:
         )  # fmt: skip
         self._communicator.told = self._followers.board.note_calls
         prove_direct(self._communicator, platform, self._followers.board, config.ops)
+        if self._lockstep is not None:
+            return self._lockstep.connect(self.group, self._communicator)
         return Ranks(self.group, self._followers.board, exchange)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:
@@ -139,6 +152,9 @@ class Leader:
 
     def _lose(self) -> None:
         """A rank was lost."""
+        lost, missing = self._followers.lost, self._followers.missing
+        if self._lockstep is not None and lost is not None:
+            self._lockstep.lose(lost, missing)
         self._when_lost()
         if self._communicator is not None:
             self._communicator.abort()
@@ -165,6 +181,8 @@ class Leader:
             try:
                 yield
             except Exception as error:
+                if self._lockstep is not None:
+                    self._lockstep.lose(error)  # they are told at once, and by when it was
                 cause = self._followers.cause(error, BLAME_SECONDS)
                 if cause is None:
                     cause = RanksError(
@@ -228,10 +246,12 @@ class LeadingRunner(ModelRunner):
         super().__init__(config, platform, checkpoint, ranks)
 
     def submit(self, step: Step, at_least: StepShape | None = None) -> None:
-        content = self._encoder.encode(step)
+        kind, content = Kind.STEP, self._encoder.encode(step)
+        if at_least is not None:
+            kind, content = Kind.STEP_AMONG, pack_shape(at_least) + content
         with self._leader.together():
             self._leader.compare()
-            self._leader.say(Kind.STEP, content)
+            self._leader.say(kind, content)
             super().submit(step, at_least)
 
     def sample(self, step: Step, masks: Masks | None = None) -> PendingOutput:

@@ -16,17 +16,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch._C._distributed_c10d import TCPStore
-
-from reprise.distributed import Group, Ranks
+from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.board import Board
-from reprise.distributed.communicator import Communicator, connect
+from reprise.distributed.communicator import Communicator
 from reprise.distributed.ring import wake
 from reprise.errors import RanksError
+from reprise.parallel.seat import Joined, Seat, join
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -35,28 +33,6 @@ logger = logging.getLogger(__name__)
 LEAVE_SECONDS = 8.0
 """For so long an engine that ends takes part in the others' steps, until they end as well."""
 _NO_LENGTH = float("-inf")
-
-
-@dataclass(frozen=True)
-class Seat:
-    """What one of the engines has to know of the others; plain data."""
-
-    rank: int
-    size: int
-    memory: int
-    """File descriptor of the board."""
-    woken: int
-    """File descriptor that others write to when they have something to do."""
-    wakers: tuple[int, ...]
-    """Of each of the others: its ``woken``'s other end; of this one -1."""
-    group: str
-    """Name of the group."""
-    port: int
-    """Of the store through which the process group is made."""
-    timeout: float
-    """Seconds that one waits for another."""
-    setup: tuple[str, ...] = ()
-    """As of :attr:`reprise.parallel.messages.Start.setup`."""
 
 
 class Wish(IntEnum):
@@ -91,11 +67,13 @@ class Lockstep:
             module, _, name = each.partition(":")
             getattr(importlib.import_module(module), name)(seat.rank)
         self.rank, self.size = seat.rank, seat.size
-        self._seat, self._platform = seat, platform
+        self.seat, self._platform = seat, platform
         self.board = Board(seat.memory, seat.rank, seat.size, 0)
-        self.board.timeout, self.board.alike = seat.timeout, False
-        self._communicator: Communicator | None = None
-        self._store: Any = None
+        """Of engines: where they meet."""
+        self.board.timeout = seat.timeout
+        self.everyone = seat.board_of(0)
+        """Of all ranks of all engines: how they decide about graphs, and what has failed."""
+        self._joined: Joined | None = None
         self._awake = False
         """Somebody had something to do when all met last."""
         self.leaving = False
@@ -112,17 +90,15 @@ class Lockstep:
         """Steps that were others' alone."""
         threading.Thread(target=self._listen, name="reprise-lockstep", daemon=True).start()
 
-    def connect(self) -> Ranks:
-        """Join the others; each does so at the same time."""
-        seat = self._seat
-        group = Group(seat.group, seat.rank, seat.size)
-        self._store = TCPStore("127.0.0.1", seat.port, is_master=False)
-        self._communicator = connect(
-            group, self._platform.dist_backend, self._store, self._platform.device, seat.timeout,
-            direct=False,
-        )  # fmt: skip
-        self._communicator.told = self.board.note_calls
-        return Ranks(agreement=self.board, exchange=group)
+    def connect(self, group: Group = ALONE, beside: Communicator | None = None) -> Ranks:
+        """Join the others; each does so at the same time, and so do the other ranks of each.
+
+        Args:
+            group: Of this engine's ranks.
+            beside: See :func:`reprise.parallel.seat.join`.
+        """
+        self._joined = join(self.seat, 0, self.everyone, self._platform, beside)
+        return Ranks(group, self.everyone, self._joined.communicator.group)
 
     # ---- steps ---------------------------------------------------------------------------
 
@@ -179,21 +155,30 @@ class Lockstep:
         if self._lost is not None:
             raise self._lost
 
-    def lose(self, error: Exception) -> None:
+    def lose(self, error: Exception, seen: int | None = None) -> None:
         """This engine has lost step with the others: the group is over. Who learns that from
-        another does not say that it has failed itself."""
+        another does not say that it has failed itself.
+
+        Args:
+            error: Why.
+            seen: Its own rank that it saw end, or stand still, if that is why.
+        """
+        if seen is not None:
+            self.everyone.fail(error, self.rank * self.seat.ranks + seen)
         if self._lost is not None:
             return
-        first = self.board.first_failure
+        first = self.everyone.first_failure
         if first is None and not self.board.ended:
-            self.board.fail(error)
-            first = self.rank
-        told = f"{type(error).__name__}: {error}" if first == self.rank else str(error)
+            self.everyone.fail(error)
+            first = self.everyone.rank
+        self.board.fail(error)  # who waits for this engine need not
+        ours = first is not None and first // self.seat.ranks == self.rank
+        told = f"{type(error).__name__}: {error}" if ours else str(error)
         self._lost = RanksError(f"engine {self.rank} of {self.size} has lost the others: {told}")
         self._abort()
 
     def _wake_others(self) -> None:
-        for rank, waker in enumerate(self._seat.wakers):
+        for rank, waker in enumerate(self.seat.wakers):
             if waker >= 0 and self.board.asleep(rank):
                 wake(waker)
 
@@ -213,18 +198,19 @@ class Lockstep:
     def close(self) -> None:
         """Nobody is met any more."""
         self.board.end()
-        if self._communicator is not None:
-            self._communicator.close()
-            self._communicator = None
+        self.everyone.end()
+        if self._joined is not None:
+            self._joined.communicator.close()
+            self._joined = None
 
     def _abort(self) -> None:
         """Whoever waits for this engine's device in a collective need not."""
-        if self._communicator is not None:
+        if self._joined is not None:
             # It may wait for a device that never answers; nobody waits for it.
             threading.Thread(
-                target=self._communicator.abort, name="reprise-loss", daemon=True
+                target=self._joined.communicator.abort, name="reprise-loss", daemon=True
             ).start()
 
     def _listen(self) -> None:
-        while os.read(self._seat.woken, 4096):
+        while os.read(self.seat.woken, 4096):
             self.on_wake()

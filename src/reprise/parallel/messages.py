@@ -14,8 +14,11 @@ from typing import Any
 from reprise.config import EngineConfig
 from reprise.distributed import Group, Host
 from reprise.errors import RanksError
+from reprise.parallel.seat import Seat
+from reprise.shape import StepShape
 
 _HEADER = struct.Struct("<BII")
+_SHAPE = struct.Struct("<?IHH")
 
 
 class Kind(IntEnum):
@@ -34,6 +37,9 @@ class Kind(IntEnum):
     """What the leader has drawn so far, as :class:`Drawn` counts it: a rank that has drawn anything
     else ends."""
     STOP = 7
+    STEP_AMONG = 8
+    """Submit a step while other engines compute theirs: :func:`pack_shape`'s bytes of what all of
+    these are padded to, then those of ``STEP``."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Start:
     """Seconds that a rank waits for others."""
     setup: tuple[str, ...]
     """``module:function`` to be called with the rank beforehand: tests put faults in so."""
+    seat: Seat | None = None
+    """Of the engine, if its experts are shared with others."""
 
     @property
     def config(self) -> EngineConfig:
@@ -99,6 +107,19 @@ def unpack(message: bytes, number: int) -> tuple[Kind, int, bytes]:
     if found != number & 0xFFFFFFFF:
         raise RanksError(f"message {number} from the leader was lost: number {found} came")
     return Kind(kind), retired, message[_HEADER.size :]
+
+
+def pack_shape(shape: StepShape) -> bytes:
+    return _SHAPE.pack(
+        shape.phase == "mixed", shape.num_tokens, shape.num_requests, shape.query_len
+    )
+
+
+def unpack_shape(content: bytes) -> tuple[StepShape, bytes]:
+    """A shape, and what is behind it."""
+    mixed, tokens, requests, length = _SHAPE.unpack_from(content)
+    shape = StepShape.mixed(tokens, requests) if mixed else StepShape.decode(requests, length)
+    return shape, content[_SHAPE.size :]
 
 
 def pickled(value: Any) -> bytes:

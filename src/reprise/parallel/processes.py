@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -31,13 +32,15 @@ class Processes(Followers):
     Args:
         size: Ranks, this process included.
         timeout: Seconds that a rank may take for one message.
+        keep: Descriptors that followers inherit beside.
     """
 
-    def __init__(self, size: int, timeout: float) -> None:
+    def __init__(self, size: int, timeout: float, keep: Sequence[int] = ()) -> None:
         memory = create(Board.nbytes(size, RING_BYTES))
         board = Board(memory, 0, size, RING_BYTES)
         board.timeout = timeout
         super().__init__(board, timeout)
+        self._keep = tuple(keep)
         self._stopped = [0] * size
         self._children: list[subprocess.Popen[str]] = []
         self._logs: list[deque[str]] = []
@@ -72,7 +75,8 @@ class Processes(Followers):
         # In a session of its own: a terminal's signals are for the leader.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-            pass_fds=(memory, woken, life), env=rank_environment(self.size), start_new_session=True,
+            pass_fds=(memory, woken, life, *self._keep),
+            env=rank_environment(self.size), start_new_session=True,
         )  # fmt: skip
         os.close(woken)
         self._children.append(child)

@@ -150,7 +150,9 @@ class LocalFleet(Fleet):
         chosen = places(config)
         self._directory = Path(tempfile.mkdtemp(prefix="reprise-replicas-"))
         self.replicas: list[LocalReplica] = []
-        self._table = Table(len(chosen)) if config.enable_expert_parallel else None
+        self._table: Table | None = None
+        if config.enable_expert_parallel:
+            self._table = Table(len(chosen), config.tensor_parallel_size)
         seats = [None] * len(chosen) if self._table is None else self._table.seats
         try:
             try:
@@ -172,14 +174,16 @@ class LocalFleet(Fleet):
 
     def ended(self, replica: Replica) -> str:
         """Of those that share experts another one may be the reason."""
-        if self._table is not None:
-            killed = [each for each in self.replicas if each.was_killed]
-            first = self._table.first_failure
-            if killed:
-                replica = killed[0]
-            elif first is not None:
-                replica = self.replicas[first]
-        return replica.ended()
+        if self._table is None:
+            return replica.ended()
+        killed = [each for each in self.replicas if each.was_killed]
+        first = self._table.first_failure
+        if killed:
+            return killed[0].ended()
+        if first is None:
+            return replica.ended()
+        number, why = first
+        return f"{self.replicas[number].ended()}; why: {why}"
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):

@@ -128,8 +128,10 @@ class Replicas:
         self._in_step = config.enable_expert_parallel and config.data_parallel_size > 1
         """They share experts: one that has lost the others ends."""
         if self._in_step:  # before any process is started
+            ranks = config.tensor_parallel_size
+            own = Group("tensor", 0, ranks) if ranks > 1 else ALONE
             everyone = Group("data", 0, config.data_parallel_size)
-            shape_of(checkpoint.config, torch.bfloat16, ALONE, everyone)
+            shape_of(checkpoint.config, torch.bfloat16, own, everyone)
             refuse_apart(config)
         tokenizer = load_tokenizer(config, checkpoint)
         self._delivered = delivered

@@ -24,12 +24,15 @@ class Table:
 
     Args:
         size: Replicas.
+        ranks: Of each.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ranks: int) -> None:
+        self._ranks = ranks
         self._memory = create(Board.nbytes(size, 0))
+        self._everyone = create(Board.nbytes(size * ranks, 0))
         # Who looks from outside is none of the ranks.
-        self._board = Board(self._memory, 0, size, 0)
+        self._board = Board(self._everyone, 0, size * ranks, 0)
         self._store: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [os.pipe() for _ in range(size)]
         for _, waker in pipes:
@@ -38,7 +41,7 @@ class Table:
         group = f"data-{os.getpid()}-{next(_numbers)}"
         self.seats = [
             Seat(
-                rank, size, self._memory, pipes[rank][0],
+                rank, size, ranks, self._memory, self._everyone, pipes[rank][0],
                 tuple(-1 if other == rank else pipes[other][1] for other in range(size)),
                 group, self._store.port, TIMEOUT_SECONDS, SETUP if rank else (),
             )
@@ -48,15 +51,20 @@ class Table:
 
     def taken(self) -> None:
         """All replicas have their descriptors: ours are not needed any more."""
-        for each in (self._memory, *self._pipes):
+        for each in (self._memory, self._everyone, *self._pipes):
             os.close(each)
 
     @property
-    def first_failure(self) -> int | None:
-        """The replica that has failed first by what it says itself; None: none says so."""
-        return self._board.first_failure
+    def first_failure(self) -> tuple[int, str] | None:
+        """The replica that has failed first by what its ranks say, and why; None: none says so."""
+        first = self._board.first_failure
+        if first is None:
+            return None
+        error = self._board.failure(first)
+        told = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+        return first // self._ranks, told
 
 
 def descriptors(seat: Seat) -> tuple[int, ...]:
     """What a process has to inherit to take the seat."""
-    return seat.memory, seat.woken, *(each for each in seat.wakers if each >= 0)
+    return seat.memory, seat.everyone, seat.woken, *(each for each in seat.wakers if each >= 0)

@@ -15,7 +15,7 @@ from reprise.distributed import Communicator
 from reprise.distributed.ring import Reader
 from reprise.graphs import GraphRunner
 from reprise.graphs.capture import Capturer
-from reprise.parallel import messages
+from reprise.parallel import leader, messages
 from reprise.runner import ModelRunner
 from reprise.testing import faults
 
@@ -120,6 +120,11 @@ def raises_capturing(rank: int) -> None:
 
     Capturer._warm_up = watched  # type: ignore[assignment,method-assign]
     Communicator.all_reduce = fail  # type: ignore[assignment,method-assign]
+
+
+def follower_raises(rank: int) -> None:
+    """The ranks beside this one: in a pass that other engines go on with."""
+    leader.SETUP = (f"{__name__}:{raises_in_a_pass.__name__}",)
 
 
 def _raise() -> None:
