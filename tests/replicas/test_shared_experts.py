@@ -212,9 +212,16 @@ def test_random_steps(
     options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], executor: str,
     steps: int, more: dict[str, Any],
 ) -> None:  # fmt: skip
+    random_steps({**options, "graph_mode": executor, **more}, prompts, expected, steps)
+
+
+def random_steps(
+    options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], steps: int
+) -> None:
     """Requests come and go at any step of others, to one replica, to all, to none for a while."""
-    rng = random.Random(f"{executor} {more}")
-    count = more.get("data_parallel_size", 2)
+    executor, count = options["graph_mode"], options.get("data_parallel_size", 2)
+    chosen = {name: each for name, each in options.items() if name not in ("model", "device")}
+    rng = random.Random(str(chosen))
 
     async def main(llm: AsyncLLM) -> None:
         names = iter(range(1 << 30))
@@ -262,15 +269,16 @@ def test_random_steps(
         assert not report.quarantined
         if executor != "none":
             # How many wait for their kind to be proven depends on what a comparison takes.
-            assert report.replays > (steps if "graph_verify" in more else 0)
+            assert report.replays > (steps if "graph_verify" in options else 0)
         stats = await llm.stats()
         assert stats.num_requests == 0
-        if "num_blocks" in more:
+        if options["num_blocks"] < OPTIONS["num_blocks"]:
             assert stats.scheduler.total_preemptions > 0
+        if method := options.get("speculative_config", {}).get("method"):
+            assert stats.drafts.drafted > 0, method
 
     llm = AsyncLLM(
-        **{**options, "data_parallel_size": count, "enable_expert_parallel": True,
-           "graph_mode": executor, **more}
+        **{"data_parallel_size": count, "enable_expert_parallel": True, **options}
     )  # fmt: skip
     try:
         asyncio.run(main(llm))

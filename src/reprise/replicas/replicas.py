@@ -47,7 +47,7 @@ from reprise.replicas.deltas import unpack
 from reprise.replicas.replica import POLL_SECONDS, Fleet, Heard, Replica
 from reprise.replicas.router import Route, Router
 from reprise.replicas.weights import write_weights
-from reprise.runner.model_choices import refuse_apart, shape_of
+from reprise.runner.model_choices import refuse_unshared, shape_of
 from reprise.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ class Replicas:
             own = Group("tensor", 0, ranks) if ranks > 1 else ALONE
             everyone = Group("data", 0, config.data_parallel_size)
             shape_of(checkpoint.config, torch.bfloat16, own, everyone)
-            refuse_apart(config)
+            refuse_unshared(config)
         tokenizer = load_tokenizer(config, checkpoint)
         self._delivered = delivered
         self._closed: str | None = None

@@ -217,25 +217,12 @@ def _builds(build: Callable[[Group], CausalLM], group: Group) -> bool:
 
 
 def refuse_unshared(config: EngineConfig) -> None:
-    """Raise a ConfigError for what several ranks do not compute together yet."""
-    asked = config.speculation
-    if asked is not None and asked.method not in ("ngram", "mtp"):
+    """Raise a ConfigError for what ranks that share one engine's attention do not compute yet."""
+    asked, ranks = config.speculation, config.tensor_parallel_size
+    if ranks > 1 and asked is not None and asked.method not in ("ngram", "mtp"):
         raise ConfigError(
-            f"speculative_config: method {asked.method!r} where several ranks compute one model "
-            "(tensor_parallel_size, enable_expert_parallel) is not supported; use 'ngram', or "
-            "with tensor_parallel_size 'mtp' where the checkpoint has such a layer"
-        )
-
-
-def refuse_apart(config: EngineConfig) -> None:
-    """Raise a ConfigError for what engines that share experts do not compute in step yet."""
-    refuse_unshared(config)
-    asked = config.speculation
-    if asked is not None and asked.method != "ngram":
-        raise ConfigError(
-            f"speculative_config: method {asked.method!r} with data_parallel_size="
-            f"{config.data_parallel_size} and enable_expert_parallel=True is not supported; use "
-            "'ngram'"
+            f"speculative_config: method {asked.method!r} with tensor_parallel_size={ranks} is not "
+            "supported; use 'ngram', or 'mtp' where the checkpoint has such a layer"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from reprise import ops, timeline
 from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
-from reprise.distributed import Ranks, require_same
+from reprise.distributed import ALONE_AGREES, Agreement, Ranks, require_same
 from reprise.errors import ConfigError, ModelError, PlatformError, RepriseError, describe
 from reprise.graphs import (
     Damage,
@@ -96,7 +97,7 @@ class ModelRunner:
             chosen = {name: each.name for name, each in self.ops.chosen.items()}
             alike = config.replace(device=platform.name)
             require_same(ranks.agreement, torch.__version__, alike, self.dtype, chosen)
-            refuse_unshared(config)
+        refuse_unshared(config)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
         self.decode_widths = config.decode_widths
@@ -158,13 +159,19 @@ class ModelRunner:
                 draft=draft,
                 taps=() if draft is None else draft.taps,
             )
+            self._draft_agreement = ALONE_AGREES
+            """Of the ranks that the draft's passes wait for."""
+            in_step: Agreement | None = None
+            if draft is not None and draft.waits:
+                self._draft_agreement = ranks.agreement
+                in_step = None if ranks.agreement.alike else ranks.agreement
             # Before graphs are captured: what they spoil has to be known, and made good.
             self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
             self.drafter: Drafter | None = None
             if config.speculation is not None:
                 self.drafter = make_drafter(
                     config.speculation, draft, self.buffers, self.forward_pass,
-                    max_tokens=self.max_tokens, max_model_len=wanted_len,
+                    max_tokens=self.max_tokens, max_model_len=wanted_len, in_step=in_step,
                 )  # fmt: skip
             self._withheld = Withheld(self.buffers.rows, platform)
             self.forward_pass.beside = self._memory_beside
@@ -191,6 +198,7 @@ class ModelRunner:
             if self.expert_load is not None:
                 self.expert_load.reset()
         self._shape = StepShape.decode(0)
+        self._at_least: StepShape | None = None
         self._result: Tensor | None = None
         """Of the step that was submitted last."""
         self._sound: Tensor | None = None
@@ -219,7 +227,7 @@ class ModelRunner:
         shape = step.shape
         if at_least is not None:
             shape = shape.laid_out_as(at_least) if step.rows else at_least.empty
-        self._shape = shape
+        self._shape, self._at_least = shape, at_least
         self.buffers.fill(step, shape, self.graphs.padded(shape, at_least))
         self._sound = None
         if step.copies:
@@ -258,8 +266,8 @@ class ModelRunner:
         pending = PendingOutput(
             step, buffers.rows, emitted, peaks, logprobs, prompt_logprobs, landing, self._sound
         )
-        if self.drafter is not None and step.rows:
-            self.drafter.propose(step, rows, buffers.new_tokens)
+        if self.drafter is not None and (step.rows or self.drafter.in_step):
+            self.drafter.propose(step, rows, buffers.new_tokens, self._shape, self._at_least)
             self._withheld.apply(step, rows)
             if masks is not None:
                 pending.add_drafts(buffers.rows.numbers[NEXT + 1 :].index_select(1, rows))
@@ -378,7 +386,7 @@ class ModelRunner:
     def _plan_graphs(self) -> GraphRunner:
         options = GraphOptions.of(self.config, self.max_tokens, self.platform, self.ranks.agreement)
         if self.drafter is not None:
-            self.drafter.plan_graphs(options)
+            self.drafter.plan_graphs(replace(options, agreement=self._draft_agreement))
         return options.runner(self.forward_pass, self.buffers, self.decode_widths)
 
     def _predict_graphs(self) -> int:

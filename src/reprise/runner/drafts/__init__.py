@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprise.distributed import Agreement
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import DraftChain
 from reprise.runner.drafts.contract import Drafter, GraphOptions
@@ -39,6 +40,7 @@ def make_drafter(
     *,
     max_tokens: int,
     max_model_len: int,
+    in_step: Agreement | None = None,
 ) -> Drafter:
     """What drafts as ``speculation`` says.
 
@@ -49,12 +51,13 @@ def make_drafter(
         target: The target's pass.
         max_tokens: Most tokens in a step.
         max_model_len: Most tokens of a request.
+        in_step: See :class:`ModelDrafter`.
     """
     rows, platform = buffers.rows, buffers.platform
     if draft is not None:
         return ModelDrafter(
             speculation, draft, buffers, target,
-            max_tokens=max_tokens, max_model_len=max_model_len,
+            max_tokens=max_tokens, max_model_len=max_model_len, in_step=in_step,
         )  # fmt: skip
     if speculation.synthetic_acceptance is not None:
         return SyntheticDrafter(speculation, rows, platform)

@@ -148,6 +148,12 @@ class ChainInputs(StepBuffers):
             rows = np.array(drawing, dtype=np.int64)
             self.known.follow(rows, np.full(count, width, dtype=np.int64), self._back)
 
+    def rest(self) -> None:
+        """No request of this engine is drafted for, while others' are: the chain is padding."""
+        self.forget()
+        nobody = np.zeros(0, dtype=np.int64)
+        self.known.follow(nobody, nobody, self._back)
+
     def _tell(self, step: Step, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What only the host knows of a step in which some requests draw nothing: [R] and [C]
         int64, see ``ops.draft_inputs``."""

@@ -24,6 +24,7 @@ from reprise.graphs import (
 from reprise.graphs.plan import Wanted
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
+from reprise.shape import StepShape
 from reprise.step import Step
 
 
@@ -78,6 +79,9 @@ class Drafter:
 
     owners: Mapping[str, GraphRunner] = {}
     """Who runs its graphs, by names for people; empty if it computes no model."""
+    in_step = False
+    """Its passes wait for those of other engines, which compute steps together with this one: it
+    takes part in steps without requests, too."""
 
     # ---- before steps --------------------------------------------------------------------
 
@@ -109,13 +113,22 @@ class Drafter:
             drawn: [D] int64.
         """
 
-    def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
+    def propose(
+        self,
+        step: Step,
+        rows: Tensor,
+        emitted: Tensor,
+        shape: StepShape,
+        at_least: StepShape | None,
+    ) -> None:
         """The rows have moved on: draft.
 
         Args:
             step: Whose they are.
             rows: [R] int64, the step's.
             emitted: [R, 1 + K] int64, their new tokens, -1 behind them.
+            shape: What the step was laid out as.
+            at_least: As of :meth:`reprise.graphs.GraphRunner.run`, of that step.
         """
         raise NotImplementedError
 

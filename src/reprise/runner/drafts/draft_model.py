@@ -24,6 +24,8 @@ class DraftModel(nn.Module):
     taps: tuple[Depth, ...] = ()
     """What it takes of the target, side by side."""
     shifted: bool
+    waits: bool = False
+    """Its passes have collectives: other ranks compute parts of them."""
     hidden_size: int
     """D, of what :meth:`forward` gives."""
     vocab_size: int

@@ -19,12 +19,20 @@ class HeadModel(DraftModel):
     Args:
         head: It.
         reload: Fills its parameters again.
+        waits: As of :class:`DraftModel`.
     """
 
     shifted = True
 
-    def __init__(self, head: Eagle3 | NextTokens | NextStreams, reload: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        head: Eagle3 | NextTokens | NextStreams,
+        reload: Callable[[], None],
+        *,
+        waits: bool = False,
+    ) -> None:
         super().__init__()
+        self.waits = waits
         self.head = head
         self.taps = head.taps
         self.hidden_size, self.vocab_size = head.hidden_size, head.vocab_size

@@ -15,7 +15,7 @@ from reprise import models
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group
 from reprise.errors import ConfigError, LoadError, ModelError, describe
-from reprise.layers import Build, CausalLM, StoredModel
+from reprise.layers import Build, CausalLM, StoredModel, routes
 from reprise.loading import Checkpoint, load_weights, open_checkpoint, require_method
 from reprise.loading.draft_head import build_head, find_head, load_head
 from reprise.loading.weight_files import stored_tensors
@@ -129,7 +129,7 @@ class _Loading:
         else:
             made_up = not any(path.glob("*.safetensors"))
             head = build_head(path, target, self._build, made_up=made_up)
-        return HeadModel(head, self._filler(head, path))
+        return HeadModel(head, self._filler(head, path), waits=self._waits(head))
 
     def next_tokens(self) -> HeadModel:
         """The target's own layer, from its own checkpoint."""
@@ -145,7 +145,12 @@ class _Loading:
                     "original one, or use 'method': 'ngram'"
                 )
             fill()
-        return HeadModel(head, fill)
+        return HeadModel(head, fill, waits=self._waits(head))
+
+    def _waits(self, head: StoredModel) -> bool:
+        """See :class:`DraftModel`."""
+        spread = self.exchange is not None and self.exchange.size > 1
+        return self.group.size > 1 or (spread and routes(head))
 
     @property
     def _config_only(self) -> bool:

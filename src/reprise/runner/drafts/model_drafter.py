@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise.cache import CacheLayout
+from reprise.distributed import Agreement
 from reprise.graphs import GraphPlan, GraphRunner
 from reprise.graphs.plan import Wanted
 from reprise.ops.step import NEXT
@@ -43,6 +44,7 @@ class ModelDrafter(Drafter):
         target: The target's pass.
         max_tokens: Most tokens in a step.
         max_model_len: Most tokens of a request.
+        in_step: How engines decide whose drafts' passes wait for this one's; None: none do.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class ModelDrafter(Drafter):
         *,
         max_tokens: int,
         max_model_len: int,
+        in_step: Agreement | None = None,
     ) -> None:
         self.draft, self._buffers = draft, buffers
+        self._others, self.in_step = in_step, in_step is not None
         self._speculation = speculation
         self._synthetic: SyntheticDrafter | None = None
         """Has drafts count by chance, for measurements."""
@@ -141,10 +145,17 @@ class ModelDrafter(Drafter):
         if self._synthetic is not None:
             self._synthetic.judge(step, rows, first_draw, drawn)
 
-    def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
+    def propose(
+        self,
+        step: Step,
+        rows: Tensor,
+        emitted: Tensor,
+        shape: StepShape,
+        at_least: StepShape | None,
+    ) -> None:
         inputs, shifted = self.inputs, self.draft.shifted
         count = self._speculation.num_tokens if step.drafting is None else step.drafting
-        wanted, step_shape = self._wanted(step), step.shape
+        wanted = self._wanted(step)
         decodes = step.num_decodes == len(step.rows)
         # What is not drafted behind now may be later: the draft's caches must have it.
         prefills = not decodes or (wanted and (shifted or not count))
@@ -154,23 +165,46 @@ class ModelDrafter(Drafter):
             if not decodes:
                 chosen = [number for number, samples in enumerate(step.samples) if samples]
         width = chain_width(max(1, count), shifted)
-        shape = StepShape.decode(len(chosen), width)
-        if not (prefills or chosen):
+        whole: StepShape | None = None
+        if self._others is None:
+            at_least = None
+        else:
+            prefills, width, whole = self._agree(self._others, prefills, len(chosen), width)
+        prefill, chain = self.owners[PREFILL], self.owners[CHAIN]
+        chained = StepShape.decode(len(chosen), width)
+        if not (prefills or chosen or whole):
             return
-        ids = self.prefill.ids(step_shape, self.owners[PREFILL].padded(step_shape))
-        if chosen or ids is not None:
-            padded = self.owners[CHAIN].padded(shape) if chosen else shape
-            inputs.follow(step, chosen, ids, padded, width, greedy=self._speculation.greedy)
-        hidden = self.owners[PREFILL].run(step_shape) if prefills else None
+        if step.rows:
+            ids = self.prefill.ids(shape, prefill.padded(shape, at_least))
+            if chosen or ids is not None:
+                padded = chain.padded(chained, whole) if chosen else chained
+                inputs.follow(step, chosen, ids, padded, width, greedy=self._speculation.greedy)
+        hidden = prefill.run(shape, at_least) if prefills else None
         if not chosen:
+            if whole is not None:
+                inputs.rest()
+                chain.run(chained, whole)
             return
         rows_of, last, behind = inputs.of_chosen
         if shifted:
             assert hidden is not None
             torch.index_select(hidden, 0, last, out=behind)
-        drafts = self.owners[CHAIN].run(shape)
+        drafts = chain.run(chained, whole)
         ahead = self._buffers.rows.numbers[NEXT + 1 : NEXT + 1 + drafts.shape[0]]
         ahead.index_copy_(1, rows_of, drafts)
+
+    @staticmethod
+    def _agree(
+        others: Agreement, prefills: bool, chosen: int, width: int
+    ) -> tuple[bool, int, StepShape | None]:
+        """What any engine computes, all do: whether there is a prefill, how many tokens each
+        request has in the chain, and what that is padded to; None: there is none."""
+        prefills = not others.all(not prefills)
+        most = int(others.largest(chosen))
+        if not most:
+            return prefills, width, None
+        width = int(others.largest(width if chosen else 0))
+        return prefills, width, StepShape.decode(most, width)
 
     def _wanted(self, step: Step) -> bool:
         """Whether any request of the step wants drafts."""

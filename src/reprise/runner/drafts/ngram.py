@@ -13,6 +13,7 @@ from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.drafts.contract import Drafter
 from reprise.runner.rows import Rows
+from reprise.shape import StepShape
 from reprise.speculation import Speculation
 from reprise.step import Step
 
@@ -55,7 +56,14 @@ class NgramDrafter(Drafter):
             self._tokens[each.row, : len(text)].copy_(together[begin:end])
             begin = end
 
-    def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
+    def propose(
+        self,
+        step: Step,
+        rows: Tensor,
+        emitted: Tensor,
+        shape: StepShape,
+        at_least: StepShape | None,
+    ) -> None:
         asked = self._speculation
         count = asked.num_tokens if step.drafting is None else step.drafting
         ops.ngram(

@@ -11,6 +11,7 @@ from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.runner.drafts.contract import Drafter
 from reprise.runner.rows import Rows
+from reprise.shape import StepShape
 from reprise.speculation import Speculation
 from reprise.step import Step
 
@@ -50,7 +51,14 @@ class SyntheticDrafter(Drafter):
         drafts = torch.where(counts, got, got + 1).T
         self._rows.numbers[NEXT + 1 : NEXT + 1 + count].index_copy_(1, rows, drafts)
 
-    def propose(self, step: Step, rows: Tensor, emitted: Tensor) -> None:
+    def propose(
+        self,
+        step: Step,
+        rows: Tensor,
+        emitted: Tensor,
+        shape: StepShape,
+        at_least: StepShape | None,
+    ) -> None:
         """Which drafts count is decided when they are judged."""
 
     def memory(self) -> dict[str, Tensor]:
