@@ -159,7 +159,7 @@ def test_whoever_waits_is_told_in_time(
 
 PROGRAM = """
 import json, sys
-from reprise import LLM
+from reprise import LLM, SamplingParams
 llm = LLM(**json.loads(sys.argv[1]), data_parallel_size=2, enable_expert_parallel=True)
 print("ready", flush=True)
 params = SamplingParams(max_tokens=150, ignore_eos=True)
