@@ -270,7 +270,7 @@ def change_drafts(llm: LLM, seed: int) -> list[int]:
             taken.append(chance.choice(levels))
         return taken[-1]
 
-    llm.engine.scheduler._drafting = choose
+    llm.engine.scheduler.drafting = choose
     return taken
 
 

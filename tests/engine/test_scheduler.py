@@ -67,8 +67,6 @@ def scheduled(scheduler: Scheduler) -> Scheduled:
     starts = [
         each.num_computed_tokens - count for each, count in zip(requests, step.counts, strict=True)
     ]
-    for number in range(step.num_decodes, len(requests)):
-        assert scheduler._outstanding[-1].starts[number - step.num_decodes] == starts[number]
     return Scheduled(step, requests, starts, released)
 
 

@@ -467,7 +467,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert step.index == self.num_steps
         self.num_steps += 1
         requests = list(self.scheduler.requests_of(step))
-        width = self.scheduler._num_drafts + 1
+        width = self.scheduler.num_drafts + 1
         assert requests
         assert len(set(requests)) == len(requests) <= self.scheduler.max_num_seqs
         assert step.num_tokens == sum(step.counts) + sum(step.drafts)

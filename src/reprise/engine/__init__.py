@@ -8,7 +8,8 @@ from reprise.engine.engine import Engine, EngineStats
 from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import split_prompts
 from reprise.engine.questions import QUESTIONS, together
-from reprise.engine.scheduler import Scheduler, SchedulerStats
+from reprise.engine.scheduler import Scheduler
+from reprise.engine.scheduler_counts import SchedulerStats
 from reprise.engine.thread import EngineThread
 
 __all__ = [

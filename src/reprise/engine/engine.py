@@ -14,6 +14,7 @@ from reprise import platforms, timeline
 from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
+from reprise.engine.blocks_ahead import BLOCKS_AHEAD
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.draft_choice import DraftChoice
@@ -25,7 +26,8 @@ from reprise.engine.observations import Observations
 from reprise.engine.pipeline import Pipeline
 from reprise.engine.profiling import Profiler
 from reprise.engine.recovery import Recovery
-from reprise.engine.scheduler import BLOCKS_AHEAD, Scheduler, SchedulerStats
+from reprise.engine.scheduler import Scheduler
+from reprise.engine.scheduler_counts import SchedulerStats
 from reprise.engine.start import Opened, end_of_text, open_model, refuse_several
 from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, truncated

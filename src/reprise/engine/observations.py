@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from reprise.engine.draft_counts import DraftCounts
-from reprise.engine.scheduler import SchedulerStats
+from reprise.engine.scheduler_counts import SchedulerStats
 from reprise.metrics import Counter, Distribution, Gauge, Metric, steps_1_2_5
 from reprise.parallel import Lockstep
 from reprise.request import Request

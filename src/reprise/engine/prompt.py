@@ -1,4 +1,4 @@
-"""What callers may give as a prompt, made into token ids."""
+"""What callers may give as a prompt, made into token ids, and how long it may be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from reprise.arguments import is_whole, plain, shown
-from reprise.errors import RequestError
+from reprise.errors import CapacityError, RequestError
 
 
 class TokensPrompt(TypedDict):
@@ -153,3 +153,30 @@ def _is_list(value: Any) -> bool:
 def short(value: Any) -> str:
     """For messages of errors."""
     return shown(value, 60)
+
+
+def check_fits(request_id: str, length: int, max_model_len: int, capacity: int) -> None:
+    """Refuse a prompt that cannot be computed.
+
+    Args:
+        request_id: For messages.
+        length: Of the prompt, in tokens.
+        max_model_len: Most tokens of a request.
+        capacity: Of the cache, in tokens.
+
+    Raises:
+        RequestError: It is empty.
+        CapacityError: It does not fit the context or the cache.
+    """
+    if length == 0:
+        raise RequestError(f"prompt of request {request_id!r} is empty: give at least one token")
+    if length >= max_model_len:
+        raise CapacityError(
+            f"prompt of request {request_id!r} has {length} tokens and the context "
+            f"holds {max_model_len}, output included: shorten it or raise max_model_len"
+        )
+    if length > capacity:
+        raise CapacityError(
+            f"prompt of request {request_id!r} has {length} tokens and the cache "
+            f"holds {capacity}: shorten it or enlarge the cache"
+        )

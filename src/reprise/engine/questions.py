@@ -11,7 +11,7 @@ from typing import Any
 
 from reprise.engine.draft_counts import DraftStats
 from reprise.engine.engine import Engine, EngineStats
-from reprise.engine.scheduler import SchedulerStats
+from reprise.engine.scheduler_counts import SchedulerStats
 from reprise.graphs import GraphReport
 from reprise.graphs.report import total as total_of_reports
 from reprise.metrics import Metric

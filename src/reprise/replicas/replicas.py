@@ -24,8 +24,7 @@ from reprise.engine import Admit, Engine, Frontend, Reader
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.driver import gather, refuse, settle
 from reprise.engine.frontend import load_tokenizer
-from reprise.engine.prompt import PreparedPrompt
-from reprise.engine.scheduler import check_fits
+from reprise.engine.prompt import PreparedPrompt, check_fits
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.errors import (
     ConfigError,
