@@ -13,6 +13,7 @@ from helpers import TinyModel, TinyModels, assert_idle, greedy, make_llm, text_m
 
 from reprise import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from reprise.engine import Engine
+from reprise.engine.completion import CompletionGroup
 
 CUMULATIVE, DELTA, FINAL_ONLY = (
     RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY,
@@ -97,13 +98,18 @@ def test_they_say_the_same(
         values["stop"] = [text[20:23]]
     expected = llm.generate([PROMPT], SamplingParams(**values))[0]
 
-    step, read = Engine.step, threading.Event()
+    add, step, read, added = Engine.add, Engine.step, threading.Event(), list[CompletionGroup]()
 
-    def waits_for_a_first_reader(engine: Engine) -> Any:
-        """On a busy machine too its answer does not come as one."""
-        for each in engine._groups.values():
-            if each.params.output_kind is DELTA and each.completions[0].request.num_output_tokens:
-                assert read.wait(100)
+    def notes_who_reads_deltas(engine: Engine, *what: Any) -> CompletionGroup:
+        group = add(engine, *what)
+        if group.params.output_kind is DELTA:
+            added.append(group)
+        return group
+
+    def waits_for_the_first_delta(engine: Engine) -> Any:
+        """To be read: on a busy machine too they do not all come as one."""
+        if any(each.completions[0].request.num_output_tokens for each in added):
+            assert read.wait(100)
         return step(engine)
 
     async def body(served: AsyncLLM) -> Any:
@@ -115,7 +121,8 @@ def test_they_say_the_same(
             )
         )
 
-    monkeypatch.setattr(Engine, "step", waits_for_a_first_reader)
+    monkeypatch.setattr(Engine, "add", notes_who_reads_deltas)
+    monkeypatch.setattr(Engine, "step", waits_for_the_first_delta)
     cumulative, deltas, final = serve(body)
     assert [content(each) for each in final] == [content(expected)]
     assert content(cumulative[-1]) == content(expected)

@@ -173,10 +173,10 @@ def test_a_wait_is_bounded_and_names_what_it_waits_for(platform) -> None:
     x = torch.ones(1, device=platform.device)
     platform.synchronize()
     before = dict(sim.core.settings())["timeout"]
-    sim.launch("endless", endless, [x], [])
-    assert begun.wait(100)
     sim.configure(timeout=0.2)
     try:
+        sim.launch("endless", endless, [x], [])
+        assert begun.wait(100)
         with pytest.raises(RuntimeError, match=r"has waited 0.2 s .* runs endless"):
             platform.synchronize()
     finally:

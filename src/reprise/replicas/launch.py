@@ -20,13 +20,15 @@ from reprise.processes.channel import Channel
 from reprise.processes.child import STOPPED_SECONDS, Child
 from reprise.processes.control import Control
 from reprise.replicas.placement import Place, places
-from reprise.replicas.replica import POLL_SECONDS, Died, Fleet, Heard, Replica, await_ready
+from reprise.replicas.replica import Died, Fleet, Heard, Replica, await_ready
 from reprise.replicas.table import Table, descriptors
 
 PROCESS = ("-m", "reprise.replicas.process")
 MOST_CHARACTERS = 300
 """Of a last message."""
 TAIL_BYTES = 4096
+END_SECONDS = 5.0
+"""For a process that says nothing more to end by itself, so that it is known how it did."""
 
 
 class LocalReplica(Replica):
@@ -118,7 +120,7 @@ class LocalReplica(Replica):
         lost = self.lost()
         if lost is not None:
             return lost
-        self._child.end(POLL_SECONDS)
+        self._child.end(END_SECONDS)
         return self._last_words(f"was ended {self._child.fate}")
 
     def forget(self) -> None:
