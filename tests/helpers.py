@@ -157,7 +157,7 @@ _CONFIGS = {
 }
 
 
-def _config_class(name: str) -> Any:
+def config_class(name: str) -> Any:
     import transformers
 
     if not hasattr(transformers, name):
@@ -176,7 +176,7 @@ def _auto_class(config: Any) -> Any:
 def tiny_config(architecture: str, **fields: Any) -> Any:
     if architecture.endswith("_vl"):
         return _seeing_config(architecture.removesuffix("_vl"), **fields)
-    kind = _config_class(_CONFIGS[architecture])
+    kind = config_class(_CONFIGS[architecture])
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -202,7 +202,7 @@ def tiny_config(architecture: str, **fields: Any) -> Any:
 def _seeing_config(architecture: str, **fields: Any) -> Any:
     """Of a model that reads images too: what :func:`tiny_config` gives, within another one."""
     text = tiny_config(architecture, **fields)
-    kind = _config_class(_CONFIGS[architecture].replace("Text", ""))
+    kind = config_class(_CONFIGS[architecture].replace("Text", ""))
     return kind(
         text_config=text.to_dict(), vision_config=_VISION, image_token_id=VOCAB - 4,
         video_token_id=VOCAB - 3, vision_start_token_id=VOCAB - 2, vision_end_token_id=VOCAB - 1,

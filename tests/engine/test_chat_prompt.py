@@ -241,6 +241,13 @@ TOOL = {"type": "function", "function": {
 WITH_TOOLS = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ messages[0].content }}"
 
 
+@pytest.mark.parametrize("role", ["User", "ASSISTANT", " system", "Developer"])
+def test_a_role_that_is_spelled_otherwise(role: str) -> None:
+    """A template that prints any role would make a name of it that no model knows."""
+    with pytest.raises(RequestError, match=f"give '{role.strip().lower()}'"):
+        render([{"role": role, "content": "x"}], "{{ messages[0].role }}")
+
+
 def test_tools() -> None:
     for tools in ([TOOL], (TOOL,)):
         assert '"anything"' in render(user(), WITH_TOOLS, tools=tools)

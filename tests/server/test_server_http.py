@@ -134,7 +134,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "x", "logprobs": 21}, "logprobs"),
     (COMPLETE, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
     (COMPLETE, {"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
+    (COMPLETE, {"prompt": "x", "logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
     (COMPLETE, {"prompt": "x", "seed": 2**63}, "seed"),
+    *((COMPLETE, {"prompt": "x", name: 3}, name) for name in (
+        "max_completion_tokens", "max_new_tokens", "n_predict", "repeat_penalty")),
+    *((path, {"prompt": "x", name: "a"}, name) for path in (COMPLETE, CHAT) for name in (
+        "regex", "ebnf", "grammar", "json_schema", "guided_whitespace_pattern")),
     (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix"),
     (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of"),
     (COMPLETE, {"prompt": "x", "best_of": True}, "best_of"),
@@ -155,6 +160,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+    (CHAT, {"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "text", "json_schema": {}}}, "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}},
+     "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": {}, "strict": "no"}}}, "response_format"),
+    (CHAT, {"reasoning_effort": "turbo"}, "reasoning_effort"),
+    (CHAT, {"moderation": {"model": "x"}}, "moderation"),
     (CHAT, {"guided_json": {}}, "guided_json"),
     (CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
     (CHAT, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),

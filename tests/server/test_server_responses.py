@@ -312,6 +312,13 @@ def test_tools_are_strict_unless_they_say_otherwise_or_cannot_be(
         ({"truncation": "most"}, "truncation"), ({"prompt": {"id": "x"}}, "stored prompts"),
         ({"tools": [{"type": "web_search"}]}, "'web_search': this server has function tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tools": [{**TOOL, "name": "get weather"}]}, "name='get weather': give letters"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading=True"),
+        ({"tools": [{**TOOL, "allowed_callers": ["programmatic"]}]}, "tools[0].allowed_callers"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format={"),
+        ({"reasoning": {"effort": "turbo"}}, "reasoning.effort='turbo'"),
+        ({"reasoning": {"generate_summary": "concise"}}, "reasoning.generate_summary"),
+        ({"extra_body": {"regex": "a"}}, "regex='a': give structured_outputs"),
         ({"tools": [{**TOOL, "strict": "yes"}]}, "strict='yes': give true or false"),
         ({"tools": [{**TOOL, "parameters": UNBOUND}]}, "uniqueItems"),
         ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "arguments are an object"),
@@ -335,6 +342,44 @@ def test_what_is_not_here_is_refused_by_name(
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match=re.escape(message)):
             create(client, stream=stream, **options)
+
+
+def test_what_is_not_looked_at_is_listed(client: openai.OpenAI) -> None:
+    asked: Any = {
+        "text": {"fromat": {}, "verbosity": "low"}, "reasoning": {"context": "auto"},
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "cache": 1}],
+                   "name": "me"},
+                  {"role": "assistant", "content": "x", "phase": "commentary", "id": None},
+                  {"role": "user", "content": "x"}],
+        "extra_body": {"foo": 1}, "max_output_tokens": 1, "prompt_cache_options": {"ttl": "30m"},
+    }  # fmt: skip
+    headers = client.responses.with_raw_response.create(model="demo", **asked).headers
+    assert headers["x-reprise-ignored-fields"].split(",") == [
+        "foo", "input[].content[].cache", "input[].name", "reasoning.context", "text.fromat",
+    ]  # fmt: skip
+
+
+def test_what_came_back_may_be_sent_again(client: openai.OpenAI) -> None:
+    """As the client's own classes write it, with null for what is not there."""
+    first = create(client, tools=[TOOL], **written(f"Well.\n{CALL}"))
+    answer = {"type": "function_call_output", "call_id": first.output[1].call_id, "output": "sun"}
+    sent = [*(each.model_dump() for each in first.output), answer]
+    tools = [each.model_dump(by_alias=True) for each in first.tools]
+    assert len(tools[0]) > len(TOOL)
+    found, alone = (
+        create(client, input=[{"role": "user", "content": ASK}, *sent], tools=each,
+               max_output_tokens=1)
+        for each in (tools, [TOOL])
+    )  # fmt: skip
+    assert found.usage.input_tokens == alone.usage.input_tokens
+
+
+def test_tokens_of_the_input_are_counted(client: openai.OpenAI) -> None:
+    asked: Any = {"instructions": "Be brief.", "input": ASK, "tools": [TOOL]}
+    counted = client.responses.input_tokens.count(model="demo", **asked)
+    assert counted.input_tokens == create(client, max_output_tokens=1, **asked).usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="give truncation='auto'"):
+        client.responses.compact(model="demo", input=ASK)
 
 
 def test_what_an_assistant_did_in_a_row_is_one_message() -> None:

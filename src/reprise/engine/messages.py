@@ -112,6 +112,9 @@ class _Reader:
             )
         if role == "developer" and role not in self._template.names:
             return "system"  # the name that it had before
+        plain = role.strip().lower()
+        if role != plain and plain in (*_ROLES, "developer"):
+            raise RequestError(f"{self._place} has role={short(role)}: give {plain!r}")
         if role not in _ROLES and not self._template.content_forms(role):
             raise RequestError(
                 f"{self._place} has role={short(role)}, which the chat template drops: "

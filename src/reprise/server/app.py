@@ -38,7 +38,7 @@ from reprise.server.openapi import body, describe, responses
 from reprise.server.page import add_page
 from reprise.server.reasoning import CLOSE
 from reprise.server.responses.input_items import page
-from reprise.server.responses.items import items_of
+from reprise.server.responses.items import items_of, unknown_keys
 from reprise.server.responses.reply import Response as ModelResponse
 from reprise.server.responses.request import ResponsesRequest, check
 from reprise.server.responses.store import Stored, not_found
@@ -95,6 +95,12 @@ class Handlers:
             ("/v1/completions", self.completions, CompletionRequest, "Complete prompts."),
             ("/v1/chat/completions", self.chat, ChatRequest, "Answer a conversation."),
             ("/v1/responses", self.responses, ResponsesRequest, "Answer a list of items."),
+            (
+                "/v1/responses/input_tokens",
+                self.count_input,
+                ResponsesRequest,
+                "How many tokens a list of items is.",
+            ),
             ("/tokenize", self.tokenize, TokenizeRequest, "Token ids of a text or a conversation."),
             ("/detokenize", self.detokenize, DetokenizeRequest, "The text of token ids."),
             ("/abort", self.abort, AbortRequest, "End a running request by its id."),
@@ -104,6 +110,9 @@ class Handlers:
                 path, handler, methods=["POST"], summary=summary, response_class=Response,
                 responses=responses(path), openapi_extra=body(model),
             )  # fmt: skip
+        app.add_api_route(
+            "/v1/responses/compact", self.compact, methods=["POST"], include_in_schema=False
+        )
         by_id: list[tuple[str, str, Any, str]] = [
             ("GET", "", self.response, "A response that was stored, or is under way."),
             ("GET", "/input_items", self.response_input, "What a response was computed from."),
@@ -229,6 +238,25 @@ class Handlers:
     # ---- responses -------------------------------------------------------------------------
 
     async def responses(self, request: Request) -> Response:
+        asked, work, ignored = await self._response(request)
+        return await self._answer(request, asked, work, ignored)
+
+    async def count_input(self, request: Request) -> Response:
+        _, work, ignored = await self._response(request)
+        chat = {key: value for key, value in work.asks[0]["chat"].items() if key != "most_tokens"}
+        found = await self._call(
+            "tokenize", prompt=None, chat=chat, add_special_tokens=True, return_token_strs=False
+        )
+        counted = {"object": "response.input_tokens", "input_tokens": found["count"]}
+        return _json(counted, ignored_header(ignored))
+
+    async def compact(self, request: Request) -> Response:
+        raise ApiError(400, "conversations are not compacted: give truncation='auto'")
+
+    async def _response(
+        self, request: Request
+    ) -> tuple[ResponsesRequest, ModelResponse, list[str]]:
+        """The request, what answers it, and names of what is ignored."""
         state = self._state
         state.check_open()
         asked: ResponsesRequest = await self._read(request, ResponsesRequest)
@@ -239,12 +267,14 @@ class Handlers:
             stored = await self._stored(asked.previous_response_id, "previous_response_id")
             before = orjson.loads(stored.items)
         keeps = asked.store is not False and state.options.response_store_bytes > 0
+        items = items_of(asked.input)
+        ignored += unknown_keys(items)
         work = ModelResponse(
-            asked, before, items_of(asked.input), state.client, keeps, model, state.fingerprint,
+            asked, before, items, state.client, keeps, model, state.fingerprint,
             self._parser(), self._tool_parser(), state.facts, state.sampling_defaults(),
             state.options,
         )  # fmt: skip
-        return await self._answer(request, asked, work, ignored)
+        return asked, work, ignored
 
     async def response(self, request: Request, response_id: str) -> Response:
         if request.query_params.get("stream", "false").lower() != "false":

@@ -74,11 +74,12 @@ def _message(number: int, given: Any, known: set[str], ignored: list[str]) -> di
 
 
 def _shown(tool: Any) -> Any:
-    """A tool as the template sees it: how its schema is enforced is the server's business."""
+    """A tool as the template sees it: how its schema is enforced is the server's business, and what
+    is null is not there."""
     function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or "strict" not in function:
+    if not isinstance(function, dict):
         return tool
-    named = {key: value for key, value in function.items() if key != "strict"}
+    named = {key: value for key, value in function.items() if key != "strict" and value is not None}
     return {**tool, "function": named}
 
 

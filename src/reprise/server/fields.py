@@ -7,7 +7,7 @@ business of :class:`reprise.SamplingParams`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -132,7 +132,9 @@ class ChatRequest(Generation):
     tools: list[Any] | None = Field(None, max_length=512)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     include_reasoning: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -174,7 +176,8 @@ class AbortRequest(BaseModel):
 
 MEANINGLESS = frozenset(
     {
-        "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "user", "store", "metadata", "service_tier",
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
         "safety_identifier", "verbosity", "prediction", "web_search_options",
         "session_id", "length_penalty", "early_stopping",
     }
@@ -182,15 +185,23 @@ MEANINGLESS = frozenset(
 """Fields of the OpenAI API, or of vLLM's, that change nothing here and that clients always send."""
 
 _STRUCTURED = "give structured_outputs, an object with one of json, regex, choice and grammar"
+CONSTRAINTS: Mapping[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
+     "guided_whitespace_pattern", "json_schema", "regex", "ebnf", "grammar"),
+    ((), _STRUCTURED),
+)  # fmt: skip
+"""What other servers call them: a text would be unconstrained, and look as if it was."""
+_LIMIT = ((), "give max_tokens")
 _BEAMS = "beam search is not supported: use n and a temperature"
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "suffix": ((), "insertion is not supported: put the suffix into the prompt"),
     "use_beam_search": ((False,), _BEAMS),
-    "guided_json": ((), _STRUCTURED),
-    "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED),
-    "guided_grammar": ((), _STRUCTURED),
-    "guided_decoding_backend": ((), _STRUCTURED),
+    **CONSTRAINTS,
+    "max_new_tokens": _LIMIT,
+    "n_predict": _LIMIT,
+    "num_predict": _LIMIT,
+    "repeat_penalty": ((1,), "give repetition_penalty"),
+    "moderation": ((), "this server has no moderation"),
     "functions": (([],), "give tools"),
     "function_call": (("none",), "give tool_choice"),
     "audio": ((), "this model writes text alone"),
@@ -199,7 +210,8 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_embeds": ((), "prompts are text or token ids"),
     "logits_processors": (([],), "give logit_bias, allowed_token_ids or bad_words"),
     "mm_processor_kwargs": (({},), "this model reads text alone"),
-    # Completions have this field, so it is no extra one there.
+    # Of these, each is a field of the one API and an extra one of the other.
+    "max_completion_tokens": _LIMIT,
     "echo": ((False,), "a chat's prompt is not repeated: use /v1/completions"),
 }
 """Field to the values, beside null, at which it asks for nothing, and what to say at others."""
@@ -267,7 +279,9 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
     bias = fields.get("logit_bias")
     if bias is not None:
         wrong = [
-            each for each in bias if not (each.isascii() and each.isdigit() and len(each) < 12)
+            each
+            for each in bias
+            if not (each.isascii() and each.isdigit() and len(each) < 12 and str(int(each)) == each)
         ]
         if wrong:
             raise ApiError(

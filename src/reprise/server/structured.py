@@ -7,7 +7,13 @@ from typing import Any
 from reprise.arguments import shown
 from reprise.server.errors import ApiError
 
-_TYPES = ("text", "json_object", "json_schema", "structural_tag")
+_KEYS = {
+    "text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "json_schema"},
+    "structural_tag": None,
+}  # fmt: skip
+"""By type; None: xgrammar reads it, and knows."""
+_TYPES = tuple(_KEYS)
+_SCHEMA_KEYS = {"name", "description", "schema", "strict"}
 
 
 def structured_outputs(request: Any) -> dict[str, Any] | None:
@@ -32,6 +38,7 @@ def _of_format(form: Any) -> dict[str, Any] | None:
     kind = form.get("type") if isinstance(form, dict) else None
     if kind not in _TYPES:
         raise _invalid(form, f"its type is one of {', '.join(_TYPES)}")
+    _check_keys(form, form, _KEYS[kind])
     if kind == "text":
         return None
     if kind == "json_object":
@@ -42,7 +49,22 @@ def _of_format(form: Any) -> dict[str, Any] | None:
     schema = inner.get("schema") if isinstance(inner, dict) else None
     if not isinstance(schema, dict | bool):
         raise _invalid(form, "json_schema needs an object with the field schema")
+    _check_keys(form, inner, _SCHEMA_KEYS)
+    if not isinstance(inner.get("strict"), bool | None):
+        raise _invalid(form, "strict is true or false")
     return {"json": schema}
+
+
+def _check_keys(form: Any, given: dict[str, Any], known: set[str] | None) -> None:
+    """A schema in another place than it belongs to would say nothing."""
+    if known is None:
+        return
+    for key, value in given.items():
+        if key not in known and value is not None:
+            remedy = f"it has the unknown key {key[:64]!r}"
+            if key == "schema":
+                remedy += "; give type 'json_schema', and json_schema with name and schema"
+            raise _invalid(form, remedy)
 
 
 def _tag(form: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,14 @@ from reprise.server.errors import ApiError
 
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = ("input_text", "output_text", "text")
+_COMMON = frozenset({"type", "id", "status"})
+_KEYS = {
+    "message": _COMMON | {"role", "content", "phase"},
+    "reasoning": _COMMON | {"content", "summary", "encrypted_content"},
+    "function_call": _COMMON | {"call_id", "name", "arguments"},
+    "function_call_output": _COMMON | {"call_id", "output"},
+}
+_PART_KEYS = frozenset({"type", "text", "refusal", "annotations", "logprobs"})
 
 
 def items_of(given: Any) -> list[dict[str, Any]]:
@@ -26,6 +34,23 @@ def items_of(given: Any) -> list[dict[str, Any]]:
         if not isinstance(each, dict):
             raise _invalid(f"input[{number}]", each, "give an object")
     return given
+
+
+def unknown_keys(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of what items have that is not looked at."""
+    found = []
+    for item in items:
+        kind = item.get("type", "message")
+        if not isinstance(kind, str) or kind not in _KEYS:
+            continue  # it is refused
+        given = [key for key, value in item.items() if value is not None]
+        found += [f"input[].{key}" for key in given if key not in _KEYS[kind]]
+        for name in ("content", "output"):
+            parts = item.get(name)
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, dict):
+                    found += [f"input[].{name}[].{key}" for key in part if key not in _PART_KEYS]
+    return found
 
 
 def messages_of(items: Sequence[Mapping[str, Any]], instructions: str | None) -> list[Any]:

@@ -17,7 +17,12 @@ from reprise.server.errors import ApiError
 from reprise.server.options import ServerOptions
 from reprise.server.responses.input_items import with_ids
 from reprise.server.responses.output import Output
-from reprise.server.responses.request import ResponsesRequest, chat_request, most_tokens
+from reprise.server.responses.request import (
+    ResponsesRequest,
+    chat_request,
+    in_its_words,
+    most_tokens,
+)
 from reprise.server.tools.choice import strict_tools
 
 
@@ -56,10 +61,13 @@ class Response(Chat):
         chat = chat_request(asked, self._conversation)
         most = most_tokens(asked, facts)
         by_default = bool(facts["structured"])
-        super().__init__(
-            chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options,
-            by_default, most,
-        )  # fmt: skip
+        try:
+            super().__init__(
+                chat, self.name, model, fingerprint, parser, tool_parser, facts, defaults, options,
+                by_default, most,
+            )  # fmt: skip
+        except ApiError as error:
+            raise in_its_words(error) from None
         use = self._use
         self._strict = strict_tools(chat.tools or (), by_default) if use is None else use.strict
         self._asked = asked

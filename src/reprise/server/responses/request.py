@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from reprise.arguments import shown
 from reprise.server.body import invalid_fields
 from reprise.server.errors import ApiError
-from reprise.server.fields import MEANINGLESS, ChatRequest
+from reprise.server.fields import CONSTRAINTS, MEANINGLESS, ChatRequest
 from reprise.server.responses.items import messages_of
 from reprise.vllm_names import is_neutral
 
@@ -70,8 +70,26 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "max_completion_tokens": ((), "give max_output_tokens"),
     "response_format": ((), "give text.format"),
     "logprobs": ((False,), f"give include=['{LOGPROBS}']"),
+    **CONSTRAINTS,
 }
 """Field to the values, beside null, at which it asks for nothing, and what to say at others."""
+_OBJECTS: Mapping[str, frozenset[str]] = {
+    "text": frozenset({"format", "verbosity"}),
+    "reasoning": frozenset({"effort", "summary", "generate_summary"}),
+    "stream_options": frozenset({"include_obfuscation"}),
+}
+"""Fields that are objects, and what of them is looked at."""
+_OF_TOOLS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "allowed_callers": ((["direct"],), "tools are called by the model alone"),
+    "async": ((False,), "its output is awaited"),
+    "defer_loading": ((False,), "there is no search for tools: give those that may be called"),
+    "output_schema": ((), "say in the description what it returns"),
+}
+"""As :data:`REFUSED`."""
+_CHAT_NAMES = {
+    "response_format": "text.format", "reasoning_effort": "reasoning.effort",
+    "max_completion_tokens": "max_output_tokens",
+}  # fmt: skip
 _INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})
 """The second is for clients who keep a conversation themselves; reasoning is in the clear here."""
 _KNOWN = MEANINGLESS | _PASSED | REFUSED.keys() | {"max_tool_calls", "stream_options"}
@@ -93,13 +111,29 @@ def check(request: ResponsesRequest) -> list[str]:
     options = extra.get("stream_options") or {}
     if not isinstance(options, dict) or options.get("include_obfuscation"):
         raise _invalid("stream_options", options, "events are not padded: leave it out")
-    summary = (request.reasoning or {}).get("summary")
-    if summary not in (None, "auto"):
-        raise _invalid("reasoning.summary", summary, "reasoning is given whole: leave it out")
+    for name in ("summary", "generate_summary"):
+        summary = (request.reasoning or {}).get(name)
+        if summary not in (None, "auto"):
+            raise _invalid(f"reasoning.{name}", summary, "reasoning is given whole: leave it out")
     logprobs = LOGPROBS in (request.include or ()) or request.top_logprobs
     if logprobs and request.tools:
         raise _invalid("include", [LOGPROBS], "calls have no log probabilities: leave out tools")
-    return [name for name, value in extra.items() if name not in _KNOWN and value is not None]
+    ignored = [name for name, value in extra.items() if name not in _KNOWN and value is not None]
+    objects = {"text": request.text, "reasoning": request.reasoning, "stream_options": options}
+    for name, known in _OBJECTS.items():
+        for key, value in (objects[name] or {}).items():
+            if key not in known and value is not None:
+                ignored.append(f"{name}.{key}")
+    return ignored
+
+
+def in_its_words(error: ApiError) -> ApiError:
+    """An error of the chat that a request is answered by, with the request's names."""
+    for name, ours in _CHAT_NAMES.items():
+        if error.message.startswith(name):
+            error.message = ours + error.message[len(name) :]
+            error.param = ours
+    return error
 
 
 def chat_request(request: ResponsesRequest, items: Sequence[Mapping[str, Any]]) -> ChatRequest:
@@ -134,7 +168,7 @@ def chat_request(request: ResponsesRequest, items: Sequence[Mapping[str, Any]]) 
     try:
         return ChatRequest.model_validate(fields)
     except ValidationError as error:
-        raise invalid_fields(error) from None
+        raise in_its_words(invalid_fields(error)) from None
 
 
 def most_tokens(request: ResponsesRequest, facts: Mapping[str, Any]) -> int | None:
@@ -160,7 +194,14 @@ def _tools(tools: Sequence[Any] | None) -> list[Any] | None:
         kind = each.get("type") if isinstance(each, dict) else None
         if kind != "function":
             raise _invalid(f"tools[{number}].type", kind, "this server has function tools alone")
-        function = {name: value for name, value in each.items() if name != "type"}
+        for name, (neutral, remedy) in _OF_TOOLS.items():
+            if not is_neutral(each.get(name), neutral):
+                raise _invalid(f"tools[{number}].{name}", each[name], remedy)
+        function = {
+            name: value
+            for name, value in each.items()
+            if name != "type" and name not in _OF_TOOLS and value is not None
+        }
         found.append({"type": "function", "function": function})
     return found or None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ def parser_name(template: str) -> str:
 
 MAX_WHITE_SPACE = 16
 """Characters of white space in a row, in arguments: models that are lost write it without end."""
+_NAME = re.compile(r"[\w.:/@-]{1,256}")
+"""Names of tools; the tags that calls are made of hold no others for all models."""
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters."""
 _ANYTHING = {"type": "object"}
@@ -209,6 +212,11 @@ def _tools(tools: Sequence[Any]) -> dict[str, Any]:
             raise ApiError(
                 400, f"tools[{number}]={shown(each)}: give a function with a name", param="tools"
             )
+        if not _NAME.fullmatch(name):
+            raise ApiError(
+                400, f"tools[{number}].function.name={shown(name)}: give letters, digits, and "
+                "_ - . : / @", param="tools",
+            )  # fmt: skip
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise ApiError(
