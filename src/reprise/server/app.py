@@ -243,7 +243,8 @@ class Handlers:
 
     async def count_input(self, request: Request) -> Response:
         _, work, ignored = await self._response(request)
-        chat = {key: value for key, value in work.asks[0]["chat"].items() if key != "most_tokens"}
+        asked_chat: Any = work.asks[0]["chat"]
+        chat = {key: value for key, value in asked_chat.items() if key != "most_tokens"}
         found = await self._call(
             "tokenize", prompt=None, chat=chat, add_special_tokens=True, return_token_strs=False
         )
