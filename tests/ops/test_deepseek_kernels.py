@@ -10,8 +10,8 @@ from reprise.ops.cases import Maker
 from reprise.ops.indexer.cases import arguments as index_arguments
 from reprise.ops.sparse_attention.cases import arguments as attention_arguments
 
-OPS = ("compressor", "hyper_connection", "hyper_head", "indexer", "kv_insert", "rotary_tail",
-       "sparse_attention", "swiglu_clamp")  # fmt: skip
+OPS = ("compressor", "grouped_output", "hyper_connection", "hyper_head", "indexer",
+       "kv_insert", "rotary_tail", "sparse_attention", "swiglu_clamp", "wide_linear")  # fmt: skip
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -117,3 +117,30 @@ def test_streams_that_are_views(agree, platform) -> None:
         return found
 
     agree("hyper_connection", make)
+
+
+@pytest.mark.parametrize("rows", [1, 17, pytest.param(140, marks=pytest.mark.long)])
+@pytest.mark.parametrize("sizes", [(2, 70, 200), (1, 30, 768)])
+def test_products_of_groups(agree, platform, monkeypatch, implementation, rows, sizes) -> None:
+    """Tiles of every size, those that are cut off, and inputs that programs share out."""
+    implementation(all_ops()["grouped_output"], "triton")
+    from reprise.ops.grouped_output import product_kernel
+
+    few, *_ = product_kernel._CONFIGS
+    cut = product_kernel.replace(few, block_k=64, programs=4)
+    monkeypatch.setattr(product_kernel, "_CONFIGS", (cut, *product_kernel._CONFIGS[1:]))
+    product_kernel.config_of.cache_clear()
+    groups, outputs, inputs = sizes
+
+    def make():
+        made = Maker(platform.device, torch.float16)
+        x = made.randn(rows, groups, inputs + 8)[:, :, 8:] / inputs**0.5
+        return {"x": x, "weight": made.randn(groups * outputs, inputs)}
+
+    agree("grouped_output", make)
+    if groups == 1:
+        arguments = {**make(), "x": make()["x"].squeeze(1)}
+        found = implementation(all_ops()["wide_linear"], "triton")(**arguments)
+        # Not rounded to the type of what is multiplied.
+        expected = arguments["x"].double() @ arguments["weight"].double().t()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
