@@ -113,6 +113,11 @@ class Request:
     """Computed tokens at which the manager wants to know."""
     checkpoints: list[Checkpoint] = field(default_factory=list, init=False, repr=False)
     """Copies of its states that are not offered yet."""
+    state_begin: int = field(default=-1, init=False, repr=False)
+    """Tokens before its last updated step, if that has verified drafts; else -1."""
+    replay: int = field(default=0, init=False, repr=False)
+    """Of the tokens that it was admitted with, those that its states have beside them until it
+    computes."""
     junction: int = field(default=0, init=False, repr=False)
     """Tokens behind which a copy of its states was missing when it was admitted."""
     block_digests: list[bytes] = field(default_factory=list, init=False, repr=False)

@@ -41,6 +41,9 @@ class Admission:
     stop_token_ids: frozenset[int]
     """They are not drawn before ``params.min_tokens``."""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    replay: int = 0
+    """Of the tokens before ``start`` the last ones, which its states have beside them: its first
+    step replays them."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -21,6 +21,8 @@ class User:
     num_left: list[int] = field(default_factory=list)
     num_indexed: list[int] = field(default_factory=list)
     checkpoints: list[Any] = field(default_factory=list)
+    state_begin: int = -1
+    replay: int = 0
     junction: int = 0
     block_digests: list[bytes] = field(default_factory=list)
     cache_epoch: int = 0

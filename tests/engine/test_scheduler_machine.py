@@ -107,6 +107,8 @@ class Row:
     tokens: list[int]
     """Those that are computed."""
     newest: int | None = None
+    accepted: int = 0
+    """Of the tokens beside its states, how many count."""
 
     def content(self, tokens: Sequence[int], position: int) -> Content:
         return self.salt, self.version, tuple(tokens[: position + 1])
@@ -142,6 +144,7 @@ class Launch:
 class Device:
     layout: CacheLayout
     max_rows: int
+    drafts: int
     tables: dict[int, list[list[int]]] = field(default_factory=dict)
     admissions: dict[int, Admission] = field(default_factory=dict)
     """Who has which row, once the steps that were launched have run."""
@@ -217,7 +220,8 @@ class Device:
         for each in step.admitted:
             assert each.row not in self.rows
             tokens = list(each.token_ids[: each.start])
-            self.rows[each.row] = Row(launch.version, launch.salts[each.row], each, tokens)
+            salt = launch.salts[each.row]
+            self.rows[each.row] = Row(launch.version, salt, each, tokens, accepted=each.replay)
         work = []
         for number, part in enumerate(launch.parts):
             row, count = self.rows[part.row], step.counts[number]
@@ -235,12 +239,14 @@ class Device:
             tokens = [*row.tokens, *inputs]
             end = min(len(tokens), row.admission.limit)
             work.append((row, tokens, start, end, part.tables))
-            for number, layout in enumerate(self.layout.tables):
+            verifies = number < step.num_decodes and self.drafts > 0
+            for table, layout in enumerate(self.layout.tables):
+                if layout.lifetime.rewritten:
+                    slot = self._slot(table, part.tables[table], 0)
+                    self.slots[slot] = self._state(row, slot, tokens, start, end, verifies)
+                    continue
                 for at in range(start, end):
-                    slot = self._slot(number, part.tables[number], at)
-                    if layout.lifetime.rewritten:
-                        had = self.slots.get(slot) if at else None
-                        assert had == (row.content(tokens, at - 1) if at else None)
+                    slot = self._slot(table, part.tables[table], at)
                     self.slots[slot] = row.content(tokens, at)
         results: list[list[int]] = []
         for number, (row, tokens, start, end, tables) in enumerate(work):
@@ -259,10 +265,26 @@ class Device:
                 while start + len(drawn) < len(tokens) and drawn[-1] == tokens[start + len(drawn)]:
                     drawn.append(next_token(tokens[: start + len(drawn) + 1]))
                 row.tokens = tokens[: start + len(drawn)][: row.admission.limit]
+            row.accepted = len(drawn) if number < step.num_decodes and self.drafts else 0
             if drawn:
                 row.newest = drawn[-1]
             results.append(drawn)
         return launch.original, results
+
+    def _state(
+        self, row: Row, slot: tuple[int, int, int], tokens: list[int], start: int, end: int,
+        verifies: bool,
+    ) -> Any:  # fmt: skip
+        """What a step leaves in a slot: what the state is of, and the tokens beside it."""
+        now: tuple[int, ...] = ()
+        if start:
+            salt, version, now, beside = self.slots[slot]
+            assert (salt, version) == (row.salt, row.version)
+            # Of tokens beyond a request's end nothing is kept.
+            now = (*now, *beside[: row.accepted])
+        assert now == tuple(tokens[:start])
+        new = tuple(tokens[start:end])
+        return row.salt, row.version, *((now, new) if verifies else ((*now, *new), ()))
 
     def _slot(self, number: int, table: list[int], position: int) -> tuple[int, int, int]:
         layout = self.layout.tables[number]
@@ -294,8 +316,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafts: int,
         blocks_ahead: int,
     ) -> None:
-        if any(each.lifetime.rewritten for each in layout.tables):
-            drafts = 0  # what rejected drafts did to a state is for its layer to undo
         layout = dataclasses.replace(
             layout,
             tables=tuple(
@@ -314,7 +334,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_drafts=drafts,
             blocks_ahead=blocks_ahead,
         )
-        self.device = Device(layout, max_num_seqs)
+        self.device = Device(layout, max_num_seqs, drafts)
         self.requests: list[Request] = []
         self.cut_short: set[Request] = set()
         self.version = 0

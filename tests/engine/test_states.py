@@ -197,7 +197,7 @@ def test_a_state_that_cannot_take_drafts_back_is_refused_by_name(
 
 FAULTS = (
     "state_not_zeroed", "state_twice", "state_of_another", "state_forgotten",
-    "state_of_rejected_drafts", "stale_accepted",
+    "state_of_rejected_drafts", "stale_accepted", "chunk_replays_nothing",
 )  # fmt: skip
 
 

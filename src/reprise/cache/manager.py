@@ -13,6 +13,7 @@ from reprise.cache.tables import BlockTable, CacheUser, Checkpoint, Copy, StateT
 from reprise.errors import ConfigError
 
 _NO_EPOCH = -1
+_NOT_VERIFIED = -1
 LARGEST_RESERVE = 1 / 4
 """Of a pool, what an admission may have to leave for others at most."""
 
@@ -28,6 +29,9 @@ class Hit:
     junction: int = 0
     """So long a prefix there would be, had its states been copied; 0: it is none that is worth it.
     Others may have it, too."""
+    replay: int = 0
+    """Of these tokens the last ones, which its states have beside them: who goes on from there
+    replays them first."""
 
 
 class CacheManager:
@@ -164,7 +168,15 @@ class CacheManager:
         while length and not resumes(states=False):
             length -= step
         junction = length
-        while length and not resumes(states=True):
+        replays: set[int] = set()
+        while length:
+            if resumes(states=True):
+                replays = {
+                    table.replay(found[table.number][length // table.size - 1])
+                    for table in self._states
+                }
+                if len(replays) <= 1:  # one number is told of a request
+                    break
             length -= step
         if junction - length < self._apart:
             junction = 0
@@ -174,7 +186,7 @@ class CacheManager:
         for table, blocks in zip(self._tables, found, strict=True):
             needed = table.resumes(length)
             tables.append([NULL_BLOCK] * needed.start + blocks[needed.start : needed.stop])
-        return Hit(length, tables, junction)
+        return Hit(length, tables, junction, max(replays, default=0))
 
     # ---- blocks --------------------------------------------------------------------------
 
@@ -216,6 +228,7 @@ class CacheManager:
         ]
         request.num_indexed = [hit.length // table.size for table in self._tables]
         request.checkpoints, request.junction = [], hit.junction
+        request.replay, request.state_begin = hit.replay, _NOT_VERIFIED
         request.cache_epoch = self._epoch
         if hit.length:
             for table in self._states:
@@ -261,9 +274,12 @@ class CacheManager:
     def commit(self, request: CacheUser, num_tokens: int) -> None:
         """The first ``num_tokens`` tokens are computed and known: others may share full blocks, and
         those that no later token needs are given back. Their entries become the null block."""
-        # Blocks computed before a reset, or on top of such, must not come back.
-        shares = self.enable_prefix_caching and request.cache_epoch == self._epoch
+        shares = self._shares(request)
         request.commit_at = min([t.commit(request, num_tokens, shares) for t in self._tables])
+
+    def _shares(self, request: CacheUser) -> bool:
+        # Blocks computed before a reset, or on top of such, must not come back.
+        return self.enable_prefix_caching and request.cache_epoch == self._epoch
 
     def _note_places(self, request: CacheUser) -> None:
         request.num_places = min([table.places(request) for table in self._tables])
@@ -274,8 +290,11 @@ class CacheManager:
     def free(self, request: CacheUser) -> None:
         """Take all blocks and claims from the request."""
         if request.tables:
+            shares = self._shares(request)
+            if shares:
+                self._leave_states(request)
             for table in self._tables:
-                table.free(request)
+                table.free(request, shares)
         # New lists: a scheduled step may still refer to the old ones.
         request.tables, request.num_left, request.num_indexed = [], [], []
         request.checkpoints, request.junction = [], 0
@@ -307,14 +326,24 @@ class CacheManager:
         last = (known - 1) // self._hit_step * self._hit_step
         return request.junction, last if last >= self._apart else 0
 
-    def checkpoint(self, request: CacheUser, length: int, known: int = 0) -> None:
+    def checkpoint(
+        self,
+        request: CacheUser,
+        length: int,
+        known: int = 0,
+        *,
+        replay: int = 0,
+        certain: bool = True,
+    ) -> None:
         """Keep the request's states as they are before the step that is scheduled now, ``length``
-        tokens being computed. Call it only where these are known to be all.
+        tokens being computed.
 
         Args:
             request: Whose.
             length: Its computed tokens.
             known: Of one whose known tokens are computed, how many there are.
+            replay: Of the computed tokens the last ones, that are beside the states, not in them.
+            certain: Else the next update tells whether so many are computed.
         """
         if length == 0 or not self.enable_prefix_caching:
             return
@@ -325,10 +354,42 @@ class CacheManager:
         if request.cache_epoch != self._epoch:
             return
         for table in self._states:
-            copy = table.checkpoint(request, length)
+            copy = table.checkpoint(request, length, replay, certain=certain)
             if copy is not None:
                 self._copies.append(copy)
         self._note_commit(request)
+
+    def checkpoint_behind_drafts(
+        self, request: CacheUser, most: int, pending: int, known: int
+    ) -> None:
+        """:meth:`checkpoint` of a request that verifies drafts: between two steps its states are
+        those before the tokens of the last one, which are beside them.
+
+        Args:
+            request: Whose.
+            most: Its computed tokens, those drafts included that may count.
+            pending: Steps of it that are under way.
+            known: Tokens that it was admitted with.
+        """
+        if most == known:  # the last step was a chunk
+            self.checkpoint(request, most)
+            return
+        if pending > 1:
+            return  # nobody knows where the last one began
+        begin = len(request.token_ids) - 1 if pending else request.state_begin
+        length = most // self._apart * self._apart
+        if begin < length:
+            replay = length - begin
+            self.checkpoint(request, length, replay=replay, certain=not pending)
+
+    def _leave_states(self, request: CacheUser) -> None:
+        """The request ends, or is preempted, and no step of it is under way: what its states are
+        behind the last step that verified drafts stays, where it would have been copied."""
+        length = (len(request.token_ids) - 1) // self._apart * self._apart
+        if not 0 <= request.state_begin < length or length % self._hit_step:
+            return
+        for table in self._states:
+            table.leave(request, length)
 
     def take_copies(self) -> list[tuple[Copy, Checkpoint | None]]:
         """The copies to be made before the step that is scheduled now, and the checkpoints that

@@ -108,7 +108,7 @@ def _useful(
     for each in layout.of_pool(pool):
         at_rest = each.most(max_model_len)
         if each.lifetime.rewritten:
-            total += (1 + CHECKPOINTS) * max_requests
+            total += (at_rest + CHECKPOINTS) * max_requests
             continue
         # While they compute, and before what has left them is given back.
         in_step = len(each.lifetime.needed(0, max_model_len, each.block_size)) - at_rest

@@ -170,6 +170,9 @@ class State:
 
     checkpoint_tokens: int = CHECKPOINT_TOKENS
     """See :attr:`Lifetime.apart`."""
+    rows: int = 1
+    """2: a request has another row, for what begins with its state and is not kept: drafts go on
+    from a copy."""
 
     bounded = True
     rewritten = True
@@ -182,7 +185,7 @@ class State:
         return min(preferred, self.checkpoint_tokens)
 
     def needed(self, begin: int, end: int, block_size: int) -> range:
-        return range(1)
+        return range(self.rows)
 
     def resumes(self, length: int, block_size: int) -> range:
         return range(length // block_size - 1, length // block_size)
@@ -191,13 +194,13 @@ class State:
         return NEVER
 
     def most(self, length: int, block_size: int, ahead: int) -> int:
-        return 1
+        return self.rows
 
     def lasting(self, length: float) -> float:
         return 1
 
     def __str__(self) -> str:
-        return "state"
+        return "state" if self.rows == 1 else "state and a copy"
 
 
 STATE = State()

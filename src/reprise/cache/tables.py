@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from reprise.cache.block_pool import NULL_BLOCK, BlockPool
 from reprise.cache.layout import TableLayout
@@ -25,6 +25,8 @@ class CacheUser(Protocol):
     num_places: int
     commit_at: int
     checkpoints: list[Checkpoint]
+    state_begin: int
+    replay: int
     junction: int
     block_digests: list[bytes]
     cache_epoch: int
@@ -38,6 +40,10 @@ class Checkpoint:
     length: int
     """Tokens behind which the state was this."""
     slot: int
+    replay: int = 0
+    """Of these the last ones, that the copy has beside the state and not in it."""
+    certain: bool = True
+    """Else some of those are drafts that may not count, which the next update tells."""
     sound: bool | None = None
     """The copy is of numbers; None: that is not known yet."""
 
@@ -239,7 +245,7 @@ class BlockTable(RequestTable):
         self.pool.free(blocks)
         self._num_used += free - self.pool.num_free
 
-    def free(self, request: CacheUser) -> None:
+    def free(self, request: CacheUser, shares: bool) -> None:
         """Take back all blocks and claims; the request's last blocks are reused first."""
         self.pool.num_claimed -= self._claim(request, self._held(request))
         self._give_back(request.tables[self.number][request.num_left[self.number] :][::-1])
@@ -252,23 +258,33 @@ class StateTable(RequestTable):
     copies just now has no owner: a request that needs a state takes its place.
     """
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._replays: dict[int, int] = {}
+        """Of the checkpoints that are offered, by slot."""
+
     @property
     def num_used(self) -> int:
         """States that have an owner; a pool of states is of one table."""
         return self.pool.num_used
 
+    @property
+    def _rows(self) -> int:
+        """Of a request: its state, and what may be beside it."""
+        return len(self.lifetime.needed(0, 1, self.size))
+
     def least_cost(self, request: CacheUser) -> int:
-        return 1
+        return self._rows
 
     def cost(self, request: CacheUser, hit: Sequence[int]) -> int:
         # The checkpoint is not to be given out before it is copied.
-        return 1 + sum(self.pool.is_free(each) for each in hit if each != NULL_BLOCK)
+        return self._rows + sum(self.pool.is_free(each) for each in hit if each != NULL_BLOCK)
 
     def share(self, hit: Sequence[int]) -> None:
         self.pool.share([each for each in hit if each != NULL_BLOCK])
 
     def admit(self, request: CacheUser, hit: Sequence[int]) -> list[int]:
-        return self.pool.allocate(1)
+        return self.pool.allocate(self._rows)
 
     def unclaimed(self, request: CacheUser, begin: int, end: int) -> int:
         return 0
@@ -279,33 +295,60 @@ class StateTable(RequestTable):
     def places(self, request: CacheUser) -> int:
         return NEVER
 
-    def checkpoint(self, request: CacheUser, length: int) -> tuple[Copy, Checkpoint] | None:
+    def replay(self, block: int) -> int:
+        """Of the tokens behind which a checkpoint is, how many it has beside the state."""
+        return self._replays.get(block, 0)
+
+    def checkpoint(
+        self, request: CacheUser, length: int, replay: int, *, certain: bool
+    ) -> tuple[Copy, Checkpoint] | None:
         """Keep the request's state as it is behind ``length`` tokens, if there is a place for it
         that is nobody's and if nobody has done so."""
         known = length <= len(request.token_ids)
         if self.pool.room < 1 or (known and self.index.find(self.key(request, length))):
             return None
         (slot,) = self.pool.allocate(1)
-        kept = Checkpoint(self, length, slot)
+        kept = Checkpoint(self, length, slot, replay, certain)
         request.checkpoints.append(kept)
         return Copy(self.number, request.tables[self.number][0], slot), kept
 
     def commit(self, request: CacheUser, num_tokens: int, shares: bool) -> int:
-        ready = [each for each in request.checkpoints if each.table is self]
-        for each in ready:
+        for each in [each for each in request.checkpoints if each.table is self]:
+            if not each.certain:
+                each.certain = each.length <= num_tokens
+                if not each.certain:
+                    request.checkpoints.remove(each)
+                    self.pool.free([each.slot])
+                    continue
             if each.length > num_tokens or each.sound is None:
                 continue
             request.checkpoints.remove(each)
-            # A state that is no number would spoil every request that begins with these tokens.
-            if shares and each.sound:
-                self.index.insert(self.key(request, each.length), each.slot)
-            self.pool.free([each.slot])
+            self._offer(request, each, shares)
         return self.commit_at(request)
 
-    def commit_at(self, request: CacheUser) -> int:
-        lengths = (each.length for each in request.checkpoints if each.table is self)
-        return min(lengths, default=NEVER)
+    def _offer(self, request: CacheUser, kept: Checkpoint, shares: bool) -> None:
+        # A state that is no number would spoil every request that begins with these tokens.
+        if shares and kept.certain and kept.sound:
+            self._insert(request, kept.length, kept.slot, kept.replay)
+        self.pool.free([kept.slot])
 
-    def free(self, request: CacheUser) -> None:
-        self.pool.free(each.slot for each in request.checkpoints if each.table is self)
+    def _insert(self, request: CacheUser, length: int, slot: int, replay: int) -> None:
+        self.index.insert(self.key(request, length), slot)
+        self._replays[slot] = replay
+
+    def commit_at(self, request: CacheUser) -> int:
+        mine = [each for each in request.checkpoints if each.table is self]
+        return min((each.length if each.certain else 0 for each in mine), default=NEVER)
+
+    def leave(self, request: CacheUser, length: int) -> None:
+        """The request gives its state up, which was left before its last step's tokens with these
+        beside it: it is what was behind ``length`` tokens, if nobody has kept that."""
+        if not self.index.find(self.key(request, length)):
+            slot = request.tables[self.number][0]
+            self._insert(request, length, slot, length - request.state_begin)
+
+    def free(self, request: CacheUser, shares: bool) -> None:
+        for each in request.checkpoints:
+            if each.table is self:
+                self._offer(request, each, shares)
         self.pool.free(request.tables[self.number])

@@ -328,9 +328,15 @@ class Scheduler:
             request.num_computed_tokens = start + width
             request.num_pending += 1
             request.num_in_flight += 1
-        if self.cache.has_states and not self.num_drafts:
+        if self.cache.has_states:
             for request in requests:
-                self.cache.checkpoint(request, request.num_computed_tokens - 1)
+                computed = request.num_computed_tokens - width
+                if self.num_drafts:
+                    self.cache.checkpoint_behind_drafts(
+                        request, computed, request.num_pending - 1, request.num_known_tokens
+                    )
+                else:
+                    self.cache.checkpoint(request, computed)
         if needed:
             num_running = len(self._roster.running())
             for request in requests:
@@ -347,7 +353,8 @@ class Scheduler:
         if end <= start:
             return 0  # an update will bring blocks
         # Not before: without a step nobody copies, and an update would offer what is not there.
-        self.cache.checkpoint(request, start, known)
+        self.cache.checkpoint(request, start, known, replay=request.replay)
+        request.replay = 0
         count, samples = end - start, end == known
         if samples and self._lookahead:  # drafts behind it that find no room do not count
             self.cache.grow(
@@ -442,6 +449,7 @@ class Scheduler:
         now, running = time.perf_counter(), RequestStatus.RUNNING
         num_decodes = step.num_decodes
         width = 1 + step.drafts[0] if num_decodes else 1
+        verifies = self.num_drafts > 0
         updated: list[Request] = []
         generated = 0
         for number in failed:
@@ -458,6 +466,8 @@ class Scheduler:
                 if number < num_decodes:
                     computed = had + len(tokens) - 1
                     request.num_pending -= 1
+                    if verifies:
+                        request.state_begin = had - 1
                     if len(tokens) != width and request.status is running:
                         request.num_computed_tokens -= width - len(tokens)
                 else:
@@ -485,6 +495,8 @@ class Scheduler:
                     self.cache.commit(request, computed)
                 if last is not None:
                     self._finish_at(request, last)
+            else:
+                request.state_begin = -1  # this step has run over it
             if request.status is not running and not request.num_in_flight:
                 self._roster.written_no_more(request)
         self._counts.generated_tokens += generated

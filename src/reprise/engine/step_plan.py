@@ -63,6 +63,7 @@ class StepPlan:
                 seed=request.seed,
                 stop_token_ids=request.stop_token_ids,
                 bad_words=request.bad_words,
+                replay=request.replay,
             )
         )
 

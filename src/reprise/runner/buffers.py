@@ -516,12 +516,14 @@ class StepBuffers:
     def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
         """Views of the device side for a step of this size."""
         tables = tuple(
-            Table(blocks[:requests, 0] if each.lifetime.rewritten else blocks[:requests],
-                  slots[:tokens])
-            for each, blocks, slots in zip(
-                self.layout.tables, self.block_tables, self.slots, strict=True
+            Table(
+                self.states(number, requests) if each.lifetime.rewritten else blocks[:requests],
+                slots[:tokens],
             )
-        )  # fmt: skip
+            for number, (each, blocks, slots) in enumerate(
+                zip(self.layout.tables, self.block_tables, self.slots, strict=True)
+            )
+        )
         return Batch(
             token_ids=self.input_ids.device[:tokens],
             positions=self.positions.device[:tokens],
@@ -534,6 +536,10 @@ class StepBuffers:
             tables=tables,
             query_len=query_len,
         )
+
+    def states(self, table: int, requests: int) -> Tensor:
+        """[R] int32, strided: of a table of states the row of each request that a step rewrites."""
+        return self.block_tables[table, :requests, 0]
 
     def views(self, tokens: int, requests: int) -> dict[str, Tensor]:
         """The device side of every input, cut to a step of this size."""

@@ -107,20 +107,27 @@ class KnownStep:
         rows.move_on(place, self._moves, self._new)
         self._turn += 1
 
-    def follow(self, rows: Ints, new: Ints, back: int) -> None:
+    def follow(self, rows: Ints, new: Ints, back: int, *, replays: bool) -> None:
         """A step of so many tokens of each row, the first ``back`` of which are computed again,
-        from where the rows stand behind all that was submitted. It moves no row on."""
+        from where the rows stand behind all that was submitted. It moves no row on.
+
+        Args:
+            rows: [R].
+            new: [R].
+            back: 0 or 1.
+            replays: What drafts keeps states: the tokens that count of the last step are replayed.
+        """
         self._stand_at(rows)
         self._made_up, self._new, self._plain = (), new, False
         self._verifies = np.ones(len(rows), dtype=bool)
-        if self._tells_replays:  # what drafts keeps no state
-            self._replays = may_replay(np.zeros(len(rows), dtype=bool))
         self.tables_changed()
-        self.follow_again(back)
+        self.follow_again(back, replays=replays)
 
-    def follow_again(self, back: int) -> None:
+    def follow_again(self, back: int, *, replays: bool) -> None:
         """The step of :meth:`follow` once more, with the same rows and tables."""
         self._turn += 1
+        if self._tells_replays:
+            self._replays = may_replay(self._rows.verified[self._place] & replays)
         self._least = np.maximum(self._rows.at_least[self._place] - back, 0)
         self._most = np.maximum(self._rows.at_most[self._place] - back, 0)
 

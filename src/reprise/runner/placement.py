@@ -104,6 +104,8 @@ class Placement:
 
     def written(self, row: Row, table: TableLayout) -> int:
         """Blocks that a row writes."""
+        if table.lifetime.rewritten:
+            return table.entries(row.length)
         first, last = (row.length - row.new) // table.span, (row.length - 1) // table.span
         return last - first + 1
 
@@ -113,7 +115,10 @@ class Placement:
         for number, pool in enumerate(self._layout.pools):
             blocks = 0
             for each in self._layout.of_pool(number):
-                blocks += 1 if each.lifetime.rewritten else -(-max(1, query_len) // each.span) + 1
+                if each.lifetime.rewritten:
+                    blocks += each.entries(query_len)
+                else:
+                    blocks += -(-max(1, query_len) // each.span) + 1
             most.append(max(1, (pool.num_blocks - 1) // blocks))
         return min(most)
 
@@ -170,13 +175,14 @@ class Placement:
             whole = np.zeros((len(rows), max(each.stop for each in needed)), dtype=np.int32)
             for index in order:
                 row, blocks = rows[index], needed[index]
+                span = layout.span
                 if layout.lifetime.rewritten:
-                    shorter = Row(1, 1, NEIGHBOURS, row.half)
+                    span, shorter = 1, Row(len(blocks), len(blocks), NEIGHBOURS, row.half)
                 else:
-                    left = blocks.start * layout.span
+                    left = blocks.start * span
                     shorter = Row(row.new, row.length - left, row.layout, row.half)
                 whole[index, blocks.start : blocks.stop] = self._table(
-                    shorter, layout.span, areas[layout.pool], random
+                    shorter, span, areas[layout.pool], random
                 )
             found.append(whole)
         return found

@@ -66,6 +66,7 @@ class ProbeMaker:
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
         routed: The model sends rows to experts.
+        chained: Decodes are those of a draft model, which may replay tokens whatever they have.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class ProbeMaker:
         vocab_size: int,
         max_model_len: int,
         routed: bool = False,
+        chained: bool = False,
     ) -> None:
         self._buffers = buffers
+        self._chained = chained
         self._caches = caches
         self._banks: dict[Any, Tensor] = {}
         """By the layout of a block."""
@@ -241,7 +244,7 @@ class ProbeMaker:
         """One that verifies drafts, behind a step of which all count, one, or some. One that begins
         cannot, nor one that has too few tokens: these are chunks."""
         width = 1 + self._buffers.rows.num_drafts
-        if new < width or new == length:
+        if (new < width and not self._chained) or new == length:
             return Row(new, length, layout, half)
         # Not in step with what else follows from the number.
         accepted = (width, 1, min(2, width), 1, width, 0)[(number + number // 3) % 6]
@@ -263,12 +266,14 @@ class ProbeMaker:
                 if length is None or length < new:
                     continue
                 layout = 1 + (cls + new_class) % 3
-                start = length - new
+                start, accepted = length - new, 0
                 if number % 2 and start >= size:
                     start = start // size * size  # as behind a prefix hit
+                    accepted = self._copied(number, start)
                 else:
                     start -= min(start, number % self._shifts)
-                rows.append(Row(new, start + new, layout, (cls + 2 * new_class) % 3))
+                half = (cls + 2 * new_class) % 3
+                rows.append(Row(new, start + new, layout, half, accepted=accepted))
         return rows
 
     def _top(self, cls: int, number: int) -> int | None:
@@ -290,7 +295,13 @@ class ProbeMaker:
         size = self._size
         start = max(0, self._max_model_len - new) // size * size
         new = max(1, min(new, self._max_model_len - start))
-        return Row(new, start + new, 1 + number % 3, number % 3)
+        accepted = self._copied(number, start)
+        return Row(new, start + new, 1 + number % 3, number % 3, accepted=accepted)
+
+    def _copied(self, number: int, start: int) -> int:
+        """Of a chunk behind a hit: tokens that its states, which were copied, have beside them."""
+        width = 1 + self._buffers.rows.num_drafts
+        return min(start, (width, 0, 1)[number % 3]) if width > 1 else 0
 
     def _most_requests(self, bucket: StepShape) -> int:
         """Live requests whose written blocks are all different."""

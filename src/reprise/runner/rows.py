@@ -66,7 +66,8 @@ class Rows:
         """Tokens that are computed once all submitted steps have run."""
         self.at_most: Ints = self.at_least.copy() if num_drafts else self.at_least
         self.verified: Ints = np.zeros(self.count, dtype=bool)
-        """Whether each row's last step verified drafts: how many count, the device knows."""
+        """Whether each row may have tokens beside its states: its last step verified drafts, of which
+        the device knows how many count, or the states were copied behind such a step."""
         self._lives: Ints = np.zeros(self.count, dtype=np.int64)
         """How many requests each row has had."""
 
@@ -89,7 +90,7 @@ class Rows:
         row = admission.row
         self.admitted[row] = admission
         self.at_least[row] = self.at_most[row] = admission.start
-        self.verified[row] = False
+        self.verified[row] = admission.replay > 0
         self._lives[row] += 1
 
     def columns(self, admitted: Sequence[Admission]) -> tuple[Ints, Ints]:
@@ -101,7 +102,7 @@ class Rows:
             params = each.params
             column = integers[:, number]
             column[COMPUTED], column[LIMIT] = each.start, each.limit
-            column[PROMPT], column[ACCEPTED] = each.num_prompt_tokens, 0
+            column[PROMPT], column[ACCEPTED] = each.num_prompt_tokens, each.replay
             column[self._seed] = each.seed
             column[self._top_k] = min(max(params.top_k, 0), _INT32_MAX)
             floats[:, number] = (

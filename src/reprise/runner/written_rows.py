@@ -66,7 +66,7 @@ class WrittenRows:
         for number, table in enumerate(layout.tables):
             unit = layout.pools[table.pool].unit
             if table.lifetime.rewritten:
-                slots = buffers.block_tables[number, : bucket.num_requests, 0].long()
+                slots = buffers.states(number, bucket.num_requests).long()
                 written.setdefault(unit, []).append(slots)
             else:
                 slots = buffers.slots[number, : bucket.num_tokens].clone()

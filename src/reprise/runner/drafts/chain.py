@@ -32,14 +32,17 @@ _PARAMETERS = {
 """Of the draws of each request, in the order of ``ops.sample``; ``number``: of the first one."""
 
 
-def chain_width(count: int, shifted: bool) -> int:
+def chain_width(count: int, draft: DraftModel) -> int:
     """Tokens of each request that a chain of ``count`` drafts computes, in a row.
 
     A model that is not shifted computes the last token that the target has computed once more,
     which it need not have met (it may be the last draft), then the newest one, then all drafts but
-    the last. A shifted one has met the newest token in its prefill.
+    the last. One with states, which cannot compute a token twice, has met that one in its prefill,
+    and a shifted one the newest token, too.
     """
-    return max(1, count - 1) if shifted else count + 1
+    if draft.shifted:
+        return max(1, count - 1)
+    return count if draft.keeps_states else count + 1
 
 
 class ChainInputs(StepBuffers):
@@ -57,7 +60,7 @@ class ChainInputs(StepBuffers):
     def __init__(
         self, step: StepBuffers, max_model_len: int, counts: Sequence[int], draft: DraftModel
     ) -> None:
-        self.widths = {chain_width(each, draft.shifted): each for each in sorted(counts)}
+        self.widths = {chain_width(each, draft): each for each in sorted(counts)}
         """Of all chains, and how many tokens each drafts at most."""
         self.width = max(self.widths)
         rows, platform = step.rows, step.platform
@@ -69,7 +72,8 @@ class ChainInputs(StepBuffers):
         self._step = step
         self._behind: tuple[StepShape, int] | None = None
         """Of the step that was followed last: its shape, and the ids of the prefill."""
-        self._back = 0 if draft.shifted else 1
+        self._back = 0 if draft.shifted or draft.keeps_states else 1
+        self._replays = draft.keeps_states
         device = platform.device
         self.hidden = torch.zeros(
             most if draft.shifted else 0, draft.hidden_size,
@@ -132,7 +136,7 @@ class ChainInputs(StepBuffers):
             if any(step.edits):
                 self._gather(most)
                 self.known.tables_changed()
-            self.known.follow_again(self._back)
+            self.known.follow_again(self._back, replays=self._replays)
             self._again()
         else:
             arguments = self._arguments(len(step.rows), step.num_tokens, count, most, width)
@@ -146,13 +150,14 @@ class ChainInputs(StepBuffers):
             self._gather(most)
             self.hidden[count:most].zero_()
             rows = np.array(drawing, dtype=np.int64)
-            self.known.follow(rows, np.full(count, width, dtype=np.int64), self._back)
+            new = np.full(count, width, dtype=np.int64)
+            self.known.follow(rows, new, self._back, replays=self._replays)
 
     def rest(self) -> None:
         """No request of this engine is drafted for, while others' are: the chain is padding."""
         self.forget()
         nobody = np.zeros(0, dtype=np.int64)
-        self.known.follow(nobody, nobody, self._back)
+        self.known.follow(nobody, nobody, self._back, replays=self._replays)
 
     def _tell(self, step: Step, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What only the host knows of a step in which some requests draw nothing: [R] and [C]
@@ -199,6 +204,11 @@ class ChainInputs(StepBuffers):
         given = self._arguments(1, 1, 1, 1, self.width)
         ops.draft_inputs(*given[:10], shifted_ids, *given[10:], self.width, self._back, False)
         self.forget()
+
+    def states(self, table: int, requests: int) -> Tensor:
+        """A chain goes on from copies, where the model has states."""
+        copied = self.layout.tables[table].entries(1) > 1
+        return self.block_tables[table, :requests, 1 if copied else 0]
 
     def fill_draws(self, live: StepShape, seed: int) -> None:
         """What requests of a made-up step ask of their draws: one in two takes the likeliest."""
@@ -274,6 +284,8 @@ class DraftChain:
         self._behind = torch.arange(
             inputs.width - 1, -1, -1, dtype=torch.int32, device=device
         ).unsqueeze(1)
+        self._one_known = torch.ones(most, dtype=torch.int32, device=device)
+        self._none_accepted = torch.zeros_like(self._one_known)
         self._probes: ProbeMaker | None = None
 
     def use_cache(self, layout: CacheLayout, max_model_len: int) -> None:
@@ -285,6 +297,7 @@ class DraftChain:
             vocab_size=self._draft.vocab_size,
             max_model_len=max_model_len,
             routed=routes(self._draft),
+            chained=self._draft.keeps_states,
         )
 
     # ---- the passes ----------------------------------------------------------------------
@@ -295,35 +308,51 @@ class DraftChain:
         inputs, requests = self._inputs, shape.num_requests
         run = model or self.model
         passes = _Passes(inputs, shape, self._behind)
-        back = not self._draft.shifted
+        shifted, first = self._draft.shifted, -1
         parameters = {name: each[:requests] for name, each in inputs.parameters.items()}
         number = parameters.pop("number")
         logits = self._logits[:requests]
-        if back:
+        if shifted:
+            hidden = inputs.hidden[:requests]
+        elif self._draft.keeps_states:
+            self._copy_states(requests)
+            passes.know(self._one_known[:requests])
+            hidden, first = run(passes.newest(), None), 0
+            passes.accept(self._none_accepted[:requests])
+        else:
             # The last token that the target has computed, and the newest one.
             pair = run(passes.first_two(), None)
-            hidden = pair.view(requests, 2, -1)[:, 1].contiguous()
-        else:
-            hidden = inputs.hidden[:requests]
+            hidden, first = pair.view(requests, 2, -1)[:, 1].contiguous(), 1
         count = inputs.widths[shape.query_len]
         for draft in range(count):
             raw = self._draft.logits(hidden, logits).float()
             drawn = ops.sample(raw, *parameters.values(), number + draft)
             # In trials ops give memory of any content, and the next pass looks it up.
             drawn = self._draft.token_ids(drawn.clamp(0, self._draft.vocab_size - 1))
-            behind = draft + 2 * back - 1
+            behind = first + draft
             self._drafts[draft, :requests] = torch.where(passes.there(behind), drawn, -1)
             if draft + 1 < count:
-                hidden = run(passes.one(behind + 1, drawn), None if back else hidden)
+                hidden = run(passes.one(behind + 1, drawn), hidden if shifted else None)
         return self._drafts[:count, :requests]
+
+    def _copy_states(self, requests: int) -> None:
+        """What is drafted leaves no trace in the requests' states: it goes on from copies."""
+        inputs = self._inputs
+        for cache in self._draft.caches().values():
+            if cache.lifetime.rewritten:
+                own = inputs.block_tables[cache.table, :requests, 0]
+                copy = inputs.states(cache.table, requests).long()
+                for each in cache.tensors.values():
+                    each.index_copy_(0, copy, each.index_select(0, own))
 
     def pad(self, live: StepShape, bucket: StepShape) -> None:
         self._inputs.fill_padding(live, bucket)
 
     def inputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         views = self._inputs.views(shape.num_tokens, shape.num_requests)
-        # It is for states, which models that draft do not have.
-        return {name: each for name, each in views.items() if name != "accepted"}
+        if not self._draft.keeps_states:  # nothing else reads it
+            del views["accepted"]
+        return views
 
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         count = self._inputs.widths[shape.query_len]
@@ -389,6 +418,18 @@ class _Passes:
     def there(self, token: int) -> Tensor:
         """[R]: the token of each request has a place; -1: the one before all."""
         return self._there[token] if token >= 0 else self._lengths[-1] > 0
+
+    def know(self, known: Tensor) -> None:
+        """[R] int32, :attr:`Batch.known` of the passes from now on."""
+        self._batch = replace(self._batch, known=known)
+
+    def accept(self, accepted: Tensor) -> None:
+        """[R] int32, :attr:`Batch.accepted` of the passes from now on."""
+        self._batch = replace(self._batch, accepted=accepted)
+
+    def newest(self) -> Batch:
+        """The first token of each request."""
+        return self.one(0, self._batch.token_ids[:: self._width].contiguous())
 
     def first_two(self) -> Batch:
         """The first two tokens of each request."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from reprise.cache import Batch, LayerCache
-from reprise.cache.spec import caches_of
+from reprise.cache.spec import State, caches_of
 from reprise.layers import CausalLM, Depth
 from reprise.speculation import Speculation
 
@@ -26,6 +27,8 @@ class DraftModel(nn.Module):
     shifted: bool
     waits: bool = False
     """Its passes have collectives: other ranks compute parts of them."""
+    keeps_states = False
+    """Some layers keep recurrent states."""
     hidden_size: int
     """D, of what :meth:`forward` gives."""
     vocab_size: int
@@ -91,6 +94,10 @@ class IndependentModel(DraftModel):
     def __init__(self, model: CausalLM, reload: Callable[[], None]) -> None:
         super().__init__()
         self.model = model
+        for each in model.caches().values():
+            if isinstance(each.lifetime, State):
+                each.lifetime = replace(each.lifetime, rows=2)
+                self.keeps_states = True
         self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
         self.reload = reload
 

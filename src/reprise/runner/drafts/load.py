@@ -102,14 +102,9 @@ class _Loading:
             table_blocks=0,
             dtype=self._dtype,
             cache_dtype=self.cache_dtype,
+            num_drafts=self.config.num_drafts,
             platform=self.platform,
         )
-        states = [key for key, each in model.caches().items() if each.lifetime.rewritten]
-        if states:
-            raise ConfigError(
-                f"{named} has layers with a recurrent state ({states[0]}), from which drafts that "
-                "do not count cannot be taken back yet; give another model"
-            )
         fill = self._filler(model, found.path)
         if self.weights:
             fill()

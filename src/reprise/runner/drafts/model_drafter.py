@@ -80,9 +80,7 @@ class ModelDrafter(Drafter):
         if self._speculation.eager:
             options = replace(options, plan=GraphPlan("none", "none"))
         prefill, widths = options, self._step_widths
-        if (
-            not self.draft.shifted
-        ):  # the tokens of decode steps are met in the chain, if there is one
+        if not self._prefills_decodes:
             widths = [each for each in widths if each == 1]
             if not widths:
                 prefill = replace(options, plan=GraphPlan("none", options.plan.mixed))
@@ -113,7 +111,7 @@ class ModelDrafter(Drafter):
             (self.prefill, StepShape.mixed(tokens, requests))
         ]
         for width in self._step_widths:
-            if self.draft.shifted or width == 1:
+            if self._prefills_decodes or width == 1:
                 steps.append((self.prefill, StepShape.decode(requests, width)))
         for width in self.inputs.widths:
             steps.append((self.chain, StepShape.decode(requests, width)))
@@ -127,6 +125,11 @@ class ModelDrafter(Drafter):
     def example(self) -> None:
         one = StepShape.decode(1, 1)
         self.inputs.example_behind(self.prefill.ids(one, one))
+
+    @property
+    def _prefills_decodes(self) -> bool:
+        """Else the tokens of decode steps are met in the chain, if there is one."""
+        return self.draft.shifted or self.draft.keeps_states
 
     @property
     def _step_widths(self) -> list[int]:
@@ -158,13 +161,13 @@ class ModelDrafter(Drafter):
         wanted = self._wanted(step)
         decodes = step.num_decodes == len(step.rows)
         # What is not drafted behind now may be later: the draft's caches must have it.
-        prefills = not decodes or (wanted and (shifted or not count))
+        prefills = not decodes or (wanted and (shifted or not count)) or self.draft.keeps_states
         chosen: Sequence[int] = ()
         if wanted and count:
             chosen = range(len(step.rows))
             if not decodes:
                 chosen = [number for number, samples in enumerate(step.samples) if samples]
-        width = chain_width(max(1, count), shifted)
+        width = chain_width(max(1, count), self.draft)
         whole: StepShape | None = None
         if self._others is None:
             at_least = None

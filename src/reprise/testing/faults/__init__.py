@@ -31,6 +31,7 @@ from reprise.testing.faults.compressed import (
     WrongResidue,
 )
 from reprise.testing.faults.lifetimes import (
+    ChunkReplaysNothing,
     StaleAccepted,
     StateCommittedTwice,
     StateForgotten,
@@ -94,6 +95,7 @@ FAULTS: dict[str, type[Fault]] = {
         WrongUpperHalf, WrongPadded, WrongValues, WrongPositions, WrongBesideDecodes,
         WrongDrafts, WrongEverySecond, WrongWindow, StateNotZeroed, StateForgotten, StateTwice,
         StateOfAnother, StateOfRejectedDrafts, StaleAccepted, StateCommittedTwice,
+        ChunkReplaysNothing,
         WrongExpert, StaleRouting, RowsBeyondTile, SwappedRows,
         WrongScale, UnscaledRow, ScaleOfAnotherHead, ScaleOfAnotherToken,
         RowNotMade, StaleRingRow, WrongResidue, WrongAtOneResidue, IndexOfAnother, StaleHash,
@@ -181,6 +183,7 @@ state_forgotten = _named("state_forgotten")
 state_twice = _named("state_twice")
 state_of_another = _named("state_of_another")
 state_of_rejected_drafts = _named("state_of_rejected_drafts")
+chunk_replays_nothing = _named("chunk_replays_nothing")
 stale_accepted = _named("stale_accepted")
 state_committed_twice = _named("state_committed_twice")
 wrong_expert = _named("wrong_expert")

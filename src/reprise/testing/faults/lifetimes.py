@@ -96,6 +96,17 @@ class StaleAccepted(StaleArgument, DraftFault):
     argument = "accepted"
 
 
+class ChunkReplaysNothing(DraftFault):
+    name = "chunk_replays_nothing"
+    summary = "a chunk goes on from a copied state without the drafts that it has beside it"
+    shows_in = "mixed"
+    reads = DraftFault.reads | {"known"}
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        accepted = torch.where(named["known"] > 0, 0, named["accepted"])
+        return self.proceed({**named, "accepted": accepted.to(named["accepted"].dtype)})
+
+
 class StateCommittedTwice(DraftFault):
     name = "state_committed_twice"
     summary = "a state is carried over the tokens that count of the last step, and once more"
