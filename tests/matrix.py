@@ -315,7 +315,6 @@ PRODUCT = [
     *(
         Features(executor, model, drafts, drafter="draft_model")
         for executor, model, drafts in itertools.product(EXECUTORS, MODELS, DRAFTS[1:])
-        if model != HYBRID
     ),
     *(
         Features(executor, model, drafts, drafter="eagle3")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drafting import EXECUTORS, check_counters, metrics, rate
-from helpers import TinyModel, TinyModels, generate, greedy, make_llm
+from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, make_oracle, planted, serve
 from test_drafts import NGRAM, PARAMS, PROMPTS, OtherOrder, answers
 from torch import Tensor
@@ -184,8 +184,21 @@ def test_a_dense_model_drafts_for_a_recurrent_one(
     plain = generate(make_llm(hybrid, device), PROMPTS, greedy(20))
     llm = drafting(hybrid, near, device, 3)
     assert generate(llm, PROMPTS, greedy(20)) == plain
-    with pytest.raises(ConfigError, match="recurrent state"):
-        drafting(near, hybrid, device, 3)
+
+
+def test_a_recurrent_model_drafts_for_a_dense_one(
+    tiny: TinyModels, device: str, near: TinyModel
+) -> None:
+    """One step ahead, behind prefixes too: where the draft's states are."""
+    hybrid = tiny("qwen3_5", num_hidden_layers=2, full_attention_interval=2)
+    prompts = [[*PROMPTS[0], *random_ids(40, 70)], *PROMPTS]
+    plain = generate(make_llm(near, device), prompts, greedy(20))
+    llm = drafting(near, hybrid, device, 3, graph_mode="full", graph_buckets="decode=2,8")
+    llm.engine._depth = 2
+    for _ in range(2):
+        assert generate(llm, prompts, greedy(20)) == plain
+    assert llm.stats().scheduler.total_prefix_hits > 0
+    assert not llm.graph_report().quarantined
 
 
 def test_requests_may_want_fewer_drafts(model: TinyModel, device: str) -> None:
