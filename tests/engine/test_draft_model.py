@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drafting import EXECUTORS, check_counters, metrics, rate
-from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
+from helpers import VOCAB, TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, make_oracle, planted, serve
 from test_drafts import NGRAM, PARAMS, PROMPTS, OtherOrder, answers
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from reprise import LLM
 from reprise.engine import draft_counts
 from reprise.errors import ConfigError, ModelError
-from reprise.graphs import Buckets, GraphPool, GraphRunner, parse_plan, parse_verify
+from reprise.graphs import Buckets, GraphPool, GraphRunner, capture, parse_plan, parse_verify
 from reprise.ops.registry import all_ops
 from reprise.runner import model_runner
 from reprise.runner.drafts import GraphOptions, ModelDrafter
@@ -313,6 +313,72 @@ def test_each_owners_graphs_are_proven(
     assert refused.name.startswith(owner)
     if faults.FAULTS[fault].traced:
         assert f"{op} #" in str(refused.quarantined)
+
+
+class Compiled:
+    """Stands for the compiler, which would take a minute: what it makes is wrong by a factor."""
+
+    def __init__(self, wrong: float) -> None:
+        self.wrong = wrong
+        self.passes = 0
+
+    def __call__(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            self.passes += 1
+            return model(*args) * (1 + self.wrong)
+
+        return run
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-6, 0.05])
+def test_the_passes_of_a_compiled_chain_are_compared_within_a_bound(
+    model: TinyModel, near: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """Whatever they draw, and what is not within it is refused."""
+    compiler = Compiled(wrong)
+    monkeypatch.setattr(capture, "compile_model", compiler)
+    llm = drafting(model, near, device, 3, graph_mode="compiled", graph_buckets="decode=4;mixed=32",
+                   max_num_batched_tokens=32)  # fmt: skip
+    assert compiler.passes > 0
+    chains = [each for each in llm.graph_report().graphs if each.owner == "draft chain"]
+    (chain,) = chains
+    assert chain.executor == ("breakable" if wrong > 0.01 else "compiled")
+    if wrong > 0.01:
+        assert "draft passes differs" in str(chain.quarantined)
+        return
+    assert chain.quarantined is None
+    assert generate(llm, PROMPTS, greedy(20)) == generate(
+        make_llm(model, device), PROMPTS, greedy(20)
+    )
+    assert chain.replays > 0
+    assert rate(llm) > 0.1
+
+
+def test_a_chain_goes_on_from_what_it_is_given(
+    model: TinyModel, near: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a compiled one that draws another token would be wrong in all passes behind it."""
+    monkeypatch.setattr(capture, "compile_model", Compiled(0.0))
+    llm = drafting(model, near, device, 4, graph_mode="decode=compiled,mixed=none",
+                   graph_buckets="decode=2")  # fmt: skip
+    drafter = llm.engine.runner.drafter
+    assert isinstance(drafter, ModelDrafter)
+    chain = drafter.chain
+    ((_, bucket),) = drafter.owners["draft chain"].bucket_graphs.items()
+    assert bucket.graph is not None
+    with torch.inference_mode(), chain.ops.computing():
+        bucket.probes[0].fill()
+        bucket.graph.replay()
+        free = {name: each.clone() for name, each in chain.outputs(bucket.shape).items()}
+        chain._drawn[0] = (chain._drawn[0] + 1) % VOCAB
+        with chain.follow(bucket.shape):
+            bucket.graph.replay()
+        held = chain.outputs(bucket.shape)
+        assert ((held["drafts"][0] - free["drafts"][0]) % VOCAB == 1).all()
+        assert torch.equal(held["draft passes"][0], free["draft passes"][0])
+        assert not torch.equal(held["draft passes"][1], free["draft passes"][1])
+        bucket.graph.replay()
+        assert torch.equal(chain.outputs(bucket.shape)["drafts"], free["drafts"])
 
 
 class LaterPasses(PlantedFault):

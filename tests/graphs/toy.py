@@ -195,6 +195,8 @@ class Toy:
             "block_tables": self.block_tables[:requests],
         }
 
+    follow = None
+
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
         return {"hidden": self.hidden[: shape.num_tokens]}
 

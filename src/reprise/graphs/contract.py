@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,6 +123,12 @@ class Computation(Protocol):
         Raises:
             Exception: The source is gone.
         """
+
+    @property
+    def follow(self) -> Callable[[StepShape], AbstractContextManager[None]] | None:
+        """None: what it computes follows from its inputs. Else it draws tokens and goes on from
+        them, and code that rounds otherwise may draw others: in the ``with`` block it goes on from
+        what it has drawn for this bucket before, so that what is computed of it can be compared."""
 
     @property
     def facts(self) -> Facts:

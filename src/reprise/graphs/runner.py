@@ -517,11 +517,15 @@ class GraphRunner:
         self.platform.synchronize()  # what was submitted before is not the canary's time
         began = time.perf_counter()
         bucket.info.canaries += 1
-        computation = self.computation
+        computation, bounds, executor = self.computation, self.prover.bounds, bucket.info.executor
+        model, bound = computation.model, bounds.of(executor)
+        if computation.follow is not None:
+            # What it draws is compared, too; that compiled code is right, start-up has shown.
+            model, bound = self.capturer.model(executor), bounds.inexact
         try:
             verdict = examine(
-                computation, self.guard, bucket.graph, bucket.shape, shape, computation.model,
-                self._scope(bucket), bound=self.prover.bounds.of(bucket.info.executor), keep=True,
+                computation, self.guard, bucket.graph, bucket.shape, shape, model,
+                self._scope(bucket), bound=bound, keep=True,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             if self._agreement.size > 1:

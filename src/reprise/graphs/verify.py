@@ -263,8 +263,9 @@ class _Both:
             poison(computation.outputs(self._bucket).values())
             poison_memory(pool)
             seal = Seal(self._kept(at_first)) if sealed else None
+            follow = None if bound is None else computation.follow
             try:
-                with replay:
+                with follow(self._bucket) if follow else contextlib.nullcontext(), replay:
                     graph.replay()
             except Exception as error:
                 verdict.error = describe(error)

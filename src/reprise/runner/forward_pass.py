@@ -113,6 +113,9 @@ class ForwardPass:
             routed=self._routes,
         )
 
+    follow = None
+    """See :class:`reprise.graphs.contract.Computation`."""
+
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
         batch = self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)

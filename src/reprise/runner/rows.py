@@ -66,8 +66,8 @@ class Rows:
         """Tokens that are computed once all submitted steps have run."""
         self.at_most: Ints = self.at_least.copy() if num_drafts else self.at_least
         self.verified: Ints = np.zeros(self.count, dtype=bool)
-        """Whether each row may have tokens beside its states: its last step verified drafts, of which
-        the device knows how many count, or the states were copied behind such a step."""
+        """Whether each row may have tokens beside its states: its last step verified drafts (how
+        many count, the device knows), or the states were copied behind such a step."""
         self._lives: Ints = np.zeros(self.count, dtype=np.int64)
         """How many requests each row has had."""
 

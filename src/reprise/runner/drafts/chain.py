@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -284,6 +285,13 @@ class DraftChain:
         self._behind = torch.arange(
             inputs.width - 1, -1, -1, dtype=torch.int32, device=device
         ).unsqueeze(1)
+        self.compiled = False
+        """Its passes may be: then what each computes can be compared apart from what it draws."""
+        self._given = torch.full_like(self._drafts, -1)
+        """[K, R]: what to go on from; -1: from what is drawn."""
+        self._drawn = torch.zeros_like(self._drafts)
+        self._passes = torch.zeros(count, 0, draft.hidden_size, dtype=dtype, device=device)
+        """[K, R, D]: the hidden states behind which each draft is drawn, where anybody reads it."""
         self._one_known = torch.ones(most, dtype=torch.int32, device=device)
         self._none_accepted = torch.zeros_like(self._one_known)
         self._probes: ProbeMaker | None = None
@@ -330,10 +338,32 @@ class DraftChain:
             # In trials ops give memory of any content, and the next pass looks it up.
             drawn = self._draft.token_ids(drawn.clamp(0, self._draft.vocab_size - 1))
             behind = first + draft
-            self._drafts[draft, :requests] = torch.where(passes.there(behind), drawn, -1)
+            there = passes.there(behind)
+            if self.compiled:
+                read = torch.where(there.unsqueeze(1), hidden, 0)
+                self._passes[draft, :requests].copy_(read)
+                self._drawn[draft, :requests].copy_(drawn)
+                given = self._given[draft, :requests]
+                drawn = torch.where(given >= 0, given, drawn)
+            self._drafts[draft, :requests] = torch.where(there, drawn, -1)
             if draft + 1 < count:
                 hidden = run(passes.one(behind + 1, drawn), hidden if shifted else None)
         return self._drafts[:count, :requests]
+
+    def compare_passes(self) -> None:
+        """They are to be compiled, which rounds in other places."""
+        self.compiled = True
+        count, most = self._drafts.shape
+        self._passes = self._passes.new_zeros(count, most, self._passes.shape[2])
+
+    @contextlib.contextmanager
+    def follow(self, shape: StepShape) -> Iterator[None]:
+        """See :class:`reprise.graphs.contract.Computation`."""
+        self._given.copy_(self._drawn)
+        try:
+            yield
+        finally:
+            self._given.fill_(-1)
 
     def _copy_states(self, requests: int) -> None:
         """What is drafted leaves no trace in the requests' states: it goes on from copies."""
@@ -355,8 +385,11 @@ class DraftChain:
         return views
 
     def outputs(self, shape: StepShape) -> Mapping[str, Tensor]:
-        count = self._inputs.widths[shape.query_len]
-        return {"drafts": self._drafts[:count, : shape.num_requests]}
+        count, requests = self._inputs.widths[shape.query_len], shape.num_requests
+        found = {"drafts": self._drafts[:count, :requests]}
+        if self.compiled:
+            found["draft passes"] = self._passes[:count, :requests]
+        return found
 
     def memory(self) -> Mapping[str, Region]:
         return self._target.memory()

@@ -14,7 +14,6 @@ from torch import Tensor
 from reprise.cache import CacheLayout
 from reprise.distributed import Agreement
 from reprise.graphs import GraphPlan, GraphRunner
-from reprise.graphs.plan import Wanted
 from reprise.ops.step import NEXT
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import ChainInputs, DraftChain, chain_width
@@ -84,10 +83,7 @@ class ModelDrafter(Drafter):
             widths = [each for each in widths if each == 1]
             if not widths:
                 prefill = replace(options, plan=GraphPlan("none", options.plan.mixed))
-        # Drafts are compared token by token: code that is right within a bound may draw others.
-        decode: Wanted = "breakable" if options.plan.decode == "compiled" else options.plan.decode
-        if decode != options.plan.decode:
-            logger.info("graph plan: %s: compiled -> breakable (drafts must be equal)", CHAIN)
+        decode = options.plan.decode
         # Few layers with rows of padding are cheap; a graph of all passes takes the memory of many.
         buckets = options.buckets.sparse()
         chain = replace(options, plan=GraphPlan(decode, "none"), buckets=buckets)
@@ -96,6 +92,8 @@ class ModelDrafter(Drafter):
             logger.warning("graph plan: %s: %s -> none (ops are inexact)", CHAIN, decode)
             chain = replace(chain, plan=GraphPlan("none", "none"))
             chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN)
+        if chained.plan.decode == "compiled":
+            self.chain.compare_passes()
         self.owners = {
             PREFILL: prefill.runner(
                 self.prefill, self._buffers, widths or self._step_widths, PREFILL

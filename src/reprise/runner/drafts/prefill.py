@@ -54,6 +54,9 @@ class DraftPrefill:
         self._padded = live, bucket
         return self._ids[: bucket.num_tokens]
 
+    follow = None
+    """See :class:`reprise.graphs.contract.Computation`."""
+
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """[T, D]"""
         batch = self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)
