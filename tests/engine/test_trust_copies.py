@@ -162,3 +162,38 @@ def test_sums_of_odd_tensors(device: str) -> None:
             tensor[-1] = ~tensor[-1] if tensor.dtype == torch.bool else tensor[-1] + 1
             assert seal.broken()
             tensor[-1] = ~tensor[-1] if tensor.dtype == torch.bool else tensor[-1] - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids=["in lockstep", "one ahead"])
+def test_copies_of_states_that_nobody_can_find_yet(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """They are made before the step whose graph spoils them, and offered to others behind it."""
+    model = tiny("qwen3_5")
+    first = random_ids(91, 100)
+    prompts = [first, [*first[:96], *random_ids(92, 9)]]
+    expected = [
+        generate(small_llm(model, device, graph_mode="none"), [each], PARAMS) for each in prompts
+    ]
+    llm = small_llm(model, device, graph_mode="full")
+    llm.engine._depth = depth
+    forward_pass = llm.engine.runner.forward_pass
+    copy_states = forward_pass.copy_states
+    made: list[int] = []
+
+    def noted(copies: Any) -> Tensor:
+        made.extend(each.target for each in copies)
+        return copy_states(copies)
+
+    monkeypatch.setattr(forward_pass, "copy_states", noted)
+
+    def change(count: int) -> None:
+        states = [e.tensor for name, e in forward_pass.memory().items() if "heads" in name]
+        for slot in made:
+            spoil([each[slot] for each in states])
+        made.clear()
+
+    after_replays(monkeypatch, change)
+    assert [generate(llm, [each], PARAMS) for each in prompts] == expected
+    assert llm.graph_report().canary_failures
+    assert_idle(llm)

@@ -437,12 +437,14 @@ class CacheManager:
         self.never_share(request)
 
     def owns(self, request: CacheUser, units: Collection[tuple[str, int]]) -> bool:
-        """Whether one of the blocks is the request's."""
+        """Whether one of the blocks is the request's, or has a copy of its state that will be
+        offered to others."""
+        held = [(n, block) for n, blocks in enumerate(request.tables) for block in blocks]
+        held += [(each.table.number, each.slot) for each in request.checkpoints]
+        layout = self.layout
         return any(
-            (self.layout.pools[layout.pool].unit, block) in units
-            for layout, blocks in zip(self.layout.tables, request.tables, strict=False)
-            for block in blocks
-            if block != NULL_BLOCK
+            block != NULL_BLOCK and (layout.pools[layout.tables[number].pool].unit, block) in units
+            for number, block in held
         )
 
     def never_share(self, request: CacheUser) -> None:
