@@ -141,6 +141,13 @@ def test_invalid_names_field_value_and_remedy(name: str, value: Any) -> None:
     assert ": " in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_half_a_surrogate_pair_is_no_text(name: str) -> None:
+    """No output has one, so it would ask for nothing."""
+    with pytest.raises(RequestError, match=f"{name}=.*is not valid text"):
+        SamplingParams(**{name: ["a", "b\udfff"]})
+
+
 @pytest.mark.parametrize(
     ("values", "culprit", "other"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
@@ -27,6 +28,11 @@ def plain_list(value: Any) -> Any:
 def is_whole(value: object) -> bool:
     """A whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """A number; NaN, the infinities, True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shown(value: object, limit: int = 200) -> str:

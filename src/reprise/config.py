@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from reprise.arguments import is_whole, plain, takes_names
+from reprise.arguments import is_finite, is_whole, plain, takes_names
 from reprise.errors import ConfigError
 from reprise.speculation import Speculation, parse_speculation, room_for
 from reprise.vllm_names import ENGINE, drop_neutral
@@ -185,6 +185,9 @@ class EngineConfig:
                     raise ConfigError(f"{name}={value!r} must be {wanted}")
         if not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
             raise ConfigError(f"ops={self.ops!r} must map names of ops to names of implementations")
+        for name in ("model", "tokenizer", "revision", "tokenizer_revision"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}='' is empty: give a name, or leave it out")
         parse_speculation(self.speculative_config)
         self._one_of("dtype", get_args(Dtype))
         self._one_of("load_format", get_args(LoadFormat))
@@ -196,9 +199,7 @@ class EngineConfig:
                      "tensor_parallel_size"):  # fmt: skip
             self._positive(name)
         seconds = self.distributed_timeout_seconds
-        if seconds is not None and (
-            isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0
-        ):
+        if seconds is not None and (not is_finite(seconds) or not seconds > 0):
             raise ConfigError(
                 f"distributed_timeout_seconds={seconds!r} must be above 0, or None for 300"
             )

@@ -253,6 +253,12 @@ class SamplingParams:
             raise _invalid(name, given, remedy)
         if not all(isinstance(each, str) and each for each in texts):
             raise _invalid(name, getattr(self, name), remedy)
+        for each in texts:
+            if any("\ud800" <= character <= "\udfff" for character in each):
+                raise RequestError(
+                    f"{name}={shown(each)} is not valid text (half of a surrogate pair): give "
+                    "UTF-8, decoded"
+                )
         if not isinstance(getattr(self, name), str):
             super().__setattr__(name, tuple(dict.fromkeys(texts)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_unknown_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "local directory" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no such model!", "", "a//b", "-"])
+@pytest.mark.parametrize("name", ["no such model!", "a//b", "-"])
 def test_neither_a_directory_nor_an_id(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="model="):
@@ -227,6 +228,44 @@ def test_fifos_do_not_hang(copy: Path, name: str) -> None:
 def test_spoiled_generation_config(copy: Path, content: str) -> None:
     (copy / "generation_config.json").write_text(content)
     check_refused(copy, LoadError, ["generation_config.json"])
+
+
+@pytest.mark.parametrize(
+    "recommended",
+    [{"temperature": "0.7"}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": 1.5},
+     {"repetition_penalty": 0}, {"max_new_tokens": -1}, {"min_p": True}],
+)  # fmt: skip
+def test_what_no_request_could_ask_for_is_the_file_s_fault(
+    copy: Path, recommended: dict[str, Any]
+) -> None:
+    """And not that of a request that leaves the field out."""
+    (copy / "generation_config.json").write_text(json.dumps(recommended))
+    (name,) = recommended
+    check_refused(
+        copy,
+        LoadError,
+        ["generation_config.json", {"max_new_tokens": "max_tokens"}.get(name, name)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("recommended", "named"),
+    [
+        ({"suppress_tokens": [3], "no_repeat_ngram_size": 3}, ["suppress_tokens=[3]", "size=3"]),
+        ({"num_beams": 4, "guidance_scale": 1.5, "stop_strings": ["x"]},
+         ["num_beams=4", "guidance_scale=1.5", "stop_strings=['x']"]),
+        ({"num_beams": 1, "suppress_tokens": None, "bad_words_ids": [], "typical_p": 1.0,
+          "min_length": 0, "max_length": 20, "length_penalty": 1.0, "use_cache": True}, []),
+    ],
+)  # fmt: skip
+def test_what_is_recommended_and_not_followed_is_logged(
+    copy: Path, recommended: dict[str, Any], named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (copy / "generation_config.json").write_text(json.dumps(recommended))
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(str(copy))
+    assert ("not followed" in caplog.text) == bool(named)
+    assert all(each in caplog.text for each in named)
 
 
 def test_no_tokenizer(copy: Path) -> None:

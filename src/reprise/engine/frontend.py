@@ -11,7 +11,7 @@ from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.structured import GrammarCompiler
 from reprise.engine.submission import PreparedParams, prepare_params
 from reprise.errors import RequestError
-from reprise.loading import Checkpoint
+from reprise.loading import Checkpoint, recommended
 from reprise.sampling_params import SamplingParams
 
 
@@ -63,13 +63,7 @@ class Frontend:
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation config recommends."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found = {name: self.generation_config.get(name) for name in names}
-        found["max_tokens"] = self.generation_config.get("max_new_tokens")
-        if self.generation_config.get("do_sample") is False:
-            found["temperature"] = 0.0
-        recommended = {name: value for name, value in found.items() if value is not None}
-        return SamplingParams(**{**recommended, **changes})
+        return SamplingParams(**{**recommended(self.generation_config), **changes})
 
     def prepare(self, prompt: Any) -> PreparedPrompt:
         """What an engine does to a prompt first, if it is not done yet. Any thread may call it.

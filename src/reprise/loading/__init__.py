@@ -1,6 +1,7 @@
 """Checkpoints: find them, read their config and tokenizer, and load them into parameters."""
 
 from reprise.loading.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+from reprise.loading.generation_config import recommended
 from reprise.loading.json_tokenizer import as_transformers
 from reprise.loading.quantization import require_method
 from reprise.loading.tokenizer import end_of_text_id
@@ -16,6 +17,7 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "plan_update",
+    "recommended",
     "require_method",
     "update_weights",
 ]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from reprise.config import EngineConfig
-from reprise.errors import LoadError, ModelError
+from reprise.errors import ModelError
 from reprise.loading.chat_encoder import FILE as ENCODER
-from reprise.loading.files import read_object
 from reprise.loading.foreign import foreign_content
-from reprise.loading.hf_config import check_token_ids, read_config
+from reprise.loading.generation_config import read_generation_config
+from reprise.loading.hf_config import read_config
 from reprise.loading.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
@@ -92,7 +92,7 @@ def open_checkpoint(
             f"model={str(path)!r} has no config.json: it is no checkpoint"
             f"{_in_brackets(foreign_content(path))}"
         )
-    return Checkpoint(path, read_config(config_file, overrides or {}), _generation_config(path))
+    return Checkpoint(path, read_config(config_file, overrides or {}), read_generation_config(path))
 
 
 def _in_brackets(text: str) -> str:
@@ -160,21 +160,6 @@ def locate(model: str, revision: str | None, config_only: bool) -> Path:
             f"model={model!r} is neither a local directory nor a model that could be fetched from "
             f"the Hugging Face hub ({type(error).__name__}: {error}){_similar(model)}"
         ) from error
-
-
-def _generation_config(path: Path) -> Mapping[str, Any]:
-    file = path / "generation_config.json"
-    if not file.exists():
-        return {}
-    try:
-        content = read_object(file)
-        check_token_ids(content.get("eos_token_id"))
-        samples = content.get("do_sample")
-        if not isinstance(samples, bool | None):
-            raise ValueError(f"do_sample={samples!r} must be true or false")
-    except (ValueError, OSError) as error:
-        raise LoadError(f"{file} is not valid: {error}") from error
-    return content
 
 
 def checkpoint_of(config: EngineConfig) -> Checkpoint:

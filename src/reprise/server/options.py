@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from reprise.arguments import is_finite, is_whole
 from reprise.errors import ConfigError, RequestError
 from reprise.sampling_params import SamplingParams
 from reprise.server.reasoning import PARSERS
@@ -130,20 +131,21 @@ class ServerOptions:
         if not self.api_key:
             keys = [os.environ.get(name) for name in ("REPRISE_API_KEY", "VLLM_API_KEY")]
             object.__setattr__(self, "api_key", tuple(each for each in keys if each))
-        if isinstance(self.port, bool) or not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port} must be from 0 to 65535")
+        if not is_whole(self.port) or not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port!r} must be from 0 to 65535")
         for name, least in (
             ("api_server_count", 1), ("max_num_queued_reqs", 1), ("max_num_queued_tokens", 1),
             ("max_body_bytes", 1), ("max_completions", 1), ("max_header_bytes", 1),
             ("response_store_bytes", 0),
             ("header_timeout", 0.001), ("body_timeout", 0.001), ("write_timeout", 0.001),
-            ("keep_alive", 1), ("shutdown_timeout", 0),
+            ("keep_alive", 1), ("shutdown_timeout", 0.0),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool):
-                raise ConfigError(f"{name}={value!r} must be a number")
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+            value, whole = getattr(self, name), isinstance(least, int)
+            if value is None and name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+                continue
+            if not (is_whole(value) if whole else is_finite(value)) or value < least:
+                kind = "whole number" if whole else "number"
+                raise ConfigError(f"{name}={value!r} must be a {kind} of at least {least:g}")
         for name, kind in (
             ("chat_template_content_format", ContentFormat), ("log_format", LogFormat),
             ("ssl_cert_reqs", CertReqs), ("generation_config", Literal["auto", "vllm"]),
@@ -196,6 +198,8 @@ class ServerOptions:
             ConfigError: It names a file that cannot be read.
         """
         given = self.chat_template
+        if given == "":
+            raise ConfigError("chat_template='' is empty: give a file, or leave it out")
         if given is None or "{" in given or "\n" in given:
             return given
         try:
