@@ -144,8 +144,8 @@ class ServerOptions:
             if value is None and name in ("max_num_queued_reqs", "max_num_queued_tokens"):
                 continue
             if not (is_whole(value) if whole else is_finite(value)) or value < least:
-                kind = "whole number" if whole else "number"
-                raise ConfigError(f"{name}={value!r} must be a {kind} of at least {least:g}")
+                wanted = "whole number" if whole else "number"
+                raise ConfigError(f"{name}={value!r} must be a {wanted} of at least {least:g}")
         for name, kind in (
             ("chat_template_content_format", ContentFormat), ("log_format", LogFormat),
             ("ssl_cert_reqs", CertReqs), ("generation_config", Literal["auto", "vllm"]),
