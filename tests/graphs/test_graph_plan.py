@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from reprise import ops
 from reprise.errors import ConfigError
 from reprise.graphs import (
     Buckets,
@@ -12,6 +13,7 @@ from reprise.graphs import (
     parse_verify,
     resolve,
 )
+from reprise.graphs.plan import outside_of_graphs
 from reprise.platforms import load
 from reprise.shape import StepShape
 
@@ -112,6 +114,24 @@ def test_a_platform_without_graphs_runs_eagerly_and_says_so(caplog):
         "platform cpu has no device graphs"
     ] * 2
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("text", ["full", "breakable", "compiled", "auto"])
+def test_an_op_within_segments_that_no_graph_may_hold_excludes_all(text):
+    """A break op stands between them; what counts rows on the host does not."""
+
+    class Device(WithGraphs):
+        is_the_host = False
+
+    uses = [(op, op.implementations["all_to_all"]) for op in (ops.dispatch, ops.combine)]
+    assert outside_of_graphs(uses, load("cpu")()) is None
+    reason = outside_of_graphs(uses, Device())
+    assert reason is not None
+    resolved = resolve(parse_plan(text), Device(), both(ALWAYS), refused={"mixed": reason})
+    assert resolved.mixed == "none"
+    assert resolved.decode == ("full" if text == "auto" else text)
+    assert [each.phase for each in resolved.downgrades] == ["mixed"]
+    assert "dispatch (all_to_all) can never run inside a graph" in resolved.downgrades[0].reason
 
 
 def test_without_a_compiler_pieces_are_not_compiled():

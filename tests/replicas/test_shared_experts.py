@@ -202,11 +202,13 @@ def test_what_cannot_be_spread_is_refused(
         ("full", 500, {"num_blocks": 18}),
         ("full", 500, {"data_parallel_size": 4}),
         ("full", 500, {"tensor_parallel_size": 2}),
+        ("full", 500, {"ops": {"dispatch": "all_to_all", "combine": "all_to_all"}}),
+        ("breakable", 300, {"data_parallel_size": 4, "ops": {"dispatch": "all_to_all"}}),
         ("full", 500, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
                        "prompt_lookup_max": 3, "prompt_lookup_min": 1}}),
     ],
     ids=["full", "breakable", "none", "unverified", "every step compared", "preemption", "four",
-         "two ranks each", "drafts"],
+         "two ranks each", "rows to their experts", "there and not back", "drafts"],
 )  # fmt: skip
 def test_random_steps(
     options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], executor: str,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
+    AllToAllOptions,
     PrefixStore,
     ReduceScatterOptions,
     Store,
@@ -101,6 +102,32 @@ class Communicator:
         options = ReduceScatterOptions()
         options.asyncOp = False
         _finish(self._group._reduce_scatter_base(out.view(-1), x.view(-1), options))
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        out: Tensor,
+        sent: Sequence[int] | None = None,
+        received: Sequence[int] | None = None,
+    ) -> None:
+        """Give each rank its part of the rows of ``x``, and write to ``out`` what all ranks have
+        for this one, in their order. Both are contiguous.
+
+        Args:
+            x: [S, ...]
+            out: [R, ...]
+            sent: [size], rows for each rank; None: as many for each.
+            received: [size], rows from each rank; None likewise. What one rank sends, another one
+                has to await.
+        """
+        if self._group is None:
+            out.copy_(x)
+            return
+        self.begin()
+        options = AllToAllOptions()
+        options.asyncOp = False
+        rows = list(received or ()), list(sent or ())
+        _finish(self._group.alltoall_base(out, x, *rows, options))
 
     def reach(self) -> None:
         """Make memory that all ranks read directly, if each can. Every rank calls it."""
@@ -262,6 +289,17 @@ class Echo(Communicator):
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
         torch.mul(x.view(self.group.size, *out.shape)[self.group.rank], self.group.size, out=out)
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        out: Tensor,
+        sent: Sequence[int] | None = None,
+        received: Sequence[int] | None = None,
+    ) -> None:
+        size, rank = self.group.size, self.group.rank
+        ours = x.tensor_split(size) if sent is None else x.split(list(sent))
+        out.copy_(torch.cat([ours[rank]] * size))
 
 
 _known[ALONE.name] = Communicator(ALONE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, Literal, TypeVar, cast, get_args
 
 from reprise.errors import ConfigError
@@ -115,11 +116,21 @@ def support_of(
     }
 
 
+def outside_of_graphs(uses: Iterable[tuple[Op, Implementation]], platform: Platform) -> str | None:
+    """What no executor can capture: an op that segments would have to hold, and never may. None:
+    there is none."""
+    for op, each in uses:
+        if not op.break_op and each.graph_support_on(platform) == "never":
+            return f"{op.name} ({each.name}) can never run inside a graph of {platform.name}"
+    return None
+
+
 def resolve(
     plan: GraphPlan[Wanted],
     platform: Platform,
     support: Mapping[Phase, Mapping[str, GraphSupport]],
     *,
+    refused: Mapping[Phase, str | None] = MappingProxyType({}),
     query_len: int = 1,
     compiler_reason: str | None = None,
     verbose: bool = True,
@@ -130,6 +141,7 @@ def resolve(
         plan: What was asked for.
         platform: Where it runs.
         support: Of each break op that steps of a phase call, see :func:`support_of`.
+        refused: Why steps of a phase cannot be captured at all, see :func:`outside_of_graphs`.
         query_len: The most new tokens of a request in a decode step.
         compiler_reason: Why nothing can be compiled here; None: it can.
         verbose: Log the downgrades.
@@ -142,12 +154,13 @@ def resolve(
             wanted = _automatic(phase) if platform.graphs_by_default else "none"
         executor: Executor = wanted
         while True:
-            reason = _obstacle(
+            whole = None if executor == "none" else refused.get(phase)
+            reason = whole or _obstacle(
                 executor, phase, platform, support.get(phase, {}), query_len, compiler_reason
             )
             if reason is None:
                 break
-            lower = "none" if not platform.has_graphs else FALLBACK[executor]
+            lower = "none" if whole or not platform.has_graphs else FALLBACK[executor]
             downgrades.append(Downgrade(phase, executor, lower, reason))
             executor = lower
         result[phase] = executor

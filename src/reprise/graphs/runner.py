@@ -20,7 +20,14 @@ from reprise.graphs.capture import BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.kinds import Kind
-from reprise.graphs.plan import Executor, GraphPlan, Wanted, resolve, support_of
+from reprise.graphs.plan import (
+    Executor,
+    GraphPlan,
+    Wanted,
+    outside_of_graphs,
+    resolve,
+    support_of,
+)
 from reprise.graphs.pool import GraphPool
 from reprise.graphs.prove import Prover
 from reprise.graphs.repair import make_good
@@ -183,6 +190,7 @@ class GraphRunner:
             self.requested,
             self.platform,
             {phase: support_of(uses, self.platform) for phase, uses in used.items()},
+            refused={phase: outside_of_graphs(uses, self.platform) for phase, uses in used.items()},
             query_len=max(self._query_lens),
             compiler_reason=self.platform.compiler_missing(),
         )

@@ -210,6 +210,8 @@ class Experts(nn.Module):
         In a tuple, since it is no weight."""
         self._own = _own(build, count)
         self._exchange = build.exchange or ALONE
+        self._stride = self._own.size * build.group.size
+        """From this rank's first expert to that of the next rank that it exchanges rows with."""
         _tell_if_slow(type(self.format))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor, limit: float = 0.0) -> Tensor:
@@ -227,10 +229,11 @@ class Experts(nn.Module):
         rows = x.new_empty(count, x.shape[1])
         rows_weights = weights.new_empty(count, weights.shape[1])
         rows_ids = ids.new_empty(count, ids.shape[1])
-        ops.dispatch(x, weights, ids, own.begin, own.size, rows, rows_weights, rows_ids, group.name)
+        where = own.begin, own.size, self._stride
+        ops.dispatch(x, weights, ids, *where, rows, rows_weights, rows_ids, group.name)
         given = self.format.grouped(rows, rows_weights, rows_ids, *stacks, limit)
         out = torch.empty_like(x)
-        ops.combine(given, ids, out, group.name)
+        ops.combine(given, rows_ids, ids, *where, out, group.name)
         return out
 
     def _note(self, ids: Tensor) -> None:

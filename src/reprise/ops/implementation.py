@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 GraphSupport = Literal["never", "single_token_decode", "uniform_batch", "always"]
 """In which steps a break op's implementation may run inside a graph. ``never``: in none;
 ``single_token_decode``: when each request has one new token; ``uniform_batch``: when all requests
-have the same number of new tokens; ``always``: in any step."""
+have the same number of new tokens; ``always``: in any step. Of other ops ``never`` alone counts:
+no graph holds them, and none is broken for them."""
 
 GraphSupportOn = GraphSupport | Callable[[Platform], GraphSupport]
 """The same everywhere, or by platform."""

@@ -139,8 +139,8 @@ class Op:
             requires: Says whether a platform can run it.
             accepts: Says whether it computes calls with such arguments. The next one that is
                 wanted computes those that it does not; the reference takes everything.
-            graph_support: For break ops, the steps in which it may be captured; may be a function
-                of the platform.
+            graph_support: For break ops, the steps in which it may be captured; ``never`` of any
+                other op excludes graphs. It may be a function of the platform.
             error: See :class:`Implementation`; graphs with an exact one are compared bit by bit.
             on_request: Why it computes only where ``--op NAME=IMPL`` asks for it, such as that no
                 device has run it yet. None: it is chosen as any other.

@@ -78,7 +78,7 @@ def can_be_captured(kit: Kit, op: Op) -> str:
     for name, implementation in op.implementations.items():
         if implementation.unusable(kit.platform) is not None:
             continue
-        if op.break_op and implementation.graph_support_on(kit.platform) != "always":
+        if implementation.graph_support_on(kit.platform) != "always":
             continue
         for number, arguments in enumerate(_cases(kit, op, dtype)):
             if implementation.refusal(**arguments) is not None:
