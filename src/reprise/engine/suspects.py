@@ -1,8 +1,9 @@
-"""Which tokens a graph has drawn since it was last found right."""
+"""Which tokens may be wrong for a graph that was replayed unseen since it was last found right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from reprise.graphs import Ran
 from reprise.graphs.capture import Key
@@ -10,19 +11,35 @@ from reprise.request import Request
 from reprise.step import Step
 
 MOST = 4096
-"""Requests remembered of one graph; of more, those that finished first are forgotten."""
+"""Requests remembered; of more, those that have finished are forgotten."""
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """When a graph was first replayed unseen."""
+
+    tokens: dict[Request, int]
+    """Of the requests that were there, which token came next."""
+    met: int
+    """Requests that had been there until then."""
 
 
 class Suspects:
-    """For each graph the requests whose tokens it drew unseen, with the first such token.
+    """For each graph, how far requests had come when it was first replayed unseen.
 
-    Costs a decode step nothing while its rows stay the same.
+    All that they got since is suspect, whichever graph drew it: a graph may have written what it is
+    drawn from, as that of a prompt's chunk does, also for a request that finds the chunk in the
+    cache, or it has written where it must not. Costs a decode step nothing while its rows stay the
+    same.
     """
 
     def __init__(self) -> None:
-        self._first: dict[Key, dict[Request, int]] = {}
-        self._last: tuple[Key, list[Request]] | None = None
-        """The graph of the last step, if it was unseen, and the requests that sampled."""
+        self._unseen: dict[Key, _Unseen] = {}
+        self._met: dict[Request, int] = {}
+        """Every request that has been in a step, with how many there were before it."""
+        self._count = 0
+        self._last: Sequence[Request] = ()
+        """Of the last step."""
 
     def note(self, step: Step, requests: Sequence[Request], ran: Ran) -> None:
         """A step was submitted.
@@ -32,33 +49,51 @@ class Suspects:
             requests: Its requests.
             ran: How.
         """
-        if ran.proven and ran.graph is not None:
-            self._first.pop(ran.graph, None)
-        if ran.proven or ran.graph is None:
-            self._last = None
+        if requests != self._last:
+            self._last = list(requests)
+            self._meet(requests)
+        if ran.graph is None:
             return
-        sampling = list(requests)
-        if step.num_decodes < len(sampling):
-            sampling = [each for each, yes in zip(requests, step.samples, strict=True) if yes]
-        if self._last == (ran.graph, sampling):
-            return
-        known = self._first.setdefault(ran.graph, {})
-        for request in sampling:
-            known.setdefault(request, request.num_output_tokens + request.num_pending - 1)
-        if len(known) > MOST:
-            self._forget_finished(known)
-        self._last = ran.graph, sampling
+        if ran.proven:
+            self._unseen.pop(ran.graph, None)
+        elif ran.graph not in self._unseen:
+            self._unseen[ran.graph] = _Unseen(self._tokens(step, requests), self._count)
 
     def accuse(self, graph: Key) -> int:
-        """The graph was found wrong: mark what it drew. Returns the number of tokens so far."""
-        tokens, self._last = 0, None
-        for request, first in self._first.pop(graph, {}).items():
+        """The graph was found wrong: mark what it may have spoiled. Returns the number of tokens
+        so far."""
+        since = self._unseen.pop(graph, None)
+        if since is None:
+            return 0
+        tokens = 0
+        first = {each: 0 for each, number in self._met.items() if number >= since.met}
+        for request, number in {**first, **since.tokens}.items():
+            if request.num_output_tokens + request.num_pending <= number:
+                continue  # all that it has yet to get is computed anew
             earlier = request.suspect_from
-            request.suspect_from = first if earlier is None else min(earlier, first)
-            tokens += max(0, request.num_output_tokens - first)
+            request.suspect_from = number if earlier is None else min(earlier, number)
+            tokens += max(0, request.num_output_tokens - number)
         return tokens
 
-    @staticmethod
-    def _forget_finished(known: dict[Request, int]) -> None:
-        for request in [each for each in known if each.is_finished]:
-            del known[request]
+    def _meet(self, requests: Sequence[Request]) -> None:
+        for each in requests:
+            if each not in self._met:
+                self._met[each] = self._count
+                self._count += 1
+        if len(self._met) > MOST:
+            self._met = {k: v for k, v in self._met.items() if not k.is_finished}
+
+    def _tokens(self, step: Step, requests: Sequence[Request]) -> dict[Request, int]:
+        """Of all requests that run, the first token that is not drawn before this step."""
+        found = {
+            each: each.num_output_tokens + each.num_pending
+            for each in self._met
+            if not each.is_finished
+        }
+        sampling: Sequence[bool | int] = [True] * len(requests)
+        if step.num_decodes < len(requests):
+            sampling = step.samples
+        for request, samples in zip(requests, sampling, strict=True):
+            if samples and request in found:
+                found[request] -= 1
+        return found
