@@ -28,7 +28,6 @@
 namespace sim {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
-constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point format
 
 // ---- what a user sets -----------------------------------------------------------------------
 
@@ -52,6 +51,11 @@ struct Range {
   uintptr_t begin = 0, end = 0;
 };
 struct PinnedBlock;
+
+// Fills memory with what nobody has written: 0x7FFF in each two bytes. In every floating-point format
+// that is NaN, and as an integer of 16 bits or more neither an index nor a length, nor a -1, which
+// may have a meaning.
+void poison(Range range);
 
 // A kernel with its arguments. It may run many times: a graph keeps it.
 struct Command {

@@ -12,6 +12,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <set>
 
@@ -136,7 +137,7 @@ void make_free(Block* block) {
 }
 
 // Overwrites freed memory, in the order of its stream.
-void poison(Block* block, const std::string& where) {
+void spoil(Block* block, const std::string& where) {
   Segment* segment = block->segment;
   Stream& stream = *segment->stream;
   const bool pooled = segment->pool != Pool{0, 0};
@@ -152,7 +153,7 @@ void poison(Block* block, const std::string& where) {
   command->writes = {range};
   command->is_work = false;
   command->run = [range] {
-    std::memset(reinterpret_cast<void*>(range.begin), kPoison, range.end - range.begin);
+    poison(range);
   };
   submit(stream, command);
 }
@@ -172,7 +173,7 @@ void process_deferred(int device) {
     }
     for (const Event& each : block->awaited) races::host_saw(each.moment->clock);
     block->awaited.clear();
-    poison(block, "");
+    spoil(block, "");
     make_free(block);
   }
   memory.deferred.swap(left);
@@ -194,7 +195,7 @@ void release(void* context) {
   }
   try {
     if (block->awaited.empty()) {
-      poison(block, where);
+      spoil(block, where);
       make_free(block);
     } else {
       memory.deferred.push_back(block);
@@ -322,7 +323,7 @@ struct DeviceMemoryAllocator final : c10::DeviceAllocator {
     void* address = mmap(nullptr, total, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK_WITH(OutOfMemoryError, address != MAP_FAILED, "sim: the host has no memory left");
-    std::memset(address, kPoison, std::min(total, kPoisonedWhenNew));
+    poison({uintptr_t(address), uintptr_t(address) + std::min(total, kPoisonedWhenNew)});
     auto* segment = new Segment{device, uintptr_t(address), total, pool, &stream};
     auto* block = new Block{segment->address, total, segment};
     segment->first = block;
@@ -361,8 +362,9 @@ struct PinnedAllocator final : at::HostAllocator {
       pinned_blocks()[uintptr_t(block->data)] = block;
     }
     block->in_use = true;
-    std::memset(block->data, kPoison, std::min(wanted, kPoisonedWhenNew));
-    races::forget({uintptr_t(block->data), uintptr_t(block->data) + wanted});
+    const auto begin = uintptr_t(block->data);
+    poison({begin, begin + std::min(wanted, kPoisonedWhenNew)});
+    races::forget({begin, begin + wanted});
     return {block->data, block, &release_pinned, host};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -453,6 +455,15 @@ std::optional<int> device_of(const void* address) {
   Segment* found = segment_at(uintptr_t(address));
   if (found == nullptr) return std::nullopt;
   return found->device;
+}
+
+void poison(Range range) {
+  // An even address has the lower byte.
+  const auto byte_at = [](uintptr_t address) -> unsigned char { return address % 2 ? 0x7F : 0xFF; };
+  auto begin = range.begin, end = range.end;
+  if (begin < end && begin % 2) *reinterpret_cast<unsigned char*>(begin) = byte_at(begin), ++begin;
+  if (begin < end && end % 2) --end, *reinterpret_cast<unsigned char*>(end) = byte_at(end);
+  std::fill(reinterpret_cast<uint16_t*>(begin), reinterpret_cast<uint16_t*>(end), 0x7FFF);
 }
 
 void check_mapped(const Command& command) {

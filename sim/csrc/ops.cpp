@@ -232,8 +232,7 @@ void copy_to_host(const Tensor& target, const Tensor& source, bool asynchronous)
       // What is read too early is not what was there before.
       Locked guard(lock());
       const Range range = range_of(target);
-      if (races::quiet(range))
-        std::memset(reinterpret_cast<void*>(range.begin), kPoison, range.end - range.begin);
+      if (races::quiet(range)) poison(range);
     }
     command->run = [a = on_host(target), b = on_host(source)] { a.copy_(b); };
     submit(stream, command);

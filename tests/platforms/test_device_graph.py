@@ -42,6 +42,13 @@ def captured(platform, function, pool=None):
     return graph
 
 
+def test_no_stream_that_is_given_out_is_the_captures(platform):
+    """What is to run beside a capture would be a part of it then."""
+    with platform.capture_stream():
+        ours = platform.current_stream()
+        assert all(platform.stream() != ours for _ in range(100))
+
+
 def test_replay_computes_from_fresh_inputs_at_fixed_addresses(platform, make):
     x, weight, out = make(4, 8), make(8, 8), make(4, 8)
     runs = []

@@ -90,17 +90,47 @@ def test_a_host_buffer_that_is_reused_before_its_copy_has_run(platform, make, fi
     assert "test_sim_races.py:" in race
 
 
-def test_reading_what_has_not_arrived(platform, make, finder) -> None:
-    """The host's reads cannot be seen: what is there until the copy has run is no number."""
-    x, buffer, go_on = make(3), torch.zeros(SIZE, pin_memory=True), threading.Event()
+NOBODY_S = 0x7FFF
+"""In each two bytes of what nobody has written."""
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int16]
+)
+def test_reading_what_has_not_arrived(platform, finder, dtype: torch.dtype) -> None:
+    """The host's reads cannot be seen: what is there until the copy has run is no number, and no
+    integer that could be a token, an index or a -1."""
+    x = torch.full((SIZE,), 3, dtype=dtype, device=platform.device)
+    buffer, go_on = torch.zeros(SIZE, dtype=dtype, pin_memory=True), threading.Event()
     sim.launch("held", lambda _: go_on.wait(100), [x], [0])
     buffer.copy_(x, non_blocking=True)
-    assert bool(buffer.isnan().all())
+    if dtype.is_floating_point:
+        assert bool(buffer.isnan().all())
+    assert bool((buffer.view(torch.int16) == NOBODY_S).all())
     go_on.set()
     platform.synchronize()
     assert bool(buffer.eq(3).all())
     found = finder()
     assert not found, "\n".join(found)
+
+
+def test_what_nobody_has_written_is_no_number(platform) -> None:
+    """New memory, on the device and pinned: also in pieces that begin and end at odd bytes."""
+    for count in (SIZE, SIZE + 1):
+        there = torch.empty(count, dtype=torch.int16, device=platform.device)
+        here = torch.empty(count, dtype=torch.int16, pin_memory=True)
+        assert bool((there == NOBODY_S).all())
+        assert bool((here == NOBODY_S).all())
+    target = torch.zeros(SIZE, dtype=torch.uint8, pin_memory=True)
+    source, go_on = torch.ones(SIZE, dtype=torch.uint8, device=platform.device), threading.Event()
+    with sim.configured(races=True):
+        sim.launch("held", lambda _: go_on.wait(100), [source], [0])
+        target[3:10].copy_(source[3:10], non_blocking=True)
+        seen = target[:12].tolist()
+        go_on.set()
+        platform.synchronize()
+    assert seen == [0] * 3 + [127, 255, 127, 255, 127, 255, 127] + [0] * 2
+    assert target[:12].tolist() == [0] * 3 + [1] * 7 + [0] * 2
 
 
 def test_a_graph_that_is_replayed_while_its_inputs_are_written(platform, make, finder) -> None:

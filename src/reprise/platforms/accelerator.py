@@ -121,6 +121,12 @@ class AcceleratorPlatform(Platform):
             torch.accelerator.set_stream(outer)
 
     def stream(self) -> Any:
+        # torch has a few streams and gives them out in turn, the one of captures too.
+        while (found := self._next_stream()) == self._capture_stream:
+            pass
+        return found
+
+    def _next_stream(self) -> Any:
         own = getattr(self.module(), "Stream", None)
         return super().stream() if own is None else own(device=self.index)
 
@@ -154,7 +160,7 @@ class AcceleratorPlatform(Platform):
 
     @functools.cached_property
     def _capture_stream(self) -> Any:
-        return self.stream()
+        return self._next_stream()
 
     @contextlib.contextmanager
     def capture_stream(self) -> Iterator[Any]:

@@ -200,7 +200,10 @@ class Platform(ABC):
         target.copy_(source, non_blocking=True)
 
     def stream(self) -> Any:
-        """A new stream of work, with ``wait_stream``, ``wait_event`` and ``synchronize``."""
+        """A stream of work, with ``wait_stream``, ``wait_event`` and ``synchronize``.
+
+        It may have been given out before, but is never the one on which graphs are captured.
+        """
         if not self.asynchronous:
             return HostStream()
         return torch.Stream(device=self.device)
