@@ -18,7 +18,7 @@ from reprise import LLM, SamplingParams
 from reprise.cache.memory import pool_tensors
 from reprise.config import EngineConfig
 from reprise.engine.thread import EngineThread
-from reprise.graphs import prove, runner
+from reprise.graphs import idle, prove
 from reprise.testing import faults
 
 
@@ -32,7 +32,7 @@ def busy_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start-up has time for the first probe of each graph alone, and any is short enough later."""
     monkeypatch.setattr(prove, "VERIFY_SECONDS", 0.0)
     monkeypatch.setattr(prove, "VERIFY_SHARE", 0.0)
-    monkeypatch.setattr(runner, "MOST_IDLE_SECONDS", 60.0)
+    monkeypatch.setattr(idle, "MOST_IDLE_SECONDS", 60.0)
 
 
 def prove_all(llm: LLM) -> int:
@@ -162,7 +162,7 @@ def test_a_probe_that_lacks_memory_refuses_no_graph_and_is_not_tried_for_ever(
 def test_long_comparisons_wait_for_no_idle_moment(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, busy_start: None
 ) -> None:
-    monkeypatch.setattr(runner, "MOST_IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(idle, "MOST_IDLE_SECONDS", 0.0)
     llm = make_llm(model, device, **OPTIONS, graph_mode="full")
     assert not llm.engine.prove_idle()
 

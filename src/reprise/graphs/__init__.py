@@ -9,6 +9,7 @@ from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.guard import Guard
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
+from reprise.graphs.outcome import Damage, Ran
 from reprise.graphs.owners import GraphOwners
 from reprise.graphs.plan import (
     Downgrade,
@@ -20,7 +21,7 @@ from reprise.graphs.plan import (
 from reprise.graphs.pool import GraphPool
 from reprise.graphs.regions import Region
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
-from reprise.graphs.runner import Damage, GraphRunner, Ran
+from reprise.graphs.runner import GraphRunner
 from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph
 from reprise.graphs.verify import VerifyMode, parse_verify
 

@@ -158,6 +158,12 @@ class Capturer:
         bucket.info.segments, bucket.info.breaks = graph.num_segments, graph.num_breaks
         bucket.info.bytes = graph.nbytes
 
+    def discard(self) -> None:
+        """All graphs are thrown away, and their memory unless other owners' graphs share it."""
+        self.pool.discard()
+        self._compiled = None
+        self._logged.clear()
+
     def quarantine(self, bucket: BucketGraph, executor: Executor, reason: str) -> None:
         """The bucket's graph is never replayed again."""
         bucket.graph = None

@@ -9,8 +9,9 @@ from itertools import chain
 
 from reprise.graphs.capture import Progress
 from reprise.graphs.memory import predict
+from reprise.graphs.outcome import Damage
 from reprise.graphs.report import GraphMemory, GraphReport
-from reprise.graphs.runner import Damage, GraphRunner
+from reprise.graphs.runner import GraphRunner
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class GraphOwners:
     def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
         self.runners = runners
         for each in runners.values():
-            each.alone = len(runners) == 1
+            each.replays.alone = len(runners) == 1
 
     def __iter__(self) -> Iterator[tuple[str, GraphRunner]]:
         return iter(self.runners.items())
@@ -71,9 +72,10 @@ class GraphOwners:
         """What graphs have left behind in the last step, and whose they are."""
         found = []
         for name, each in self.runners.items():
-            if each.damage is not None:
-                found.append((name, each.damage))
-                each.damage = None
+            replays = each.replays
+            if replays.damage is not None:
+                found.append((name, replays.damage))
+                replays.damage = None
         return found
 
     def report(self) -> GraphReport:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
 from reprise.graphs.plan import Executor
-from reprise.graphs.runner import uses_of
+from reprise.graphs.uses import uses_of
 from reprise.loading import checkpoint
 from reprise.ops import Op
 from reprise.sampling_params import SamplingParams

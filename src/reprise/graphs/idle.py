@@ -1,0 +1,88 @@
+"""Probes that start-up had no time for, met while no request runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from reprise.distributed import Agreement
+from reprise.graphs.capture import BucketGraph, Key
+from reprise.graphs.prove import Prover
+from reprise.graphs.replay import Replays
+from reprise.graphs.trust import Ledger
+
+logger = logging.getLogger(__name__)
+
+MOST_IDLE_SECONDS = 0.1
+"""What a comparison takes at most that is made while no request runs: one that comes waits for
+it."""
+
+
+class IdleProof:
+    """Compares graphs on their planned probes, one at a time.
+
+    Args:
+        prover: Compares.
+        ledger: Takes down what was proven.
+        replays: Refuse a graph that is wrong, as if a canary had found it.
+        agreement: Of the ranks that compute together.
+        buckets: All graphs.
+    """
+
+    def __init__(
+        self,
+        prover: Prover,
+        ledger: Ledger,
+        replays: Replays,
+        agreement: Agreement,
+        buckets: Mapping[Key, BucketGraph],
+    ) -> None:
+        self._prover = prover
+        self._ledger = ledger
+        self._replays = replays
+        self._agree = agreement.all
+        self._buckets = buckets
+        self._cannot_run: set[Key] = set()
+        """Graphs of which a probe did not run, for want of memory or of blocks."""
+
+    def advance(self) -> bool:
+        """Make one comparison. No step may be under way; what requests have left in the caches
+        stays.
+
+        Returns:
+            Whether there may be more to do.
+
+        Raises:
+            WeightsLostError: A graph has changed weights that cannot be loaded again.
+        """
+        candidates = [each for each in self._buckets.values() if each.key not in self._cannot_run]
+        found = self._prover.lacking(candidates, MOST_IDLE_SECONDS)
+        if found is None:
+            return False
+        bucket, probe = found
+        # All weights: after start-up nobody else looks at them all.
+        verdict = self._prover.compare(
+            bucket, probe, scope=lambda: replace(self._replays.scope(bucket), part=None)
+        )
+        if not self._agree(verdict.ran):
+            self._cannot_run.add(bucket.key)
+            logger.warning(
+                "graph %s: probe %r did not run and its graph stays %s: %s",
+                bucket.info.name, probe.name, bucket.info.proof, verdict.told,
+            )  # fmt: skip
+        elif self._agree(verdict.right):
+            bucket.info.probes += 1
+            self._ledger.prove(bucket.key, probe.kind, "start")
+            self._tell_progress()
+        else:
+            self._replays.make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")
+        return True
+
+    def _tell_progress(self) -> None:
+        """One log line when the last graph has met all its probes."""
+        buckets = list(self._buckets.values())
+        self._prover.conclude(buckets)
+        running = [each.info for each in buckets if each.graph is not None]
+        if all(each.verified for each in running):
+            logger.info("graphs: all %d are verified, while no request ran", len(running))

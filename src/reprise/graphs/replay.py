@@ -1,0 +1,208 @@
+"""Replays of live steps: seen or unseen, and what follows if one is wrong."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+import torch
+
+from reprise.distributed import Agreement
+from reprise.errors import GraphReplayError, describe
+from reprise.graphs.canary import CanaryPolicy
+from reprise.graphs.capture import BucketGraph, Capturer, Key
+from reprise.graphs.contract import Computation
+from reprise.graphs.guard import Guard, Scope
+from reprise.graphs.kinds import Kind
+from reprise.graphs.outcome import EAGERLY, Damage, Ran
+from reprise.graphs.prove import Prover
+from reprise.graphs.repair import make_good
+from reprise.graphs.trust import Ledger
+from reprise.graphs.verify import Verdict, examine
+from reprise.platforms import Platform
+from reprise.shape import StepShape
+
+logger = logging.getLogger(__name__)
+
+
+class Replays:
+    """Replays graphs of one computation, and refuses each that is found wrong.
+
+    Args:
+        computation: Whose steps they are.
+        platform: Where.
+        policy: When to compare, which a refusal hurries.
+        capturer: Takes a refused graph out of use.
+        prover: Says where a graph is wrong.
+        ledger: Of what is proven.
+        guard: Of the computation's memory.
+        agreement: Of the ranks that compute together.
+        buckets: All graphs, for the siblings of one.
+    """
+
+    def __init__(
+        self,
+        computation: Computation,
+        platform: Platform,
+        policy: CanaryPolicy,
+        capturer: Capturer,
+        prover: Prover,
+        ledger: Ledger,
+        guard: Guard,
+        agreement: Agreement,
+        buckets: Mapping[Key, BucketGraph],
+    ) -> None:
+        self._computation = computation
+        self._platform = platform
+        self._policy = policy
+        self._capturer = capturer
+        self._prover = prover
+        self._ledger = ledger
+        self._guard = guard
+        self._agreement, self._agree = agreement, agreement.all
+        self._buckets = buckets
+        self.alone = True
+        """Nothing else writes the caches between two steps."""
+        self.failures = 0
+        """Graphs that comparisons have found wrong."""
+        self.damage: Damage | None = None
+        """What the last refused graph has left behind; whoever heeds it takes it away."""
+        self._unseen: dict[Key, int] = {}
+        """Replays of each graph since it was last found right."""
+        self._replayed: dict[Key, Ran] = {}
+        self._turn = 0
+
+    def replay(self, bucket: BucketGraph) -> Ran:
+        """Compute the step unseen.
+
+        Raises:
+            GraphReplayError: The replay failed, and the graph is refused.
+        """
+        assert bucket.graph is not None
+        self._guard.forget()
+        self._unseen[bucket.key] = self._unseen.get(bucket.key, 0) + 1
+        ran = self._replayed.get(bucket.key)
+        if ran is None:
+            ran = self._replayed[bucket.key] = Ran(bucket.key, proven=False)
+        try:
+            bucket.graph.replay()
+        except Exception as error:
+            reason = f"replay: {describe(error)}"
+            self._refuse(bucket, reason, frozenset())
+            self._guard.settle_ops()
+            raise GraphReplayError(f"graph {bucket.info.name}: {reason}") from error
+        return ran
+
+    def compare(
+        self, bucket: BucketGraph, shape: StepShape, unproven: Kind | None, *, meets: bool
+    ) -> Ran | None:
+        """Compute eagerly, replay, compare; the eager results are what the caller gets.
+
+        Args:
+            bucket: Whose graph.
+            shape: The step, without padding.
+            unproven: Its kind, if the graph is not trusted with it.
+            meets: Some rank's is not.
+
+        Returns:
+            How the step was computed; None: it was not, memory is short.
+
+        Raises:
+            GraphReplayError: The graph has changed the eager results as well, and is refused.
+            WeightsLostError: The graph has changed weights that cannot be loaded again.
+        """
+        assert bucket.graph is not None
+        if not self.alone:
+            self._guard.forget()
+        self._platform.synchronize()  # what was submitted before is not the canary's time
+        began = time.perf_counter()
+        bucket.info.canaries += 1
+        computation, bounds, executor = self._computation, self._prover.bounds, bucket.info.executor
+        model, bound = computation.model, bounds.of(executor)
+        if computation.follow is not None:
+            # What it draws is compared, too; that compiled code is right, start-up has shown.
+            model, bound = self._capturer.model(executor), bounds.inexact
+        try:
+            verdict = examine(
+                computation, self._guard, bucket.graph, bucket.shape, shape, model,
+                self.scope(bucket), bound=bound, keep=True,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            if self._agreement.size > 1:
+                raise  # others wait in a collective that this rank did not come to
+            logger.warning(
+                "graph %s: a canary lacks memory and its step runs eagerly: %s",
+                bucket.info.name, describe(error),
+            )  # fmt: skip
+            return None
+        seconds = self._agreement.largest(time.perf_counter() - began)
+        bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
+        if meets:
+            self._policy.met(bucket, seconds)
+        if verdict.error is not None:
+            self._agreement.fell_out(f"a canary of graph {bucket.info.name}: {verdict.error}")
+        if self._agree(verdict.right):
+            self._unseen[bucket.key] = 0
+            if unproven is not None:
+                met = computation.kind(shape, bucket.shape, exact=True)
+                self._ledger.prove(bucket.key, met, "live")
+            return Ran(bucket.key, proven=True, first=unproven is not None)
+        if self.make_good(bucket, shape, verdict, "canary"):
+            raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
+        return EAGERLY
+
+    def scope(self, bucket: BucketGraph) -> Scope:
+        """Of the step in the inputs, the memory to check this time."""
+        if self._policy.checks_everything:
+            return Scope()
+        self._turn += 1
+        return self._guard.part(self._computation.state(bucket.shape).near(), self._turn)
+
+    def make_good(
+        self, bucket: BucketGraph, shape: StepShape, verdict: Verdict, found_by: str
+    ) -> bool:
+        """Refuse a graph that was found wrong, and repair what it did. Returns whether the step is
+        lost: there is no eager result that could be trusted.
+
+        Args:
+            bucket: The graph's.
+            shape: The step in the inputs, without padding.
+            verdict: About it.
+            found_by: For people.
+
+        Raises:
+            WeightsLostError: The graph has changed weights that cannot be loaded again.
+        """
+        self.failures += 1
+        harm = make_good(
+            self._computation, self._guard, self._prover, bucket, shape, verdict, self._agree
+        )
+        # Others may have changed weights that were not looked at.
+        earlier = harm.earlier or (harm.weights and not self._policy.checks_everything)
+        if self._agreement.size > 1:  # what it did to other ranks' caches, this one cannot tell
+            earlier = not self._agree(not earlier and not harm.units)
+        wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
+        self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier, wrong=wrong)
+        if harm.lost:
+            self._guard.settle_ops()
+        return harm.lost
+
+    def _refuse(
+        self,
+        bucket: BucketGraph,
+        reason: str,
+        units: frozenset[tuple[str, int]],
+        *,
+        earlier: bool = False,
+        wrong: frozenset[str] = frozenset(),
+    ) -> None:
+        """Never replay the bucket's graph again; look at its siblings soon."""
+        family = bucket.family
+        unseen = self._unseen.pop(bucket.key, 0)
+        self._capturer.quarantine(bucket, bucket.info.executor, reason)
+        self._ledger.leave(bucket.key)
+        siblings = [e for e in self._buckets.values() if e.graph is not None and e.family == family]
+        self._policy.hurry(siblings)
+        earlier = earlier or unseen > 0
+        self.damage = Damage(bucket.key, bucket.info.name, units, earlier, wrong)
