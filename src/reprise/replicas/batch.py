@@ -15,7 +15,8 @@ from reprise.engine.submission import PreparedParams
 from reprise.errors import FailedRequestError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
-from reprise.replicas.replicas import Replicas, Request
+from reprise.replicas.replicas import Replicas
+from reprise.replicas.request import Request
 
 SHOW_SECONDS = 0.2
 """Between two looks at how far the requests are."""
