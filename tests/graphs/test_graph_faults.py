@@ -86,7 +86,7 @@ def test_a_fault_that_comes_and_goes_is_traced(toy, make_runner, begun, executor
         fault.active.fill_(True)
         fault.count.fill_(begun)
         with torch.inference_mode(), toy.ops.activate():
-            place = runner.prover.locate(bucket, shape, fill)
+            place = runner.judge.locate(bucket, shape, fill)
     assert place is not None
     assert place.op.startswith("rotary_cache #")
 
@@ -129,7 +129,7 @@ def test_what_ops_keep_is_as_before_a_failed_canary(toy, make_runner, monkeypatc
         runner = make_runner(toy, "full", decode=(4,), mixed=(), verify=verify)
         runner.capture_all()
         # Finding the op captures anew, which on a CPU does the work, fault included.
-        monkeypatch.setattr(runner.prover, "where", lambda *args: "")
+        monkeypatch.setattr(runner.judge, "where", lambda *args: "")
         toy.fill(StepShape.decode(4), 3)
         before = fault.kept.clone()
         runner.run(StepShape.decode(4))

@@ -139,7 +139,7 @@ def noisy(toy: Toy, monkeypatch: pytest.MonkeyPatch, harm: float) -> Any:
 
 
 def bound_of(runner: Any) -> float:
-    return runner.prover.bounds.measured["none"]
+    return runner.judge.bounds.measured["none"]
 
 
 def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> None:

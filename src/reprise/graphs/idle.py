@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from reprise.distributed import Agreement
 from reprise.graphs.capture import BucketGraph, Key
+from reprise.graphs.judge import Judge
 from reprise.graphs.prove import Prover
 from reprise.graphs.replay import Replays
 from reprise.graphs.trust import Ledger
@@ -23,7 +24,8 @@ class IdleProof:
     """Compares graphs on their planned probes, one at a time.
 
     Args:
-        prover: Compares.
+        prover: Knows what is lacking.
+        judge: Compares.
         ledger: Takes down what was proven.
         replays: Refuse a graph that is wrong, as if a canary had found it.
         agreement: Of the ranks that compute together.
@@ -33,12 +35,14 @@ class IdleProof:
     def __init__(
         self,
         prover: Prover,
+        judge: Judge,
         ledger: Ledger,
         replays: Replays,
         agreement: Agreement,
         buckets: Mapping[Key, BucketGraph],
     ) -> None:
         self._prover = prover
+        self._judge = judge
         self._ledger = ledger
         self._replays = replays
         self._agree = agreement.all
@@ -62,7 +66,7 @@ class IdleProof:
             return False
         bucket, probe = found
         # All weights: after start-up nobody else looks at them all.
-        verdict = self._prover.compare(
+        verdict = self._judge.compare(
             bucket, probe, scope=lambda: replace(self._replays.scope(bucket), part=None)
         )
         if not self._agree(verdict.ran):

@@ -10,7 +10,8 @@ from reprise.graphs.capture import BucketGraph
 from reprise.graphs.compare import copies
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
-from reprise.graphs.prove import Prover
+from reprise.graphs.judge import Judge
+from reprise.graphs.mend import mend
 from reprise.graphs.seal import Seal
 from reprise.graphs.verify import Verdict
 from reprise.shape import StepShape
@@ -37,7 +38,7 @@ class Harm:
 def make_good(
     computation: Computation,
     guard: Guard,
-    prover: Prover,
+    judge: Judge,
     bucket: BucketGraph,
     shape: StepShape,
     verdict: Verdict,
@@ -51,7 +52,7 @@ def make_good(
     Args:
         computation: Whose graph it is.
         guard: Of its memory.
-        prover: Finds the op, and loads weights.
+        judge: Finds the op.
         bucket: The graph's.
         shape: The step in the inputs, without padding.
         verdict: About it.
@@ -61,16 +62,16 @@ def make_good(
         WeightsLostError: Weights were changed and cannot be loaded again.
     """
     if not agree(not verdict.lost):
-        return _nothing_left(prover, verdict.told)
+        return _nothing_left(computation, guard, verdict.told)
     changes, where = list(verdict.changes), ""
-    _mend(prover, changes)
+    _mend(computation, guard, changes)
     # All ranks search or none: they meet in the collectives of what is computed for it.
     if not agree(bool(changes) and not verdict.differences):
-        where, more = _where(computation, guard, prover, bucket, shape)
+        where, more = _where(computation, guard, judge, bucket, shape)
         if not agree(more is not None):
-            return _nothing_left(prover, f"{verdict.told}{where}")
+            return _nothing_left(computation, guard, f"{verdict.told}{where}")
         assert more is not None
-        _mend(prover, more)
+        _mend(computation, guard, more)
         changes += more
     return Harm(
         f"{verdict.told or 'wrong on another rank'}{where}",
@@ -85,19 +86,19 @@ def make_good(
     )
 
 
-def _nothing_left(prover: Prover, told: str) -> Harm:
-    prover.mend()
+def _nothing_left(computation: Computation, guard: Guard, told: str) -> Harm:
+    mend(computation, guard)
     told = told or "what another rank compared it with was changed"
     return Harm(told, frozenset(), False, True, frozenset(), lost=True)
 
 
-def _mend(prover: Prover, changes: Iterable[Change]) -> None:
+def _mend(computation: Computation, guard: Guard, changes: Iterable[Change]) -> None:
     if any(each.owner == "weight" for each in changes):
-        prover.mend()
+        mend(computation, guard)
 
 
 def _where(
-    computation: Computation, guard: Guard, prover: Prover, bucket: BucketGraph, shape: StepShape
+    computation: Computation, guard: Guard, judge: Judge, bucket: BucketGraph, shape: StepShape
 ) -> tuple[str, list[Change] | None]:
     """The op at which the graph leaves the path of eager execution on the step at hand, and what
     the search has changed, which replays what is wrong: inputs and memory beside are as before.
@@ -116,7 +117,7 @@ def _where(
         for name, tensor in computation.inputs(bucket.shape).items():
             tensor.copy_(inputs[name])
 
-    where = prover.where(bucket, shape, refill)
+    where = judge.where(bucket, shape, refill)
     if seal.broken():
         return where, None
     refill()

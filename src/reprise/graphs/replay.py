@@ -14,9 +14,9 @@ from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Key
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
+from reprise.graphs.judge import Judge
 from reprise.graphs.kinds import Kind
 from reprise.graphs.outcome import EAGERLY, Damage, Ran
-from reprise.graphs.prove import Prover
 from reprise.graphs.repair import make_good
 from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import Verdict, examine
@@ -33,8 +33,8 @@ class Replays:
         computation: Whose steps they are.
         platform: Where.
         policy: When to compare, which a refusal hurries.
-        capturer: Takes a refused graph out of use.
-        prover: Says where a graph is wrong.
+        capturer: Has the compiled model, and takes a refused graph out of use.
+        judge: Says where a graph is wrong.
         ledger: Of what is proven.
         guard: Of the computation's memory.
         agreement: Of the ranks that compute together.
@@ -47,7 +47,7 @@ class Replays:
         platform: Platform,
         policy: CanaryPolicy,
         capturer: Capturer,
-        prover: Prover,
+        judge: Judge,
         ledger: Ledger,
         guard: Guard,
         agreement: Agreement,
@@ -57,7 +57,7 @@ class Replays:
         self._platform = platform
         self._policy = policy
         self._capturer = capturer
-        self._prover = prover
+        self._judge = judge
         self._ledger = ledger
         self._guard = guard
         self._agreement, self._agree = agreement, agreement.all
@@ -118,7 +118,7 @@ class Replays:
         self._platform.synchronize()  # what was submitted before is not the canary's time
         began = time.perf_counter()
         bucket.info.canaries += 1
-        computation, bounds, executor = self._computation, self._prover.bounds, bucket.info.executor
+        computation, bounds, executor = self._computation, self._judge.bounds, bucket.info.executor
         model, bound = computation.model, bounds.of(executor)
         if computation.follow is not None:
             # What it draws is compared, too; that compiled code is right, start-up has shown.
@@ -176,7 +176,7 @@ class Replays:
         """
         self.failures += 1
         harm = make_good(
-            self._computation, self._guard, self._prover, bucket, shape, verdict, self._agree
+            self._computation, self._guard, self._judge, bucket, shape, verdict, self._agree
         )
         # Others may have changed weights that were not looked at.
         earlier = harm.earlier or (harm.weights and not self._policy.checks_everything)

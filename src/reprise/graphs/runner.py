@@ -11,12 +11,14 @@ from torch import Tensor
 from reprise import timeline
 from reprise.distributed import ALONE_AGREES, Agreement
 from reprise.errors import describe
+from reprise.graphs.blind import blind_inputs
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard
 from reprise.graphs.idle import IdleProof
+from reprise.graphs.judge import Judge
 from reprise.graphs.outcome import EAGERLY
 from reprise.graphs.plan import Executor, GraphPlan, Wanted
 from reprise.graphs.pool import GraphPool
@@ -24,6 +26,7 @@ from reprise.graphs.prove import Prover
 from reprise.graphs.replay import Replays
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.trust import Ledger
+from reprise.graphs.useless import Useless
 from reprise.graphs.uses import Uses, largest_error, may_capture, plan_for, uses_of_phase
 from reprise.graphs.verify import COPIES, VerifyMode
 from reprise.platforms import Platform
@@ -91,15 +94,17 @@ class GraphRunner:
         self.ledger = Ledger(computation.facts)
         pool = GraphPool(platform) if pool is None else pool
         self.capturer = Capturer(computation, platform, agreement, pool)
+        self.judge = Judge(computation, platform, self.capturer, self.guard, agreement, error)
+        self.useless = Useless(platform, agreement)
         self.prover = Prover(
-            computation, platform, self.capturer, self.ledger, self.guard, agreement, error=error
+            computation, self.capturer, self.judge, self.ledger, self.guard, self.useless, agreement
         )
         self.replays = Replays(
-            computation, platform, self.canary, self.capturer, self.prover, self.ledger,
+            computation, platform, self.canary, self.capturer, self.judge, self.ledger,
             self.guard, agreement, self.bucket_graphs,
         )  # fmt: skip
         self._idle = IdleProof(
-            self.prover, self.ledger, self.replays, agreement, self.bucket_graphs
+            self.prover, self.judge, self.ledger, self.replays, agreement, self.bucket_graphs
         )
         self._found: tuple[StepShape, BucketGraph | None] | None = None
         """The last shape that was looked up, and its bucket."""
@@ -170,7 +175,9 @@ class GraphRunner:
                 with timeline.span("verify"):
                     buckets = list(self.bucket_graphs.values())
                     self.prover.prove(buckets, self._capture_seconds, progress)
-                    self._blind = self.prover.blind_inputs(buckets)
+                    self._blind = blind_inputs(
+                        self.computation, self.capturer, self.ledger, buckets
+                    )
                 self._verify_seconds = time.perf_counter() - started
         self._log_summary()
         self.canary.announce(
@@ -379,7 +386,7 @@ class GraphRunner:
             canaries=sum(each.info.canaries for each in self.bucket_graphs.values()),
             canary_failures=self.replays.failures,
             unproven_eager=self._unproven_eager,
-            bounds=dict(self.prover.bounds.measured),
+            bounds=dict(self.judge.bounds.measured),
             memory=self.memory,
             capture_seconds=self._capture_seconds,
             verify_seconds=self._verify_seconds,

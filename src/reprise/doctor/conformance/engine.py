@@ -57,7 +57,7 @@ def graphs_of(
         verify=verify,
         query_lens=(1 + runner.num_drafts,),
     )
-    made.prover.least_seconds, made.prover.keeps_useless = VERIFY_SECONDS, True
+    made.prover.least_seconds, made.useless.enabled = VERIFY_SECONDS, False
     eager = runner.graphs
     for each in made.plan.downgrades:
         if each.wanted == executor:

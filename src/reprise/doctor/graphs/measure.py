@@ -26,6 +26,7 @@ from reprise.doctor.graphs.timeline import eager_bars, graph_bars
 from reprise.doctor.timing import compare_ms, median_ms
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, Probe, predict
 from reprise.graphs.capture import BucketGraph
+from reprise.graphs.mend import mend
 from reprise.graphs.plan import Executor
 from reprise.runner import ModelRunner
 from reprise.shape import PHASES, Phase, StepShape
@@ -242,7 +243,7 @@ class _Measurement:
                 for shape in graphs.shapes()
                 if shape.phase not in missing
             ]
-            graphs.prover.mend()
+            mend(graphs.computation, graphs.guard)
             graphs.prover.begin(captured)
             for bucket in reversed(captured):
                 for context in self.matrix.contexts:
@@ -261,7 +262,7 @@ class _Measurement:
 
     def _prove(self, graphs: GraphRunner, captured: list[BucketGraph], executor: str) -> None:
         """What start-up would prove of the graphs, in the time that it would take for it."""
-        graphs.prover.mend()  # what has run so far is not to be taken for right
+        mend(graphs.computation, graphs.guard)  # what has run so far is not to be taken for right
         seconds = sum(each.info.capture_seconds for each in captured)
         graphs.prover.prove(captured, seconds, lambda *_: self.progress(f"verify {executor}"))
         proven = {id(each.info) for each in captured}
@@ -309,10 +310,10 @@ class _Measurement:
             return made
         made.captured = True
         probe = self.computation.probe(shape, context)
-        verdict = graphs.prover.compare(bucket, probe)
+        verdict = graphs.judge.compare(bucket, probe)
         spoiled = graphs.guard.wrong_weights()
         if spoiled:
-            graphs.prover.mend(spoiled)
+            mend(graphs.computation, graphs.guard, spoiled)
             made.reason = f"it changed {', '.join(spoiled)}, which nothing may change"
             made.tensor = spoiled[0]
             return made
@@ -335,7 +336,7 @@ class _Measurement:
 
     def _locate(self, graphs: GraphRunner, bucket: BucketGraph, probe: Probe) -> Where | None:
         try:
-            location = graphs.prover.locate(bucket, probe.live, probe.fill)
+            location = graphs.judge.locate(bucket, probe.live, probe.fill)
         except Exception as error:
             logger.warning("%s of %s: not traced: %s", bucket.info.executor, bucket.shape, error)
             return None
