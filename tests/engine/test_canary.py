@@ -11,7 +11,7 @@ import pytest
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 
 from reprise import LLM
-from reprise.graphs import prove
+from reprise.graphs import judge
 from reprise.graphs.segments import SegmentedGraph
 from reprise.runner import model_runner
 
@@ -138,7 +138,7 @@ def test_a_fault_that_cannot_be_traced_is_refused_all_the_same(
     def fail(*args: Any) -> None:
         raise LookupError("no trace")
 
-    monkeypatch.setattr(prove, "locate", fail)
+    monkeypatch.setattr(judge, "locate", fail)
     spoil(lambda count: logits.neg_() if count == 2 else None)
     prompt = random_ids(8, 9)
     assert model.is_greedy(prompt, generate(llm, [prompt], greedy(8))[0])

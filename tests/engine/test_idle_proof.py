@@ -18,7 +18,7 @@ from reprise import LLM, SamplingParams
 from reprise.cache.memory import pool_tensors
 from reprise.config import EngineConfig
 from reprise.engine.thread import EngineThread
-from reprise.graphs import idle, prove
+from reprise.graphs import idle, judge, prove
 from reprise.testing import faults
 
 
@@ -152,7 +152,7 @@ def test_a_probe_that_lacks_memory_refuses_no_graph_and_is_not_tried_for_ever(
 
     llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="startup")
     graphs = len(llm.graph_report().graphs)
-    monkeypatch.setattr(prove, "examine", examine)
+    monkeypatch.setattr(judge, "examine", examine)
     assert prove_all(llm) == graphs
     report = llm.graph_report()
     assert not report.quarantined

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy import Toy
 
-from reprise.graphs import prove
+from reprise.graphs import judge
 from reprise.graphs.verify import Verdict, examine, examine_later
 from reprise.shape import StepShape
 
@@ -166,8 +166,8 @@ def test_a_graph_that_serves_has_met_each_probe_itself(
         return bucket.graph if bucket.info.executor == "full" else None
 
     monkeypatch.setattr(toy, "probes", probes)
-    monkeypatch.setattr(prove, "examine_later", later)
-    monkeypatch.setattr(prove, "examine", now)
+    monkeypatch.setattr(judge, "examine_later", later)
+    monkeypatch.setattr(judge, "examine", now)
     runner = make_runner(toy, "full", decode=sizes, mixed=())
     kept = []  # so that no graph has the address of another
     capture = runner.capturer.capture_or_fall_back
