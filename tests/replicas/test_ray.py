@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from helpers import token_ids
+from http_server import gone
 
 from reprise import LLM, AsyncLLM, SamplingParams
 from reprise.errors import ConfigError, OpError, RepriseError
+from reprise.parallel.followers import SILENT_SECONDS
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'reprise[ray]'")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -177,6 +179,30 @@ def test_a_node_that_is_killed(
     nodes.want(2)
     with LLM(**elsewhere, **sizes) as again:
         assert token_ids(again.generate(PROMPTS, SHORT, use_tqdm=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(0, r"replica 0 \(.*has not run for 30 s"), (1, r"rank 1 \(process .*has not run for 30 s")],
+    ids=["the first", "another"],
+)
+def test_a_rank_that_is_stopped(
+    nodes: Nodes, elsewhere: dict[str, Any], caplog: pytest.LogCaptureFixture, rank: int, told: str
+) -> None:
+    """None of its threads runs, and its connections stay: it is silence that tells."""
+    with caplog.at_level("INFO", "reprise"):
+        llm = LLM(**elsewhere, tensor_parallel_size=2)
+    (process,) = re.findall(rf"replica 0, rank {rank}: cpu, process (\d+) on", caplog.text)
+    os.kill(int(process), signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RepriseError, match=rf"(?s){told}"):
+        llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
+    assert time.monotonic() - began < SILENT_SECONDS + ANSWER_SECONDS
+    llm.shutdown()
+    until = time.monotonic() + ANSWER_SECONDS
+    while not gone(int(process)):
+        assert time.monotonic() < until, "it is stopped still"
+        time.sleep(0.1)
 
 
 def test_what_does_not_start_is_named(nodes: Nodes, elsewhere: dict[str, Any]) -> None:
