@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -207,6 +207,77 @@ def test_the_client_parses_and_accumulates(client: openai.OpenAI) -> None:
     assert both(client, text={"format": form}, max_output_tokens=8)[0].output_text.startswith("{")
 
 
+class GetWeather(BaseModel):
+    """Weather of a city."""
+
+    city: Literal["Rome", "Oslo"]
+    unit: Literal["C", "F"] | None = None
+
+
+def test_the_client_parses_arguments_of_tools(client: openai.OpenAI) -> None:
+    """In both APIs, streamed and plain: as instances of the class that the tool was made of."""
+    tool = openai.pydantic_function_tool(GetWeather)
+    messages: Any = [{"role": "user", "content": ASK}]
+    asked: Any = {"model": "demo", "temperature": 0, "tools": [tool], "tool_choice": "required",
+                  "parallel_tool_calls": False}  # fmt: skip
+    found = []
+    plain = client.chat.completions.parse(messages=messages, max_tokens=300, **asked)
+    calls = plain.choices[0].message.tool_calls
+    assert calls is not None
+    found.append(calls[0].function.parsed_arguments)
+    with client.chat.completions.stream(messages=messages, max_tokens=300, **asked) as stream:
+        done = [each for each in stream if each.type == "tool_calls.function.arguments.done"]
+        assert len(done) == 1
+        found.append(done[0].parsed_arguments)
+        assert stream.get_final_completion().choices[0].finish_reason == "tool_calls"
+    given: Any = {"input": ASK, "max_output_tokens": 300, **asked}
+    found.append(client.responses.parse(**given).output[0].parsed_arguments)  # type: ignore[union-attr]
+    with client.responses.stream(**given) as events:
+        found.append(events.get_final_response().output[0].parsed_arguments)  # type: ignore[union-attr]
+    assert isinstance(found[0], GetWeather)
+    assert found == [found[0]] * 4
+
+
+def test_a_loop_of_the_agents_sdk(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is made, its answer goes back, and an answer follows, whichever API is used.
+
+    ``pip install openai-agents`` runs this test.
+    """
+    agents = pytest.importorskip("agents")
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+    asked: list[str] = []
+
+    @agents.function_tool
+    def get_weather(city: Literal["Rome", "Oslo"]) -> str:
+        """Weather of a city."""
+        asked.append(city)
+        return "sunny"
+
+    async def run(kind: Any, streamed: bool) -> tuple[str, list[str]]:
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none") as ours:
+            agent = agents.Agent(
+                name="A", instructions="Be brief.", tools=[get_weather],
+                model=kind(model="demo", openai_client=ours),
+                model_settings=agents.ModelSettings(
+                    tool_choice="get_weather", temperature=0, max_tokens=200
+                ),
+            )  # fmt: skip
+            if streamed:
+                found = agents.Runner.run_streamed(agent, "What is the weather?", max_turns=3)
+                async for _ in found.stream_events():
+                    pass
+            else:
+                found = await agents.Runner.run(agent, "What is the weather?", max_turns=3)
+            return str(found.final_output), [type(each).__name__ for each in found.new_items]
+
+    for kind in (agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel):
+        results = [asyncio.run(run(kind, streamed)) for streamed in (False, True)]
+        assert results[0] == results[1]
+        assert results[0][1] == ["ToolCallItem", "ToolCallOutputItem", "MessageOutputItem"]
+    assert len(asked) == 4
+    assert set(asked) <= {"Rome", "Oslo"}
+
+
 def test_log_probabilities_are_of_the_answer_s_tokens(client: openai.OpenAI) -> None:
     options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     plain, _ = both(client, max_output_tokens=6, **options)
@@ -351,7 +422,7 @@ def test_what_is_not_looked_at_is_listed(client: openai.OpenAI) -> None:
                    "name": "me"},
                   {"role": "assistant", "content": "x", "phase": "commentary", "id": None},
                   {"role": "user", "content": "x"}],
-        "extra_body": {"foo": 1}, "max_output_tokens": 1, "prompt_cache_options": {"ttl": "30m"},
+        "extra_body": {"foo": 1, "prompt_cache_options": {"ttl": "30m"}}, "max_output_tokens": 1,
     }  # fmt: skip
     headers = client.responses.with_raw_response.create(model="demo", **asked).headers
     assert headers["x-reprise-ignored-fields"].split(",") == [
@@ -379,7 +450,7 @@ def test_tokens_of_the_input_are_counted(client: openai.OpenAI) -> None:
     counted = client.responses.input_tokens.count(model="demo", **asked)
     assert counted.input_tokens == create(client, max_output_tokens=1, **asked).usage.input_tokens
     with pytest.raises(openai.BadRequestError, match="give truncation='auto'"):
-        client.responses.compact(model="demo", input=ASK)
+        client.post("/responses/compact", cast_to=object, body={"model": "demo", "input": ASK})
 
 
 def test_what_an_assistant_did_in_a_row_is_one_message() -> None:

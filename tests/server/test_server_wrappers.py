@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
 from http_server import Server
+from pydantic import BaseModel
 
 from reprise import LLM, SamplingParams
 from reprise.loading.checkpoint import DEMO_MODEL
@@ -43,6 +44,10 @@ def test_litellm(server: Server, plain: str) -> None:
             litellm.completion(messages=ASK, **there, temperature=-1)
 
 
+class City(BaseModel):
+    name: Literal["Rome", "Oslo"]
+
+
 def test_langchain(server: Server, plain: str) -> None:
     package = pytest.importorskip("langchain_openai")
     model = package.ChatOpenAI(model="demo", base_url=f"{server.url}/v1", api_key="none", **OPTIONS)
@@ -52,6 +57,16 @@ def test_langchain(server: Server, plain: str) -> None:
     assert reply.usage_metadata["output_tokens"] > 0
     assert "".join(each.content for each in model.stream(asked)) == plain
     assert [each.content for each in model.batch([asked, asked])] == [plain, plain]
+    pytest.importorskip("xgrammar")
+    options = {**OPTIONS, "max_tokens": 200}
+    for responses in (False, True):
+        model = package.ChatOpenAI(
+            model="demo", base_url=f"{server.url}/v1", api_key="none", **options,
+            use_responses_api=responses,
+        )  # fmt: skip
+        assert model.invoke(asked).text.startswith(plain)
+        answer = model.with_structured_output(City, method="json_schema").invoke(asked)
+        assert isinstance(answer, City)
 
 
 def direct(llm: LLM) -> Any:
