@@ -278,6 +278,25 @@ def test_a_loop_of_the_agents_sdk(client: openai.OpenAI, monkeypatch: pytest.Mon
     assert set(asked) <= {"Rome", "Oslo"}
 
 
+def test_the_client_s_own_runner_of_tools(start: Start) -> None:
+    """A call is made, its answer goes back, and an answer follows; of clients that have it."""
+    runner = pytest.importorskip("openai.lib.responses_tool_runner")
+    server = start("--tool-call-parser", "hermes")
+    asked: list[dict[str, Any]] = []
+
+    def execute(arguments: dict[str, Any]) -> str:
+        asked.append(arguments)
+        return "sunny"
+
+    pieces = [CALL[:20], CALL[20:]]
+    params = {"model": "stub", "input": json.dumps({"pieces": pieces}), "max_output_tokens": 9}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        for stream in (False, True):
+            loop = runner.ResponsesToolRunner(functions=[runner.RegisteredFunction(TOOL, execute)])
+            assert loop.run(client, params, max_steps=2, stream=stream).output_text == "x" * 9
+    assert asked == [{"city": "Rome"}] * 2
+
+
 def test_log_probabilities_are_of_the_answer_s_tokens(client: openai.OpenAI) -> None:
     options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     plain, _ = both(client, max_output_tokens=6, **options)
