@@ -304,6 +304,12 @@ def test_bodies_that_are_no_json(stub: Server) -> None:
             COMPLETE, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}
         )
         assert error(form, 415)
+        for encoding, status in (("gzip", 415), ("identity", 200)):
+            packed = client.post(
+                COMPLETE, content=b'{"prompt": "x"}', headers={"content-encoding": encoding}
+            )
+            assert packed.status_code == status
+            assert status == 200 or "'gzip'" in error(packed, 415)["message"]
     with stub.client() as client:
         assert error(client.post(COMPLETE, content=b'{"prompt": "x"}'), 415)  # of no type
 

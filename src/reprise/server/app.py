@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from reprise import __version__
+from reprise.arguments import shown
 from reprise.server.body import ignored_header, parse, read_body
 from reprise.server.caller import Caller
 from reprise.server.chat import Chat
@@ -410,6 +411,9 @@ class Handlers:
         # Other types, and none, are what pages of other origins may send without being asked.
         if kind.strip().lower() != "application/json":
             raise ApiError(415, "send JSON: Content-Type: application/json")
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ApiError(415, f"Content-Encoding: {shown(encoding)}: send the body as it is")
         body = await read_body(request, options.max_body_bytes, options.body_timeout)
         return parse(body, model)
 
