@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -60,6 +61,7 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
         supports_pdl=target.backend == "cuda" and target.arch >= 90,
         takes_ptx=target.backend == "cuda",
         multiplies_fp8=codes_of(target) is torch.float8_e4m3fn,
+        fp8_dtype=None,  # so that no product is left to a BLAS
     )
     # Also for modules that ask for it when they are imported, which no launcher is yet.
     registry.active_platform = triton_util.active_platform = lambda: early
@@ -87,16 +89,16 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
     fp8 = codes_of(triton.runtime.driver.active.get_current_target())
     make = EmptyMaker(torch.device("cpu"), torch.bfloat16, fp8)
     for op in all_ops().values():
-        if "triton" not in op.implementations:
-            continue
-        for workload in filter(lambda each: each.compiled, op.cases.workloads(make)):
+        ours = [each for each in op.implementations.values() if each.compiles]
+        wanted = [each for each in op.cases.workloads(make) if each.compiled] if ours else []
+        for workload, implementation in itertools.product(wanted, ours):
             coded = False
             try:
                 arguments = workload.arguments()
                 coded = fp8 is not None and any(
                     isinstance(x, Tensor) and x.dtype == fp8 for x in arguments.values()
                 )
-                op.implementations["triton"].function(**arguments)
+                implementation.function(**arguments)
             except Exception as error:
                 reason = f"{workload.shape}: {type(error).__name__}: {error}"
                 found.append((op.name, {"error": reason[:2000]}))

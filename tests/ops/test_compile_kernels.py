@@ -25,6 +25,7 @@ KERNELS = {
 TARGETS = {
     "Hopper": ("cuda", "90", 232448),
     "Ada": ("cuda", "89", 101376),
+    "Blackwell of workstations": ("cuda", "120", 101376),
     "Ampere": ("cuda", "80", 166912),
     "CDNA 3": ("hip", "gfx942", 65536),
 }
@@ -32,11 +33,17 @@ TARGETS = {
 SPILLS = {
     "Hopper": {
         "mixed_attention_kernel": 64,
-        "delta_chunk_kernel": 128,
         "sparse_attention_kernel": 352,
+        "fp8_product_kernel": 40,
     },
-    "Ada": {"mixed_attention_kernel": 224, "delta_chunk_kernel": 128},
-    "Ampere": {"mixed_attention_kernel": 224, "delta_chunk_kernel": 128},
+    "Ada": {"mixed_attention_kernel": 224, "fp8_product_kernel": 24},
+    "Blackwell of workstations": {
+        "mixed_attention_kernel": 88,
+        "grouped_kernel": 72,
+        "stream_mix_kernel": 16,
+        "fp8_product_kernel": 16,
+    },
+    "Ampere": {"mixed_attention_kernel": 224},
     "CDNA 3": {
         "mixed_attention_kernel": 6,
         "split_attention_kernel": 28,
@@ -50,6 +57,7 @@ others fit; whoever changes one of these may bring it down, not up."""
 ON_CODES = {
     "Hopper": {"mixed_attention_kernel": 72, "split_attention_kernel": 40},
     "Ada": {"mixed_attention_kernel": 512, "split_attention_kernel": 512},
+    "Blackwell of workstations": {"mixed_attention_kernel": 224, "split_attention_kernel": 32},
     "Ampere": {},
     "CDNA 3": {"mixed_attention_kernel": 10, "split_attention_kernel": 637},
 }

@@ -198,9 +198,7 @@ class CompressedAttention(nn.Module):
             batch.seq_lens, batch.query_start_loc, attended, sizes.head_size**-0.5,
             sizes.window, self.every, batch.query_len, *codes, *compressed_codes,
         )  # fmt: skip
-        attended = ops.rotary_tail(attended, *rotate, 0.0, True)
-        grouped = attended.view(len(attended), self.groups, -1)
-        return Product(self.wo_b, self.wo_a.by_groups(grouped))
+        return Product(self.wo_b, self.wo_a.rotated_by_groups(attended, *rotate, self.groups))
 
     def _store(self, x: Tensor, queries: Tensor, batch: Batch) -> Tensor | None:
         """Make the rows that this step completes; returns those that each token is to see, or None:

@@ -117,10 +117,12 @@ class Linear(nn.Module):
         """The product in float32, [T, out_features]; there is no bias."""
         return self.format.wide(x, self.tensors)
 
-    def by_groups(self, x: Tensor) -> Tensor:
-        """Groups of outputs, each of inputs of its own: x [T, G, in_features] to [T,
-        out_features]; there is no bias."""
-        return self.format.by_groups(x, self.tensors)
+    def rotated_by_groups(
+        self, x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int
+    ) -> Tensor:
+        """Heads x [T, H, D] rotated back, see :func:`reprise.ops.rotary_tail`, then groups of
+        outputs, each of the heads of its own: [T, out_features]; there is no bias."""
+        return self.format.rotated_by_groups(x, positions, cos_sin, groups, self.tensors)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """``silu(first half) * second half`` of the product: [T, out_features / 2]."""

@@ -27,6 +27,7 @@ from reprise.ops.fp8_linear import fp8_linear as fp8_linear
 from reprise.ops.fp8_linear import fp8_linear_add as fp8_linear_add
 from reprise.ops.fp8_linear import fp8_norm_gated_linear as fp8_norm_gated_linear
 from reprise.ops.fp8_linear import fp8_norm_linear as fp8_norm_linear
+from reprise.ops.fp8_rotated_output import fp8_rotated_output as fp8_rotated_output
 from reprise.ops.gated_delta import gated_delta as gated_delta
 from reprise.ops.gated_rms_norm import gated_rms_norm as gated_rms_norm
 from reprise.ops.grouped_output import grouped_output as grouped_output

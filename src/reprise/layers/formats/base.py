@@ -166,6 +166,19 @@ class Format(ABC):
         ]
         return torch.cat(found, dim=1)
 
+    def rotated_by_groups(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        groups: int,
+        tensors: Mapping[str, Tensor],
+    ) -> Tensor:
+        """:meth:`by_groups` of heads [T, H, D] that are rotated back, see
+        :func:`reprise.ops.rotary_tail`: [T, G * N]."""
+        rotated = ops.rotary_tail(x, positions, cos_sin, 0.0, True)
+        return self.by_groups(rotated.view(len(x), groups, -1), tensors)
+
     def gated(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """``silu(first half) * second half`` of :meth:`linear`: to [T, out_features / 2]."""
         return ops.silu_and_mul(self.linear(x, tensors, bias))

@@ -69,6 +69,20 @@ class EightBits(Format):
     ) -> None:
         ops.fp8_linear_add(x, residual, *self._product(x, tensors, bias))
 
+    def rotated_by_groups(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        groups: int,
+        tensors: Mapping[str, Tensor],
+    ) -> Tensor:
+        weight = tensors["weight"]
+        block_n, block_k = self.blocks(weight.shape[1])
+        return ops.fp8_rotated_output(
+            x, positions, cos_sin, weight, tensors[self.scale], groups, block_n, block_k
+        )
+
     def _product(
         self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, int, int]:

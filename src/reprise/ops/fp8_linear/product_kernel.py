@@ -92,6 +92,7 @@ def launch_product(
     *,
     add: bool = False,
     gated: bool = False,
+    groups: int = 1,
 ) -> None:
     """Write the product to ``out``, or add it if ``add``.
 
@@ -105,11 +106,13 @@ def launch_product(
         block_n: Rows of the weight that share a scale.
         add: Keep what ``out`` holds and add to it.
         gated: ``weight`` has 2*N rows, gates first; write ``silu(gate) * up``.
+        groups: Products side by side, of as many equal parts of N, each of whole blocks: numbers
+            are [G, T, K] then, and scales [G, K / 128 or 1, T].
     """
-    rows, inputs = numbers.shape
+    rows, inputs = len(out), numbers.shape[-1]
     native = numbers.dtype is weight.dtype
     config = _config_of(rows, len(weight), inputs, out.device, not native)
-    tiles = cdiv(rows, config.rows) * cdiv(len(weight), config.block_n)
+    tiles = groups * cdiv(rows, config.rows) * cdiv(len(weight) // groups, config.block_n)
     partial = scales
     if config.splits > 1:
         size = tiles * config.rows * config.block_n
@@ -124,11 +127,12 @@ def launch_product(
         partial,
         arrivals(tiles, out.device),
         rows,
-        out.shape[1],
+        out.shape[1] // groups,
         out.stride(0),
         INPUTS=inputs,
+        GROUPS=groups,
         ROWS_OF_SCALE=block_n,
-        WHOLE=len(scales) == 1,
+        WHOLE=scales.shape[-2] == 1,
         ADD=add,
         GATED=gated,
         SPLITS=config.splits,
@@ -181,6 +185,7 @@ def fp8_product_kernel(
     features,
     out_stride,
     INPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS_OF_SCALE: tl.constexpr,
     WHOLE: tl.constexpr,
     ADD: tl.constexpr,
@@ -205,10 +210,21 @@ def fp8_product_kernel(
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     row_tiles = tl.cdiv(rows, ROWS)
-    # Programs next to each other read the same rows of the weight.
-    row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
+    place = tile
+    SCALES: tl.constexpr = 1 if WHOLE else INPUTS // STEP
+    if GROUPS > 1:
+        tiles = row_tiles * tl.cdiv(features, WIDTH)
+        which = (tile // tiles).to(tl.int64)
+        place = tile % tiles
+        x_ptr += which * rows * INPUTS
+        x_scale_ptr += which * SCALES * rows
+        weight_ptr += which * features * INPUTS
+        scale_ptr += which * (features // ROWS_OF_SCALE) * SCALES
+        out_ptr += which * features
+    # Programs next to each other read the same rows of the weight.
+    row = place % row_tiles * ROWS + tl.arange(0, ROWS)
+    feature = place // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     k = split * SHARE + tl.arange(0, STEP)
@@ -218,10 +234,9 @@ def fp8_product_kernel(
     some_row = tl.minimum(row, rows - 1)
     some_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1)
     x_ptr += row.to(tl.int64)[None, :] * INPUTS + k[:, None]
-    GROUPS: tl.constexpr = 1 if WHOLE else INPUTS // STEP
     first_group = 0 if WHOLE else split * (SHARE // STEP)
     x_scale_ptr += some_row + first_group * rows
-    scale_ptr += some_n // ROWS_OF_SCALE * GROUPS + first_group
+    scale_ptr += some_n // ROWS_OF_SCALE * SCALES + first_group
     first_ptr = weight_ptr + some_n.to(tl.int64)[:, None] * INPUTS + split * SHARE
     weight_ptr += n.to(tl.int64)[:, None] * INPUTS + k[None, :]
     if LATE:
@@ -276,7 +291,7 @@ def fp8_product_kernel(
             acc = _multiply(acc, weight_3, scale_3, x_3, x_scale_3, NATIVE, WIDEN)
     acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
-        first = tile // row_tiles * WIDTH
+        first = place // row_tiles * WIDTH
         finish(acc, bias_ptr, out_ptr, first, features, row, rows, out_stride, GATED, ADD)
 
 

@@ -81,6 +81,26 @@ def nearest(y):
     return tl.where(tl.abs(y) < 0.015625, low, high)  # 2**-6, the least normal number
 
 
+@triton.jit
+def eight_bits(
+    x, NATIVE: tl.constexpr, EXACT: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
+):
+    """x: [N, GROUP] float32, of which a row shares a scale. What becomes of it, float32 that eight
+    bits hold, unless NATIVE leaves the rounding to a conversion; and the scales."""
+    magnitude = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST)
+    largest = tl.full([x.shape[0]], LARGEST, dtype=tl.float32)
+    if EXACT:
+        scale = tl.div_rn(magnitude, largest)
+        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    else:  # the interpreter's division is
+        scale = magnitude / largest
+        y = x / scale[:, None]
+    y = tl.clamp(y, -LARGEST, LARGEST)
+    if not NATIVE:
+        y = nearest(y)
+    return y, scale
+
+
 @triton.jit(do_not_specialize=["room"])
 def quantise_kernel(
     x_ptr,
@@ -113,17 +133,7 @@ def quantise_kernel(
     if norm_ptr is not None:
         scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / INPUTS + eps)
         x = with_gain(x * scale, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)
-    magnitude = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST)
-    largest = tl.full([SHARE // GROUP], LARGEST, dtype=tl.float32)
-    if EXACT:
-        scale = tl.div_rn(magnitude, largest)
-        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], [SHARE // GROUP, GROUP]))
-    else:  # the interpreter's division is
-        scale = magnitude / largest
-        y = x / scale[:, None]
-    y = tl.clamp(y, -LARGEST, LARGEST)
-    if not NATIVE:
-        y = nearest(y)
+    y, scale = eight_bits(x, NATIVE, EXACT, LARGEST, LEAST)
     number = y.to(numbers_ptr.dtype.element_ty)
     tl.store(numbers_ptr + row * INPUTS + k, number, mask=inside)
     tl.store(scales_ptr + group * room + row, scale, mask=group * GROUP < INPUTS)

@@ -49,7 +49,7 @@ def fp8_norm_gated_linear(
     block_k: int,
 ) -> Tensor:
     """Shapes as in the reference."""
-    if _for_blas(x, weight, block_n, block_k):
+    if for_blas(x, weight, block_n, block_k):
         product = _product(x, weight, scale, bias, block_n, block_k, norm_weight, eps)
         return silu_and_mul(product)
     numbers, scales = quantise(x, block_k, _native(), norm_weight, eps)
@@ -68,7 +68,7 @@ def fp8_linear_add(
     block_k: int,
 ) -> None:
     """Shapes as in the reference."""
-    if _for_blas(x, weight, block_n, block_k):
+    if for_blas(x, weight, block_n, block_k):
         residual += _product(x, weight, scale, bias, block_n, block_k)
         return
     numbers, scales = quantise(x, block_k, _native())
@@ -86,7 +86,7 @@ def _product(
     eps: float = 0.0,
 ) -> Tensor:
     rows = x.shape[0]
-    if _for_blas(x, weight, block_n, block_k):
+    if for_blas(x, weight, block_n, block_k):
         room = cdiv(rows, scaled_mm.FOUR) * scaled_mm.FOUR
         numbers, scales = quantise(x, block_k, True, norm_weight, eps, room)
         found = scaled_mm.multiply(numbers, scales.t(), weight, scale, bias, block_n, x.dtype)
@@ -102,7 +102,8 @@ def _native() -> bool:
     return platform is not None and platform.multiplies_fp8
 
 
-def _for_blas(x: Tensor, weight: Tensor, block_n: int, block_k: int) -> bool:
+def for_blas(x: Tensor, weight: Tensor, block_n: int, block_k: int) -> bool:
+    """Whether the BLAS computes a product of so many rows, and faster."""
     platform = active_platform()
     return (
         x.shape[0] > _MOST_ROWS

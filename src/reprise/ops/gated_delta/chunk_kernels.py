@@ -149,7 +149,7 @@ def delta_chunk_kernel(
         until = tl.exp((all_sum - sums) + (all_rest - rests))
         since = tl.exp(sums + rests)
 
-        # What needs the keys comes before the inverse and behind it: it leaves no registers for them.
+        # What needs keys comes before the inverse and behind it, which leaves no room for them.
         key = _keys(rows + width + head // GROUP * KEYS + k, real)
         narrow = key.to(dtype)
         at = (chunk * HEADS + head).to(tl.int64)
