@@ -114,18 +114,22 @@ struct Stream {
   uint64_t submitted();
   bool reached(uint64_t ticket);
   void wait_until(uint64_t ticket);  // raises after Settings::timeout
+  void hold(bool held);  // what is queued does not begin until it is let go
+  bool able();  // whether it has work that waits for nothing
   std::string name() const;
   c10::Stream as_c10() const;
 
  private:
   void work();
   void hesitate(bool started);
+  void give_way();
   std::mutex mutex_;
   std::condition_variable more_, less_;
   std::deque<Item> items_;
   uint64_t submitted_ = 0, finished_ = 0;
   std::string running_ = "nothing";
-  bool started_ = false;
+  bool started_ = false, held_ = false, gives_way_ = false;
+  MomentPtr awaited_;
   std::mt19937_64 random_;
   uint64_t seeded_ = 0;
 };

@@ -89,6 +89,16 @@ void Graph::replay() {
   std::vector<Event> events(moments_);
   std::vector<Stream*> lanes{&stream};
   for (size_t i = 1; i < lanes_; ++i) lanes.push_back(&graph_lane(device_, i - 1));
+  // As one: no branch begins late because the host has not come to it yet.
+  struct Held {
+    const std::vector<Stream*>& lanes;
+    explicit Held(const std::vector<Stream*>& lanes) : lanes(lanes) {
+      for (Stream* each : lanes) each->hold(true);
+    }
+    ~Held() {
+      for (auto each = lanes.rbegin(); each != lanes.rend(); ++each) (*each)->hold(false);
+    }
+  } held(lanes);
   for (const Node& each : nodes_) {
     Stream& lane = *lanes[each.lane];
     if (each.kind == Item::Run)

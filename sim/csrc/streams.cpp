@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <sstream>
@@ -17,6 +18,7 @@ namespace {
 constexpr int kMaxDevices = 8;
 constexpr int64_t kPooled = 16;  // streams that users get, in turns, as CUDA's 32
 constexpr size_t kLanes = 16;  // for the branches of graphs
+constexpr auto kGivesWay = std::chrono::milliseconds(20);  // to other streams, at most
 
 struct DeviceState {
   std::deque<Stream> streams;  // default, pooled, lanes
@@ -66,7 +68,7 @@ uint64_t number_of(const char* name, uint64_t otherwise) {
 Settings& settings() {
   static auto* made = [] {
     auto* s = new Settings();
-    s->seed = number_of("SIM_SEED", 0);
+    s->seed = number_of("SIM_SEED", 1);
     s->races = number_of("SIM_RACES", 0) != 0;
     s->devices = int(number_of("SIM_DEVICES", 2));
     TORCH_CHECK(s->devices >= 1 && s->devices <= kMaxDevices, "SIM_DEVICES must be 1 to ",
@@ -161,6 +163,38 @@ void Stream::wait_until(uint64_t ticket) {
               " pieces of work to do");
 }
 
+void Stream::hold(bool held) {
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    held_ = held;
+  }
+  more_.notify_one();
+}
+
+bool Stream::able() {
+  std::lock_guard<std::mutex> guard(mutex_);
+  if (gives_way_ || held_ || finished_ == submitted_) return false;
+  if (awaited_ == nullptr) return true;
+  std::lock_guard<std::mutex> other(awaited_->mutex);
+  return awaited_->done;
+}
+
+// What other streams may do by now comes first, however late the host's system lets them: what does
+// not wait for this stream then meets what this stream has not done.
+void Stream::give_way() {
+  const auto set = [this](bool gives_way) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    gives_way_ = gives_way;
+  };
+  const auto end = std::chrono::steady_clock::now() + kGivesWay;
+  const auto others = streams_of(device);
+  set(true);
+  while (std::chrono::steady_clock::now() < end &&
+         std::any_of(others.begin(), others.end(), [](Stream* each) { return each->able(); }))
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  set(false);
+}
+
 // A kernel may take any time to begin: the longest after a pause, when nothing hides it.
 void Stream::hesitate(bool rested) {
   const uint64_t seed = settings().seed;
@@ -176,6 +210,7 @@ void Stream::hesitate(bool rested) {
   else if (draw % 16 == 0 || (rested && draw % 2 == 0))
     microseconds = (draw >> 32) % 300;
   if (microseconds != 0) std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+  if ((draw >> 16) % 8 == 0) give_way();
 }
 
 void Stream::work() {
@@ -186,9 +221,9 @@ void Stream::work() {
     Item item;
     {
       std::unique_lock<std::mutex> guard(mutex_);
-      if (items_.empty()) {
+      if (items_.empty() || held_) {
         rested = true;
-        more_.wait(guard, [&] { return !items_.empty(); });
+        more_.wait(guard, [&] { return !items_.empty() && !held_; });
       }
       item = std::move(items_.front());
       items_.pop_front();
@@ -197,6 +232,7 @@ void Stream::work() {
                      ? "a wait for an event of " + item.moment->stream->name() + " behind " +
                            item.moment->behind
                      : "an event";
+      awaited_ = item.kind == Item::Wait ? item.moment : nullptr;
     }
     if (item.kind == Item::Run) {
       hesitate(rested);
@@ -234,6 +270,7 @@ void Stream::work() {
       std::lock_guard<std::mutex> guard(mutex_);
       ++finished_;
       running_ = "nothing";
+      awaited_ = nullptr;
     }
     less_.notify_all();
   }
