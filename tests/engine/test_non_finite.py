@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reprise import LLM, AsyncLLM, RequestOutput, SamplingParams
 from reprise.errors import NonFiniteError
+from reprise.graphs.segments import SegmentedGraph
 
 PROMPTS = [random_ids(1, 40), random_ids(2, 9), random_ids(3, 21)]
 OVERFLOWING = 77
@@ -206,3 +207,32 @@ def test_a_prompt_that_overflows(overflowing: Path, device: str, graph_mode: str
     report = llm.graph_report()
     assert report.quarantined == []
     assert report.canary_failures == 0
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_graph_that_nothing_was_compared_with_is_named(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    """What it gave need not be what the model says; of a replay that is compared the eager result
+    is what leaves."""
+    llm = make_llm(
+        model, device, max_num_seqs=4, graph_mode="decode=full,mixed=none",
+        graph_buckets="decode=1", graph_verify="canary:1" if seen else "startup",
+    )  # fmt: skip
+    forward_pass, graphs = llm.engine.runner.forward_pass, llm.engine.runner.graphs
+    monkeypatch.setattr(graphs.ledger, "trusts", lambda *asked: True)
+    replay = SegmentedGraph.replay
+
+    def overflow(self: SegmentedGraph) -> None:
+        replay(self)
+        forward_pass._logits.fill_(torch.nan)
+
+    monkeypatch.setattr(SegmentedGraph, "replay", overflow)
+    prompts = [PROMPTS[0]]
+    if seen:
+        assert tokens(served(llm, greedy(6), prompts)) == tokens(
+            served(make_llm(model, device), greedy(6), prompts)
+        )
+    else:
+        with pytest.raises(NonFiniteError, match=r"or graph decode\[1\] is wrong"):
+            served(llm, greedy(6), prompts)

@@ -185,6 +185,32 @@ def test_a_graph_that_is_wrong_on_one_rank_runs_on_none(alone: matrix.Alone) -> 
 
 
 @pytest.mark.long
+def test_graphs_that_go_bad_on_one_rank_give_no_wrong_token(alone: matrix.Alone) -> None:
+    features = replace(COVERING, drafts=0)
+    with faulty("graphs_go_bad"):
+        llm = shared(alone, features).engine(ahead=True, graph_verify="canary:1")
+    try:
+        assert token_ids(shared(alone, features).answers(llm)) == alone.tokens(features)
+        assert llm.graph_report().canary_failures
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.long
+def test_a_canary_that_one_rank_cannot_go_on_from_ends_all_alike(alone: matrix.Alone) -> None:
+    """What each rank has left of the step is unlike: no token of it is given out."""
+    features = replace(COVERING, drafts=0)
+    with nothing_is_left():
+        with faulty("loses_what_canaries_keep"):
+            llm = shared(alone, features).engine(ahead=True, graph_verify="canary:1")
+        try:
+            with pytest.raises(RanksError, match="changed what its canary keeps"):
+                shared(alone, features).answers(llm)
+        finally:
+            llm.engine.close()
+
+
+@pytest.mark.long
 def test_a_slow_rank_changes_no_token(alone: matrix.Alone) -> None:
     with faulty("is_slow"):
         llm = shared(alone, replace(COVERING, drafts=0)).engine(ahead=True)

@@ -315,7 +315,7 @@ class Engine(Frontend):
         self._observations.step(done.step, output)
         if self._draft_choice is not None:
             self._draft_choice.step_done(done.step, output.sampled)
-        return self._groups.take(done.step, done.requests, output)
+        return self._groups.take(done.step, done.requests, output, done.unseen)
 
     def update_weights(self, weights: NamedTensors) -> None:
         """Replace values of the model's parameters in place and forget all cached prefixes.

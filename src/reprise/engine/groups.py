@@ -97,7 +97,11 @@ class Groups:
         self._completions.clear()
 
     def take(
-        self, step: Step, requests: Sequence[Request], output: StepOutput
+        self,
+        step: Step,
+        requests: Sequence[Request],
+        output: StepOutput,
+        unseen: str | None = None,
     ) -> list[CompletionGroup]:
         """Give a step's results to its requests. Returns those that have new tokens or ended.
 
@@ -105,6 +109,7 @@ class Groups:
             step: The oldest one that the scheduler awaits.
             requests: The step's.
             output: Its results.
+            unseen: The graph that gave them, if they were compared with nothing.
         """
         completions = self._completions
         for number, (start, entries) in output.prompt_logprobs.items():
@@ -122,7 +127,7 @@ class Groups:
         for request in self._scheduler.update(step, output.sampled, output.failed, output.spoilt):
             group, completion = completions[request]
             if request.finish_reason == "error":
-                self._fail(group, self._no_numbers(group, completion))
+                self._fail(group, self._no_numbers(group, completion, unseen))
             elif some_have_grammars:
                 self._keep_to_grammar(group, completion)
             if completion.reads_tokens:
@@ -162,10 +167,14 @@ class Groups:
         group.error = error
         logger.error("%s; it was ended", error)
 
-    def _no_numbers(self, group: CompletionGroup, completion: Completion) -> NonFiniteError:
+    def _no_numbers(
+        self, group: CompletionGroup, completion: Completion, unseen: str | None
+    ) -> NonFiniteError:
         cause = "the model overflows with this prompt; compare it with another implementation"
         if self._dtype is torch.float16:
             cause = "start with dtype='bfloat16' or 'float32', whose numbers reach further"
+        if unseen is not None:
+            cause += f"; or graph {unseen} is wrong: graph_verify='canary:1' compares each replay"
         return NonFiniteError(
             f"the logits of output token {completion.request.num_output_tokens} of request "
             f"{group.request_id!r} are not finite (NaN or infinite) in "

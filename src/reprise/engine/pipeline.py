@@ -21,6 +21,8 @@ class SubmittedStep:
     step: Step
     requests: Sequence[Request]
     pending: PendingOutput
+    unseen: str | None
+    """The graph that computed it and that nothing was compared with, by name."""
     output: StepOutput | None = None
 
 
@@ -52,10 +54,11 @@ class Pipeline:
         """
         with self._runner.active():
             self._runner.submit(step, *at_least)
+            unseen = self._runner.graphs.unseen
             # Grammars follow the tokens before the step's while the device computes it.
             masks = self._masks(step, requests)
             pending = self._runner.sample(step, masks)
-            self.steps.append(SubmittedStep(step, requests, pending))
+            self.steps.append(SubmittedStep(step, requests, pending, unseen))
 
     def oldest(self) -> tuple[SubmittedStep, StepOutput]:
         """The oldest step and its results, waited for; it is under way no more.

@@ -292,6 +292,14 @@ class GraphRunner:
         else:
             self._run_graph(bucket, shape, whole)
 
+    @property
+    def unseen(self) -> str | None:
+        """The graph that was replayed in the last step with nothing to compare it with, by name."""
+        ran = self.ran
+        if ran.proven or ran.graph is None:
+            return None
+        return self.bucket_graphs[ran.graph].info.name
+
     def caches_changed(self) -> None:
         """The caches were written on purpose, by no step: what was seen of them is out of date."""
         self.guard.forget()

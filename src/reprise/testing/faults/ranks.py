@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from reprise.distributed import Communicator
 from reprise.distributed.ring import Reader
 from reprise.graphs import GraphRunner
 from reprise.graphs.capture import Capturer
+from reprise.graphs.seal import Seal
+from reprise.graphs.segments import SegmentedGraph
 from reprise.parallel import leader, messages
 from reprise.runner import ModelRunner
 from reprise.testing import faults
@@ -149,3 +152,44 @@ def _dies_in(
         return inner(self, *what, **more)
 
     setattr(owner, method, call)
+
+
+def graphs_go_bad(rank: int) -> None:
+    """Each of its graphs' replays on live steps changes memory of another owner, in turn."""
+    replay, counts = SegmentedGraph.replay, Counter[str]()
+    run = GraphRunner.run
+    computing: list[GraphRunner] = []
+
+    def noted(self: GraphRunner, *what: Any) -> Any:
+        computing[:] = [self]
+        try:
+            return run(self, *what)
+        finally:
+            computing.clear()
+
+    def spoil(self: SegmentedGraph) -> None:
+        replay(self)
+        if not computing:
+            return
+        counts["replays"] += 1
+        number = counts["replays"]
+        if number % 5 == 0:
+            owner = ("cache", "beside", "input", "weight")[number // 5 % 4]
+            regions = [e for e in computing[0].computation.memory().values() if e.owner == owner]
+            region = regions[number % len(regions)]
+            for each in region.tensor[:: 1 if region.unit is None else 3]:
+                each.add_(1) if each.dtype != torch.bool else each.logical_not_()
+
+    SegmentedGraph.replay = spoil  # type: ignore[method-assign]
+    GraphRunner.run = noted  # type: ignore[method-assign]
+
+
+def loses_what_canaries_keep(rank: int) -> None:
+    """One of its canaries finds that its own copies were changed."""
+    broken, calls = Seal.broken, Counter[str]()
+
+    def changed(self: Seal) -> bool:
+        calls["all"] += 1
+        return calls["all"] == LATE or broken(self)
+
+    Seal.broken = changed  # type: ignore[method-assign]
