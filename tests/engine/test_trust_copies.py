@@ -12,6 +12,7 @@ from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_l
 from torch import Tensor
 
 from reprise import LLM
+from reprise.errors import WeightsLostError
 from reprise.graphs import repair, verify
 from reprise.graphs.segments import Segment, SegmentedGraph
 
@@ -147,6 +148,24 @@ def test_what_is_kept_while_no_request_runs(
     (output,) = llm.generate([{"prompt_token_ids": prompt}], PARAMS, use_tqdm=False)
     assert output.metrics.num_cached_tokens == 0, "cached prefixes are forgotten"
     assert [list(output.outputs[0].token_ids)] == first
+
+
+def test_weights_that_are_lost_compute_nothing_more(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even steps that no graph runs, which nobody compares."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none")
+    llm.update_weights({})  # no checkpoint has them now
+    weight = llm.engine.runner.model.model.layers[0].self_attn.q_norm.weight
+    after_replays(monkeypatch, lambda count: spoil([weight.data]) if count == 2 else None)
+    with pytest.raises(WeightsLostError, match="q_norm"):
+        generate(llm, PROMPTS, PARAMS)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(WeightsLostError, match="q_norm"):
+            generate(llm, PROMPTS[:1], greedy(1))
+    with pytest.raises(WeightsLostError, match="q_norm"):
+        llm.update_weights({})
 
 
 def test_sums_of_odd_tensors(device: str) -> None:

@@ -32,7 +32,7 @@ from reprise.engine.start import Opened, end_of_text, open_model, refuse_several
 from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.engine.weights import Weights
-from reprise.errors import GraphReplayError, RanksError, RequestError
+from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError
 from reprise.graphs import keep_compiled_code
 from reprise.loading import NamedTensors
 from reprise.metrics import Metric
@@ -166,6 +166,7 @@ class Engine(Frontend):
             RequestError: The prompt or the parameters are invalid.
             CapacityError: The prompt is longer than the context or the cache.
             LoadError: :meth:`update_weights` was interrupted.
+            WeightsLostError: A graph has changed weights that could not be loaded again.
         """
         self.runner.check()
         if self.lockstep is not None:
@@ -260,6 +261,8 @@ class Engine(Frontend):
 
     def _lose_step(self, error: BaseException) -> None:
         """A step failed half-way, of which others that compute it as well may have more."""
+        if isinstance(error, WeightsLostError):
+            self._weights.lose(error)
         if self.lockstep is not None and isinstance(error, Exception):
             self.lockstep.lose(error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reprise.engine.scheduler import Scheduler
-from reprise.errors import LoadError, RequestError
+from reprise.errors import LoadError, RequestError, WeightsLostError
 from reprise.loading import NamedTensors, plan_update, update_weights
 from reprise.runner import ModelRunner
 
@@ -23,18 +23,28 @@ class Weights:
         self._alone = alone
         self._half_updated: set[str] = set()
         """Names of those that may be neither old nor new."""
+        self._lost: str | None = None
+        """What a graph has changed, and why it could not be loaded again."""
 
     @property
     def whole(self) -> bool:
-        """All are old, or all new."""
-        return not self._half_updated
+        """All are old, or all new, and as they were loaded."""
+        return not self._half_updated and self._lost is None
+
+    def lose(self, error: WeightsLostError) -> None:
+        """A graph has changed some, for good: nothing may be computed with them, eagerly least of
+        all, since nobody compares that."""
+        self._lost = str(error)
 
     def check(self) -> None:
-        """Refuse to compute with weights that are half replaced.
+        """Refuse to compute with weights that are half replaced, or lost.
 
         Raises:
-            LoadError: They are.
+            LoadError: They are half replaced.
+            WeightsLostError: They are lost.
         """
+        if self._lost is not None:
+            raise WeightsLostError(self._lost)
         if self._half_updated:
             raise LoadError(
                 f"update_weights was interrupted: {', '.join(sorted(self._half_updated))} may be "
@@ -48,6 +58,7 @@ class Weights:
         Raises:
             RequestError: Several ranks or engines have the model.
             LoadError: As of :meth:`reprise.engine.Engine.update_weights`.
+            WeightsLostError: Others than these may be wrong.
         """
         platform = self._runner.platform
         platform.activate()
@@ -56,6 +67,8 @@ class Weights:
                 "update_weights where several ranks compute one model (tensor_parallel_size, "
                 "enable_expert_parallel) is not supported: create a new engine"
             )
+        if self._lost is not None:
+            raise WeightsLostError(self._lost)
         copies = plan_update(self._runner.model, weights)
         self._scheduler.reset_prefix_cache()
         self._half_updated |= copies.keys()

@@ -181,7 +181,7 @@ def graphs_go_bad(rank: int) -> None:
                 each.add_(1) if each.dtype != torch.bool else each.logical_not_()
 
     SegmentedGraph.replay = spoil  # type: ignore[method-assign]
-    GraphRunner.run = noted  # type: ignore[method-assign]
+    GraphRunner.run = noted  # type: ignore[assignment,method-assign]
 
 
 def loses_what_canaries_keep(rank: int) -> None:
