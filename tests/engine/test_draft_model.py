@@ -194,7 +194,7 @@ def test_a_recurrent_model_drafts_for_a_dense_one(
     prompts = [[*PROMPTS[0], *random_ids(40, 70)], *PROMPTS]
     plain = generate(make_llm(near, device), prompts, greedy(20))
     llm = drafting(near, hybrid, device, 3, graph_mode="full", graph_buckets="decode=2,8")
-    llm.engine._depth = 2
+    llm.engine.pipeline.depth = 2
     for _ in range(2):
         assert generate(llm, prompts, greedy(20)) == plain
     assert llm.stats().scheduler.total_prefix_hits > 0

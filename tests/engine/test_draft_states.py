@@ -56,7 +56,7 @@ def test_a_hit_is_as_deep_as_without_drafts(
     plain, llm = (
         make_llm(model, device, **CONTEXT, **options) for options in ({}, drafting(tokens))
     )
-    llm.engine._depth = depth
+    llm.engine.pipeline.depth = depth
     for number in range(CHUNK * 2 - 1, CHUNK * 2 + 8, 3):
         # It ends a few tokens before and behind a place where a state is kept.
         params = chosen(number - len(PROMPT))
@@ -81,7 +81,7 @@ def check_always_right(llm: LLM, expected: list[list[list[int]]]) -> None:
     """Greedy and with seeds, twice, the second time behind what the first one left; one step ahead,
     beside others, and computed again now and then."""
     inner = llm.engine
-    inner._depth = 2
+    inner.pipeline.depth = 2
     for round in range(2):
         for params, right in zip(DRAWS, expected, strict=True):
             groups = [inner.add(f"{n}", prompt, params) for n, prompt in enumerate(PROMPTS)]

@@ -267,7 +267,7 @@ def test_many_requests_leave_nothing(
         speculative_config=config if drafts else None,
     )  # fmt: skip
     inner = llm.engine
-    inner._depth = 2
+    inner.pipeline.depth = 2
     generator = random.Random(5)
     groups, waiting = [], count
     while waiting or inner.has_work:

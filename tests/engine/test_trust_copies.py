@@ -63,7 +63,7 @@ def test_what_a_canary_keeps(
     kept: str, depth: int,
 ) -> None:  # fmt: skip
     llm = small_llm(model, device, graph_mode="full")
-    llm.engine._depth = depth
+    llm.engine.pipeline.depth = depth
     now: list[Any] = []
     init = verify._Both.__init__
 

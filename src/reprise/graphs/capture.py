@@ -42,7 +42,9 @@ class BucketGraph:
     info: GraphInfo
     graph: SegmentedGraph | None = None
     probes: list[Probe] = field(default_factory=list)
-    """What it is proven on at start-up."""
+    """What it is proven on at start-up, or when nothing runs."""
+    later: bool = False
+    """It was captured behind start-up."""
 
     @functools.cached_property
     def key(self) -> Key:
@@ -87,9 +89,14 @@ class Capturer:
         return self._compiled
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[None]:
-        """The conditions of every capture: no gradients, the op table, no garbage collection."""
-        gc.collect()
+    def ready(self, *, collect: bool = True) -> Iterator[None]:
+        """The conditions of every capture: no gradients, the op table, no garbage collection.
+
+        Args:
+            collect: Before, all garbage is collected, which may take a while.
+        """
+        if collect:
+            gc.collect()
         gc.freeze()
         try:
             with self._computation.ops.computing():

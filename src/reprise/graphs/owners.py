@@ -53,6 +53,10 @@ class GraphOwners:
         for each in self.runners.values():
             each.capture_all(progress)
 
+    def capture_wanted(self) -> bool:
+        """See :meth:`GraphRunner.capture_wanted`, of one owner."""
+        return any(each.capture_wanted() for each in self.runners.values())
+
     def caches_changed(self) -> None:
         """See :meth:`GraphRunner.caches_changed`."""
         for each in self.runners.values():

@@ -63,7 +63,7 @@ class Prover:
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
         """A comparison of a probe that has been submitted, and the seconds that took. It has its
         verdict while the next one is prepared."""
-        self.least_seconds = 0.0
+        self.least_seconds = VERIFY_SECONDS
         """Start-up has so much time for probes, at least."""
 
     def prove(
@@ -71,7 +71,7 @@ class Prover:
     ) -> None:
         """Probe every graph; one that fails is replaced by its fallback and probed again."""
         started = time.perf_counter()
-        budget = max(VERIFY_SECONDS, self.least_seconds, VERIFY_SHARE * capture_seconds)
+        budget = max(self.least_seconds, VERIFY_SHARE * capture_seconds)
         self._located.clear()
         self._useless.forget()
         self.begin(buckets)
@@ -185,6 +185,12 @@ class Prover:
             if bucket.key in anchors:
                 self._ledger.plan(bucket.key, [each.kind for each in bucket.probes])
 
+    def plan_later(self, bucket: BucketGraph) -> None:
+        """The bucket was captured behind start-up: live steps prove it, and its probes when nothing
+        runs. Its family has its anchors."""
+        bucket.probes = self._probes_of(bucket, anchor=False)
+        bucket.info.planned_probes, bucket.later = len(bucket.probes), True
+
     def _meet(self, bucket: BucketGraph, number: int) -> None:
         """Prove the graph on the bucket's next probe; a fallback has to pass earlier ones too."""
         started = time.perf_counter()
@@ -272,7 +278,8 @@ class Prover:
         some = [
             each
             for each in buckets
-            if each.graph is not None and 0 < each.info.probes < len(each.probes)
+            if each.graph is not None and (each.later or each.info.probes)
+            and each.info.probes < len(each.probes)
             and each.info.check_seconds <= seconds
         ]  # fmt: skip
         if not some:

@@ -53,6 +53,8 @@ class GraphInfo:
     eager_seconds: float = 0.0
     dropped: str | None = None
     """Why a graph that could be captured is not used although nothing is wrong with it."""
+    deferred: str | None = None
+    """When a graph is captured that is not yet."""
     capture_seconds: float = 0.0
     verify_seconds: float = 0.0
     owner: str = ""
@@ -66,6 +68,8 @@ class GraphInfo:
     def proof(self) -> str:
         """How far its graph is proven, in words."""
         if self.executor == "none":
+            if self.deferred is not None:
+                return "not captured yet"
             return "no graph" if self.dropped is None else "not used"
         if self.verified:
             return "verified"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Key, Progress
 from reprise.graphs.contract import Computation
+from reprise.graphs.deferred import REASON, WANTED, Deferred, split
 from reprise.graphs.guard import Guard
 from reprise.graphs.idle import IdleProof
 from reprise.graphs.judge import Judge
@@ -51,6 +52,8 @@ class GraphRunner:
         pool: Memory of graphs that never run beside these; None: one of their own.
         owner: What the computation is called where an engine has several; nothing: it is the
             target.
+        lazy: Most buckets are captured when steps want them, or when nothing runs, so that a start
+            does not wait for them; until then their steps run eagerly.
     """
 
     def __init__(
@@ -67,8 +70,11 @@ class GraphRunner:
         used: Mapping[Phase, Uses] | None = None,
         pool: GraphPool | None = None,
         owner: str = "",
+        lazy: bool = False,
     ) -> None:
         self.owner = owner
+        self.lazy = lazy
+        self.deferred = Deferred()
         self.computation = computation
         self.platform = platform
         self.buckets = buckets
@@ -99,6 +105,8 @@ class GraphRunner:
         self.prover = Prover(
             computation, self.capturer, self.judge, self.ledger, self.guard, self.useless, agreement
         )
+        if lazy:
+            self.prover.least_seconds = 0.0
         self.replays = Replays(
             computation, platform, self.canary, self.capturer, self.judge, self.ledger,
             self.guard, agreement, self.bucket_graphs,
@@ -157,6 +165,9 @@ class GraphRunner:
         shapes = self.shapes()
         if not shapes:
             return
+        if self.lazy:
+            shapes, later = split(shapes)
+            self._defer(later)
         free = self._free_memory()
         with self.capturer.ready():
             if self.verify.startup or self.verify.canary:
@@ -173,7 +184,7 @@ class GraphRunner:
             if self.verify.startup:
                 started = time.perf_counter()
                 with timeline.span("verify"):
-                    buckets = list(self.bucket_graphs.values())
+                    buckets = [e for e in self.bucket_graphs.values() if not e.info.deferred]
                     self.prover.prove(buckets, self._capture_seconds, progress)
                     self._blind = blind_inputs(
                         self.computation, self.capturer, self.ledger, buckets
@@ -186,6 +197,11 @@ class GraphRunner:
 
     def capture_bucket(self, shape: StepShape) -> BucketGraph:
         """Capture one bucket with the plan's executor, or the next one that works."""
+        bucket = self._new_bucket(shape)
+        self.prover.capture_unproven(bucket, bucket.info.planned)
+        return bucket
+
+    def _new_bucket(self, shape: StepShape) -> BucketGraph:
         planned = self.plan.of(shape.phase)
         info = GraphInfo(shape.phase, shape.size, shape.query_len, planned, planned)
         info.owner = self.owner
@@ -194,14 +210,49 @@ class GraphRunner:
             shape, info
         )
         self._found = None
-        self.prover.capture_unproven(bucket, planned)
         return bucket
+
+    # ---- later -------------------------------------------------------------------------------
+
+    def _defer(self, shapes: Sequence[StepShape]) -> None:
+        self.deferred.defer(shapes)
+        for each in shapes:
+            info = self._new_bucket(each).info
+            info.executor, info.deferred = "none", REASON
+
+    def capture_wanted(self) -> bool:
+        """Capture one bucket that steps have wanted for long, if there is one. It is the next step
+        that waits for it. The static inputs are not as before."""
+        return bool(self.deferred) and self._capture_deferred(WANTED)
+
+    def _capture_deferred(self, least: int) -> bool:
+        shape = self.deferred.take(least)
+        if shape is None:
+            return False
+        self.platform.synchronize()  # steps under way read and write what a capture overwrites
+        started = time.perf_counter()
+        with self.capturer.ready(collect=False):
+            bucket = self.capture_bucket(shape)
+            if self.verify.startup and bucket.graph is not None:
+                self.prover.plan_later(bucket)
+                bucket.info.check_seconds = max(
+                    each.info.check_seconds
+                    for each in self.bucket_graphs.values() if each.family == bucket.family
+                )  # fmt: skip
+        self.guard.forget()
+        logger.info(
+            "graph %s: captured in %.3f s (%s), %d others wait",
+            bucket.info.name, time.perf_counter() - started, bucket.info.executor,
+            len(self.deferred),
+        )  # fmt: skip
+        return True
 
     def discard(self) -> None:
         """Forget all graphs, and give their memory back if no other runner's graphs share it."""
         for key in self.bucket_graphs:
             self.ledger.leave(key)
         self.bucket_graphs.clear()
+        self.deferred.clear()
         self._found = None
         self.capturer.discard()
         try:
@@ -227,7 +278,8 @@ class GraphRunner:
         running = [each for each in infos if each.executor != "none"]
         logger.info(
             "%sgraphs: %s; %d captured in %.2f s; in %.2f s %d verified, %d proven in part (live "
-            "steps of other kinds are compared, or run eagerly), %d quarantined; %.1f MiB",
+            "steps of other kinds are compared, or run eagerly), %d quarantined, %d to be captured "
+            "when steps want them or nothing runs; %.1f MiB",
             f"{self.owner} " if self.owner else "",
             self.plan,
             len(running),
@@ -236,17 +288,21 @@ class GraphRunner:
             sum(each.verified for each in running),
             sum(not each.verified for each in running) if self.verify.startup else 0,
             sum(each.quarantined is not None for each in infos),
+            len(self.deferred),
             sum(each.bytes for each in infos) / 2**20,
         )
 
     def prove_more(self) -> bool:
-        """Compare one graph on one planned probe that start-up had no time for. No step may be
-        under way. What requests have left in the caches stays; what a graph spoils that is wrong is
-        told as if a canary had found it (:attr:`Replays.damage`).
+        """Capture one bucket that start-up has left out, or compare one graph on one planned probe
+        that it had no time for. No step may be under way. What requests have left in the caches
+        stays; what a graph spoils that is wrong is told as if a canary had found it
+        (:attr:`Replays.damage`).
 
         Returns:
             Whether there may be more to do.
         """
+        if self.deferred:
+            return self._capture_deferred(0)
         if not self.canary.checks_kinds or not self.plan.captures:
             return False
         with self.computation.ops.computing():
@@ -288,6 +344,8 @@ class GraphRunner:
         whole = shape if at_least is None else shape.holding(at_least)
         bucket = self._bucket_for(whole)
         if bucket is None or bucket.graph is None:
+            if bucket is not None and self.deferred:
+                self.deferred.note(bucket.shape)
             self._run_eagerly(shape, whole)
         else:
             self._run_graph(bucket, shape, whole)

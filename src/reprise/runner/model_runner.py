@@ -221,6 +221,8 @@ class ModelRunner:
                 step is laid out as a mixed one if that is mixed.
             at_least: See :meth:`reprise.graphs.GraphRunner.run`.
         """
+        if self.owners.capture_wanted():
+            self._forget_inputs()
         self.sampler.admit(step)
         if self.drafter is not None:
             self.drafter.admit(step)

@@ -21,6 +21,8 @@ def proof_of(executor: str, info: GraphInfo, places: Places) -> Proof:
         made.where = places.in_text(reason)
     elif info.dropped is not None:
         made = Proof(executor, info.phase, info.bucket, "not used", 0, 0, 0, reason=info.dropped)
+    elif info.deferred is not None:
+        made = Proof(executor, info.phase, info.bucket, info.proof, 0, 0, 0, reason=info.deferred)
     else:
         made.facts = dict(info.facts)
     return made

@@ -64,12 +64,14 @@ class GraphOptions:
         buffers: StepBuffers,
         widths: Iterable[int],
         owner: str = "",
+        *,
+        lazy: bool = False,
     ) -> GraphRunner:
         """Of a computation whose decode steps have one of ``widths`` tokens a request."""
         return GraphRunner(
             computation, buffers.platform, self.plan, self.buckets, self.max_requests,
             verify=self.verify, query_lens=tuple(dict.fromkeys(widths)), pool=self.pool,
-            owner=owner, agreement=self.agreement,
+            owner=owner, agreement=self.agreement, lazy=lazy,
         )  # fmt: skip
 
 

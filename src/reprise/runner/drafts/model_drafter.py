@@ -87,7 +87,9 @@ class ModelDrafter(Drafter):
         # Few layers with rows of padding are cheap; a graph of all passes takes the memory of many.
         buckets = options.buckets.sparse()
         chain = replace(options, plan=GraphPlan(decode, "none"), buckets=buckets)
-        chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN)
+        # Others that compute the same steps cannot wait for one that captures.
+        lazy = not self.in_step
+        chained = chain.runner(self.chain, self._buffers, self.inputs.widths, CHAIN, lazy=lazy)
         if not chained.exact:
             logger.warning("graph plan: %s: %s -> none (ops are inexact)", CHAIN, decode)
             chain = replace(chain, plan=GraphPlan("none", "none"))
@@ -96,7 +98,7 @@ class ModelDrafter(Drafter):
             self.chain.compare_passes()
         self.owners = {
             PREFILL: prefill.runner(
-                self.prefill, self._buffers, widths or self._step_widths, PREFILL
+                self.prefill, self._buffers, widths or self._step_widths, PREFILL, lazy=lazy
             ),
             CHAIN: chained,
         }

@@ -79,7 +79,7 @@ def _graph(info: GraphInfo, facts: Sequence[str]) -> dict[str, Any]:
         "proof": info.proof,
         "verified": info.verified,
         "quarantined": info.quarantined,
-        "dropped": info.dropped,
+        "dropped": info.dropped or info.deferred,
         "replays": info.replays,
         "eager_steps": info.eager_steps,
         "canaries": info.canaries,
