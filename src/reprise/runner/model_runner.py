@@ -7,30 +7,25 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from reprise import ops, timeline
+from reprise import timeline
 from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE_AGREES, Agreement, Ranks, require_same
-from reprise.errors import ConfigError, ModelError, PlatformError, RepriseError, describe
+from reprise.errors import ConfigError, PlatformError, RepriseError
 from reprise.graphs import (
     Damage,
     GraphOwners,
     GraphRunner,
-    Guard,
-    parse_verify,
 )
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
-from reprise.ops.ahead import compile_ahead, refused_calls
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.progress import progress
-from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts import (
     Drafter,
@@ -41,6 +36,7 @@ from reprise.runner.drafts import (
     lookahead_of,
     make_drafter,
 )
+from reprise.runner.examples import Examples
 from reprise.runner.expert_load import ExpertLoad
 from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
@@ -52,15 +48,12 @@ from reprise.runner.model_choices import (
     refuse_unshared,
 )
 from reprise.runner.output import Landing, PendingOutput
-from reprise.runner.sampler import LogprobTensors, Sampler, example_draws, top_logprobs
-from reprise.sampling_params import WHOLE_VOCABULARY
+from reprise.runner.prompt_logprobs import PromptLogprobs
+from reprise.runner.sampler import Sampler
 from reprise.shape import StepShape
 from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
-
-PROMPT_LOGPROB_ROWS = 256
-"""Prompt positions whose logits are computed at once; bounds the memory of prompt logprobs."""
 
 
 class ModelRunner:
@@ -173,18 +166,23 @@ class ModelRunner:
                     config.speculation, draft, self.buffers, self.forward_pass,
                     max_tokens=self.max_tokens, max_model_len=wanted_len, in_step=in_step,
                 )  # fmt: skip
+            self._prompt_logprobs = PromptLogprobs(self.buffers, platform)
             self._withheld = Withheld(self.buffers.rows, platform)
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
             allocate_caches(self.caches, self.cache_layout, platform)
+            examples = Examples(
+                config, self.ops, platform, self.model, self.forward_pass, self.buffers,
+                self.drafter, self.max_tokens,
+            )  # fmt: skip
             if config.batch_invariant:
-                self._refuse_what_varies()
+                examples.refuse_what_varies()
             with timeline.span("compile"):
-                compile_ahead(self.ops, self._example_passes(), beside=self._example_of_the_rest)
+                examples.compile_kernels()
             with timeline.span("profile"):
-                activation_bytes = self._measure_activations()
+                activation_bytes = examples.measure_activations()
                 self.graphs = self._plan_graphs()
                 """The target's."""
                 drafts = {} if self.drafter is None else self.drafter.owners
@@ -248,7 +246,7 @@ class ModelRunner:
         result, buffers = self._result, self.buffers
         assert result is not None, "submit comes first"
         landing = self._landing()
-        prompt_logprobs = self._prompt_logprobs(step, result, landing)
+        prompt_logprobs = self._prompt_logprobs.of(step, result, self._logits, landing)
         numbers, logprobs = buffers.numbers, None
         drawn, peaks = buffers.none_drawn, None
         if buffers.num_draws:
@@ -342,44 +340,6 @@ class ModelRunner:
         """Logits of rows of the step's result, which for a decode step they are already."""
         return rows if self._shape.phase == "decode" else self.model.logits(rows)
 
-    def _prompt_logprobs(
-        self, step: Step, result: Tensor, landing: Landing
-    ) -> dict[int, tuple[int, list[LogprobTensors]]]:
-        found: dict[int, tuple[int, list[LogprobTensors]]] = {}
-        if step.num_decodes == len(step.rows):
-            return found
-        begin = step.num_tokens - sum(step.counts[step.num_decodes :])
-        for number in range(step.num_decodes, len(step.rows)):
-            count, start = step.counts[number], self.buffers.starts(number)
-            admission = self.buffers.rows.admitted[step.rows[number]]
-            assert admission is not None
-            wanted, length = admission.params.prompt_logprobs, admission.num_prompt_tokens
-            targets = admission.token_ids[start + 1 : min(start + count + 1, length)]
-            if wanted is not None and targets:
-                rows = result[begin : begin + len(targets)]
-                found[number] = (
-                    start,
-                    [
-                        landing.take(part)  # at once, so that the device never holds all of them
-                        for part in self._logprobs_of(rows, targets, wanted)
-                    ],
-                )
-            begin += count
-        return found
-
-    def _logprobs_of(
-        self, rows: Tensor, targets: Sequence[int], count: int
-    ) -> Iterator[LogprobTensors]:
-        chosen = to_device(np.array(targets, dtype=np.int64), self.platform)
-        for part, ids in zip(
-            rows.split(PROMPT_LOGPROB_ROWS), chosen.split(PROMPT_LOGPROB_ROWS), strict=True
-        ):
-            logits = self._logits(part).float()
-            whole = None
-            if count == WHOLE_VOCABULARY:
-                whole = torch.arange(len(part), device=part.device)
-            yield top_logprobs(logits, ids, max(count, 0), whole)
-
     def harmless(self, owner: str, damage: Damage) -> bool:
         """A graph that was found wrong has cost accepted drafts at most, and no token."""
         drafts = bool(damage.wrong) and all(each.startswith("draft") for each in damage.wrong)
@@ -464,77 +424,3 @@ class ModelRunner:
         with progress("graphs", 0) as bar:
             self.owners.capture_all(bar.show)
         self._forget_inputs()
-
-    def _refuse_what_varies(self) -> None:
-        """Raise a ModelError if the model calls what has no batch-invariant implementation."""
-        reasons = refused_calls(self.ops, [*self._example_passes(), self._example_of_the_rest])
-        if reasons:
-            raise ModelError(
-                f"batch_invariant=True: this model needs ops that have no batch-invariant "
-                f"implementation on {self.platform.name}: {', '.join(reasons)}; leave the option "
-                "out ('reprise doctor ops' shows which ops have one)"
-            )
-        logger.info("batch_invariant: bits of a row depend on no other, in all ops of the model")
-
-    def _example_passes(self) -> list[Callable[[], Tensor]]:
-        """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
-
-        def run(*shapes: StepShape) -> Tensor:
-            for shape in shapes:
-                self.forward_pass.pad(shape.empty, shape)
-                result = self.forward_pass.forward(shape)
-            return result
-
-        most = self.config.max_num_seqs
-        mixed = StepShape.mixed(min(self.max_tokens, 64), min(most, 8))
-        sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
-        decode = [StepShape.decode(n, each) for each in self.decode_widths for n in sizes]
-        return [
-            lambda: self.model.logits(run(mixed)[:1]),
-            lambda: ops.argmax(run(*decode)),
-            *self._draft_passes(min(self.max_tokens, 64), *sizes),
-        ]
-
-    def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
-        """Those of a model that drafts, of steps of so many tokens and requests."""
-        if self.drafter is None:
-            return []
-        sizes = ((max(tokens, each), each) for each in requests)
-        return [run for each in sizes for run in self.drafter.forward_passes(*each)]
-
-    def _example_of_the_rest(self) -> None:
-        """Calls of the ops that surround a forward pass."""
-        example_draws(self.model.vocab_size, self.num_drafts, self.platform)
-        for width in self.decode_widths:
-            self.buffers.example(StepShape.decode(1, width))
-        self.buffers.example(StepShape.mixed(2, 1))
-        if self.drafter is not None:
-            self.drafter.example()
-        if parse_verify(self.config.graph_verify).startup:
-            Guard(self.forward_pass).example()
-
-    def _measure_activations(self) -> int:
-        """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""
-        if not self.platform.counts_memory:
-            return 0
-        peak = 0
-        try:
-            self.platform.synchronize()
-            self.platform.reset_peak_memory()
-            before = self.platform.memory_allocated()
-            with self.ops.activate():
-                tokens, requests = self.max_tokens, self.config.max_num_seqs
-                self.forward_pass.forward(StepShape.mixed(tokens, requests))
-                decode = StepShape.decode(requests, 1 + self.num_drafts)
-                logits = self.forward_pass.forward(decode).float()
-                logits.clone().softmax(dim=-1).add_(logits)
-                del logits
-                for each in self._draft_passes(tokens, requests):
-                    each()
-            self.platform.synchronize()
-            peak = self.platform.peak_memory_allocated() - before
-            self.platform.empty_cache()
-        except Exception as error:  # drivers fail with errors of many types
-            logger.warning("activation memory could not be measured (%s)", describe(error))
-        logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self.max_tokens)
-        return peak

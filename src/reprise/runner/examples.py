@@ -1,0 +1,137 @@
+"""Made-up steps, computed before the first one: to compile kernels, and to measure memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from reprise import ops
+from reprise.config import EngineConfig
+from reprise.errors import ModelError, describe
+from reprise.graphs import Guard, parse_verify
+from reprise.layers import CausalLM
+from reprise.ops import OpTable
+from reprise.ops.ahead import compile_ahead, refused_calls
+from reprise.platforms import Platform
+from reprise.runner.buffers import StepBuffers
+from reprise.runner.drafts import Drafter
+from reprise.runner.forward_pass import ForwardPass
+from reprise.runner.sampler import example_draws
+from reprise.shape import StepShape
+
+logger = logging.getLogger(__name__)
+
+
+class Examples:
+    """A few steps that call whatever a runner ever calls. Their inputs are padding.
+
+    Args:
+        config: Options.
+        table: The ops in use.
+        platform: Where.
+        model: The target.
+        forward_pass: Its.
+        buffers: Of its inputs.
+        drafter: Of an engine that drafts.
+        max_tokens: Most tokens in a step.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        table: OpTable,
+        platform: Platform,
+        model: CausalLM,
+        forward_pass: ForwardPass,
+        buffers: StepBuffers,
+        drafter: Drafter | None,
+        max_tokens: int,
+    ) -> None:
+        self._config = config
+        self._ops = table
+        self._platform = platform
+        self._forward_pass = forward_pass
+        self._model = model
+        self._buffers = buffers
+        self._drafter = drafter
+        self._max_tokens = max_tokens
+
+    def compile_kernels(self) -> None:
+        """Have every kernel compiled, side by side."""
+        compile_ahead(self._ops, self._passes(), beside=self._rest)
+
+    def refuse_what_varies(self) -> None:
+        """Raise a ModelError if the model calls what has no batch-invariant implementation."""
+        reasons = refused_calls(self._ops, [*self._passes(), self._rest])
+        if reasons:
+            raise ModelError(
+                f"batch_invariant=True: this model needs ops that have no batch-invariant "
+                f"implementation on {self._platform.name}: {', '.join(reasons)}; leave the option "
+                "out ('reprise doctor ops' shows which ops have one)"
+            )
+        logger.info("batch_invariant: bits of a row depend on no other, in all ops of the model")
+
+    def _passes(self) -> list[Callable[[], Tensor]]:
+        """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
+
+        def run(*shapes: StepShape) -> Tensor:
+            for shape in shapes:
+                self._forward_pass.pad(shape.empty, shape)
+                result = self._forward_pass.forward(shape)
+            return result
+
+        most = self._config.max_num_seqs
+        mixed = StepShape.mixed(min(self._max_tokens, 64), min(most, 8))
+        sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
+        decode = [StepShape.decode(n, each) for each in self._config.decode_widths for n in sizes]
+        return [
+            lambda: self._model.logits(run(mixed)[:1]),
+            lambda: ops.argmax(run(*decode)),
+            *self._draft_passes(min(self._max_tokens, 64), *sizes),
+        ]
+
+    def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
+        """Those of a model that drafts, of steps of so many tokens and requests."""
+        if self._drafter is None:
+            return []
+        sizes = ((max(tokens, each), each) for each in requests)
+        return [run for each in sizes for run in self._drafter.forward_passes(*each)]
+
+    def _rest(self) -> None:
+        """Calls of the ops that surround a forward pass."""
+        example_draws(self._model.vocab_size, self._config.num_drafts, self._platform)
+        for width in self._config.decode_widths:
+            self._buffers.example(StepShape.decode(1, width))
+        self._buffers.example(StepShape.mixed(2, 1))
+        if self._drafter is not None:
+            self._drafter.example()
+        if parse_verify(self._config.graph_verify).startup:
+            Guard(self._forward_pass).example()
+
+    def measure_activations(self) -> int:
+        """Peak bytes of the largest step beyond the weights; 0 where nothing counts them."""
+        if not self._platform.counts_memory:
+            return 0
+        peak = 0
+        try:
+            self._platform.synchronize()
+            self._platform.reset_peak_memory()
+            before = self._platform.memory_allocated()
+            with self._ops.activate():
+                tokens, requests = self._max_tokens, self._config.max_num_seqs
+                self._forward_pass.forward(StepShape.mixed(tokens, requests))
+                decode = StepShape.decode(requests, 1 + self._config.num_drafts)
+                logits = self._forward_pass.forward(decode).float()
+                logits.clone().softmax(dim=-1).add_(logits)
+                del logits
+                for each in self._draft_passes(tokens, requests):
+                    each()
+            self._platform.synchronize()
+            peak = self._platform.peak_memory_allocated() - before
+            self._platform.empty_cache()
+        except Exception as error:  # drivers fail with errors of many types
+            logger.warning("activation memory could not be measured (%s)", describe(error))
+        logger.info("activations: %.2f GiB at %d tokens", peak / 2**30, self._max_tokens)
+        return peak
