@@ -120,3 +120,11 @@ def as_codes(
 def takes_numbers(scales: Tensor | None = None, **_: object) -> str | None:
     """Of kernels that read and write numbers alone."""
     return None if scales is None else "rows of this kernel are numbers, not codes with scales"
+
+
+def takes_codes(cache: Tensor, scales: Tensor | None = None, **_: object) -> str | None:
+    """Of kernels that write both."""
+    each = cache.shape[-1]
+    if scales is None or each & (each - 1) == 0:
+        return None
+    return f"a scale is of {each} channels, which is no power of two"

@@ -1,6 +1,6 @@
 from reprise.ops.kv_insert.cases import cases
 from reprise.ops.kv_insert.reference import reference
-from reprise.ops.latent_rows import takes_numbers
+from reprise.ops.latent_rows import takes_codes
 from reprise.ops.registry import needs_triton, op
 
 kv_insert = op(
@@ -15,6 +15,6 @@ kv_insert.implementation(
     "triton",
     "reprise.ops.kv_insert.triton:kv_insert",
     requires=needs_triton,
-    accepts=takes_numbers,
+    accepts=takes_codes,
     on_request="no device has run it yet",
 )

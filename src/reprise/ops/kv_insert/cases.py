@@ -28,9 +28,13 @@ def _small(make: Maker) -> list[Arguments]:
     plain = [_arguments(make, 1, 32, 8, wide=True), _arguments(make, 9, 64, 64, wide=False)]
     if make.fp8 is None:
         return plain
-    coded = _arguments(make, 5, 32, 8, wide=True)
-    names = zip(("cache", "tail", "scales"), as_codes(coded["cache"], 8, make.fp8), strict=True)
-    return [*plain, {**coded, **dict(names)}]
+    return [*plain, _coded(_arguments(make, 5, 32, 8, wide=True), 8, make.fp8)]
+
+
+def _coded(found: Arguments, rotated: int, dtype: torch.dtype) -> Arguments:
+    """The same of a cache of codes."""
+    made = as_codes(found["cache"], rotated, dtype)
+    return {**found, **dict(zip(("cache", "tail", "scales"), made, strict=True))}
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
@@ -40,6 +44,14 @@ def _workloads(make: Maker) -> Iterator[Workload]:
             functools.partial(_arguments, make, tokens, HEAD, ROTATED, wide=True),
             read_write=2 * 2 * tokens * HEAD,
             compiled=tokens <= 64,
+        )
+    if make.fp8 is not None:
+        dtype = make.fp8
+        yield Workload(
+            "V4, T=64, codes",
+            lambda: _coded(_arguments(make, 64, HEAD, ROTATED, wide=True), ROTATED, dtype),
+            read_write=64 * (3 * HEAD + 3 * ROTATED),
+            compiled=True,
         )
 
 

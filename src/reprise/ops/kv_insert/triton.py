@@ -3,6 +3,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.rotary_tail.turn import turn
+from reprise.ops.store_latent import row_options, row_strides, store_row
 from reprise.ops.triton_util import (
     depend,
     launch,
@@ -24,7 +25,7 @@ def kv_insert(
     tail: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference, of numbers; rows and blocks of the cache may be strided."""
+    """Shapes as in the reference; rows and blocks of the cache may be strided."""
     tokens, size = kv.shape
     if kv.stride(1) != 1:
         kv = kv.contiguous()
@@ -36,14 +37,17 @@ def kv_insert(
         cos_sin,
         slots,
         cache,
+        tail,
+        scales,
         kv.stride(0),
         cos_sin.stride(0),
-        *cache.stride(),
+        *row_strides(cache, tail, scales),
         norm_eps,
         SIZE=size,
         HALF=cos_sin.shape[1] // 2,
         BLOCK_SIZE=cache.shape[1],
         BLOCK=block,
+        **row_options(cache, tail, scales),
         num_warps=warps(block, per_thread=4),
         **launch_options(),
     )
@@ -57,16 +61,28 @@ def kv_insert_kernel(
     cos_sin_ptr,
     slots_ptr,
     cache_ptr,
+    tail_ptr,
+    scales_ptr,
     row_stride,
     angle_stride,
     block_stride,
     slot_stride,
+    group_stride,
     channel_stride,
+    tail_block_stride,
+    tail_slot_stride,
+    tail_channel_stride,
+    scale_block_stride,
+    scale_group_stride,
+    scale_slot_stride,
     norm_eps,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROUND: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes a token."""
@@ -81,6 +97,9 @@ def kv_insert_kernel(
     x = x * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + norm_eps)[:, None]
     x = with_gain(x, gain, kv_ptr.dtype.element_ty).to(kv_ptr.dtype.element_ty)
     y = turn(x.to(tl.float32), angles, SIZE, HALF, BLOCK, False)
-    target = cache_ptr + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
-    y = y.to(cache_ptr.dtype.element_ty)
-    tl.store(target + channel * channel_stride, y, mask=inside)
+    store_row(
+        y.to(kv_ptr.dtype.element_ty).to(tl.float32), slot // BLOCK_SIZE, slot % BLOCK_SIZE,
+        cache_ptr, tail_ptr, scales_ptr, block_stride, slot_stride, group_stride, channel_stride,
+        tail_block_stride, tail_slot_stride, tail_channel_stride,
+        scale_block_stride, scale_group_stride, scale_slot_stride, SIZE, EACH, TAIL, ROUND,
+    )  # fmt: skip
