@@ -89,8 +89,9 @@ def main() -> int:
             line = {
                 "model": asked.model, "engine": name, "device": llm.engine.platform.device_name,
                 "compositions": len(found.compositions), "steps": found.steps,
-                "requests": found.requests, "most_at_once": found.largest,
-                "prefix_hits": found.cached, "wrong": found.wrong,
+                "requests": found.requests, "most_at_once": max(found.rows),
+                "prefixes_found": len(found.cached), "preempted": found.preempted,
+                "steps_with_drafts": found.drafted, "wrong": found.wrong,
                 "seconds": round(time.perf_counter() - began, 1),
             }  # fmt: skip
             print(json.dumps(line), flush=True)

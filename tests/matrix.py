@@ -119,6 +119,16 @@ class Features:
         return f"{self.executor}, {self.model}, {self.drafts} drafts{by}{weights}"
 
 
+def ahead_of_its_tokens(model: TinyModel, device: str, **options: Any) -> LLM:
+    """One that submits the next step before it knows this one's tokens, whatever the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        buffers = functools.partial(model_runner.StepBuffers, shared=False)
+        patch.setattr(model_runner, "StepBuffers", buffers)
+        llm = make_llm(model, device, **options)
+    llm.engine.pipeline.depth = 2
+    return llm
+
+
 @dataclass(frozen=True)
 class Case:
     """An engine that is disturbed, and the requests that must not notice."""
@@ -146,15 +156,10 @@ class Case:
                 by = {"method": self.features.drafter, "model": str(self.draft)}
             count = {"num_speculative_tokens": self.features.drafts}
             config["speculative_config"] = {**by, **count, **options.pop("drafts", {})}
+        make = ahead_of_its_tokens if ahead else make_llm
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gated_delta, "STATE", CHECKPOINT)
-            if ahead:
-                buffers = functools.partial(model_runner.StepBuffers, shared=False)
-                patch.setattr(model_runner, "StepBuffers", buffers)
-            llm = make_llm(self.model, self.device, **{**config, **options})
-        if ahead:
-            llm.engine.pipeline.depth = 2
-        return llm
+            return make(self.model, self.device, **{**config, **options})
 
     def answers(self, llm: LLM, order: Sequence[int] | None = None) -> list[Any]:
         """The output of each subject, all submitted together."""

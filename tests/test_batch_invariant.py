@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TinyModels, make_llm
-from matrix import CHECKPOINT
+import torch
+from draft_heads import write_head
+from helpers import HYBRIDS, TinyModel, TinyModels, make_llm
+from matrix import CHECKPOINT, ahead_of_its_tokens
 
 from reprise.doctor import compositions
 from reprise.layers import gated_delta
@@ -21,16 +24,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
          "prompt_lookup_min": 1}  # fmt: skip
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 3}
+HEAD = {"method": "eagle3", "num_speculative_tokens": 7}
 BUCKETS = {"graph_buckets": "decode=3,6;mixed=32"}
+FULL = {**BUCKETS, "graph_mode": "full"}
+BREAKABLE = {**BUCKETS, "graph_mode": "breakable"}
+CROWDS = {"max_num_seqs": 130, "num_blocks": 3500}
 ENGINES: dict[str, dict[str, Any]] = {
     "eager, chunks": {"max_num_batched_tokens": 24},
-    "full graphs, drafts": {**BUCKETS, "graph_mode": "full", "speculative_config": NGRAM},
-    "breakable graphs, few blocks": {**BUCKETS, "graph_mode": "breakable", "num_blocks": 40},
+    "full graphs, drafts": {**FULL, "speculative_config": NGRAM},
+    "breakable graphs, few blocks": {**BREAKABLE, "num_blocks": 40},
+    "draft model, few blocks": {**FULL, "speculative_config": DRAFT_MODEL, "num_blocks": 44},
+    "head, chunks": {**BREAKABLE, "speculative_config": HEAD, "max_num_batched_tokens": 49},
+    "crowds": {**CROWDS, "max_num_batched_tokens": 260},
+    "crowds, full graphs": {**CROWDS, "graph_mode": "full", "max_num_batched_tokens": 131,
+                            "graph_buckets": "decode=8,17,64,130;mixed=131"},
+    "small chunks, run ahead": {"max_num_batched_tokens": 9, "ahead": True},
     "bfloat16": {"dtype": "bfloat16", "max_num_batched_tokens": 40},
+    "float16": {"dtype": "float16", "max_num_batched_tokens": 65},
     "codes": {"kv_cache_dtype": "fp8"},
+    "large blocks": {"block_size": 32, "max_num_batched_tokens": 50},
     "compiled": {**BUCKETS, "graph_mode": "compiled"},
-}
-"""Options of those whose batches are looked at; what is expected is of a plain one."""
+}  # fmt: skip
+"""Options of those whose batches are looked at; what is expected is of a plain one. ``ahead``: the
+next step is submitted before this one's tokens are known."""
 SHORT = {
     "llama": "bfloat16",
     "qwen3": "breakable graphs, few blocks",
@@ -48,6 +65,27 @@ def short_states(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> None:
         pytest.skip("no implementation of products promises it here")
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def drafting(
+    tiny: TinyModels, model: TinyModel, config: dict[str, Any], *, hybrid: bool
+) -> dict[str, Any]:
+    """With the model or the head that drafts."""
+    if config["method"] == "ngram":
+        return config
+    if config["method"] == "draft_model":
+        # None can have states: for a hybrid it is a model of another kind.
+        return {**config, "model": str((tiny() if hybrid else tiny.near(model)).path)}
+    path = model.path.with_name(f"{model.path.name}-head")
+    path = path if path.exists() else write_head(path, model, depths=(0, 1, 2))
+    return {**config, "model": str(path)}
+
+
 def watched(
     tiny: TinyModels,
     device: str,
@@ -60,24 +98,30 @@ def watched(
 ) -> compositions.Found:
     """``kinds``: requests that batches are made of."""
     model = tiny(family, **FAMILIES[family])
-    options = ENGINES[engine]
+    options = dict(ENGINES[engine])
+    ahead = options.pop("ahead", False)
     numbers = {name: options[name] for name in ("dtype", "kv_cache_dtype") if name in options}
     common = {"batch_invariant": invariant, "block_size": 8, "max_num_seqs": 6,
               "num_blocks": 400}  # fmt: skip
     plain = make_llm(model, device, **{**common, **numbers, "enable_prefix_caching": False})
     subjects = compositions.make_subjects(plain.engine.vocab_size, LONGEST, kinds)
     expected = compositions.alone(plain, subjects)
-    llm = make_llm(model, device, **{**common, **options})
-    return compositions.run(llm, subjects, expected, count)
+    if "speculative_config" in options:
+        options["speculative_config"] = drafting(
+            tiny, model, options["speculative_config"], hybrid=family in HYBRIDS
+        )
+    make = ahead_of_its_tokens if ahead else make_llm
+    llm = make(model, device, **{**common, **options})
+    found = compositions.run(llm, subjects, expected, count)
+    print(f"{family}, {engine}: {found}", flush=True)
+    return found
 
 
 def agree(found: compositions.Found, count: int) -> None:
-    print(f"{len(found.compositions)} compositions, {found.requests} requests, at most "
-          f"{found.largest} at once, {found.cached} prefix hits")  # fmt: skip
     assert not found.wrong, found.wrong
     assert len(found.compositions) >= count
     assert found.requests > count // 10
-    assert found.largest > 2
+    assert max(found.rows) > 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +141,21 @@ def test_answers_in_ten_thousand_batches_a_family(
     count = -(-10_000 // len(ENGINES))
     found = watched(tiny, device, family, engine, count)
     agree(found, count)
-    assert found.cached
+    options = ENGINES[engine]
+    # What the engine is there for has happened.
+    assert len(found.cached) > 1
+    assert bool(found.drafted) == ("speculative_config" in options)
+    assert found.preempted or options.get("num_blocks", 400) >= 400
+    assert max(found.rows) == options.get("max_num_seqs", 6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_it_is_with_another_number_of_threads(
+    tiny: TinyModels, device: str, threads: None, family: str
+) -> None:
+    torch.set_num_threads(2)
+    agree(watched(tiny, device, family, "eager, chunks", 40, kinds=6), 40)
 
 
 def test_without_the_option_bits_depend_on_the_batch(tiny: TinyModels, device: str) -> None:

@@ -3,6 +3,7 @@ those answers whoever computes beside them."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Hashable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from reprise.engine.completion import CompletionGroup
 from reprise.llm import LLM
+from reprise.logprobs import WholeLogprobs
 from reprise.sampling_params import WHOLE_VOCABULARY, SamplingParams
 from reprise.step import Step
 
@@ -24,7 +26,14 @@ _DRAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.9, "top_p": 0.95, "top_k": 50},
     {"temperature": 0.0, "repetition_penalty": 1.2},
+    {"temperature": 1.3, "min_p": 0.02},
+    {"temperature": 0.0, "frequency_penalty": 0.7, "presence_penalty": -0.4},
+    {"temperature": 0.8, "logit_bias": {5: 6.0, 7: -100.0}, "min_tokens": 3, "stop_token_ids": [5]},
+    {"temperature": 0.7, "allowed_token_ids": range(3, 60, 2)},
+    {"temperature": 0.0, "prompt_logprobs": WHOLE_VOCABULARY},
 )
+_CROWDS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+"""Requests at once: below, at and above where kernels are chosen by the number of rows."""
 
 
 class Subject(NamedTuple):
@@ -39,21 +48,33 @@ class Answer(NamedTuple):
 
     tokens: list[int]
     logprobs: list[Any]
-    """Of each token, [V] float32."""
+    """Of each token, [V] float32; none if the whole vocabulary's were not asked for."""
+    prompt: list[Any]
+    """Of each token of the prompt but the first, where asked for."""
 
     @classmethod
     def of(cls, group: CompletionGroup) -> Answer:
-        (output,) = group.output().outputs
-        entries: Any = output.logprobs
-        return cls(list(output.token_ids), [each.parts[1] for each in entries])
+        output = group.output()
+        (completion,) = output.outputs
+        return cls(
+            list(completion.token_ids), _whole(completion.logprobs), _whole(output.prompt_logprobs)
+        )
 
     def differs(self, other: Answer) -> str | None:
-        """At which token the other one is different; None: it has the same bits."""
-        for number, (mine, its) in enumerate(zip(self.logprobs, other.logprobs, strict=False)):
-            if not np.array_equal(mine.view(np.int32), its.view(np.int32)):
-                largest = np.abs(mine - its).max()
-                return f"the log probabilities of token {number} differ by {largest:.3g} at most"
+        """At which token the other one is different; None: it has the same bits in all that both
+        have."""
+        pairs = [("the prompt's token", self.prompt, other.prompt)]
+        pairs.append(("token", self.logprobs, other.logprobs))
+        for what, all_mine, all_its in pairs:
+            for number, (mine, its) in enumerate(zip(all_mine, all_its, strict=False)):
+                if not np.array_equal(mine.view(np.int32), its.view(np.int32)):
+                    largest = np.abs(mine - its).max()
+                    return f"the log probabilities of {what} {number} differ by up to {largest:.3g}"
         return None if self.tokens == other.tokens else "tokens differ"
+
+
+def _whole(entries: Sequence[Any] | None) -> list[Any]:
+    return [each.parts[1] for each in entries or () if isinstance(each, WholeLogprobs)]
 
 
 @dataclass
@@ -66,10 +87,16 @@ class Found:
     which are computed."""
     requests: int = 0
     """That were compared from their first token to their last."""
-    largest: int = 0
-    """Requests in a step."""
-    cached: int = 0
-    """Requests that found a part of their prompt computed."""
+    rows: set[int] = field(default_factory=set)
+    """Numbers of requests that steps have had."""
+    tokens: set[int] = field(default_factory=set)
+    """Numbers of tokens that steps have had."""
+    cached: set[int] = field(default_factory=set)
+    """How many tokens of a prompt were found computed; 0 is left out."""
+    preempted: int = 0
+    """Requests that lost their blocks once or more."""
+    drafted: int = 0
+    """Steps that verified drafts."""
     wrong: list[str] = field(default_factory=list)
 
     def compare(
@@ -78,16 +105,26 @@ class Found:
         """Take in what subject ``number`` got."""
         self.requests += 1
         metrics = group.output().metrics
-        self.cached += bool(metrics and metrics.num_cached_tokens)
+        if metrics.num_cached_tokens:
+            self.cached.add(metrics.num_cached_tokens)
+        self.preempted += bool(metrics.num_preemptions)
         reason = expected.differs(Answer.of(group))
         if reason is not None:
             tokens = len(subject.prompt)
             self.wrong.append(f"request {number} ({tokens} tokens of prompt): {reason}")
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.compositions)} compositions in {self.steps} steps of {min(self.rows)} to "
+            f"{max(self.rows)} requests and {max(self.tokens)} tokens at most, {self.requests} "
+            f"requests compared, prefixes of {len(self.cached)} lengths found, {self.preempted} "
+            f"preempted, {self.drafted} steps with drafts, {len(self.wrong)} wrong"
+        )
+
 
 def make_subjects(vocab_size: int, longest: int, count: int, seed: int = 0) -> list[Subject]:
     """Requests of all kinds: short and long ones, beginnings that several share, texts that repeat
-    themselves, so that drafts count; greedy, drawn, and with penalties.
+    themselves, so that drafts count; greedy, drawn, and with all that changes logits.
 
     Args:
         vocab_size: Of the model.
@@ -110,13 +147,26 @@ def make_subjects(vocab_size: int, longest: int, count: int, seed: int = 0) -> l
             prompt = [*shared[: chance.randint(1, len(shared))], *prompt]
         elif number % 3 == 2:
             prompt = prompt[: chance.randint(1, 6)] * room
-        draw = _DRAWS[number % 4 % 3]
+        draw = _DRAWS[number % len(_DRAWS)]
         params = SamplingParams(
             **draw, seed=number, max_tokens=tokens, ignore_eos=True, detokenize=False,
             logprobs=WHOLE_VOCABULARY,
         )  # fmt: skip
         found.append(Subject(prompt[:room], params))
     return found
+
+
+def asked(subject: Subject, chance: random.Random) -> tuple[dict[str, Any], SamplingParams]:
+    """The prompt and parameters of one who asks for the same tokens, and for more or less of what
+    must not change them: log probabilities, drafts, which prefixes may be shared."""
+    prompt, params = subject
+    logprobs = chance.choice((WHOLE_VOCABULARY, WHOLE_VOCABULARY, WHOLE_VOCABULARY, 3, None))
+    changed = dataclasses.replace(
+        params, logprobs=logprobs, num_drafts=chance.choice((None, None, 0, 1)),
+        skip_reading_prefix_cache=chance.random() < 0.1,
+    )  # fmt: skip
+    salt = chance.choice((None, None, None, "one", "two"))
+    return {"prompt_token_ids": prompt, "cache_salt": salt}, changed
 
 
 def alone(llm: LLM, subjects: Sequence[Subject]) -> list[Answer]:
@@ -135,7 +185,8 @@ def run(
 ) -> Found:
     """Compute random batches until there were ``count`` compositions, and compare all that ends.
 
-    Requests come at random times, more of them and fewer by turns, and some are given up.
+    Requests come at random times, more of them and fewer by turns, up to numbers at which kernels
+    change; some are more urgent, and some are given up.
 
     Args:
         llm: Whose batches they are.
@@ -156,7 +207,9 @@ def run(
         for each in step.admitted:
             by_row[each.row] = each.request_id
         found.steps += 1
-        found.largest = max(found.largest, len(step.rows))
+        found.rows.add(len(step.rows))
+        found.tokens.add(step.num_tokens)
+        found.drafted += any(step.drafts)
         members = []
         for row, tokens, drafts in zip(step.rows, step.counts, step.drafts, strict=True):
             number, group = known[by_row[row]]
@@ -167,15 +220,17 @@ def run(
 
     vars(engine.runner)["submit"] = noting
     try:
-        crowd, names = most, itertools.count()
+        crowds = [each for each in _CROWDS if each < most] + [most, most + 2]
+        crowd, at_once, names = most, True, itertools.count()
         while (more := len(found.compositions) < count) or under_way:
             if chance.random() < 0.05:
-                crowd = chance.randint(1, most + 2)
-            while more and len(under_way) < crowd and (not under_way or chance.random() < 0.6):
+                crowd, at_once = chance.choice(crowds), chance.random() < 0.5
+            while more and len(under_way) < crowd:
+                if under_way and not at_once and chance.random() < 0.4:
+                    break
                 number = chance.randrange(len(subjects))
                 name = f"{next(names)}"
-                prompt, params = subjects[number]
-                group = engine.add(name, {"prompt_token_ids": prompt}, params)
+                group = engine.add(name, *asked(subjects[number], chance), chance.randrange(3))
                 under_way[name] = known[name] = number, group
             if more and chance.random() < 0.02:
                 given_up = chance.choice(list(under_way))
