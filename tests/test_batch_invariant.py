@@ -33,8 +33,8 @@ CROWDS = {"max_num_seqs": 130, "num_blocks": 3500}
 ENGINES: dict[str, dict[str, Any]] = {
     "eager, chunks": {"max_num_batched_tokens": 24},
     "full graphs, drafts": {**FULL, "speculative_config": NGRAM},
-    "breakable graphs, few blocks": {**BREAKABLE, "num_blocks": 40},
-    "draft model, few blocks": {**FULL, "speculative_config": DRAFT_MODEL, "num_blocks": 44},
+    "breakable graphs, few blocks": {**BREAKABLE, "num_blocks": 32},
+    "draft model, few blocks": {**FULL, "speculative_config": DRAFT_MODEL, "num_blocks": 36},
     "head, chunks": {**BREAKABLE, "speculative_config": HEAD, "max_num_batched_tokens": 49},
     "crowds": {**CROWDS, "max_num_batched_tokens": 260},
     "crowds, full graphs": {**CROWDS, "graph_mode": "full", "max_num_batched_tokens": 131,

@@ -5,8 +5,8 @@
 
 Arguments: Triton's backend, its architecture, and the bytes of shared memory that a program can
 have there. Prints one JSON object a kernel: its name, the bytes of shared memory, the registers of
-a thread, what of them spilled to memory (bytes with CUDA, registers with HIP), and whether it reads
-eight-bit numbers; where an op fails, its name and the error.
+a thread, what of them spilled to memory (bytes with CUDA, registers with HIP), the instructions of
+matrix units, and whether it reads eight-bit numbers; where an op fails, its name and the error.
 """
 
 from __future__ import annotations
@@ -75,13 +75,17 @@ def _compile(launch: Any, *args: Any, **options: Any) -> Any:
 
 
 def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each kernel that the ops' Triton implementations launch, compiled."""
+    """Each kernel that the ops' implementations in Triton launch, compiled."""
     found: list[tuple[str, dict[str, Any]]] = []
     original = JITFunction.run
 
     def run(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = original(self, *args, warmup=True, **kwargs)
-        needs = {"shared_memory": compiled.metadata.shared, **registers(compiled)}
+        needs = {
+            "shared_memory": compiled.metadata.shared,
+            "multiplies_by": matrix_instructions(compiled),
+            **registers(compiled),
+        }
         found.append((self.__name__, needs))
         return compiled
 
@@ -127,6 +131,12 @@ def sum_over_ranks(make: Maker) -> None:
         flags=0,
     )
     triton_of._sum(buffer, make.randn(64, 4096), make.randn(64, 4096), add=True)
+
+
+def matrix_instructions(compiled: Any) -> list[str]:
+    """Those of the matrix units that it has, each once."""
+    code = compiled.asm.get("amdgcn") or compiled.asm["ptx"]
+    return sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.:]*", code)))
 
 
 def registers(compiled: Any) -> dict[str, int]:

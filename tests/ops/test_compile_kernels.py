@@ -30,6 +30,7 @@ TARGETS = {
     "CDNA 3": ("hip", "gfx942", 65536),
 }
 """Backend, architecture, bytes of shared memory that a program can have."""
+NOT_TRIED = {"shared_sums_kernel": 24, "absolute_splits_kernel": 64}
 SPILLS = {
     "Hopper": {
         "mixed_attention_kernel": 64,
@@ -50,6 +51,8 @@ SPILLS = {
         "draw_kernel": 56,
         "sparse_attention_kernel": 13,
         "index_scores_kernel": 1,
+        "shared_sums_kernel": 10,
+        "absolute_splits_kernel": 22,
     },
 }
 """Registers do not suffice for these, by at most so much: bytes with CUDA, registers with HIP. All
@@ -62,6 +65,9 @@ ON_CODES = {
     "CDNA 3": {"mixed_attention_kernel": 10, "split_attention_kernel": 637},
 }
 """The same where keys and values are eight-bit numbers."""
+
+ONE_INSTRUCTION = ("shared_sums_kernel",)
+"""Whatever the number of rows: all that is compiled of these multiplies by the same instruction."""
 
 
 # The one of another vendor compiles fastest, and has the least room.
@@ -88,3 +94,7 @@ def test_every_kernel_compiles_and_fits(device, target) -> None:
         if each["spills"] > (coded if each["on_codes"] else known).get(each["kernel"], 0)
     ]
     assert {each["kernel"] for each in found} == KERNELS
+    for kernel in ONE_INSTRUCTION:
+        kinds = {tuple(each["multiplies_by"]) for each in found if each["kernel"] == kernel}
+        assert len(kinds) == 1, kernel
+        assert len(kinds.pop()) == 1, kernel

@@ -51,6 +51,12 @@ def on_the_host(platform: Platform) -> bool:
     return platform.device_type == "cpu"
 
 
+def on_an_accelerator(platform: Platform) -> bool:
+    """What torch computes number by number there, and the end of a tensor by other code on a CPU:
+    functions of single numbers."""
+    return not on_the_host(platform)
+
+
 def needs_triton(platform: Platform) -> str | None:
     return None if platform.has_triton else "Triton cannot run on this platform"
 

@@ -50,6 +50,11 @@ _IN_ORDER: Mapping[str, Any] = {"EARLY": False}
 _EARLY: Mapping[str, Any] = {"EARLY": True, "launch_pdl": True}
 
 
+APART: Mapping[str, Any] = {"enable_fp_fusion": False}
+"""Of launches whose products and sums are not made into one that is rounded once: several kernels,
+or parts of one, then compute the same with the same source."""
+
+
 def launch_options() -> Mapping[str, Any]:
     """For every launch of a kernel that calls :func:`depend`: its constant and its option."""
     platform = active_platform()

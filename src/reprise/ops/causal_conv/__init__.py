@@ -18,3 +18,9 @@ causal_conv.implementation(
     "reprise.ops.causal_conv.triton:causal_conv",
     requires=needs_triton,
 )
+causal_conv.implementation(
+    "triton_invariant",
+    "reprise.ops.causal_conv.triton:invariant",
+    requires=needs_triton,
+    batch_invariant=True,
+)

@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2
+from reprise.ops.triton_util import APART, cdiv, depend, launch, launch_options, next_power_of_2
 
 _CHANNELS = 512
 """Of a program that computes one token a request."""
@@ -24,8 +26,13 @@ def causal_conv(
     accepted: Tensor | None = None,
     known: Tensor | None = None,
     places: Tensor | None = None,
+    one_code: bool = False,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference.
+
+    Args:
+        one_code: Sum by the same code in any step, so that bits do not depend on where one ends.
+    """
     tokens, size = x.shape
     requests, taps = len(slots), weight.shape[1]
     step = slots, query_start_loc, seq_lens, fresh, accepted
@@ -33,7 +40,7 @@ def causal_conv(
     strides = x.stride(0), state.stride(0), slots.stride(0)
     sizes = {"SIZE": size, "TAPS": taps}
     kept = state.shape[1]
-    if query_len == 1 and tokens == requests:
+    if query_len == 1 and tokens == requests and not one_code:
         grid = (requests, cdiv(size, _CHANNELS))
         launch(conv_one_token_kernel, grid)(
             x, weight, state, *step, *told, out, *strides,
@@ -43,13 +50,17 @@ def causal_conv(
     launch(conv_tokens_kernel, (cdiv(tokens, _TOKENS), cdiv(size, _COLUMNS)))(
         x, weight, state, *step, out, *strides, tokens, requests,
         **sizes, TOKENS=_TOKENS, REQUESTS=next_power_of_2(requests), BLOCK=_COLUMNS,
-        num_warps=4, **launch_options(),
+        num_warps=4, **(APART if one_code else {}), **launch_options(),
     )  # fmt: skip
     # Only then: the first tokens of a request read what it overwrites.
     launch(conv_state_kernel, (requests, cdiv(size, _CHANNELS)))(
         x, state, *step, *told, *strides, **sizes, KEPT=kept, ROWS=next_power_of_2(kept),
         BLOCK=_CHANNELS, num_warps=4, **launch_options(),
     )  # fmt: skip
+
+
+invariant = functools.partial(causal_conv, one_code=True)
+"""The bits of a token depend on its request's tokens alone."""
 
 
 @triton.jit

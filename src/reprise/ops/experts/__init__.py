@@ -32,6 +32,13 @@ def _declare(name: str, mutates: tuple[str, ...] = ()) -> Op:
         accepts=clamps_nothing if name == "experts" else anything,
         batch_invariant=True,
     )
+    declared.implementation(
+        "triton_invariant",
+        f"reprise.ops.experts.triton_invariant:{name}",
+        requires=needs_triton,
+        accepts=takes,
+        batch_invariant=True,
+    )
     return declared
 
 

@@ -24,7 +24,7 @@ _BY_ROWS = (
 )
 """Rows of an expert up to which a configuration is used, where all experts have as many."""
 _MANY = Config(128, 256, 64, 4, 8)
-_WIDE = Config(16, 64, 64, 4, 4)
+WIDE = Config(16, 64, 64, 4, 4)
 """For float32, which the matrix units do not take."""
 
 
@@ -52,7 +52,7 @@ def experts_add(
 def config_for(x: Tensor, slots: int, experts: int) -> Config:
     """Sizes of the tiles of both products."""
     if x.dtype is torch.float32:
-        return _WIDE
+        return WIDE
     return next((each for most, each in _BY_ROWS if slots <= most * experts), _MANY)
 
 
@@ -61,13 +61,26 @@ def _experts(
     *, add: bool,
 ) -> None:  # fmt: skip
     rows, top = ids.shape
+    if rows <= _MOST_ALONE:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        launch_one_row(x, weights, ids, gate_up, down, out, add=add)
+        return
+    config = config_for(x, rows * top, len(down))
+    launch_sorted(x, weights, ids, gate_up, down, out, config, add=add)
+
+
+def launch_sorted(
+    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, out: Tensor,
+    config: Config, *, add: bool,
+) -> None:  # fmt: skip
+    """Write the weighted sums to ``out`` [T, D], or add them to what it holds if ``add``: by tiles
+    of ``config``, whatever the number of rows."""
+    rows, top = ids.shape
+    if rows == 0:
+        return
     count, hidden, inner = down.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    if rows <= _MOST_ALONE:
-        launch_one_row(x, weights, ids, gate_up, down, out, add=add)
-        return
-    config = config_for(x, rows * top, count)
     groups = sort_by_expert(ids, count, config.block_m)
     products = x.new_empty((rows * top, inner))
     launch_grouped(x, gate_up, groups, products, config, top=top, gated=True)

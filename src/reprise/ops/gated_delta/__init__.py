@@ -41,3 +41,10 @@ gated_delta.implementation(
     graph_support="always",
     batch_invariant=True,
 )
+gated_delta.implementation(
+    "triton_invariant",
+    "reprise.ops.gated_delta.triton:invariant",
+    requires=needs_triton,
+    graph_support="always",
+    batch_invariant=True,
+)

@@ -12,6 +12,7 @@ from triton.runtime import driver
 from reprise.ops.gated_delta.chunk_kernels import delta_chunk_kernel, delta_scan_kernel
 from reprise.ops.gated_delta.recurrent_kernel import delta_keep_kernel, delta_tokens_kernel
 from reprise.ops.triton_util import (
+    APART,
     INTERPRETED,
     cdiv,
     launch,
@@ -23,6 +24,8 @@ from reprise.ops.triton_util import (
 _CHUNK = 64
 _SHORT = 8
 """New tokens of a request up to which it is computed token by token in any step."""
+_ANY = 1 << 30
+"""The same, where all are."""
 _TOKEN_PART, _TOKEN_WARPS = 32, 4
 """Channels of a head that one program computes token by token, and its warps."""
 _KEEP = 1024
@@ -53,8 +56,14 @@ def gated_delta(
     accepted: Tensor | None = None,
     known: Tensor | None = None,
     places: Tensor | None = None,
+    by_token: bool = False,
 ) -> None:
-    """Shapes as in the reference."""
+    """Shapes as in the reference.
+
+    Args:
+        by_token: Compute every request token by token, by one code however many tokens it has, so
+            that bits do not depend on where a step ends.
+    """
     tokens, requests = len(qkv), len(slots)
     _, heads, values, keys = state.shape
     group = heads // ((qkv.shape[1] - heads * values) // (2 * keys))
@@ -67,16 +76,18 @@ def gated_delta(
     sizes = {"GROUP": group, "HEADS": heads, "KEYS": keys, "VALUES": values}
     block_k, block_v = next_power_of_2(keys), next_power_of_2(values)
     # Who verifies drafts is computed token by token.
-    short = max(_SHORT, drafts)
-    all_short = 0 < query_len <= short
-    each = query_len if all_short and tokens == requests * query_len else 0
+    short = _ANY if by_token else max(_SHORT, drafts)
+    all_short = by_token or 0 < query_len <= short
+    each = query_len if all_short and not by_token and tokens == requests * query_len else 0
+    # Tokens that are replayed and those that are new are rounded alike.
+    fusion = APART if by_token else {}
     if not each:
         out.zero_()
     part = min(_TOKEN_PART, block_v)
     launch(delta_tokens_kernel, (requests, heads, cdiv(values, part)))(
         *inputs, *states, *step, known, out, *in_strides, *strides,
         EACH=each, MOST=short, **sizes, BLOCK_K=block_k, BLOCK_V=part,
-        num_warps=_TOKEN_WARPS, **launch_options(),
+        num_warps=_TOKEN_WARPS, **fusion, **launch_options(),
     )  # fmt: skip
     if not all_short:
         _long(inputs, states, step, out, in_strides, strides, short, sizes)
@@ -85,8 +96,12 @@ def gated_delta(
         launch(delta_keep_kernel, grid)(
             *inputs, recent, gates, slots, query_start_loc, seq_lens, known, places,
             *in_strides, *strides[1:], **sizes, BLOCK=_KEEP, BLOCK_H=next_power_of_2(heads),
-            num_warps=4, **launch_options(),
+            num_warps=4, **fusion, **launch_options(),
         )  # fmt: skip
+
+
+invariant = functools.partial(gated_delta, by_token=True)
+"""The bits of a token depend on its request's tokens alone."""
 
 
 def _stride(kept: Tensor | None) -> int:

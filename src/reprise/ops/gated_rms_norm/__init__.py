@@ -14,4 +14,5 @@ gated_rms_norm.implementation(
     "triton",
     "reprise.ops.gated_rms_norm.triton:gated_rms_norm",
     requires=needs_triton,
+    batch_invariant=True,
 )

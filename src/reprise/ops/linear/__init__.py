@@ -20,6 +20,7 @@ _REQUIREMENTS = {
     "triton": needs_triton,
     "onednn": needs_onednn,
     "invariant": needs_host_memory,
+    "triton_invariant": needs_triton,
 }
 
 
@@ -32,14 +33,13 @@ def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) ->
         rows=("x", *mutates),
         fake=getattr(reference, f"fake_{name}", None),
     )
-    for each in (*implementations, "invariant"):
-        invariant = each == "invariant"
+    for each in (*implementations, "invariant", "triton_invariant"):
         declared.implementation(
             each,
             f"reprise.ops.linear.{each}:{name}",
             requires=_REQUIREMENTS[each],
-            accepts=sums_alone if invariant and name.startswith("norm") else anything,
-            batch_invariant=invariant,
+            accepts=sums_alone if each == "invariant" and name.startswith("norm") else anything,
+            batch_invariant=each.endswith("invariant"),
         )
     return declared
 

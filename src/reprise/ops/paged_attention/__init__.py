@@ -40,3 +40,10 @@ paged_attention.implementation(
     graph_support="always",
     batch_invariant=True,
 )
+paged_attention.implementation(
+    "triton_invariant",
+    "reprise.ops.paged_attention.absolute_splits_kernel:paged_attention",
+    requires=needs_triton,
+    graph_support="always",
+    batch_invariant=True,
+)

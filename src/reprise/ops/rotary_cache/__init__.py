@@ -17,7 +17,10 @@ rotary_cache = op(
     batch_invariant=on_the_host,
 )
 rotary_cache.implementation(
-    "triton", "reprise.ops.rotary_cache.triton:rotary_cache", requires=needs_triton
+    "triton",
+    "reprise.ops.rotary_cache.triton:rotary_cache",
+    requires=needs_triton,
+    batch_invariant=True,
 )
 rotary_cache.implementation(
     "torch",

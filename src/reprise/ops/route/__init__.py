@@ -10,4 +10,6 @@ route = op(
     rows=("logits", "weights", "ids", "chosen"),
     batch_invariant=on_the_host,
 )
-route.implementation("triton", "reprise.ops.route.triton:route", requires=needs_triton)
+route.implementation(
+    "triton", "reprise.ops.route.triton:route", requires=needs_triton, batch_invariant=True
+)

@@ -11,7 +11,9 @@ sample = op(
     rows=("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions"),
     batch_invariant=on_the_host,
 )
-sample.implementation("triton", "reprise.ops.sample.triton:sample", requires=needs_triton)
+sample.implementation(
+    "triton", "reprise.ops.sample.triton:sample", requires=needs_triton, batch_invariant=True
+)
 sample.implementation(
     "numpy",
     "reprise.ops.sample.host:sample",

@@ -1,9 +1,16 @@
-from reprise.ops.registry import op
+from reprise.ops.registry import on_an_accelerator, op
 from reprise.ops.sigmoid_and_mul.cases import cases
 from reprise.ops.sigmoid_and_mul.reference import fake, reference
 from reprise.ops.step import needs_host_memory
 
-sigmoid_and_mul = op("sigmoid_and_mul", reference, cases=cases, fake=fake, rows=("x", "gate"))
+sigmoid_and_mul = op(
+    "sigmoid_and_mul",
+    reference,
+    cases=cases,
+    fake=fake,
+    rows=("x", "gate"),
+    batch_invariant=on_an_accelerator,
+)
 sigmoid_and_mul.implementation(
     "invariant",
     "reprise.ops.sigmoid_and_mul.invariant:sigmoid_and_mul",

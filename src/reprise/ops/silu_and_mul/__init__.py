@@ -5,7 +5,10 @@ from reprise.ops.step import needs_host_memory
 
 silu_and_mul = op("silu_and_mul", reference, cases=cases, fake=fake, rows=("x",))
 silu_and_mul.implementation(
-    "triton", "reprise.ops.silu_and_mul.triton:silu_and_mul", requires=needs_triton
+    "triton",
+    "reprise.ops.silu_and_mul.triton:silu_and_mul",
+    requires=needs_triton,
+    batch_invariant=True,
 )
 silu_and_mul.implementation(
     "invariant",

@@ -1,0 +1,42 @@
+"""Products in Triton whose bits of a row depend on that row alone, with what comes before them or
+behind; see :mod:`shared_sums_kernel`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reprise.ops.linear.shared_sums_kernel import launch_product
+from reprise.ops.rms_norm.triton import rms_norm
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    launch_product(x, weight, bias, out)
+    return out
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Shapes as in the reference."""
+    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+def norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    launch_product(rms_norm(x, norm_weight, eps), weight, bias, out, gated=True)
+    return out
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """Shapes as in the reference."""
+    launch_product(x, weight, bias, residual, add=True)
+
+
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Shapes as in the reference."""
+    launch_product(x, weight, None, out)

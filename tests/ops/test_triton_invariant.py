@@ -1,0 +1,257 @@
+"""Kernels whose bits of a row depend on that row alone: at every number of rows at which others
+change, wherever a step ends, whether programs share a tile or not. Under the interpreter, which
+shows the order of sums; that a device's instructions keep it is for the conformance kit there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import HYBRIDS, TinyModels, make_llm
+from matrix import CHECKPOINT
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from reprise import ops
+from reprise.doctor import compositions
+from reprise.errors import OpError
+from reprise.layers import gated_delta as layer
+from reprise.ops import OpTable
+from reprise.ops.causal_conv.triton import invariant as causal_conv
+from reprise.ops.experts import triton_invariant as experts
+from reprise.ops.gated_delta.triton import invariant as gated_delta
+from reprise.ops.linear import reference, shared_sums_kernel, triton_invariant
+from reprise.ops.paged_attention import absolute_splits_kernel as attention
+from reprise.ops.paged_attention.reference import reference as exact_attention
+from reprise.ops.triton_util import DeviceLimits
+from reprise.platforms.cpu import CpuPlatform
+
+THRESHOLDS = (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 65, 127, 128, 129)
+LLAMA = {"linear", "norm_linear", "norm_gated_linear", "linear_add", "paged_attention"}
+DRAWS = {"sample", "silu_and_mul", "rms_norm", "rotary_cache"}
+MIXTURE = {"route", "experts", "experts_add"}
+HYBRID = {"gated_delta", "causal_conv", "gated_rms_norm", "sigmoid_and_mul"}
+
+
+@pytest.fixture
+def make(device: str) -> Callable[..., Tensor]:
+    if device != "cpu":
+        pytest.skip("the conformance kit compares them on a device")
+    generator = torch.Generator().manual_seed(3)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs", "parts"), [(70, 512, 2), (130, 90, 1)])
+def test_a_row_of_a_product(
+    make: Callable[..., Tensor], outputs: int, inputs: int, parts: int, dtype: torch.dtype
+) -> None:
+    """Few rows are shared out to several programs, many are not."""
+    x, weight = make(150, inputs, dtype=dtype), make(outputs, inputs) * inputs**-0.5
+    weight = weight.to(dtype)
+    bias, residual = make(outputs, dtype=dtype), make(150, outputs, dtype=dtype)
+    config = shared_sums_kernel.config_of(x)
+    wide = dtype is torch.float32
+    assert wide or shared_sums_kernel.parts_of(outputs, inputs, config, 2) == parts
+    whole = triton_invariant.linear(x, weight, bias)
+    error = (whole.float() - reference.linear(x, weight, bias).float()).abs().max()
+    assert error < (1e-5 if wide else 0.04)
+    added = residual.clone()
+    triton_invariant.linear_add(x, weight, bias, added)
+    for rows in THRESHOLDS[:: 4 if wide else 2]:
+        some = slice(150 - rows, None)
+        assert torch.equal(triton_invariant.linear(x[some], weight, bias), whole[some])
+        again = residual[some].clone()
+        triton_invariant.linear_add(x[some], weight, bias, again)
+        assert torch.equal(again, added[some])
+
+
+def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
+    config = shared_sums_kernel._CONFIG
+    for outputs, inputs in itertools.product((256, 1024, 4096, 24576), (64, 1024, 4096, 12288)):
+        parts = shared_sums_kernel.parts_of(outputs, inputs, config, 132)
+        steps = inputs // config.block_k
+        assert steps % parts == 0
+        assert parts == 1 or steps // parts >= 4
+        assert parts * -(-outputs // config.block_n) <= max(132, -(-outputs // config.block_n))
+
+
+class Attention:
+    """Attention of one long request in steps of any kind, beside another one or alone."""
+
+    def __init__(self, make: Callable[..., Tensor], dtype: torch.dtype, window: int, cap: float):
+        self.length, self.window, self.cap, self.make = 300, window, cap, make
+        caches = [make(41, 16, 2, 32, dtype=dtype) for _ in range(2)]
+        for each in caches:
+            each[0] = torch.nan
+        self.caches = caches
+        self.query = make(self.length, 4, 32, dtype=dtype)
+        order = 1 + torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        self.tables = order.view(2, 20).int()
+
+    def run(self, compute: Callable[..., None], begin: int, end: int, query_len: int, before: int):
+        queries = [self.make(before, 4, 32, dtype=self.query.dtype), self.query[begin:end]]
+        counts, lengths = [before, end - begin], [before + 37, end]
+        first = 0 if before else 1
+        starts = torch.tensor([0, *itertools.accumulate(counts[first:])], dtype=torch.int32)
+        query = torch.cat(queries)
+        out = torch.full_like(query, 9.0)
+        compute(
+            query, *self.caches, self.tables[first:].contiguous(),
+            torch.tensor(lengths[first:], dtype=torch.int32), starts, out, 32**-0.5,
+            self.window, self.cap, query_len,
+        )  # fmt: skip
+        return out[before:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "cap"),
+    [(torch.float32, 0, 0.0), (torch.bfloat16, 0, 0.0), (torch.float32, 100, 30.0)],
+)
+def test_attention_of_a_token(
+    make: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    window: int,
+    cap: float,
+) -> None:
+    """Decodes, drafts and chunks that end before, at and behind the border of a split."""
+    case = Attention(make, dtype, window, cap)
+    whole = case.run(attention.paged_attention, 240, 300, 0, 0)
+    exact = case.run(exact_attention, 240, 300, 0, 0)
+    torch.testing.assert_close(whole, exact, rtol=0, atol=1e-5 if dtype.itemsize == 4 else 1e-2)
+    for begin, end, query_len, before, parts in (
+        (299, 300, 1, 0, 2), (299, 300, 1, 1, 1), (270, 274, 4, 4, 2), (252, 278, 0, 3, 2),
+        (240, 257, 0, 0, 1), (255, 256, 1, 0, 2), (256, 258, 2, 2, 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(attention, "parts_of", lambda *_, parts=parts: parts)
+        some = case.run(attention.paged_attention, begin, end, query_len, before)
+        assert torch.equal(some, whole[begin - 240 : end - 240]), (begin, end, before, parts)
+
+
+def test_few_programs_share_tiles_and_many_do_not() -> None:
+    device = DeviceLimits(132, 1 << 18)
+    assert attention.parts_of(8, 16, device) == 16
+    assert attention.parts_of(8, 512, device) == 33
+    assert attention.parts_of(200, 512, device) == 1
+
+
+def test_experts_of_a_row(make: Callable[..., Tensor]) -> None:
+    x, weights = make(40, 32), make(40, 2).abs()
+    ids = torch.stack([torch.randperm(6)[:2] for _ in range(40)]).int()
+    ids[7] = -1
+    gate_up, down = make(6, 48, 32), make(6, 32, 24)
+    whole = experts.experts(x, weights, ids, gate_up, down)
+    exact = ops.experts.implementations["reference"].function(x, weights, ids, gate_up, down)
+    torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-3)
+    for rows in (1, 2, 3, 17, 33):
+        some = slice(40 - rows, None)
+        found = experts.experts(x[some], weights[some], ids[some], gate_up, down)
+        assert torch.equal(found, whole[some])
+
+
+def cuts(tokens: int) -> Iterator[tuple[int, ...]]:
+    yield from ((tokens,), (1,) * tokens, (8, 1, tokens - 9), (tokens - 1, 1))
+
+
+def in_steps(
+    compute: Callable[..., None], state: Tensor, lengths: tuple[int, ...], out: Tensor,
+    *given: Any, rows: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A request's tokens in steps of these lengths: what it gets, and its state behind them."""
+    state, found, done = state.clone(), [], 0
+    for count in lengths:
+        some = slice(done, done + count)
+        mine = torch.empty_like(out[some])
+        compute(
+            *(each[some] for each in rows), *given, state, torch.tensor([1], dtype=torch.int32),
+            torch.tensor([0, count], dtype=torch.int32),
+            torch.tensor([done + count], dtype=torch.int32), torch.tensor([done == 0]), mine,
+            count if count <= 8 else 0,
+        )  # fmt: skip
+        found.append(mine)
+        done += count
+    return torch.cat(found), state
+
+
+def test_a_state_wherever_steps_end(make: Callable[..., Tensor]) -> None:
+    tokens = 12
+    qkv, a, b = make(tokens, 64), make(tokens, 4), make(tokens, 4)
+    state, out = make(2, 4, 8, 8), make(tokens, 4, 8)
+    results = [
+        in_steps(gated_delta, state, each, out, make(4) * 0, make(4) * 0, rows=(qkv, a, b))
+        for each in cuts(tokens)
+    ]
+    for answer, after in results[1:]:
+        assert torch.equal(answer, results[0][0])
+        assert torch.equal(after, results[0][1])
+
+
+def test_a_window_wherever_steps_end(make: Callable[..., Tensor]) -> None:
+    tokens = 12
+    x, weight, state, out = make(tokens, 40), make(40, 4), make(2, 3, 40), make(tokens, 40)
+    results = [in_steps(causal_conv, state, each, out, weight, rows=(x,)) for each in cuts(tokens)]
+    for answer, after in results[1:]:
+        assert torch.equal(answer, results[0][0])
+        assert torch.equal(after, results[0][1])
+
+
+class Accelerator(CpuPlatform):
+    """A device whose kernels are Triton's, and whose tensors the host cannot read."""
+
+    name = "somewhere"
+    device_type = "somewhere"
+    preferred = {"*": ("triton", "torch", "reference")}  # noqa: RUF012
+
+    @property
+    def has_triton(self) -> bool:
+        return True
+
+
+def test_a_device_with_triton_has_what_models_need() -> None:
+    table = OpTable(Accelerator(), batch_invariant=True)
+    for name in LLAMA | DRAWS | MIXTURE | HYBRID:
+        assert table.candidates[name], name
+        assert table.chosen[name].name in ("triton", "triton_invariant", "reference"), name
+    assert table.chosen["linear"].name == "triton_invariant"
+    without = OpTable(Accelerator())
+    assert "triton_invariant" not in {each.name for each in without.chosen.values()}
+    # What has none is refused, with its name.
+    assert "fp8_linear" not in table.chosen
+    with table.activate(), pytest.raises(OpError, match="implementation of fp8_linear on somewhe"):
+        ops.fp8_linear(*[torch.ones(1, 1)] * 4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_5"])
+def test_engines_with_these_kernels(
+    tiny: TinyModels, device: str, make: Callable[..., Tensor], monkeypatch: Any, family: str
+) -> None:
+    """All of a model's ops by the interpreter, in batches that come and go."""
+    monkeypatch.setattr(layer, "STATE", CHECKPOINT)
+    fields = {"num_hidden_layers": 2}
+    if family in HYBRIDS:
+        fields["full_attention_interval"] = 2
+    model = tiny(family, **fields)
+    names = LLAMA | (MIXTURE if "moe" in family else set())
+    names |= HYBRID - {"sigmoid_and_mul", "gated_rms_norm"} if family in HYBRIDS else set()
+    common = {
+        "batch_invariant": True, "block_size": 8, "max_num_seqs": 4, "num_blocks": 120,
+        "ops": dict.fromkeys(names, "triton_invariant"),
+    }  # fmt: skip
+    plain = make_llm(model, device, **common, enable_prefix_caching=False)
+    subjects = compositions.make_subjects(plain.engine.vocab_size, 48, 4)
+    expected = compositions.alone(plain, subjects)
+    llm = make_llm(model, device, **common, max_num_batched_tokens=20)
+    found = compositions.run(llm, subjects, expected, 12)
+    print(found)
+    assert not found.wrong, found.wrong
+    assert max(found.rows) > 2
