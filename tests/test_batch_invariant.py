@@ -133,6 +133,7 @@ def test_answers_in_random_batches_have_the_bits_that_they_have_alone(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_in_ten_thousand_batches_a_family(
@@ -146,7 +147,7 @@ def test_answers_in_ten_thousand_batches_a_family(
     assert len(found.cached) > 1
     assert bool(found.drafted) == ("speculative_config" in options)
     assert found.preempted or options.get("num_blocks", 400) >= 400
-    assert max(found.rows) == options.get("max_num_seqs", 6)
+    assert max(found.rows) > (64 if "max_num_seqs" in options else 3)
 
 
 @pytest.mark.long
