@@ -30,7 +30,6 @@ TARGETS = {
     "CDNA 3": ("hip", "gfx942", 65536),
 }
 """Backend, architecture, bytes of shared memory that a program can have."""
-NOT_TRIED = {"shared_sums_kernel": 24, "absolute_splits_kernel": 64}
 SPILLS = {
     "Hopper": {
         "mixed_attention_kernel": 64,
