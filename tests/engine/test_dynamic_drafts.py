@@ -169,9 +169,9 @@ def test_nothing_is_drafted_for_those_who_want_nothing(model: TinyModel, device:
     passes: list[str] = []
     for name, owner in runner.drafter.owners.items():
 
-        def counted(shape: Any, name: str = name, run: Any = owner.run) -> Any:
+        def counted(shape: Any, *others: Any, name: str = name, run: Any = owner.run) -> Any:
             passes.append(f"{name} {shape.phase}")
-            return run(shape)
+            return run(shape, *others)
 
         owner.run = counted
     widths: set[int] = set()

@@ -33,6 +33,8 @@ class Deferred:
     def __init__(self) -> None:
         self._steps: dict[StepShape, int] = {}
         """How many each has had."""
+        self.due = False
+        """Steps have wanted one for long. Steps that have all their graphs read this alone."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -45,6 +47,7 @@ class Deferred:
         """A step of the bucket ran eagerly."""
         if shape in self._steps:
             self._steps[shape] += 1
+            self.due |= self._steps[shape] >= WANTED
 
     def take(self, least: int = 0) -> StepShape | None:
         """The bucket that most steps have wanted, and ``least`` at least, which waits no more; of
@@ -53,8 +56,10 @@ class Deferred:
         if found is None or self._steps[found] < least:
             return None
         del self._steps[found]
+        self.due = any(count >= WANTED for count in self._steps.values())
         return found
 
     def clear(self) -> None:
         """Nothing waits any more."""
         self._steps.clear()
+        self.due = False

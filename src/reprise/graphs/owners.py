@@ -25,6 +25,7 @@ class GraphOwners:
 
     def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
         self.runners = runners
+        self._lazy = [each for each in runners.values() if each.lazy]
         for each in runners.values():
             each.replays.alone = len(runners) == 1
 
@@ -55,7 +56,10 @@ class GraphOwners:
 
     def capture_wanted(self) -> bool:
         """See :meth:`GraphRunner.capture_wanted`, of one owner."""
-        return any(each.capture_wanted() for each in self.runners.values())
+        for each in self._lazy:
+            if each.deferred.due:
+                return each.capture_wanted()
+        return False
 
     def caches_changed(self) -> None:
         """See :meth:`GraphRunner.caches_changed`."""

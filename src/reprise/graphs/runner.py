@@ -226,7 +226,7 @@ class GraphRunner:
     def capture_wanted(self) -> bool:
         """Capture one bucket that steps have wanted for long, if there is one. It is the next step
         that waits for it. The static inputs are not as before."""
-        return bool(self.deferred) and self._capture_deferred(WANTED)
+        return self._capture_deferred(WANTED)
 
     def _capture_deferred(self, least: int) -> bool:
         shape = self.deferred.take(least)
