@@ -16,7 +16,8 @@ from reprise.distributed import Agreement
 from reprise.graphs import GraphPlan, GraphRunner
 from reprise.ops.step import NEXT
 from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts.chain import ChainInputs, DraftChain, chain_width
+from reprise.runner.drafts.chain import DraftChain
+from reprise.runner.drafts.chain_inputs import ChainInputs, chain_width
 from reprise.runner.drafts.contract import Drafter, GraphOptions
 from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.drafts.prefill import DraftPrefill
