@@ -168,7 +168,7 @@ def test_whatever_else_runs(
         max_num_batched_tokens=13,
     )  # fmt: skip
     if device_runs_ahead:
-        monkeypatch.setattr(tight.engine, "_depth", 2)
+        monkeypatch.setattr(tight.engine.pipeline, "depth", 2)
     outputs = tight.generate(prompts, params)
     assert [each.outputs[0].token_ids for each in outputs] == alone
     assert sum(each.metrics.num_preemptions for each in outputs) > 0

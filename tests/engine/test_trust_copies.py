@@ -195,7 +195,7 @@ def test_copies_of_states_that_nobody_can_find_yet(
         generate(small_llm(model, device, graph_mode="none"), [each], PARAMS) for each in prompts
     ]
     llm = small_llm(model, device, graph_mode="full")
-    llm.engine._depth = depth
+    llm.engine.pipeline.depth = depth
     forward_pass = llm.engine.runner.forward_pass
     copy_states = forward_pass.copy_states
     made: list[int] = []

@@ -33,6 +33,7 @@ from torch.profiler import (
 
 from reprise.bench.drive import check_fits, check_served
 from reprise.engine import CompletionGroup, Engine, Scheduler
+from reprise.engine.groups import Groups
 from reprise.errors import RepriseError
 from reprise.graphs import GraphRunner
 from reprise.runner import ModelRunner, PendingOutput
@@ -64,7 +65,7 @@ HOST_PHASES: Sequence[tuple[type, str, str]] = (
     (GraphRunner, "run", "launch"),
     (Sampler, "__call__", "sample"),
     (PendingOutput, "wait", "wait"),
-    (Engine, "_take", "take results"),
+    (Groups, "take", "take results"),
 )
 """Class, method, and what its calls are named in the trace. Some lie inside others."""
 
