@@ -60,6 +60,7 @@ def only_in_long_runs():
     for name in ("linear_add", "norm_linear", "norm_gated_linear"):
         yield from (f"op_can_be_captured:{each}_{name}" for each in ("fp8", "w4"))
     yield from ("op_can_be_captured:experts", "op_can_be_captured:experts_add")
+    yield "op_is_batch_invariant:sample"
 
 
 LONG = set(only_in_long_runs())

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reprise.doctor.conformance import operations
 from reprise.doctor.conformance.contract import Kit, Skipped, add, need
-from reprise.doctor.conformance.operations import Results, _cases, _dtypes, _run, _short
+from reprise.doctor.conformance.operations import Results, _run, _short
 from reprise.graphs.compare import same_bits
 from reprise.ops import Op, all_ops
 from reprise.ops.cases import Arguments
@@ -32,10 +33,11 @@ def is_batch_invariant(kit: Kit, op: Op) -> str:
         raise Skipped("no implementation promises it here")
     if not op.rows:
         raise Skipped("which arguments have a row for each token is not declared")
-    dtypes = [each for each in _dtypes(kit) if _cases(kit, op, each)]
+    cases = {each: operations._cases(kit, op, each) for each in operations._dtypes(kit)}
+    dtypes = [each for each, some in cases.items() if some]
     for each in found:
         for dtype in dtypes:
-            for number, arguments in enumerate(_cases(kit, op, dtype)):
+            for number, arguments in enumerate(cases[dtype]):
                 if each.refusal(**arguments) is None:
                     _Trial(kit, op, each, arguments, f"{each.name}, {dtype}, case {number}").run()
     return f"{', '.join(each.name for each in found)} in {', '.join(map(_short, dtypes))}"
