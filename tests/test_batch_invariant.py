@@ -146,7 +146,9 @@ def test_answers_in_ten_thousand_batches_a_family(
     # What the engine is there for has happened.
     assert len(found.cached) > 1
     assert bool(found.drafted) == ("speculative_config" in options)
-    assert found.preempted or options.get("num_blocks", 400) >= 400
+    # Windows give blocks back: who was admitted there keeps what it has.
+    windows = "sliding_window" in FAMILIES[family]
+    assert found.preempted or windows or options.get("num_blocks", 400) >= 400
     assert max(found.rows) > (64 if "max_num_seqs" in options else 3)
 
 
