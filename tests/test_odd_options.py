@@ -35,6 +35,15 @@ def test_what_is_no_number(options: type[Any], name: str, value: Any) -> None:
         options(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [(EngineConfig, "distributed_timeout_seconds"), (ServerOptions, "shutdown_timeout")],
+)
+def test_a_whole_number_that_no_float_holds(options: type[Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        options(**{name: 10**400})
+
+
 @pytest.mark.parametrize("name", ["model", "tokenizer", "revision", "tokenizer_revision"])
 def test_an_empty_name_is_no_place(name: str) -> None:
     """As of a shell's variable that is not set: the directory that one stands in is not meant."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
@@ -31,8 +31,10 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """A number; NaN, the infinities, True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float holds; NaN, the infinities, True and False are none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def shown(value: object, limit: int = 200) -> str:
