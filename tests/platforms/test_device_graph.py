@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from reprise import ops
-from reprise.errors import GraphError
+from reprise.errors import GraphError, PlatformError
 from reprise.platforms import load
-from reprise.platforms.accelerator import AcceleratorGraph
+from reprise.platforms.accelerator import AcceleratorGraph, AcceleratorPlatform
 from reprise.platforms.device_graph import (
     capturing,
     host_code,
@@ -47,6 +47,26 @@ def test_no_stream_that_is_given_out_is_the_captures(platform):
     with platform.capture_stream():
         ours = platform.current_stream()
         assert all(platform.stream() != ours for _ in range(100))
+
+
+class OneStream(AcceleratorPlatform):
+    """A device whose module gives out one stream, whatever is asked for."""
+
+    name = device_type = "one"
+
+    @classmethod
+    def module(cls):
+        return SimpleNamespace(Stream=lambda device: "its only stream", Graph=object)
+
+
+def test_a_device_of_one_stream_gives_it_out_where_nothing_is_captured():
+    assert OneStream().stream() == "its only stream"
+
+
+def test_a_device_of_one_stream_cannot_work_beside_a_capture(monkeypatch):
+    monkeypatch.setattr(OneStream, "graph_class", "Graph")
+    with pytest.raises(PlatformError, match="stream"):
+        OneStream().stream()
 
 
 def test_replay_computes_from_fresh_inputs_at_fixed_addresses(platform, make):

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reprise.errors import GraphError
+from reprise.errors import GraphError, PlatformError
 from reprise.platforms.base import MemoryInfo, Platform
 from reprise.platforms.borrow import borrow_bytes
 from reprise.platforms.device_graph import DeviceGraph
 
 GIB = 1 << 30
+MOST_STREAMS = 64
+"""More than torch has of one device and priority."""
 
 
 class AcceleratorPlatform(Platform):
@@ -121,10 +123,17 @@ class AcceleratorPlatform(Platform):
             torch.accelerator.set_stream(outer)
 
     def stream(self) -> Any:
+        if not self.has_graphs:
+            return self._next_stream()
         # torch has a few streams and gives them out in turn, the one of captures too.
-        while (found := self._next_stream()) == self._capture_stream:
-            pass
-        return found
+        for _ in range(MOST_STREAMS):
+            found = self._next_stream()
+            if found != self._capture_stream:
+                return found
+        raise PlatformError(
+            f"platform {self.name!r} gives out no stream but the one of captures: have its module "
+            "make several, or set graph_class=None"
+        )
 
     def _next_stream(self) -> Any:
         own = getattr(self.module(), "Stream", None)
