@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -182,3 +184,22 @@ def test_a_graph_that_serves_has_met_each_probe_itself(
     for bucket in runner.bucket_graphs.values():
         assert bucket.info.verified
         assert met[id(bucket.graph)] == {0, 1, 2, 3}, bucket.info.name
+
+
+def test_what_an_interruption_left_under_way_says_nothing_of_later_graphs(toy, make_runner):
+    """A comparison that was submitted would else vouch for the next graph of its bucket, and keep
+    the memory of its own."""
+    runner = make_runner(toy, "full", decode=(2,), mixed=())
+
+    def interrupt(what, done, total):
+        if what == "verify graphs":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.capture_all(interrupt)
+    (bucket,) = runner.bucket_graphs.values()
+    graph = weakref.ref(bucket.graph)
+    del bucket
+    runner.discard()
+    gc.collect()
+    assert graph() is None

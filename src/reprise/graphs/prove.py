@@ -72,8 +72,6 @@ class Prover:
         """Probe every graph; one that fails is replaced by its fallback and probed again."""
         started = time.perf_counter()
         budget = max(self.least_seconds, VERIFY_SHARE * capture_seconds)
-        self._located.clear()
-        self._useless.forget()
         self.begin(buckets)
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):
@@ -94,6 +92,12 @@ class Prover:
         self._find_spoilers(buckets)
         self._agree_on_times(buckets)
         self.conclude(buckets)
+
+    def discard(self) -> None:
+        """All graphs are thrown away, and what is known of them."""
+        self._under_way = None
+        self._located.clear()
+        self._useless.forget()
 
     def _agree_on_times(self, buckets: list[BucketGraph]) -> None:
         """What is decided by them later, all ranks decide alike."""

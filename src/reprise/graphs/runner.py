@@ -257,6 +257,7 @@ class GraphRunner:
         self.bucket_graphs.clear()
         self.deferred.clear()
         self._found = None
+        self.prover.discard()
         self.capturer.discard()
         try:
             self.platform.synchronize()
