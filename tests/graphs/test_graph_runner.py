@@ -201,6 +201,20 @@ def test_probes_that_leave_an_input_unchanged_prove_nothing(toy, make_runner, ca
             assert set(each.facts.values()) == {"not yet met"}
 
 
+def test_they_prove_nothing_of_graphs_that_are_captured_later_either(toy, make_runner):
+    inputs = toy.inputs
+    toy.inputs = lambda shape: {**inputs(shape), "extra": toy.hidden[:0]}
+    runner = make_runner(toy, "full", mixed=(), lazy=True)
+    runner.capture_all()
+    assert len(runner.deferred) == 1
+    while runner.prove_more():
+        pass
+    assert not runner.deferred
+    for each in runner.report().graphs:
+        assert each.proof == "not proven"
+        assert set(each.facts.values()) == {"not yet met"}
+
+
 # ---- failures --------------------------------------------------------------------------------
 
 

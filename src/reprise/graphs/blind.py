@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reprise.graphs.capture import BucketGraph, Capturer
 from reprise.graphs.compare import same_bits
 from reprise.graphs.contract import Computation
 from reprise.graphs.trust import Ledger
+from reprise.shape import Phase
 
 logger = logging.getLogger(__name__)
 
 
 def blind_inputs(
     computation: Computation, capturer: Capturer, ledger: Ledger, buckets: Sequence[BucketGraph]
-) -> list[str]:
-    """Inputs to which no probe of the phase's first graph gives a new value. Then the phase's
-    probes have proven nothing: perhaps they have not arrived, and were all the same step."""
-    blind: list[str] = []
-    phases: dict[str, bool] = {}
+) -> dict[Phase, list[str]]:
+    """By phase the inputs to which no probe of its first graph gives a new value. If there are any,
+    its probes prove nothing: perhaps they have not arrived, and were all the same step."""
+    blind: dict[Phase, list[str]] = {}
     for bucket in buckets:
-        if bucket.shape.phase in phases or bucket.graph is None:
+        if bucket.shape.phase in blind or bucket.graph is None:
             continue
         capturer.empty_inputs(bucket.shape)
         inputs = computation.inputs(bucket.shape)
@@ -34,15 +34,19 @@ def blind_inputs(
             with contextlib.suppress(Exception):  # one that time did not allow before
                 probe.fill()
             unchanged -= {n for n in unchanged if not same_bits(before[n], inputs[n])}
-        phases[bucket.shape.phase] = bool(unchanged)
-        blind += [f"{bucket.shape.phase}: {name}" for name in before if name in unchanged]
-    if blind:
+        blind[bucket.shape.phase] = [name for name in before if name in unchanged]
+    if any(blind.values()):
         logger.warning(
             "graph probes change no value of: %s; graphs of these phases are not proven, and "
-            "live steps are compared or run eagerly", ", ".join(blind),
+            "live steps are compared or run eagerly", ", ".join(told(blind)),
         )  # fmt: skip
     for bucket in buckets:
-        if bucket.graph is not None and phases[bucket.shape.phase]:
+        if bucket.graph is not None and blind[bucket.shape.phase]:
             ledger.enter(bucket.key, bucket.family)
             bucket.info.verified, bucket.info.probes = False, 0
     return blind
+
+
+def told(blind: Mapping[Phase, Sequence[str]]) -> list[str]:
+    """``decode: slots``, of each input."""
+    return [f"{phase}: {name}" for phase, names in blind.items() for name in names]

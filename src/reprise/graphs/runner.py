@@ -11,7 +11,7 @@ from torch import Tensor
 from reprise import timeline
 from reprise.distributed import ALONE_AGREES, Agreement
 from reprise.errors import describe
-from reprise.graphs.blind import blind_inputs
+from reprise.graphs.blind import blind_inputs, told
 from reprise.graphs.buckets import Buckets
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Key, Progress
@@ -126,7 +126,8 @@ class GraphRunner:
         self._capture_seconds = self._verify_seconds = 0.0
         self._eager_steps = 0
         self._unproven_eager = 0
-        self._blind: list[str] = []
+        self._blind: dict[Phase, list[str]] = {}
+        """Inputs that probes do not reach, for which they prove nothing of their phase."""
 
     # ---- start-up ------------------------------------------------------------------------
 
@@ -236,7 +237,8 @@ class GraphRunner:
         started = time.perf_counter()
         with self.capturer.ready(collect=False):
             bucket = self.capture_bucket(shape)
-            if self.verify.startup and bucket.graph is not None:
+            reached = self._blind.get(shape.phase) == []  # else nobody knows what probes prove
+            if self.verify.startup and bucket.graph is not None and reached:
                 self.prover.plan_later(bucket)
                 bucket.info.check_seconds = max(
                     each.info.check_seconds
@@ -460,5 +462,5 @@ class GraphRunner:
             memory=self.memory,
             capture_seconds=self._capture_seconds,
             verify_seconds=self._verify_seconds,
-            blind_inputs=self._blind,
+            blind_inputs=told(self._blind),
         )  # fmt: skip
