@@ -140,8 +140,15 @@ def test_attention_of_a_token(
 def test_few_programs_share_tiles_and_many_do_not() -> None:
     device = DeviceLimits(132, 1 << 18)
     assert attention.parts_of(8, 16, device) == 16
-    assert attention.parts_of(8, 512, device) == 33
+    assert attention.parts_of(8, 512, device) == 32
     assert attention.parts_of(200, 512, device) == 1
+
+
+def test_steps_of_any_size_need_few_kernels() -> None:
+    """Each is compiled for seconds, and a size that nobody foresaw while requests wait."""
+    device = DeviceLimits(132, 1 << 18)
+    numbers = range(1, 600)
+    assert len({attention.parts_of(n, splits, device) for n in numbers for splits in numbers}) <= 7
 
 
 def test_experts_of_a_row(make: Callable[..., Tensor]) -> None:

@@ -57,8 +57,10 @@ def steady_config(
 
 
 def parts_of(programs: int, splits: int, device: DeviceLimits) -> int:
-    """How many programs share a tile, where ``programs`` would be all."""
-    return max(1, min(splits, _MOST_PARTS, 2 * device.multiprocessors // programs))
+    """How many programs share a tile, where ``programs`` would be all: a power of two, for each of
+    which the kernel is compiled."""
+    most = max(1, min(splits, _MOST_PARTS, 2 * device.multiprocessors // programs))
+    return int(1 << most.bit_length() - 1)
 
 
 def paged_attention(*args: object, **kwargs: object) -> None:
