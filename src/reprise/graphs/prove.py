@@ -256,9 +256,8 @@ class Prover:
                 self._replace(bucket, reason or "wrong on another rank")
                 # All that counts has to be proven again, on the fallback.
                 self._meet(bucket, 0)
-        mend(
-            self._computation, self._guard
-        )  # what graphs have changed that were refused for something else
+        # What graphs have changed that were refused for something else.
+        mend(self._computation, self._guard)
 
     def _spoils(self, bucket: BucketGraph) -> str | None:
         """Why the graph may not run: the weights that its probes change. They are right after."""
