@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import TinyModel, TinyModels, greedy, make_llm, random_ids
 
 from reprise import LLM
 from reprise.graphs.segments import SegmentedGraph
+from reprise.request import Request
 
 PROMPT = random_ids(6, 73)
 """64 tokens of it are computed by the wrong graph, the rest by a right one."""
@@ -113,3 +115,15 @@ def test_of_one_that_came_behind_the_verdict(model: TinyModel, llm: LLM) -> None
     output = later.output()
     assert output.suspect_from is None
     assert model.is_greedy(PROMPT, output.outputs[0].token_ids)
+
+
+def test_nothing_is_kept_of_requests_where_no_graph_can_be_wrong(
+    model: TinyModel, device: str
+) -> None:
+    llm = make_llm(model, device, graph_mode="none")
+    *gone, last = [random_ids(seed, 20) for seed in range(90, 93)]
+    for prompt in (*gone, last):
+        llm.generate(prompt, greedy(4), use_tqdm=False)
+    gc.collect()
+    requests = [each for each in gc.get_objects() if isinstance(each, Request)]
+    assert not [each for each in requests if each.prompt_token_ids in gone]

@@ -39,7 +39,8 @@ class Recovery:
         its canaries have found wrong."""
         owners = self._runner.owners
         for owner, graphs in owners:
-            self._suspects[owner].note(step, requests, graphs.ran)
+            if graphs.plan.captures:
+                self._suspects[owner].note(step, requests, graphs.ran)
         self.heed_canaries()
 
     def succeeded(self) -> None:
