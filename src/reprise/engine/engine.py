@@ -244,8 +244,9 @@ class Engine(Frontend):
             raise
 
     def prove_idle(self) -> bool:
-        """Use a moment without requests to prove graphs further: one comparison, of at most a tenth
-        of a second. Whether another call may find more to do."""
+        """Use a moment without requests for graphs: capture one that start-up has left out, or
+        prove one further by a comparison of at most a tenth of a second. Whether another call may
+        find more to do."""
         if self.has_work or not self._weights.whole or self.profiler.running:
             return False
         try:

@@ -72,7 +72,7 @@ class GraphOwners:
             each.weights_changed()
 
     def prove_more(self) -> bool:
-        """See :meth:`GraphRunner.prove_more`: one comparison, of whoever has one left."""
+        """See :meth:`GraphRunner.prove_more`, of whoever has something left."""
         self.caches_changed()  # by probes of another's
         return any(each.prove_more() for each in self.runners.values())
 
