@@ -117,10 +117,11 @@ def test_of_one_that_came_behind_the_verdict(model: TinyModel, llm: LLM) -> None
     assert model.is_greedy(PROMPT, output.outputs[0].token_ids)
 
 
-def test_nothing_is_kept_of_requests_where_no_graph_can_be_wrong(
-    model: TinyModel, device: str
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_no_tokens_are_kept_of_requests_that_have_ended(
+    model: TinyModel, device: str, mode: str
 ) -> None:
-    llm = make_llm(model, device, graph_mode="none")
+    llm = make_llm(model, device, graph_mode=mode)
     *gone, last = [random_ids(seed, 20) for seed in range(90, 93)]
     for prompt in (*gone, last):
         llm.generate(prompt, greedy(4), use_tqdm=False)

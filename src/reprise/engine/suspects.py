@@ -11,17 +11,21 @@ from reprise.request import Request
 from reprise.step import Step
 
 MOST = 4096
-"""Requests remembered; of more, those that have finished are forgotten."""
+"""Requests remembered of those that have ended."""
 
 
 @dataclass(frozen=True)
 class _Unseen:
     """When a graph was first replayed unseen."""
 
-    tokens: dict[Request, int]
-    """Of the requests that were there, which token came next."""
+    tokens: dict[int, int]
+    """Of the requests that were there, by their numbers, which token came next."""
     met: int
     """Requests that had been there until then."""
+
+    def first(self, number: int) -> int | None:
+        """The first token of a request that is suspect; None: none is."""
+        return 0 if number >= self.met else self.tokens.get(number)
 
 
 class Suspects:
@@ -36,7 +40,10 @@ class Suspects:
     def __init__(self) -> None:
         self._unseen: dict[Key, _Unseen] = {}
         self._met: dict[Request, int] = {}
-        """Every request that has been in a step, with how many there were before it."""
+        """Every request that has been in a step and has not ended, with its number: how many there
+        were before it."""
+        self._ended: dict[int, int] = {}
+        """Of those that have, by their numbers: how many tokens they got."""
         self._count = 0
         self._last: Sequence[Request] = ()
         """Of the last step."""
@@ -66,13 +73,16 @@ class Suspects:
         if since is None:
             return 0
         tokens = 0
-        first = {each: 0 for each, number in self._met.items() if number >= since.met}
-        for request, number in {**first, **since.tokens}.items():
-            if request.num_output_tokens + request.num_pending <= number:
+        for number, count in self._ended.items():
+            begin = since.first(number)
+            tokens += 0 if begin is None else max(0, count - begin)
+        for request, number in self._met.items():
+            begin = since.first(number)
+            if begin is None or request.num_output_tokens + request.num_pending <= begin:
                 continue  # all that it has yet to get is computed anew
             earlier = request.suspect_from
-            request.suspect_from = number if earlier is None else min(earlier, number)
-            tokens += max(0, request.num_output_tokens - number)
+            request.suspect_from = begin if earlier is None else min(earlier, begin)
+            tokens += max(0, request.num_output_tokens - begin)
         return tokens
 
     def _meet(self, requests: Sequence[Request]) -> None:
@@ -80,20 +90,20 @@ class Suspects:
             if each not in self._met:
                 self._met[each] = self._count
                 self._count += 1
-        if len(self._met) > MOST:
-            self._met = {k: v for k, v in self._met.items() if not k.is_finished}
+        for each in [each for each in self._met if each.is_finished]:
+            self._ended[self._met.pop(each)] = each.num_output_tokens
+        for number in list(self._ended)[: max(0, len(self._ended) - MOST)]:
+            del self._ended[number]
 
-    def _tokens(self, step: Step, requests: Sequence[Request]) -> dict[Request, int]:
+    def _tokens(self, step: Step, requests: Sequence[Request]) -> dict[int, int]:
         """Of all requests that run, the first token that is not drawn before this step."""
         found = {
-            each: each.num_output_tokens + each.num_pending
-            for each in self._met
-            if not each.is_finished
+            number: each.num_output_tokens + each.num_pending for each, number in self._met.items()
         }
         sampling: Sequence[bool | int] = [True] * len(requests)
         if step.num_decodes < len(requests):
             sampling = step.samples
         for request, samples in zip(requests, sampling, strict=True):
-            if samples and request in found:
-                found[request] -= 1
+            if samples and request in self._met:
+                found[self._met[request]] -= 1
         return found
