@@ -65,13 +65,6 @@ def _inverse(lower, i, j, PRECISION: tl.constexpr):
     return _times(product, diagonal, PRECISION, False)
 
 
-@triton.jit
-def _keys(ptr, real):
-    """Of unit length, float32."""
-    key = tl.load(ptr, mask=real, other=0.0).to(tl.float32)
-    return key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
-
-
 @triton.jit(do_not_specialize=["requests"])
 def delta_chunk_kernel(
     qkv_ptr,
@@ -149,24 +142,18 @@ def delta_chunk_kernel(
         until = tl.exp((all_sum - sums) + (all_rest - rests))
         since = tl.exp(sums + rests)
 
-        # What needs keys comes before the inverse and behind it, which leaves no room for them.
-        key = _keys(rows + width + head // GROUP * KEYS + k, real)
+        key = tl.load(rows + width + head // GROUP * KEYS + k, mask=real, other=0.0)
+        key = key.to(tl.float32)
+        key = key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
         narrow = key.to(dtype)
-        at = (chunk * HEADS + head).to(tl.int64)
-        wide = at * CHUNK * BLOCK_K + i * BLOCK_K + k
-        tl.store(kept_ptr + wide, (key * until[:, None]).to(dtype))
-        query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
-        query = query * scale[:, None]
-        tl.store(from_state_ptr + wide, (query * since[:, None]).to(dtype))
-        seen = _times(query.to(dtype), tl.trans(narrow), PRECISION, WIDEN) * ratio
-        tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
         lower = _times(narrow, tl.trans(narrow), PRECISION, WIDEN) * beta[:, None] * ratio
         inverse = _inverse(tl.where(i > j, lower, 0.0), i, j, PRECISION).to(dtype)
-        key = _keys(rows + width + head // GROUP * KEYS + k, real)
+        at = (chunk * HEADS + head).to(tl.int64)
+        wide = at * CHUNK * BLOCK_K + i * BLOCK_K + k
         weighted = (key * (beta * since)[:, None]).to(dtype)
         of_state = _times(inverse, weighted, PRECISION, WIDEN)
         tl.store(of_state_ptr + wide, of_state.to(dtype))
+        tl.store(kept_ptr + wide, (key * until[:, None]).to(dtype))
 
         v = tl.arange(0, BLOCK_V)[None, :]
         value = tl.load(
@@ -176,6 +163,12 @@ def delta_chunk_kernel(
         own = _times(inverse, value, PRECISION, WIDEN)
         tl.store(own_ptr + at * CHUNK * BLOCK_V + i * BLOCK_V + v, own.to(dtype))
 
+        query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
+        query = query * scale[:, None]
+        tl.store(from_state_ptr + wide, (query * since[:, None]).to(dtype))
+        seen = _times(query.to(dtype), tl.trans(narrow), PRECISION, WIDEN) * ratio
+        tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
         tl.store(last_ptr + at, last)
 
 
