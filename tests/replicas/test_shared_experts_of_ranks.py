@@ -157,6 +157,31 @@ def test_whoever_waits_is_told_in_time(
     assert all_are_gone(ranks)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_replicas_that_share_nothing(
+    tiny: TinyModels, options: dict[str, Any], prompts: list[list[int]], lost: int
+) -> None:
+    """Each of two ranks: tokens are those of one engine, and a process that ends is named."""
+    alike = {**options, "model": str(tiny("qwen3").path), "graph_mode": "full"}
+    with LLM(**{**alike, "tensor_parallel_size": 1}) as llm:
+        expected = tokens(llm, prompts)
+    llm = LLM(**alike, data_parallel_size=2)
+    ranks = ranks_of(llm)
+    assert [len(each) for each in ranks] == [2, 2]
+    for busy in (0, 1):
+        with all_to(llm._batch.replicas, busy):
+            assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts * 2) == expected * 2
+    assert not llm.graph_report().quarantined
+    os.kill(ranks[1][lost], signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RepriseError, match=r"(?s)replica 1 \(.*" + "rank 1" * lost):
+        until_lost(llm, prompts)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    llm.shutdown()
+    assert all_are_gone(ranks)
+
+
 PROGRAM = """
 import json, sys
 from reprise import LLM, SamplingParams

@@ -29,7 +29,9 @@ class Recovery:
     def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
         self._runner = runner
         self._scheduler = scheduler
-        self._suspects = {owner: Suspects() for owner, _ in runner.owners}
+        self._suspects = {
+            owner: Suspects() for owner, graphs in runner.owners if graphs.plan.captures
+        }
         """Of whom the graphs are."""
         self._failed_replays = 0
         """Since the last step that succeeded."""
@@ -37,9 +39,8 @@ class Recovery:
     def submitted(self, step: Step, requests: Sequence[Request]) -> None:
         """A step was submitted: remember which graphs drew its tokens unseen, and see to those that
         its canaries have found wrong."""
-        owners = self._runner.owners
-        for owner, graphs in owners:
-            if graphs.plan.captures:
+        for owner, graphs in self._runner.owners:
+            if owner in self._suspects:
                 self._suspects[owner].note(step, requests, graphs.ran)
         self.heed_canaries()
 
