@@ -98,9 +98,9 @@ class Deliveries:
         if asked is not None:
             refuse(asked, error)
         elif request is not None:
-            if isinstance(error, StepError):
+            if isinstance(error, StepError | RanksError):
                 where = self._replicas[route.replica]
-                error = StepError(f"{where.name} ({where.device}): {error}; its log: {where.log}")
+                error = type(error)(f"{where.name} ({where.device}): {error}; its log: {where.log}")
             if isinstance(error, FailedRequestError) and message.output is not None:
                 error.outputs = [request.unpacked(message.output, self._text_of)]
             fail(request, error)
