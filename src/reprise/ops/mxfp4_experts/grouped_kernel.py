@@ -9,13 +9,12 @@ with its power of two; other types go through float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.experts.grouped_kernel import Config
 from reprise.ops.experts.groups import Groups
 from reprise.ops.experts.tile import finish, tile_of
 from reprise.ops.mxfp4_experts.reference import GROUP
@@ -29,24 +28,6 @@ from reprise.ops.triton_util import (
     limits,
     next_power_of_2,
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes of one launch."""
-
-    block_m: int
-    """Rows of a tile."""
-    block_n: int
-    """Rows of the weight that a tile takes; with an activation one half are gates."""
-    block_k: int
-    """Inputs of one step of the inner loop."""
-    num_stages: int
-    """At most: fewer where shared memory holds fewer tiles."""
-    num_warps: int
-    swap: bool = False
-    """The weight is the left operand: the matrix units of Hopper take 64 rows of that and as few
-    of the other as there are."""
 
 
 def launch_grouped(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.experts.grouped_kernel import launch_combine
+from reprise.ops.experts.grouped_kernel import Config, launch_combine
 from reprise.ops.experts.groups import sort_by_expert
-from reprise.ops.mxfp4_experts.grouped_kernel import Config, launch_grouped
+from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
 
 _BY_ROWS = (
     (4, Config(16, 64, 256, 4, 4, swap=True)),
