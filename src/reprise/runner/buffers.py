@@ -1,4 +1,4 @@
-"""Tensors that keep their addresses: a step is written into them, a graph reads them."""
+"""The scheduler's steps, written into the inputs that graphs read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.cache import NULL_BLOCK, Batch, CacheLayout, Table
-from reprise.graphs.kinds import Kind
+from reprise.cache import CacheLayout
 from reprise.platforms import Platform
-from reprise.runner.arena import Arena, Ints, to_device
-from reprise.runner.known_step import KnownStep
+from reprise.runner.arena import Ints, to_device
 from reprise.runner.rows import Rows
+from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
 from reprise.step import Step
 
@@ -24,12 +23,12 @@ ADMISSIONS = 64
 """Likewise requests."""
 
 
-class StepBuffers:
-    """The inputs of one step, for at most ``max_tokens`` tokens of ``max_requests`` requests.
+class StepBuffers(StepInputs):
+    """The inputs of the scheduler's steps.
 
     A step says which rows compute how many tokens. Where they stand the device knows (:attr:`rows`)
     and writes itself (``ops.lay_out``), so that a decode step of the same rows as the one before
-    sends nothing. What is sent lies side by side in an arena: one copy to the device.
+    sends nothing.
 
     Args:
         max_tokens: Most new tokens in a step.
@@ -39,7 +38,6 @@ class StepBuffers:
         platform: Where the device side lives.
         shared: Whether the device reads host memory; None: as the platform's does.
         num_drafts: Most tokens that are drafted behind a request's newest one.
-        rows: Where requests stand, if others know already; None: new ones.
     """
 
     def __init__(
@@ -51,85 +49,36 @@ class StepBuffers:
         platform: Platform,
         shared: bool | None = None,
         num_drafts: int = 0,
-        rows: Rows | None = None,
     ) -> None:
-        self.layout = layout
-        self.max_tokens, self.max_requests = max_tokens, max_requests
-        self.platform = platform
         max_blocks = max(each.entries(max_model_len + num_drafts) for each in layout.tables)
-        if rows is None:
-            rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
-        self.rows = rows
-        self.known = KnownStep(self.rows, layout, max_model_len + num_drafts)
+        rows = Rows(max_requests, max_blocks, num_drafts, layout.tables, platform)
         self._admissions = min(ADMISSIONS, max_requests)
-        num_integers, num_floats = len(self.rows.integers), len(self.rows.floats)
-        num_tables = len(layout.tables)
-        per_request, per_token = (max_requests, torch.int32), (max_tokens, torch.int64)
-        self._arena = Arena(
-            [
-                (max_requests + 1, torch.int32),
-                (max_requests, torch.int64),
-                per_request,
-                (max_requests + 1, torch.int32),
-                (min(max_tokens, max_requests * (1 + num_drafts)), torch.int64),
-                (self._admissions, torch.int64),
-                (self._admissions * num_integers, torch.int64),
-                (self._admissions * num_floats, torch.float32),
-                (EDITS, torch.int64),
-                (EDITS, torch.int32),
-                per_token,
-                # What follows is written on the device, but for made-up steps.
-                per_token,
-                per_request,
-                per_request,
-                (max_requests, torch.bool),
-                (num_tables * max_tokens, torch.int64),
-            ],
-            platform,
-            shared,
+        super().__init__(
+            rows, max_tokens, max_requests, max_model_len, layout, platform, shared=shared,
+            further={
+                "first_draw": (max_requests + 1, torch.int32),
+                "sampling_rows": (min(max_tokens, max_requests * (1 + num_drafts)), torch.int64),
+                "admitted_rows": (self._admissions, torch.int64),
+                "admitted_integers": (self._admissions * len(rows.integers), torch.int64),
+                "admitted_floats": (self._admissions * len(rows.floats), torch.float32),
+                "edit_places": (EDITS, torch.int64),
+                "edit_values": (EDITS, torch.int32),
+            },
+        )  # fmt: skip
+        self._first_draw, self._sampling_rows = (
+            self._arrays[name] for name in ("first_draw", "sampling_rows")
         )
-        (
-            self.query_start_loc,
-            self._rows,
-            self._known,
-            self._first_draw,
-            self._sampling_rows,
-            self._admitted_rows,
-            self._admitted_integers,
-            self._admitted_floats,
-            self._edit_places,
-            self._edit_values,
-            self.input_ids,
-            self.positions,
-            self.seq_lens,
-            self._accepted,
-            self._fresh,
-            self._slots,
-        ) = self._arena.arrays
-        self.shared = self._arena.shared
-        """The device reads host memory."""
-        self._per_token = (self.input_ids, self.positions)
-        self.slots = self._slots.device.view(num_tables, max_tokens)
-        """[L, T] int64: of each table, where each token's rows go."""
-        self._per_request = (self.seq_lens, self._accepted, self._fresh, self._known)
+        self._admitted_rows, self._admitted_integers, self._admitted_floats = (
+            self._arrays[f"admitted_{name}"] for name in ("rows", "integers", "floats")
+        )
+        self._edit_places, self._edit_values = (
+            self._arrays[f"edit_{name}"] for name in ("places", "values")
+        )
         device = platform.device
         self.draws = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         """Of the token drawn behind each token, its number among those of its request."""
         self.emitted = torch.zeros(max_requests, 2 + num_drafts, dtype=torch.int64, device=device)
         """New tokens of each of the step's requests, -1 behind them, and how many were drafted."""
-        self.block_tables = torch.zeros(
-            num_tables, max_requests, max_blocks, dtype=torch.int32, device=device
-        )
-        """Those of the step's rows."""
-        self._block_sizes = to_device(
-            np.array([each.span for each in layout.tables], dtype=np.int64), platform
-        )
-        self._last_rows: Sequence[int] = ()
-        """Of the last step, if it was a decode step whose inputs are still there."""
-        self._padded: tuple[StepShape, StepShape] | None = None
-        """The step in the buffers, and what it was padded to."""
-        self._again: Callable[[], None] | None = None
-        """Lays the step out that was laid out last, as its rows stand now."""
         self.new_tokens, self.numbers = self.emitted[:0, :-1], self.draws[:0]
         """Of the step that was filled last: [R, 1 + K], those of :attr:`emitted`; and [T], of
         :attr:`draws`."""
@@ -143,8 +92,6 @@ class StepBuffers:
         """Arguments of ``ops.advance`` before what was drawn."""
         self._move: Callable[[Tensor], None] | None = None
         """Moves the rows of the step on that was filled last."""
-
-    # ---- a step of the scheduler ---------------------------------------------------------
 
     def fill(self, step: Step, shape: StepShape, padded: StepShape) -> None:
         """Write a step's requests in their order, and padding behind them.
@@ -291,12 +238,6 @@ class StepBuffers:
             )
             self.rows.tables.view(-1).index_copy_(0, places, values)
 
-    def _gather(self, requests: int) -> None:
-        """The block tables of the step's rows, side by side, as kernels of any origin take them."""
-        rows = self._rows.device[:requests]
-        for whole, part in zip(self.rows.tables, self.block_tables, strict=True):
-            torch.index_select(whole, 0, rows, out=part[:requests])
-
     def _lay_out(self, padded: StepShape) -> None:
         tokens, requests = padded.num_tokens, padded.num_requests
         arguments = (
@@ -360,212 +301,11 @@ class StepBuffers:
             return None
         return self._sampling_rows.device[: self.num_draws]
 
-    # ---- made-up steps -------------------------------------------------------------------
-
     def example(self, shape: StepShape) -> None:
         """Lay out a step of the null row, and move that on, which changes nothing."""
         self._lay_out(shape)
         ops.advance(*self._advance_arguments(shape.num_requests), self.draws[:0])
         self.forget()
 
-    def fill_rows(
-        self,
-        counts: Ints,
-        lengths: Ints,
-        tables: Sequence[Ints],
-        token_ids: Ints,
-        known: Ints,
-        accepted: Ints,
-    ) -> None:
-        """Write a made-up step.
-
-        Args:
-            counts: [R], new tokens of each request.
-            lengths: [R], tokens of each request, the new ones included.
-            tables: [R, M] int32 of each table, blocks of each request.
-            token_ids: [T], the new tokens.
-            known: [R], how many of each request's are known; 0: it verifies drafts.
-            accepted: [R], of each request's last step, how many tokens count; 0: all, being known.
-        """
-        self._arena.flip()
-        self.forget()
-        requests = len(counts)
-        ends = np.cumsum(counts)
-        tokens = int(ends[-1])
-        which = np.repeat(np.arange(requests), counts)
-        starts = lengths - counts
-        positions = np.arange(tokens) + (lengths - ends)[which]
-        self.query_start_loc.host[0] = 0
-        for array, values in (
-            (self.query_start_loc, ends),
-            (self._rows, np.arange(1, requests + 1)),
-            (self.seq_lens, lengths),
-            (self._accepted, accepted),
-            (self._known, known),
-            (self._fresh, starts == 0),
-            (self.input_ids, token_ids),
-            (self.positions, positions),
-        ):
-            first = 1 if array is self.query_start_loc else 0
-            array.host[first : first + len(values)] = values
-        slots = []
-        for number, (table, layout) in enumerate(zip(tables, self.layout.tables, strict=True)):
-            blocks = table[which, positions // layout.span].astype(np.int64)
-            first = number * self.max_tokens
-            self._slots.host[first : first + tokens] = (
-                blocks * layout.span + positions % layout.span
-            )
-            slots.append(self._slots.span(first, first + tokens))
-        self._arena.upload(
-            [
-                self.query_start_loc.span(0, requests + 1),
-                self._rows.span(0, requests),
-                *(each.span(0, tokens) for each in self._per_token),
-                *(each.span(0, requests) for each in self._per_request),
-                *slots,
-            ]
-        )
-        width = self.block_tables.shape[2]
-        wholes = []
-        for table, target in zip(tables, self.block_tables, strict=True):
-            whole = np.zeros((requests, width), dtype=np.int32)
-            whole[:, : table.shape[1]] = table
-            self.platform.upload(torch.from_numpy(whole), target[:requests])
-            wholes.append(whole)
-        self.known.make_up(counts, starts, wholes, known == 0, accepted)
-
-    def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
-        """Make the rows from a step's end to a bucket's end harmless: null blocks, length 0."""
-        if self._padded == (live, bucket):
-            return
-        # Rows are overwritten that the next step might have continued.
-        self.forget()
-        self._arena.flip()  # of another step's padding copies may be under way
-        tokens, requests = live.num_tokens, live.num_requests
-        to_tokens, to_requests = bucket.num_tokens, bucket.num_requests
-        self.query_start_loc.host[requests + 1 : to_requests + 1] = tokens
-        spans = [self.query_start_loc.span(requests + 1, to_requests + 1)]
-        for each in (self._rows, *self._per_request):
-            each.host[requests:to_requests] = 0
-            spans.append(each.span(requests, to_requests))
-        for each in self._per_token:
-            each.host[tokens:to_tokens] = 0
-            spans.append(each.span(tokens, to_tokens))
-        for first in range(0, self.slots.numel(), self.max_tokens):
-            self._slots.host[first + tokens : first + to_tokens] = 0
-            spans.append(self._slots.span(first + tokens, first + to_tokens))
-        for span in spans:
-            # Each alone: between them lie values that only the device knows.
-            self._arena.upload([span])
-        self.block_tables[:, requests:to_requests] = 0
-
-    # ---- what others read ----------------------------------------------------------------
-
-    def kind(self, bucket: StepShape, *, exact: bool = False) -> Kind:
-        """The kind of the step that was filled last, padded to ``bucket``; ``exact``: as the device
-        knows it, which is waited for where the host does not."""
-        if not exact or not self.rows.num_drafts:
-            return self.known.kind(bucket)
-        requests = self.known.num_requests
-        lengths, accepted = (
-            each.device[:requests].cpu().numpy() for each in (self.seq_lens, self._accepted)
-        )
-        return self.known.kind(bucket, (lengths, accepted))
-
-    def use_cache(self, layout: CacheLayout) -> None:
-        """The pools have these sizes from now on."""
-        self.layout = self.known.layout = layout
-        for table, each in zip(layout.tables, self.rows.layouts, strict=True):
-            each.use_cache(layout.pools[table.pool].num_blocks)
-
-    def used_blocks(self) -> list[int]:
-        """Of each pool, up to which block any has been used."""
-        used = [1] * len(self.layout.pools)
-        for table, each in zip(self.layout.tables, self.rows.layouts, strict=True):
-            # Copies of states are in no table.
-            every = self.layout.pools[table.pool].num_blocks
-            count = every if table.lifetime.rewritten else each.highest + 2
-            used[table.pool] = max(used[table.pool], count)
-        return used
-
-    def touched_blocks(self) -> list[int]:
-        """Of each pool, how many blocks from the first on may hold what requests have left."""
-        touched = [0] * len(self.layout.pools)
-        for table, each in zip(self.layout.tables, self.rows.layouts, strict=True):
-            if each.highest == NULL_BLOCK:
-                continue
-            # Copies of states are in no table.
-            every = self.layout.pools[table.pool].num_blocks
-            count = every if table.lifetime.rewritten else each.highest + 1
-            touched[table.pool] = max(touched[table.pool], count)
-        return touched
-
     def arrays(self) -> dict[str, Tensor]:
-        """All device memory of this, by name."""
-        names = (
-            "query_start_loc", "rows", "known", "first_draw", "sampling_rows", "admitted_rows",
-            "admitted_integers", "admitted_floats", "edit_places", "edit_values", "input_ids",
-            "positions", "seq_lens", "accepted", "fresh", "slots",
-        )  # fmt: skip
-        arrays = dict(zip(names, (each.device for each in self._arena.arrays), strict=True))
-        return {
-            **arrays, "block_tables": self.block_tables, "draws": self.draws,
-            "block_sizes": self._block_sizes, **self.rows.arrays(),
-        }  # fmt: skip
-
-    def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
-        """Views of the device side for a step of this size."""
-        tables = tuple(
-            Table(
-                self.states(number, requests) if each.lifetime.rewritten else blocks[:requests],
-                slots[:tokens],
-            )
-            for number, (each, blocks, slots) in enumerate(
-                zip(self.layout.tables, self.block_tables, self.slots, strict=True)
-            )
-        )
-        return Batch(
-            token_ids=self.input_ids.device[:tokens],
-            positions=self.positions.device[:tokens],
-            rows=self._rows.device[:requests],
-            query_start_loc=self.query_start_loc.device[: requests + 1],
-            seq_lens=self.seq_lens.device[:requests],
-            accepted=self._accepted.device[:requests],
-            known=self._known.device[:requests],
-            fresh=self._fresh.device[:requests],
-            tables=tables,
-            query_len=query_len,
-        )
-
-    def states(self, table: int, requests: int) -> Tensor:
-        """[R] int32, strided: of a table of states the row of each request that a step rewrites."""
-        return self.block_tables[table, :requests, 0]
-
-    def views(self, tokens: int, requests: int) -> dict[str, Tensor]:
-        """The device side of every input, cut to a step of this size."""
-        return {
-            "input_ids": self.input_ids.device[:tokens],
-            "positions": self.positions.device[:tokens],
-            "rows": self._rows.device[:requests],
-            "query_start_loc": self.query_start_loc.device[: requests + 1],
-            "seq_lens": self.seq_lens.device[:requests],
-            "accepted": self._accepted.device[:requests],
-            "known": self._known.device[:requests],
-            "fresh": self._fresh.device[:requests],
-            **{
-                f"{name}{number or ''}": each
-                for number, (blocks, slots) in enumerate(
-                    zip(self.block_tables, self.slots, strict=True)
-                )
-                for name, each in (
-                    ("slot_mapping", slots[:tokens]),
-                    ("block_tables", blocks[:requests]),
-                )
-            },
-        }
-
-    def forget(self) -> None:
-        """The device's inputs were overwritten, or a step failed half-way: the next step is
-        written anew."""
-        self._last_rows = ()
-        self._padded = self._again = None
+        return {**super().arrays(), "draws": self.draws}

@@ -18,7 +18,6 @@ from reprise.graphs.contract import Probe
 from reprise.graphs.kinds import Ints
 from reprise.graphs.regions import Stack
 from reprise.runner.arena import to_device
-from reprise.runner.buffers import StepBuffers
 from reprise.runner.kinds import (
     CONTEXTS,
     NEW_TOKENS,
@@ -40,6 +39,7 @@ from reprise.runner.placement import (
     Row,
 )
 from reprise.runner.residues import compressed_of, shifts
+from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
 
 BANK = 64
@@ -71,7 +71,7 @@ class ProbeMaker:
 
     def __init__(
         self,
-        buffers: StepBuffers,
+        buffers: StepInputs,
         caches: Callable[[], tuple[Sequence[Mapping[str, PoolTensor]], Sequence[Sequence[Stack]]]],
         *,
         vocab_size: int,

@@ -12,7 +12,7 @@ from reprise.cache.layout import CacheLayout
 from reprise.cache.memory import PoolTensor
 from reprise.graphs.regions import Stack, Units
 from reprise.runner.arena import to_device
-from reprise.runner.buffers import StepBuffers
+from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
 
 
@@ -56,7 +56,7 @@ class WrittenRows:
         layout: CacheLayout,
         pools: Sequence[Mapping[str, PoolTensor]],
         stacks: Sequence[Sequence[Stack]],
-        buffers: StepBuffers,
+        buffers: StepInputs,
         bucket: StepShape,
     ) -> None:
         self._buffers = buffers

@@ -13,6 +13,7 @@ from reprise import ops
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.draft_model import DraftModel
+from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
 from reprise.step import Step
 
@@ -36,7 +37,7 @@ def chain_width(count: int, draft: DraftModel) -> int:
     return count if draft.keeps_states else count + 1
 
 
-class ChainInputs(StepBuffers):
+class ChainInputs(StepInputs):
     """Static inputs of the chain: a row for each request that drew a token in the step, with as
     many tokens each as the chain computes. Where they stand follows from where the step has
     left them.
@@ -57,8 +58,8 @@ class ChainInputs(StepBuffers):
         rows, platform = step.rows, step.platform
         most = step.max_requests
         super().__init__(
-            most * self.width, most, max_model_len, step.layout, platform,
-            shared=step.shared, num_drafts=rows.num_drafts, rows=rows,
+            rows, most * self.width, most, max_model_len, step.layout, platform,
+            shared=step.shared,
         )  # fmt: skip
         self._step = step
         self._behind: tuple[StepShape, int] | None = None
