@@ -8,7 +8,8 @@ On a CPU a smaller engine has more replays in the same time: ``--options '{"max_
 
 The demo model generates for batches of changing size, so that steps cross buckets, with sampling,
 chunked prefill and prefix hits; one engine without drafts, one with n-gram drafts and one with the
-demo's draft head take an equal share of the replays (``--drafts``). Every canary recomputes its
+demo's draft head take an equal share of the replays (``--drafts``), and with a head each owner of
+graphs has as many: the target, the head's prefill and its chain. Every canary recomputes its
 step eagerly; on a sound device none may fail. Prints a JSON line for each engine, and progress on
 standard error; exits 1 if a graph was quarantined. Ctrl-C prints what was seen so far.
 """
@@ -20,6 +21,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from reprise import LLM, SamplingParams
@@ -33,18 +35,25 @@ TOLD_SECONDS = 30.0
 EXIT_INTERRUPTED = 130
 
 
-def replayed(llm: LLM) -> int:
-    return sum(each.replays for each in llm.graph_report().graphs)
+def replayed(llm: LLM) -> dict[str, int]:
+    """Replays of the graphs of each owner that has any."""
+    found: Counter[str] = Counter()
+    for each in llm.graph_report().graphs:
+        found[each.owner or "target"] += each.replays
+    return dict(found)
 
 
 def soak(llm: LLM, replays: int, seed: int) -> None:
-    """Generate until the graphs have been replayed so often, or one was found wrong."""
+    """Generate until the graphs of each owner have been replayed so often, or one was found
+    wrong."""
     rng = random.Random(seed)
     vocab = llm.engine.vocab_size
     shared = [rng.randrange(vocab) for _ in range(100)]
     longest = llm.engine.max_model_len
     told = time.perf_counter()
-    while (done := replayed(llm)) < replays and not llm.graph_report().canary_failures:
+    while (
+        done := min(replayed(llm).values())
+    ) < replays and not llm.graph_report().canary_failures:
         if time.perf_counter() - told > TOLD_SECONDS:
             told = time.perf_counter()
             canaries = llm.graph_report().canaries
@@ -90,7 +99,7 @@ def engine(options: argparse.Namespace, drafts: str, replays: int) -> bool:
                 "drafts": drafts,
                 "plan": report.plan,
                 "graphs": len(report.graphs),
-                "replays": sum(each.replays for each in report.graphs),
+                "replays": replayed(llm),
                 "canaries": report.canaries,
                 "canary_failures": report.canary_failures,
                 "quarantined": quarantined,
@@ -107,7 +116,9 @@ def engine(options: argparse.Namespace, drafts: str, replays: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replays", type=int, default=100_000, help="of all engines together")
+    parser.add_argument(
+        "--replays", type=int, default=100_000, help="of each owner, all engines together"
+    )
     parser.add_argument(
         "--drafts", default=",".join(DRAFTS), help=f"which engines, of {', '.join(DRAFTS)}"
     )

@@ -97,6 +97,8 @@ class Step:
     """States to be copied before the step is computed, all at once."""
     drafting: int | None = None
     """Tokens to be drafted behind each request; None: as many as ever."""
+    resting: bool = False
+    """Nothing will be drafted for long: what drafts leaves out the decodes of this step, too."""
 
     @classmethod
     def of_nobody(cls) -> Step:

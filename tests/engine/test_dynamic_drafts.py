@@ -17,7 +17,7 @@ from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_id
 from matrix import change_drafts
 
 from reprise import LLM, SamplingParams
-from reprise.engine.draft_choice import AGAIN, TRIED, DraftChoice
+from reprise.engine.draft_choice import AGAIN, CATCH_UP, TRIED, DraftChoice
 from reprise.errors import ConfigError
 from reprise.speculation import Speculation, parse_speculation
 
@@ -85,6 +85,25 @@ def test_trials_cost_little() -> None:
     device = Device(3, bound_by_rows, chance=0.0)
     device.run(1, 10 * AGAIN)
     assert device.taken.count(3) < 0.01 * len(device.taken) + 2 * TRIED
+
+
+def test_a_draft_model_rests_where_drafts_have_paid_nowhere() -> None:
+    """But not while numbers are tried, nor for a while before that; nor where they pay for fewer
+    requests, which may be what is left of these."""
+    device = Device(3, bound_by_rows, chance=0.0)
+    rested = []
+    for _ in range(AGAIN + 3 * TRIED):
+        rested.append(device.choice.resting(64))
+        device.run(64, 1)
+    assert rested.count(True) == AGAIN - CATCH_UP
+    assert not any(rested[: 2 * TRIED])
+    assert all(rested[2 * TRIED : AGAIN + 2 * TRIED - CATCH_UP])
+    assert device.taken[rested.index(True) : rested.index(True) + AGAIN] == [0] * AGAIN
+    device.chance = 0.6
+    device.run(4, 3 * TRIED)
+    device.run(64, AGAIN)
+    assert device.taken[-1] == 0
+    assert not device.choice.resting(64)
 
 
 def test_what_is_about_as_good_changes_nothing() -> None:
@@ -190,6 +209,45 @@ def test_nothing_is_drafted_for_those_who_want_nothing(model: TinyModel, device:
     passes.clear()
     assert generate(llm, PROMPTS, greedy(20)) == right
     assert "draft chain decode" in passes
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_what_rests_leaves_decodes_out(
+    tiny: TinyModels, device: str, tmp_path: Path, method: str
+) -> None:
+    """And goes on from what it has: that changes no token."""
+    model = of_few_words(tiny("qwen3", num_hidden_layers=4), tmp_path / "model")
+    path = model.path
+    if method == "eagle3":
+        path = write_head(tmp_path / "head", model, imitates=True, norm_before_residual=True)
+    llm = make(model, device, draft={"method": method, "model": str(path)})
+    scheduler, drafter = llm.engine.scheduler, llm.engine.runner.drafter
+    steps: list[tuple[bool, bool]] = []
+    passes: list[str] = []
+    for name, owner in drafter.owners.items():
+
+        def counted(shape: Any, *others: Any, name: str = name, run: Any = owner.run) -> Any:
+            passes.append(f"{name} {shape.phase}")
+            return run(shape, *others)
+
+        owner.run = counted
+    propose = drafter.propose
+
+    def seen(step: Any, *others: Any) -> None:
+        passes.clear()
+        propose(step, *others)
+        if step.num_decodes == len(step.rows):
+            steps.append((step.resting, bool(passes)))
+        else:
+            assert "draft prefill mixed" in passes
+
+    drafter.propose = seen
+    number = itertools.count()
+    scheduler.drafting = lambda requests: 0 if next(number) % 24 < 12 else 3
+    scheduler.resting = lambda requests: True
+    right = generate(make_llm(model, device, max_num_seqs=4), PROMPTS, greedy(60))
+    assert generate(llm, PROMPTS, greedy(60)) == right
+    assert set(steps) == {(True, False), (False, True)}
 
 
 @pytest.mark.parametrize("graphs", ["none", pytest.param("full", marks=pytest.mark.long)])

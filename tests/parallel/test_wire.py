@@ -86,7 +86,7 @@ def steps(draw: st.DrawFn) -> list[Step]:
             Step(
                 index, mine, counts, drafts, samples, draw(st.integers(0, len(mine))),
                 sum(counts) + sum(drafts), admitted, edits, draw(rows), copies,
-                draw(st.none() | st.integers(0, 7)),
+                draw(st.none() | st.integers(0, 7)), draw(st.booleans()),
             )
         )  # fmt: skip
     return found

@@ -19,6 +19,9 @@ SETTLED = 2
 and what they compute may be new to the device."""
 AGAIN = 2048
 """Steps until the others are tried again: texts and requests change."""
+CATCH_UP = 128
+"""Of these, the last ones, in which a draft model that rested computes what the target does: it
+drafts from these tokens, whatever it has missed before them."""
 BETTER = 1.03
 """What is chosen next has to be as many times as fast as what is chosen now."""
 
@@ -99,6 +102,15 @@ class DraftChoice:
             return found.trying[0]
         assert found.chosen is not None, "what is not being tried has been chosen"
         return found.chosen
+
+    def resting(self, requests: int) -> bool:
+        """Whether a draft model may leave out the decodes of a step without drafts, which so many
+        requests are part of: drafts have paid nowhere, and are not tried again soon. Where they
+        pay for fewer requests, these may be what is left of more."""
+        if requests == 0 or not self._speculation.measured:
+            return False
+        found = self._range(requests)
+        return found.left > CATCH_UP and not any(each.chosen for each in self._ranges.values())
 
     def step_done(self, step: Step, sampled: Sequence[Sequence[int]]) -> None:
         """A step has brought these tokens, now: measure it, if one like it was done before."""

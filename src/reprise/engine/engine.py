@@ -123,6 +123,7 @@ class Engine(Frontend):
             lookahead=runner.lookahead,
             blocks_ahead=BLOCKS_AHEAD,
             drafting=None if self._draft_choice is None else self._draft_choice.choose,
+            resting=None if self._draft_choice is None else self._draft_choice.resting,
         )
         self.grammars = Grammars(self.vocab_size, self.eos_token_ids)
         self.pipeline = Pipeline(runner, self.grammars, 2 if self.platform.asynchronous else 1)

@@ -56,6 +56,8 @@ class Scheduler:
         num_drafts: Tokens that each decode verifies beside its newest one, at most.
         drafting: Says how many are drafted where so many requests run, of which 0 want any; None:
             always as many.
+        resting: Says whether what drafts may leave out steps of so many requests that draft
+            nothing; None: it never does.
         lookahead: Tokens behind them for which what drafts has rows in the cache.
         blocks_ahead: Most blocks that a request gets before it needs them.
 
@@ -74,6 +76,7 @@ class Scheduler:
         lookahead: int = 0,
         blocks_ahead: int = 0,
         drafting: Callable[[int], int] | None = None,
+        resting: Callable[[int], bool] | None = None,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
@@ -93,9 +96,11 @@ class Scheduler:
         else:
             self._reserve = [reserve_blocks] * len(cache.pools)
         self.num_drafts = num_drafts
-        self.drafting = drafting
+        self.drafting, self.resting = drafting, resting
         self._drafted: int | None = None
         """Tokens to be drafted behind the requests of this step; None: as many as ever."""
+        self._rests = False
+        """What drafts leaves out the decodes of this step."""
         self._verified = num_drafts
         """Tokens that each decode of this step verifies."""
         self._lookahead = lookahead
@@ -282,6 +287,7 @@ class Scheduler:
             self._roster.take_released(),
             [copy for copy, _ in copies],
             self._drafted,
+            self._rests,
         )
         checkpoints = [checkpoint for _, checkpoint in copies]
         self._outstanding.append(ScheduledStep(step, plan.requests, plan.starts, checkpoints))
@@ -297,6 +303,10 @@ class Scheduler:
         wanting = not running or any(each.params.num_drafts != 0 for each in running)
         self._drafted = drafting(len(running) if wanting else 0)
         self._verified = room_for(self._drafted)
+        self._rests = (
+            wanting and self._drafted == 0
+            and self.resting is not None and self.resting(len(running))
+        )  # fmt: skip
 
     def _schedule_decodes(self, plan: StepPlan) -> tuple[list[Request], bool]:
         """Schedule all requests whose tokens are all computed but the newest. Returns those with

@@ -19,7 +19,7 @@ from reprise.step import Step, TableEdit
 _HEADER = struct.Struct("<BbQIIHHI")
 """Flags; drafts, -1 for as many as ever; index, decodes, tokens; released rows; entries in order,
 bytes of what is pickled."""
-_CONTINUES, _IN_ORDER = 1, 2
+_CONTINUES, _IN_ORDER, _RESTING = 1, 2, 4
 MOST_ROWS = (1 << 16) - 1
 
 
@@ -66,6 +66,7 @@ class Encoder:
             edits = step.edits if in_order is None else None
             rest = pickle.dumps((step.admitted, step.copies, edits, len(step.edits)), 5)
         flags = continues * _CONTINUES | (in_order is not None) * _IN_ORDER
+        flags |= step.resting * _RESTING
         try:
             parts = [
                 _HEADER.pack(
@@ -142,6 +143,7 @@ class Decoder:
             step.released = freed
         step.num_decodes, step.num_tokens = decodes, tokens
         step.drafting = None if drafting < 0 else drafting
+        step.resting = bool(flags & _RESTING)
         edits = None
         if nbytes:
             step.admitted, step.copies, edits, self._lifetimes = pickle.loads(rest)

@@ -162,7 +162,8 @@ class ModelDrafter(Drafter):
         wanted = self._wanted(step)
         decodes = step.num_decodes == len(step.rows)
         # What is not drafted behind now may be later: the draft's caches must have it.
-        prefills = not decodes or (wanted and (shifted or not count)) or self.draft.keeps_states
+        met = shifted if count else not step.resting
+        prefills = not decodes or (wanted and met) or self.draft.keeps_states
         chosen: Sequence[int] = ()
         if wanted and count:
             chosen = range(len(step.rows))
