@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from planted import planted
 from torch import Tensor
 
 from reprise import LLM
 from reprise.errors import WeightsLostError
 from reprise.graphs import repair, verify
 from reprise.graphs.segments import Segment, SegmentedGraph
+from reprise.platforms import MemoryInfo, Platform
+from reprise.testing import faults
 
 PROMPTS = [random_ids(80 + n, 9 + 7 * n) for n in range(3)]
 PARAMS = greedy(14, frequency_penalty=0.5)
@@ -148,6 +151,23 @@ def test_what_is_kept_while_no_request_runs(
     (output,) = llm.generate([{"prompt_token_ids": prompt}], PARAMS, use_tqdm=False)
     assert output.metrics.num_cached_tokens == 0, "cached prefixes are forgotten"
     assert [list(output.outputs[0].token_ids)] == first
+
+
+@pytest.mark.parametrize("executor", ["breakable", pytest.param("compiled", marks=pytest.mark.long)])
+def test_weights_are_known_before_anything_is_captured(
+    model: TinyModel, device: str, expected: Any, platform: Platform,
+    monkeypatch: pytest.MonkeyPatch, executor: str,
+) -> None:  # fmt: skip
+    """A capture in pieces computes what it has, and memory of graphs is predicted by captures."""
+    kind = type(platform)
+    monkeypatch.setattr(kind, "graph_memory", "measure")
+    monkeypatch.setattr(kind, "memory_info", lambda self: MemoryInfo(free=8 << 30, total=8 << 30))
+    with planted(monkeypatch, faults.FAULTS["changed_weight"], "rotary_cache") as found:
+        llm = small_llm(model, device, graph_mode=executor)
+    assert len(found) == 1
+    assert llm.graph_report().memory.predicted is not None
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert llm.graph_report().quarantined
 
 
 def test_weights_that_are_lost_compute_nothing_more(

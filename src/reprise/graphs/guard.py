@@ -94,6 +94,11 @@ class Guard:
         self._carried: list[tuple[Stack, Tensor]] | None = None
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
+    @property
+    def knows_weights(self) -> bool:
+        """What they were when they were right."""
+        return bool(self._weights)
+
     def learn_weights(self) -> None:
         """The weights are right as they are now."""
         self._weights = {

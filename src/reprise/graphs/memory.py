@@ -51,6 +51,8 @@ def predict(
         if not platform.counts_memory:
             logger.info("graph memory: %s", memory.note)
             return memory
+    # Captures in pieces compute, and what computes may spoil.
+    runner.learn_weights()
     try:
         total, measured = _measure(runner, free_memory)
     except Exception as error:

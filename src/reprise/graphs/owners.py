@@ -39,11 +39,18 @@ class GraphOwners:
 
     def predict(self) -> int:
         """Bytes to keep free for graphs, see :func:`reprise.graphs.predict`."""
+        self.learn_weights()
         try:
             return sum(predict(each, keep=True).predicted or 0 for each in self.runners.values())
         finally:
             for each in self.runners.values():
                 each.discard()
+
+    def learn_weights(self) -> None:
+        """See :meth:`GraphRunner.learn_weights`, of all owners: a graph of one may change what
+        another reads."""
+        for each in self.runners.values():
+            each.learn_weights()
 
     def comparison_bytes(self) -> int:
         """Bytes to keep free for comparisons, of which one is made at a time."""
@@ -51,6 +58,7 @@ class GraphOwners:
 
     def capture_all(self, progress: Progress | None = None) -> None:
         """See :meth:`GraphRunner.capture_all`."""
+        self.learn_weights()
         for each in self.runners.values():
             each.capture_all(progress)
 

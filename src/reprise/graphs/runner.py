@@ -146,6 +146,12 @@ class GraphRunner:
             ]
         return sorted(found, key=lambda each: (-each.num_tokens, PHASES.index(each.phase)))
 
+    def learn_weights(self) -> None:
+        """The weights are right as they are: nothing has been captured yet. A later call changes
+        nothing."""
+        if not self.guard.knows_weights:
+            self.weights_changed()
+
     def comparison_bytes(self) -> int:
         """What comparing the largest graph takes, beside what a step takes."""
         shapes = self.shapes() if self.verify != VerifyMode(startup=False) else []
@@ -173,9 +179,8 @@ class GraphRunner:
             shapes, later = split(shapes)
             self._defer(later)
         free = self._free_memory()
+        self.learn_weights()
         with self.capturer.ready():
-            if self.verify.startup or self.verify.canary:
-                self.guard.learn_weights()  # before anything could have changed them
             started = time.perf_counter()
             for done, shape in enumerate(shapes):
                 self.capture_bucket(shape)
@@ -370,8 +375,8 @@ class GraphRunner:
 
     def weights_changed(self) -> None:
         """The weights were refilled on purpose: they are right as they are now."""
-        with self.computation.ops.computing():
-            if self.verify.startup and self.plan.captures:
+        if self.plan.captures and (self.verify.startup or self.verify.canary):
+            with self.computation.ops.computing():
                 self.guard.learn_weights()
 
     def padded(self, shape: StepShape, at_least: StepShape | None = None) -> StepShape:
