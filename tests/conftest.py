@@ -107,6 +107,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def own_kernels(device: str) -> bool:
+    """The device computes with kernels that no CPU has."""
+    return device not in ON_CPU
+
+
+@pytest.fixture(scope="session")
 def platform(device: str):
     """The platform under test."""
     from reprise import platforms

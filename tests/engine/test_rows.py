@@ -265,11 +265,13 @@ def test_the_kind_of_a_step_that_goes_on_is_the_one_that_is_found_anew(
     assert_idle(llm)
 
 
-@pytest.mark.parametrize(("requests", "most"), [(1, 140), (64, 250)])
+@pytest.mark.parametrize(("requests", "most", "beside"), [(1, 140, 180), (64, 250, 300)])
 def test_a_steady_decode_calls_few_functions(
-    ahead: Any, device: str, requests: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The host's work of a step that a graph computes, counted where times would vary."""
+    ahead: Any, device: str, requests: int, most: int, beside: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The host's work of a step that a graph computes, counted where times would vary: at most so
+    much, and where it submits to a device and waits for it, so much."""
     if device == "sim":
         pytest.skip("its kernels are launched in Python")
     llm = ahead(
@@ -278,4 +280,5 @@ def test_a_steady_decode_calls_few_functions(
     )  # fmt: skip
     monkeypatch.setattr(SegmentedGraph, "replay", lambda self: None)
     monkeypatch.setattr(llm.engine.runner.graphs.ledger, "_holds", lambda *asked: True)
-    assert python_calls_of_a_step(llm, requests, 180, 60, 32) <= most
+    limit = beside if llm.engine.runner.platform.asynchronous else most
+    assert python_calls_of_a_step(llm, requests, 180, 60, 32) <= limit

@@ -153,7 +153,9 @@ def test_what_is_kept_while_no_request_runs(
     assert [list(output.outputs[0].token_ids)] == first
 
 
-@pytest.mark.parametrize("executor", ["breakable", pytest.param("compiled", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "executor", ["breakable", pytest.param("compiled", marks=pytest.mark.long)]
+)
 def test_weights_are_known_before_anything_is_captured(
     model: TinyModel, device: str, expected: Any, platform: Platform,
     monkeypatch: pytest.MonkeyPatch, executor: str,

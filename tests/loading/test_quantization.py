@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from reprise.errors import LoadError, ModelError
 from reprise.layers.formats import reader_of
 from reprise.loading import open_checkpoint
+from reprise.loading.quantization import with_quantization
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "hqq": {"quant_method": "hqq", "nbits": 4},
@@ -137,3 +138,12 @@ def test_doubles_are_plain_numbers(copy: Path, device: str) -> None:
     file = copy / "model.safetensors"
     save_file({k: v.double() for k, v in load_file(file).items()}, file, {"format": "pt"})
     assert generate(make_llm(copy, device), [prompt], greedy(8)) == expected
+
+
+def test_what_the_config_says_beside_it_is_part_of_it(tmp_path: Path) -> None:
+    """Whatever version of transformers reads the rest."""
+    method = {"quant_method": "fp8"}
+    raw = {"expert_dtype": "fp8", "quantization_config": method}
+    assert with_quantization(tmp_path, raw, {})["quantization_config"]["expert_dtype"] == "fp8"
+    raw = {**raw, "quantization_config": {**method, "expert_dtype": "fp4"}}
+    assert with_quantization(tmp_path, raw, {})["quantization_config"]["expert_dtype"] == "fp4"

@@ -141,8 +141,10 @@ def test_triton(
 
 @pytest.mark.parametrize("fixed", [None, (0.0, 0.0), (0.03, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize(("head_size", "rotary"), [(64, 64), (96, 24)])
-def test_codes(implementation, platform, randn, head_size, rotary, fixed) -> None:
-    """Of what a cache of numbers would hold, bit by bit; of the others, no slot is written."""
+def test_codes(implementation, platform, own_kernels, randn, head_size, rotary, fixed) -> None:
+    """Of what a cache of numbers would hold, bit by bit; of the others, no slot is written. Where a
+    compiler may fuse a product and a sum, in one kernel and not in the other, bit by bit up to
+    that."""
     fp8 = platform.fp8_dtype
     if fp8 is None:
         pytest.skip("the device has no eight-bit floating-point numbers")
@@ -166,9 +168,15 @@ def test_codes(implementation, platform, randn, head_size, rotary, fixed) -> Non
             scale = None if fixed is None else coded["fixed_scales"][number]
             codes, scales = quantise(rows, fp8, scale)
             found = coded[f"{name}_scales"].transpose(1, 2).flatten(0, 1)
-            assert torch.equal(found[slots], scales)
-            written = coded[f"{name}_cache"].view(torch.uint8).flatten(0, 1)
-            assert torch.equal(written[slots], codes.view(torch.uint8))
+            written = coded[f"{name}_cache"].flatten(0, 1)[slots]
+            if not own_kernels or function is reference:
+                assert torch.equal(found[slots], scales)
+                assert torch.equal(written.view(torch.uint8), codes.view(torch.uint8))
+            else:
+                torch.testing.assert_close(found[slots], scales, rtol=5e-7, atol=0)
+                torch.testing.assert_close(written.float(), codes.float(), rtol=0.13, atol=0.002)
+                differ = written.view(torch.uint8) != codes.view(torch.uint8)
+                assert float(differ.float().mean()) < 0.002
             others = torch.ones(len(found), dtype=torch.bool).index_fill(0, slots.cpu(), False)
             others[0] = False  # padding's
             assert found[others.to(found.device)].isnan().all()

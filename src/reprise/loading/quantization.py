@@ -14,6 +14,9 @@ _READ = "quantization_config"
 """The field that formats are read from (:func:`reprise.layers.formats.formats_of`)."""
 _OLDER = "compression_config"
 """Of compressed-tensors, before it took the other."""
+_BESIDE = ("expert_dtype",)
+"""Fields of the config itself that say more of it, as DeepSeek-V4 is released. transformers moves
+them into it since 5.24."""
 _ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """vLLM's names of kernels for a method."""
 _FILES = {
@@ -51,7 +54,8 @@ def with_quantization(
             "{'quantization_config': None} if its weights are plain floating-point numbers"
         )
     found.pop(_OLDER, None)
-    found[_READ] = value
+    beside = {name: raw[name] for name in _BESIDE if raw.get(name) is not None}
+    found[_READ] = {**beside, **value}
     return found
 
 

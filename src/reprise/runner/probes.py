@@ -217,7 +217,7 @@ class ProbeMaker:
             if (layout + 2 * cls) % 3 == 0 and length > size:
                 length = (length - new) // size * size + new  # it begins a block
             else:
-                length -= number % self._shifts
+                length = self._within(length, len(rows))
             rows.append(make(new, max(new, length), layout, (layout + cls) % 3, number))
         short = max(new, min(size, self._max_model_len))
         rows += [make(new, short, NEIGHBOURS, half, half) for half in (LOWER, UPPER)]
@@ -235,7 +235,8 @@ class ProbeMaker:
             if length is None or length < new:
                 continue
             last = length - new
-            for start in (last - (last % size == 0), last // size * size):
+            within = self._within(length, cls) - new
+            for start in (within - (within % size == 0), last // size * size):
                 if start > 0 and int(context_class(start + new)) == cls:
                     rows.append(self._decode(new, start + new, NEIGHBOURS, LOWER, len(rows)))
         return rows
@@ -284,6 +285,16 @@ class ProbeMaker:
             return None
         below = 2 * 4 ** (cls + 1)
         return below if number % 4 == 3 and below < top else top
+
+    def _within(self, length: int, number: int) -> int:
+        """A length up to this one: every other ends within a block, as most contexts do, neither at
+        its first row nor at its last."""
+        if self._shifts > 1:  # that varies it
+            return length - number % self._shifts
+        size = self._size
+        if number % 2 == 0 or length < size or size < 3:
+            return length
+        return min(length, (length - 1) // size * size + 2 + number % (size - 2))
 
     def _chunk(self, new: int, number: int) -> Row:
         """A fresh prompt."""
