@@ -157,6 +157,27 @@ def test_graphs_of_a_plug_in(toy: str, tiny: TinyModels, caplog: pytest.LogCaptu
     assert report.canary_failures == 0
 
 
+def test_the_demo_models_head_drafts(toy: str) -> None:
+    """With graphs and without, the same drafts count, and no token is another."""
+    prompts = ["12 + 34 =", "Once upon a time"]
+    plain = token_ids(LLM(device="cpu", dtype="float32").generate(prompts, greedy(16)))
+    found = []
+    for device in (toy, f"{toy}-graphs"):
+        llm = LLM(
+            device=device, graph_mode="auto", graph_buckets="decode=2;mixed=16",
+            graph_verify="off", max_model_len=64,
+            speculative_config={"method": "eagle3", "num_speculative_tokens": 3},
+        )  # fmt: skip
+        assert token_ids(llm.generate(prompts, greedy(16))) == plain
+        replayed = {each.owner for each in llm.graph_report().graphs if each.replays}
+        owners = {"", "draft prefill", "draft chain"}
+        assert replayed == (set() if device == toy else owners)
+        found.append(llm.stats().drafts)
+    assert found[0] == found[1]
+    assert found[0].acceptance_length > 2
+    assert_idle(llm)
+
+
 def test_two_replicas_with_graphs(
     toy: str, installed: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
