@@ -20,7 +20,7 @@ from deepseek import FIELDS, randomise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprise import LLM, RequestOutput, RequestOutputKind, SamplingParams
+from reprise import LLM, RequestOutput, RequestOutputKind, SamplingParams, platforms
 
 VOCAB = 160
 CONTEXT = 256
@@ -268,6 +268,14 @@ def stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def random_ids(seed: int, length: int, vocab: int = VOCAB) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (length,), generator=generator).tolist()
+
+
+def need_devices(device: str, count: int) -> None:
+    """Skip a test of so many ranks where they would not have a device each; a CPU has room for
+    all."""
+    platform = platforms.resolve(device)
+    if not platform.is_the_host and platform.device_count() < count:
+        pytest.skip(f"{count} ranks need a device each: here {platform.device_count()} are visible")
 
 
 def make_llm(model: TinyModel | Path, device: str, **options: Any) -> LLM:

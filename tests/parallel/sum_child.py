@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from reprise.distributed import Group
-from reprise.distributed.symmetric import BLOCKS, STAGE_BYTES, SymmetricBuffer
+from reprise.distributed.symmetric import BLOCKS, FLAGS, PROGRAMS, SymmetricBuffer
+from reprise.ops.all_reduce.pushed import push
 from reprise.ops.all_reduce.triton import _sum
 
 SIZES = (3, 2100, 8)
@@ -21,13 +22,15 @@ class Shared(SymmetricBuffer):
     """Every rank's memory in one mapping of a file that all have."""
 
     def __init__(self, group: Group, file: int) -> None:
-        self.group, self.flags = group, 2 * BLOCKS * STAGE_BYTES
+        self.group, self.flags, self.slots = group, FLAGS, self.slots_of(group.size)
         nbytes = self.nbytes(group.size)
         mapped = np.frombuffer(mmap.mmap(file, nbytes * group.size), dtype=np.uint8)
         self._own = torch.from_numpy(mapped)
         base = self._own.data_ptr()
         self.bases = torch.tensor([base + nbytes * rank for rank in range(group.size)])
         self.turns = torch.zeros(BLOCKS, dtype=torch.int32)
+        self.pushes = torch.zeros(PROGRAMS, dtype=torch.int32)
+        self.given_up = torch.zeros(1, dtype=torch.int32)
 
 
 def parts(size: int, turn: int, count: int) -> list[torch.Tensor]:
@@ -47,12 +50,13 @@ def main() -> None:
             total = torch.zeros(count)
             for each in all_parts:
                 total += each
-            residual = torch.ones(count)
-            _sum(buffer, all_parts[rank].clone(), residual, add=True)
-            assert torch.equal(residual, 1 + total), (turn, count)
-            x = all_parts[rank].clone()
-            _sum(buffer, x, x, add=False)
-            assert torch.equal(x, total), (turn, count)
+            for sums in (_sum, push):
+                residual = torch.ones(count)
+                sums(buffer, all_parts[rank].clone(), residual, add=True)
+                assert torch.equal(residual, 1 + total), (turn, count)
+                x = all_parts[rank].clone()
+                sums(buffer, x, x, add=False)
+                assert torch.equal(x, total), (turn, count)
     assert int(buffer.turns[0]) == 3 * 2 * len(SIZES)
 
 

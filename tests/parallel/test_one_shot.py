@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from reprise.distributed.board import create
 from reprise.distributed.symmetric import SymmetricBuffer
@@ -18,7 +20,11 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_rank_has_the_sum_in_the_order_of_ranks(size: int) -> None:
     """Also when ranks are late, and when sums differ in how many programs they take."""
-    file = create(SymmetricBuffer.nbytes(size) * size)
+    nbytes = SymmetricBuffer.nbytes(size)
+    file = create(nbytes * size)
+    memory = torch.frombuffer(mmap.mmap(file, nbytes * size), dtype=torch.uint8)
+    for own in memory.split(nbytes):
+        SymmetricBuffer.blank(own, size)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     paths = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)

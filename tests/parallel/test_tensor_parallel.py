@@ -17,7 +17,7 @@ from typing import Any
 
 import matrix
 import pytest
-from helpers import TinyModels, greedy, text_model, token_ids
+from helpers import TinyModels, greedy, need_devices, text_model, token_ids
 from next_streams import NextLayer
 
 from reprise import LLM, StructuredOutputsParams
@@ -33,7 +33,9 @@ class Shared(matrix.Case):
     """The same on two ranks."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
-        return super().engine(ahead=ahead, **{"tensor_parallel_size": 2, **options})
+        options = {"tensor_parallel_size": 2, **options}
+        need_devices(self.device, options["tensor_parallel_size"])
+        return super().engine(ahead=ahead, **options)
 
 
 @contextlib.contextmanager
@@ -64,8 +66,7 @@ def shared(alone: matrix.Alone, features: matrix.Features) -> Shared:
 
 @pytest.fixture(scope="module")
 def alone(tiny: TinyModels, device: str) -> matrix.Alone:
-    if device != "cpu":
-        pytest.skip("these ranks share a CPU")
+    need_devices(device, 2)
     return matrix.Alone(tiny, device)
 
 

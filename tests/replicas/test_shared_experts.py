@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TinyModels, greedy, random_ids
+from helpers import TinyModels, greedy, need_devices, random_ids
 from http_server import gone, replicas_of
 
 from reprise import LLM, AsyncLLM, SamplingParams
@@ -45,8 +45,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def options(tiny: TinyModels, device: str) -> dict[str, Any]:
-    if device != "cpu":
-        pytest.skip("these replicas share a CPU")
+    need_devices(device, 2)
     return {**OPTIONS, "model": str(tiny("qwen3_moe").path), "device": device}
 
 
@@ -68,7 +67,13 @@ def pair(options: dict[str, Any], expected: Any) -> Iterator[LLM]:
 
 
 def together(options: dict[str, Any], **more: Any) -> LLM:
-    return LLM(**{**options, "data_parallel_size": 2, "enable_expert_parallel": True, **more})
+    asked = {**options, "data_parallel_size": 2, "enable_expert_parallel": True, **more}
+    need_devices(asked["device"], ranks_in(asked))
+    return LLM(**asked)
+
+
+def ranks_in(options: dict[str, Any]) -> int:
+    return int(options.get("data_parallel_size", 2) * options.get("tensor_parallel_size", 1))
 
 
 def tokens(llm: LLM, prompts: list[list[int]], **params: Any) -> list[list[int]]:
@@ -221,6 +226,7 @@ def random_steps(
     options: dict[str, Any], prompts: list[list[int]], expected: list[list[int]], steps: int
 ) -> None:
     """Requests come and go at any step of others, to one replica, to all, to none for a while."""
+    need_devices(options["device"], ranks_in(options))
     executor, count = options["graph_mode"], options.get("data_parallel_size", 2)
     chosen = {name: each for name, each in options.items() if name not in ("model", "device")}
     rng = random.Random(str(chosen))

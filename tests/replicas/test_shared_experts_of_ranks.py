@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TinyModels, greedy, random_ids
+from helpers import TinyModels, greedy, need_devices, random_ids
 from http_server import children, gone, replicas_of
 from test_shared_experts import (
     ANSWER_SECONDS,
@@ -51,8 +51,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def options(tiny: TinyModels, device: str) -> dict[str, Any]:
-    if device != "cpu":
-        pytest.skip("these ranks share a CPU")
+    need_devices(device, 4)
     model = str(tiny("qwen3_moe").path)
     return {**OPTIONS, "model": model, "device": device, "tensor_parallel_size": 2}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from draft_heads import write_head
-from helpers import TinyModel, TinyModels, random_ids
+from helpers import TinyModel, TinyModels, need_devices, random_ids
 from next_streams import NextLayer
 from test_shared_experts import (
     LENGTHS,
@@ -50,8 +50,7 @@ def drafting(
     prompts: list[list[int]],
 ) -> Callable[[str], tuple[dict[str, Any], list[list[int]]]]:  # fmt: skip
     """By method: options, and the tokens that one engine without drafts gives."""
-    if device != "cpu":
-        pytest.skip("these replicas share a CPU")
+    need_devices(device, 2)
     root = tmp_path_factory.mktemp("drafts")
     known: dict[str, tuple[dict[str, Any], list[list[int]]]] = {}
 

@@ -20,6 +20,14 @@ BLOCKS = 32
 """Programs that share a sum at most. All of them run at once, since they wait for each other."""
 STAGE_BYTES = 32 << 10
 """What each of them can put down for the others, of which it has two places that take turns."""
+PROGRAMS = 128
+"""Programs that share a sum of words that are pushed at most."""
+SLOT_BYTES = 8 << 10
+"""What one of them gets of each rank."""
+FLAGS = 2 * BLOCKS * STAGE_BYTES
+NOTHING = -0x7FFF8000
+"""A word of 32 bits that says that nothing has come yet: two zeros of 16 bits with a minus, or a
+number of 32 that is next to nothing (-4.6e-41). Zeros are sent in its place."""
 
 
 class SymmetricBuffer:
@@ -43,24 +51,39 @@ class SymmetricBuffer:
         # torch finds the store by either, which depends on its version.
         _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
         _register_process_group(name, dist.ProcessGroup(store, group.rank, group.size))
-        self.flags = 2 * BLOCKS * STAGE_BYTES
+        self.flags = FLAGS
         """Bytes from the beginning to the turns that others have told: [BLOCKS, size] int32."""
+        self.slots = self.slots_of(group.size)
+        """Bytes from the beginning to what others push: [2, PROGRAMS, size, SLOT_BYTES]."""
         nbytes = self.nbytes(group.size)
         self._own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
-        self._own.zero_()
+        self.blank(self._own, group.size)
         self._handle = _SymmetricMemory.rendezvous(self._own)
         self.bases = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64, device=device)
         """[size]: addresses of every rank's memory."""
         self.turns = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
         """[BLOCKS]: sums that each program has begun."""
-        self.given_up = self._own[nbytes - 4 :].view(torch.int32)
+        self.pushes = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        """[PROGRAMS]: likewise, of words that are pushed."""
+        self.given_up = self._own[self.flags + 4 * BLOCKS * group.size :][:4].view(torch.int32)
         """[1]: not 0: nobody is to wait any more."""
         torch.accelerator.synchronize(device)
 
     @staticmethod
-    def nbytes(size: int) -> int:
+    def slots_of(size: int) -> int:
+        """See :attr:`slots`."""
+        return FLAGS + 4 * (BLOCKS * size + 4)
+
+    @classmethod
+    def nbytes(cls, size: int) -> int:
         """Of a rank's part, where there are ``size`` of them."""
-        return 2 * BLOCKS * STAGE_BYTES + 4 * (BLOCKS * size + 1)
+        return cls.slots_of(size) + 2 * PROGRAMS * size * SLOT_BYTES
+
+    @classmethod
+    def blank(cls, memory: Tensor, size: int) -> None:
+        """What a rank's part holds before the first sum; memory: [nbytes] uint8."""
+        memory.zero_()
+        memory[cls.slots_of(size) :].view(torch.int32).fill_(NOTHING)
 
     def give_up(self) -> None:
         """Let nobody here wait any more, from any thread: another rank is gone."""

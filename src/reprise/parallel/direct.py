@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 COUNTS = (8, 5000, 100_000)
 """Numbers of a sum: of one program, of some, of many."""
-NEED_IT = (("all_reduce", "one_shot"), ("all_reduce_add", "one_shot"))
+NEED_IT = tuple(
+    (op, each) for op in ("all_reduce", "all_reduce_add") for each in ("one_shot", "pushed")
+)
 """Implementations that compute in this memory."""
 PATIENCE_SECONDS = 60.0
 """A sum that takes longer never ends."""
@@ -81,15 +83,15 @@ def _prove(
 def _sums_are_right(communicator: Communicator, platform: Platform) -> bool:
     """Of whole numbers that every dtype has, and whose sums it rounds alike in any order."""
     group = communicator.group
-    table = OpTable(platform, {"all_reduce": "one_shot"})
     right = True
-    with table.computing():
-        for turn, count in enumerate(COUNTS * 2):
-            x = part(group.rank, turn, count).to(platform.device, platform.default_dtype)
-            ops.all_reduce(x, group.name)
-            total = sum(part(rank, turn, count) for rank in range(group.size))
-            assert isinstance(total, torch.Tensor)
-            right &= bool((x == total.to(x.device, x.dtype)).all())
+    for name in ("pushed", "one_shot"):
+        with OpTable(platform, {"all_reduce": name}).computing():
+            for turn, count in enumerate(COUNTS * 2):
+                x = part(group.rank, turn, count).to(platform.device, platform.default_dtype)
+                ops.all_reduce(x, group.name)
+                total = sum(part(rank, turn, count) for rank in range(group.size))
+                assert isinstance(total, torch.Tensor)
+                right &= bool((x == total.to(x.device, x.dtype)).all())
     return right
 
 

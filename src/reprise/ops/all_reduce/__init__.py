@@ -20,3 +20,9 @@ for _op in (all_reduce, all_reduce_add):
         requires=needs_triton,
         on_request="no device has run it yet",
     )
+    _op.implementation(
+        "pushed",
+        f"reprise.ops.all_reduce.pushed:{_op.name}",
+        requires=needs_triton,
+        on_request="no device has run it yet",
+    )
