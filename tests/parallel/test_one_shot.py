@@ -1,4 +1,4 @@
-"""The sum of our own over memory that all ranks read, between processes."""
+"""Sums and rows over memory that all ranks reach, between processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,23 @@ from reprise.distributed.symmetric import SymmetricBuffer
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+SIZES = [2, pytest.param(4, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_every_rank_has_the_sum_in_the_order_of_ranks(size: int) -> None:
     """Also when ranks are late, and when sums differ in how many programs they take."""
+    run_ranks("sum_child.py", size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_go_where_their_experts_are_and_nowhere_else(size: int) -> None:
+    """And come back as sums in the order of ranks; also those that nobody wants."""
+    run_ranks("rows_child.py", size)
+
+
+def run_ranks(name: str, size: int) -> None:
+    """Start the script as each rank, over memory that all share."""
     nbytes = SymmetricBuffer.nbytes(size)
     file = create(nbytes * size)
     memory = torch.frombuffer(mmap.mmap(file, nbytes * size), dtype=torch.uint8)
@@ -28,7 +42,7 @@ def test_every_rank_has_the_sum_in_the_order_of_ranks(size: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     paths = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    script = str(Path(__file__).with_name("sum_child.py"))
+    script = str(Path(__file__).with_name(name))
     ranks = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(size), str(file)],

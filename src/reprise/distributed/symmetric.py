@@ -20,9 +20,9 @@ BLOCKS = 32
 """Programs that share a sum at most. All of them run at once, since they wait for each other."""
 STAGE_BYTES = 32 << 10
 """What each of them can put down for the others, of which it has two places that take turns."""
-PROGRAMS = 128
-"""Programs that share a sum of words that are pushed at most."""
-SLOT_BYTES = 8 << 10
+PROGRAMS = 512
+"""Programs that push words at most."""
+SLOT_BYTES = (8 << 10) + 256
 """What one of them gets of each rank."""
 FLAGS = 2 * BLOCKS * STAGE_BYTES
 NOTHING = -0x7FFF8000

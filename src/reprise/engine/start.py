@@ -85,7 +85,7 @@ def open_model(
             leading = LeadingRunner(config, platform, checkpoint, leader, ranks)
             return Opened(checkpoint, tokenizer, leading, leader.devices)
         if lockstep is not None:
-            ranks = lockstep.connect()
+            ranks = lockstep.connect(config)
         else:
             ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
         runner = ModelRunner(config, platform, checkpoint, ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 COUNTS = (8, 5000, 100_000)
 """Numbers of a sum: of one program, of some, of many."""
-NEED_IT = tuple(
-    (op, each) for op in ("all_reduce", "all_reduce_add") for each in ("one_shot", "pushed")
-)
+SUMS = ("all_reduce", "all_reduce_add")
+ROWS = ("dispatch", "combine")
+NEED_IT = ("one_shot", "pushed")
 """Implementations that compute in this memory."""
 PATIENCE_SECONDS = 60.0
 """A sum that takes longer never ends."""
@@ -32,6 +32,7 @@ def prove_direct(
     platform: Platform,
     agreement: Agreement,
     chosen: Mapping[str, str],
+    used_by: Sequence[str] = SUMS,
 ) -> None:
     """Give up the memory that ranks read from each other, on all of them, unless sums over it are
     right. Every rank calls it.
@@ -41,16 +42,19 @@ def prove_direct(
         platform: Of this one; the others have the same.
         agreement: Of the ranks.
         chosen: Implementations that the user asked for by name, by op.
+        used_by: The ops that compute in this memory.
 
     Raises:
         ConfigError: One of them needs the memory, and there is none. All ranks raise it.
     """
-    unusable = ops.all_reduce.implementations["one_shot"].unusable(platform)
+    unusable = ops.all_reduce.implementations["pushed"].unusable(platform)
     if communicator.symmetric is not None and unusable is not None:
         communicator.drop_symmetric(unusable)  # alike on all
     if communicator.symmetric is not None:
         _prove(communicator, communicator.symmetric, platform, agreement)
-    wanted = [f"{name}={each}" for name, each in chosen.items() if (name, each) in NEED_IT]
+    wanted = [
+        f"{name}={each}" for name, each in chosen.items() if name in used_by and each in NEED_IT
+    ]
     if wanted and communicator.symmetric is None:
         raise ConfigError(
             f"--op {wanted[0]}: these ranks have no memory that all of them read directly "
@@ -84,14 +88,13 @@ def _sums_are_right(communicator: Communicator, platform: Platform) -> bool:
     """Of whole numbers that every dtype has, and whose sums it rounds alike in any order."""
     group = communicator.group
     right = True
-    for name in ("pushed", "one_shot"):
-        with OpTable(platform, {"all_reduce": name}).computing():
-            for turn, count in enumerate(COUNTS * 2):
-                x = part(group.rank, turn, count).to(platform.device, platform.default_dtype)
-                ops.all_reduce(x, group.name)
-                total = sum(part(rank, turn, count) for rank in range(group.size))
-                assert isinstance(total, torch.Tensor)
-                right &= bool((x == total.to(x.device, x.dtype)).all())
+    with OpTable(platform, {"all_reduce": "pushed"}).computing():
+        for turn, count in enumerate(COUNTS * 2):
+            x = part(group.rank, turn, count).to(platform.device, platform.default_dtype)
+            ops.all_reduce(x, group.name)
+            total = sum(part(rank, turn, count) for rank in range(group.size))
+            assert isinstance(total, torch.Tensor)
+            right &= bool((x == total.to(x.device, x.dtype)).all())
     return right
 
 

@@ -130,7 +130,7 @@ class _Follower:
         ranks = Ranks(group, board, ALONE if config.enable_expert_parallel else None)
         if everyone is not None:
             assert start.seat is not None
-            self._joined = join(start.seat, rank, everyone, platform, communicator)
+            self._joined = join(start.seat, rank, everyone, platform, config, communicator)
             ranks = Ranks(group, everyone, self._joined.communicator.group)
         self._runner = ModelRunner(config, platform, checkpoint, ranks)
         board.note_done(1)

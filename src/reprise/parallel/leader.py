@@ -127,7 +127,7 @@ class Leader:
         self._communicator.told = self._followers.board.note_calls
         prove_direct(self._communicator, platform, self._followers.board, config.ops)
         if self._lockstep is not None:
-            return self._lockstep.connect(self.group, self._communicator)
+            return self._lockstep.connect(config, self.group, self._communicator)
         return Ranks(self.group, self._followers.board, exchange)
 
     def say(self, kind: Kind, content: bytes = b"") -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.board import Board
 from reprise.distributed.communicator import Communicator
@@ -90,14 +91,17 @@ class Lockstep:
         """Steps that were others' alone."""
         threading.Thread(target=self._listen, name="reprise-lockstep", daemon=True).start()
 
-    def connect(self, group: Group = ALONE, beside: Communicator | None = None) -> Ranks:
+    def connect(
+        self, config: EngineConfig, group: Group = ALONE, beside: Communicator | None = None
+    ) -> Ranks:
         """Join the others; each does so at the same time, and so do the other ranks of each.
 
         Args:
+            config: Of this engine.
             group: Of this engine's ranks.
             beside: See :func:`reprise.parallel.seat.join`.
         """
-        self._joined = join(self.seat, 0, self.everyone, self._platform, beside)
+        self._joined = join(self.seat, 0, self.everyone, self._platform, config, beside)
         return Ranks(group, self.everyone, self._joined.communicator.group)
 
     # ---- steps ---------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from torch._C._distributed_c10d import TCPStore
 
+from reprise.config import EngineConfig
 from reprise.distributed import Group
 from reprise.distributed.board import Board
 from reprise.distributed.communicator import Communicator, connect
+from reprise.parallel.direct import ROWS, prove_direct
 from reprise.platforms import Platform
 
 
@@ -59,7 +61,12 @@ class Joined(NamedTuple):
 
 
 def join(
-    seat: Seat, rank: int, board: Board, platform: Platform, beside: Communicator | None
+    seat: Seat,
+    rank: int,
+    board: Board,
+    platform: Platform,
+    config: EngineConfig,
+    beside: Communicator | None,
 ) -> Joined:
     """Connect the ranks of one number; each of them calls it.
 
@@ -68,13 +75,16 @@ def join(
         rank: The number.
         board: As of :meth:`Seat.board_of`.
         platform: Of this rank.
+        config: Of its engine; the others have the same.
         beside: Connects it with the ranks of its own engine; None: there are none.
     """
     store = TCPStore("127.0.0.1", seat.port, is_master=False)
     group = seat.group_of(rank)
     made = connect(
-        group, platform.dist_backend, store, platform.device, seat.timeout, direct=False
+        group, platform.dist_backend, store, platform.device, seat.timeout,
+        direct=config.custom_all_reduce,
     )  # fmt: skip
+    prove_direct(made, platform, board, config.ops, ROWS)
     both = [made] if beside is None else [made, beside]
 
     def told(calls: int) -> None:

@@ -18,6 +18,9 @@ from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_p
 
 _LEAST = 512
 """Words of a program, if there are so many."""
+_MOST = 128
+"""Programs of a sum, none of which is to wait for another to end."""
+_MOST_BYTES = _MOST * 8 << 10
 _NOTHING = tl.constexpr(NOTHING)
 
 
@@ -40,14 +43,14 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
 
 
 def takes(buffer: SymmetricBuffer, x: Tensor) -> bool:
-    return buffer.takes(x) and x.nbytes % 4 == 0 and x.nbytes <= PROGRAMS * SLOT_BYTES
+    return buffer.takes(x) and x.nbytes % 4 == 0 and x.nbytes <= _MOST_BYTES
 
 
 def push(
     buffer: SymmetricBuffer, x: Tensor, out: Tensor, *, add: bool, least: int = _LEAST
 ) -> None:
     words = x.nbytes // 4
-    block = max(least, next_power_of_2(cdiv(words, PROGRAMS)))
+    block = max(least, next_power_of_2(cdiv(words, _MOST)))
     launch(push_kernel, (cdiv(words, block),))(
         x, out, buffer.bases, buffer.pushes, buffer.given_up, words,
         RANK=buffer.group.rank, RANKS=buffer.group.size, SLOTS=buffer.slots,
@@ -90,45 +93,48 @@ def push_kernel(
         if each != RANK:
             base = tl.multiple_of(tl.load(bases_ptr + RANK).to(word), 16)
             slot = base + place + each * (SLOT // 4) + lane
-            found = tl.load(slot, mask=here, other=0, volatile=True)
-            missing = tl.max((found == _NOTHING).to(tl.int32), axis=0)
-            while missing != 0:
-                found = tl.load(slot, mask=here, other=0, volatile=True)
-                missing = tl.max((found == _NOTHING).to(tl.int32), axis=0)
-                missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
-            tl.debug_barrier()
-            tl.store(slot, tl.full((BLOCK,), _NOTHING, tl.int32), mask=here)
-        low += _low(found, element)
-        high += _high(found, element)
+            found = await_words(slot, here, given_up_ptr)
+        a, b = halves(found, element)
+        low += a
+        high += b
     if ADD:
-        low = _low(held, element) + low.to(element).to(tl.float32)
-        high = _high(held, element) + high.to(element).to(tl.float32)
-    tl.store(out_words + index, _words(low, high, element), mask=here)
+        a, b = halves(held, element)
+        low = a + low.to(element).to(tl.float32)
+        high = b + high.to(element).to(tl.float32)
+    tl.store(out_words + index, words_of(low, high, element), mask=here)
     tl.store(turns_ptr + program, turn + 1)
 
 
 @triton.jit
-def _low(words, element: tl.constexpr):
-    """The numbers in the lower halves of words, or those that are words; float32."""
-    if element == tl.float32:
-        found = words.to(tl.float32, bitcast=True)
-    else:
-        found = (words & 0xFFFF).to(tl.int16).to(element, bitcast=True).to(tl.float32)
+def await_words(slot, here, given_up_ptr):
+    """Words that another rank writes to ``slot``, pointers in rows of 16 bytes, when all have come;
+    "nothing" is put back in their place."""
+    found = tl.load(slot, mask=here, other=0, volatile=True)
+    missing = tl.max((found == _NOTHING).to(tl.int32), axis=0)
+    while missing != 0:
+        found = tl.load(slot, mask=here, other=0, volatile=True)
+        missing = tl.max((found == _NOTHING).to(tl.int32), axis=0)
+        missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
+    tl.debug_barrier()
+    tl.store(slot, tl.full(found.shape, _NOTHING, tl.int32), mask=here)
     return found
 
 
 @triton.jit
-def _high(words, element: tl.constexpr):
-    """Those in the upper halves; of words that are one number: nothing of use."""
+def halves(words, element: tl.constexpr):
+    """The numbers in the lower and in the upper halves of words, float32; of words that are one
+    number each: it, twice."""
     if element == tl.float32:
-        found = words.to(tl.float32, bitcast=True)
+        low = words.to(tl.float32, bitcast=True)
+        high = low
     else:
-        found = ((words >> 16) & 0xFFFF).to(tl.int16).to(element, bitcast=True).to(tl.float32)
-    return found
+        low = (words & 0xFFFF).to(tl.int16).to(element, bitcast=True).to(tl.float32)
+        high = ((words >> 16) & 0xFFFF).to(tl.int16).to(element, bitcast=True).to(tl.float32)
+    return low, high
 
 
 @triton.jit
-def _words(low, high, element: tl.constexpr):
+def words_of(low, high, element: tl.constexpr):
     """The inverse: words of such numbers, rounded."""
     if element == tl.float32:
         found = low.to(tl.int32, bitcast=True)

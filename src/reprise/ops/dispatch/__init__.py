@@ -4,7 +4,7 @@ from reprise.ops.dispatch.all_to_all import graph_support
 from reprise.ops.dispatch.cases import combine_cases, dispatch_cases
 from reprise.ops.dispatch.reference import combine as _combine
 from reprise.ops.dispatch.reference import dispatch as _dispatch
-from reprise.ops.registry import op
+from reprise.ops.registry import needs_triton, op
 
 dispatch = op(
     "dispatch",
@@ -20,6 +20,13 @@ for _op in (dispatch, combine):
         f"reprise.ops.dispatch.all_to_all:{_op.name}",
         graph_support=graph_support,
         on_request="it gains where rows go to few of many ranks, and graphs of devices exclude it",
+    )
+for _op in (dispatch, combine):
+    _op.implementation(
+        "pushed",
+        f"reprise.ops.dispatch.pushed:{_op.name}",
+        requires=needs_triton,
+        on_request="no device has run it yet",
     )
 combine.implementation(
     "reduce_scatter",
