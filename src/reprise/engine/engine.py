@@ -43,6 +43,9 @@ from reprise.step import Step
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 8.0
+"""All that a close waits for others, together: less than a process has that is to end."""
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -91,7 +94,7 @@ class Engine(Frontend):
         try:
             self._begin(config, opened)
         except BaseException:
-            opened.runner.close()
+            opened.runner.close(time.monotonic() + CLOSE_SECONDS)
             raise
         self.startup_seconds = time.perf_counter() - started
         logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
@@ -353,17 +356,20 @@ class Engine(Frontend):
 
     def close(self) -> None:
         """Abort everything and free the device's memory. The engine is of no use afterwards."""
+        until = time.monotonic() + CLOSE_SECONDS
         try:
             if self.profiler.running:
                 self.profiler.stop()
             if self.lockstep is not None:
                 self.abort(list(self._groups))
                 self.lockstep.leave(self._advance)
-            self.start_over()
+                self.lockstep.check()
+            self.runner.check()  # a device that waits for a rank that is lost may never end
+            self.platform.synchronize()
         except RanksError as error:
             logger.debug("closing: %s", error)  # whoever waited has got it
         finally:
-            self.runner.close()
+            self.runner.close(until)
             if self.lockstep is not None:
                 self.lockstep.close()
             del self.runner, self.pipeline, self._recovery, self._weights  # these hold memory

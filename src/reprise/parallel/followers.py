@@ -93,8 +93,8 @@ class Followers(ABC):
         """The end of the log of a rank that is lost, or where it is; empty: there is none."""
 
     @abstractmethod
-    def await_end(self, seconds: float) -> bool:
-        """Whether all have ended by themselves, within so long."""
+    def await_end(self, until: float) -> bool:
+        """Whether all have ended by themselves by then; at once if some never will."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -172,21 +172,22 @@ class Followers(ABC):
 
     # ---- the end -------------------------------------------------------------------------
 
-    def close(self, leave: Callable[[], None] | None = None) -> None:
+    def close(self, leave: Callable[[], None] | None = None, until: float = 0.0) -> None:
         """End all followers.
 
         Args:
             leave: Tells them to go, for which they get some seconds; None: they get none.
+            until: By when they have to be gone, as ``time.monotonic`` says.
         """
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         if self.lost is None and leave is not None:
-            reason = f"not all within {LEAVE_SECONDS:.0f} s"
+            reason = "not all in time"
             try:
                 leave()
-                left = self.await_end(LEAVE_SECONDS)
+                left = self.await_end(min(until, time.monotonic() + LEAVE_SECONDS))
             except RanksError as error:
                 left, reason = False, str(error)
             if not left:

@@ -204,18 +204,22 @@ class Leader:
             cause = None
             if isinstance(error, RanksError | RuntimeError):
                 cause = self._followers.cause(error, seconds)
-            self.close(at_once=True)
+            self.close()
             if cause is None:
                 raise
             told = cause.__cause__
             raise (cause if told is None else _as_told(cause, told)) from error
 
-    def close(self, *, at_once: bool = False) -> None:
-        """End the followers; nothing of them is left."""
+    def close(self, until: float | None = None) -> None:
+        """End the followers, those that are not gone by then and, by default, all at once; nothing
+        of them is left."""
         self._finalizer.detach()
         number = self._followers.board.sent + 1
         stop = pack(Kind.STOP, number, self.retired)
-        self._followers.close(None if at_once else lambda: self._followers.send(stop))
+        if until is None:
+            self._followers.close()
+        else:
+            self._followers.close(lambda: self._followers.send(stop), until)
         if self._communicator is not None:
             self._communicator.close()
             self._communicator = None
@@ -280,8 +284,8 @@ class LeadingRunner(ModelRunner):
     def when_lost(self, call: Callable[[], None]) -> None:
         self._leader.when_lost(call)
 
-    def close(self) -> None:
-        self._leader.close()
+    def close(self, until: float) -> None:
+        self._leader.close(until)
 
 
 class _Counted(PendingOutput):

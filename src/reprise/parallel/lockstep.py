@@ -31,7 +31,7 @@ from reprise.shape import StepShape
 
 logger = logging.getLogger(__name__)
 
-LEAVE_SECONDS = 8.0
+LEAVE_SECONDS = 5.0
 """For so long an engine that ends takes part in the others' steps, until they end as well."""
 _NO_LENGTH = float("-inf")
 

@@ -113,13 +113,11 @@ class Processes(Followers):
 
     # ---- the end -------------------------------------------------------------------------
 
-    def await_end(self, seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        try:
-            for child in self._children:
-                child.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return False
+    def await_end(self, until: float) -> bool:
+        while left := [each for each in self._children if each.poll() is None]:
+            if time.monotonic() > until or any(is_stopped(each.pid) for each in left):
+                return False
+            time.sleep(WATCH_SECONDS / 8)
         return True
 
     def kill(self) -> None:

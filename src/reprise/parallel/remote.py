@@ -54,8 +54,7 @@ class RemoteFollowers(Followers):
     def log(self, rank: int) -> str:
         return f"Its log: {self._ranks[rank].log}"
 
-    def await_end(self, seconds: float) -> bool:
-        until = time.monotonic() + seconds
+    def await_end(self, until: float) -> bool:
         while any(self.fate(rank) is None for rank in range(1, self.size)):
             if time.monotonic() > until:
                 return False

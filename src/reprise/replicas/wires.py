@@ -16,8 +16,9 @@ from reprise.replicas.replica import POLL_SECONDS, Fleet, Heard, Replica
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 10.0
-"""For replicas to free their devices."""
+STOP_SECONDS = 9.0
+"""For all replicas to free their devices and to end: more than an engine waits in its close, and
+less than a server waits for the end of this process."""
 
 
 class Wires:
@@ -104,11 +105,16 @@ class Wires:
                     lost = replica.lost()
                     if lost is not None:
                         return lost
-            elif time.monotonic() > self._deadline:
+                continue
+            for replica in replicas:
+                if replica.index in left:
+                    replica.lost()  # one that is stopped would not end: it is ended
+            if time.monotonic() > self._deadline:
                 logger.warning("replicas do not end within %.0f s: they are killed", STOP_SECONDS)
                 return None
+        assert self._deadline is not None
         for replica in replicas:
-            replica.end(STOP_SECONDS)
+            replica.end(max(0.1, self._deadline - time.monotonic()))
         return None
 
     def stop(self) -> None:

@@ -319,8 +319,8 @@ class ModelRunner:
     def when_lost(self, call: Callable[[], None]) -> None:
         """Call this when other ranks are lost, in a thread of its own."""
 
-    def close(self) -> None:
-        """Take leave of other ranks, if there are any."""
+    def close(self, until: float) -> None:
+        """Take leave of other ranks, if there are any, by then (as ``time.monotonic`` says)."""
 
     def weights_replaced(self) -> None:
         """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
