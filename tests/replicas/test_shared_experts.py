@@ -206,7 +206,7 @@ def test_what_cannot_be_spread_is_refused(
         ("full", 500, {"graph_verify": "canary:1"}),
         ("full", 500, {"num_blocks": 18}),
         ("full", 500, {"data_parallel_size": 4}),
-        ("full", 500, {"tensor_parallel_size": 2}),
+        ("full", 2000, {"tensor_parallel_size": 2}),
         ("full", 500, {"ops": {"dispatch": "all_to_all", "combine": "all_to_all"}}),
         ("breakable", 300, {"data_parallel_size": 4, "ops": {"dispatch": "all_to_all"}}),
         ("full", 500, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
