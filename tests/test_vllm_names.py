@@ -177,8 +177,8 @@ def test_words_that_mean_something_here(tmp_path: Path) -> None:
     assert EngineConfig(disable_custom_all_reduce=False).custom_all_reduce
     with pytest.raises(ConfigError, match="disable_custom_all_reduce=True and custom_all_reduce"):
         EngineConfig(disable_custom_all_reduce=True, custom_all_reduce=True)
-    with pytest.raises(ConfigError, match=r"custom_all_reduce=False and ops=.*one_shot"):
-        EngineConfig(custom_all_reduce=False, ops={"all_reduce": "one_shot"})
+    with pytest.raises(ConfigError, match=r"custom_all_reduce=False and ops=.*triton"):
+        EngineConfig(custom_all_reduce=False, ops={"all_reduce": "triton"})
     for value in ("half", "float16", torch.float16):
         assert EngineConfig(dtype=value).dtype == "float16"
     with pytest.raises(ConfigError, match=r"dtype=torch\.int8"):

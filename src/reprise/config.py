@@ -220,9 +220,9 @@ class EngineConfig:
             )
         if not self.custom_all_reduce:
             for op, name in self.ops.items():
-                if name == "one_shot":
+                if name == "triton" and op in ("all_reduce", "all_reduce_add"):
                     raise ConfigError(
-                        f"custom_all_reduce=False and ops={{{op!r}: 'one_shot'}} contradict each "
+                        f"custom_all_reduce=False and ops={{{op!r}: 'triton'}} contradict each "
                         "other; give one of them"
                     )
         limit = self.max_logprobs

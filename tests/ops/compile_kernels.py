@@ -30,6 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
+from reprise.distributed import Communicator, Group
+from reprise.distributed.communicator import _known
 from reprise.ops import all_ops, registry, triton_util
 from reprise.ops.cases import Maker
 
@@ -109,7 +111,7 @@ def kernels() -> Iterator[tuple[str, dict[str, Any]]]:
             for kernel, needs in found:
                 yield kernel, {"on_codes": coded, **needs}
             found.clear()
-    sum_over_ranks(make)
+    over_ranks(make)
     yield from ((kernel, {"on_codes": False, **needs}) for kernel, needs in found)
 
 
@@ -121,16 +123,26 @@ def codes_of(target: GPUTarget) -> torch.dtype | None:
     return torch.float8_e4m3fn if target.arch >= 89 else None
 
 
-def sum_over_ranks(make: Maker) -> None:
+def over_ranks(make: Maker) -> None:
     """Of eight ranks, of which an op's cases have one."""
-    triton_of = importlib.import_module("reprise.ops.all_reduce.triton")
-    buffer = SimpleNamespace(
+    sums = importlib.import_module("reprise.ops.all_reduce.triton")
+    rows = importlib.import_module("reprise.ops.dispatch.triton")
+    buffer: Any = SimpleNamespace(
         bases=make.randint(1, 8),
-        turns=make.randint(1, 64, dtype=torch.int32),
+        turns=make.randint(1, 512, dtype=torch.int32),
+        given_up=make.randint(1, 1, dtype=torch.int32),
         group=SimpleNamespace(rank=0, size=8),
-        flags=0,
     )
-    triton_of._sum(buffer, make.randn(64, 4096), make.randn(64, 4096), add=True)
+    sums.push(buffer, make.randn(64, 4096), make.randn(64, 4096), add=True)
+    group = Group("compiled", 0, 8)
+    ranks = _known[group.name] = Communicator(group)
+    ranks.symmetric = buffer
+    x, all_x = make.randn(4, 2048), make.randn(32, 2048)
+    weights, ids = make.randn(4, 8, dtype=torch.float32), make.randint(128, 4, 8).int()
+    all_weights, all_ids = weights.repeat(8, 1), ids.repeat(8, 1)
+    where = 0, 16, 16
+    rows.dispatch(x, weights, ids, *where, all_x, all_weights, all_ids, group.name)
+    rows.combine(all_x, all_ids, ids, *where, x, group.name)
 
 
 def matrix_instructions(compiled: Any) -> list[str]:

@@ -64,7 +64,7 @@ def undeclared() -> Iterator[None]:
 def test_every_op_has_inputs_and_workloads_for_its_kernels() -> None:
     for name, op in all_ops().items():
         assert inputs(name), name
-        if "triton" in op.implementations:
+        if "triton" in op.implementations and not op.collective:
             assert any(each.compiled for each in op.cases.workloads(Maker(CPU, torch.bfloat16)))
 
 

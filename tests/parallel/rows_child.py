@@ -12,7 +12,7 @@ from sum_child import Shared
 
 from reprise.distributed import Communicator, Group
 from reprise.distributed.communicator import _known
-from reprise.ops.dispatch import pushed
+from reprise.ops.dispatch import triton as pushed
 
 TOKENS = (1, 4, 2)
 TOP = 3
@@ -79,7 +79,7 @@ def main() -> None:
             for each in range(size):
                 total += computed(x, weights, own_ids(ids, each), each)
             assert torch.equal(out, total), (turn, tokens)
-    assert int(ranks.symmetric.pushes[0]) == 4 * 2 * len(TOKENS)
+    assert int(ranks.symmetric.turns[0]) == 4 * 2 * len(TOKENS)
 
 
 if __name__ == "__main__":

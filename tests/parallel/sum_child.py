@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from reprise.distributed import Group
-from reprise.distributed.symmetric import BLOCKS, FLAGS, PROGRAMS, SymmetricBuffer
-from reprise.ops.all_reduce.pushed import push
-from reprise.ops.all_reduce.triton import _sum
+from reprise.distributed.symmetric import PROGRAMS, SymmetricBuffer
+from reprise.ops.all_reduce.triton import push
 
 SIZES = (3, 2100, 8)
 """Elements, of grids that differ from sum to sum."""
@@ -22,14 +21,13 @@ class Shared(SymmetricBuffer):
     """Every rank's memory in one mapping of a file that all have."""
 
     def __init__(self, group: Group, file: int) -> None:
-        self.group, self.flags, self.slots = group, FLAGS, self.slots_of(group.size)
+        self.group = group
         nbytes = self.nbytes(group.size)
         mapped = np.frombuffer(mmap.mmap(file, nbytes * group.size), dtype=np.uint8)
         self._own = torch.from_numpy(mapped)
         base = self._own.data_ptr()
         self.bases = torch.tensor([base + nbytes * rank for rank in range(group.size)])
-        self.turns = torch.zeros(BLOCKS, dtype=torch.int32)
-        self.pushes = torch.zeros(PROGRAMS, dtype=torch.int32)
+        self.turns = torch.zeros(PROGRAMS, dtype=torch.int32)
         self.given_up = torch.zeros(1, dtype=torch.int32)
 
 
@@ -50,13 +48,12 @@ def main() -> None:
             total = torch.zeros(count)
             for each in all_parts:
                 total += each
-            for sums in (_sum, push):
-                residual = torch.ones(count)
-                sums(buffer, all_parts[rank].clone(), residual, add=True)
-                assert torch.equal(residual, 1 + total), (turn, count)
-                x = all_parts[rank].clone()
-                sums(buffer, x, x, add=False)
-                assert torch.equal(x, total), (turn, count)
+            residual = torch.ones(count)
+            push(buffer, all_parts[rank].clone(), residual, add=True)
+            assert torch.equal(residual, 1 + total), (turn, count)
+            x = all_parts[rank].clone()
+            push(buffer, x, x, add=False)
+            assert torch.equal(x, total), (turn, count)
     assert int(buffer.turns[0]) == 3 * 2 * len(SIZES)
 
 

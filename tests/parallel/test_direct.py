@@ -49,9 +49,9 @@ def outcome(
     else:
         found.drop_symmetric("no peer access")
     monkeypatch.setattr(direct, "_sums_are_right", sums)
-    pushed = ops.all_reduce.implementations["pushed"]
-    monkeypatch.setattr(pushed, "requires", lambda platform: runs)
-    monkeypatch.setattr(pushed, "target", lambda x, group: None)
+    triton = ops.all_reduce.implementations["triton"]
+    monkeypatch.setattr(triton, "requires", lambda platform: runs)
+    monkeypatch.setattr(triton, "target", lambda x, group: None)
     prove_direct(found, platforms.resolve("cpu"), others, chosen or {})  # type: ignore[arg-type]
     return found.symmetric is not None
 
@@ -84,13 +84,13 @@ def test_what_was_asked_for_by_name_is_refused_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, op: str
 ) -> None:
     """Nothing else computes in its place; who asked for nothing gets the backend and a line."""
-    chosen = {op: "pushed"}
+    chosen = {op: "triton"}
     good = (lambda *_: True, Others(True))
     for case, told in (
         ({"reached": False}, "no peer access"),
         ({"runs": "Triton cannot run here"}, "Triton cannot run here"),
     ):
-        with pytest.raises(ConfigError, match=rf"--op {op}=pushed: .*{told}.*leave it out.* gloo"):
+        with pytest.raises(ConfigError, match=rf"--op {op}=triton: .*{told}.*leave it out.* gloo"):
             outcome(monkeypatch, *good, **case, chosen=chosen)
         caplog.clear()
         with caplog.at_level(logging.INFO):
@@ -100,7 +100,7 @@ def test_what_was_asked_for_by_name_is_refused_on_all_ranks(
         (lambda *_: False, Others(True), "they are wrong"),
         (lambda *_: True, Others(False), "another rank's are"),
     ):
-        with pytest.raises(ConfigError, match=rf"--op {op}=pushed: .*sums over it: {told}"):
+        with pytest.raises(ConfigError, match=rf"--op {op}=triton: .*sums over it: {told}"):
             outcome(monkeypatch, sums, others, chosen=chosen)
     assert outcome(monkeypatch, *good, chosen=chosen)
 

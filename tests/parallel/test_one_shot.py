@@ -38,7 +38,7 @@ def run_ranks(name: str, size: int) -> None:
     file = create(nbytes * size)
     memory = torch.frombuffer(mmap.mmap(file, nbytes * size), dtype=torch.uint8)
     for own in memory.split(nbytes):
-        SymmetricBuffer.blank(own, size)
+        SymmetricBuffer.blank(own)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     paths = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)

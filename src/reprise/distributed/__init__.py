@@ -8,6 +8,7 @@ from reprise.distributed.agreement import Agreement as Agreement
 from reprise.distributed.agreement import require_same as require_same
 from reprise.distributed.communicator import Communicator as Communicator
 from reprise.distributed.communicator import communicator as communicator
+from reprise.distributed.communicator import reached as reached
 from reprise.distributed.group import ALONE as ALONE
 from reprise.distributed.group import ECHO as ECHO
 from reprise.distributed.group import Group as Group

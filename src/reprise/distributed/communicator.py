@@ -198,6 +198,14 @@ def communicator(name: str) -> Communicator:
         ) from None
 
 
+def reached(group: str, **_: object) -> str | None:
+    """Why kernels that write into other ranks' memory do not compute for a group; None: they do."""
+    ranks = communicator(group)
+    if ranks.symmetric is not None:
+        return None
+    return f"its ranks have no memory that all of them reach ({ranks.unreached})"
+
+
 def connect(
     group: Group,
     backend: str,

@@ -134,10 +134,9 @@ class _Measurement:
         expected: Tensor | None = None
         found = []
         for name, implementation in ops.all_reduce.implementations.items():
-            buffer = self.communicator.symmetric
             if implementation.unusable(self.platform) is not None:
                 continue
-            if name != "reference" and (buffer is None or not buffer.takes(part)):
+            if implementation.refusal(x=part, group=self.group.name) is not None:
                 continue
             table = OpTable(self.platform, {"all_reduce": name})
             with table.computing():

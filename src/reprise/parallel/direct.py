@@ -21,7 +21,7 @@ COUNTS = (8, 5000, 100_000)
 """Numbers of a sum: of one program, of some, of many."""
 SUMS = ("all_reduce", "all_reduce_add")
 ROWS = ("dispatch", "combine")
-NEED_IT = ("one_shot", "pushed")
+NEED_IT = "triton"
 """Implementations that compute in this memory."""
 PATIENCE_SECONDS = 60.0
 """A sum that takes longer never ends."""
@@ -47,13 +47,13 @@ def prove_direct(
     Raises:
         ConfigError: One of them needs the memory, and there is none. All ranks raise it.
     """
-    unusable = ops.all_reduce.implementations["pushed"].unusable(platform)
+    unusable = ops.all_reduce.implementations[NEED_IT].unusable(platform)
     if communicator.symmetric is not None and unusable is not None:
         communicator.drop_symmetric(unusable)  # alike on all
     if communicator.symmetric is not None:
         _prove(communicator, communicator.symmetric, platform, agreement)
     wanted = [
-        f"{name}={each}" for name, each in chosen.items() if name in used_by and each in NEED_IT
+        f"{name}={each}" for name, each in chosen.items() if name in used_by and each == NEED_IT
     ]
     if wanted and communicator.symmetric is None:
         raise ConfigError(
@@ -88,7 +88,7 @@ def _sums_are_right(communicator: Communicator, platform: Platform) -> bool:
     """Of whole numbers that every dtype has, and whose sums it rounds alike in any order."""
     group = communicator.group
     right = True
-    with OpTable(platform, {"all_reduce": "pushed"}).computing():
+    with OpTable(platform, {"all_reduce": NEED_IT}).computing():
         for turn, count in enumerate(COUNTS * 2):
             x = part(group.rank, turn, count).to(platform.device, platform.default_dtype)
             ops.all_reduce(x, group.name)

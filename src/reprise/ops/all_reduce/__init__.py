@@ -1,5 +1,6 @@
 """Sums over the ranks of a group, alone and with the residual stream behind them."""
 
+from reprise.distributed import reached
 from reprise.ops.all_reduce.cases import add_cases, cases
 from reprise.ops.all_reduce.reference import all_reduce as _all_reduce
 from reprise.ops.all_reduce.reference import all_reduce_add as _all_reduce_add
@@ -15,14 +16,8 @@ all_reduce_add = op(
 )
 for _op in (all_reduce, all_reduce_add):
     _op.implementation(
-        "one_shot",
+        "triton",
         f"reprise.ops.all_reduce.triton:{_op.name}",
         requires=needs_triton,
-        on_request="no device has run it yet",
-    )
-    _op.implementation(
-        "pushed",
-        f"reprise.ops.all_reduce.pushed:{_op.name}",
-        requires=needs_triton,
-        on_request="no device has run it yet",
+        accepts=reached,
     )

@@ -13,8 +13,8 @@ _NOTHING = tl.constexpr(NOTHING)
 @triton.jit
 def push_kernel(
     x_ptr, out_ptr, bases_ptr, turns_ptr, given_up_ptr, words,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr,
-    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program b sums the words of 32 bits from b * BLOCK on."""
     program = tl.program_id(0)
@@ -29,7 +29,7 @@ def push_kernel(
     turn = tl.load(turns_ptr + program)
     own = tl.load(x_words + index, mask=here, other=0)
     own = tl.where(own == _NOTHING, 0, own)
-    place = SLOTS // 4 + ((turn & 1) * PROGRAMS + program) * (RANKS * SLOT // 4)
+    place = ((turn & 1) * PROGRAMS + program) * (RANKS * SLOT // 4)
     for each in tl.static_range(RANKS):
         if each != RANK:
             base = tl.multiple_of(tl.load(bases_ptr + each).to(word), 16)

@@ -15,8 +15,8 @@ _NOTHING = tl.constexpr(NOTHING)
 def dispatch_kernel(
     x_ptr, weights_ptr, ids_ptr, rows_ptr, rows_weights_ptr, rows_ids_ptr,
     bases_ptr, turns_ptr, given_up_ptr, count, first,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROUTES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROUTES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     K: tl.constexpr, TOP: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def dispatch_kernel(
     rows_weights_words = rows_weights_ptr.to(word, bitcast=True)
     depend(EARLY)
     turn = tl.load(turns_ptr + row)
-    place = SLOTS // 4 + ((turn & 1) * PROGRAMS + row) * (RANKS * SLOT // 4)
+    place = ((turn & 1) * PROGRAMS + row) * (RANKS * SLOT // 4)
     ids = tl.load(ids_ptr + row * K + top, mask=among, other=-1)
     weights = tl.load(weights_ptr.to(word, bitcast=True) + row * K + top, mask=among, other=0)
     weights = tl.where(weights == _NOTHING, 0, weights)
@@ -71,8 +71,8 @@ def dispatch_kernel(
 @triton.jit(do_not_specialize=["count", "first"])
 def combine_kernel(
     y_ptr, rows_ids_ptr, ids_ptr, out_ptr, bases_ptr, turns_ptr, given_up_ptr, count, first,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROUTES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROUTES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     K: tl.constexpr, TOP: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def combine_kernel(
     y_words = y_ptr.to(word, bitcast=True)
     depend(EARLY)
     turn = tl.load(turns_ptr + row)
-    place = SLOTS // 4 + ((turn & 1) * PROGRAMS + row) * (RANKS * SLOT // 4)
+    place = ((turn & 1) * PROGRAMS + row) * (RANKS * SLOT // 4)
     ids = tl.load(ids_ptr + row * K + top, mask=among, other=-1)
     for each in tl.static_range(RANKS):
         if each != RANK:

@@ -2,7 +2,7 @@
 of others: how many rows travel is known on the device alone, so a graph may hold it.
 
 Every rank gets the routes of all rows, and with them knows which rows will come. How a word that
-has come is known, see :mod:`reprise.ops.all_reduce.pushed`. There is one program for each row of a
+has come is known, see :mod:`reprise.distributed.symmetric`. There is one program for each row of a
 rank; larger numbers of rows travel as by the reference.
 """
 
@@ -38,7 +38,7 @@ def dispatch(
         return
     communicator(group).begin()
     launch(dispatch_kernel, (len(x),))(
-        x, weights, ids, rows, rows_weights, rows_ids, buffer.bases, buffer.pushes,
+        x, weights, ids, rows, rows_weights, rows_ids, buffer.bases, buffer.turns,
         buffer.given_up, len(x), first, **_options(buffer, x, ids), COUNT=count, STRIDE=stride,
         **launch_options(),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def combine(
         return
     communicator(group).begin()
     launch(combine_kernel, (len(out),))(
-        y, rows_ids, ids, out, buffer.bases, buffer.pushes, buffer.given_up, len(out), first,
+        y, rows_ids, ids, out, buffer.bases, buffer.turns, buffer.given_up, len(out), first,
         **_options(buffer, out, ids), COUNT=count, STRIDE=stride, **launch_options(),
     )  # fmt: skip
 
@@ -81,8 +81,8 @@ def takes(x: Tensor, ids: Tensor) -> bool:
 def _options(buffer: SymmetricBuffer, x: Tensor, ids: Tensor) -> dict[str, int]:
     words = x.shape[1] * x.itemsize // 4
     return {
-        "RANK": buffer.group.rank, "RANKS": buffer.group.size, "SLOTS": buffer.slots,
-        "SLOT": SLOT_BYTES, "PROGRAMS": PROGRAMS, "ROUTES": (SLOT_BYTES - ROUTES_BYTES) // 4,
+        "RANK": buffer.group.rank, "RANKS": buffer.group.size, "SLOT": SLOT_BYTES,
+        "PROGRAMS": PROGRAMS, "ROUTES": (SLOT_BYTES - ROUTES_BYTES) // 4,
         "WORDS": words, "BLOCK": next_power_of_2(words), "K": ids.shape[1],
         "TOP": next_power_of_2(ids.shape[1]),
         "num_warps": min(8, max(2, next_power_of_2(words) // 256)),
