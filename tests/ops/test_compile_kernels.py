@@ -43,6 +43,7 @@ SPILLS = {
         "fp8_product_kernel": 24,
         "shared_sums_kernel": 40,
         "absolute_splits_kernel": 64,
+        "push_kernel": 24,
     },
     "Blackwell of workstations": {
         "mixed_attention_kernel": 88,
@@ -56,6 +57,7 @@ SPILLS = {
         "mixed_attention_kernel": 224,
         "shared_sums_kernel": 24,
         "absolute_splits_kernel": 168,
+        "dispatch_kernel": 16,
     },
     "CDNA 3": {
         "mixed_attention_kernel": 6,

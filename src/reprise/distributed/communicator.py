@@ -6,9 +6,11 @@ stays the user's, and one process may have several engines.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,6 +35,9 @@ from reprise.errors import PlatformError, describe
 logger = logging.getLogger(__name__)
 
 _known: dict[str, Communicator] = {}
+_leaving: list[threading.Thread] = []
+LEAVE_SECONDS = 5.0
+"""For so long a process that ends waits for groups that are being left."""
 
 
 class Communicator:
@@ -175,7 +180,16 @@ class Communicator:
             leave = threading.Thread(
                 target=self._abort, args=(group,), name="reprise-leave", daemon=True
             )
+            _leaving.append(leave)
             leave.start()
+
+
+@atexit.register
+def _left() -> None:
+    """A thread that wants to go on in Python when that is over tears down the process."""
+    until = time.monotonic() + LEAVE_SECONDS
+    for each in _leaving:
+        each.join(max(0.0, until - time.monotonic()))
 
 
 def _finish(work: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -47,9 +48,12 @@ class SymmetricBuffer:
         self.group = group
         name: Any = f"{group.name}-symmetric"
         self._name = name
+        # These kernels need no multicast, which torch would set up here.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         # torch finds the store by either, which depends on its version.
         _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
-        _register_process_group(name, dist.ProcessGroup(store, group.rank, group.size))
+        self._found_by_name = dist.ProcessGroup(store, group.rank, group.size)
+        _register_process_group(name, self._found_by_name)  # which keeps nothing alive
         nbytes = self.nbytes(group.size)
         self._own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
         self.blank(self._own)

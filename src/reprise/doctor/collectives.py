@@ -121,7 +121,9 @@ class _Measurement:
             "in_graphs": self.in_graphs,
             "calls": self.calls,
             "reads_directly": communicator.symmetric is not None,
-            "reaches": [platform.reaches(rank) for rank in range(self.group.size)],
+            "reaches": [
+                platform.reaches(n) for n in range(0 if self.group.rank else self.group.size)
+            ],
             "sums": [row for nbytes in sizes for row in self.rows(nbytes)],
         }
 
