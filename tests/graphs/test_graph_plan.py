@@ -147,7 +147,7 @@ def test_without_a_compiler_pieces_are_not_compiled():
 
 def test_default_buckets():
     buckets = default_buckets(max_requests=256, max_tokens=8192)
-    assert buckets.decode == (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+    assert buckets.decode == (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256)
     assert buckets.mixed == (16, 64, 256, 512, 1024, 2048, 4096)
 
 

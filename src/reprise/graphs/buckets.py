@@ -45,15 +45,15 @@ class Buckets:
 
 
 def default_buckets(max_requests: int, max_tokens: int) -> Buckets:
-    """Powers of two up to 32 requests, then every 32; powers of four up to 256 tokens, then of two.
-    Each has to be captured and proven, while a row of padding costs little and small steps wait for
-    the weights, however many tokens they have.
+    """Powers of two up to 32 requests, then every 32, from 192 on every 64; powers of four up to
+    256 tokens, then of two. Each has to be captured and proven, while a row of padding costs little
+    and small steps wait for the weights, however many tokens they have.
 
     Args:
         max_requests: Most requests in a step.
         max_tokens: Most new tokens in a step.
     """
-    decode = [1, 2, 4, 8, 16, *range(32, LARGEST_DECODE + 1, 32)]
+    decode = [1, 2, 4, 8, 16, *range(32, 192, 32), *range(192, LARGEST_DECODE + 1, 64)]
     mixed = [16, 64, *(1 << power for power in range(8, LARGEST_MIXED.bit_length()))]
     return Buckets(
         decode=_up_to(decode, min(max_requests, LARGEST_DECODE)),
