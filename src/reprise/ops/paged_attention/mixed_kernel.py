@@ -28,7 +28,7 @@ def mixed_config(
     """For the mixed kernel; ``group`` is query heads of a KV head, ``codes``: keys and values have
     one byte a channel."""
     smallest = next_power_of_2(group)
-    wide, narrow = next_power_of_2(head_size) > 128, head_size <= 64
+    wide = next_power_of_2(head_size) > 128
     if INTERPRETED:
         return Config(max(32, smallest), 64, 1, 1)
     if element_size == 4:
@@ -40,8 +40,7 @@ def mixed_config(
         return Config(max(64, smallest), 32, 4, 1)
     if device.shared_memory < 224 * 1024:
         return Config(max(128, smallest), 32 if wide else 64, 8, 3)
-    # Narrow heads with tiles of 64 keys leave room for a second program beside the first.
-    return Config(max(128, smallest), 64 if wide or narrow else 128, 8, 2 if wide else 3)
+    return Config(max(128, smallest), 64, 8, 2 if wide else 3)
 
 
 def launch_mixed(call: Call) -> Callable[[], None]:
