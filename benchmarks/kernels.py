@@ -1,7 +1,9 @@
-"""Checks every Triton kernel against its reference on real shapes, and times it.
+"""Checks every Triton kernel against its reference on real shapes, and times it; so, too, other
+implementations, by name.
 
     python benchmarks/kernels.py                     # all ops
     python benchmarks/kernels.py --only paged sample # those whose name contains one of these
+    python benchmarks/kernels.py --only paged --implementations triton prompt
 
 Shapes are those of Qwen3-0.6B and Qwen3-8B in bfloat16, and for attention those of other heads too:
 the workloads in each op's ``cases.py``. Times are of replays of a device graph that holds many
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,10 +97,10 @@ class Bench:
 
     # ---- one line ------------------------------------------------------------------------
 
-    def error(self, op: Op, case: Workload, arguments: Arguments) -> str:
+    def error(self, op: Op, name: str, case: Workload, arguments: Arguments) -> str:
         """Relative distance from the reference; or the share of draws that differ."""
         cloned = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        found = op.implementations["triton"].function(**arguments)
+        found = op.implementations[name].function(**arguments)
         expected = op.implementations["reference"].function(**cloned)
         pairs = [(each, cloned[name]) for name, each in op.written(arguments).items()]
         pairs += [(found, expected)] if expected is not None else []
@@ -110,26 +112,35 @@ class Bench:
         )
         return f"{distance:.1e}" + ("" if distance < 1e-2 else " WRONG")
 
-    def line(self, op: Op, case: Workload, copy: float, product: float) -> str:
-        function = op.implementations["triton"].function
+    def line(self, op: Op, name: str, case: Workload, copy: float, product: float) -> str:
+        """``name``: of the implementation."""
+        function = op.implementations[name].function
         copies = self.copies(case)
-        error = self.error(op, case, copies[0])
+        error = self.error(op, name, case, copies[0])
         calls = [lambda a=a: function(**a) for a in copies]
         seconds = self.seconds(calls * max(1, 16 // len(calls)))
         if case.operations:
             rate, unit, share = case.operations / seconds / 1e12, "TFLOP/s", product / 1e12
         else:
             rate, unit, share = case.read_write / seconds / 1e9, "GB/s", copy / 1e9
+        other = "" if name == "triton" else name
         return (
-            f"{op.name:19} {case.shape:36} {seconds * 1e6:9.1f} us {rate:8.1f} {unit:8}"
+            f"{op.name:19} {case.shape:36} {other:7}{seconds * 1e6:9.1f} us {rate:8.1f} {unit:8}"
             f"{rate / share:5.0%}  error {error}"
         )
+
+
+def timed(op: Op, names: Sequence[str], platform: Platform) -> list[str]:
+    """Those of the implementations ``names`` that the op has and that run here."""
+    found = [(each, op.implementations.get(each)) for each in names]
+    return [name for name, each in found if each is not None and each.unusable(platform) is None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of op names")
+    parser.add_argument("--implementations", nargs="*", default=["triton"])
     options = parser.parse_args()
     platform = platforms.resolve(options.device)
     platform.activate()
@@ -141,10 +152,12 @@ def main() -> None:
           f"TFLOP/s")  # fmt: skip
     with torch.inference_mode(), table.activate():
         for op in all_ops().values():
-            if "triton" in op.implementations and any(part in op.name for part in options.only):
+            names = timed(op, options.implementations, platform)
+            if names and any(part in op.name for part in options.only):
                 for case in op.cases.workloads(bench.make):
-                    print(bench.line(op, case, copy, product), flush=True)
-                    platform.empty_cache()
+                    for name in names:
+                        print(bench.line(op, name, case, copy, product), flush=True)
+                        platform.empty_cache()
 
 
 if __name__ == "__main__":

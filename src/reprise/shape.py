@@ -20,6 +20,8 @@ class StepShape(NamedTuple):
     num_requests: int
     query_len: int
     """New tokens of each request in the decode phase, 0 in the mixed phase."""
+    prompt: bool = False
+    """The tokens are those of one request, from its first one on. No graph is captured for that."""
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -28,8 +30,8 @@ class StepShape(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def mixed(num_tokens: int, num_requests: int) -> StepShape:
-        return StepShape("mixed", num_tokens, num_requests, 0)
+    def mixed(num_tokens: int, num_requests: int, prompt: bool = False) -> StepShape:
+        return StepShape("mixed", num_tokens, num_requests, 0, prompt)
 
     @property
     def empty(self) -> StepShape:

@@ -115,4 +115,7 @@ class Step:
             return StepShape.decode(requests, self.num_tokens // requests)
         if self.num_tokens == requests:
             return StepShape.decode(requests)
-        return StepShape.mixed(self.num_tokens, requests)
+        # Of a step's only request, if it is admitted in this step, nothing is computed but what
+        # the cache has.
+        prompt = requests == 1 and any(each.start == 0 for each in self.admitted)
+        return StepShape.mixed(self.num_tokens, requests, prompt)

@@ -51,3 +51,5 @@ class Batch:
     """One for each lifetime of the model's caches."""
     query_len: int
     """New tokens of every request in a decode step, 0 in a mixed one."""
+    prompt: int = 0
+    """New tokens of the one request, if they are its first ones; 0: that is not known."""

@@ -152,6 +152,7 @@ class SelfAttention(nn.Module):
             batch.query_len,
             key_scales,
             value_scales,
+            batch.prompt,
         )
         attended = attended.flatten(1)
         if gate is not None:

@@ -118,7 +118,9 @@ class ForwardPass:
 
     def forward(self, shape: StepShape, model: Callable[..., Any] | None = None) -> Tensor:
         """Run eagerly: logits [R, V] of a decode step, hidden states [T, D] of a mixed one."""
-        batch = self._buffers.batch(shape.num_tokens, shape.num_requests, shape.query_len)
+        batch = self._buffers.batch(
+            shape.num_tokens, shape.num_requests, shape.query_len, shape.prompt
+        )
         model = model or self.model
         if self._depths:
             hidden = model(batch, Taps(self._depths, self.taps(shape)))

@@ -244,8 +244,8 @@ class StepInputs:
             **self.rows.arrays(),
         }
 
-    def batch(self, tokens: int, requests: int, query_len: int) -> Batch:
-        """Views of the device side for a step of this size."""
+    def batch(self, tokens: int, requests: int, query_len: int, prompt: bool = False) -> Batch:
+        """Views of the device side for a step of this size; ``prompt``: see :class:`StepShape`."""
         tables = tuple(
             Table(
                 self.states(number, requests) if each.lifetime.rewritten else blocks[:requests],
@@ -266,6 +266,7 @@ class StepInputs:
             fresh=self._fresh.device[:requests],
             tables=tables,
             query_len=query_len,
+            prompt=tokens if prompt else 0,
         )
 
     def states(self, table: int, requests: int) -> Tensor:

@@ -56,6 +56,7 @@ class Call(NamedTuple):
     query_len: int
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    prompt: int = 0
 
     @property
     def group(self) -> int:
@@ -64,7 +65,7 @@ class Call(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """A kernel's arguments from ``query_ptr`` to ``value_scales_ptr``."""
-        return *self[:7], *self[-2:]
+        return *self[:7], self.key_scales, self.value_scales
 
     def strides_and_numbers(self) -> tuple[float, ...]:
         """A kernel's arguments from ``query_stride`` to ``window``."""

@@ -65,6 +65,7 @@ def _small_of_numbers(make: Maker) -> list[Arguments]:
             "query_len": query_len,
             "key_scales": None,
             "value_scales": None,
+            "prompt": 0,
         }
         for lengths, new, query_len, window, padding in batches
     ]  # fmt: skip
@@ -109,6 +110,7 @@ def _workload(
             "query_len": new if query_len is None else query_len,
             "key_scales": None,
             "value_scales": None,
+            "prompt": new if list(lengths) == [new] else 0,
         }
         return as_codes(found, make.fp8) if codes and make.fp8 is not None else found
 

@@ -33,6 +33,7 @@ def paged_attention(
     query_len: int,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    prompt: int = 0,
 ) -> None:
     """Arguments as in the reference."""
     block_size = key_cache.shape[1]

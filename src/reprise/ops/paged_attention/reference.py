@@ -20,6 +20,7 @@ def reference(
     query_len: int,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    prompt: int = 0,
 ) -> None:
     """Causal attention of each request's new tokens over its paged keys and values.
 
@@ -47,6 +48,8 @@ def reference(
             eight-bit codes; None: they are plain numbers. As little used behind a request's length
             as the cache.
         value_scales: The same of the values.
+        prompt: T if there is one request and ``seq_lens`` says that it has T tokens; else, and
+            where the host does not know, 0. A hint like ``query_len``.
     """
     out.zero_()
     group = query.shape[1] // key_cache.shape[2]

@@ -31,6 +31,7 @@ def paged_attention(
     query_len: int,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    prompt: int = 0,
 ) -> None:
     block_size = key_cache.shape[1]
     starts, tables = query_start_loc.tolist(), block_tables.tolist()
