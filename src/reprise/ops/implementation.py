@@ -53,8 +53,9 @@ def on_the_host(platform: Platform) -> bool:
 
 def on_an_accelerator(platform: Platform) -> bool:
     """What torch computes number by number there, and the end of a tensor by other code on a CPU:
-    functions of single numbers."""
-    return not on_the_host(platform)
+    functions of single numbers. A device that Triton cannot compile for may have the CPU's kernels.
+    """
+    return not on_the_host(platform) and platform.has_triton
 
 
 def needs_triton(platform: Platform) -> str | None:
