@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.experts.grouped_kernel import Config, launch_combine, launch_grouped
-from reprise.ops.experts.groups import sort_by_expert
+from reprise.ops.experts.grouped_kernel import Config, launch_grouped
+from reprise.ops.experts.groups import Groups
+from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.experts.one_row_kernels import launch_one_row
 
 _MOST_ALONE = 2
@@ -75,15 +76,11 @@ def launch_sorted(
 ) -> None:  # fmt: skip
     """Write the weighted sums to ``out`` [T, D], or add them to what it holds if ``add``: by tiles
     of ``config``, whatever the number of rows."""
-    rows, top = ids.shape
-    if rows == 0:
-        return
-    count, hidden, inner = down.shape
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    groups = sort_by_expert(ids, count, config.block_m)
-    products = x.new_empty((rows * top, inner))
-    launch_grouped(x, gate_up, groups, products, config, top=top, gated=True)
-    given = x.new_empty((rows * top, hidden))
-    launch_grouped(products, down, groups, given, config, top=top, gated=False)
-    launch_combine(given, weights, ids, count, out, add=add)
+    count, _, inner = down.shape
+    top = ids.shape[1]
+
+    def multiply(rows: Tensor, groups: Groups, out: Tensor, *, gated: bool) -> None:
+        weight = gate_up if gated else down
+        launch_grouped(rows, weight, groups, out, config, top=top, gated=gated)
+
+    in_tiles(x, weights, ids, count, inner, config.block_m, multiply, out, add=add)

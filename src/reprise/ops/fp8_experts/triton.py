@@ -3,10 +3,11 @@ some row was sent to reads its weight once, in tiles of few rows or of many."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from reprise.ops.experts.grouped_kernel import launch_combine
-from reprise.ops.experts.groups import sort_by_expert
+from reprise.ops.experts.groups import Groups
+from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.fp8_experts.grouped_kernel import Config, launch_grouped
 from reprise.ops.fp8_linear.quantise_kernel import quantise
 from reprise.ops.registry import active_platform
@@ -20,6 +21,8 @@ _BY_ROWS = (
 _MANY = Config(128, 128, 4, 8)
 """Where the device multiplies eight bits: numbers made of them take the registers of smaller tiles.
 """
+_WIDE = Config(16, 64, 2, 4)
+"""Where they are multiplied as float32."""
 
 
 def fp8_experts(
@@ -35,26 +38,24 @@ def fp8_experts(
     limit: float,
 ) -> Tensor:
     """Shapes as in the reference."""
-    rows, top = ids.shape
-    count, hidden, inner = down.shape
+    top = ids.shape[1]
+    count, _, inner = down.shape
     platform = active_platform()
-    native = platform is not None and platform.multiplies_fp8
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    config = config_for(rows * top, count, native)
-    groups = sort_by_expert(ids, count, config.block_m)
-    products = x.new_empty((rows * top, inner))
-    launch_grouped(
-        *quantise(x, block_k or hidden, native), gate_up, gate_up_scale, groups, products, config,
-        block_n, top=top, gated=True, limit=limit,
-    )  # fmt: skip
-    given = x.new_empty((rows * top, hidden))
-    launch_grouped(
-        *quantise(products, block_k or inner, native), down, down_scale, groups, given, config,
-        block_n, top=top, gated=False,
-    )  # fmt: skip
+    # Matrix units add products of eight bits in fewer bits than float32 has: what is quantised
+    # between both products would fall on other codes.
+    wide = x.dtype is torch.float32
+    native = platform is not None and platform.multiplies_fp8 and not wide
+    config = _WIDE if wide else config_for(ids.numel(), count, native)
+
+    def multiply(rows: Tensor, groups: Groups, out: Tensor, *, gated: bool) -> None:
+        weight, scale = (gate_up, gate_up_scale) if gated else (down, down_scale)
+        launch_grouped(
+            *quantise(rows, block_k or rows.shape[1], native), weight, scale, groups, out, config,
+            block_n, top=top, gated=gated, limit=limit if gated else 0.0,
+        )  # fmt: skip
+
     out = x.new_empty(x.shape)
-    launch_combine(given, weights, ids, count, out, add=False)
+    in_tiles(x, weights, ids, count, inner, config.block_m, multiply, out)
     return out
 
 

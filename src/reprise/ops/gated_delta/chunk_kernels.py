@@ -16,8 +16,8 @@ from reprise.ops.gated_delta.recurrent_kernel import committed, log_decay, sigmo
 from reprise.ops.triton_util import depend
 
 CHUNK = tl.constexpr(64)
-_BLOCK = tl.constexpr(16)
-"""Of a chunk, tokens whose updates are solved for one after the other."""
+LEVELS = tl.constexpr(6)
+"""Two to the power of which is CHUNK."""
 
 
 @triton.jit
@@ -44,25 +44,23 @@ def _times(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def _inverse(lower, i, j, PRECISION: tl.constexpr):
     """Of I + lower, which is strictly lower triangular [CHUNK, CHUNK].
 
-    The blocks on its diagonal by forward substitution, all at once; what lies below them, M after
-    they are divided out, has no fourth power: (I + M)^-1 = (I - M)(I + M^2).
+    Blocks on the diagonal, twice as large each time: below the inverses A and B of two neighbours
+    comes -B C A, where C is what ``lower`` has there.
     """
-    same = i // _BLOCK == j // _BLOCK
-    blocks: tl.constexpr = CHUNK // _BLOCK
-    square = tl.reshape(tl.where(same, -lower, 0.0), (blocks, _BLOCK, blocks, _BLOCK))
-    inverse = tl.sum(square, axis=2)
-    row = tl.arange(0, _BLOCK)[None, :, None]
-    for step in range(1, _BLOCK):
-        line = tl.sum(tl.where(row == step, inverse, 0.0), axis=1)
-        line += tl.sum(line[:, :, None] * inverse, axis=1)
-        inverse = tl.where(row == step, line[:, None, :], inverse)
-    wide = tl.broadcast_to(inverse[:, :, None, :], (blocks, _BLOCK, blocks, _BLOCK))
-    diagonal = tl.where(same, tl.reshape(wide, (CHUNK, CHUNK)), 0.0) + tl.where(i == j, 1.0, 0.0)
-    rest = _times(diagonal, tl.where(same, 0.0, lower), PRECISION, False)
-    squared = _times(rest, rest, PRECISION, False)
-    one = tl.where(i == j, 1.0, 0.0)
-    product = _times(one - rest, one + squared, PRECISION, False)
-    return _times(product, diagonal, PRECISION, False)
+    inverse = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        size = 1 << level
+        below = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
+        between = _times(inverse, tl.where(below, lower, 0.0), PRECISION, False)
+        inverse -= _times(between, inverse, PRECISION, False)
+    return inverse
+
+
+@triton.jit
+def _keys(ptr, real):
+    """Of unit length, float32."""
+    key = tl.load(ptr, mask=real, other=0.0).to(tl.float32)
+    return key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
 
 
 @triton.jit(do_not_specialize=["requests"])
@@ -142,18 +140,24 @@ def delta_chunk_kernel(
         until = tl.exp((all_sum - sums) + (all_rest - rests))
         since = tl.exp(sums + rests)
 
-        key = tl.load(rows + width + head // GROUP * KEYS + k, mask=real, other=0.0)
-        key = key.to(tl.float32)
-        key = key * tl.rsqrt(tl.sum(key * key, axis=1) + 1e-6)[:, None]
+        # What needs the keys comes before the inverse and behind it, which leaves no registers.
+        key = _keys(rows + width + head // GROUP * KEYS + k, real)
         narrow = key.to(dtype)
-        lower = _times(narrow, tl.trans(narrow), PRECISION, WIDEN) * beta[:, None] * ratio
-        inverse = _inverse(tl.where(i > j, lower, 0.0), i, j, PRECISION).to(dtype)
         at = (chunk * HEADS + head).to(tl.int64)
         wide = at * CHUNK * BLOCK_K + i * BLOCK_K + k
+        tl.store(kept_ptr + wide, (key * until[:, None]).to(dtype))
+        query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
+        query = query * scale[:, None]
+        tl.store(from_state_ptr + wide, (query * since[:, None]).to(dtype))
+        seen = _times(query.to(dtype), tl.trans(narrow), PRECISION, WIDEN) * ratio
+        tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
+        lower = _times(narrow, tl.trans(narrow), PRECISION, WIDEN) * beta[:, None] * ratio
+        inverse = _inverse(tl.where(i > j, lower, 0.0), i, j, PRECISION).to(dtype)
+        key = _keys(rows + width + head // GROUP * KEYS + k, real)
         weighted = (key * (beta * since)[:, None]).to(dtype)
         of_state = _times(inverse, weighted, PRECISION, WIDEN)
         tl.store(of_state_ptr + wide, of_state.to(dtype))
-        tl.store(kept_ptr + wide, (key * until[:, None]).to(dtype))
 
         v = tl.arange(0, BLOCK_V)[None, :]
         value = tl.load(
@@ -161,14 +165,7 @@ def delta_chunk_kernel(
         )
         value = (value.to(tl.float32) * beta[:, None]).to(dtype)
         own = _times(inverse, value, PRECISION, WIDEN)
-        tl.store(own_ptr + at * CHUNK * BLOCK_V + i * BLOCK_V + v, own.to(dtype))
-
-        query = tl.load(rows + head // GROUP * KEYS + k, mask=real, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(query * query, axis=1) + 1e-6) * KEYS**-0.5
-        query = query * scale[:, None]
-        tl.store(from_state_ptr + wide, (query * since[:, None]).to(dtype))
-        seen = _times(query.to(dtype), tl.trans(narrow), PRECISION, WIDEN) * ratio
-        tl.store(seen_ptr + at * CHUNK * CHUNK + i * CHUNK + j, seen.to(dtype))
+        tl.store(own_ptr + at * CHUNK * BLOCK_V + v * CHUNK + i, own.to(dtype))
         tl.store(last_ptr + at, last)
 
 
@@ -223,7 +220,7 @@ def delta_scan_kernel(
         old = tl.load(fresh_ptr + row) == 0
         k = tl.arange(0, BLOCK_K)
         v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-        i = tl.arange(0, CHUNK)[:, None]
+        i = tl.arange(0, CHUNK)
         at = state_ptr + slot * slot_stride + (head * VALUES + v)[:, None] * KEYS + k[None, :]
         real = (v < VALUES)[:, None] & (k < KEYS)[None, :]
         now = tl.load(at, mask=real & (k < tl.where(old, KEYS, 0))[None, :], other=0.0)
@@ -234,26 +231,27 @@ def delta_scan_kernel(
                 now, recent_ptr, gates_ptr, accepted, recent_stride, gates_stride, slot, head,
                 k, v, GROUP, HEADS, KEYS, VALUES,
             )  # fmt: skip
-        # [V, K] in memory.
-        now = tl.trans(now)
-        keys = i * BLOCK_K + k[None, :]
-        values = i * ALL_V + v[None, :]
-        square = i * CHUNK + tl.arange(0, CHUNK)[None, :]
+        keys = i[:, None] * BLOCK_K + k[None, :]
+        values = v[:, None] * CHUNK + i[None, :]
+        square = i[:, None] * CHUNK + i[None, :]
+        # Everything is transposed, so that what is made here, the state and the update, is the left
+        # operand: that comes from registers, the right one from shared memory, where loads put it.
         for chunk in range(count):
             place = ((first + chunk) * HEADS + head).to(tl.int64)
             before = now.to(dtype)
             of_state = tl.load(of_state_ptr + place * CHUNK * BLOCK_K + keys)
             own = tl.load(own_ptr + place * CHUNK * ALL_V + values).to(tl.float32)
-            update = (own - _times(of_state, before, PRECISION, WIDEN)).to(dtype)
-            from_state = tl.load(from_state_ptr + place * CHUNK * BLOCK_K + keys)
-            seen = tl.load(seen_ptr + place * CHUNK * CHUNK + square)
-            answer = _times(from_state, before, PRECISION, WIDEN)
-            answer += _times(seen, update, PRECISION, WIDEN)
+            update = (own - _times(before, tl.trans(of_state), PRECISION, WIDEN)).to(dtype)
             kept = tl.load(kept_ptr + place * CHUNK * BLOCK_K + keys)
             now = now * tl.load(last_ptr + place)
-            now += _times(tl.trans(kept), update, PRECISION, WIDEN)
+            now += _times(update, kept, PRECISION, WIDEN)
+            from_state = tl.load(from_state_ptr + place * CHUNK * BLOCK_K + keys)
+            seen = tl.load(seen_ptr + place * CHUNK * CHUNK + square)
+            answer = _times(before, tl.trans(from_state), PRECISION, WIDEN)
+            answer += _times(update, tl.trans(seen), PRECISION, WIDEN)
             token = chunk * CHUNK + i
-            target = out_ptr + ((begin + token).to(tl.int64) * HEADS + head) * VALUES + v[None, :]
-            inside = (token < new) & (v < VALUES)[None, :]
-            tl.store(target, answer.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(at, tl.trans(now).to(state_ptr.dtype.element_ty), mask=real)
+            line = (begin + token).to(tl.int64)[:, None] * HEADS + head
+            inside = (token < new)[:, None] & (v < VALUES)[None, :]
+            answer = tl.trans(answer).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + line * VALUES + v[None, :], answer, mask=inside)
+        tl.store(at, now.to(state_ptr.dtype.element_ty), mask=real)

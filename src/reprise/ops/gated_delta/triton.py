@@ -26,15 +26,15 @@ _SHORT = 8
 """New tokens of a request up to which it is computed token by token in any step."""
 _ANY = 1 << 30
 """The same, where all are."""
-_TOKEN_PART, _TOKEN_WARPS = 32, 4
+_TOKEN_PART, _TOKEN_WARPS = 8, 1
 """Channels of a head that one program computes token by token, and its warps."""
 _KEEP = 1024
 """Channels of a token that one program keeps."""
 _LEAST = 16 if INTERPRETED else 128
 """Columns of a tile of the chunk kernels. Heads of released models have 128; for tiles of 16 and 32
 columns of two-byte numbers Triton 3.6 makes code that faults on an H100."""
-_CHUNK_WARPS = 4
-_SCAN_PART, _SCAN_WARPS, _SCAN_STAGES = 32, 4, 3
+_CHUNK_WARPS = 8
+_SCAN_PART, _SCAN_WARPS, _SCAN_STAGES = 64, 4, 3
 """Channels of a head that one program takes through the chunks, its warps, chunks under way."""
 
 
@@ -144,7 +144,7 @@ def _long(
     part = min(_SCAN_PART, block_v)
     # Bytes that the loop reads for one chunk.
     stage = qkv.element_size() * _CHUNK * (3 * block_k + _CHUNK + part)
-    stages = max(1, min(_SCAN_STAGES, limits(qkv.device).shared_memory // stage - 1))
+    stages = max(1, min(_SCAN_STAGES, limits(qkv.device).shared_memory // stage))
     launch(delta_scan_kernel, (cdiv(values, part), heads, requests))(
         *made, *states, *step, out, *strides, requests, ALL_V=block_v, BLOCK_V=part, **shared,
         num_warps=_SCAN_WARPS, num_stages=stages, **launch_options(),

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.experts.grouped_kernel import Config, launch_combine
-from reprise.ops.experts.groups import sort_by_expert
+from reprise.ops.experts.grouped_kernel import Config
+from reprise.ops.experts.groups import Groups
+from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
 
 _BY_ROWS = (
@@ -32,20 +33,19 @@ def mxfp4_experts(
     limit: float,
 ) -> Tensor:
     """Shapes as in the reference."""
-    rows, top = ids.shape
-    count, hidden = down.shape[:2]
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    config = config_for(x, rows * top, count)
-    groups = sort_by_expert(ids, count, config.block_m)
-    products = x.new_empty((rows * top, 2 * down.shape[2]))
-    launch_grouped(
-        x, gate_up, gate_up_scale, groups, products, config, top=top, gated=True, limit=limit
-    )
-    given = x.new_empty((rows * top, hidden))
-    launch_grouped(products, down, down_scale, groups, given, config, top=top, gated=False)
+    top = ids.shape[1]
+    count, _, half = down.shape
+    config = config_for(x, ids.numel(), count)
+
+    def multiply(rows: Tensor, groups: Groups, out: Tensor, *, gated: bool) -> None:
+        weight, exponents = (gate_up, gate_up_scale) if gated else (down, down_scale)
+        launch_grouped(
+            rows, weight, exponents, groups, out, config, top=top, gated=gated,
+            limit=limit if gated else 0.0,
+        )  # fmt: skip
+
     out = x.new_empty(x.shape)
-    launch_combine(given, weights, ids, count, out, add=False)
+    in_tiles(x, weights, ids, count, 2 * half, config.block_m, multiply, out)
     return out
 
 
