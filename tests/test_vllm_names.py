@@ -46,7 +46,7 @@ DOCUMENTED: dict[str, Any] = {
     "expert_placement_strategy": "linear", "max_parallel_loading_workers": None,
     "block_size": None, "enable_prefix_caching": None, "prefix_caching_hash_algo": "sha256",
     "disable_sliding_window": False, "disable_cascade_attn": False, "swap_space": 4,
-    "cpu_offload_gb": 0, "gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None,
+    "cpu_offload_gb": 0, "gpu_memory_utilization": 0.92, "kv_cache_memory_bytes": None,
     "max_num_batched_tokens": None, "max_num_partial_prefills": 1, "max_long_partial_prefills": 1,
     "long_prefill_token_threshold": 0, "max_num_seqs": None, "max_logprobs": 20,
     "logprobs_mode": "raw_logprobs", "disable_log_stats": False,

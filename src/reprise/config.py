@@ -112,7 +112,7 @@ class EngineConfig:
     """New tokens in one step; longer prompts are computed in chunks. None: the platform's."""
     block_size: int | None = None
     """Tokens in one block of the KV cache, a power of two; None: the platform's."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.92
     """Share of an accelerator's memory that this engine may use. On a CPU the cache has a fixed
     size unless one of the next two options is given."""
     kv_cache_memory_bytes: int | None = None

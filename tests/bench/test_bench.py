@@ -115,7 +115,7 @@ def test_throughput(model, device):
     assert 6 * 3 <= record["output_tokens"] <= 6 * 9
     rate = record["output_tokens"] / record["seconds"]
     assert record["output_tokens_per_s"] == pytest.approx(rate, rel=0.05)
-    assert record["preemptions"] == 0
+    assert record["preemptions"] == record["waiting"] == 0
 
 
 def test_throughput_of_replicas(model, device):

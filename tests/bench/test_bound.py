@@ -118,6 +118,8 @@ def test_a_recorded_schedule(tiny: TinyModels, device: str) -> None:
     )
     assert 0 < schedule.tail(schedule.times[-1] + 1e-3) <= took.seconds + 1
     assert "submit" not in vars(engine.runner)
+    # The third request, when the prompts of both others are computed.
+    assert schedule.most_waiting == 1
     # By hand: weights as often as the longest output has tokens, the cache for each token of an
     # output but the first, and the prompts' operations behind it.
     moved = sum(work.products(r, r).weight_bytes for r in (3, 2, 2, 2, 2, 1, 1, 1, 1))

@@ -102,7 +102,7 @@ def test_a_device_that_is_not_here(tiny) -> None:
     assert report.facts["dtype"] in ("bfloat16", "float32")
     assert report.graphs["buckets"]["decode"] > 1
     # All that the option leaves to the cache, less what is kept free for the allocator.
-    left = int(0.9 * 2 * GIB) - report.fixed_bytes - GIB // 4
+    left = int(0.92 * 2 * GIB) - report.fixed_bytes - GIB // 4
     assert left - report.cache_bytes >= 0 or report.capacities[-1].limit == "max_num_seqs"
 
 

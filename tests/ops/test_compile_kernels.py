@@ -37,6 +37,7 @@ SPILLS = {
         "fp8_product_kernel": 40,
         "shared_sums_kernel": 40,
         "absolute_splits_kernel": 56,
+        "delta_chunk_kernel": 88,
     },
     "Ada": {
         "mixed_attention_kernel": 224,
@@ -44,6 +45,7 @@ SPILLS = {
         "shared_sums_kernel": 40,
         "absolute_splits_kernel": 64,
         "push_kernel": 24,
+        "delta_chunk_kernel": 24,
     },
     "Blackwell of workstations": {
         "mixed_attention_kernel": 88,
@@ -58,6 +60,7 @@ SPILLS = {
         "shared_sums_kernel": 24,
         "absolute_splits_kernel": 168,
         "dispatch_kernel": 16,
+        "delta_chunk_kernel": 168,
     },
     "CDNA 3": {
         "mixed_attention_kernel": 6,

@@ -182,18 +182,25 @@ class Schedule:
     """When each was submitted, in seconds."""
     last_admission: int = 0
     """The step in which no request was left to wait."""
+    most_waiting: int = 0
+    """The most requests that waited behind a step which had tokens left for more: for room in the
+    cache, or for a place among those that compute at the same time."""
     _computed: dict[int, int] = field(default_factory=dict)
 
-    def note(self, step: Step, known: Sequence[int]) -> None:
+    def note(self, step: Step, known: Sequence[int], waiting: int, budget: int) -> None:
         """One more step.
 
         Args:
             step: Which.
             known: Tokens of each of its requests, as far as the host knows. Only where drafts are
                 under way is that how one can tell where a request stands.
+            waiting: Requests that take no part and are not finished.
+            budget: Tokens that a step can have.
         """
         if not step.rows:
             return
+        if step.num_tokens < budget:
+            self.most_waiting = max(self.most_waiting, waiting)
         for each in step.admitted:
             self._computed[each.row] = each.start
             self.last_admission = len(self.steps)
@@ -226,8 +233,10 @@ def scheduled(engine: Engine) -> Iterator[Schedule]:
     submit = runner.submit
 
     def noted(step: Step, *args: Any) -> None:
-        requests = engine.scheduler.requests_of(step)
-        found.note(step, [each.num_tokens for each in requests])
+        scheduler = engine.scheduler
+        known = [each.num_tokens for each in scheduler.requests_of(step)]
+        waiting = scheduler.stats().num_waiting
+        found.note(step, known, waiting, scheduler.max_num_batched_tokens)
         submit(step, *args)
 
     runner.submit = noted  # type: ignore[assignment, method-assign]

@@ -103,6 +103,7 @@ def throughput(
         },
         "where": _where(where, schedule.tail(ended_at[-1])),
         "preemptions": after.total_preemptions - before.total_preemptions,
+        "waiting": schedule.most_waiting,
         **draft_facts(engine),
         **traced,
     }

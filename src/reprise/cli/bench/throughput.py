@@ -83,6 +83,7 @@ def throughput(
         "all tok/s": "total_tokens_per_s",
         "requests/s": "requests_per_s",
         "steps": "steps",
+        "waiting": "waiting",
         "preemptions": "preemptions",
     }
     tables: list[list[tuple[Any, ...]]] = [

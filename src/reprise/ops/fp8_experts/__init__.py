@@ -19,5 +19,4 @@ fp8_experts.implementation(
     "reprise.ops.fp8_experts.triton:fp8_experts",
     requires=needs_triton,
     accepts=accepts,
-    on_request="no device has run it yet",
 )

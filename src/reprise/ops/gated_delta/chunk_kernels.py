@@ -165,7 +165,7 @@ def delta_chunk_kernel(
         )
         value = (value.to(tl.float32) * beta[:, None]).to(dtype)
         own = _times(inverse, value, PRECISION, WIDEN)
-        tl.store(own_ptr + at * CHUNK * BLOCK_V + v * CHUNK + i, own.to(dtype))
+        tl.store(own_ptr + at * CHUNK * BLOCK_V + i * BLOCK_V + v, own.to(dtype))
         tl.store(last_ptr + at, last)
 
 
@@ -220,7 +220,7 @@ def delta_scan_kernel(
         old = tl.load(fresh_ptr + row) == 0
         k = tl.arange(0, BLOCK_K)
         v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-        i = tl.arange(0, CHUNK)
+        i = tl.arange(0, CHUNK)[:, None]
         at = state_ptr + slot * slot_stride + (head * VALUES + v)[:, None] * KEYS + k[None, :]
         real = (v < VALUES)[:, None] & (k < KEYS)[None, :]
         now = tl.load(at, mask=real & (k < tl.where(old, KEYS, 0))[None, :], other=0.0)
@@ -231,27 +231,26 @@ def delta_scan_kernel(
                 now, recent_ptr, gates_ptr, accepted, recent_stride, gates_stride, slot, head,
                 k, v, GROUP, HEADS, KEYS, VALUES,
             )  # fmt: skip
-        keys = i[:, None] * BLOCK_K + k[None, :]
-        values = v[:, None] * CHUNK + i[None, :]
-        square = i[:, None] * CHUNK + i[None, :]
-        # Everything is transposed, so that what is made here, the state and the update, is the left
-        # operand: that comes from registers, the right one from shared memory, where loads put it.
+        # [V, K] in memory.
+        now = tl.trans(now)
+        keys = i * BLOCK_K + k[None, :]
+        values = i * ALL_V + v[None, :]
+        square = i * CHUNK + tl.arange(0, CHUNK)[None, :]
         for chunk in range(count):
             place = ((first + chunk) * HEADS + head).to(tl.int64)
             before = now.to(dtype)
             of_state = tl.load(of_state_ptr + place * CHUNK * BLOCK_K + keys)
             own = tl.load(own_ptr + place * CHUNK * ALL_V + values).to(tl.float32)
-            update = (own - _times(before, tl.trans(of_state), PRECISION, WIDEN)).to(dtype)
-            kept = tl.load(kept_ptr + place * CHUNK * BLOCK_K + keys)
-            now = now * tl.load(last_ptr + place)
-            now += _times(update, kept, PRECISION, WIDEN)
+            update = (own - _times(of_state, before, PRECISION, WIDEN)).to(dtype)
             from_state = tl.load(from_state_ptr + place * CHUNK * BLOCK_K + keys)
             seen = tl.load(seen_ptr + place * CHUNK * CHUNK + square)
-            answer = _times(before, tl.trans(from_state), PRECISION, WIDEN)
-            answer += _times(update, tl.trans(seen), PRECISION, WIDEN)
+            answer = _times(from_state, before, PRECISION, WIDEN)
+            answer += _times(seen, update, PRECISION, WIDEN)
+            kept = tl.load(kept_ptr + place * CHUNK * BLOCK_K + keys)
+            now = now * tl.load(last_ptr + place)
+            now += _times(tl.trans(kept), update, PRECISION, WIDEN)
             token = chunk * CHUNK + i
-            line = (begin + token).to(tl.int64)[:, None] * HEADS + head
-            inside = (token < new)[:, None] & (v < VALUES)[None, :]
-            answer = tl.trans(answer).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + line * VALUES + v[None, :], answer, mask=inside)
-        tl.store(at, now.to(state_ptr.dtype.element_ty), mask=real)
+            target = out_ptr + ((begin + token).to(tl.int64) * HEADS + head) * VALUES + v[None, :]
+            inside = (token < new) & (v < VALUES)[None, :]
+            tl.store(target, answer.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(at, tl.trans(now).to(state_ptr.dtype.element_ty), mask=real)

@@ -33,8 +33,8 @@ _KEEP = 1024
 _LEAST = 16 if INTERPRETED else 128
 """Columns of a tile of the chunk kernels. Heads of released models have 128; for tiles of 16 and 32
 columns of two-byte numbers Triton 3.6 makes code that faults on an H100."""
-_CHUNK_WARPS = 8
-_SCAN_PART, _SCAN_WARPS, _SCAN_STAGES = 64, 4, 3
+_CHUNK_WARPS = 4
+_SCAN_PART, _SCAN_WARPS, _SCAN_STAGES = 32, 4, 3
 """Channels of a head that one program takes through the chunks, its warps, chunks under way."""
 
 

@@ -17,7 +17,12 @@ def _workloads(make: Maker) -> Iterator[Workload]:
         def arguments(tokens: int = tokens) -> Arguments:
             return {"x": make.randn(tokens, size), "gate": make.randn(tokens, size)}
 
-        yield Workload(f"{SMALL.name}, T={tokens}", arguments, read_write=2 * 3 * tokens * size)
+        yield Workload(
+            f"{SMALL.name}, T={tokens}",
+            arguments,
+            read_write=2 * 3 * tokens * size,
+            compiled=tokens == 64,
+        )
 
 
 cases = Cases(_small, _workloads)
