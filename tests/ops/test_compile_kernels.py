@@ -54,6 +54,7 @@ SPILLS = {
         "fp8_product_kernel": 16,
         "shared_sums_kernel": 40,
         "absolute_splits_kernel": 64,
+        "delta_chunk_kernel": 40,
     },
     "Ampere": {
         "mixed_attention_kernel": 224,
