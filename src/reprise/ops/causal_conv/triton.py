@@ -176,11 +176,10 @@ def conv_tokens_kernel(
     for tap in tl.static_range(TAPS):
         here = (live & (since >= TAPS - 1 - tap))[:, None] & inside
         x = tl.load(rows - (TAPS - 1 - tap) * x_stride, mask=here, other=0.0).to(tl.float32)
-        if tap < TAPS - 1:
-            if near:
-                before = (old & (since < TAPS - 1 - tap))[:, None] & inside
-                place = (first + since + tap)[:, None] * SIZE
-                x += tl.load(window + place, mask=before, other=0.0).to(tl.float32)
+        if near:
+            before = (old & (since < TAPS - 1 - tap))[:, None] & inside
+            place = (first + since + tap)[:, None] * SIZE
+            x += tl.load(window + place, mask=before, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + column * TAPS + tap, mask=inside, other=0.0)
         total += x * weight.to(tl.float32)
     y = tl.where(live[:, None], _activated(total), 0.0).to(out_ptr.dtype.element_ty)
