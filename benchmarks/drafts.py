@@ -246,18 +246,27 @@ def waits(options: argparse.Namespace) -> None:
 
 
 def start(options: argparse.Namespace) -> None:
-    for config in (None, drafting(options)):
-        given = arguments(options, config)
-        model = given.pop("model")
-        record = startup(model, given, options.repeats)
-        told(
-            part="start",
-            pair=options.pair,
-            drafts=config is not None,
-            ready=record["ready_seconds_all"],
-            parts=record["parts"],
-            graphs=record["graphs"],
-        )
+    """In turns; and what the graphs hold once all are captured that a start leaves for later."""
+    configs = {"none": None, "drafts": drafting(options)}
+    for _ in range(options.repeats):
+        for name, config in configs.items():
+            given = arguments(options, config)
+            record = startup(given.pop("model"), given, 1)
+            told(part="start", pair=options.pair, engine=name, ready=record["ready_seconds"],
+                 parts=record["parts"])  # fmt: skip
+    engines = {name: LLM(**arguments(options, each)).engine for name, each in configs.items()}
+    for name, engine in engines.items():
+        platform, owners = engine.platform, engine.runner.owners
+        platform.empty_cache()
+        free, later = platform.memory_info().free, 0
+        while any(each.deferred for _, each in owners):
+            engine.runner.prove_more()
+            later += 1
+        platform.synchronize()
+        platform.empty_cache()
+        told(part="memory", pair=options.pair, engine=name, graphs=owners.num_graphs,
+             start_mib=round((owners.report().memory.actual or 0) / 2**20, 1), captured_later=later,
+             later_mib=round((free - platform.memory_info().free) / 2**20, 1))  # fmt: skip
 
 
 PARTS = {"speed": speed, "same": same, "waits": waits, "start": start}
