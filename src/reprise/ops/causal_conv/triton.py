@@ -170,13 +170,11 @@ def conv_tokens_kernel(
     rows = x_ptr + token.to(tl.int64)[:, None] * x_stride + column
     first = _first(accepted_ptr, request)
     window = state_ptr + slot[:, None] * slot_stride + column
-    # Few tiles have tokens that are so near to where their request goes on.
-    near = tl.max((old & (since < TAPS - 1)).to(tl.int32), axis=0) > 0
     total = tl.zeros([TOKENS, BLOCK], dtype=tl.float32)
     for tap in tl.static_range(TAPS):
         here = (live & (since >= TAPS - 1 - tap))[:, None] & inside
         x = tl.load(rows - (TAPS - 1 - tap) * x_stride, mask=here, other=0.0).to(tl.float32)
-        if near:
+        if tap < TAPS - 1:
             before = (old & (since < TAPS - 1 - tap))[:, None] & inside
             place = (first + since + tap)[:, None] * SIZE
             x += tl.load(window + place, mask=before, other=0.0).to(tl.float32)
