@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from reprise import ops
-from reprise.config import EngineConfig
 from reprise.distributed import Agreement, Communicator
 from reprise.distributed.symmetric import SymmetricBuffer
 from reprise.errors import ConfigError, describe
@@ -26,12 +25,6 @@ NEED_IT = "triton"
 """Implementations that compute in this memory."""
 PATIENCE_SECONDS = 60.0
 """A sum that takes longer never ends."""
-
-
-def wants_direct(config: EngineConfig, used_by: Sequence[str] = SUMS) -> bool:
-    """Whether ranks are to have such memory: somebody has asked for one of these ops in it."""
-    asked = any(config.ops.get(op) == NEED_IT for op in used_by)
-    return config.custom_all_reduce and asked
 
 
 def prove_direct(

@@ -22,7 +22,7 @@ from reprise.distributed.communicator import connect
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import wake_compiler
-from reprise.parallel.direct import prove_direct, wants_direct
+from reprise.parallel.direct import prove_direct
 from reprise.parallel.messages import Drawn, Kind, Start, unpack, unpack_shape
 from reprise.parallel.seat import join
 from reprise.parallel.wire import Decoder
@@ -118,7 +118,7 @@ class _Follower:
         store = TCPStore(group.leader.address, start.port, is_master=False)
         communicator = connect(
             group, platform.dist_backend, store, platform.device, start.timeout,
-            direct=wants_direct(config),
+            direct=config.custom_all_reduce,
         )  # fmt: skip
         communicator.told = board.note_calls
         prove_direct(communicator, platform, board, config.ops)

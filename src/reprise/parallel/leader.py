@@ -20,7 +20,7 @@ from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.communicator import Communicator, connect
 from reprise.errors import RanksError, describe
 from reprise.loading import Checkpoint
-from reprise.parallel.direct import prove_direct, wants_direct
+from reprise.parallel.direct import prove_direct
 from reprise.parallel.followers import Followers
 from reprise.parallel.lockstep import Lockstep
 from reprise.parallel.messages import Drawn, Kind, Start, pack, pack_shape, pickled
@@ -122,7 +122,7 @@ class Leader:
         platform.share_host(group.beside)
         self._communicator = connect(
             self.group, platform.dist_backend, self._store, platform.device, self._timeout,
-            direct=wants_direct(config),
+            direct=config.custom_all_reduce,
         )  # fmt: skip
         self._communicator.told = self._followers.board.note_calls
         prove_direct(self._communicator, platform, self._followers.board, config.ops)

@@ -20,5 +20,4 @@ for _op in (all_reduce, all_reduce_add):
         f"reprise.ops.all_reduce.triton:{_op.name}",
         requires=needs_triton,
         accepts=reached,
-        on_request="no device has run it yet",
     )

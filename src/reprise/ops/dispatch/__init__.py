@@ -21,7 +21,6 @@ for _op in (dispatch, combine):
         f"reprise.ops.dispatch.triton:{_op.name}",
         requires=needs_triton,
         accepts=reached,
-        on_request="no device has run it yet",
     )
     _op.implementation(
         "all_to_all",
