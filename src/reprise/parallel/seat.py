@@ -11,7 +11,7 @@ from reprise.config import EngineConfig
 from reprise.distributed import Group
 from reprise.distributed.board import Board
 from reprise.distributed.communicator import Communicator, connect
-from reprise.parallel.direct import ROWS, prove_direct
+from reprise.parallel.direct import NEED_IT, ROWS, prove_direct
 from reprise.platforms import Platform
 
 
@@ -82,7 +82,7 @@ def join(
     group = seat.group_of(rank)
     made = connect(
         group, platform.dist_backend, store, platform.device, seat.timeout,
-        direct=config.custom_all_reduce,
+        direct=config.custom_all_reduce and any(config.ops.get(op) == NEED_IT for op in ROWS),
     )  # fmt: skip
     prove_direct(made, platform, board, config.ops, ROWS)
     both = [made] if beside is None else [made, beside]
