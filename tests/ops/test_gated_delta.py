@@ -124,6 +124,21 @@ def test_strong_decay_stays_finite(implementation, make, name) -> None:
     close(after, state)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_key_that_repeats(implementation, make, name) -> None:
+    """Hardly any decay, and each token writes nearly all of its value over that of the one before:
+    the triangle that a chunk inverts is full, and its powers grow beyond what float32 resolves."""
+    function = implementation(gated_delta, name)
+    call = whole(make, 130)
+    call["qkv"][:, 2 * 16 : 2 * 2 * 16] = call["qkv"][:1, 2 * 16 : 2 * 2 * 16].clone()
+    call["a_log"], call["a"] = torch.full_like(call["a_log"], -9.0), 0 * call["a"]
+    call["b"] = torch.full_like(call["b"], 6.0)
+    answers, state = exact(call)
+    found, after = in_cuts(function, call, [64, 66])
+    close(found, answers)
+    close(after, state)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("heads", [(1, 1), (1, 2), (1, 3), (1, 4)])
 def test_triton_at_every_length(implementation, make, heads) -> None:
