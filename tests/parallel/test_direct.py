@@ -119,3 +119,12 @@ def test_what_ranks_add_is_exact_in_every_dtype() -> None:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 assert torch.equal(numbers.to(dtype).long(), numbers)
     assert not torch.equal(part(0, 0, 8), part(1, 0, 8))
+
+
+def test_it_is_proven_on_the_device_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that starts an engine may have another one, and the other ranks would wait for a
+    kernel that runs there."""
+    done: list[str] = []
+    monkeypatch.setattr(type(platforms.resolve("cpu")), "activate", lambda _: done.append("device"))
+    assert outcome(monkeypatch, lambda *_: done.append("sums") is None, Others(True))
+    assert done == ["device", "sums"]

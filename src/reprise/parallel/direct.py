@@ -47,6 +47,7 @@ def prove_direct(
     Raises:
         ConfigError: One of them needs the memory, and there is none. All ranks raise it.
     """
+    platform.activate()  # kernels run on the thread's device, wherever their tensors are
     unusable = ops.all_reduce.implementations[NEED_IT].unusable(platform)
     if communicator.symmetric is not None and unusable is not None:
         communicator.drop_symmetric(unusable)  # alike on all
