@@ -67,7 +67,7 @@ class CpuPlatform(Platform):
     cluster_resource = "CPU"
     is_the_host = True
     priority = 0
-    preferred: ClassVar = {"*": ("onednn", "torch", "numpy", "reference", "invariant")}
+    preferred: ClassVar = {"*": ("cpp", "onednn", "torch", "numpy", "reference", "invariant")}
     graph_memory_reason = "recorded graphs take host memory, which the KV cache does not claim"
     default_batched_tokens = 1024
     fp8_dtype = torch.float8_e4m3fn

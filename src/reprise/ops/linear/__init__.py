@@ -2,6 +2,7 @@
 
 import torch
 
+from reprise.ops.cpp import needs_compiler
 from reprise.ops.implementation import anything
 from reprise.ops.linear import cases, reference
 from reprise.ops.registry import Op, needs_triton, op
@@ -19,6 +20,7 @@ def needs_onednn(platform: Platform) -> str | None:
 _REQUIREMENTS = {
     "triton": needs_triton,
     "onednn": needs_onednn,
+    "cpp": needs_compiler,
     "invariant": needs_host_memory,
     "triton_invariant": needs_triton,
 }
@@ -44,8 +46,8 @@ def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) ->
     return declared
 
 
-linear = _declare("linear", "triton", "onednn")
-norm_linear = _declare("norm_linear", "triton", "onednn")
-norm_gated_linear = _declare("norm_gated_linear", "triton", "onednn")
-linear_add = _declare("linear_add", "triton", "onednn", mutates=("residual",))
-linear_into = _declare("linear_into", "onednn", mutates=("out",))
+linear = _declare("linear", "triton", "onednn", "cpp")
+norm_linear = _declare("norm_linear", "triton", "onednn", "cpp")
+norm_gated_linear = _declare("norm_gated_linear", "triton", "onednn", "cpp")
+linear_add = _declare("linear_add", "triton", "onednn", "cpp", mutates=("residual",))
+linear_into = _declare("linear_into", "onednn", "cpp", mutates=("out",))

@@ -1,3 +1,4 @@
+from reprise.ops.cpp import needs_compiler
 from reprise.ops.paged_attention.cases import cases
 from reprise.ops.paged_attention.reference import reference
 from reprise.ops.registry import needs_triton, op
@@ -60,4 +61,10 @@ paged_attention.implementation(
     requires=needs_triton,
     graph_support="always",
     batch_invariant=True,
+)
+paged_attention.implementation(
+    "cpp",
+    "reprise.ops.paged_attention.cpp:paged_attention",
+    requires=needs_compiler,
+    graph_support="always",
 )

@@ -1,3 +1,4 @@
+from reprise.ops.cpp import needs_compiler
 from reprise.ops.registry import needs_triton, on_the_host, op
 from reprise.ops.rotary_cache.cases import cases
 from reprise.ops.rotary_cache.reference import fake, reference
@@ -27,4 +28,7 @@ rotary_cache.implementation(
     "reprise.ops.rotary_cache.host:rotary_cache",
     requires=needs_host_memory,
     batch_invariant=True,
+)
+rotary_cache.implementation(
+    "cpp", "reprise.ops.rotary_cache.cpp:rotary_cache", requires=needs_compiler
 )

@@ -1,0 +1,81 @@
+"""Products of few rows in C++: see ``few_rows.cpp``. Others are oneDNN's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function
+from reprise.ops.linear import onednn
+
+MOST_ROWS = 16
+_WRITE, _ADD, _GATED = range(3)
+
+_few_rows = function(
+    "linear/few_rows.cpp",
+    (INT, INT, INT, LONG, LONG, LONG, POINTER, LONG, POINTER, INT, FLOAT, POINTER, LONG, POINTER,
+     POINTER, LONG),
+)  # fmt: skip
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[0] <= MOST_ROWS and x.dtype in KINDS and weight.stride(1) == 1
+
+
+def _product(
+    x: Tensor,
+    norm: tuple[Tensor, float] | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    mode: int,
+) -> Tensor:
+    rows, inputs = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    gain, eps = norm or (None, 0.0)
+    _few_rows(
+        KINDS[x.dtype], torch.get_num_threads(), mode, rows, weight.shape[0], inputs,
+        x.data_ptr(), x.stride(0), address(gain), 0 if gain is None else KINDS[gain.dtype], eps,
+        weight.data_ptr(), weight.stride(0), address(bias), out.data_ptr(), out.stride(0),
+    )  # fmt: skip
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Arguments as in the reference."""
+    if not _takes(x, weight):
+        return onednn.linear(x, weight, bias)
+    return _product(x, None, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), _WRITE)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    if not _takes(x, weight):
+        return onednn.norm_linear(x, norm_weight, eps, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    return _product(x, (norm_weight, eps), weight, bias, out, _WRITE)
+
+
+def norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    if not _takes(x, weight):
+        return onednn.norm_gated_linear(x, norm_weight, eps, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    return _product(x, (norm_weight, eps), weight, bias, out, _GATED)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    if _takes(x, weight) and residual.stride(1) == 1:
+        _product(x, None, weight, bias, residual, _ADD)
+    else:
+        onednn.linear_add(x, weight, bias, residual)
+
+
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    if _takes(x, weight) and out.stride(1) == 1:
+        _product(x, None, weight, None, out, _WRITE)
+    else:
+        onednn.linear_into(x, weight, out)

@@ -1,0 +1,154 @@
+// Products of few rows and a weight, with what comes right before and behind them.
+//
+// Such a product waits for the weight: each number of it is read once, and asked for AHEAD bytes
+// before it is needed, since the processor itself looks no further than the end of a page. Rows are
+// computed in tiles of as many as registers hold; the bits of a row are the same in each of them.
+
+#include "numbers.h"
+
+#include <vector>
+
+namespace {
+
+constexpr long AHEAD = 8192;
+constexpr int MOST = REGISTERS / 4; // rows of a tile: a sum for each and both rows of the weight
+
+enum Mode { WRITE = 0, ADD = 1, GATED = 2 };
+
+// sums[2][MOST]: those of `ROWS` rows of x and two rows of the weight.
+template <class T, int ROWS>
+void tile(const float *x, long x_stride, const T *first, const T *second, long count, float *sums) {
+    vec sum[2][ROWS] = {};
+    long i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) {
+        if (i * long(sizeof(T)) % 64 == 0) {
+            __builtin_prefetch(reinterpret_cast<const char *>(first + i) + AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char *>(second + i) + AHEAD);
+        }
+        const vec a = load(first + i), b = load(second + i);
+        for (int row = 0; row < ROWS; ++row) {
+            const vec each = load(x + row * x_stride + i);
+            sum[0][row] += each * a;
+            sum[1][row] += each * b;
+        }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+        float left[2] = {};
+        for (long rest = i; rest < count; ++rest) {
+            left[0] += x[row * x_stride + rest] * number(first[rest]);
+            left[1] += x[row * x_stride + rest] * number(second[rest]);
+        }
+        sums[row] = total(sum[0][row]) + left[0];
+        sums[MOST + row] = total(sum[1][row]) + left[1];
+    }
+}
+
+template <class T, int ROWS = MOST>
+void any_tile(long rows, const float *x, long x_stride, const T *first, const T *second,
+              long count, float *sums) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return any_tile<T, ROWS - 1>(rows, x, x_stride, first, second, count, sums);
+    }
+    tile<T, ROWS>(x, x_stride, first, second, count, sums);
+}
+
+template <class T> struct Call {
+    long rows, outputs, inputs;
+    const float *x; // [rows, inputs], behind the norm
+    long x_stride;
+    const T *weight, *bias;
+    long weight_stride;
+    T *out;
+    long out_stride;
+    Mode mode;
+
+    void finish(T *to, float sum, long output) const {
+        if (bias) sum += number(bias[output]);
+        if (mode == ADD) sum = number(*to) + rounded<T>(sum);
+        put(to, sum);
+    }
+
+    void outputs_of_pair(long first, long second, long begin) const {
+        const long here = rows - begin < MOST ? rows - begin : MOST;
+        float sums[2 * MOST];
+        any_tile<T>(here, x + begin * x_stride, x_stride, weight + first * weight_stride,
+                    weight + second * weight_stride, inputs, sums);
+        T *to = out + begin * out_stride;
+        if (mode != GATED) {
+            for (long row = 0; row < here; ++row, to += out_stride) {
+                finish(to + first, sums[row], first);
+                if (second != first) finish(to + second, sums[MOST + row], second);
+            }
+            return;
+        }
+        const float gate_bias = bias ? number(bias[first]) : 0.0f;
+        const float up_bias = bias ? number(bias[second]) : 0.0f;
+        for (long row = 0; row < here; ++row) {
+            sums[row] = rounded<T>(sums[row] + gate_bias);
+            sums[MOST + row] = rounded<T>(sums[MOST + row] + up_bias);
+        }
+        for (long row = 0; row < here; row += WIDTH) {
+            float gates[WIDTH] = {}, silu[WIDTH];
+            const long lanes = here - row < WIDTH ? here - row : WIDTH;
+            for (long lane = 0; lane < lanes; ++lane) gates[lane] = sums[row + lane];
+            const vec gate = load(gates);
+            store(silu, gate / (1.0f + exponential(-gate)));
+            for (long lane = 0; lane < lanes; ++lane) {
+                const float up = sums[MOST + row + lane];
+                put(to + (row + lane) * out_stride + first, rounded<T>(silu[lane]) * up);
+            }
+        }
+    }
+
+    void run(int threads) const {
+        const long pairs = mode == GATED ? outputs / 2 : (outputs + 1) / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (long pair = 0; pair < pairs; ++pair) {
+            long first = 2 * pair, second = first + 1 < outputs ? first + 1 : first;
+            if (mode == GATED) first = pair, second = pair + pairs;
+            for (long begin = 0; begin < rows; begin += MOST) outputs_of_pair(first, second, begin);
+        }
+    }
+};
+
+template <class T>
+void product(int threads, Mode mode, long rows, long outputs, long inputs, const T *x,
+             long x_stride, const void *gain, int gain_kind, float eps, const T *weight,
+             long weight_stride, const T *bias, T *out, long out_stride) {
+    static thread_local std::vector<float> memory;
+    const float *wide = reinterpret_cast<const float *>(x);
+    if (gain || sizeof(T) != sizeof(float)) {
+        memory.resize(rows * inputs);
+        for (long row = 0; row < rows; ++row) {
+            const T *from = x + row * x_stride;
+            float *to = memory.data() + row * inputs;
+            if (!gain)
+                for (long i = 0; i < inputs; ++i) to[i] = number(from[i]);
+            else if (gain_kind == FLOAT32)
+                rms_norm(from, static_cast<const float *>(gain), eps, inputs, to);
+            else
+                rms_norm(from, static_cast<const bf16 *>(gain), eps, inputs, to);
+        }
+        wide = memory.data();
+        x_stride = inputs;
+    }
+    Call<T>{rows, outputs, inputs, wide,       x_stride,
+            weight, bias, weight_stride, out, out_stride, mode}
+        .run(threads);
+}
+
+} // namespace
+
+extern "C" void few_rows(int kind, int threads, int mode, long rows, long outputs, long inputs,
+                         const void *x, long x_stride, const void *gain, int gain_kind, float eps,
+                         const void *weight, long weight_stride, const void *bias, void *out,
+                         long out_stride) {
+    if (kind == FLOAT32)
+        product(threads, Mode(mode), rows, outputs, inputs, static_cast<const float *>(x), x_stride,
+                gain, gain_kind, eps, static_cast<const float *>(weight), weight_stride,
+                static_cast<const float *>(bias), static_cast<float *>(out), out_stride);
+    else
+        product(threads, Mode(mode), rows, outputs, inputs, static_cast<const bf16 *>(x), x_stride,
+                gain, gain_kind, eps, static_cast<const bf16 *>(weight), weight_stride,
+                static_cast<const bf16 *>(bias), static_cast<bf16 *>(out), out_stride);
+}

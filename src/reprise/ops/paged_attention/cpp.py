@@ -1,0 +1,66 @@
+"""In C++ for steps of few tokens a request: see ``few_tokens.cpp``. Other steps, and eight-bit
+caches, are computed by torch's attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, function
+from reprise.ops.paged_attention import sdpa
+
+_few_tokens = function(
+    "paged_attention/few_tokens.cpp",
+    (INT, INT, *[LONG] * 8, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER,
+     POINTER, POINTER, FLOAT, FLOAT, LONG),
+    INT,
+)  # fmt: skip
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    query_len: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
+    """Arguments as in the reference.
+
+    Raises:
+        IndexError: A request is longer than its block table, or a block is beyond the cache.
+    """
+    dtype = query.dtype
+    if (
+        query_len == 0
+        or dtype not in KINDS
+        or key_cache.dtype != dtype
+        or key_cache.stride() != value_cache.stride()
+        or key_cache.stride(3) != 1
+        or not (query.is_contiguous() and out.is_contiguous())
+    ):
+        sdpa.paged_attention(
+            query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
+            sliding_window, soft_cap, query_len, key_scales, value_scales,
+        )  # fmt: skip
+        return
+    blocks, block_size, kv_heads, size = key_cache.shape
+    tokens, queries, _ = query.shape
+    requests, most = block_tables.shape
+    wrong = _few_tokens(
+        KINDS[dtype], torch.get_num_threads(), requests, tokens, queries, kv_heads, size,
+        block_size, blocks, most, query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
+        *key_cache.stride()[:3], block_tables.data_ptr(), block_tables.stride(0),
+        seq_lens.data_ptr(), query_start_loc.data_ptr(), out.data_ptr(), scale, soft_cap,
+        sliding_window,
+    )  # fmt: skip
+    if wrong:
+        what = "request is longer than its block table" if wrong == 1 else "block is beyond the cache"
+        raise IndexError(f"paged_attention: a {what}")

@@ -1,0 +1,82 @@
+// Norm of heads, rotary embedding and the cache write for a few tokens, one head after the other.
+
+#include "numbers.h"
+
+#include <vector>
+
+namespace {
+
+template <class T> struct Call {
+    long tokens, queries, kv_heads, size, rotary;
+    const T *qkv;
+    long qkv_stride;
+    const std::int64_t *positions;
+    const float *cos_sin;
+    const std::int64_t *slots;
+    T *keys, *values;
+    const void *query_norm, *key_norm;
+    int gain_kind;
+    float eps;
+    T *out;
+
+    void rotate(const T *from, const float *table, const void *gain, float *head, T *to) const {
+        if (!gain)
+            for (long i = 0; i < size; ++i) head[i] = number(from[i]);
+        else if (gain_kind == FLOAT32)
+            rms_norm(from, static_cast<const float *>(gain), eps, size, head);
+        else
+            rms_norm(from, static_cast<const bf16 *>(gain), eps, size, head);
+        const long half = rotary / 2;
+        const float *cosines = table, *sines = table + half;
+        for (long i = 0; i < half; ++i) {
+            put(to + i, head[i] * cosines[i] - head[half + i] * sines[i]);
+            put(to + half + i, head[half + i] * cosines[i] + head[i] * sines[i]);
+        }
+        for (long i = rotary; i < size; ++i) put(to + i, head[i]);
+    }
+
+    void run() const {
+        static thread_local std::vector<float> head;
+        head.resize(size);
+        for (long token = 0; token < tokens; ++token) {
+            const T *row = qkv + token * qkv_stride;
+            const float *table = cos_sin + positions[token] * rotary;
+            T *query = out + token * queries * size;
+            for (long each = 0; each < queries; ++each)
+                rotate(row + each * size, table, query_norm, head.data(), query + each * size);
+            const T *key = row + queries * size, *value = key + kv_heads * size;
+            const long slot = slots[token] * kv_heads * size;
+            for (long each = 0; each < kv_heads; ++each)
+                rotate(key + each * size, table, key_norm, head.data(), keys + slot + each * size);
+            std::memcpy(values + slot, value, kv_heads * size * sizeof(T));
+        }
+    }
+};
+
+} // namespace
+
+// Returns 0; 1 where a position is beyond the table, 2 where a slot is beyond the cache.
+extern "C" int few_tokens(int kind, long tokens, long queries, long kv_heads, long size, long rotary,
+                          long num_positions, long num_slots, const void *qkv, long qkv_stride,
+                          const std::int64_t *positions, const float *cos_sin,
+                          const std::int64_t *slots, void *keys, void *values,
+                          const void *query_norm, const void *key_norm, int gain_kind, float eps,
+                          void *out) {
+    for (long token = 0; token < tokens; ++token) {
+        if (positions[token] < 0 || positions[token] >= num_positions) return 1;
+        if (slots[token] < 0 || slots[token] >= num_slots) return 2;
+    }
+    if (kind == FLOAT32)
+        Call<float>{tokens, queries, kv_heads, size, rotary, static_cast<const float *>(qkv),
+                    qkv_stride, positions, cos_sin, slots, static_cast<float *>(keys),
+                    static_cast<float *>(values), query_norm, key_norm, gain_kind, eps,
+                    static_cast<float *>(out)}
+            .run();
+    else
+        Call<bf16>{tokens, queries, kv_heads, size, rotary, static_cast<const bf16 *>(qkv),
+                   qkv_stride, positions, cos_sin, slots, static_cast<bf16 *>(keys),
+                   static_cast<bf16 *>(values), query_norm, key_norm, gain_kind, eps,
+                   static_cast<bf16 *>(out)}
+            .run();
+    return 0;
+}
