@@ -40,7 +40,7 @@ def test_bfloat16_is_as_exact_as_its_rounding(implementation, randn, shape) -> N
     outputs, inputs = shape
     weight = (randn(outputs, inputs) / inputs**0.5).bfloat16()
     bias = randn(outputs).bfloat16()
-    for name in ("onednn", "reference"):
+    for name in ("onednn", "cpp", "reference"):
         function = implementation(linear, name)
         for rows in (0, 1, 2, 9, 64, 65):
             x = randn(rows, inputs).bfloat16()

@@ -195,12 +195,14 @@ def test_reference_attends_like_a_dense_model(platform, name) -> None:
     torch.testing.assert_close(found.cpu().double(), batch.dense(), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+@pytest.mark.parametrize("implementation_name", ["triton", "torch", "cpp"])
 @pytest.mark.parametrize("name", [*CASES, *LARGE_CASES])
 def test_implementation(implementation, platform, dtypes, name, implementation_name) -> None:
     case = cases_for(platform, name)
     function = implementation(paged_attention, implementation_name)
-    if platform.device_type == "cpu" and name not in HALF_ON_CPU:
+    if implementation_name == "cpp":
+        dtypes = (torch.float32, torch.bfloat16)
+    elif platform.device_type == "cpu" and name not in HALF_ON_CPU:
         dtypes = (torch.float32,)
     if name in LARGE_CASES:
         dtypes = (torch.bfloat16,)
@@ -226,7 +228,7 @@ def test_reference_attends_to_what_codes_stand_for(platform, name) -> None:
     torch.testing.assert_close(found.cpu().double(), batch.dense(), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation_name", ["triton", "torch"])
+@pytest.mark.parametrize("implementation_name", ["triton", "torch", "cpp"])
 @pytest.mark.parametrize("name", [*CODED, *LARGE_CASES])
 def test_implementation_on_codes(
     implementation, platform, dtypes, name, implementation_name
@@ -285,10 +287,13 @@ def test_triton_gives_the_same_bits_again(implementation, platform, case) -> Non
     assert torch.equal(batch.run(function), batch.run(function))
 
 
+@pytest.mark.parametrize("name", ["torch", "cpp"])
 @settings(max_examples=30)
 @given(data=st.data())
-def test_torch_on_any_batch(data: st.DataObject) -> None:
-    function = paged_attention.implementations["torch"].function
+def test_the_host_on_any_batch(platform, name, data: st.DataObject) -> None:
+    if paged_attention.implementations[name].requires(platform):
+        pytest.skip("no C++ compiler")
+    function = paged_attention.implementations[name].function
     batch = Batch(data.draw(batches(longest=80)), torch.float32, torch.device("cpu"))
     torch.testing.assert_close(batch.run(function), batch.run(reference), rtol=2e-5, atol=2e-5)
 
@@ -361,7 +366,7 @@ def static_buffers(first: Case, then: Case, platform: Platform) -> tuple[dict[st
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}, batch
 
 
-@pytest.mark.parametrize("implementation_name", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("implementation_name", ["triton", "torch", "cpp", "reference"])
 def test_blocks_behind_the_window_may_hold_anything(
     implementation, platform, implementation_name
 ) -> None:

@@ -107,10 +107,14 @@ def test_reference_rotates_only_the_first_channels(randn) -> None:
         (0, 2, 1, 64, 64, False, False),
     ],
 )
-def test_triton(
-    implementation, dtypes, randn, tokens, heads, kv_heads, head_size, rotary, query_norm, key_norm
-) -> None:
-    triton = implementation(rotary_cache, "triton")
+@pytest.mark.parametrize("name", ["triton", "torch", "cpp"])
+def test_implementation(
+    implementation, dtypes, randn, name, tokens, heads, kv_heads, head_size, rotary, query_norm,
+    key_norm,
+) -> None:  # fmt: skip
+    function = implementation(rotary_cache, name)
+    if name == "cpp":
+        dtypes = (torch.float32, torch.bfloat16)
     for dtype in dtypes:
         arguments = make(randn, tokens, heads, kv_heads, head_size, rotary, dtype)
         if query_norm:
@@ -119,7 +123,7 @@ def test_triton(
             arguments["key_norm"] = randn(head_size, dtype=dtype)
         expected_arguments = copied(arguments)
         expected = reference(**expected_arguments)
-        found = triton(**arguments)
+        found = function(**arguments)
         assert found.is_contiguous()
         # A rotation adds two products: what one rounding step moved may cancel.
         step = 8 * torch.finfo(dtype).eps

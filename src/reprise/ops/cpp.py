@@ -1,17 +1,19 @@
 """Kernels in C++ for a CPU, compiled where they run, by the compiler that is there.
 
-A source in the folder of its op has functions that take addresses and sizes. It is compiled for the
-processor when an engine considers the implementation, once for each source, compiler and processor:
-the library is kept in the user's cache directory. Where there is no compiler, or it fails, the op has
-other implementations, and the log says why.
+A source in the folder of its op has a function that takes addresses and sizes. It is compiled for
+the processor when an engine considers the implementation, once for each source, compiler and
+processor: the library is kept in the user's cache directory. Where there is no compiler, or it
+fails, the op has other implementations, and the log says why.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -69,9 +71,8 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def _compiled(source: Path) -> Path:
-    compiler = os.environ.get("CXX", "g++")
+    compiler, described = _compiler()
     command = [compiler, *FLAGS, f"-I{_HERE}"]
-    described = _run([compiler, *FLAGS[:2], "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull])
     parts = (source.read_bytes(), _HEADER.read_bytes(), repr(command[:-1]).encode(), described)
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     library = _cache_directory() / f"{source.parent.name}-{source.stem}-{digest}.so"
@@ -88,6 +89,16 @@ def _compiled(source: Path) -> Path:
         raise
     logger.info("compiled %s in %.1f s: %s", source.name, time.perf_counter() - began, library)
     return library
+
+
+@functools.cache
+def _compiler() -> tuple[str, bytes]:
+    """Its name, and what it says of itself and of the processor."""
+    choices = (os.environ.get("CXX", "g++"), "clang++")
+    name = next((each for each in choices if shutil.which(each)), None)
+    if name is None:
+        raise OpError(f"no C++ compiler ({choices[0]}) on this machine; set CXX")
+    return name, _run([name, *FLAGS, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull])
 
 
 def _cache_directory() -> Path:

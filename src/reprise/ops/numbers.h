@@ -24,6 +24,7 @@ typedef float vec __attribute__((vector_size(REPRISE_BYTES)));
 typedef std::int32_t ints __attribute__((vector_size(REPRISE_BYTES)));
 typedef std::uint32_t bits __attribute__((vector_size(REPRISE_BYTES)));
 typedef std::uint16_t halves __attribute__((vector_size(REPRISE_BYTES / 2)));
+typedef float quarter __attribute__((vector_size(16)));
 constexpr long WIDTH = REPRISE_BYTES / sizeof(float);
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -72,11 +73,11 @@ inline void store(float *to, vec x) { std::memcpy(to, &x, sizeof x); }
 
 // The sum of a vector, in an order that is always the same.
 inline float total(vec x) {
-    float lanes[WIDTH];
-    store(lanes, x);
-    for (long half = WIDTH / 2; half > 0; half /= 2)
-        for (long each = 0; each < half; ++each) lanes[each] += lanes[each + half];
-    return lanes[0];
+    quarter parts[WIDTH / 4];
+    std::memcpy(parts, &x, sizeof parts);
+    for (long count = WIDTH / 8; count > 0; count /= 2)
+        for (long each = 0; each < count; ++each) parts[each] += parts[each + count];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 template <class T> inline float dot(const float *a, const T *b, long count) {
@@ -88,10 +89,10 @@ template <class T> inline float dot(const float *a, const T *b, long count) {
     return result;
 }
 
-// e ** x, within two units of the last place; NaN stays NaN. (Cody and Waite's reduction, and the
+// e ** x, within two units of the last place; 0 where it is no normal number. (Cody and Waite's reduction, and the
 // Taylor series of what is left.)
 inline vec exponential(vec x) {
-    const vec low = vec{} - 87.0f, high = vec{} + 88.0f;
+    const vec low = vec{} - 87.0f, high = vec{} + 88.72f;
     vec inside = x < low ? low : x;
     inside = inside > high ? high : inside;
     const vec magic = vec{} + 12582912.0f; // 1.5 * 2 ** 23: adding it rounds to a whole number
@@ -107,7 +108,9 @@ inline vec exponential(vec x) {
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
     const ints exponent = __builtin_convertvector(whole, ints) << 23;
-    const vec result = (vec)((ints)sum + exponent);
+    vec result = (vec)((ints)sum + exponent);
+    result = x < low ? vec{} : result;
+    result = x > high ? vec{} + __builtin_inff() : result;
     return x == x ? result : x;
 }
 

@@ -10,8 +10,10 @@
 
 namespace {
 
-constexpr long AHEAD = 8192;
+constexpr long AHEAD = 16384;
 constexpr int MOST = REGISTERS / 4; // rows of a tile: a sum for each and both rows of the weight
+
+constexpr long LARGE = 1 << 17; // numbers of a weight that are worth waking another thread
 
 enum Mode { WRITE = 0, ADD = 1, GATED = 2 };
 
@@ -22,8 +24,8 @@ void tile(const float *x, long x_stride, const T *first, const T *second, long c
     long i = 0;
     for (; i + WIDTH <= count; i += WIDTH) {
         if (i * long(sizeof(T)) % 64 == 0) {
-            __builtin_prefetch(reinterpret_cast<const char *>(first + i) + AHEAD);
-            __builtin_prefetch(reinterpret_cast<const char *>(second + i) + AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char *>(first + i) + AHEAD, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char *>(second + i) + AHEAD, 0, 2);
         }
         const vec a = load(first + i), b = load(second + i);
         for (int row = 0; row < ROWS; ++row) {
@@ -102,7 +104,8 @@ template <class T> struct Call {
 
     void run(int threads) const {
         const long pairs = mode == GATED ? outputs / 2 : (outputs + 1) / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
+        const bool large = outputs * inputs >= LARGE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (large)
         for (long pair = 0; pair < pairs; ++pair) {
             long first = 2 * pair, second = first + 1 < outputs ? first + 1 : first;
             if (mode == GATED) first = pair, second = pair + pairs;

@@ -25,9 +25,7 @@ from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 _FEW_ROWS = 64
 LARGE = 1 << 18
 """Numbers in a weight: of smaller ones MKL is faster with any number of rows."""
-_HAS_BFLOAT16 = (
-    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,7 +38,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if 0 < rows <= _FEW_ROWS:
         if x.dtype is torch.float32 and large:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if x.dtype is torch.bfloat16 and _HAS_BFLOAT16 and (large or rows == 1):
+        if x.dtype is torch.bfloat16 and HAS_BFLOAT16 and (large or rows == 1):
             return _weight_first(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -62,5 +62,7 @@ def paged_attention(
         sliding_window,
     )  # fmt: skip
     if wrong:
-        what = "request is longer than its block table" if wrong == 1 else "block is beyond the cache"
+        what = (
+            "request is longer than its block table" if wrong == 1 else "block is beyond the cache"
+        )
         raise IndexError(f"paged_attention: a {what}")

@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr long LARGE = 1 << 17; // products that are worth waking another thread
+
 template <class T> struct Call {
     long requests, queries, kv_heads, size, block_size;
     const T *query; // [T, queries, size]
@@ -34,51 +36,83 @@ template <class T> struct Call {
         const long at = (row * queries + head * heads) * size;
         for (long i = 0; i < heads * size; ++i) wide[i] = number(query[at + i]) * scale;
         for (long i = 0; i < heads * size; ++i) sums[i] = 0.0f;
-        for_each(table, begin, end, head, [&](long number, long place) {
+        for_neighbours(table, begin, end, head, [&](long first, long some, long place) {
             for (long each = 0; each < heads; ++each)
-                scores[each * padded + number] = dot(wide + each * size, keys + place, size);
+                for (long i = 0; i < some; ++i)
+                    scores[each * padded + first + i] =
+                        dot(wide + each * size, keys + place + i * slot_stride, size);
         });
         for (long each = 0; each < heads; ++each) softmax(scores + each * padded, count, padded);
-        for_each(table, begin, end, head, [&](long number, long place) {
+        for_neighbours(table, begin, end, head, [&](long first, long some, long place) {
             for (long each = 0; each < heads; ++each)
-                add(sums + each * size, values + place, scores[each * padded + number]);
+                add(sums + each * size, scores + each * padded + first, values + place, some);
         });
         for (long i = 0; i < heads * size; ++i) put(out + at + i, sums[i]);
     }
 
+    // Tokens `begin` to `end`, those of each block together: the number of the first, how many,
+    // and where its row is.
     template <class Do>
-    void for_each(const std::int32_t *table, long begin, long end, long head, Do visit) const {
+    void for_neighbours(const std::int32_t *table, long begin, long end, long head, Do visit) const {
         for (long token = begin; token < end;) {
-            const long offset = token % block_size;
-            long place = table[token / block_size] * block_stride + offset * slot_stride +
-                         head * head_stride;
-            const long stop = end - token < block_size - offset ? end : token + block_size - offset;
-            for (; token < stop; ++token, place += slot_stride) visit(token - begin, place);
+            const long offset = token % block_size, left = block_size - offset;
+            const long some = end - token < left ? end - token : left;
+            visit(token - begin, some,
+                  long(table[token / block_size]) * block_stride + offset * slot_stride +
+                      head * head_stride);
+            token += some;
         }
     }
 
-    void add(float *sums, const T *from, float weight) const {
+    // The weighted sum of so many rows.
+    void add(float *sums, const float *weights, const T *rows, long count) const {
+        constexpr int SOME = 4;
         long i = 0;
-        for (; i + WIDTH <= size; i += WIDTH) store(sums + i, load(sums + i) + load(from + i) * weight);
-        for (; i < size; ++i) sums[i] += number(from[i]) * weight;
+        for (; i + SOME * WIDTH <= size; i += SOME * WIDTH)
+            add_columns<SOME>(sums + i, weights, rows + i, count);
+        for (; i + WIDTH <= size; i += WIDTH) add_columns<1>(sums + i, weights, rows + i, count);
+        for (; i < size; ++i)
+            for (long row = 0; row < count; ++row)
+                sums[i] += number(rows[row * slot_stride + i]) * weights[row];
+    }
+
+    template <int SOME>
+    void add_columns(float *sums, const float *weights, const T *rows, long count) const {
+        vec sum[SOME];
+        for (int each = 0; each < SOME; ++each) sum[each] = load(sums + each * WIDTH);
+        for (long row = 0; row < count; ++row)
+            for (int each = 0; each < SOME; ++each)
+                sum[each] += load(rows + row * slot_stride + each * WIDTH) * weights[row];
+        for (int each = 0; each < SOME; ++each) store(sums + each * WIDTH, sum[each]);
     }
 
     void softmax(float *scores, long count, long padded) const {
         if (soft_cap > 0)
             for (long i = 0; i < count; ++i) scores[i] = soft_cap * std::tanh(scores[i] / soft_cap);
-        float most = -std::numeric_limits<float>::infinity();
-        for (long i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
-        for (long i = count; i < padded; ++i) scores[i] = most;
-        for (long i = 0; i < padded; i += WIDTH)
-            store(scores + i, exponential(load(scores + i) - most));
-        float sum = 0.0f;
-        for (long i = 0; i < count; ++i) sum += scores[i];
-        const float inverse = 1.0f / sum;
-        for (long i = 0; i < count; ++i) scores[i] *= inverse;
+        const float none = -std::numeric_limits<float>::infinity();
+        for (long i = count; i < padded; ++i) scores[i] = none;
+        vec highest = vec{} + none, sums = {};
+        for (long i = 0; i < padded; i += WIDTH) {
+            const vec each = load(scores + i);
+            highest = each > highest ? each : highest;
+        }
+        float lanes[WIDTH], most = none;
+        store(lanes, highest);
+        for (const float each : lanes) most = each > most ? each : most;
+        for (long i = 0; i < padded; i += WIDTH) {
+            const vec each = exponential(load(scores + i) - most);
+            store(scores + i, each);
+            sums += each;
+        }
+        const vec inverse = vec{} + 1.0f / total(sums);
+        for (long i = 0; i < padded; i += WIDTH) store(scores + i, load(scores + i) * inverse);
     }
 
     void run(int threads) const {
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
+        long seen = 0;
+        for (long request = 0; request < requests; ++request) seen += seq_lens[request];
+        const bool large = seen * queries * size >= LARGE;
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic) if (large)
         for (long request = 0; request < requests; ++request)
             for (long head = 0; head < kv_heads; ++head) {
                 static thread_local std::vector<float> memory;

@@ -1,0 +1,227 @@
+"""Kernels in C++: what the cases of their ops do not show."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from reprise.errors import OpError
+from reprise.ops import (
+    cpp,
+    linear,
+    linear_add,
+    norm_gated_linear,
+    norm_linear,
+    paged_attention,
+    rotary_cache,
+)
+from reprise.ops.implementation import runs_anywhere
+from reprise.ops.registry import Op, OpTable
+from reprise.platforms.cpu import CpuPlatform
+
+SOURCE = "linear/few_rows.cpp"
+KINDS = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def compiled(platform) -> None:
+    reason = cpp.needs_compiler(platform)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path) -> Iterator[Path]:
+    """Nothing is compiled yet, and no compiler asked; returns where libraries go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ask = cpp._compiler
+    ask.cache_clear()
+    yield tmp_path / "reprise" / "cpp"
+    ask.cache_clear()
+
+
+def test_a_source_is_compiled_once(anew, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="reprise.ops.cpp")
+    first = cpp._compiled(cpp._HERE / SOURCE)
+    (library,) = anew.iterdir()
+    assert first == library
+    assert anew.stat().st_mode & 0o77 == 0
+    made = library.stat().st_mtime_ns
+    assert cpp._compiled(cpp._HERE / SOURCE) == library
+    assert library.stat().st_mtime_ns == made
+    assert len([each for each in caplog.records if "compiled few_rows.cpp" in each.message]) == 1
+
+
+def test_other_sources_flags_and_compilers_are_other_libraries(anew, monkeypatch) -> None:
+    (anew.parent.parent / "op").mkdir()
+    source = anew.parent.parent / "op" / "twice.cpp"
+    source.write_text('extern "C" int twice(int x) { return 2 * x; }')
+    found = {cpp._compiled(source)}
+    source.write_text('extern "C" int twice(int x) { return x + x; }')
+    found.add(cpp._compiled(source))
+    monkeypatch.setattr(cpp, "FLAGS", (*cpp.FLAGS, "-DOTHER"))
+    found.add(cpp._compiled(source))
+    described = cpp._compiler()
+    monkeypatch.setattr(cpp, "_compiler", lambda: (described[0], b"another processor"))
+    found.add(cpp._compiled(source))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(("compiler", "why"), [("false", "fails"), ("/nowhere/g++", "no C\\+\\+")])
+def test_without_a_compiler_others_compute(anew, monkeypatch, caplog, compiler, why) -> None:
+    """One that fails is as good as none: the next implementation is taken, with the reason."""
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "false" else None)
+    with pytest.raises(OpError, match=why):
+        cpp.function(SOURCE, ())
+    assert not list(anew.glob("*"))
+
+    folder = anew.parent.parent
+    module = f"kernels_of_{folder.name}"
+    text = "from reprise.ops.cpp import function\nkernel = function('linear/few_rows.cpp', ())"
+    (folder / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    op = Op("taken", linear.schema, (), False, linear.cases)
+    op.implementation("reference", lambda *args: "reference")
+    op.implementation("cpp", f"{module}:kernel", requires=runs_anywhere)
+    assert [each.name for each in op.candidates(CpuPlatform())] == ["reference"]
+    assert "op taken: cpp is skipped, it cannot be imported" in caplog.text
+
+
+def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:
+    (anew.parent.parent / "op").mkdir()
+    source = anew.parent.parent / "op" / "wrong.cpp"
+    source.write_text("int wrong(")
+    with pytest.raises(OpError, match="fails: "):
+        cpp._compiled(source)
+    assert not list(anew.iterdir())
+
+
+def test_a_cpu_gets_them() -> None:
+    chosen = OpTable(CpuPlatform()).chosen
+    for each in (linear, norm_linear, norm_gated_linear, linear_add, rotary_cache, paged_attention):
+        assert chosen[each.name].name == "cpp"
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("inputs", [576, 83])
+def test_bits_of_a_row_depend_on_it_alone(randn, dtype, inputs) -> None:
+    """Whichever tile it is in, with however many threads."""
+    x, gain = randn(16, inputs, dtype=dtype), randn(inputs, dtype=dtype)
+    weight = (randn(514, inputs) / inputs**0.5).to(dtype)
+    bias, residual = randn(514, dtype=dtype), randn(16, 514, dtype=dtype)
+
+    def all_of(rows: slice) -> list[Tensor]:
+        part, added = x[rows], residual[rows].clone()
+        function(linear_add)(part, weight, bias, added)
+        return [
+            function(linear)(part, weight, bias),
+            function(norm_linear)(part, gain, 1e-6, weight, None),
+            function(norm_gated_linear)(part, gain, 1e-6, weight, bias),
+            added,
+        ]
+
+    alone = [
+        torch.cat(each) for each in zip(*(all_of(slice(i, i + 1)) for i in range(16)), strict=True)
+    ]
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            for most in (2, 5, 8):
+                parts = zip(*(all_of(slice(i, i + most)) for i in range(0, 16, most)), strict=True)
+                for found, expected in zip(parts, alone, strict=True):
+                    assert torch.equal(torch.cat(found), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def function(op: Op):
+    return op.implementations["cpp"].function
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("gain_dtype", KINDS)
+def test_norms_round_as_the_reference(randn, dtype, gain_dtype) -> None:
+    """The gain of the row's own dtype multiplies what was rounded to it."""
+    x, gain = randn(3, 128, dtype=dtype), randn(128, dtype=gain_dtype)
+    ones = torch.eye(128, dtype=dtype)  # the product is the norm
+    found = function(norm_linear)(x, gain, 1e-6, ones, None)
+    expected = norm_linear.implementations["reference"].function(x, gain, 1e-6, ones, None)
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=step, atol=0)
+    if dtype is torch.bfloat16:
+        assert (found == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_numbers_that_are_none_stay_so(dtype) -> None:
+    """A request whose logits are NaN has to end with an error: nothing may hide one."""
+    x = torch.ones(4, 40, dtype=dtype)
+    x[1, 3], x[2, 39] = math.nan, math.inf
+    weight = torch.ones(6, 40, dtype=dtype)
+    found = function(linear)(x, weight, None)
+    assert found[1].isnan().all()
+    assert found[2].isposinf().all()
+    assert found[[0, 3]].isfinite().all()
+    gated = function(norm_gated_linear)(x, torch.ones(40, dtype=dtype), 1e-6, weight, None)
+    assert gated[1].isnan().all()
+    assert gated[[0, 3]].isfinite().all()
+
+
+def test_silu_of_any_gate() -> None:
+    gates = torch.tensor([-1e30, -200.0, -88.5, -87.5, -20.0, -1.0, 0.0, 1.0, 20.0, 90.0, 1e30])
+    weight = torch.cat([gates, torch.ones_like(gates)]).unsqueeze(1)
+    found = function(norm_gated_linear)(torch.ones(1, 1), torch.ones(1), 0.0, weight, None)
+    expected = torch.nn.functional.silu(gates.double())
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=1e-35)
+
+
+def test_what_lies_outside_is_not_touched() -> None:
+    """A graph that goes wrong may say anything; the process must live to say so."""
+    cache = torch.zeros(3, 4, 1, 8)
+    tables = torch.tensor([[1, 2]], dtype=torch.int32)
+    one = torch.ones(1, 1, 8)
+
+    def attend(length: int, tables: Tensor) -> None:
+        lengths = torch.tensor([length], dtype=torch.int32)
+        starts = torch.tensor([0, 1], dtype=torch.int32)
+        out = torch.empty_like(one)
+        function(paged_attention)(one, cache, cache, tables, lengths, starts, out, 1.0, 0, 0.0, 1)
+
+    attend(8, tables)
+    with pytest.raises(IndexError, match="longer than its block table"):
+        attend(9, tables)
+    for block in (3, -1):
+        with pytest.raises(IndexError, match="beyond the cache"):
+            attend(5, torch.tensor([[1, block]], dtype=torch.int32))
+
+    def write(position: int, slot: int) -> None:
+        places = torch.tensor([position]), torch.tensor([slot])
+        function(rotary_cache)(
+            torch.ones(1, 24), places[0], torch.ones(5, 8), places[1], cache, cache.clone(),
+            None, None, 1e-6,
+        )  # fmt: skip
+
+    write(4, 11)
+    for position, slot in ((5, 0), (-1, 0), (0, 12), (0, -1)):
+        with pytest.raises(IndexError, match="beyond"):
+            write(position, slot)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_views_are_computed_where_they_lie(randn, dtype) -> None:
+    """Rows of wider tensors, and a cache of keys beside values."""
+    wide, weight = randn(3, 200, dtype=dtype), randn(20, 200, dtype=dtype)
+    x, part = wide[:, 50:150], weight[:, 100:]
+    expected = x.contiguous() @ part.contiguous().T
+    torch.testing.assert_close(function(linear)(x, part, None), expected, rtol=2e-2, atol=2e-2)
+    turned = function(linear)(x.T.contiguous().T, part.T.contiguous().T, None)
+    torch.testing.assert_close(turned, expected, rtol=2e-2, atol=2e-2)
