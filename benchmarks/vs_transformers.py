@@ -2,10 +2,12 @@
 
     python benchmarks/vs_transformers.py                 # Qwen3-0.6B's shape, float32, CPU
     python benchmarks/vs_transformers.py --layers 4      # a quick look
+    python benchmarks/vs_transformers.py --model smollm2-135m --workload streams
 
-Two workloads, both greedy and with end-of-sequence disabled:
+Three workloads, all greedy and with end-of-sequence disabled:
 
 single  one request, 128 tokens in, 64 out
+streams 8 requests, 64 tokens in, 32 out each
 batch   32 requests, 64-512 in and 16-128 out (seeded). transformers gets them left-padded in one
         batch and generates until the longest is done; Reprise gets them as they are.
 
@@ -39,7 +41,7 @@ from reprise.bench.presets import CONFIGS
 from reprise.bench.record import engine_facts, heading
 from reprise.platforms import Platform
 
-MODEL = "qwen3-0.6b"
+MODELS = ("qwen3-0.6b", "smollm2-135m")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Work:
 
 
 def make_works(vocab_size: int, seed: int) -> list[Work]:
-    """The two workloads."""
+    """The three workloads."""
     rng = random.Random(seed)
 
     def prompt(length: int) -> list[int]:
@@ -66,15 +68,18 @@ def make_works(vocab_size: int, seed: int) -> list[Work]:
     outputs = [rng.randint(16, 128) for _ in range(32)]
     return [
         Work("single", [prompt(128)], [64]),
+        Work("streams", [prompt(64) for _ in range(8)], [32] * 8),
         Work("batch", [prompt(length) for length in inputs], outputs),
     ]
 
 
-def save_random_model(directory: str, layers: int | None, dtype: torch.dtype, seed: int) -> Any:
+def save_random_model(
+    directory: str, preset: str, layers: int | None, dtype: torch.dtype, seed: int
+) -> Any:
     """A transformers model of the preset's shape, also saved to ``directory``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = json.loads((CONFIGS / MODEL / "config.json").read_text())
+    raw = json.loads((CONFIGS / preset / "config.json").read_text())
     if layers is not None:
         raw["num_hidden_layers"] = layers
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
@@ -233,13 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="whose shape it is")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workload", choices=["single", "batch"], help="only this one")
+    parser.add_argument("--workload", choices=["single", "streams", "batch"], help="only this one")
     parser.add_argument("--profile", action="store_true", help="also profile Reprise by op")
     options = parser.parse_args()
     if options.threads is not None:
@@ -249,7 +255,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="reprise-vs-") as directory:
         model = save_random_model(
-            directory, options.layers, getattr(torch, options.dtype), options.seed
+            directory, options.model, options.layers, getattr(torch, options.dtype), options.seed
         )
         reprise = Reprise(directory, options.device, options.dtype)
     engine = reprise.llm.engine
@@ -263,7 +269,7 @@ def main() -> None:
     show(results)
     record = {
         **heading("vs_transformers", "benchmarks/vs_transformers.py"),
-        **engine_facts(MODEL, engine),
+        **engine_facts(options.model, engine),
         "layers": options.layers,
         "threads": torch.get_num_threads(),
         "repeats": options.repeats,
