@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -90,6 +91,17 @@ class TinyModel:
         """[T, V]: row t predicts token t + 1."""
         with torch.no_grad():
             return self.reference(torch.tensor([list(token_ids)])).logits[0].float()
+
+    @functools.cached_property
+    def _exact(self) -> Any:
+        model = copy.deepcopy(self.reference).double()
+        model.set_experts_implementation("eager")  # others have no float64
+        return model
+
+    def exact_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """:meth:`logits` in float64."""
+        with torch.no_grad():
+            return self._exact(torch.tensor([list(token_ids)])).logits[0]
 
     def logprobs(self, token_ids: Sequence[int]) -> Tensor:
         return self.logits(token_ids).log_softmax(dim=-1)

@@ -146,11 +146,16 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         outputs = generate(llm, prompts, greedy(STEPS))
     # In the order of submission, not of first tokens.
     for name, prompt, output in zip(sorted(seen, key=int), prompts, outputs, strict=True):
-        expected = model.logits([*prompt, *output])[len(prompt) - 1 : -1]
+        expected, exact = (
+            of([*prompt, *output])[len(prompt) - 1 : -1]
+            for of in (model.logits, model.exact_logits)
+        )
         found = torch.stack(seen[name][:STEPS])
         # transformers' chunked rule loses some bits of strong decays.
         allowed = 2 * tolerance if architecture in HYBRIDS else tolerance
-        assert float((found - expected).abs().max()) < allowed
+        # Other kernels sum in another order than transformers, whose own rounding is no measure.
+        rounding = float((expected - exact).abs().max())
+        assert float((found - exact).abs().max()) < allowed + rounding
         assert len(output) == STEPS
         assert model.is_greedy(prompt, output)
 
