@@ -119,15 +119,15 @@ def test_a_break_op_reads_what_the_pass_has_computed_while_it_is_captured_too(pl
         original(*args, **kwargs)
 
     def forward():
-        once, twice = toy.seq_lens[:2] + 1, toy.seq_lens[:2] + 2
-        for made in (once, once, twice, twice * 2):
+        once, twice = toy.seq_lens[:2] - 1, toy.seq_lens[:2] - 2
+        for made in (once, once, twice, twice // 2):
             torch.ops.reprise.paged_attention(
                 out, layer.key_cache, layer.value_cache, toy.block_tables[:2],
                 made, toy.query_start_loc[:3], out, 0.1, 0, 0.0, 1,
             )  # fmt: skip
 
-    expected = [[each + 1 for each in lengths]] * 2
-    expected += [[n * (each + 2) for each in lengths] for n in (1, 2)]
+    expected = [[each - 1 for each in lengths]] * 2
+    expected += [[(each - 2) // n for each in lengths] for n in (1, 2)]
     toy.ops.functions["paged_attention"] = watched
     with torch.inference_mode(), toy.ops.activate():
         graph = SegmentedGraph(platform, platform.graph_pool())
