@@ -31,6 +31,7 @@ def paged_attention(
     query_len: int,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    prompt: int = 0,
 ) -> None:
     """Arguments as in the reference.
 
@@ -48,7 +49,7 @@ def paged_attention(
     ):
         sdpa.paged_attention(
             query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
-            sliding_window, soft_cap, query_len, key_scales, value_scales,
+            sliding_window, soft_cap, query_len, key_scales, value_scales, prompt,
         )  # fmt: skip
         return
     blocks, block_size, kv_heads, size = key_cache.shape
