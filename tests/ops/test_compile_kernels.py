@@ -49,7 +49,6 @@ SPILLS = {
     },
     "Blackwell of workstations": {
         "mixed_attention_kernel": 88,
-        "grouped_kernel": 72,
         "stream_mix_kernel": 16,
         "fp8_product_kernel": 16,
         "shared_sums_kernel": 40,

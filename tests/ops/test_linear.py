@@ -140,6 +140,19 @@ def test_what_the_kernels_of_several_rows_take(implementation, randn) -> None:
         assert not supports_small_weight(odd[0], odd[1][:32], gated)
 
 
+def test_what_the_kernel_of_two_rows_takes(implementation, randn) -> None:
+    implementation(linear, "triton")
+    from reprise.ops.linear.two_rows_kernel import supports_two_rows
+
+    x, weight = randn(2, 256, dtype=torch.float16), randn(80, 256, dtype=torch.float16)
+    assert supports_two_rows(x, weight)
+    assert not supports_two_rows(x[:1], weight)
+    assert not supports_two_rows(x.repeat(2, 1), weight)
+    assert not supports_two_rows(x.float(), weight.float())
+    assert not supports_two_rows(x[:, :100], weight[:, :100].contiguous())
+    assert not supports_two_rows(x, weight[:1].expand(1 << 16, 256))
+
+
 @pytest.mark.parametrize("rows", [2, 3, 8, 9, 16, 17, 33, 64])
 @pytest.mark.parametrize("kind", ["plain", "bias", "norm", "gated", "norm and gated", "add"])
 def test_few_rows(implementation, randn, monkeypatch, rows, kind) -> None:
@@ -152,7 +165,8 @@ def test_few_rows(implementation, randn, monkeypatch, rows, kind) -> None:
         monkeypatch.setattr(few_rows_kernel, limit, 0)
     few_rows_kernel.config_of.cache_clear()
     dtype = torch.float16
-    gated, features, inputs = "gated" in kind, 75, 1024
+    # With as many features there are more tiles than two for each multiprocessor.
+    gated, features, inputs = "gated" in kind, 300 if rows == 64 else 75, 1024
     x = randn(rows, inputs + 32, dtype=dtype)[:, 16:-16]
     weight = (randn(features * (1 + gated), inputs) / inputs**0.5).to(dtype)
     bias = randn(len(weight), dtype=dtype) if kind in ("bias", "norm and gated") else None

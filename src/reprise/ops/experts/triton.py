@@ -15,6 +15,7 @@ from reprise.ops.experts.grouped_kernel import Config, launch_grouped
 from reprise.ops.experts.groups import Groups
 from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.experts.one_row_kernels import launch_one_row
+from reprise.ops.triton_util import limits
 
 _MOST_ALONE = 2
 """Rows that are not worth sorting."""
@@ -25,6 +26,9 @@ _BY_ROWS = (
 )
 """Rows of an expert up to which a configuration is used, where all experts have as many."""
 _MANY = Config(128, 256, 64, 4, 8)
+_MANY_NARROW = Config(128, 128, 64, 4, 8)
+"""Where shared memory does not hold all stages of that: there matrix units take their operands from
+registers, too, and the wider tile leaves too few."""
 WIDE = Config(16, 64, 64, 4, 4)
 """For float32, which the matrix units do not take."""
 
@@ -54,7 +58,9 @@ def config_for(x: Tensor, slots: int, experts: int) -> Config:
     """Sizes of the tiles of both products."""
     if x.dtype is torch.float32:
         return WIDE
-    return next((each for most, each in _BY_ROWS if slots <= most * experts), _MANY)
+    stages = (_MANY.block_m + _MANY.block_n) * _MANY.block_k * x.element_size() * _MANY.num_stages
+    many = _MANY if stages <= limits(x.device).shared_memory else _MANY_NARROW
+    return next((each for most, each in _BY_ROWS if slots <= most * experts), many)
 
 
 def _experts(

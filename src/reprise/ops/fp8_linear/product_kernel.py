@@ -49,27 +49,43 @@ class Config:
     """To aim at, on a multiprocessor."""
     late: bool
     """``x`` is read when it is needed."""
+    fetched: int = 512
+    """Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
     splits: int = 1
     """Programs that share a tile."""
 
 
 _CONFIGS = (
     Config(16, 64, 4, 2, 4, 3, late=True),
+    Config(32, 64, 1, 6, 4, 2, late=False, fetched=1024),
     Config(64, 64, 1, 6, 4, 2, late=False),
     Config(128, 128, 1, 3, 8, 0, late=False),
 )
-_WIDE = Config(64, 128, 1, 4, 4, 1, late=False)
-"""In place of the second, where its tiles are as many as multiprocessors."""
-_FETCHED = 512
-"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
+_MANY_TILES = Config(64, 64, 1, 4, 4, 3, late=False, fetched=1024)
+"""In place of the third, where its tiles are more than two for each multiprocessor: all run at
+once."""
+_LARGE = Config(64, 128, 2, 3, 8, 1, late=False, fetched=1024)
+"""In place of the third for other weights of more than :data:`_LARGE_WEIGHTS` elements: ``x`` is
+read less often."""
+_LARGE_WEIGHTS = 1 << 24
 
 
 @functools.cache
 def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide: bool) -> Config:
     """``wide``: the factors are multiplied in two bytes."""
     config = next((each for each in _CONFIGS if rows <= each.rows), _CONFIGS[-1])
-    if config is _CONFIGS[1] and outputs >= _WIDE.block_n * limits(device).multiprocessors:
-        config = _WIDE
+    if config is _CONFIGS[2]:
+        if cdiv(outputs, _MANY_TILES.block_n) > 2 * limits(device).multiprocessors:
+            config = _MANY_TILES
+        elif outputs * inputs > _LARGE_WEIGHTS:
+            config = _LARGE
+    return fitted(config, outputs, inputs, device, wide)
+
+
+def fitted(
+    config: Config, outputs: int, inputs: int, device: torch.device, wide: bool = False
+) -> Config:
+    """``config`` for a product on a device."""
     together = config.together
     while inputs // STEP % together:
         together //= 2
@@ -93,6 +109,7 @@ def launch_product(
     add: bool = False,
     gated: bool = False,
     groups: int = 1,
+    config: Config | None = None,
 ) -> None:
     """Write the product to ``out``, or add it if ``add``.
 
@@ -108,10 +125,11 @@ def launch_product(
         gated: ``weight`` has 2*N rows, gates first; write ``silu(gate) * up``.
         groups: Products side by side, of as many equal parts of N, each of whole blocks: numbers
             are [G, T, K] then, and scales [G, K / 128 or 1, T].
+        config: Sizes; None: those that suit the product.
     """
     rows, inputs = len(out), numbers.shape[-1]
     native = numbers.dtype is weight.dtype
-    config = _config_of(rows, len(weight), inputs, out.device, not native)
+    config = config or _config_of(rows, len(weight), inputs, out.device, not native)
     tiles = groups * cdiv(rows, config.rows) * cdiv(len(weight) // groups, config.block_n)
     partial = scales
     if config.splits > 1:
@@ -139,7 +157,7 @@ def launch_product(
         WIDEN=INTERPRETED,
         NATIVE=native,
         LATE=config.late,
-        FETCHED=_FETCHED,
+        FETCHED=config.fetched,
         ROWS=config.rows,
         BLOCK_N=config.block_n,
         TOGETHER=config.together,

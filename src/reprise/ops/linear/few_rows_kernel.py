@@ -52,26 +52,28 @@ class Config:
     """To aim at, on a multiprocessor."""
     late: bool
     """``x`` is read when it is needed."""
+    block_n: int = 64
+    """Rows of the weight that a tile takes; with an activation one half are gates. With fewer the
+    matrix units of Hopper cannot be used in full."""
+    num_warps: int = 4
+    fetched: int = 256
+    """Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
     splits: int = 1
     """Programs that share a tile."""
 
 
-_BLOCK_N = 64
-"""Rows of the weight that a tile takes; with an activation one half are gates. With fewer the
-matrix units of Hopper cannot be used in full."""
-_WARPS = 4
 _CONFIGS = (
     Config(8, 256, 3, 3, late=True),
     Config(16, 128, 4, 1.5, late=False),
     Config(32, 128, 4, 1.5, late=False),
     Config(64, 128, 4, 1, late=False),
 )
+_MANY_TILES = Config(64, 64, 4, 3, late=False, fetched=128)
+"""In place of the last, where tiles are more than two for each multiprocessor: all run at once."""
 _MANY_WEIGHTS = 1 << 23
 """Elements of a weight. With fewer, and more than 8 rows, another kernel is faster."""
 _LEAST_PROGRAMS = 0.9
 """On a multiprocessor. With fewer, and more than 8 rows, the BLAS is faster."""
-_FETCHED = 256
-"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
 
 
 def supports_few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -100,16 +102,28 @@ def config_of(rows: int, outputs: int, inputs: int, device: torch.device) -> Con
     config = next((each for each in _CONFIGS if rows <= each.rows), None)
     if config is None or inputs % config.block_k:
         return None
-    tiles, steps = cdiv(outputs, _BLOCK_N), inputs // config.block_k
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    if config is _CONFIGS[-1]:
+        tiles = cdiv(outputs, _MANY_TILES.block_n)
+        if tiles > 2 * limits(device).multiprocessors:
+            config = _MANY_TILES
+    config = fitted(config, outputs, inputs, device)
     many = outputs * inputs > _MANY_WEIGHTS
-    enough = tiles * splits >= _LEAST_PROGRAMS * limits(device).multiprocessors
+    programs = cdiv(outputs, config.block_n) * config.splits
+    enough = programs >= _LEAST_PROGRAMS * limits(device).multiprocessors
     if not config.late and not (many and enough):
         return None
-    stage = (_BLOCK_N + config.rows) * config.block_k * 2
+    return config if config.num_stages else None
+
+
+def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> Config:
+    """``config`` for a product on a device: with splits, and no more stages than there is memory
+    for, which may be none."""
+    tiles, steps = cdiv(outputs, config.block_n), inputs // config.block_k
+    most = max(1, config.programs * limits(device).multiprocessors // tiles)
+    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    stage = (config.block_n + config.rows) * config.block_k * 2
     stages = min(config.num_stages, limits(device).shared_memory // stage)
-    return replace(config, num_stages=stages, splits=splits) if stages else None
+    return replace(config, num_stages=stages, splits=splits)
 
 
 def launch_few_rows(
@@ -122,6 +136,7 @@ def launch_few_rows(
     *,
     add: bool = False,
     gated: bool = False,
+    config: Config | None = None,
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``out``, or add it if ``add``.
 
@@ -136,13 +151,14 @@ def launch_few_rows(
         add: Keep what ``out`` holds and add to it.
         gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
             ``silu(gate) * up``.
+        config: Sizes; None: those of :func:`config_of`.
     """
-    config = config_of(x.shape[0], *weight.shape, x.device)
+    config = config or config_of(x.shape[0], *weight.shape, x.device)
     assert config is not None
-    tiles = cdiv(x.shape[0], config.rows) * cdiv(weight.shape[0], _BLOCK_N)
+    tiles = cdiv(x.shape[0], config.rows) * cdiv(weight.shape[0], config.block_n)
     partial = out
     if config.splits > 1:
-        size = tiles * config.rows * (_BLOCK_N + 1)
+        size = tiles * config.rows * (config.block_n + 1)
         partial = x.new_empty((config.splits, size), dtype=torch.float32)
     launch(few_rows_kernel, (tiles * config.splits,))(
         x,
@@ -164,10 +180,10 @@ def launch_few_rows(
         WIDEN=INTERPRETED,
         ROWS=config.rows,
         LATE=config.late,
-        FETCHED=_FETCHED,
-        BLOCK_N=_BLOCK_N,
+        FETCHED=config.fetched,
+        BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        num_warps=_WARPS,
+        num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
     )

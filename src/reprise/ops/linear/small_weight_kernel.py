@@ -46,7 +46,7 @@ class Config:
 
 
 _DEFAULT = Config()
-_GATED = Config(block_n=64, num_stages=4)
+_GATED = Config(block_n=64, block_k=64, num_stages=8)
 _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 23
 """Elements of a weight beyond which the BLAS is as fast; so it is where tiles alone are more than

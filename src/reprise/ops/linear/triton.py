@@ -6,8 +6,9 @@ another's result, so there is no second pass. The norm of ``x`` is computed agai
 that is cheaper than a launch. Where a kernel may start before its predecessor has ended, the first
 weights are on their way by the time ``x`` is there.
 
-Few rows more are for :mod:`few_rows_kernel`, many with a small weight for
-:mod:`small_weight_kernel`; all else, and float32, goes to the device's BLAS.
+Two rows with a small weight are for :mod:`two_rows_kernel`, few rows more for
+:mod:`few_rows_kernel`, many with a small weight for :mod:`small_weight_kernel`; all else, and
+float32, goes to the device's BLAS.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from reprise.ops.linear.few_rows_kernel import launch_few_rows, supports_few_rows, takes_norm
 from reprise.ops.linear.small_weight_kernel import launch_small_weight, supports_small_weight
+from reprise.ops.linear.two_rows_kernel import launch_two_rows, supports_two_rows
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
 from reprise.ops.triton_util import (
@@ -42,22 +44,18 @@ _MOST_WEIGHTS = 1 << 27
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes as in the reference."""
-    if not _one_row(x, weight):
-        return _product(x, weight, bias)
-    out = x.new_empty((1, weight.shape[0]))
-    _launch(x, weight, bias, out)
-    return out
+    return _product(x, weight, bias)
 
 
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Shapes as in the reference."""
-    one_row = _one_row(x, weight)
-    if not one_row and not takes_norm(x, weight):
+    launch_product = _kernel_with_norm(x, weight)
+    if launch_product is None:
         return _product(rms_norm(x, norm_weight, eps), weight, bias)
     out = x.new_empty((x.shape[0], weight.shape[0]))
-    (_launch if one_row else launch_few_rows)(x, weight, bias, out, norm_weight, eps)
+    launch_product(x, weight, bias, out, norm_weight, eps)
     return out
 
 
@@ -66,12 +64,10 @@ def norm_gated_linear(
 ) -> Tensor:
     """Shapes as in the reference."""
     size = weight.shape[0] // 2
-    one_row = _one_row(x, weight)
-    if one_row or takes_norm(x, weight):
+    launch_product = _kernel_with_norm(x, weight)
+    if launch_product is not None:
         out = x.new_empty((x.shape[0], size))
-        (_launch if one_row else launch_few_rows)(
-            x, weight, bias, out, norm_weight, eps, gated=True
-        )
+        launch_product(x, weight, bias, out, norm_weight, eps, gated=True)
         return out
     normed = rms_norm(x, norm_weight, eps)
     launch_product = _kernel_of(normed, weight, gated=True)
@@ -86,7 +82,7 @@ def norm_gated_linear(
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     """Shapes as in the reference."""
-    launch_product = _launch if _one_row(x, weight) else _kernel_of(x, weight)
+    launch_product = _kernel_of(x, weight)
     if launch_product is not None:
         launch_product(x, weight, bias, residual, add=True)
         return
@@ -105,12 +101,25 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _kernel_of(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., None] | None:
-    """What launches a product of several rows; None: the BLAS is faster."""
+    """What launches a product; None: the BLAS is faster."""
+    if _one_row(x, weight):
+        return _launch
+    if supports_two_rows(x, weight):
+        return launch_two_rows
     if supports_few_rows(x, weight):
         return launch_few_rows
     if x.shape[0] > 1 and supports_small_weight(x, weight, gated):
         return launch_small_weight
     return None
+
+
+def _kernel_with_norm(x: Tensor, weight: Tensor) -> Callable[..., None] | None:
+    """What launches a product with the norm before it; None: the norm has a launch of its own."""
+    if _one_row(x, weight):
+        return _launch
+    if supports_two_rows(x, weight):
+        return launch_two_rows
+    return launch_few_rows if takes_norm(x, weight) else None
 
 
 def _one_row(x: Tensor, weight: Tensor) -> bool:

@@ -2,15 +2,19 @@
 """Products of few rows with a weight of four bits in Triton, on the matrix units, with the
 activation or sum behind them.
 
-As :mod:`reprise.ops.linear.few_rows_kernel` has it for plain weights. A product of tiles spans at
-most a group of inputs, whose scale its sums are multiplied by. Numbers go to the matrix units as
-``128 + number`` (1024 in float16), since that is made with few operations, and the sums of ``x``
-make good for what is too much.
+The weight is their first operand, and words become operands where they lie in registers: a word
+holds four pairs of neighbouring inputs, and a pair is two operations away from being two numbers as
+the matrix units take them. So there are four products for each tile of words, of every fourth pair
+of inputs each. Numbers are ``128 + number`` (1024 in float16) there, and the sums of ``x``, which
+come from a product with ones, make good for what is too much.
+
+Programs that share a tile sum as those of :mod:`reprise.ops.linear.few_rows_kernel`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,27 +26,43 @@ from reprise.ops.triton_util import (
     INTERPRETED,
     arrivals,
     cdiv,
-    ended,
+    depend,
+    dot,
+    fetch,
     launch,
     launch_options,
-    let_next_start,
     limits,
 )
 from reprise.ops.w4_linear.accepts import STEP
-from reprise.ops.w4_linear.unpack import unpacked_above
 
-MOST_ROWS = 16
-_BLOCK_N = 64
-_TOGETHER = 4
-"""Products of tiles whose words are loaded at a time."""
-_PROGRAMS = 4
-"""To aim at, on a multiprocessor."""
+
+class Config(NamedTuple):
+    """Sizes of one launch."""
+
+    rows: int
+    """Of ``x`` in a tile."""
+    block_n: int
+    """Rows of the weight in a tile; with an activation one half are gates."""
+    num_warps: int
+    together: int
+    """Groups of inputs that are loaded at a time."""
+    num_stages: int
+    programs: int
+    """To aim at, on a multiprocessor."""
+    fetched: int
+    """Words of each row of the weight that are fetched before the kernel before has ended."""
+
+
+CONFIGS = (Config(8, 64, 4, 4, 3, 3, 128), Config(16, 32, 2, 2, 3, 5, 128))
+LEAST_GROUP = 64
+"""Of which the matrix units take two numbers of each word."""
+MOST_ROWS = CONFIGS[-1].rows
 
 
 @functools.cache
-def _splits(outputs: int, steps: int, device: torch.device) -> int:
+def splits_of(outputs: int, steps: int, config: Config, device: torch.device) -> int:
     """Programs that share a tile."""
-    most = max(1, _PROGRAMS * limits(device).multiprocessors // cdiv(outputs, _BLOCK_N))
+    most = max(1, config.programs * limits(device).multiprocessors // cdiv(outputs, config.block_n))
     return max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
 
 
@@ -57,32 +77,37 @@ def launch_few_rows(
     *,
     add: bool = False,
     gated: bool = False,
+    config: Config | None = None,
 ) -> None:
     """Write the product to ``out``, or add it if ``add``.
 
     Args:
-        x: [T, K] of at most :data:`MOST_ROWS` rows, in two bytes; its elements side by side.
+        x: [T, K] of at most :data:`MOST_ROWS` rows, in two bytes; its elements side by side, and
+            each row a multiple of four bytes behind the one before.
         packed: As the reference has it, like the other tensors.
         scales: The same.
         zeros: The same.
         bias: The same.
         out: [T, N].
-        group: Inputs that share a scale, see :func:`accepts`.
+        group: Inputs that share a scale, at least :data:`LEAST_GROUP`, see :func:`accepts`.
         add: Keep what ``out`` holds and add to it.
         gated: ``packed`` has 2*N rows, gates first; write ``silu(gate) * up``.
+        config: Sizes.
     """
     rows, inputs = x.shape
+    config = config or next(each for each in CONFIGS if rows <= each.rows)
     step = min(STEP, group)
-    together = _TOGETHER
+    together = config.together
     while inputs // step % together:
         together //= 2
-    splits = _splits(len(packed), inputs // step // together, x.device)
-    tiles, padded = cdiv(len(packed), _BLOCK_N), 8 if rows <= 8 else MOST_ROWS
+    splits = splits_of(len(packed), inputs // step // together, config, x.device)
+    tiles = cdiv(len(packed), config.block_n)
     partial = scales
     if splits > 1:
-        partial = x.new_empty((splits, tiles * padded * _BLOCK_N), dtype=torch.float32)
+        size = tiles * config.rows * config.block_n
+        partial = x.new_empty((splits, size), dtype=torch.float32)
     launch(w4_few_rows_kernel, (tiles * splits,))(
-        x,
+        x.view(torch.int32),
         packed,
         scales,
         zeros,
@@ -92,7 +117,7 @@ def launch_few_rows(
         arrivals(tiles, x.device),
         rows,
         out.shape[1],
-        x.stride(0),
+        x.stride(0) // 2,
         out.stride(0),
         INPUTS=inputs,
         GROUP=group,
@@ -100,35 +125,22 @@ def launch_few_rows(
         GATED=gated,
         SPLITS=splits,
         WIDEN=INTERPRETED,
-        ROWS=padded,
-        BLOCK_N=_BLOCK_N,
+        FETCHED=config.fetched,
+        ROWS=config.rows,
+        BLOCK_N=config.block_n,
         STEP=step,
         TOGETHER=together,
-        num_warps=4,
-        num_stages=3,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **launch_options(),
     )
 
 
 @triton.jit
-def _multiply(acc, word, scale, middle, x, WIDEN: tl.constexpr):
-    """acc + ((numbers - middle) @ x) * scale."""
-    above: tl.constexpr = 128.0 if x.dtype == tl.bfloat16 else 1024.0
-    number = unpacked_above(word, x.dtype)
-    wide = x.to(tl.float32)
-    product = tl.dot(number.to(tl.float32), wide) if WIDEN else tl.dot(number, x)
-    excess = (above + middle)[:, None] * tl.sum(wide, axis=0)[None, :]
-    return acc + (product - excess) * scale[:, None]
-
-
-@triton.jit
-def _weight(packed_ptr, scales_ptr, zeros_ptr, group, real, BLOCK_N: tl.constexpr):
-    """Words, scale and zero of one step."""
-    word = tl.load(packed_ptr, mask=real, other=0, eviction_policy="evict_first")
-    middle = tl.full([BLOCK_N], 8.0, dtype=tl.float32)
-    if zeros_ptr is not None:
-        middle = tl.load(zeros_ptr + group).to(tl.float32)
-    return word, tl.load(scales_ptr + group).to(tl.float32), middle
+def _halves(words, kind: tl.constexpr):
+    """The two halves of words, behind one another in a new last dimension."""
+    low, high = (words & 0xFFFF).to(tl.int16), ((words >> 16) & 0xFFFF).to(tl.int16)
+    return tl.join(low, high).to(kind, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -151,6 +163,7 @@ def w4_few_rows_kernel(
     GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDEN: tl.constexpr,
+    FETCHED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
@@ -159,9 +172,10 @@ def w4_few_rows_kernel(
 ):
     """One program multiplies one share of the inputs into a tile of ``out``.
 
-    x: [rows, INPUTS]; packed: [features, INPUTS / 8], twice as many rows if GATED; scales, zeros:
-    as many rows, a column for each GROUP inputs; out: [rows, features]; partial: [SPLITS, tiles,
-    BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs are done with a tile.
+    x: [rows, INPUTS / 2], words of two numbers; packed: [features, INPUTS / 8], twice as many rows
+    if GATED; scales, zeros: as many rows, a column for each GROUP inputs; out: [rows, features];
+    partial: [SPLITS, tiles, BLOCK_N, ROWS] float32; arrivals: [tiles], how many programs are done
+    with a tile.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -171,54 +185,46 @@ def w4_few_rows_kernel(
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     SHARE: tl.constexpr = INPUTS // SPLITS
     WORDS: tl.constexpr = STEP // 8
+    kind: tl.constexpr = scales_ptr.dtype.element_ty
+    above: tl.constexpr = 128.0 if kind == tl.bfloat16 else 1024.0
+    bits: tl.constexpr = 0x43004300 if kind == tl.bfloat16 else 0x64006400
     real = (feature < features)[:, None]
     real_row = (row < rows)[None, :]
-    word = split * (SHARE // 8) + tl.arange(0, WORDS)
-    packed_ptr += n.to(tl.int64)[:, None] * (INPUTS // 8) + word[None, :]
+    word = tl.arange(0, WORDS)
     # Reads of scales need no mask: whoever is not there has another's.
     some_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1).to(tl.int64)
+    first_word = split * (SHARE // 8)
+    line = tl.arange(0, FETCHED // 32)[None, :] * 32 % (SHARE // 8)  # of 128 bytes
+    fetch(packed_ptr + some_n[:, None] * (INPUTS // 8) + first_word + line, EARLY)
     scales_ptr += some_n * (INPUTS // GROUP)
+    fetch(scales_ptr + split * SHARE // GROUP, EARLY)
     if zeros_ptr is not None:
         zeros_ptr += some_n * (INPUTS // GROUP)
-    x_ptr += row.to(tl.int64)[None, :] * x_stride + tl.arange(0, STEP)[:, None]
-    let_next_start(EARLY)
+    packed_ptr += n.to(tl.int64)[:, None] * (INPUTS // 8) + first_word + word[None, :]
+    x_ptr += row.to(tl.int64)[None, :] * x_stride + split * (SHARE // 2) + word[:, None] * 4
+    depend(EARLY)
 
+    one = tl.full([BLOCK_N, 2 * WORDS], 1.0, dtype=kind)
     acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
     for start in range(0, SHARE, STEP * TOGETHER):
-        k = split * SHARE + start
-        words_ptr = packed_ptr + start // 8
-        group = k // GROUP
-        word_0, scale_0, middle_0 = _weight(words_ptr, scales_ptr, zeros_ptr, group, real, BLOCK_N)
-        if TOGETHER > 1:
-            group = (k + STEP) // GROUP
-            word_1, scale_1, middle_1 = _weight(
-                words_ptr + WORDS, scales_ptr, zeros_ptr, group, real, BLOCK_N
-            )
-        if TOGETHER > 2:
-            group = (k + 2 * STEP) // GROUP
-            word_2, scale_2, middle_2 = _weight(
-                words_ptr + 2 * WORDS, scales_ptr, zeros_ptr, group, real, BLOCK_N
-            )
-            group = (k + 3 * STEP) // GROUP
-            word_3, scale_3, middle_3 = _weight(
-                words_ptr + 3 * WORDS, scales_ptr, zeros_ptr, group, real, BLOCK_N
-            )
-        x_0 = tl.zeros([STEP, ROWS], dtype=x_ptr.dtype.element_ty)
-        x_1, x_2, x_3 = x_0, x_0, x_0
-        # Within the condition, x is loaded when it is needed; weights are, ahead of that.
-        if ended(EARLY):
-            x_0 = tl.load(x_ptr + k, mask=real_row, other=0.0)
-            if TOGETHER > 1:
-                x_1 = tl.load(x_ptr + k + STEP, mask=real_row, other=0.0)
-            if TOGETHER > 2:
-                x_2 = tl.load(x_ptr + k + 2 * STEP, mask=real_row, other=0.0)
-                x_3 = tl.load(x_ptr + k + 3 * STEP, mask=real_row, other=0.0)
-        acc = _multiply(acc, word_0, scale_0, middle_0, x_0, WIDEN)
-        if TOGETHER > 1:
-            acc = _multiply(acc, word_1, scale_1, middle_1, x_1, WIDEN)
-        if TOGETHER > 2:
-            acc = _multiply(acc, word_2, scale_2, middle_2, x_2, WIDEN)
-            acc = _multiply(acc, word_3, scale_3, middle_3, x_3, WIDEN)
+        for which in tl.static_range(TOGETHER):
+            k = start + which * STEP
+            words = tl.load(packed_ptr + k // 8, mask=real, other=0, eviction_policy="evict_first")
+            group = (split * SHARE + k) // GROUP
+            scale = tl.load(scales_ptr + group).to(tl.float32)
+            middle = tl.full([BLOCK_N], 8.0, dtype=tl.float32)
+            if zeros_ptr is not None:
+                middle = tl.load(zeros_ptr + group).to(tl.float32)
+            product = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+            sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+            for pair in tl.static_range(4):
+                x = _halves(tl.load(x_ptr + k // 2 + pair, mask=real_row, other=0), kind)
+                x = tl.reshape(tl.permute(x, [0, 2, 1]), [2 * WORDS, ROWS])
+                number = _halves(((words >> (4 * pair)) & 0x000F000F) | bits, kind)
+                number = tl.reshape(number, [BLOCK_N, 2 * WORDS])
+                product = dot(number, x, product, WIDEN)
+                sums = dot(one, x, sums, WIDEN)
+            acc += (product - (above + middle)[:, None] * sums) * scale[:, None]
     acc, last = summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
         finish(acc, bias_ptr, out_ptr, tile * WIDTH, features, row, rows, out_stride, GATED, ADD)

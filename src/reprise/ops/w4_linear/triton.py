@@ -10,7 +10,7 @@ from torch import Tensor
 from reprise.ops.rms_norm.triton import rms_norm
 from reprise.ops.silu_and_mul.triton import silu_and_mul
 from reprise.ops.w4_linear.dequantise_kernel import dequantise
-from reprise.ops.w4_linear.few_rows_kernel import MOST_ROWS, launch_few_rows
+from reprise.ops.w4_linear.few_rows_kernel import LEAST_GROUP, MOST_ROWS, launch_few_rows
 from reprise.ops.w4_linear.row_kernel import launch_row
 
 
@@ -23,7 +23,7 @@ def w4_linear(
     group: int,
 ) -> Tensor:
     """Shapes as in the reference."""
-    if not _few(x):
+    if not _few(x, group):
         return F.linear(x, dequantise(packed, scales, zeros, group), bias)
     out = x.new_empty((x.shape[0], packed.shape[0]))
     _launch(x)(x, packed, scales, zeros, bias, out, group)
@@ -64,7 +64,7 @@ def w4_norm_gated_linear(
         launch_row(x, packed, scales, zeros, bias, out, group, norm_weight, eps, gated=True)
         return out
     normed = rms_norm(x, norm_weight, eps)
-    if _few(x):
+    if _few(x, group):
         launch_few_rows(normed, packed, scales, zeros, bias, out, group, gated=True)
         return out
     del out
@@ -83,7 +83,7 @@ def w4_linear_add(
     group: int,
 ) -> None:
     """Shapes as in the reference."""
-    if _few(x):
+    if _few(x, group):
         _launch(x)(x, packed, scales, zeros, bias, residual, group, add=True)
         return
     weight = dequantise(packed, scales, zeros, group)
@@ -92,9 +92,15 @@ def w4_linear_add(
     torch.addmm(residual, x, weight.t(), out=residual)
 
 
-def _few(x: Tensor) -> bool:
+def _few(x: Tensor, group: int) -> bool:
     """Whether a kernel multiplies them with the weight as it is stored."""
-    return x.shape[0] == 1 or (1 < x.shape[0] <= MOST_ROWS and x.dtype is not torch.float32)
+    return x.shape[0] == 1 or (
+        1 < x.shape[0] <= MOST_ROWS
+        and x.dtype is not torch.float32
+        and group >= LEAST_GROUP
+        and x.stride(0) % 2 == 0
+        and x.data_ptr() % 4 == 0
+    )
 
 
 def _launch(x: Tensor) -> Callable[..., None]:

@@ -20,17 +20,3 @@ def unpacked(word):
     """[N, W] words to [N, 8 * W] int16 from 0 to 15, in the order of the inputs."""
     mask: tl.constexpr = 0x000F000F
     return _ordered(word & mask, (word >> 4) & mask, (word >> 8) & mask, (word >> 12) & mask)
-
-
-@triton.jit
-def unpacked_above(word, kind: tl.constexpr):
-    """The same in ``kind``: 128 + number in bfloat16, 1024 + number in float16, which takes two
-    operations for two numbers."""
-    mask: tl.constexpr = 0x000F000F
-    above: tl.constexpr = 0x43004300 if kind == tl.bfloat16 else 0x64006400
-    return _ordered(
-        (word & mask) | above,
-        ((word >> 4) & mask) | above,
-        ((word >> 8) & mask) | above,
-        ((word >> 12) & mask) | above,
-    ).to(kind, bitcast=True)
