@@ -8,7 +8,7 @@ import torch
 
 from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
-_TOKENS = (1, 8, 64)
+_TOKENS = (1, 2, 8, 64)
 _ALSO_COMPILED = [
     (SMALL, 8, 2 * SMALL.intermediate),
     (LARGE, 64, 2 * LARGE.intermediate),
@@ -71,7 +71,7 @@ def _workload(
         f"{model.name}, T={tokens}, {inputs} to {outputs}",
         arguments,
         read_write=2 * outputs * inputs,
-        compiled=(model is SMALL and tokens in (1, 64))
+        compiled=(model is SMALL and tokens in (1, 2, 64))
         or (model, tokens, outputs) in _ALSO_COMPILED,
     )
 

@@ -46,7 +46,11 @@ class Config:
 
 
 _DEFAULT = Config()
-_GATED = Config(block_n=64, block_k=64, num_stages=8)
+_GATED = Config(block_n=64, num_stages=4)
+_GATED_SHORT = Config(block_n=64, block_k=64, num_stages=8)
+"""Where matrix units take their operands from registers, which the other needs too many of: on
+devices of less shared memory than :data:`_SHARED_MEMORY` bytes."""
+_SHARED_MEMORY = 192 << 10
 _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 23
 """Elements of a weight beyond which the BLAS is as fast; so it is where tiles alone are more than
@@ -55,7 +59,7 @@ the device has multiprocessors."""
 
 def supports_small_weight(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     """Whether :func:`launch_small_weight` computes this product, and as fast as the BLAS."""
-    config = _GATED if gated else _DEFAULT
+    config = _config(x, gated)
     return (
         x.shape[0] <= _MOST_ROWS
         and x.dtype is not torch.float32
@@ -66,6 +70,12 @@ def supports_small_weight(x: Tensor, weight: Tensor, gated: bool = False) -> boo
         and _tiles(x, weight, config) <= limits(x.device).multiprocessors
         and _stages(config, x) > 0
     )
+
+
+def _config(x: Tensor, gated: bool) -> Config:
+    if not gated:
+        return _DEFAULT
+    return _GATED if limits(x.device).shared_memory >= _SHARED_MEMORY else _GATED_SHORT
 
 
 def _stages(config: Config, x: Tensor) -> int:
@@ -98,7 +108,7 @@ def launch_small_weight(
             ``silu(gate) * up``.
     """
     rows, inputs = x.shape
-    config = _GATED if gated else _DEFAULT
+    config = _config(x, gated)
     tiles = _tiles(x, weight, config)
     # Programs that share a tile: as many as occupy the device.
     splits = 1

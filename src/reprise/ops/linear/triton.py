@@ -104,7 +104,7 @@ def _kernel_of(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., 
     """What launches a product; None: the BLAS is faster."""
     if _one_row(x, weight):
         return _launch
-    if supports_two_rows(x, weight):
+    if not gated and supports_two_rows(x, weight):
         return launch_two_rows
     if supports_few_rows(x, weight):
         return launch_few_rows
@@ -117,8 +117,6 @@ def _kernel_with_norm(x: Tensor, weight: Tensor) -> Callable[..., None] | None:
     """What launches a product with the norm before it; None: the norm has a launch of its own."""
     if _one_row(x, weight):
         return _launch
-    if supports_two_rows(x, weight):
-        return launch_two_rows
     return launch_few_rows if takes_norm(x, weight) else None
 
 

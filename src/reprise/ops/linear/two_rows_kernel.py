@@ -1,11 +1,10 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Products of two rows with a small weight in Triton, with the norm before and the activation or
-sum behind them.
+"""Products of two rows with a small weight in Triton, with the sum behind them.
 
 As those of one row in :mod:`reprise.ops.linear.triton`: plain arithmetic, no program needs
 another's result. With a small weight that chain is shorter than one through the matrix units, whose
 programs share tiles; plain arithmetic becomes the limit at three rows, and with a large weight at
-two.
+two, or with the norm before it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from reprise.ops.triton_util import (
     launch,
     launch_options,
     next_power_of_2,
-    silu,
-    with_gain,
 )
 
 _FEATURES = 4
 """Rows of the weight that a program takes."""
 _ELEMENTS = 64
-"""Elements of the weight that a thread holds."""
+"""Elements of the weight that a thread holds; half as many where rows are long."""
+_LONG = 2048
 _SIDE_BY_SIDE = 8
 """Elements of a row that a thread reads at once, and sums first."""
 _MOST_INPUTS = 4096
@@ -54,10 +52,7 @@ def launch_two_rows(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
     *,
-    gated: bool = False,
     add: bool = False,
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``out``, or add it if ``add``.
@@ -67,44 +62,27 @@ def launch_two_rows(
         weight: [N, K].
         bias: [N], or None.
         out: [2, N].
-        norm_weight: [K], of the norm that ``x`` goes through first, or None.
-        eps: Of the norm.
-        gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
-            ``silu(gate) * up``.
         add: Keep what ``out`` holds and add to it.
     """
     inputs, features = x.shape[1], out.shape[1]
     block_k = max(64, next_power_of_2(inputs))
-    block_n = _FEATURES // 2 if gated else _FEATURES
-    launch(two_rows_kernel, (cdiv(features, block_n),))(
+    elements = _ELEMENTS if block_k <= _LONG else _ELEMENTS // 2
+    launch(two_rows_kernel, (cdiv(features, _FEATURES),))(
         x,
-        norm_weight,
         weight,
         bias,
         out,
         features,
         x.stride(0),
         out.stride(0),
-        eps,
         INPUTS=inputs,
-        GATED=gated,
         ADD=add,
-        BLOCK_N=block_n,
+        BLOCK_N=_FEATURES,
         BLOCK_K=block_k,
         SIDE_BY_SIDE=_SIDE_BY_SIDE,
-        num_warps=max(1, _FEATURES * block_k // (32 * _ELEMENTS)),
+        num_warps=max(1, _FEATURES * block_k // (32 * elements)),
         **launch_options(),
     )
-
-
-@triton.jit
-def _tile(weight_ptr, n, k, features, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K] of a weight, zeros outside of it. Read once, so not worth caching."""
-    inside = (n < features)[:, None]
-    if INPUTS != BLOCK_K:
-        inside = inside & (k < INPUTS)[None, :]
-    offset = n.to(tl.int64)[:, None] * INPUTS + k[None, :]
-    return tl.load(weight_ptr + offset, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -116,26 +94,15 @@ def _some(products, SIDE_BY_SIDE: tl.constexpr):
 
 
 @triton.jit
-def _both(weight, x_0, x_1, SIDE_BY_SIDE: tl.constexpr):
-    """[N, K] times two of [K]: [N, 2]. Threads exchange the sums of both at once."""
-    weight = weight.to(tl.float32)
-    sum_0 = _some(weight * x_0[None, :], SIDE_BY_SIDE)
-    return tl.sum(tl.join(sum_0, _some(weight * x_1[None, :], SIDE_BY_SIDE)), axis=1)
-
-
-@triton.jit
 def two_rows_kernel(
     x_ptr,
-    norm_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
     features,
     x_stride,
     out_stride,
-    eps,
     INPUTS: tl.constexpr,
-    GATED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -144,41 +111,28 @@ def two_rows_kernel(
 ):
     """One program computes BLOCK_N of ``features`` outputs of both rows.
 
-    x: [2, INPUTS], normalised first if there is a norm. weight: [features, INPUTS], or twice as
-    many rows if GATED: gates, then what they let through. ADD: to what out holds.
+    x: [2, INPUTS]; weight: [features, INPUTS]. ADD: to what out holds.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    weight = _tile(weight_ptr, n, k, features, INPUTS, BLOCK_K)
-    up = weight
-    if GATED:
-        up_ptr = weight_ptr + tl.cast(features, tl.int64) * INPUTS
-        up = _tile(up_ptr, n, k, features, INPUTS, BLOCK_K)
-    if norm_ptr is not None:
-        gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
+    real = (n < features)[:, None]
+    inside = real
+    if INPUTS != BLOCK_K:
+        inside = inside & (k < INPUTS)[None, :]
+    offset = n.to(tl.int64)[:, None] * INPUTS + k[None, :]
+    # Read once, so not worth caching.
+    weight = tl.load(weight_ptr + offset, mask=inside, other=0.0, eviction_policy="evict_first")
     depend(EARLY)
 
-    kind: tl.constexpr = out_ptr.dtype.element_ty
     x_0 = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
     x_1 = tl.load(x_ptr + x_stride + k, mask=k < INPUTS, other=0.0).to(tl.float32)
-    if norm_ptr is not None:
-        squares_0 = _some((x_0 * x_0)[None, :], SIDE_BY_SIDE)
-        squares = tl.join(squares_0, _some((x_1 * x_1)[None, :], SIDE_BY_SIDE))
-        scale_0, scale_1 = tl.split(tl.rsqrt(tl.sum(squares, axis=1) / INPUTS + eps))
-        # Rounded where the reference rounds.
-        x_0 = with_gain(x_0 * tl.sum(scale_0, axis=0), gain, kind).to(kind).to(tl.float32)
-        x_1 = with_gain(x_1 * tl.sum(scale_1, axis=0), gain, kind).to(kind).to(tl.float32)
-    acc = _both(weight, x_0, x_1, SIDE_BY_SIDE)
-    real = (n < features)[:, None]
+    wide = weight.to(tl.float32)
+    sum_0 = _some(wide * x_0[None, :], SIDE_BY_SIDE)
+    # Threads exchange the sums of both rows at once.
+    acc = tl.sum(tl.join(sum_0, _some(wide * x_1[None, :], SIDE_BY_SIDE)), axis=1)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        acc_up = _both(up, x_0, x_1, SIDE_BY_SIDE)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + features + n, mask=n < features, other=0.0)
-            acc_up += bias.to(tl.float32)[:, None]
-        acc = silu(acc.to(kind).to(tl.float32), kind) * acc_up.to(kind).to(tl.float32)
     target = out_ptr + tl.arange(0, 2).to(tl.int64)[None, :] * out_stride + n[:, None]
     if ADD:
         acc += tl.load(target, mask=real, other=0.0).to(tl.float32)
-    tl.store(target, acc.to(kind), mask=real)
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=real)

@@ -34,7 +34,7 @@ from reprise.ops.triton_util import (
 
 _FEW_REQUESTS = 16
 """Up to so many, each program gets more warps, and what looks through all requests is smaller."""
-_MIN_KEYS = 64
+_MIN_KEYS = 32
 """A program with fewer keys costs more to merge than it saves."""
 
 

@@ -53,7 +53,7 @@ class Config(NamedTuple):
     """Words of each row of the weight that are fetched before the kernel before has ended."""
 
 
-CONFIGS = (Config(8, 64, 4, 4, 3, 3, 128), Config(16, 32, 2, 2, 3, 5, 128))
+CONFIGS = (Config(8, 64, 4, 2, 3, 6, 64), Config(16, 32, 2, 2, 3, 5, 128))
 LEAST_GROUP = 64
 """Of which the matrix units take two numbers of each word."""
 MOST_ROWS = CONFIGS[-1].rows

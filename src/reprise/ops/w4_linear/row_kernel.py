@@ -21,14 +21,16 @@ from reprise.ops.triton_util import (
     launch_options,
     next_power_of_2,
     silu,
+    takes_ptx,
     with_gain,
 )
 
-_FEATURES = 8
-"""Rows of the weight that a program takes."""
+_FEATURES = 16
+"""Rows of the weight that a program takes where it has all of their words at once."""
 _MOST_WORDS = 512
-"""Of a row at a time, where these are all; else :data:`_SOME_WORDS`."""
-_SOME_WORDS = 256
+"""Of a row at a time, where these are all."""
+_SOME_FEATURES, _SOME_WORDS = 8, 256
+"""Otherwise: the next words are under way meanwhile."""
 _WARPS = 4
 _ONE = 0x3F800000
 """float32 1.0"""
@@ -65,7 +67,9 @@ def launch_row(
     """
     words, features = packed.shape[1], out.shape[1]
     block = next_power_of_2(words)
-    launch(w4_row_kernel, (cdiv(features, _FEATURES // (1 + gated)),))(
+    whole = block <= _MOST_WORDS
+    block_n = _FEATURES if whole else _SOME_FEATURES
+    launch(w4_row_kernel, (cdiv(features, block_n // (1 + gated)),))(
         x,
         norm_weight,
         packed,
@@ -80,8 +84,9 @@ def launch_row(
         GROUP=group,
         GATED=gated,
         ADD=add,
-        BLOCK_N=_FEATURES,
-        BLOCK_W=block if block <= _MOST_WORDS else _SOME_WORDS,
+        BLOCK_N=block_n,
+        BLOCK_W=block if whole else _SOME_WORDS,
+        PTX=takes_ptx(),
         num_warps=_WARPS,
         **launch_options(),
     )
@@ -110,8 +115,54 @@ def _high(word, one):
 
 
 @triton.jit
-def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7):
+def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexpr):
     """[N, W] words times [W] eight times, those of :func:`_columns`: their sums [N, W]."""
+    if PTX:
+        # All of a word in one place: apart, all numbers of a tile would be in registers at once.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 s, t;
+            .reg .f32 y;
+            shl.b32 s, $1, 12;
+            lop3.b32 t, s, 0xF000, $10, 0xEA;
+            mov.b32 y, t;
+            mul.f32 $0, y, $2;
+            lop3.b32 t, s, 0xF0000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $4, $0;
+            shl.b32 s, $1, 8;
+            lop3.b32 t, s, 0xF0000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $6, $0;
+            lop3.b32 t, $1, 0xF000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $8, $0;
+            lop3.b32 t, $1, 0xF0000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $3, $0;
+            shr.u32 s, $1, 8;
+            lop3.b32 t, s, 0xF000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $5, $0;
+            lop3.b32 t, s, 0xF0000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $7, $0;
+            shr.u32 s, $1, 12;
+            lop3.b32 t, s, 0xF0000, $10, 0xEA;
+            mov.b32 y, t;
+            fma.rn.f32 $0, y, $9, $0;
+            }
+            """,
+            "=&f,r,f,f,f,f,f,f,f,f,r",
+            [
+                word, x_0[None, :], x_1[None, :], x_2[None, :], x_3[None, :],
+                x_4[None, :], x_5[None, :], x_6[None, :], x_7[None, :], one,
+            ],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )  # fmt: skip
     left = word << 12
     right = word >> 8
     acc = _low(left, one) * x_0[None, :]
@@ -168,6 +219,7 @@ def w4_row_kernel(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program computes BLOCK_N of ``features`` outputs, or half as many if GATED.
@@ -217,7 +269,9 @@ def w4_row_kernel(
         x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
         low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
         # Numbers in lower bits are a sixteenth of those in higher ones.
-        product = _product(packed_now, one, x_0 * 16, x_1, x_2, x_3 * 16, x_4, x_5, x_6 * 16, x_7)
+        product = _product(
+            packed_now, one, x_0 * 16, x_1, x_2, x_3 * 16, x_4, x_5, x_6 * 16, x_7, PTX
+        )
         product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2)
         ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
         sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
