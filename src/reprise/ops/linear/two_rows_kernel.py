@@ -26,8 +26,8 @@ _FEATURES = 4
 _ELEMENTS = 64
 """Elements of the weight that a thread holds; half as many where rows are long."""
 _LONG = 2048
-_SIDE_BY_SIDE = 8
-"""Elements of a row that a thread reads at once, and sums first."""
+_SIDE_BY_SIDE = 16
+"""Elements of a row that are summed first, before both rows' sums are exchanged at once."""
 _MOST_INPUTS = 4096
 """A program has whole rows in its registers."""
 _MOST_WEIGHTS = 1 << 23
