@@ -11,7 +11,7 @@ import torch
 
 from reprise.bench.drive import check_served
 from reprise.engine import Engine
-from reprise.layers import CausalLM, SparseMLP
+from reprise.layers import CausalLM, ScoredMLP, SparseMLP
 from reprise.ops import Op
 from reprise.ops.registry import intercept
 from reprise.sampling_params import SamplingParams
@@ -58,7 +58,7 @@ def expected_hits(experts: int, top: int, rows: int) -> float:
 def uniform_hits(model: CausalLM, rows: int) -> float | None:
     """How many it would be if each row was sent to any experts, all equally likely."""
     for each in model.modules():
-        if isinstance(each, SparseMLP):
+        if isinstance(each, SparseMLP | ScoredMLP):
             return expected_hits(each.routing.experts, each.routing.top, rows)
     return None
 

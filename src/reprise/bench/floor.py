@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reprise.layers import CausalLM, Linear, SparseMLP
+from reprise.layers import CausalLM, Linear, ScoredMLP, SparseMLP
 from reprise.platforms import Platform
 
 LEAST_COPY_BYTES, MOST_COPY_BYTES = 1 << 27, 1 << 32
@@ -78,7 +78,7 @@ def decode_bytes(model: CausalLM, experts_hit: float | None = None) -> int:
     if not model.tied:
         total -= size(model.model.embed_tokens.parameters())
     for each in model.modules():
-        if isinstance(each, SparseMLP):
+        if isinstance(each, SparseMLP | ScoredMLP):
             routing = each.routing
             hit = routing.top if experts_hit is None else experts_hit
             total -= round(size(each.experts.parameters()) * (1 - hit / routing.experts))
@@ -92,7 +92,7 @@ def weights_of_a_token(model: CausalLM) -> int:
     for module in model.model.layers.modules():
         if isinstance(module, Linear):
             total += module.in_features * module.out_features
-        elif isinstance(module, SparseMLP):
+        elif isinstance(module, SparseMLP | ScoredMLP):
             stacks = module.experts.gate_up_proj, module.experts.down_proj
             total += module.routing.top * sum(s.in_features * s.out_features for s in stacks)
     return total

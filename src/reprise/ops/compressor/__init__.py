@@ -2,7 +2,7 @@
 
 from reprise.ops.compressor.cases import cases
 from reprise.ops.compressor.reference import reference
-from reprise.ops.latent_rows import takes_numbers
+from reprise.ops.latent_rows import takes_codes
 from reprise.ops.registry import needs_triton, op
 
 compressor = op(
@@ -17,6 +17,5 @@ compressor.implementation(
     "triton",
     "reprise.ops.compressor.triton:compressor",
     requires=needs_triton,
-    accepts=takes_numbers,
-    on_request="no device has run it yet",
+    accepts=takes_codes,
 )

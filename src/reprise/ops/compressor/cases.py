@@ -108,6 +108,21 @@ def _workloads(make: Maker) -> Iterator[Workload]:
                 read_write=requests * (4 * 2 * channels * (2 * new + every)),
                 compiled=requests == 64,
             )  # fmt: skip
+        if make.fp8 is not None:
+            yield Workload(
+                f"by {every}, codes", functools.partial(_codes_of_flash, make, every, overlap),
+                compiled=True,
+            )  # fmt: skip
+
+
+def _codes_of_flash(make: Maker, every: int, overlap: bool) -> Arguments:
+    assert make.fp8 is not None
+    found = arguments(
+        make, [4096], [1], every, HEAD, ROTATED, overlap=overlap,
+        blocks=(max(8, every // 4), 128),
+    )  # fmt: skip
+    made = as_codes(found["cache"], ROTATED, make.fp8)
+    return {**found, **dict(zip(("cache", "tail", "scales"), made, strict=True))}
 
 
 cases = Cases(_small, _workloads)

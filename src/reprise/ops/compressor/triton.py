@@ -5,11 +5,13 @@ Two kernels: a row is made of what other tokens of the same step leave, so the s
 the end of the first.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.rotary_tail.turn import turn
+from reprise.ops.store_latent import row_options, row_strides, store_row
 from reprise.ops.triton_util import (
     depend,
     launch,
@@ -18,6 +20,8 @@ from reprise.ops.triton_util import (
     warps,
     with_gain,
 )
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def compressor(
@@ -37,10 +41,12 @@ def compressor(
     tail: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference, of numbers; rows, and blocks of both caches, may be strided."""
+    """Shapes as in the reference; rows, and blocks of both caches, may be strided."""
     tokens, requests = len(positions), len(seq_lens)
     every, channels = bias.shape
-    size = cache.shape[2]
+    size = len(gain)
+    # Codes without numbers beside them are of what was not rounded before.
+    numbers = cache if scales is None else tail
     if projected.stride(1) != 1:
         projected = projected.contiguous()
     block = next_power_of_2(channels)
@@ -61,6 +67,7 @@ def compressor(
         **launch_options(),
     )
     block = next_power_of_2(size)
+    step = min(32, next_power_of_2(every * (channels // size)))
     launch(compressor_row_kernel, (tokens // every + requests,))(
         state,
         block_tables,
@@ -69,14 +76,17 @@ def compressor(
         gain,
         cos_sin,
         cache,
+        tail,
+        scales,
         slots,
         requests,
         tokens,
         *state.stride(),
         block_tables.stride(0),
         cos_sin.stride(0),
-        *cache.stride(),
+        *row_strides(cache, tail, scales),
         norm_eps,
+        ROUNDED=tl.float32 if numbers is None else _TYPES[numbers.dtype],
         EVERY=every,
         SIZE=size,
         CHANNELS=channels,
@@ -85,8 +95,9 @@ def compressor(
         ROWS_BLOCK=cache.shape[1],
         BLOCK=block,
         BLOCK_R=next_power_of_2(requests),
-        STEP=min(8, next_power_of_2(every)),
-        num_warps=warps(8 * block, per_thread=16),
+        STEP=step,
+        **row_options(cache, tail, scales),
+        num_warps=warps(step * block, per_thread=32),
         **launch_options(),
     )
 
@@ -135,6 +146,8 @@ def compressor_row_kernel(
     gain_ptr,
     cos_sin_ptr,
     cache_ptr,
+    tail_ptr,
+    scales_ptr,
     slots_ptr,
     requests,
     tokens,
@@ -145,8 +158,16 @@ def compressor_row_kernel(
     angle_stride,
     rows_block_stride,
     rows_slot_stride,
+    rows_group_stride,
     rows_channel_stride,
+    tail_block_stride,
+    tail_slot_stride,
+    tail_channel_stride,
+    scale_block_stride,
+    scale_group_stride,
+    scale_slot_stride,
     norm_eps,
+    ROUNDED: tl.constexpr,
     EVERY: tl.constexpr,
     SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -156,9 +177,13 @@ def compressor_row_kernel(
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEP: tl.constexpr,
+    EACH: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROUND: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program makes a row, STEP tokens at a time, in their order."""
+    """One program makes a row, STEP tokens at a time, in their order. ROUNDED: what the sum, the
+    normalised row and the rotated one are rounded to."""
     SPAN: tl.constexpr = EVERY * (CHANNELS // SIZE)
     number = tl.arange(0, BLOCK_R)
     real = number < requests
@@ -207,13 +232,16 @@ def compressor_row_kernel(
             total = total * decay + tl.sum(weights, axis=0)[None, :]
             acc = acc * decay + tl.sum(weights * values, axis=0)[None, :]
             high = largest
-        made = (acc / tl.where(inside, total, 1.0)).to(cache_ptr.dtype.element_ty).to(tl.float32)
+        made = (acc / tl.where(inside, total, 1.0)).to(ROUNDED).to(tl.float32)
         made = made * tl.rsqrt(tl.sum(made * made, axis=1) / SIZE + norm_eps)[:, None]
-        made = with_gain(made, gain, cache_ptr.dtype.element_ty).to(cache_ptr.dtype.element_ty)
+        made = with_gain(made, gain, ROUNDED).to(ROUNDED)
         angles = cos_sin_ptr + (entry * EVERY).to(tl.int64) * angle_stride
         y = turn(made.to(tl.float32), angles, SIZE, HALF, BLOCK, False)
         where = slot // EVERY
-        target = cache_ptr + where // ROWS_BLOCK * rows_block_stride
-        target += where % ROWS_BLOCK * rows_slot_stride
-        y = y.to(cache_ptr.dtype.element_ty)
-        tl.store(target + channel * rows_channel_stride, y, mask=inside)
+        store_row(
+            y.to(ROUNDED).to(tl.float32), where // ROWS_BLOCK, where % ROWS_BLOCK,
+            cache_ptr, tail_ptr, scales_ptr, rows_block_stride, rows_slot_stride,
+            rows_group_stride, rows_channel_stride, tail_block_stride, tail_slot_stride,
+            tail_channel_stride, scale_block_stride, scale_group_stride, scale_slot_stride,
+            SIZE, EACH, TAIL, ROUND,
+        )  # fmt: skip

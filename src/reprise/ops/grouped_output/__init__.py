@@ -7,5 +7,4 @@ grouped_output.implementation(
     "triton",
     "reprise.ops.grouped_output.triton:grouped_output",
     requires=needs_triton,
-    on_request="no device has run it yet",
 )

@@ -29,16 +29,8 @@ from reprise.ops.triton_util import (
     with_gain,
 )
 
-STREAMS = 4
 _FEW = 8
 """Tokens up to which sums are made without matrix units."""
-
-
-def accepts(streams: Tensor, **_: object) -> str | None:
-    """What the kernels take."""
-    if streams.shape[1] != STREAMS:
-        return f"there are {STREAMS} streams in these kernels"
-    return None
 
 
 def hyper_connection(

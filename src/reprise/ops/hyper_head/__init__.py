@@ -1,5 +1,6 @@
 """Streams made one again behind the last sublayer."""
 
+from reprise.ops.hyper_connection.accepts import accepts
 from reprise.ops.hyper_head.cases import cases
 from reprise.ops.hyper_head.reference import fake, reference
 from reprise.ops.registry import needs_triton, op
@@ -9,5 +10,5 @@ hyper_head.implementation(
     "triton",
     "reprise.ops.hyper_head.triton:hyper_head",
     requires=needs_triton,
-    on_request="no device has run it yet",
+    accepts=accepts,
 )

@@ -3,7 +3,6 @@
 from reprise.ops.implementation import GraphSupport
 from reprise.ops.indexer.cases import cases
 from reprise.ops.indexer.reference import reference
-from reprise.ops.latent_rows import takes_numbers
 from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
 
@@ -26,7 +25,5 @@ indexer.implementation(
     "triton",
     "reprise.ops.indexer.triton:indexer",
     requires=needs_triton,
-    accepts=takes_numbers,
     graph_support="always",
-    on_request="no device has run it yet",
 )

@@ -57,6 +57,15 @@ def _workloads(make: Maker) -> Iterator[Workload]:
             read_write=requests * length // 4 * 128 * 2,
             compiled=requests == 1,
         )
+    if make.fp8 is not None:
+        yield Workload("Flash, 1 x 4096, codes", functools.partial(_codes_of_flash, make), compiled=True)
+
+
+def _codes_of_flash(make: Maker) -> Arguments:
+    assert make.fp8 is not None
+    found = arguments(make, [4096], [1], 512, 64, 128, 1, block=128)
+    found["keys"], _, found["scales"] = as_codes(found["keys"], 0, make.fp8)
+    return found
 
 
 cases = Cases(_small, _workloads)

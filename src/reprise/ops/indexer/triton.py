@@ -47,10 +47,11 @@ def indexer(
     query_len: int,
     scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference, of numbers."""
+    """Shapes as in the reference."""
     bind(
-        query, weights, keys, block_tables, seq_lens, query_start_loc, out, every, scale, query_len
-    )
+        query, weights, keys, block_tables, seq_lens, query_start_loc, out, every, scale, query_len,
+        scales,
+    )  # fmt: skip
 
 
 def bind(
@@ -86,8 +87,10 @@ def bind(
     score = {
         "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,
         "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
-        "WIDEN": INTERPRETED, "num_warps": 4, "num_stages": 1 if wide else 3, **shared,
+        "CODES": scales is not None, "WIDEN": INTERPRETED, "num_warps": 4,
+        "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
+    of_scales = (0, 0) if scales is None else scales.stride()
     choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
     merged = next_power_of_2(chunks * top)
 
@@ -99,8 +102,9 @@ def bind(
             count = min(at_once, tokens - first)
             where = (seq_lens, query_start_loc, requests, first)
             launch(index_scores_kernel, (count, parts))(
-                query, weights, keys, block_tables, scores, *where, room, *query.stride(),
-                *weights.stride(), *keys.stride(), block_tables.stride(0), scale, **score,
+                query, weights, keys, scales, block_tables, scores, *where, room,
+                *query.stride(), *weights.stride(), *keys.stride(), *of_scales,
+                block_tables.stride(0), scale, **score,
             )  # fmt: skip
             launch(index_top_kernel, (count, chunks))(
                 scores, block_tables, out, best, numbers, *where, room, chunks,
@@ -126,6 +130,7 @@ def index_scores_kernel(
     query_ptr,
     weights_ptr,
     keys_ptr,
+    scales_ptr,
     table_ptr,
     scores_ptr,
     seq_lens_ptr,
@@ -141,6 +146,8 @@ def index_scores_kernel(
     block_stride,
     slot_stride,
     channel_stride,
+    scale_block_stride,
+    scale_slot_stride,
     table_stride,
     scale,
     HEADS: tl.constexpr,
@@ -150,6 +157,7 @@ def index_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CODES: tl.constexpr,
     WIDEN: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -188,15 +196,19 @@ def index_scores_kernel(
         number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = number < count
         block = tl.load(tables + number // BLOCK, mask=seen, other=0)
-        offset = block.to(tl.int64) * block_stride + number % BLOCK * slot_stride
+        block, slot = block.to(tl.int64), number % BLOCK
+        offset = block * block_stride + slot * slot_stride
         rows = tl.load(
             keys_ptr + offset[:, None] + channel[None, :] * channel_stride,
             mask=seen[:, None] & (channel < SIZE)[None, :],
             other=0.0,
-        )
+        ).to(query_ptr.dtype.element_ty)
         zero = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
         found = tl.maximum(dot(rows, query, zero, WIDEN), 0.0, propagate_nan=tl.PropagateNan.ALL)
         score = tl.sum(found * factor[None, :], axis=1) * scale
+        if CODES:
+            place = scales_ptr + block * scale_block_stride + slot * scale_slot_stride
+            score *= tl.load(place, mask=seen, other=0.0)
         tl.store(target + number, score, mask=seen)
 
 

@@ -16,5 +16,4 @@ kv_insert.implementation(
     "reprise.ops.kv_insert.triton:kv_insert",
     requires=needs_triton,
     accepts=takes_codes,
-    on_request="no device has run it yet",
 )

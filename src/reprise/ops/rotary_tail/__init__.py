@@ -7,5 +7,4 @@ rotary_tail.implementation(
     "triton",
     "reprise.ops.rotary_tail.triton:rotary_tail",
     requires=needs_triton,
-    on_request="no device has run it yet",
 )

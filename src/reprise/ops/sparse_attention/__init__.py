@@ -1,7 +1,7 @@
 """Attention of one head of keys that are values too: a window, compressed rows, a sink."""
 
 from reprise.ops.indexer import host_lengths
-from reprise.ops.latent_rows import takes_numbers
+from reprise.ops.latent_rows import takes_codes
 from reprise.ops.registry import needs_triton, op
 from reprise.ops.sparse_attention.cases import cases
 from reprise.ops.sparse_attention.reference import reference
@@ -19,7 +19,6 @@ sparse_attention.implementation(
     "triton",
     "reprise.ops.sparse_attention.triton:sparse_attention",
     requires=needs_triton,
-    accepts=takes_numbers,
+    accepts=takes_codes,
     graph_support="always",
-    on_request="no device has run it yet",
 )

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from reprise.ops.cases import Arguments, Cases, Maker, Workload
 from reprise.ops.compressor.cases import paged, step
 from reprise.ops.latent_rows import as_codes
-
-HEAD = 512
+from reprise.ops.rotary_tail.cases import HEAD, ROTATED
 
 
 def arguments(
@@ -97,6 +96,21 @@ def _workloads(make: Maker) -> Iterator[Workload]:
                 read_write=requests * rows * HEAD * 2,
                 compiled=length == 4096,
             )  # fmt: skip
+    if make.fp8 is not None:
+        yield Workload("Flash, by 4, 64 x 4096, codes", _codes_of_flash(make, 64), compiled=True)
+        yield Workload("Flash, by 4, 1 x 4096, codes", _codes_of_flash(make, 1), compiled=True)
+
+
+def _codes_of_flash(make: Maker, requests: int) -> Callable[[], Arguments]:
+    def made() -> Arguments:
+        assert make.fp8 is not None
+        found = arguments(
+            make, [4096] * requests, [1] * requests, 64, HEAD, 128, 1, every=4, top=512,
+            blocks=(32, 128),
+        )  # fmt: skip
+        return _coded(found, ROTATED, make.fp8)
+
+    return made
 
 
 cases = Cases(_small, _workloads)

@@ -5,7 +5,9 @@ All heads share their rows, so the heads of one token are the rows of a matrix p
 sees is one list: the rows of its window, then compressed ones; it is cut into as many equal parts
 as there are programs for a token, by lengths that are read on the device. Where there are several,
 a second kernel merges what they found, in their order. Prompts have a program or more for each
-token too: the rows that neighbours share come from the last-level cache.
+token too: the rows that neighbours share come from the last-level cache. Where tokens are fewer than
+multiprocessors two programs share a part: each finds all scores and sums the values of half of the
+channels, so that nothing has to be merged and half of the sums are in its registers.
 """
 
 import functools
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.request_of import request_of
+from reprise.ops.store_latent import row_strides
 from reprise.ops.triton_util import (
     INTERPRETED,
     DeviceLimits,
@@ -45,15 +48,18 @@ class Config:
     num_stages: int
     least: int
     """Rows that a part has at least, unless there are fewer."""
+    slices: int = 1
+    """Programs that share out the channels of the same rows."""
 
 
 @functools.cache
 def attention_config(
-    tokens: int, heads: int, size: int, element_size: int, device: DeviceLimits
+    tokens: int, heads: int, size: int, element_size: int, codes: bool, device: DeviceLimits
 ) -> Config:
-    """``size``: channels of a head."""
+    """``size``: channels of a head; ``codes``: rows become numbers in registers."""
     if INTERPRETED:
-        return Config(max(16, next_power_of_2(heads)), 16, 1, 1, 16)
+        slices = 2 if tokens <= 4 else 1
+        return Config(max(16, next_power_of_2(heads)), 16, 1, 1, 16, slices)
     block_d = next_power_of_2(size)
     if element_size == 4:  # products hold their operands in registers
         return Config(16, 16, 8, 1, 64)
@@ -61,8 +67,9 @@ def attention_config(
     row = block_d * element_size
     # Rows in use and rows on their way, the queries, the weights.
     if wide == 64 and (64 + 2 * 64) * row + 16 * 1024 <= device.shared_memory:
-        block_n = 64 if tokens >= 32 else 32
-        return Config(64, block_n, 8, 3, 2 * block_n if tokens >= 32 else 32)
+        block_n = 64 if tokens >= 32 and not codes else 32
+        slices = 2 if 2 * tokens * cdiv(heads, 64) <= device.multiprocessors else 1
+        return Config(64, block_n, 8, 3, 128 if tokens >= 32 else 32, slices)
     for block_n, stages in ((32, 3), (16, 3), (16, 2)):
         if (16 + (stages - 1) * block_n) * row + 8 * 1024 <= device.shared_memory:
             return Config(16, block_n, 4, stages, 2 * block_n)
@@ -72,7 +79,8 @@ def attention_config(
 def splits(tokens: int, groups: int, most_rows: int, config: Config, device: DeviceLimits) -> int:
     """Parts that the rows of a token are cut into, at most; it follows from shapes alone."""
     programs = device.multiprocessors * (1 if config.block_m == 64 else 2)
-    return max(1, min(programs // max(1, tokens * groups), cdiv(most_rows, config.least)))
+    here = max(1, tokens * groups * config.slices)
+    return max(1, min(programs // here, cdiv(most_rows, config.least)))
 
 
 def sparse_attention(
@@ -95,10 +103,11 @@ def sparse_attention(
     compressed_tail: Tensor | None = None,
     compressed_scales: Tensor | None = None,
 ) -> None:
-    """Shapes as in the reference, of numbers."""
+    """Shapes as in the reference."""
     bind(
         query, cache, block_tables, compressed, compressed_tables, selected, sinks, seq_lens,
         query_start_loc, out, scale, sliding_window, every, query_len,
+        cache_tail, scales, compressed_tail, compressed_scales,
     )  # fmt: skip
 
 
@@ -126,14 +135,18 @@ def bind(
     tokens, heads, size = query.shape
     requests = len(seq_lens)
     device = limits(query.device)
-    config = attention_config(tokens, heads, size, query.element_size(), device)
+    config = attention_config(
+        tokens, heads, size, query.element_size(), scales is not None, device
+    )
     groups = cdiv(heads, config.block_m)
     most, kind = sliding_window, 0
     if compressed is not None and selected is not None:
         most, kind = most + selected.shape[1], 1
     elif compressed is not None and compressed_tables is not None:
         most, kind = most + compressed_tables.shape[1] * compressed.shape[1], 2
-    rows = cache if compressed is None else compressed
+    rows, rows_tail, rows_scales = cache, cache_tail, scales
+    if compressed is not None:
+        rows, rows_tail, rows_scales = compressed, compressed_tail, compressed_scales
     tables = block_tables if compressed_tables is None else compressed_tables
     chosen = tables if selected is None else selected
     parts = splits(tokens, groups, most, config, device)
@@ -141,8 +154,12 @@ def bind(
     inputs = (
         query,
         cache,
+        cache_tail,
+        scales,
         block_tables,
         rows,
+        rows_tail,
+        rows_scales,
         tables,
         chosen,
         sinks,
@@ -151,9 +168,9 @@ def bind(
         out,
     )
     numbers = (
-        requests, *query.stride()[:2], *cache.stride()[:2], block_tables.stride(0),
-        *rows.stride()[:2], tables.stride(0), chosen.stride(0), *out.stride()[:2],
-        scale * _LOG2_E,
+        requests, *query.stride()[:2], *row_strides(cache, cache_tail, scales),
+        block_tables.stride(0), *row_strides(rows, rows_tail, rows_scales), tables.stride(0),
+        chosen.stride(0), *out.stride()[:2], scale * _LOG2_E,
     )  # fmt: skip
     options = {
         "HEADS": heads, "SIZE": size, "WINDOW": sliding_window, "EVERY": every, "KIND": kind,
@@ -162,6 +179,8 @@ def bind(
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d,
         "BLOCK_R": next_power_of_2(requests),
         "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
+        "SLICES": config.slices, "EACH": 0 if scales is None else cache.shape[-1],
+        "TAIL": 0 if cache_tail is None else cache_tail.shape[2],
         "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
         **launch_options(),
     }  # fmt: skip
@@ -171,19 +190,21 @@ def bind(
     def scratch() -> tuple[Tensor, Tensor]:
         shape = (parts, tokens, heads) if parts > 1 else (0, 0, 0)
         found = query.new_empty((*shape, size), dtype=torch.float32)
-        return found, query.new_empty(shape, dtype=torch.float32)
+        return found, query.new_empty((*shape, config.slices), dtype=torch.float32)
 
     found, sums = scratch()
-    again = launch(sparse_attention_kernel, (tokens, groups, parts))(
+    again = launch(sparse_attention_kernel, (tokens, groups * config.slices, parts))(
         *inputs, found, sums, tokens, *numbers, **options
     )
     if parts == 1:
         return lambda: again(*inputs, *scratch(), tokens, *numbers)
+    block = min(128, block_d // config.slices)
     merged = {
-        "HEADS": heads, "SIZE": size, "PARTS": parts, "BLOCK_D": block_d,
-        "STEP": min(4, next_power_of_2(parts)), "num_warps": 4, **launch_options(),
+        "HEADS": heads, "SIZE": size, "PARTS": parts, "SLICES": config.slices,
+        "SLICE": block_d // config.slices, "BLOCK": block, "STEP": min(32, next_power_of_2(parts)),
+        "num_warps": 4, **launch_options(),
     }  # fmt: skip
-    merge = launch(sparse_merge_kernel, (tokens, heads))(
+    merge = launch(sparse_merge_kernel, (tokens, heads, cdiv(size, block)))(
         found, sums, sinks, out, tokens, *out.stride()[:2], **merged
     )
 
@@ -199,26 +220,71 @@ sparse_attention.bind = bind  # type: ignore[attr-defined]
 
 
 @triton.jit
+def _load_rows(
+    numbers, tail, scales, seen, first, group_stride, channel_stride, tail_stride, scale_stride,
+    CHANNELS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr, TAIL: tl.constexpr,
+    kind: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS channels from ``first`` on, of rows that lie at ``numbers`` [BLOCK_N], as ``kind``.
+    EACH: channels of a scale; 0: there are none. TAIL: channels that lie at ``tail``."""
+    channel = first + tl.arange(0, CHANNELS)
+    if EACH == 0:
+        rows = tl.load(
+            numbers[:, None] + (channel * channel_stride)[None, :],
+            mask=seen[:, None] & (channel < SIZE)[None, :],
+            other=0.0,
+        )
+    else:
+        PLAIN: tl.constexpr = SIZE - TAIL
+        GROUPS: tl.constexpr = CHANNELS // EACH
+        place = channel // EACH * group_stride + channel % EACH * channel_stride
+        codes = tl.load(
+            numbers[:, None] + place[None, :],
+            mask=seen[:, None] & (channel < PLAIN)[None, :],
+            other=0.0,
+        )
+        group = first // EACH + tl.arange(0, GROUPS)
+        scale = tl.load(
+            scales[:, None] + group[None, :] * scale_stride,
+            mask=seen[:, None] & (group < PLAIN // EACH)[None, :],
+            other=0.0,
+        )
+        # A code times a power of two is rounded once, if at all, in any type.
+        between: tl.constexpr = tl.float32 if WIDEN else kind
+        wide = tl.reshape(codes.to(between), [codes.shape[0], GROUPS, EACH])
+        wide = wide * scale.to(between)[:, :, None]
+        rows = tl.reshape(wide, [codes.shape[0], CHANNELS]).to(kind)
+        if TAIL > 0:
+            own = tl.load(
+                tail[:, None] + ((channel - PLAIN) * tail_stride)[None, :],
+                mask=seen[:, None] & ((channel >= PLAIN) & (channel < SIZE))[None, :],
+                other=0.0,
+            )
+            rows = tl.where((channel >= PLAIN)[None, :], own, rows)
+    return rows
+
+
+@triton.jit
 def _attend(
     acc,
     row_sum,
     row_max,
     query,
-    source,
+    other_query,
+    rows,
+    other_rows,
     seen,
     scale,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SLICES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One step of the running softmax over BLOCK_N rows, which lie at ``source`` [BLOCK_N]."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    rows = tl.load(source[:, None] + channel, mask=seen[:, None] & (channel < SIZE), other=0.0)
-    zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    scores = dot(query, tl.trans(rows), zero, WIDEN) * scale
-    scores = tl.where(seen[None, :], scores, -float("inf"))
+    """One step of the running softmax: ``rows`` [BLOCK_N, CHANNELS] are summed; of scores that
+    program has the other half in ``other_rows``, if there are two."""
+    zero = tl.zeros([query.shape[0], rows.shape[0]], dtype=tl.float32)
+    scores = dot(query, tl.trans(rows), zero, WIDEN)
+    if SLICES == 2:
+        scores = dot(other_query, tl.trans(other_rows), scores, WIDEN)
+    scores = tl.where(seen[None, :], scores * scale, -float("inf"))
     high = tl.maximum(row_max, tl.max(scores, axis=1))
     shift = tl.where(high == -float("inf"), 0.0, high)
     weights = tl.exp2(scores - shift[:, None])
@@ -232,8 +298,12 @@ def _attend(
 def sparse_attention_kernel(
     query_ptr,
     cache_ptr,
+    tail_ptr,
+    scales_ptr,
     table_ptr,
     rows_ptr,
+    rows_tail_ptr,
+    rows_scales_ptr,
     rows_table_ptr,
     chosen_ptr,
     sinks_ptr,
@@ -248,9 +318,25 @@ def sparse_attention_kernel(
     query_head_stride,
     block_stride,
     slot_stride,
+    group_stride,
+    channel_stride,
+    tail_block_stride,
+    tail_slot_stride,
+    tail_channel_stride,
+    scale_block_stride,
+    scale_group_stride,
+    scale_slot_stride,
     table_stride,
     rows_block_stride,
     rows_slot_stride,
+    rows_group_stride,
+    rows_channel_stride,
+    rows_tail_block_stride,
+    rows_tail_slot_stride,
+    rows_tail_channel_stride,
+    rows_scale_block_stride,
+    rows_scale_group_stride,
+    rows_scale_slot_stride,
     rows_table_stride,
     chosen_stride,
     out_stride,
@@ -271,19 +357,28 @@ def sparse_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
+    SLICES: tl.constexpr,
+    EACH: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes BLOCK_M heads of a token and one of PARTS parts of its rows.
+    """One program takes BLOCK_M heads of a token, one of PARTS parts of its rows, and of their
+    values one of SLICES slices of the channels.
 
     KIND: 0 no compressed rows, 1 those that are chosen, 2 all that are whole. With one part it
     writes ``out``; with several ``found`` [PARTS, T, HEADS, SIZE] and the base-2 logarithm of the
-    sum of its weights, -inf where it had no rows.
+    sum of its weights, -inf where it had no rows, [PARTS, T, HEADS, SLICES].
     """
+    CHANNELS: tl.constexpr = BLOCK_D // SLICES
+    kind: tl.constexpr = query_ptr.dtype.element_ty
     token = tl.program_id(0)
-    head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1) // SLICES * BLOCK_M + tl.arange(0, BLOCK_M)
+    which = tl.program_id(1) % SLICES
     part = tl.program_id(2)
-    channel = tl.arange(0, BLOCK_D)
+    first = which * CHANNELS
+    other = CHANNELS - first
+    channel = first + tl.arange(0, CHANNELS)
     real_channel = channel < SIZE
     request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
     oldest = tl.maximum(0, position - WINDOW + 1)
@@ -310,18 +405,17 @@ def sparse_attention_kernel(
         end = begin
 
     used = (head < HEADS)[:, None] & real_channel[None, :]
-    query = tl.load(
-        query_ptr
-        + token.to(tl.int64) * query_stride
-        + head[:, None] * query_head_stride
-        + channel[None, :],
-        mask=used,
-        other=0.0,
-    )
+    source = query_ptr + token.to(tl.int64) * query_stride + head[:, None] * query_head_stride
+    query = tl.load(source + channel[None, :], mask=used, other=0.0)
+    other_query = query
+    if SLICES == 2:
+        others = other + tl.arange(0, CHANNELS)[None, :]
+        mask = (head < HEADS)[:, None] & (others < SIZE)
+        other_query = tl.load(source + others, mask=mask, other=0.0)
     tables = table_ptr + request.to(tl.int64) * table_stride
     rows_tables = rows_table_ptr + request.to(tl.int64) * rows_table_stride
     chosen = chosen_ptr + token.to(tl.int64) * chosen_stride
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, CHANNELS], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     for tile in range(begin, tl.minimum(end, near_tiles)):
@@ -329,11 +423,26 @@ def sparse_attention_kernel(
         seen = number < near
         place = oldest + number
         block = tl.load(tables + place // BLOCK_SIZE, mask=seen, other=0)
-        offset = block.to(tl.int64) * block_stride + place % BLOCK_SIZE * slot_stride
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, query, cache_ptr + offset, seen, scale,
-            SIZE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+        block, slot = block.to(tl.int64), place % BLOCK_SIZE
+        numbers = cache_ptr + block * block_stride + slot * slot_stride
+        tails, factors = numbers, numbers
+        if TAIL > 0:
+            tails = tail_ptr + block * tail_block_stride + slot * tail_slot_stride
+        if EACH > 0:
+            factors = scales_ptr + block * scale_block_stride + slot * scale_slot_stride
+        rows = _load_rows(
+            numbers, tails, factors, seen, first, group_stride, channel_stride, tail_channel_stride,
+            scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
         )  # fmt: skip
+        other_rows = rows
+        if SLICES == 2:
+            other_rows = _load_rows(
+                numbers, tails, factors, seen, other, group_stride, channel_stride,
+                tail_channel_stride, scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
+            )  # fmt: skip
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, query, other_query, rows, other_rows, seen, scale, SLICES, WIDEN
+        )
     if KIND != 0:
         for tile in range(tl.maximum(begin, near_tiles), end):
             number = (tile - near_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -345,11 +454,29 @@ def sparse_attention_kernel(
             else:
                 slot = number
                 block = tl.load(rows_tables + number // ROWS_BLOCK, mask=seen, other=0)
-            offset = block.to(tl.int64) * rows_block_stride
-            offset += slot % ROWS_BLOCK * rows_slot_stride
+            block, slot = block.to(tl.int64), slot % ROWS_BLOCK
+            numbers = rows_ptr + block * rows_block_stride + slot * rows_slot_stride
+            tails, factors = numbers, numbers
+            if TAIL > 0:
+                tails = rows_tail_ptr + block * rows_tail_block_stride
+                tails += slot * rows_tail_slot_stride
+            if EACH > 0:
+                factors = rows_scales_ptr + block * rows_scale_block_stride
+                factors += slot * rows_scale_slot_stride
+            rows = _load_rows(
+                numbers, tails, factors, seen, first, rows_group_stride, rows_channel_stride,
+                rows_tail_channel_stride, rows_scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
+            )  # fmt: skip
+            other_rows = rows
+            if SLICES == 2:
+                other_rows = _load_rows(
+                    numbers, tails, factors, seen, other, rows_group_stride, rows_channel_stride,
+                    rows_tail_channel_stride, rows_scale_group_stride, CHANNELS, SIZE, EACH, TAIL,
+                    kind, WIDEN,
+                )  # fmt: skip
             acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, query, rows_ptr + offset, seen, scale,
-                SIZE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+                acc, row_sum, row_max, query, other_query, rows, other_rows, seen, scale,
+                SLICES, WIDEN,
             )  # fmt: skip
     if PARTS == 1:
         # A score without a value.
@@ -361,7 +488,8 @@ def sparse_attention_kernel(
         tl.store(target + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
     else:
         here = (part.to(tl.int64) * tokens + token) * HEADS + head
-        tl.store(sums_ptr + here, row_max + tl.log2(row_sum), mask=head < HEADS)
+        place = sums_ptr + here * SLICES + which
+        tl.store(place, row_max + tl.log2(row_sum), mask=head < HEADS)
         if begin < end:
             acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
             tl.store(found_ptr + here[:, None] * SIZE + channel[None, :], acc, mask=used)
@@ -379,24 +507,29 @@ def sparse_merge_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program merges the parts of a head of a token, STEP at a time, in their order."""
+    """One program merges BLOCK channels, all of one slice, of the parts of a head of a token, STEP
+    at a time, in their order."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    channel = tl.arange(0, BLOCK_D)
+    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(2) * BLOCK // SLICE
     real_channel = channel < SIZE
     largest = tl.load(sinks_ptr + head) * 1.4426950408889634
     total = largest * 0 + 1.0
     some = total < 0.0  # padding has no rows
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
     depend(EARLY)
     for start in range(0, PARTS, STEP):
         part = start + tl.arange(0, STEP)
         here = (part.to(tl.int64) * tokens + token) * HEADS + head
-        log_sum = tl.load(sums_ptr + here, mask=part < PARTS, other=-float("inf"))
+        place = sums_ptr + here * SLICES + which
+        log_sum = tl.load(place, mask=part < PARTS, other=-float("inf"))
         real = log_sum > -float("inf")
         found = tl.load(
             found_ptr + here[:, None] * SIZE + channel[None, :],

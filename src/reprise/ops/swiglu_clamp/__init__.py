@@ -7,5 +7,4 @@ swiglu_clamp.implementation(
     "triton",
     "reprise.ops.swiglu_clamp.triton:swiglu_clamp",
     requires=needs_triton,
-    on_request="no device has run it yet",
 )

@@ -7,5 +7,4 @@ wide_linear.implementation(
     "triton",
     "reprise.ops.wide_linear.triton:wide_linear",
     requires=needs_triton,
-    on_request="no device has run it yet",
 )
