@@ -28,9 +28,10 @@ def count_experts_hit(engine: Engine, prompts: Sequence[list[int]]) -> float | N
     The steps are computed once more, eagerly, and their calls of ``route`` looked at.
 
     Returns:
-        None if the model has no experts.
+        None if the model has no experts, or if several ranks compute it: they compute steps
+        together, and such a step is none.
     """
-    if not engine.runner.model.routed:
+    if not engine.runner.model.routed or engine.config.tensor_parallel_size > 1:
         return None
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
     names = [f"experts-{next(_ids)}" for _ in prompts]

@@ -120,7 +120,9 @@ def _measure(
     context = input_len + (short + long) / 2
     kv_bytes = step_bytes(engine.runner.model.caches().values(), context) * batch_size
     hit = count_experts_hit(engine, prompts)
-    least = (decode_bytes(engine.runner.model, hit) + kv_bytes) / floor.bytes_per_second
+    model = engine.runner.model
+    read = decode_bytes(model, uniform_hits(model, batch_size) if hit is None else hit)
+    least = (read + kv_bytes) / floor.bytes_per_second
     host = statistics.median(total - wait for total, wait in zip(steps, waits, strict=True))
     return {
         "batch_size": batch_size,

@@ -58,7 +58,9 @@ def _workloads(make: Maker) -> Iterator[Workload]:
             compiled=requests == 1,
         )
     if make.fp8 is not None:
-        yield Workload("Flash, 1 x 4096, codes", functools.partial(_codes_of_flash, make), compiled=True)
+        yield Workload(
+            "Flash, 1 x 4096, codes", functools.partial(_codes_of_flash, make), compiled=True
+        )
 
 
 def _codes_of_flash(make: Maker) -> Arguments:

@@ -5,9 +5,9 @@ All heads share their rows, so the heads of one token are the rows of a matrix p
 sees is one list: the rows of its window, then compressed ones; it is cut into as many equal parts
 as there are programs for a token, by lengths that are read on the device. Where there are several,
 a second kernel merges what they found, in their order. Prompts have a program or more for each
-token too: the rows that neighbours share come from the last-level cache. Where tokens are fewer than
-multiprocessors two programs share a part: each finds all scores and sums the values of half of the
-channels, so that nothing has to be merged and half of the sums are in its registers.
+token too: the rows that neighbours share come from the last-level cache. Where tokens are few two
+programs share a part: each finds all scores and sums half of the channels of the values, so that
+less has to be merged, and half as many sums are in its registers.
 """
 
 import functools
@@ -135,9 +135,7 @@ def bind(
     tokens, heads, size = query.shape
     requests = len(seq_lens)
     device = limits(query.device)
-    config = attention_config(
-        tokens, heads, size, query.element_size(), scales is not None, device
-    )
+    config = attention_config(tokens, heads, size, query.element_size(), scales is not None, device)
     groups = cdiv(heads, config.block_m)
     most, kind = sliding_window, 0
     if compressed is not None and selected is not None:
@@ -151,6 +149,7 @@ def bind(
     chosen = tables if selected is None else selected
     parts = splits(tokens, groups, most, config, device)
     block_d = next_power_of_2(size)
+    tail = 0 if cache_tail is None else cache_tail.shape[2]
     inputs = (
         query,
         cache,
@@ -180,7 +179,7 @@ def bind(
         "BLOCK_R": next_power_of_2(requests),
         "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
         "SLICES": config.slices, "EACH": 0 if scales is None else cache.shape[-1],
-        "TAIL": 0 if cache_tail is None else cache_tail.shape[2],
+        "TAIL": tail, "BLOCK_T": max(16, next_power_of_2(tail)),
         "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
         **launch_options(),
     }  # fmt: skip
@@ -221,31 +220,24 @@ sparse_attention.bind = bind  # type: ignore[attr-defined]
 
 @triton.jit
 def _load_rows(
-    numbers, tail, scales, seen, first, group_stride, channel_stride, tail_stride, scale_stride,
-    CHANNELS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr, TAIL: tl.constexpr,
-    kind: tl.constexpr, WIDEN: tl.constexpr,
+    numbers, factors, seen, first, group_stride, channel_stride, factor_stride,
+    CHANNELS: tl.constexpr, PLAIN: tl.constexpr, EACH: tl.constexpr, kind: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """CHANNELS channels from ``first`` on, of rows that lie at ``numbers`` [BLOCK_N], as ``kind``.
-    EACH: channels of a scale; 0: there are none. TAIL: channels that lie at ``tail``."""
+    """CHANNELS channels from ``first`` on, of rows whose PLAIN ones lie at ``numbers`` [BLOCK_N];
+    as ``kind``. EACH: channels of a scale, which lie at ``factors``; 0: there are none."""
     channel = first + tl.arange(0, CHANNELS)
+    real = seen[:, None] & (channel < PLAIN)[None, :]
     if EACH == 0:
-        rows = tl.load(
-            numbers[:, None] + (channel * channel_stride)[None, :],
-            mask=seen[:, None] & (channel < SIZE)[None, :],
-            other=0.0,
-        )
+        place = channel * channel_stride
+        rows = tl.load(numbers[:, None] + place[None, :], mask=real, other=0.0)
     else:
-        PLAIN: tl.constexpr = SIZE - TAIL
         GROUPS: tl.constexpr = CHANNELS // EACH
         place = channel // EACH * group_stride + channel % EACH * channel_stride
-        codes = tl.load(
-            numbers[:, None] + place[None, :],
-            mask=seen[:, None] & (channel < PLAIN)[None, :],
-            other=0.0,
-        )
+        codes = tl.load(numbers[:, None] + place[None, :], mask=real, other=0.0)
         group = first // EACH + tl.arange(0, GROUPS)
         scale = tl.load(
-            scales[:, None] + group[None, :] * scale_stride,
+            factors[:, None] + group[None, :] * factor_stride,
             mask=seen[:, None] & (group < PLAIN // EACH)[None, :],
             other=0.0,
         )
@@ -254,44 +246,52 @@ def _load_rows(
         wide = tl.reshape(codes.to(between), [codes.shape[0], GROUPS, EACH])
         wide = wide * scale.to(between)[:, :, None]
         rows = tl.reshape(wide, [codes.shape[0], CHANNELS]).to(kind)
-        if TAIL > 0:
-            own = tl.load(
-                tail[:, None] + ((channel - PLAIN) * tail_stride)[None, :],
-                mask=seen[:, None] & ((channel >= PLAIN) & (channel < SIZE))[None, :],
-                other=0.0,
-            )
-            rows = tl.where((channel >= PLAIN)[None, :], own, rows)
     return rows
 
 
 @triton.jit
 def _attend(
-    acc,
-    row_sum,
-    row_max,
-    query,
-    other_query,
-    rows,
-    other_rows,
-    seen,
-    scale,
-    SLICES: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """One step of the running softmax: ``rows`` [BLOCK_N, CHANNELS] are summed; of scores that
-    program has the other half in ``other_rows``, if there are two."""
+    acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
+    numbers, tails, factors, seen, scale, first, other,
+    group_stride, channel_stride, tail_stride, factor_stride,
+    CHANNELS: tl.constexpr, SLICES: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax, over rows that lie at ``numbers`` [BLOCK_N], their last TAIL
+    channels at ``tails``. Values are summed of the CHANNELS channels from ``first`` on, and of
+    those last ones; those from ``other`` on, if there are two slices, count in scores alone."""
+    kind: tl.constexpr = query.dtype
+    PLAIN: tl.constexpr = SIZE - TAIL
+    rows = _load_rows(
+        numbers, factors, seen, first, group_stride, channel_stride, factor_stride,
+        CHANNELS, PLAIN, EACH, kind, WIDEN,
+    )  # fmt: skip
     zero = tl.zeros([query.shape[0], rows.shape[0]], dtype=tl.float32)
     scores = dot(query, tl.trans(rows), zero, WIDEN)
     if SLICES == 2:
-        scores = dot(other_query, tl.trans(other_rows), scores, WIDEN)
+        others = _load_rows(
+            numbers, factors, seen, other, group_stride, channel_stride, factor_stride,
+            CHANNELS, PLAIN, EACH, kind, WIDEN,
+        )  # fmt: skip
+        scores = dot(other_query, tl.trans(others), scores, WIDEN)
+    if TAIL > 0:
+        channel = tl.arange(0, BLOCK_T)
+        ends = tl.load(
+            tails[:, None] + (channel * tail_stride)[None, :],
+            mask=seen[:, None] & (channel < TAIL)[None, :],
+            other=0.0,
+        )
+        scores = dot(tail_query, tl.trans(ends), scores, WIDEN)
     scores = tl.where(seen[None, :], scores * scale, -float("inf"))
     high = tl.maximum(row_max, tl.max(scores, axis=1))
     shift = tl.where(high == -float("inf"), 0.0, high)
     weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(row_max - shift)
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = dot(weights.to(rows.dtype), rows, acc * decay[:, None], WIDEN)
-    return acc, row_sum, high
+    acc = dot(weights.to(kind), rows, acc * decay[:, None], WIDEN)
+    if TAIL > 0:
+        tail_acc = dot(weights.to(kind), ends, tail_acc * decay[:, None], WIDEN)
+    return acc, tail_acc, row_sum, high
 
 
 @triton.jit(do_not_specialize=["tokens", "requests"])
@@ -360,6 +360,7 @@ def sparse_attention_kernel(
     SLICES: tl.constexpr,
     EACH: tl.constexpr,
     TAIL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     WIDEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -371,7 +372,6 @@ def sparse_attention_kernel(
     sum of its weights, -inf where it had no rows, [PARTS, T, HEADS, SLICES].
     """
     CHANNELS: tl.constexpr = BLOCK_D // SLICES
-    kind: tl.constexpr = query_ptr.dtype.element_ty
     token = tl.program_id(0)
     head = tl.program_id(1) // SLICES * BLOCK_M + tl.arange(0, BLOCK_M)
     which = tl.program_id(1) % SLICES
@@ -379,7 +379,9 @@ def sparse_attention_kernel(
     first = which * CHANNELS
     other = CHANNELS - first
     channel = first + tl.arange(0, CHANNELS)
-    real_channel = channel < SIZE
+    # The last channels, where they lie apart, are the last slice's.
+    ends = SIZE - TAIL + tl.arange(0, BLOCK_T)
+    real_channel = channel < SIZE - TAIL
     request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
     oldest = tl.maximum(0, position - WINDOW + 1)
     near = position + 1 - oldest  # 0 for padding: its position is -1
@@ -408,15 +410,22 @@ def sparse_attention_kernel(
     source = query_ptr + token.to(tl.int64) * query_stride + head[:, None] * query_head_stride
     query = tl.load(source + channel[None, :], mask=used, other=0.0)
     other_query = query
+    tail_query = query
     if SLICES == 2:
         others = other + tl.arange(0, CHANNELS)[None, :]
-        mask = (head < HEADS)[:, None] & (others < SIZE)
+        mask = (head < HEADS)[:, None] & (others < SIZE - TAIL)
         other_query = tl.load(source + others, mask=mask, other=0.0)
+    used_ends = (head < HEADS)[:, None] & (ends < SIZE)[None, :]
+    if TAIL > 0:
+        tail_query = tl.load(source + ends[None, :], mask=used_ends, other=0.0)
     tables = table_ptr + request.to(tl.int64) * table_stride
     rows_tables = rows_table_ptr + request.to(tl.int64) * rows_table_stride
     chosen = chosen_ptr + token.to(tl.int64) * chosen_stride
     acc = tl.zeros([BLOCK_M, CHANNELS], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    tail_acc = row_sum
+    if TAIL > 0:
+        tail_acc = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     for tile in range(begin, tl.minimum(end, near_tiles)):
         number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -430,19 +439,12 @@ def sparse_attention_kernel(
             tails = tail_ptr + block * tail_block_stride + slot * tail_slot_stride
         if EACH > 0:
             factors = scales_ptr + block * scale_block_stride + slot * scale_slot_stride
-        rows = _load_rows(
-            numbers, tails, factors, seen, first, group_stride, channel_stride, tail_channel_stride,
-            scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
+        acc, tail_acc, row_sum, row_max = _attend(
+            acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
+            numbers, tails, factors, seen, scale, first, other,
+            group_stride, channel_stride, tail_channel_stride, scale_group_stride,
+            CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
         )  # fmt: skip
-        other_rows = rows
-        if SLICES == 2:
-            other_rows = _load_rows(
-                numbers, tails, factors, seen, other, group_stride, channel_stride,
-                tail_channel_stride, scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
-            )  # fmt: skip
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, query, other_query, rows, other_rows, seen, scale, SLICES, WIDEN
-        )
     if KIND != 0:
         for tile in range(tl.maximum(begin, near_tiles), end):
             number = (tile - near_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -463,36 +465,36 @@ def sparse_attention_kernel(
             if EACH > 0:
                 factors = rows_scales_ptr + block * rows_scale_block_stride
                 factors += slot * rows_scale_slot_stride
-            rows = _load_rows(
-                numbers, tails, factors, seen, first, rows_group_stride, rows_channel_stride,
-                rows_tail_channel_stride, rows_scale_group_stride, CHANNELS, SIZE, EACH, TAIL, kind, WIDEN,
-            )  # fmt: skip
-            other_rows = rows
-            if SLICES == 2:
-                other_rows = _load_rows(
-                    numbers, tails, factors, seen, other, rows_group_stride, rows_channel_stride,
-                    rows_tail_channel_stride, rows_scale_group_stride, CHANNELS, SIZE, EACH, TAIL,
-                    kind, WIDEN,
-                )  # fmt: skip
-            acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, query, other_query, rows, other_rows, seen, scale,
-                SLICES, WIDEN,
+            acc, tail_acc, row_sum, row_max = _attend(
+                acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
+                numbers, tails, factors, seen, scale, first, other,
+                rows_group_stride, rows_channel_stride, rows_tail_channel_stride,
+                rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
             )  # fmt: skip
     if PARTS == 1:
         # A score without a value.
         high = tl.maximum(row_max, sink)
         row_sum = row_sum * tl.exp2(row_max - high) + tl.exp2(sink - high)
-        acc = acc * (tl.exp2(row_max - high) / row_sum)[:, None]
-        acc = tl.where(position < 0, 0.0, acc)
+        factor = (tl.exp2(row_max - high) / row_sum)[:, None]
         target = out_ptr + token.to(tl.int64) * out_stride + head[:, None] * out_head_stride
-        tl.store(target + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
+        acc = tl.where(position < 0, 0.0, acc * factor).to(out_ptr.dtype.element_ty)
+        tl.store(target + channel[None, :], acc, mask=used)
+        if TAIL > 0:
+            if which == SLICES - 1:
+                tail_acc = tl.where(position < 0, 0.0, tail_acc * factor)
+                tail_acc = tail_acc.to(out_ptr.dtype.element_ty)
+                tl.store(target + ends[None, :], tail_acc, mask=used_ends)
     else:
         here = (part.to(tl.int64) * tokens + token) * HEADS + head
         place = sums_ptr + here * SLICES + which
         tl.store(place, row_max + tl.log2(row_sum), mask=head < HEADS)
         if begin < end:
-            acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-            tl.store(found_ptr + here[:, None] * SIZE + channel[None, :], acc, mask=used)
+            total = tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+            target = found_ptr + here[:, None] * SIZE
+            tl.store(target + channel[None, :], acc / total, mask=used)
+            if TAIL > 0:
+                if which == SLICES - 1:
+                    tl.store(target + ends[None, :], tail_acc / total, mask=used_ends)
 
 
 @triton.jit(do_not_specialize=["tokens"])
