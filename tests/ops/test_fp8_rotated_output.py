@@ -15,9 +15,9 @@ from reprise.ops.fp8_linear.reference import quantise as quantised_as_reference
 OP = ops.fp8_rotated_output
 
 
-@pytest.fixture(params=["triton", "fused"])
-def computed(request, implementation):
-    return OP.implementations[request.param], implementation(OP, request.param)
+@pytest.fixture
+def computed(implementation):
+    return OP.implementations["triton"], implementation(OP, "triton")
 
 
 def taken(platform, declared, dtype: torch.dtype):
@@ -54,7 +54,7 @@ def test_the_same_eight_bits_as_the_reference(
 ) -> None:
     """Where nothing rotates, so that no sum is rounded otherwise; from numbers that round to zero
     up to the largest, and tokens that are zero."""
-    implementation(OP, "fused")
+    implementation(OP, "triton")
     from reprise.ops.fp8_rotated_output.triton import quantised
 
     make = Maker(platform.device, torch.float32)
@@ -74,7 +74,7 @@ def test_many_rows_go_to_the_blas(implementation, platform, monkeypatch) -> None
     """Group by group, of what the kernel has quantised; behind the rows there may be anything."""
     if platform.device_type != "cpu":
         pytest.skip("a device's own is compared by the kit")
-    function = implementation(OP, "fused")
+    function = implementation(OP, "triton")
     module = sys.modules[function.__module__]
     seen = []
 

@@ -1,7 +1,6 @@
 """What attention gives rotated back, and a product with eight bits for each group of heads."""
 
 from reprise.ops.fp8_linear import onednn
-from reprise.ops.fp8_linear.accepts import accepts as takes
 from reprise.ops.fp8_rotated_output.accepts import in_one, of_one
 from reprise.ops.fp8_rotated_output.by_parts import rotated_output
 from reprise.ops.fp8_rotated_output.cases import cases
@@ -18,12 +17,6 @@ fp8_rotated_output.implementation(
 )
 fp8_rotated_output.implementation(
     "triton",
-    "reprise.ops.fp8_rotated_output.by_parts:triton",
-    requires=needs_triton,
-    accepts=of_one(takes),
-)
-fp8_rotated_output.implementation(
-    "fused",
     "reprise.ops.fp8_rotated_output.triton:fp8_rotated_output",
     requires=needs_triton,
     accepts=in_one,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,10 +31,3 @@ def rotated_output(product: Product) -> Product:
         return torch.cat(parts, dim=1)
 
     return by_parts
-
-
-def triton(*args: Any, **named: Any) -> Tensor:
-    """With the kernels of one product."""
-    from reprise.ops.fp8_linear.triton import fp8_linear
-
-    return rotated_output(fp8_linear)(*args, **named)

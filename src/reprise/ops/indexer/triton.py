@@ -4,8 +4,8 @@
 Scores of a token are sums over its heads, made where they are multiplied: what lies in memory is
 one number a row. Programs for a token each take an equal part of the rows that it sees, whose
 number is read on the device. Of these the largest are found by halving the range of their bits.
-Where a table has room for many rows, first each chunk's largest are found, then those of all
-chunks: rows that are not among their chunk's are not among all.
+Where a token sees many rows, first each chunk's largest are found, then those of all chunks, by the
+last of the programs: rows that are not among their chunk's are not among all.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,11 @@ from torch import Tensor
 from reprise.ops.request_of import request_of
 from reprise.ops.triton_util import (
     INTERPRETED,
+    arrivals,
     cdiv,
     depend,
     dot,
+    is_last,
     launch,
     launch_options,
     limits,
@@ -91,8 +93,11 @@ def bind(
         "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()
-    choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
-    merged = next_power_of_2(chunks * top)
+    merged = next_power_of_2(chunks * top) if chunks > 1 else 0
+    choose = {
+        "TOP": top, "CHUNK": chunk, "MERGED": merged, "BLOCK": keys.shape[1],
+        "num_warps": warps(max(chunk, merged), per_thread=16), **shared,
+    }  # fmt: skip
 
     def compute() -> None:
         scores = query.new_empty((at_once, room), dtype=torch.float32)
@@ -107,16 +112,9 @@ def bind(
                 block_tables.stride(0), scale, **score,
             )  # fmt: skip
             launch(index_top_kernel, (count, chunks))(
-                scores, block_tables, out, best, numbers, *where, room, chunks,
-                block_tables.stride(0), *out.stride(), **choose,
-                SECOND=False, WIDTH=chunk, num_warps=warps(chunk, per_thread=16),
+                scores, block_tables, out, best, numbers, arrivals(at_once, query.device), *where,
+                room, chunks, block_tables.stride(0), *out.stride(), **choose,
             )  # fmt: skip
-            if chunks > 1:
-                launch(index_top_kernel, (count, 1))(
-                    scores, block_tables, out, best, numbers, *where, room, chunks,
-                    block_tables.stride(0), *out.stride(), **choose,
-                    SECOND=True, WIDTH=merged, num_warps=warps(merged, per_thread=16),
-                )  # fmt: skip
 
     compute()
     return compute
@@ -244,6 +242,14 @@ def _largest(keys, real, TOP: tl.constexpr):
     return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= left))
 
 
+@triton.jit
+def _write(target, tables, number, taken, place_stride, BLOCK: tl.constexpr):
+    """The rows that are taken, in their order."""
+    rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+    block = tl.load(tables + number // BLOCK, mask=taken, other=0)
+    tl.store(target + rank * place_stride, block * BLOCK + number % BLOCK, mask=taken)
+
+
 @triton.jit(do_not_specialize=["requests", "first", "chunks"])
 def index_top_kernel(
     scores_ptr,
@@ -251,6 +257,7 @@ def index_top_kernel(
     out_ptr,
     best_ptr,
     numbers_ptr,
+    arrivals_ptr,
     seq_lens_ptr,
     starts_ptr,
     requests,
@@ -262,17 +269,17 @@ def index_top_kernel(
     out_place_stride,
     TOP: tl.constexpr,
     CHUNK: tl.constexpr,
+    MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
-    SECOND: tl.constexpr,
-    WIDTH: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program chooses of a chunk of a token's scores, or of what all chunks chose (SECOND).
+    """One program chooses of a chunk of a token's scores.
 
     A token with one chunk, or none, is done at once. Of others each chunk leaves scores and numbers
-    of TOP rows, in the order of the rows, in ``best`` and ``numbers`` [T, chunks, TOP].
+    of at most TOP rows, in the order of the rows, in ``best`` and ``numbers`` [T, chunks, TOP], and
+    the last program chooses of these. MERGED: their number, at least; 0: there is one chunk.
     """
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
@@ -281,37 +288,32 @@ def index_top_kernel(
     count = tl.minimum((position + 1) // EVERY, room)
     tables = table_ptr + request.to(tl.int64) * table_stride
     target = out_ptr + token * out_stride
-    kept = (here.to(tl.int64) * chunks + chunk) * TOP
     depend(EARLY)
-    place = tl.arange(0, WIDTH)
-    alone = count <= CHUNK
-    if SECOND:
-        if alone:
-            return
-        real = (place < chunks * TOP) & (
-            place % TOP < tl.minimum(TOP, count - place // TOP * CHUNK)
-        )
-        scores = tl.load(best_ptr + kept + place, mask=real, other=0.0)
-        number = tl.load(numbers_ptr + kept + place, mask=real, other=0)
-    else:
-        number = chunk * CHUNK + place
-        real = number < count
-        if (chunk > 0) & (chunk * CHUNK >= count):
-            return
-        row = scores_ptr + here.to(tl.int64) * room
-        scores = tl.load(row + number, mask=real, other=0.0)
-    keys = _order(scores)
-    many = tl.sum(real.to(tl.int32), axis=0)
+    if (chunk > 0) & (chunk * CHUNK >= count):
+        return
+    place = tl.arange(0, CHUNK)
+    number = chunk * CHUNK + place
+    real = number < count
+    scores = tl.load(scores_ptr + here.to(tl.int64) * room + number, mask=real, other=0.0)
+    many = tl.minimum(CHUNK, count - chunk * CHUNK)
     taken = real
     if many > TOP:
-        taken = _largest(keys, real, TOP)
-    rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-    if SECOND or alone:
-        block = tl.load(tables + number // BLOCK, mask=taken, other=0)
-        tl.store(target + rank * out_place_stride, block * BLOCK + number % BLOCK, mask=taken)
+        taken = _largest(_order(scores), real, TOP)
+    if (MERGED == 0) | (count <= CHUNK):
+        _write(target, tables, number, taken, out_place_stride, BLOCK)
         # Behind them nobody's rows; a chunk is as wide as TOP at least.
         behind = (place >= many) & (place < TOP)
-        tl.store(target + place * out_place_stride, tl.zeros([WIDTH], dtype=tl.int32), mask=behind)
-    else:
+        tl.store(target + place * out_place_stride, tl.zeros([CHUNK], dtype=tl.int32), mask=behind)
+    elif MERGED > 0:
+        kept = here.to(tl.int64) * chunks * TOP
+        rank = chunk * TOP + tl.cumsum(taken.to(tl.int32), axis=0) - 1
         tl.store(best_ptr + kept + rank, scores, mask=taken)
         tl.store(numbers_ptr + kept + rank, number, mask=taken)
+        if is_last(arrivals_ptr + here, tl.cdiv(count, CHUNK)):
+            place = tl.arange(0, MERGED)
+            left = count - place // TOP * CHUNK
+            real = (place < chunks * TOP) & (place % TOP < left)
+            scores = tl.load(best_ptr + kept + place, mask=real, other=0.0)
+            number = tl.load(numbers_ptr + kept + place, mask=real, other=0)
+            taken = _largest(_order(scores), real, TOP)
+            _write(target, tables, number, taken, out_place_stride, BLOCK)

@@ -9,5 +9,4 @@ mxfp4_experts.implementation(
     "triton",
     "reprise.ops.mxfp4_experts.triton:mxfp4_experts",
     requires=needs_triton,
-    on_request="no device has run it yet",
 )
