@@ -4,6 +4,13 @@
 import triton
 import triton.language as tl
 
+from reprise.ops.triton_util import next_power_of_2
+
+
+def block_of(requests: int) -> int:
+    """BLOCK_R for so many requests: not another kernel for each few more."""
+    return max(64, next_power_of_2(requests))
+
 
 @triton.jit
 def request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R: tl.constexpr):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.request_of import block_of
 from reprise.ops.rotary_tail.turn import turn
 from reprise.ops.store_latent import row_options, row_strides, store_row
 from reprise.ops.triton_util import (
@@ -94,7 +95,7 @@ def compressor(
         STATE_BLOCK=state.shape[1],
         ROWS_BLOCK=cache.shape[1],
         BLOCK=block,
-        BLOCK_R=next_power_of_2(requests),
+        BLOCK_R=block_of(requests),
         STEP=step,
         **row_options(cache, tail, scales),
         num_warps=warps(step * block, per_thread=32),

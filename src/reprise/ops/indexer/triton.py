@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.request_of import request_of
+from reprise.ops.request_of import block_of, request_of
 from reprise.ops.triton_util import (
     INTERPRETED,
     arrivals,
@@ -84,7 +84,7 @@ def bind(
     wide = query.element_size() == 4
     block_n = 32 if wide or INTERPRETED else 64
     parts = max(1, min(cdiv(room, block_n), 4 * limits(query.device).multiprocessors // at_once))
-    block_r = next_power_of_2(requests)
+    block_r = block_of(requests)
     shared = {"EVERY": every, "BLOCK_R": block_r, **launch_options()}
     score = {
         "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,

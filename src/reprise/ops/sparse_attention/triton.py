@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprise.ops.request_of import request_of
+from reprise.ops.request_of import block_of, request_of
 from reprise.ops.store_latent import row_strides
 from reprise.ops.triton_util import (
     INTERPRETED,
@@ -34,6 +34,8 @@ from reprise.ops.triton_util import (
 )
 
 _LOG2_E = 1.4426950408889634
+_CHUNK = 32 if INTERPRETED else 512
+"""Compressed rows whose places are read at once."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def attention_config(
     row = block_d * element_size
     # Rows in use and rows on their way, the queries, the weights.
     if wide == 64 and (64 + 2 * 64) * row + 16 * 1024 <= device.shared_memory:
-        block_n = 64 if tokens >= 32 and not codes else 32
+        block_n, stages = (64, 2) if tokens >= 32 and not codes else (32, 3)
         slices = 2 if 2 * tokens * cdiv(heads, 64) <= device.multiprocessors else 1
-        return Config(64, block_n, 8, 3, 128 if tokens >= 32 else 32, slices)
-    for block_n, stages in ((32, 3), (16, 3), (16, 2)):
-        if (16 + (stages - 1) * block_n) * row + 8 * 1024 <= device.shared_memory:
+        return Config(64, block_n, 8, stages, 128 if tokens >= 32 else 32, slices)
+    for block_n, stages in ((32, 3), (32, 2), (16, 3), (16, 2)):
+        if (16 + stages * block_n) * row + 8 * 1024 <= device.shared_memory:
             return Config(16, block_n, 4, stages, 2 * block_n)
     return Config(16, 16, 4, 1, 32)
 
@@ -176,7 +178,8 @@ def bind(
         "TOP": chosen.shape[1] if kind == 1 else 1, "BLOCK_SIZE": cache.shape[1],
         "ROWS_BLOCK": rows.shape[1], "PARTS": parts, "LEAST": config.least,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d,
-        "BLOCK_R": next_power_of_2(requests),
+        "BLOCK_R": block_of(requests), "CHUNK": max(config.block_n, _CHUNK),
+        "BLOCK_W": next_power_of_2(sliding_window // cache.shape[1] + 2),
         "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
         "SLICES": config.slices, "EACH": 0 if scales is None else cache.shape[-1],
         "TAIL": tail, "BLOCK_T": max(16, next_power_of_2(tail)),
@@ -357,6 +360,8 @@ def sparse_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNK: tl.constexpr,
     SLICES: tl.constexpr,
     EACH: tl.constexpr,
     TAIL: tl.constexpr,
@@ -427,12 +432,18 @@ def sparse_attention_kernel(
     if TAIL > 0:
         tail_acc = tl.zeros([BLOCK_M, BLOCK_T], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    # Where rows are is known before a loop: a pipeline's loads that wait for loads do not overlap.
+    entry = tl.arange(0, BLOCK_W)
+    first_block = oldest // BLOCK_SIZE
+    blocks = tl.load(
+        tables + first_block + entry, mask=(first_block + entry) * BLOCK_SIZE <= position, other=0
+    )
     for tile in range(begin, tl.minimum(end, near_tiles)):
         number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = number < near
         place = oldest + number
-        block = tl.load(tables + place // BLOCK_SIZE, mask=seen, other=0)
-        block, slot = block.to(tl.int64), place % BLOCK_SIZE
+        at = tl.where(seen, place // BLOCK_SIZE - first_block, 0)
+        block, slot = tl.gather(blocks, at, axis=0).to(tl.int64), place % BLOCK_SIZE
         numbers = cache_ptr + block * block_stride + slot * slot_stride
         tails, factors = numbers, numbers
         if TAIL > 0:
@@ -446,31 +457,35 @@ def sparse_attention_kernel(
             CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
         )  # fmt: skip
     if KIND != 0:
-        for tile in range(tl.maximum(begin, near_tiles), end):
-            number = (tile - near_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = number < far
+        last = end - near_tiles
+        for chunk in range(tl.maximum(begin - near_tiles, 0), last, CHUNK // BLOCK_N):
+            line = chunk * BLOCK_N + tl.arange(0, CHUNK)
             if KIND == 1:
-                slot = tl.load(chosen + number, mask=seen, other=0)
-                seen = seen & (slot > 0)
-                block = slot // ROWS_BLOCK
+                places = tl.load(chosen + line, mask=line < far, other=0)
             else:
-                slot = number
-                block = tl.load(rows_tables + number // ROWS_BLOCK, mask=seen, other=0)
-            block, slot = block.to(tl.int64), slot % ROWS_BLOCK
-            numbers = rows_ptr + block * rows_block_stride + slot * rows_slot_stride
-            tails, factors = numbers, numbers
-            if TAIL > 0:
-                tails = rows_tail_ptr + block * rows_tail_block_stride
-                tails += slot * rows_tail_slot_stride
-            if EACH > 0:
-                factors = rows_scales_ptr + block * rows_scale_block_stride
-                factors += slot * rows_scale_slot_stride
-            acc, tail_acc, row_sum, row_max = _attend(
-                acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
-                numbers, tails, factors, seen, scale, first, other,
-                rows_group_stride, rows_channel_stride, rows_tail_channel_stride,
-                rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
-            )  # fmt: skip
+                places = tl.load(rows_tables + line // ROWS_BLOCK, mask=line < far, other=0)
+                places = places * ROWS_BLOCK + line % ROWS_BLOCK
+            for tile in range(chunk, tl.minimum(last, chunk + CHUNK // BLOCK_N)):
+                number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                slot = tl.gather(places, number - chunk * BLOCK_N, axis=0)
+                seen = number < far
+                if KIND == 1:
+                    seen = seen & (slot > 0)
+                block, slot = (slot // ROWS_BLOCK).to(tl.int64), slot % ROWS_BLOCK
+                numbers = rows_ptr + block * rows_block_stride + slot * rows_slot_stride
+                tails, factors = numbers, numbers
+                if TAIL > 0:
+                    tails = rows_tail_ptr + block * rows_tail_block_stride
+                    tails += slot * rows_tail_slot_stride
+                if EACH > 0:
+                    factors = rows_scales_ptr + block * rows_scale_block_stride
+                    factors += slot * rows_scale_slot_stride
+                acc, tail_acc, row_sum, row_max = _attend(
+                    acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
+                    numbers, tails, factors, seen, scale, first, other,
+                    rows_group_stride, rows_channel_stride, rows_tail_channel_stride,
+                    rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
+                )  # fmt: skip
     if PARTS == 1:
         # A score without a value.
         high = tl.maximum(row_max, sink)
@@ -481,9 +496,9 @@ def sparse_attention_kernel(
         tl.store(target + channel[None, :], acc, mask=used)
         if TAIL > 0:
             if which == SLICES - 1:
-                tail_acc = tl.where(position < 0, 0.0, tail_acc * factor)
-                tail_acc = tail_acc.to(out_ptr.dtype.element_ty)
-                tl.store(target + ends[None, :], tail_acc, mask=used_ends)
+                tail_sum = tl.where(position < 0, 0.0, tail_acc * factor)
+                tail_sum = tail_sum.to(out_ptr.dtype.element_ty)
+                tl.store(target + ends[None, :], tail_sum, mask=used_ends)
     else:
         here = (part.to(tl.int64) * tokens + token) * HEADS + head
         place = sums_ptr + here * SLICES + which
