@@ -5,11 +5,11 @@
 
 One layer with a window alone, one with rows of 4 tokens and an indexer, one with rows of 128;
 random weights in the released formats. Steps are decodes of requests of one length; caches have
-content, so that no two rows are as good to the indexer. A time is that of replays of a device graph
-that holds the layer's part several times. *Bytes* are the weights that the part reads (of experts
-those that so many rows hit if each is as likely) and the cache rows that the step sees, over the
-rate at which a copy or a sum moved bytes in the same run; *ratio* is the time over that. ``--kernels``
-lists so many of the kernels that took longest, in a trace of a layer.
+random content, so that no two rows are as good to the indexer. A time is that of replays of a
+device graph that holds the layer's part several times. *Bytes* are the weights that the part reads
+(of experts those that so many rows hit if each is as likely) and the cache rows that the step sees,
+over the rate at which a copy or a sum moved bytes in the same run; *ratio* is the time over that.
+``--kernels`` lists so many of the kernels that took longest, in a trace of a layer.
 """
 
 from __future__ import annotations

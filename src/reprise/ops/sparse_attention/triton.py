@@ -494,7 +494,7 @@ def sparse_attention_kernel(
         target = out_ptr + token.to(tl.int64) * out_stride + head[:, None] * out_head_stride
         acc = tl.where(position < 0, 0.0, acc * factor).to(out_ptr.dtype.element_ty)
         tl.store(target + channel[None, :], acc, mask=used)
-        if TAIL > 0:
+        if TAIL > 0:  # noqa: SIM102 - one is known to the compiler
             if which == SLICES - 1:
                 tail_sum = tl.where(position < 0, 0.0, tail_acc * factor)
                 tail_sum = tail_sum.to(out_ptr.dtype.element_ty)
@@ -507,7 +507,7 @@ def sparse_attention_kernel(
             total = tl.where(row_sum == 0, 1.0, row_sum)[:, None]
             target = found_ptr + here[:, None] * SIZE
             tl.store(target + channel[None, :], acc / total, mask=used)
-            if TAIL > 0:
+            if TAIL > 0:  # noqa: SIM102
                 if which == SLICES - 1:
                     tl.store(target + ends[None, :], tail_acc / total, mask=used_ends)
 
