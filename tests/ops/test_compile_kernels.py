@@ -33,7 +33,7 @@ TARGETS = {
 SPILLS = {
     "Hopper": {
         "mixed_attention_kernel": 64,
-        "sparse_attention_kernel": 352,
+        "sparse_attention_kernel": 120,
         "fp8_product_kernel": 40,
         "shared_sums_kernel": 40,
         "absolute_splits_kernel": 56,
@@ -66,7 +66,7 @@ SPILLS = {
         "mixed_attention_kernel": 6,
         "split_attention_kernel": 28,
         "draw_kernel": 56,
-        "sparse_attention_kernel": 13,
+        "index_top_kernel": 9,
         "index_scores_kernel": 1,
         "shared_sums_kernel": 10,
         "absolute_splits_kernel": 30,
@@ -76,22 +76,26 @@ SPILLS = {
 others fit; whoever changes one of these may bring it down, not up."""
 ON_CODES = {
     "Hopper": {
+        "sparse_attention_kernel": 344,
         "mixed_attention_kernel": 72,
         "split_attention_kernel": 40,
         "absolute_splits_kernel": 288,
     },
     "Ada": {
+        "sparse_attention_kernel": 32,
         "mixed_attention_kernel": 512,
         "split_attention_kernel": 512,
         "absolute_splits_kernel": 128,
     },
     "Blackwell of workstations": {
+        "sparse_attention_kernel": 136,
         "mixed_attention_kernel": 224,
         "split_attention_kernel": 32,
         "absolute_splits_kernel": 128,
     },
     "Ampere": {},
     "CDNA 3": {
+        "sparse_attention_kernel": 179,
         "mixed_attention_kernel": 10,
         "split_attention_kernel": 637,
         "absolute_splits_kernel": 34,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.load_codes import in_pairs, plain
 from reprise.ops.request_of import block_of, request_of
 from reprise.ops.triton_util import (
     INTERPRETED,
@@ -89,7 +90,7 @@ def bind(
     score = {
         "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,
         "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
-        "CODES": scales is not None, "WIDEN": INTERPRETED, "num_warps": 4,
+        "CODES": scales is not None, "PAIRS": in_pairs(query, keys), "WIDEN": INTERPRETED, "num_warps": 4,
         "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()
@@ -156,6 +157,7 @@ def index_scores_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CODES: tl.constexpr,
+    PAIRS: tl.constexpr,
     WIDEN: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -200,7 +202,9 @@ def index_scores_kernel(
             keys_ptr + offset[:, None] + channel[None, :] * channel_stride,
             mask=seen[:, None] & (channel < SIZE)[None, :],
             other=0.0,
-        ).to(query_ptr.dtype.element_ty)
+        )
+        if CODES:
+            rows = plain(rows, query_ptr.dtype.element_ty, PAIRS)
         zero = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
         found = tl.maximum(dot(rows, query, zero, WIDEN), 0.0, propagate_nan=tl.PropagateNan.ALL)
         score = tl.sum(found * factor[None, :], axis=1) * scale

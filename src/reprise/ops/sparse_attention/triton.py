@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.load_codes import in_pairs, plain
 from reprise.ops.request_of import block_of, request_of
 from reprise.ops.store_latent import row_strides
 from reprise.ops.triton_util import (
@@ -183,7 +184,7 @@ def bind(
         "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
         "SLICES": config.slices, "EACH": 0 if scales is None else cache.shape[-1],
         "TAIL": tail, "BLOCK_T": max(16, next_power_of_2(tail)),
-        "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "PAIRS": in_pairs(query, cache), "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
         **launch_options(),
     }  # fmt: skip
     if tokens == 0:
@@ -225,7 +226,7 @@ sparse_attention.bind = bind  # type: ignore[attr-defined]
 def _load_rows(
     numbers, factors, seen, first, group_stride, channel_stride, factor_stride,
     CHANNELS: tl.constexpr, PLAIN: tl.constexpr, EACH: tl.constexpr, kind: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PAIRS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS channels from ``first`` on, of rows whose PLAIN ones lie at ``numbers`` [BLOCK_N];
     as ``kind``. EACH: channels of a scale, which lie at ``factors``; 0: there are none."""
@@ -246,7 +247,7 @@ def _load_rows(
         )
         # A code times a power of two is rounded once, if at all, in any type.
         between: tl.constexpr = tl.float32 if WIDEN else kind
-        wide = tl.reshape(codes.to(between), [codes.shape[0], GROUPS, EACH])
+        wide = tl.reshape(plain(codes, between, PAIRS), [codes.shape[0], GROUPS, EACH])
         wide = wide * scale.to(between)[:, :, None]
         rows = tl.reshape(wide, [codes.shape[0], CHANNELS]).to(kind)
     return rows
@@ -258,7 +259,7 @@ def _attend(
     numbers, tails, factors, seen, scale, first, other,
     group_stride, channel_stride, tail_stride, factor_stride,
     CHANNELS: tl.constexpr, SLICES: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_T: tl.constexpr, PAIRS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, over rows that lie at ``numbers`` [BLOCK_N], their last TAIL
     channels at ``tails``. Values are summed of the CHANNELS channels from ``first`` on, and of
@@ -267,14 +268,14 @@ def _attend(
     PLAIN: tl.constexpr = SIZE - TAIL
     rows = _load_rows(
         numbers, factors, seen, first, group_stride, channel_stride, factor_stride,
-        CHANNELS, PLAIN, EACH, kind, WIDEN,
+        CHANNELS, PLAIN, EACH, kind, PAIRS, WIDEN,
     )  # fmt: skip
     zero = tl.zeros([query.shape[0], rows.shape[0]], dtype=tl.float32)
     scores = dot(query, tl.trans(rows), zero, WIDEN)
     if SLICES == 2:
         others = _load_rows(
             numbers, factors, seen, other, group_stride, channel_stride, factor_stride,
-            CHANNELS, PLAIN, EACH, kind, WIDEN,
+            CHANNELS, PLAIN, EACH, kind, PAIRS, WIDEN,
         )  # fmt: skip
         scores = dot(other_query, tl.trans(others), scores, WIDEN)
     if TAIL > 0:
@@ -366,6 +367,7 @@ def sparse_attention_kernel(
     EACH: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PAIRS: tl.constexpr,
     WIDEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -454,7 +456,7 @@ def sparse_attention_kernel(
             acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
             numbers, tails, factors, seen, scale, first, other,
             group_stride, channel_stride, tail_channel_stride, scale_group_stride,
-            CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
+            CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, PAIRS, WIDEN,
         )  # fmt: skip
     if KIND != 0:
         last = end - near_tiles
@@ -484,7 +486,7 @@ def sparse_attention_kernel(
                     acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
                     numbers, tails, factors, seen, scale, first, other,
                     rows_group_stride, rows_channel_stride, rows_tail_channel_stride,
-                    rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, WIDEN,
+                    rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, PAIRS, WIDEN,
                 )  # fmt: skip
     if PARTS == 1:
         # A score without a value.
