@@ -17,11 +17,14 @@ def in_pairs(like: Tensor, cache: Tensor) -> bool:
 
 @triton.jit
 def plain(codes, kind: tl.constexpr, PAIRS: tl.constexpr):
-    """What codes stand for, as ``kind``, which holds it. PAIRS: they are e4m3, ``kind`` is bfloat16,
-    and a kernel may have PTX: five instructions make two, where conversions by way of float16 are
-    few a cycle. What is no number has a scale that is none, and may be any here."""
+    """What codes stand for, as ``kind``, which holds it.
+
+    PAIRS: they are e4m3, ``kind`` is bfloat16, and a kernel may have PTX: five instructions make
+    two, where conversions by way of float16 are few a cycle. What is no number has a scale that is
+    none, and may be any here.
+    """
     if PAIRS:
-        return tl.inline_asm_elementwise(
+        numbers = tl.inline_asm_elementwise(
             """
             {
             .reg .b32 pair, rest, nothing, large, minus;
@@ -49,4 +52,5 @@ def plain(codes, kind: tl.constexpr, PAIRS: tl.constexpr):
             pack=4,
         )
     else:
-        return codes.to(kind)
+        numbers = codes.to(kind)
+    return numbers

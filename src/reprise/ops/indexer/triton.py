@@ -90,7 +90,8 @@ def bind(
     score = {
         "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,
         "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
-        "CODES": scales is not None, "PAIRS": in_pairs(query, keys), "WIDEN": INTERPRETED, "num_warps": 4,
+        "CODES": scales is not None, "PAIRS": in_pairs(query, keys),
+        "WIDEN": INTERPRETED, "num_warps": 4,
         "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()

@@ -184,7 +184,8 @@ def bind(
         "BLOCK_TOP": next_power_of_2(chosen.shape[1]) if kind == 1 else 1,
         "SLICES": config.slices, "EACH": 0 if scales is None else cache.shape[-1],
         "TAIL": tail, "BLOCK_T": max(16, next_power_of_2(tail)),
-        "PAIRS": in_pairs(query, cache), "WIDEN": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "PAIRS": in_pairs(query, cache), "WIDEN": INTERPRETED, "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
         **launch_options(),
     }  # fmt: skip
     if tokens == 0:
@@ -486,7 +487,8 @@ def sparse_attention_kernel(
                     acc, tail_acc, row_sum, row_max, query, other_query, tail_query,
                     numbers, tails, factors, seen, scale, first, other,
                     rows_group_stride, rows_channel_stride, rows_tail_channel_stride,
-                    rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, PAIRS, WIDEN,
+                    rows_scale_group_stride, CHANNELS, SLICES, SIZE, EACH, TAIL, BLOCK_T, PAIRS,
+                    WIDEN,
                 )  # fmt: skip
     if PARTS == 1:
         # A score without a value.
