@@ -246,9 +246,14 @@ class StepInputs:
 
     def batch(self, tokens: int, requests: int, query_len: int, prompt: bool = False) -> Batch:
         """Views of the device side for a step of this size; ``prompt``: see :class:`StepShape`."""
+        most = self.block_tables.shape[2]
+        # Larger blocks are fewer: what reads a table goes by its width.
+        spans = [each.block_size for each in self.layout.tables if not each.lifetime.rewritten]
         tables = tuple(
             Table(
-                self.states(number, requests) if each.lifetime.rewritten else blocks[:requests],
+                self.states(number, requests)
+                if each.lifetime.rewritten
+                else blocks[:requests, : -(-most * min(spans) // each.block_size)],
                 slots[:tokens],
             )
             for number, (each, blocks, slots) in enumerate(

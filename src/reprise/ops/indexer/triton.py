@@ -315,10 +315,9 @@ def index_top_kernel(
         tl.store(best_ptr + kept + rank, scores, mask=taken)
         tl.store(numbers_ptr + kept + rank, number, mask=taken)
         if is_last(arrivals_ptr + here, tl.cdiv(count, CHUNK)):
-            place = tl.arange(0, MERGED)
-            left = count - place // TOP * CHUNK
-            real = (place < chunks * TOP) & (place % TOP < left)
-            scores = tl.load(best_ptr + kept + place, mask=real, other=0.0)
-            number = tl.load(numbers_ptr + kept + place, mask=real, other=0)
-            taken = _largest(_order(scores), real, TOP)
-            _write(target, tables, number, taken, out_place_stride, BLOCK)
+            each = tl.arange(0, MERGED)
+            there = (each < chunks * TOP) & (each % TOP < count - each // TOP * CHUNK)
+            left = tl.load(best_ptr + kept + each, mask=there, other=0.0)
+            numbers = tl.load(numbers_ptr + kept + each, mask=there, other=0)
+            chosen = _largest(_order(left), there, TOP)
+            _write(target, tables, numbers, chosen, out_place_stride, BLOCK)

@@ -27,7 +27,6 @@ from reprise.ops.triton_util import (
     launch_options,
     limits,
     next_power_of_2,
-    takes_ptx,
 )
 
 
@@ -42,6 +41,7 @@ def launch_grouped(
     top: int,
     gated: bool,
     limit: float = 0.0,
+    pairs: bool = False,
 ) -> None:
     """Multiply each group's rows with its expert's weight.
 
@@ -58,6 +58,7 @@ def launch_grouped(
         top: Slots of a row.
         gated: This is the first of both products.
         limit: What gates and ups are clamped to; 0: they are not.
+        pairs: Numbers of ``weight`` are made two at a time: by PTX, of bfloat16.
     """
     features, inputs = out.shape[1], x.shape[1]
     columns = cdiv(features, config.block_n // 2 if gated else config.block_n)
@@ -84,7 +85,7 @@ def launch_grouped(
         GATED=gated,
         CLAMPS=limit != 0,
         SWAP=config.swap,
-        PAIRS=x.dtype is torch.bfloat16 and takes_ptx(),
+        PAIRS=pairs and x.dtype is torch.bfloat16,
         WIDEN=INTERPRETED,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

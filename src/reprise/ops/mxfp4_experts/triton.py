@@ -10,6 +10,7 @@ from reprise.ops.experts.grouped_kernel import Config
 from reprise.ops.experts.groups import Groups
 from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
+from reprise.ops.triton_util import takes_ptx
 
 _BY_ROWS = (
     (4, Config(16, 64, 256, 4, 4, swap=True)),
@@ -33,6 +34,34 @@ def mxfp4_experts(
     limit: float,
 ) -> Tensor:
     """Shapes as in the reference."""
+    return _experts(x, weights, ids, gate_up, gate_up_scale, down, down_scale, limit, False)
+
+
+def in_pairs(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    limit: float,
+) -> Tensor:
+    """The same; numbers are made two at a time where the kernel may have PTX."""
+    return _experts(x, weights, ids, gate_up, gate_up_scale, down, down_scale, limit, takes_ptx())
+
+
+def _experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    limit: float,
+    pairs: bool,
+) -> Tensor:
     top = ids.shape[1]
     count, _, half = down.shape
     config = config_for(x, ids.numel(), count)
@@ -41,7 +70,7 @@ def mxfp4_experts(
         weight, exponents = (gate_up, gate_up_scale) if gated else (down, down_scale)
         launch_grouped(
             rows, weight, exponents, groups, out, config, top=top, gated=gated,
-            limit=limit if gated else 0.0,
+            limit=limit if gated else 0.0, pairs=pairs,
         )  # fmt: skip
 
     out = x.new_empty(x.shape)

@@ -70,8 +70,10 @@ def attention_config(
     row = block_d * element_size
     # Rows in use and rows on their way, the queries, the weights.
     if wide == 64 and (64 + 2 * 64) * row + 16 * 1024 <= device.shared_memory:
-        block_n, stages = (64, 2) if tokens >= 32 and not codes else (32, 3)
         slices = 2 if 2 * tokens * cdiv(heads, 64) <= device.multiprocessors else 1
+        if slices == 2 and tokens >= 32 and not codes:
+            return Config(64, 32, 4, 4, 128, slices)
+        block_n, stages = (64, 2) if tokens >= 32 and not codes else (32, 3)
         return Config(64, block_n, 8, stages, 128 if tokens >= 32 else 32, slices)
     for block_n, stages in ((32, 3), (32, 2), (16, 3), (16, 2)):
         if (16 + stages * block_n) * row + 8 * 1024 <= device.shared_memory:
