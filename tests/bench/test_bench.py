@@ -340,3 +340,14 @@ def test_heads_of_workloads_fit_their_targets():
         assert result.exit_code == 0, result.output
         names = [each["name"] for each in json.loads(result.stdout)["weights"]]
         assert "draft head.fc.weight" in names
+
+
+def test_experts_of_several_ranks_are_not_counted():
+    """A step of one rank alone would wait for the others for ever."""
+    from types import SimpleNamespace
+
+    from reprise.bench.experts import count_experts_hit
+
+    runner = SimpleNamespace(model=SimpleNamespace(routed=True))
+    engine = SimpleNamespace(runner=runner, config=SimpleNamespace(tensor_parallel_size=2))
+    assert count_experts_hit(engine, [[1]]) is None
