@@ -202,8 +202,9 @@ def test_doctor_plans_a_million_tokens(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(json.dumps(FLASH))
     config = EngineConfig(
-        model=str(tmp_path), dtype="bfloat16", device="cpu", kv_cache_memory_bytes=8 << 30, **FP8
-    )
+        model=str(tmp_path), dtype="bfloat16", device="cpu", kv_cache_memory_bytes=9 << 30,
+        max_num_seqs=2, **FP8,
+    )  # fmt: skip
     report = memory_report(config, 640 << 30)
     longest = max(report.capacities, key=lambda each: each.tokens)
     assert (longest.tokens, longest.requests) == (1 << 20, 2)
