@@ -9,6 +9,46 @@ import numpy as np
 import torch
 
 Words = np.ndarray[Any, Any]
+FIRST = 16
+"""Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
+those come first."""
+
+
+class MaskRows:
+    """Room for the masks of a step.
+
+    Args:
+        rows: Most of them.
+        vocab_size: Of the logits.
+    """
+
+    def __init__(self, rows: int, vocab_size: int) -> None:
+        self.tensor = torch.empty((rows, -(-vocab_size // 32)), dtype=torch.int32)
+        self.words: Words = self.tensor.numpy()
+        """[M, ceil(V / 32)] int32, the same memory."""
+        self._bits = self.words.data
+        self._held: dict[int, list[tuple[int, int]]] = {}
+
+    def hold(self, row: int, others: Sequence[tuple[int, int]]) -> None:
+        """Allow some tokens only where nothing else is.
+
+        Args:
+            row: Which mask.
+            others: Of each word that has such tokens, its number and the bits of all others.
+        """
+        self._held[row] = [(word, self._bits[row, word]) for word, _ in others]
+        for word, free in others:
+            self._bits[row, word] &= free
+
+    def settle(self, count: int) -> Words:
+        """The first ``count`` masks, all of which allow something."""
+        found = self.words[:count]
+        for row in np.flatnonzero(~found[:, :FIRST].any(axis=1)).tolist():
+            for word, bits in self._held.get(row, ()) if not found[row].any() else ():
+                self._bits[row, word] = bits
+            if not found[row].any():
+                found[row] = -1
+        return found
 
 
 class Grammar:
@@ -42,9 +82,12 @@ class Grammar:
         self.num_tokens = 0
         """That it has taken."""
         self._min_tokens = min_tokens
-        tokens = np.array(sorted(held), dtype=np.int64)
-        self._held_words = tokens // 32
-        self._held_bits = (1 << (tokens % 32)).astype(np.uint32).view(np.int32)
+        words = sorted({token // 32 for token in held})
+        bits = np.zeros(len(words), dtype=np.uint32)
+        for token in held:
+            bits[words.index(token // 32)] |= np.uint32(1 << token % 32)
+        self._others = list(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
+        """Of each word of a mask that has such tokens, the bits of all others."""
 
     @property
     def ended(self) -> bool:
@@ -89,13 +132,14 @@ class Grammar:
                 self._begins = None
         self.num_tokens = known
 
-    def fill(self, words: Words, drafts: Sequence[int] = ()) -> int:
+    def fill(self, masks: MaskRows, begin: int, drafts: Sequence[int] = ()) -> int:
         """Write which tokens may come next, and which behind each of the drafts.
 
         Args:
-            words: [1 + K, ceil(V / 32)] int32, all ones. Rows that are of no account are left so:
-                behind a draft that the grammar refuses, behind its end, and where nothing may come,
-                whose token is refused whatever it is.
+            masks: Where to.
+            begin: Row for the next token; of those behind it each draft has one. All tokens may
+                come where the grammar has not begun, and, once the masks are settled, where nothing
+                may come: that token is refused whatever it is.
             drafts: Up to K tokens; -1 and what follows is none.
 
         Returns:
@@ -108,18 +152,14 @@ class Grammar:
             if self.ended:
                 break
             if self._begins is not None:
-                self._fill_row(words, filled)
+                self._fill_row(masks, begin + filled)
+            else:
+                masks.words[begin + filled] = -1
             filled += 1
         self._take_back(before)
         return filled
 
-    def _fill_row(self, words: Words, row: int) -> None:
-        found = words[row]
-        self._matcher.fill_next_token_bitmask(torch.from_numpy(words), row)
-        if self.num_tokens < self._min_tokens and len(self._held_words):
-            free = found.copy()
-            np.bitwise_and.at(free, self._held_words, ~self._held_bits)
-            if free.any():
-                found[:] = free
-        if not found.any():
-            found.fill(-1)
+    def _fill_row(self, masks: MaskRows, row: int) -> None:
+        self._matcher.fill_next_token_bitmask(masks.tensor, row)
+        if self.num_tokens < self._min_tokens:
+            masks.hold(row, self._others)

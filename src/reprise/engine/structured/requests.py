@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reprise.engine.structured.grammar import Grammar
+from reprise.engine.structured.grammar import Grammar, MaskRows
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
@@ -92,7 +92,7 @@ class Grammars:
         of all have ended."""
         rows: list[int] = []
         room = sum(1 + step.drafts[n] for n, each in enumerate(requests) if each in self._of)
-        words = np.full((room, -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        masks = MaskRows(room, self._vocab_size)
         begin = 0
         for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
             if not samples:
@@ -100,10 +100,10 @@ class Grammars:
             grammar = self._of.get(request)
             if grammar is not None and request.finish_reason is None:
                 ahead = self._drafts.get(request, ())[:drafts]
-                filled = grammar.fill(words[len(rows) :], ahead)
+                filled = grammar.fill(masks, len(rows), ahead)
                 rows += range(begin, begin + filled)
             begin += 1 + drafts
         if not rows:
             return None
         self.num_masks += len(rows)
-        return Masks(np.array(rows, dtype=np.int64), words[: len(rows)])
+        return Masks(np.array(rows, dtype=np.int64), masks.settle(len(rows)))
