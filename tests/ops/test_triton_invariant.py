@@ -58,9 +58,8 @@ def test_a_row_of_a_product(
     x, weight = make(150, inputs, dtype=dtype), make(outputs, inputs) * inputs**-0.5
     weight = weight.to(dtype)
     bias, residual = make(outputs, dtype=dtype), make(150, outputs, dtype=dtype)
-    config = shared_sums_kernel.config_of(x)
     wide = dtype is torch.float32
-    assert wide or shared_sums_kernel.parts_of(outputs, inputs, config, 2) == parts
+    assert shared_sums_kernel.parts_of(outputs, inputs, 2) == parts
     whole = triton_invariant.linear(x, weight, bias)
     error = (whole.float() - reference.linear(x, weight, bias).float()).abs().max()
     assert error < (1e-5 if wide else 0.04)
@@ -75,13 +74,17 @@ def test_a_row_of_a_product(
 
 
 def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
-    config = shared_sums_kernel._CONFIG
+    kernel = shared_sums_kernel
     for outputs, inputs in itertools.product((256, 1024, 4096, 24576), (64, 1024, 4096, 12288)):
-        parts = shared_sums_kernel.parts_of(outputs, inputs, config, 132)
-        steps = inputs // config.block_k
-        assert steps % parts == 0
-        assert parts == 1 or steps // parts >= 4
-        assert parts * -(-outputs // config.block_n) <= max(132, -(-outputs // config.block_n))
+        parts = kernel.parts_of(outputs, inputs, 132)
+        assert -(-inputs // kernel._UNIT) % parts == 0
+        assert parts * -(-outputs // kernel._TILE) <= max(3 * 132, -(-outputs // kernel._TILE))
+        for rows in (1, 8, 9, 65, 129, 4096):
+            for dtype in (torch.bfloat16, torch.float32):
+                config = kernel.config_of(rows, outputs, parts, 132, dtype)
+                assert config.rows >= rows or kernel._UNIT // config.block_k >= 4
+                assert kernel._UNIT % config.block_k == 0
+                assert parts == 1 or config is not kernel._LARGE
 
 
 class Attention:

@@ -1,11 +1,13 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
 """Matrix products in Triton whose bits of a row depend on that row alone.
 
-One size of tile, and with it one instruction of the matrix units, for any number of rows. The
-inputs are taken in as many parts as the weight's shape asks for; each part is summed from zero, and
-the parts are added in their order. Whether one program does so after another, or several programs
-at once of which the last one adds, is decided by the number of rows and changes no bit: few tiles
-do not occupy a device, and of many the parts would be much to write and read again.
+The inputs are taken in as many parts as the weight's shape asks for; each part is summed from zero,
+input after input, and the parts are added in their order. Whether one program does so after another,
+or several programs at once of which the last one adds, is decided by the number of rows and changes
+no bit: few tiles do not occupy a device, and of many the parts would be much to write and read again.
+
+The weight is the first operand of the matrix units, so tiles of few rows and of many differ in one
+thing: in how many columns an instruction has. Each column is a sum of its own.
 """
 
 from __future__ import annotations
@@ -26,44 +28,77 @@ from reprise.ops.triton_util import (
     cdiv,
     depend,
     dot,
+    ended,
+    fetch,
     launch,
     launch_options,
+    let_next_start,
     limits,
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of all launches for weights of one dtype."""
+    """Sizes of one launch."""
 
-    block_n: int
-    """Rows of the weight that a tile takes; with an activation one half are gates."""
     rows: int
     """Of ``x`` in a tile."""
+    block_n: int
+    """Rows of the weight that a tile takes; with an activation one half are gates."""
     block_k: int
     """Inputs of one step of the inner loop."""
     num_stages: int
     """At most: fewer where shared memory holds fewer tiles of both operands."""
     num_warps: int
+    late: bool = False
+    """``x`` is read when it is needed, behind the first weights: see :mod:`few_rows_kernel`."""
 
 
-_CONFIG = Config(128, 64, 64, 4, 4)
-_WIDE = Config(64, 16, 32, 3, 4)
+_FEW = (
+    Config(8, 64, 256, 3, 4, late=True),
+    Config(16, 64, 128, 4, 4),
+    Config(32, 64, 128, 3, 4),
+    Config(64, 64, 64, 4, 4),
+)
+"""For as many rows: bound by the bandwidth at which weights arrive."""
+_MANY = Config(128, 128, 64, 3, 8)
+_LARGE = Config(256, 128, 64, 4, 8)
+"""Where there are enough tiles. No registers are left to add parts in."""
+_ENOUGH_TILES = 2
+"""On a multiprocessor."""
+_WIDE = Config(16, 64, 32, 3, 4)
 """For float32, which the matrix units do not take."""
-_LEAST_STEPS = 4
-"""Of a part. A compiler may add the product of a single step to the sum of the parts before it."""
-
-
-def config_of(x: Tensor) -> Config:
-    return _WIDE if x.dtype is torch.float32 else _CONFIG
+_UNIT = 256
+"""Inputs: parts are multiples of it. A compiler may add the product of a single step to the sum of
+the parts before it, so a part has several steps where one program takes all."""
+_PROGRAMS = 3
+"""On a multiprocessor, to aim at for few rows."""
+_TILE = 64
+"""Rows of the weight in a tile of few rows."""
+_FETCHED = 256
+"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
 
 
 @functools.cache
-def parts_of(outputs: int, inputs: int, config: Config, multiprocessors: int) -> int:
-    """Parts of the inputs: as many as let one tile of rows occupy the device."""
-    steps = cdiv(inputs, config.block_k)
-    most = min(multiprocessors // cdiv(outputs, config.block_n), steps // _LEAST_STEPS)
-    return max((n for n in range(1, most + 1) if steps % n == 0), default=1)
+def parts_of(outputs: int, inputs: int, multiprocessors: int) -> int:
+    """Parts of the inputs: as many as let few rows occupy the device."""
+    units = cdiv(inputs, _UNIT)
+    most = min(units, _PROGRAMS * multiprocessors // cdiv(outputs, _TILE))
+    return max((n for n in range(1, most + 1) if units % n == 0), default=1)
+
+
+@functools.cache
+def config_of(
+    rows: int, outputs: int, parts: int, multiprocessors: int, dtype: torch.dtype
+) -> Config:
+    """Sizes for so many rows."""
+    if dtype is torch.float32:
+        return _WIDE
+    few = next((each for each in _FEW if rows <= each.rows), None)
+    if few is not None:
+        return few
+    tiles = cdiv(rows, _LARGE.rows) * cdiv(outputs, _LARGE.block_n)
+    return _LARGE if parts == 1 and tiles >= _ENOUGH_TILES * multiprocessors else _MANY
 
 
 def launch_product(
@@ -92,10 +127,11 @@ def launch_product(
     if x.stride(1) != 1:
         x = x.contiguous()
     weight = weight.contiguous()
-    config, device = config_of(x), limits(x.device)
-    parts = parts_of(weight.shape[0], inputs, config, device.multiprocessors)
-    tiles = cdiv(rows, config.rows) * cdiv(weight.shape[0], config.block_n)
-    shared = parts > 1 and tiles <= device.multiprocessors
+    outputs, device = weight.shape[0], limits(x.device)
+    parts = parts_of(outputs, inputs, device.multiprocessors)
+    config = config_of(rows, outputs, parts, device.multiprocessors, x.dtype)
+    tiles = cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
+    shared = parts > 1 and (rows <= config.rows or 2 * tiles <= device.multiprocessors)
     splits = parts if shared else 1
     partial = out
     if shared:
@@ -118,7 +154,10 @@ def launch_product(
         GATED=gated,
         PARTS=parts,
         SHARED=shared,
+        UNIT=_UNIT,
         WIDEN=INTERPRETED,
+        LATE=config.late,
+        FETCHED=_FETCHED if rows <= config.rows else 0,
         ROWS=config.rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -127,6 +166,37 @@ def launch_product(
         **APART,
         **launch_options(),
     )
+
+
+@triton.jit
+def _sum_of(
+    x_ptr, weight_ptr, begin, real_row, real_feature, INPUTS: tl.constexpr, SHARE: tl.constexpr,
+    LATE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The product of SHARE inputs from ``begin``: [BLOCK_N, ROWS] float32.
+
+    x_ptr: [BLOCK_K, ROWS]; weight_ptr: [BLOCK_N, BLOCK_K], both of input 0."""
+    k = begin + tl.arange(0, BLOCK_K)
+    x_ptr += begin
+    weight_ptr += begin
+    ONCE: tl.constexpr = "evict_first" if LATE else ""
+    acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    for start in range(0, SHARE, BLOCK_K):
+        inside = real_feature
+        x_inside = real_row
+        if INPUTS % BLOCK_K != 0:
+            inside = real_feature & (start + k < INPUTS)[None, :]
+            x_inside = real_row & (start + k < INPUTS)[:, None]
+        weight = tl.load(weight_ptr + start, mask=inside, other=0.0, eviction_policy=ONCE)
+        if LATE:
+            x = tl.zeros([BLOCK_K, ROWS], dtype=weight.dtype)
+            if ended(EARLY):
+                x = tl.load(x_ptr + start, mask=x_inside, other=0.0)
+        else:
+            x = tl.load(x_ptr + start, mask=x_inside, other=0.0)
+        acc = dot(weight, x, acc, WIDEN)
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -146,7 +216,10 @@ def shared_sums_kernel(
     GATED: tl.constexpr,
     PARTS: tl.constexpr,
     SHARED: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDEN: tl.constexpr,
+    LATE: tl.constexpr,
+    FETCHED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -167,28 +240,34 @@ def shared_sums_kernel(
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
-    STEPS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
-    SHARE: tl.constexpr = STEPS // PARTS * BLOCK_K
+    SHARE: tl.constexpr = (INPUTS + UNIT - 1) // UNIT // PARTS * UNIT
     k = tl.arange(0, BLOCK_K)
     real_row = (row < rows)[None, :]
     real_feature = (feature < features)[:, None]
+    first_ptr = weight_ptr
     x_ptr += row.to(tl.int64)[None, :] * x_stride + k[:, None]
     weight_ptr += n.to(tl.int64)[:, None] * INPUTS + k[None, :]
-    depend(EARLY)
+    if LATE:
+        let_next_start(EARLY)
+    else:
+        if FETCHED > 0:
+            real_n = tl.minimum(n, features * (BLOCK_N // WIDTH) - 1).to(tl.int64)[:, None]
+            line = split * SHARE + tl.arange(0, FETCHED // 64)[None, :] * 64  # of 128 bytes
+            fetch(first_ptr + real_n * INPUTS + tl.minimum(line, INPUTS - 1), EARLY)
+        depend(EARLY)
 
-    total = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
-    for part in range(split, split + PARTS // SPLITS):
-        acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
-        for start in range(part * SHARE, part * SHARE + SHARE, BLOCK_K):
-            if INPUTS % BLOCK_K == 0:
-                weight = tl.load(weight_ptr + start, mask=real_feature, other=0.0)
-                x = tl.load(x_ptr + start, mask=real_row, other=0.0)
-            else:
-                some = start + k < INPUTS
-                weight = tl.load(weight_ptr + start, mask=real_feature & some[None, :], other=0.0)
-                x = tl.load(x_ptr + start, mask=real_row & some[:, None], other=0.0)
-            acc = dot(weight, x, acc, WIDEN)
-        total += acc
+    if SPLITS == PARTS:
+        total = _sum_of(
+            x_ptr, weight_ptr, split * SHARE, real_row, real_feature, INPUTS, SHARE,
+            LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+        for part in range(PARTS):
+            total += _sum_of(
+                x_ptr, weight_ptr, part * SHARE, real_row, real_feature, INPUTS, SHARE,
+                LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
+            )  # fmt: skip
     total, last = summed(total, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
         first = tile // row_tiles * WIDTH

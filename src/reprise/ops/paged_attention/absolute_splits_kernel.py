@@ -78,10 +78,12 @@ def bind(*args, **kwargs) -> Callable[[], None]:
     codes = call.key_scales is not None
     config = steady_config(group, head_size, call.query.element_size(), device, codes)
     block_q = config.block_m // group
-    # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough.
-    tiles = cdiv(tokens, block_q) + requests
+    uniform = 0 < call.query_len <= block_q
+    # Request r's tiles start at query_start_loc[r] // block_q + r, which leaves each enough; where
+    # all have the same few tokens, it is tile r.
+    tiles = requests if uniform else cdiv(tokens, block_q) + requests
     splits = cdiv(call.block_tables.shape[1] * block_size, SPLIT)
-    parts = parts_of(tiles * kv_heads, splits, device)
+    parts = parts_of(max(1, tiles * kv_heads), splits, device)
     options = call.options(config)
     # Of a tile, the rows that are of tokens.
     rows = min(call.query_len * group, config.block_m) or config.block_m
@@ -96,8 +98,8 @@ def bind(*args, **kwargs) -> Callable[[], None]:
         splits, *call.strides_and_numbers(),
     )  # fmt: skip
     options |= {
-        "GROUP": group, "BLOCK_Q": block_q, "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows,
-        **APART,
+        "GROUP": group, "BLOCK_Q": block_q, "QUERY_LEN": call.query_len if uniform else 0,
+        "CLEAR": not uniform, "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows, **APART,
     }  # fmt: skip
     grid = (tiles * kv_heads * parts,)
     run = launch(absolute_splits_kernel, grid)(*args, **options)
@@ -156,6 +158,8 @@ def absolute_splits_kernel(
     CAPPED: tl.constexpr,
     WIDEN: tl.constexpr,
     PTX: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    CLEAR: tl.constexpr,
     SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -184,9 +188,19 @@ def absolute_splits_kernel(
 
     covered = tl.load(starts_ptr + requests)
     depend(EARLY)
-    if tile >= covered // BLOCK_Q + requests:
+    first_token = 0
+    if QUERY_LEN > 0:
+        request = tile
+        begin = tl.load(starts_ptr + request)
+        new = tl.load(starts_ptr + request + 1) - begin
+        target = covered + request * QUERY_LEN + token
+        behind = (token < QUERY_LEN) & (target < tokens)
+        nobodys = covered + request * QUERY_LEN < tokens
+    else:
         target = (tile - requests) * BLOCK_Q + token
         behind = (token < BLOCK_Q) & (target >= covered) & (target < tokens)
+        nobodys = tile >= covered // BLOCK_Q + requests
+    if nobodys:
         offset = target.to(tl.int64) * out_stride + head * out_head_stride
         nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
         tl.store(
@@ -194,21 +208,22 @@ def absolute_splits_kernel(
             nothing,
             mask=behind[:, None] & real_channel,
         )
-        return
-
-    # Binary search for the last request whose first tile is not behind this one.
-    request = 0
-    too_far = requests
-    while request + 1 < too_far:
-        middle = (request + too_far) // 2
-        if tl.load(starts_ptr + middle) // BLOCK_Q + middle <= tile:
-            request = middle
-        else:
-            too_far = middle
-    begin = tl.load(starts_ptr + request)
-    new = tl.load(starts_ptr + request + 1) - begin
-    first_token = (tile - begin // BLOCK_Q - request) * BLOCK_Q
-    token += first_token
+    if QUERY_LEN == 0:
+        if nobodys:
+            return
+        # Binary search for the last request whose first tile is not behind this one.
+        request = 0
+        too_far = requests
+        while request + 1 < too_far:
+            middle = (request + too_far) // 2
+            if tl.load(starts_ptr + middle) // BLOCK_Q + middle <= tile:
+                request = middle
+            else:
+                too_far = middle
+        begin = tl.load(starts_ptr + request)
+        new = tl.load(starts_ptr + request + 1) - begin
+        first_token = (tile - begin // BLOCK_Q - request) * BLOCK_Q
+        token += first_token
     if first_token >= new:
         return
     length = tl.load(seq_lens_ptr + request)
@@ -241,14 +256,27 @@ def absolute_splits_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     total_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    if part >= end_split - first_split:
+        return
     for split in range(first_split + part, end_split, PARTS):
         left = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
         right = tl.minimum(end_key, split * SPLIT + SPLIT)
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        if CLEAR and not WINDOWED:
+            # What a mask would leave as it is needs none: up to the first token's position.
+            clear = tl.maximum(left, tl.minimum(right, (first_position + 1) // BLOCK_N * BLOCK_N))
+            block = blocks(table_ptr, left, lowest, clear, BLOCK_SIZE, BLOCK_N)
+            acc, row_sum, row_max = attend(
+                acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
+                table_ptr, block, left, clear, lowest, position,
+                block_stride, slot_stride, scale_block_stride,
+                scale, soft_cap, window,
+                HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, False, WIDEN, PTX, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            left = clear
         block = blocks(table_ptr, left, lowest, right, BLOCK_SIZE, BLOCK_N)
-        # Masked everywhere: one code for a key, whatever part of the tile sees it.
         acc, row_sum, row_max = attend(
             acc, row_sum, row_max, query, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr,
             table_ptr, block, left, right, lowest, position,
@@ -256,19 +284,22 @@ def absolute_splits_kernel(
             scale, soft_cap, window,
             HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        if PARTS == 1:
-            total, total_sum, total_max = _merged(
-                total, total_sum, total_max, acc, row_sum, row_max
-            )
-        else:
-            mine = partial_ptr + tl.cast(split, tl.int64) * SIZE
-            tl.store(mine + within, acc, mask=used[:, None])
-            tl.store(mine + KEPT * BLOCK_D + row, row_sum, mask=used)
-            tl.store(mine + KEPT * (BLOCK_D + 1) + row, row_max, mask=used)
-    last = True
+        total, total_sum, total_max = _merged(total, total_sum, total_max, acc, row_sum, row_max)
+        if PARTS > 1:
+            if end_split - first_split > 1:
+                mine = partial_ptr + tl.cast(split, tl.int64) * SIZE
+                tl.store(mine + within, acc, mask=used[:, None])
+                tl.store(mine + KEPT * BLOCK_D + row, row_sum, mask=used)
+                tl.store(mine + KEPT * (BLOCK_D + 1) + row, row_max, mask=used)
+    sharers = tl.minimum(PARTS, end_split - first_split)
+    last = sharers > 0
     if PARTS > 1:
-        last = is_last(arrivals_ptr + number, PARTS)
-        if last:
+        if end_split - first_split > 1:
+            last = is_last(arrivals_ptr + number, sharers)
+        if last and end_split - first_split > 1:
+            total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+            total_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
             for split in range(first_split, end_split):
                 # Just written: the nearest cache may hold older values.
                 its = partial_ptr + tl.cast(split, tl.int64) * SIZE
