@@ -37,6 +37,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
     },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], **DENSE,
+        "num_hidden_layers": 4, "full_attention_interval": 2, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6, "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        },
+    },
 }  # fmt: skip
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 ENGINES: dict[str, dict[str, Any]] = {

@@ -213,11 +213,6 @@ class EngineConfig:
                 "distributed_executor_backend='ray' is not supported: spread experts over "
                 "tensor_parallel_size, or use 'mp'"
             )
-        if self.batch_invariant and self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"batch_invariant=True with tensor_parallel_size={self.tensor_parallel_size} is "
-                "not supported: sums over ranks depend on their sizes; give one of them"
-            )
         if not self.custom_all_reduce:
             for op, name in self.ops.items():
                 if name == "triton" and op in ("all_reduce", "all_reduce_add"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reprise.ops.implementation import Accepts, Requirement
 from reprise.ops.registry import Op, needs_triton, op
+from reprise.ops.rms_norm.accepts import sums_alone
 from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.ops.silu_and_mul.reference import reference as silu_and_mul
 
@@ -32,6 +33,7 @@ def declare(
     cases: ModuleType,
     plain: Mapping[str, Plain],
     accepts: Accepts,
+    invariant: Mapping[str, Requirement],
 ) -> tuple[Op, Op, Op, Op]:
     """``KIND_linear``, ``KIND_norm_linear``, ``KIND_norm_gated_linear`` and ``KIND_linear_add``.
 
@@ -45,6 +47,8 @@ def declare(
         plain: By the implementation's name.
         accepts: Of the implementations in Triton, which the module ``triton`` beside the reference
             has by the ops' names.
+        invariant: Implementations whose bits of a row depend on that row alone, and where they run;
+            modules beside the reference, as ``triton``.
     """
 
     def one(name: str, around: Callable[[Product], Callable[..., Any]], *mutates: str) -> Op:
@@ -53,6 +57,7 @@ def declare(
             getattr(reference, name),
             cases=getattr(cases, name),
             mutates=mutates,
+            rows=("x", *mutates),
             fake=getattr(reference, f"fake_{name}", None),
         )
         for which, each in plain.items():
@@ -60,6 +65,12 @@ def declare(
             declared.implementation(which, computes, requires=each.requires, accepts=each.accepts)
         target = f"{reference.__package__}.triton:{name}"
         declared.implementation("triton", target, requires=needs_triton, accepts=accepts)
+        for which, requires in invariant.items():
+            takes = accepts if requires is needs_triton else sums_alone
+            declared.implementation(
+                which, f"{reference.__package__}.{which}:{name}", requires=requires,
+                accepts=takes, batch_invariant=True,
+            )  # fmt: skip
         return declared
 
     return (

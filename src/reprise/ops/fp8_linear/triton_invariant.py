@@ -1,0 +1,66 @@
+"""Products of eight bits in Triton whose bits of a row depend on that row alone: programs share a
+tile as the weight's shape asks for, whatever the number of rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reprise.ops.fp8_linear.product_kernel import launch_product
+from reprise.ops.fp8_linear.quantise_kernel import quantise
+from reprise.ops.registry import active_platform
+
+_MOST_ROWS = 1024
+"""Of a launch: programs leave their sums of a tile for each other."""
+
+
+def fp8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
+) -> Tensor:
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _launch(x, None, 0.0, weight, scale, bias, block_n, block_k, out)
+    return out
+
+
+def fp8_norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor,
+    bias: Tensor | None, block_n: int, block_k: int,
+) -> Tensor:  # fmt: skip
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _launch(x, norm_weight, eps, weight, scale, bias, block_n, block_k, out)
+    return out
+
+
+def fp8_norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor,
+    bias: Tensor | None, block_n: int, block_k: int,
+) -> Tensor:  # fmt: skip
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    _launch(x, norm_weight, eps, weight, scale, bias, block_n, block_k, out, gated=True)
+    return out
+
+
+def fp8_linear_add(
+    x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    block_n: int, block_k: int,
+) -> None:  # fmt: skip
+    """Shapes as in the reference."""
+    _launch(x, None, 0.0, weight, scale, bias, block_n, block_k, residual, add=True)
+
+
+def _launch(
+    x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, scale: Tensor,
+    bias: Tensor | None, block_n: int, block_k: int, out: Tensor, *, add: bool = False,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    platform = active_platform()
+    native = platform is not None and platform.multiplies_fp8
+    for begin in range(0, len(x), _MOST_ROWS):
+        some = slice(begin, begin + _MOST_ROWS)
+        numbers, scales = quantise(x[some], block_k, native, norm_weight, eps)
+        launch_product(
+            numbers, scales, weight, scale, bias, out[some], block_n,
+            add=add, gated=gated, steady=True,
+        )  # fmt: skip
