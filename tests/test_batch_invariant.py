@@ -10,6 +10,7 @@ import torch
 from draft_heads import write_head
 from helpers import HYBRIDS, TinyModel, TinyModels, make_llm
 from matrix import CHECKPOINT, ahead_of_its_tokens
+from quantized import quantized
 
 from reprise.doctor import compositions
 from reprise.layers import gated_delta
@@ -94,15 +95,19 @@ def watched(
     count: int,
     *,
     kinds: int = 24,
-    invariant: bool = True,
+    method: str | None = None,
+    **both: Any,
 ) -> compositions.Found:
-    """``kinds``: requests that batches are made of."""
+    """``kinds``: requests that batches are made of; ``method``: of weights of fewer bits; ``both``:
+    options of both engines."""
     model = tiny(family, **FAMILIES[family])
+    if method is not None:
+        model = quantized(model, method)
     options = dict(ENGINES[engine])
     ahead = options.pop("ahead", False)
     numbers = {name: options[name] for name in ("dtype", "kv_cache_dtype") if name in options}
-    common = {"batch_invariant": invariant, "block_size": 8, "max_num_seqs": 6,
-              "num_blocks": 400}  # fmt: skip
+    common = {"batch_invariant": True, "block_size": 8, "max_num_seqs": 6, "num_blocks": 400,
+              **both}  # fmt: skip
     plain = make_llm(model, device, **{**common, **numbers, "enable_prefix_caching": False})
     subjects = compositions.make_subjects(plain.engine.vocab_size, LONGEST, kinds)
     expected = compositions.alone(plain, subjects)
@@ -161,8 +166,23 @@ def test_so_it_is_with_another_number_of_threads(
     agree(watched(tiny, device, family, "eager, chunks", 40, kinds=6), 40)
 
 
+@pytest.mark.parametrize("method", ["fp8", "awq"])
+def test_so_it_is_with_weights_of_fewer_bits(tiny: TinyModels, device: str, method: str) -> None:
+    agree(watched(tiny, device, "llama", "eager, chunks", 40, kinds=4, method=method), 40)
+
+
+@pytest.mark.long
+def test_so_it_is_on_two_ranks(tiny: TinyModels, device: str) -> None:
+    """Each answer's bits are those of its request alone on as many ranks."""
+    if device != "cpu":
+        pytest.skip("these ranks share a CPU")
+    ranks = {"tensor_parallel_size": 2}
+    for engine in ("eager, chunks", "full graphs, drafts"):
+        agree(watched(tiny, device, "qwen3_moe", engine, 60, kinds=8, **ranks), 60)
+
+
 def test_without_the_option_bits_depend_on_the_batch(tiny: TinyModels, device: str) -> None:
     """The comparison sees it where it is so: products of one row and of several are summed in
     other orders by any BLAS that is worth its name."""
-    found = watched(tiny, device, "llama", "eager, chunks", 60, kinds=6, invariant=False)
+    found = watched(tiny, device, "llama", "eager, chunks", 60, kinds=6, batch_invariant=False)
     assert found.wrong

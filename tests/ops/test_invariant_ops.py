@@ -171,10 +171,20 @@ def test_a_model_that_needs_other_ops_is_refused_by_their_names() -> None:
         make_llm(MODELS / "compressed", "cpu", load_format="dummy", batch_invariant=True)
 
 
-def test_ranks_are_refused_and_values_checked() -> None:
+def test_the_log_says_what_computes(
+    tiny: TinyModels, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="reprise"):
+        llm = make_llm(tiny("qwen3"), device, batch_invariant=True)
+    (line,) = [each.message for each in caplog.records if "bits of a row" in each.message]
+    for op in ("norm_linear", "paged_attention", "sample"):
+        name = llm.engine.runner.ops.chosen[op].name
+        (computes,) = [each for each in line.split("; ") if f"{name} computes" in each]
+        assert op in computes
+
+
+def test_values_are_checked() -> None:
     from reprise.config import EngineConfig
 
-    with pytest.raises(ConfigError, match="batch_invariant=True with tensor_parallel_size=2"):
-        EngineConfig(batch_invariant=True, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="batch_invariant='yes' must be True or False"):
         EngineConfig(batch_invariant="yes")  # type: ignore[arg-type]

@@ -73,6 +73,69 @@ def test_a_row_of_a_product(
         assert torch.equal(again, added[some])
 
 
+@pytest.mark.parametrize("rows", [1, 9, 17, 33, 65, 300])
+def test_every_size_of_tile_computes_the_product(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Of whole numbers, whose sums are exact in any order."""
+    kernel = shared_sums_kernel
+    config = kernel.config_of(rows, 128, 1, 2, torch.bfloat16)
+    monkeypatch.setattr(kernel, "_INTERPRETER", config)
+    for outputs, inputs in ((70, 512), (130, 90)):
+        x, weight = (make(n, inputs).mul(3).round().bfloat16() for n in (rows, outputs))
+        out = torch.ones(rows, outputs)
+        kernel.launch_product(x, weight, None, out, add=True)
+        assert torch.equal(out, 1 + x.float() @ weight.float().t())
+
+
+def test_a_row_of_a_product_of_fewer_bits(make: Callable[..., Tensor]) -> None:
+    x, norm = make(150, 256, dtype=torch.bfloat16), make(256, dtype=torch.bfloat16)
+    eight = (make(144, 256).to(torch.float8_e4m3fn), make(2, 2).abs(), None, 128, 128)
+    words = torch.randint(1 << 31, (144, 32), generator=torch.Generator().manual_seed(1))
+    scales = (make(144, 2, dtype=torch.bfloat16).abs(), None, None, 128)
+    four = (words.to(torch.int32), *scales)
+    for kind, weight in (("fp8", eight), ("w4", four)):
+        for name in ("norm_gated_linear", "linear_add"):
+            op = getattr(ops, f"{kind}_{name}")
+            compute = op.implementations["triton_invariant"].function
+            results = {}
+            for rows in (150, 1, 17, 70):
+                some = x[150 - rows :]
+                if name == "linear_add":
+                    found = torch.zeros(rows, 144, dtype=x.dtype)
+                    compute(some, found, *weight)
+                else:
+                    found = compute(some, *((norm, 1e-6) if "norm" in name else ()), *weight)
+                results[rows] = found
+                assert torch.equal(found, results[150][150 - rows :]), (op.name, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(4096, 4096), (6144, 1024), (1024, 3072), (24576, 512), (300, 1000)]
+)
+def test_a_row_of_a_product_on_a_device(
+    device: str, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    """Of numbers whose products cancel, so that every other order of a sum leaves something else,
+    in every size of tile."""
+    if device == "cpu":
+        pytest.skip("a device's own instructions are compared")
+    torch.manual_seed(outputs)
+    order = torch.randperm(inputs, device=device)
+    half = torch.randn(2600, inputs // 2, device=device)
+    x = torch.cat((half, -half), dim=1)[:, order].to(dtype).contiguous()
+    some = torch.randn(outputs, inputs // 2, device=device)
+    weight = torch.cat((some, some), dim=1)[:, order].to(dtype).contiguous()
+    results = {}
+    for rows in (2600, 1, 8, 9, 17, 33, 65, 128, 129, 300, 700):
+        out = torch.empty(rows, outputs, device=device)
+        shared_sums_kernel.launch_product(x[2600 - rows :], weight, None, out)
+        results[rows] = out
+        assert torch.equal(out, results[2600][2600 - rows :]), rows
+    assert results[2600].abs().max() > 0
+
+
 def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
     kernel = shared_sums_kernel
     for outputs, inputs in itertools.product((256, 1024, 4096, 24576), (64, 1024, 4096, 12288)):

@@ -79,16 +79,26 @@ def compile_ahead(
     return len(known)
 
 
-def refused_calls(table: OpTable, passes: Iterable[Callable[[], Any]]) -> list[str]:
-    """The ops of which the table has no batch-invariant implementation for some call of these
-    passes, which are run without computing: each once, with the reason where there is one."""
+def called(
+    table: OpTable, passes: Iterable[Callable[[], Any]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """What computes these passes, which are run without computing.
+
+    Returns:
+        The names of implementations, and of the ops that they compute; and the ops of which the
+        table has no batch-invariant implementation for some call, each once, with the reason where
+        there is one.
+    """
     reasons: dict[str, None] = {}
+    chosen: dict[str, list[str]] = {}
 
     def note(
         op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
-            table.implementation_of(op, args, kwargs)
+            computes = chosen.setdefault(table.implementation_of(op, args, kwargs).name, [])
+            if op.name not in computes:
+                computes.append(op.name)
         except OpError as error:
             text = str(error).removeprefix(NOT_INVARIANT)
             reasons[text.removesuffix(f" on {table.platform.name}")] = None
@@ -97,7 +107,7 @@ def refused_calls(table: OpTable, passes: Iterable[Callable[[], Any]]) -> list[s
     with table.computing(), intercept(note):
         for each in passes:
             each()
-    return list(reasons)
+    return chosen, list(reasons)
 
 
 def wake_compiler(platform: Platform) -> None:

@@ -13,7 +13,7 @@ from reprise.errors import ModelError, describe
 from reprise.graphs import Guard, parse_verify
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
-from reprise.ops.ahead import compile_ahead, refused_calls
+from reprise.ops.ahead import called, compile_ahead
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts import Drafter
@@ -64,14 +64,17 @@ class Examples:
 
     def refuse_what_varies(self) -> None:
         """Raise a ModelError if the model calls what has no batch-invariant implementation."""
-        reasons = refused_calls(self._ops, [*self._passes(), self._rest])
+        chosen, reasons = called(self._ops, [*self._passes(), self._rest])
         if reasons:
             raise ModelError(
                 f"batch_invariant=True: this model needs ops that have no batch-invariant "
                 f"implementation on {self._platform.name}: {', '.join(reasons)}; leave the option "
                 "out ('reprise doctor ops' shows which ops have one)"
             )
-        logger.info("batch_invariant: bits of a row depend on no other, in all ops of the model")
+        logger.info(
+            "batch_invariant: bits of a row depend on no other, in all ops of the model: %s",
+            "; ".join(f"{name} computes {', '.join(ops)}" for name, ops in chosen.items()),
+        )
 
     def _passes(self) -> list[Callable[[], Tensor]]:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""

@@ -68,6 +68,8 @@ _ENOUGH_TILES = 2
 """On a multiprocessor."""
 _WIDE = Config(16, 64, 32, 3, 4)
 """For float32, which the matrix units do not take."""
+_INTERPRETER = Config(64, 128, 64, 1, 4)
+"""Whose products are a library's, with an order of sums for each size of tile."""
 _UNIT = 256
 """Inputs: parts are multiples of it. A compiler may add the product of a single step to the sum of
 the parts before it, so a part has several steps where one program takes all."""
@@ -130,6 +132,8 @@ def launch_product(
     outputs, device = weight.shape[0], limits(x.device)
     parts = parts_of(outputs, inputs, device.multiprocessors)
     config = config_of(rows, outputs, parts, device.multiprocessors, x.dtype)
+    if INTERPRETED and x.dtype is not torch.float32:
+        config = _INTERPRETER
     tiles = cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
     shared = parts > 1 and (rows <= config.rows or 2 * tiles <= device.multiprocessors)
     splits = parts if shared else 1
