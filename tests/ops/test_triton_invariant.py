@@ -50,7 +50,9 @@ def make(device: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("outputs", "inputs", "parts"), [(70, 512, 2), (130, 90, 1)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "parts"), [(70, 512, 2), (130, 90, 1), (96, 64, 1), (70, 480, 2)]
+)
 def test_a_row_of_a_product(
     make: Callable[..., Tensor], outputs: int, inputs: int, parts: int, dtype: torch.dtype
 ) -> None:
@@ -59,7 +61,7 @@ def test_a_row_of_a_product(
     weight = weight.to(dtype)
     bias, residual = make(outputs, dtype=dtype), make(150, outputs, dtype=dtype)
     wide = dtype is torch.float32
-    assert shared_sums_kernel.parts_of(outputs, inputs, 2) == parts
+    assert shared_sums_kernel.parts_of(outputs, inputs, 4) == parts
     whole = triton_invariant.linear(x, weight, bias)
     error = (whole.float() - reference.linear(x, weight, bias).float()).abs().max()
     assert error < (1e-5 if wide else 0.04)
@@ -81,7 +83,7 @@ def test_every_size_of_tile_computes_the_product(
     kernel = shared_sums_kernel
     config = kernel.config_of(rows, 128, 1, 2, torch.bfloat16)
     monkeypatch.setattr(kernel, "_INTERPRETER", config)
-    for outputs, inputs in ((70, 512), (130, 90)):
+    for outputs, inputs in ((70, 512), (130, 90), (96, 64), (70, 480)):
         x, weight = (make(n, inputs).mul(3).round().bfloat16() for n in (rows, outputs))
         out = torch.ones(rows, outputs)
         kernel.launch_product(x, weight, None, out, add=True)
@@ -141,13 +143,11 @@ def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
     for outputs, inputs in itertools.product((256, 1024, 4096, 24576), (64, 1024, 4096, 12288)):
         parts = kernel.parts_of(outputs, inputs, 132)
         assert -(-inputs // kernel._UNIT) % parts == 0
-        assert parts * -(-outputs // kernel._TILE) <= max(3 * 132, -(-outputs // kernel._TILE))
+        assert parts * -(-outputs // kernel._TILE) <= max(132, -(-outputs // kernel._TILE))
         for rows in (1, 8, 9, 65, 129, 4096):
             for dtype in (torch.bfloat16, torch.float32):
                 config = kernel.config_of(rows, outputs, parts, 132, dtype)
-                assert config.rows >= rows or kernel._UNIT // config.block_k >= 4
                 assert kernel._UNIT % config.block_k == 0
-                assert parts == 1 or config is not kernel._LARGE
 
 
 class Attention:
@@ -190,6 +190,7 @@ def test_attention_of_a_token(
     cap: float,
 ) -> None:
     """Decodes, drafts and chunks that end before, at and behind the border of a split."""
+    monkeypatch.setattr(attention, "SPLIT", 256)
     case = Attention(make, dtype, window, cap)
     whole = case.run(attention.paged_attention, 240, 300, 0, 0)
     exact = case.run(exact_attention, 240, 300, 0, 0)

@@ -18,7 +18,7 @@ from reprise.ops import Op, all_ops
 from reprise.ops.cases import Arguments
 from reprise.ops.implementation import Implementation
 
-SIZES = (2, 3, 5, 16, 17, 33, 64, 129, 300)
+SIZES = (2, 3, 5, 16, 17, 33, 64)
 """Rows of the batches that are tried, beside all of a case in disorder."""
 
 

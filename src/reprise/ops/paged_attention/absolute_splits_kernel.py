@@ -33,7 +33,7 @@ from reprise.ops.triton_util import (
     next_power_of_2,
 )
 
-SPLIT = 256
+SPLIT = 512
 """Keys."""
 _MOST_PARTS = 64
 """Programs that share a tile."""
@@ -88,18 +88,17 @@ def bind(*args, **kwargs) -> Callable[[], None]:
     # Of a tile, the rows that are of tokens.
     rows = min(call.query_len * group, config.block_m) or config.block_m
     kept = tiles * kv_heads * splits * rows * (options["BLOCK_D"] + 2)
-    partial = call.out
-    if 4 * kept > _MOST_KEPT:
-        parts = 1
-    if parts > 1:
-        partial = call.query.new_empty(kept, dtype=torch.float32)
+    # What is left to be merged waits in registers only where it would be much to keep.
+    keeps = 4 * kept > _MOST_KEPT or (parts == 1 and not uniform)
+    parts = 1 if keeps else parts
+    partial = call.out if keeps else call.query.new_empty(kept, dtype=torch.float32)
     args = (
         *call.tensors(), partial, arrivals(tiles * kv_heads, call.query.device), tokens, requests,
         splits, *call.strides_and_numbers(),
     )  # fmt: skip
     options |= {
         "GROUP": group, "BLOCK_Q": block_q, "QUERY_LEN": call.query_len if uniform else 0,
-        "CLEAR": not uniform, "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows, **APART,
+        "CLEAR": not uniform, "KEEPS": keeps, "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows, **APART,
     }  # fmt: skip
     grid = (tiles * kv_heads * parts,)
     run = launch(absolute_splits_kernel, grid)(*args, **options)
@@ -119,6 +118,62 @@ def _merged(acc, row_sum, row_max, other, other_sum, other_max):
     other_decay = tl.exp2(other_max - shift)
     acc = acc * decay[:, None] + other * other_decay[:, None]
     return acc, row_sum * decay + other_sum * other_decay, new_max
+
+
+@triton.jit
+def _left(its, row, count, KEPT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a split gave rows below ``count``. It was just written: the nearest cache may hold older
+    values."""
+    channel = tl.arange(0, BLOCK_D)
+    real = row < count
+    acc = tl.load(
+        its + row[:, None] * BLOCK_D + channel[None, :], mask=real[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    its += KEPT * BLOCK_D
+    row_sum = tl.load(its + row, mask=real, other=0.0, cache_modifier=".cg")
+    row_max = tl.load(its + KEPT + row, mask=real, other=-float("inf"), cache_modifier=".cg")
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _merge(
+    partial_ptr, out_ptr, first_split, end_split, tokens, out_stride, out_head_stride,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the tile's rows of ``tokens`` tokens from what its splits gave, in their order; several
+    are read at a time."""
+    SIZE: tl.constexpr = KEPT * (BLOCK_D + 2)
+    ROWS: tl.constexpr = 4 if KEPT <= 4 else 16
+    channel = tl.arange(0, BLOCK_D)
+    count = tl.minimum(KEPT, tokens * GROUP)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        total = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        total_sum = tl.zeros([ROWS], dtype=tl.float32)
+        total_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+        for split in range(first_split, end_split, 4):
+            its = partial_ptr + tl.cast(split, tl.int64) * SIZE
+            acc_0, sum_0, max_0 = _left(its, row, count, KEPT, BLOCK_D)
+            # Of one that is not there nothing is taken.
+            more = tl.where(split + 1 < end_split, count, 0)
+            acc_1, sum_1, max_1 = _left(its + SIZE, row, more, KEPT, BLOCK_D)
+            more = tl.where(split + 2 < end_split, count, 0)
+            acc_2, sum_2, max_2 = _left(its + 2 * SIZE, row, more, KEPT, BLOCK_D)
+            more = tl.where(split + 3 < end_split, count, 0)
+            acc_3, sum_3, max_3 = _left(its + 3 * SIZE, row, more, KEPT, BLOCK_D)
+            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_0, sum_0, max_0)
+            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_1, sum_1, max_1)
+            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_2, sum_2, max_2)
+            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_3, sum_3, max_3)
+        total = total / tl.where(total_sum == 0, 1.0, total_sum)[:, None]
+        total = tl.where(total == 0, 0.0, total)
+        target = (row // GROUP).to(tl.int64) * out_stride + row % GROUP * out_head_stride
+        tl.store(
+            out_ptr + target[:, None] + channel[None, :],
+            total.to(out_ptr.dtype.element_ty),
+            mask=(row < count)[:, None] & (channel < HEAD_SIZE)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "requests", "splits"])
@@ -160,6 +215,7 @@ def absolute_splits_kernel(
     PTX: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     CLEAR: tl.constexpr,
+    KEEPS: tl.constexpr,
     SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -284,35 +340,30 @@ def absolute_splits_kernel(
             scale, soft_cap, window,
             HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        total, total_sum, total_max = _merged(total, total_sum, total_max, acc, row_sum, row_max)
-        if PARTS > 1:
+        if KEEPS:
+            total, total_sum, total_max = _merged(
+                total, total_sum, total_max, acc, row_sum, row_max
+            )
+        else:
+            total, total_sum, total_max = acc, row_sum, row_max
             if end_split - first_split > 1:
                 mine = partial_ptr + tl.cast(split, tl.int64) * SIZE
                 tl.store(mine + within, acc, mask=used[:, None])
                 tl.store(mine + KEPT * BLOCK_D + row, row_sum, mask=used)
                 tl.store(mine + KEPT * (BLOCK_D + 1) + row, row_max, mask=used)
-    sharers = tl.minimum(PARTS, end_split - first_split)
-    last = sharers > 0
-    if PARTS > 1:
-        if end_split - first_split > 1:
-            last = is_last(arrivals_ptr + number, sharers)
-        if last and end_split - first_split > 1:
-            total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-            total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-            total_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-            for split in range(first_split, end_split):
-                # Just written: the nearest cache may hold older values.
-                its = partial_ptr + tl.cast(split, tl.int64) * SIZE
-                acc = tl.load(its + within, mask=used[:, None], other=0.0, cache_modifier=".cg")
-                its += KEPT * BLOCK_D
-                row_sum = tl.load(its + row, mask=used, other=0.0, cache_modifier=".cg")
-                row_max = tl.load(
-                    its + KEPT + row, mask=used, other=-float("inf"), cache_modifier=".cg"
-                )
-                total, total_sum, total_max = _merged(
-                    total, total_sum, total_max, acc, row_sum, row_max
-                )
-    if last:
+    alone = end_split >= 0
+    if not KEEPS:
+        alone = end_split - first_split == 1
+        if not alone:
+            sharers = tl.minimum(PARTS, end_split - first_split)
+            if is_last(arrivals_ptr + number, sharers):
+                out_ptr += (begin + first_token).to(tl.int64) * out_stride
+                out_ptr += kv_head * GROUP * out_head_stride
+                _merge(
+                    partial_ptr, out_ptr, first_split, end_split, new - first_token,
+                    out_stride, out_head_stride, GROUP, HEAD_SIZE, KEPT, BLOCK_D,
+                )  # fmt: skip
+    if alone:
         total = total / tl.where(total_sum == 0, 1.0, total_sum)[:, None]
         # A zero has the sign of what it was added to, and that may be nobody's zeros.
         total = tl.where(total == 0, 0.0, total)
