@@ -1,5 +1,5 @@
-"""Sums over ranks whose order is that of the ranks, whatever is summed: a backend chooses by size how
-it cuts numbers, and adds them in other orders. Every rank gets what all have, and adds it."""
+"""Sums over ranks whose order is that of the ranks, whatever is summed: a backend chooses by size
+how it cuts numbers, and adds them in other orders. Every rank gets what all have, and adds it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    """In float32, from rank 0 on, rounded to the dtype of ``x``: as one kernel of all ranks does."""
+    """In float32, from rank 0 on, rounded to the dtype of ``x``: as ``one_shot`` does."""
     first, *others = communicator(group).all_gather(x.contiguous()).unbind()
     total = first.float() + 0.0
     for each in others:

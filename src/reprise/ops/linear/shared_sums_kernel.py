@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
 """Matrix products in Triton whose bits of a row depend on that row alone.
 
-The inputs are taken in as many parts as the weight's shape asks for; each part is summed from zero,
-input after input, and the parts are added in their order. Whether one program does so after another,
-or several programs at once of which the last one adds, is decided by the number of rows and changes
-no bit: few tiles do not occupy a device, and of many the parts would be much to write and read again.
+The inputs are taken in as many parts as the weight's shape asks for; each part is summed from
+zero, input after input, and the parts are added in their order. Whether one program takes all of
+them, or several at once of which the last one adds, is decided by the number of rows and changes no
+bit: few tiles do not occupy a device.
 
 The weight is the first operand of the matrix units, so tiles of few rows and of many differ in one
 thing: in how many columns an instruction has. Each column is a sum of its own.
@@ -240,8 +240,8 @@ def shared_sums_kernel(
     """One program multiplies one part of the inputs into a tile of ``out``, or all PARTS.
 
     x: [rows, INPUTS]; weight: [features, INPUTS], twice as many rows if GATED; out: [rows,
-    features]; partial: [PARTS, tiles, BLOCK_N, ROWS] float32, one part less unless SHARED; arrivals:
-    [tiles], how many programs are done with a tile.
+    features]; partial: [PARTS, tiles, BLOCK_N, ROWS] float32, without the last part unless SHARED;
+    arrivals: [tiles], how many programs are done with a tile.
     """
     SPLITS: tl.constexpr = PARTS if SHARED else 1
     tile = tl.program_id(0) // SPLITS

@@ -302,7 +302,7 @@ def absolute_splits_kernel(
     if key_scales_ptr is not None:
         key_scales_ptr += kv_head * scale_head_stride
         value_scales_ptr += kv_head * scale_head_stride
-    table_ptr += request.to(tl.int64) * table_stride  # type: ignore[attr-defined]
+    table_ptr += request.to(tl.int64) * table_stride
 
     first_split = lowest // SPLIT
     end_split = tl.cdiv(end_key, SPLIT)

@@ -1,5 +1,5 @@
-"""Products with weights of four bits in Triton whose bits of a row depend on that row alone: a plain
-weight is made for the moment, for any number of rows, and multiplied as those are."""
+"""Products with weights of four bits in Triton whose bits of a row depend on that row alone: a
+plain weight is made for the moment, for any number of rows, and multiplied as those are."""
 
 from __future__ import annotations
 
