@@ -299,9 +299,9 @@ def test_a_device_with_triton_has_what_models_need() -> None:
     without = OpTable(Accelerator())
     assert "triton_invariant" not in {each.name for each in without.chosen.values()}
     # What has none is refused, with its name.
-    assert "fp8_linear" not in table.chosen
-    with table.activate(), pytest.raises(OpError, match="implementation of fp8_linear on somewhe"):
-        ops.fp8_linear(*[torch.ones(1, 1)] * 4)
+    assert "swiglu_clamp" not in table.chosen
+    with table.activate(), pytest.raises(OpError, match="entation of swiglu_clamp on somewhere"):
+        ops.swiglu_clamp(torch.ones(1, 2), 1.0)
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    """In float32, from rank 0 on, rounded to the dtype of ``x``: as ``one_shot`` does."""
+    """In float32, from rank 0 on, rounded to the dtype of ``x``: as the kernel that pushes does."""
     first, *others = communicator(group).all_gather(x.contiguous()).unbind()
     total = first.float() + 0.0
     for each in others:
