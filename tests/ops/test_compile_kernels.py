@@ -35,15 +35,13 @@ SPILLS = {
         "mixed_attention_kernel": 64,
         "sparse_attention_kernel": 120,
         "fp8_product_kernel": 40,
-        "shared_sums_kernel": 40,
-        "absolute_splits_kernel": 56,
+        "absolute_splits_kernel": 112,
         "delta_chunk_kernel": 88,
     },
     "Ada": {
         "mixed_attention_kernel": 224,
         "fp8_product_kernel": 24,
-        "shared_sums_kernel": 40,
-        "absolute_splits_kernel": 64,
+        "shared_sums_kernel": 16,
         "push_kernel": 24,
         "delta_chunk_kernel": 24,
     },
@@ -51,14 +49,14 @@ SPILLS = {
         "mixed_attention_kernel": 88,
         "stream_mix_kernel": 16,
         "fp8_product_kernel": 16,
-        "shared_sums_kernel": 40,
-        "absolute_splits_kernel": 64,
+        "shared_sums_kernel": 16,
+        "absolute_splits_kernel": 72,
         "delta_chunk_kernel": 40,
     },
     "Ampere": {
         "mixed_attention_kernel": 224,
-        "shared_sums_kernel": 24,
-        "absolute_splits_kernel": 168,
+        "shared_sums_kernel": 16,
+        "absolute_splits_kernel": 176,
         "dispatch_kernel": 16,
         "delta_chunk_kernel": 168,
     },
@@ -79,19 +77,19 @@ ON_CODES = {
         "sparse_attention_kernel": 344,
         "mixed_attention_kernel": 72,
         "split_attention_kernel": 40,
-        "absolute_splits_kernel": 288,
+        "absolute_splits_kernel": 280,
     },
     "Ada": {
         "sparse_attention_kernel": 32,
         "mixed_attention_kernel": 512,
         "split_attention_kernel": 512,
-        "absolute_splits_kernel": 128,
+        "absolute_splits_kernel": 104,
     },
     "Blackwell of workstations": {
         "sparse_attention_kernel": 136,
         "mixed_attention_kernel": 224,
         "split_attention_kernel": 32,
-        "absolute_splits_kernel": 128,
+        "absolute_splits_kernel": 184,
     },
     "Ampere": {},
     "CDNA 3": {
@@ -104,7 +102,8 @@ ON_CODES = {
 """The same where keys and values are eight-bit numbers."""
 
 ONE_INSTRUCTION = ("shared_sums_kernel",)
-"""Whatever the number of rows: all that is compiled of these multiplies by the same instruction."""
+"""Whatever the number of rows: all that is compiled of these multiplies by the same instruction, but
+for how many columns it has on Hopper, each a sum of its own."""
 
 
 # The one of another vendor compiles fastest, and has the least room.
@@ -132,6 +131,7 @@ def test_every_kernel_compiles_and_fits(device, target) -> None:
     ]
     assert {each["kernel"] for each in found} == KERNELS
     for kernel in ONE_INSTRUCTION:
-        kinds = {tuple(each["multiplies_by"]) for each in found if each["kernel"] == kernel}
+        ours = [each["multiplies_by"] for each in found if each["kernel"] == kernel]
+        assert all(len(each) == 1 for each in ours), kernel
+        kinds = {re.sub(r"(wgmma.*m64)n\d+", r"\1", each[0]) for each in ours}
         assert len(kinds) == 1, kernel
-        assert len(kinds.pop()) == 1, kernel

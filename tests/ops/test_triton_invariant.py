@@ -28,6 +28,7 @@ from reprise.ops.linear import reference, shared_sums_kernel, triton_invariant
 from reprise.ops.paged_attention import absolute_splits_kernel as attention
 from reprise.ops.paged_attention.reference import reference as exact_attention
 from reprise.ops.triton_util import DeviceLimits
+from reprise.platforms import Platform
 from reprise.platforms.cpu import CpuPlatform
 
 THRESHOLDS = (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 65, 127, 128, 129)
@@ -82,7 +83,7 @@ def test_every_size_of_tile_computes_the_product(
     """Of whole numbers, whose sums are exact in any order."""
     kernel = shared_sums_kernel
     config = kernel.config_of(rows, 128, 1, 2, torch.bfloat16)
-    monkeypatch.setattr(kernel, "_INTERPRETER", config)
+    monkeypatch.setattr(kernel, "_ONE", config)
     for outputs, inputs in ((70, 512), (130, 90), (96, 64), (70, 480)):
         x, weight = (make(n, inputs).mul(3).round().bfloat16() for n in (rows, outputs))
         out = torch.ones(rows, outputs)
@@ -117,7 +118,7 @@ def test_a_row_of_a_product_of_fewer_bits(make: Callable[..., Tensor]) -> None:
     ("outputs", "inputs"), [(4096, 4096), (6144, 1024), (1024, 3072), (24576, 512), (300, 1000)]
 )
 def test_a_row_of_a_product_on_a_device(
-    device: str, outputs: int, inputs: int, dtype: torch.dtype
+    device: str, platform: Platform, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
     """Of numbers whose products cancel, so that every other order of a sum leaves something else,
     in every size of tile."""
@@ -129,10 +130,12 @@ def test_a_row_of_a_product_on_a_device(
     x = torch.cat((half, -half), dim=1)[:, order].to(dtype).contiguous()
     some = torch.randn(outputs, inputs // 2, device=device)
     weight = torch.cat((some, some), dim=1)[:, order].to(dtype).contiguous()
+    assert OpTable(platform).chosen["linear"].compiles
     results = {}
     for rows in (2600, 1, 8, 9, 17, 33, 65, 128, 129, 300, 700):
         out = torch.empty(rows, outputs, device=device)
-        shared_sums_kernel.launch_product(x[2600 - rows :], weight, None, out)
+        with OpTable(platform).activate():
+            shared_sums_kernel.launch_product(x[2600 - rows :], weight, None, out)
         results[rows] = out
         assert torch.equal(out, results[2600][2600 - rows :]), rows
     assert results[2600].abs().max() > 0

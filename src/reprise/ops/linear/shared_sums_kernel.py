@@ -34,6 +34,7 @@ from reprise.ops.triton_util import (
     launch_options,
     let_next_start,
     limits,
+    takes_ptx,
 )
 
 
@@ -70,8 +71,9 @@ _LARGE_GAINS = 1.15
 """How much faster an operation is in these."""
 _WIDE = Config(16, 64, 32, 3, 4)
 """For float32, which the matrix units do not take."""
-_INTERPRETER = Config(64, 128, 64, 1, 4)
-"""Whose products are a library's, with an order of sums for each size of tile."""
+_ONE = Config(64, 128, 64, 4, 4)
+"""For any number of rows where tiles of other sizes are multiplied by instructions that take other
+numbers of inputs at a time: those of AMD, and the library's products of the interpreter."""
 _UNIT = 256
 """Inputs: parts are multiples of it."""
 _TILE = 64
@@ -138,8 +140,8 @@ def launch_product(
     outputs, device = weight.shape[0], limits(x.device)
     parts = parts_of(outputs, inputs, device.multiprocessors)
     config = config_of(rows, outputs, parts, device.multiprocessors, x.dtype)
-    if INTERPRETED and x.dtype is not torch.float32:
-        config = _INTERPRETER
+    if x.dtype is not torch.float32 and not takes_ptx():
+        config = _ONE
     tiles = cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
     shared = parts > 1 and (rows <= config.rows or 2 * tiles <= device.multiprocessors)
     splits = parts if shared else 1
