@@ -102,8 +102,8 @@ ON_CODES = {
 """The same where keys and values are eight-bit numbers."""
 
 ONE_INSTRUCTION = ("shared_sums_kernel",)
-"""Whatever the number of rows: all that is compiled of these multiplies by the same instruction, but
-for how many columns it has on Hopper, each a sum of its own."""
+"""Whatever the number of rows: all that is compiled of these multiplies by the same instruction,
+but for how many columns it has on Hopper, each a sum of its own."""
 
 
 # The one of another vendor compiles fastest, and has the least room.

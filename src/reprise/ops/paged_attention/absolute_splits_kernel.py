@@ -99,7 +99,8 @@ def bind(*args, **kwargs) -> Callable[[], None]:
     options |= {
         "GROUP": group, "BLOCK_Q": block_q, "QUERY_LEN": call.query_len if uniform else 0,
         # Registers suffice for two loops over keys.
-        "CLEAR": not uniform and not codes and head_size <= 128, "KEEPS": keeps, "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows, **APART,
+        "CLEAR": not uniform and not codes and head_size <= 128, "KEEPS": keeps,
+        "SPLIT": SPLIT, "PARTS": parts, "KEPT": rows, **APART,
     }  # fmt: skip
     grid = (tiles * kv_heads * parts,)
     run = launch(absolute_splits_kernel, grid)(*args, **options)
