@@ -49,7 +49,7 @@ def two_layers(path):
 def only_in_long_runs():
     """Contracts that short runs on the CPU leave out: of faults that any model can have one of
     each kind is tried, since each is caught in tests of its own; of compiled graphs too, and of
-    matrix products in Triton's interpreter one of each format is captured."""
+    matrix products in Triton's interpreter one of each format is captured, or tried in batches."""
     kinds = set()
     for name, fault in FAULTS.items():
         kind = fault.caught, fault.shows_in, fault.traced
@@ -59,6 +59,7 @@ def only_in_long_runs():
     yield "executor_is_exact:compiled"
     for name in ("linear_add", "norm_linear", "norm_gated_linear"):
         yield from (f"op_can_be_captured:{each}_{name}" for each in ("fp8", "w4"))
+        yield from (f"op_is_batch_invariant:{each}_{name}" for each in ("fp8", "w4"))
     yield from ("op_can_be_captured:experts", "op_can_be_captured:experts_add")
     yield "op_is_batch_invariant:sample"
 
