@@ -255,7 +255,10 @@ def shared_sums_kernel(
     feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     STEP: tl.constexpr = UNIT if PARTS > 1 else BLOCK_K
-    SHARE: tl.constexpr = (INPUTS + STEP - 1) // STEP // PARTS * STEP
+    COUNT: tl.constexpr = (INPUTS + STEP - 1) // STEP // PARTS
+    # A compiler adds the product of a single step to what is to be added behind all of them, and
+    # so in another order than behind several: there are two at least.
+    SHARE: tl.constexpr = COUNT * STEP if PARTS > 1 or COUNT > 1 else 2 * STEP
     k = tl.arange(0, BLOCK_K)
     real_row = (row < rows)[None, :]
     real_feature = (feature < features)[:, None]
