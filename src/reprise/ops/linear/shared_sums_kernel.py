@@ -183,7 +183,7 @@ def launch_product(
 @triton.jit
 def _sum_of(
     x_ptr, weight_ptr, begin, real_row, real_feature, INPUTS: tl.constexpr, SHARE: tl.constexpr,
-    LATE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    CUT: tl.constexpr, LATE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The product of SHARE inputs from ``begin``: [BLOCK_N, ROWS] float32.
@@ -193,8 +193,6 @@ def _sum_of(
     x_ptr += begin
     weight_ptr += begin
     ONCE: tl.constexpr = "evict_first" if LATE else ""
-    # The last share may be cut off.
-    CUT: tl.constexpr = INPUTS % (SHARE if SHARE < INPUTS else BLOCK_K) != 0
     acc = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
     for start in range(0, SHARE, BLOCK_K):
         inside = real_feature
@@ -259,6 +257,7 @@ def shared_sums_kernel(
     # A compiler adds the product of a single step to what is to be added behind all of them, and
     # so in another order than behind several: there are two at least.
     SHARE: tl.constexpr = COUNT * STEP if PARTS > 1 or COUNT > 1 else 2 * STEP
+    CUT: tl.constexpr = SHARE * PARTS != INPUTS  # there are fewer inputs
     k = tl.arange(0, BLOCK_K)
     real_row = (row < rows)[None, :]
     real_feature = (feature < features)[:, None]
@@ -284,12 +283,12 @@ def shared_sums_kernel(
         for part in range(ALONE):
             its = _sum_of(
                 x_ptr, weight_ptr, part * SHARE, real_row, real_feature, INPUTS, SHARE,
-                LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
+                CUT, LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
             )  # fmt: skip
             tl.store(mine_ptr + part * size, its)
     total = _sum_of(
         x_ptr, weight_ptr, (split + ALONE) * SHARE, real_row, real_feature, INPUTS, SHARE,
-        LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
+        CUT, LATE, WIDEN, ROWS, BLOCK_N, BLOCK_K, EARLY,
     )  # fmt: skip
     if ALONE > 0:
         tl.debug_barrier()
