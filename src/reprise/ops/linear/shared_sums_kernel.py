@@ -183,8 +183,8 @@ def launch_product(
 @triton.jit
 def _sum_of(
     x_ptr, weight_ptr, begin, real_row, real_feature, INPUTS: tl.constexpr, SHARE: tl.constexpr,
-    CUT: tl.constexpr, LATE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    CUT: tl.constexpr, LATE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The product of SHARE inputs from ``begin``: [BLOCK_N, ROWS] float32.
 
