@@ -20,6 +20,7 @@ from torch import Tensor
 from reprise.ops.fp8_linear.accepts import STEP
 from reprise.ops.linear.tile_end import finish, summed
 from reprise.ops.triton_util import (
+    APART,
     INTERPRETED,
     arrivals,
     cdiv,
@@ -53,6 +54,8 @@ class Config:
     """Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
     splits: int = 1
     """Programs that share a tile."""
+    apart: bool = False
+    """Products and sums are not made into one."""
 
 
 _CONFIGS = (
@@ -164,6 +167,7 @@ def launch_product(
         STEP=STEP,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **(APART if config.apart else {}),
         **launch_options(),
     )
 
