@@ -11,7 +11,7 @@ def _needs_cpu_memory(platform: Platform) -> str | None:
     return "reads lengths on the host, which would stall an accelerator"
 
 
-def _needs_prompt_kernel(platform: Platform) -> str | None:
+def _needs_whole_prompts(platform: Platform) -> str | None:
     if platform.prompt_attention is None:
         return f"no kernel of torch's was seen to be faster on {platform.name}"
     return needs_triton(platform)
@@ -37,7 +37,7 @@ paged_attention.implementation(
 paged_attention.implementation(
     "prompt",
     "reprise.ops.paged_attention.prompt:paged_attention",
-    requires=_needs_prompt_kernel,
+    requires=_needs_whole_prompts,
     graph_support="always",
     on_request="the first whole prompt of a process takes 0.9 s longer, and the first of each "
     "length 0.06 s: the vendor's library plans it anew",
