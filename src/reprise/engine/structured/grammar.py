@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,10 @@ import numpy as np
 import torch
 
 Words = np.ndarray[Any, Any]
+SHARED_OUT = 8
+"""More masks than these are filled by several threads. One takes 2 to 40 us."""
+THREADS = 8
+"""At most: half of the processor's, which has other work."""
 FIRST = 16
 """Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
 those come first."""
@@ -23,32 +29,66 @@ class MaskRows:
     """
 
     def __init__(self, rows: int, vocab_size: int) -> None:
-        self.tensor = torch.empty((rows, -(-vocab_size // 32)), dtype=torch.int32)
-        self.words: Words = self.tensor.numpy()
-        """[M, ceil(V / 32)] int32, the same memory."""
-        self._bits = self.words.data
-        self._held: dict[int, list[tuple[int, int]]] = {}
+        self._tensor = torch.empty((rows, -(-vocab_size // 32)), dtype=torch.int32)
+        self._words: Words = self._tensor.numpy()
+        self._later: dict[int, Any] = {}
+        self._others: dict[int, Sequence[tuple[int, int]]] = {}
 
-    def hold(self, row: int, others: Sequence[tuple[int, int]]) -> None:
-        """Allow some tokens only where nothing else is.
+    def allow_all(self, row: int) -> None:
+        """Any token may come."""
+        self._words[row] = -1
+
+    def allow(
+        self, row: int, matcher: Any, others: Sequence[tuple[int, int]], *, later: bool
+    ) -> None:
+        """What the matcher allows may come.
 
         Args:
             row: Which mask.
-            others: Of each word that has such tokens, its number and the bits of all others.
+            matcher: xgrammar's.
+            others: Some tokens may come only where nothing else may: of each word that has such
+                tokens, its number and the bits of all others.
+            later: It will be as it is now when the masks are settled.
         """
-        self._held[row] = [(word, self._bits[row, word]) for word, _ in others]
-        for word, free in others:
-            self._bits[row, word] &= free
+        if later:
+            self._later[row] = matcher
+        else:
+            matcher.fill_next_token_bitmask(self._tensor, row)
+        if others:
+            self._others[row] = others
 
     def settle(self, count: int) -> Words:
-        """The first ``count`` masks, all of which allow something."""
-        found = self.words[:count]
+        """[M, ceil(V / 32)] int32: the first ``count`` masks, all of which allow something."""
+        if len(self._later) > SHARED_OUT:
+            of_all = _batch()
+            of_all.batch_fill_next_token_bitmask(
+                list(self._later.values()), self._tensor, list(self._later)
+            )
+        else:
+            for row, matcher in self._later.items():
+                matcher.fill_next_token_bitmask(self._tensor, row)
+        bits, held = self._words.data, {}
+        for row, others in self._others.items():
+            held[row] = [(word, bits[row, word]) for word, _ in others]
+            for word, free in others:
+                bits[row, word] &= free
+        found = self._words[:count]
         for row in np.flatnonzero(~found[:, :FIRST].any(axis=1)).tolist():
-            for word, bits in self._held.get(row, ()) if not found[row].any() else ():
-                self._bits[row, word] = bits
+            for word, before in held.get(row, ()) if not found[row].any() else ():
+                bits[row, word] = before
             if not found[row].any():
                 found[row] = -1
         return found
+
+
+@functools.cache
+def _batch() -> Any:
+    """Fills masks in threads of its own."""
+    import xgrammar
+
+    return xgrammar.BatchGrammarMatcher(
+        max_threads=min(THREADS, max(1, (os.cpu_count() or 1) // 2))
+    )
 
 
 class Grammar:
@@ -151,15 +191,12 @@ class Grammar:
                 break
             if self.ended:
                 break
-            if self._begins is not None:
-                self._fill_row(masks, begin + filled)
+            if self._begins is None:
+                masks.allow_all(begin + filled)
             else:
-                masks.words[begin + filled] = -1
+                held = self.num_tokens < self._min_tokens
+                others = self._others if held else ()
+                masks.allow(begin + filled, self._matcher, others, later=not drafts)
             filled += 1
         self._take_back(before)
         return filled
-
-    def _fill_row(self, masks: MaskRows, row: int) -> None:
-        self._matcher.fill_next_token_bitmask(masks.tensor, row)
-        if self.num_tokens < self._min_tokens:
-            masks.hold(row, self._others)
