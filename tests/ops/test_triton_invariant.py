@@ -157,18 +157,22 @@ def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
 class Attention:
     """Attention of one long request in steps of any kind, beside another one or alone."""
 
-    def __init__(self, make: Callable[..., Tensor], dtype: torch.dtype, window: int, cap: float):
-        self.length, self.window, self.cap, self.make = 300, window, cap, make
+    def __init__(
+        self, make: Callable[..., Tensor], dtype: torch.dtype, window: int, cap: float,
+        heads: int = 4,
+    ):  # fmt: skip
+        self.length, self.window, self.cap, self.make, self.heads = 300, window, cap, make, heads
         caches = [make(41, 16, 2, 32, dtype=dtype) for _ in range(2)]
         for each in caches:
             each[0] = torch.nan
         self.caches = caches
-        self.query = make(self.length, 4, 32, dtype=dtype)
+        self.query = make(self.length, heads, 32, dtype=dtype)
         order = 1 + torch.randperm(40, generator=torch.Generator().manual_seed(0))
         self.tables = order.view(2, 20).int()
 
     def run(self, compute: Callable[..., None], begin: int, end: int, query_len: int, before: int):
-        queries = [self.make(before, 4, 32, dtype=self.query.dtype), self.query[begin:end]]
+        others = self.make(before, self.heads, 32, dtype=self.query.dtype)
+        queries = [others, self.query[begin:end]]
         counts, lengths = [before, end - begin], [before + 37, end]
         first = 0 if before else 1
         starts = torch.tensor([0, *itertools.accumulate(counts[first:])], dtype=torch.int32)
@@ -206,6 +210,42 @@ def test_attention_of_a_token(
         monkeypatch.setattr(attention, "parts_of", lambda *_, parts=parts: parts)
         some = case.run(attention.paged_attention, begin, end, query_len, before)
         assert torch.equal(some, whole[begin - 240 : end - 240]), (begin, end, before, parts)
+
+
+@pytest.mark.parametrize("heads", [6, 10, 14])
+def test_attention_where_groups_do_not_fill_a_tile(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, heads: int
+) -> None:
+    """What is left of a tile behind its tokens is the next one's."""
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention, "parts_of", lambda *_: 2)
+    case = Attention(make, torch.float32, 0, 0.0, heads)
+    found = case.run(attention.paged_attention, 180, 200, 0, 3)
+    exact = case.run(exact_attention, 180, 200, 0, 3)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("query_len", [0, 2])
+def test_attention_of_padding_is_zero(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, query_len: int, parts: int
+) -> None:
+    """Of requests without a length too, whose tokens others lie behind."""
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention, "parts_of", lambda *_: parts)
+    caches = [make(7, 16, 2, 32) for _ in range(2)]
+    out = torch.full((7, 4, 32), 9.0)
+    arguments = (
+        make(7, 4, 32), *caches, torch.tensor([[0] * 6, [1, 2, 3, 4, 5, 6]], dtype=torch.int32),
+        torch.tensor([0, 90], dtype=torch.int32), torch.tensor([0, 2, 4], dtype=torch.int32),
+    )  # fmt: skip
+    for _ in range(2):  # what the first leaves is the second's
+        attention.paged_attention(*arguments, out, 32**-0.5, 0, 0.0, query_len)
+        exact = torch.empty_like(out)
+        exact_attention(*arguments, exact, 32**-0.5, 0, 0.0, query_len)
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
+        assert not out[[0, 1, 4, 5, 6]].any()
+        out.fill_(9.0)
 
 
 def test_few_programs_share_tiles_and_many_do_not() -> None:

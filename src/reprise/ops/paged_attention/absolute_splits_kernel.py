@@ -85,8 +85,8 @@ def bind(*args, **kwargs) -> Callable[[], None]:
     splits = cdiv(call.block_tables.shape[1] * block_size, SPLIT)
     parts = parts_of(max(1, tiles * kv_heads), splits, device)
     options = call.options(config)
-    # Of a tile, the rows that are of tokens.
-    rows = min(call.query_len * group, config.block_m) or config.block_m
+    # Of a tile, the rows that are of its tokens; where groups do not fill it there are more.
+    rows = (call.query_len if uniform else block_q) * group
     kept = tiles * kv_heads * splits * rows * (options["BLOCK_D"] + 2)
     # What is left to be merged waits in registers only where it would be much to keep.
     keeps = 4 * kept > _MOST_KEPT or (parts == 1 and not uniform)
@@ -314,7 +314,8 @@ def absolute_splits_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     total_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    if part >= end_split - first_split:
+    # Of padding there are no splits, and the first program writes zeros.
+    if part >= tl.maximum(1, end_split - first_split):
         return
     for split in range(first_split + part, end_split, PARTS):
         left = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
@@ -355,7 +356,7 @@ def absolute_splits_kernel(
                 tl.store(mine + KEPT * (BLOCK_D + 1) + row, row_max, mask=used)
     alone = end_split >= 0
     if not KEEPS:
-        alone = end_split - first_split == 1
+        alone = end_split - first_split <= 1
         if not alone:
             sharers = tl.minimum(PARTS, end_split - first_split)
             if is_last(arrivals_ptr + number, sharers):
