@@ -307,7 +307,8 @@ def absolute_splits_kernel(
     table_ptr += request.to(tl.int64) * table_stride
 
     first_split = lowest // SPLIT
-    end_split = tl.cdiv(end_key, SPLIT)
+    # Where there is nothing to see, one split sees nothing.
+    end_split = tl.maximum(tl.cdiv(end_key, SPLIT), first_split + 1)
     SIZE: tl.constexpr = KEPT * (BLOCK_D + 2)
     partial_ptr += number.to(tl.int64) * splits * SIZE
     within = row[:, None] * BLOCK_D + channel[None, :]
