@@ -190,9 +190,9 @@ def test_what_lies_outside_is_not_touched() -> None:
     tables = torch.tensor([[1, 2]], dtype=torch.int32)
     one = torch.ones(1, 1, 8)
 
-    def attend(length: int, tables: Tensor) -> None:
+    def attend(length: int, tables: Tensor, begin: int = 0, end: int = 1) -> None:
         lengths = torch.tensor([length], dtype=torch.int32)
-        starts = torch.tensor([0, 1], dtype=torch.int32)
+        starts = torch.tensor([begin, end], dtype=torch.int32)
         out = torch.empty_like(one)
         function(paged_attention)(one, cache, cache, tables, lengths, starts, out, 1.0, 0, 0.0, 1)
 
@@ -202,6 +202,9 @@ def test_what_lies_outside_is_not_touched() -> None:
     for block in (3, -1):
         with pytest.raises(IndexError, match="beyond the cache"):
             attend(5, torch.tensor([[1, block]], dtype=torch.int32))
+    for begin, end in ((0, 1 << 30), (-1, 1), (1, 0)):
+        with pytest.raises(IndexError, match="beyond the step's"):
+            attend(5, tables, begin, end)
 
     def write(position: int, slot: int) -> None:
         places = torch.tensor([position]), torch.tensor([slot])
@@ -225,3 +228,14 @@ def test_views_are_computed_where_they_lie(randn, dtype) -> None:
     torch.testing.assert_close(function(linear)(x, part, None), expected, rtol=2e-2, atol=2e-2)
     turned = function(linear)(x.T.contiguous().T, part.T.contiguous().T, None)
     torch.testing.assert_close(turned, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_what_does_not_fit_is_refused_as_torch_does() -> None:
+    """Kernels see addresses alone: other dtypes and sizes would be read as what they are not."""
+    x, weight = torch.ones(2, 64), torch.ones(8, 64)
+    for wrong in (weight.bfloat16(), torch.ones(8, 32)):
+        with pytest.raises(RuntimeError):
+            function(linear)(x, wrong, None)
+    wide = torch.zeros(2, 8, dtype=torch.float64)
+    function(linear_add)(x, weight, None, wide)
+    assert torch.equal(wide, torch.full_like(wide, 64))

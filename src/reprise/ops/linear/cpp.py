@@ -20,8 +20,15 @@ _few_rows = function(
 )  # fmt: skip
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    return x.shape[0] <= MOST_ROWS.get(x.dtype, -1) and weight.stride(1) == 1
+def _takes(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
+    return (
+        x.shape[0] <= MOST_ROWS.get(x.dtype, -1)
+        # Of others torch says what is wrong with them.
+        and weight.dtype == x.dtype
+        and weight.shape[1] == x.shape[1]
+        and weight.stride(1) == 1
+        and (out is None or (out.dtype == x.dtype and out.stride(1) == 1))
+    )
 
 
 def _product(
@@ -70,14 +77,14 @@ def norm_gated_linear(
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
-    if _takes(x, weight) and residual.stride(1) == 1:
+    if _takes(x, weight, residual):
         _product(x, None, weight, bias, residual, _ADD)
     else:
         onednn.linear_add(x, weight, bias, residual)
 
 
 def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if _takes(x, weight) and out.stride(1) == 1:
+    if _takes(x, weight, out):
         _product(x, None, weight, None, out, _WRITE)
     else:
         onednn.linear_into(x, weight, out)

@@ -16,6 +16,12 @@ _few_tokens = function(
     INT,
 )  # fmt: skip
 
+_WRONG = {
+    1: "a request is longer than its block table",
+    2: "a block is beyond the cache",
+    3: "a request's tokens are beyond the step's",
+}
+
 
 def paged_attention(
     query: Tensor,
@@ -36,7 +42,8 @@ def paged_attention(
     """Arguments as in the reference.
 
     Raises:
-        IndexError: A request is longer than its block table, or a block is beyond the cache.
+        IndexError: A request is longer than its block table, a block is beyond the cache, or a
+            request's tokens are beyond the step's.
     """
     dtype = query.dtype
     if (
@@ -63,7 +70,4 @@ def paged_attention(
         sliding_window,
     )  # fmt: skip
     if wrong:
-        what = (
-            "request is longer than its block table" if wrong == 1 else "block is beyond the cache"
-        )
-        raise IndexError(f"paged_attention: a {what}")
+        raise IndexError(f"paged_attention: {_WRONG[wrong]}")

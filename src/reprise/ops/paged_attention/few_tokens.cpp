@@ -133,7 +133,8 @@ template <class T> struct Call {
 
 } // namespace
 
-// Returns 0; 1 where a request is longer than its table, 2 where a block is beyond the cache.
+// Returns 0; 1 where a request is longer than its table, 2 where a block is beyond the cache, 3 where
+// a request's tokens are not among those of the step.
 extern "C" int few_tokens(int kind, int threads, long requests, long tokens, long queries,
                           long kv_heads, long size, long block_size, long num_blocks, long max_blocks,
                           const void *query, const void *keys, const void *values, long block_stride,
@@ -143,7 +144,8 @@ extern "C" int few_tokens(int kind, int threads, long requests, long tokens, lon
                           long window) {
     for (long request = 0; request < requests; ++request) {
         const long new_tokens = begins[request + 1] - begins[request], end = seq_lens[request];
-        if (end <= 0 || new_tokens <= 0) continue;
+        if (begins[request] < 0 || new_tokens < 0 || begins[request + 1] > tokens) return 3;
+        if (end <= 0 || new_tokens == 0) continue;
         if (end > max_blocks * block_size) return 1;
         long token = end - new_tokens + 1 - window;
         if (window <= 0 || token < 0) token = 0;
