@@ -361,10 +361,10 @@ def absolute_splits_kernel(
         if not alone:
             sharers = tl.minimum(PARTS, end_split - first_split)
             if is_last(arrivals_ptr + number, sharers):
-                out_ptr += (begin + first_token).to(tl.int64) * out_stride
-                out_ptr += kv_head * GROUP * out_head_stride
+                target_ptr = out_ptr + (begin + first_token).to(tl.int64) * out_stride
+                target_ptr += kv_head * GROUP * out_head_stride
                 _merge(
-                    partial_ptr, out_ptr, first_split, end_split, new - first_token,
+                    partial_ptr, target_ptr, first_split, end_split, new - first_token,
                     out_stride, out_head_stride, GROUP, HEAD_SIZE, KEPT, BLOCK_D,
                 )  # fmt: skip
     if alone:
