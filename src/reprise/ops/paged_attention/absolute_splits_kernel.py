@@ -315,8 +315,7 @@ def absolute_splits_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     total_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    # Of padding there are no splits, and the first program writes zeros.
-    if part >= tl.maximum(1, end_split - first_split):
+    if part >= end_split - first_split:
         return
     for split in range(first_split + part, end_split, PARTS):
         left = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
@@ -357,7 +356,7 @@ def absolute_splits_kernel(
                 tl.store(mine + KEPT * (BLOCK_D + 1) + row, row_max, mask=used)
     alone = end_split >= 0
     if not KEEPS:
-        alone = end_split - first_split <= 1
+        alone = end_split - first_split == 1
         if not alone:
             sharers = tl.minimum(PARTS, end_split - first_split)
             if is_last(arrivals_ptr + number, sharers):
