@@ -103,6 +103,17 @@ def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:
     assert not list(anew.iterdir())
 
 
+def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> None:
+    """As in a container whose user nobody knows; the reason is said, and others compute."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    monkeypatch.chdir(anew.parent.parent)
+    with pytest.raises(RuntimeError, match="home"):
+        cpp.function(SOURCE, ())
+    assert not list(Path.cwd().iterdir())
+
+
 def test_a_cpu_gets_them() -> None:
     chosen = OpTable(CpuPlatform()).chosen
     for each in (linear, norm_linear, norm_gated_linear, linear_add, rotary_cache, paged_attention):

@@ -102,8 +102,7 @@ def _compiler() -> tuple[str, bytes]:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(base) / "reprise" / "cpp"
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reprise", "cpp")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from reprise.platforms import usable_cpus
+
 Words = np.ndarray[Any, Any]
 SHARED_OUT = 8
 """More masks than these are filled by several threads. One takes 2 to 40 us."""
 THREADS = 8
-"""At most: half of the processor's, which has other work."""
+"""At most: half of the CPUs that are there for this process, which have other work."""
 FIRST = 16
 """Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
 those come first."""
@@ -86,9 +87,7 @@ def _batch() -> Any:
     """Fills masks in threads of its own."""
     import xgrammar
 
-    return xgrammar.BatchGrammarMatcher(
-        max_threads=min(THREADS, max(1, (os.cpu_count() or 1) // 2))
-    )
+    return xgrammar.BatchGrammarMatcher(max_threads=min(THREADS, max(1, usable_cpus()[0] // 2)))
 
 
 class Grammar:
