@@ -308,7 +308,7 @@ def absolute_splits_kernel(
 
     first_split = lowest // SPLIT
     # Where there is nothing to see, one split sees nothing.
-    end_split = tl.maximum(tl.cdiv(end_key, SPLIT), first_split + 1)
+    end_split = tl.maximum(end_key - 1, lowest) // SPLIT + 1
     SIZE: tl.constexpr = KEPT * (BLOCK_D + 2)
     partial_ptr += number.to(tl.int64) * splits * SIZE
     within = row[:, None] * BLOCK_D + channel[None, :]
