@@ -98,7 +98,7 @@ def _compiler() -> tuple[str, bytes]:
     name = next((each for each in choices if shutil.which(each)), None)
     if name is None:
         raise OpError(f"no C++ compiler ({choices[0]}) on this machine; set CXX")
-    return name, _run([name, *FLAGS, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull])
+    return name, _run([name, *FLAGS, "-E", "-v", "-x", "c++", os.devnull])
 
 
 def _cache_directory() -> Path:
