@@ -3,6 +3,8 @@ some row was sent to reads its weight once, in tiles of few rows or of many."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,36 +34,15 @@ def mxfp4_experts(
     down: Tensor,
     down_scale: Tensor,
     limit: float,
+    *,
+    pairs: bool = False,
 ) -> Tensor:
-    """Shapes as in the reference."""
-    return _experts(x, weights, ids, gate_up, gate_up_scale, down, down_scale, limit, False)
+    """Shapes as in the reference.
 
-
-def in_pairs(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    limit: float,
-) -> Tensor:
-    """The same; numbers are made two at a time where the kernel may have PTX."""
-    return _experts(x, weights, ids, gate_up, gate_up_scale, down, down_scale, limit, takes_ptx())
-
-
-def _experts(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    limit: float,
-    pairs: bool,
-) -> Tensor:
+    Args:
+        pairs: Make numbers two at a time, where the kernel may have PTX.
+    """
+    pairs = pairs and takes_ptx()
     top = ids.shape[1]
     count, _, half = down.shape
     config = config_for(x, ids.numel(), count)
@@ -76,6 +57,9 @@ def _experts(
     out = x.new_empty(x.shape)
     in_tiles(x, weights, ids, count, 2 * half, config.block_m, multiply, out)
     return out
+
+
+in_pairs = functools.partial(mxfp4_experts, pairs=True)
 
 
 def config_for(x: Tensor, slots: int, experts: int) -> Config:
