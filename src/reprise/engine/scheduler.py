@@ -13,15 +13,14 @@ waiting request never preempts a running one, however urgent.
 One step ahead: ``schedule`` may be called before the step before has been updated. A decode then
 takes a token whose value only the device knows yet, and where drafts are verified the device alone
 knows how many tokens there are: the scheduler reckons with the most that there can be, and is
-corrected in ``update``. What turns out superfluous, because the request had stopped, is dropped
-there.
+corrected in ``update``.
 
-Who has which row and which blocks is the roster's to know (``roster.py``).
+Who has which row and which blocks is the roster's to know (``roster.py``); what a step's tokens do
+to their requests is told in ``step_results.py``.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -32,12 +31,11 @@ from reprise.engine.prompt import check_fits
 from reprise.engine.roster import Roster
 from reprise.engine.scheduler_counts import SchedulerCounts, SchedulerStats
 from reprise.engine.step_plan import RowLists, ScheduledStep, StepPlan
+from reprise.engine.step_results import StepResults
 from reprise.errors import ConfigError
-from reprise.request import FinishReason, Request, RequestStatus
+from reprise.request import FinishReason, Request
 from reprise.speculation import room_for
 from reprise.step import Step
-
-logger = logging.getLogger(__name__)
 
 RESERVE_FRACTION = 0.01
 """Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
@@ -108,6 +106,7 @@ class Scheduler:
         self._lists = RowLists()
         self._counts = SchedulerCounts()
         self._roster = Roster(cache, max_num_seqs, self._counts)
+        self._results = StepResults(cache, self._roster, self._counts, verifies=num_drafts > 0)
         self._num_arrived = 0
         self._outstanding: deque[ScheduledStep] = deque()
         """Scheduled and not updated."""
@@ -449,81 +448,8 @@ class Scheduler:
         """
         if not self._outstanding or self._outstanding[0].step is not step:
             raise RuntimeError(f"step {step.index} is not the oldest that awaits its update")
-        requests, starts = self._outstanding[0].requests, self._outstanding[0].starts
-        if len(sampled) != len(requests):
-            raise ValueError(f"{len(sampled)} results for {len(requests)} requests")
-        for number, checkpoint in enumerate(self._outstanding.popleft().checkpoints):
-            if checkpoint is not None:
-                checkpoint.sound = number not in spoilt
-        # The other hot loop, see _schedule_decodes.
-        now, running = time.perf_counter(), RequestStatus.RUNNING
-        num_decodes = step.num_decodes
-        width = 1 + step.drafts[0] if num_decodes else 1
-        verifies = self.num_drafts > 0
-        updated: list[Request] = []
-        generated = 0
-        for number in failed:
-            request = requests[number]
-            if request.finish_reason is None:
-                self.cache.forget(request)
-                self._roster.finish(request, "error")
-                updated.append(request)
-        for number, (request, tokens) in enumerate(zip(requests, sampled, strict=True)):
-            request.num_in_flight -= 1
-            if request.finish_reason is None:
-                known, last = request.token_ids, None
-                had = len(known)
-                if number < num_decodes:
-                    computed = had + len(tokens) - 1
-                    request.num_pending -= 1
-                    if verifies:
-                        request.state_begin = had - 1
-                    if len(tokens) != width and request.status is running:
-                        request.num_computed_tokens -= width - len(tokens)
-                else:
-                    computed = starts[number - num_decodes] + step.counts[number]
-                    request.num_pending -= step.samples[number]
-                if tokens:
-                    updated.append(request)
-                    request.last_token_time = now
-                    if request.first_token_time is None:
-                        request.first_token_time = now
-                    output, stops = request.output_token_ids, request.stop_token_ids
-                    most = request.max_total_tokens
-                    for token in tokens:
-                        known.append(token)
-                        output.append(token)
-                        if len(known) >= most or (
-                            token in stops and len(output) >= request.params.min_tokens
-                        ):
-                            last = token
-                            break
-                    generated += len(known) - had
-                # Before it may end and lose its blocks. Its last token is never computed.
-                if computed >= request.commit_at:
-                    computed = min(computed, len(known), request.max_total_tokens - 1)
-                    self.cache.commit(request, computed)
-                if last is not None:
-                    self._finish_at(request, last)
-            else:
-                request.state_begin = -1  # this step has run over it
-            if request.status is not running and not request.num_in_flight:
-                self._roster.written_no_more(request)
-        self._counts.generated_tokens += generated
-        return updated
-
-    def _finish_at(self, request: Request, token: int) -> None:
-        """End the request, whose last token this is."""
-        length = len(request.token_ids)
-        long_enough = len(request.output_token_ids) >= request.params.min_tokens
-        if token in request.stop_token_ids and long_enough:
-            stop_reason = None if token in request.eos_token_ids else token
-            self._roster.finish(request, "stop", stop_reason)
-            return
-        if length > self.cache.capacity:
-            logger.warning(
-                "request %s ends at %d tokens: it fills the whole cache",
-                request.request_id,
-                length,
-            )
-        self._roster.finish(request, "length")
+        oldest = self._outstanding[0]
+        if len(sampled) != len(oldest.requests):
+            raise ValueError(f"{len(sampled)} results for {len(oldest.requests)} requests")
+        self._outstanding.popleft()
+        return self._results.take(oldest, sampled, failed, spoilt)
