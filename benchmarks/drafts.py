@@ -259,7 +259,7 @@ def start(options: argparse.Namespace) -> None:
         platform, owners = engine.platform, engine.runner.owners
         platform.empty_cache()
         free, later = platform.memory_info().free, 0
-        while any(each.deferred for _, each in owners):
+        while any(each.captures.deferred for _, each in owners):
             engine.runner.prove_more()
             later += 1
         platform.synchronize()

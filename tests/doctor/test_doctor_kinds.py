@@ -90,7 +90,7 @@ def test_the_states_are_those_of_start_up(clean, runner):
     graphs = GraphRunner(
         runner.forward_pass, runner.platform, GraphPlan("full", "full"), BUCKETS, 4
     )
-    graphs.capture_all()
+    graphs.captures.capture_all()
     for each in graphs.report().graphs:
         (proof,) = (
             e
@@ -100,7 +100,7 @@ def test_the_states_are_those_of_start_up(clean, runner):
         if each.verified and proof.verdict == "verified":  # time sufficed in both runs
             assert proof.facts == each.facts
             assert (proof.probes, proof.pairs) == (each.probes, each.pairs)
-    graphs.discard()
+    graphs.captures.discard()
 
 
 def test_page_table_and_json_show_them(clean):

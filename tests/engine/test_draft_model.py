@@ -280,7 +280,7 @@ def captured(llm: LLM, owner: str) -> Iterator[Callable[[], GraphRunner]]:
 
     def capture() -> GraphRunner:
         made = options.runner(*kinds[owner], owner)
-        made.capture_all()
+        made.captures.capture_all()
         return made
 
     try:

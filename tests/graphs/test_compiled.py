@@ -36,7 +36,7 @@ def started(platform, make_runner, fault=None):
     broken = faults.inject(fault, toy.ops, "rotary_cache") if fault else contextlib.nullcontext()
     with broken:
         runner = make_runner(toy, "compiled", decode=(2, 4), mixed=())
-        runner.capture_all()
+        runner.captures.capture_all()
     return toy, runner
 
 
@@ -49,7 +49,7 @@ def test_pieces_are_compiled_captured_and_verified(cache, platform, make_runner)
     # Layers are compiled once for all of them; so are numbers of tokens.
     pieces = counters["inductor"]["fxgraph_cache_miss"]
     assert 3 <= pieces <= 6
-    graph = runner._bucket_for(StepShape.decode(4)).graph
+    graph = runner.bucket_graphs.holding(StepShape.decode(4)).graph
     assert [str(each) for each in graph.steps[2].calls] == [
         "linear_add #0", "rms_norm #1", "silu_and_mul #0", "linear_add #1", "rms_norm #2",
         "rotary_cache #1",

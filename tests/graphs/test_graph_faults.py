@@ -25,8 +25,8 @@ def steps_are_right(runner, toy):
     for shape in STEPS:
         toy.fill(shape, 5)
         before = [each.clone() for each in caches]
-        bucket = runner._bucket_for(shape).shape
-        graph = runner._bucket_for(shape).graph
+        bucket = runner.bucket_graphs.holding(shape).shape
+        graph = runner.bucket_graphs.holding(shape).graph
         if graph is not None:
             toy.pad(shape, bucket)
         expected = toy.eager(bucket if graph is not None else shape)[: shape.num_tokens]
@@ -56,7 +56,7 @@ def test_faults_are_caught_at_start_up(toy, make_runner, platform, fault, op, ex
         pytest.skip(reason)
     with faults.inject(fault, toy.ops, op):
         runner = make_runner(toy, executor, decode=(4,), mixed=(32,))
-        runner.capture_all()
+        runner.captures.capture_all()
         steps_are_right(runner, toy)
     for info in runner.report().graphs:
         assert info.quarantined is not None
@@ -76,8 +76,8 @@ def test_a_fault_that_comes_and_goes_is_traced(toy, make_runner, begun, executor
     with faults.inject("wrong_every_second", toy.ops, "rotary_cache") as fault:
         fault.active.fill_(False)
         runner = make_runner(toy, executor, decode=(4,), mixed=())
-        runner.capture_all()
-        bucket = runner._bucket_for(shape)
+        runner.captures.capture_all()
+        bucket = runner.bucket_graphs.holding(shape)
 
         def fill() -> None:
             toy.fill(shape, 5)
@@ -112,7 +112,7 @@ def test_faults_are_caught_by_the_first_canary(toy, make_runner, fault, op, exec
     with faults.inject(fault, toy.ops, op):
         verify = VerifyMode(startup=False, canary=1)
         runner = make_runner(toy, executor, decode=(4,), mixed=(32,), verify=verify)
-        runner.capture_all()
+        runner.captures.capture_all()
         assert runner.report().quarantined == []
         steps_are_right(runner, toy)
     report = runner.report()
@@ -127,7 +127,7 @@ def test_what_ops_keep_is_as_before_a_failed_canary(toy, make_runner, monkeypatc
     with faults.dirty_memory(toy.ops, "silu_and_mul") as fault:
         verify = VerifyMode(startup=False, canary=1)
         runner = make_runner(toy, "full", decode=(4,), mixed=(), verify=verify)
-        runner.capture_all()
+        runner.captures.capture_all()
         # Finding the op captures anew, which on a CPU does the work, fault included.
         monkeypatch.setattr(runner.judge, "where", lambda *args: "")
         toy.fill(StepShape.decode(4), 3)
@@ -141,7 +141,7 @@ def test_what_ops_keep_is_as_before_a_failed_canary(toy, make_runner, monkeypatc
 def test_what_ops_keep_is_as_before_a_failed_probe(toy, make_runner, monkeypatch, raises):
     with faults.dirty_memory(toy.ops, "silu_and_mul") as fault:
         runner = make_runner(toy, "full", decode=(4,), mixed=(), verify="off")
-        runner.capture_all()
+        runner.captures.capture_all()
         (bucket,) = runner.bucket_graphs.values()
         replay = bucket.graph.replay
 
@@ -183,7 +183,7 @@ def test_disorder_from_between_two_ops_is_not_blamed_on_the_next(toy, make_runne
 
     toy.ops.functions["silu_and_mul"] = Once(toy.ops, all_ops()["silu_and_mul"])
     runner = make_runner(toy, "breakable", decode=(4,), mixed=())
-    runner.capture_all()
+    runner.captures.capture_all()
     (info,) = runner.report().graphs
     assert "between paged_attention #0 and paged_attention #1" in info.quarantined
     assert "memory of ops (dirty_once silu_and_mul)" in info.quarantined
@@ -193,7 +193,7 @@ def test_a_short_context_does_not_show_a_wrong_extent(toy, make_runner):
     """Which is why the first probe has the longest one."""
     with faults.wrong_extent(toy.ops, "paged_attention"):
         runner = make_runner(toy, "full", decode=(4,), mixed=(), verify="off")
-        runner.capture_all()
+        runner.captures.capture_all()
         for longest, right in ((faults.WrongExtent.limit, True), (100, False)):
             toy.fill(StepShape.decode(4), 3, longest)
             expected = toy.eager(StepShape.decode(4))

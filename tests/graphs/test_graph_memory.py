@@ -45,11 +45,11 @@ def runner():
 
 
 def test_two_buckets_a_phase_predict_the_rest(runner):
-    memory = predict(runner)
+    memory = predict(runner.captures)
     assert memory.note == ""
     assert runner.bucket_graphs == {}
     before = Measuring.taken
-    runner.capture_all()
+    runner.captures.capture_all()
     actual = Measuring.taken - before
     assert memory.predicted == pytest.approx(actual, rel=0.2)
     assert runner.report().memory.actual == actual
@@ -71,10 +71,10 @@ def test_two_buckets_a_phase_predict_the_rest(runner):
 )
 def test_a_lying_measurement_is_left_out(runner, readings, note, caplog):
     steps = iter(range(100))
-    memory = predict(runner, lambda: readings(next(steps)))
+    memory = predict(runner.captures, lambda: readings(next(steps)))
     assert note in memory.note
     assert bool(note) == ("graph memory" in caplog.text)
-    runner.capture_all()
+    runner.captures.capture_all()
     infos = runner.report().graphs
     assert all(each.verified for each in infos)
     # The allocator's own count remains, unless nothing could be measured at all.
@@ -87,7 +87,7 @@ def test_no_measurement_without_need(caplog):
         runner = GraphRunner(Toy(platform), platform, parse_plan(plan), Buckets((1,), (16,)), 8)
         caplog.clear()
         with caplog.at_level("INFO", logger="reprise.graphs.memory"):
-            memory = predict(runner)
+            memory = predict(runner.captures)
         assert memory.predicted is None
         assert note in memory.note
         assert runner.report().memory is memory
@@ -99,9 +99,9 @@ def test_where_the_driver_is_not_asked_the_allocators_count_is_reserved(runner, 
     monkeypatch.setattr(Measuring, "graph_memory", "skip")
     monkeypatch.setattr(Measuring, "counts_memory", True)
     monkeypatch.setattr(Measuring, "memory_info", lambda self: 1 // 0)
-    memory = predict(runner)
+    memory = predict(runner.captures)
     assert memory.note == f"the driver's part is not measured: {Measuring.graph_memory_reason}"
-    runner.capture_all()
+    runner.captures.capture_all()
     assert memory.predicted == sum(each.bytes for each in runner.report().graphs) > 0
     assert memory.actual is None
 
@@ -123,10 +123,10 @@ def test_memory_calls_that_fail_from_some_call_on_cost_the_numbers_alone(
 
     for name in ("memory_info", "empty_cache", "memory_reserved"):
         monkeypatch.setattr(Measuring, name, failing(getattr(Measuring, name)))
-    memory = predict(runner)
+    memory = predict(runner.captures)
     assert memory.failed
     assert memory.note == "measurement failed: RuntimeError: the driver is gone"
-    runner.capture_all()
+    runner.captures.capture_all()
     assert memory.actual is None
     assert memory.predicted is None
     assert all(each.verified for each in runner.report().graphs)

@@ -23,7 +23,7 @@ def padded(runner, toy, shape, seed):
     toy.fill(shape, seed)
     caches = [each for layer in toy.model.layers for each in (layer.key_cache, layer.value_cache)]
     before = [each.clone() for each in caches]
-    bucket = runner._bucket_for(shape).shape
+    bucket = runner.bucket_graphs.holding(shape).shape
     toy.pad(shape, bucket)
     hidden = toy.eager(bucket)[: shape.num_tokens]
     after = [each[1:].clone() for each in caches]
@@ -37,7 +37,7 @@ def padded(runner, toy, shape, seed):
 )
 def test_every_step_equals_eager(toy, make_runner, plan):
     runner = make_runner(toy, plan)
-    runner.capture_all()
+    runner.captures.capture_all()
     for seed, shape in enumerate(STEPS * 2):
         hidden, after, caches = padded(runner, toy, shape, seed)
         assert torch.equal(runner.run(shape), hidden)
@@ -51,7 +51,7 @@ def test_every_step_equals_eager(toy, make_runner, plan):
 
 def test_decode_steps_with_several_tokens_a_request(toy, make_runner):
     runner = make_runner(toy, "full", query_lens=(1, 4))
-    runner.capture_all()
+    runner.captures.capture_all()
     for shape in (StepShape.decode(2, 4), StepShape.decode(3, 4), StepShape.decode(3)):
         hidden, _, _ = padded(runner, toy, shape, 1)
         assert torch.equal(runner.run(shape), hidden)
@@ -61,7 +61,7 @@ def test_decode_steps_with_several_tokens_a_request(toy, make_runner):
 
 def test_steps_above_the_largest_bucket_run_eagerly(toy, make_runner):
     runner = make_runner(toy, "full")
-    runner.capture_all()
+    runner.captures.capture_all()
     for shape in (StepShape.decode(5), StepShape.mixed(40, 2)):
         toy.fill(shape, 3)
         expected = toy.eager(shape)
@@ -72,7 +72,7 @@ def test_steps_above_the_largest_bucket_run_eagerly(toy, make_runner):
 
 def test_replays_do_not_run_the_models_python(toy, make_runner):
     runner = make_runner(toy, "breakable")
-    runner.capture_all()
+    runner.captures.capture_all()
     forwards = toy.forwards
     toy.fill(StepShape.decode(4), 1)
     for _ in range(5):
@@ -82,7 +82,7 @@ def test_replays_do_not_run_the_models_python(toy, make_runner):
 
 def test_nothing_is_captured_without_a_plan(toy, make_runner):
     runner = make_runner(toy, "none")
-    runner.capture_all()
+    runner.captures.capture_all()
     toy.fill(StepShape.decode(2), 1)
     runner.run(StepShape.decode(2))
     report = runner.report()
@@ -94,8 +94,8 @@ def test_nothing_is_captured_without_a_plan(toy, make_runner):
 def test_capture_goes_from_large_to_small_and_reports_progress(toy, make_runner):
     seen = []
     runner = make_runner(toy, "full")
-    runner.capture_all(lambda *what: seen.append(what))
-    sizes = [each.num_tokens for each in runner.shapes()]
+    runner.captures.capture_all(lambda *what: seen.append(what))
+    sizes = [each.num_tokens for each in runner.captures.shapes]
     assert sizes == sorted(sizes, reverse=True)
     assert seen[0] == ("capture graphs", 1, 5)
     assert seen[4:6] == [("capture graphs", 5, 5), ("verify graphs", 1, 5)]
@@ -107,14 +107,14 @@ def test_capture_and_verification_leave_the_state_alone(toy, make_runner):
     before = layer.key_cache.clone()
     fill, toy.fill = toy.fill, lambda *args, **more: None
     runner = make_runner(toy, "full")
-    runner.capture_all()
+    runner.captures.capture_all()
     toy.fill = fill
     assert torch.equal(layer.key_cache[1:], before[1:])
 
 
 def test_the_report_is_plain_data(toy, make_runner):
     runner = make_runner(toy, "decode=full,mixed=breakable", decode=(2,), mixed=(16,))
-    runner.capture_all()
+    runner.captures.capture_all()
     report = json.loads(json.dumps(runner.report().to_dict()))
     assert report["plan"] == {"decode": "full", "mixed": "breakable"}
     mixed, decode = report["graphs"]
@@ -151,7 +151,7 @@ def test_the_plan_follows_what_computes_the_calls_of_each_phase(toy, make_runner
     assert (runner.plan.decode, runner.plan.mixed) == ("full", "breakable")
     (mixed,) = runner.plan.downgrades
     assert mixed.reason.startswith("paged_attention (reference)")
-    runner.capture_all()
+    runner.captures.capture_all()
     for shape in (StepShape.decode(3), StepShape.mixed(10, 3)):
         toy.fill(shape, 7)
         expected = toy.eager(shape)
@@ -165,7 +165,7 @@ def test_the_plan_follows_what_computes_the_calls_of_each_phase(toy, make_runner
 
 def test_verification_can_be_off(toy, make_runner):
     runner = make_runner(toy, "full", verify="off")
-    runner.capture_all()
+    runner.captures.capture_all()
     assert not any(each.verified for each in runner.report().graphs)
     assert runner.executor_for(StepShape.decode(2)) == "full"
 
@@ -174,7 +174,7 @@ def test_every_graph_gets_a_probe_and_more_only_within_the_budget(toy, make_runn
     monkeypatch.setattr("reprise.graphs.prove.VERIFY_SECONDS", 0.0)
     monkeypatch.setattr("reprise.graphs.prove.VERIFY_SHARE", 0.0)
     runner = make_runner(toy, "full")
-    runner.capture_all()
+    runner.captures.capture_all()
     assert [each.probes for each in runner.report().graphs] == [1] * 5
     assert not any(each.verified for each in runner.report().graphs)
     assert {each.proof for each in runner.report().graphs} == {"partly proven (1 of 2 probes)"}
@@ -190,7 +190,7 @@ def test_probes_that_leave_an_input_unchanged_prove_nothing(toy, make_runner, ca
 
     toy.inputs = more
     runner = make_runner(toy, "full")
-    runner.capture_all()
+    runner.captures.capture_all()
     report = runner.report()
     assert report.blind_inputs == ["decode: extra"]
     assert "decode: extra" in caplog.text
@@ -205,11 +205,11 @@ def test_they_prove_nothing_of_graphs_that_are_captured_later_either(toy, make_r
     inputs = toy.inputs
     toy.inputs = lambda shape: {**inputs(shape), "extra": toy.hidden[:0]}
     runner = make_runner(toy, "full", mixed=(), lazy=True)
-    runner.capture_all()
-    assert len(runner.deferred) == 1
-    while runner.prove_more():
+    runner.captures.capture_all()
+    assert len(runner.captures.deferred) == 1
+    while runner.captures.prove_more():
         pass
-    assert not runner.deferred
+    assert not runner.captures.deferred
     for each in runner.report().graphs:
         assert each.proof == "not proven"
         assert set(each.facts.values()) == {"not yet met"}
@@ -227,7 +227,7 @@ def test_a_forward_that_no_graph_can_hold_runs_eagerly(toy, make_runner, caplog)
     toy.model = reads_lengths
     reads_lengths.layers = model.layers
     runner = make_runner(toy, "full", decode=(2,), mixed=())
-    runner.capture_all()
+    runner.captures.capture_all()
     (info,) = runner.report().graphs
     assert info.executor == "none"
     assert "full: capture failed" in info.quarantined
@@ -267,7 +267,7 @@ def test_ranks_agree_on_every_verdict(toy, make_runner, votes, why):
             pass
 
     runner = make_runner(toy, "full", decode=(2,), mixed=(), agreement=Votes())
-    runner.capture_all()
+    runner.captures.capture_all()
     (info,) = runner.report().graphs
     assert info.executor == "breakable", info.quarantined
     assert why in info.quarantined
@@ -279,7 +279,7 @@ def test_many_failures_are_not_many_warnings(toy, make_runner, caplog):
     toy.ops.functions["rms_norm"] = lambda x, *rest: (_ for _ in ()).throw(GraphError("never"))
     runner = make_runner(toy, "breakable", decode=range(1, 9), used={})
     with caplog.at_level(logging.WARNING):
-        runner.capture_all()
+        runner.captures.capture_all()
     assert len(runner.report().quarantined) == 10
     assert len([each for each in caplog.records if "decode[" in each.getMessage()]) == 3
     toy.ops.functions["rms_norm"] = original
@@ -291,7 +291,7 @@ def test_many_failures_are_not_many_warnings(toy, make_runner, caplog):
 @pytest.mark.parametrize("plan", ["full", "breakable"])
 def test_the_canary_sees_no_ghosts(toy, make_runner, plan):
     runner = make_runner(toy, plan, verify="canary:3")
-    runner.capture_all()
+    runner.captures.capture_all()
     for seed in range(60):
         shape = STEPS[seed % len(STEPS)]
         hidden, after, caches = padded(runner, toy, shape, seed)
@@ -305,8 +305,8 @@ def test_the_canary_sees_no_ghosts(toy, make_runner, plan):
 
 def test_the_canary_catches_a_graph_that_goes_bad_while_serving(toy, make_runner, caplog):
     runner = make_runner(toy, "full", verify="canary:2", decode=(2, 4), mixed=())
-    runner.capture_all()
-    bucket = runner._bucket_for(StepShape.decode(2))
+    runner.captures.capture_all()
+    bucket = runner.bucket_graphs.holding(StepShape.decode(2))
     replay = bucket.graph.replay
 
     def broken():

@@ -34,7 +34,7 @@ def test_a_probe_that_cannot_be_made_refuses_the_graph(toy, make_runner, monkeyp
     else:
         monkeypatch.setattr(type(toy.platform), "graph_pool_memory", fail)
     runner = make_runner(toy, "full", decode=(2,), mixed=())
-    runner.capture_all()
+    runner.captures.capture_all()
     (info,) = runner.report().graphs
     assert (info.executor, info.verified) == ("none", False)
     assert "cannot be made: ValueError: no such block" in info.quarantined
@@ -118,7 +118,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
             replace(each, fill=fail) for each in probes(*what, **anchor)
         ]
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(each.capture_all) for each in runners]:
+        for done in [pool.submit(each.captures.capture_all) for each in runners]:
             done.result(2 * WAIT)
     mine, other = (each.report().graphs[0] for each in runners)
     assert mine.executor == other.executor != "full"
@@ -179,7 +179,7 @@ def test_a_graph_that_serves_has_met_each_probe_itself(
         kept.append(bucket.graph)
 
     monkeypatch.setattr(runner.capturer, "capture_or_fall_back", keep)
-    runner.capture_all()
+    runner.captures.capture_all()
     assert [each.executor for each in runner.report().graphs].count("breakable") == 1
     for bucket in runner.bucket_graphs.values():
         assert bucket.info.verified
@@ -196,10 +196,10 @@ def test_what_an_interruption_left_under_way_says_nothing_of_later_graphs(toy, m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runner.capture_all(interrupt)
+        runner.captures.capture_all(interrupt)
     (bucket,) = runner.bucket_graphs.values()
     graph = weakref.ref(bucket.graph)
     del bucket
-    runner.discard()
+    runner.captures.discard()
     gc.collect()
     assert graph() is None

@@ -145,7 +145,7 @@ def bound_of(runner: Any) -> float:
 def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> None:
     with noisy(toy, monkeypatch, harm=0.0):
         runner = make_runner(toy, "full", decode=(4,), mixed=(32,), verify="canary:1")
-        runner.capture_all()
+        runner.captures.capture_all()
         bound = bound_of(runner)
         assert NOISE < bound <= DECLARED
         # Measured, and tighter than what is declared, unless the dtype is as coarse.
@@ -161,11 +161,11 @@ def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> Non
 def test_harm_of_some_bounds_in_one_row_is_caught(toy, make_runner, monkeypatch) -> None:
     with noisy(toy, monkeypatch, harm=0.0):
         sound = make_runner(toy, "full", decode=(4,), mixed=())
-        sound.capture_all()
+        sound.captures.capture_all()
         bound = bound_of(sound)
     with noisy(toy, monkeypatch, harm=max(0.1, 64 * bound)):
         runner = make_runner(toy, "full", decode=(4,), mixed=())
-        runner.capture_all()
+        runner.captures.capture_all()
         assert bound_of(runner) < 2 * bound, "a wrong graph does not widen its own bound"
     (info,) = runner.report().graphs
     assert info.quarantined is not None

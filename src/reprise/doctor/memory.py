@@ -310,7 +310,7 @@ def _graphs(
     buckets: Counter[str] = Counter()
     pool_bytes = 0
     for owner, runner in runners.items():
-        shapes = runner.shapes()
+        shapes = runner.captures.shapes
         buckets.update(f"{owner} {each.phase}".lstrip() for each in shapes)
         largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
         peaks = (peak_of(runner.computation, each) for each in largest if each)

@@ -4,6 +4,7 @@ Knows tensors, ops and platforms; knows nothing of models or requests.
 """
 
 from reprise.graphs.buckets import Buckets, default_buckets, parse_buckets
+from reprise.graphs.captures import Captures
 from reprise.graphs.compiled import keep_compiled_code
 from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.guard import Guard
@@ -29,6 +30,7 @@ __all__ = [
     "Break",
     "Buckets",
     "Call",
+    "Captures",
     "Computation",
     "Damage",
     "Downgrade",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from reprise.errors import ConfigError
-from reprise.shape import PHASES, Phase
+from reprise.graphs.plan import Executor, GraphPlan
+from reprise.shape import PHASES, Phase, StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,23 @@ class Buckets:
         sizes = self.of(phase)
         index = bisect.bisect_left(sizes, size)
         return sizes[index] if index < len(sizes) else None
+
+    def shapes(
+        self, plan: GraphPlan[Executor], query_lens: Sequence[int], max_requests: int
+    ) -> list[StepShape]:
+        """What is captured of all phases that have an executor, largest first.
+
+        Args:
+            plan: The executors.
+            query_lens: New tokens of a request in decode steps.
+            max_requests: Most requests in a step.
+        """
+        found = []
+        if plan.decode != "none":
+            found += [StepShape.decode(size, each) for each in query_lens for size in self.decode]
+        if plan.mixed != "none":
+            found += [StepShape.mixed(size, min(size, max_requests)) for size in self.mixed]
+        return sorted(found, key=lambda each: (-each.num_tokens, PHASES.index(each.phase)))
 
 
 def default_buckets(max_requests: int, max_tokens: int) -> Buckets:

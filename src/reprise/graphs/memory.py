@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from reprise.errors import describe
+from reprise.graphs.captures import Captures
 from reprise.graphs.report import GraphMemory
-from reprise.graphs.runner import GraphRunner
 from reprise.platforms import Platform
 from reprise.shape import Phase, StepShape
 
@@ -20,7 +20,7 @@ REPEATS = 3
 
 
 def predict(
-    runner: GraphRunner, free_memory: Callable[[], int] | None = None, *, keep: bool = False
+    captures: Captures, free_memory: Callable[[], int] | None = None, *, keep: bool = False
 ) -> GraphMemory:
     """Capture the two largest buckets of each phase, and throw them away again.
 
@@ -32,7 +32,7 @@ def predict(
     Never raises: a measurement that fails or lies is logged and left out.
 
     Args:
-        runner: Has captured nothing yet; its computation can run (a small cache will do).
+        captures: Of a runner, which has none yet; its computation can run (a small cache will do).
         free_memory: Bytes free on the device; the platform's unless given.
         keep: Leave the captured graphs to the caller, who discards them when it has asked all
             runners that share a pool: by how much each makes it grow.
@@ -40,9 +40,9 @@ def predict(
     Returns:
         The prediction, which the runner's report shows from now on.
     """
-    memory = runner.memory = GraphMemory()
-    platform = runner.platform
-    if not runner.plan.captures:
+    memory = captures.memory = GraphMemory()
+    platform = captures.platform
+    if not captures.plan.captures:
         memory.note = "the plan captures no graphs"
         logger.info("graph memory: none, %s", memory.note)
         return memory
@@ -52,9 +52,9 @@ def predict(
             logger.info("graph memory: %s", memory.note)
             return memory
     # Captures in pieces compute, and what computes may spoil.
-    runner.learn_weights()
+    captures.learn_weights()
     try:
-        total, measured = _measure(runner, free_memory)
+        total, measured = _measure(captures, free_memory)
     except Exception as error:
         memory.failed = True
         memory.note = f"measurement failed: {describe(error)}"
@@ -62,7 +62,7 @@ def predict(
         return memory
     finally:
         if not keep:
-            runner.discard()
+            captures.discard()
     pool = sum(each for each, _ in measured.values())
     driver = sum(each for _, each in measured.values())
     doubt = None
@@ -76,35 +76,35 @@ def predict(
         memory.note = doubt
         logger.warning("graph memory: %s; only the pool is counted", doubt)
     memory.predicted = pool + driver
-    runner.predicted_bytes = {shape: sum(each) for shape, each in measured.items()}
+    captures.predicted_bytes = {shape: sum(each) for shape, each in measured.items()}
     note = f" ({memory.note})" if doubt is None and memory.note else ""
     logger.info("graph memory: %.1f MiB predicted%s", memory.predicted / 2**20, note)
     return memory
 
 
 def _measure(
-    runner: GraphRunner, free_memory: Callable[[], int] | None
+    captures: Captures, free_memory: Callable[[], int] | None
 ) -> tuple[int | None, dict[StepShape, tuple[int, int]]]:
     """Bytes of the device, None if its driver is not asked; and of every bucket, in the pool and
     in the driver."""
-    platform = runner.platform
+    platform = captures.platform
     asks = platform.graph_memory == "measure"
     total = platform.memory_info().total if asks else None
     free_memory = free_memory or (lambda: platform.memory_info().free)
     pool: dict[Phase, list[int]] = {}
     driver: dict[Phase, int] = {}
-    shapes = runner.shapes()
+    shapes = captures.shapes
     seconds: dict[Phase, StepShape] = {}
-    with runner.capturer.ready():
+    with captures.capturer.ready():
         for shape in shapes:
             known = pool.setdefault(shape.phase, [])
             if len(known) < 2:
-                known.append(runner.capture_bucket(shape).info.bytes)
+                known.append(captures.capture_bucket(shape).info.bytes)
                 seconds[shape.phase] = shape
         for phase, shape in seconds.items() if asks else ():
             before = _settled(platform, free_memory)
             # The runner forgets a bucket that is captured again, but its graph must live on.
-            buckets = [runner.capture_bucket(shape) for _ in range(REPEATS)]
+            buckets = [captures.capture_bucket(shape) for _ in range(REPEATS)]
             taken = before - _settled(platform, free_memory)
             grown = sum(each.info.bytes for each in buckets)
             driver[phase] = (taken - grown) // REPEATS

@@ -25,7 +25,7 @@ class GraphOwners:
 
     def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
         self.runners = runners
-        self._lazy = [each for each in runners.values() if each.lazy]
+        self._lazy = [each for each in runners.values() if each.captures.lazy]
         for each in runners.values():
             each.replays.alone = len(runners) == 1
 
@@ -41,32 +41,34 @@ class GraphOwners:
         """Bytes to keep free for graphs, see :func:`reprise.graphs.predict`."""
         self.learn_weights()
         try:
-            return sum(predict(each, keep=True).predicted or 0 for each in self.runners.values())
+            return sum(
+                predict(each.captures, keep=True).predicted or 0 for each in self.runners.values()
+            )
         finally:
             for each in self.runners.values():
-                each.discard()
+                each.captures.discard()
 
     def learn_weights(self) -> None:
-        """See :meth:`GraphRunner.learn_weights`, of all owners: a graph of one may change what
+        """See :meth:`Captures.learn_weights`, of all owners: a graph of one may change what
         another reads."""
         for each in self.runners.values():
-            each.learn_weights()
+            each.captures.learn_weights()
 
     def comparison_bytes(self) -> int:
         """Bytes to keep free for comparisons, of which one is made at a time."""
-        return max(each.comparison_bytes() for each in self.runners.values())
+        return max(each.captures.comparison_bytes() for each in self.runners.values())
 
     def capture_all(self, progress: Progress | None = None) -> None:
-        """See :meth:`GraphRunner.capture_all`."""
+        """See :meth:`Captures.capture_all`."""
         self.learn_weights()
         for each in self.runners.values():
-            each.capture_all(progress)
+            each.captures.capture_all(progress)
 
     def capture_wanted(self) -> bool:
-        """See :meth:`GraphRunner.capture_wanted`, of one owner."""
+        """See :meth:`Captures.capture_wanted`, of one owner."""
         for each in self._lazy:
-            if each.deferred.due:
-                return each.capture_wanted()
+            if each.captures.deferred.due:
+                return each.captures.capture_wanted()
         return False
 
     def caches_changed(self) -> None:
@@ -75,14 +77,14 @@ class GraphOwners:
             each.caches_changed()
 
     def weights_changed(self) -> None:
-        """See :meth:`GraphRunner.weights_changed`."""
+        """See :meth:`Captures.weights_changed`."""
         for each in self.runners.values():
-            each.weights_changed()
+            each.captures.weights_changed()
 
     def prove_more(self) -> bool:
-        """See :meth:`GraphRunner.prove_more`, of whoever has something left."""
+        """See :meth:`Captures.prove_more`, of whoever has something left."""
         self.caches_changed()  # by probes of another's
-        return any(each.prove_more() for each in self.runners.values())
+        return any(each.captures.prove_more() for each in self.runners.values())
 
     def take_damages(self) -> list[tuple[str, Damage]]:
         """What graphs have left behind in the last step, and whose they are."""

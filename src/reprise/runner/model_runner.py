@@ -310,7 +310,7 @@ class ModelRunner:
         self.sampler.forget()
 
     def prove_more(self) -> bool:
-        """See :meth:`reprise.graphs.GraphRunner.prove_more`, of all owners."""
+        """See :meth:`reprise.graphs.Captures.prove_more`, of all owners."""
         return self.owners.prove_more()
 
     def check(self) -> None:
@@ -354,7 +354,7 @@ class ModelRunner:
     def _predict_graphs(self) -> int:
         """Bytes to keep free for graphs."""
         if self.config.graph_memory_profile == "off":
-            self.graphs.memory.note = "not predicted: graph_memory_profile=off"
+            self.graphs.captures.memory.note = "not predicted: graph_memory_profile=off"
             return 0
         return self.owners.predict()
 
@@ -371,12 +371,12 @@ class ModelRunner:
         try:
             yield
         except Exception as error:
-            if not self.graphs.memory.failed:
+            if not self.graphs.captures.memory.failed:
                 raise
             kind = type(error) if isinstance(error, RepriseError) else PlatformError
             raise kind(
                 f"{error}; before, the prediction of graph memory failed "
-                f"({self.graphs.memory.note}): start with --graph-memory-profile off "
+                f"({self.graphs.captures.memory.note}): start with --graph-memory-profile off "
                 "(graph_memory_profile='off') to leave it out"
             ) from error
 

@@ -64,12 +64,12 @@ def graphs_of(
             raise Skipped(f"{each.phase}: {each.reason}")
     runner.graphs = made
     try:
-        made.capture_all()
+        made.captures.capture_all()
         runner.buffers.forget()
         yield made
     finally:
         runner.graphs = eager
-        made.discard()
+        made.captures.discard()
         runner.buffers.forget()
 
 

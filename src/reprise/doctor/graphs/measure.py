@@ -235,12 +235,12 @@ class _Measurement:
         self.total -= sum(shape.phase in missing for shape in self.shapes()) * len(
             self.matrix.contexts
         )
-        self.matrix.memory_note = predict(graphs).note
+        self.matrix.memory_note = predict(graphs.captures).note
         with graphs.capturer.ready():
             graphs.guard.learn_weights()
             captured = [
                 self._capture(graphs, shape)
-                for shape in graphs.shapes()
+                for shape in graphs.captures.shapes
                 if shape.phase not in missing
             ]
             mend(graphs.computation, graphs.guard)
@@ -258,7 +258,7 @@ class _Measurement:
                     bars = graph_bars(self.platform, found.graph, self.places)
                     self._add_timeline(name, shape, context, total, bars)
             self._prove(graphs, captured, name)
-        graphs.discard()
+        graphs.captures.discard()
 
     def _prove(self, graphs: GraphRunner, captured: list[BucketGraph], executor: str) -> None:
         """What start-up would prove of the graphs, in the time that it would take for it."""
@@ -277,7 +277,7 @@ class _Measurement:
         self.progress(f"capture {graphs.plan.of(shape.phase)}")
         measured = self.platform.graph_memory == "measure"
         before = self._free() if measured else 0
-        bucket = graphs.capture_bucket(shape)
+        bucket = graphs.captures.capture_bucket(shape)
         grown = bucket.info.bytes
         if bucket.info.executor != bucket.info.planned:
             bucket.graph = None

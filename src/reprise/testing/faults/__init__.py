@@ -4,7 +4,7 @@ Each fault is a context manager that wraps the implementation of one op in an op
 execution stays right; a graph that is captured inside goes wrong. Verification must catch it::
 
     with faults.stale_scalar(table, "paged_attention"):
-        runner.capture_all()
+        runner.captures.capture_all()
     assert runner.report().quarantined
 """
 
