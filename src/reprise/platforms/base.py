@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -255,6 +255,17 @@ class Platform(ABC):
         """Many zeros on the device, in one dimension. Raises MemoryError or RuntimeError if it has
         not so much memory."""
         return torch.zeros(count, dtype=dtype, device=self.device)
+
+    def weights_memory(
+        self, weights: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Tensors like these are made empty in the ``with`` block, to be read again and again:
+        where they lie is the platform's to say.
+
+        Raises:
+            MemoryError: There is not so much.
+        """
+        return contextlib.nullcontext()
 
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         """Bytes that the KV cache may take, once the weights are loaded.

@@ -7,12 +7,14 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from reprise.openmp import waiting
+from reprise.platforms import large_pages
 from reprise.platforms.base import MemoryInfo, Platform
 from reprise.platforms.cpu_limits import usable_cpus
 from reprise.platforms.device_graph import DeviceGraph
@@ -158,6 +160,14 @@ class CpuPlatform(Platform):
         if free is not None and size > free:
             raise MemoryError(f"{free / GIB:.2f} GiB are free")
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype)
+
+    def weights_memory(
+        self, weights: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[Any]:
+        nbytes = sum(each.nbytes for each in weights)
+        if nbytes < large_pages.LEAST or not large_pages.available():
+            return contextlib.nullcontext()
+        return large_pages.LargePages(nbytes, len(weights))
 
     def cache_budget(self, utilization: float, activation_bytes: int) -> int:
         free = self.memory_info().free - activation_bytes

@@ -143,7 +143,8 @@ def build_model(
     try:
         # Sizes alone, in no memory: an absurd config must not claim the machine's.
         shape = shape_of(config, dtype, group, exchange)
-        weights = sum(each.nbytes for each in shape.parameters())
+        parameters = list(shape.parameters())
+        weights = sum(each.nbytes for each in parameters)
         position = _bytes_of_a_position(shape)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise ModelError(f"a model of {_sizes(config)} cannot be built: {error}") from error
@@ -165,7 +166,8 @@ def build_model(
             dtype, platform.device, max_model_len, cache_dtype=cache_dtype, num_drafts=num_drafts,
             group=group, exchange=exchange,
         )  # fmt: skip
-        return models.build(config, build)
+        with platform.weights_memory(parameters):
+            return models.build(config, build)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 
