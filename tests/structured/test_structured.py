@@ -16,6 +16,7 @@ from helpers import CORPUS, assert_idle, make_llm, text_model
 from reprise import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from reprise.engine import structured
 from reprise.engine.structured import compiler as compiling
+from reprise.engine.structured.grammar import SHARED_OUT
 from reprise.errors import GrammarError, RequestError
 from reprise.loading.checkpoint import DEMO_MODEL
 
@@ -392,3 +393,40 @@ def test_preempted_requests_and_cached_prompts_keep_to_their_grammars(
     found = small.generate(prompts, params, use_tqdm=False)
     assert small.engine.stats().scheduler.total_preemptions > 0
     assert [each.outputs[0].text for each in found] == expected
+
+
+def test_engines_in_threads_fill_their_masks_apart(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads in one batch of xgrammar's end the process: what it does at the end of a call
+    stops the other's threads."""
+    import xgrammar
+
+    both = threading.Barrier(2)
+    asked: dict[int, Any] = {}
+
+    class Watched(xgrammar.BatchGrammarMatcher):
+        def batch_fill_next_token_bitmask(self, *arguments: Any) -> None:
+            if threading.get_ident() not in asked:
+                asked[threading.get_ident()] = self
+                both.wait(60)  # both are within
+            super().batch_fill_next_token_bitmask(*arguments)
+
+    monkeypatch.setattr(xgrammar, "BatchGrammarMatcher", Watched)
+    params = SamplingParams(structured_outputs=wanted(regex="[ab]{3}"), max_tokens=6, temperature=0)
+    engines = [make_llm(DEMO_MODEL, device, max_num_seqs=32) for _ in range(2)]
+    texts: list[list[str]] = []
+
+    def complete(engine: LLM) -> None:
+        outputs = engine.generate(["Once"] * (SHARED_OUT + 1), params, use_tqdm=False)
+        texts.append([each.outputs[0].text for each in outputs])
+
+    threads = [threading.Thread(target=complete, args=(each,)) for each in engines]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    one, other = asked.values()
+    assert one is not other
+    assert texts[0] == texts[1]
+    assert all(re.fullmatch("[ab]{3}", text) for text in texts[0])

@@ -21,15 +21,33 @@ FIRST = 16
 those come first."""
 
 
+class MaskThreads:
+    """Fills masks side by side. One engine's: where two threads ask the same batch of xgrammar's at
+    once, the end of the one's work ends the process."""
+
+    def fill(self, matchers: Sequence[Any], masks: torch.Tensor, rows: Sequence[int]) -> None:
+        """Write what each of the matchers allows into its row of ``masks``."""
+        self._batch.batch_fill_next_token_bitmask(matchers, masks, rows)
+
+    @functools.cached_property
+    def _batch(self) -> Any:
+        import xgrammar
+
+        threads = min(THREADS, max(1, usable_cpus()[0] // 2))
+        return xgrammar.BatchGrammarMatcher(max_threads=threads)
+
+
 class MaskRows:
     """Room for the masks of a step.
 
     Args:
         rows: Most of them.
         vocab_size: Of the logits.
+        threads: Fill many.
     """
 
-    def __init__(self, rows: int, vocab_size: int) -> None:
+    def __init__(self, rows: int, vocab_size: int, threads: MaskThreads) -> None:
+        self._threads = threads
         self._tensor = torch.empty((rows, -(-vocab_size // 32)), dtype=torch.int32)
         self._words: Words = self._tensor.numpy()
         self._later: dict[int, Any] = {}
@@ -61,10 +79,7 @@ class MaskRows:
     def settle(self, count: int) -> Words:
         """[M, ceil(V / 32)] int32: the first ``count`` masks, all of which allow something."""
         if len(self._later) > SHARED_OUT:
-            of_all = _batch()
-            of_all.batch_fill_next_token_bitmask(
-                list(self._later.values()), self._tensor, list(self._later)
-            )
+            self._threads.fill(list(self._later.values()), self._tensor, list(self._later))
         else:
             for row, matcher in self._later.items():
                 matcher.fill_next_token_bitmask(self._tensor, row)
@@ -80,14 +95,6 @@ class MaskRows:
             if not found[row].any():
                 found[row] = -1
         return found
-
-
-@functools.cache
-def _batch() -> Any:
-    """Fills masks in threads of its own."""
-    import xgrammar
-
-    return xgrammar.BatchGrammarMatcher(max_threads=min(THREADS, max(1, usable_cpus()[0] // 2)))
 
 
 class Grammar:

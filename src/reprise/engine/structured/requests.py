@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reprise.engine.structured.grammar import Grammar, MaskRows
+from reprise.engine.structured.grammar import Grammar, MaskRows, MaskThreads
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
@@ -30,6 +30,7 @@ class Grammars:
         self._of: dict[Request, Grammar] = {}
         self._drafts: dict[Request, Sequence[int]] = {}
         """Behind the newest token of each."""
+        self._threads = MaskThreads()
         self.num_masks = 0
         """Rows of masks, from the start."""
 
@@ -92,7 +93,7 @@ class Grammars:
         of all have ended."""
         rows: list[int] = []
         room = sum(1 + step.drafts[n] for n, each in enumerate(requests) if each in self._of)
-        masks = MaskRows(room, self._vocab_size)
+        masks = MaskRows(room, self._vocab_size, self._threads)
         begin = 0
         for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
             if not samples:
