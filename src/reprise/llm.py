@@ -53,6 +53,7 @@ class LLM:
         self._open: Batch | None = batch(EngineConfig(model=model, **options))
         self._ids = itertools.count()
         self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> Self:
@@ -82,6 +83,11 @@ class LLM:
     def _batch(self) -> Batch:
         if self._open is None:
             raise RepriseError("the engine was shut down; create a new LLM")
+        if os.getpid() != self._process:
+            raise RepriseError(
+                "this process was forked and the engine belongs to its parent; create the LLM in "
+                "the process that uses it"
+            )
         return self._open
 
     def _ask(self, name: str, *arguments: Any) -> Any:
@@ -267,7 +273,9 @@ class LLM:
 
     def shutdown(self) -> None:
         """Free the device's memory, after calls of other threads that are under way. Every other
-        call afterwards raises a RepriseError."""
+        call afterwards raises a RepriseError. A fork of the process leaves the engine alone."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             open_, self._open = self._open, None
             if open_ is not None:

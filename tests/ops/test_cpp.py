@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +104,46 @@ def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:
     with pytest.raises(OpError, match="fails: "):
         cpp._compiled(source)
     assert not list(anew.iterdir())
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "cut to nothing", "a page of zeros"])
+def test_what_a_full_disk_has_left_is_compiled_again(anew, caplog, spoil) -> None:
+    """Loading it would end the process, at every start."""
+    library = cpp._compiled(cpp._HERE / SOURCE)
+    content = library.read_bytes()
+    assert cpp._is_whole(library)
+    library.write_bytes(
+        {
+            "cut short": content[:8000],
+            "cut to nothing": b"",
+            "a page of zeros": content[:4096] + bytes(4096) + content[8192:],
+        }[spoil]
+    )
+    assert cpp._compiled(cpp._HERE / SOURCE) == library
+    assert library.read_bytes()[:8000] == content[:8000]
+    assert cpp._is_whole(library)
+    assert "is spoiled" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["anybody", "a group", "another user"])
+def test_nobody_else_chooses_what_is_loaded(anew, monkeypatch, other) -> None:
+    cpp._compiled(cpp._HERE / SOURCE)
+    if other == "another user":
+        monkeypatch.setattr("os.geteuid", lambda: anew.stat().st_uid + 1)
+    else:
+        anew.chmod(0o707 if other == "anybody" else 0o770)
+    with pytest.raises(OpError, match="XDG_CACHE_HOME"):
+        cpp.function(SOURCE, ())
+
+
+def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:
+    script = anew.parent.parent / "slow"
+    script.write_text("#!/bin/sh\nexec sleep 600")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(cpp, "COMPILE_SECONDS", 0.1)
+    with pytest.raises(OpError, match="takes more than"):
+        cpp.function(SOURCE, ())
 
 
 def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> None:
@@ -251,3 +294,92 @@ def test_what_does_not_fit_is_refused_as_torch_does() -> None:
     wide = torch.zeros(2, 8, dtype=torch.float64)
     function(linear_add)(x, weight, None, wide)
     assert torch.equal(wide, torch.full_like(wide, 64))
+
+
+def operands() -> list[Any]:
+    """By op: its arguments, and those that are replaced by others, by place."""
+    product = torch.ones(2, 64), torch.ones(64), 1e-6, torch.ones(8, 64), torch.ones(8)
+    x, _, _, weight, bias = product
+    cache = torch.zeros(3, 4, 1, 8)
+    table, place = torch.ones(9, 8), torch.tensor([5])
+    heads = torch.ones(8)
+    rotate = torch.ones(1, 24), place, table, place, cache, cache.clone(), heads, heads, 1e-6
+    number = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)
+    starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, 1, 8)
+    attend = one, cache, cache, *number, starts, torch.ones(1, 1, 8), 1.0, 0, 0.0, 1
+    return [
+        (linear, (x, weight, bias), (2,)),
+        (norm_linear, product, (1, 4)),
+        (norm_gated_linear, product, (1, 4)),
+        (linear_add, (x, weight, bias, torch.ones(2, 8)), (2, 3)),
+        (rotary_cache, rotate, (1, 2, 3, 5, 6, 7)),
+        (paged_attention, attend, (2, 3, 4, 5, 6)),
+    ]
+
+
+OTHERS = {
+    "of doubles": lambda each: each.double() if each.is_floating_point() else each.long().double(),
+    "of halves": lambda each: each.half() if each.is_floating_point() else each.short(),
+    "of other whole numbers": lambda each: each.long() if each.dtype is torch.int32 else each.int(),
+    "cut": lambda each: each[..., :-1],
+    "of fewer rows": lambda each: each[:-1],
+    "with gaps": lambda each: each.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("number", range(6))
+def test_no_operand_is_read_as_what_it_is_not(monkeypatch, number, other) -> None:
+    """Whatever it is, its kernel is not told of its address: torch computes it, or says what is
+    wrong with it."""
+    op, arguments, places = operands()[number]
+    module = importlib.import_module(function(op).__module__)
+    kernel = "_few_rows" if hasattr(module, "_few_rows") else "_few_tokens"
+    calls: list[Any] = []
+    real = getattr(module, kernel)
+    monkeypatch.setattr(module, kernel, lambda *each: calls.append(each) or real(*each))
+    function(op)(*arguments)
+    assert len(calls) == 1  # of these it is
+    for place in places:
+        given = arguments[place]
+        replaced = OTHERS[other](given)
+        alike = replaced.dtype is given.dtype and replaced.is_contiguous()
+        if alike and (replaced.shape == given.shape or given.shape == (9, 8)):
+            continue  # the same, or a table of fewer positions
+        if other == "cut" and given.shape == (1, 2):
+            continue  # a request of fewer blocks
+        others = (*arguments[:place], replaced, *arguments[place + 1 :])
+        with contextlib.suppress(RuntimeError, IndexError, TypeError, ValueError):
+            function(op)(*others)
+        assert len(calls) == 1, place
+
+
+def test_bits_do_not_depend_on_the_thread_that_computes(randn) -> None:
+    """Whether denormal numbers are zeros is a setting of each thread, and who calls decides."""
+    query, keys = randn(8, 8, 64), randn(200, 16, 8, 64)
+    tables = torch.arange(1, 161, dtype=torch.int32).view(8, 20)
+    lengths, starts = torch.full((8,), 300, dtype=torch.int32), torch.arange(9, dtype=torch.int32)
+    x, weight = randn(2, 512) * 1e-20, randn(1000, 512) * 1e-20
+    tiny = keys * 1e-40
+
+    def compute(values: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(query)
+        function(paged_attention)(query, keys, values, tables, lengths, starts, out, 1.0, 0, 0.0, 1)
+        return out, function(linear)(x, weight, None)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        there = compute(tiny)  # makes the threads
+        torch.set_flush_denormal(True)
+        zeros = [compute(tiny) for _ in range(5)]
+        torch.set_flush_denormal(False)
+        again = compute(tiny)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    for each, other in zip(there, again, strict=True):
+        assert torch.equal(each, other)
+        assert each.view(torch.int32).ne(0).any()
+    for found in zeros:
+        assert all(each.view(torch.int32).eq(0).all() for each in found)

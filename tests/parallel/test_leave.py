@@ -47,3 +47,12 @@ def test_followers_have_their_time_and_no_more() -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_signals_without_a_name_are_told_too() -> None:
+    """Who watches must not end on one: nobody would learn that the rank is lost."""
+    followers = started(f"import os; os.kill(os.getpid(), {signal.SIGRTMIN + 3})")
+    (child,) = followers._children
+    child.wait()
+    followers._stopped = [0, 0]
+    assert followers.fate(1) == f"its process was ended by signal {signal.SIGRTMIN + 3}"

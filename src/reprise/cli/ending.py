@@ -106,5 +106,5 @@ class Ending:
             got = self._receiver.recv(1)
             if not got:
                 return 0
-            if signal.Signals(got[0]) in _STATUS:
+            if got[0] in _STATUS:
                 return got[0]

@@ -2,8 +2,9 @@
 
 A source in the folder of its op has a function that takes addresses and sizes. It is compiled for
 the processor when an engine considers the implementation, once for each source, compiler and
-processor: the library is kept in the user's cache directory. Where there is no compiler, or it
-fails, the op has other implementations, and the log says why.
+processor: the library is kept in the user's cache directory, behind its code a sum of it, since the
+system ends a process that loads what a full disk has left of a library. Where there is no compiler,
+or it fails, the op has other implementations, and the log says why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -37,6 +39,9 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of numbers that kernels take, as they are told them."""
 _HERE = Path(__file__).parent
 _HEADER = _HERE / "numbers.h"
+
+COMPILE_SECONDS = 120.0
+"""Until a compiler is given up: on a machine that is busy each source takes some seconds."""
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -70,25 +75,49 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def lies_as(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
+    """Whether it is what a kernel, which sees an address alone, takes it for: numbers of the dtype
+    without gaps, or left out."""
+    return tensor is None or (
+        tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous()
+    )
+
+
 def _compiled(source: Path) -> Path:
     compiler, described = _compiler()
     command = [compiler, *FLAGS, f"-I{_HERE}"]
     parts = (source.read_bytes(), _HEADER.read_bytes(), repr(command[:-1]).encode(), described)
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     library = _cache_directory() / f"{source.parent.name}-{source.stem}-{digest}.so"
-    if library.exists():
+    if _is_whole(library):
         return library
     began = time.perf_counter()
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
         _run([*command, str(source), "-o", unfinished])
+        code = Path(unfinished).read_bytes()
+        # Behind the code, where who loads it does not look.
+        Path(unfinished).write_bytes(code + hashlib.sha256(code).digest())
         os.replace(unfinished, library)
     except BaseException:
-        os.unlink(unfinished)
+        Path(unfinished).unlink(missing_ok=True)
         raise
     logger.info("compiled %s in %.1f s: %s", source.name, time.perf_counter() - began, library)
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is there, as it was compiled."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    whole = hashlib.sha256(content[:-size]).digest() == content[-size:]
+    if not whole:
+        logger.warning("%s is spoiled: it is compiled again", library)
+    return whole
 
 
 @functools.cache
@@ -104,12 +133,24 @@ def _compiler() -> tuple[str, bytes]:
 def _cache_directory() -> Path:
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reprise", "cpp")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = directory.stat()
+    if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OpError(
+            f"{directory} may be written by others than this user, who would choose the code that "
+            "runs here: set XDG_CACHE_HOME to a directory of this user's alone"
+        )
     return directory
 
 
 def _run(command: Sequence[str]) -> bytes:
     """What the compiler says of itself, on standard error."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise OpError(f"{' '.join(command)} takes more than {COMPILE_SECONDS:.0f} s") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise OpError(f"{' '.join(command)} fails: {said[-1] if said else done.returncode}")

@@ -70,6 +70,22 @@ def _stand_in(value: Any) -> Any:
     return [_stand_in(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+_failures: dict[str, Exception] = {}
+_told: list[Exception] = []
+
+
+def _imported(module: str) -> Any:
+    """The module. One that could not be imported is not tried again for the next op: it may take
+    a compiler's time to fail."""
+    if module in _failures:
+        raise _failures[module].with_traceback(None)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        _failures[module] = error
+        raise
+
+
 @dataclass
 class Implementation:
     """One way to compute an op; its function is imported when a table considers it."""
@@ -110,7 +126,12 @@ class Implementation:
                 self.function  # noqa: B018 - imports
             except Exception as error:  # a module may raise anything
                 self.import_failure = f"it cannot be imported: {describe(error)}"
-                logger.warning("op %s: %s is skipped, %s", self.op, self.name, self.import_failure)
+                # Of ops that share a module the first one's line is enough.
+                level = logging.DEBUG if error in _told else logging.WARNING
+                _told.append(error)
+                logger.log(
+                    level, "op %s: %s is skipped, %s", self.op, self.name, self.import_failure
+                )
         return self.import_failure
 
     def refusal(self, **arguments: Any) -> str | None:
@@ -151,7 +172,7 @@ class Implementation:
     def function(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
             module, _, attribute = self.target.partition(":")
-            self.target = getattr(importlib.import_module(module), attribute)
+            self.target = getattr(_imported(module), attribute)
         if not callable(self.target):
             raise TypeError(f"{self.target!r} is no function")
         return self.target

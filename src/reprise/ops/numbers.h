@@ -3,6 +3,7 @@
 // A kernel is written once for all processors: GCC and Clang make of a vector what the processor has.
 #pragma once
 
+#include <cfenv>
 #include <cstdint>
 #include <cstring>
 
@@ -26,6 +27,33 @@ typedef std::uint32_t bits __attribute__((vector_size(REPRISE_BYTES)));
 typedef std::uint16_t halves __attribute__((vector_size(REPRISE_BYTES / 2)));
 typedef float quarter __attribute__((vector_size(16)));
 constexpr long WIDTH = REPRISE_BYTES / sizeof(float);
+
+// How a thread computes with numbers, for those that compute for it: whether denormal ones are zeros
+// is each thread's own setting, and bits must not depend on which of them comes first.
+class Settings {
+    std::fenv_t of_caller;
+    bool shared;
+
+  public:
+    explicit Settings(bool shared) : shared(shared) {
+        if (shared) std::fegetenv(&of_caller);
+    }
+
+    class Taken {
+        std::fenv_t before;
+        bool shared;
+
+      public:
+        explicit Taken(const Settings &from) : shared(from.shared) {
+            if (!shared) return;
+            std::fegetenv(&before);
+            std::fesetenv(&from.of_caller);
+        }
+        ~Taken() {
+            if (shared) std::fesetenv(&before);
+        }
+    };
+};
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
 

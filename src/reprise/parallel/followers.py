@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -70,6 +71,7 @@ class Followers(ABC):
         self._closing = False
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
+        self._process = os.getpid()
 
     @abstractmethod
     def send(self, message: bytes) -> None:
@@ -102,6 +104,11 @@ class Followers(ABC):
 
     def free(self) -> None:  # noqa: B027 - there may be nothing
         """Give back what this process has of them."""
+
+    @property
+    def are_of_parent(self) -> bool:
+        """This process was forked by the one that leads them, and ends without them."""
+        return os.getpid() != self._process
 
     # ---- watching ------------------------------------------------------------------------
 
@@ -179,6 +186,8 @@ class Followers(ABC):
             leave: Tells them to go, for which they get some seconds; None: they get none.
             until: By when they have to be gone, as ``time.monotonic`` says.
         """
+        if self.are_of_parent:
+            return
         with self._lock:
             if self._closing:
                 return

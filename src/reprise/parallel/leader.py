@@ -214,6 +214,8 @@ class Leader:
         """End the followers, those that are not gone by then and, by default, all at once; nothing
         of them is left."""
         self._finalizer.detach()
+        if self._followers.are_of_parent:
+            return
         number = self._followers.board.sent + 1
         stop = pack(Kind.STOP, number, self.retired)
         if until is None:

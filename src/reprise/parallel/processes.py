@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from reprise.distributed.board import Board, create
 from reprise.distributed.ring import Writer, wake
 from reprise.parallel.followers import WATCH_SECONDS, Followers
 from reprise.platforms import usable_cpus
-from reprise.processes.child import STOPPED_SECONDS, is_stopped
+from reprise.processes.child import STOPPED_SECONDS, is_stopped, signal_name
 
 RING_BYTES = 4 << 20
 LOG_LINES = 30
@@ -100,7 +99,7 @@ class Processes(Followers):
             stopped = self._stopped[rank] * WATCH_SECONDS > STOPPED_SECONDS
             return "its process was stopped by a signal" if stopped else None
         if code < 0:
-            return f"its process was ended by {signal.Signals(-code).name}"
+            return f"its process was ended by {signal_name(-code)}"
         return f"its process ended with exit code {code}"
 
     def called(self, rank: int) -> str:

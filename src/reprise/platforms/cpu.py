@@ -39,14 +39,33 @@ def _available_memory() -> int | None:
     return None
 
 
+_computes = False
+"""A CPU was activated in this process, or before it was forked."""
+_forked = False
+"""It is a fork of a process that computes."""
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _computes
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def settle_threads() -> None:
     """Have no more threads compute than CPUs are there for them, unless the user chose a number.
 
     torch counts the machine's CPUs. A container's share of their time is often less, and threads
-    beyond it stand still, with all that wait for them, until the next period.
+    beyond it stand still, with all that wait for them, until the next period. In a fork of a
+    process that has computed, OpenMP waits for ever for threads that only the parent has.
     """
     count = torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ:
+    if _forked and count > 1:
+        torch.set_num_threads(1)
+        reason = "this process was forked by one that computes, whose other threads it has not"
+    elif "OMP_NUM_THREADS" in os.environ:
         reason = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
     else:
         cpus, reason = usable_cpus()
@@ -106,8 +125,9 @@ class CpuPlatform(Platform):
 
     def activate(self) -> None:
         """The CPU is always current. The first call settles how many threads compute."""
+        global _computes
         if not self._settled:
-            self._settled = True
+            self._settled = _computes = True
             settle_threads()
 
     def device_of(self, rank: int, size: int) -> str:
@@ -116,7 +136,7 @@ class CpuPlatform(Platform):
 
     def share_host(self, size: int) -> None:
         """Each rank gets its part of the threads, unless the user chose a number."""
-        if "OMP_NUM_THREADS" not in os.environ:
+        if "OMP_NUM_THREADS" not in os.environ and not _forked:
             torch.set_num_threads(max(1, usable_cpus()[0] // size))
             logger.info("CPU threads: %d, for each of %d ranks", torch.get_num_threads(), size)
 

@@ -115,8 +115,16 @@ class Child:
         """How it ended, for people."""
         status = self.process.returncode
         if status is not None and status < 0:
-            return f"by signal {-status} ({signal.Signals(-status).name})"
+            return f"by signal {-status} ({signal_name(-status)})"
         return f"with status {status}"
+
+
+def signal_name(number: int) -> str:
+    """Some have a number alone, of those that programs may use as they like."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def is_stopped(pid: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function, lies_as
 from reprise.ops.linear import onednn
 
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8 if onednn.HAS_BFLOAT16 else 16}
@@ -20,15 +20,30 @@ _few_rows = function(
 )  # fmt: skip
 
 
-def _takes(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
+def _takes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gain: Tensor | None = None,
+    out: Tensor | None = None,
+) -> bool:
+    """Of others torch says what is wrong with them."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
     return (
-        x.shape[0] <= MOST_ROWS.get(x.dtype, -1)
-        # Of others torch says what is wrong with them.
+        rows <= MOST_ROWS.get(x.dtype, -1)
         and weight.dtype == x.dtype
-        and weight.shape[1] == x.shape[1]
+        and weight.shape[1] == inputs
         and weight.stride(1) == 1
-        and (out is None or (out.dtype == x.dtype and out.stride(1) == 1))
-    )
+        and lies_as(bias, x.dtype, outputs)
+        and (gain is None or (gain.dtype in KINDS and lies_as(gain, gain.dtype, inputs)))
+        and (
+            out is None
+            or (out.dtype == x.dtype and out.shape == (rows, outputs) and out.stride(1) == 1
+                and (out.stride(0) >= outputs or rows < 2))
+        )
+    )  # fmt: skip
 
 
 def _product(
@@ -53,7 +68,7 @@ def _product(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Arguments as in the reference."""
-    if not _takes(x, weight):
+    if not _takes(x, weight, bias):
         return onednn.linear(x, weight, bias)
     return _product(x, None, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), _WRITE)
 
@@ -61,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    if not _takes(x, weight):
+    if not _takes(x, weight, bias, gain=norm_weight):
         return onednn.norm_linear(x, norm_weight, eps, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
     return _product(x, (norm_weight, eps), weight, bias, out, _WRITE)
@@ -70,21 +85,21 @@ def norm_linear(
 def norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    if not _takes(x, weight):
+    if weight.shape[0] % 2 or not _takes(x, weight, bias, gain=norm_weight):
         return onednn.norm_gated_linear(x, norm_weight, eps, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     return _product(x, (norm_weight, eps), weight, bias, out, _GATED)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
-    if _takes(x, weight, residual):
+    if _takes(x, weight, bias, out=residual):
         _product(x, None, weight, bias, residual, _ADD)
     else:
         onednn.linear_add(x, weight, bias, residual)
 
 
 def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if _takes(x, weight, out):
+    if _takes(x, weight, None, out=out):
         _product(x, None, weight, None, out, _WRITE)
     else:
         onednn.linear_into(x, weight, out)

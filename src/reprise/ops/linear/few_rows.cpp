@@ -105,11 +105,17 @@ template <class T> struct Call {
     void run(int threads) const {
         const long pairs = mode == GATED ? outputs / 2 : (outputs + 1) / 2;
         const bool large = outputs * inputs >= LARGE;
-#pragma omp parallel for num_threads(threads) schedule(static) if (large)
-        for (long pair = 0; pair < pairs; ++pair) {
-            long first = 2 * pair, second = first + 1 < outputs ? first + 1 : first;
-            if (mode == GATED) first = pair, second = pair + pairs;
-            for (long begin = 0; begin < rows; begin += MOST) outputs_of_pair(first, second, begin);
+        const Settings settings(large);
+#pragma omp parallel num_threads(threads) if (large)
+        {
+            const Settings::Taken taken(settings);
+#pragma omp for schedule(static)
+            for (long pair = 0; pair < pairs; ++pair) {
+                long first = 2 * pair, second = first + 1 < outputs ? first + 1 : first;
+                if (mode == GATED) first = pair, second = pair + pairs;
+                for (long begin = 0; begin < rows; begin += MOST)
+                    outputs_of_pair(first, second, begin);
+            }
         }
     }
 };

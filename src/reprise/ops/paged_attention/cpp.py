@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, function
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, function, lies_as
 from reprise.ops.paged_attention import sdpa
 
 _few_tokens = function(
@@ -46,13 +46,20 @@ def paged_attention(
             request's tokens are beyond the step's.
     """
     dtype = query.dtype
-    if (
-        query_len == 0
-        or dtype not in KINDS
-        or key_cache.dtype != dtype
-        or key_cache.stride() != value_cache.stride()
-        or key_cache.stride(3) != 1
-        or not (query.is_contiguous() and out.is_contiguous())
+    requests, most = block_tables.shape
+    if not (
+        query_len > 0
+        and dtype in KINDS
+        and key_cache.dtype == value_cache.dtype == dtype
+        and key_cache.shape == value_cache.shape
+        and key_cache.stride() == value_cache.stride()
+        and key_cache.stride(3) == 1
+        and lies_as(query, dtype, *out.shape)
+        and lies_as(out, dtype, *query.shape)
+        and block_tables.dtype is torch.int32
+        and block_tables.stride(1) == 1
+        and lies_as(seq_lens, torch.int32, requests)
+        and lies_as(query_start_loc, torch.int32, requests + 1)
     ):
         sdpa.paged_attention(
             query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
@@ -61,7 +68,6 @@ def paged_attention(
         return
     blocks, block_size, kv_heads, size = key_cache.shape
     tokens, queries, _ = query.shape
-    requests, most = block_tables.shape
     wrong = _few_tokens(
         KINDS[dtype], torch.get_num_threads(), requests, tokens, queries, kv_heads, size,
         block_size, blocks, most, query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),

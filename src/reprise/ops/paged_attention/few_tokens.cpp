@@ -112,22 +112,29 @@ template <class T> struct Call {
         long seen = 0;
         for (long request = 0; request < requests; ++request) seen += seq_lens[request];
         const bool large = seen * queries * size >= LARGE;
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic) if (large)
-        for (long request = 0; request < requests; ++request)
-            for (long head = 0; head < kv_heads; ++head) {
-                static thread_local std::vector<float> memory;
-                const long begin = begins[request], end = begins[request + 1];
-                const std::int32_t *table = tables + request * table_stride;
-                for (long row = begin; row < end; ++row) {
-                    const long there = seq_lens[request] ? seq_lens[request] - (end - row) + 1 : 0;
-                    if (there > 0) {
-                        token(table, row, head, there, memory);
-                        continue;
-                    }
-                    const long at = (row * queries + head * group()) * size;
-                    for (long i = 0; i < group() * size; ++i) put(out + at + i, 0.0f);
-                }
+        const Settings settings(large);
+#pragma omp parallel num_threads(threads) if (large)
+        {
+            const Settings::Taken taken(settings);
+#pragma omp for collapse(2) schedule(dynamic)
+            for (long request = 0; request < requests; ++request)
+                for (long head = 0; head < kv_heads; ++head) head_of(request, head);
+        }
+    }
+
+    void head_of(long request, long head) const {
+        static thread_local std::vector<float> memory;
+        const long begin = begins[request], end = begins[request + 1];
+        const std::int32_t *table = tables + request * table_stride;
+        for (long row = begin; row < end; ++row) {
+            const long there = seq_lens[request] ? seq_lens[request] - (end - row) + 1 : 0;
+            if (there > 0) {
+                token(table, row, head, there, memory);
+                continue;
             }
+            const long at = (row * queries + head * group()) * size;
+            for (long i = 0; i < group() * size; ++i) put(out + at + i, 0.0f);
+        }
     }
 };
 

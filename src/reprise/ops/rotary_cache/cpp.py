@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function, lies_as
 from reprise.ops.rotary_cache import host
 
 MOST_TOKENS = 16
@@ -36,26 +37,35 @@ def rotary_cache(
         IndexError: A position is beyond the table, or a slot beyond the cache.
     """
     tokens, dtype = qkv.shape[0], qkv.dtype
-    if (
-        tokens > MOST_TOKENS
-        or dtype not in KINDS
-        or key_cache.dtype != dtype
-        or not (key_cache.is_contiguous() and value_cache.is_contiguous())
-        or qkv.stride(1) != 1
+    blocks, block_size, kv_heads, size = key_cache.shape
+    gain = key_norm if query_norm is None else query_norm
+    kind = torch.float32 if gain is None else gain.dtype
+    if not (
+        tokens <= MOST_TOKENS
+        and dtype in KINDS
+        and kind in KINDS
+        and qkv.stride(1) == 1
+        and lies_as(key_cache, dtype, *value_cache.shape)
+        and lies_as(value_cache, dtype, *key_cache.shape)
+        and lies_as(positions, torch.int64, tokens)
+        and lies_as(slot_mapping, torch.int64, tokens)
+        and lies_as(cos_sin, torch.float32, *cos_sin.shape)
+        and cos_sin.shape[1] % 2 == 0
+        and cos_sin.shape[1] <= size
+        and lies_as(query_norm, kind, size)
+        and lies_as(key_norm, kind, size)
     ):
         return host.rotary_cache(
             qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, query_norm, key_norm,
             eps, key_scales, value_scales, fixed_scales,
         )  # fmt: skip
-    blocks, block_size, kv_heads, size = key_cache.shape
     queries = qkv.shape[1] // size - 2 * kv_heads
     out = qkv.new_empty(tokens, queries, size)
-    gain = key_norm if query_norm is None else query_norm
     wrong = _few_tokens(
         KINDS[dtype], tokens, queries, kv_heads, size, cos_sin.shape[1], cos_sin.shape[0],
         blocks * block_size, qkv.data_ptr(), qkv.stride(0), positions.data_ptr(),
         cos_sin.data_ptr(), slot_mapping.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
-        address(query_norm), address(key_norm), 0 if gain is None else KINDS[gain.dtype], eps,
+        address(query_norm), address(key_norm), KINDS[kind], eps,
         out.data_ptr(),
     )  # fmt: skip
     if wrong:
