@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reprise import models
 from reprise.errors import ModelError
-from reprise.layers import Build, Linear, Normed, Product, RMSNorm, Run, add, tensor
+from reprise.layers import Build, Linear, Normed, Product, Residual, RMSNorm, Run, tensor
 from reprise.layers.formats import DENSE, Format
 from reprise.ops import OpTable
 from reprise.platforms import Platform
@@ -78,10 +78,16 @@ def test_all_ways_to_multiply_agree(
         residual = torch.randn(5, 32, device=platform.device)
         for value in (Product(linear, x), plain):
             torch.testing.assert_close(tensor(value), plain)
-            total = residual.clone()
-            add(total, value)
-            torch.testing.assert_close(total, residual + plain)
+            total = Residual(residual.clone())
+            total.add(value)
+            torch.testing.assert_close(total.values, residual + plain)
         torch.testing.assert_close(tensor(Normed(x, norm)), norm(x))
+        wide = RMSNorm(build, 32, 1e-6)
+        total = Residual(residual.clone())
+        for value in (Product(linear, x), plain, Product(linear, x)):
+            total.add(value)
+        torch.testing.assert_close(tensor(total.normed(wide)), wide(residual + 3 * plain))
+        torch.testing.assert_close(total.values, residual + 3 * plain)
         out = torch.full_like(residual, torch.nan)
         linear.into(x, out)
         torch.testing.assert_close(out, plain)

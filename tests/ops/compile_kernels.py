@@ -126,7 +126,7 @@ def codes_of(target: GPUTarget) -> torch.dtype | None:
 def over_ranks(make: Maker) -> None:
     """Of eight ranks, of which an op's cases have one."""
     sums = importlib.import_module("reprise.ops.all_reduce.triton")
-    rows = importlib.import_module("reprise.ops.dispatch.triton")
+    moved = importlib.import_module("reprise.ops.dispatch.triton")
     buffer: Any = SimpleNamespace(
         bases=make.randint(1, 8),
         turns=make.randint(1, 512, dtype=torch.int32),
@@ -134,6 +134,9 @@ def over_ranks(make: Maker) -> None:
         group=SimpleNamespace(rank=0, size=8),
     )
     sums.push(buffer, make.randn(64, 4096), make.randn(64, 4096), add=True)
+    for width in (4096, 8192):
+        rows = make.randn(64, width), make.randn(64, width)
+        sums.push_norm(buffer, *rows, make.randn(width), 1e-6)
     group = Group("compiled", 0, 8)
     ranks = _known[group.name] = Communicator(group)
     ranks.symmetric = buffer
@@ -141,8 +144,8 @@ def over_ranks(make: Maker) -> None:
     weights, ids = make.randn(4, 8, dtype=torch.float32), make.randint(128, 4, 8).int()
     all_weights, all_ids = weights.repeat(8, 1), ids.repeat(8, 1)
     where = 0, 16, 16
-    rows.dispatch(x, weights, ids, *where, all_x, all_weights, all_ids, group.name)
-    rows.combine(all_x, all_ids, ids, *where, x, group.name)
+    moved.dispatch(x, weights, ids, *where, all_x, all_weights, all_ids, group.name)
+    moved.combine(all_x, all_ids, ids, *where, x, group.name)
 
 
 def matrix_instructions(compiled: Any) -> list[str]:

@@ -11,10 +11,14 @@ import torch
 
 from reprise.distributed import Group
 from reprise.distributed.symmetric import PROGRAMS, SymmetricBuffer
-from reprise.ops.all_reduce.triton import push
+from reprise.ops.all_reduce.triton import PART, norms, push, push_norm
+from reprise.ops.rms_norm.reference import reference as rms_norm
 
 SIZES = (3, 2100, 8)
 """Elements, of grids that differ from sum to sum."""
+ROWS = ((1, PART), (3, 96), (2, PART + 40))
+"""Rows and their elements, of which a program has one: through a slot, through a part of one, and
+through two."""
 
 
 class Shared(SymmetricBuffer):
@@ -54,7 +58,19 @@ def main() -> None:
             x = all_parts[rank].clone()
             push(buffer, x, x, add=False)
             assert torch.equal(x, total), (turn, count)
-    assert int(buffer.turns[0]) == 3 * 2 * len(SIZES)
+        for rows, count in ROWS:
+            all_parts = [each.view(rows, count) for each in parts(size, turn, rows * count)]
+            total = torch.zeros(rows, count)
+            for each in all_parts:
+                total += each
+            residual = torch.full((rows, count), 0.5)
+            gain = torch.linspace(0.5, 1.5, count)
+            own = all_parts[rank].clone()
+            assert norms(own, residual)
+            out = push_norm(buffer, own, residual, gain, 1e-6)
+            assert torch.equal(residual, 0.5 + total), (turn, count)
+            torch.testing.assert_close(out, rms_norm(0.5 + total, gain, 1e-6))
+    assert int(buffer.turns[0]) == 3 * (2 * len(SIZES) + len(ROWS))
 
 
 if __name__ == "__main__":

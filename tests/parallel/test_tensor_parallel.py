@@ -172,9 +172,10 @@ def test_a_rank_that_leaves_a_pass_ends_the_start_in_time(alone: matrix.Alone) -
 
 
 @pytest.mark.long
-def test_a_graph_that_is_wrong_on_one_rank_runs_on_none(alone: matrix.Alone) -> None:
+@pytest.mark.parametrize("fault", ["captures_stale", "norms_too_early"])
+def test_a_graph_that_is_wrong_on_one_rank_runs_on_none(alone: matrix.Alone, fault: str) -> None:
     features = replace(COVERING, drafts=0)
-    with faulty("captures_stale"):
+    with faulty(fault):
         llm = shared(alone, features).engine(ahead=True)
     try:
         assert token_ids(shared(alone, features).answers(llm)) == alone.tokens(features)

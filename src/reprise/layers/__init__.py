@@ -17,7 +17,7 @@ from reprise.layers.hyper_connection import (
     Streams,
     wide_norm,
 )
-from reprise.layers.lazy import Normed, Product, add, tensor
+from reprise.layers.lazy import Normed, Product, Residual, tensor
 from reprise.layers.linear import Linear, Run
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import CentredRMSNorm, RMSNorm
@@ -56,6 +56,7 @@ __all__ = [
     "Place",
     "Product",
     "RMSNorm",
+    "Residual",
     "Routing",
     "Run",
     "ScoredMLP",
@@ -65,7 +66,6 @@ __all__ = [
     "StoredModel",
     "Streams",
     "Taps",
-    "add",
     "context_length",
     "default_length",
     "describe_rotary",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reprise.cache import Batch
 from reprise.layers.embedding import Embedding
-from reprise.layers.lazy import Normed, add
+from reprise.layers.lazy import Residual, tensor
 from reprise.layers.norm import RMSNorm
 
 Depth = int | str
@@ -62,10 +62,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = input_norm
         self.post_attention_layernorm = post_attention_norm
 
-    def forward(self, residual: Tensor, batch: Batch) -> None:
-        """residual: [T, D], updated in place."""
-        add(residual, self.self_attn(Normed(residual, self.input_layernorm), batch))
-        add(residual, self.mlp(Normed(residual, self.post_attention_layernorm), batch))
+    def forward(self, residual: Residual, batch: Batch) -> None:
+        """residual: Of [T, D], added to."""
+        residual.add(self.self_attn(residual.normed(self.input_layernorm), batch))
+        residual.add(self.mlp(residual.normed(self.post_attention_layernorm), batch))
 
 
 class Decoder(nn.Module):
@@ -80,13 +80,13 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
         """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
-        residual = self.embed_tokens(batch.token_ids)
+        residual = Residual(self.embed_tokens(batch.token_ids))
         for number, layer in enumerate(self._layers):
-            if taps is not None:
-                taps.take(number, residual)
+            if taps is not None and number in taps.depths:
+                taps.take(number, residual.values)
             layer(residual, batch)
-        hidden = self.norm(residual)
+        hidden = tensor(residual.normed(self.norm))
         if taps is not None:
-            taps.take(len(self._layers), residual)
+            taps.take(len(self._layers), residual.values)
             taps.take("final", hidden)
         return hidden

@@ -21,6 +21,7 @@ from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear, Run, Split, columns_of, format_of, rows_of, runs_of
 from reprise.layers.mlp import GatedMLP
+from reprise.layers.norm import RMSNorm
 from reprise.ops.dispatch.reference import own_ids
 
 logger = logging.getLogger(__name__)
@@ -360,6 +361,14 @@ class _Mixture(NamedTuple):
         self.mlp.experts.add(x, weights, ids, residual)
         if shared is not None:
             shared.linear.add(shared.x, residual)
+
+    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | Normed:
+        group = self.mlp.group
+        if group.size > 1:
+            partial = self._partial(x)
+            return ops.all_reduce_add_norm(partial, residual, norm.weight, norm.eps, group.name)
+        self.add(x, residual)
+        return Normed(residual, norm)
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 A sublayer takes its input with the norm before it, and gives back its output as the product that
 makes it. Who calls it decides what becomes of both, so that a sublayer knows no residual stream:
-added in place where there is one (:func:`add`), computed where there are several (:func:`tensor`).
+added in place where there is one (:class:`Residual`), computed where there are several
+(:func:`tensor`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Projection(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def add(self, x: Tensor, residual: Tensor) -> None: ...
+
+    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | Normed: ...
 
 
 class Normed(NamedTuple):
@@ -45,9 +48,37 @@ def tensor(value: Tensor | Normed | Product) -> Tensor:
     return value
 
 
-def add(residual: Tensor, value: Tensor | Product) -> None:
-    """Add the value to ``residual``, in place."""
-    if isinstance(value, Product):
-        value.linear.add(value.x, residual)
-    else:
-        residual.add_(value)
+class Residual:
+    """The residual stream: what is added to it is computed when it is read next, together with the
+    norm that reads it if that is cheaper.
+
+    Args:
+        values: [T, D], what is added to.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._added: Product | None = None
+
+    def add(self, value: Tensor | Product) -> None:
+        """Add it, at the latest when the stream is read."""
+        values = self.values
+        if isinstance(value, Product):
+            self._added = value
+        else:
+            values.add_(value)
+
+    @property
+    def values(self) -> Tensor:
+        """[T, D], with all that was added."""
+        added, self._added = self._added, None
+        if added is not None:
+            added.linear.add(added.x, self._values)
+        return self._values
+
+    def normed(self, norm: RMSNorm) -> Tensor | Normed:
+        """Its norm, for a product that reads it."""
+        added, self._added = self._added, None
+        if added is None:
+            return Normed(self._values, norm)
+        return added.linear.add_normed(added.x, self._values, norm)

@@ -14,6 +14,7 @@ from reprise.layers.build import Build
 from reprise.layers.destination import Place
 from reprise.layers.formats import DENSE, Columns, Format, Rows
 from reprise.layers.lazy import Normed
+from reprise.layers.norm import RMSNorm
 
 Split = Literal["out", "in"]
 
@@ -137,6 +138,14 @@ class Linear(nn.Module):
             ops.all_reduce_add(self.partial(x), residual, self.group.name)
         else:
             self.format.add(x, self.tensors, self.bias, residual)
+
+    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | Normed:
+        """:meth:`add`, and the norm of what ``residual`` is then, for what reads that next."""
+        if self._reduces:
+            group = self.group.name
+            return ops.all_reduce_add_norm(self.partial(x), residual, norm.weight, norm.eps, group)
+        self.add(x, residual)
+        return Normed(residual, norm)
 
     def add_partial(self, x: Tensor, sum: Tensor) -> None:
         """Add what this rank's inputs give to ``sum`` [T, out_features], in place."""

@@ -17,6 +17,7 @@ from reprise.layers.experts import Experts, Routing
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
+from reprise.layers.norm import RMSNorm
 
 NAMES = ("w1", "w3", "w2")
 """What checkpoints call an expert's projections: gate, up, down."""
@@ -119,3 +120,7 @@ class _Mixture(NamedTuple):
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         residual.add_(self(x))
+
+    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Normed:
+        self.add(x, residual)
+        return Normed(residual, norm)

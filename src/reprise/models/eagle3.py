@@ -24,10 +24,10 @@ from reprise.layers import (
     Head,
     Linear,
     Normed,
+    Residual,
     RMSNorm,
     SelfAttention,
     StoredModel,
-    add,
     rotary_table,
 )
 from reprise.models.config_reader import (
@@ -88,14 +88,14 @@ class FirstLayer(nn.Module):
         self.post_attention_layernorm = post_attention_norm
         self.norm_before_residual = norm_before_residual
 
-    def forward(self, embedded: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
-        """embedded, hidden: [T, D], not changed. Returns the residual stream [T, D]."""
+    def forward(self, embedded: Tensor, hidden: Tensor, batch: Batch) -> Residual:
+        """embedded, hidden: [T, D], not changed. Returns the residual stream, of [T, D]."""
         normed = self.hidden_norm(hidden)
         read = torch.cat((self.input_layernorm(embedded), normed), -1)
         # What is added to must be nobody else's: `hidden` is read again, `normed` was copied.
-        residual = normed if self.norm_before_residual else hidden.clone()
-        add(residual, self.self_attn(read, batch))
-        add(residual, self.mlp(Normed(residual, self.post_attention_layernorm), batch))
+        residual = Residual(normed if self.norm_before_residual else hidden.clone())
+        residual.add(self.self_attn(read, batch))
+        residual.add(self.mlp(residual.normed(self.post_attention_layernorm), batch))
         return residual
 
 
@@ -230,7 +230,8 @@ class Eagle3(StoredModel):
         residual = first(self._embedding[0](batch.token_ids), hidden, batch)
         for layer in further:
             layer(residual, batch)
-        return self.norm(residual) if self.config.norm_output else residual
+        values = residual.values
+        return self.norm(values) if self.config.norm_output else values
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """[R, D] to [R, Vd], in ``out``."""

@@ -20,8 +20,10 @@ from reprise.layers import (
     CentredRMSNorm,
     Depth,
     Linear,
+    Residual,
     SelfAttention,
     StoredModel,
+    tensor,
 )
 from reprise.layers.formats import PLAIN
 from reprise.models.config_reader import Config, norm_eps, require, whole_number
@@ -108,10 +110,10 @@ class _Layer(nn.Module):
     def forward(self, embedded: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
         """embedded, hidden: [T, D], not changed. Returns [T, D]."""
         parts = self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)
-        residual = self.fc(torch.cat(parts, -1))
+        residual = Residual(self.fc(torch.cat(parts, -1)))
         for layer in self.layers:
             layer(residual, batch)
-        return self.norm(residual)
+        return tensor(residual.normed(self.norm))
 
 
 def _require_one_layer(config: Config) -> None:

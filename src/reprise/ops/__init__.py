@@ -10,6 +10,7 @@ import pkgutil
 from reprise.ops.all_gather import all_gather as all_gather
 from reprise.ops.all_reduce import all_reduce as all_reduce
 from reprise.ops.all_reduce import all_reduce_add as all_reduce_add
+from reprise.ops.all_reduce import all_reduce_add_norm as all_reduce_add_norm
 from reprise.ops.apply_bitmask import apply_bitmask as apply_bitmask
 from reprise.ops.apply_penalties import apply_penalties as apply_penalties
 from reprise.ops.argmax import argmax as argmax

@@ -14,7 +14,7 @@ from reprise.layers import (
     DecoderLayer,
     Embedding,
     GatedMLP,
-    Normed,
+    Residual,
     RMSNorm,
     SelfAttention,
     rotary_table,
@@ -43,11 +43,11 @@ class ScaledEmbedding(Embedding):
 class ScaledLayer(DecoderLayer):
     scale: float
 
-    def forward(self, residual: Tensor, batch: Batch) -> None:
-        attended = self.self_attn(Normed(residual, self.input_layernorm), batch)
-        residual.add_(tensor(attended) * self.scale)
-        fed = self.mlp(Normed(residual, self.post_attention_layernorm), batch)
-        residual.add_(tensor(fed) * self.scale)
+    def forward(self, residual: Residual, batch: Batch) -> None:
+        attended = self.self_attn(residual.normed(self.input_layernorm), batch)
+        residual.add(tensor(attended) * self.scale)
+        fed = self.mlp(residual.normed(self.post_attention_layernorm), batch)
+        residual.add(tensor(fed) * self.scale)
 
 
 class Granite(CausalLM):

@@ -1,5 +1,7 @@
+import torch
+
 from reprise.distributed import ECHO
-from reprise.ops.cases import Arguments, Cases, Maker
+from reprise.ops.cases import EPS, Arguments, Cases, Maker
 
 
 def _small(make: Maker) -> list[Arguments]:
@@ -14,5 +16,14 @@ def _add(make: Maker) -> list[Arguments]:
     ]
 
 
+def _add_norm(make: Maker) -> list[Arguments]:
+    gains = make.randn(96), make.randn(96, dtype=torch.float32)
+    return [
+        {**each, "weight": gain, "eps": EPS}
+        for each, gain in zip(_add(make), gains, strict=True)
+    ]  # fmt: skip
+
+
 cases = Cases(_small)
 add_cases = Cases(_add)
+add_norm_cases = Cases(_add_norm)

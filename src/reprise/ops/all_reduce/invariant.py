@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from reprise.distributed import communicator
+from reprise.ops.rms_norm.reference import reference as rms_norm
 
 
 def all_reduce(x: Tensor, group: str) -> None:
@@ -17,6 +18,14 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
     """Shapes as in the reference."""
     all_reduce(partial, group)
     residual.add_(partial)
+
+
+def all_reduce_add_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+) -> Tensor:
+    """Shapes as in the reference."""
+    all_reduce_add(partial, residual, group)
+    return rms_norm(residual, weight, eps)
 
 
 def _sum(x: Tensor, group: str) -> Tensor:

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from reprise.distributed import communicator
+from reprise.ops.rms_norm.reference import reference as rms_norm
 
 
 def all_reduce(x: Tensor, group: str) -> None:
@@ -25,3 +26,28 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
     """
     communicator(group).all_reduce(partial)
     residual.add_(partial)
+
+
+def all_reduce_add_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+) -> Tensor:
+    """:func:`all_reduce_add`, and the root mean square norm of what ``residual`` is then.
+
+    Args:
+        partial: [T, D], contiguous; what it holds afterwards is not defined.
+        residual: [T, D], updated in place.
+        weight: [D], the norm's gain; of the dtype of ``residual`` or float32.
+        eps: Of the norm.
+        group: Name of the ranks' group.
+
+    Returns:
+        [T, D], contiguous: see :func:`reprise.ops.rms_norm`.
+    """
+    all_reduce_add(partial, residual, group)
+    return rms_norm(residual, weight, eps)
+
+
+def fake_all_reduce_add_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+) -> Tensor:
+    return residual.new_empty(residual.shape)

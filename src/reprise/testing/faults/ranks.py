@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reprise.distributed import Communicator
 from reprise.distributed.ring import Reader
@@ -18,9 +19,13 @@ from reprise.graphs import GraphRunner
 from reprise.graphs.capture import Capturer
 from reprise.graphs.seal import Seal
 from reprise.graphs.segments import SegmentedGraph
+from reprise.ops.registry import all_ops
+from reprise.ops.rms_norm.reference import reference as rms_norm
 from reprise.parallel import leader, messages
+from reprise.platforms.device_graph import launch
 from reprise.runner import ModelRunner
 from reprise.testing import faults
+from reprise.testing.faults.base import BrokenInGraphs
 
 SLOW_SECONDS = 0.1
 LATE = 12
@@ -44,6 +49,32 @@ def captures_stale(rank: int) -> None:
     def wrong(self: ModelRunner) -> None:
         with faults.stale_scalar(self.ops, "paged_attention"):
             capture(self)
+
+    ModelRunner._capture_graphs = wrong  # type: ignore[method-assign]
+
+
+class _NormOfBefore(BrokenInGraphs):
+    name = "norm_of_before"
+    summary = "the norm is of what the residual stream held before the sum was added"
+
+    def broken(self, named: dict[str, Any]) -> Any:
+        return launch(self._early, **named)
+
+    def _early(self, residual: Tensor, weight: Tensor, eps: float, **others: Any) -> Tensor:
+        normed = rms_norm(residual, weight, eps)
+        self.original(residual=residual, weight=weight, eps=eps, **others)
+        return normed
+
+
+def norms_too_early(rank: int) -> None:
+    """Its graphs normalise what the residual stream held before the sum was added."""
+    capture = ModelRunner._capture_graphs
+
+    def wrong(self: ModelRunner) -> None:
+        broken = _NormOfBefore(self.ops, all_ops()["all_reduce_add_norm"])
+        self.ops.functions["all_reduce_add_norm"] = broken
+        capture(self)
+        broken.close()
 
     ModelRunner._capture_graphs = wrong  # type: ignore[method-assign]
 
