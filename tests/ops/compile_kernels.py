@@ -126,6 +126,7 @@ def codes_of(target: GPUTarget) -> torch.dtype | None:
 def over_ranks(make: Maker) -> None:
     """Of eight ranks, of which an op's cases have one."""
     sums = importlib.import_module("reprise.ops.all_reduce.triton")
+    beside = importlib.import_module("reprise.ops.all_gather.triton")
     moved = importlib.import_module("reprise.ops.dispatch.triton")
     buffer: Any = SimpleNamespace(
         bases=make.randint(1, 8),
