@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from reprise.distributed import Communicator, Group
+from reprise.distributed import ECHO, Communicator, Group
 from reprise.distributed.communicator import _known
 from reprise.ops import all_ops, registry, triton_util
 from reprise.ops.cases import Maker
@@ -138,6 +138,7 @@ def over_ranks(make: Maker) -> None:
     for width in (4096, 8192):
         rows = make.randn(64, width), make.randn(64, width)
         sums.push_norm(buffer, *rows, make.randn(width), 1e-6)
+    beside.all_gather(make.randn(64, 4096), make.randn(64, 8192), ECHO.name)
     group = Group("compiled", 0, 8)
     ranks = _known[group.name] = Communicator(group)
     ranks.symmetric = buffer
