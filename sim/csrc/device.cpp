@@ -72,7 +72,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return found.reached(found.submitted());
   }
   void synchronizeStream(const c10::Stream& stream) const override { wait_for(stream_of(stream)); }
-  bool isStreamCapturing(const c10::Stream& stream) const override {
+  // torch 2.11 does not ask this yet, so it overrides nothing there.
+  virtual bool isStreamCapturing(const c10::Stream& stream) const {
     return stream_of(stream).capture != nullptr;
   }
   void synchronizeEvent(void* event) const override {
