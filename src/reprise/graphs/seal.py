@@ -10,12 +10,19 @@ from torch import Tensor
 from reprise import ops
 from reprise.graphs.regions import as_words
 
+SMALL = 1 << 20
+"""Bytes. Tensors up to this are put into one before they are summed: a call for each costs the host
+more than the copy costs the device."""
+
 
 def sum_of(tensor: Tensor) -> Tensor:
     """[1, 1] int64: see ``ops.checksum``."""
-    flat, count = tensor.contiguous(), tensor.numel()
+    return ops.checksum(as_words(_flat(tensor).view(1, 1, -1)), None)
+
+
+def _flat(tensor: Tensor) -> Tensor:
     # Where a dimension has one element torch calls any stride of it contiguous.
-    return ops.checksum(as_words(flat.as_strided((1, 1, count), (count, count, 1))), None)
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,))
 
 
 class Seal:
@@ -31,7 +38,9 @@ class Seal:
     """
 
     def __init__(self, kept: Iterable[Tensor]) -> None:
-        self._kept = [each for each in kept if each.numel()]
+        kept = [each for each in kept if each.numel()]
+        self._large = [each for each in kept if each.nbytes > SMALL]
+        self._small = [each for each in kept if each.nbytes <= SMALL]
         self._sums = self._sum()
 
     def broken(self) -> bool:
@@ -39,6 +48,9 @@ class Seal:
         return not torch.equal(self._sums, self._sum())
 
     def _sum(self) -> Tensor:
-        if not self._kept:
+        together = self._large.copy()
+        if self._small:
+            together.append(torch.cat([_flat(each).view(torch.uint8) for each in self._small]))
+        if not together:
             return torch.zeros(0, dtype=torch.int64)
-        return torch.cat([sum_of(each) for each in self._kept])
+        return torch.cat([sum_of(each) for each in together])
