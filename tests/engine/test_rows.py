@@ -66,16 +66,23 @@ def ahead(tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 class Waits(TorchDispatchMode):
-    """Counts calls of torch that wait for the device."""
+    """Counts calls of torch that wait for the device, and those that copy to it, whoever makes
+    them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.copies = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in SYNCHRONISE:
-            self.found.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in SYNCHRONISE:
+            self.found.append(name)
+        result = func(*args, **(kwargs or {}))
+        if name in ("copy_", "to", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            self.copies += source.device.type == "cpu" != result.device.type
+        return result
 
 
 @pytest.mark.parametrize(
@@ -97,6 +104,7 @@ def test_a_steady_decode_sends_next_to_nothing_and_waits_for_nothing(
         for _ in range(steps):
             engine.step()
     assert counts["copies"] <= most
+    assert waits.copies <= most
     assert counts["waits"] == 0
     assert waits.found == []
     engine.abort([f"{number}" for number in range(requests)])
@@ -125,6 +133,7 @@ def test_a_draft_model_sends_nothing_and_waits_for_nothing(
             engine.step()
     assert llm.stats().drafts.acceptance_length == 4
     assert counts["copies"] <= 2, "new blocks"
+    assert waits.copies <= 2
     assert counts["waits"] == 0
     assert waits.found == []
     engine.abort(["0", "1"])

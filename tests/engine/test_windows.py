@@ -134,7 +134,7 @@ def test_all_pools_start_whatever_the_device_tells_of_its_memory(
     tiny: TinyModels, device: str, platform: Platform, monkeypatch: pytest.MonkeyPatch,
     told: Any, size: dict[str, int],
 ) -> None:  # fmt: skip
-    """Kept and two windows, in three pools."""
+    """Rows that are kept, of two layers, and those of a window, in two pools."""
     model = tiny(
         "qwen3", num_hidden_layers=3, use_sliding_window=True, sliding_window=24,
         max_window_layers=2,

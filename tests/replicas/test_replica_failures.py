@@ -198,7 +198,7 @@ def test_a_loop_that_ends_ends_its_process(device: str, temporary: Path) -> None
     """What comes is no message: whoever reads it must not stay as a process that answers nobody."""
     with clean(temporary):
         llm: Any = LLM(device=device, data_parallel_size=2, **SMALL)
-        connection = llm._batch.replicas._channels[0].connection
+        connection = llm._batch.replicas._wires.channels[0].connection
         connection.sendall((1 << 40).to_bytes(8, "little"))
         with pytest.raises(RepriseError, match="this is not the protocol") as caught:
             generate_on(llm)

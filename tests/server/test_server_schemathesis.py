@@ -8,6 +8,8 @@ import sys
 import pytest
 from http_server import Server, until
 
+pytest.importorskip("schemathesis", reason="the extra test is not installed")
+
 CHECKS = (
     "not_a_server_error", "content_type_conformance", "response_schema_conformance",
     "status_code_conformance",

@@ -20,6 +20,7 @@ class ToyPlatform(Platform):
     default_block_size = 8
     default_batched_tokens = 64
     most_requests = 4
+    fp8_dtype = torch.float8_e4m3fn
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
