@@ -138,6 +138,7 @@ def over_ranks(make: Maker) -> None:
     for width in (4096, 8192):
         rows = make.randn(64, width), make.randn(64, width)
         sums.push_norm(buffer, *rows, make.randn(width), 1e-6)
+    beside.push_beside(buffer, make.randn(2, 4096), make.randn(2, 32768), 512)
     beside.all_gather(make.randn(64, 4096), make.randn(64, 8192), ECHO.name)
     group = Group("compiled", 0, 8)
     ranks = _known[group.name] = Communicator(group)

@@ -11,6 +11,7 @@ import torch
 
 from reprise.distributed import Group
 from reprise.distributed.symmetric import PROGRAMS, SymmetricBuffer
+from reprise.ops.all_gather.triton import push_beside, words_of
 from reprise.ops.all_reduce.triton import PART, norms, push, push_norm
 from reprise.ops.rms_norm.reference import reference as rms_norm
 
@@ -19,6 +20,8 @@ SIZES = (3, 2100, 8)
 ROWS = ((1, PART), (3, 96), (2, PART + 40))
 """Rows and their elements, of which a program has one: through a slot, through a part of one, and
 through two."""
+COLUMNS = ((1, 700, 1400), (3, 40, 75))
+"""Rows, columns of a rank, and those that are wanted."""
 
 
 class Shared(SymmetricBuffer):
@@ -70,7 +73,14 @@ def main() -> None:
             out = push_norm(buffer, own, residual, gain, 1e-6)
             assert torch.equal(residual, 0.5 + total), (turn, count)
             torch.testing.assert_close(out, rms_norm(0.5 + total, gain, 1e-6))
-    assert int(buffer.turns[0]) == 3 * (2 * len(SIZES) + len(ROWS))
+        for rows, count, columns in COLUMNS:
+            all_parts = [each.view(rows, count) for each in parts(size, turn, rows * count)]
+            out = torch.full((rows, columns + 4), 7.0)[:, :columns]
+            block = words_of(all_parts[rank], out)
+            assert block
+            push_beside(buffer, all_parts[rank], out, block)
+            assert torch.equal(out, torch.cat(all_parts, 1)[:, :columns]), (turn, count)
+    assert int(buffer.turns[0]) == 3 * (2 * len(SIZES) + len(ROWS) + len(COLUMNS))
 
 
 if __name__ == "__main__":
