@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from reprise.replicas.router import ASSUMED_OUTPUT, Route, Router
 
 SIZE = 4
+MANY = 1000
+"""Places of a replica, where they decide nothing."""
 
 
 def prompt(name: int, blocks: int) -> list[int]:
@@ -28,15 +30,15 @@ def done(router: Router, tokens: list[int], output: int = 1, salt: bytes = b"") 
 
 
 def test_without_anything_in_common_all_get_as_many() -> None:
-    router = Router(SIZE, [1000] * 3)
+    router = Router(SIZE, [1000] * 3, MANY)
     chosen = [send(router, prompt(each, 5), 8).replica for each in range(30)]
     assert [chosen.count(each) for each in range(3)] == [10] * 3
-    idle = Router(SIZE, [1000] * 3)
+    idle = Router(SIZE, [1000] * 3, MANY)
     assert sorted(done(idle, prompt(each, 5)) for each in range(3)) == [0, 1, 2]
 
 
 def test_a_prefix_calls_its_requests() -> None:
-    router = Router(SIZE, [1000] * 2)
+    router = Router(SIZE, [1000] * 2, MANY)
     homes = {each: done(router, prompt(each, 6)) for each in range(8)}
     assert set(homes.values()) == {0, 1}
     for each in range(8):
@@ -46,14 +48,14 @@ def test_a_prefix_calls_its_requests() -> None:
 
 
 def test_a_salt_keeps_prefixes_apart() -> None:
-    router = Router(SIZE, [1000] * 2)
+    router = Router(SIZE, [1000] * 2, MANY)
     done(router, prompt(1, 6), salt=b"one")
     assert send(router, prompt(1, 6), salt=b"one").prompt_tokens == 0
     assert send(router, prompt(1, 6), salt=b"two").prompt_tokens == 6 * SIZE
 
 
 def test_what_was_answered_is_a_prefix_too() -> None:
-    router = Router(SIZE, [1000] * 2)
+    router = Router(SIZE, [1000] * 2, MANY)
     done(router, prompt(2, 6))
     question = prompt(1, 1)
     answer = prompt(7, 8)
@@ -67,7 +69,7 @@ def test_what_was_answered_is_a_prefix_too() -> None:
 
 def test_load_says_otherwise() -> None:
     """One prefix for all: at first they go where it is, then another replica computes it too."""
-    router = Router(SIZE, [1000] * 2)
+    router = Router(SIZE, [1000] * 2, MANY)
     shared = prompt(1, 50)
     routes = [send(router, [*shared, *prompt(each, 1)], 64) for each in range(2, 42)]
     chosen = [each.replica for each in routes]
@@ -76,8 +78,25 @@ def test_load_says_otherwise() -> None:
     assert sum(each.prompt_tokens >= len(shared) for each in routes) == 2, "computed once on each"
 
 
+def test_who_has_no_place_left_gets_nothing_while_others_have() -> None:
+    """Long requests for one, short ones for the other: as many places are taken on both before any
+    request waits, whatever the loads and the prefixes say."""
+    router = Router(SIZE, [1000] * 2, 4)
+    shared = prompt(1, 6)
+    first = send(router, shared, 200)
+    short = [send(router, prompt(each, 1), 1) for each in range(2, 6)]
+    assert {each.replica for each in short} == {1 - first.replica}
+    rest = [send(router, prompt(each, 1), 1) for each in range(6, 9)]
+    assert {each.replica for each in rest} == {first.replica}
+    waiting = send(router, prompt(9, 1), 1)
+    assert waiting.replica == 1 - first.replica, "all are full: load decides"
+    router.ended(waiting)
+    router.ended(short[0])
+    assert send(router, shared, 1).replica == 1 - first.replica, "a place, and no prefix"
+
+
 def test_what_a_cache_cannot_hold_is_forgotten() -> None:
-    router = Router(SIZE, [10] * 1)
+    router = Router(SIZE, [10] * 1, MANY)
     done(router, prompt(1, 6))
     done(router, prompt(2, 8))
     assert send(router, prompt(2, 8)).prompt_tokens == 0
@@ -88,7 +107,7 @@ def test_what_a_cache_cannot_hold_is_forgotten() -> None:
 
 
 def test_without_a_cache_load_alone_decides() -> None:
-    router = Router(0, [10] * 2)
+    router = Router(0, [10] * 2, MANY)
     shared = prompt(1, 6)
     assert [send(router, shared).replica for _ in range(4)] == [0, 1, 0, 1]
 
@@ -98,7 +117,7 @@ def test_without_a_cache_load_alone_decides() -> None:
 def test_what_is_done_weighs_nothing(data: st.DataObject) -> None:
     """Requests begin, end and are left in any order: loads are those of the unfinished ones, and no
     replica is busier than another by more than prefixes and one request explain."""
-    router = Router(SIZE, [data.draw(st.integers(1, 40)) for _ in range(3)])
+    router = Router(SIZE, [data.draw(st.integers(1, 40)) for _ in range(3)], MANY)
     running: list[tuple[Route, list[int]]] = []
     for _ in range(data.draw(st.integers(1, 40))):
         step = data.draw(st.sampled_from(("send", "send", "begin", "end")))

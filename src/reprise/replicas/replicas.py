@@ -106,7 +106,8 @@ class Replicas:
         )
         self._capacity = min(each["capacity"] for each in facts)
         size = first["block_size"] if resolved.enable_prefix_caching else 0
-        self.router = Router(size, [each["num_blocks"] for each in facts])
+        blocks = [each["num_blocks"] for each in facts]
+        self.router = Router(size, blocks, resolved.max_num_seqs)
         self._outstanding = Outstanding(self.router)
         text_of = None if tokenizer is None else TokenTexts(tokenizer).of
         self._deliveries = Deliveries(

@@ -4,7 +4,9 @@ has much less to do.
 What a replica has to do is counted in tokens: those of prompts until they are computed, without the
 ones that it has, and those that requests may still generate until they end. A prefix that is
 computed once too often costs its tokens, and blocks that another prefix loses: so a replica may be
-busier by twice the tokens that it has of the prompt, and gets the request nevertheless.
+busier by twice the tokens that it has of the prompt, and gets the request nevertheless. Not if it
+has as many requests as it computes at once, while another one has a place left: there the request
+would wait for another's end, which takes longer than any prefix.
 
 What replicas have is not asked of them, which would cost a message for each block: it is the
 prompts that they were sent and the outputs that came back, as many blocks as their cache holds, the
@@ -34,6 +36,8 @@ class Route:
     prompt_tokens: int
     """To be computed; 0 when they are."""
     output_tokens: int
+    completions: int
+    """Places that it takes."""
 
 
 class _Blocks:
@@ -72,13 +76,17 @@ class Router:
     Args:
         block_size: Tokens of a block of the prefix cache; 0: prefixes are not cached.
         num_blocks: Of each replica's cache.
+        most_requests: That a replica computes at once.
     """
 
-    def __init__(self, block_size: int, num_blocks: Sequence[int]) -> None:
+    def __init__(self, block_size: int, num_blocks: Sequence[int], most_requests: int) -> None:
         self._block_size = block_size
         self._blocks = [_Blocks(each) for each in num_blocks]
         self.loads = [0] * len(num_blocks)
         """Tokens that each replica has to compute."""
+        self._most_requests = most_requests
+        self._taken = [0] * len(num_blocks)
+        """Places of each that unfinished requests have."""
         self._chosen = [0] * len(num_blocks)
         """Requests that each one got."""
 
@@ -98,13 +106,15 @@ class Router:
         replica = min(
             range(len(known)),
             key=lambda each: (
+                self._taken[each] >= self._most_requests,
                 self.loads[each] - PREFIX_WEIGHT * known[each],
                 self._chosen[each],
                 each,
             ),
         )
         output = min(ASSUMED_OUTPUT, max_tokens or ASSUMED_OUTPUT)
-        route = Route(replica, len(tokens) - known[replica], completions * output)
+        route = Route(replica, len(tokens) - known[replica], completions * output, completions)
+        self._taken[replica] += completions
         self.loads[replica] += route.prompt_tokens + route.output_tokens
         self._chosen[replica] += 1
         self._blocks[replica].add(digests)
@@ -125,7 +135,8 @@ class Router:
         """
         self.began(route)
         self.loads[route.replica] -= route.output_tokens
-        route.output_tokens = 0
+        self._taken[route.replica] -= route.completions
+        route.output_tokens = route.completions = 0
         # Keys and values of the last token were not computed.
         self._blocks[route.replica].add(self._digests(tokens[:-1], salt))
 
