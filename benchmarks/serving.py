@@ -323,27 +323,30 @@ def tokens(arguments: argparse.Namespace, options: list[str]) -> None:
     """Print tokens/s and times to the first token, both ways."""
     with tempfile.TemporaryDirectory() as directory:
         engine = [*_model(arguments.model, Path(directory)), *options]
-        count = arguments.tokens
+        counts = [int(each) for each in arguments.tokens.split(",")]
         offline = json.loads(
             subprocess.run(
-                [sys.executable, __file__, "offline", str(count), *engine],
+                [sys.executable, __file__, "offline", arguments.tokens, *engine],
                 capture_output=True, text=True, check=True,
             ).stdout.splitlines()[-1]
         )  # fmt: skip
-        base = offline["rate"]
-        print(f"LLM.generate {base:,.0f} tok/s, first token of one request {_ms(offline['first'])}")
+        for count, rate in zip(counts, offline["rates"], strict=True):
+            print(f"LLM.generate {rate:,.0f} tok/s with {count} tokens each")
+        print(f"first token of one request {_ms(offline['first'])}")
         for servers in arguments.servers.split(","):
             command = ["-m", "reprise", "serve", "--port", "0", "--api-server-count", servers]
             server = Process([*command, "--log-level", "warning", *engine])
+            print(f"{servers} HTTP process(es), {STREAMS} streams:")
             try:
-                http = _http(server, count)
+                for count, base in zip(counts, offline["rates"], strict=True):
+                    http = _http(server, count)
+                    rate = http["rate"]
+                    print(f"    {rate:,.0f} tok/s with {count} tokens each: {rate / base:.3f}")
+                    print(f"    tokens a chunk: mean {http['mean']:.2f}, p99 {http['p99']:.0f}")
+                first = _first_token(server)
             finally:
                 server.close()
-            rate, more = http["rate"], http["first"] - offline["first"]
-            print(f"{servers} HTTP process(es), {STREAMS} streams:")
-            print(f"    {rate:,.0f} tok/s: {rate / base:.3f}")
-            print(f"    tokens a chunk: mean {http['mean']:.2f}, p99 {http['p99']:.0f}")
-            print(f"    first token {_ms(http['first'])}: {_ms(more)} more")
+            print(f"    first token {_ms(first)}: {_ms(first - offline['first'])} more")
 
 
 def _ms(seconds: float) -> str:
@@ -372,14 +375,19 @@ def _http(server: Process, count: int) -> dict[str, float]:
         found = in_others(server.port, path, bodies)
         rates.append(STREAMS * count / found.seconds)
         sizes.append(STREAMS * count / max(1, found.chunks))
-    alone = in_others(server.port, path, [[_body(5000 + each, 4) for each in range(60)]])
     counts = _tokens_a_chunk(server.port, count)
     return {
         "rate": statistics.median(rates),
         "mean": statistics.median(sizes),
         "p99": sorted(counts)[int(len(counts) * 0.99)],
-        "first": statistics.median(alone.first[10:]),
     }
+
+
+def _first_token(server: Process) -> float:
+    """Seconds to it, of requests one behind the other."""
+    bodies = [_body(5000 + each, 4) for each in range(60)]
+    alone = in_others(server.port, "/v1/completions", [bodies])
+    return statistics.median(alone.first[10:])
 
 
 def _tokens_a_chunk(port: int, count: int) -> list[int]:
@@ -406,7 +414,7 @@ def _tokens_a_chunk(port: int, count: int) -> list[int]:
     return counts
 
 
-def offline(count: int, options: list[str]) -> None:
+def offline(counts: list[int], options: list[str]) -> None:
     """Print, as JSON, what ``LLM`` does with the same prompts."""
     from typer.main import get_command
 
@@ -420,22 +428,25 @@ def offline(count: int, options: list[str]) -> None:
     given = {each: parsed[each] for each in names if parsed.get(each) is not None}
     given = {key: getattr(value, "value", value) for key, value in given.items()}
     llm = LLM(**given)
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     few = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     llm.generate([_prompt(each) for each in range(STREAMS)], few, use_tqdm=False)
     four = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     rates = []
-    for repeat in range(3):
-        prompts = [_prompt(1000 * (repeat + 1) + each) for each in range(STREAMS)]
-        began = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        rates.append(STREAMS * count / (time.perf_counter() - began))
+    for count in counts:
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        found = []
+        for repeat in range(3):
+            prompts = [_prompt(1000 * (repeat + 1) + each) for each in range(STREAMS)]
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            found.append(STREAMS * count / (time.perf_counter() - began))
+        rates.append(statistics.median(found))
     firsts = []
     for each in range(60):
         prompt = _prompt(5000 + each)
         (output,) = llm.generate([prompt], four, use_tqdm=False)
         firsts.append(output.metrics.time_to_first_token or 0.0)
-    print(json.dumps({"rate": statistics.median(rates), "first": statistics.median(firsts[10:])}))
+    print(json.dumps({"rates": rates, "first": statistics.median(firsts[10:])}))
 
 
 def main() -> None:
@@ -444,7 +455,7 @@ def main() -> None:
         bare(pieces, float(sys.argv[3]))
         return
     if sys.argv[1:2] == ["offline"]:
-        offline(int(sys.argv[2]), sys.argv[3:])
+        offline([int(each) for each in sys.argv[2].split(",")], sys.argv[3:])
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -458,7 +469,7 @@ def main() -> None:
     one.add_argument("--no-log", action="store_true", help="no access log")
     two = commands.add_parser("tokens")
     two.add_argument("model")
-    two.add_argument("--tokens", type=int, default=256)
+    two.add_argument("--tokens", default="256,1024", help="lengths of outputs")
     two.add_argument("--servers", default="1", help="numbers of HTTP processes, 1,2")
     given, rest = parser.parse_known_args()
     if given.command == "cpu":

@@ -326,3 +326,18 @@ def test_many_tokens_at_once_are_as_one_by_one() -> None:
     at_once = Detokenizer(TokenTexts(byte_level()), [], params)
     assert at_once.append(ids) == "END"
     assert at_once.text == "Once upon a time, 漢字 👍🏽 "
+
+
+def test_tokens_of_whole_characters_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer whose text is its tokens' bytes; what a step costs follows from it."""
+    text = "Once upon a time, "
+    ids, texts = byte_level().encode(text), TokenTexts(byte_level())
+    first, second = (Detokenizer(texts, ids[:1], SamplingParams()) for _ in range(2))
+    assert first.append(ids * 4) is None
+
+    def decode(*given: Any) -> str:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(texts, "decode", decode)
+    assert second.append(ids * 4) is None
+    assert first.text == second.text == text * 4

@@ -57,7 +57,7 @@ def test_what_a_grammar_accepts_is_valid(llm: LLM) -> None:
         compiled = compiler.compile(StructuredOutputsParams(json=schema))
         accepted = []
         for value in VALUES:
-            matcher = xgrammar.GrammarMatcher(compiled)
+            matcher = xgrammar.GrammarMatcher(compiled.grammar)
             if matcher.accept_string(json.dumps(value)) and matcher.is_completed():
                 accepted.append(value)
                 jsonschema.validate(value, schema)

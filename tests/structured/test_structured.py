@@ -16,7 +16,6 @@ from helpers import CORPUS, assert_idle, make_llm, text_model
 from reprise import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from reprise.engine import structured
 from reprise.engine.structured import compiler as compiling
-from reprise.engine.structured.grammar import SHARED_OUT
 from reprise.errors import GrammarError, RequestError
 from reprise.loading.checkpoint import DEMO_MODEL
 
@@ -418,7 +417,7 @@ def test_engines_in_threads_fill_their_masks_apart(
     texts: list[list[str]] = []
 
     def complete(engine: LLM) -> None:
-        outputs = engine.generate(["Once"] * (SHARED_OUT + 1), params, use_tqdm=False)
+        outputs = engine.generate(["Once"] * 9, params, use_tqdm=False)
         texts.append([each.outputs[0].text for each in outputs])
 
     threads = [threading.Thread(target=complete, args=(each,)) for each in engines]

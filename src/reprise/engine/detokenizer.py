@@ -39,6 +39,10 @@ class TokenTexts:
         self._anchor = self._find_anchor()
         self._anchor_text = self.decode(self._anchor, False)
         self._alone: dict[int, str] = {}
+        self._joins = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
+        """A text's bytes are those of its tokens, side by side."""
+        self._whole: tuple[dict[int, str | None], ...] = ({}, {})
+        """Answers of :meth:`whole`, by token; with special tokens, and without."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if self._backend is not None:
@@ -55,6 +59,20 @@ class TokenTexts:
             return True
         # A model's vocabulary may be padded beyond the tokenizer's.
         return self._backend is not None and self._backend.id_to_token(token) is None
+
+    def whole(self, token: int, skip_special_tokens: bool) -> str | None:
+        """What this token adds to any text at a character's end: characters that are whole. None:
+        that depends on others, or it has no such text."""
+        known = self._whole[skip_special_tokens]
+        try:
+            return known[token]
+        except KeyError:
+            text = None
+            if self._joins and not self.is_silent(token, skip_special_tokens):
+                text = self.decode([token], skip_special_tokens)
+                text = text if text and REPLACEMENT not in text else None
+            known[token] = text
+            return text
 
     def of(self, token: int) -> str:
         """A token's text within a text; a replacement character for a part of a character.
@@ -112,7 +130,7 @@ class Detokenizer:
         self._unsure = ""
         """The rest of their text: replacement characters, which may become others."""
         self._begin(prompt_token_ids)
-        stops = params.stop_strings
+        self._stops = stops = params.stop_strings
         self._held_back = 0
         if stops and not params.include_stop_str_in_output:
             self._held_back = max(map(len, stops)) - 1
@@ -122,6 +140,13 @@ class Detokenizer:
         or None."""
         for token_id in token_ids:
             self._num_tokens += 1
+            text = None if self._pending else self._texts.whole(token_id, self._skip_special)
+            if text is not None:
+                self._context, self._context_text = [token_id], text
+                found = self._take(text)
+                if found is not None:
+                    return found
+                continue
             if self._texts.is_silent(token_id, self._skip_special):
                 continue
             found = self._take(self._next_characters(token_id))
@@ -217,10 +242,10 @@ class Detokenizer:
     def _take(self, added: str) -> str | None:
         """Add characters to the text, and look for the stop string that is complete first."""
         self.text += added
-        if not added or self._num_tokens < self._params.min_tokens:
+        if not self._stops or not added or self._num_tokens < self._params.min_tokens:
             return None
         first, found = (len(self.text) + 1, 0), None
-        for stop in self._params.stop_strings:
+        for stop in self._stops:
             begin = self.text.find(stop, max(0, len(self.text) - len(added) - len(stop) + 1))
             # Of two that are complete at once the longer one, so that nothing of it is shown.
             if begin != -1 and (begin + len(stop), begin) < first:

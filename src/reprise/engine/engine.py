@@ -128,7 +128,9 @@ class Engine(Frontend):
             drafting=None if self._draft_choice is None else self._draft_choice.choose,
             resting=None if self._draft_choice is None else self._draft_choice.resting,
         )
-        self.grammars = Grammars(self.vocab_size, self.eos_token_ids)
+        self.grammars = Grammars(
+            self.vocab_size, self.eos_token_ids, pinned=self.platform.pins_memory
+        )
         self.pipeline = Pipeline(runner, self.grammars, 2 if self.platform.asynchronous else 1)
         self._observations = Observations(
             config.model or "demo",

@@ -41,6 +41,7 @@ from reprise.ops.linear import linear_add as linear_add
 from reprise.ops.linear import linear_into as linear_into
 from reprise.ops.linear import norm_gated_linear as norm_gated_linear
 from reprise.ops.linear import norm_linear as norm_linear
+from reprise.ops.masked_argmax import masked_argmax as masked_argmax
 from reprise.ops.mxfp4_experts import mxfp4_experts as mxfp4_experts
 from reprise.ops.ngram import ngram as ngram
 from reprise.ops.paged_attention import paged_attention as paged_attention

@@ -104,7 +104,8 @@ class Examples:
 
     def _rest(self) -> None:
         """Calls of the ops that surround a forward pass."""
-        example_draws(self._model.vocab_size, self._config.num_drafts, self._platform)
+        dtype = next(self._model.parameters()).dtype  # as of logits
+        example_draws(self._model.vocab_size, self._config.num_drafts, dtype, self._platform)
         for width in self._config.decode_widths:
             self._buffers.example(StepShape.decode(1, width))
         self._buffers.example(StepShape.mixed(2, 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from reprise import ops
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
-from reprise.runner.arena import to_device
+from reprise.runner.arena import Beside, to_device
 from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
 from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
@@ -60,6 +60,7 @@ class Sampler:
         self.platform = platform
         self.rows = rows
         self._batch: _Batch | None = None
+        self._send = Beside(platform).send
         self._kept = _Kept(
             SeenTokens(vocab_size, rows.count, platform),
             ForbiddenTokens(vocab_size, rows.count, platform),
@@ -96,14 +97,21 @@ class Sampler:
         if batch.plain and masks is None:  # the largest value is the same one in float32
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
+        if batch.plain and masks is not None:
+            which = np.full(len(logits), -1, dtype=np.int64)
+            which[masks.rows] = np.arange(len(masks.rows))
+            peaks = logits.new_empty(len(logits))
+            tokens = draw(ops.masked_argmax, logits, *self._send(which, masks.words), peaks)
+            return tokens, peaks, None
         peaks = logits.amax(dim=-1)
         raw = logits.float()
         adjusted = raw
         if batch.adjusts or masks is not None:
-            adjusted = batch.adjust(raw.clone(), numbers)
+            # Log probabilities are of what the model gave, which is its memory where it is float32.
+            spare = raw is not logits and batch.num_logprobs is None
+            adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
             if masks is not None:
-                rows, words = (to_device(each, self.platform) for each in (masks.rows, masks.words))
-                ops.apply_bitmask(adjusted, rows, words)
+                ops.apply_bitmask(adjusted, *self._send(masks.rows, masks.words))
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -205,12 +213,18 @@ def top_logprobs(
     )
 
 
-def example_draws(vocab_size: int, num_drafts: int, platform: Platform) -> None:
-    """Draws as of one request that call every op which draws may call, beside plain argmax."""
+def example_draws(vocab_size: int, num_drafts: int, dtype: torch.dtype, platform: Platform) -> None:
+    """Draws as of one request that call every op which draws may call, beside plain argmax; logits
+    have this dtype."""
     logits = torch.zeros(1, vocab_size, device=platform.device)
     ones = [to_device(np.ones(1, dtype=kind), platform) for kind in (*_PARAMETERS, np.int64)]
     ops.sample(logits, *ones)
     ops.argmax(logits)
+    bits = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=platform.device)
+    first = bits.new_zeros(1, dtype=torch.int64)
+    ops.apply_bitmask(logits, first, bits)
+    given = logits.to(dtype)
+    ops.masked_argmax(given, first, bits, given.new_empty(1))
     seen = logits.int()
     row, *strengths = (
         to_device(np.zeros(1, dtype=kind), platform)

@@ -8,10 +8,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from reprise.arguments import shown
 from reprise.engine.structured.vocabulary import token_infos
+from reprise.engine.structured.white_space import WhiteSpace
 from reprise.errors import RequestError
 from reprise.json_schema import check_schema
 from reprise.patterns import check_pattern
@@ -26,10 +28,20 @@ MAX_COMPILING = 2
 can stop it, and counts until it ends."""
 MAX_BYTES = 256 << 20
 """Of the grammars that are kept."""
-MAX_WHITE_SPACE = 16
-"""Characters of white space in a row, in JSON: models that are lost write it without end."""
+_BOUNDED = ("json", "json_object", "structural_tag")
+"""Kinds of text in which white space stands between parts."""
 
 _Key = tuple[str, str, bool]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a text must be, for those who follow its tokens."""
+
+    grammar: Any
+    """xgrammar's compiled grammar."""
+    spaces: WhiteSpace | None
+    """White space in a row is bounded; None: it is not, or the grammar has none."""
 
 
 class GrammarCompiler:
@@ -47,9 +59,9 @@ class GrammarCompiler:
         self._stop_token_ids = stop_token_ids
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._compilers: tuple[Any, Any] | None = None
-        """For text without special tokens, and with them."""
-        self._kept: OrderedDict[_Key, Any] = OrderedDict()
+        self._compilers: tuple[Any, Any, WhiteSpace] | None = None
+        """For text without special tokens, and with them; and the tokens of white space."""
+        self._kept: OrderedDict[_Key, Compiled] = OrderedDict()
         self._bytes = 0
         self._jobs: dict[_Key, _Job] = {}
         """By what they compile; also those that nobody waits for any more."""
@@ -61,8 +73,8 @@ class GrammarCompiler:
         """Whether the model can follow any grammar."""
         return self._tokenizer is not None and bool(self._stop_token_ids)
 
-    def compile(self, wanted: StructuredOutputsParams) -> Any:
-        """xgrammar's compiled grammar.
+    def compile(self, wanted: StructuredOutputsParams) -> Compiled:
+        """The grammar of what is wanted.
 
         Raises:
             RequestError: Structured output is not installed or needs a tokenizer; the grammar is
@@ -131,18 +143,17 @@ class GrammarCompiler:
         elif wanted.kind == "structural_tag":
             _check_tag(json.loads(wanted.source), 0)
 
-    def _make(self, wanted: StructuredOutputsParams) -> Any:
+    def _make(self, wanted: StructuredOutputsParams) -> Compiled:
         began = time.perf_counter()
-        plain, tagged = self._loaded()
+        plain, tagged, white_space = self._loaded()
         compiler = tagged if wanted.kind == "structural_tag" else plain
-        spaces: dict[str, Any] = {
-            "any_whitespace": not wanted.disable_any_whitespace,
-            "max_whitespace_cnt": None if wanted.disable_any_whitespace else MAX_WHITE_SPACE,
-        }
+        free = not wanted.disable_any_whitespace
         source = wanted.source
         makers: Mapping[str, Callable[[], Any]] = {
-            "json": lambda: compiler.compile_json_schema(source, **spaces),
-            "json_object": lambda: compiler.compile_json_schema('{"type": "object"}', **spaces),
+            "json": lambda: compiler.compile_json_schema(source, any_whitespace=free),
+            "json_object": lambda: compiler.compile_json_schema(
+                '{"type": "object"}', any_whitespace=free
+            ),
             "regex": lambda: compiler.compile_regex(source),
             "choice": lambda: compiler.compile_grammar(_one_of(wanted.choice or [])),
             "grammar": lambda: compiler.compile_grammar(source),
@@ -155,7 +166,7 @@ class GrammarCompiler:
             "grammar of structured_outputs.%s compiled in %.3f s, %d bytes: %s",
             wanted.kind, seconds, compiled.memory_size_bytes, shown(source, 80),
         )  # fmt: skip
-        return compiled
+        return Compiled(compiled, white_space if free and wanted.kind in _BOUNDED else None)
 
     def _try(self, compiled: Any, wanted: StructuredOutputsParams) -> None:
         """Refuse a grammar by which no token can come first."""
@@ -171,7 +182,7 @@ class GrammarCompiler:
                 "the model's tokens that matches it"
             )
 
-    def _loaded(self) -> tuple[Any, Any]:
+    def _loaded(self) -> tuple[Any, Any, WhiteSpace]:
         with self._making:
             if self._compilers is None:
                 began = time.perf_counter()
@@ -183,7 +194,7 @@ class GrammarCompiler:
                     xgrammar.GrammarCompiler(each, max_threads=1, cache_enabled=False)
                     for each in infos
                 )
-                self._compilers = plain, tagged
+                self._compilers = plain, tagged, WhiteSpace.of(infos[0].decoded_vocab)
                 logger.info(
                     "structured output is ready after %.2f s: the first request asks for it",
                     time.perf_counter() - began,
@@ -227,8 +238,8 @@ class _Job:
         return self.value
 
 
-def _size(key: _Key, compiled: Any) -> int:
-    return int(compiled.memory_size_bytes) + 2 * len(key[1])
+def _size(key: _Key, compiled: Compiled) -> int:
+    return int(compiled.grammar.memory_size_bytes) + 2 * len(key[1])
 
 
 def _message(error: Exception) -> str:

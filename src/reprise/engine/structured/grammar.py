@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from reprise.engine.structured.compiler import Compiled
+from reprise.engine.structured.white_space import MOST, WhiteSpace, Words
 from reprise.platforms import usable_cpus
 
-Words = np.ndarray[Any, Any]
-SHARED_OUT = 8
-"""More masks than these are filled by several threads. One takes 2 to 40 us."""
+ALONE_SECONDS = 2e-4
+"""So long one thread fills a step's masks; what is left then is shared out. A mask takes 2 us
+where a state knows its tokens, and up to 10 ms where it has to look at each."""
+AT_ONCE = 8
+"""Masks between two looks at the time."""
 THREADS = 8
 """At most: half of the CPUs that are there for this process, which have other work."""
 FIRST = 16
@@ -21,44 +26,44 @@ FIRST = 16
 those come first."""
 
 
-class MaskThreads:
-    """Fills masks side by side. One engine's: where two threads ask the same batch of xgrammar's at
-    once, the end of the one's work ends the process."""
-
-    def fill(self, matchers: Sequence[Any], masks: torch.Tensor, rows: Sequence[int]) -> None:
-        """Write what each of the matchers allows into its row of ``masks``."""
-        self._batch.batch_fill_next_token_bitmask(matchers, masks, rows)
-
-    @functools.cached_property
-    def _batch(self) -> Any:
-        import xgrammar
-
-        threads = min(THREADS, max(1, usable_cpus()[0] // 2))
-        return xgrammar.BatchGrammarMatcher(max_threads=threads)
-
-
 class MaskRows:
-    """Room for the masks of a step.
+    """An engine's masks of a step, in memory that those of the next step are written to: they have to be on
+    the device, or elsewhere, by then.
 
     Args:
-        rows: Most of them.
         vocab_size: Of the logits.
-        threads: Fill many.
+        pinned: The memory is page-locked.
     """
 
-    def __init__(self, rows: int, vocab_size: int, threads: MaskThreads) -> None:
-        self._threads = threads
-        self._tensor = torch.empty((rows, -(-vocab_size // 32)), dtype=torch.int32)
+    def __init__(self, vocab_size: int, *, pinned: bool = False) -> None:
+        self._width, self._pinned = -(-vocab_size // 32), pinned
+        self._tensor = torch.empty((0, self._width), dtype=torch.int32)
         self._words: Words = self._tensor.numpy()
-        self._later: dict[int, Any] = {}
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        """A step has so many masks at most. Those of the one before are no more."""
+        if rows > len(self._words):
+            size = (1 << (rows - 1).bit_length(), self._width)
+            self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
+            self._words = self._tensor.numpy()
+        self._later: tuple[list[int], list[Any]] = [], []
+        """Rows that are to be filled, and their matchers."""
         self._others: dict[int, Sequence[tuple[int, int]]] = {}
+        self._crowded: dict[int, WhiteSpace] = {}
 
     def allow_all(self, row: int) -> None:
         """Any token may come."""
         self._words[row] = -1
 
     def allow(
-        self, row: int, matcher: Any, others: Sequence[tuple[int, int]], *, later: bool
+        self,
+        row: int,
+        matcher: Any,
+        others: Sequence[tuple[int, int]],
+        crowded: WhiteSpace | None,
+        *,
+        later: bool,
     ) -> None:
         """What the matcher allows may come.
 
@@ -67,22 +72,24 @@ class MaskRows:
             matcher: xgrammar's.
             others: Some tokens may come only where nothing else may: of each word that has such
                 tokens, its number and the bits of all others.
+            crowded: No more white space may come; None: it may.
             later: It will be as it is now when the masks are settled.
         """
         if later:
-            self._later[row] = matcher
+            self._later[0].append(row)
+            self._later[1].append(matcher)
         else:
             matcher.fill_next_token_bitmask(self._tensor, row)
         if others:
             self._others[row] = others
+        if crowded is not None:
+            self._crowded[row] = crowded
 
     def settle(self, count: int) -> Words:
         """[M, ceil(V / 32)] int32: the first ``count`` masks, all of which allow something."""
-        if len(self._later) > SHARED_OUT:
-            self._threads.fill(list(self._later.values()), self._tensor, list(self._later))
-        else:
-            for row, matcher in self._later.items():
-                matcher.fill_next_token_bitmask(self._tensor, row)
+        self._fill()
+        for row, spaces in self._crowded.items():
+            spaces.limit(self._words[row])
         bits, held = self._words.data, {}
         for row, others in self._others.items():
             held[row] = [(word, bits[row, word]) for word, _ in others]
@@ -96,6 +103,32 @@ class MaskRows:
                 found[row] = -1
         return found
 
+    def _fill(self) -> None:
+        """Those that were left for later: a few by this thread, and if they take long, the others
+        by several."""
+        rows, matchers = self._later
+        if not rows:
+            return
+        alone, together = self._batches
+        began = time.perf_counter()
+        for begin in range(0, len(rows), AT_ONCE):
+            end = begin + AT_ONCE
+            if begin and time.perf_counter() - began > ALONE_SECONDS:
+                together.batch_fill_next_token_bitmask(matchers[begin:], self._tensor, rows[begin:])
+                return
+            alone.batch_fill_next_token_bitmask(matchers[begin:end], self._tensor, rows[begin:end])
+
+    @functools.cached_property
+    def _batches(self) -> tuple[Any, Any]:
+        """Who fills masks in the thread that asks, and who does in threads of its own. One engine's:
+        where two threads ask the same batch of xgrammar's at once, the end of the one's work ends
+        the process."""
+        import xgrammar
+
+        several = min(THREADS, max(1, usable_cpus()[0] // 2))
+        alone, together = (xgrammar.BatchGrammarMatcher(max_threads=n) for n in (1, several))
+        return alone, together
+
 
 class Grammar:
     """Follows the tokens of one sequence.
@@ -104,16 +137,16 @@ class Grammar:
     sequence that was preempted, or whose steps were lost, goes on from those that it has.
 
     Args:
-        compiled: xgrammar's compiled grammar.
-        held: Tokens that end the sequence, and that are not drawn while it is shorter than
-            ``min_tokens``, unless the grammar leaves no other.
+        compiled: Its grammar.
+        held: Tokens that end the sequence, those that end the grammar among them. They are not
+            drawn while it is shorter than ``min_tokens``, unless the grammar leaves no other.
         min_tokens: Of the sequence.
         begin_after: Token behind which the grammar begins; None: at once.
     """
 
     def __init__(
         self,
-        compiled: Any,
+        compiled: Compiled,
         held: frozenset[int],
         min_tokens: float,
         begin_after: int | None = None,
@@ -124,21 +157,22 @@ class Grammar:
         self._begins: int | None = 0 if begin_after is None else None
         """Tokens before those that the grammar is about; None: it has not begun."""
 
-        self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._matcher = xgrammar.GrammarMatcher(compiled.grammar)
+        self._spaces = compiled.spaces
+        self._in_a_row = [0]
+        """Characters of white space that are the last ones, before and behind each token that the
+        matcher has taken."""
+        self.ended = False
+        """The text is complete, and no token follows."""
         self.num_tokens = 0
         """That it has taken."""
-        self._min_tokens = min_tokens
+        self._min_tokens, self._held = min_tokens, held
         words = sorted({token // 32 for token in held})
         bits = np.zeros(len(words), dtype=np.uint32)
         for token in held:
             bits[words.index(token // 32)] |= np.uint32(1 << token % 32)
         self._others = list(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
         """Of each word of a mask that has such tokens, the bits of all others."""
-
-    @property
-    def ended(self) -> bool:
-        """The text is complete, and no token follows."""
-        return bool(self._matcher.is_terminated())
 
     def take(self, tokens: Sequence[int], known: int) -> int:
         """Follow tokens.
@@ -150,7 +184,8 @@ class Grammar:
         Returns:
             How many follow the grammar, up to its end.
         """
-        self._take_back(known)
+        if self.num_tokens != known:
+            self._take_back(known)
         for token in tokens:
             if self.ended or not self._accept(token):
                 break
@@ -165,6 +200,11 @@ class Grammar:
         if not self._matcher.accept_token(token):
             return False
         self.num_tokens += 1
+        if token in self._held:
+            self.ended = self._matcher.is_terminated()
+        if self._spaces is not None:
+            more = self._spaces.lengths.get(token)
+            self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
         return True
 
     def _take_back(self, known: int) -> None:
@@ -173,7 +213,11 @@ class Grammar:
         if count <= 0:
             return
         if self._begins is not None:
-            self._matcher.rollback(min(count, self.num_tokens - self._begins))
+            followed = min(count, self.num_tokens - self._begins)
+            self._matcher.rollback(followed)
+            self.ended = self._matcher.is_terminated()
+            if self._spaces is not None and followed:
+                del self._in_a_row[-followed:]
             if self._begin_after is not None and known < self._begins:
                 self._begins = None
         self.num_tokens = known
@@ -191,18 +235,25 @@ class Grammar:
         Returns:
             How many rows were written.
         """
+        if self.ended:
+            return 0
+        if not drafts:
+            self._allow(masks, begin, later=True)
+            return 1
         filled, before = 0, self.num_tokens
-        for draft in (None, *drafts):
-            if draft is not None and (draft < 0 or not self._accept(draft)):
-                break
-            if self.ended:
-                break
-            if self._begins is None:
-                masks.allow_all(begin + filled)
-            else:
-                held = self.num_tokens < self._min_tokens
-                others = self._others if held else ()
-                masks.allow(begin + filled, self._matcher, others, later=not drafts)
+        for draft in (*drafts, -1):
+            self._allow(masks, begin + filled, later=False)
             filled += 1
+            if draft < 0 or not self._accept(draft) or self.ended:
+                break
         self._take_back(before)
         return filled
+
+    def _allow(self, masks: MaskRows, row: int, *, later: bool) -> None:
+        """What may come next."""
+        if self._begins is None:
+            masks.allow_all(row)
+            return
+        others = self._others if self.num_tokens < self._min_tokens else ()
+        crowded = self._spaces if self._in_a_row[-1] >= MOST else None
+        masks.allow(row, self._matcher, others, crowded, later=later)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reprise.engine.structured.grammar import Grammar, MaskRows, MaskThreads
+from reprise.engine.structured.compiler import Compiled
+from reprise.engine.structured.grammar import Grammar, MaskRows
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
@@ -22,19 +23,21 @@ class Grammars:
     Args:
         vocab_size: Of the logits.
         eos_token_ids: The model's end-of-sequence tokens.
+        pinned: Masks are written to page-locked memory, for a device to copy.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self._vocab_size = vocab_size
+    def __init__(
+        self, vocab_size: int, eos_token_ids: frozenset[int], *, pinned: bool = False
+    ) -> None:
+        self._masks = MaskRows(vocab_size, pinned=pinned)
         self._eos_token_ids = eos_token_ids
         self._of: dict[Request, Grammar] = {}
         self._drafts: dict[Request, Sequence[int]] = {}
         """Behind the newest token of each."""
-        self._threads = MaskThreads()
         self.num_masks = 0
         """Rows of masks, from the start."""
 
-    def add(self, request: Request, compiled: object) -> None:
+    def add(self, request: Request, compiled: Compiled) -> None:
         """The request's text has to match this."""
         params = request.params
         least = math.inf if params.ignore_eos else params.min_tokens
@@ -69,11 +72,13 @@ class Grammars:
 
     def take(self, requests: Sequence[Request], output: StepOutput) -> None:
         """Follow the tokens of a step, before its requests get them."""
-        for number, request in enumerate(requests):
-            grammar = self._of.get(request)
-            if grammar is not None and request.finish_reason is None and output.sampled[number]:
-                grammar.take(output.sampled[number], request.num_output_tokens)
-                self._drafts[request] = output.proposed[number] if output.proposed else ()
+        grammars, proposed = self._of, output.proposed
+        for number, (request, tokens) in enumerate(zip(requests, output.sampled, strict=True)):
+            grammar = grammars.get(request)
+            if grammar is not None and tokens and request.finish_reason is None:
+                grammar.take(tokens, len(request.output_token_ids))
+                if proposed:
+                    self._drafts[request] = proposed[number]
 
     def surplus(self, request: Request) -> int | None:
         """Once a request has its new tokens: how many of them do not follow its grammar, because
@@ -90,17 +95,17 @@ class Grammars:
 
     def masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
         """Of a step whose requests' grammars have followed all tokens before it; None: the grammars
-        of all have ended."""
+        of all have ended. They are valid until the next call, which may come when the step has
+        brought its tokens."""
         rows: list[int] = []
-        room = sum(1 + step.drafts[n] for n, each in enumerate(requests) if each in self._of)
-        masks = MaskRows(room, self._vocab_size, self._threads)
-        begin = 0
+        masks, grammars, begin = self._masks, self._of, 0
+        masks.begin(min(len(grammars), len(requests)) * (1 + max(step.drafts)))
         for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
             if not samples:
                 continue
-            grammar = self._of.get(request)
+            grammar = grammars.get(request)
             if grammar is not None and request.finish_reason is None:
-                ahead = self._drafts.get(request, ())[:drafts]
+                ahead = self._drafts.get(request, ())[:drafts] if drafts else ()
                 filled = grammar.fill(masks, len(rows), ahead)
                 rows += range(begin, begin + filled)
             begin += 1 + drafts

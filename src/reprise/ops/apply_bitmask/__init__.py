@@ -11,6 +11,5 @@ apply_bitmask.implementation(
     "triton",
     "reprise.ops.apply_bitmask.triton:apply_bitmask",
     requires=needs_triton,
-    on_request="no device has run it yet",
     batch_invariant=True,
 )

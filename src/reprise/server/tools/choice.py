@@ -31,8 +31,6 @@ def parser_name(template: str) -> str:
     return next((name for name, sign in _SIGNS if sign in template), "none")
 
 
-MAX_WHITE_SPACE = 16
-"""Characters of white space in a row, in arguments: models that are lost write it without end."""
 _NAME = re.compile(r"[\w.:/@-]{1,256}")
 """Names of tools; the tags that calls are made of hold no others for all models."""
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -277,11 +275,7 @@ def calls_in_text(
 def _calls(form: _Form, schemas: Mapping[str, Any], once: bool) -> dict[str, Any]:
     tags = []
     for name, schema in schemas.items():
-        content: dict[str, Any] = {
-            "type": "json_schema",
-            "json_schema": schema,
-            "max_whitespace_cnt": MAX_WHITE_SPACE,
-        }
+        content: dict[str, Any] = {"type": "json_schema", "json_schema": schema}
         if form.style is not None:
             content["style"] = form.style
         spelled = json.dumps(name, ensure_ascii=False)[1:-1]

@@ -1,0 +1,14 @@
+from reprise.ops.masked_argmax.cases import cases
+from reprise.ops.masked_argmax.reference import fake, reference
+from reprise.ops.registry import needs_triton, op
+
+masked_argmax = op(
+    "masked_argmax", reference, cases=cases, fake=fake, mutates=("peaks",), batch_invariant=True
+)
+masked_argmax.implementation(
+    "triton",
+    "reprise.ops.masked_argmax.triton:masked_argmax",
+    requires=needs_triton,
+    on_request="no device has run it yet",
+    batch_invariant=True,
+)
