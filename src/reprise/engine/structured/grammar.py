@@ -27,8 +27,8 @@ those come first."""
 
 
 class MaskRows:
-    """An engine's masks of a step, in memory that those of the next step are written to: they have to be on
-    the device, or elsewhere, by then.
+    """An engine's masks of a step, in memory that those of the next step are written to: they have
+    to be on the device, or elsewhere, by then.
 
     Args:
         vocab_size: Of the logits.
@@ -120,9 +120,9 @@ class MaskRows:
 
     @functools.cached_property
     def _batches(self) -> tuple[Any, Any]:
-        """Who fills masks in the thread that asks, and who does in threads of its own. One engine's:
-        where two threads ask the same batch of xgrammar's at once, the end of the one's work ends
-        the process."""
+        """Who fills masks in the thread that asks, and who does in threads of its own. One
+        engine's: where two threads ask the same batch of xgrammar's at once, the end of the one's
+        work ends the process."""
         import xgrammar
 
         several = min(THREADS, max(1, usable_cpus()[0] // 2))
