@@ -83,14 +83,15 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
                 "(skip_tokenizer_init=True): give prompt_token_ids"
             )
         ids = encode(tokenizer, text)
-    if _is_list(ids) and not all(type(each) is int for each in ids):
-        ids = [plain(each) for each in ids]
-    if not _is_list(ids) or not all(is_whole(each) for each in ids):
-        raise RequestError(f"prompt_token_ids={short(ids)}: give a list of integers")
+    # Loops of Python's over a long prompt are a part of the time to its first token.
+    if not _is_list(ids) or set(map(type, ids)) - {int}:
+        ids = [plain(each) for each in ids] if _is_list(ids) else ids
+        if not _is_list(ids) or not all(is_whole(each) for each in ids):
+            raise RequestError(f"prompt_token_ids={short(ids)}: give a list of integers")
     if len(ids) == 0:
         raise RequestError(f"prompt={text if text is not None else []!r} is empty: give one token")
-    wrong = [each for each in ids if not 0 <= each < vocab_size]
-    if wrong:
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = [each for each in ids if not 0 <= each < vocab_size]
         raise RequestError(
             f"prompt_token_ids contains {short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -94,13 +93,11 @@ class AcceleratorPlatform(Platform):
         torch.accelerator.set_device_index(self.index)
 
     def warm_up(self) -> None:
-        """Create the device's context and load its matrix library and Triton."""
+        """Create the device's context and load its matrix library."""
         self.activate()
         square = torch.ones(16, 16, device=self.device, dtype=self.default_dtype)
         torch.mm(square, square)
         self.synchronize()
-        if self.has_triton:
-            importlib.import_module("triton")
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.index)

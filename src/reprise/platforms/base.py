@@ -180,14 +180,20 @@ class Platform(ABC):
         """Make this device the current one of the calling thread."""
 
     @contextlib.contextmanager
-    def warming_up(self, then: Callable[[], None]) -> Iterator[None]:
-        """Run :meth:`warm_up` and ``then`` beside the ``with`` block; all is done when it ends."""
+    def warming_up(self, beside: Callable[[], Any], then: Callable[[], Any]) -> Iterator[None]:
+        """Run :meth:`warm_up` and ``beside`` beside the ``with`` block, and ``then`` behind both; all
+        is done when it ends."""
+        warm = threading.Thread(target=self.warm_up, name="reprise-warm-up")
 
         def work() -> None:
-            self.warm_up()
+            try:
+                beside()
+            finally:
+                warm.join()
             then()
 
-        thread = threading.Thread(target=work, name="reprise-warm-up")
+        thread = threading.Thread(target=work, name="reprise-load-kernels")
+        warm.start()
         thread.start()
         try:
             yield
