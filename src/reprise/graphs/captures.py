@@ -20,6 +20,7 @@ from reprise.graphs.plan import Executor, GraphPlan
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory
 from reprise.graphs.trust import Ledger
+from reprise.graphs.useless import Useless
 from reprise.graphs.verify import COPIES, VerifyMode
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape
@@ -41,6 +42,7 @@ class Captures:
         graphs: Gets them.
         capturer: Makes them.
         prover: Proves them at start, and captures the fallback of those that are wrong.
+        useless: Knows which would gain nothing.
         idle: Proves them while nothing runs.
         guard: Of the computation's memory.
         ledger: Of what is proven.
@@ -58,6 +60,7 @@ class Captures:
         graphs: BucketGraphs,
         capturer: Capturer,
         prover: Prover,
+        useless: Useless,
         idle: IdleProof,
         guard: Guard,
         ledger: Ledger,
@@ -78,10 +81,11 @@ class Captures:
         """Inputs that probes do not reach, for which they prove nothing of their phase."""
         self._computation = computation
         self._graphs = graphs
-        self._prover, self._idle = prover, idle
+        self._prover, self._useless, self._idle = prover, useless, idle
         self._guard, self._ledger = guard, ledger
         self._policy, self._verify = policy, verify
         self._owner, self.lazy = owner, lazy
+        self._left_out: list[StepShape] = []
         if lazy:
             prover.least_seconds *= LAZY_SHARE
 
@@ -98,6 +102,23 @@ class Captures:
         if self.plan.captures and (self._verify.startup or self._verify.canary):
             with self._computation.ops.computing():
                 self._guard.learn_weights()
+
+    def leave_out_useless(self) -> None:
+        """Find mixed steps that no graph makes faster, before any is captured or predicted. The
+        static inputs are not as before."""
+        computation = self._computation
+
+        def run(shape: StepShape) -> object:
+            self.capturer.empty_inputs(shape)
+            return computation.forward(shape, computation.model)
+
+        mixed = [each for each in reversed(self.shapes) if each.phase == "mixed"]
+        with computation.ops.computing():
+            self._useless.foresee(mixed, run)
+        least = self._useless.foreseen
+        if least is not None:
+            self._left_out = [each for each in mixed if each.size >= least]
+            self.shapes = [each for each in self.shapes if each not in self._left_out]
 
     def comparison_bytes(self) -> int:
         """What comparing the largest graph takes, beside what a step takes."""
@@ -119,6 +140,9 @@ class Captures:
 
         The computation's state is as before, its static inputs are not.
         """
+        for each in self._left_out:
+            info = self._new_bucket(each).info
+            info.executor, info.dropped = "none", self._useless.reason
         shapes = self.shapes
         if not shapes:
             return

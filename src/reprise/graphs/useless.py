@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from reprise.distributed import Agreement
+from reprise.errors import describe
 from reprise.graphs.capture import BucketGraph
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
+from reprise.shape import StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +22,8 @@ while the device computes, the host is ahead."""
 
 
 class Useless:
-    """Finds the smallest graph of mixed steps that gains nothing: no larger one does. To prove
-    these would take as long as to prove others.
+    """Finds the smallest graph of mixed steps that gains nothing: no larger one does. To capture and
+    prove these would take as long as to do it for others, and memory is kept free for the largest.
 
     Args:
         platform: Where.
@@ -28,12 +31,61 @@ class Useless:
     """
 
     def __init__(self, platform: Platform, agreement: Agreement) -> None:
+        self._platform = platform
+        self._agreement = agreement
         self._agree = agreement.all
         # Without a device of its own there is no other time than the host's.
         self.enabled = platform.asynchronous
         """Else all graphs are proven and used, whatever they gain."""
         self.found: BucketGraph | None = None
-        """The smallest."""
+        """The smallest that was captured."""
+        self.foreseen: int | None = None
+        """The smallest size that is not even captured."""
+        self.reason = ""
+        """Why."""
+
+    def foresee(self, shapes: Sequence[StepShape], run: Callable[[StepShape], object]) -> None:
+        """Find the smallest step whose eager execution keeps the device busy and has been submitted
+        long before the device is done: a graph would save what nothing waits for.
+
+        Args:
+            shapes: Of mixed steps, small ones first.
+            run: Computes such a step.
+        """
+        least, most = 0, len(shapes)
+        while self.enabled and least < most:
+            middle = (least + most) // 2
+            if self._host_is_ahead(shapes[middle], run):
+                most = middle
+            else:
+                least = middle + 1
+        if most < len(shapes):
+            self.foreseen = shapes[most].size
+            logger.info(
+                "graphs that would gain nothing are not captured: mixed steps of %d tokens and "
+                "more (%s)", self.foreseen, self.reason,
+            )  # fmt: skip
+
+    def _host_is_ahead(self, shape: StepShape, run: Callable[[StepShape], object]) -> bool:
+        for _ in range(2):  # the first pass may load kernels
+            ahead = False
+            try:
+                self._platform.synchronize()
+                began = time.perf_counter()
+                run(shape)
+                submitted = time.perf_counter() - began
+                self._platform.synchronize()
+                total = time.perf_counter() - began
+                ahead = total >= BUSY_SECONDS and submitted <= USELESS * total
+            except Exception as error:  # a capture of it will say what is wrong
+                self._agreement.fell_out(f"a step of {shape}: {describe(error)}")
+            if self._agree(ahead):
+                self.reason = (
+                    f"at {shape.size} tokens the host has submitted everything after "
+                    f"{1e3 * submitted:.1f} ms, and the device is done after {1e3 * total:.1f}"
+                )
+                return True
+        return False
 
     def forget(self) -> None:
         """There are no graphs yet."""

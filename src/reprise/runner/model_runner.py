@@ -185,6 +185,7 @@ class ModelRunner:
                 activation_bytes = examples.measure_activations()
                 self.graphs = self._plan_graphs()
                 """The target's."""
+                self.graphs.captures.leave_out_useless()
                 drafts = {} if self.drafter is None else self.drafter.owners
                 self.owners = GraphOwners({"target": self.graphs, **drafts})
                 """Of all graphs: the target's, and those of a model that drafts."""

@@ -1,0 +1,96 @@
+"""Graphs that would make no step faster are not captured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reprise.distributed import ALONE_AGREES
+from reprise.graphs import useless
+from reprise.graphs.useless import Useless
+from reprise.shape import StepShape
+
+SHAPES = [StepShape.mixed(size, 1) for size in (64, 128, 256, 512, 1024, 2048, 4096)]
+
+
+class Device:
+    """Has a clock of its own; computes in time to the number of tokens, while the host goes on."""
+
+    asynchronous = True
+
+    def __init__(self, host: float, per_token: float) -> None:
+        self.now, self.done = 0.0, 0.0
+        self.host, self.per_token = host, per_token
+        self.first = 0.0
+        """What the first pass of each size takes the host besides."""
+        self.ran: list[int] = []
+
+    def run(self, shape: StepShape) -> None:
+        self.now += self.host + (0 if shape.size in self.ran else self.first)
+        self.done = max(self.done, self.now - self.host) + shape.size * self.per_token
+        self.ran.append(shape.size)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.done)
+
+
+@pytest.fixture(autouse=True)
+def as_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(useless, "BUSY_SECONDS", 0.005)
+
+
+def foreseen(device: Device, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    monkeypatch.setattr(useless, "time", SimpleNamespace(perf_counter=lambda: device.now))
+    found = Useless(device, ALONE_AGREES)  # type: ignore[arg-type]
+    found.foresee(SHAPES, device.run)
+    return found.foreseen
+
+
+@pytest.mark.parametrize(
+    ("host", "per_token", "expected"),
+    [
+        (0.010, 20e-6, 1024),  # 512 tokens are computed in 10.2 ms
+        (0.010, 1e-6, None),  # the host is what all steps wait for
+        (0.001, 1e-3, 64),
+        (0.0001, 1e-6, None),  # the host is ahead, of a device that is not busy for long
+    ],
+)
+def test_steps_that_keep_the_device_busy_need_no_graph(
+    host, per_token, expected, monkeypatch
+) -> None:
+    device = Device(host, per_token)
+    assert foreseen(device, monkeypatch) == expected
+    assert len(device.ran) <= 6, "few passes are worth it"
+
+
+def test_loading_kernels_is_not_what_a_graph_would_save(monkeypatch) -> None:
+    device = Device(0.010, 20e-6)
+    device.first = 5.0
+    assert foreseen(device, monkeypatch) == 1024
+
+
+def test_a_pass_that_fails_leaves_its_graph_to_its_capture(monkeypatch) -> None:
+    device = Device(0.010, 20e-6)
+
+    def fails(shape: StepShape) -> None:
+        raise RuntimeError("no memory")
+
+    device.run = fails  # type: ignore[method-assign]
+    assert foreseen(device, monkeypatch) is None
+
+
+def test_what_is_foreseen_is_not_captured_and_computed_eagerly(toy, make_runner) -> None:
+    runner = make_runner(toy, "breakable", decode=(8,), mixed=(2, 8))
+    runner.useless.foreseen, runner.useless.reason = 8, "the device is busy"
+    runner.capture_all()
+    told = {each.name: (each.executor, each.proof, each.dropped) for each in runner.report().graphs}
+    assert told["mixed[8]"] == ("none", "not used", "the device is busy")
+    assert told["mixed[2]"][0] == "breakable"
+    assert told["decode[8]"][0] == "breakable"
+    assert runner.comparison_bytes() > 0
+    shape = StepShape.mixed(7, 2)
+    toy.fill(shape, 1)
+    assert torch.equal(runner.run(shape), toy.eager(shape))
+    assert not runner.ran.graph
