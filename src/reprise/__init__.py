@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from reprise import openmp as openmp  # before torch, wherever that is imported first
+from reprise.garbage import uncollected
 
 if TYPE_CHECKING:
     from reprise.async_llm import AsyncLLM
@@ -51,5 +52,6 @@ def __getattr__(name: str) -> Any:
     # Imported on first use, so that the command line can answer --help without loading torch.
     if name in _HOMES:
         module, _, original = _HOMES[name].partition(":")
-        return getattr(importlib.import_module(module), original)
+        with uncollected():
+            return getattr(importlib.import_module(module), original)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

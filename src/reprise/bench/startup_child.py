@@ -13,8 +13,7 @@ import sys  # noqa: E402
 
 
 def main() -> None:
-    from reprise.errors import RepriseError
-    from reprise.llm import LLM
+    from reprise import LLM, RepriseError
 
     moments = {"alive": alive, "imported": time.time()}
     arguments = json.loads(sys.argv[1])

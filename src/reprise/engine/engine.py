@@ -33,6 +33,7 @@ from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.engine.weights import Weights
 from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError
+from reprise.garbage import uncollected
 from reprise.graphs import keep_compiled_code
 from reprise.loading import NamedTensors
 from reprise.metrics import Metric
@@ -83,7 +84,7 @@ class Engine(Frontend):
         refuse_several(config)
         started = time.perf_counter()
         keep_compiled_code()
-        with timeline.recording() as self.startup:
+        with timeline.recording() as self.startup, uncollected():
             with timeline.span("platform"):
                 self.platform = platforms.resolve(config.device)
                 config, adjustments = self.platform.check_config(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 from reprise.distributed import Agreement
 from reprise.errors import describe
+from reprise.garbage import uncollected
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.plan import FALLBACK, Executor
@@ -89,20 +89,10 @@ class Capturer:
         return self._compiled
 
     @contextlib.contextmanager
-    def ready(self, *, collect: bool = True) -> Iterator[None]:
-        """The conditions of every capture: no gradients, the op table, no garbage collection.
-
-        Args:
-            collect: Before, all garbage is collected, which may take a while.
-        """
-        if collect:
-            gc.collect()
-        gc.freeze()
-        try:
-            with self._computation.ops.computing():
-                yield
-        finally:
-            gc.unfreeze()
+    def ready(self) -> Iterator[None]:
+        """The conditions of every capture: no gradients, the op table, no garbage collection."""
+        with uncollected(), self._computation.ops.computing():
+            yield
 
     def empty_inputs(self, shape: StepShape) -> None:
         """Fill the inputs with what graphs are captured on: padding alone."""

@@ -206,7 +206,7 @@ class Captures:
             return False
         self.platform.synchronize()  # steps under way read and write what a capture overwrites
         started = time.perf_counter()
-        with self.capturer.ready(collect=False):
+        with self.capturer.ready():
             bucket = self.capture_bucket(shape)
             reached = self.blind.get(shape.phase) == []  # else nobody knows what probes prove
             if self._verify.startup and bucket.graph is not None and reached:

@@ -22,8 +22,9 @@ while the device computes, the host is ahead."""
 
 
 class Useless:
-    """Finds the smallest graph of mixed steps that gains nothing: no larger one does. To capture and
-    prove these would take as long as to do it for others, and memory is kept free for the largest.
+    """Finds the smallest graph of mixed steps that gains nothing: no larger one does. To capture
+    and prove these would take as long as to do it for others, and memory is kept free for the
+    largest.
 
     Args:
         platform: Where.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -120,6 +121,7 @@ class Examples:
             return 0
         peak = 0
         try:
+            gc.collect()  # what nothing refers to any more is not to be counted as used
             self._platform.synchronize()
             self._platform.reset_peak_memory()
             before = self._platform.memory_allocated()

@@ -253,7 +253,7 @@ def split_attention_kernel(
     for index in range(last_request - first_request + 1):
         request = first_request + index
         if ENDS_FIRST:
-            # What is shared with other programs comes first: they are merged while the others go on.
+            # What is shared with other programs comes first: it is merged while others go on.
             request = tl.where(
                 index == 0,
                 first_request,

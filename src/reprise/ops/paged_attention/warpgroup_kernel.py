@@ -292,7 +292,7 @@ def warpgroup_attention_kernel(
     tiles = gl.cdiv(end, BLOCK_N)
     key_ptr += kv_head * head_stride
     value_ptr += kv_head * head_stride
-    table_ptr += request.to(gl.int64) * table_stride
+    table_ptr += request.to(gl.int64) * table_stride  # type: ignore[attr-defined]
 
     keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_D], TILE)
     values = gl.allocate_shared_memory(dtype, [3, BLOCK_N, BLOCK_D], TILE)
@@ -306,9 +306,14 @@ def warpgroup_attention_kernel(
     used = (row < BLOCK_Q * GROUP) & (token < new)
     query_row = (begin + token).to(gl.int64)
     query_offset = query_row * query_stride + head * query_head_stride
-    rows = gl.load(query_ptr + query_offset[:, None] + channel[None, :], mask=used[:, None], other=0.0)
+    rows = gl.load(
+        query_ptr + query_offset[:, None] + channel[None, :], mask=used[:, None], other=0.0
+    )
     query = gl.allocate_shared_memory(
-        dtype, [BLOCK_M, BLOCK_D], gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype), rows
+        dtype,
+        [BLOCK_M, BLOCK_D],
+        gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype),
+        rows,
     )
     block = _blocks(table_ptr, start - BLOCK_N, end, BLOCK_SIZE, BLOCK_N, COPY)
 
