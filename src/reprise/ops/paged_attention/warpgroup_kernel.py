@@ -26,6 +26,8 @@ from reprise.ops.paged_attention.triton import bind as bind_triton
 from reprise.ops.paged_attention.triton import splits
 from reprise.ops.triton_util import cdiv, launch
 
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""The second is what it is called in Triton 3.6."""
 _BLOCK_M = 128
 _BLOCK_N = 128
 _WARPS = 8
@@ -109,8 +111,8 @@ def _copy_tile(
     slot = block.to(gl.int64) * block_stride + (key % BLOCK_SIZE) * slot_stride
     channel = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, COPY))
     offset = slot[:, None] + channel[None, :]
-    async_copy.async_copy_global_to_shared(keys, key_ptr + offset, mask=there[:, None])
-    async_copy.async_copy_global_to_shared(values, value_ptr + offset, mask=there[:, None])
+    _copy(keys, key_ptr + offset, mask=there[:, None])
+    _copy(values, value_ptr + offset, mask=there[:, None])
     async_copy.commit_group()
 
 
