@@ -78,6 +78,8 @@ class Capturer:
         self._agreement = agreement
         self.pool = pool
         self._compiled: Callable[..., Any] | None = None
+        self._warm: set[tuple[StepShape, Executor]] = set()
+        """What has been computed since graphs were thrown away last, and caches made anew."""
         self._logged: Counter[tuple[str, Executor]] = Counter()
 
     def model(self, executor: Executor) -> Callable[..., Any]:
@@ -140,9 +142,13 @@ class Capturer:
         self.empty_inputs(bucket.shape)
 
     def _warm_up(self, bucket: BucketGraph, executor: Executor) -> None:
-        """Compile and tune kernels, and allocate workspaces, outside of the capture."""
+        """Compile and tune kernels, and allocate workspaces, outside of the capture: once, where
+        memory is predicted from several captures of a bucket."""
+        if (bucket.shape, executor) in self._warm:
+            return
         with self._platform.capture_stream(), intercept(None):
             self._computation.forward(bucket.shape, self.model(executor))
+        self._warm.add((bucket.shape, executor))
 
     def _record(self, bucket: BucketGraph, executor: Executor) -> None:
         graph = SegmentedGraph(self._platform, self.pool.handle)
@@ -159,6 +165,7 @@ class Capturer:
         """All graphs are thrown away, and their memory unless other owners' graphs share it."""
         self.pool.discard()
         self._compiled = None
+        self._warm.clear()
         self._logged.clear()
 
     def quarantine(self, bucket: BucketGraph, executor: Executor, reason: str) -> None:
