@@ -34,7 +34,6 @@ from reprise.ops.triton_util import (
 
 _FEW_REQUESTS = 16
 """Up to so many, each program gets more warps, and what looks through all requests is smaller."""
-ENDS_FIRST = True
 _MIN_KEYS = 32
 """A program with fewer keys costs more to merge than it saves."""
 
@@ -99,7 +98,6 @@ def launch_split(call: Call) -> Callable[[], None]:
         "BLOCK_R": _few_sizes(requests),
         "MIN_TILES": max(1, _MIN_KEYS // config.block_n),
         "MERGED": min(8, max(4, 2 * config.num_warps)),
-        "ENDS_FIRST": ENDS_FIRST,
     }
     inputs = (*call.tensors(), arrivals(requests * kv_heads, query.device))
     sizes = (tokens, requests, programs, *call.strides_and_numbers())
@@ -198,7 +196,6 @@ def split_attention_kernel(
     BLOCK_R: tl.constexpr,
     MIN_TILES: tl.constexpr,
     MERGED: tl.constexpr,
-    ENDS_FIRST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program attends, for one KV head, to an equal part of all tiles of BLOCK_N keys.
@@ -252,13 +249,6 @@ def split_attention_kernel(
     # compile such a loop wrongly.
     for index in range(last_request - first_request + 1):
         request = first_request + index
-        if ENDS_FIRST:
-            # What is shared with other programs comes first: it is merged while others go on.
-            request = tl.where(
-                index == 0,
-                first_request,
-                tl.where(index == 1, last_request, first_request + index - 1),
-            )
         length = _pick(lengths, number, request)
         begin = _pick(begins, number, request)
         new = _pick(news, number, request)
