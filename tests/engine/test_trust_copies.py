@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reprise import LLM
 from reprise.errors import WeightsLostError
-from reprise.graphs import repair, verify
+from reprise.graphs import repair, step_memory, verify
 from reprise.graphs.segments import Segment, SegmentedGraph
 from reprise.platforms import MemoryInfo, Platform
 from reprise.testing import faults
@@ -138,10 +138,10 @@ def test_what_is_kept_while_no_request_runs(
     graphs = llm.engine.runner.graphs
     for each in graphs.bucket_graphs.values():
         each.info.probes = 1
-    state = verify.StepMemory.state
+    state = step_memory.StepMemory.state
     found: list[dict[str, Tensor]] = []
     monkeypatch.setattr(
-        verify.StepMemory, "state", lambda self: found.append(state(self)) or found[-1]
+        step_memory.StepMemory, "state", lambda self: found.append(state(self)) or found[-1]
     )
     after_replays(monkeypatch, lambda count: spoil(found[0].values()))
     assert llm.engine.prove_idle()

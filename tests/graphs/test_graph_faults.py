@@ -7,7 +7,8 @@ import torch
 
 from reprise import platforms
 from reprise.graphs.guard import Guard, Scope
-from reprise.graphs.verify import VerifyMode, examine
+from reprise.graphs.verify import examine
+from reprise.graphs.verify_mode import VerifyMode
 from reprise.ops import all_ops
 from reprise.platforms.device_graph import capturing
 from reprise.shape import StepShape

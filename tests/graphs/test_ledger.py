@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from reprise.graphs import Facts, Kind
 from reprise.graphs.canary import UNPROVEN_SHARE, WINDOW_SECONDS, CanaryPolicy
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import VerifyMode
+from reprise.graphs.verify_mode import VerifyMode
 
 STEP, ROW = (2, 3), (3, 2, 2)
 FACTS = Facts(

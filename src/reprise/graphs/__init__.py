@@ -24,7 +24,7 @@ from reprise.graphs.regions import Region
 from reprise.graphs.report import GraphInfo, GraphMemory, GraphReport
 from reprise.graphs.runner import GraphRunner
 from reprise.graphs.segments import Break, Call, Segment, SegmentedGraph
-from reprise.graphs.verify import VerifyMode, parse_verify
+from reprise.graphs.verify_mode import VerifyMode, parse_verify
 
 __all__ = [
     "Break",

@@ -13,7 +13,7 @@ from reprise.graphs.compare import Coded, Compared, copies, relative_difference
 from reprise.graphs.contract import Computation
 from reprise.graphs.plan import Executor
 from reprise.graphs.regions import owned
-from reprise.graphs.verify import coded
+from reprise.graphs.step_memory import coded
 from reprise.shape import StepShape
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from reprise.graphs.capture import BucketGraph
-from reprise.graphs.verify import VerifyMode
+from reprise.graphs.verify_mode import VerifyMode
 
 logger = logging.getLogger(__name__)
 

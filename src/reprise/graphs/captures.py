@@ -21,7 +21,8 @@ from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory
 from reprise.graphs.trust import Ledger
 from reprise.graphs.useless import Useless
-from reprise.graphs.verify import COPIES, VerifyMode
+from reprise.graphs.verify import COPIES
+from reprise.graphs.verify_mode import VerifyMode
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape
 

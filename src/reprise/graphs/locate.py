@@ -19,7 +19,7 @@ from reprise.graphs.segments import (
     SegmentedGraph,
     tensor_arguments,
 )
-from reprise.graphs.verify import StepMemory, memory_of_ops
+from reprise.graphs.step_memory import StepMemory, memory_of_ops
 from reprise.ops.registry import Op, all_ops, intercept
 from reprise.platforms import Platform
 from reprise.shape import StepShape

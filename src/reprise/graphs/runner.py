@@ -26,7 +26,7 @@ from reprise.graphs.report import GraphReport
 from reprise.graphs.trust import Ledger
 from reprise.graphs.useless import Useless
 from reprise.graphs.uses import Uses, largest_error, may_capture, plan_for, uses_of_phase
-from reprise.graphs.verify import VerifyMode
+from reprise.graphs.verify_mode import VerifyMode
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,65 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reprise.errors import ConfigError, GraphError, describe
+from reprise.errors import GraphError, describe
 from reprise.graphs.compare import (
-    Coded,
-    Compared,
     Difference,
     copies,
     difference,
     differs,
-    part,
     poison,
     poison_memory,
 )
-from reprise.graphs.contract import Computation, State
+from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.seal import Seal
 from reprise.graphs.segments import SegmentedGraph
-from reprise.ops.registry import OpTable
+from reprise.graphs.step_memory import StepMemory, Values
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
 COPIES = 3
 """Of the rows that a step writes: before it, behind eager execution and behind the replay."""
-
-
-@dataclass(frozen=True)
-class VerifyMode:
-    """When graphs are compared with eager execution."""
-
-    startup: bool = True
-    """At start-up, and the first live step of each kind that start-up has not met."""
-    canary: int = 0
-    """While serving, recompute one in this many replays of each graph; 0: none."""
-    background: bool = False
-    """As ``canary``, with numbers that follow from what a canary costs."""
-
-    def __str__(self) -> str:
-        if self.background:
-            return "auto"
-        if self.canary:
-            return f"canary:{self.canary}"
-        return "startup" if self.startup else "off"
-
-
-def parse_verify(text: str) -> VerifyMode:
-    """Read ``--graph-verify``: ``off``, ``startup``, ``auto``, or ``canary:N``; the last two
-    include start-up.
-
-    Raises:
-        ConfigError: Anything else.
-    """
-    kind, colon, number = text.strip().lower().partition(":")
-    if kind == "canary" and colon and number.isdigit() and int(number) > 0:
-        return VerifyMode(canary=int(number))
-    if kind in ("off", "startup", "auto") and not colon:
-        return VerifyMode(startup=kind != "off", background=kind == "auto")
-    raise ConfigError(
-        f"graph_verify={text!r}: expected off, startup, auto, or canary:N, such as canary:100 "
-        "to recompute one step in a hundred"
-    )
 
 
 @dataclass
@@ -339,106 +299,6 @@ class _Stopwatch:
         """What it would have taken alone: submitting it, or computing it, whichever is longer. The
         device may have been behind when it was submitted."""
         return max(self._host, float(self._begin.elapsed_time(self._end)) / 1e3)
-
-
-def memory_of_ops(table: OpTable) -> dict[str, Tensor]:
-    """What the implementations in use keep from call to call, by name.
-
-    A graph that leaves it in disorder spoils the steps after it, eager ones too: so it is compared
-    like any result, and put back.
-    """
-    return {f"memory of ops ({key})": tensor for key, tensor in table.memory.items()}
-
-
-Values = dict[str, Tensor]
-
-
-class StepMemory:
-    """What the step in the static inputs updates: rows of the caches, and the memory of ops."""
-
-    def __init__(self, computation: Computation, bucket: StepShape, live: StepShape) -> None:
-        self._computation = computation
-        self._state: State = computation.state(bucket)
-        self._live = live
-        self._ops = memory_of_ops(computation.ops)
-        self.written = self._state.written()
-        self.outputs = computation.outputs(live)
-
-    def state(self) -> Values:
-        """Copies of all of it."""
-        return {**self._state.read(), **copies(self._ops)}
-
-    def put(self, values: Values) -> None:
-        """Put back what :meth:`state` returned."""
-        self._state.write({k: v for k, v in values.items() if k not in self._ops})
-        for name, tensor in self._ops.items():
-            tensor.copy_(values[name])
-
-    def kept(self) -> Sequence[Tensor]:
-        """See :meth:`State.kept`."""
-        return self._state.kept()
-
-    def clear_unread(self) -> None:
-        """Make outputs that nobody reads the same, however they were computed."""
-        read = self._state.read_by_someone()
-        if read is not None:
-            for each in self.outputs.values():
-                each.masked_fill_(~read[: len(each)].unsqueeze(1), 0)
-
-    def meet_new_memory(self, earlier: Values) -> None:
-        """Ops that ran for the first time have made memory: it was then what it is now."""
-        for name, tensor in memory_of_ops(self._computation.ops).items():
-            if name not in self._ops:
-                self._ops[name], earlier[name] = tensor, tensor.clone()
-
-    def same(self, expected: Values, got: Values, bound: float | None) -> list[Tensor]:
-        """For each tensor a boolean scalar on the device, true if it differs."""
-        found, other = self._compared(expected, bound), self._compared(got, bound)
-        return [differs(each, other[name], bound) for name, each in found.items()]
-
-    def told(self, expected: Values, got: Values, bound: float | None) -> list[Difference | None]:
-        """What differs, tensor for tensor and cache for cache."""
-        found: list[Difference | None] = []
-        other = self._compared(got, bound)
-        for key, each in self._compared(expected, bound).items():
-            if key in self._ops:
-                found.append(difference(key, each, other[key], bound))
-                continue
-            for number, name in enumerate(self._state.names(key)):
-                pair = part(each, number), part(other[key], number)
-                found.append(difference(name, *pair, bound))
-        return found
-
-    def _compared(self, values: Values, bound: float | None) -> dict[str, Compared]:
-        """Of what :meth:`state` returned, what counts; caches without the rows of padding."""
-        caches = {
-            name: self._read(name, each) for name, each in values.items() if name not in self._ops
-        }
-        found = caches if bound is None else coded(self._state, caches)
-        return {**found, **{name: values[name] for name in self._ops}}
-
-    def _read(self, name: str, rows: Tensor) -> Tensor:
-        """Of rows of the caches those that are not padding's; zeros where nobody reads them."""
-        count = self._state.live(name, self._live)
-        rows, read = rows[:, :count], self._state.read_by_someone(name)
-        if read is None:
-            return rows
-        read = read[:count].view(1, -1, *(1 for _ in rows.shape[2:]))
-        return torch.where(read, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-
-
-def coded(state: State, values: Mapping[str, Tensor]) -> dict[str, Compared]:
-    """Rows of the caches as bounds are meant for them: codes and their scales as one, numbers of
-    one scale as one row. ``values``: as ``state`` read them."""
-    found: dict[str, Compared] = {
-        name: each.flatten(-state.together(name)) for name, each in values.items()
-    }
-    for name, codes in values.items():
-        scales = state.scales(name)
-        if scales is not None:
-            found[name] = Coded(codes, values[scales])
-            del found[scales]
-    return found
 
 
 def _more(found: Sequence[object]) -> str:
