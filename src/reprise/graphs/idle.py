@@ -67,7 +67,10 @@ class IdleProof:
         bucket, probe = found
         # All weights: after start-up nobody else looks at them all.
         verdict = self._judge.compare(
-            bucket, probe, scope=lambda: replace(self._replays.scope(bucket), part=None)
+            bucket,
+            probe,
+            scope=lambda: replace(self._replays.scope(bucket), part=None),
+            cold=bucket.info.probes == 0,
         )
         if not self._agree(verdict.ran):
             self._cannot_run.add(bucket.key)

@@ -60,6 +60,7 @@ class Judge:
         *,
         timed: bool = False,
         scope: Callable[[], Scope] | None = None,
+        cold: bool = False,
     ) -> Verdict:
         """Whether the bucket's graph is right on a probe; the state is as before.
 
@@ -71,6 +72,7 @@ class Judge:
             probe: On what.
             timed: The runs are timed.
             scope: Of the step in the inputs, the memory to check. None: what lies around it.
+            cold: As of :func:`examine`.
         """
         assert bucket.graph is not None
         executor = bucket.info.executor
@@ -82,6 +84,10 @@ class Judge:
         for number, (model, bound) in enumerate(comparisons):
             if number and not self._agree(verdict.right):
                 break
+            cold = cold and number == 0
+            if cold:  # the last comparison may have been of this probe
+                self._capturer.empty_inputs(bucket.shape)
+                self._computation.forward(bucket.shape, written)
             pool, reason = self._fill(bucket, probe)
             if reason is not None:
                 return Verdict(error=reason, ran=False)
@@ -90,6 +96,7 @@ class Judge:
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope() if scope else self._scope(bucket, wide=timed), bound=bound, pool=pool,
                     keep=False, timed_on=self._platform if timed else None,
+                    cold=cold,
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 verdict = Verdict(error=describe(error), ran=False)
@@ -104,13 +111,16 @@ class Judge:
                 note_times(bucket, verdict.eager_seconds, verdict.replay_seconds)
         return verdict
 
-    def compare_later(self, bucket: BucketGraph, probe: Probe, *, timed: bool) -> Later | None:
+    def compare_later(
+        self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool
+    ) -> Later | None:
         """Submit a comparison, whose verdict comes when it is asked for.
 
         Args:
             bucket: Its graph is judged.
             probe: On what.
             timed: The runs are timed, and more memory is looked at.
+            cold: As of :func:`examine`.
 
         Returns:
             It; None: it has to be made step by step.
@@ -128,7 +138,7 @@ class Judge:
             later = examine_later(
                 self._computation, self._guard, bucket.graph, bucket.shape, probe.live,
                 self._scope(bucket, wide=timed), self._platform,
-                bound=self.bounds.of(executor), pool=pool, timed=timed,
+                bound=self.bounds.of(executor), pool=pool, timed=timed, cold=cold,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))

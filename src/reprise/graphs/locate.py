@@ -97,6 +97,15 @@ def locate(
     """
     state, before = None, {}
     padding: tuple[State, Mapping[str, Tensor]] | None = None
+
+    def trace_of(model: Callable[..., Any]) -> dict[str, _Traced]:
+        found = _trace(computation, bucket, model)
+        # What ops have prepared for this step outside of all graphs is not to be there.
+        reset()
+        computation.forward(bucket, computation.model)
+        fill()
+        return found
+
     try:
         reset()
         nobodys = computation.state(bucket)
@@ -112,7 +121,7 @@ def locate(
         fill()
         state = StepMemory(computation, bucket, live)
         before = state.state()
-        trace = _trace(computation, bucket, computation.model)
+        trace = trace_of(computation.model)
         memory = memory_of_ops(computation.ops)
         for _ in range(WALKS):
             state.put(before)
@@ -124,7 +133,7 @@ def locate(
             if shown:
                 break
         if not shown and original is not None and original.num_breaks > 0:
-            trace = _trace(computation, bucket, model)
+            trace = trace_of(model)
             state.put(before)
             found = _walk(original, trace, memory)
         return found

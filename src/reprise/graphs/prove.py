@@ -124,7 +124,8 @@ class Prover:
             return
         began = time.perf_counter()
         graph = bucket.graph
-        later = self._judge.compare_later(bucket, bucket.probes[number], timed=number == 0)
+        first = number == 0
+        later = self._judge.compare_later(bucket, bucket.probes[number], timed=first, cold=first)
         submitted = time.perf_counter() - began
         self._settle()
         # A graph that was replaced meanwhile has to meet all its probes, this one too.
@@ -152,7 +153,7 @@ class Prover:
         self._meet(bucket, number)  # again, to say what is wrong
         if bucket.graph is graph and graph is not None:
             # What is wrong every second time is wrong now, and can be traced.
-            reason = self._probe(bucket, bucket.probes[number], timed=False)
+            reason = self._probe(bucket, bucket.probes[number], timed=False, cold=number == 0)
             name = bucket.probes[number].name
             self._replace(bucket, reason or f"probe {name!r}: wrong now and then")
             self._meet(bucket, number)
@@ -201,7 +202,7 @@ class Prover:
         while bucket.graph is not None:
             failed = None
             for each in range(bucket.info.probes, min(number + 1, len(bucket.probes))):
-                failed = self._probe(bucket, bucket.probes[each], timed=each == 0)
+                failed = self._probe(bucket, bucket.probes[each], timed=each == 0, cold=each == 0)
                 if failed is not None:
                     break
                 if each == 0:
@@ -227,10 +228,10 @@ class Prover:
         bucket.info.probes = 0
         self.capture_unproven(bucket, FALLBACK[executor])
 
-    def _probe(self, bucket: BucketGraph, probe: Probe, *, timed: bool) -> str | None:
+    def _probe(self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool) -> str | None:
         """Why the bucket's graph is wrong on the probe; None: it is right."""
         began = time.perf_counter()
-        verdict = self._judge.compare(bucket, probe, timed=timed)
+        verdict = self._judge.compare(bucket, probe, timed=timed, cold=cold)
         bucket.info.check_seconds = time.perf_counter() - began
         if not verdict.ran:
             return f"probe {probe.name!r}: {verdict.told}"

@@ -82,6 +82,7 @@ def examine(
     pool: Sequence[Tensor] = (),
     keep: bool,
     timed_on: Platform | None = None,
+    cold: bool = False,
 ) -> Verdict:
     """Compute the step that the static inputs hold, eagerly and then by replay, and compare.
 
@@ -89,6 +90,10 @@ def examine(
     is put back between the two. Unwritten output shows since the two start from different garbage.
     Inputs and memory beside are as before afterwards, whatever the replay did to them, unless the
     verdict is ``lost``.
+
+    A graph may live on what eager execution of the same step has left behind, in memory that nobody
+    lists, such as the plan of a kernel whose work is shared out beforehand. So one comparison of
+    each graph has to be ``cold``.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
@@ -103,9 +108,12 @@ def examine(
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
         timed_on: The device; None: the runs need not be timed.
+        cold: The replay comes first, where eager execution last computed another step. Not where
+            what is drawn is compared within a bound, which follows eager execution.
     """
+    assert not (cold and keep), "what leaves was computed on clean state"
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, model, pool, bound, timed_on, sealed=True)
+    both.run(graph, model, pool, bound, timed_on, sealed=True, cold=cold)
     verdict = both.verdict
     if verdict.lost:
         return verdict
@@ -157,6 +165,7 @@ def examine_later(
     bound: float | None,
     pool: Sequence[Tensor],
     timed: bool,
+    cold: bool = False,
 ) -> Later:
     """:func:`examine` without waiting: whether all is right, and no more than that.
 
@@ -166,7 +175,7 @@ def examine_later(
         Exception: The replay did.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, computation.model, pool, bound, platform if timed else None)
+    both.run(graph, computation.model, pool, bound, platform if timed else None, cold=cold)
     if both.verdict.error is not None:
         raise GraphError(both.verdict.error)
     guard.put_back(both.before)
@@ -190,6 +199,11 @@ class _Both:
         self.before = guard.before(scope)
         self.verdict = Verdict()
         self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
+        self.expected: Values = {}
+        self.got: Values = {}
+        """What eager execution and the replay have left in the rows of the step."""
+        self._changes: list[Change] | None = None
+        """What the replay has changed, if that was asked for before it was put back."""
 
     def run(
         self,
@@ -200,67 +214,110 @@ class _Both:
         platform: Platform | None,
         *,
         sealed: bool = False,
+        cold: bool = False,
     ) -> None:
         """Compute both ways; afterwards the state is as before. Timed if there is a platform.
 
         Args:
             sealed: What is kept is looked at behind the replay, which waits for the device.
+            cold: See :func:`examine`.
         """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:
             self._watches = _Stopwatch(platform), _Stopwatch(platform)
-        eager, replay = self._watches or (contextlib.nullcontext(), contextlib.nullcontext())
+        follow = None if bound is None else computation.follow
         at_first = step.state()
+        kept: list[Mapping[str, Tensor]] = [at_first, step.written]
+        self.outputs = self.replayed = step.outputs
         try:
-            for output in computation.outputs(self._bucket).values():
-                output.zero_()
-            with eager:
-                computation.forward(self._bucket, model)
-            step.clear_unread()
-            step.meet_new_memory(at_first)
-            self.expected, self.outputs = step.state(), copies(step.outputs)
-            step.put(at_first)
-            poison(computation.outputs(self._bucket).values())
-            poison_memory(pool)
-            seal = Seal(self._kept(at_first)) if sealed else None
-            follow = None if bound is None else computation.follow
-            try:
-                with follow(self._bucket) if follow else contextlib.nullcontext(), replay:
-                    graph.replay()
-            except Exception as error:
-                verdict.error = describe(error)
-            if seal is not None and seal.broken():
-                verdict.lost = True
-                return
-            step.clear_unread()
-            self.got = step.state()
-            step.put(at_first)
-            flags = [differs(e, step.outputs[name], bound) for name, e in self.outputs.items()]
-            flags += step.same(self.expected, self.got, bound)
-            flags += self._guard.flags(self.before)
+            if cold and follow is None:
+                self._replay(graph, pool, kept, at_first, None, sealed=sealed)
+                if verdict.lost:
+                    return
+                flags = self._guard.flags(self.before)
+                if sealed and torch.stack(flags).any():
+                    self._changes = self._guard.changes(self.before)
+                # What eager execution reads has to be what it was.
+                self._guard.put_back(self.before)
+                if verdict.error is None:
+                    self.replayed = copies(step.outputs)
+                    self._forward(model, at_first)
+                    self.got = {**at_first, **self.got}  # some ops have met memory of theirs
+            else:
+                self._forward(model, at_first)
+                self.outputs = copies(step.outputs)
+                kept += [self.expected, self.outputs]
+                self._replay(graph, pool, kept, at_first, follow, sealed=sealed)
+                if verdict.lost:
+                    return
+                flags = self._guard.flags(self.before)
+            if verdict.error is None:
+                flags += [
+                    differs(each, self.replayed[name], bound) for name, each in self.outputs.items()
+                ]
+                flags += step.same(self.expected, self.got, bound)
             self.flag = torch.stack(flags).any()
         except BaseException:
             self._guard.put_back(self.before)
             step.put(at_first)
             raise
 
-    def _kept(self, at_first: Values) -> list[Tensor]:
+    def _forward(self, model: Callable[..., Any], at_first: Values) -> None:
+        """Compute eagerly."""
+        computation, step = self._computation, self.step
+        for output in computation.outputs(self._bucket).values():
+            output.zero_()
+        with self._watches[0] if self._watches else contextlib.nullcontext():
+            computation.forward(self._bucket, model)
+        step.clear_unread()
+        step.meet_new_memory(at_first)
+        self.expected = step.state()
+        step.put(at_first)
+
+    def _replay(
+        self,
+        graph: SegmentedGraph,
+        pool: Sequence[Tensor],
+        kept: Sequence[Mapping[str, Tensor]],
+        at_first: Values,
+        follow: Callable[..., Any] | None,
+        *,
+        sealed: bool,
+    ) -> None:
+        computation, step = self._computation, self.step
+        poison(computation.outputs(self._bucket).values())
+        poison_memory(pool)
+        seal = Seal(self._kept(kept)) if sealed else None
+        watch = self._watches[1] if self._watches else contextlib.nullcontext()
+        try:
+            with follow(self._bucket) if follow else contextlib.nullcontext(), watch:
+                graph.replay()
+        except Exception as error:
+            self.verdict.error = describe(error)
+        if seal is not None and seal.broken():
+            self.verdict.lost = True
+            return
+        step.clear_unread()
+        self.got = step.state()
+        step.put(at_first)
+
+    def _kept(self, values: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """All that lies in memory of the comparison's own."""
-        step = self.step
-        values = [at_first, self.expected, self.outputs, step.written]
-        return [*chain(*(e.values() for e in values)), *step.kept(), *self.before.kept()]
+        own = [*self.step.kept(), *self.before.kept()]
+        return [*chain(*(each.values() for each in values)), *own]
 
     def tell(self, bound: float | None) -> None:
         """What differs, in detail."""
         step = self.step
         if self.verdict.error is None:
             found = [
-                difference(name, each, step.outputs[name], bound)
+                difference(name, each, self.replayed[name], bound)
                 for name, each in self.outputs.items()
             ]
             found += step.told(self.expected, self.got, bound)
             self.verdict.differences += [each for each in found if each is not None]
-        self.verdict.changes += self._guard.changes(self.before)
+        changes = self._changes
+        self.verdict.changes += self._guard.changes(self.before) if changes is None else changes
 
     def seconds(self) -> tuple[float | None, float | None]:
         """Of eager execution and of the replay, once the device is done with both."""
@@ -271,7 +328,7 @@ class _Both:
 
     def drop_values(self) -> None:
         """Give back the memory of what was compared."""
-        self.expected = self.got = self.outputs = {}
+        self.expected = self.got = self.outputs = self.replayed = {}
 
     def keep_eager(self) -> None:
         """Leave what eager execution left."""

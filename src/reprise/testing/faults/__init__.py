@@ -57,6 +57,7 @@ from reprise.testing.faults.recorded import (
     HostSync,
     ReturnedOutput,
     SideStreamRace,
+    StalePlan,
     StalePointer,
     StaleScalar,
     UnwrittenOutput,
@@ -87,8 +88,8 @@ from reprise.testing.faults.steps import (
 FAULTS: dict[str, type[Fault]] = {
     each.name: each
     for each in (
-        StaleScalar, StalePointer, FreshAllocation, UnwrittenOutput, HostSync, SideStreamRace,
-        WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
+        StaleScalar, StalePointer, StalePlan, FreshAllocation, UnwrittenOutput, HostSync,
+        SideStreamRace, WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
         CacheOverrun, PaddingWritesLive, ChangedTables, ChangedLengths, ChangedWeight,
         ChangedBeside,
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
@@ -151,6 +152,7 @@ def _named(fault: str) -> Callable[[OpTable, str], contextlib.AbstractContextMan
 
 stale_scalar = _named("stale_scalar")
 stale_pointer = _named("stale_pointer")
+stale_plan = _named("stale_plan")
 fresh_allocation = _named("fresh_allocation")
 unwritten_output = _named("unwritten_output")
 host_sync = _named("host_sync")

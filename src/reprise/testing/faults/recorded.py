@@ -50,6 +50,26 @@ class StalePointer(Fault):
         return self.proceed_with(named, name, self.latest[shape])
 
 
+class StalePlan(Fault):
+    """As kernels have whose work is shared out beforehand, by a call that no graph holds: what is
+    compared right behind eager execution of the same step finds its plan."""
+
+    name = "stale_plan"
+    summary = "the graph reads what eager execution alone prepares for each step"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.plans: dict[tuple[int, ...], Tensor] = {}
+
+    def run(self, named: dict[str, Any]) -> Any:
+        name = self.target(named)
+        shape = tuple(named[name].shape)
+        if capturing():
+            return self.proceed_with(named, name, self.plans[shape])
+        self.plans.setdefault(shape, named[name].clone()).copy_(named[name])
+        return self.proceed(named)
+
+
 class FreshAllocation(Fault):
     name = "fresh_allocation"
     summary = "the output lies in memory that is allocated anew at each call"
