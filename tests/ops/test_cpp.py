@@ -82,12 +82,12 @@ def test_without_a_compiler_others_compute(anew, monkeypatch, caplog, compiler, 
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr("shutil.which", lambda name: name if name == "false" else None)
     with pytest.raises(OpError, match=why):
-        cpp.function(SOURCE, ())
+        cpp.Kernel(SOURCE, ())
     assert not list(anew.glob("*"))
 
     folder = anew.parent.parent
     module = f"kernels_of_{folder.name}"
-    text = "from reprise.ops.cpp import function\nkernel = function('linear/few_rows.cpp', ())"
+    text = "from reprise.ops.cpp import Kernel\nkernel = Kernel('linear/few_rows.cpp', ())"
     (folder / f"{module}.py").write_text(text)
     monkeypatch.syspath_prepend(folder)
     op = Op("taken", linear.schema, (), False, linear.cases)
@@ -133,7 +133,7 @@ def test_nobody_else_chooses_what_is_loaded(anew, monkeypatch, other) -> None:
     else:
         anew.chmod(0o707 if other == "anybody" else 0o770)
     with pytest.raises(OpError, match="XDG_CACHE_HOME"):
-        cpp.function(SOURCE, ())
+        cpp.Kernel(SOURCE, ())
 
 
 def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:
@@ -143,7 +143,7 @@ def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(cpp, "COMPILE_SECONDS", 0.1)
     with pytest.raises(OpError, match="takes more than"):
-        cpp.function(SOURCE, ())
+        cpp.Kernel(SOURCE, ())
 
 
 def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> None:
@@ -153,7 +153,7 @@ def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> No
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
     monkeypatch.chdir(anew.parent.parent)
     with pytest.raises(RuntimeError, match="home"):
-        cpp.function(SOURCE, ())
+        cpp.Kernel(SOURCE, ())
     assert not list(Path.cwd().iterdir())
 
 

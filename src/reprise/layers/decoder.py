@@ -6,10 +6,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from reprise import ops
 from reprise.cache import Batch
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Residual, tensor
 from reprise.layers.norm import RMSNorm
+from reprise.layers.unseen import Unseen
 
 Depth = int | str
 """Where hidden states are taken: a number v means the residual stream behind v layers, which is the
@@ -76,11 +78,17 @@ class Decoder(nn.Module):
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(layers)
         self._layers = layers
+        self._unseen = Unseen([*layers, norm], DecoderLayer)
         self.norm = norm
 
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
         """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
         residual = Residual(self.embed_tokens(batch.token_ids))
+        if taps is None and self._unseen.now():
+            with ops.together():
+                for layer in self._layers:
+                    layer(residual, batch)
+                return tensor(residual.normed(self.norm))
         for number, layer in enumerate(self._layers):
             if taps is not None and number in taps.depths:
                 taps.take(number, residual.values)

@@ -45,6 +45,7 @@ from reprise.ops.masked_argmax import masked_argmax as masked_argmax
 from reprise.ops.mxfp4_experts import mxfp4_experts as mxfp4_experts
 from reprise.ops.ngram import ngram as ngram
 from reprise.ops.paged_attention import paged_attention as paged_attention
+from reprise.ops.put_off import together as together
 from reprise.ops.registry import Op as Op
 from reprise.ops.registry import OpTable as OpTable
 from reprise.ops.registry import all_ops as all_ops

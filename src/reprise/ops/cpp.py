@@ -1,8 +1,8 @@
 """Kernels in C++ for a CPU, compiled where they run, by the compiler that is there.
 
-A source in the folder of its op has a function that takes addresses and sizes. It is compiled for
-the processor when an engine considers the implementation, once for each source, compiler and
-processor: the library is kept in the user's cache directory, behind its code a sum of it, since the
+A source in the folder of its op has a function that takes a struct of addresses and sizes. It is
+compiled for the processor when an engine considers the implementation, once for each source,
+compiler and processor: the library is kept in the user's cache directory, behind its code a sum of it, since the
 system ends a process that loads what a full disk has left of a library. Where there is no compiler,
 or it fails, the op has other implementations, and the log says why.
 """
@@ -19,14 +19,15 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from reprise.errors import OpError
+from reprise.ops import put_off
 from reprise.platforms import Platform
 
 logger = logging.getLogger(__name__)
@@ -53,20 +54,85 @@ def needs_compiler(platform: Platform) -> str | None:
     return platform.compiler_missing()
 
 
-def function(source: str, arguments: Sequence[Any], result: Any = None) -> Any:
-    """The function of a source, by the file's name.
+class Kernel:
+    """The function of a source, by the file's name: it takes the address of a struct and returns 0,
+    or what is wrong. Within :func:`reprise.ops.put_off.together` it waits for the others.
 
     Args:
         source: Path below ``reprise/ops``.
-        arguments: Their types in C.
-        result: Its type; None: it returns nothing.
+        fields: Of the struct: name and type in C.
+        wrong: What each number that it returns means.
 
     Raises:
         OpError: It cannot be compiled here.
     """
-    path = _HERE / source
+
+    def __init__(
+        self, source: str, fields: Sequence[tuple[str, Any]], wrong: Mapping[int, str] | None = None
+    ) -> None:
+        path = _HERE / source
+        self.name = path.parent.name
+        self.wrong = wrong or {}
+        self._arguments = type("Arguments", (ctypes.Structure,), {"_fields_": list(fields)})
+        self._function = _function(path, (POINTER,))
+        _run_launches()  # what cannot be compiled is not noticed in the midst of a step
+        self.address = ctypes.cast(self._function, POINTER).value
+
+    def __call__(self, tensors: Any, *values: Any) -> None:
+        """Compute, or put it off.
+
+        Args:
+            tensors: What must live until then.
+            values: Of the struct.
+
+        Raises:
+            IndexError: What it found wrong in the tensors; later, if it is put off.
+        """
+        arguments = self._arguments(*values)
+        if not put_off.here.open:
+            code = self._function(ctypes.addressof(arguments))
+            if code:
+                self.refuse(code)
+            return
+        waiting = put_off.here.waiting
+        if waiting is None:
+            waiting = put_off.here.waiting = _Launches()
+        assert isinstance(waiting, _Launches), "there is one kind of such work on a CPU"
+        waiting.add(self, arguments, tensors)
+
+    def refuse(self, code: int) -> NoReturn:
+        raise IndexError(f"{self.name}: {self.wrong[code]}")
+
+
+class _Launches:
+    """Calls of kernels, in order."""
+
+    def __init__(self) -> None:
+        self._kernels: list[Kernel] = []
+        self._addresses: list[int | None] = []
+        self._memory: list[Any] = []
+
+    def add(self, kernel: Kernel, arguments: ctypes.Structure, tensors: Any) -> None:
+        self._kernels.append(kernel)
+        self._addresses += kernel.address, ctypes.addressof(arguments)
+        self._memory += arguments, tensors
+
+    def run(self) -> None:
+        done = LONG()
+        addresses = (POINTER * len(self._addresses))(*self._addresses)
+        code = _run_launches()(addresses, len(self._kernels), ctypes.byref(done))
+        if code:
+            self._kernels[done.value].refuse(code)
+
+
+@functools.cache
+def _run_launches() -> Any:
+    return _function(_HERE / "launches.cpp", (POINTER, LONG, POINTER))
+
+
+def _function(path: Path, arguments: Sequence[Any]) -> Any:
     found = getattr(ctypes.CDLL(str(_compiled(path))), path.stem)
-    found.argtypes, found.restype = list(arguments), result
+    found.argtypes, found.restype = list(arguments), INT
     return found
 
 

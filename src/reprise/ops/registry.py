@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -19,6 +19,7 @@ import torch
 
 from reprise import platforms
 from reprise.errors import OpError
+from reprise.ops import put_off
 from reprise.ops.cases import Cases
 from reprise.ops.choice import NOT_INVARIANT, ByArguments, resolved
 from reprise.ops.implementation import (
@@ -34,6 +35,9 @@ from reprise.ops.implementation import needs_warpgroups as needs_warpgroups
 from reprise.ops.implementation import on_an_accelerator as on_an_accelerator
 from reprise.ops.implementation import on_the_host as on_the_host
 from reprise.ops.implementation import runs_anywhere as runs_anywhere
+from reprise.ops.interception import Interceptor as Interceptor
+from reprise.ops.interception import intercept as intercept
+from reprise.ops.interception import interceptor
 from reprise.platforms import Platform
 
 _library = torch.library.Library("reprise", "DEF")
@@ -41,13 +45,6 @@ _ops: dict[str, Op] = {}
 _active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
 _defaults: dict[str, OpTable] = {}
 _memory_outside_engines: dict[str, torch.Tensor] = {}
-
-Interceptor = Callable[["Op", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Called instead of an op's implementation: ``interceptor(op, function, args, kwargs)``."""
-
-_interceptor: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar(
-    "interceptor", default=None
-)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -116,7 +113,7 @@ class Op:
         """
         table = _active.get() or _default_table(args)
         bind = getattr(resolved(table.functions[self.name], args, {}), "bind", None)
-        if bind is not None and _interceptor.get() is None:
+        if bind is not None and interceptor.get() is None:
             return cast("Callable[..., Any]", bind(*args))
         self(*args)
         return functools.partial(self, *args[: len(args) - others])
@@ -285,10 +282,12 @@ def op(
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         table = _active.get() or _default_table((*args, *kwargs.values()))
-        interceptor = _interceptor.get()
-        if interceptor is not None:
-            return interceptor(declared, table.functions[name], args, kwargs)
-        return table.functions[name](*args, **kwargs)
+        function, instead = table.functions[name], interceptor.get()
+        if instead is not None:
+            return instead(declared, function, args, kwargs)
+        if put_off.here.open and not getattr(function, "puts_off", False):
+            return put_off.aside(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
     _library.define(name + schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -297,19 +296,6 @@ def op(
     declared.overload = getattr(torch.ops.reprise, name).default
     _ops[name] = declared
     return declared
-
-
-@contextlib.contextmanager
-def intercept(interceptor: Interceptor | None) -> Iterator[None]:
-    """Hand the op calls of this thread, compiled code's included, to ``interceptor``.
-
-    This is how graph executors see break ops. None: call the implementations again.
-    """
-    token = _interceptor.set(interceptor)
-    try:
-        yield
-    finally:
-        _interceptor.reset(token)
 
 
 def all_ops() -> Mapping[str, Op]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function, lies_as
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, Kernel, address, lies_as
 from reprise.ops.linear import onednn
+from reprise.ops.put_off import aside, puts_off
 
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8 if onednn.HAS_BFLOAT16 else 16}
 """By dtype, up to how many rows these are faster; oneDNN has a processor's instructions for
 bfloat16, if there are any, and so reaches the memory's rate with more of them."""
 _WRITE, _ADD, _GATED = range(3)
 
-_few_rows = function(
+_few_rows = Kernel(
     "linear/few_rows.cpp",
-    (INT, INT, INT, LONG, LONG, LONG, POINTER, LONG, POINTER, INT, FLOAT, POINTER, LONG, POINTER,
-     POINTER, LONG),
+    [
+        ("kind", INT), ("threads", INT), ("mode", INT), ("gain_kind", INT), ("rows", LONG),
+        ("outputs", LONG), ("inputs", LONG), ("x", POINTER), ("x_stride", LONG), ("gain", POINTER),
+        ("weight", POINTER), ("weight_stride", LONG), ("bias", POINTER), ("out", POINTER),
+        ("out_stride", LONG), ("eps", FLOAT),
+    ],
 )  # fmt: skip
 
 
@@ -56,50 +61,56 @@ def _product(
 ) -> Tensor:
     rows, inputs = x.shape
     if x.stride(1) != 1:
-        x = x.contiguous()
+        x = aside(x.contiguous)
     gain, eps = norm or (None, 0.0)
     _few_rows(
-        KINDS[x.dtype], torch.get_num_threads(), mode, rows, weight.shape[0], inputs,
-        x.data_ptr(), x.stride(0), address(gain), 0 if gain is None else KINDS[gain.dtype], eps,
-        weight.data_ptr(), weight.stride(0), address(bias), out.data_ptr(), out.stride(0),
+        (x, gain, weight, bias, out), KINDS[x.dtype], torch.get_num_threads(), mode,
+        0 if gain is None else KINDS[gain.dtype], rows, weight.shape[0], inputs, x.data_ptr(),
+        x.stride(0), address(gain), weight.data_ptr(), weight.stride(0), address(bias),
+        out.data_ptr(), out.stride(0), eps,
     )  # fmt: skip
     return out
 
 
+@puts_off
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Arguments as in the reference."""
     if not _takes(x, weight, bias):
-        return onednn.linear(x, weight, bias)
+        return aside(onednn.linear, x, weight, bias)
     return _product(x, None, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), _WRITE)
 
 
+@puts_off
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     if not _takes(x, weight, bias, gain=norm_weight):
-        return onednn.norm_linear(x, norm_weight, eps, weight, bias)
+        return aside(onednn.norm_linear, x, norm_weight, eps, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
     return _product(x, (norm_weight, eps), weight, bias, out, _WRITE)
 
 
+@puts_off
 def norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     if weight.shape[0] % 2 or not _takes(x, weight, bias, gain=norm_weight):
-        return onednn.norm_gated_linear(x, norm_weight, eps, weight, bias)
+        return aside(onednn.norm_gated_linear, x, norm_weight, eps, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     return _product(x, (norm_weight, eps), weight, bias, out, _GATED)
 
 
+@puts_off
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     if _takes(x, weight, bias, out=residual):
         _product(x, None, weight, bias, residual, _ADD)
     else:
-        onednn.linear_add(x, weight, bias, residual)
+        aside(onednn.linear_add, x, weight, bias, residual)
 
 
+@puts_off
 def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if _takes(x, weight, None, out=out):
         _product(x, None, weight, None, out, _WRITE)
     else:
-        onednn.linear_into(x, weight, out)
+        aside(onednn.linear_into, x, weight, out)

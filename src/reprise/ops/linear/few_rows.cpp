@@ -120,44 +120,61 @@ template <class T> struct Call {
     }
 };
 
-template <class T>
-void product(int threads, Mode mode, long rows, long outputs, long inputs, const T *x,
-             long x_stride, const void *gain, int gain_kind, float eps, const T *weight,
-             long weight_stride, const T *bias, T *out, long out_stride) {
+struct Arguments {
+    int kind, threads, mode, gain_kind;
+    long rows, outputs, inputs;
+    const void *x;
+    long x_stride;
+    const void *gain;
+    const void *weight;
+    long weight_stride;
+    const void *bias;
+    void *out;
+    long out_stride;
+    float eps;
+};
+
+template <class T> void product(const Arguments &a) {
     static thread_local std::vector<float> memory;
+    const long rows = a.rows, inputs = a.inputs;
+    const T *x = static_cast<const T *>(a.x);
     const float *wide = reinterpret_cast<const float *>(x);
-    if (gain || sizeof(T) != sizeof(float)) {
+    long x_stride = a.x_stride;
+    if (a.gain || sizeof(T) != sizeof(float)) {
         memory.resize(rows * inputs);
         for (long row = 0; row < rows; ++row) {
             const T *from = x + row * x_stride;
             float *to = memory.data() + row * inputs;
-            if (!gain)
+            if (!a.gain)
                 for (long i = 0; i < inputs; ++i) to[i] = number(from[i]);
-            else if (gain_kind == FLOAT32)
-                rms_norm(from, static_cast<const float *>(gain), eps, inputs, to);
+            else if (a.gain_kind == FLOAT32)
+                rms_norm(from, static_cast<const float *>(a.gain), a.eps, inputs, to);
             else
-                rms_norm(from, static_cast<const bf16 *>(gain), eps, inputs, to);
+                rms_norm(from, static_cast<const bf16 *>(a.gain), a.eps, inputs, to);
         }
         wide = memory.data();
         x_stride = inputs;
     }
-    Call<T>{rows, outputs, inputs, wide,       x_stride,
-            weight, bias, weight_stride, out, out_stride, mode}
-        .run(threads);
+    Call<T>{rows,
+            a.outputs,
+            inputs,
+            wide,
+            x_stride,
+            static_cast<const T *>(a.weight),
+            static_cast<const T *>(a.bias),
+            a.weight_stride,
+            static_cast<T *>(a.out),
+            a.out_stride,
+            Mode(a.mode)}
+        .run(a.threads);
 }
 
 } // namespace
 
-extern "C" void few_rows(int kind, int threads, int mode, long rows, long outputs, long inputs,
-                         const void *x, long x_stride, const void *gain, int gain_kind, float eps,
-                         const void *weight, long weight_stride, const void *bias, void *out,
-                         long out_stride) {
-    if (kind == FLOAT32)
-        product(threads, Mode(mode), rows, outputs, inputs, static_cast<const float *>(x), x_stride,
-                gain, gain_kind, eps, static_cast<const float *>(weight), weight_stride,
-                static_cast<const float *>(bias), static_cast<float *>(out), out_stride);
+extern "C" int few_rows(const Arguments *arguments) {
+    if (arguments->kind == FLOAT32)
+        product<float>(*arguments);
     else
-        product(threads, Mode(mode), rows, outputs, inputs, static_cast<const bf16 *>(x), x_stride,
-                gain, gain_kind, eps, static_cast<const bf16 *>(weight), weight_stride,
-                static_cast<const bf16 *>(bias), static_cast<bf16 *>(out), out_stride);
+        product<bf16>(*arguments);
+    return 0;
 }

@@ -6,23 +6,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, function, lies_as
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, Kernel, lies_as
 from reprise.ops.paged_attention import sdpa
+from reprise.ops.put_off import aside, puts_off
 
-_few_tokens = function(
+_few_tokens = Kernel(
     "paged_attention/few_tokens.cpp",
-    (INT, INT, *[LONG] * 8, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER,
-     POINTER, POINTER, FLOAT, FLOAT, LONG),
-    INT,
+    [
+        ("kind", INT), ("threads", INT), ("requests", LONG), ("tokens", LONG), ("queries", LONG),
+        ("kv_heads", LONG), ("size", LONG), ("block_size", LONG), ("num_blocks", LONG),
+        ("max_blocks", LONG), ("query", POINTER), ("keys", POINTER), ("values", POINTER),
+        ("block_stride", LONG), ("slot_stride", LONG), ("head_stride", LONG), ("tables", POINTER),
+        ("table_stride", LONG), ("seq_lens", POINTER), ("begins", POINTER), ("out", POINTER),
+        ("window", LONG), ("scale", FLOAT), ("soft_cap", FLOAT),
+    ],
+    {
+        1: "a request is longer than its block table",
+        2: "a block is beyond the cache",
+        3: "a request's tokens are beyond the step's",
+    },
 )  # fmt: skip
 
-_WRONG = {
-    1: "a request is longer than its block table",
-    2: "a block is beyond the cache",
-    3: "a request's tokens are beyond the step's",
-}
 
-
+@puts_off
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -61,19 +67,19 @@ def paged_attention(
         and lies_as(seq_lens, torch.int32, requests)
         and lies_as(query_start_loc, torch.int32, requests + 1)
     ):
-        sdpa.paged_attention(
-            query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out, scale,
-            sliding_window, soft_cap, query_len, key_scales, value_scales, prompt,
+        aside(
+            sdpa.paged_attention, query, key_cache, value_cache, block_tables, seq_lens,
+            query_start_loc, out, scale, sliding_window, soft_cap, query_len, key_scales,
+            value_scales, prompt,
         )  # fmt: skip
         return
     blocks, block_size, kv_heads, size = key_cache.shape
     tokens, queries, _ = query.shape
-    wrong = _few_tokens(
+    _few_tokens(
+        (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out),
         KINDS[dtype], torch.get_num_threads(), requests, tokens, queries, kv_heads, size,
         block_size, blocks, most, query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
         *key_cache.stride()[:3], block_tables.data_ptr(), block_tables.stride(0),
-        seq_lens.data_ptr(), query_start_loc.data_ptr(), out.data_ptr(), scale, soft_cap,
-        sliding_window,
+        seq_lens.data_ptr(), query_start_loc.data_ptr(), out.data_ptr(), sliding_window, scale,
+        soft_cap,
     )  # fmt: skip
-    if wrong:
-        raise IndexError(f"paged_attention: {_WRONG[wrong]}")

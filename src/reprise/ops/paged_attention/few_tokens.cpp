@@ -138,46 +138,57 @@ template <class T> struct Call {
     }
 };
 
-} // namespace
+struct Arguments {
+    int kind, threads;
+    long requests, tokens, queries, kv_heads, size, block_size, num_blocks, max_blocks;
+    const void *query, *keys, *values;
+    long block_stride, slot_stride, head_stride;
+    const std::int32_t *tables;
+    long table_stride;
+    const std::int32_t *seq_lens, *begins;
+    void *out;
+    long window;
+    float scale, soft_cap;
+};
 
-// Returns 0; 1 where a request is longer than its table, 2 where a block is beyond the cache, 3 where
-// a request's tokens are not among those of the step.
-extern "C" int few_tokens(int kind, int threads, long requests, long tokens, long queries,
-                          long kv_heads, long size, long block_size, long num_blocks, long max_blocks,
-                          const void *query, const void *keys, const void *values, long block_stride,
-                          long slot_stride, long head_stride, const std::int32_t *tables,
-                          long table_stride, const std::int32_t *seq_lens,
-                          const std::int32_t *begins, void *out, float scale, float soft_cap,
-                          long window) {
-    for (long request = 0; request < requests; ++request) {
-        const long new_tokens = begins[request + 1] - begins[request], end = seq_lens[request];
-        if (begins[request] < 0 || new_tokens < 0 || begins[request + 1] > tokens) return 3;
+// 1 where a request is longer than its table, 2 where a block is beyond the cache, 3 where a
+// request's tokens are not among those of the step.
+int wrong(const Arguments &a) {
+    for (long request = 0; request < a.requests; ++request) {
+        const long begin = a.begins[request], end = a.seq_lens[request];
+        const long new_tokens = a.begins[request + 1] - begin;
+        if (begin < 0 || new_tokens < 0 || begin + new_tokens > a.tokens) return 3;
         if (end <= 0 || new_tokens == 0) continue;
-        if (end > max_blocks * block_size) return 1;
-        long token = end - new_tokens + 1 - window;
-        if (window <= 0 || token < 0) token = 0;
-        for (long block = token / block_size; block * block_size < end; ++block) {
-            const long number = tables[request * table_stride + block];
-            if (number < 0 || number >= num_blocks) return 2;
+        if (end > a.max_blocks * a.block_size) return 1;
+        long token = end - new_tokens + 1 - a.window;
+        if (a.window <= 0 || token < 0) token = 0;
+        for (long block = token / a.block_size; block * a.block_size < end; ++block) {
+            const long number = a.tables[request * a.table_stride + block];
+            if (number < 0 || number >= a.num_blocks) return 2;
         }
     }
-    const long end = requests ? begins[requests] : 0, width = queries * size;
-    if (kind == FLOAT32) {
-        float *to = static_cast<float *>(out);
-        Call<float>{requests, queries, kv_heads, size, block_size, static_cast<const float *>(query),
-                    static_cast<const float *>(keys), static_cast<const float *>(values),
-                    block_stride, slot_stride, head_stride, tables, table_stride, seq_lens, begins,
-                    to, scale, soft_cap, window}
-            .run(threads);
-        std::memset(to + end * width, 0, (tokens - end) * width * sizeof(float));
-    } else {
-        bf16 *to = static_cast<bf16 *>(out);
-        Call<bf16>{requests, queries, kv_heads, size, block_size, static_cast<const bf16 *>(query),
-                   static_cast<const bf16 *>(keys), static_cast<const bf16 *>(values),
-                   block_stride, slot_stride, head_stride, tables, table_stride, seq_lens, begins,
-                   to, scale, soft_cap, window}
-            .run(threads);
-        std::memset(to + end * width, 0, (tokens - end) * width * sizeof(bf16));
-    }
+    return 0;
+}
+
+template <class T> void compute(const Arguments &a) {
+    T *out = static_cast<T *>(a.out);
+    Call<T>{a.requests, a.queries, a.kv_heads, a.size, a.block_size,
+            static_cast<const T *>(a.query), static_cast<const T *>(a.keys),
+            static_cast<const T *>(a.values), a.block_stride, a.slot_stride, a.head_stride,
+            a.tables, a.table_stride, a.seq_lens, a.begins, out, a.scale, a.soft_cap, a.window}
+        .run(a.threads);
+    const long end = a.requests ? a.begins[a.requests] : 0, width = a.queries * a.size;
+    std::memset(out + end * width, 0, (a.tokens - end) * width * sizeof(T));
+}
+
+} // namespace
+
+extern "C" int few_tokens(const Arguments *arguments) {
+    const int found = wrong(*arguments);
+    if (found) return found;
+    if (arguments->kind == FLOAT32)
+        compute<float>(*arguments);
+    else
+        compute<bf16>(*arguments);
     return 0;
 }

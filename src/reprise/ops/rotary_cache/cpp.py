@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, address, function, lies_as
+from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, Kernel, address, lies_as
+from reprise.ops.put_off import aside, puts_off
 from reprise.ops.rotary_cache import host
 
 MOST_TOKENS = 16
 
-_few_tokens = function(
+_few_tokens = Kernel(
     "rotary_cache/few_tokens.cpp",
-    (INT, *[LONG] * 7, POINTER, LONG, *[POINTER] * 7, INT, FLOAT, POINTER),
-    INT,
-)
+    [
+        ("kind", INT), ("gain_kind", INT), ("tokens", LONG), ("queries", LONG), ("kv_heads", LONG),
+        ("size", LONG), ("rotary", LONG), ("num_positions", LONG), ("num_slots", LONG),
+        ("qkv", POINTER), ("qkv_stride", LONG), ("positions", POINTER), ("cos_sin", POINTER),
+        ("slots", POINTER), ("keys", POINTER), ("values", POINTER), ("query_norm", POINTER),
+        ("key_norm", POINTER), ("out", POINTER), ("eps", FLOAT),
+    ],
+    {1: "a position is beyond the rotary table", 2: "a slot is beyond the cache"},
+)  # fmt: skip
 
 
+@puts_off
 def rotary_cache(
     qkv: Tensor,
     positions: Tensor,
@@ -55,20 +63,17 @@ def rotary_cache(
         and lies_as(query_norm, kind, size)
         and lies_as(key_norm, kind, size)
     ):
-        return host.rotary_cache(
-            qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, query_norm, key_norm,
-            eps, key_scales, value_scales, fixed_scales,
+        return aside(
+            host.rotary_cache, qkv, positions, cos_sin, slot_mapping, key_cache, value_cache,
+            query_norm, key_norm, eps, key_scales, value_scales, fixed_scales,
         )  # fmt: skip
     queries = qkv.shape[1] // size - 2 * kv_heads
     out = qkv.new_empty(tokens, queries, size)
-    wrong = _few_tokens(
-        KINDS[dtype], tokens, queries, kv_heads, size, cos_sin.shape[1], cos_sin.shape[0],
-        blocks * block_size, qkv.data_ptr(), qkv.stride(0), positions.data_ptr(),
-        cos_sin.data_ptr(), slot_mapping.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
-        address(query_norm), address(key_norm), KINDS[kind], eps,
-        out.data_ptr(),
+    _few_tokens(
+        (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, query_norm, key_norm, out),
+        KINDS[dtype], KINDS[kind], tokens, queries, kv_heads, size,
+        cos_sin.shape[1], cos_sin.shape[0], blocks * block_size, qkv.data_ptr(), qkv.stride(0),
+        positions.data_ptr(), cos_sin.data_ptr(), slot_mapping.data_ptr(), key_cache.data_ptr(),
+        value_cache.data_ptr(), address(query_norm), address(key_norm), out.data_ptr(), eps,
     )  # fmt: skip
-    if wrong:
-        what = "position is beyond the rotary table" if wrong == 1 else "slot is beyond the cache"
-        raise IndexError(f"rotary_cache: a {what}")
     return out

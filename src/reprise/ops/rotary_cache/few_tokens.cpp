@@ -53,30 +53,40 @@ template <class T> struct Call {
     }
 };
 
+struct Arguments {
+    int kind, gain_kind;
+    long tokens, queries, kv_heads, size, rotary, num_positions, num_slots;
+    const void *qkv;
+    long qkv_stride;
+    const std::int64_t *positions;
+    const float *cos_sin;
+    const std::int64_t *slots;
+    void *keys, *values;
+    const void *query_norm, *key_norm;
+    void *out;
+    float eps;
+};
+
+template <class T> void compute(const Arguments &a) {
+    Call<T>{a.tokens, a.queries, a.kv_heads, a.size, a.rotary, static_cast<const T *>(a.qkv),
+            a.qkv_stride, a.positions, a.cos_sin, a.slots, static_cast<T *>(a.keys),
+            static_cast<T *>(a.values), a.query_norm, a.key_norm, a.gain_kind, a.eps,
+            static_cast<T *>(a.out)}
+        .run();
+}
+
 } // namespace
 
 // Returns 0; 1 where a position is beyond the table, 2 where a slot is beyond the cache.
-extern "C" int few_tokens(int kind, long tokens, long queries, long kv_heads, long size, long rotary,
-                          long num_positions, long num_slots, const void *qkv, long qkv_stride,
-                          const std::int64_t *positions, const float *cos_sin,
-                          const std::int64_t *slots, void *keys, void *values,
-                          const void *query_norm, const void *key_norm, int gain_kind, float eps,
-                          void *out) {
-    for (long token = 0; token < tokens; ++token) {
-        if (positions[token] < 0 || positions[token] >= num_positions) return 1;
-        if (slots[token] < 0 || slots[token] >= num_slots) return 2;
+extern "C" int few_tokens(const Arguments *arguments) {
+    const Arguments &a = *arguments;
+    for (long token = 0; token < a.tokens; ++token) {
+        if (a.positions[token] < 0 || a.positions[token] >= a.num_positions) return 1;
+        if (a.slots[token] < 0 || a.slots[token] >= a.num_slots) return 2;
     }
-    if (kind == FLOAT32)
-        Call<float>{tokens, queries, kv_heads, size, rotary, static_cast<const float *>(qkv),
-                    qkv_stride, positions, cos_sin, slots, static_cast<float *>(keys),
-                    static_cast<float *>(values), query_norm, key_norm, gain_kind, eps,
-                    static_cast<float *>(out)}
-            .run();
+    if (a.kind == FLOAT32)
+        compute<float>(a);
     else
-        Call<bf16>{tokens, queries, kv_heads, size, rotary, static_cast<const bf16 *>(qkv),
-                   qkv_stride, positions, cos_sin, slots, static_cast<bf16 *>(keys),
-                   static_cast<bf16 *>(values), query_norm, key_norm, gain_kind, eps,
-                   static_cast<bf16 *>(out)}
-            .run();
+        compute<bf16>(a);
     return 0;
 }

@@ -1,0 +1,116 @@
+"""Layers whose ops may be put off: that nothing between the ops looks at a number, and that nobody
+who does is told an old one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import generate, greedy, make_llm, random_ids, recorded_logits
+from models.test_architectures import CASES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reprise.layers import Decoder, DecoderLayer, GatedMLP
+from reprise.layers.unseen import Unseen
+from reprise.ops.put_off import here
+
+HARMLESS = {
+    "aten::empty_like", "aten::empty.memory_format", "aten::new_empty", "aten::view",
+    "aten::_unsafe_view", "aten::slice.Tensor", "aten::split_with_sizes", "aten::alias",
+    "aten::detach",
+}  # fmt: skip
+"""What makes new tensors and views."""
+PROMPTS = [random_ids(1, 1), random_ids(2, 37), random_ids(3, 17)]
+
+
+def decoder_of(llm: Any) -> Decoder:
+    return llm.engine.runner.model.model
+
+
+class Between(TorchDispatchMode):
+    """Gathers what is called in layers beside our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.called = False, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.inside and not func.name().startswith("reprise::"):
+            self.called.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+ARCHITECTURES = {(kind, name): fields for kind, name, fields in CASES}
+SOME = sorted({kind: (kind, name) for kind, name, _ in CASES}.values())
+
+
+@pytest.mark.parametrize(("kind", "name"), SOME, ids=lambda each: each.replace(" ", "_"))
+def test_between_ops_there_are_views_alone(tiny, device, kind, name, monkeypatch):
+    """Of every architecture of which it is believed; each with the fields that it has alone."""
+    llm = make_llm(tiny(kind, **ARCHITECTURES[kind, name]), device)
+    decoder = decoder_of(llm)
+    if not decoder._unseen.now():
+        pytest.skip("its ops are not put off")
+    watch, forward = Between(), DecoderLayer.forward
+
+    def in_layer(self, residual, batch):
+        watch.inside = True
+        forward(self, residual, batch)
+        watch.inside = False
+
+    monkeypatch.setattr(DecoderLayer, "forward", in_layer)
+    with watch:
+        generate(llm, PROMPTS, greedy(3))
+    assert watch.called <= HARMLESS
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "smollm3", "mistral", "qwen2"])
+def test_logits_are_the_same_bits_either_way(tiny, device, kind, monkeypatch):
+    llm = make_llm(tiny(kind), device, enable_prefix_caching=False)
+    assert decoder_of(llm)._unseen.now()
+    with recorded_logits(llm) as put_off:
+        tokens = generate(llm, PROMPTS, greedy(12))
+    monkeypatch.setattr(Unseen, "now", lambda self: False)
+    with recorded_logits(llm) as at_once:
+        assert generate(llm, PROMPTS, greedy(12)) == tokens
+    for first, second in zip(put_off.values(), at_once.values(), strict=True):
+        assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_hook_sees_what_has_been_computed(tiny, device):
+    llm = make_llm(tiny("llama"), device)
+    expected = generate(llm, PROMPTS, greedy(4))
+    seen: list[torch.Tensor] = []
+    layer = decoder_of(llm).layers[1]
+
+    def look(module: Any, args: Any, result: Any) -> None:
+        assert not here.open
+        seen.append(args[0].clone())
+
+    handle = layer.register_forward_hook(look)
+    assert generate(llm, PROMPTS, greedy(4)) == expected
+    handle.remove()
+    assert seen
+    assert all(each.isfinite().all() and each.any() for each in seen)
+    assert decoder_of(llm)._unseen.now()
+
+
+class Clamped(GatedMLP):
+    def forward(self, x, batch):
+        return torch.clamp(super().forward(x, batch).x, -1, 1)
+
+
+def test_what_is_not_known_is_not_believed(tiny, device):
+    """A subclass may do anything; so may what is put into a module's place, or into its forward."""
+    decoder = decoder_of(make_llm(tiny("llama"), device))
+    layers = list(decoder.layers)
+    assert Unseen(layers, DecoderLayer).now()
+    assert not Unseen(layers).now(), "a class that is not named"
+    mlp = layers[0].mlp
+    mlp.__class__ = Clamped
+    assert not Unseen(layers, DecoderLayer).now()
+    mlp.__class__ = GatedMLP
+    assert decoder._unseen.now()
+    mlp.forward = lambda x, batch: None
+    assert not decoder._unseen.now()
