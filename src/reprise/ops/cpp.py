@@ -3,8 +3,8 @@
 A source in the folder of its op has a function that takes a struct of addresses and sizes. It is
 compiled for the processor when an engine considers the implementation, once for each source,
 compiler and processor: the library is kept in the user's cache directory, behind its code a sum of
-it, since the system ends a process that loads what a full disk has left of a library. Where there is
-no compiler, or it fails, the op has other implementations, and the log says why.
+it, since the system ends a process that loads what a full disk has left of a library. Where there
+is no compiler, or it fails, the op has other implementations, and the log says why.
 """
 
 from __future__ import annotations
