@@ -92,8 +92,8 @@ def examine(
     verdict is ``lost``.
 
     A graph may live on what eager execution of the same step has left behind, in memory that nobody
-    lists, such as the plan of a kernel whose work is shared out beforehand. So one comparison of
-    each graph has to be ``cold``.
+    lists, such as the plan of a kernel whose work is shared out beforehand, or scratch that is
+    cleared there alone. So one comparison of each graph has to be ``cold``.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
@@ -108,8 +108,9 @@ def examine(
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
         timed_on: The device; None: the runs need not be timed.
-        cold: The replay comes first, where eager execution last computed another step. Not where
-            what is drawn is compared within a bound, which follows eager execution.
+        cold: The replay comes first, where eager execution last computed another step, and is
+            compared behind another replay. Not where what is drawn is compared within a bound,
+            which follows eager execution.
     """
     assert not (cold and keep), "what leaves was computed on clean state"
     both = _Both(computation, guard, bucket, live, scope)
@@ -231,7 +232,7 @@ class _Both:
         self.outputs = self.replayed = step.outputs
         try:
             if cold and follow is None:
-                self._replay(graph, pool, kept, at_first, None, sealed=sealed)
+                self._replay(graph, pool, kept, at_first, sealed=sealed, twice=True)
                 if verdict.lost:
                     return
                 flags = self._guard.flags(self.before)
@@ -280,16 +281,21 @@ class _Both:
         pool: Sequence[Tensor],
         kept: Sequence[Mapping[str, Tensor]],
         at_first: Values,
-        follow: Callable[..., Any] | None,
+        follow: Callable[..., Any] | None = None,
         *,
         sealed: bool,
+        twice: bool = False,
     ) -> None:
         computation, step = self._computation, self.step
-        poison(computation.outputs(self._bucket).values())
-        poison_memory(pool)
-        seal = Seal(self._kept(kept)) if sealed else None
         watch = self._watches[1] if self._watches else contextlib.nullcontext()
+        seal = Seal(self._kept(kept)) if sealed else None
         try:
+            if twice:
+                poison_memory(pool)
+                graph.replay()
+                step.put(at_first)
+            poison(computation.outputs(self._bucket).values())
+            poison_memory(pool)
             with follow(self._bucket) if follow else contextlib.nullcontext(), watch:
                 graph.replay()
         except Exception as error:

@@ -310,7 +310,7 @@ class _Measurement:
             return made
         made.captured = True
         probe = self.computation.probe(shape, context)
-        verdict = graphs.judge.compare(bucket, probe)
+        verdict = graphs.judge.compare(bucket, probe, cold=True)
         spoiled = graphs.guard.wrong_weights()
         if spoiled:
             mend(graphs.computation, graphs.guard, spoiled)

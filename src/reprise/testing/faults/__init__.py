@@ -60,6 +60,7 @@ from reprise.testing.faults.recorded import (
     StalePlan,
     StalePointer,
     StaleScalar,
+    UnclearedScratch,
     UnwrittenOutput,
     WrongExtent,
 )
@@ -89,7 +90,7 @@ FAULTS: dict[str, type[Fault]] = {
     each.name: each
     for each in (
         StaleScalar, StalePointer, StalePlan, FreshAllocation, UnwrittenOutput, HostSync,
-        SideStreamRace, WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
+        UnclearedScratch, SideStreamRace, WrongExtent, DtypeDrift, DirtyMemory, ReturnedOutput,
         CacheOverrun, PaddingWritesLive, ChangedTables, ChangedLengths, ChangedWeight,
         ChangedBeside,
         WrongNeighbours, WrongFreshPrompt, WrongLargeRequest, WrongPrefixHit, WrongThreeOfFour,
@@ -153,6 +154,7 @@ def _named(fault: str) -> Callable[[OpTable, str], contextlib.AbstractContextMan
 stale_scalar = _named("stale_scalar")
 stale_pointer = _named("stale_pointer")
 stale_plan = _named("stale_plan")
+uncleared_scratch = _named("uncleared_scratch")
 fresh_allocation = _named("fresh_allocation")
 unwritten_output = _named("unwritten_output")
 host_sync = _named("host_sync")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,31 @@ class StalePlan(Fault):
             return self.proceed_with(named, name, self.plans[shape])
         self.plans.setdefault(shape, named[name].clone()).copy_(named[name])
         return self.proceed(named)
+
+
+class UnclearedScratch(Fault):
+    """Every replay but the first one behind eager execution is wrong, and a comparison sees no
+    other."""
+
+    name = "uncleared_scratch"
+    summary = "the graph adds to scratch that eager execution alone clears"
+    reads: ClassVar = frozenset({"key_cache"})
+    without = "its calls of one step cannot be told apart"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.scratch: dict[tuple[int, ...], Tensor] = {}
+
+    def run(self, named: dict[str, Any]) -> Any:
+        result = self.proceed(named)
+        handed_on = named["out"] if result is None else result
+        key = (*handed_on.shape, named["key_cache"].data_ptr())
+        if not capturing():
+            self.scratch.setdefault(key, torch.zeros_like(handed_on)).zero_()
+            return result
+        self.scratch[key].add_(handed_on)
+        handed_on.copy_(self.scratch[key])
+        return result
 
 
 class FreshAllocation(Fault):
