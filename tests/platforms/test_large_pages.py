@@ -97,3 +97,13 @@ def test_weights_of_an_engine_lie_there(tiny, device):
     end = max(each.data_ptr() + each.nbytes for each in weights)
     assert end - begin <= sum(each.nbytes + ALIGNMENT for each in weights)
     assert " hg " in flags_of(begin + mmap.PAGESIZE)
+
+
+def test_a_kernel_without_them_gives_small_ones(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("reprise.platforms.large_pages.mmap.mmap", Refusing)
+    for each in made(1 << 12):
+        each.view(torch.uint8).fill_(1)

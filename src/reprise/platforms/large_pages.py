@@ -8,6 +8,7 @@ are not: the allocator writes its notes between them.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,8 @@ class LargePages(TorchFunctionMode):
             )
         except OSError as error:
             raise MemoryError(f"{nbytes / 2**30:.2f} GiB cannot be had: {error}") from error
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel that was built without them has small ones
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._taken = 0
 
     def __torch_function__(
