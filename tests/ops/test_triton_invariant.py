@@ -32,7 +32,9 @@ from reprise.platforms import Platform
 from reprise.platforms.cpu import CpuPlatform
 
 THRESHOLDS = (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 65, 127, 128, 129)
-LLAMA = {"linear", "norm_linear", "norm_gated_linear", "linear_add", "paged_attention"}
+LLAMA = {
+    "linear", "linear_into", "norm_linear", "norm_gated_linear", "linear_add", "paged_attention",
+}  # fmt: skip
 DRAWS = {"sample", "silu_and_mul", "rms_norm", "rotary_cache"}
 MIXTURE = {"route", "experts", "experts_add"}
 HYBRID = {"gated_delta", "causal_conv", "gated_rms_norm", "sigmoid_and_mul"}
@@ -346,6 +348,22 @@ def test_a_device_with_triton_has_what_models_need() -> None:
     assert "swiglu_clamp" not in table.chosen
     with table.activate(), pytest.raises(OpError, match="entation of swiglu_clamp on somewhere"):
         ops.swiglu_clamp(torch.ones(1, 2), 1.0)
+
+
+def test_logits_of_every_step_are_of_one_op(
+    tiny: TinyModels, device: str, make: Callable[..., Tensor]
+) -> None:
+    """Whatever is chosen for one op alone: those of prompts land in new memory, those of decodes in
+    memory that graphs know."""
+    llm = make_llm(
+        tiny("llama"), device, batch_invariant=True, ops={"linear_into": "triton_invariant"}
+    )
+    model = llm.engine.runner.model
+    hidden = make(5, model.hidden_size)
+    out = hidden.new_empty(5, model.vocab_size)
+    with torch.inference_mode(), llm.engine.runner.active():
+        assert torch.equal(model.logits(hidden), model.logits(hidden, out))
+        assert not torch.equal(model.lm_head(hidden), out), "another op rounds otherwise"
 
 
 @pytest.mark.long

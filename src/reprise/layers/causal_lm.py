@@ -66,9 +66,12 @@ class CausalLM(StoredModel):
         return len(self.model.layers)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given."""
+        """[R, hidden_size] to [R, vocab_size], in the compute dtype; in ``out`` if it is given.
+
+        One op computes both, so that a row's logits are of the same bits in steps of either kind.
+        """
         if out is None:
-            return self.lm_head(hidden)
+            out = hidden.new_empty((len(hidden), self.vocab_size))
         self.lm_head.into(hidden, out)
         return out
 
