@@ -93,7 +93,10 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
         for name, got in found.items() if got != expected
     }  # fmt: skip
     count = len(subjects) * len(found)
-    print(f"{features}: {sum(map(len, different.values()))} of {count} requests differ")
+    print(
+        f"{features}: {sum(map(len, different.values()))} of {count} requests differ, "
+        f"margin {matrix.MARGIN} of the largest logit"
+    )
     assert not different
 
 
