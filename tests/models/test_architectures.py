@@ -141,6 +141,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
 ) -> None:
     model = tiny(architecture, **fields)
     llm = make_llm(model, device)
+    assert torch.get_float32_matmul_precision() == "highest", "no tf32"
     prompts = [random_ids(1, 1), random_ids(2, 100), random_ids(3, 17)]
     with recorded_logits(llm) as seen:
         outputs = generate(llm, prompts, greedy(STEPS))
