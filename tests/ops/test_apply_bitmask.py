@@ -6,6 +6,7 @@ import torch
 from reprise.ops import apply_bitmask
 
 reference = apply_bitmask.implementations["reference"].function
+OTHERS = [each for each in apply_bitmask.implementations if each != "reference"]
 
 
 def arguments(randn, platform, rows, vocab):
@@ -29,22 +30,24 @@ def test_reference_is_the_definition(randn, platform) -> None:
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(
     ("rows", "vocab"), [([0], 1), ([1], 32), ([3, 0, 4], 160), ([2, 1], 4097), ([5, 4, 3], 9001)]
 )
-def test_triton(implementation, randn, platform, rows, vocab) -> None:
-    triton = implementation(apply_bitmask, "triton")
+def test_others(implementation, randn, platform, rows, vocab, name) -> None:
+    function = implementation(apply_bitmask, name)
     found, *rest = arguments(randn, platform, rows, vocab)
     expected = found.clone()
     reference(expected, *rest)
-    triton(found, *rest)
+    function(found, *rest)
     assert torch.equal(found, expected)
 
 
-def test_triton_reads_strided_rows(implementation, randn, platform) -> None:
-    triton = implementation(apply_bitmask, "triton")
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_may_be_strided(implementation, randn, platform, name) -> None:
+    function = implementation(apply_bitmask, name)
     wide, rows, bits = arguments(randn, platform, [2, 0], 160)
     expected = wide[:, :64].clone()
     reference(expected, rows, bits[:, 1:3])
-    triton(wide[:, :64], rows, bits[:, 1:3])
+    function(wide[:, :64], rows, bits[:, 1:3])
     assert torch.equal(wide[:, :64], expected)

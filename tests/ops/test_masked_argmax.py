@@ -50,14 +50,15 @@ def test_the_largest_that_is_allowed(implementation, dtypes, randn, platform, vo
 @pytest.mark.parametrize("name", NAMES)
 def test_no_numbers_infinities_and_ties(implementation, platform, name) -> None:
     """The peak says that a row has what is no number, wherever it is."""
-    rows = [[1.0, 7.0, 1.0, NAN], [-INF, 3.0, -INF, 5.0], [2.0, INF, 2.0, -3.0], [5.0] * 4,
+    rows = [[1.0, 7.0, 1.0, NAN], [5.0, 6.0, -INF, -INF], [NAN, 1.0, NAN, 2.0],
+            [-INF, 3.0, -INF, 5.0], [2.0, INF, 2.0, -3.0], [5.0] * 4,
             [-1.0, 9.0, -2.0, -3.0], [1.0, -NAN, 1.0, 0.0]]  # fmt: skip
     logits = torch.tensor(rows, device=platform.device)
     bits = masks(platform, {0, 2}, {2, 3}, vocab=4)
-    which = torch.tensor([0, 0, 0, 1, 0, 0], device=platform.device)
+    which = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0], device=platform.device)
     tokens, peaks = computed(implementation(masked_argmax, name), logits, which, bits)
-    assert tokens.tolist() == [0, 0, 0, 2, 0, 0]
-    expected = torch.tensor([NAN, 5.0, INF, 5.0, 9.0, NAN])
+    assert tokens.tolist() == [0, 0, 0, 0, 0, 2, 0, 0]
+    expected = torch.tensor([NAN, 6.0, NAN, 5.0, INF, 5.0, 9.0, NAN])
     assert torch.equal(peaks.cpu().isnan(), expected.isnan())
     assert torch.equal(peaks.cpu().nan_to_num(), expected.nan_to_num())
 

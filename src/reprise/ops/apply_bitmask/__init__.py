@@ -1,6 +1,7 @@
 from reprise.ops.apply_bitmask.cases import cases
 from reprise.ops.apply_bitmask.reference import reference
 from reprise.ops.registry import needs_triton, op
+from reprise.ops.step import needs_host_memory
 
 __all__ = ["apply_bitmask"]
 
@@ -11,5 +12,11 @@ apply_bitmask.implementation(
     "triton",
     "reprise.ops.apply_bitmask.triton:apply_bitmask",
     requires=needs_triton,
+    batch_invariant=True,
+)
+apply_bitmask.implementation(
+    "numpy",
+    "reprise.ops.apply_bitmask.host:apply_bitmask",
+    requires=needs_host_memory,
     batch_invariant=True,
 )

@@ -1,0 +1,20 @@
+"""Masks on a host's memory, a row at a time: a byte for each token, and not eight as a reference
+for all devices has."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Arguments as in the reference."""
+    values, vocab = logits.numpy(), logits.shape[1]
+    for row, words in zip(rows.tolist(), bits.numpy(), strict=True):
+        np.putmask(values[row], ~allowed(words, vocab), -np.inf)
+
+
+def allowed(words: np.ndarray[Any, Any], vocab: int) -> np.ndarray[Any, Any]:
+    """[V] bool: whether each token's bit is set in ``words`` [ceil(V / 32)] int32."""
+    lowest_first = np.ascontiguousarray(words).astype("<i4", copy=False)
+    return np.unpackbits(lowest_first.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
