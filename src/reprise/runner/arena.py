@@ -33,34 +33,6 @@ def to_device(array: Ints, platform: Platform) -> Tensor:
     return target
 
 
-class Beside:
-    """A way to the device beside the work that it has been given: what is sent arrives while that
-    runs, and what is submitted afterwards finds it there.
-
-    Args:
-        platform: The device.
-    """
-
-    def __init__(self, platform: Platform) -> None:
-        self._platform = platform
-        self._stream: Any = None
-
-    def send(self, *arrays: Ints) -> list[Tensor]:
-        """The arrays on the device, each read as it is now until the copies have run."""
-        platform = self._platform
-        if not platform.asynchronous:
-            return [to_device(each, platform) for each in arrays]
-        if self._stream is None:
-            self._stream = platform.stream()
-        current = platform.current_stream()
-        with platform.use_stream(self._stream):
-            found = [to_device(each, platform) for each in arrays]
-        current.wait_stream(self._stream)
-        for each in found:
-            each.record_stream(current)
-        return found
-
-
 class Arena:
     """Arrays in one piece of device memory, filled from one piece of host memory.
 

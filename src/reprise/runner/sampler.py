@@ -15,7 +15,7 @@ from torch import Tensor
 from reprise import ops
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
-from reprise.runner.arena import Beside, to_device
+from reprise.runner.arena import to_device
 from reprise.runner.penalties import Penalties, SeenTokens, is_penalised
 from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
@@ -60,7 +60,6 @@ class Sampler:
         self.platform = platform
         self.rows = rows
         self._batch: _Batch | None = None
-        self._send = Beside(platform).send
         self._kept = _Kept(
             SeenTokens(vocab_size, rows.count, platform),
             ForbiddenTokens(vocab_size, rows.count, platform),
@@ -98,11 +97,10 @@ class Sampler:
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
         if batch.plain and masks is not None:
-            which = np.full(len(logits), -1, dtype=np.int64)
-            which[masks.rows] = np.arange(len(masks.rows))
+            _, which = batch.masked(masks.rows, len(logits))
             peaks = logits.new_empty(len(logits))
-            tokens = draw(ops.masked_argmax, logits, *self._send(which, masks.words), peaks)
-            return tokens, peaks, None
+            words = to_device(masks.words, self.platform)
+            return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
         peaks = logits.amax(dim=-1)
         raw = logits.float()
         adjusted = raw
@@ -111,7 +109,8 @@ class Sampler:
             spare = raw is not logits and batch.num_logprobs is None
             adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
             if masks is not None:
-                ops.apply_bitmask(adjusted, *self._send(masks.rows, masks.words))
+                rows, _ = batch.masked(masks.rows, len(logits))
+                ops.apply_bitmask(adjusted, rows, to_device(masks.words, self.platform))
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -249,6 +248,10 @@ class _Batch:
         self._requests = list(step.rows), list(step.samples), list(step.drafts)
         self._rows = rows
         self._step_rows: Tensor | None = None
+        self._masked_rows: np.ndarray[Any, Any] | None = None
+        """[M] int64, rows of logits that had masks in the last step with any, and the same on the
+        device, see :meth:`masked`."""
+        self._masked: tuple[Tensor, Tensor]
         self._platform = kept.seen.platform
         self._vocab_size = kept.seen.vocab_size
         owners = [rows.admitted[row] for row in step.rows]
@@ -358,6 +361,21 @@ class _Batch:
         """Whether a token that is drawn now may come before the request's ``min_tokens``."""
         generated = int(self._rows.at_least[request.row]) - request.num_prompt_tokens
         return generated < request.params.min_tokens
+
+    def masked(self, rows: np.ndarray[Any, Any], num_rows: int) -> tuple[Tensor, Tensor]:
+        """Rows of logits that have masks, and of all rows the masks' numbers, -1 for none; both
+        int64. They are sent when they are others than in the last step.
+
+        Args:
+            rows: [M] int64, on the host.
+            num_rows: All of them.
+        """
+        if self._masked_rows is None or not np.array_equal(self._masked_rows, rows):
+            which = np.full(num_rows, -1, dtype=np.int64)
+            which[rows] = np.arange(len(rows))
+            self._masked_rows = rows
+            self._masked = to_device(rows, self._platform), to_device(which, self._platform)
+        return self._masked
 
     @functools.cached_property
     def parameters(self) -> tuple[Tensor, ...]:

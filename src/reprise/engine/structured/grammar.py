@@ -14,8 +14,8 @@ from reprise.engine.structured.compiler import Compiled
 from reprise.engine.structured.white_space import MOST, WhiteSpace, Words
 from reprise.platforms import usable_cpus
 
-ALONE_SECONDS = 2e-4
-"""So long one thread fills a step's masks; what is left then is shared out. A mask takes 2 us
+ALONE_SECONDS = 4e-4
+"""So long one thread fills a step's masks; what is left then is shared out. A mask takes 2 to 4 us
 where a state knows its tokens, and up to 10 ms where it has to look at each."""
 AT_ONCE = 8
 """Masks between two looks at the time."""
@@ -24,6 +24,10 @@ THREADS = 8
 FIRST = 16
 """Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
 those come first."""
+
+Others = tuple[tuple[int, int], ...]
+"""All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
+others."""
 
 
 class MaskRows:
@@ -49,7 +53,7 @@ class MaskRows:
             self._words = self._tensor.numpy()
         self._later: tuple[list[int], list[Any]] = [], []
         """Rows that are to be filled, and their matchers."""
-        self._others: dict[int, Sequence[tuple[int, int]]] = {}
+        self._others: dict[Others, list[int]] = {}
         self._crowded: dict[int, WhiteSpace] = {}
 
     def allow_all(self, row: int) -> None:
@@ -60,7 +64,7 @@ class MaskRows:
         self,
         row: int,
         matcher: Any,
-        others: Sequence[tuple[int, int]],
+        others: Others,
         crowded: WhiteSpace | None,
         *,
         later: bool,
@@ -70,8 +74,7 @@ class MaskRows:
         Args:
             row: Which mask.
             matcher: xgrammar's.
-            others: Some tokens may come only where nothing else may: of each word that has such
-                tokens, its number and the bits of all others.
+            others: Some tokens may come only where nothing else may.
             crowded: No more white space may come; None: it may.
             later: It will be as it is now when the masks are settled.
         """
@@ -81,7 +84,7 @@ class MaskRows:
         else:
             matcher.fill_next_token_bitmask(self._tensor, row)
         if others:
-            self._others[row] = others
+            self._others.setdefault(others, []).append(row)
         if crowded is not None:
             self._crowded[row] = crowded
 
@@ -90,18 +93,25 @@ class MaskRows:
         self._fill()
         for row, spaces in self._crowded.items():
             spaces.limit(self._words[row])
-        bits, held = self._words.data, {}
-        for row, others in self._others.items():
-            held[row] = [(word, bits[row, word]) for word, _ in others]
-            for word, free in others:
-                bits[row, word] &= free
+        for others, rows in self._others.items():
+            self._hold_back(others, rows)
         found = self._words[:count]
-        for row in np.flatnonzero(~found[:, :FIRST].any(axis=1)).tolist():
-            for word, before in held.get(row, ()) if not found[row].any() else ():
-                bits[row, word] = before
+        for row in _first_empty(found):
             if not found[row].any():
                 found[row] = -1
         return found
+
+    def _hold_back(self, others: Others, rows: list[int]) -> None:
+        """Allow only the other tokens in these masks, where there are any."""
+        words, index = self._words, np.array(rows)
+        before = [(word, words[index, word]) for word, _ in others]
+        for word, free in others:
+            words[index, word] &= free
+        for place in _first_empty(words[index, :FIRST]):
+            row = rows[place]
+            if not words[row].any():
+                for word, bits in before:
+                    words[row, word] = bits[place]
 
     def _fill(self) -> None:
         """Those that were left for later: a few by this thread, and if they take long, the others
@@ -128,6 +138,11 @@ class MaskRows:
         several = min(THREADS, max(1, usable_cpus()[0] // 2))
         alone, together = (xgrammar.BatchGrammarMatcher(max_threads=n) for n in (1, several))
         return alone, together
+
+
+def _first_empty(masks: Words) -> list[int]:
+    """Of which masks the first words allow nothing."""
+    return np.flatnonzero(~masks[:, :FIRST].any(axis=1)).tolist()
 
 
 class Grammar:
@@ -171,8 +186,7 @@ class Grammar:
         bits = np.zeros(len(words), dtype=np.uint32)
         for token in held:
             bits[words.index(token // 32)] |= np.uint32(1 << token % 32)
-        self._others = list(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
-        """Of each word of a mask that has such tokens, the bits of all others."""
+        self._others: Others = tuple(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
 
     def take(self, tokens: Sequence[int], known: int) -> int:
         """Follow tokens.

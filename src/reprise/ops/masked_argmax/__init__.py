@@ -10,7 +10,6 @@ masked_argmax.implementation(
     "triton",
     "reprise.ops.masked_argmax.triton:masked_argmax",
     requires=needs_triton,
-    on_request="no device has run it yet",
     batch_invariant=True,
 )
 masked_argmax.implementation(
