@@ -43,10 +43,12 @@ def compiled(platform) -> None:
 def anew(monkeypatch, tmp_path) -> Iterator[Path]:
     """Nothing is compiled yet, and no compiler asked; returns where libraries go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ask = cpp._compiler
-    ask.cache_clear()
+    asked = cpp._compiler, cpp._missing, cpp._compile_all
+    for each in asked:
+        each.cache_clear()
     yield tmp_path / "reprise" / "cpp"
-    ask.cache_clear()
+    for each in asked:
+        each.cache_clear()
 
 
 def test_a_source_is_compiled_once(anew, caplog) -> None:
@@ -95,6 +97,45 @@ def test_without_a_compiler_others_compute(anew, monkeypatch, caplog, compiler, 
     op.implementation("cpp", f"{module}:kernel", requires=runs_anywhere)
     assert [each.name for each in op.candidates(CpuPlatform())] == ["reference"]
     assert "op taken: cpp is skipped, it cannot be imported" in caplog.text
+
+
+def test_a_compiler_may_have_arguments(anew, monkeypatch) -> None:
+    """As in ``CXX="ccache g++"``."""
+    log = anew.parent.parent / "log"
+    script = anew.parent.parent / "wrapper"
+    script.write_text(f'#!/bin/sh\necho "$1 $2" >> {log}\nshift\nexec "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", f"{script} 'an argument' {' '.join(cpp._compiler()[0])}")
+    cpp._compiler.cache_clear()
+    cpp._missing.cache_clear()
+    assert cpp.needs_compiler(CpuPlatform()) is None
+    cpp._compiled(cpp._HERE / SOURCE)
+    assert {each.split()[:2][0] for each in log.read_text().splitlines()} == {"an"}
+    monkeypatch.setenv("CXX", "g++ 'unfinished")
+    cpp._compiler.cache_clear()
+    with pytest.raises(OpError, match="is no command"):
+        cpp._compiler()
+
+
+def test_all_sources_are_compiled_when_the_first_is_wanted(anew) -> None:
+    cpp.Kernel(SOURCE, ())
+    sources = [*cpp._HERE.glob("*.cpp"), *cpp._HERE.glob("*/*.cpp")]
+    assert len(sources) == len(list(anew.iterdir())) >= 4
+
+
+@pytest.mark.parametrize("why", ["written by others", "a file"])
+def test_what_every_op_lacks_is_said_once(anew, monkeypatch, caplog, why) -> None:
+    """There is nowhere to keep libraries: all of them have other implementations."""
+    if why == "a file":
+        anew.parent.write_text("")
+    else:
+        anew.mkdir(parents=True)
+        anew.chmod(0o777)
+    chosen = OpTable(CpuPlatform()).chosen
+    assert {chosen[each.name].name for each in (linear, norm_linear, linear_add)} == {"onednn"}
+    assert chosen[paged_attention.name].name == "torch"
+    (said,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "kernels in C++ are left out" in said.message
 
 
 def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:

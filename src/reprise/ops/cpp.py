@@ -9,24 +9,27 @@ is no compiler, or it fails, the op has other implementations, and the log says 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from reprise.errors import OpError
+from reprise.errors import OpError, describe
 from reprise.ops import put_off
 from reprise.platforms import Platform
 
@@ -49,9 +52,19 @@ POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes
 
 def needs_compiler(platform: Platform) -> str | None:
     """The requirement of implementations in C++."""
-    if platform.device.type != "cpu":
-        return "computes on the CPU"
-    return platform.compiler_missing()
+    return "computes on the CPU" if platform.device.type != "cpu" else _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why nothing can be compiled and kept here; said once, for it is the same for every op."""
+    try:
+        _compiler()
+        _cache_directory()
+    except (OpError, OSError, RuntimeError) as error:
+        logger.warning("kernels in C++ are left out: %s", describe(error))
+        return describe(error)
+    return None
 
 
 class Kernel:
@@ -71,6 +84,7 @@ class Kernel:
         self, source: str, fields: Sequence[tuple[str, Any]], wrong: Mapping[int, str] | None = None
     ) -> None:
         path = _HERE / source
+        _compile_all()
         self.name = path.parent.name
         self.wrong = wrong or {}
         self._arguments = type("Arguments", (ctypes.Structure,), {"_fields_": list(fields)})
@@ -149,9 +163,22 @@ def lies_as(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
     )
 
 
+@functools.cache
+def _compile_all() -> None:
+    """Compile all sources, side by side: each takes about a second."""
+
+    def compile(source: Path) -> None:
+        with contextlib.suppress(OpError, OSError):  # its own op says what is wrong with it
+            _compiled(source)
+
+    sources = [*_HERE.glob("*.cpp"), *_HERE.glob("*/*.cpp")]
+    with ThreadPoolExecutor(len(sources)) as pool:
+        list(pool.map(compile, sources))
+
+
 def _compiled(source: Path) -> Path:
     compiler, described = _compiler()
-    command = [compiler, *FLAGS, f"-I{_HERE}"]
+    command = [*compiler, *FLAGS, f"-I{_HERE}"]
     parts = (source.read_bytes(), _HEADER.read_bytes(), repr(command[:-1]).encode(), described)
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     library = _cache_directory() / f"{source.parent.name}-{source.stem}-{digest}.so"
@@ -187,13 +214,17 @@ def _is_whole(library: Path) -> bool:
 
 
 @functools.cache
-def _compiler() -> tuple[str, bytes]:
-    """Its name, and what it says of itself and of the processor."""
-    choices = (os.environ.get("CXX", "g++"), "clang++")
-    name = next((each for each in choices if shutil.which(each)), None)
-    if name is None:
-        raise OpError(f"no C++ compiler ({choices[0]}) on this machine; set CXX")
-    return name, _run([name, *FLAGS, "-E", "-v", "-x", "c++", os.devnull])
+def _compiler() -> tuple[tuple[str, ...], bytes]:
+    """Its name and arguments, and what it says of itself and of the processor."""
+    wanted = os.environ.get("CXX") or "g++"
+    try:
+        choices = [shlex.split(wanted), ["clang++"]]
+    except ValueError as error:
+        raise OpError(f"CXX={wanted!r} is no command: {error}") from error
+    command = next((tuple(each) for each in choices if each and shutil.which(each[0])), None)
+    if command is None:
+        raise OpError(f"no C++ compiler ({wanted}) on this machine; set CXX")
+    return command, _run([*command, *FLAGS, "-E", "-v", "-x", "c++", os.devnull])
 
 
 def _cache_directory() -> Path:
