@@ -13,9 +13,11 @@ from reprise.engine import Engine
 from reprise.ops import Op
 from reprise.ops.registry import intercept
 
-_ATTENTION = ("attention", "fmha", "flash")
+_ATTENTION = ("attention", "fmha", "flash", "absolute_splits", "sparse_merge")
 _PRODUCTS = ("linear", "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm", "experts",
-             "one_row", "few_rows", "splitk", "stream_k", "tensile", "cijk_")  # fmt: skip
+             "one_row", "two_rows", "few_rows", "small_weight", "shared_sums", "_product_kernel",
+             "grouped_kernel", "gate_up_kernel", "down_kernel", "w4_row", "splitk", "stream_k",
+             "tensile", "cijk_")  # fmt: skip
 """Parts of names of ops and of kernels, ours and vendors'."""
 KINDS = ("attention", "products", "small")
 
