@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.launchers import load_apart
 from reprise.ops.registry import active_platform, op_memory
+
+load_apart()
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Python on the host (``TRITON_INTERPRET=1``), as in the tests on a CPU."""
