@@ -32,4 +32,14 @@ def uncollected() -> Iterator[None]:
         with _lock:
             _blocks -= 1
             if _blocks == 0 and _was_enabled:
+                _take_for_old()
                 gc.enable()
+
+
+def _take_for_old() -> None:
+    """All objects are of the oldest generation, without being looked through: else the next ones to
+    be made bring the collector to go through all of these. Not where somebody has frozen objects,
+    which would thaw."""
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
+        gc.unfreeze()

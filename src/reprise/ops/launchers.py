@@ -1,9 +1,9 @@
 """Triton's launchers, loaded so that threads may compile side by side.
 
-Triton builds a module in C for each signature of a kernel, all of one name. Python makes a second load
-of the same file an update of whatever module has that name, so two threads that load launchers at the
-same time can end up with one module: a kernel is then launched by the launcher of another, with the
-wrong number of arguments or, unnoticed, with wrong types.
+Triton builds a module in C for each signature of a kernel, all of one name. Python makes a second
+load of the same file an update of whatever module has that name, so two threads that load launchers
+at the same time can end up with one module: a kernel is then launched by the launcher of another,
+with the wrong number of arguments or, unnoticed, with wrong types.
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ _FEW = (
 _DEEP = {8: (256, 5), 64: (128, 5)}
 """Inputs of a step, and stages, of those for so many rows where a program has a multiprocessor to
 itself."""
+_NARROW = (Config(128, 64, 128, 3, 4), Config(256, 64, 64, 4, 8))
+"""For up to as many rows, of weights whose tiles then do all run at once."""
 _MANY = Config(128, 128, 64, 3, 8)
 _LARGE = Config(256, 128, 64, 4, 8)
 _LARGE_GAINS = 1.15
@@ -104,10 +106,18 @@ def config_of(
             few = replace(few, block_k=block_k, num_stages=stages)
         return few
 
-    def rounds(config: Config) -> int:
-        tiles = cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
-        return cdiv(tiles, multiprocessors) * config.rows
+    narrow = next((each for each in _NARROW if rows <= each.rows), None)
+    if narrow is not None and parts * cdiv(outputs, narrow.block_n) <= multiprocessors:
+        return narrow
 
+    def tiles(config: Config) -> int:
+        return cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
+
+    def rounds(config: Config) -> int:
+        return cdiv(tiles(config), multiprocessors) * config.rows
+
+    if parts > 1 and 2 * tiles(_LARGE) <= multiprocessors:
+        return _LARGE  # two programs share a tile's inputs
     return _LARGE if rounds(_LARGE) <= _LARGE_GAINS * rounds(_MANY) else _MANY
 
 
