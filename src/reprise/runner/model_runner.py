@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reprise import timeline
 from reprise.cache.layout import lay_out_caches
-from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
+from reprise.cache.memory import allocate_caches
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE_AGREES, Agreement, Ranks, require_same
-from reprise.errors import ConfigError, PlatformError, RepriseError
+from reprise.errors import ConfigError
 from reprise.graphs import (
     Damage,
     GraphOwners,
@@ -50,6 +50,7 @@ from reprise.runner.model_choices import (
 from reprise.runner.output import Landing, PendingOutput
 from reprise.runner.prompt_logprobs import PromptLogprobs
 from reprise.runner.sampler import Sampler
+from reprise.runner.start_memory import blaming_the_prediction, graph_bytes, plan_cache
 from reprise.shape import StepShape
 from reprise.step import Masks, Step
 
@@ -189,9 +190,14 @@ class ModelRunner:
                 drafts = {} if self.drafter is None else self.drafter.owners
                 self.owners = GraphOwners({"target": self.graphs, **drafts})
                 """Of all graphs: the target's, and those of a model that drafts."""
-                activation_bytes += self._predict_graphs() + self._comparison_bytes()
-            with self._after_prediction():
-                self._make_cache(wanted_len, activation_bytes)
+                activation_bytes += graph_bytes(config, self.owners, self.graphs.captures.memory)
+            with blaming_the_prediction(self.graphs.captures):
+                self.cache_layout, self.max_model_len = plan_cache(
+                    self.cache_layout, config, platform, ranks.agreement,
+                    wanted_len=wanted_len, max_tokens=self.max_tokens,
+                    reserved_bytes=activation_bytes,
+                )  # fmt: skip
+                self._make_cache()
                 with timeline.span("capture"):
                     self._capture_graphs()
             if self.expert_load is not None:
@@ -352,69 +358,12 @@ class ModelRunner:
             self.drafter.plan_graphs(replace(options, agreement=self._draft_agreement))
         return options.runner(self.forward_pass, self.buffers, self.decode_widths)
 
-    def _predict_graphs(self) -> int:
-        """Bytes to keep free for graphs."""
-        if self.config.graph_memory_profile == "off":
-            self.graphs.captures.memory.note = "not predicted: graph_memory_profile=off"
-            return 0
-        return self.owners.predict()
-
-    def _comparison_bytes(self) -> int:
-        """Bytes to keep free for comparisons of graphs with eager execution."""
-        nbytes = self.owners.comparison_bytes()
-        if nbytes:
-            logger.info("graph verification: %.2f GiB kept free for comparisons", nbytes / 2**30)
-        return nbytes
-
-    @contextlib.contextmanager
-    def _after_prediction(self) -> Iterator[None]:
-        """What fails in the ``with`` block may fail because predicting spoiled the device."""
-        try:
-            yield
-        except Exception as error:
-            if not self.graphs.captures.memory.failed:
-                raise
-            kind = type(error) if isinstance(error, RepriseError) else PlatformError
-            raise kind(
-                f"{error}; before, the prediction of graph memory failed "
-                f"({self.graphs.captures.memory.note}): start with --graph-memory-profile off "
-                "(graph_memory_profile='off') to leave it out"
-            ) from error
-
-    def _make_cache(self, wanted_len: int, reserved_bytes: int) -> None:
-        config, platform = self.config, self.platform
-        self.cache_layout = plan_blocks(
-            self.cache_layout,
-            config,
-            platform,
-            max_model_len=wanted_len,
-            max_tokens=self.max_tokens,
-            activation_bytes=reserved_bytes,
-        )
-        self._agree_on_blocks()
-        self.max_model_len = fit_model_len(config.max_model_len, wanted_len, self.cache_layout)
-        layout, longest = self.cache_layout, self.max_model_len
-        logger.info(
-            "requests at once: at most %d of one token, %d of %d tokens (the cache); %d "
-            "(max_num_seqs)",
-            layout.requests(1), layout.requests(longest), longest, config.max_num_seqs,
-        )  # fmt: skip
+    def _make_cache(self) -> None:
         with timeline.span("cache"):
-            allocate_caches(self.caches, self.cache_layout, platform)
+            allocate_caches(self.caches, self.cache_layout, self.platform)
         self.forward_pass.use_cache(self.cache_layout, self.max_model_len)
         if self.drafter is not None:
             self.drafter.use_cache(self.cache_layout, self.max_model_len)
-
-    def _agree_on_blocks(self) -> None:
-        """The least that a rank has room for: one scheduler gives out the blocks of all."""
-        agreement = self.ranks.agreement
-        if agreement.size == 1:
-            return
-        own = [each.num_blocks for each in self.cache_layout.pools]
-        least = [-int(agreement.largest(-count)) for count in own]
-        if least != own:
-            logger.info("KV cache: %s blocks, as many as the fullest rank has room for", least)
-            self.cache_layout = self.cache_layout.sized(least)
 
     @property
     def num_blocks(self) -> int:
