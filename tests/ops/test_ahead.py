@@ -8,7 +8,7 @@ import torch
 
 from reprise import ops
 from reprise.ops import OpTable
-from reprise.ops.ahead import compile_ahead, wake_compiler
+from reprise.ops.ahead import compile_ahead, load_compiler, wake_compiler
 
 
 @pytest.fixture
@@ -93,3 +93,12 @@ def test_no_wave_waits_for_the_pass_beside(table, randn) -> None:
     forward = partial(ops.rms_norm, randn(1, 8), randn(8), 1e-6)
     assert compile_ahead(table, [forward], beside=lambda: ops.silu_and_mul(randn(1, 8))) == 2
     assert found == [True]
+
+
+def test_the_compiler_is_fingerprinted_before_a_kernel_needs_it(platform) -> None:
+    """The first kernel's cache key would read half a gigabyte, behind the start of the device."""
+    if not platform.has_triton:
+        pytest.skip("no compiler")
+    cache = pytest.importorskip("triton.runtime.cache")
+    load_compiler(platform)
+    assert cache.triton_key.cache_info().currsize == 1

@@ -14,8 +14,7 @@ from reprise.distributed import ALONE, Ranks
 from reprise.engine.frontend import load_tokenizer
 from reprise.errors import ConfigError
 from reprise.loading import Checkpoint, checkpoint_of, end_of_text_id, require_method
-from reprise.ops import OpTable
-from reprise.ops.ahead import wake_compiler
+from reprise.ops.ahead import load_compiler, wake_compiler
 from reprise.parallel import Elsewhere, Leader, LeadingRunner, Lockstep
 from reprise.platforms import Platform
 from reprise.runner import ModelRunner
@@ -77,7 +76,7 @@ def open_model(
             leader = Leader(config, platform, elsewhere, lockstep)
     with contextlib.nullcontext() if leader is None else leader.starting():
         # A device starts in its driver, kernels are loaded by Python: neither waits for the other.
-        loading, waking = partial(OpTable, platform), partial(wake_compiler, platform)
+        loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
         with timeline.span("config"), platform.warming_up(beside=loading, then=waking):
             checkpoint = checkpoint_of(config)
             require_method(config.quantization, checkpoint.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -110,9 +111,24 @@ def called(
     return chosen, list(reasons)
 
 
+def load_compiler(platform: Platform) -> None:
+    """Do what the first kernel of a process pays and no device takes part in: import the kernels,
+    and with them the compiler, and fingerprint it for the kernel cache, which reads it all."""
+    with ThreadPoolExecutor(1) as pool:
+        if platform.has_triton:
+            pool.submit(_fingerprint)
+        OpTable(platform)
+
+
+def _fingerprint() -> None:
+    cache = importlib.import_module("triton.runtime.cache")
+    fingerprint = getattr(cache, "triton_key", None)
+    if fingerprint is not None:  # where it is not called so, the first kernel pays
+        fingerprint()
+
+
 def wake_compiler(platform: Platform) -> None:
-    """Compile one small kernel, and with it pay what the first kernel of a process pays: loading
-    the compiler and its driver, and fingerprinting them for the kernel cache."""
+    """Compile one small kernel, and with it pay what else the first kernel of a process pays."""
     table = OpTable(platform)
     if not table.chosen["rms_norm"].compiles:
         return

@@ -21,8 +21,7 @@ from reprise.distributed.board import Board as SharedBoard
 from reprise.distributed.communicator import connect
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
-from reprise.ops import OpTable
-from reprise.ops.ahead import wake_compiler
+from reprise.ops.ahead import load_compiler, wake_compiler
 from reprise.parallel.direct import prove_direct
 from reprise.parallel.messages import Drawn, Kind, Start, unpack, unpack_shape
 from reprise.parallel.seat import join
@@ -114,7 +113,7 @@ class _Follower:
             platform.share_host(group.beside)
         platform.activate()
         config = start.config
-        loading, waking = partial(OpTable, platform), partial(wake_compiler, platform)
+        loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
         with platform.warming_up(beside=loading, then=waking):
             checkpoint = checkpoint_of(config)
         store = TCPStore(group.leader.address, start.port, is_master=False)
