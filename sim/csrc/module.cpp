@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <pybind11/pybind11.h>
@@ -188,7 +189,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::arg("pool") = py::none(), py::arg("capture_error_mode") = "thread_local",
           py::call_guard<py::gil_scoped_release>())
-      .def("capture_end", &Graph::end, py::call_guard<py::gil_scoped_release>())
+      .def("capture_end",
+           [](Graph& graph) {
+             torch::PyWarningHandler warnings;  // as Python's, which it needs the lock for
+             py::gil_scoped_release release;
+             graph.end();
+           })
       .def("replay", &Graph::replay, py::call_guard<py::gil_scoped_release>())
       .def("reset", &Graph::reset, py::call_guard<py::gil_scoped_release>())
       .def("pool", &Graph::pool);

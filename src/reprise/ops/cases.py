@@ -143,3 +143,6 @@ class Cases:
     some thousand elements. None for a compute dtype that makes no difference."""
     workloads: Callable[[Maker], Iterable[Workload]] = none
     """What kernels are timed on, and compiled for."""
+    coded_between: bool = False
+    """What a first part gives is rounded to eight bits before a second one takes it. Where sums of
+    another order round to the next number of 16 bits, the code may be the next one."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -232,8 +232,11 @@ class AcceleratorGraph(DeviceGraph):
         else:
             assert platform.graph_class is not None
             self._graph = getattr(platform.module(), platform.graph_class)()
-            known = inspect.signature(self._graph.capture_begin).parameters
             wanted = {"pool": pool, "capture_error_mode": "thread_local"}
+            try:
+                known: Collection[str] = inspect.signature(self._graph.capture_begin).parameters
+            except ValueError:  # written in C++ it does not say; torch's own take both
+                known = wanted
             self._begin_arguments = {k: v for k, v in wanted.items() if k in known}
         self._nbytes = 0
         self._reserved: int | None = None

@@ -70,4 +70,4 @@ def _workloads(make: Maker) -> Iterator[Workload]:
         )
 
 
-cases = Cases(_small, _workloads)
+cases = Cases(_small, _workloads, coded_between=True)
