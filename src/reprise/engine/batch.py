@@ -10,6 +10,7 @@ from reprise.engine.completion import CompletionGroup
 from reprise.engine.engine import Engine
 from reprise.engine.frontend import Frontend
 from reprise.engine.questions import QUESTIONS
+from reprise.engine.surroundings import plain_torch
 from reprise.errors import RepriseError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
@@ -73,7 +74,8 @@ class OneEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.engine = Engine(config)
+        with plain_torch():
+            self.engine = Engine(config)
 
     @property
     def frontend(self) -> Frontend:
@@ -83,9 +85,10 @@ class OneEngine:
         engine = self.engine
         groups: list[CompletionGroup] = []
         try:
-            for each in requests:
-                groups.append(engine.add(*each))
-            self._run(groups, show)
+            with plain_torch():
+                for each in requests:
+                    groups.append(engine.add(*each))
+                self._run(groups, show)
         except RepriseError:
             engine.abort([each.request_id for each in groups])
             raise
@@ -95,7 +98,8 @@ class OneEngine:
         return [(each.output(), each.error) for each in groups]
 
     def ask(self, name: str, *arguments: Any) -> list[Any]:
-        return [QUESTIONS[name].answer(self.engine, *arguments)]
+        with plain_torch():
+            return [QUESTIONS[name].answer(self.engine, *arguments)]
 
     def close(self) -> None:
         self.engine.close()

@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         if build.cache_dtype is not None:
             rows["key_scales"] = Rows(shape[:1], torch.float32, scales_of="key")
             rows["value_scales"] = Rows(shape[:1], torch.float32, scales_of="value")
-            self.fixed_scales = torch.zeros(2, device=build.device)
+            self.fixed_scales = torch.zeros(2, dtype=torch.float32, device=build.device)
         self._path = build.path
         lifetime = Window(sliding_window) if sliding_window else KEPT
         self.cache = LayerCache(lifetime, **rows)

@@ -63,9 +63,11 @@ class Compressor(nn.Module):
         super().__init__()
         self.path, self.eps = build.path, eps
         self.channels = size * (2 if overlap else 1)
-        bias = torch.zeros(every, self.channels, device=build.device)
+        bias = torch.zeros(every, self.channels, dtype=torch.float32, device=build.device)
         self.ape = nn.Parameter(bias, requires_grad=False)
-        self.gain = nn.Parameter(torch.ones(size, device=build.device), requires_grad=False)
+        self.gain = nn.Parameter(
+            torch.ones(size, dtype=torch.float32, device=build.device), requires_grad=False
+        )
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """See :func:`reprise.loading.destinations.destinations`."""
@@ -122,7 +124,7 @@ class CompressedAttention(nn.Module):
         inputs = sizes.heads * head // sizes.groups
         self.wo_a = Linear(build.at("wo_a"), inputs, runs, split="out")
         self.wo_b = Linear(build.at("wo_b"), sizes.groups * sizes.output_rank, hidden, split="in")
-        zeros = torch.zeros(self.heads, device=build.device)
+        zeros = torch.zeros(self.heads, dtype=torch.float32, device=build.device)
         self.attn_sink = nn.Parameter(zeros, requires_grad=False)
         self.window = LayerCache(Window(sizes.window), **self._rows(build, "kv", head))
         self.compressor: Compressor | None = None

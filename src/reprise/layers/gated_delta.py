@@ -82,9 +82,9 @@ class GatedDeltaNet(nn.Module):
 
         self.conv = parameter(torch.empty(self.channels, taps, dtype=build.dtype))
         # float32 whatever the rest is: small differences in them grow over a text.
-        self.a_log = parameter(torch.zeros(value_heads))
-        self.dt_bias = parameter(torch.ones(value_heads))
-        self.norm = parameter(torch.ones(value_size))
+        self.a_log = parameter(torch.zeros(value_heads, dtype=torch.float32))
+        self.dt_bias = parameter(torch.ones(value_heads, dtype=torch.float32))
+        self.norm = parameter(torch.ones(value_size, dtype=torch.float32))
         drafts = build.num_drafts
         rows = {
             "conv": Rows((taps - 1 + drafts, self.channels), build.dtype),

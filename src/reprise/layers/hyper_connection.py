@@ -52,7 +52,11 @@ class Streams(NamedTuple):
         """Streams [T, n, D] that are there already: what comes first is added to each."""
         tokens, count, _ = values.shape
         ones = values.new_ones((tokens, count), dtype=torch.float32)
-        same = torch.eye(count, device=values.device).expand(tokens, -1, -1).contiguous()
+        same = (
+            torch.eye(count, dtype=torch.float32, device=values.device)
+            .expand(tokens, -1, -1)
+            .contiguous()
+        )
         return Streams(values, ones, same)
 
 
@@ -127,7 +131,9 @@ def _parameters(
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """``fn``, ``base`` and ``scale``, float32 whatever the rest is."""
     shapes = (factors, mixing.streams * mixing.hidden_size), (factors,), (scales,)
-    fn, base, scale = (torch.empty(shape, device=build.device) for shape in shapes)
+    fn, base, scale = (
+        torch.empty(shape, dtype=torch.float32, device=build.device) for shape in shapes
+    )
     base.zero_()
     scale.fill_(1.0)
     return nn.Parameter(fn, False), nn.Parameter(base, False), nn.Parameter(scale, False)

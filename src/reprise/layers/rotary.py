@@ -110,7 +110,7 @@ def describe_rotary(
 
 def identity_table(length: int, device: torch.device) -> Tensor:
     """A table that rotates nothing, for layers without positions: [length, 2]."""
-    return torch.tensor([[1.0, 0.0]]).repeat(length, 1).to(device)
+    return torch.tensor([[1.0, 0.0]], dtype=torch.float32).repeat(length, 1).to(device)
 
 
 def rotary_table(
@@ -174,7 +174,7 @@ def rotary_table(
         raise ModelError(
             f"rope_parameters={dict(parameters)!r} give frequencies that are no finite numbers"
         )
-    table = torch.empty(length, rotated)
+    table = torch.empty(length, rotated, dtype=torch.float32)
     for begin in range(0, length, _CHUNK):
         end = min(begin + _CHUNK, length)
         angles = torch.arange(begin, end).float().unsqueeze(1) * frequencies
@@ -226,7 +226,9 @@ def _longrope(
                 "for rope_type='longrope'"
             )
         factors[name] = [_number({**parameters, name: each}, name) for each in values]
-    chosen = torch.tensor(factors["long_factor" if length > original else "short_factor"])
+    chosen = torch.tensor(
+        factors["long_factor" if length > original else "short_factor"], dtype=torch.float32
+    )
     magnitude = 1.0
     if factor > 1:
         if original <= 1:

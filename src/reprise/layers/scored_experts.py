@@ -59,7 +59,7 @@ class ScoredMLP(nn.Module):
             first = torch.arange(table_size, device=build.device).unsqueeze(1)
             table = (first + torch.arange(routing.top, device=build.device)) % routing.experts
         else:
-            zeros = torch.zeros(routing.experts, device=build.device)
+            zeros = torch.zeros(routing.experts, dtype=torch.float32, device=build.device)
             self.bias = nn.Parameter(zeros, requires_grad=False)
         self.table: Tensor | None
         self.register_buffer("table", table)

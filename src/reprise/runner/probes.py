@@ -404,9 +404,12 @@ def _random_rows(shape: tuple[int, ...], rows: Rows, generator: torch.Generator)
     to 1.5, so that what codes stand for is as large as other numbers."""
     device, dtype = generator.device, rows.dtype
     if rows.scales_of is not None:
-        return torch.rand(shape, generator=generator, device=device).to(dtype) + 0.5
+        return (
+            torch.rand(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
+            + 0.5
+        )
     if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
     bounds = torch.iinfo(dtype)
     return torch.randint(
         bounds.min, bounds.max + 1, shape, generator=generator, device=device, dtype=dtype

@@ -215,7 +215,7 @@ def top_logprobs(
 def example_draws(vocab_size: int, num_drafts: int, dtype: torch.dtype, platform: Platform) -> None:
     """Draws as of one request that call every op which draws may call, beside plain argmax; logits
     have this dtype."""
-    logits = torch.zeros(1, vocab_size, device=platform.device)
+    logits = torch.zeros(1, vocab_size, dtype=torch.float32, device=platform.device)
     ones = [to_device(np.ones(1, dtype=kind), platform) for kind in (*_PARAMETERS, np.int64)]
     ops.sample(logits, *ones)
     ops.argmax(logits)

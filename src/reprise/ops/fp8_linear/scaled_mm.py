@@ -33,7 +33,9 @@ def requires(platform: Platform) -> str | None:
 def _tried(device: torch.device) -> str | None:
     inputs = FOUR * BLOCK
     x = torch.ones(5, inputs, dtype=torch.bfloat16, device=device)
-    weight = torch.ones(3 * BLOCK, inputs, device=device).to(torch.float8_e4m3fn)
+    weight = torch.ones(3 * BLOCK, inputs, dtype=torch.float32, device=device).to(
+        torch.float8_e4m3fn
+    )
     try:
         for block_n, block_k in ((BLOCK, BLOCK), (1, inputs)):
             scale = x.new_ones(len(weight) // block_n, x.shape[1] // block_k, dtype=torch.float32)

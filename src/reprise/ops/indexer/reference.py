@@ -70,7 +70,7 @@ def reference(
 
 def scored(query: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Scores [T, S] float32 of ``keys`` [S, D] float32, head by head: never [T, H, S]."""
-    total = torch.zeros(len(query), len(keys), device=keys.device)
+    total = torch.zeros(len(query), len(keys), dtype=torch.float32, device=keys.device)
     for head in range(query.shape[1]):
         total += weights[:, head, None].float() * (query[:, head].float() @ keys.t()).relu()
     return total

@@ -161,8 +161,10 @@ def _cancelling(weight: Tensor, place: int) -> tuple[Tensor, Tensor]:
     half, most = inputs // 2, max(CANONICAL, *OTHERS)
     make = torch.Generator().manual_seed(0)
     order = torch.randperm(half, generator=make)
-    x = torch.randn(most, half, generator=make).to(weight.dtype)
-    w = torch.randn(min(outputs, _DIFFERENT), half, generator=make).to(weight.dtype)
+    x = torch.randn(most, half, generator=make, dtype=torch.float32).to(weight.dtype)
+    w = torch.randn(min(outputs, _DIFFERENT), half, generator=make, dtype=torch.float32).to(
+        weight.dtype
+    )
     rows = x.new_zeros(most, inputs)
     rows[:, :half], rows[:, half : 2 * half] = x, -x[:, order]
     offset = place // weight.element_size()

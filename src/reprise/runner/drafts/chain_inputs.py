@@ -219,7 +219,9 @@ class ChainInputs(StepInputs):
         if self.hidden.numel():
             generator = torch.Generator(device=self.hidden.device).manual_seed(seed)
             shape = (count, self.hidden.shape[1])
-            drawn = torch.randn(shape, generator=generator, device=self.hidden.device)
+            drawn = torch.randn(
+                shape, generator=generator, dtype=torch.float32, device=self.hidden.device
+            )
             self.hidden[:count].copy_(drawn)
 
     def fill_padding(self, live: StepShape, bucket: StepShape) -> None:

@@ -121,6 +121,10 @@ class DraftPrefill:
             self._ids.zero_()
             self._ids[:tokens].copy_(self._buffers.input_ids.device[:tokens].roll(-1))
             generator = torch.Generator(device=taps.device).manual_seed(seed)
-            taps.copy_(torch.randn(taps.shape, generator=generator, device=taps.device))
+            taps.copy_(
+                torch.randn(
+                    taps.shape, generator=generator, dtype=torch.float32, device=taps.device
+                )
+            )
 
         return replace(probe, fill=fill)

@@ -47,7 +47,7 @@ class SyntheticDrafter(Drafter):
         # Decodes come first, each with as many draws.
         rows, first = rows[: step.num_decodes], first_draw[: step.num_decodes].long()
         got = drawn[first[:, None] + self._places[:count]]
-        counts = torch.rand(got.shape, device=got.device) < self._chance
+        counts = torch.rand(got.shape, dtype=torch.float32, device=got.device) < self._chance
         drafts = torch.where(counts, got, got + 1).T
         self._rows.numbers[NEXT + 1 : NEXT + 1 + count].index_copy_(1, rows, drafts)
 
