@@ -11,12 +11,14 @@ from torch import Tensor
 from reprise.ops.experts.grouped_kernel import Config
 from reprise.ops.experts.groups import Groups
 from reprise.ops.experts.in_tiles import in_tiles
+from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows
 from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
 from reprise.ops.triton_util import takes_ptx
 
 _BY_ROWS = (
-    (4, Config(16, 64, 256, 4, 4, swap=True)),
-    (24, Config(32, 64, 128, 4, 4, swap=True)),
+    (2, Config(8, 64, 256, 3, 2, swap=True)),
+    (6, Config(16, 64, 256, 3, 4, swap=True)),
+    (24, Config(32, 64, 128, 3, 4, swap=True)),
     (64, Config(64, 128, 128, 3, 8)),
 )
 """Rows of an expert up to which a configuration is used, where all experts have as many."""
@@ -49,6 +51,12 @@ def mxfp4_experts(
 
     def multiply(rows: Tensor, groups: Groups, out: Tensor, *, gated: bool) -> None:
         weight, exponents = (gate_up, gate_up_scale) if gated else (down, down_scale)
+        if config.swap and x.dtype is torch.bfloat16:
+            launch_few_rows(
+                rows, weight, exponents, groups, out, config, top=top, gated=gated,
+                limit=limit if gated else 0.0,
+            )  # fmt: skip
+            return
         launch_grouped(
             rows, weight, exponents, groups, out, config, top=top, gated=gated,
             limit=limit if gated else 0.0, pairs=pairs,
