@@ -93,7 +93,7 @@ def connect(
         **launch_options(),
     )
     block = next_power_of_2(size)
-    launch(stream_sum_kernel, (tokens,))(
+    launch(stream_sum_kernel, (tokens, 1 if gain is None else 2))(
         values,
         found,
         base,
@@ -271,10 +271,14 @@ def _row(found, scale, base_ptr, output, first: tl.constexpr, eps):
 
 
 @triton.jit
-def _even(a, b, c, d, eps):
-    """Divided by their sum."""
-    scale = 1 / (a + b + c + d + eps)
-    return a * scale, b * scale, c * scale, d * scale
+def _inverses(a, b, c, d, eps):
+    """Of four numbers and eps, with one root: all that a unit for such functions is asked for."""
+    a, b, c, d = a + eps, b + eps, c + eps, d + eps
+    left, right = a * b, c * d
+    root = tl.rsqrt(left * right)
+    both = root * root
+    left, right = both * left, both * right
+    return b * right, a * right, d * left, c * left
 
 
 @triton.jit(do_not_specialize=["tokens", "splits", "iterations"])
@@ -300,18 +304,21 @@ def stream_sum_kernel(
     HEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes a token. The matrix is 16 numbers in registers: nothing that its rows and
+    """Of a token one program makes the next input, and another one all that is for the streams: the
+    matrix takes as long as the input. It is 16 numbers in registers: nothing that its rows and
     columns are divided by has to be looked for in other threads."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
     output = tl.arange(0, BLOCK_OUTPUTS)
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    first = tl.program_id(1) == 0
+    needed = channel < tl.where(first, SIZE, 0)
     scale_pre = tl.load(scale_ptr)
     if not HEAD:
         scale_post = tl.load(scale_ptr + 1)
         scale_comb = tl.load(scale_ptr + 2)
-        gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
+        gain = tl.load(gain_ptr + channel, mask=needed, other=0.0)
     depend(EARLY)
     found = tl.load(
         found_ptr + (split * tokens + token) * (OUTPUTS + 1) + output[None, :],
@@ -319,25 +326,25 @@ def stream_sum_kernel(
         other=0.0,
     )
     place = streams_ptr + token * (4 * SIZE) + channel
-    x0 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    x1 = tl.load(place + SIZE, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(place + 2 * SIZE, mask=inside, other=0.0).to(tl.float32)
-    x3 = tl.load(place + 3 * SIZE, mask=inside, other=0.0).to(tl.float32)
+    x0 = tl.load(place, mask=needed, other=0.0).to(tl.float32)
+    x1 = tl.load(place + SIZE, mask=needed, other=0.0).to(tl.float32)
+    x2 = tl.load(place + 2 * SIZE, mask=needed, other=0.0).to(tl.float32)
+    x3 = tl.load(place + 3 * SIZE, mask=needed, other=0.0).to(tl.float32)
     sums = tl.sum(found, axis=0)
     squares = tl.sum(tl.where(output == OUTPUTS, sums, 0.0), axis=0)
     m = sums * tl.rsqrt(squares / (4 * SIZE) + norm_eps)
-
-    total = (_sigmoid(_factor(m, scale_pre, base_ptr, output, 0)) + eps) * x0
-    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 1)) + eps) * x1
-    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 2)) + eps) * x2
-    total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 3)) + eps) * x3
-    total = total.to(out_ptr.dtype.element_ty)
-    if not HEAD:
-        wide = total.to(tl.float32)
-        wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + norm_eps)
-        total = with_gain(wide, gain, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * SIZE + channel, total, mask=inside)
-    if not HEAD:
+    if first:
+        total = (_sigmoid(_factor(m, scale_pre, base_ptr, output, 0)) + eps) * x0
+        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 1)) + eps) * x1
+        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 2)) + eps) * x2
+        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 3)) + eps) * x3
+        total = total.to(out_ptr.dtype.element_ty)
+        if not HEAD:
+            wide = total.to(tl.float32)
+            wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + norm_eps)
+            total = with_gain(wide, gain, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * SIZE + channel, total, mask=inside)
+    elif not HEAD:
         for k in tl.static_range(4):
             factor = 2 * _sigmoid(_factor(m, scale_post, base_ptr, output, 4 + k))
             tl.store(post_ptr + token * 4 + k, factor)
@@ -346,16 +353,24 @@ def stream_sum_kernel(
         c0, c1, c2, c3 = _row(m, scale_comb, base_ptr, output, 16, eps)
         d0, d1, d2, d3 = _row(m, scale_comb, base_ptr, output, 20, eps)
         for each in range(2 * iterations - 1):
-            if each % 2 == 0:
-                a0, b0, c0, d0 = _even(a0, b0, c0, d0, eps)
-                a1, b1, c1, d1 = _even(a1, b1, c1, d1, eps)
-                a2, b2, c2, d2 = _even(a2, b2, c2, d2, eps)
-                a3, b3, c3, d3 = _even(a3, b3, c3, d3, eps)
+            if each % 2 == 0:  # by columns, else by rows
+                s0, s1, s2, s3 = _inverses(
+                    (a0 + b0) + (c0 + d0), (a1 + b1) + (c1 + d1),
+                    (a2 + b2) + (c2 + d2), (a3 + b3) + (c3 + d3), eps,
+                )  # fmt: skip
+                a0, b0, c0, d0 = a0 * s0, b0 * s0, c0 * s0, d0 * s0
+                a1, b1, c1, d1 = a1 * s1, b1 * s1, c1 * s1, d1 * s1
+                a2, b2, c2, d2 = a2 * s2, b2 * s2, c2 * s2, d2 * s2
+                a3, b3, c3, d3 = a3 * s3, b3 * s3, c3 * s3, d3 * s3
             else:
-                a0, a1, a2, a3 = _even(a0, a1, a2, a3, eps)
-                b0, b1, b2, b3 = _even(b0, b1, b2, b3, eps)
-                c0, c1, c2, c3 = _even(c0, c1, c2, c3, eps)
-                d0, d1, d2, d3 = _even(d0, d1, d2, d3, eps)
+                s0, s1, s2, s3 = _inverses(
+                    (a0 + a1) + (a2 + a3), (b0 + b1) + (b2 + b3),
+                    (c0 + c1) + (c2 + c3), (d0 + d1) + (d2 + d3), eps,
+                )  # fmt: skip
+                a0, a1, a2, a3 = a0 * s0, a1 * s0, a2 * s0, a3 * s0
+                b0, b1, b2, b3 = b0 * s1, b1 * s1, b2 * s1, b3 * s1
+                c0, c1, c2, c3 = c0 * s2, c1 * s2, c2 * s2, c3 * s2
+                d0, d1, d2, d3 = d0 * s3, d1 * s3, d2 * s3, d3 * s3
         _store_row(comb_ptr + token * 16, a0, a1, a2, a3)
         _store_row(comb_ptr + token * 16 + 4, b0, b1, b2, b3)
         _store_row(comb_ptr + token * 16 + 8, c0, c1, c2, c3)

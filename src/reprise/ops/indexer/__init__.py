@@ -1,6 +1,7 @@
 """Which compressed rows a token looks at: the lightning indexer of DeepSeek's sparse attention."""
 
 from reprise.ops.implementation import GraphSupport
+from reprise.ops.indexer.accepts import accepts
 from reprise.ops.indexer.cases import cases
 from reprise.ops.indexer.reference import reference
 from reprise.ops.registry import needs_triton, op
@@ -26,4 +27,5 @@ indexer.implementation(
     "reprise.ops.indexer.triton:indexer",
     requires=needs_triton,
     graph_support="always",
+    accepts=accepts,
 )

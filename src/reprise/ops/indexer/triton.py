@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.indexer.accepts import chunks_of
 from reprise.ops.load_codes import in_pairs, plain
 from reprise.ops.request_of import block_of, request_of
 from reprise.ops.triton_util import (
@@ -33,8 +34,6 @@ from reprise.ops.triton_util import (
 
 _MOST_SCORES = 1 << 24
 """Of tokens that are scored at once: the rest comes after them, in the same memory."""
-_CHUNK = 4096
-_MOST_CHUNKS = 16
 
 
 def indexer(
@@ -77,11 +76,8 @@ def bind(
         return lambda: None
     room = max(1, block_tables.shape[1] * keys.shape[1])
     at_once = min(tokens, max(1, _MOST_SCORES // room))
-    chunk = max(_CHUNK, next_power_of_2(cdiv(room, _MOST_CHUNKS)))
-    if INTERPRETED:
-        chunk = max(16, next_power_of_2(cdiv(room, 2)), next_power_of_2(top))
-    chunk = max(chunk, next_power_of_2(top))
-    chunks = cdiv(room, chunk)
+    # The interpreter's chunks are so small that there are two.
+    chunk, chunks = chunks_of(room, top, max(16, cdiv(room, 2))) if INTERPRETED else chunks_of(room, top)
     wide = query.element_size() == 4
     block_n = 32 if wide or INTERPRETED else 64
     parts = max(1, min(cdiv(room, block_n), 4 * limits(query.device).multiprocessors // at_once))
@@ -98,7 +94,7 @@ def bind(
     merged = next_power_of_2(chunks * top) if chunks > 1 else 0
     choose = {
         "TOP": top, "CHUNK": chunk, "MERGED": merged, "BLOCK": keys.shape[1],
-        "num_warps": warps(max(chunk, merged), per_thread=16), **shared,
+        "num_warps": warps(max(chunk, merged)), **shared,
     }  # fmt: skip
 
     def compute() -> None:
@@ -225,26 +221,80 @@ def _order(x):
 
 
 @triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _sums(a, b, c, d):
+    """One of each, found together."""
+    return tl.reduce((a, b, c, d), 0, _add_four)
+
+
+@triton.jit
+def _better(part: tl.constexpr, reach, over, which, reached, above, TOP: tl.constexpr):
+    """A part, how many keys reach it and how many the next one, if TOP do; else those of before."""
+    enough = reach >= TOP
+    return (
+        tl.where(enough, part, which),
+        tl.where(enough, reach, reached),
+        tl.where(enough, over, above),
+    )
+
+
+@triton.jit
 def _largest(keys, real, TOP: tl.constexpr):
     """Which TOP of ``keys`` are the largest, of equal ones the first; there are more than TOP.
 
-    The TOP-th largest is looked for between two bounds, the lower of which at least TOP keys reach.
+    The TOP-th largest is looked for in eight equal parts of a range at once, and then in the part
+    that has it. What is counted fits half a word: see :data:`accepts.MOST`.
     """
-    low = tl.min(tl.where(real, keys, 0x7FFFFFFF), axis=0).to(tl.int64)
-    high = tl.max(tl.where(real, keys, -0x7FFFFFFF), axis=0).to(tl.int64) + 1
-    count = tl.sum(real.to(tl.int32), axis=0)
-    while (high - low > 1) & (count != TOP):
-        middle = (low + high) // 2
-        reach = tl.sum((real & (keys >= middle.to(tl.int32))).to(tl.int32), axis=0)
-        enough = reach >= TOP
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        count = tl.where(enough, reach, count)
-    least = low.to(tl.int32)
-    above = real & (keys > least)
-    equal = real & (keys == least)
-    left = TOP - tl.sum(above.to(tl.int32), axis=0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= left))
+    low = tl.min(tl.where(real, keys, 0x7FFFFFFF), axis=0)
+    high = tl.max(tl.where(real, keys, -0x7FFFFFFF), axis=0)
+    # Those that are not there are as small as the smallest one: of more than TOP it is the last.
+    keys = tl.where(real, keys, low)
+    # Most often it is a sixteenth of the largest at least, where the range is a small one.
+    near = tl.maximum(high.to(tl.int64) - (1 << 25), low.to(tl.int64) + 1).to(tl.int32)
+    enough = tl.sum((keys >= near).to(tl.int32), axis=0) >= TOP
+    low = tl.where(enough, near - 1, low)
+    keys = tl.maximum(keys, low)
+    span = high.to(tl.int64) - low.to(tl.int64)
+    shift = 0
+    for bits in tl.static_range(3, 33, 3):
+        shift = tl.where((span >> bits) != 0, bits, shift)
+    above, reach = shift * 0, shift * 0 + (TOP + 1)
+    while (shift >= 0) & (reach != TOP):
+        # Of smaller keys, which wrap around, it is at least 8: ``low`` has gone up by whole ranges.
+        part = (keys - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        one = tl.where(part < 8, 1 << (part & 7).to(tl.int32) * 4, 0)
+        four = tl.sum(tl.reshape(one, [one.shape[0] // 4, 4]), axis=1)
+        MASK: tl.constexpr = 0x000F000F
+        a, b, c, d = _sums(four & MASK, four >> 4 & MASK, four >> 8 & MASK, four >> 12 & MASK)
+        # Keys that reach each part, from the last one on.
+        r7 = above + (d >> 16 & 0xFFFF)
+        r6 = r7 + (c >> 16 & 0xFFFF)
+        r5 = r6 + (b >> 16 & 0xFFFF)
+        r4 = r5 + (a >> 16 & 0xFFFF)
+        r3 = r4 + (d & 0xFFFF)
+        r2 = r3 + (c & 0xFFFF)
+        r1 = r2 + (b & 0xFFFF)
+        r0 = r1 + (a & 0xFFFF)
+        which, reach, over = shift * 0, r0, r1
+        which, reach, over = _better(1, r1, r2, which, reach, over, TOP)
+        which, reach, over = _better(2, r2, r3, which, reach, over, TOP)
+        which, reach, over = _better(3, r3, r4, which, reach, over, TOP)
+        which, reach, over = _better(4, r4, r5, which, reach, over, TOP)
+        which, reach, over = _better(5, r5, r6, which, reach, over, TOP)
+        which, reach, over = _better(6, r6, r7, which, reach, over, TOP)
+        which, reach, over = _better(7, r7, above, which, reach, over, TOP)
+        above = over
+        low += which << shift
+        shift -= 3
+    taken = real & (keys >= low)
+    if reach != TOP:
+        equal = real & (keys == low)
+        taken = taken & ((keys > low) | (tl.cumsum(equal.to(tl.int32), axis=0) <= TOP - above))
+    return taken
 
 
 @triton.jit

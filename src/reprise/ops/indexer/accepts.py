@@ -1,0 +1,23 @@
+from torch import Tensor
+
+MOST = 1 << 15
+"""Rows that a program chooses among: it counts them in half a word."""
+_CHUNK = 4096
+_MOST_CHUNKS = 16
+
+
+def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
+    """Rows of a chunk, a power of two, and how many chunks there are of at most ``room`` rows of
+    which ``top`` are chosen."""
+    wanted = max(min(least, room), -(-room // _MOST_CHUNKS), top)
+    chunk = 1 << (min(MOST, wanted) - 1).bit_length()
+    return chunk, -(-room // chunk)
+
+
+def accepts(keys: Tensor, block_tables: Tensor, out: Tensor, **_: object) -> str | None:
+    """Which calls the kernels compute."""
+    room, top = block_tables.shape[1] * keys.shape[1], out.shape[1]
+    chunks = chunks_of(room, top)[1]
+    if top > MOST or (chunks > 1 and chunks * top > MOST):
+        return f"{top} of {room} rows are more than these kernels choose"
+    return None
