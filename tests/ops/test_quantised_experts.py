@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from reprise import ops
+from reprise.ops import OpTable
 from reprise.ops.cases import Maker
+from reprise.ops.mxfp4_experts.reference import dequantise
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -116,3 +118,46 @@ def test_tiles_of_every_size(op, kernel, platform, monkeypatch, pytestconfig) ->
     for config in configs:
         monkeypatch.setattr(module, "config_for", lambda *sizes, c=config: c)
         agree(op, kernel, arguments)
+
+
+@pytest.fixture
+def four_bits(implementation):
+    return implementation(ops.mxfp4_experts, "triton")
+
+
+@pytest.mark.parametrize("config", [(8, 16, 256, 3, 2), (16, 32, 64, 3, 2)])
+def test_every_number_of_four_bits_with_every_power(four_bits, platform, config) -> None:
+    """To the bit: each row of ``x`` is one of the inputs alone. bfloat16, where few rows of an expert
+    have a kernel of their own."""
+    from reprise.ops.experts.grouped_kernel import Config
+    from reprise.ops.experts.groups import sort_by_expert
+    from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows
+
+    device, features, inputs = platform.device, 24, 96
+    codes = torch.arange(features * inputs // 2).view(features, -1) * 37 % 256
+    codes = torch.stack((codes, 255 - codes)).to(device, torch.uint8).view(torch.int8)
+    # From 2 ** -93 to 2 ** 33.
+    powers = torch.arange(2 * features * inputs // 32).view(2, features, -1) * 11 % 127 + 34
+    powers = powers.to(device, torch.uint8)
+    x = torch.eye(inputs, device=device, dtype=torch.bfloat16)
+    ids = (torch.arange(inputs, device=device, dtype=torch.int32) % 2).view(-1, 1)
+    out = x.new_empty(inputs, features)
+    with OpTable(platform).activate():
+        sizes = Config(*config, swap=True)
+        groups = sort_by_expert(ids, 2, sizes.block_m)
+        # The second product reads its rows in the order of groups.
+        rows = x[torch.argsort(ids.view(-1), stable=True)].contiguous()
+        launch_few_rows(rows, codes, powers, groups, out, sizes, top=1, gated=False)
+    weight = dequantise(codes, powers)
+    expected = weight[ids.view(-1).long(), :, torch.arange(inputs, device=device)]
+    wrong = out.float() != expected
+    assert not wrong.any(), (out.float()[wrong], expected[wrong])
+
+
+def test_a_power_that_is_no_number_is_not_taken_for_one(four_bits, platform) -> None:
+    """255, and what bfloat16 has no room for."""
+    make = Maker(platform.device, torch.bfloat16)
+    for scale in (255, 200):
+        arguments = dict(ops.mxfp4_experts.cases.small(make)[0])
+        arguments["gate_up_scale"] = torch.full_like(arguments["gate_up_scale"], scale)
+        assert not four_bits(**arguments).isfinite().any()

@@ -7,7 +7,7 @@ and so on are two shifts away from being two bfloat16 in one register. So there 
 for each tile of words, each with two of eight inputs of ``x``. What the bits are then is a number
 times 2 ** -126, as small as numbers get; the power of two that they are multiplied with makes good
 for most of that, and the sum for the rest, so that one product is enough. Numbers are exact where
-that power is from 2 ** -94 to 2 ** 33; a larger one is infinite, and below numbers lose bits.
+that power is from 2 ** -93 to 2 ** 33; a larger one is infinite, and below numbers lose bits.
 """
 
 from __future__ import annotations
