@@ -127,8 +127,7 @@ def four_bits(implementation):
 
 @pytest.mark.parametrize("config", [(8, 16, 256, 3, 2), (16, 32, 64, 3, 2)])
 def test_every_number_of_four_bits_with_every_power(four_bits, platform, config) -> None:
-    """To the bit: each row of ``x`` is one of the inputs alone. bfloat16, where few rows of an expert
-    have a kernel of their own."""
+    """To the bit, in the kernel that few rows have in bfloat16: each is one of the inputs alone."""
     from reprise.ops.experts.grouped_kernel import Config
     from reprise.ops.experts.groups import sort_by_expert
     from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows

@@ -77,7 +77,9 @@ def bind(
     room = max(1, block_tables.shape[1] * keys.shape[1])
     at_once = min(tokens, max(1, _MOST_SCORES // room))
     # The interpreter's chunks are so small that there are two.
-    chunk, chunks = chunks_of(room, top, max(16, cdiv(room, 2))) if INTERPRETED else chunks_of(room, top)
+    chunk, chunks = (
+        chunks_of(room, top, max(16, cdiv(room, 2))) if INTERPRETED else chunks_of(room, top)
+    )
     wide = query.element_size() == 4
     block_n = 32 if wide or INTERPRETED else 64
     parts = max(1, min(cdiv(room, block_n), 4 * limits(query.device).multiprocessors // at_once))

@@ -10,9 +10,3 @@ mxfp4_experts.implementation(
     "reprise.ops.mxfp4_experts.triton:mxfp4_experts",
     requires=needs_triton,
 )
-mxfp4_experts.implementation(
-    "pairs",
-    "reprise.ops.mxfp4_experts.triton:in_pairs",
-    requires=needs_triton,
-    on_request="its results have not been compared on a device yet",
-)

@@ -85,7 +85,7 @@ def _halves(words, kind: tl.constexpr):
 
 @triton.jit
 def _pair(words, WHICH: tl.constexpr):
-    """Of each word number WHICH and the fourth behind it, as bfloat16 in two halves, times 2 ** -126.
+    """Of each word number WHICH and the fourth behind it, as two bfloat16, times 2 ** -126.
 
     Sign, exponent and mantissa are put in two places each, of which one has the sign and the other
     the rest: a product takes less time than a second shift."""

@@ -41,7 +41,6 @@ def launch_grouped(
     top: int,
     gated: bool,
     limit: float = 0.0,
-    pairs: bool = False,
 ) -> None:
     """Multiply each group's rows with its expert's weight.
 
@@ -58,7 +57,6 @@ def launch_grouped(
         top: Slots of a row.
         gated: This is the first of both products.
         limit: What gates and ups are clamped to; 0: they are not.
-        pairs: Numbers of ``weight`` are made two at a time: by PTX, of bfloat16.
     """
     features, inputs = out.shape[1], x.shape[1]
     columns = cdiv(features, config.block_n // 2 if gated else config.block_n)
@@ -84,8 +82,6 @@ def launch_grouped(
         TOP=top,
         GATED=gated,
         CLAMPS=limit != 0,
-        SWAP=config.swap,
-        PAIRS=pairs and x.dtype is torch.bfloat16,
         WIDEN=INTERPRETED,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -103,58 +99,6 @@ def _numbers(codes, power, kind: tl.constexpr):
     half = ((bits & 8) << 12) | ((bits & 7) << 9)  # float16 of a 16384th
     wide = half.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     return (wide * power.to(tl.float32)).to(kind)
-
-
-@triton.jit
-def _both(codes, power):
-    """What the low four bits of each byte stand for, and the high ones, times ``power``; bfloat16.
-
-    Sign, exponent and mantissa become those of two numbers in one register, as small as numbers get
-    there, and a product with 2 ** 126 makes them what they stand for: six instructions for two.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 pair, sign, rest, nothing, large, minus;
-        mov.b32 nothing, 0;
-        mov.b32 large, 0x7E807E80;
-        mov.b32 minus, 0x80008000;
-        prmt.b32 pair, $4, nothing, 0x1404;
-        shl.b32 sign, pair, 4;
-        and.b32 sign, sign, minus;
-        shr.u32 rest, pair, 2;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 sign, sign, rest;
-        fma.rn.bf16x2 sign, sign, large, minus;
-        fma.rn.bf16x2 $0, sign, $5, minus;
-        and.b32 sign, pair, minus;
-        shr.u32 rest, pair, 6;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 sign, sign, rest;
-        fma.rn.bf16x2 sign, sign, large, minus;
-        fma.rn.bf16x2 $2, sign, $5, minus;
-        prmt.b32 pair, $4, nothing, 0x3424;
-        shl.b32 sign, pair, 4;
-        and.b32 sign, sign, minus;
-        shr.u32 rest, pair, 2;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 sign, sign, rest;
-        fma.rn.bf16x2 sign, sign, large, minus;
-        fma.rn.bf16x2 $1, sign, $6, minus;
-        and.b32 sign, pair, minus;
-        shr.u32 rest, pair, 6;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 sign, sign, rest;
-        fma.rn.bf16x2 sign, sign, large, minus;
-        fma.rn.bf16x2 $3, sign, $6, minus;
-        }
-        """,
-        "=&r,=&r,=&r,=&r,r,r,r",
-        [codes, power],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
 
 
 @triton.jit
@@ -184,8 +128,6 @@ def mxfp4_grouped_kernel(
     TOP: tl.constexpr,
     GATED: tl.constexpr,
     CLAMPS: tl.constexpr,
-    SWAP: tl.constexpr,
-    PAIRS: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -214,10 +156,7 @@ def mxfp4_grouped_kernel(
         weight_tile = weight_ptr + at * (INPUTS // 2) + byte[None, :]
         exponent_tile = exponents_ptr + at * (INPUTS // GROUP) + group[None, :]
         kind: tl.constexpr = tl.bfloat16 if x_ptr.dtype.element_ty == tl.bfloat16 else tl.float32
-        if SWAP:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        else:
-            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, INPUTS, BLOCK_K):
             if INPUTS % BLOCK_K == 0:
                 codes = tl.load(weight_tile + start // 2, mask=inside, other=0)
@@ -233,15 +172,8 @@ def mxfp4_grouped_kernel(
             power = _powers(exponents).to(kind)  # all of them are numbers of any kind
             each = tl.broadcast_to(power[:, :, None], [BLOCK_N, BLOCK_K // GROUP, SHARED])
             power = tl.reshape(each, [BLOCK_N, BYTES])
-            if PAIRS:
-                low, high = _both(codes, power)
-            else:
-                low, high = _numbers(codes, power, kind), _numbers(codes >> 4, power, kind)
+            low, high = _numbers(codes, power, kind), _numbers(codes >> 4, power, kind)
             even, odd = tl.split(tl.reshape(x.to(kind), [BLOCK_M, BYTES, 2]))
-            if SWAP:
-                acc = dot(low, even.T, acc, WIDEN)
-                acc = dot(high, odd.T, acc, WIDEN)
-            else:
-                acc = dot(even, low.T, acc, WIDEN)
-                acc = dot(odd, high.T, acc, WIDEN)
-        finish(acc, out_ptr, place, slot, real, column, features, limit, GATED, SWAP, CLAMPS)
+            acc = dot(even, low.T, acc, WIDEN)
+            acc = dot(odd, high.T, acc, WIDEN)
+        finish(acc, out_ptr, place, slot, real, column, features, limit, GATED, False, CLAMPS)

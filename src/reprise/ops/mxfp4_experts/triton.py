@@ -3,8 +3,6 @@ some row was sent to reads its weight once, in tiles of few rows or of many."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from reprise.ops.experts.groups import Groups
 from reprise.ops.experts.in_tiles import in_tiles
 from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows
 from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
-from reprise.ops.triton_util import takes_ptx
 
 _BY_ROWS = (
     (2, Config(8, 64, 256, 3, 2, swap=True)),
@@ -36,38 +33,24 @@ def mxfp4_experts(
     down: Tensor,
     down_scale: Tensor,
     limit: float,
-    *,
-    pairs: bool = False,
 ) -> Tensor:
-    """Shapes as in the reference.
-
-    Args:
-        pairs: Make numbers two at a time, where the kernel may have PTX.
-    """
-    pairs = pairs and takes_ptx()
+    """Shapes as in the reference."""
     top = ids.shape[1]
     count, _, half = down.shape
     config = config_for(x, ids.numel(), count)
+    few = config.swap and x.dtype is torch.bfloat16
+    launch_product = launch_few_rows if few else launch_grouped
 
     def multiply(rows: Tensor, groups: Groups, out: Tensor, *, gated: bool) -> None:
         weight, exponents = (gate_up, gate_up_scale) if gated else (down, down_scale)
-        if config.swap and x.dtype is torch.bfloat16:
-            launch_few_rows(
-                rows, weight, exponents, groups, out, config, top=top, gated=gated,
-                limit=limit if gated else 0.0,
-            )  # fmt: skip
-            return
-        launch_grouped(
+        launch_product(
             rows, weight, exponents, groups, out, config, top=top, gated=gated,
-            limit=limit if gated else 0.0, pairs=pairs,
+            limit=limit if gated else 0.0,
         )  # fmt: skip
 
     out = x.new_empty(x.shape)
     in_tiles(x, weights, ids, count, 2 * half, config.block_m, multiply, out)
     return out
-
-
-in_pairs = functools.partial(mxfp4_experts, pairs=True)
 
 
 def config_for(x: Tensor, slots: int, experts: int) -> Config:
