@@ -261,10 +261,10 @@ def _largest(keys, real, TOP: tl.constexpr):
     low = tl.where(enough, near - 1, low)
     keys = tl.maximum(keys, low)
     span = high.to(tl.int64) - low.to(tl.int64)
-    shift = 0
+    shift = low * 0
     for bits in tl.static_range(3, 33, 3):
         shift = tl.where((span >> bits) != 0, bits, shift)
-    above, reach = shift * 0, shift * 0 + (TOP + 1)
+    above, reach = low * 0, low * 0 + (TOP + 1)
     while (shift >= 0) & (reach != TOP):
         # Of smaller keys, which wrap around, it is at least 8: ``low`` has gone up by whole ranges.
         part = (keys - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
