@@ -79,6 +79,31 @@ def test_the_choice_where_chunks_meet(agree, platform, top) -> None:
     agree("indexer", make)
 
 
+@pytest.mark.parametrize("kind", ["far apart", "side by side", "negative", "both signs"])
+def test_the_choice_among_any_scores(agree, platform, kind) -> None:
+    """From 1e-30 to 1e30, and of neighbouring bits; of two heads one adds and one subtracts."""
+
+    def make():
+        found = index_arguments(
+            Maker(platform.device, torch.float32), [150, 203, 96], [1] * 3, 9, 2, 32, 1
+        )
+        generator = torch.Generator().manual_seed(0)
+        keys = found["keys"].zero_()
+        sizes = torch.rand(keys.shape[:2], generator=generator)
+        near = kind == "side by side"
+        sizes = 1 + (40 * sizes).int() * 2**-23 if near else 10 ** (60 * sizes - 30)
+        share = {"negative": 1.0, "both signs": 0.5}.get(kind, 0.0)
+        second = torch.rand(sizes.shape, generator=generator) < share
+        keys[..., 0] = torch.where(second, 0.0, sizes).to(keys.device)
+        keys[..., 1] = torch.where(second, sizes, 0.0).to(keys.device)
+        found["query"].zero_()
+        found["query"][:, 0, 0] = found["query"][:, 1, 1] = 1.0
+        found["weights"][:, 0], found["weights"][:, 1] = 1.0, -1.0
+        return {**found, "scale": 1.0}
+
+    agree("indexer", make)
+
+
 @pytest.mark.parametrize(
     ("every", "top"),
     [
