@@ -12,6 +12,8 @@ that power is from 2 ** -93 to 2 ** 33; a larger one is infinite, and below numb
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +25,19 @@ from reprise.ops.experts.tile import finish, tile_of
 from reprise.ops.mxfp4_experts.reference import GROUP
 from reprise.ops.triton_util import (
     INTERPRETED,
+    DeviceLimits,
     cdiv,
     depend,
     dot,
     launch,
     launch_options,
+    limits,
     next_power_of_2,
     takes_ptx,
 )
+
+_PROGRAMS = 4
+"""On a multiprocessor, at least, before tiles become narrower."""
 
 
 def launch_few_rows(
@@ -47,7 +54,10 @@ def launch_few_rows(
 ) -> None:
     """Multiply each group's rows with its expert's weight; as :func:`launch_grouped`, bfloat16."""
     features, inputs = out.shape[1], x.shape[1]
+    config = narrowed(config, groups.most * (2 if gated else 1) * features, limits(x.device))
     columns = cdiv(features, config.block_n // 2 if gated else config.block_n)
+    # Of each word two inputs are multiplied at once, and the matrix units take sixteen.
+    block_k = min(config.block_k, max(64, next_power_of_2(inputs)))
     launch(mxfp4_few_rows_kernel, (groups.most * columns,))(
         x,
         weight.view(torch.int32),
@@ -69,11 +79,20 @@ def launch_few_rows(
         WIDEN=INTERPRETED,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=min(config.block_k, next_power_of_2(inputs)),
+        BLOCK_K=block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
     )
+
+
+def narrowed(config: Config, rows: int, device: DeviceLimits) -> Config:
+    """With a tile of fewer rows of the weight where all have so many ``rows`` that they occupy no
+    device with programs: one warp takes 32 of them, or 16."""
+    for block_n, stages in ((32, 3), (16, 4)):
+        if config.block_n > block_n and rows < _PROGRAMS * device.multiprocessors * config.block_n:
+            config = replace(config, block_n=block_n, num_warps=1, num_stages=stages)
+    return config
 
 
 @triton.jit
