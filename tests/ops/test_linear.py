@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reprise.ops import linear, linear_add, linear_into, norm_gated_linear, norm_linear
+from reprise.ops import (
+    gated_linear,
+    linear,
+    linear_add,
+    linear_into,
+    norm_gated_linear,
+    norm_linear,
+)
 
 
 @pytest.mark.parametrize("name", list(linear.implementations))
@@ -80,7 +87,7 @@ SIZES = [
 
 ROWS = [(1, False), (1, True), (2, True), (100, False), (2, False), (100, True)]
 """And whether there is a bias."""
-OPS = [linear, norm_linear, norm_gated_linear, linear_add]
+OPS = [linear, norm_linear, norm_gated_linear, linear_add, gated_linear]
 
 
 def in_short_runs(op: int, size: int, rows: int) -> bool:
@@ -101,7 +108,7 @@ def in_short_runs(op: int, size: int, rows: int) -> bool:
 def test_triton(implementation, dtypes, randn, op, features, inputs, rows, with_bias) -> None:
     triton, reference = implementation(op, "triton"), implementation(op, "reference")
     for dtype in dtypes:
-        outputs = 2 * features if op is norm_gated_linear else features
+        outputs = 2 * features if op in (gated_linear, norm_gated_linear) else features
         weight = (randn(outputs, inputs) / inputs**0.5).to(dtype)
         named = {
             "x": randn(rows, inputs, dtype=dtype),

@@ -53,7 +53,7 @@ def test_what_kernels_do_not_take_is_summed_by_the_backend(
         triton.all_reduce_add(partial, residual, ranks.group.name)
         assert torch.equal(residual, torch.full((2, 8), 2.0))
         gain = torch.ones(8)
-        out = triton.fused_all_reduce_add_norm(partial, residual, gain, 0.0, ranks.group.name)
+        out = triton.all_reduce_add_norm(partial, residual, gain, 0.0, ranks.group.name)
         assert torch.equal(residual, torch.full((2, 8), 3.0))
         torch.testing.assert_close(out, torch.ones(2, 8))
     for rows, width, dtype, taken in (

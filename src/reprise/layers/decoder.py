@@ -10,6 +10,7 @@ from reprise import ops
 from reprise.cache import Batch
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Residual, tensor
+from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
 from reprise.layers.unseen import Unseen
 
@@ -67,7 +68,8 @@ class DecoderLayer(nn.Module):
     def forward(self, residual: Residual, batch: Batch) -> None:
         """residual: Of [T, D], added to."""
         residual.add(self.self_attn(residual.normed(self.input_layernorm), batch))
-        residual.add(self.mlp(residual.normed(self.post_attention_layernorm), batch))
+        late = isinstance(self.mlp, GatedMLP) and self.mlp.norms
+        residual.add(self.mlp(residual.normed(self.post_attention_layernorm, late=late), batch))
 
 
 class Decoder(nn.Module):

@@ -76,9 +76,9 @@ class Residual:
             added.linear.add(added.x, self._values)
         return self._values
 
-    def normed(self, norm: RMSNorm) -> Tensor | Normed:
-        """Its norm, for a product that reads it."""
+    def normed(self, norm: RMSNorm, *, late: bool = False) -> Tensor | Normed:
+        """Its norm, for a product that reads it. ``late``: that one computes it in any case."""
+        if late or self._added is None:
+            return Normed(self.values, norm)
         added, self._added = self._added, None
-        if added is None:
-            return Normed(self._values, norm)
         return added.linear.add_normed(added.x, self._values, norm)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from reprise import ops
 from reprise.cache import Batch
 from reprise.layers.build import Build
+from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product
 from reprise.layers.linear import Linear
 
@@ -40,6 +41,9 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(
             build.at(down), intermediate_size, hidden_size, split="in", bias=bias
         )
+        kind = type(self.gate_up_proj.format)
+        self.norms = kind.gated is Format.gated and kind.norm_gated is not Format.norm_gated
+        """Gates are one op with the norm before them, and two without it."""
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much. Reads nothing of the batch; others may."""

@@ -36,6 +36,7 @@ from reprise.ops.hyper_connection import hyper_connection as hyper_connection
 from reprise.ops.hyper_head import hyper_head as hyper_head
 from reprise.ops.indexer import indexer as indexer
 from reprise.ops.kv_insert import kv_insert as kv_insert
+from reprise.ops.linear import gated_linear as gated_linear
 from reprise.ops.linear import linear as linear
 from reprise.ops.linear import linear_add as linear_add
 from reprise.ops.linear import linear_into as linear_into

@@ -26,6 +26,9 @@ class Dense(Format):
     def by_groups(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return ops.grouped_output(x, tensors["weight"])
 
+    def gated(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return ops.gated_linear(x, tensors["weight"], bias)
+
     def norm_linear(
         self,
         x: Tensor,

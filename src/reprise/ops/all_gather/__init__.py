@@ -27,6 +27,5 @@ all_gather.implementation(
     "reprise.ops.all_gather.triton:all_gather",
     requires=needs_triton,
     accepts=_columns_adjoin,
-    on_request="no device has run it",
     batch_invariant=True,
 )

@@ -54,12 +54,6 @@ all_reduce_add_norm.implementation(
     "triton", "reprise.ops.all_reduce.triton:all_reduce_add_norm", requires=needs_triton
 )
 all_reduce_add_norm.implementation(
-    "fused",
-    "reprise.ops.all_reduce.triton:fused_all_reduce_add_norm",
-    requires=needs_triton,
-    on_request="no device has run it",
-)
-all_reduce_add_norm.implementation(
     "invariant",
     "reprise.ops.all_reduce.invariant:all_reduce_add_norm",
     requires=needs_host_memory,

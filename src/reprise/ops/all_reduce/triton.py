@@ -52,18 +52,11 @@ def all_reduce_add(partial: Tensor, residual: Tensor, group: str) -> None:
 def all_reduce_add_norm(
     partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
 ) -> Tensor:
-    """Shapes as in the reference; the norm is a kernel of its own."""
-    all_reduce_add(partial, residual, group)
-    return rms_norm(residual, weight, eps)
-
-
-def fused_all_reduce_add_norm(
-    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
-) -> Tensor:
     """Shapes as in the reference."""
     buffer = communicator(group).symmetric
     if buffer is None or not norms(partial, residual):
-        return all_reduce_add_norm(partial, residual, weight, eps, group)
+        all_reduce_add(partial, residual, group)
+        return rms_norm(residual, weight, eps)
     communicator(group).begin()
     return push_norm(buffer, partial, residual, weight, eps)
 

@@ -21,7 +21,6 @@ for _op in (dispatch, combine):
         f"reprise.ops.dispatch.triton:{_op.name}",
         requires=needs_triton,
         accepts=reached,
-        on_request="alone it was right on two devices, and no engine has run with it there",
     )
     _op.implementation(
         "all_to_all",

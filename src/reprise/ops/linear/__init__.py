@@ -47,6 +47,7 @@ def _declare(name: str, *implementations: str, mutates: tuple[str, ...] = ()) ->
 
 
 linear = _declare("linear", "triton", "onednn", "cpp")
+gated_linear = _declare("gated_linear", "triton", "onednn", "cpp")
 norm_linear = _declare("norm_linear", "triton", "onednn", "cpp")
 norm_gated_linear = _declare("norm_gated_linear", "triton", "onednn", "cpp")
 linear_add = _declare("linear_add", "triton", "onednn", "cpp", mutates=("residual",))

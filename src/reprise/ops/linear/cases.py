@@ -105,7 +105,14 @@ def _linear_add_workloads(make: Maker) -> Iterator[Workload]:
                 yield _workload(make, model, tokens, model.hidden, inputs, "bias", "residual")
 
 
+def _gated_linear_workloads(make: Maker) -> Iterator[Workload]:
+    for model in (SMALL, LARGE):
+        for tokens in _TOKENS:
+            yield _workload(make, model, tokens, 2 * model.intermediate, model.hidden, "bias")
+
+
 linear = Cases(_linear, _linear_workloads)
+gated_linear = Cases(_linear, _gated_linear_workloads)
 norm_linear = Cases(_norm_linear, _norm_linear_workloads)
 norm_gated_linear = Cases(_norm_linear, _norm_gated_linear_workloads)
 linear_add = Cases(_linear_add, _linear_add_workloads)

@@ -81,6 +81,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @puts_off
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.shape[0] % 2 or not _takes(x, weight, bias):
+        return aside(onednn.gated_linear, x, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    return _product(x, None, weight, bias, out, _GATED)
+
+
+@puts_off
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:

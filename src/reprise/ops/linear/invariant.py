@@ -47,6 +47,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result if bias is None else result.add_(bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_and_mul(linear(x, weight, bias))
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -54,6 +54,10 @@ def _weight_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias.unsqueeze(1), weight, columns).t()
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_and_mul(_product(x, weight, bias).contiguous())
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:

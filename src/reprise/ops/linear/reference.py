@@ -20,6 +20,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``silu(gate) * up`` of :func:`linear`.
+
+    Args:
+        x: [T, K].
+        weight: [2*I, K], the rows of the gate first.
+        bias: [2*I], or None.
+
+    Returns:
+        [T, I], contiguous.
+    """
+    return silu_and_mul(linear(x, weight, bias))
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -81,6 +95,10 @@ def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def fake_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] // 2))
 
 
 def fake_norm_linear(

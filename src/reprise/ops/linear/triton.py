@@ -47,6 +47,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes as in the reference."""
+    launch_product = _kernel_of(x, weight, gated=True)
+    if launch_product is None:
+        return silu_and_mul(F.linear(x, weight, bias))
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    launch_product(x, weight, bias, out, gated=True)
+    return out
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -16,6 +16,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes as in the reference."""
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    launch_product(x, weight, bias, out, gated=True)
+    return out
+
+
 def norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -27,9 +34,7 @@ def norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Shapes as in the reference."""
-    out = x.new_empty((x.shape[0], weight.shape[0] // 2))
-    launch_product(rms_norm(x, norm_weight, eps), weight, bias, out, gated=True)
-    return out
+    return gated_linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
