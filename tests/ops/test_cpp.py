@@ -17,6 +17,7 @@ from torch import Tensor
 from reprise.errors import OpError
 from reprise.ops import (
     cpp,
+    gated_linear,
     linear,
     linear_add,
     norm_gated_linear,
@@ -200,7 +201,10 @@ def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> No
 
 def test_a_cpu_gets_them() -> None:
     chosen = OpTable(CpuPlatform()).chosen
-    for each in (linear, norm_linear, norm_gated_linear, linear_add, rotary_cache, paged_attention):
+    for each in (
+        linear, gated_linear, norm_linear, norm_gated_linear, linear_add, rotary_cache,
+        paged_attention,
+    ):  # fmt: skip
         assert chosen[each.name].name == "cpp"
 
 

@@ -49,7 +49,7 @@ def words_of(x: Tensor, out: Tensor) -> int:
     ):
         return 0
     words = x.shape[1] * x.itemsize // 4
-    return next((n for n in _WORDS if len(x) * cdiv(words, n) <= _MOST_ALONE), _WORDS[-1])
+    return next((n for n in _WORDS if len(x) * cdiv(words, n) <= _MOST_ALONE), 0)
 
 
 def push_beside(buffer: SymmetricBuffer, x: Tensor, out: Tensor, block: int) -> None:
