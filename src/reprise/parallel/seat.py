@@ -80,10 +80,11 @@ def join(
     """
     store = TCPStore("127.0.0.1", seat.port, is_master=False)
     group = seat.group_of(rank)
+    wanted = any(config.ops.get(op, NEED_IT) == NEED_IT for op in ROWS)
+    direct = config.custom_all_reduce and wanted
     made = connect(
-        group, platform.dist_backend, store, platform.device, seat.timeout,
-        direct=config.custom_all_reduce and any(config.ops.get(op) == NEED_IT for op in ROWS),
-    )  # fmt: skip
+        group, platform.dist_backend, store, platform.device, seat.timeout, direct=direct
+    )
     prove_direct(made, platform, board, config.ops, ROWS)
     both = [made] if beside is None else [made, beside]
 
