@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from helpers import TinyModels, make_llm, random_ids
 from torch.overrides import TorchFunctionMode
 
+import reprise
 from reprise import LLM, SamplingParams
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -102,3 +105,24 @@ def test_no_bit_of_an_answer_changes(
         inside = make_llm(model, device, **options)
         assert answers(inside) == expected
     assert answers(inside) == expected
+
+
+FACTORIES = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"}
+ELSEWHERE = ("bench", "doctor", "testing", "cases.py")
+"""What runs in processes of its own."""
+
+
+def test_tensors_name_their_dtype() -> None:
+    """What they have by default is the program's to say, for all of its threads."""
+    root = Path(reprise.__file__).parent
+    found = []
+    for path in root.rglob("*.py"):
+        if set(ELSEWHERE) & set(path.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords):
+                    named = {each.arg for each in keywords}
+                    if name in FACTORIES and not named & {"dtype", "out", None}:
+                        found.append(f"{path.relative_to(root)}:{node.lineno}: torch.{name}")
+    assert not found

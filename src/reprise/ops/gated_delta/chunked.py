@@ -97,7 +97,7 @@ def gated_delta(
         out[begin:end] = answer.to(out.dtype)
         state[slot] = after.to(state.dtype)
     for count, some in short.items():
-        rows = torch.tensor(some, device=qkv.device)
+        rows = torch.tensor(some, dtype=torch.int64, device=qkv.device)
         begins = query_start_loc[rows].long().unsqueeze(1)
         step.together(count, rows, begins + torch.arange(count, device=qkv.device))
 

@@ -80,7 +80,7 @@ def tokens_of(cache: Tensor, scales: Tensor | None, place: Place, dtype: torch.d
     tokens = _tokens(cache, place)
     if scales is None:
         return tokens
-    blocks = torch.tensor(place.blocks)
+    blocks = torch.tensor(place.blocks, dtype=torch.int64)
     by_token = scales[blocks].transpose(1, 2).flatten(0, 1)[place.before : place.end]
     codes = tokens.reshape(-1).view(torch.uint8).int()
     numbers = _numbers_of(cache.dtype).index_select(0, codes).view(tokens.shape)
@@ -103,7 +103,7 @@ def _tokens(cache: Tensor, place: Place) -> Tensor:
     if blocks == list(range(start, start + len(blocks))):
         first = start * cache.shape[1]
         return cache.flatten(0, 1)[first + before : first + end]
-    return cache[torch.tensor(blocks)].flatten(0, 1)[before:end]
+    return cache[torch.tensor(blocks, dtype=torch.int64)].flatten(0, 1)[before:end]
 
 
 def _one_token(
