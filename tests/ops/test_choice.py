@@ -37,7 +37,7 @@ def op() -> Iterator[Op]:
         cases=Cases(lambda make: [{"x": make.randn(2, 3), "factor": 2.0, "y": None}]),
         fake=lambda x, factor, y=None: torch.empty_like(x),
     )
-    del registry._ops[name]
+    del registry.declared[name]
 
 
 class Counting:

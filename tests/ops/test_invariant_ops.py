@@ -95,7 +95,7 @@ class Two:
         return self.op
 
     def __exit__(self, *error: object) -> None:
-        del ops.registry._ops[self.op.name]
+        del ops.registry.declared[self.op.name]
 
 
 def _negative(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from reprise.errors import OpError
 from reprise.graphs.compare import same_bits
 from reprise.graphs.plan import support_of
 from reprise.ops import OpTable, all_ops, find, registry, rms_norm
+from reprise.ops import table as tables
 from reprise.ops.cases import Cases, Maker
 from reprise.platforms.cpu import CpuPlatform
 
@@ -55,10 +56,10 @@ def some(device: str, pytestconfig: pytest.Config) -> Callable[[Sequence[Any]], 
 @pytest.fixture
 def undeclared() -> Iterator[None]:
     """Ops that a test declares are gone afterwards; torch.library keeps their names."""
-    before = dict(registry._ops)
+    before = dict(registry.declared)
     yield
-    registry._ops.clear()
-    registry._ops.update(before)
+    registry.declared.clear()
+    registry.declared.update(before)
 
 
 def test_every_op_has_inputs_and_workloads_for_its_kernels() -> None:
@@ -364,7 +365,7 @@ def which_way() -> Iterator[registry.Op]:
     declared = registry.op("which_way", plus_one, cases=ONE, fake=torch.empty_like)
     declared.implementation("other", lambda x: x + 2)
     yield declared
-    del registry._ops["which_way"]
+    del registry.declared["which_way"]
 
 
 def test_tables_nest_and_unwind(which_way) -> None:
@@ -400,8 +401,8 @@ def test_an_op_declared_after_the_table_is_chosen_then(undeclared) -> None:
 
 
 def test_without_a_table_the_owner_of_the_tensor_chooses(monkeypatch, platform) -> None:
-    monkeypatch.setattr(registry, "_defaults", {})
+    monkeypatch.setattr(tables, "_defaults", {})
     # What interrupted a test before may have left a table active.
     contextvars.Context().run(rms_norm, *inputs("rms_norm", platform.device)[0])
-    (table,) = registry._defaults.values()
-    assert table.platform.device_type == platform.device_type
+    (found,) = tables._defaults.values()
+    assert found.platform.device_type == platform.device_type

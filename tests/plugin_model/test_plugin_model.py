@@ -40,10 +40,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the package is. What it declares is gone afterwards; torch.library keeps the names."""
     path = tmp_path_factory.mktemp("site")
     install_package(Path(__file__).parent, path)
-    before = dict(registry._ops)
+    before = dict(registry.declared)
     yield path
-    registry._ops.clear()
-    registry._ops.update(before)
+    registry.declared.clear()
+    registry.declared.update(before)
 
 
 @pytest.fixture

@@ -1,0 +1,185 @@
+"""Which implementation computes each op, in an engine and outside of one."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from reprise import platforms
+from reprise.errors import OpError
+from reprise.ops.choice import NOT_INVARIANT, ByArguments
+from reprise.ops.declaration import Op, declared
+from reprise.ops.implementation import Implementation, anything
+from reprise.platforms import Platform
+
+active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
+"""Of the engine that computes in this thread."""
+_defaults: dict[str, OpTable] = {}
+_memory_outside_engines: dict[str, torch.Tensor] = {}
+
+
+class OpTable:
+    """The implementation of every op that one engine uses. Active while the engine computes."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        overrides: Mapping[str, str] | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Choose once.
+
+        Args:
+            platform: The device.
+            overrides: Op name to the implementation to use instead of the platform's choice.
+            batch_invariant: Use only implementations whose bits of a row depend on that row alone.
+                An op that has none here cannot be called.
+
+        Raises:
+            OpError: An override names an unknown op, or an implementation that cannot run here, or
+                one that is not batch-invariant and has to be.
+        """
+        overrides = overrides or {}
+        for name in overrides:
+            if name not in declared:
+                raise OpError(f"--op {name}=...: no such op; known: {', '.join(sorted(declared))}")
+        self.platform = platform
+        self.batch_invariant = batch_invariant
+        self.candidates = {
+            name: each.candidates(platform, overrides.get(name), batch_invariant=batch_invariant)
+            for name, each in declared.items()
+        }
+        """By op, most wanted first; see :meth:`Op.candidates`."""
+        self.choices: dict[str, ByArguments] = {}
+        """The ops for which the arguments decide, and the answers given so far."""
+        self.functions = _LateFunctions(self)
+        self.memory: dict[str, torch.Tensor] = {}
+
+    @property
+    def chosen(self) -> dict[str, Implementation]:
+        """The implementation of each op that is wanted most; none of an op that has none."""
+        return {name: found[0] for name, found in self.candidates.items() if found}
+
+    def implementation_of(
+        self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Implementation:
+        """What computes this call of ``op`` here.
+
+        Raises:
+            OpError: The user asked for an implementation that does not accept it, or there is none
+                that is batch-invariant and has to be.
+        """
+        self.functions[op.name]  # chooses, if the op was declared after the table was made
+        choice = self.choices.get(op.name)
+        if not self.candidates[op.name]:
+            _refuse(op, self.platform)
+        if choice is None:
+            return self.candidates[op.name][0]
+        return choice.answer(args, kwargs).implementation
+
+    def activate(self) -> contextlib.AbstractContextManager[None]:
+        """Route op calls of this thread to this table within the ``with`` block."""
+        return _Active(self, inference=False)
+
+    def is_computing(self) -> bool:
+        """This thread is in a ``with`` block of :meth:`computing` already."""
+        return active.get() is self and torch.is_inference_mode_enabled()
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """:meth:`activate`, and compute without gradients."""
+        return _Active(self, inference=not torch.is_inference_mode_enabled())
+
+
+class _Active:
+    """A class and no generator: every step enters two of these, and each would cost as much as a
+    launch."""
+
+    __slots__ = ("_inference", "_table", "_token")
+
+    def __init__(self, table: OpTable, *, inference: bool) -> None:
+        self._table = table
+        self._inference = torch.inference_mode() if inference else None
+
+    def __enter__(self) -> None:
+        if self._inference is not None:
+            self._inference.__enter__()
+        self._token = active.set(self._table)
+
+    def __exit__(self, *error: Any) -> None:
+        active.reset(self._token)
+        if self._inference is not None:
+            self._inference.__exit__(*error)
+
+
+class _LateFunctions(dict[str, Callable[..., Any]]):
+    """Op name to function; chooses for ops that were declared after the table was made."""
+
+    def __init__(self, table: OpTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        table, op = self._table, declared[name]
+        if name not in table.candidates:  # declared after the table was made
+            table.candidates[name] = op.candidates(
+                table.platform, batch_invariant=table.batch_invariant
+            )
+        candidates = table.candidates[name]
+        if not candidates:
+            self[name] = functools.partial(_refuse, op, table.platform)
+        elif candidates[0].accepts is anything:
+            self[name] = candidates[0].function
+        else:
+            self[name] = table.choices[name] = ByArguments(
+                name, op.named, candidates, table.batch_invariant
+            )
+        return self[name]
+
+
+def _refuse(op: Op, platform: Platform, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stands for an op that has no batch-invariant implementation where it has to be."""
+    raise OpError(f"{NOT_INVARIANT}{op.varies(platform)} on {platform.name}")
+
+
+def active_platform() -> Platform | None:
+    """The platform of the engine that computes in this thread; None outside of one."""
+    table = active.get()
+    return None if table is None else table.platform
+
+
+def op_memory() -> dict[str, torch.Tensor]:
+    """What implementations keep on the device from call to call; one for each engine.
+
+    Graph verification compares it, and puts it back, as it does the cache slots. To be made in an
+    eager call, never under capture: then it would lie in the memory of a graph's pool.
+    """
+    table = active.get()
+    return _memory_outside_engines if table is None else table.memory
+
+
+def table_of(args: Sequence[Any]) -> OpTable:
+    """The table that counts for a call: the engine's that computes in this thread; outside of one
+    that of the platform which owns the first tensor.
+
+    Raises:
+        OpError: No platform owns it.
+    """
+    table = active.get()
+    return _default(args) if table is None else table
+
+
+def _default(args: Sequence[Any]) -> OpTable:
+    device = next(each.device for each in args if isinstance(each, torch.Tensor))
+    if device.type not in _defaults:
+        usable = [platforms.load(n) for n, why in platforms.available().items() if why is None]
+        owner = next((each for each in usable if each.device_type == device.type), None)
+        if owner is None:
+            raise OpError(f"no available platform owns tensors on {device}")
+        _defaults[device.type] = OpTable(owner(device.index or 0))
+    return _defaults[device.type]
