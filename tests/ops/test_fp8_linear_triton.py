@@ -139,3 +139,27 @@ def test_what_it_refuses(randn) -> None:
     assert accepts(randn(1, 256), block_k=64) is not None
     assert accepts(randn(1, 256), block_k=128) is None
     assert accepts(randn(1, 256), block_k=256) is None
+    assert accepts(randn(1, 512)[:, ::2], block_k=128) is not None
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_share_of_one_step(triton, randn, rows) -> None:
+    """The sizes of weights with few tiles, whose programs each have a single step."""
+    triton(ops.fp8_linear)
+    from reprise.ops.fp8_linear.product_kernel import _FEW_TILES, fitted, launch_product
+    from reprise.ops.fp8_linear.quantise_kernel import quantise
+
+    outputs, inputs = 130, 1024
+    x = randn(rows, inputs, dtype=torch.float16)
+    weight = randn(outputs, inputs).to(torch.float8_e4m3fn)
+    scale = (randn(-(-outputs // 128), inputs // 128).abs() + 0.1) / inputs**0.5
+    residual = randn(rows, outputs, dtype=torch.float16)
+    expected = residual.clone()
+    ops.fp8_linear_add.implementations["reference"].function(
+        x, expected, weight, scale, None, 128, 128
+    )
+    config = fitted(_FEW_TILES, outputs, inputs, x.device, wide=True)
+    assert config.splits * config.together * 128 == inputs
+    numbers, scales = quantise(x, 128, False)
+    launch_product(numbers, scales, weight, scale, None, residual, 128, add=True, config=config)
+    torch.testing.assert_close(residual, expected, rtol=4e-3, atol=4e-3)

@@ -9,6 +9,8 @@ LEAST_GROUP = 32
 
 def accepts(x: Tensor, group: int, **_: Any) -> str | None:
     """Which calls the Triton kernels compute."""
+    if x.stride(1) != 1:
+        return "elements of a row must lie side by side"
     inputs = x.shape[1]
     if inputs % STEP:
         return f"inputs must be a multiple of {STEP}"
