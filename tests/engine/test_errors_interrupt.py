@@ -18,6 +18,7 @@ from helpers import TinyModels, assert_idle, make_llm, random_ids, token_ids
 
 import reprise
 from reprise import SamplingParams
+from reprise.ops import put_off
 
 SOURCE = Path(reprise.__file__).parent
 Line = tuple[str, int]
@@ -140,3 +141,23 @@ def test_by_a_signal(tiny: TinyModels, device: str) -> None:
         process.kill()
     assert out.splitlines() == ["interrupted", "same tokens"], errors
     assert process.returncode == 0
+
+
+def test_an_interrupt_while_a_block_of_ops_opens(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would close it, and no op behind it would be computed."""
+    llm = make_llm(tiny("qwen3"), device)
+    expected = token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+    opens = put_off.together.__enter__
+
+    def interrupted(block: put_off.together) -> None:
+        opens(block)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(put_off.together, "__enter__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert not put_off.here.open
+    assert token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected

@@ -37,6 +37,7 @@ from reprise.garbage import uncollected
 from reprise.graphs import keep_compiled_code
 from reprise.loading import NamedTensors
 from reprise.metrics import Metric
+from reprise.ops import put_off
 from reprise.parallel import Elsewhere, Lockstep, Seat, Wish
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -349,6 +350,7 @@ class Engine(Frontend):
         Raises:
             RanksError: Others that compute in step with this engine are lost.
         """
+        put_off.forget()
         if self.lockstep is not None:
             self.lockstep.check()
         self.scheduler.start_over()

@@ -36,6 +36,12 @@ class _Thread(threading.local):
 here = _Thread()
 
 
+def forget() -> None:
+    """Nothing waits in this thread, and it is in no block: an interrupt may have come where one was
+    open already and not yet sure to be closed."""
+    here.open, here.waiting = False, None
+
+
 class together:
     """In the ``with`` block the thread calls ops and looks at no number that they compute.
 
