@@ -148,34 +148,48 @@ def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:
     assert not list(anew.iterdir())
 
 
-@pytest.mark.parametrize("spoil", ["cut short", "cut to nothing", "a page of zeros"])
-def test_what_a_full_disk_has_left_is_compiled_again(anew, caplog, spoil) -> None:
+@pytest.fixture
+def twice(anew) -> Path:
+    """A source that is compiled in no time."""
+    folder = anew.parent.parent / "op"
+    folder.mkdir()
+    (folder / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
+    return folder / "twice.cpp"
+
+
+def test_what_a_full_disk_has_left_is_compiled_again(twice, caplog) -> None:
     """Loading it would end the process, at every start."""
-    library = cpp._compiled(cpp._HERE / SOURCE)
+    library = cpp._compiled(twice)
     content = library.read_bytes()
-    assert cpp._is_whole(library)
-    library.write_bytes(
-        {
-            "cut short": content[:8000],
-            "cut to nothing": b"",
-            "a page of zeros": content[:4096] + bytes(4096) + content[8192:],
-        }[spoil]
-    )
-    assert cpp._compiled(cpp._HERE / SOURCE) == library
-    assert library.read_bytes()[:8000] == content[:8000]
-    assert cpp._is_whole(library)
-    assert "is spoiled" in caplog.text
+    for left in (content[:8000], b"", content[:4096] + bytes(4096) + content[8192:]):
+        caplog.clear()
+        library.write_bytes(left)
+        assert cpp._compiled(twice) == library
+        assert cpp._is_whole(library)
+        assert library.read_bytes() != left
+        assert "is spoiled" in caplog.text
 
 
 @pytest.mark.parametrize("other", ["anybody", "a group", "another user"])
-def test_nobody_else_chooses_what_is_loaded(anew, monkeypatch, other) -> None:
-    cpp._compiled(cpp._HERE / SOURCE)
+def test_nobody_else_chooses_what_is_loaded(anew, twice, monkeypatch, other) -> None:
+    cpp._compiled(twice)
     if other == "another user":
         monkeypatch.setattr("os.geteuid", lambda: anew.stat().st_uid + 1)
     else:
         anew.chmod(0o707 if other == "anybody" else 0o770)
     with pytest.raises(OpError, match="XDG_CACHE_HOME"):
-        cpp.Kernel(SOURCE, ())
+        cpp._compiled(twice)
+
+
+@pytest.mark.parametrize("given", ["", "cache", "./cache"])
+def test_a_directory_that_is_nowhere_is_home_s(anew, twice, monkeypatch, given) -> None:
+    """Who wrote the folder that a program happens to run in must not choose its code."""
+    home = anew.parent.parent
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(twice.parent)
+    assert cpp._compiled(twice).is_relative_to(home / ".cache")
+    assert list(twice.parent.iterdir()) == [twice]
 
 
 def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:

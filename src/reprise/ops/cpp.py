@@ -228,7 +228,10 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
 
 
 def _cache_directory() -> Path:
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reprise", "cpp")
+    wanted = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative one means nothing, says its specification: here it would be whose directory it is.
+    base = Path(wanted) if os.path.isabs(wanted) else Path.home() / ".cache"
+    directory = base / "reprise" / "cpp"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = directory.stat()
     if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
