@@ -2,7 +2,7 @@
 
     python benchmarks/grammar_cost.py --model qwen3-0.6b
 
-Greedy requests with a schema that is known already (its grammar is compiled and cached), and the
+Requests with a schema that is known already (its grammar is compiled and cached), and the
 same requests without, in one engine and in turn. A step's time is the slope between a short and a
 long output. MODEL is a directory, or a name of ``reprise bench`` for random weights, which get a
 made-up tokenizer. Prints a JSON line a schema.
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--lengths", default="32,160", metavar="SHORT,LONG")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--options", type=json.loads, default={}, help="engine options, as JSON")
     arguments = parser.parse_args()
@@ -58,8 +59,9 @@ def main() -> None:
     def seconds(length: int, schema: Any) -> float:
         structured = None if schema is None else StructuredOutputsParams(json=schema)
         params = SamplingParams(
-            temperature=0, max_tokens=length, ignore_eos=True, structured_outputs=structured
-        )
+            temperature=arguments.temperature, seed=0, max_tokens=length, ignore_eos=True,
+            structured_outputs=structured,
+        )  # fmt: skip
         began = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         spent = time.perf_counter() - began
@@ -74,7 +76,8 @@ def main() -> None:
         steps = [(step(schema), step(None)) for _ in range(arguments.repeats)]
         found, plain = (statistics.median(each) for each in zip(*steps, strict=True))
         print(json.dumps({
-            "schema": name, "requests": arguments.requests, "step_ms": round(1e3 * found, 4),
+            "schema": name, "requests": arguments.requests,
+            "temperature": arguments.temperature, "step_ms": round(1e3 * found, 4),
             "plain_step_ms": round(1e3 * plain, 4), "ratio": round(found / plain, 4),
         }), flush=True)  # fmt: skip
 
