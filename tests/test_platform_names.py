@@ -27,12 +27,9 @@ NAMES = {
     "is_rocm",
     "is_xpu",
 }
-ALLOWED = {
-    "ops/triton_util.py": {"cuda"},
-    "ops/paged_attention/warpgroup_kernel.py": {"nvidia"},
-}
-"""Triton keeps the instructions of programmatic launch, and of warpgroups, under these names; who
-has them is asked of the platform."""
+ALLOWED = {"ops/triton_util.py": {"cuda"}}
+"""Triton keeps the instructions of programmatic launch under that name; who has them is asked of
+the platform."""
 FILES = sorted(
     path for part in ("models", "layers", "ops") for path in (SOURCE / part).rglob("*.py")
 )

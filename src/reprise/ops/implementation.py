@@ -62,12 +62,6 @@ def needs_triton(platform: Platform) -> str | None:
     return None if platform.has_triton else "Triton cannot run on this platform"
 
 
-def needs_warpgroups(platform: Platform) -> str | None:
-    if not platform.warpgroup_products:
-        return f"{platform.name} has no matrix instructions of warpgroups here"
-    return needs_triton(platform)
-
-
 def _stand_in(value: Any) -> Any:
     """What a check sees of an argument: nothing that two calls of a kind could differ in."""
     if isinstance(value, Tensor):
@@ -172,7 +166,7 @@ class Implementation:
     @property
     def compiles(self) -> bool:
         """Its kernels are compiled when they are first called."""
-        return self.requires in (needs_triton, needs_warpgroups)
+        return self.requires is needs_triton
 
     @property
     def function(self) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from reprise.ops.declaration import Op as Op
 from reprise.ops.declaration import declared, nothing
 from reprise.ops.implementation import GraphSupportOn, InvariantOn
 from reprise.ops.implementation import needs_triton as needs_triton
-from reprise.ops.implementation import needs_warpgroups as needs_warpgroups
 from reprise.ops.implementation import on_an_accelerator as on_an_accelerator
 from reprise.ops.implementation import on_the_host as on_the_host
 from reprise.ops.implementation import runs_anywhere as runs_anywhere

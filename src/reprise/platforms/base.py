@@ -87,8 +87,6 @@ class Platform(ABC):
     default_batched_tokens: ClassVar[int] = 8192
     """New tokens in one step: enough to fill the device, few enough to keep decodes waiting
     for little."""
-    warpgroup_products: bool = False
-    """The device has matrix instructions that four warps issue together, and Gluon's for them."""
     prompt_attention: SDPBackend | None = None
     """The backend of torch's scaled dot product attention that was seen to compute long prompts
     faster than Triton's kernels do; None: none was."""

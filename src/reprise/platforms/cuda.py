@@ -13,8 +13,6 @@ FIRST_WITH_PDL = (9, 0)
 """Compute capability (CUDA programming guide, programmatic dependent launch)."""
 FIRST_WITH_FP8 = (8, 9)
 """The same (PTX ISA, ``mma`` and ``cvt`` with ``.e4m3``)."""
-WITH_WARPGROUPS = (9, 0)
-"""The same, of those that have it and no other (PTX ISA, ``wgmma``)."""
 PROMPTS_BY_CUDNN = ((9, 0),)
 """Where cuDNN's attention was measured to be faster: docs/kernels.md."""
 
@@ -37,10 +35,6 @@ class CudaPlatform(AcceleratorPlatform):
     @functools.cached_property
     def supports_pdl(self) -> bool:
         return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)
-
-    @functools.cached_property
-    def warpgroup_products(self) -> bool:  # type: ignore[override]
-        return bool(self.module().get_device_capability(self.index) == WITH_WARPGROUPS)
 
     @functools.cached_property
     def prompt_attention(self) -> SDPBackend | None:  # type: ignore[override]

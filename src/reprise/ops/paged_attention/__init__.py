@@ -1,7 +1,7 @@
 from reprise.ops.cpp import needs_compiler
 from reprise.ops.paged_attention.cases import cases
 from reprise.ops.paged_attention.reference import reference
-from reprise.ops.registry import needs_triton, needs_warpgroups, op
+from reprise.ops.registry import needs_triton, op
 from reprise.platforms import Platform
 
 
@@ -33,13 +33,6 @@ paged_attention.implementation(
     "reprise.ops.paged_attention.triton:paged_attention",
     requires=needs_triton,
     graph_support="always",
-)
-paged_attention.implementation(
-    "warpgroups",
-    "reprise.ops.paged_attention.warpgroup_kernel:paged_attention",
-    requires=needs_warpgroups,
-    graph_support="always",
-    on_request="it has not been run on a device",
 )
 paged_attention.implementation(
     "prompt",

@@ -23,12 +23,8 @@ def paged_attention(*args: Any, **kwargs: Any) -> None:
 def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     call = Call(*args, **kwargs)
-    return launch_split(call) if splits(call) else launch_mixed(call)
-
-
-def splits(call: Call) -> bool:
-    """Whether requests of such a call are shared out to programs: each has as few new tokens."""
-    return call.query_len > 0 and call.query_len * call.group <= _MAX_SPLIT_ROWS
+    few = call.query_len > 0 and call.query_len * call.group <= _MAX_SPLIT_ROWS
+    return launch_split(call) if few else launch_mixed(call)
 
 
 paged_attention.bind = bind  # type: ignore[attr-defined]
