@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
+
+
+EXIT_SECONDS = 10.0
+"""For all engines that a program leaves behind to end: more than the close of one waits."""
 
 
 class Submission(NamedTuple):
@@ -94,6 +100,8 @@ class EngineThread:
         if self.engine.lockstep is not None:  # before it rests for the first time
             self.engine.lockstep.on_wake = lambda: self._commands.put(_Command(lambda: None))
         self.engine.runner.when_lost(lambda: self._commands.put(_Command(self._check)))
+        atexit.unregister(_at_exit)
+        atexit.register(_at_exit)  # what the engine has registered itself comes behind it
         self._thread.start()
 
     # ---- any thread ------------------------------------------------------------------------
@@ -216,13 +224,17 @@ class EngineThread:
 
     def shutdown(self) -> None:
         """Abort all requests, stop the thread and free the device's memory."""
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Have all that :meth:`shutdown` does done, without waiting for it."""
         with self._lock:
             if self._closed is None:
                 self._closed = "the engine was shut down; create a new AsyncLLM"
                 self._commands.put(None)
         self._tokenizing.shutdown(wait=False)
         self._structuring.shutdown(wait=False)
-        self._thread.join()
 
     def is_alive(self) -> bool:
         """Whether the thread runs."""
@@ -388,6 +400,16 @@ def _after_fork() -> None:
             "this process was forked and the engine's thread runs in its parent; create the "
             "AsyncLLM in the process that uses it"
         )
+
+
+def _at_exit() -> None:
+    """Python ends threads that are still in a library's code by unwinding it, for which most of
+    that code is not made: it aborts the process."""
+    until, living = time.monotonic() + EXIT_SECONDS, list(_living)
+    for each in living:
+        each.stop()
+    for each in living:
+        each._thread.join(max(0.0, until - time.monotonic()))
 
 
 if hasattr(os, "register_at_fork"):
