@@ -234,11 +234,6 @@ def _sums(a, b, c, d):
 
 
 @triton.jit
-def _bounds(low, high, other_low, other_high):
-    return tl.minimum(low, other_low), tl.maximum(high, other_high)
-
-
-@triton.jit
 def _better(part: tl.constexpr, reach, over, which, reached, above, TOP: tl.constexpr):
     """A part, how many keys reach it and how many the next one, if TOP do; else those of before."""
     enough = reach >= TOP
@@ -256,9 +251,8 @@ def _largest(keys, real, TOP: tl.constexpr):
     The TOP-th largest is looked for in eight equal parts of a range at once, and then in the part
     that has it. What is counted fits half a word: see :data:`accepts.MOST`.
     """
-    low, high = tl.reduce(
-        (tl.where(real, keys, 0x7FFFFFFF), tl.where(real, keys, -0x7FFFFFFF)), 0, _bounds
-    )
+    low = tl.min(tl.where(real, keys, 0x7FFFFFFF), axis=0)
+    high = tl.max(tl.where(real, keys, -0x7FFFFFFF), axis=0)
     # Those that are not there are as small as the smallest one: of more than TOP it is the last.
     keys = tl.where(real, keys, low)
     # Most often it is a sixteenth of the largest at least, where the range is a small one.
@@ -268,13 +262,13 @@ def _largest(keys, real, TOP: tl.constexpr):
     keys = tl.maximum(keys, low)
     span = high.to(tl.int64) - low.to(tl.int64)
     shift = low * 0
-    for bits in tl.static_range(1, 30):
-        shift += (span >> (bits + 2) != 0).to(tl.int32)
-    parts, above, reach = low * 0 + 8, low * 0, low * 0 + (TOP + 1)
+    for bits in tl.static_range(3, 33, 3):
+        shift = tl.where((span >> bits) != 0, bits, shift)
+    above, reach = low * 0, low * 0 + (TOP + 1)
     while (shift >= 0) & (reach != TOP):
-        # Of smaller keys, which wrap around, it is too large: ``low`` has gone up by whole ranges.
+        # Of smaller keys, which wrap around, it is at least 8: ``low`` has gone up by whole ranges.
         part = (keys - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        one = tl.where(part < parts.to(tl.uint32), 1 << (part & 7).to(tl.int32) * 4, 0)
+        one = tl.where(part < 8, 1 << (part & 7).to(tl.int32) * 4, 0)
         four = tl.sum(tl.reshape(one, [one.shape[0] // 4, 4]), axis=1)
         MASK: tl.constexpr = 0x000F000F
         a, b, c, d = _sums(four & MASK, four >> 4 & MASK, four >> 8 & MASK, four >> 12 & MASK)
@@ -297,8 +291,7 @@ def _largest(keys, real, TOP: tl.constexpr):
         which, reach, over = _better(7, r7, above, which, reach, over, TOP)
         above = over
         low += which << shift
-        parts = tl.where(shift < 3, 1 << tl.maximum(shift, 0), 8)
-        shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
+        shift -= 3
     taken = real & (keys >= low)
     if reach != TOP:
         equal = real & (keys == low)
