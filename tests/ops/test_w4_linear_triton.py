@@ -90,3 +90,41 @@ def test_what_it_refuses(randn) -> None:
         assert accepts(randn(1, inputs), group=group) is not None
     for inputs, group in ((256, 32), (384, 64), (256, 128), (384, 384)):
         assert accepts(randn(1, inputs), group=group) is None
+    assert accepts(randn(1, 512)[:, ::2], group=128) is not None
+
+
+@pytest.mark.parametrize("op", [ops.w4_linear, ops.w4_linear_add], ids=lambda each: each.name)
+def test_rows_of_any_magnitude(triton, randn, op) -> None:
+    """As large and as small as bfloat16 is, in one row too: products are of float16."""
+    function, reference = triton(op), op.implementations["reference"].function
+    inputs, outputs, group = 512, 40, 64
+    x = randn(6, inputs, dtype=torch.bfloat16)
+    x[0] *= 2.0**100
+    x[1] *= 2.0**-100
+    x[2] = 0
+    x[3, :100] *= 2.0**60
+    x[3, 100:] *= 2.0**-60
+    x[4, 1::2] *= 2.0**20  # within every step
+    x[5, 7] = float("inf")
+    bits = torch.Generator().manual_seed(3)
+    words = torch.randint(256, (outputs, inputs // 2), generator=bits, dtype=torch.uint8)
+    named = {
+        "packed": words.to(x.device).view(torch.int32),
+        "scales": (randn(outputs, inputs // group).abs() + 0.1).to(torch.bfloat16),
+        "zeros": None,
+        "bias": None,
+        "group": group,
+    }
+    wide = {**named, "scales": named["scales"].float()}
+    if op is ops.w4_linear_add:
+        found, expected = x.new_zeros(6, outputs), torch.zeros(6, outputs, device=x.device)
+        function(x, found, **named)
+        reference(x.float(), expected, **wide)
+    else:
+        found, expected = function(x, **named), reference(x.float(), **wide)
+    for row in range(5):
+        most = float(expected[row].abs().max()) or 1.0
+        torch.testing.assert_close(
+            found[row].float() / most, expected[row] / most, rtol=6e-3, atol=6e-3
+        )
+    assert not found[5].isfinite().any()

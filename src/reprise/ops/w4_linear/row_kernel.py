@@ -26,7 +26,8 @@ from reprise.ops.triton_util import (
 )
 
 _FEATURES = 16
-"""Rows of the weight that a program takes where it has all of their words at once."""
+"""Rows of the weight that a program takes where it has all of their words at once, and the weight
+has no zeros of its own, which take registers."""
 _MOST_WORDS = 512
 """Of a row at a time, where these are all."""
 _SOME_FEATURES, _SOME_WORDS = 8, 256
@@ -68,7 +69,7 @@ def launch_row(
     words, features = packed.shape[1], out.shape[1]
     block = next_power_of_2(words)
     whole = block <= _MOST_WORDS
-    block_n = _FEATURES if whole else _SOME_FEATURES
+    block_n = _FEATURES if whole and zeros is None else _SOME_FEATURES
     launch(w4_row_kernel, (cdiv(features, block_n // (1 + gated)),))(
         x,
         norm_weight,
