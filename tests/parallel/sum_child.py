@@ -11,7 +11,7 @@ import torch
 
 from reprise.distributed import Group
 from reprise.distributed.symmetric import PROGRAMS, SymmetricBuffer
-from reprise.ops.all_gather import triton as beside
+from reprise.ops.all_gather.triton import push_beside, words_of
 from reprise.ops.all_reduce.triton import PART, norms, push, push_norm
 from reprise.ops.rms_norm.reference import reference as rms_norm
 
@@ -20,11 +20,8 @@ SIZES = (3, 2100, 8)
 ROWS = ((1, PART), (3, 96), (2, PART + 40))
 """Rows and their elements, of which a program has one: through a slot, through a part of one, and
 through two."""
-COLUMNS = ((1, 700, 1400), (3, 40, 75), (11, 2, 4))
-"""Rows, columns of a rank, and those that are wanted; more of them than :data:`AT_ONCE`."""
-
-AT_ONCE = 4
-"""Programs of a launch that puts columns side by side."""
+COLUMNS = ((1, 700, 1400), (3, 40, 75))
+"""Rows, columns of a rank, and those that are wanted."""
 
 
 class Shared(SymmetricBuffer):
@@ -49,7 +46,6 @@ def parts(size: int, turn: int, count: int) -> list[torch.Tensor]:
 
 def main() -> None:
     rank, size, file = map(int, sys.argv[1:])
-    beside.AT_ONCE = AT_ONCE
     buffer = Shared(Group("sum", rank, size), file)
     for turn in range(3):
         for count in SIZES:
@@ -80,11 +76,11 @@ def main() -> None:
         for rows, count, columns in COLUMNS:
             all_parts = [each.view(rows, count) for each in parts(size, turn, rows * count)]
             out = torch.full((rows, columns + 4), 7.0)[:, :columns]
-            block = beside.words_of(all_parts[rank], out)
+            block = words_of(all_parts[rank], out)
             assert block
-            beside.push_beside(buffer, all_parts[rank], out, block)
+            push_beside(buffer, all_parts[rank], out, block)
             assert torch.equal(out, torch.cat(all_parts, 1)[:, :columns]), (turn, count)
-    assert int(buffer.turns[0]) == 3 * (2 * len(SIZES) + len(ROWS) + 1 + 1 + 3)
+    assert int(buffer.turns[0]) == 3 * (2 * len(SIZES) + len(ROWS) + len(COLUMNS))
 
 
 if __name__ == "__main__":

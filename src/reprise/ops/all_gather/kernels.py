@@ -25,19 +25,17 @@ def beside_kernel(
     tl.store(out_ptr + row.to(tl.int64) * out_stride + target, x, mask=here)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
 def push_beside_kernel(
-    x_ptr, out_ptr, bases_ptr, turns_ptr, given_up_ptr, first, words, wanted, out_stride,
+    x_ptr, out_ptr, bases_ptr, turns_ptr, given_up_ptr, words, wanted, out_stride,
     RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of every rank's rows, from block ``first`` on. Sizes count words of 32
-    bits."""
-    program = tl.program_id(0)
-    of_a_row = tl.cdiv(words, BLOCK)
-    row = ((first + program) // of_a_row).to(tl.int64)
+    """Program (r, b) has block b of every rank's row r. Sizes count words of 32 bits."""
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    column = (first + program) % of_a_row * BLOCK + lane
+    column = tl.program_id(1) * BLOCK + lane
     here = column < words
     word: tl.constexpr = tl.pointer_type(tl.int32)
     out_words = out_ptr.to(word, bitcast=True) + row * out_stride

@@ -11,13 +11,9 @@ from reprise.ops.triton_util import cdiv, launch, launch_options
 _BLOCK = 4096
 """Columns of one row and one rank that a program copies."""
 _WORDS = (512, 1024, 2048)
-"""That a program pushes at once, of 32 bits."""
-_MOST_ALONE = 128
-"""Programs that push once: more words each where that is too few of them."""
-AT_ONCE = PROGRAMS
-"""Programs of a launch."""
-_MOST_BYTES = 16 << 20
-"""Of what a rank pushes. Of more the backend takes no longer."""
+"""That a program pushes, of 32 bits."""
+_MOST_PROGRAMS = 128
+"""As of sums."""
 
 
 def all_gather(x: Tensor, out: Tensor, group: str) -> None:
@@ -41,7 +37,7 @@ def words_of(x: Tensor, out: Tensor) -> int:
     """What a program pushes of such columns; 0: they are not pushed. Alike on all ranks."""
     if not (
         x.is_floating_point()
-        and 0 < x.nbytes <= _MOST_BYTES
+        and x.numel()
         and x.is_contiguous()
         and x.itemsize in (2, 4)
         and all(n * x.itemsize % 4 == 0 for n in (x.shape[1], out.shape[1], out.stride(0)))
@@ -49,20 +45,16 @@ def words_of(x: Tensor, out: Tensor) -> int:
     ):
         return 0
     words = x.shape[1] * x.itemsize // 4
-    return next((n for n in _WORDS if len(x) * cdiv(words, n) <= _MOST_ALONE), 0)
+    return next((n for n in _WORDS if len(x) * cdiv(words, n) <= _MOST_PROGRAMS), 0)
 
 
 def push_beside(buffer: SymmetricBuffer, x: Tensor, out: Tensor, block: int) -> None:
-    """Write every rank's columns side by side: as many blocks in a launch as there are slots, for
-    what lies in one has to be gone when the next launch begins."""
+    """Write every rank's columns side by side."""
     each = 4 // x.itemsize
     words = x.shape[1] // each
     assert block * 4 <= SLOT_BYTES
-    blocks = len(x) * cdiv(words, block)
-    for first in range(0, blocks, AT_ONCE):
-        launch(push_beside_kernel, (min(blocks - first, AT_ONCE),))(
-            x, out, buffer.bases, buffer.turns, buffer.given_up, first, words,
-            out.shape[1] // each, out.stride(0) // each, RANK=buffer.group.rank,
-            RANKS=buffer.group.size, SLOT=SLOT_BYTES, PROGRAMS=PROGRAMS, BLOCK=block,
-            num_warps=block // (128 if blocks <= _MOST_ALONE else 256), **launch_options(),
-        )  # fmt: skip
+    launch(push_beside_kernel, (len(x), cdiv(words, block)))(
+        x, out, buffer.bases, buffer.turns, buffer.given_up, words, out.shape[1] // each,
+        out.stride(0) // each, RANK=buffer.group.rank, RANKS=buffer.group.size, SLOT=SLOT_BYTES,
+        PROGRAMS=PROGRAMS, BLOCK=block, num_warps=block // 128, **launch_options(),
+    )  # fmt: skip
