@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import generate, greedy, make_llm, random_ids, recorded_logits
 from models.test_architectures import CASES
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise.layers import Decoder, DecoderLayer, GatedMLP
@@ -103,16 +104,58 @@ class Clamped(GatedMLP):
         return torch.clamp(super().forward(x, batch).x, -1, 1)
 
 
-def test_what_is_not_known_is_not_believed(tiny, device):
-    """A subclass may do anything; so may what is put into a module's place, or into its forward."""
+class Reader(nn.Module):
+    """May read what it is given, as a layer of somebody else's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, batch):
+        return self.inner(x, batch)
+
+
+def replaced(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp = Reader(layer.mlp)
+
+
+def replaced_within(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp.down_proj = Reader(layer.mlp.down_proj)
+
+
+def another_class(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp.__class__ = Clamped
+
+
+def forward_of_one(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp.forward = layer.mlp.forward
+
+
+def method_of_one(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp.hidden = layer.mlp.hidden
+
+
+def forward_of_all(layer: DecoderLayer, monkeypatch: Any) -> None:
+    forward = GatedMLP.forward
+    monkeypatch.setattr(GatedMLP, "forward", lambda self, x, batch: forward(self, x, batch))
+
+
+def hooked(layer: DecoderLayer, monkeypatch: Any) -> None:
+    layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: None)
+
+
+CHANGES = [
+    replaced, replaced_within, another_class, forward_of_one, method_of_one, forward_of_all, hooked
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda each: each.__name__)
+def test_what_is_not_known_is_not_believed(tiny, device, change, monkeypatch):
+    """A subclass may do anything; so may what is put into a module's place, or a method's, before
+    the first step or behind it."""
     decoder = decoder_of(make_llm(tiny("llama"), device))
     layers = list(decoder.layers)
-    assert Unseen(layers, DecoderLayer).now()
-    assert not Unseen(layers).now(), "a class that is not named"
-    mlp = layers[0].mlp
-    mlp.__class__ = Clamped
-    assert not Unseen(layers, DecoderLayer).now()
-    mlp.__class__ = GatedMLP
     assert decoder._unseen.now()
-    mlp.forward = lambda x, batch: None
+    change(layers[1], monkeypatch)
     assert not decoder._unseen.now()
+    assert not Unseen(layers).now()

@@ -13,8 +13,10 @@ from reprise.layers.destination import Destination
 from reprise.layers.lazy import Normed, Product
 from reprise.layers.linear import Linear, Run
 from reprise.layers.norm import RMSNorm
+from reprise.layers.unseen import looks_at_nothing
 
 
+@looks_at_nothing
 class SelfAttention(nn.Module):
     """Grouped-query self-attention over the paged cache.
 

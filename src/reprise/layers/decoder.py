@@ -12,7 +12,7 @@ from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Residual, tensor
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
-from reprise.layers.unseen import Unseen
+from reprise.layers.unseen import Unseen, looks_at_nothing
 
 Depth = int | str
 """Where hidden states are taken: a number v means the residual stream behind v layers, which is the
@@ -45,6 +45,7 @@ class Body(Protocol):
         """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
 
 
+@looks_at_nothing
 class DecoderLayer(nn.Module):
     """Attention, then feed-forward: each reads the normalised residual stream and adds to it.
 
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(layers)
         self._layers = layers
-        self._unseen = Unseen([*layers, norm], DecoderLayer)
+        self._unseen = Unseen(layers)
         self.norm = norm
 
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
             with ops.together():
                 for layer in self._layers:
                     layer(residual, batch)
-                return tensor(residual.normed(self.norm))
+            return tensor(residual.normed(self.norm))
         for number, layer in enumerate(self._layers):
             if taps is not None and number in taps.depths:
                 taps.take(number, residual.values)

@@ -15,6 +15,7 @@ from reprise.layers.destination import Place
 from reprise.layers.formats import DENSE, Columns, Format, Rows
 from reprise.layers.lazy import Normed
 from reprise.layers.norm import RMSNorm
+from reprise.layers.unseen import looks_at_nothing
 
 Split = Literal["out", "in"]
 
@@ -32,6 +33,7 @@ class Run(NamedTuple):
     """All that it has there; None: what a product's runs of it have together."""
 
 
+@looks_at_nothing
 class Linear(nn.Module):
     """``x @ weight.T + bias``: [T, in_features] to [T, out_features]. Nobody else reads a weight.
 

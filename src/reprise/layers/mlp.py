@@ -8,8 +8,10 @@ from reprise.layers.build import Build
 from reprise.layers.formats import Format
 from reprise.layers.lazy import Normed, Product
 from reprise.layers.linear import Linear
+from reprise.layers.unseen import looks_at_nothing
 
 
+@looks_at_nothing
 class GatedMLP(nn.Module):
     """SwiGLU feed-forward: ``down(silu(gate(x)) * up(x))``.
 

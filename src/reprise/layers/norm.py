@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from reprise import ops
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination
+from reprise.layers.unseen import looks_at_nothing
 
 
+@looks_at_nothing
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension."""
 
@@ -25,6 +27,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+@looks_at_nothing
 class CentredRMSNorm(RMSNorm):
     """Root mean square norm whose gains are stored as their distance from 1.
 
