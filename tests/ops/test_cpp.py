@@ -413,6 +413,34 @@ def test_no_operand_is_read_as_what_it_is_not(monkeypatch, number, other) -> Non
         assert len(calls) == 1, place
 
 
+def test_operands_that_fit_each_other_and_not_the_cache_are_torch_s(monkeypatch) -> None:
+    """A query and its output of other heads than the cache has; rows that are no whole heads."""
+    module = importlib.import_module(function(paged_attention).__module__)
+    monkeypatch.setattr(module, "_few_tokens", lambda *each: pytest.fail("it was told of them"))
+    attend = operands()[5][1]
+    caches = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
+    for shape, (keys, values) in (
+        ((1, 1, 4), attend[1:3]), ((1, 1, 16), attend[1:3]), ((1, 3, 8), caches)
+    ):  # fmt: skip
+        query, out = torch.ones(shape), torch.ones(shape)
+        with contextlib.suppress(RuntimeError):
+            function(paged_attention)(query, keys, values, *attend[3:6], out, *attend[7:])
+    rotate = operands()[4][1]
+    with pytest.raises(RuntimeError):
+        function(rotary_cache)(torch.ones(1, 27), *rotate[1:])
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_memory_that_is_not_the_host_s_is_not_read(number) -> None:
+    """An address there would end the process."""
+    op, arguments, _ = operands()[number]
+    for place, given in enumerate(arguments):
+        if isinstance(given, Tensor):
+            elsewhere = (*arguments[:place], given.to("meta"), *arguments[place + 1 :])
+            with pytest.raises((OpError, RuntimeError, NotImplementedError), match="meta"):
+                function(op)(*elsewhere)
+
+
 def test_bits_do_not_depend_on_the_thread_that_computes(randn) -> None:
     """Whether denormal numbers are zeros is a setting of each thread, and who calls decides."""
     query, keys = randn(8, 8, 64), randn(200, 16, 8, 64)

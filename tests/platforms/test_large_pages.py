@@ -67,6 +67,40 @@ def test_what_does_not_fit_and_other_devices_are_made_as_ever():
     assert abs(beyond.data_ptr() - first.data_ptr()) >= 128
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"requires_grad": True},
+        {"memory_format": torch.channels_last},
+        {"layout": torch.sparse_coo},
+        {"out": torch.zeros(2, 3, 4, 4)},
+    ],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_else_is_asked_for_is_not_ignored(others):
+    def empty() -> torch.Tensor:
+        return torch.empty(2, 3, 4, 4, **others)
+
+    expected = empty()
+    with LargePages(1 << 12, 1):
+        found = empty()
+    assert found.layout == expected.layout
+    assert found.requires_grad == expected.requires_grad
+    assert "out" not in others or found is others["out"]
+    assert found.is_sparse or found.stride() == expected.stride()
+
+
+def test_a_number_names_an_accelerator():
+    def kind() -> str | None:
+        try:
+            return torch.empty(4, device=0).device.type
+        except (RuntimeError, AssertionError):  # there is none
+            return None
+
+    with LargePages(64, 1):
+        assert kind() != "cpu"
+
+
 def test_more_than_there_is_is_refused():
     with pytest.raises(MemoryError, match="GiB cannot be had"):
         LargePages(1 << 60, 1)

@@ -96,12 +96,16 @@ class Kernel:
         """Compute, or put it off.
 
         Args:
-            tensors: What must live until then.
+            tensors: What must live until then: all of which it is told the address; None: left out.
             values: Of the struct.
 
         Raises:
             IndexError: What it found wrong in the tensors; later, if it is put off.
+            OpError: One is not in the host's memory.
         """
+        for each in tensors:
+            if each is not None and not each.is_cpu:
+                raise OpError(f"{self.name}: a tensor is on {each.device}, and others on the CPU")
         arguments = self._arguments(*values)
         if not put_off.here.open:
             code = self._function(ctypes.addressof(arguments))

@@ -21,12 +21,14 @@ ALIGNMENT = 64
 """Of every tensor, as PyTorch's own CPU allocator aligns."""
 LEAST = 1 << 23
 """Bytes from which it is worth a mapping: some large pages."""
+_TAKEN = {"size", "dtype", "device"}
+"""Arguments of ``torch.empty``; tensors with others, such as a layout, are no plain rows."""
 
 
 class LargePages(TorchFunctionMode):
     """Tensors that ``torch.empty`` makes on the CPU in the ``with`` block lie in one mapping.
 
-    It lives as long as one of them. What does not fit is allocated as ever.
+    It lives as long as one of them. What does not fit, or is no plain tensor, is allocated as ever.
 
     Args:
         nbytes: What they take, together.
@@ -56,7 +58,7 @@ class LargePages(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and _on_the_host(kwargs):
+        if func is torch.empty and kwargs.keys() <= _TAKEN and _on_the_host(kwargs.get("device")):
             wanted = func(*args, **{**kwargs, "device": "meta"})
             begin = -(-self._taken // ALIGNMENT) * ALIGNMENT
             if 0 < wanted.nbytes <= len(self._memory) - begin:
@@ -71,8 +73,8 @@ class LargePages(TorchFunctionMode):
         return found.view(like.shape)
 
 
-def _on_the_host(kwargs: Mapping[str, Any]) -> bool:
-    return torch.device(kwargs.get("device") or torch.get_default_device()).type == "cpu"
+def _on_the_host(device: Any) -> bool:
+    return torch.device(torch.get_default_device() if device is None else device).type == "cpu"
 
 
 def available() -> bool:

@@ -60,6 +60,8 @@ def paged_attention(
         and key_cache.shape == value_cache.shape
         and key_cache.stride() == value_cache.stride()
         and key_cache.stride(3) == 1
+        and query.shape[1] % key_cache.shape[2] == 0
+        and query.shape[2] == key_cache.shape[3]
         and lies_as(query, dtype, *out.shape)
         and lies_as(out, dtype, *query.shape)
         and block_tables.dtype is torch.int32

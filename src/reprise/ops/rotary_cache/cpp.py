@@ -53,6 +53,7 @@ def rotary_cache(
         and dtype in KINDS
         and kind in KINDS
         and qkv.stride(1) == 1
+        and qkv.shape[1] % size == 0
         and lies_as(key_cache, dtype, *value_cache.shape)
         and lies_as(value_cache, dtype, *key_cache.shape)
         and lies_as(positions, torch.int64, tokens)
