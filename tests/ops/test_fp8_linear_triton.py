@@ -163,3 +163,13 @@ def test_a_share_of_one_step(triton, randn, rows) -> None:
     numbers, scales = quantise(x, 128, False)
     launch_product(numbers, scales, weight, scale, None, residual, 128, add=True, config=config)
     torch.testing.assert_close(residual, expected, rtol=4e-3, atol=4e-3)
+
+
+def test_few_tiles_are_of_one_row() -> None:
+    """Several rows have the sizes that a device has compared."""
+    kernel = pytest.importorskip("reprise.ops.fp8_linear.product_kernel")
+    one, two, eight = (
+        kernel._config_of(rows, 4096, 4096, torch.device("cpu"), False) for rows in (1, 2, 8)
+    )
+    assert one.rows == kernel._FEW_TILES.rows
+    assert two == eight and two.rows == kernel._CONFIGS[0].rows

@@ -72,9 +72,9 @@ _LARGE = Config(64, 128, 2, 3, 8, 1, late=False, fetched=1024)
 read less often."""
 _LARGE_WEIGHTS = 1 << 24
 _FEW_TILES = Config(8, 64, 4, 2, 4, 4, late=True)
-"""In place of the first for at most 8 rows of weights between :data:`_SMALL_WEIGHTS` and
-:data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is one step, so all of the weight is on its way
-before ``x`` is there."""
+"""In place of the first for one row (of several no device has run it) and weights between
+:data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is one step, so all of
+the weight is on its way before ``x`` is there."""
 _SMALL_WEIGHTS = 1 << 23
 
 
@@ -83,7 +83,7 @@ def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide:
     """``wide``: the factors are multiplied in two bytes."""
     config = next((each for each in _CONFIGS if rows <= each.rows), _CONFIGS[-1])
     if config is _CONFIGS[0]:
-        if rows <= _FEW_TILES.rows and _SMALL_WEIGHTS < outputs * inputs <= _LARGE_WEIGHTS:
+        if rows == 1 and _SMALL_WEIGHTS < outputs * inputs <= _LARGE_WEIGHTS:
             config = _FEW_TILES
     elif config is _CONFIGS[2]:
         if cdiv(outputs, _MANY_TILES.block_n) > 2 * limits(device).multiprocessors:
