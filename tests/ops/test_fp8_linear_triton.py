@@ -172,4 +172,5 @@ def test_few_tiles_are_of_one_row() -> None:
         kernel._config_of(rows, 4096, 4096, torch.device("cpu"), False) for rows in (1, 2, 8)
     )
     assert one.rows == kernel._FEW_TILES.rows
-    assert two == eight and two.rows == kernel._CONFIGS[0].rows
+    assert two == eight
+    assert two.rows == kernel._CONFIGS[0].rows

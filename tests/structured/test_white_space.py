@@ -12,7 +12,7 @@ import pytest
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar
 from reprise.engine.structured.grammar import MaskRows
-from reprise.engine.structured.white_space import MOST, WhiteSpace
+from reprise.engine.structured.white_space import MOST, WhiteSpace, named_by
 
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 9}
 BLANKS = [" ", "\n", "\t", "\r", "\n\n"]
@@ -95,9 +95,35 @@ def test_the_bound_is_of_each_place_and_holds_with_drafts_of_it_too(llm: LLM) ->
     assert np.array_equal(masks.settle(1)[0], words[0])
 
 
+@pytest.mark.parametrize(
+    ("document", "found"),
+    [
+        ({"type": "string", "pattern": "^[a-z_-]+[^<>]*$"}, False),
+        ({"type": "string", "pattern": r"(<|([^{<\s]|<[^|])[\s\S]*)?"}, False),
+        ({"type": "string", "pattern": r"[\w ]+|\S\D."}, False),
+        ({"properties": {"pattern": {"type": "string", "description": "a" + " " * 99}}}, False),
+        ({"properties": {"description": {"const": "a" + " " * MOST}}}, True),
+        ({"properties": {"a" + " " * MOST: True}}, True),
+        ({"patternProperties": {"^ *a$": True}}, True),
+        *(({"items": [{"pattern": each}]}, True) for each in (
+            r"\s*a", r"\W", "[^a-z]", r"[^\w]", r"[^\S]", "[ -]+", r"\x20*", "a *", r"[]\t]")),
+    ],
+)  # fmt: skip
+def test_what_may_need_more_is_told(document: dict[str, Any], found: bool) -> None:
+    assert named_by(document) is found
+
+
 def test_texts_may_have_any(llm: LLM) -> None:
     for what in ({"json": {"type": "string"}}, {"regex": r"[ x]{100}\n{60}"}):
         assert longest(lost(llm, what)) >= 60
+    sixty, many = "[ x]{60}", [{"enum": ["x" + " " * 60 + "y", "x" + " " * MOST + "z"]}]
+    told = {"type": "regex", "pattern": sixty}, {"type": "grammar", "grammar": f"root ::= {sixty}"}
+    for content in (*told, {"type": "const_string", "value": " " * 60}):
+        form = {"type": "tag", "begin": "<n>", "content": content, "end": "</n>"}
+        tag = {"type": "structural_tag", "format": form}
+        assert longest(lost(llm, {"structural_tag": tag})) == 60
+    for schema in ({"type": "string", "pattern": f"^{sixty}$"}, *many):
+        assert longest(lost(llm, {"json": schema}, temperature=0.0)) >= 60
     between = {"type": "object", "properties": {"a": {"enum": ["x" + " " * 60 + "y"]}},
                "required": ["a"]}  # fmt: skip
     text = lost(llm, {"json": between, "disable_any_whitespace": True}, count=100)

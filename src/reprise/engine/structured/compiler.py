@@ -13,7 +13,7 @@ from typing import Any
 
 from reprise.arguments import shown
 from reprise.engine.structured.vocabulary import token_infos
-from reprise.engine.structured.white_space import WhiteSpace
+from reprise.engine.structured.white_space import WhiteSpace, named_by
 from reprise.errors import RequestError
 from reprise.json_schema import check_schema
 from reprise.patterns import check_pattern
@@ -166,7 +166,10 @@ class GrammarCompiler:
             "grammar of structured_outputs.%s compiled in %.3f s, %d bytes: %s",
             wanted.kind, seconds, compiled.memory_size_bytes, shown(source, 80),
         )  # fmt: skip
-        return Compiled(compiled, white_space if free and wanted.kind in _BOUNDED else None)
+        bounded = free and wanted.kind in _BOUNDED
+        if bounded and wanted.kind != "json_object":
+            bounded = not named_by(json.loads(source))
+        return Compiled(compiled, white_space if bounded else None)
 
     def _try(self, compiled: Any, wanted: StructuredOutputsParams) -> None:
         """Refuse a grammar by which no token can come first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,47 @@ are lost write them without end; an indentation is a token or two, and the last 
 _SPACES = b" \t\n\r"
 _OPENINGS = frozenset(b'{}[]",:-0123456789.+eEtfnrualsNI')
 """What numbers and names in JSON are made of, and the signs between its parts."""
+_MUCH = re.compile(rf"[ \t\n\r]{{{MOST}}}")
+_PARTS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|.", re.DOTALL)
+"""Of a regular expression: classes and characters."""
+_NAMES = re.compile(r"[ \t\n\r]|\\[sWtnrfvxuc0]")
+_SAID = ("description", "title", "default", "examples", "$comment")
+"""What a schema says to its readers."""
+
+
+def _names(expression: str) -> bool:
+    """Whether it names white space, but in a class that has all letters: there the sign tells."""
+    for part in _PARTS.findall(expression):
+        if part.startswith("[^"):
+            given = re.sub(r"\\[^wSxuc]", "", part)
+            if re.search("[A-Za-z]", given):
+                return True
+        elif _NAMES.search(part) and not (part[0] == "[" and re.search(r"\\[SDw]", part)):
+            return True
+    return False
+
+
+def named_by(document: Any) -> bool:
+    """Whether a schema or a structural tag asks for white space in texts of its own, which need not
+    be between parts: in expressions that name it, in grammars, or so much of it in a given text."""
+    if isinstance(document, str):
+        return _MUCH.search(document) is not None
+    if isinstance(document, list):
+        return any(map(named_by, document))
+    if not isinstance(document, Mapping):
+        return False
+    for name, each in document.items():
+        expressions = each if name in ("pattern", "patternProperties") else ()
+        if isinstance(expressions, str):
+            expressions = (expressions,)
+        if isinstance(expressions, Mapping | tuple) and any(map(_names, expressions)):
+            return True
+        if name == "grammar" and isinstance(each, str):
+            return True
+        told = name in _SAID and not isinstance(each, Mapping)
+        if named_by(name) or (not told and named_by(each)):
+            return True
+    return False
 
 
 @dataclass(frozen=True, eq=False)
