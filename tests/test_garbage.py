@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -51,3 +53,70 @@ def test_a_block_of_one_thread_does_not_end_that_of_another() -> None:
     left.set()
     thread.join(20)
     assert gc.isenabled()
+
+
+def test_what_somebody_has_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with uncollected():
+            pass
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+may_fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def is_true_in_a_fork(told: Callable[[], bool]) -> bool:
+    process = os.fork()
+    if process == 0:
+        status = 2
+        try:
+            status = 0 if told() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+@needs_fork
+@may_fork
+def test_a_fork_has_no_part_in_the_blocks_of_its_parents_threads() -> None:
+    """Nobody would end them there. Its own one goes on."""
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with uncollected():
+            entered.set()
+            left.wait(20)
+
+    def within() -> bool:
+        with uncollected():
+            inside = not gc.isenabled()
+        return inside and gc.isenabled()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert entered.wait(20)
+        assert is_true_in_a_fork(lambda: gc.isenabled() and within())
+        with uncollected():
+            assert is_true_in_a_fork(lambda: not gc.isenabled() and not within())
+    finally:
+        left.set()
+        thread.join(20)
+    assert gc.isenabled()
+
+
+@needs_fork
+@may_fork
+def test_a_fork_of_who_has_it_switched_off_has_it_so() -> None:
+    with uncollected():
+        pass
+    gc.disable()
+    try:
+        assert is_true_in_a_fork(lambda: not gc.isenabled())
+    finally:
+        gc.enable()

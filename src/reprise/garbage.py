@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +12,26 @@ _lock = threading.Lock()
 _blocks = 0
 """That keep the collector away, in any thread."""
 _was_enabled = False
+
+
+class _Thread(threading.local):
+    blocks = 0
+    """That it is in."""
+
+
+_here = _Thread()
+
+
+def _after_fork() -> None:
+    """Threads that were in a block are not there to end it, nor to give the lock back."""
+    global _lock, _blocks
+    before, _blocks, _lock = _blocks, _here.blocks, threading.Lock()
+    if before and _blocks == 0 and _was_enabled:
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -26,11 +47,13 @@ def uncollected() -> Iterator[None]:
             _was_enabled = gc.isenabled()
             gc.disable()
         _blocks += 1
+        _here.blocks += 1
     try:
         yield
     finally:
         with _lock:
             _blocks -= 1
+            _here.blocks -= 1
             if _blocks == 0 and _was_enabled:
                 _take_for_old()
                 gc.enable()
