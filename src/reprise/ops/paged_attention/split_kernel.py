@@ -249,10 +249,6 @@ def split_attention_kernel(
     # compile such a loop wrongly.
     for index in range(last_request - first_request + 1):
         request = first_request + index
-        if key_scales_ptr is None:  # of codes one register more is one too many
-            # What is shared with other programs comes first: it is merged while others go on.
-            other = tl.where(index == 1, last_request, request - 1)
-            request = tl.where(index == 0, first_request, other)
         length = _pick(lengths, number, request)
         begin = _pick(begins, number, request)
         new = _pick(news, number, request)
