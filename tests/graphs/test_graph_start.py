@@ -126,6 +126,44 @@ def test_a_rank_that_fails_leaves_no_other_waiting(platform, make_runner, monkey
     assert "only here" in other.quarantined
 
 
+@pytest.mark.parametrize("failing", ["pad", "forward"])
+def test_a_rank_that_cannot_compute_padding_says_so(platform, make_runner, monkeypatch, failing):
+    """What a comparison computes before its probe may fail as anything of it may."""
+    if platform.asynchronous:
+        pytest.skip("two threads cannot capture on one device at the same time")
+    ranks = Ranks()
+    toys = [Toy(platform) for _ in range(2)]
+    runners = [
+        make_runner(toy, "full", decode=(2,), mixed=(), agreement=ranks, used={}) for toy in toys
+    ]
+    forward = Toy.forward
+
+    def in_step(toy, shape, model):
+        ranks.collective()
+        forward(toy, shape, model)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("only here")
+
+    def compared(runner):
+        (bucket,) = runner.bucket_graphs.values()
+        (probe, *_) = bucket.probes
+        with runner.capturer.ready():
+            return runner.judge.compare(bucket, probe, cold=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(each.captures.capture_all) for each in runners]:
+            done.result(2 * WAIT)
+        monkeypatch.setattr(Toy, "forward", in_step)
+        monkeypatch.setattr(toys[1], failing, fail if failing == "pad" else lambda *what: (
+            in_step(toys[1], *what), fail()
+        ))  # fmt: skip
+        verdicts = [each.result(2 * WAIT) for each in [pool.submit(compared, e) for e in runners]]
+    assert not any(each.ran for each in verdicts)
+    assert "another rank" in verdicts[0].error
+    assert "only here" in verdicts[1].error
+
+
 @pytest.mark.parametrize("wrong_at", [0, 1, 2])
 @pytest.mark.parametrize(("sizes", "which"), [((2,), 0), ((1, 2), 1), ((1, 2, 3, 4), 1)])
 def test_a_graph_that_serves_has_met_each_probe_itself(

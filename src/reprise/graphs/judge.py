@@ -85,10 +85,9 @@ class Judge:
             if number and not self._agree(verdict.right):
                 break
             cold = cold and number == 0
-            if cold:  # the last comparison may have been of this probe
-                self._capturer.empty_inputs(bucket.shape)
-                self._computation.forward(bucket.shape, written)
-            pool, reason = self._fill(bucket, probe)
+            reason = self._compute_padding(bucket) if cold else None
+            if reason is None:
+                pool, reason = self._fill(bucket, probe)
             if reason is not None:
                 return Verdict(error=reason, ran=False)
             try:
@@ -166,6 +165,23 @@ class Judge:
 
     def _fell_out(self, bucket: BucketGraph, error: str) -> None:
         self._agreement.fell_out(f"a probe of graph {bucket.info.name}: {error}")
+
+    def _compute_padding(self, bucket: BucketGraph) -> str | None:
+        """Compute another step than the next, since the last comparison may have been of its probe;
+        returns why that cannot be done, on any rank."""
+        computation, reason = self._computation, None
+        for compute in (
+            lambda: self._capturer.empty_inputs(bucket.shape),
+            lambda: computation.forward(bucket.shape, computation.model),
+        ):
+            try:
+                compute()
+            except Exception as error:
+                reason = f"padding cannot be computed: {describe(error)}"
+                self._fell_out(bucket, reason)
+            if not self._agree(reason is None):
+                return reason or "padding cannot be computed on another rank"
+        return None
 
     def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:
         """Write the probe into the inputs: all memory of the graph's pool, and why it cannot be
