@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +72,31 @@ def test_loading_kernels_is_not_what_a_graph_would_save(monkeypatch) -> None:
     device = Device(0.010, 20e-6)
     device.first = 5.0
     assert foreseen(device, monkeypatch) == 1024
+
+
+def test_ranks_of_different_speed_leave_out_the_same(monkeypatch) -> None:
+    """They vote on each size: one that chose by its own times would capture alone."""
+    devices = [Device(0.010, 20e-6), Device(0.010, 50e-6), Device(0.060, 40e-6)]
+    here, meeting, votes = threading.local(), threading.Barrier(len(devices)), [True] * 3
+
+    def agree(ok: bool) -> bool:
+        votes[here.rank] = ok
+        meeting.wait(20)
+        verdict = all(votes)
+        meeting.wait(20)
+        return verdict
+
+    def found(rank: int) -> int | None:
+        here.rank = rank
+        useless = Useless(devices[rank], SimpleNamespace(all=agree))  # type: ignore[arg-type]
+        useless.foresee(SHAPES, devices[rank].run)
+        return useless.foreseen
+
+    clock = SimpleNamespace(perf_counter=lambda: devices[here.rank].now)
+    monkeypatch.setattr(useless, "time", clock)
+    with ThreadPoolExecutor(len(devices)) as pool:
+        assert list(pool.map(found, range(len(devices)))) == [2048] * 3
+    assert devices[0].ran == devices[1].ran == devices[2].ran
 
 
 def test_a_pass_that_fails_leaves_its_graph_to_its_capture(monkeypatch) -> None:

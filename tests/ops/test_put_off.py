@@ -192,6 +192,24 @@ def test_who_looks_on_sees_each_call_done(chain):
         assert rows.equal(chain.rows)
 
 
+def test_who_begins_to_look_on_within_a_block_sees_each_call_done(chain):
+    seen = []
+
+    def look(op, function, args, kwargs):
+        function(*args, **kwargs)
+        seen.append(args[-1].clone())
+
+    ones, narrow = torch.ones(2, 64), torch.eye(64)
+    for watched in (intercept(look), Watch()):
+        rows = chain.begin()
+        with ops.together():
+            chain.run(rows)
+            with watched:
+                ops.linear_add(ones, narrow, None, rows)
+            assert rows.equal(chain.rows + 1)
+    assert seen[0].equal(chain.rows + 1)
+
+
 def test_a_function_in_an_ops_place_finds_all_done(chain, table, monkeypatch):
     """As faults and tests put some there."""
     original, seen = table.functions["linear"], []

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from reprise.errors import OpError
+from reprise.ops import put_off
 from reprise.ops.cases import Cases
 from reprise.ops.choice import resolved
 from reprise.ops.implementation import (
@@ -79,8 +80,10 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The dispatcher is for those who look on: compilers and recorders. Without them the way
         # through it would be a tenth of what the host does in an eager step.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling():
             return self.overload(*args, **kwargs)
+        if torch._C._len_torch_dispatch_stack():
+            return put_off.aside(self.overload, *args, **kwargs)
         return self.kernel(*args, **kwargs)
 
     def repeatedly(self, *args: Any, others: int = 0) -> Callable[..., Any]:

@@ -104,7 +104,7 @@ def op(
         table = active.get() or table_of((*args, *kwargs.values()))
         function, instead = table.functions[name], interceptor.get()
         if instead is not None:
-            return instead(found, function, args, kwargs)
+            return put_off.aside(instead, found, function, args, kwargs)
         if put_off.here.open and not getattr(function, "puts_off", False):
             return put_off.aside(function, *args, **kwargs)
         return function(*args, **kwargs)
