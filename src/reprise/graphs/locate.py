@@ -100,9 +100,13 @@ def locate(
 
     def trace_of(model: Callable[..., Any]) -> dict[str, _Traced]:
         found = _trace(computation, bucket, model)
-        # What ops have prepared for this step outside of all graphs is not to be there.
+        # What ops have prepared for this step outside of all graphs is not to be there; caches are
+        # as the trace has left them, null units too, which are summed with the others.
         reset()
+        nobodys = computation.state(bucket)
+        left = nobodys.read()
         computation.forward(bucket, computation.model)
+        nobodys.write(left)
         fill()
         return found
 
