@@ -499,7 +499,7 @@ def test_a_truncated_shard_among_good_ones(
     files = sorted(tmp_path.glob("*.safetensors"))
     truncated = files[len(files) // 2]
     truncated.write_bytes(truncated.read_bytes()[:-2])
-    monkeypatch.setattr(transfer.ThreadPoolExecutor, "submit", lambda *_: pytest.fail("copies"))
+    monkeypatch.setattr(transfer, "ThreadPoolExecutor", lambda *_: pytest.fail("copies"))
     with pytest.raises(LoadError) as caught:
         make_llm(tmp_path, device)
     message = str(caught.value)
