@@ -406,3 +406,8 @@ def test_without_a_table_the_owner_of_the_tensor_chooses(monkeypatch, platform) 
     contextvars.Context().run(rms_norm, *inputs("rms_norm", platform.device)[0])
     (found,) = tables._defaults.values()
     assert found.platform.device_type == platform.device_type
+
+
+def test_a_call_without_a_tensor_is_refused_by_name() -> None:
+    with pytest.raises(OpError, match="needs a tensor among its arguments"):
+        ops.linear([1.0], [2.0], None)

@@ -168,14 +168,18 @@ def table_of(args: Sequence[Any]) -> OpTable:
     that of the platform which owns the first tensor.
 
     Raises:
-        OpError: No platform owns it.
+        OpError: There is no such tensor, or no platform owns it.
     """
     table = active.get()
     return _default(args) if table is None else table
 
 
 def _default(args: Sequence[Any]) -> OpTable:
-    device = next(each.device for each in args if isinstance(each, torch.Tensor))
+    device = next((each.device for each in args if isinstance(each, torch.Tensor)), None)
+    if device is None:
+        raise OpError(
+            "an op that is called outside of an engine needs a tensor among its arguments"
+        )
     if device.type not in _defaults:
         usable = [platforms.load(n) for n, why in platforms.available().items() if why is None]
         owner = next((each for each in usable if each.device_type == device.type), None)
