@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
+from forks import MARKS, is_true_in_a_fork
 from helpers import TinyModels, generate, greedy, make_llm, need_devices, random_ids
 
 from reprise.errors import RepriseError
 from reprise.platforms.cpu import CpuPlatform
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
-]
+pytestmark = list(MARKS)
 PROMPT = random_ids(0, 12)
-
-
-def forked(child: Callable[[], bool]) -> None:
-    """Run this in a fork, and see that it is true there."""
-    process = os.fork()
-    if process == 0:
-        status = 2
-        try:
-            status = 0 if child() else 1
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -52,7 +37,7 @@ def test_the_engine_is_its_parents(tiny: TinyModels, device: str, ranks: int) ->
         return False
 
     with llm._lock:  # as if another thread had it
-        forked(child)
+        assert is_true_in_a_fork(child)
     assert generate(llm, [PROMPT], greedy(4)) == before
     llm.shutdown()
 
@@ -70,7 +55,7 @@ def test_a_fork_of_a_process_that_computes_has_one_thread() -> None:
             CpuPlatform().share_host(1)
             return one and torch.get_num_threads() == 1
 
-        forked(child)
+        assert is_true_in_a_fork(child)
         assert torch.get_num_threads() > 1 or len(os.sched_getaffinity(0)) == 1
     finally:
         torch.set_num_threads(threads)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
-from collections.abc import Callable
 
 import pytest
+from forks import MARKS, is_true_in_a_fork
 
 from reprise.garbage import uncollected
 
@@ -66,19 +65,7 @@ def test_what_somebody_has_frozen_stays_so() -> None:
         gc.unfreeze()
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-may_fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-def is_true_in_a_fork(told: Callable[[], bool]) -> bool:
-    process = os.fork()
-    if process == 0:
-        status = 2
-        try:
-            status = 0 if told() else 1
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+needs_fork, may_fork = MARKS
 
 
 @needs_fork
