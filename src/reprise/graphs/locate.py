@@ -103,7 +103,6 @@ def locate(
         # What ops have prepared for this step outside of all graphs is not to be there; caches are
         # as the trace has left them, null units too, which are summed with the others.
         reset()
-        nobodys = computation.state(bucket)
         left = nobodys.read()
         computation.forward(bucket, computation.model)
         nobodys.write(left)
