@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from reprise.arguments import shown
 from reprise.server.caller import Caller
+from reprise.server.chat_choice import Choice
 from reprise.server.client import EngineRefusal
 from reprise.server.completions import check_length
 from reprise.server.conversation import conversation
@@ -19,9 +19,9 @@ from reprise.server.fields import ChatRequest, sampling
 from reprise.server.generation import DONE, Reply
 from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
-from reprise.server.reasoning import Part, Splitter, ThoughtTokens, thinks_from_start
+from reprise.server.reasoning import Splitter, thinks_from_start
 from reprise.server.streaming import Template
-from reprise.server.tools.choice import ToolUse, tool_use
+from reprise.server.tools.choice import tool_use
 
 _NO_LOGPROBS = b'"logprobs":null,"finish_reason":null'
 
@@ -119,7 +119,7 @@ class Chat(Reply):
         self._texts_alone = not (request.logprobs or request.return_token_ids)
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """By choice: what stands around the text of a chunk that has a text and nothing else."""
-        self._choices: dict[int, _Choice] = {}
+        self._choices: dict[int, Choice] = {}
         self._facts: dict[str, Any] = {}
 
     def _changes(self, facts: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,14 +167,14 @@ class Chat(Reply):
         (self._facts,) = facts
         self.usage.prompt = self._facts["prompt_tokens"]
 
-    def _choice(self, index: int) -> _Choice:
+    def _choice(self, index: int) -> Choice:
         found = self._choices.get(index)
         if found is None:
             splitter = None
             if self._parser != "none":
                 tail = self._facts.get("tail", "")
                 splitter = Splitter(thinks_from_start(self._parser, tail, self._unfinished))
-            found = self._choices[index] = _Choice(splitter, self._use)
+            found = self._choices[index] = Choice(splitter, self._use)
         return found
 
     # ---- plain -----------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Chat(Reply):
             )  # fmt: skip
             chunks.append(template.chunk(index, middle, self.running_usage()))
 
-    def _rest(self, choice: _Choice) -> bytes:
+    def _rest(self, choice: Choice) -> bytes:
         """Log probabilities that no chunk has had yet, and no finish reason."""
         if not choice.positions:
             return _NO_LOGPROBS
@@ -350,88 +350,12 @@ class Chat(Reply):
             self.usage.cached += end["cached"]
             self.end = end
 
-    def _count_thoughts(self, choice: _Choice, more: Mapping[str, Any] | None) -> None:
+    def _count_thoughts(self, choice: Choice, more: Mapping[str, Any] | None) -> None:
         """Behind the text of an output."""
         if choice.thoughts is not None and more is not None:
             before = choice.thoughts.count
             choice.thoughts.add(more["sizes"])
             self.usage.reasoning = (self.usage.reasoning or 0) + choice.thoughts.count - before
-
-
-class _Choice:
-    """One of the completions, while it grows.
-
-    Args:
-        splitter: Of its text; None: all of it is the answer.
-        use: How calls are read; None: there are none.
-    """
-
-    def __init__(self, splitter: Splitter | None, use: ToolUse | None) -> None:
-        self._use = use
-        self._reader = None if use is None else use.reader()
-        self.num_calls = 0
-        self._dropping = self._seen_call = False
-        self.begun = False
-        """The chunk with the role was sent."""
-        self.positions: list[Position] = []
-        self._splitter = splitter
-        self.thoughts = None if splitter is None else ThoughtTokens(splitter)
-
-    def feed(self, text: str) -> list[tuple[str, str]]:
-        if self._splitter is None:
-            return self._read([("content", text)] if text else [])
-        return self._read(self._splitter.feed(text))
-
-    def _read(self, parts: Sequence[Part], ended: bool = False) -> list[tuple[str, str]]:
-        """The parts, with the calls that are in the answer."""
-        if self._reader is None or self._use is None:
-            return list(parts)
-        found: list[tuple[str, str]] = []
-        for kind, text in parts:
-            if kind == "content":
-                found += self._reader.feed(text)
-            else:
-                found.append((kind, text))
-        if ended:
-            found += self._reader.finish()
-        if self._use.parallel:
-            return found
-        return [each for each in found if not self._beyond_first(each[0])]
-
-    def _beyond_first(self, kind: str) -> bool:
-        """Whether it is of a call behind the first one, where only one is wanted."""
-        if kind == "call":
-            self._dropping, self._seen_call = self._seen_call, True
-        return self._dropping and kind in ("call", "arguments")
-
-    def new_call(self, name: str) -> dict[str, Any]:
-        """One more call, whose arguments are still to come."""
-        self.num_calls += 1
-        return {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-
-    def finish_reason(self, finish: str) -> str:
-        """The chat API's."""
-        called = self.num_calls and self._use is not None and not self._use.named
-        return "tool_calls" if finish == "stop" and called else finish
-
-    @property
-    def thinks(self) -> bool:
-        """What follows is a thought, as far as is known."""
-        return self._splitter is not None and self._splitter.thinking
-
-    @property
-    def answers(self) -> bool:
-        """All that follows is answer."""
-        if self._splitter is None or self.thoughts is None:
-            return True
-        return self._splitter.state == "content" and self.thoughts.settled
-
-    def finish(self) -> list[tuple[str, str]]:
-        return self._read([] if self._splitter is None else self._splitter.finish(), ended=True)
 
 
 def _length(content: Any) -> int:
