@@ -6,9 +6,10 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 
-from reprise.graphs.capture import BucketGraph, Capturer
+from reprise.graphs.capture import BucketGraph
 from reprise.graphs.compare import same_bits
 from reprise.graphs.contract import Computation
+from reprise.graphs.padding import write_padding
 from reprise.graphs.trust import Ledger
 from reprise.shape import Phase
 
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def blind_inputs(
-    computation: Computation, capturer: Capturer, ledger: Ledger, buckets: Sequence[BucketGraph]
+    computation: Computation, ledger: Ledger, buckets: Sequence[BucketGraph]
 ) -> dict[Phase, list[str]]:
     """By phase the inputs to which no probe of its first graph gives a new value. If there are any,
     its probes prove nothing: perhaps they have not arrived, and were all the same step."""
@@ -24,7 +25,7 @@ def blind_inputs(
     for bucket in buckets:
         if bucket.shape.phase in blind or bucket.graph is None:
             continue
-        capturer.empty_inputs(bucket.shape)
+        write_padding(computation, bucket.shape)
         inputs = computation.inputs(bucket.shape)
         before = {name: each.clone() for name, each in inputs.items()}
         unchanged = set(before)

@@ -11,6 +11,7 @@ from torch import Tensor
 from reprise.graphs.capture import BucketGraph
 from reprise.graphs.compare import Coded, Compared, copies, relative_difference
 from reprise.graphs.contract import Computation
+from reprise.graphs.padding import compute_padding
 from reprise.graphs.plan import Executor
 from reprise.graphs.regions import owned
 from reprise.graphs.step_memory import coded
@@ -100,8 +101,7 @@ class Bounds:
                 if isinstance(result, Coded) or result.is_floating_point():
                     largest = max(largest, relative_difference(result, second[name]))
             # The graph's first replay on this probe is not to find what eager execution has left.
-            self._computation.pad(bucket.shape.empty, bucket.shape)
-            self._computation.forward(bucket.shape, self._computation.model)
+            compute_padding(self._computation, bucket.shape)
         return largest
 
     def _results(self, bucket: StepShape, live: StepShape) -> dict[str, Compared]:

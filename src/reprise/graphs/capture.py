@@ -16,6 +16,7 @@ from reprise.errors import describe
 from reprise.garbage import uncollected
 from reprise.graphs.compiled import compile_model
 from reprise.graphs.contract import Computation, Probe
+from reprise.graphs.padding import write_padding
 from reprise.graphs.plan import FALLBACK, Executor
 from reprise.graphs.pool import GraphPool
 from reprise.graphs.report import GraphInfo
@@ -96,10 +97,6 @@ class Capturer:
         with uncollected(), self._computation.ops.computing():
             yield
 
-    def empty_inputs(self, shape: StepShape) -> None:
-        """Fill the inputs with what graphs are captured on: padding alone."""
-        self._computation.pad(shape.empty, shape)
-
     # ---- capture -------------------------------------------------------------------------
 
     def capture_or_fall_back(self, bucket: BucketGraph, executor: Executor) -> None:
@@ -139,7 +136,7 @@ class Capturer:
         """All that a rank does alone."""
         self.model(executor)
         self.pool.prepare()
-        self.empty_inputs(bucket.shape)
+        write_padding(self._computation, bucket.shape)
 
     def _warm_up(self, bucket: BucketGraph, executor: Executor) -> None:
         """Compile and tune kernels, and allocate workspaces, outside of the capture: once, where

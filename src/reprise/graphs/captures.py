@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from reprise import timeline
 from reprise.errors import describe
@@ -16,6 +17,7 @@ from reprise.graphs.contract import Computation
 from reprise.graphs.deferred import REASON, WANTED, Deferred, split
 from reprise.graphs.guard import Guard
 from reprise.graphs.idle import IdleProof
+from reprise.graphs.padding import compute_padding
 from reprise.graphs.plan import Executor, GraphPlan
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory
@@ -108,14 +110,9 @@ class Captures:
         """Find mixed steps that no graph makes faster, before any is captured or predicted. The
         static inputs are not as before."""
         computation = self._computation
-
-        def run(shape: StepShape) -> object:
-            self.capturer.empty_inputs(shape)
-            return computation.forward(shape, computation.model)
-
         mixed = [each for each in reversed(self.shapes) if each.phase == "mixed"]
         with computation.ops.computing():
-            self._useless.foresee(mixed, run)
+            self._useless.foresee(mixed, partial(compute_padding, computation))
         least = self._useless.foreseen
         if least is not None:
             self._left_out = [each for each in mixed if each.size >= least]
@@ -167,9 +164,7 @@ class Captures:
                 with timeline.span("verify"):
                     buckets = [e for e in self._graphs.values() if not e.info.deferred]
                     self._prover.prove(buckets, self.capture_seconds, progress)
-                    self.blind = blind_inputs(
-                        self._computation, self.capturer, self._ledger, buckets
-                    )
+                    self.blind = blind_inputs(self._computation, self._ledger, buckets)
                 self.verify_seconds = time.perf_counter() - started
         self._log_summary()
         self._policy.announce([each for each in self._graphs.values() if each.graph is not None])

@@ -15,6 +15,7 @@ from reprise.graphs.capture import BucketGraph, Capturer
 from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
+from reprise.graphs.padding import compute_padding, write_padding
 from reprise.graphs.verify import Later, Verdict, examine, examine_later
 from reprise.platforms import Platform
 from reprise.shape import StepShape
@@ -159,8 +160,7 @@ class Judge:
         """Where the graph diverges on what ``fill`` writes; raises what the search does."""
         return locate(
             self._computation, self._platform, bucket.shape, live, fill,
-            lambda: self._capturer.empty_inputs(bucket.shape), bucket.graph,
-            self._capturer.model(bucket.info.executor), self._agree,
+            bucket.graph, self._capturer.model(bucket.info.executor), self._agree,
         )  # fmt: skip
 
     def _fell_out(self, bucket: BucketGraph, error: str) -> None:
@@ -169,13 +169,10 @@ class Judge:
     def _compute_padding(self, bucket: BucketGraph) -> str | None:
         """Compute another step than the next, since the last comparison may have been of its probe;
         returns why that cannot be done, on any rank."""
-        computation, reason = self._computation, None
-        for compute in (
-            lambda: self._capturer.empty_inputs(bucket.shape),
-            lambda: computation.forward(bucket.shape, computation.model),
-        ):
+        reason = None
+        for stage in (write_padding, compute_padding):  # a vote follows each
             try:
-                compute()
+                stage(self._computation, bucket.shape)
             except Exception as error:
                 reason = f"padding cannot be computed: {describe(error)}"
                 self._fell_out(bucket, reason)

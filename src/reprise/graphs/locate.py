@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reprise.graphs.compare import poison, poison_memory, same_bits
 from reprise.graphs.contract import Computation, State
+from reprise.graphs.padding import compute_padding, write_padding
 from reprise.graphs.segments import (
     Break,
     Call,
@@ -73,7 +74,6 @@ def locate(
     bucket: StepShape,
     live: StepShape,
     fill: Callable[[], None],
-    reset: Callable[[], None],
     original: SegmentedGraph | None,
     model: Callable[..., Any],
     agree: Callable[[bool], bool],
@@ -90,7 +90,6 @@ def locate(
         bucket: The shape of the graph.
         live: The real rows of the inputs that ``fill`` writes.
         fill: Writes the inputs on which the graph is wrong.
-        reset: Writes the inputs that graphs are captured with.
         original: The graph that was found wrong.
         model: What it captured.
         agree: Whether all ranks say True.
@@ -102,15 +101,15 @@ def locate(
         found = _trace(computation, bucket, model)
         # What ops have prepared for this step outside of all graphs is not to be there; caches are
         # as the trace has left them, null units too, which are summed with the others.
-        reset()
+        write_padding(computation, bucket)
         left = nobodys.read()
-        computation.forward(bucket, computation.model)
+        compute_padding(computation, bucket)
         nobodys.write(left)
         fill()
         return found
 
     try:
-        reset()
+        write_padding(computation, bucket)
         nobodys = computation.state(bucket)
         padding = nobodys, nobodys.read()
         pool = platform.graph_pool()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from reprise.graphs.contract import Computation
+from reprise.graphs.padding import compute_padding
 from reprise.graphs.plan import (
     Executor,
     GraphPlan,
@@ -52,8 +53,7 @@ def uses_of_phase(computation: Computation, phase: Phase, query_lens: Sequence[i
 
     def forward() -> None:
         for shape in shapes:
-            computation.pad(shape.empty, shape)
-            computation.forward(shape, computation.model)
+            compute_padding(computation, shape)
 
     return uses_of(computation.ops, forward)
 

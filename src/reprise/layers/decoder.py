@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -87,15 +88,12 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
         """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
         residual = Residual(self.embed_tokens(batch.token_ids))
-        if taps is None and self._unseen.now():
-            with ops.together():
-                for layer in self._layers:
-                    layer(residual, batch)
-            return tensor(residual.normed(self.norm))
-        for number, layer in enumerate(self._layers):
-            if taps is not None and number in taps.depths:
-                taps.take(number, residual.values)
-            layer(residual, batch)
+        unseen = taps is None and self._unseen.now()
+        with ops.together() if unseen else contextlib.nullcontext():
+            for number, layer in enumerate(self._layers):
+                if taps is not None and number in taps.depths:
+                    taps.take(number, residual.values)
+                layer(residual, batch)
         hidden = tensor(residual.normed(self.norm))
         if taps is not None:
             taps.take(len(self._layers), residual.values)

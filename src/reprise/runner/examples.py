@@ -12,6 +12,7 @@ from reprise import ops
 from reprise.config import EngineConfig
 from reprise.errors import ModelError, describe
 from reprise.graphs import Guard, parse_verify
+from reprise.graphs.padding import compute_padding
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.ops.ahead import called, compile_ahead
@@ -82,8 +83,7 @@ class Examples:
 
         def run(*shapes: StepShape) -> Tensor:
             for shape in shapes:
-                self._forward_pass.pad(shape.empty, shape)
-                result = self._forward_pass.forward(shape)
+                result = compute_padding(self._forward_pass, shape)
             return result
 
         most = self._config.max_num_seqs

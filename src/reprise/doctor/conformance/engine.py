@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
 from reprise.graphs import Buckets, GraphPlan, GraphRunner, VerifyMode
+from reprise.graphs.padding import compute_padding
 from reprise.graphs.plan import Executor
 from reprise.graphs.uses import uses_of
 from reprise.loading import checkpoint
@@ -137,11 +138,7 @@ def _places(llm: LLM, kind: type[Fault]) -> list[Op]:
     """The model's ops in which such a fault is to be planted: if it says nothing else, those that
     know how far requests reach."""
     computation, shape = llm.engine.runner.forward_pass, StepShape.decode(1)
-
-    def step() -> None:
-        computation.pad(shape.empty, shape)
-        computation.forward(shape)
-
+    step = functools.partial(compute_padding, computation, shape)
     ops = [each for each, _ in uses_of(computation.ops, step)]
     return ops if kind.needs else [each for each in ops if each.extent is not None]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from reprise.cache import CacheLayout
 from reprise.distributed import Agreement
 from reprise.graphs import GraphPlan, GraphRunner
+from reprise.graphs.padding import compute_padding
 from reprise.ops.step import NEXT
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts.chain import DraftChain
@@ -116,12 +117,7 @@ class ModelDrafter(Drafter):
                 steps.append((self.prefill, StepShape.decode(requests, width)))
         for width in self.inputs.widths:
             steps.append((self.chain, StepShape.decode(requests, width)))
-
-        def run(computation: DraftPrefill | DraftChain, shape: StepShape) -> Tensor:
-            computation.pad(shape.empty, shape)
-            return computation.forward(shape)
-
-        return [partial(run, *each) for each in steps]
+        return [partial(compute_padding, *each) for each in steps]
 
     def example(self) -> None:
         one = StepShape.decode(1, 1)
