@@ -2,8 +2,9 @@
 
 from reprise.cache.batch import Batch, Table
 from reprise.cache.block_pool import NULL_BLOCK, BlockPool
+from reprise.cache.hits import Hit
 from reprise.cache.layout import CacheLayout, one_table
-from reprise.cache.manager import CacheManager, Hit
+from reprise.cache.manager import CacheManager
 from reprise.cache.prefix import NO_PARENT, PrefixIndex, block_digest
 from reprise.cache.spec import KEPT, STATE, LayerCache, Lifetime, Rows, State, Window
 from reprise.cache.tables import CacheUser, Copy

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 from reprise.cache.block_pool import NULL_BLOCK, BlockPool
+from reprise.cache.checkpoints import Checkpoints
+from reprise.cache.hits import Hit, longest_hit
 from reprise.cache.layout import CacheLayout
 from reprise.cache.prefix import PrefixIndex
 from reprise.cache.spec import NEVER
-from reprise.cache.tables import BlockTable, CacheUser, Checkpoint, Copy, StateTable
+from reprise.cache.tables import BlockTable, CacheUser, StateTable
 from reprise.errors import ConfigError
 
 _NO_EPOCH = -1
 _NOT_VERIFIED = -1
 LARGEST_RESERVE = 1 / 4
 """Of a pool, what an admission may have to leave for others at most."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """What the cache has of a request's tokens."""
-
-    length: int = 0
-    """In tokens, from the first one on."""
-    tables: Sequence[Sequence[int]] = ()
-    """Of each table the blocks of these tokens; the null block for those that nobody needs."""
-    junction: int = 0
-    """So long a prefix there would be, had its states been copied; 0: it is none that is worth it.
-    Others may have it, too."""
-    replay: int = 0
-    """Of these tokens the last ones, which its states have beside them: who goes on from there
-    replays them first."""
 
 
 class CacheManager:
@@ -81,19 +66,18 @@ class CacheManager:
             for each, index in zip(self.layout.pools, indices, strict=True)
         ]
         grain = min(each.block_size for each in self.layout.tables)
-        self._states: list[StateTable] = []
         self._tables: list[BlockTable | StateTable] = []
         for number, each in enumerate(self.layout.tables):
             arguments = number, each, self.pools[each.pool], indices[each.pool], grain
             if each.lifetime.rewritten:
-                self._states.append(StateTable(*arguments))
-                self._tables.append(self._states[-1])
+                self._tables.append(StateTable(*arguments))
             else:
                 self._tables.append(BlockTable(*arguments))
-        self._copies: list[tuple[Copy, Checkpoint | None]] = []
-        """What is to be copied, and what checkpoint it makes, if it makes one."""
-        self._borrowed: list[tuple[StateTable, int]] = []
-        """Checkpoints that are sources of these copies."""
+        states = [each for each in self._tables if isinstance(each, StateTable)]
+        self.checkpoints = Checkpoints(
+            states if self.enable_prefix_caching else [], self._hit_step, self._apart, self._shares
+        )
+        """Copies of states; after :meth:`start_over` others."""
 
     @property
     def num_blocks(self) -> int:
@@ -140,53 +124,14 @@ class CacheManager:
     # ---- prefixes ------------------------------------------------------------------------
 
     def match(self, request: CacheUser) -> Hit:
-        """The longest prefix of the request's known tokens behind which it could go on: every table
-        has the blocks that it needs there.
+        """The longest prefix of the request's known tokens behind which it could go on. At least
+        one token stays uncovered, so that there is something to compute.
 
-        At least one token stays uncovered, so that there is something to compute. Changes
-        nothing: the blocks may be lost until ``admit`` takes them.
+        Changes nothing: the blocks may be lost until ``admit`` takes them.
         """
-        step = self._hit_step
-        length = (len(request.token_ids) - 1) // step * step
         if not self.enable_prefix_caching or request.skip_prefix_cache:
-            length = 0
-        found: list[list[int]] = []
-        runs: list[list[int]] = []
-        for table in self._tables:
-            blocks, lengths = table.find(request, length)
-            found.append(blocks)
-            runs.append(lengths)
-            length = min(length, len(blocks) * table.size // step * step)
-
-        def resumes(states: bool) -> bool:
-            return all(
-                run[length // table.size - 1] >= len(table.resumes(length))
-                for table, run in zip(self._tables, runs, strict=True)
-                if states or not table.lifetime.rewritten
-            )
-
-        while length and not resumes(states=False):
-            length -= step
-        junction = length
-        replays: set[int] = set()
-        while length:
-            if resumes(states=True):
-                replays = {
-                    table.replay(found[table.number][length // table.size - 1])
-                    for table in self._states
-                }
-                if len(replays) <= 1:  # one number is told of a request
-                    break
-            length -= step
-        if junction - length < self._apart:
-            junction = 0
-        if not length:
-            return Hit(junction=junction)
-        tables = []
-        for table, blocks in zip(self._tables, found, strict=True):
-            needed = table.resumes(length)
-            tables.append([NULL_BLOCK] * needed.start + blocks[needed.start : needed.stop])
-        return Hit(length, tables, junction, max(replays, default=0))
+            return Hit()
+        return longest_hit(self._tables, request, self._hit_step, self._apart)
 
     # ---- blocks --------------------------------------------------------------------------
 
@@ -231,11 +176,7 @@ class CacheManager:
         request.replay, request.state_begin = hit.replay, _NOT_VERIFIED
         request.cache_epoch = self._epoch
         if hit.length:
-            for table in self._states:
-                source = hits[table.number][-1]
-                copy = Copy(table.number, source, request.tables[table.number][0])
-                self._copies.append((copy, None))
-                self._borrowed.append((table, source))
+            self.checkpoints.resume(request, hits)
         self._note_places(request)
         self._note_commit(request)
         return True
@@ -292,119 +233,13 @@ class CacheManager:
         if request.tables:
             shares = self._shares(request)
             if shares:
-                self._leave_states(request)
+                self.checkpoints.leave(request)
             for table in self._tables:
                 table.free(request, shares)
         # New lists: a scheduled step may still refer to the old ones.
         request.tables, request.num_left, request.num_indexed = [], [], []
         request.checkpoints, request.junction = [], 0
         request.num_places, request.commit_at = 0, NEVER
-
-    # ---- states --------------------------------------------------------------------------
-
-    def chunk_end(self, request: CacheUser, begin: int, end: int, known: int) -> int:
-        """Where a chunk had better end than at ``end``, so that a state is met where others could
-        go on from it.
-
-        Args:
-            request: Whose it is.
-            begin: Of the chunk.
-            end: The furthest it can go.
-            known: Tokens of the request.
-        """
-        if not self._states or not self.enable_prefix_caching:
-            return end
-        for cut in self._cuts(request, known):
-            if begin < cut < end:
-                return cut
-        aligned = end // self._apart * self._apart
-        return aligned if begin < aligned and end < known else end
-
-    def _cuts(self, request: CacheUser, known: int) -> tuple[int, int]:
-        """Where others may go on from a request with so many known tokens: behind what it shares
-        with one before it, and behind its last whole block; 0: not worth it."""
-        last = (known - 1) // self._hit_step * self._hit_step
-        return request.junction, last if last >= self._apart else 0
-
-    def checkpoint(
-        self,
-        request: CacheUser,
-        length: int,
-        known: int = 0,
-        *,
-        replay: int = 0,
-        certain: bool = True,
-    ) -> None:
-        """Keep the request's states as they are before the step that is scheduled now, ``length``
-        tokens being computed.
-
-        Args:
-            request: Whose.
-            length: Its computed tokens.
-            known: Of one whose known tokens are computed, how many there are.
-            replay: Of the computed tokens the last ones, that are beside the states, not in them.
-            certain: Else the next update tells whether so many are computed.
-        """
-        if length == 0 or not self.enable_prefix_caching:
-            return
-        if length % self._apart and length not in self._cuts(request, known):
-            return
-        if length % self._hit_step:
-            return
-        if request.cache_epoch != self._epoch:
-            return
-        for table in self._states:
-            copy = table.checkpoint(request, length, replay, certain=certain)
-            if copy is not None:
-                self._copies.append(copy)
-        self._note_commit(request)
-
-    def checkpoint_behind_drafts(
-        self, request: CacheUser, most: int, pending: int, known: int
-    ) -> None:
-        """:meth:`checkpoint` of a request that verifies drafts: between two steps its states are
-        those before the tokens of the last one, which are beside them.
-
-        Args:
-            request: Whose.
-            most: Its computed tokens, those drafts included that may count.
-            pending: Steps of it that are under way.
-            known: Tokens that it was admitted with.
-        """
-        if most == known:  # the last step was a chunk
-            self.checkpoint(request, most)
-            return
-        if pending > 1:
-            return  # nobody knows where the last one began
-        begin = len(request.token_ids) - 1 if pending else request.state_begin
-        length = most // self._apart * self._apart
-        if begin < length:
-            replay = length - begin
-            self.checkpoint(request, length, replay=replay, certain=not pending)
-
-    def _leave_states(self, request: CacheUser) -> None:
-        """The request ends, or is preempted, and no step of it is under way: what its states are
-        behind the last step that verified drafts stays, where it would have been copied."""
-        length = (len(request.token_ids) - 1) // self._apart * self._apart
-        if not 0 <= request.state_begin < length or length % self._hit_step:
-            return
-        for table in self._states:
-            table.leave(request, length)
-
-    def take_copies(self) -> list[tuple[Copy, Checkpoint | None]]:
-        """The copies to be made before the step that is scheduled now, and the checkpoints that
-        some of them make. A checkpoint that is copied may be given out from the next step on: the
-        device has copied it by then. One that is made is offered to others once it is known to be
-        ``sound``."""
-        copies, self._copies = self._copies, []
-        for table, slot in self._borrowed:
-            table.pool.free([slot])
-        self._borrowed = []
-        return copies
-
-    @property
-    def has_states(self) -> bool:
-        return bool(self._states)
 
     # ---- what is wrong, or not wanted any more -------------------------------------------
 

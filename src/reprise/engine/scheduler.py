@@ -275,7 +275,7 @@ class Scheduler:
         if not plan.requests:
             return None
 
-        copies = self.cache.take_copies()
+        copies = self.cache.checkpoints.take_copies()
         step = Step(
             self._counts.steps,
             *self._lists.of(plan, num_decodes, self._verified),
@@ -337,15 +337,16 @@ class Scheduler:
             request.num_computed_tokens = start + width
             request.num_pending += 1
             request.num_in_flight += 1
-        if self.cache.has_states:
+        checkpoints = self.cache.checkpoints
+        if checkpoints:
             for request in requests:
                 computed = request.num_computed_tokens - width
                 if self.num_drafts:
-                    self.cache.checkpoint_behind_drafts(
+                    checkpoints.keep_behind_drafts(
                         request, computed, request.num_pending - 1, request.num_known_tokens
                     )
                 else:
-                    self.cache.checkpoint(request, computed)
+                    checkpoints.keep(request, computed)
         if needed:
             num_running = len(self._roster.running())
             for request in requests:
@@ -356,13 +357,13 @@ class Scheduler:
     def _schedule_chunk(self, request: Request, budget: int, plan: StepPlan) -> int:
         """Schedule as much of the request as the budget allows; returns the number of tokens."""
         start = request.num_computed_tokens
-        known = request.num_known_tokens
-        end = self.cache.chunk_end(request, start, min(known, start + budget), known)
+        known, checkpoints = request.num_known_tokens, self.cache.checkpoints
+        end = checkpoints.chunk_end(request, start, min(known, start + budget), known)
         end = self.cache.grow(request, start, end)
         if end <= start:
             return 0  # an update will bring blocks
         # Not before: without a step nobody copies, and an update would offer what is not there.
-        self.cache.checkpoint(request, start, known, replay=request.replay)
+        checkpoints.keep(request, start, known, replay=request.replay)
         request.replay = 0
         count, samples = end - start, end == known
         if samples and self._lookahead:  # drafts behind it that find no room do not count
