@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +21,9 @@ from reprise.ops import (
     paged_attention,
     rotary_cache,
 )
-from reprise.ops.implementation import runs_anywhere
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms.cpu import CpuPlatform
 
-SOURCE = "linear/few_rows.cpp"
 KINDS = (torch.float32, torch.bfloat16)
 
 
@@ -38,179 +32,6 @@ def compiled(platform) -> None:
     reason = cpp.needs_compiler(platform)
     if reason is not None:
         pytest.skip(reason)
-
-
-@pytest.fixture
-def anew(monkeypatch, tmp_path) -> Iterator[Path]:
-    """Nothing is compiled yet, and no compiler asked; returns where libraries go."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    asked = cpp._compiler, cpp._missing, cpp._compile_all
-    for each in asked:
-        each.cache_clear()
-    yield tmp_path / "reprise" / "cpp"
-    for each in asked:
-        each.cache_clear()
-
-
-def test_a_source_is_compiled_once(anew, caplog) -> None:
-    caplog.set_level(logging.INFO, logger="reprise.ops.cpp")
-    first = cpp._compiled(cpp._HERE / SOURCE)
-    (library,) = anew.iterdir()
-    assert first == library
-    assert anew.stat().st_mode & 0o77 == 0
-    made = library.stat().st_mtime_ns
-    assert cpp._compiled(cpp._HERE / SOURCE) == library
-    assert library.stat().st_mtime_ns == made
-    assert len([each for each in caplog.records if "compiled few_rows.cpp" in each.message]) == 1
-
-
-def test_other_sources_flags_and_compilers_are_other_libraries(anew, monkeypatch) -> None:
-    (anew.parent.parent / "op").mkdir()
-    source = anew.parent.parent / "op" / "twice.cpp"
-    source.write_text('extern "C" int twice(int x) { return 2 * x; }')
-    found = {cpp._compiled(source)}
-    source.write_text('extern "C" int twice(int x) { return x + x; }')
-    found.add(cpp._compiled(source))
-    monkeypatch.setattr(cpp, "FLAGS", (*cpp.FLAGS, "-DOTHER"))
-    found.add(cpp._compiled(source))
-    described = cpp._compiler()
-    monkeypatch.setattr(cpp, "_compiler", lambda: (described[0], b"another processor"))
-    found.add(cpp._compiled(source))
-    assert len(found) == 4
-
-
-@pytest.mark.parametrize(("compiler", "why"), [("false", "fails"), ("/nowhere/g++", "no C\\+\\+")])
-def test_without_a_compiler_others_compute(anew, monkeypatch, caplog, compiler, why) -> None:
-    """One that fails is as good as none: the next implementation is taken, with the reason."""
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr("shutil.which", lambda name: name if name == "false" else None)
-    with pytest.raises(OpError, match=why):
-        cpp.Kernel(SOURCE, ())
-    assert not list(anew.glob("*"))
-
-    folder = anew.parent.parent
-    module = f"kernels_of_{folder.name}"
-    text = "from reprise.ops.cpp import Kernel\nkernel = Kernel('linear/few_rows.cpp', ())"
-    (folder / f"{module}.py").write_text(text)
-    monkeypatch.syspath_prepend(folder)
-    op = Op("taken", linear.schema, (), False, linear.cases)
-    op.implementation("reference", lambda *args: "reference")
-    op.implementation("cpp", f"{module}:kernel", requires=runs_anywhere)
-    assert [each.name for each in op.candidates(CpuPlatform())] == ["reference"]
-    assert "op taken: cpp is skipped, it cannot be imported" in caplog.text
-
-
-def test_a_compiler_may_have_arguments(anew, monkeypatch) -> None:
-    """As in ``CXX="ccache g++"``."""
-    log = anew.parent.parent / "log"
-    script = anew.parent.parent / "wrapper"
-    script.write_text(f'#!/bin/sh\necho "$1 $2" >> {log}\nshift\nexec "$@"\n')
-    script.chmod(0o700)
-    monkeypatch.setenv("CXX", f"{script} 'an argument' {' '.join(cpp._compiler()[0])}")
-    cpp._compiler.cache_clear()
-    cpp._missing.cache_clear()
-    assert cpp.needs_compiler(CpuPlatform()) is None
-    cpp._compiled(cpp._HERE / SOURCE)
-    assert {each.split()[:2][0] for each in log.read_text().splitlines()} == {"an"}
-    monkeypatch.setenv("CXX", "g++ 'unfinished")
-    cpp._compiler.cache_clear()
-    with pytest.raises(OpError, match="is no command"):
-        cpp._compiler()
-
-
-def test_all_sources_are_compiled_when_the_first_is_wanted(anew) -> None:
-    cpp.Kernel(SOURCE, ())
-    sources = [*cpp._HERE.glob("*.cpp"), *cpp._HERE.glob("*/*.cpp")]
-    assert len(sources) == len(list(anew.iterdir())) >= 4
-
-
-@pytest.mark.parametrize("why", ["written by others", "a file"])
-def test_what_every_op_lacks_is_said_once(anew, monkeypatch, caplog, why) -> None:
-    """There is nowhere to keep libraries: all of them have other implementations."""
-    if why == "a file":
-        anew.parent.write_text("")
-    else:
-        anew.mkdir(parents=True)
-        anew.chmod(0o777)
-    chosen = OpTable(CpuPlatform()).chosen
-    assert {chosen[each.name].name for each in (linear, norm_linear, linear_add)} == {"onednn"}
-    assert chosen[paged_attention.name].name == "torch"
-    (said,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert "kernels in C++ are left out" in said.message
-
-
-def test_a_source_that_does_not_compile_leaves_nothing(anew) -> None:
-    (anew.parent.parent / "op").mkdir()
-    source = anew.parent.parent / "op" / "wrong.cpp"
-    source.write_text("int wrong(")
-    with pytest.raises(OpError, match="fails: "):
-        cpp._compiled(source)
-    assert not list(anew.iterdir())
-
-
-@pytest.fixture
-def twice(anew) -> Path:
-    """A source that is compiled in no time."""
-    folder = anew.parent.parent / "op"
-    folder.mkdir()
-    (folder / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
-    return folder / "twice.cpp"
-
-
-def test_what_a_full_disk_has_left_is_compiled_again(twice, caplog) -> None:
-    """Loading it would end the process, at every start."""
-    library = cpp._compiled(twice)
-    content = library.read_bytes()
-    for left in (content[:8000], b"", content[:4096] + bytes(4096) + content[8192:]):
-        caplog.clear()
-        library.write_bytes(left)
-        assert cpp._compiled(twice) == library
-        assert cpp._is_whole(library)
-        assert library.read_bytes() != left
-        assert "is spoiled" in caplog.text
-
-
-@pytest.mark.parametrize("other", ["anybody", "a group", "another user"])
-def test_nobody_else_chooses_what_is_loaded(anew, twice, monkeypatch, other) -> None:
-    cpp._compiled(twice)
-    if other == "another user":
-        monkeypatch.setattr("os.geteuid", lambda: anew.stat().st_uid + 1)
-    else:
-        anew.chmod(0o707 if other == "anybody" else 0o770)
-    with pytest.raises(OpError, match="XDG_CACHE_HOME"):
-        cpp._compiled(twice)
-
-
-@pytest.mark.parametrize("given", ["", "cache", "./cache"])
-def test_a_directory_that_is_nowhere_is_home_s(anew, twice, monkeypatch, given) -> None:
-    """Who wrote the folder that a program happens to run in must not choose its code."""
-    home = anew.parent.parent
-    monkeypatch.setenv("XDG_CACHE_HOME", given)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(twice.parent)
-    assert cpp._compiled(twice).is_relative_to(home / ".cache")
-    assert list(twice.parent.iterdir()) == [twice]
-
-
-def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:
-    script = anew.parent.parent / "slow"
-    script.write_text("#!/bin/sh\nexec sleep 600")
-    script.chmod(0o700)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setattr(cpp, "COMPILE_SECONDS", 0.1)
-    with pytest.raises(OpError, match="takes more than"):
-        cpp.Kernel(SOURCE, ())
-
-
-def test_a_user_without_a_home_gets_no_folder_elsewhere(anew, monkeypatch) -> None:
-    """As in a container whose user nobody knows; the reason is said, and others compute."""
-    for name in ("XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    monkeypatch.chdir(anew.parent.parent)
-    with pytest.raises(RuntimeError, match="home"):
-        cpp.Kernel(SOURCE, ())
-    assert not list(Path.cwd().iterdir())
 
 
 def test_a_cpu_gets_them() -> None:
@@ -392,11 +213,9 @@ def test_no_operand_is_read_as_what_it_is_not(monkeypatch, number, other) -> Non
     """Whatever it is, its kernel is not told of its address: torch computes it, or says what is
     wrong with it."""
     op, arguments, places = operands()[number]
-    module = importlib.import_module(function(op).__module__)
-    kernel = "_few_rows" if hasattr(module, "_few_rows") else "_few_tokens"
     calls: list[Any] = []
-    real = getattr(module, kernel)
-    monkeypatch.setattr(module, kernel, lambda *each: calls.append(each) or real(*each))
+    real = cpp.Kernel.__call__
+    monkeypatch.setattr(cpp.Kernel, "__call__", lambda *each: calls.append(each) or real(*each))
     function(op)(*arguments)
     assert len(calls) == 1  # of these it is
     for place in places:
@@ -415,8 +234,7 @@ def test_no_operand_is_read_as_what_it_is_not(monkeypatch, number, other) -> Non
 
 def test_operands_that_fit_each_other_and_not_the_cache_are_torch_s(monkeypatch) -> None:
     """A query and its output of other heads than the cache has; rows that are no whole heads."""
-    module = importlib.import_module(function(paged_attention).__module__)
-    monkeypatch.setattr(module, "_few_tokens", lambda *each: pytest.fail("it was told of them"))
+    monkeypatch.setattr(cpp.Kernel, "__call__", lambda *each: pytest.fail("it was told of them"))
     attend = operands()[5][1]
     caches = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
     for shape, (keys, values) in (

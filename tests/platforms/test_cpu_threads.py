@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from reprise.cpu_limits import usable_cpus
 from reprise.openmp import CHOICES, let_threads_sleep
-from reprise.platforms.cpu_limits import usable_cpus
 
 HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

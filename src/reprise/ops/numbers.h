@@ -1,6 +1,9 @@
 // Vectors of float, and memory in the dtypes of weights and caches that are computed with them.
 //
 // A kernel is written once for all processors: GCC and Clang make of a vector what the processor has.
+// NUMBER is what it computes with, float or bf16: each gets a library of its own. A first start waits
+// for the compiler, so no header of containers or of mathematics is read, and what is worth a call is
+// APART, one function however many call it.
 #pragma once
 
 #include <cfenv>
@@ -55,11 +58,39 @@ class Settings {
     };
 };
 
+#define APART __attribute__((noinline))
+
+// Numbers of a thread, kept from call to call.
+class Scratch {
+    float *memory = nullptr;
+    long size = 0;
+
+  public:
+    Scratch() = default;
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    ~Scratch() { delete[] memory; }
+
+    // At least so many, which may hold anything.
+    float *of(long count) {
+        if (count > size) {
+            delete[] memory;
+            size = 0;
+            memory = nullptr;
+            memory = new float[count];
+            size = count;
+        }
+        return memory;
+    }
+};
+
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
 
 struct bf16 {
     std::uint16_t code;
 };
+
+typedef NUMBER Number;
 
 inline float number(float x) { return x; }
 
@@ -145,7 +176,7 @@ inline vec exponential(vec x) {
 // Root mean square norm of a row, as ops.rms_norm has it: a gain of the row's own dtype multiplies
 // what was rounded to it. T: of the row; G: of the gain.
 template <class T, class G>
-inline void rms_norm(const T *row, const G *gain, float eps, long count, float *out) {
+APART void rms_norm(const T *row, const G *gain, float eps, long count, float *out) {
     vec squares = {};
     long i = 0;
     for (; i + WIDTH <= count; i += WIDTH) {

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import EntryPoint, entry_points
 
+from reprise.cpu_limits import usable_cpus
 from reprise.errors import PlatformError
 from reprise.platforms.base import Adjustment, MemoryInfo, Platform
-from reprise.platforms.cpu_limits import usable_cpus
 
 __all__ = [
     "Adjustment",

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from reprise.cpu_limits import usable_cpus
 from reprise.openmp import waiting
 from reprise.platforms import large_pages
 from reprise.platforms.base import MemoryInfo, Platform
-from reprise.platforms.cpu_limits import usable_cpus
 from reprise.platforms.device_graph import DeviceGraph
 from reprise.platforms.host_queue import HostStream
 from reprise.platforms.recorded_graph import RecordedGraph, recording

@@ -58,7 +58,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**_environment(), **(variables or {})},
+                env={**environment(), **(variables or {})},
             )
         self.control = Control(ours)
         self._stopped_since: float | None = None
@@ -137,7 +137,7 @@ def is_stopped(pid: int) -> bool:
     return found is not None and found.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, so that children import what this process has imported."""
     home = str(Path(__file__).parents[2])
     known = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]

@@ -17,7 +17,7 @@ _WRITE, _ADD, _GATED = range(3)
 _few_rows = Kernel(
     "linear/few_rows.cpp",
     [
-        ("kind", INT), ("threads", INT), ("mode", INT), ("gain_kind", INT), ("rows", LONG),
+        ("threads", INT), ("mode", INT), ("gain_kind", INT), ("rows", LONG),
         ("outputs", LONG), ("inputs", LONG), ("x", POINTER), ("x_stride", LONG), ("gain", POINTER),
         ("weight", POINTER), ("weight_stride", LONG), ("bias", POINTER), ("out", POINTER),
         ("out_stride", LONG), ("eps", FLOAT),
@@ -37,7 +37,8 @@ def _takes(
     rows, inputs = x.shape
     outputs = weight.shape[0]
     return (
-        rows <= MOST_ROWS.get(x.dtype, -1)
+        rows <= MOST_ROWS.get(x.dtype, 0)
+        and _few_rows.takes(x.dtype)
         and weight.dtype == x.dtype
         and weight.shape[1] == inputs
         and weight.stride(1) == 1
@@ -64,7 +65,7 @@ def _product(
         x = aside(x.contiguous)
     gain, eps = norm or (None, 0.0)
     _few_rows(
-        (x, gain, weight, bias, out), KINDS[x.dtype], torch.get_num_threads(), mode,
+        x.dtype, (x, gain, weight, bias, out), torch.get_num_threads(), mode,
         0 if gain is None else KINDS[gain.dtype], rows, weight.shape[0], inputs, x.data_ptr(),
         x.stride(0), address(gain), weight.data_ptr(), weight.stride(0), address(bias),
         out.data_ptr(), out.stride(0), eps,

@@ -6,8 +6,6 @@
 
 #include "numbers.h"
 
-#include <vector>
-
 namespace {
 
 constexpr long AHEAD = 16384;
@@ -19,7 +17,7 @@ enum Mode { WRITE = 0, ADD = 1, GATED = 2 };
 
 // sums[2][MOST]: those of `ROWS` rows of x and two rows of the weight.
 template <class T, int ROWS>
-void tile(const float *x, long x_stride, const T *first, const T *second, long count, float *sums) {
+APART void tile(const float *x, long x_stride, const T *first, const T *second, long count, float *sums) {
     vec sum[2][ROWS] = {};
     long i = 0;
     for (; i + WIDTH <= count; i += WIDTH) {
@@ -70,7 +68,7 @@ template <class T> struct Call {
         put(to, sum);
     }
 
-    void outputs_of_pair(long first, long second, long begin) const {
+    APART void outputs_of_pair(long first, long second, long begin) const {
         const long here = rows - begin < MOST ? rows - begin : MOST;
         float sums[2 * MOST];
         any_tile<T>(here, x + begin * x_stride, x_stride, weight + first * weight_stride,
@@ -121,7 +119,7 @@ template <class T> struct Call {
 };
 
 struct Arguments {
-    int kind, threads, mode, gain_kind;
+    int threads, mode, gain_kind;
     long rows, outputs, inputs;
     const void *x;
     long x_stride;
@@ -135,16 +133,16 @@ struct Arguments {
 };
 
 template <class T> void product(const Arguments &a) {
-    static thread_local std::vector<float> memory;
+    static thread_local Scratch memory;
     const long rows = a.rows, inputs = a.inputs;
     const T *x = static_cast<const T *>(a.x);
     const float *wide = reinterpret_cast<const float *>(x);
     long x_stride = a.x_stride;
     if (a.gain || sizeof(T) != sizeof(float)) {
-        memory.resize(rows * inputs);
+        float *const normed = memory.of(rows * inputs);
         for (long row = 0; row < rows; ++row) {
             const T *from = x + row * x_stride;
-            float *to = memory.data() + row * inputs;
+            float *to = normed + row * inputs;
             if (!a.gain)
                 for (long i = 0; i < inputs; ++i) to[i] = number(from[i]);
             else if (a.gain_kind == FLOAT32)
@@ -152,7 +150,7 @@ template <class T> void product(const Arguments &a) {
             else
                 rms_norm(from, static_cast<const bf16 *>(a.gain), a.eps, inputs, to);
         }
-        wide = memory.data();
+        wide = normed;
         x_stride = inputs;
     }
     Call<T>{rows,
@@ -172,9 +170,6 @@ template <class T> void product(const Arguments &a) {
 } // namespace
 
 extern "C" int few_rows(const Arguments *arguments) {
-    if (arguments->kind == FLOAT32)
-        product<float>(*arguments);
-    else
-        product<bf16>(*arguments);
+    product<Number>(*arguments);
     return 0;
 }

@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reprise.ops.cpp import FLOAT, INT, KINDS, LONG, POINTER, Kernel, lies_as
+from reprise.ops.cpp import FLOAT, INT, LONG, POINTER, Kernel, lies_as
 from reprise.ops.paged_attention import sdpa
 from reprise.ops.put_off import aside, puts_off
 
 _few_tokens = Kernel(
     "paged_attention/few_tokens.cpp",
     [
-        ("kind", INT), ("threads", INT), ("requests", LONG), ("tokens", LONG), ("queries", LONG),
+        ("threads", INT), ("requests", LONG), ("tokens", LONG), ("queries", LONG),
         ("kv_heads", LONG), ("size", LONG), ("block_size", LONG), ("num_blocks", LONG),
         ("max_blocks", LONG), ("query", POINTER), ("keys", POINTER), ("values", POINTER),
         ("block_stride", LONG), ("slot_stride", LONG), ("head_stride", LONG), ("tables", POINTER),
@@ -55,7 +55,6 @@ def paged_attention(
     requests, most = block_tables.shape
     if not (
         query_len > 0
-        and dtype in KINDS
         and key_cache.dtype == value_cache.dtype == dtype
         and key_cache.shape == value_cache.shape
         and key_cache.stride() == value_cache.stride()
@@ -68,6 +67,7 @@ def paged_attention(
         and block_tables.stride(1) == 1
         and lies_as(seq_lens, torch.int32, requests)
         and lies_as(query_start_loc, torch.int32, requests + 1)
+        and _few_tokens.takes(dtype)
     ):
         aside(
             sdpa.paged_attention, query, key_cache, value_cache, block_tables, seq_lens,
@@ -78,8 +78,9 @@ def paged_attention(
     blocks, block_size, kv_heads, size = key_cache.shape
     tokens, queries, _ = query.shape
     _few_tokens(
+        dtype,
         (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out),
-        KINDS[dtype], torch.get_num_threads(), requests, tokens, queries, kv_heads, size,
+        torch.get_num_threads(), requests, tokens, queries, kv_heads, size,
         block_size, blocks, most, query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
         *key_cache.stride()[:3], block_tables.data_ptr(), block_tables.stride(0),
         seq_lens.data_ptr(), query_start_loc.data_ptr(), out.data_ptr(), sliding_window, scale,

@@ -4,10 +4,6 @@
 
 #include "numbers.h"
 
-#include <cmath>
-#include <limits>
-#include <vector>
-
 namespace {
 
 constexpr long LARGE = 1 << 17; // products that are worth waking another thread
@@ -28,11 +24,10 @@ template <class T> struct Call {
 
     // One token of a request, one KV head: `end` tokens are there up to it.
     void token(const std::int32_t *table, long row, long head, long end,
-               std::vector<float> &memory) const {
+               Scratch &memory) const {
         const long heads = group(), begin = window > 0 && end > window ? end - window : 0;
         const long count = end - begin, padded = (count + WIDTH - 1) / WIDTH * WIDTH;
-        memory.resize(heads * (size * 2 + padded));
-        float *wide = memory.data(), *sums = wide + heads * size, *scores = sums + heads * size;
+        float *wide = memory.of(heads * (size * 2 + padded)), *sums = wide + heads * size, *scores = sums + heads * size;
         const long at = (row * queries + head * heads) * size;
         for (long i = 0; i < heads * size; ++i) wide[i] = number(query[at + i]) * scale;
         for (long i = 0; i < heads * size; ++i) sums[i] = 0.0f;
@@ -88,8 +83,8 @@ template <class T> struct Call {
 
     void softmax(float *scores, long count, long padded) const {
         if (soft_cap > 0)
-            for (long i = 0; i < count; ++i) scores[i] = soft_cap * std::tanh(scores[i] / soft_cap);
-        const float none = -std::numeric_limits<float>::infinity();
+            for (long i = 0; i < count; ++i) scores[i] = soft_cap * __builtin_tanhf(scores[i] / soft_cap);
+        const float none = -__builtin_inff();
         for (long i = count; i < padded; ++i) scores[i] = none;
         vec highest = vec{} + none, sums = {};
         for (long i = 0; i < padded; i += WIDTH) {
@@ -123,7 +118,7 @@ template <class T> struct Call {
     }
 
     void head_of(long request, long head) const {
-        static thread_local std::vector<float> memory;
+        static thread_local Scratch memory;
         const long begin = begins[request], end = begins[request + 1];
         const std::int32_t *table = tables + request * table_stride;
         for (long row = begin; row < end; ++row) {
@@ -139,7 +134,7 @@ template <class T> struct Call {
 };
 
 struct Arguments {
-    int kind, threads;
+    int threads;
     long requests, tokens, queries, kv_heads, size, block_size, num_blocks, max_blocks;
     const void *query, *keys, *values;
     long block_stride, slot_stride, head_stride;
@@ -186,9 +181,6 @@ template <class T> void compute(const Arguments &a) {
 extern "C" int few_tokens(const Arguments *arguments) {
     const int found = wrong(*arguments);
     if (found) return found;
-    if (arguments->kind == FLOAT32)
-        compute<float>(*arguments);
-    else
-        compute<bf16>(*arguments);
+    compute<Number>(*arguments);
     return 0;
 }

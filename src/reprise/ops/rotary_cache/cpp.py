@@ -14,7 +14,7 @@ MOST_TOKENS = 16
 _few_tokens = Kernel(
     "rotary_cache/few_tokens.cpp",
     [
-        ("kind", INT), ("gain_kind", INT), ("tokens", LONG), ("queries", LONG), ("kv_heads", LONG),
+        ("gain_kind", INT), ("tokens", LONG), ("queries", LONG), ("kv_heads", LONG),
         ("size", LONG), ("rotary", LONG), ("num_positions", LONG), ("num_slots", LONG),
         ("qkv", POINTER), ("qkv_stride", LONG), ("positions", POINTER), ("cos_sin", POINTER),
         ("slots", POINTER), ("keys", POINTER), ("values", POINTER), ("query_norm", POINTER),
@@ -50,7 +50,6 @@ def rotary_cache(
     kind = torch.float32 if gain is None else gain.dtype
     if not (
         tokens <= MOST_TOKENS
-        and dtype in KINDS
         and kind in KINDS
         and qkv.stride(1) == 1
         and qkv.shape[1] % size == 0
@@ -63,6 +62,7 @@ def rotary_cache(
         and cos_sin.shape[1] <= size
         and lies_as(query_norm, kind, size)
         and lies_as(key_norm, kind, size)
+        and _few_tokens.takes(dtype)
     ):
         return aside(
             host.rotary_cache, qkv, positions, cos_sin, slot_mapping, key_cache, value_cache,
@@ -71,8 +71,9 @@ def rotary_cache(
     queries = qkv.shape[1] // size - 2 * kv_heads
     out = qkv.new_empty(tokens, queries, size)
     _few_tokens(
+        dtype,
         (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, query_norm, key_norm, out),
-        KINDS[dtype], KINDS[kind], tokens, queries, kv_heads, size,
+        KINDS[kind], tokens, queries, kv_heads, size,
         cos_sin.shape[1], cos_sin.shape[0], blocks * block_size, qkv.data_ptr(), qkv.stride(0),
         positions.data_ptr(), cos_sin.data_ptr(), slot_mapping.data_ptr(), key_cache.data_ptr(),
         value_cache.data_ptr(), address(query_norm), address(key_norm), out.data_ptr(), eps,

@@ -2,8 +2,6 @@
 
 #include "numbers.h"
 
-#include <vector>
-
 namespace {
 
 template <class T> struct Call {
@@ -19,7 +17,7 @@ template <class T> struct Call {
     float eps;
     T *out;
 
-    void rotate(const T *from, const float *table, const void *gain, float *head, T *to) const {
+    APART void rotate(const T *from, const float *table, const void *gain, float *head, T *to) const {
         if (!gain)
             for (long i = 0; i < size; ++i) head[i] = number(from[i]);
         else if (gain_kind == FLOAT32)
@@ -36,25 +34,25 @@ template <class T> struct Call {
     }
 
     void run() const {
-        static thread_local std::vector<float> head;
-        head.resize(size);
+        static thread_local Scratch memory;
+        float *const head = memory.of(size);
         for (long token = 0; token < tokens; ++token) {
             const T *row = qkv + token * qkv_stride;
             const float *table = cos_sin + positions[token] * rotary;
             T *query = out + token * queries * size;
             for (long each = 0; each < queries; ++each)
-                rotate(row + each * size, table, query_norm, head.data(), query + each * size);
+                rotate(row + each * size, table, query_norm, head, query + each * size);
             const T *key = row + queries * size, *value = key + kv_heads * size;
             const long slot = slots[token] * kv_heads * size;
             for (long each = 0; each < kv_heads; ++each)
-                rotate(key + each * size, table, key_norm, head.data(), keys + slot + each * size);
+                rotate(key + each * size, table, key_norm, head, keys + slot + each * size);
             std::memcpy(values + slot, value, kv_heads * size * sizeof(T));
         }
     }
 };
 
 struct Arguments {
-    int kind, gain_kind;
+    int gain_kind;
     long tokens, queries, kv_heads, size, rotary, num_positions, num_slots;
     const void *qkv;
     long qkv_stride;
@@ -84,9 +82,6 @@ extern "C" int few_tokens(const Arguments *arguments) {
         if (a.positions[token] < 0 || a.positions[token] >= a.num_positions) return 1;
         if (a.slots[token] < 0 || a.slots[token] >= a.num_slots) return 2;
     }
-    if (a.kind == FLOAT32)
-        compute<float>(a);
-    else
-        compute<bf16>(a);
+    compute<Number>(a);
     return 0;
 }

@@ -1,0 +1,269 @@
+"""Libraries of kernels in C++, compiled where they run, by the compiler that is there.
+
+A source in the folder of its op is compiled once for each type of numbers that it computes with,
+each compiler and processor: the library is kept in the user's cache directory, behind its code a
+sum of it, since the system ends a process that loads what a full disk has left of a library.
+Whoever compiles a source holds a lock on it, and who needs it too waits.
+
+A first start needs them after it has imported torch, which takes as long as to compile them. So
+nothing here does, and whoever knows that an engine will be made calls :func:`begin` before: a
+process beside (``python -m reprise.compiling``) compiles what is not kept. A thread would not get
+on, for an import holds the interpreter while it loads libraries.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from reprise.cpu_limits import usable_cpus
+from reprise.errors import OpError
+from reprise.processes.child import environment
+
+logger = logging.getLogger(__name__)
+
+DEVICE = "cpu"
+"""What such kernels compute on."""
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
+    "-Wno-psabi",
+)  # fmt: skip
+NUMBERS = {"float32": "float", "bfloat16": "bf16"}
+"""What such kernels compute with: names of dtypes, and what they are called in C++."""
+HOME = Path(__file__).parent / "ops"
+"""Where sources are, and what they include."""
+COMPILE_SECONDS = 120.0
+"""Until a compiler is given up: on a machine that is busy each source takes some seconds."""
+LOOK_SECONDS = 0.005
+"""Between two looks at whether others are done."""
+_HEADER = HOME / "numbers.h"
+_WRONG = (OpError, OSError, RuntimeError)
+"""What keeps libraries from being made: RuntimeError where a user has no home."""
+
+
+@functools.cache
+def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
+    """Have compiled what is not kept, beside whatever comes next; what goes wrong is told to those
+    who ask for a library. If this process ends before, that is left.
+
+    Args:
+        device: On which an engine will compute, as users name it; for others nothing is done.
+        dtype: In which it will, likewise; what is not foreseen is compiled when it is needed.
+
+    Returns:
+        The process, if there is anything to do.
+    """
+    number = NUMBERS.get("float32" if dtype in ("auto", "float") else dtype)
+    if device.partition(":")[0] not in ("auto", DEVICE) or number is None:
+        return None
+    try:
+        if all(is_whole(_at(*each)) for each in sources(number)):
+            return None
+    except _WRONG:
+        return None
+    # In a group of its own: what it has started ends with it.
+    beside = subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__, number], env=environment(), process_group=0,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    parent = os.getpid()
+
+    def end() -> None:
+        if os.getpid() == parent and beside.poll() is None:
+            os.killpg(beside.pid, signal.SIGTERM)
+
+    atexit.register(end)
+    return beside
+
+
+def main() -> None:
+    """The process beside: leaves a processor to the one that it works for."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with ThreadPoolExecutor(max(1, usable_cpus()[0] - 1)) as pool:
+        list(pool.map(_compile_unless_begun, sources(sys.argv[1])))
+
+
+def sources(number: str) -> list[tuple[Path, str]]:
+    """All that is needed to compute with such numbers: sources, and for what."""
+    whatever = [(each, "") for each in sorted(HOME.glob("*.cpp"))]
+    return whatever + [(each, number) for each in sorted(HOME.glob("*/*.cpp"))]
+
+
+def library(source: Path, number: str) -> Path:
+    """Of a source; meanwhile all others of such numbers are compiled too.
+
+    Args:
+        source: In :data:`HOME`.
+        number: What it computes with, as C++ calls it; empty where that is nothing to it.
+
+    Raises:
+        OpError: It cannot be compiled here.
+        OSError: It cannot be kept here; RuntimeError: nobody knows where.
+    """
+    if number:
+        _compile_others(number)
+    return compiled(source, number)
+
+
+@functools.cache
+def _compile_others(number: str) -> None:
+    # From the other end than the process beside, if there is one.
+    with ThreadPoolExecutor(usable_cpus()[0]) as pool:
+        list(pool.map(_compile_unless_begun, reversed(sources(number))))
+
+
+def _compile_unless_begun(which: tuple[Path, str]) -> None:
+    with contextlib.suppress(*_WRONG):  # who needs it is told
+        compiled(*which, wait=False)
+
+
+def compiled(source: Path, number: str, wait: bool = True) -> Path:
+    """Its library, if need be after it was compiled.
+
+    Args:
+        source: In C++.
+        number: As of :func:`library`.
+        wait: For others that compile it.
+
+    Raises:
+        BlockingIOError: Others compile it, and nobody waits for them.
+        OpError: As of :func:`library`, and others likewise.
+    """
+    library = _at(source, number)
+    if not is_whole(library):
+        with _locked(library.parent / f"{_name(source, number)}.lock", wait):
+            if not is_whole(library):
+                _compile(source, number, library)
+    return library
+
+
+def _at(source: Path, number: str) -> Path:
+    """Where its library is kept."""
+    command, described = compiler()
+    command = (*command, *FLAGS, number)
+    parts = (source.read_bytes(), _HEADER.read_bytes(), repr(command).encode(), described)
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    return cache_directory() / f"{_name(source, number)}-{digest}.so"
+
+
+def _name(source: Path, number: str) -> str:
+    return "-".join(each for each in (source.parent.name, source.stem, number) if each)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[None]:
+    with path.open("wb") as file:
+        until = time.monotonic() + (COMPILE_SECONDS if wait else 0.0)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise
+                if time.monotonic() > until:
+                    break  # a process that is stopped: both may compile it
+                time.sleep(LOOK_SECONDS)
+        yield
+
+
+def _compile(source: Path, number: str, library: Path) -> None:
+    command, _ = compiler()
+    numbers = (f"-DNUMBER={number}",) if number else ()
+    began = time.perf_counter()
+    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        _run((*command, *FLAGS, *numbers, f"-I{HOME}", str(source), "-o", unfinished))
+        code = Path(unfinished).read_bytes()
+        # Behind the code, where who loads it does not look.
+        Path(unfinished).write_bytes(code + hashlib.sha256(code).digest())
+        os.replace(unfinished, library)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+    took = time.perf_counter() - began
+    logger.info("compiled %s in %.1f s: %s", _name(source, number), took, library)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether it is there, as it was compiled."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    whole = hashlib.sha256(content[:-size]).digest() == content[-size:]
+    if not whole:
+        logger.warning("%s is spoiled: it is compiled again", library)
+    return whole
+
+
+@functools.cache
+def compiler() -> tuple[tuple[str, ...], bytes]:
+    """Its name and arguments, and what it says of itself and of the processor."""
+    wanted = os.environ.get("CXX") or "g++"
+    try:
+        choices = [shlex.split(wanted), ["clang++"]]
+    except ValueError as error:
+        raise OpError(f"CXX={wanted!r} is no command: {error}") from error
+    command = next((tuple(each) for each in choices if each and shutil.which(each[0])), None)
+    if command is None:
+        raise OpError(f"no C++ compiler ({wanted}) on this machine; set CXX")
+    return command, _run((*command, *FLAGS, "-E", "-v", "-x", "c++", os.devnull))
+
+
+def cache_directory() -> Path:
+    """Where libraries are kept.
+
+    Raises:
+        OpError: Others may write there.
+        OSError: It cannot be made; RuntimeError: the user has no home.
+    """
+    wanted = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative one means nothing, says its specification: here it would be whose directory it is.
+    base = Path(wanted) if os.path.isabs(wanted) else Path.home() / ".cache"
+    directory = base / "reprise" / "cpp"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = directory.stat()
+    if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OpError(
+            f"{directory} may be written by others than this user, who would choose the code that "
+            "runs here: set XDG_CACHE_HOME to a directory of this user's alone"
+        )
+    return directory
+
+
+def _run(command: Sequence[str]) -> bytes:
+    """What the compiler says of itself, on standard error."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise OpError(f"{' '.join(command)} takes more than {COMPILE_SECONDS:.0f} s") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OpError(f"{' '.join(command)} fails: {said[-1] if said else done.returncode}")
+    return done.stderr
+
+
+if __name__ == "__main__":
+    main()
