@@ -57,10 +57,13 @@ _WRONG = (OpError, OSError, RuntimeError)
 """What keeps libraries from being made: RuntimeError where a user has no home."""
 
 
-@functools.cache
+_begun = False
+
+
 def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
-    """Have compiled what is not kept, beside whatever comes next; what goes wrong is told to those
-    who ask for a library. If this process ends before, that is left.
+    """Have compiled what is not kept, beside whatever comes next, by a process that is told to end
+    when this one does. A second call does nothing; what goes wrong is told to those who ask for a
+    library.
 
     Args:
         device: On which an engine will compute, as users name it; for others nothing is done.
@@ -69,19 +72,21 @@ def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] 
     Returns:
         The process, if there is anything to do.
     """
+    global _begun
     number = NUMBERS.get("float32" if dtype in ("auto", "float") else dtype)
-    if device.partition(":")[0] not in ("auto", DEVICE) or number is None:
+    if _begun or device.partition(":")[0] not in ("auto", DEVICE) or number is None:
         return None
+    _begun = True
     try:
         if all(is_whole(_at(*each)) for each in sources(number)):
             return None
+        # In a group of its own: what it has started ends with it.
+        beside = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, number], env=environment(), process_group=0,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
     except _WRONG:
         return None
-    # In a group of its own: what it has started ends with it.
-    beside = subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, number], env=environment(), process_group=0,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     parent = os.getpid()
 
     def end() -> None:

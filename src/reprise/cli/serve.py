@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from reprise import compiling
 from reprise.cli.command import command
 from reprise.cli.fields import FieldOptions, Special, json_object
 from reprise.cli.logs import LogLevel
@@ -52,6 +53,7 @@ def serve(
         raise ConfigError(f"MODEL {served!r} and model={given!r} contradict each other; give one")
     options = ServerOptions(**server)
     config = EngineConfig(model=served or given, **engine)
+    compiling.begin(config.device, config.dtype)
     configure(log_level, options.log_format, "serve")
     supervisor = Supervisor(config, options, log_level, announce=_announce)
     typer.secho(f"loading {config.model or 'the demo model'} for {supervisor.address}", err=True)
