@@ -54,7 +54,7 @@ def quick(anew, monkeypatch) -> Callable[[], list[str]]:
     (compiler,) = compiling.compiler()[0]
     script.write_text(
         f'#!/bin/sh\ncase " $* " in *" -E "*) exec {compiler} "$@";; esac\n'
-        f'echo "$*" >> {log}\nfor last; do :; done\necho code > "$last"\n'
+        f'echo "$*" >> {log}\nsleep 0.1\nfor last; do :; done\necho code > "$last"\n'
     )
     script.chmod(0o700)
     monkeypatch.setenv("CXX", str(script))
