@@ -37,6 +37,8 @@ def test_torch_finds_the_ranks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = SymmetricBuffer(Group("ranks", 1, 2), HashStore(), torch.device("cpu"))
     assert found == [(1, 2)]
     assert not buffer.given_up.any()
+    buffer.give_up()
+    assert buffer.given_up.all()
     buffer.close()
     with pytest.raises(RuntimeError, match="ranks-symmetric"):
         _resolve_process_group("ranks-symmetric")

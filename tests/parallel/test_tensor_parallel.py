@@ -130,7 +130,7 @@ WORK = [{"prompt_token_ids": [1, 2]}] * 2
     [
         ("draws_otherwise", "rank 1 .* has drawn other tokens than rank 0"),
         pytest.param(
-            "misses_a_message", r"rank 1 .* message \d+ of \d+ from the leader was lost",
+            "misses_a_message", r"rank 1 .* message \d+ (of \d+ )?from the leader was lost",
             marks=pytest.mark.long,
         ),
         pytest.param("dies_submitting", KILLED, marks=pytest.mark.long),

@@ -191,7 +191,7 @@ def test_weights_of_all(one: LLM, pair: LLM) -> None:
     prompts = [[each, 9, 20, 31] for each in range(5, 13)]
     name = "model.norm.weight"
     old = dict(one.engine.runner.model.named_parameters())[name].detach().clone()
-    new = {name: old * torch.linspace(-1, 1, len(old))}
+    new = {name: old * torch.linspace(-1, 1, len(old), device=old.device)}
     before = facts(one, prompts, params)
     try:
         for llm in (one, pair):

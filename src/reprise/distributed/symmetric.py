@@ -64,6 +64,8 @@ class SymmetricBuffer:
         """[PROGRAMS]: that each program has had."""
         self.given_up = self._own[nbytes - _END_BYTES :][:4].view(torch.int32)
         """[1]: not 0: nobody is to wait any more."""
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=torch.accelerator.is_available())
+        self._aside = torch.Stream(device=device)
         torch.accelerator.synchronize(device)
 
     @staticmethod
@@ -79,9 +81,10 @@ class SymmetricBuffer:
 
     def give_up(self) -> None:
         """Let nobody here wait any more, from any thread: another rank is gone."""
-        stream = torch.Stream(device=self._own.device)
-        with stream:
-            self.given_up.fill_(1)
+        # A copy, and no kernel: those that were started early and wait for one that waits for the
+        # other rank may have all multiprocessors.
+        with self._aside:
+            self.given_up.copy_(self._one, non_blocking=True)
 
     def close(self) -> None:
         """Nobody pushes any more."""
