@@ -73,7 +73,7 @@ class ThroughputWork:
 
 _GPU: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 4096}
 _LONG: Mapping[str, Any] = {"dtype": "bfloat16", "max_model_len": 33024}
-_FLASH: Mapping[str, Any] = {**_GPU, "tensor_parallel_size": 4, "max_num_seqs": 64}
+_ON_FOUR: Mapping[str, Any] = {**_GPU, "tensor_parallel_size": 4, "max_num_seqs": 64}
 _EAGLE3: Mapping[str, Any] = {
     **_GPU,
     "speculative_config": {
@@ -119,8 +119,10 @@ LATENCY: Mapping[str, LatencyWork] = {
     "3.5-4b-bs64": LatencyWork((64,), model="qwen3.5-4b", engine=_GPU),
     "3.5-4b-prefill-8k": LatencyWork((1,), (8192,), (16, 80), "qwen3.5-4b", _LONG),
     "35b-a3b-bs1": LatencyWork(model="qwen3.5-35b-a3b", engine=_GPU),
-    "v4-flash-bs1": LatencyWork(model="deepseek-v4-flash", engine=_FLASH),
-    "v4-flash-bs64": LatencyWork((64,), model="deepseek-v4-flash", engine=_FLASH),
+    "next-80b-a3b-bs1": LatencyWork(model="qwen3-next-80b-a3b", engine=_ON_FOUR),
+    "next-80b-a3b-bs64": LatencyWork((64,), model="qwen3-next-80b-a3b", engine=_ON_FOUR),
+    "v4-flash-bs1": LatencyWork(model="deepseek-v4-flash", engine=_ON_FOUR),
+    "v4-flash-bs64": LatencyWork((64,), model="deepseek-v4-flash", engine=_ON_FOUR),
     "30b-a3b-prefill": LatencyWork((1,), (3900,), (16, 80), "qwen3-30b-a3b", _GPU),
 }
 
