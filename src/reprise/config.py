@@ -203,16 +203,6 @@ class EngineConfig:
             raise ConfigError(
                 f"distributed_timeout_seconds={seconds!r} must be above 0, or None for 300"
             )
-        if (
-            self.enable_expert_parallel
-            and self.data_parallel_size > 1
-            and self.distributed_executor_backend == "ray"
-        ):
-            raise ConfigError(
-                f"enable_expert_parallel with data_parallel_size={self.data_parallel_size} and "
-                "distributed_executor_backend='ray' is not supported: spread experts over "
-                "tensor_parallel_size, or use 'mp'"
-            )
         if not self.custom_all_reduce:
             for op, name in self.ops.items():
                 if name == "triton" and op in ("all_reduce", "all_reduce_add"):

@@ -9,12 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import token_ids
+from helpers import TinyModels, random_ids, token_ids
 from http_server import gone
 
 from reprise import LLM, AsyncLLM, SamplingParams
@@ -130,6 +131,72 @@ def test_two_replicas_of_two_ranks(
     nodes.want(4)
     with LLM(**elsewhere, data_parallel_size=2, tensor_parallel_size=2) as llm:
         assert token_ids(llm.generate(PROMPTS, SHORT, use_tqdm=False)) == expected
+
+
+@pytest.fixture(scope="module")
+def experts(tiny: TinyModels, device: str) -> dict[str, Any]:
+    """Of engines that share them; some steps are larger than any bucket."""
+    return {
+        "model": str(tiny("qwen3_moe").path), "device": device, "num_blocks": 130,
+        "dtype": "float32", "graph_mode": "full", "max_num_seqs": 6, "max_num_batched_tokens": 48,
+        "graph_buckets": "decode=2,6;mixed=32", "skip_tokenizer_init": True,
+    }  # fmt: skip
+
+
+TEXTS = [random_ids(60 + number, length) for number, length in enumerate((1, 3, 9, 30, 47, 70))]
+"""Within a bucket of mixed steps, of several chunks, and of one token."""
+
+
+@pytest.fixture(scope="module")
+def of_one(experts: dict[str, Any]) -> list[Any]:
+    with LLM(**{**experts, "graph_mode": "none"}) as llm:
+        return token_ids(llm.generate(TEXTS, SHORT, use_tqdm=False))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replicas_that_share_experts(
+    nodes: Nodes, experts: dict[str, Any], of_one: list[Any], ranks: int
+) -> None:
+    """On two nodes, or on four with two ranks each: one busy, then both, then after a rest."""
+    nodes.want(2 * ranks)
+    with LLM(
+        **experts, distributed_executor_backend="ray", data_parallel_size=2,
+        tensor_parallel_size=ranks, enable_expert_parallel=True,
+    ) as llm:  # fmt: skip
+        for pause in (0.0, 0.0, 0.5):
+            time.sleep(pause)
+            for text, expected in zip(TEXTS, of_one, strict=True):
+                assert token_ids(llm.generate([text], SHORT, use_tqdm=False)) == [expected]
+            assert token_ids(llm.generate(TEXTS * 2, SHORT, use_tqdm=False)) == of_one * 2
+        report = llm.graph_report()
+        assert sum(each.replays for each in report.graphs) > 0
+        assert not report.quarantined
+        empty = [each.value for each in llm.get_metrics() if "lockstep_empty_steps" in each.name]
+        assert len(empty) == 2
+        assert all(empty), "one computed nothing while the other one was busy"
+
+
+def until_lost(llm: LLM) -> None:
+    for _ in range(1000):
+        llm.generate(TEXTS, SHORT, use_tqdm=False)
+
+
+def test_a_node_with_a_replica_that_shares_experts_is_killed(
+    nodes: Nodes, experts: dict[str, Any], of_one: list[Any]
+) -> None:
+    """The other one waits for it in a step or in a collective, and is not blamed."""
+    options = {**experts, "data_parallel_size": 2, "enable_expert_parallel": True,
+               "distributed_executor_backend": "ray"}  # fmt: skip
+    llm = LLM(**options)
+    threading.Timer(0.5, nodes.kill).start()
+    began = time.monotonic()
+    with pytest.raises(RepriseError, match=r"replica 1 \(cpu on "):
+        until_lost(llm)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    llm.shutdown()
+    nodes.want(2)
+    with LLM(**options) as again:
+        assert token_ids(again.generate(TEXTS, SHORT, use_tqdm=False)) == of_one
 
 
 def test_a_node_that_is_killed_while_nobody_asks(nodes: Nodes, elsewhere: dict[str, Any]) -> None:

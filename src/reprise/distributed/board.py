@@ -201,6 +201,10 @@ class Board:
         ranks = [rank for rank in range(self.size) if self._of(rank, _FAILED)]
         return min(ranks, key=self._failed_at, default=None)
 
+    def await_first_failure(self) -> int | None:
+        """As :attr:`first_failure`: what is written to memory is seen at once."""
+        return self.first_failure
+
     def _failed_at(self, rank: int) -> tuple[bool, float]:
         when = self._numbers[(1 + rank) * _WORDS + _FAILED_AT]
         return not self._of(rank, _SEEN), when

@@ -98,7 +98,7 @@ class EngineThread:
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         if self.engine.lockstep is not None:  # before it rests for the first time
-            self.engine.lockstep.on_wake = lambda: self._commands.put(_Command(lambda: None))
+            self.engine.lockstep.on_wake(lambda: self._commands.put(_Command(lambda: None)))
         self.engine.runner.when_lost(lambda: self._commands.put(_Command(self._check)))
         atexit.unregister(_at_exit)
         atexit.register(_at_exit)  # what the engine has registered itself comes behind it

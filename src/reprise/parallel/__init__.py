@@ -6,3 +6,4 @@ from reprise.parallel.lockstep import Lockstep as Lockstep
 from reprise.parallel.lockstep import Wish as Wish
 from reprise.parallel.remote import Elsewhere as Elsewhere
 from reprise.parallel.seat import Seat as Seat
+from reprise.parallel.seat import SharedSeat as SharedSeat

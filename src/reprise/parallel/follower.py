@@ -17,14 +17,14 @@ from torch._C._distributed_c10d import TCPStore
 
 from reprise import platforms
 from reprise.distributed import ALONE, Agreement, Ranks
-from reprise.distributed.board import Board as SharedBoard
 from reprise.distributed.communicator import connect
+from reprise.distributed.meeting import Everyone
 from reprise.errors import RanksError
 from reprise.loading import checkpoint_of
 from reprise.ops.ahead import load_compiler, wake_compiler
 from reprise.parallel.direct import prove_direct
 from reprise.parallel.messages import Drawn, Kind, Start, unpack, unpack_shape
-from reprise.parallel.seat import join
+from reprise.parallel.seat import Seat, join
 from reprise.parallel.wire import Decoder
 from reprise.runner import ModelRunner, PendingOutput
 
@@ -65,27 +65,31 @@ class Messages(Protocol):
         """
 
 
-def follow(board: Board, messages: Messages) -> None:
+def follow(board: Board, messages: Messages, seat: Seat | None = None) -> None:
     """Until the leader says stop.
 
     Args:
         board: What is known of the others.
         messages: What the leader says.
+        seat: Of the engine, if its experts are shared and the leader does not say so.
 
     Raises:
         Exception: This rank failed; the others have to be told.
     """
     threading.Thread(target=_beat, args=(board,), name="reprise-beat", daemon=True).start()
+    # The leader waits for all to be at the table before it says anything.
+    everyone = None if seat is None else seat.everyone_of(board.rank)
     kind, _, content = unpack(messages.receive(), 1)
     if kind is Kind.STOP:
         return
     if kind is not Kind.START:
         raise RanksError(f"the leader began with {kind.name} and not with START")
     start: Start = pickle.loads(content)
-    everyone = None if start.seat is None else start.seat.board_of(board.rank)
+    if start.seat is not None:
+        seat, everyone = start.seat, start.seat.everyone_of(board.rank)
     try:
         with torch.inference_mode():
-            _Follower(board, messages, start, everyone).run()
+            _Follower(board, messages, start, seat, everyone).run()
     except Exception as error:
         if everyone is not None and not everyone.ended:
             everyone.fail(error)
@@ -100,7 +104,12 @@ def _beat(board: Board) -> None:
 
 class _Follower:
     def __init__(
-        self, board: Board, messages: Messages, start: Start, everyone: SharedBoard | None
+        self,
+        board: Board,
+        messages: Messages,
+        start: Start,
+        seat: Seat | None,
+        everyone: Everyone | None,
     ) -> None:
         rank = board.rank
         for each in start.setup:
@@ -129,9 +138,9 @@ class _Follower:
         self._retired = 0
         self._drawn = Drawn()
         ranks = Ranks(group, board, ALONE if config.enable_expert_parallel else None)
-        if everyone is not None:
-            assert start.seat is not None
-            self._joined = join(start.seat, rank, everyone, platform, config, communicator)
+        if seat is not None:
+            assert everyone is not None
+            self._joined = join(seat, rank, everyone, platform, config, communicator)
             ranks = Ranks(group, everyone, self._joined.communicator.group)
         self._runner = ModelRunner(config, platform, checkpoint, ranks)
         board.note_done(1)

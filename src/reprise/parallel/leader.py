@@ -79,7 +79,7 @@ class Leader:
             self.devices = self._devices
             self.group = Group(name, 0, size)
             logger.info("ranks: starting %d follower(s) on %s", size - 1, platform.name)
-            keep = () if lockstep is None else (lockstep.seat.everyone,)
+            keep = () if lockstep is None else lockstep.seat.inherited
             self._followers = Processes(size, timeout, keep)
         else:
             self._devices = tuple(each.device for each in elsewhere.ranks)
@@ -111,6 +111,8 @@ class Leader:
         seat = None if self._lockstep is None else self._lockstep.seat
         if seat is not None:
             exchange = seat.group_of(0)
+        if self.group.hosts:
+            seat = None  # whoever has started the followers gives them theirs
         shape_of(checkpoint.config, torch.bfloat16, self.group, exchange)
         group, platform = self.group, self.platform
         self._store = TCPStore(group.leader.address, 0, is_master=True, wait_for_workers=False)

@@ -9,21 +9,18 @@ ranks compute one step.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import NamedTuple
 
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group, Ranks
-from reprise.distributed.board import Board
 from reprise.distributed.communicator import Communicator
-from reprise.distributed.ring import wake
 from reprise.errors import RanksError
 from reprise.parallel.seat import Joined, Seat, join
 from reprise.platforms import Platform
@@ -69,11 +66,10 @@ class Lockstep:
             getattr(importlib.import_module(module), name)(seat.rank)
         self.rank, self.size = seat.rank, seat.size
         self.seat, self._platform = seat, platform
-        self.board = Board(seat.memory, seat.rank, seat.size, 0)
-        """Of engines: where they meet."""
-        self.board.timeout = seat.timeout
-        self.everyone = seat.board_of(0)
-        """Of all ranks of all engines: how they decide about graphs, and what has failed."""
+        self._engines = seat.meeting()
+        """Where engines meet."""
+        self.everyone = seat.everyone_of(0)
+        """All ranks of all engines: how they decide about graphs, and what has failed."""
         self._joined: Joined | None = None
         self._awake = False
         """Somebody had something to do when all met last."""
@@ -81,15 +77,16 @@ class Lockstep:
         """It takes part in the others' steps until they leave as well."""
         self._all_leave = False
         self._lost: RanksError | None = None
-        self.on_wake: Callable[[], None] = lambda: None
-        """Called in a thread of its own when others want to meet and this engine rests."""
         self.waited_seconds = 0.0
         """For others, in meetings: the slowest waits least."""
         self.meetings = 0
         """Before each step, and when there was none."""
         self.empty_steps = 0
         """Steps that were others' alone."""
-        threading.Thread(target=self._listen, name="reprise-lockstep", daemon=True).start()
+
+    def on_wake(self, call: Callable[[], None]) -> None:
+        """Call this in a thread of its own when others want to meet and this engine rests."""
+        self._engines.on_asked = call
 
     def connect(
         self, config: EngineConfig, group: Group = ALONE, beside: Communicator | None = None
@@ -109,7 +106,7 @@ class Lockstep:
     @property
     def must_meet(self) -> bool:
         """This engine may not rest: others have something to do, want to meet or are not left."""
-        return self._awake or self.leaving or self.board.is_asked
+        return self._awake or self.leaving or self._engines.is_asked
 
     def meet(self, wish: Wish, shape: StepShape | None = None) -> Agreed:
         """Tell all what this engine has to do, and learn what they do.
@@ -129,7 +126,7 @@ class Lockstep:
         values = [wish, not self.leaving, mixed, length, least, tokens, requests]
         began = time.perf_counter()
         try:
-            found = self.board.largest_of([float(each) for each in values], self._wake_others)
+            found = self._engines.largest_of([float(each) for each in values])
         except Exception as error:
             self.lose(error)
             raise
@@ -145,14 +142,9 @@ class Lockstep:
             return Agreed(Wish.STEP, StepShape.mixed(int(tokens), int(requests)))
         return Agreed(Wish.STEP, StepShape.decode(int(requests), int(length)))
 
-    @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> AbstractContextManager[None]:
         """In the ``with`` block this engine waits for requests: who wants to meet wakes it."""
-        self.board.fall_asleep(True)
-        try:
-            yield
-        finally:
-            self.board.fall_asleep(False)
+        return self._engines.resting()
 
     def check(self) -> None:
         """Raise a RanksError if an engine was lost."""
@@ -171,20 +163,15 @@ class Lockstep:
             self.everyone.fail(error, self.rank * self.seat.ranks + seen)
         if self._lost is not None:
             return
-        first = self.everyone.first_failure
-        if first is None and not self.board.ended:
+        first = self.everyone.await_first_failure()
+        if first is None and not self._engines.ended:
             self.everyone.fail(error)
-            first = self.everyone.rank
-        self.board.fail(error)  # who waits for this engine need not
+            first = self.everyone.first_failure
+        self._engines.fail(error)  # who waits for this engine need not
         ours = first is not None and first // self.seat.ranks == self.rank
         told = f"{type(error).__name__}: {error}" if ours else str(error)
         self._lost = RanksError(f"engine {self.rank} of {self.size} has lost the others: {told}")
         self._abort()
-
-    def _wake_others(self) -> None:
-        for rank, waker in enumerate(self.seat.wakers):
-            if waker >= 0 and self.board.asleep(rank):
-                wake(waker)
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -201,7 +188,7 @@ class Lockstep:
 
     def close(self) -> None:
         """Nobody is met any more."""
-        self.board.end()
+        self._engines.end()
         self.everyone.end()
         if self._joined is not None:
             self._joined.communicator.close()
@@ -214,7 +201,3 @@ class Lockstep:
             threading.Thread(
                 target=self._joined.communicator.abort, name="reprise-loss", daemon=True
             ).start()
-
-    def _listen(self) -> None:
-        while os.read(self.seat.woken, 4096):
-            self.on_wake()

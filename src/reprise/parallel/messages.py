@@ -61,7 +61,7 @@ class Start:
     setup: tuple[str, ...]
     """``module:function`` to be called with the rank beforehand: tests put faults in so."""
     seat: Seat | None = None
-    """Of the engine, if its experts are shared with others."""
+    """Of the engine, if its experts are shared with others and all are on this machine."""
 
     @property
     def config(self) -> EngineConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch._C._distributed_c10d import TCPStore
 
@@ -11,18 +11,60 @@ from reprise.config import EngineConfig
 from reprise.distributed import Group
 from reprise.distributed.board import Board
 from reprise.distributed.communicator import Communicator, connect
+from reprise.distributed.group import HERE
+from reprise.distributed.meeting import Everyone, Meeting, SharedMeeting
 from reprise.parallel.direct import NEED_IT, ROWS, prove_direct
 from reprise.platforms import Platform
 
 
+class Seat(Protocol):
+    """What one rank of one of the engines has to know of the others."""
+
+    @property
+    def rank(self) -> int:
+        """Of the engine, among all."""
+
+    @property
+    def size(self) -> int:
+        """Engines."""
+
+    @property
+    def ranks(self) -> int:
+        """Of each engine."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that one waits for another."""
+
+    @property
+    def store(self) -> tuple[str, int]:
+        """Address and port of the store through which process groups are made."""
+
+    @property
+    def setup(self) -> tuple[str, ...]:
+        """As of :attr:`reprise.parallel.messages.Start.setup`; for the engine's first rank."""
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        """File descriptors that the engine's other ranks need."""
+
+    def group_of(self, rank: int) -> Group:
+        """The ranks of one number in all engines: they send each other rows."""
+
+    def meeting(self) -> Meeting:
+        """Where engines meet; for the first rank of each, and to be made once."""
+
+    def everyone_of(self, rank: int) -> Everyone:
+        """What a rank and all ranks of all engines know of each other; to be made once."""
+
+
 @dataclass(frozen=True)
-class Seat:
-    """What one of the engines has to know of the others; plain data."""
+class SharedSeat:
+    """Of an engine on the machine that all are on; plain data."""
 
     rank: int
     size: int
     ranks: int
-    """Of each engine."""
     memory: int
     """File descriptor of the board of engines."""
     everyone: int
@@ -34,18 +76,27 @@ class Seat:
     group: str
     """Name of the group."""
     port: int
-    """Of the store through which process groups are made."""
+    """Of the store."""
     timeout: float
-    """Seconds that one waits for another."""
     setup: tuple[str, ...] = ()
-    """As of :attr:`reprise.parallel.messages.Start.setup`; for the engine's first rank."""
+
+    @property
+    def store(self) -> tuple[str, int]:
+        return HERE.address, self.port
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        return (self.everyone,)
 
     def group_of(self, rank: int) -> Group:
-        """The ranks of one number in all engines: they send each other rows."""
         return Group(f"{self.group}-{rank}", self.rank, self.size)
 
-    def board_of(self, rank: int) -> Board:
-        """What a rank and all ranks of all engines know of each other; to be made once."""
+    def meeting(self) -> Meeting:
+        board = Board(self.memory, self.rank, self.size, 0)
+        board.timeout = self.timeout
+        return SharedMeeting(board, self.woken, self.wakers)
+
+    def everyone_of(self, rank: int) -> Everyone:
         number = self.rank * self.ranks + rank
         board = Board(self.everyone, number, self.size * self.ranks, 0)
         board.timeout, board.alike = self.timeout, False
@@ -63,7 +114,7 @@ class Joined(NamedTuple):
 def join(
     seat: Seat,
     rank: int,
-    board: Board,
+    board: Everyone,
     platform: Platform,
     config: EngineConfig,
     beside: Communicator | None,
@@ -73,12 +124,12 @@ def join(
     Args:
         seat: Of the engine.
         rank: The number.
-        board: As of :meth:`Seat.board_of`.
+        board: As of :meth:`Seat.everyone_of`.
         platform: Of this rank.
         config: Of its engine; the others have the same.
         beside: Connects it with the ranks of its own engine; None: there are none.
     """
-    store = TCPStore("127.0.0.1", seat.port, is_master=False)
+    store = TCPStore(*seat.store, is_master=False)
     group = seat.group_of(rank)
     wanted = any(config.ops.get(op, NEED_IT) == NEED_IT for op in ROWS)
     direct = config.custom_all_reduce and wanted

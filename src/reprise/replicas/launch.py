@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, RepriseError, named
-from reprise.parallel import Seat
+from reprise.parallel import SharedSeat
 from reprise.processes.channel import Channel
 from reprise.processes.child import STOPPED_SECONDS, Child
 from reprise.processes.control import Control
@@ -50,7 +50,7 @@ class LocalReplica(Replica):
         config: EngineConfig,
         directory: Path,
         command: tuple[str, ...] = PROCESS,
-        seat: Seat | None = None,
+        seat: SharedSeat | None = None,
     ) -> None:
         log = directory / f"replica-{index}.log"
         super().__init__(index, place.device, str(log))

@@ -12,7 +12,7 @@ from typing import Any
 
 from reprise.config import EngineConfig
 from reprise.engine.process import begin, serve
-from reprise.parallel import Seat
+from reprise.parallel import SharedSeat
 from reprise.processes.control import Control
 from reprise.replicas.service import ReplicaService
 
@@ -44,7 +44,7 @@ def main() -> None:
             os.rmdir(os.path.dirname(start["log"]))
 
     def make() -> ReplicaService:
-        seat = None if start["seat"] is None else Seat(**start["seat"])
+        seat = None if start["seat"] is None else SharedSeat(**start["seat"])
         return ReplicaService(EngineConfig(**start["engine"]), seat=seat)
 
     serve(control, make, remove_log)

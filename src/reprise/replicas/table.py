@@ -9,7 +9,7 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from reprise.distributed.board import Board, create
-from reprise.parallel import Seat
+from reprise.parallel import SharedSeat
 
 TIMEOUT_SECONDS = 300.0
 """A replica that does not come to a step for so long is lost; the first one compiles."""
@@ -40,7 +40,7 @@ class Table:
         self._pipes = [each for pair in pipes for each in pair]
         group = f"data-{os.getpid()}-{next(_numbers)}"
         self.seats = [
-            Seat(
+            SharedSeat(
                 rank, size, ranks, self._memory, self._everyone, pipes[rank][0],
                 tuple(-1 if other == rank else pipes[other][1] for other in range(size)),
                 group, self._store.port, TIMEOUT_SECONDS, SETUP if rank else (),
@@ -65,6 +65,6 @@ class Table:
         return first // self._ranks, told
 
 
-def descriptors(seat: Seat) -> tuple[int, ...]:
+def descriptors(seat: SharedSeat) -> tuple[int, ...]:
     """What a process has to inherit to take the seat."""
     return seat.memory, seat.everyone, seat.woken, *(each for each in seat.wakers if each >= 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,14 +14,16 @@ from typing import Any
 
 from reprise.actor import Actor
 from reprise.config import EngineConfig
+from reprise.distributed import Host
 from reprise.errors import RepriseError, RequestError, describe, named
 from reprise.parallel.followers import SILENT_SECONDS
 from reprise.parallel.remote import Rank
+from reprise.parallel.remote_seat import RemoteTable
 from reprise.processes.channel import Channel
 from reprise.processes.sealed import Sealed, new_secret
 from reprise.processes.sealed import connect as connect_sealed
 from reprise.replicas.ray.cluster import Places, Want, alive, connect, require_enough, wanted
-from reprise.replicas.ray.rank import BEAT, FAILED, READY, STOP
+from reprise.replicas.ray.rank import BEAT, FAILED, READY, STOP, EngineEnded
 from reprise.replicas.ray.service import sealed_channel
 from reprise.replicas.replica import POLL_SECONDS, Fleet, Heard, Replica, await_ready
 
@@ -36,6 +39,7 @@ INHERITED = (
     "HF_", "HUGGING_FACE_", "TRANSFORMERS_",
 )  # fmt: skip
 """Beginnings of names of variables that ranks get from the program, where their hosts have none."""
+_numbers = itertools.count()
 
 
 def inherited() -> dict[str, str]:
@@ -71,7 +75,12 @@ class RayFleet(Fleet):
                 RayReplica(index, config, mine, ray) for index, mine in enumerate(actors)
             ]
             for each in self.replicas:
-                each.start(want.device)
+                each.place(want.device)
+            table = None
+            if config.enable_expert_parallel and len(self.replicas) > 1:
+                table = self.replicas[0].keep_table([each.hosts for each in self.replicas])
+            for each in self.replicas:
+                each.start(table)
             await_ready(self)
         except BaseException as error:
             self.end()
@@ -79,6 +88,11 @@ class RayFleet(Fleet):
             if isinstance(error, ray.exceptions.RayError):
                 raise RepriseError(f"ray: {reason_of(error)}") from error
             raise
+
+    def ended(self, replica: Replica) -> str:
+        """Of those that share experts another one may be the reason."""
+        first = self.replicas[replica.index].first_failure
+        return replica.ended() if first is None else self.replicas[first].ended()
 
     def remove(self) -> None:
         self._places.remove()
@@ -122,39 +136,67 @@ class RayReplica(Replica):
         super().__init__(index, "not placed yet", "none")
         self._config, self._ray = config, ray
         self._actors = list(actors)
+        self._ranks: list[Rank] = []
         self._runs: list[Any] = []
         """Of each rank, what Ray will say of its end."""
         self._ready = False
         self._secret = new_secret()
         self._control: Sealed | None = None
 
-    def start(self, device: str) -> None:
-        """Let the ranks begin, which goes on beside.
+    def place(self, device: str) -> None:
+        """Learn where the ranks are, and let the first of them listen.
 
         Args:
             device: ``--device`` of each.
 
         Raises:
-            RepriseError: One could not.
+            RepriseError: One could not begin.
         """
-        ranks = self._ranks(device)
-        size = len(ranks)
-        leader = self._actors[0]
+        self._ranks = ranks = self._placed(device)
         self.device = ", ".join(f"{each.device} on {each.host.address}" for each in ranks)
         self.log = ranks[0].log
-        self._place = self._answer([leader.call.remote("listen", self._secret)])[0]
+        self._place = self._answer([self._actors[0].call.remote("listen", self._secret)])[0]
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """Of the ranks, in their order."""
+        return tuple(each.host for each in self._ranks)
+
+    def keep_table(self, hosts: Sequence[tuple[Host, ...]]) -> RemoteTable:
+        """Have engines that share experts meet at the first rank of this one.
+
+        Args:
+            hosts: Of each engine's ranks.
+
+        Raises:
+            RepriseError: It could not.
+        """
+        (port,) = self._answer([self._actors[0].call.remote("keep_store")])
+        group = f"data-{os.getpid()}-{next(_numbers)}"
+        return RemoteTable(
+            tuple(hosts), self._place, self._secret, group, port, self._config.patience
+        )
+
+    def start(self, table: RemoteTable | None) -> None:
+        """Let the ranks begin, which goes on beside.
+
+        Args:
+            table: The engines that share experts; None: this one knows no other.
+        """
+        ranks, size = self._ranks, len(self._ranks)
+        leader = self._actors[0]
         own = self._config.replace(
             data_parallel_size=1, distributed_executor_backend="mp", device=ranks[0].device
         )
-        self._runs = [leader.call.remote("lead", own.arguments(), ranks)]
+        self._runs = [leader.call.remote("lead", own.arguments(), ranks, table, self.index)]
         self._runs += [
-            actor.call.remote("follow", self._place, self._secret, rank, size)
+            actor.call.remote("follow", self._place, self._secret, rank, size, table, self.index)
             for rank, actor in enumerate(self._actors[1:], 1)
         ]
         self._control = connect_sealed(self._place, "control", self._secret, CONNECT_SECONDS)
         self._beat = self._looked_at = time.monotonic()
 
-    def _ranks(self, device: str) -> list[Rank]:
+    def _placed(self, device: str) -> list[Rank]:
         """Where actors are; they are put in the order of ranks: those of a node one after the
         other, and those of this node first, so that what the program says has a short way."""
         places: list[Rank] = self._answer(
@@ -256,6 +298,20 @@ class RayReplica(Replica):
         why = self._end_of(self._runs[0], REASON_SECONDS)
         self.kill()
         return self._last_words(f"was ended: {why or 'its process or its node is gone'}")
+
+    @property
+    def first_failure(self) -> int | None:
+        """Of engines that share experts the one that failed first, by what this one says, which has
+        ended; None: it says nothing."""
+        if not self._ray.is_initialized():
+            return None
+        errors = self._ray.exceptions
+        try:
+            self._ray.get(self._runs[0], timeout=REASON_SECONDS)
+        except errors.RayError as error:
+            told = getattr(error, "cause", None)
+            return told.engine if isinstance(told, EngineEnded) else None
+        return None
 
     def forget(self) -> None:
         self._actors = []

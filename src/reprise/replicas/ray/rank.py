@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch._C._distributed_c10d import TCPStore
+
 from reprise import platforms
 from reprise.config import EngineConfig
 from reprise.distributed import Host
@@ -20,6 +22,7 @@ from reprise.errors import RanksError, RepriseError, describe
 from reprise.parallel.follower import follow
 from reprise.parallel.followers import Followers
 from reprise.parallel.remote import Elsewhere, Rank, RemoteFollowers
+from reprise.parallel.remote_seat import RemoteSeat, RemoteTable
 from reprise.processes.sealed import Listener, Sealed, connect
 from reprise.replicas.ray.cluster import require_ray
 from reprise.replicas.ray.service import ActorService
@@ -35,6 +38,14 @@ CONNECT_SECONDS = 120.0
 LEAVE_SECONDS = 5.0
 """For a rank to notice by itself that there is no leader any more."""
 LAST_WORDS_SECONDS = 0.5
+
+
+class EngineEnded(RepriseError):
+    """In an actor. The message says why."""
+
+    engine: int | None = None
+    """The first of those that share experts that failed; None: it is not known, or this one shares
+    none."""
 
 
 class RankProcess:
@@ -77,23 +88,50 @@ class RankProcess:
         self._listener = Listener(require_ray().util.get_node_ip_address(), secret)
         return self._listener.place
 
-    def lead(self, options: Mapping[str, Any], ranks: Sequence[Rank]) -> None:
+    def keep_store(self) -> int:
+        """Be where engines that share experts find each other; of rank 0 of the first of them.
+
+        Returns:
+            Port of the store through which process groups are made.
+        """
+        address, _ = self._listener.place
+        self._store: Any = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def lead(
+        self,
+        options: Mapping[str, Any],
+        ranks: Sequence[Rank],
+        table: RemoteTable | None = None,
+        engine: int = 0,
+    ) -> None:
         """Be rank 0 of an engine, until the driver says otherwise.
 
         Args:
             options: Of the engine.
             ranks: All of it, this one first.
+            table: The engines that share experts; None: this one knows no other.
+            engine: Its number among them.
 
         Raises:
-            RepriseError: The engine has ended.
+            EngineEnded: The engine has ended.
         """
         control = self._listener.take("control", CONNECT_SECONDS)
         over = threading.Event()
+        seat = None
+        if table is not None:
+            seat = RemoteSeat(table, engine, None if engine else self._listener)
         try:
-            self._lead(control, over, options, ranks)
+            self._lead(control, over, options, ranks, seat)
+        except RepriseError as error:
+            ended = EngineEnded(str(error))
+            ended.engine = None if seat is None else seat.first_failure
+            raise ended from error
         finally:
             over.set()
             time.sleep(LAST_WORDS_SECONDS)  # for the driver to read what was said before
+            if seat is not None:
+                seat.leave()
             control.close()
             self._listener.close()
 
@@ -103,6 +141,7 @@ class RankProcess:
         over: threading.Event,
         options: Mapping[str, Any],
         ranks: Sequence[Rank],
+        seat: RemoteSeat | None,
     ) -> None:
         serving: list[ActorService] = []
 
@@ -122,7 +161,7 @@ class RankProcess:
         threading.Thread(target=_beat, args=(control,), name="reprise-beat", daemon=True).start()
         try:
             elsewhere = Elsewhere(tuple(ranks), lambda timeout: self._followers(ranks, timeout))
-            service = ActorService(EngineConfig(**options), elsewhere)
+            service = ActorService(EngineConfig(**options), elsewhere, seat)
         except Exception as error:
             typed = isinstance(error, RepriseError)
             if not typed:
@@ -153,7 +192,15 @@ class RankProcess:
             raise RanksError(str(error)) from error
         return RemoteFollowers(ranks, connections, timeout)
 
-    def follow(self, place: tuple[str, int], secret: bytes, rank: int, size: int) -> None:
+    def follow(
+        self,
+        place: tuple[str, int],
+        secret: bytes,
+        rank: int,
+        size: int,
+        table: RemoteTable | None = None,
+        engine: int = 0,
+    ) -> None:
         """Be a follower, until rank 0 says otherwise or is gone.
 
         Args:
@@ -161,11 +208,14 @@ class RankProcess:
             secret: That it knows.
             rank: Ours.
             size: Ranks there are.
+            table: As of :meth:`lead`.
+            engine: Likewise.
         """
         line = FollowersLine(connect(place, f"rank {rank}", secret, CONNECT_SECONDS), rank, size)
         line.on_end = _leave  # type: ignore[method-assign]
+        seat = None if table is None else RemoteSeat(table, engine)
         try:
-            follow(line, line)
+            follow(line, line, seat)
         except Exception as error:
             if not line.ended:
                 if isinstance(error, RepriseError):
@@ -173,6 +223,8 @@ class RankProcess:
                 else:
                     traceback.print_exc()
                 line.fail(error)
+        if seat is not None:
+            seat.leave()
         line.close()
 
 
