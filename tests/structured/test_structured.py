@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,27 @@ def test_a_bomb_is_refused_in_bounded_time_and_harms_nobody(
     go_on.set()
     monkeypatch.setattr(compiling, "SECONDS", 60.0)
     assert re.fullmatch("[fg]{3}", ask(llm, wanted(regex="[fg]{3}")).text)
+
+
+def test_what_the_first_grammar_has_to_wait_for_is_not_its_own_time(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = [0.0]
+    load = compiling.token_infos
+
+    def slowly(*arguments: Any) -> Any:
+        hours[0] += 3600
+        return load(*arguments)
+
+    monkeypatch.setattr(compiling, "token_infos", slowly)
+    monkeypatch.setattr(
+        compiling, "time",
+        SimpleNamespace(monotonic=lambda: hours[0], perf_counter=time.perf_counter),
+    )  # fmt: skip
+    known = llm.engine.compiler
+    fresh = compiling.GrammarCompiler(known._tokenizer, known._vocab_size, known._stop_token_ids)
+    assert fresh.compile(wanted(regex="[cd]{3}")).grammar is not None
+    assert hours == [3600]
 
 
 @pytest.mark.parametrize(

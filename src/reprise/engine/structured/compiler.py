@@ -82,6 +82,7 @@ class GrammarCompiler:
         """
         key = wanted.kind, wanted.source, wanted.disable_any_whitespace
         self._check(wanted)
+        self._loaded()  # the first time takes seconds, which are no grammar's
         deadline = time.monotonic() + SECONDS
         with self._lock:
             found = self._kept.get(key)
