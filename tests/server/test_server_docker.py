@@ -69,7 +69,7 @@ def test_files_that_are_named_are_there() -> None:
     ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
     sent = {each.removeprefix("!") for each in ignore if each.startswith("!")}
     assert {name for names in copied for name in names} == sent
-    (extras,) = re.findall(r"pip install '\.\[(.*)\]'", "\n".join(lines))
+    (extras,) = re.findall(r"pip install -c constraints.txt '\.\[(.*)\]'", "\n".join(lines))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras.split(",")) <= project["optional-dependencies"].keys()
     wait = float(compose["services"]["reprise"]["stop_grace_period"].removesuffix("s"))
