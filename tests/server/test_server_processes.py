@@ -219,3 +219,54 @@ def test_a_killed_test_run_leaves_no_server_behind() -> None:
     run.kill()
     run.communicate(timeout=30)
     until(lambda: gone(child))
+
+
+WORKER_THAT_COMES_LATE = """
+import sys, time
+from pathlib import Path
+from reprise.processes.control import Control
+from reprise.server import supervisor
+from reprise.server.options import ServerOptions
+from reprise.config import EngineConfig
+
+here = Path({here!r})
+engine = '''
+from pathlib import Path
+from reprise.processes.control import Control
+from reprise.testing import stub_engine
+send = Control.send
+def told(self, word):
+    send(self, word)
+    Path({here!r}, "engine").touch()
+Control.send = told
+stub_engine.main()
+'''
+worker = '''
+import time
+from pathlib import Path
+from reprise.server import worker
+while not Path({here!r}, "engine").exists():
+    time.sleep(0.01)
+time.sleep(0.3)
+Path({here!r}, "worker").touch()
+worker.main()
+'''
+supervisor.WORKER = ("-c", worker)
+
+def announce(address):
+    print((here / "worker").exists(), flush=True)
+    served._signals.append(15)
+
+served = supervisor.Supervisor(
+    EngineConfig(), ServerOptions(host="127.0.0.1", port=0, api_server_count=2),
+    engine_command=("-c", engine), announce=announce,
+)
+served.run()
+"""
+
+
+def test_ready_is_said_when_every_http_process_is(tmp_path: Path) -> None:
+    """The first caller is not told that the model is being loaded."""
+    program = WORKER_THAT_COMES_LATE.format(here=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -47,7 +47,8 @@ class Supervisor:
         options: Of the server.
         log_level: Of all processes.
         engine_command: Python's arguments for the engine's process.
-        announce: Called with the server's address when the model is loaded.
+        announce: Called with the server's address when the model is loaded and every HTTP process
+            knows it.
 
     Raises:
         ConfigError: The address cannot be listened on.
@@ -71,6 +72,9 @@ class Supervisor:
         self.listener = _listen(options)
         self._signals: list[int] = []
         self._workers: list[Child] = []
+        self._awaited: set[Child] = set()
+        """HTTP processes that have not said yet that they know the engine."""
+        self._selector = selectors.DefaultSelector()
         self._engine: Child | None = None
         self._quick_deaths = 0
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -107,6 +111,7 @@ class Supervisor:
             self._start()
             self._watch(receiver)
         finally:
+            self._selector.close()
             self._kill_all()
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
@@ -150,33 +155,46 @@ class Supervisor:
             }
             child = Child("an HTTP process", WORKER, json.dumps(start), keep, self._variables)
             self._workers.append(child)
+            self._awaited.add(child)
+            self._selector.register(child.control.connection, selectors.EVENT_READ, child)
+
+    def _hear(self, worker: Child) -> None:
+        """It is ready, or lost: then it will be replaced."""
+        self._selector.unregister(worker.control.connection)
+        word, _ = worker.control.receive()
+        if word == Control.READY:
+            self._awaited.remove(worker)
 
     def _watch(self, wakeup: socket.socket) -> None:
         engine = self._engine
         assert engine is not None
-        ready = False
-        with selectors.DefaultSelector() as selector:
-            selector.register(wakeup, selectors.EVENT_READ)
-            selector.register(engine.control.connection, selectors.EVENT_READ)
-            while not self._signals:
-                for key, _ in selector.select(0.2):
-                    if key.fileobj is wakeup:
-                        with contextlib.suppress(BlockingIOError):
-                            wakeup.recv(4096)
+        ready = announced = False
+        selector = self._selector
+        selector.register(wakeup, selectors.EVENT_READ)
+        selector.register(engine.control.connection, selectors.EVENT_READ)
+        while not self._signals:
+            for key, _ in selector.select(0.2):
+                if key.fileobj is wakeup:
+                    with contextlib.suppress(BlockingIOError):
+                        wakeup.recv(4096)
+                elif key.data is not None:
+                    self._hear(key.data)
+                else:
+                    word, _ = engine.control.receive()
+                    if word == Control.READY:
+                        ready = True
+                    elif word == Control.FAILED:
+                        raise named(*json.loads(engine.control.rest_of_text()))
                     else:
-                        word, _ = engine.control.receive()
-                        if word == Control.READY:
-                            ready = True
-                            if self._announce is not None:
-                                self._announce(self.address)
-                        elif word == Control.FAILED:
-                            raise named(*json.loads(engine.control.rest_of_text()))
-                        else:
-                            self._engine_died(engine, ready)
-                if engine.stands_still:
-                    engine.kill()
-                    self._engine_died(engine, ready)
-                self._replace_workers()
+                        self._engine_died(engine, ready)
+            if engine.stands_still:
+                engine.kill()
+                self._engine_died(engine, ready)
+            self._replace_workers()
+            if ready and not announced and not self._awaited:
+                announced = True
+                if self._announce is not None:
+                    self._announce(self.address)
         self._drain(engine)
 
     def _engine_died(self, engine: Child, ready: bool) -> None:
@@ -195,6 +213,9 @@ class Supervisor:
                 each.kill()
             if each.process.poll() is None:
                 continue
+            if each.control.connection in self._selector.get_map():
+                self._selector.unregister(each.control.connection)
+            self._awaited.discard(each)
             each.end(0)
             self._workers.remove(each)
             quick = time.monotonic() - each.started < QUICK_SECONDS

@@ -142,8 +142,17 @@ async def serve(start: dict[str, object], options: ServerOptions, control: Contr
             loop.call_soon_threadsafe(worker.stop)
         os._exit(1)
 
+    async def tell() -> None:
+        await client.ready.wait()
+        with contextlib.suppress(OSError):  # the parent has died, which is noticed above
+            control.send(Control.READY)
+
     threading.Thread(target=listen, name="reprise-control", daemon=True).start()
-    await worker.run(socket.socket(fileno=int(str(start["listener"]))))
+    telling = loop.create_task(tell())
+    try:
+        await worker.run(socket.socket(fileno=int(str(start["listener"]))))
+    finally:
+        telling.cancel()
 
 
 def main() -> None:
