@@ -261,7 +261,7 @@ def _prompts(given: Any) -> list[Any]:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int for each in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _prompt(prompt: Any, request: CompletionRequest, facts: Mapping[str, Any]) -> Any:
