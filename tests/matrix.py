@@ -280,7 +280,7 @@ def change_drafts(llm: LLM, seed: int) -> list[int]:
             taken.append(chance.choice(levels))
         return taken[-1]
 
-    llm.engine.scheduler.drafting = choose
+    llm.engine.scheduler.planner.drafting = choose
     return taken
 
 

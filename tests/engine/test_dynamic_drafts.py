@@ -243,8 +243,8 @@ def test_what_rests_leaves_decodes_out(
 
     drafter.propose = seen
     number = itertools.count()
-    scheduler.drafting = lambda requests: 0 if next(number) % 24 < 12 else 3
-    scheduler.resting = lambda requests: True
+    scheduler.planner.drafting = lambda requests: 0 if next(number) % 24 < 12 else 3
+    scheduler.planner.resting = lambda requests: True
     right = generate(make_llm(model, device, max_num_seqs=4), PROMPTS, greedy(60))
     assert generate(llm, PROMPTS, greedy(60)) == right
     assert set(steps) == {(True, False), (False, True)}

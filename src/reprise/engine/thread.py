@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from reprise.config import EngineConfig
+from reprise.engine.command import Command
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.driver import Admit, Reader
 from reprise.engine.engine import Engine
@@ -82,7 +83,7 @@ class EngineThread:
     ) -> None:
         self.engine = Engine(config, elsewhere, seat)
         self._delivered = delivered
-        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._readers: dict[str, Reader] = {}
         """Of requests that the engine has; for its thread alone."""
         self._preparing: dict[Reader, tuple[str, bool]] = {}
@@ -98,8 +99,8 @@ class EngineThread:
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         if self.engine.lockstep is not None:  # before it rests for the first time
-            self.engine.lockstep.on_wake(lambda: self._commands.put(_Command(lambda: None)))
-        self.engine.runner.when_lost(lambda: self._commands.put(_Command(self._check)))
+            self.engine.lockstep.on_wake(lambda: self._commands.put(Command(lambda: None)))
+        self.engine.runner.when_lost(lambda: self._commands.put(Command(self._check)))
         atexit.unregister(_at_exit)
         atexit.register(_at_exit)  # what the engine has registered itself comes behind it
         self._thread.start()
@@ -126,7 +127,7 @@ class EngineThread:
         def prepare() -> None:
             if reader not in self._preparing:
                 return  # it has left
-            command = _Command(
+            command = Command(
                 lambda: self._add(request_id, prepared, priority, reader, admit, ordinal), accepted
             )
             try:
@@ -177,7 +178,7 @@ class EngineThread:
         """
         future: Future[T] = Future()
         with self._open():  # a command behind the end would never be answered
-            self._commands.put(_Command(function, future))
+            self._commands.put(Command(function, future))
         return future
 
     @property
@@ -210,7 +211,7 @@ class EngineThread:
         """As of :class:`reprise.engine.driver.Driver`."""
         with self._lock:
             self._preparing.pop(reader, None)
-        self._commands.put(_Command(lambda: self._leave(request_id, reader)))
+        self._commands.put(Command(lambda: self._leave(request_id, reader)))
 
     @property
     def num_waiting(self) -> int:
@@ -269,7 +270,7 @@ class EngineThread:
                 command = self._next_command()
             except queue.Empty:
                 work = self._step if self.engine.must_step else self._prove
-                command = _Command(partial(self._attempt, work))
+                command = Command(partial(self._attempt, work))
             if command is None:
                 break
             command.run()
@@ -278,7 +279,7 @@ class EngineThread:
         finally:
             self.engine.close()
 
-    def _next_command(self) -> _Command | None:
+    def _next_command(self) -> Command | None:
         """What others want done. Raises queue.Empty when there is time for something else."""
         engine = self.engine
         if not engine.must_step:
@@ -414,40 +415,3 @@ def _at_exit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Command:
-    """What the engine's thread is to do between two steps.
-
-    Args:
-        function: Does it.
-        future: Gets the result or the exception, which then concerns its owner alone; None: nobody
-            waits, and exceptions were dealt with.
-    """
-
-    def __init__(self, function: Callable[[], Any], future: Future[Any] | None = None) -> None:
-        self._function = function
-        self._future = future
-
-    def run(self) -> None:
-        if self._future is not None and not self._future.set_running_or_notify_cancel():
-            return
-        try:
-            result = self._function()
-        except Exception as error:
-            self._refuse(error)
-        except BaseException as error:
-            self._refuse(RepriseError(f"the engine's thread ended ({describe(error)})"))
-            raise
-        else:
-            if self._future is not None:
-                self._future.set_result(result)
-
-    def refuse(self, error: Exception) -> None:
-        """It is not going to be done."""
-        if self._future is None or self._future.set_running_or_notify_cancel():
-            self._refuse(error)
-
-    def _refuse(self, error: Exception) -> None:
-        if self._future is not None:
-            self._future.set_exception(error)

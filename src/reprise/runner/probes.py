@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from reprise.cache.memory import PoolTensor
-from reprise.cache.spec import Rows
 from reprise.graphs.contract import Probe
-from reprise.graphs.kinds import Ints
-from reprise.graphs.regions import Stack
-from reprise.runner.arena import to_device
 from reprise.runner.kinds import (
     CONTEXTS,
     NEW_TOKENS,
@@ -38,16 +29,13 @@ from reprise.runner.placement import (
     Placement,
     Row,
 )
+from reprise.runner.probe_content import CacheContent, Caches
 from reprise.runner.residues import compressed_of, shifts
 from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
 
-BANK = 64
-"""Blocks of random content, repeated over all blocks of probes."""
 MOST_EXTRA = 3
 """Probes of an anchor that concern rows alone."""
-PIECE = 64 << 20
-"""Bytes of content that are made at a time."""
 STRATA = 64
 """Token ids of probes come from each so many-th part of the vocabulary in turn."""
 
@@ -61,8 +49,7 @@ class ProbeMaker:
 
     Args:
         buffers: Where the inputs go.
-        caches: Gives of each pool the caches by name, and stacked, [C, N, ...] each; these get
-            random content.
+        caches: Get random content.
         vocab_size: Token ids are below.
         max_model_len: Length of the longest context.
         routed: The model sends rows to experts.
@@ -72,7 +59,7 @@ class ProbeMaker:
     def __init__(
         self,
         buffers: StepInputs,
-        caches: Callable[[], tuple[Sequence[Mapping[str, PoolTensor]], Sequence[Sequence[Stack]]]],
+        caches: Caches,
         *,
         vocab_size: int,
         max_model_len: int,
@@ -81,9 +68,6 @@ class ProbeMaker:
     ) -> None:
         self._buffers = buffers
         self._chained = chained
-        self._caches = caches
-        self._banks: dict[Any, Tensor] = {}
-        """By the layout of a block."""
         self._max_model_len = max_model_len
         self._routed = routed
         layout = self._layout = buffers.layout
@@ -93,7 +77,7 @@ class ProbeMaker:
         """Where a block of every table ends."""
         self._shifts = shifts(layout.tables)
         self._placement = Placement(layout, max_model_len, buffers.max_requests, buffers.max_tokens)
-        self._has_content = [np.zeros(each.num_blocks, dtype=bool) for each in layout.pools]
+        self._content = CacheContent(buffers, caches)
         strata = [vocab_size * part // STRATA for part in range(STRATA)]
         self._ids = np.array([0, vocab_size - 1, *strata], dtype=np.int64)
 
@@ -340,7 +324,7 @@ class ProbeMaker:
         live = StepShape(bucket.phase, tokens, len(rows), bucket.query_len)
 
         def fill() -> None:
-            self._fill_blocks(tables)
+            self._content.fill(tables)
             self._buffers.fill_rows(counts, lengths, tables, ids, known, accepted)
             self._buffers.fill_padding(live, bucket)
 
@@ -360,60 +344,6 @@ class ProbeMaker:
         kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, decodes, replays,
                             compressed_of(self._layout.tables))  # fmt: skip
         return Probe(name, fill, live, kind, always=alike)
-
-    def _fill_blocks(self, tables: Sequence[Ints]) -> None:
-        """Random content for blocks that have none yet, neither from here nor of a request."""
-        touched = self._buffers.touched_blocks()
-        for number, (pool, stacks, has_content) in enumerate(
-            zip(*self._caches(), self._has_content, strict=True)
-        ):
-            has_content[: touched[number]] = True
-            wanted = np.zeros(len(has_content), dtype=bool)
-            for table, layout in zip(tables, self._layout.tables, strict=True):
-                if layout.pool == number:
-                    wanted[table] = True
-            new = (wanted & ~has_content).nonzero()[0]
-            if len(new):
-                has_content[new] = True
-                self._fill_new(pool, stacks, new)
-
-    def _fill_new(
-        self, pool: Mapping[str, PoolTensor], stacks: Sequence[Stack], blocks: Ints
-    ) -> None:
-        """All caches of a stack at once, so that it takes few launches."""
-        generator: torch.Generator | None = None
-        number = 0
-        for stack in stacks:
-            cache = stack.tensor
-            kind = (cache.shape[2:], pool[stack.names[0]].rows)
-            if kind not in self._banks:
-                generator = generator or torch.Generator(device=cache.device).manual_seed(0)
-                self._banks[kind] = _random_rows((BANK, *kind[0]), kind[1], generator)
-            numbers = np.arange(number, number + len(cache))[:, None]
-            number += len(cache)
-            most = max(1, PIECE // (len(cache) * math.prod(kind[0]) * cache.itemsize))
-            for begin in range(0, len(blocks), most):
-                some = blocks[begin : begin + most].astype(np.int64)
-                places = to_device(some, self._buffers.platform)
-                content = to_device((some * 7 + numbers) % BANK, self._buffers.platform)
-                cache[:, places] = self._banks[kind][content]
-
-
-def _random_rows(shape: tuple[int, ...], rows: Rows, generator: torch.Generator) -> Tensor:
-    """Normal numbers; where rows are not numbers but packed bytes, any bytes. Scales are from 0.5
-    to 1.5, so that what codes stand for is as large as other numbers."""
-    device, dtype = generator.device, rows.dtype
-    if rows.scales_of is not None:
-        return (
-            torch.rand(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
-            + 0.5
-        )
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
-    bounds = torch.iinfo(dtype)
-    return torch.randint(
-        bounds.min, bounds.max + 1, shape, generator=generator, device=device, dtype=dtype
-    )
 
 
 def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:
