@@ -126,12 +126,18 @@ class TinyModels:
         self._made: dict[str, TinyModel] = {}
 
     def __call__(
-        self, architecture: str = "qwen3", *, seed: int = 0, decisive: bool = False, **fields: Any
+        self,
+        architecture: str = "qwen3",
+        *,
+        seed: int = 0,
+        decisive: bool = False,
+        std: float | None = None,
+        **fields: Any,
     ) -> TinyModel:
-        key = json.dumps([architecture, seed, decisive, fields], sort_keys=True)
+        key = json.dumps([architecture, seed, decisive, std, fields], sort_keys=True)
         if key not in self._made:
             path = self._root / f"{architecture}-{len(self._made)}"
-            model = random_model(architecture, seed, **fields)
+            model = random_model(architecture, seed, std, **fields)
             if decisive:
                 widen_choices(model)
             model.save_pretrained(path)
@@ -222,11 +228,12 @@ def _seeing_config(architecture: str, **fields: Any) -> Any:
     )  # fmt: skip
 
 
-def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
+def random_model(architecture: str, seed: int = 0, std: float | None = None, **fields: Any) -> Any:
     """A transformers model whose greedy output is varied and far from ties.
 
     Weights at the usual standard deviation of 0.02 repeat one token for ever: there a wrong
-    position, or a token that attention misses, would change nothing.
+    position, or a token that attention misses, would change nothing. ``std``: of all matrices, and
+    heads are not sharpened.
     """
     config = tiny_config(architecture, **fields)
     stds = {**_STDS, **(_HYBRID_STDS if architecture in HYBRIDS else {})}
@@ -248,10 +255,10 @@ def random_model(architecture: str, seed: int = 0, **fields: Any) -> Any:
                 parameter.uniform_(0.5, 1.5, generator=generator)
                 if architecture in HYBRIDS and "linear_attn" not in name:
                     parameter.sub_(1.0)  # stored as the distance from 1
-                if layer in ("q_norm", "k_norm"):
+                if layer in ("q_norm", "k_norm") and std is None:
                     parameter.mul_(_SHARPNESS)
             else:
-                parameter.normal_(0.0, stds.get(layer, _OTHER_STD), generator=generator)
+                parameter.normal_(0.0, std or stds.get(layer, _OTHER_STD), generator=generator)
     return model.eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from helpers import (
     greedy,
     make_llm,
     random_ids,
+    recorded_logits,
     token_ids,
 )
 from planted import planted
@@ -96,6 +97,31 @@ def long_but(*wanted: tuple[str, Any], values: Any) -> list[Any]:
         for name in HYBRIDS
         for value in values
     ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("executor", ["none", "full", "breakable", "compiled"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_logits_are_those_of_transformers(
+    tiny: TinyModels, device: str, name: str, executor: str
+) -> None:
+    """With weights of one size; with others transformers may itself be further from float64 (up to
+    3.5e-4 of logits of 4), which is why other tests ask how far it is."""
+    model = tiny(name, seed=1, std=0.08)
+    llm = make_llm(
+        model, device, graph_mode=executor, graph_buckets="decode=2,4;mixed=64,256",
+        graph_verify="startup",
+    )  # fmt: skip
+    prompts = [random_ids(1, 1), random_ids(2, 100), random_ids(3, 17), random_ids(4, 70)]
+    with recorded_logits(llm) as seen:
+        outputs = generate(llm, prompts, greedy(64))
+    for number, prompt, output in zip(sorted(seen, key=int), prompts, outputs, strict=True):
+        expected = model.logits([*prompt, *output])[len(prompt) - 1 : -1]
+        found = torch.stack(seen[number][:64])
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+        assert model.is_greedy(prompt, output)
+    graphs = llm.graph_report().graphs
+    assert [each.name for each in graphs if each.quarantined is not None] == []
 
 
 @pytest.mark.parametrize(
