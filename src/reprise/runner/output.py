@@ -13,8 +13,8 @@ from torch import Tensor
 from reprise.logprobs import Logprob, Logprobs, WholeLogprobs
 from reprise.platforms import Platform
 from reprise.runner.arena import Ints
+from reprise.runner.logprobs import LogprobTensors
 from reprise.runner.rows import Rows
-from reprise.runner.sampler import LogprobTensors
 from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.step import Step
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
+from reprise.runner.logprobs import LogprobTensors, top_logprobs
 from reprise.runner.output import Landing
-from reprise.runner.sampler import LogprobTensors, top_logprobs
 from reprise.sampling_params import WHOLE_VOCABULARY
 from reprise.step import Step
 
