@@ -7,7 +7,7 @@ from reprise.layers.compressed_attention import AttentionSizes, CompressedAttent
 from reprise.layers.decoder import Decoder, DecoderLayer, Depth, Taps
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.embedding import Embedding
-from reprise.layers.experts import Experts, Routing, SparseMLP, Stack
+from reprise.layers.experts import Experts
 from reprise.layers.gated_delta import GatedDeltaNet
 from reprise.layers.head import Head
 from reprise.layers.hyper_connection import (
@@ -30,6 +30,8 @@ from reprise.layers.rotary import (
     rotary_table,
 )
 from reprise.layers.scored_experts import ScoredMLP
+from reprise.layers.sparse_mlp import Routing, SparseMLP
+from reprise.layers.stack import Stack
 from reprise.layers.stored_model import StoredModel
 
 __all__ = [

@@ -13,11 +13,12 @@ from reprise import ops
 from reprise.cache import Batch
 from reprise.layers.build import Build
 from reprise.layers.destination import Destination
-from reprise.layers.experts import Experts, Routing
+from reprise.layers.experts import Experts
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
+from reprise.layers.sparse_mlp import Routing
 
 NAMES = ("w1", "w3", "w2")
 """What checkpoints call an expert's projections: gate, up, down."""
