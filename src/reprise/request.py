@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from reprise.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # requests need no torch
-    from reprise.cache.tables import Checkpoint
+    from reprise.cache.request_table import Checkpoint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

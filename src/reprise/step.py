@@ -16,7 +16,7 @@ from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
 
 if TYPE_CHECKING:  # a step can be read without torch
-    from reprise.cache.tables import Copy
+    from reprise.cache.request_table import Copy
 
 NULL_ROW = 0
 """Padding reads and writes here."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reprise.cache.tables import Copy
+from reprise.cache.request_table import Copy
 from reprise.errors import RanksError
 from reprise.parallel.messages import Kind, pack, unpack
 from reprise.parallel.wire import Decoder, Encoder

@@ -6,8 +6,8 @@ from reprise.cache.hits import Hit
 from reprise.cache.layout import CacheLayout, one_table
 from reprise.cache.manager import CacheManager
 from reprise.cache.prefix import NO_PARENT, PrefixIndex, block_digest
+from reprise.cache.request_table import CacheUser, Copy
 from reprise.cache.spec import KEPT, STATE, LayerCache, Lifetime, Rows, State, Window
-from reprise.cache.tables import CacheUser, Copy
 
 __all__ = [
     "KEPT",

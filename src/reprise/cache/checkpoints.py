@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from reprise.cache.tables import CacheUser, Checkpoint, Copy, StateTable
+from reprise.cache.request_table import CacheUser, Checkpoint, Copy
+from reprise.cache.state_table import StateTable
 
 
 class Checkpoints:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reprise.cache.block_pool import NULL_BLOCK
-from reprise.cache.tables import BlockTable, CacheUser, StateTable
+from reprise.cache.block_table import BlockTable
+from reprise.cache.request_table import CacheUser
+from reprise.cache.state_table import StateTable
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from reprise.cache.block_pool import NULL_BLOCK, BlockPool
+from reprise.cache.block_table import BlockTable
 from reprise.cache.checkpoints import Checkpoints
 from reprise.cache.hits import Hit, longest_hit
 from reprise.cache.layout import CacheLayout
 from reprise.cache.prefix import PrefixIndex
+from reprise.cache.request_table import CacheUser
 from reprise.cache.spec import NEVER
-from reprise.cache.tables import BlockTable, CacheUser, StateTable
+from reprise.cache.state_table import StateTable
 from reprise.errors import ConfigError
 
 _NO_EPOCH = -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from reprise.cache.tables import Checkpoint
+from reprise.cache.request_table import Checkpoint
 from reprise.request import Request
 from reprise.step import Admission, Step, TableEdit
 
