@@ -196,6 +196,7 @@ struct Graph {
   std::unique_ptr<Capture> capture_;
   std::vector<Node> nodes_;
   size_t lanes_ = 0, moments_ = 0;
+  uint64_t replays_ = 0;
   int device_ = 0;
   bool captured_ = false, pooled_ = false;
   c10::MempoolId_t pool_{0, 0};

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+from reprise_sim import device as sim
 
 from reprise.errors import GraphError
 
@@ -39,6 +42,41 @@ def test_branches_of_a_graph_are_ordered_as_they_were(platform, finder) -> None:
         assert out.tolist() == [5 * (value + 1)] * 64
     found = finder()
     assert not found, "\n".join(found)
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("missing", ["fork", "join"])
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_a_missing_wait_shows_in_some_replay(platform, missing: str, seed: int) -> None:
+    """However fast or busy the machine is: what should have been waited for always comes first when
+    both branches run freely."""
+    x, y, out = (torch.zeros(64, device=platform.device) for _ in range(3))
+    side = platform.stream()
+
+    def late() -> None:
+        sim.launch("nap", lambda _: time.sleep(2e-3), [x], [])
+        out.copy_(y)
+
+    def step() -> None:
+        current = platform.current_stream()
+        side.wait_stream(current)
+        if missing == "fork":
+            y.copy_(x)
+            with platform.use_stream(side):
+                late()
+        else:
+            with platform.use_stream(side):
+                y.copy_(x)
+            late()
+        current.wait_stream(side)
+
+    with sim.configured(seed=seed):
+        graph, right = captured(platform, step), []
+        for value in range(1, 9):
+            x.fill_(value)
+            graph.replay()
+            right.append(float(out[0]) == value)
+    assert not all(right)
 
 
 @pytest.mark.races  # outside of a capture nobody refuses it
