@@ -91,9 +91,20 @@ def _compile(directory: Path) -> None:
         NAME,
         [str(each) for each in sorted(SOURCES.glob("*.cpp"))],
         extra_cflags=FLAGS,
+        extra_ldflags=cpp_library(),
         build_directory=str(directory),
         is_python_module=False,
     )
+
+
+def cpp_library() -> list[str]:
+    """The C++ library that torch has loaded, if the system tells. It is linked first: a compiler
+    that puts one of its own into what it makes would make one whose streams fail beside torch's."""
+    try:
+        mapped = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        return []
+    return sorted({each for each in mapped if Path(each).name.startswith("libstdc++.so")})
 
 
 def _wait_for(file: IO[str]) -> None:

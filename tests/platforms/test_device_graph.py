@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -43,10 +45,44 @@ def captured(platform, function, pool=None):
 
 
 def test_no_stream_that_is_given_out_is_the_captures(platform):
-    """What is to run beside a capture would be a part of it then."""
+    """What is to run beside a capture would be a part of it then: another engine's work, too."""
+    another = type(platform)(platform.index)
     with platform.capture_stream():
         ours = platform.current_stream()
-        assert all(platform.stream() != ours for _ in range(100))
+        for each in (platform, another):
+            assert all(each.stream() != ours for _ in range(100))
+
+
+def test_engines_of_two_threads_capture_one_after_the_other(platform):
+    """Each graph holds what its own thread has done."""
+    mine, theirs = (torch.zeros(4, device=platform.device) for _ in range(2))
+    begun, tried, graphs = threading.Event(), threading.Event(), {}
+
+    def slowly() -> None:
+        mine.add_(1)
+        if capturing():
+            begun.set()
+            assert tried.wait(60)
+            time.sleep(0.02)
+        mine.add_(1)
+
+    def capture() -> None:
+        assert begun.wait(60)
+        tried.set()
+        another = type(platform)(platform.index)
+        graphs["theirs"] = captured(another, lambda: theirs.add_(1))
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    graphs["mine"] = captured(platform, slowly)
+    thread.join(60)
+    platform.synchronize()
+    mine.zero_()
+    theirs.zero_()
+    graphs["mine"].replay()
+    assert (mine.tolist(), theirs.tolist()) == ([2] * 4, [0] * 4)
+    graphs["theirs"].replay()
+    assert (mine.tolist(), theirs.tolist()) == ([2] * 4, [1] * 4)
 
 
 class OneStream(AcceleratorPlatform):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Collection, Iterator
 from importlib.metadata import entry_points
@@ -21,6 +22,24 @@ from reprise.platforms.device_graph import DeviceGraph
 GIB = 1 << 30
 MOST_STREAMS = 64
 """More than torch has of one device and priority."""
+
+
+class _Captures:
+    """Where a device's graphs are captured: all engines' of the process, one after the other.
+
+    torch has a few streams of a device and gives them out in turn. If each engine took one for its
+    captures, that of another could be the same, or one on which another loads weights meanwhile: its
+    work would be a part of the graph.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.lock = threading.RLock()
+
+
+_captures: dict[tuple[type[Platform], int], _Captures] = {}
+"""By platform and index of the device."""
+_making = threading.Lock()
 
 
 class AcceleratorPlatform(Platform):
@@ -165,20 +184,29 @@ class AcceleratorPlatform(Platform):
         return other == 0 or bool(asked(self.index, self.index + other))
 
     @functools.cached_property
+    def _captures(self) -> _Captures:
+        device = type(self), self.index
+        with _making:
+            if device not in _captures:
+                _captures[device] = _Captures(self._next_stream())
+            return _captures[device]
+
+    @property
     def _capture_stream(self) -> Any:
-        return self._next_stream()
+        return self._captures.stream
 
     @contextlib.contextmanager
     def capture_stream(self) -> Iterator[Any]:
         # One stream for all captures: the allocator reuses a pool's memory within a stream only.
-        outer = self.current_stream()
-        self._capture_stream.wait_stream(outer)
-        try:
-            with self.use_stream(self._capture_stream):
-                yield self._capture_stream
-        finally:
-            # After a failure too: what was queued before it still reads its inputs.
-            outer.wait_stream(self._capture_stream)
+        with self._captures.lock:
+            outer = self.current_stream()
+            self._capture_stream.wait_stream(outer)
+            try:
+                with self.use_stream(self._capture_stream):
+                    yield self._capture_stream
+            finally:
+                # After a failure too: what was queued before it still reads its inputs.
+                outer.wait_stream(self._capture_stream)
 
     def new_graph(self, pool: Any = None) -> DeviceGraph:
         if not self.has_graphs:
