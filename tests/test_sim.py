@@ -89,6 +89,28 @@ def test_reprise_on_the_device(site: Path, seed: str, files: tuple[str, ...]) ->
     assert int(passed[1]) > 20
 
 
+@pytest.mark.timeout(1800)
+@pytest.mark.long  # it compiles all of it
+def test_it_has_the_cpp_library_of_torch(tmp_path: Path) -> None:
+    """Also from a compiler that puts one of its own into what it makes: numbers in messages were
+    lost then, or the process."""
+    if missing() is not None:
+        pytest.skip(str(missing()))
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec c++ -static-libstdc++ -static-libgcc "$@"\n')
+    compiler.chmod(0o755)
+    code = (
+        "import sys, torch; from pathlib import Path; from reprise_sim import build, load\n"
+        f"build._directory = lambda: Path({str(tmp_path)!r}) / 'built'\n"
+        "load()\n"
+        "try: torch.empty(1 << 50, device='sim')\n"
+        "except torch.OutOfMemoryError as error: print(error)\n"
+    )
+    done = python(code, CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"on sim:0: {1 << 50} bytes are asked for, \d+ of \d+ are free", done.stdout)
+
+
 def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
     """Nothing is loaded then, and the tests above are skipped with the reason."""
     code = (

@@ -5,14 +5,17 @@ A worker runs what the CPU would, over the same bytes; lengths and tables are re
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from reprise import ops
-from reprise.ops import Op
+from reprise import ops, platforms
+from reprise.ops import Op, OpTable
+from reprise.ops.implementation import Implementation
 from reprise.platforms import Platform
 from reprise_sim import device
 
@@ -21,7 +24,31 @@ def _only_here(platform: Platform) -> str | None:
     return None if platform.device_type == "sim" else "it is a kernel of the device sim"
 
 
-def _kernel(op: Op) -> Callable[..., Any]:
+@functools.cache
+def _invariant_table() -> OpTable:
+    return OpTable(platforms.load("cpu")(), batch_invariant=True)
+
+
+def _invariant_ones(op: Op) -> list[Implementation]:
+    """The CPU's batch-invariant implementations; those that Triton interprets are for its tests."""
+    table = _invariant_table()
+    table.functions[op.name]  # chooses, if the op was declared after the table was made
+    return [each for each in table.candidates[op.name] if not each.compiles]
+
+
+def _has_invariant(op: Op, platform: Platform) -> str | None:
+    reason = _only_here(platform)
+    if reason is None and not _invariant_ones(op):
+        return "the CPU has no batch-invariant implementation"
+    return reason
+
+
+def _takes(op: Op, **arguments: Any) -> str | None:
+    reasons = [each.refusal(**arguments) for each in _invariant_ones(op)]
+    return None if None in reasons else "; ".join(map(str, reasons))
+
+
+def _kernel(op: Op, *, batch_invariant: bool = False) -> Callable[..., Any]:
     """An implementation of ``op`` that queues the CPU's."""
 
     def launch(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +64,9 @@ def _kernel(op: Op) -> Callable[..., Any]:
 
         def compute(*host: Any) -> None:
             args, kwargs = tree_unflatten(list(host[:count]), structure)
-            found = tree_flatten(op(*args, **kwargs))[0]
+            invariant = _invariant_table().activate() if batch_invariant else None
+            with invariant or contextlib.nullcontext():
+                found = tree_flatten(op(*args, **kwargs))[0]
             for target, source in zip(host[count:], found, strict=False):
                 target.copy_(source)
 
@@ -49,3 +78,10 @@ def _kernel(op: Op) -> Callable[..., Any]:
 
 for _op in ops.all_ops().values():
     _op.implementation("sim", _kernel(_op), requires=_only_here)
+    _op.implementation(
+        "sim_invariant",
+        _kernel(_op, batch_invariant=True),
+        requires=functools.partial(_has_invariant, _op),
+        accepts=functools.partial(_takes, _op),
+        batch_invariant=True,
+    )

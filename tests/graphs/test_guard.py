@@ -147,8 +147,8 @@ def test_noise_below_the_bound_is_no_fault(toy, make_runner, monkeypatch) -> Non
         runner = make_runner(toy, "full", decode=(4,), mixed=(32,), verify="canary:1")
         runner.captures.capture_all()
         bound = bound_of(runner)
-        # Measured, of outputs, each of which is a sum over many places of the op's; and tighter than
-        # what is declared, unless the dtype is as coarse.
+        # Measured, of outputs, each of which is a sum over many places of the op's; and tighter
+        # than what is declared, unless the dtype is as coarse.
         coarse = 4 * torch.finfo(toy.hidden.dtype).eps
         assert max(coarse, NOISE / 10) < bound or bound == min(coarse, DECLARED)
         assert (bound < DECLARED) == (coarse < DECLARED)

@@ -47,6 +47,17 @@ def test_tokens_are_the_cpus(tiny, finder, family: str, graphs: str) -> None:
     assert not found, "\n".join(found)
 
 
+def test_batch_invariant_tokens_are_the_cpus(tiny, finder) -> None:
+    model = tiny("qwen3")
+    expected = tokens(model, "cpu", batch_invariant=True)
+    got = tokens(
+        model, "sim", graph_mode="full", graph_buckets="decode=1,2,4", batch_invariant=True
+    )
+    assert got == expected
+    found = finder()
+    assert not found, "\n".join(found)
+
+
 def test_two_engines_on_two_devices(tiny, finder) -> None:
     model = tiny("qwen3")
     expected = tokens(model, "cpu")

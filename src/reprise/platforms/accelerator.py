@@ -28,8 +28,8 @@ class _Captures:
     """Where a device's graphs are captured: all engines' of the process, one after the other.
 
     torch has a few streams of a device and gives them out in turn. If each engine took one for its
-    captures, that of another could be the same, or one on which another loads weights meanwhile: its
-    work would be a part of the graph.
+    captures, that of another could be the same, or one on which another loads weights meanwhile,
+    whose work would be a part of the graph.
     """
 
     def __init__(self, stream: Any) -> None:
