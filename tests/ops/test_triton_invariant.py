@@ -25,6 +25,7 @@ from reprise.ops.causal_conv.triton import invariant as causal_conv
 from reprise.ops.experts import triton_invariant as experts
 from reprise.ops.gated_delta.triton import invariant as gated_delta
 from reprise.ops.linear import reference, shared_sums_kernel, triton_invariant
+from reprise.ops.paged_attention import absolute_decode_kernel as decodes
 from reprise.ops.paged_attention import absolute_splits_kernel as attention
 from reprise.ops.paged_attention.reference import reference as exact_attention
 from reprise.ops.triton_util import DeviceLimits
@@ -210,8 +211,47 @@ def test_attention_of_a_token(
         (240, 257, 0, 0, 1), (255, 256, 1, 0, 2), (256, 258, 2, 2, 1),
     ):  # fmt: skip
         monkeypatch.setattr(attention, "parts_of", lambda *_, parts=parts: parts)
-        some = case.run(attention.paged_attention, begin, end, query_len, before)
-        assert torch.equal(some, whole[begin - 240 : end - 240]), (begin, end, before, parts)
+        for few in (16, 0) if query_len else (16,):  # decodes of many requests, too
+            monkeypatch.setattr(attention, "_FEW_REQUESTS", few)
+            some = case.run(attention.paged_attention, begin, end, query_len, before)
+            assert torch.equal(some, whole[begin - 240 : end - 240]), (begin, end, before, parts)
+
+
+@pytest.mark.parametrize(
+    ("query_len", "window", "dtype"),
+    [(1, 0, torch.bfloat16), (2, 50, torch.float32)],
+    ids=str,
+)
+def test_decodes_of_many_requests_are_those_of_few(
+    make: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    query_len: int,
+    window: int,
+    dtype: torch.dtype,
+) -> None:
+    """Wherever one program's part of all keys ends: with more programs than splits, and fewer."""
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    lengths = torch.tensor([150, 2, 64, 65, 0, 131, 128, 0], dtype=torch.int32)
+    counts = torch.tensor([query_len if each else 0 for each in lengths], dtype=torch.int32)
+    starts = torch.cat((counts[:1] * 0, counts.cumsum(0))).int()
+    caches = [make(81, 16, 2, 32, dtype=dtype) for _ in range(2)]
+    for each in caches:
+        each[0] = torch.nan
+    tables = 1 + torch.randperm(80, generator=torch.Generator().manual_seed(0)).view(8, 10).int()
+    arguments = (
+        make(8 * query_len, 4, 32, dtype=dtype), *caches, tables, lengths, starts,
+    )  # fmt: skip
+    results = []
+    for few, programs in ((16, 0), (0, 1), (0, 3), (0, 20)):
+        monkeypatch.setattr(attention, "_FEW_REQUESTS", few)
+        monkeypatch.setattr(decodes, "_SHARE", programs)
+        out = torch.full((8 * query_len, 4, 32), 9.0, dtype=dtype)
+        attention.paged_attention(*arguments, out, 32**-0.5, window, 0.0, query_len)
+        results.append(out)
+    exact = torch.empty_like(results[0])
+    exact_attention(*arguments, exact, 32**-0.5, window, 0.0, query_len)
+    torch.testing.assert_close(results[0], exact, rtol=0, atol=2e-2)
+    assert all(torch.equal(each, results[0]) for each in results)
 
 
 @pytest.mark.parametrize("heads", [6, 10, 14])
@@ -227,13 +267,19 @@ def test_attention_where_groups_do_not_fill_a_tile(
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("query_len", [0, 2])
+@pytest.mark.parametrize(
+    ("query_len", "parts", "few"), [(0, 1, 16), (0, 2, 16), (2, 1, 16), (2, 2, 16), (2, 1, 0)]
+)
 def test_attention_of_padding_is_zero(
-    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, query_len: int, parts: int
+    make: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    query_len: int,
+    parts: int,
+    few: int,
 ) -> None:
     """Of requests without a length too, whose tokens others lie behind."""
     monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention, "_FEW_REQUESTS", few)
     monkeypatch.setattr(attention, "parts_of", lambda *_: parts)
     caches = [make(7, 16, 2, 32) for _ in range(2)]
     out = torch.full((7, 4, 32), 9.0)

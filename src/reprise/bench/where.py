@@ -13,7 +13,8 @@ from reprise.engine import Engine
 from reprise.ops import Op
 from reprise.ops.registry import intercept
 
-_ATTENTION = ("attention", "fmha", "flash", "absolute_splits", "sparse_merge")
+_ATTENTION = ("attention", "fmha", "flash", "absolute_splits", "absolute_decode",
+              "sparse_merge")  # fmt: skip
 _PRODUCTS = ("linear", "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm", "experts",
              "one_row", "two_rows", "few_rows", "small_weight", "shared_sums", "_product_kernel",
              "grouped_kernel", "gate_up_kernel", "down_kernel", "w4_row", "splitk", "stream_k",

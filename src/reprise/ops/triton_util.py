@@ -189,13 +189,14 @@ def silu(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def is_last(arrivals_ptr, count):  # type: ignore[no-untyped-def]
-    """Whether the calling program is the last of ``count`` to call this: see :func:`arrivals`.
+def is_last(arrivals_ptr, count, done=1):  # type: ignore[no-untyped-def]
+    """Whether the calling program, which has ``done`` so many parts of ``count``, brings the last
+    ones: see :func:`arrivals`.
 
     The last one may read what the others stored before their calls."""
     # All threads have stored before one announces it.
     tl.debug_barrier()
-    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == count - 1
+    last = tl.atomic_add(arrivals_ptr, done, sem="acq_rel") == count - done
     if last:
         tl.store(arrivals_ptr, 0)
     return last

@@ -18,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from reprise.ops.paged_attention.absolute_decode_kernel import launch_decodes
 from reprise.ops.paged_attention.attend import Call, Config, attend
+from reprise.ops.paged_attention.merge_splits import merge, merged
 from reprise.ops.paged_attention.scores import blocks
 from reprise.ops.triton_util import (
     APART,
@@ -39,6 +41,8 @@ _MOST_PARTS = 64
 """Programs that share a tile."""
 _MOST_KEPT = 64 << 20
 """Bytes that programs may leave for each other."""
+_FEW_REQUESTS = 16
+"""Up to so many, each has programs of its own."""
 
 
 def steady_config(
@@ -90,6 +94,8 @@ def bind(*args, **kwargs) -> Callable[[], None]:
     kept = tiles * kv_heads * splits * rows * (options["BLOCK_D"] + 2)
     # What is left to be merged waits in registers only where it would be much to keep.
     keeps = 4 * kept > _MOST_KEPT or (parts == 1 and not uniform)
+    if uniform and not keeps and requests > _FEW_REQUESTS:
+        return launch_decodes(call, config, SPLIT, splits)
     parts = 1 if keeps else parts
     partial = call.out if keeps else call.query.new_empty(kept, dtype=torch.float32)
     args = (
@@ -108,74 +114,6 @@ def bind(*args, **kwargs) -> Callable[[], None]:
 
 
 paged_attention.bind = bind  # type: ignore[attr-defined]
-
-
-@triton.jit
-def _merged(acc, row_sum, row_max, other, other_sum, other_max):
-    """Two softmaxes over different keys as one; of one that has seen no key nothing is taken."""
-    new_max = tl.maximum(row_max, other_max)
-    # A row that has seen no key yet has the maximum -inf, and -inf + inf is NaN.
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-    decay = tl.exp2(row_max - shift)
-    other_decay = tl.exp2(other_max - shift)
-    acc = acc * decay[:, None] + other * other_decay[:, None]
-    return acc, row_sum * decay + other_sum * other_decay, new_max
-
-
-@triton.jit
-def _left(its, row, count, KEPT: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What a split gave rows below ``count``. It was just written: the nearest cache may hold older
-    values."""
-    channel = tl.arange(0, BLOCK_D)
-    real = row < count
-    acc = tl.load(
-        its + row[:, None] * BLOCK_D + channel[None, :], mask=real[:, None], other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
-    its += KEPT * BLOCK_D
-    row_sum = tl.load(its + row, mask=real, other=0.0, cache_modifier=".cg")
-    row_max = tl.load(its + KEPT + row, mask=real, other=-float("inf"), cache_modifier=".cg")
-    return acc, row_sum, row_max
-
-
-@triton.jit
-def _merge(
-    partial_ptr, out_ptr, first_split, end_split, tokens, out_stride, out_head_stride,
-    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write the tile's rows of ``tokens`` tokens from what its splits gave, in their order; several
-    are read at a time."""
-    SIZE: tl.constexpr = KEPT * (BLOCK_D + 2)
-    ROWS: tl.constexpr = 4 if KEPT <= 4 else 16
-    channel = tl.arange(0, BLOCK_D)
-    count = tl.minimum(KEPT, tokens * GROUP)
-    for first in range(0, count, ROWS):
-        row = first + tl.arange(0, ROWS)
-        total = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-        total_sum = tl.zeros([ROWS], dtype=tl.float32)
-        total_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-        for split in range(first_split, end_split, 4):
-            its = partial_ptr + tl.cast(split, tl.int64) * SIZE
-            acc_0, sum_0, max_0 = _left(its, row, count, KEPT, BLOCK_D)
-            # Of one that is not there nothing is taken.
-            more = tl.where(split + 1 < end_split, count, 0)
-            acc_1, sum_1, max_1 = _left(its + SIZE, row, more, KEPT, BLOCK_D)
-            more = tl.where(split + 2 < end_split, count, 0)
-            acc_2, sum_2, max_2 = _left(its + 2 * SIZE, row, more, KEPT, BLOCK_D)
-            more = tl.where(split + 3 < end_split, count, 0)
-            acc_3, sum_3, max_3 = _left(its + 3 * SIZE, row, more, KEPT, BLOCK_D)
-            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_0, sum_0, max_0)
-            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_1, sum_1, max_1)
-            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_2, sum_2, max_2)
-            total, total_sum, total_max = _merged(total, total_sum, total_max, acc_3, sum_3, max_3)
-        total = total / tl.where(total_sum == 0, 1.0, total_sum)[:, None]
-        total = tl.where(total == 0, 0.0, total)
-        target = (row // GROUP).to(tl.int64) * out_stride + row % GROUP * out_head_stride
-        tl.store(
-            out_ptr + target[:, None] + channel[None, :],
-            total.to(out_ptr.dtype.element_ty),
-            mask=(row < count)[:, None] & (channel < HEAD_SIZE)[None, :],
-        )
 
 
 @triton.jit(do_not_specialize=["tokens", "requests", "splits"])
@@ -344,9 +282,7 @@ def absolute_splits_kernel(
             HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if KEEPS:
-            total, total_sum, total_max = _merged(
-                total, total_sum, total_max, acc, row_sum, row_max
-            )
+            total, total_sum, total_max = merged(total, total_sum, total_max, acc, row_sum, row_max)
         else:
             total, total_sum, total_max = acc, row_sum, row_max
             if end_split - first_split > 1:
@@ -362,7 +298,7 @@ def absolute_splits_kernel(
             if is_last(arrivals_ptr + number, sharers):
                 target_ptr = out_ptr + (begin + first_token).to(tl.int64) * out_stride
                 target_ptr += kv_head * GROUP * out_head_stride
-                _merge(
+                merge(
                     partial_ptr, target_ptr, first_split, end_split, new - first_token,
                     out_stride, out_head_stride, GROUP, HEAD_SIZE, KEPT, BLOCK_D,
                 )  # fmt: skip

@@ -95,7 +95,7 @@ def launch_split(call: Call) -> Callable[[], None]:
         **call.options(config),
         "HEADS": heads,
         "QUERY_LEN": query_len,
-        "BLOCK_R": _few_sizes(requests),
+        "BLOCK_R": few_sizes(requests),
         "MIN_TILES": max(1, _MIN_KEYS // config.block_n),
         "MERGED": min(8, max(4, 2 * config.num_warps)),
     }
@@ -125,7 +125,7 @@ def _programs(requests: int, most: int) -> int:
     return even if even >= 0.9 * most else most
 
 
-def _few_sizes(count: int) -> int:
+def few_sizes(count: int) -> int:
     """Few sizes, so few compilations. One warp looks through few requests without a barrier."""
     size = _FEW_REQUESTS if count <= _FEW_REQUESTS else 256
     while size < count:
@@ -134,7 +134,7 @@ def _few_sizes(count: int) -> int:
 
 
 @triton.jit
-def _pick(values, request, which):
+def pick(values, request, which):
     """The value of one request."""
     return tl.sum(tl.where(request == which, values, 0))
 
@@ -249,10 +249,10 @@ def split_attention_kernel(
     # compile such a loop wrongly.
     for index in range(last_request - first_request + 1):
         request = first_request + index
-        length = _pick(lengths, number, request)
-        begin = _pick(begins, number, request)
-        new = _pick(news, number, request)
-        first_tile = _pick(ends - counts, number, request)
+        length = pick(lengths, number, request)
+        begin = pick(begins, number, request)
+        new = pick(news, number, request)
+        first_tile = pick(ends - counts, number, request)
         first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
         tile = tl.maximum(begin_tile, first_tile)
         stop = tl.minimum(end_tile, first_tile + count)
