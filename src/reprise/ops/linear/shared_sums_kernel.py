@@ -82,6 +82,9 @@ _TILE = 64
 """Rows of the weight in a tile of few rows."""
 _FETCHED = 256
 """Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
+_TOGETHER = 8
+"""Tiles of rows that are taken with all tiles of the weight before the next ones are: with all at
+once programs that run side by side read more of a long prompt than the last-level cache holds."""
 
 
 @functools.cache
@@ -183,6 +186,7 @@ def launch_product(
         ROWS=config.rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        TOGETHER=0 if rows <= config.rows else _TOGETHER,
         num_warps=config.num_warps,
         num_stages=max(1, min(config.num_stages, device.shared_memory // stage)),
         **APART,
@@ -245,6 +249,7 @@ def shared_sums_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TOGETHER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program multiplies one part of the inputs into a tile of ``out``, or all PARTS.
@@ -256,11 +261,16 @@ def shared_sums_kernel(
     SPLITS: tl.constexpr = PARTS if SHARED else 1
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    row_tiles = tl.cdiv(rows, ROWS)
-    # Programs next to each other read the same rows of the weight.
-    row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    feature = tile // row_tiles * WIDTH + tl.arange(0, BLOCK_N) % WIDTH
+    first, row = tile * WIDTH, tl.arange(0, ROWS)
+    if TOGETHER > 0:
+        # Programs next to each other read the same rows of the weight.
+        in_group = TOGETHER * tl.cdiv(features, WIDTH)
+        first_row = tile // in_group * TOGETHER
+        group = tl.minimum(tl.cdiv(rows, ROWS) - first_row, TOGETHER)
+        row += (first_row + tile % in_group % group) * ROWS
+        first = tile % in_group // group * WIDTH
+    feature = first + tl.arange(0, BLOCK_N) % WIDTH
     n = feature + tl.arange(0, BLOCK_N) // WIDTH * features
     STEP: tl.constexpr = UNIT if PARTS > 1 else BLOCK_K
     COUNT: tl.constexpr = (INPUTS + STEP - 1) // STEP // PARTS
@@ -308,5 +318,4 @@ def shared_sums_kernel(
         total = before + total
     total, last = summed(total, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
-        first = tile // row_tiles * WIDTH
         finish(total, bias_ptr, out_ptr, first, features, row, rows, out_stride, GATED, ADD)

@@ -206,7 +206,8 @@ def absolute_decode_kernel(
                 )
         done = to_split - from_split
         if (count > 1) & (done > 0):
-            if is_last(arrivals_ptr + request * KV_HEADS + kv_head, count, done):
+            last = is_last(arrivals_ptr + request * KV_HEADS + kv_head, count, done)
+            if last:
                 target_ptr = out_ptr + begin.to(tl.int64) * out_stride
                 target_ptr += kv_head * GROUP * out_head_stride
                 merge(
