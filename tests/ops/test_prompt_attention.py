@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from reprise.ops import OpTable, paged_attention
 from reprise.platforms import Platform
+from reprise.platforms.prompt_attention import by_torch
 from reprise.step import Admission, Step
 
 
@@ -23,7 +24,7 @@ def vendors(platform: Platform) -> Platform:
     if platform.prompt_attention is not None:
         return platform
     with_one = copy.copy(platform)
-    with_one.prompt_attention = SDPBackend.FLASH_ATTENTION
+    with_one.prompt_attention = by_torch(SDPBackend.FLASH_ATTENTION)
     return with_one
 
 

@@ -15,10 +15,13 @@ from reprise.errors import GraphError, PlatformError
 from reprise.platforms.host_queue import HostEvent, HostStream
 
 if TYPE_CHECKING:
-    from torch.nn.attention import SDPBackend
-
     from reprise.config import EngineConfig
     from reprise.platforms.device_graph import DeviceGraph
+
+
+PromptAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+"""Causal attention of a prompt's tokens to each other: query [T, Hq, D], keys and values [T, Hkv,
+D], out [T, Hq, D], which is written, and a factor of the scores."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,8 @@ class Platform(ABC):
     default_batched_tokens: ClassVar[int] = 8192
     """New tokens in one step: enough to fill the device, few enough to keep decodes waiting
     for little."""
-    prompt_attention: SDPBackend | None = None
-    """The backend of torch's scaled dot product attention that was seen to compute long prompts
-    faster than Triton's kernels do; None: none was."""
+    prompt_attention: PromptAttention | None = None
+    """What was seen to compute long prompts faster than Triton's kernels do; None: nothing was."""
     preferred: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Op name (or ``"*"`` for all others) to implementation names, most wanted first."""
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from reprise.platforms.accelerator import AcceleratorPlatform
+from reprise.platforms.base import PromptAttention
+from reprise.platforms.prompt_attention import CudnnGraphs, by_torch
+
+logger = logging.getLogger(__name__)
 
 FIRST_WITH_PDL = (9, 0)
 """Compute capability (CUDA programming guide, programmatic dependent launch)."""
@@ -37,10 +42,15 @@ class CudaPlatform(AcceleratorPlatform):
         return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)
 
     @functools.cached_property
-    def prompt_attention(self) -> SDPBackend | None:  # type: ignore[override]
+    def prompt_attention(self) -> PromptAttention | None:  # type: ignore[override]
         capability = self.module().get_device_capability(self.index)
-        measured = capability in PROMPTS_BY_CUDNN and torch.backends.cudnn.is_available()
-        return SDPBackend.CUDNN_ATTENTION if measured else None
+        if capability not in PROMPTS_BY_CUDNN or not torch.backends.cudnn.is_available():
+            return None
+        try:
+            return CudnnGraphs()
+        except ImportError as error:
+            logger.info("cuDNN attends to prompts as torch calls it, with a copy: %s", error)
+            return by_torch(SDPBackend.CUDNN_ATTENTION)
 
     @functools.cached_property
     def fp8_dtype(self) -> torch.dtype | None:  # type: ignore[override]

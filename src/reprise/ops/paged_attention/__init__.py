@@ -13,7 +13,7 @@ def _needs_cpu_memory(platform: Platform) -> str | None:
 
 def _needs_whole_prompts(platform: Platform) -> str | None:
     if platform.prompt_attention is None:
-        return f"no kernel of torch's was seen to be faster on {platform.name}"
+        return f"no vendor's kernel was seen to be faster on {platform.name}"
     return needs_triton(platform)
 
 

@@ -1,4 +1,4 @@
-"""Paged attention that leaves whole prompts to a kernel of the device's vendor, as torch calls it.
+"""Paged attention that leaves whole prompts to a kernel of the device's vendor.
 
 Such a kernel reads no block table and masks from the first key on, so it computes a request from
 its first token on, alone in its step. Keys and values are gathered, which is little beside what is
@@ -12,13 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reprise.ops.paged_attention.attend import Call
 from reprise.ops.paged_attention.triton import bind as bind_triton
 from reprise.ops.registry import active_platform
+from reprise.platforms.base import PromptAttention
 
 LEAST_TOKENS = 1024
 """Of a prompt for which gathering pays."""
@@ -33,10 +31,10 @@ def paged_attention(*args: Any, **kwargs: Any) -> None:
 def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
     """Compute, and return a function that computes again on the same tensors."""
     call, platform = Call(*args, **kwargs), active_platform()
-    backend = None if platform is None else platform.prompt_attention
-    if backend is None or not takes(call):
+    attend = None if platform is None else platform.prompt_attention
+    if attend is None or not takes(call):
         return bind_triton(*args, **kwargs)
-    again = functools.partial(_whole_prompt, call, backend)
+    again = functools.partial(_whole_prompt, call, attend)
     again()
     return again
 
@@ -53,23 +51,14 @@ def takes(call: Call) -> bool:
     )
 
 
-def _whole_prompt(call: Call, backend: SDPBackend) -> None:
+def _whole_prompt(call: Call, attend: PromptAttention) -> None:
     tokens = call.prompt
     blocks = call.block_tables[0, : -(-tokens // call.key_cache.shape[1])]
-
-    def heads_first(rows: Tensor) -> Tensor:
-        return rows.transpose(0, 1).unsqueeze(0)
-
     keys, values = (
-        heads_first(each.index_select(0, blocks).flatten(0, 1)[:tokens])
+        each.index_select(0, blocks).flatten(0, 1)[:tokens]
         for each in (call.key_cache, call.value_cache)
     )
-    with sdpa_kernel(backend):
-        attended = F.scaled_dot_product_attention(
-            heads_first(call.query), keys, values,
-            is_causal=True, scale=call.scale, enable_gqa=True,
-        )  # fmt: skip
-    call.out.copy_(attended[0].transpose(0, 1))
+    attend(call.query, keys, values, call.out, call.scale)
 
 
 paged_attention.bind = bind  # type: ignore[attr-defined]
