@@ -141,7 +141,8 @@ def test_a_bound_is_the_larger_of_bytes_and_operations() -> None:
     [
         ("split_attention_kernel", "attention"), ("paged_attention", "attention"),
         ("norm_gated_linear", "products"), ("few_rows_kernel", "products"),
-        ("absolute_splits_kernel", "attention"), ("small_weight_kernel", "products"),
+        ("absolute_splits_kernel", "attention"), ("absolute_decode_kernel", "attention"),
+        ("small_weight_kernel", "products"),
         ("shared_sums_kernel", "products"), ("two_rows_kernel", "products"),
         ("fp8_product_kernel", "products"), ("mxfp4_grouped_kernel", "products"),
         ("nvjet_tst_128x64", "products"), ("sm90_xmma_gemm_bf16", "products"),

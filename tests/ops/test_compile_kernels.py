@@ -68,6 +68,7 @@ SPILLS = {
         "index_scores_kernel": 1,
         "shared_sums_kernel": 10,
         "absolute_splits_kernel": 30,
+        "absolute_decode_kernel": 39,
     },
 }
 """Registers do not suffice for these, by at most so much: bytes with CUDA, registers with HIP. All
@@ -97,6 +98,7 @@ ON_CODES = {
         "mixed_attention_kernel": 10,
         "split_attention_kernel": 637,
         "absolute_splits_kernel": 34,
+        "absolute_decode_kernel": 44,
     },
 }
 """The same where keys and values are eight-bit numbers."""

@@ -121,10 +121,7 @@ def absolute_decode_kernel(
     lowests = lengths * 0
     if WINDOWED:
         lowests = tl.maximum(0, lengths - news - window + 1)
-    firsts = lowests // SPLIT
-    # Where there is nothing to see, one split sees nothing.
-    counts = tl.maximum(lengths - 1, lowests) // SPLIT + 1 - firsts
-    keys = tl.where(news > 0, tl.maximum(1, lengths - firsts * SPLIT), 0)
+    keys = tl.where(news > 0, tl.maximum(1, lengths - lowests // SPLIT * SPLIT), 0)
     ends = tl.cumsum(keys, axis=0)
     total = tl.sum(keys).to(tl.int64)
     begin_key = (total * program // programs).to(tl.int32)
@@ -158,10 +155,13 @@ def absolute_decode_kernel(
         length = pick(lengths, number, request)
         begin = pick(begins, number, request)
         new = pick(news, number, request)
-        lowest = pick(lowests, number, request)
-        first = pick(firsts, number, request)
-        count = pick(counts, number, request)
         its_begin = pick(ends - keys, number, request)
+        lowest = 0
+        if WINDOWED:
+            lowest = tl.maximum(0, length - new - window + 1)
+        first = lowest // SPLIT
+        # Where there is nothing to see, one split sees nothing.
+        count = tl.maximum(length - 1, lowest) // SPLIT + 1 - first
         # Of its splits those that begin in this program's keys.
         from_split = tl.cdiv(tl.maximum(0, begin_key - its_begin), SPLIT)
         to_split = tl.minimum(count, tl.cdiv(tl.maximum(0, end_key - its_begin), SPLIT))
