@@ -13,10 +13,13 @@ import sys  # noqa: E402
 
 
 def main() -> None:
+    from reprise import early
+
+    arguments = json.loads(sys.argv[1])
+    early.begin(arguments)  # as 'reprise generate' does
     from reprise import LLM, RepriseError
 
     moments = {"alive": alive, "imported": time.time()}
-    arguments = json.loads(sys.argv[1])
     try:
         engine = LLM(**arguments).engine
         moments["ready"] = time.time()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from reprise import compiling
+from reprise import early
 from reprise.cli.logs import console
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _ids = itertools.count()
 
 def load(options: Mapping[str, Any]) -> LLM:
     """Import the engine, which takes seconds, and load a model."""
-    compiling.begin(options.get("device", "auto"), options.get("dtype", "auto"))
+    early.begin(options)
     with _spinner() if sys.stderr.isatty() else contextlib.nullcontext():
         from reprise.llm import LLM
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reprise import early
 from reprise.errors import OpError
 from reprise.ops.choice import NOT_INVARIANT
 from reprise.ops.registry import Op, OpTable, intercept
@@ -116,15 +116,8 @@ def load_compiler(platform: Platform) -> None:
     and with them the compiler, and fingerprint it for the kernel cache, which reads it all."""
     with ThreadPoolExecutor(1) as pool:
         if platform.has_triton:
-            pool.submit(_fingerprint)
+            pool.submit(early.fingerprint_compiler)
         OpTable(platform)
-
-
-def _fingerprint() -> None:
-    cache = importlib.import_module("triton.runtime.cache")
-    fingerprint = getattr(cache, "triton_key", None)
-    if fingerprint is not None:  # where it is not called so, the first kernel pays
-        fingerprint()
 
 
 def wake_compiler(platform: Platform) -> None:

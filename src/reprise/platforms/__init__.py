@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
 from reprise.cpu_limits import usable_cpus
 from reprise.errors import PlatformError
-from reprise.platforms.base import Adjustment, MemoryInfo, Platform
+from reprise.platforms.drivers import wake
+
+if TYPE_CHECKING:
+    from reprise.platforms.base import Adjustment, MemoryInfo, Platform
 
 __all__ = [
     "Adjustment",
@@ -22,6 +26,7 @@ __all__ = [
     "names",
     "resolve",
     "usable_cpus",
+    "wake",
 ]
 
 ENTRY_POINT_GROUP = "reprise.platforms"
@@ -32,6 +37,13 @@ _BUILT_IN = {
     "xpu": "reprise.platforms.xpu:XpuPlatform",
     "cpu": "reprise.platforms.cpu:CpuPlatform",
 }
+
+
+def __getattr__(name: str) -> Any:
+    # What needs torch is imported on first use, so that drivers may be woken before.
+    if name in ("Adjustment", "MemoryInfo", "Platform"):
+        return getattr(importlib.import_module("reprise.platforms.base"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _plug_ins() -> dict[str, EntryPoint]:
@@ -62,6 +74,8 @@ def load(name: str) -> type[Platform]:
             raise PlatformError(
                 f"device={name!r}: plug-in {plug_ins[name].value!r} does not import: {error}"
             ) from error
+    from reprise.platforms.base import Platform
+
     if not (isinstance(found, type) and issubclass(found, Platform)):
         raise PlatformError(f"device={name!r}: {found!r} is not a subclass of Platform")
     return found
