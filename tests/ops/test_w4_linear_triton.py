@@ -23,7 +23,8 @@ AROUND = [
     (op, rows, *sizes, with_zeros)
     for op in (ops.w4_norm_linear, ops.w4_norm_gated_linear, ops.w4_linear_add)
     for rows, sizes, with_zeros in (
-        (1, SIZES[0], True), (1, SIZES[4], False), (9, SIZES[1], True), (17, SIZES[2], False)
+        (1, SIZES[0], True), (1, SIZES[4], False), (9, SIZES[1], True), (17, SIZES[2], False),
+        (1, (40, 4352, 128), True),  # programs with shares of the inputs
     )
 ]  # fmt: skip
 

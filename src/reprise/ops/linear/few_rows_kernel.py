@@ -65,11 +65,13 @@ class Config:
 _CONFIGS = (
     Config(8, 256, 3, 3, late=True),
     Config(16, 128, 4, 1.5, late=False),
-    Config(32, 128, 4, 1.5, late=False),
+    Config(32, 128, 4, 2, late=False),
     Config(64, 128, 4, 1, late=False),
 )
 _MANY_TILES = Config(64, 64, 4, 3, late=False, fetched=128)
 """In place of the last, where tiles are more than two for each multiprocessor: all run at once."""
+_MANY_NARROW_TILES = Config(32, 128, 3, 2, late=False)
+"""In place of the third there."""
 _MANY_WEIGHTS = 1 << 23
 """Elements of a weight. With fewer, and more than 8 rows, another kernel is faster."""
 _LEAST_PROGRAMS = 0.9
@@ -102,10 +104,10 @@ def config_of(rows: int, outputs: int, inputs: int, device: torch.device) -> Con
     config = next((each for each in _CONFIGS if rows <= each.rows), None)
     if config is None or inputs % config.block_k:
         return None
-    if config is _CONFIGS[-1]:
-        tiles = cdiv(outputs, _MANY_TILES.block_n)
-        if tiles > 2 * limits(device).multiprocessors:
-            config = _MANY_TILES
+    if config in _CONFIGS[-2:]:
+        many_tiles = _MANY_TILES if config is _CONFIGS[-1] else _MANY_NARROW_TILES
+        if cdiv(outputs, many_tiles.block_n) > 2 * limits(device).multiprocessors:
+            config = many_tiles
     config = fitted(config, outputs, inputs, device)
     many = outputs * inputs > _MANY_WEIGHTS
     programs = cdiv(outputs, config.block_n) * config.splits

@@ -34,6 +34,8 @@ from reprise.ops.triton_util import (
 
 _FEW_REQUESTS = 16
 """Up to so many, each program gets more warps, and what looks through all requests is smaller."""
+_FEW_OF_CODES = 32
+"""The same where keys and values have one byte a channel."""
 _MIN_KEYS = 32
 """A program with fewer keys costs more to merge than it saves."""
 
@@ -71,7 +73,7 @@ def split_config(
         block_n, num_warps, share = 32, 2, 4
     if codes and share > 2:
         # As many bytes on their way as of numbers, and fewer warps to wait for each other.
-        few = requests <= _FEW_REQUESTS
+        few = requests <= _FEW_OF_CODES
         block_n, num_warps, share = (128, 4, 2) if few else (64, 2, 4)
     # Keys and values on their way to a program are all but those in use.
     tile = 2 * block_n * block_d * (1 if codes else element_size)

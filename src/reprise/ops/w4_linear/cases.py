@@ -61,7 +61,8 @@ def _cases(
             f"{model.name}, T={rows}, {inputs} to {outputs}, {'zeros' if zeros else 'symmetric'}",
             lambda: more(_arguments(make, rows, outputs, inputs, 128, zeros, bias=False), make),
             read_write=outputs * inputs // 2 + outputs * inputs // 128 * (3 if zeros else 2),
-            compiled=model is SMALL and (rows < 64 or outputs == model.projected),
+            compiled=(model is SMALL and (rows < 64 or outputs == model.projected))
+            or (rows == 1 and inputs > 4096),  # programs with shares of the inputs
         )
 
     def workloads(make: Maker) -> Iterator[Workload]:

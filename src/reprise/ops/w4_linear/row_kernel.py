@@ -10,28 +10,31 @@ so is 1 and a small part, and the sum of ``x`` makes good for what is too much.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.triton_util import (
+    arrivals,
     cdiv,
     depend,
+    is_last,
     launch,
     launch_options,
+    limits,
     next_power_of_2,
     silu,
     takes_ptx,
     with_gain,
 )
 
-_FEATURES = 16
-"""Rows of the weight that a program takes where it has all of their words at once, and the weight
-has no zeros of its own, which take registers."""
+_FEATURES = 8
+"""Rows of the weight in a tile."""
 _MOST_WORDS = 512
-"""Of a row at a time, where these are all."""
-_SOME_FEATURES, _SOME_WORDS = 8, 256
-"""Otherwise: the next words are under way meanwhile."""
+"""Of a row in a tile; programs with other shares of longer rows sum."""
+_PROGRAMS = 3
+"""To aim at, on a multiprocessor: all run at once, each with several tiles."""
 _WARPS = 4
 _ONE = 0x3F800000
 """float32 1.0"""
@@ -67,10 +70,15 @@ def launch_row(
         gated: ``packed`` has 2*N rows, gates first; write ``silu(gate) * up``.
     """
     words, features = packed.shape[1], out.shape[1]
-    block = next_power_of_2(words)
-    whole = block <= _MOST_WORDS
-    block_n = _FEATURES if whole and zeros is None else _SOME_FEATURES
-    launch(w4_row_kernel, (cdiv(features, block_n // (1 + gated)),))(
+    block = min(_MOST_WORDS, next_power_of_2(words))
+    splits, tiles = cdiv(words, block), cdiv(features, _FEATURES // (1 + gated))
+    most = _PROGRAMS * limits(x.device).multiprocessors
+    each = cdiv(tiles * splits, most)
+    programs = cdiv(tiles, each)
+    partial = x
+    if splits > 1:
+        partial = x.new_empty((splits, programs * each * _FEATURES), dtype=torch.float32)
+    launch(w4_row_kernel, (programs * splits,))(
         x,
         norm_weight,
         packed,
@@ -78,6 +86,8 @@ def launch_row(
         zeros,
         bias,
         out,
+        partial,
+        arrivals(programs, x.device),
         features,
         eps,
         _ONE,
@@ -85,8 +95,11 @@ def launch_row(
         GROUP=group,
         GATED=gated,
         ADD=add,
-        BLOCK_N=block_n,
-        BLOCK_W=block if whole else _SOME_WORDS,
+        SPLITS=splits,
+        TILES=each,
+        MOST_TILES=next_power_of_2(each),
+        BLOCK_N=_FEATURES,
+        BLOCK_W=block,
         PTX=takes_ptx(),
         num_warps=_WARPS,
         **launch_options(),
@@ -94,13 +107,40 @@ def launch_row(
 
 
 @triton.jit
-def _words(packed_ptr, n, word, outputs, WORDS: tl.constexpr, BLOCK_W: tl.constexpr):
-    """[BLOCK_N, BLOCK_W] of a weight, zeros outside of it. Read once, so not worth caching."""
+def _rows(tile, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
+    """Of TILES tiles from ``tile`` on: the rows of the weight, or one that is not there."""
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    i = tl.arange(0, TILES * BLOCK_N)
+    feature = (tile + i // BLOCK_N) * WIDTH + i % WIDTH
+    n = feature + i % BLOCK_N // WIDTH * features
+    return tl.where(feature < features, n, features * (BLOCK_N // WIDTH))
+
+
+@triton.jit
+def _weight(
+    packed_ptr, scales_ptr, zeros_ptr, n, outputs, word,
+    WORDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of the weight: words [BLOCK_N, BLOCK_W], zeros outside of it; [BLOCK_N, PARTS]
+    scales, and what stands for zero if there are such."""
     inside = (n < outputs)[:, None]
     if WORDS % BLOCK_W != 0:
         inside = inside & (word < WORDS)[None, :]
-    offset = n.to(tl.int64)[:, None] * WORDS + word[None, :]
-    return tl.load(packed_ptr + offset, mask=inside, other=0, eviction_policy="evict_first")
+    # Read once, so not worth caching.
+    words = tl.load(
+        packed_ptr + n.to(tl.int64)[:, None] * WORDS + word[None, :],
+        mask=inside, other=0, eviction_policy="evict_first",
+    )  # fmt: skip
+    GROUPS: tl.constexpr = WORDS * 8 // GROUP
+    PARTS: tl.constexpr = BLOCK_W // 4
+    part = tl.max(tl.reshape(word, [PARTS, 4]), axis=1) // 4
+    group = tl.minimum(part // (GROUP // 32), GROUPS - 1)
+    offset = tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * GROUPS + group[None, :]
+    scale = tl.load(scales_ptr + offset)
+    zero = scale
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + offset)
+    return words, scale, zero
 
 
 @triton.jit
@@ -191,14 +231,39 @@ def _columns(x):
 
 
 @triton.jit
-def _scales(scales_ptr, zeros_ptr, rows, part, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """[BLOCK_N, PARTS] of a weight, and a 128th of what stands for zero."""
-    offset = rows + tl.minimum(part // (GROUP // 32), GROUPS - 1)[None, :]
-    scale = tl.load(scales_ptr + offset).to(tl.float32)
-    middle = tl.full(scale.shape, 8.0 / 128, dtype=tl.float32)
-    if zeros_ptr is not None:
-        middle = tl.load(zeros_ptr + offset).to(tl.float32) / 128
-    return scale, middle
+def _store(
+    y, bias_ptr, out_ptr, before, tile, end, features,
+    GATED: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of tiles from ``tile`` up to ``end``, with all that comes behind the product.
+
+    y: [TILES * BLOCK_N], gates first in each tile if GATED; before: what ``out`` holds, if ADD.
+    """
+    TILES: tl.constexpr = y.shape[0] // BLOCK_N
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if bias_ptr is not None:
+        n = _rows(tile, features, GATED, BLOCK_N, TILES)
+        real = n < features * (BLOCK_N // WIDTH)
+        y += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        pairs = tl.reshape(y.to(kind).to(tl.float32), [TILES, 2, WIDTH])
+        gate, up = tl.split(tl.permute(pairs, [0, 2, 1]))
+        y = tl.reshape(silu(gate, kind) * up, [TILES * WIDTH])
+    if ADD:
+        y += before.to(tl.float32)
+    column = tile * WIDTH + tl.arange(0, TILES * WIDTH)
+    tl.store(out_ptr + column, y.to(kind), mask=column < tl.minimum(end * WIDTH, features))
+
+
+@triton.jit
+def _before(out_ptr, tile, features, ADD: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
+    """What is there of the outputs of TILES tiles."""
+    column = tile * BLOCK_N + tl.arange(0, TILES * BLOCK_N)
+    before = tl.zeros([TILES * BLOCK_N], dtype=out_ptr.dtype.element_ty)
+    if ADD:
+        before = tl.load(out_ptr + column, mask=column < features, other=0.0)
+    return before
 
 
 # ``one`` is no constant, so that it lies in a register: masking and setting are one operation then.
@@ -211,6 +276,8 @@ def w4_row_kernel(
     zeros_ptr,
     bias_ptr,
     out_ptr,
+    partial_ptr,
+    arrivals_ptr,
     features,
     eps,
     one,
@@ -218,76 +285,95 @@ def w4_row_kernel(
     GROUP: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    MOST_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program computes BLOCK_N of ``features`` outputs, or half as many if GATED.
+    """One program computes TILES tiles, one after the other, each of BLOCK_N of ``features``
+    outputs, or half as many if GATED, from one of SPLITS shares of the inputs.
 
     x: [8 * WORDS], normalised first if there is a norm. packed: [features, WORDS], or twice as many
     rows if GATED: gates, then what they let through; scales, zeros: as many rows, a column for each
-    GROUP inputs.
+    GROUP inputs. partial: [SPLITS, tiles, BLOCK_N] float32. MOST_TILES: a power of two.
     """
     INPUTS: tl.constexpr = WORDS * 8
-    BLOCK_K: tl.constexpr = BLOCK_W * 8
-    PARTS: tl.constexpr = BLOCK_K // 32  # a thread's own sums are of 32 inputs
-    GROUPS: tl.constexpr = INPUTS // GROUP
-    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    i = tl.arange(0, BLOCK_N)
-    feature = tl.program_id(0) * WIDTH + i % WIDTH
-    outputs = features * (BLOCK_N // WIDTH)
-    n = tl.where(feature < features, feature + i // WIDTH * features, outputs)
-    word = tl.arange(0, BLOCK_W)
-    k = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-    part = tl.arange(0, PARTS)
-    packed = _words(packed_ptr, n, word, outputs, WORDS, BLOCK_W)
-    rows = tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * GROUPS
-    scale, middle = _scales(scales_ptr, zeros_ptr, rows, part, GROUP, GROUPS)
+    PARTS: tl.constexpr = BLOCK_W // 4  # a thread's own sums are of 32 inputs
+    outputs = features * (2 if GATED else 1)
+    which = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    tile, end = which * TILES, which * TILES + TILES
+    word = split * BLOCK_W + tl.arange(0, BLOCK_W)
+    n = _rows(tile, features, GATED, BLOCK_N, 1)
+    packed, scale, zero = _weight(
+        packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, WORDS, GROUP, BLOCK_W
+    )
     depend(EARLY)
 
-    norm = 1.0
+    k = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0)
+    value = x.to(tl.float32)
     if norm_ptr is not None:
-        squares = tl.zeros([BLOCK_W, 8], dtype=tl.float32)
-        for start in range(0, INPUTS, BLOCK_K):
-            x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0).to(tl.float32)
-            squares += x * x
+        gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
+        squares = value * value
+        if SPLITS > 1:
+            squares = tl.zeros([BLOCK_W, 8], dtype=tl.float32)
+            for other in tl.static_range(SPLITS):
+                at = other * BLOCK_W * 8 + tl.arange(0, BLOCK_W)[:, None] * 8
+                at += tl.arange(0, 8)[None, :]
+                part = tl.load(x_ptr + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+                squares += part * part
         norm = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / INPUTS + eps)
+        value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
+    x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
+    low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
+    # Numbers in lower bits are a sixteenth of those in higher ones.
+    x_0, x_3, x_6 = x_0 * 16, x_3 * 16, x_6 * 16
+    ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
+    sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
+    if zeros_ptr is None:
+        ones += sums * (8.0 / 128)
+    else:
+        ones -= sums  # what stands for zero is made a number between 1 and 2, as all others
 
-    acc = tl.zeros([BLOCK_N, PARTS], dtype=tl.float32)
-    for start in range(0, INPUTS, BLOCK_K):
-        packed_now, scale_now, middle_now = packed, scale, middle
-        if start + BLOCK_K < INPUTS:  # the next words are asked for before these are used
-            next_word = (start + BLOCK_K) // 8 + word
-            packed = _words(packed_ptr, n, next_word, outputs, WORDS, BLOCK_W)
-            ahead = (start + BLOCK_K) // 32 + part
-            scale, middle = _scales(scales_ptr, zeros_ptr, rows, ahead, GROUP, GROUPS)
-        x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0)
-        value = x.to(tl.float32)
-        if norm_ptr is not None:
-            gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
-            value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
-        x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
-        low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
-        # Numbers in lower bits are a sixteenth of those in higher ones.
-        product = _product(
-            packed_now, one, x_0 * 16, x_1, x_2, x_3 * 16, x_4, x_5, x_6 * 16, x_7, PTX
+    for _ in range(TILES):
+        packed_now, scale_now, zero_now = packed, scale, zero
+        # The next words are asked for before these are used.
+        n = _rows(tl.where(tile + 1 < end, tile + 1, outputs), features, GATED, BLOCK_N, 1)
+        packed, scale, zero = _weight(
+            packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, WORDS, GROUP, BLOCK_W
         )
-        product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2)
-        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
-        sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
-        acc += scale_now * (product - (ones[None, :] + middle_now * sums[None, :]))
-    y = tl.sum(acc, axis=1) * 128
+        before = _before(out_ptr, tile, features, ADD and SPLITS == 1, BLOCK_N, 1)
+        product = _product(packed_now, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
+        product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2) - ones[None, :]
+        if zeros_ptr is not None:
+            product -= _high(zero_now.to(tl.int32) << 16, one) * sums[None, :]
+        y = tl.sum(scale_now.to(tl.float32) * product, axis=1) * 128
+        if SPLITS > 1:
+            at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
+            tl.store(partial_ptr + split * size + at, y)
+        else:
+            _store(y, bias_ptr, out_ptr, before, tile, end, features, GATED, ADD, BLOCK_N)
+        tile += 1
 
-    kind = out_ptr.dtype.element_ty
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)
-    if GATED:
-        pairs = tl.reshape(y.to(kind).to(tl.float32), [2, WIDTH])
-        gate, up = tl.split(tl.permute(pairs, [1, 0]))
-        y = silu(gate, kind) * up
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    real = column < features
-    if ADD:
-        y += tl.load(out_ptr + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(out_ptr + column, y.to(kind), mask=real)
+    last = False
+    if SPLITS > 1:
+        last = is_last(arrivals_ptr + which, SPLITS)
+    if last:
+        tile = which * TILES
+        before = _before(out_ptr, tile, features, ADD, BLOCK_N, MOST_TILES)
+        i = tl.arange(0, MOST_TILES * BLOCK_N)
+        size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
+        sums_ptr = partial_ptr + tile * BLOCK_N + i
+        y = tl.zeros([MOST_TILES * BLOCK_N], dtype=tl.float32)
+        for other in tl.static_range(SPLITS):
+            # Just written: the nearest cache may hold older values.
+            y += tl.load(
+                sums_ptr + other * size, mask=i < TILES * BLOCK_N, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+        _store(y, bias_ptr, out_ptr, before, tile, end, features, GATED, ADD, BLOCK_N)
