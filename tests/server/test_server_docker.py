@@ -109,6 +109,7 @@ def test_paths_ports_and_names_fit_together() -> None:
     variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(instructions("ENV"))))
     for name in ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert Path(kept) in Path(variables[name]).parents
+    assert variables["XDG_CACHE_HOME"] == kept  # kernels in C++
     (user,) = instructions("USER")
     installed = " ".join(instructions("RUN"))
     assert f"chown {user} {kept}" in installed
