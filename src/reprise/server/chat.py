@@ -275,7 +275,8 @@ class Chat(Reply):
                 if choice.begun and choice.answers and plain:
                     before = b'"delta":{"content":'
                     self._around[index] = self._template.around(index, before, b"}," + _NO_LOGPROBS)
-            self._count([], end)
+            if end is not None:
+                self._count([], end)
         if self.end is not None:
             self.complete = True
             if self._usage_at_end:

@@ -188,7 +188,8 @@ class Completion(Reply):
                 chunks += self._chunks(template, place, output)
                 if not self.usage_each and not self._only_prompt and place not in self._around:
                     self._around[place] = template.around(place, b'"text":', _TEXT_ALONE)
-            self._count([], end)
+            if end is not None:
+                self._count([], end)
         if not self._unfinished:
             self.complete = True
             if self._usage_at_end:

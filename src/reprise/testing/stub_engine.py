@@ -48,6 +48,7 @@ class _Request:
         self.until: str | None = orders.get("until")
         self.n = int(asked.params.get("n") or 1)
         self.whole = asked.params["output_kind"] == "FINAL_ONLY"
+        self.wants_sizes = "sizes" in asked.wants
         self.done = 0
         self.next_at = self._next(time.perf_counter())
 
@@ -64,7 +65,12 @@ class _Request:
         text = "".join(self.pieces) if self.whole else self.pieces[self.done - 1]
         count = len(self.pieces) if self.whole else 1
         finish = "stop" if ends else None
-        outputs = [[index, text, count, finish, None, None] for index in range(self.n)]
+        more = None
+        if self.wants_sizes:
+            given = self.pieces if self.whole else [text]
+            sizes = [len(each.encode()) for each in given]
+            more = {"ids": [], "sizes": sizes, "logprobs": None, "suspect_from": None}
+        outputs = [[index, text, count, finish, None, more] for index in range(self.n)]
         end = {"cached": 0, "queue": 0.0, "first_token": 0.0} if ends else None
         return [self.number, outputs, end, None]
 
