@@ -12,7 +12,10 @@ import torch
 
 from reprise.distributed import ALONE_AGREES
 from reprise.graphs import useless
+from reprise.graphs.judge import note_times
+from reprise.graphs.report import GraphInfo
 from reprise.graphs.useless import Useless
+from reprise.graphs.verify import Times
 from reprise.shape import StepShape
 
 SHAPES = [StepShape.mixed(size, 1) for size in (64, 128, 256, 512, 1024, 2048, 4096)]
@@ -66,6 +69,23 @@ def test_steps_that_keep_the_device_busy_need_no_graph(
     device = Device(host, per_token)
     assert foreseen(device, monkeypatch) == expected
     assert len(device.ran) <= 6, "few passes are worth it"
+
+
+@pytest.mark.parametrize(
+    ("eager", "replay", "submitting", "gains"),
+    [
+        (0.020, 0.020, 0.008, False),  # the host was ahead: it waited for the device
+        (0.020, 0.016, 0.008, True),
+        (0.021, 0.021, 0.021, True),  # the host was busy with something else, both times
+        (0.004, 0.004, 0.001, True),  # so little that times say nothing
+    ],
+)
+def test_a_graph_gains_nothing_where_the_host_was_ahead(eager, replay, submitting, gains) -> None:
+    found = Useless(Device(0.0, 0.0), ALONE_AGREES)  # type: ignore[arg-type]
+    bucket: Any = SimpleNamespace(graph=object(), info=GraphInfo("mixed", 16, 0, "full", "full"))
+    note_times(bucket, Times(eager, replay, submitting))
+    found.look_at(bucket)
+    assert (found.found is None) == gains
 
 
 def test_loading_kernels_is_not_what_a_graph_would_save(monkeypatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar
 from reprise.engine.structured.grammar import MaskRows
-from reprise.engine.structured.white_space import MOST, WhiteSpace, named_by
+from reprise.engine.structured.white_space import MOST, TURN, WhiteSpace, named_by
 
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 9}
 BLANKS = [" ", "\n", "\t", "\r", "\n\n"]
@@ -32,14 +32,17 @@ def test_tokens_of_white_space_alone_are_told() -> None:
     assert found.lengths == {2: 1, 3: 3, 37: 1}
     assert found.sign == 5  # true begins with a t
     size = len(texts)
-    for before, after in (
-        ((2, 3, 4, 37), (4,)),
-        ((2, 3, 4, 5, 37), (2, 3, 4, 5, 37)),  # a text may have more
-        ((2, 37), (2, 37)),  # nothing else may come
-        ((0, 4), (0, 4)),
+    for before, more, after in (
+        ((2, 3, 4, 37), 0, (4,)),
+        ((2, 3, 4, 5, 37), 0, (2, 3, 4, 5, 37)),  # a text may have more
+        ((2, 3, 37), 0, (2,)),  # nothing else may come: one kind, then another
+        ((2, 3, 37), TURN, (37,)),
+        ((2, 3, 37), 2 * TURN, (2,)),
+        ((3,), 0, (3,)),
+        ((0, 4), 0, (0, 4)),
     ):
         words = mask(*before, size=size)
-        found.limit(words)
+        found.limit(words, MOST + more)
         assert np.array_equal(words, mask(*after, size=size))
 
 
@@ -74,6 +77,17 @@ def test_a_model_that_is_lost_goes_on(llm: LLM, what: dict[str, Any], temperatur
     text = lost(llm, what, temperature=temperature)
     assert MOST <= longest(text) < MOST + max(map(len, BLANKS))
     assert len(re.findall(r"[ \t\n\r]+", text)) > 2
+
+
+@pytest.mark.parametrize("end", ["\n</n>", "\n    </n>", " </n>", "\t\t</n>"])
+def test_a_text_that_begins_with_it_is_come_to(llm: LLM, end: str) -> None:
+    """Where white space may come and nothing else but a text that begins with some."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    content = {"type": "json_schema", "json_schema": schema, "style": "qwen_xml"}
+    form = {"type": "tag", "begin": "<n>", "content": content, "end": end}
+    tag = {"structural_tag": {"type": "structural_tag", "format": form}}
+    assert lost(llm, tag, count=300).endswith(end)
 
 
 def test_the_bound_is_of_each_place_and_holds_with_drafts_of_it_too(llm: LLM) -> None:

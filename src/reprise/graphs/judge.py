@@ -16,7 +16,7 @@ from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
 from reprise.graphs.padding import compute_padding, write_padding
-from reprise.graphs.verify import Later, Verdict, examine, examine_later
+from reprise.graphs.verify import Later, Times, Verdict, examine, examine_later
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -108,7 +108,7 @@ class Judge:
                 told = "it did not run on another rank" if verdict.ran else verdict.error
                 return Verdict(error=told, ran=False)
             if timed:
-                note_times(bucket, verdict.eager_seconds, verdict.replay_seconds)
+                note_times(bucket, verdict.times)
         return verdict
 
     def compare_later(
@@ -201,6 +201,7 @@ class Judge:
         return Scope(state.near() if wide else state.beside(), NO_WEIGHTS)
 
 
-def note_times(bucket: BucketGraph, eager: float | None, replay: float | None) -> None:
-    """Take down how long a step of the bucket takes both ways, in seconds."""
-    bucket.info.eager_seconds, bucket.info.replay_seconds = eager or 0.0, replay or 0.0
+def note_times(bucket: BucketGraph, times: Times | None) -> None:
+    """Take down how long a step of the bucket takes both ways; None: it was not measured."""
+    info = bucket.info
+    info.eager_seconds, info.replay_seconds, info.submit_seconds = times or (0.0, 0.0, 0.0)

@@ -145,7 +145,7 @@ class Prover:
             bucket.info.probes = number + 1
             self._ledger.prove(bucket.key, bucket.probes[number].kind, "start")
             if number == 0:
-                note_times(bucket, *later.seconds())
+                note_times(bucket, later.times())
                 bucket.info.check_seconds = submitted + bucket.info.replay_seconds
                 self._useless.look_at(bucket)
             return

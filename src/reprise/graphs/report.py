@@ -51,6 +51,8 @@ class GraphInfo:
     """What a comparison takes."""
     replay_seconds: float = 0.0
     eager_seconds: float = 0.0
+    submit_seconds: float = 0.0
+    """The host's part of these."""
     dropped: str | None = None
     """Why a graph that could be captured is not used although nothing is wrong with it."""
     deferred: str | None = None

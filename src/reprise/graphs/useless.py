@@ -98,6 +98,8 @@ class Useless:
         if not self.enabled or bucket.graph is None or info.phase != "mixed":
             return
         slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
+        # A host that was busy with something else took long for both: that says nothing.
+        slow &= info.submit_seconds <= USELESS * info.eager_seconds
         if self.found is None and self._agree(slow):
             self.found = bucket
 

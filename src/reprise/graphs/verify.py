@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ COPIES = 3
 """Of the rows that a step writes: before it, behind eager execution and behind the replay."""
 
 
+class Times(NamedTuple):
+    """How long a step takes both ways, in seconds."""
+
+    eager: float
+    replay: float
+    submitting: float
+    """The host's part of eager execution."""
+
+
 @dataclass
 class Verdict:
     """What a comparison found."""
@@ -48,9 +57,8 @@ class Verdict:
     lost: bool = False
     """The replay has changed what the comparison keeps for itself: there is nothing to compare
     with, to go on from or to put back."""
-    eager_seconds: float | None = None
+    times: Times | None = None
     """None: not measured."""
-    replay_seconds: float | None = None
 
     @property
     def right(self) -> bool:
@@ -121,7 +129,7 @@ def examine(
     if verdict.error is not None or both.flag.item():
         both.tell(bound)
         guard.put_back(both.before)
-    verdict.eager_seconds, verdict.replay_seconds = both.seconds()
+    verdict.times = both.times()
     if keep:
         both.keep_eager()
         if verdict.right:
@@ -149,9 +157,9 @@ class Later:
         self._arrived.synchronize()
         return not bool(self._found)
 
-    def seconds(self) -> tuple[float | None, float | None]:
-        """Of eager execution and of the replay; after :meth:`right`."""
-        return self._both.seconds()
+    def times(self) -> Times | None:
+        """After :meth:`right`; None: not measured."""
+        return self._both.times()
 
 
 def examine_later(
@@ -325,12 +333,12 @@ class _Both:
         changes = self._changes
         self.verdict.changes += self._guard.changes(self.before) if changes is None else changes
 
-    def seconds(self) -> tuple[float | None, float | None]:
-        """Of eager execution and of the replay, once the device is done with both."""
+    def times(self) -> Times | None:
+        """Once the device is done with both."""
         if self._watches is None or self.verdict.error is not None:
-            return None, None
+            return None
         eager, replay = self._watches
-        return eager.seconds(), replay.seconds()
+        return Times(eager.seconds(), replay.seconds(), eager.host)
 
     def drop_values(self) -> None:
         """Give back the memory of what was compared."""
@@ -348,7 +356,8 @@ class _Stopwatch:
 
     def __init__(self, platform: Platform) -> None:
         self._begin, self._end = platform.event(timing=True), platform.event(timing=True)
-        self._host = 0.0
+        self.host = 0.0
+        """Seconds in which it was submitted."""
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
@@ -356,12 +365,12 @@ class _Stopwatch:
 
     def __exit__(self, *error: object) -> None:
         self._end.record()
-        self._host = time.perf_counter() - self._began
+        self.host = time.perf_counter() - self._began
 
     def seconds(self) -> float:
         """What it would have taken alone: submitting it, or computing it, whichever is longer. The
         device may have been behind when it was submitted."""
-        return max(self._host, float(self._begin.elapsed_time(self._end)) / 1e3)
+        return max(self.host, float(self._begin.elapsed_time(self._end)) / 1e3)
 
 
 def _more(found: Sequence[object]) -> str:

@@ -14,9 +14,10 @@ from reprise.engine.structured.compiler import Compiled
 from reprise.engine.structured.white_space import MOST, WhiteSpace, Words
 from reprise.platforms import usable_cpus
 
-ALONE_SECONDS = 4e-4
-"""So long one thread fills a step's masks; what is left then is shared out. A mask takes 2 to 4 us
-where a state knows its tokens, and up to 10 ms where it has to look at each."""
+ALONE_SECONDS = 2e-3
+"""So long one thread fills a step's masks; what is left then is shared out, which costs half a
+millisecond beside a device. A mask takes 2 to 4 us where a state knows its tokens, and up to 10 ms
+where it has to look at each."""
 AT_ONCE = 8
 """Masks between two looks at the time."""
 THREADS = 8
@@ -25,6 +26,8 @@ FIRST = 16
 """Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
 those come first."""
 
+Crowded = tuple[WhiteSpace, int]
+"""What white space is, and how many characters of it come before."""
 Others = tuple[tuple[int, int], ...]
 """All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
 others."""
@@ -54,7 +57,7 @@ class MaskRows:
         self._later: tuple[list[int], list[Any]] = [], []
         """Rows that are to be filled, and their matchers."""
         self._others: dict[Others, list[int]] = {}
-        self._crowded: dict[int, WhiteSpace] = {}
+        self._crowded: dict[int, Crowded] = {}
 
     def allow_all(self, row: int) -> None:
         """Any token may come."""
@@ -65,7 +68,7 @@ class MaskRows:
         row: int,
         matcher: Any,
         others: Others,
-        crowded: WhiteSpace | None,
+        crowded: Crowded | None,
         *,
         later: bool,
     ) -> None:
@@ -75,7 +78,7 @@ class MaskRows:
             row: Which mask.
             matcher: xgrammar's.
             others: Some tokens may come only where nothing else may.
-            crowded: No more white space may come; None: it may.
+            crowded: No more white space may come, behind so many characters of it; None: it may.
             later: It will be as it is now when the masks are settled.
         """
         if later:
@@ -91,8 +94,8 @@ class MaskRows:
     def settle(self, count: int) -> Words:
         """[M, ceil(V / 32)] int32: the first ``count`` masks, all of which allow something."""
         self._fill()
-        for row, spaces in self._crowded.items():
-            spaces.limit(self._words[row])
+        for row, (spaces, length) in self._crowded.items():
+            spaces.limit(self._words[row], length)
         for others, rows in self._others.items():
             self._hold_back(others, rows)
         found = self._words[:count]
@@ -269,5 +272,7 @@ class Grammar:
             masks.allow_all(row)
             return
         others = self._others if self.num_tokens < self._min_tokens else ()
-        crowded = self._spaces if self._in_a_row[-1] >= MOST else None
+        crowded, length = None, self._in_a_row[-1]
+        if self._spaces is not None and length >= MOST:
+            crowded = self._spaces, length
         masks.allow(row, self._matcher, others, crowded, later=later)

@@ -15,6 +15,9 @@ MOST = 16
 """Characters in a row, in tokens of nothing else: behind so many no such token comes. Models that
 are lost write them without end; an indentation is a token or two, and the last may go beyond."""
 _SPACES = b" \t\n\r"
+_TURNS = b"\n \t\r"
+TURN = 8
+"""Characters of one kind in a row, where white space has to come that is not known."""
 _OPENINGS = frozenset(b'{}[]",:-0123456789.+eEtfnrualsNI')
 """What numbers and names in JSON are made of, and the signs between its parts."""
 _MUCH = re.compile(rf"[ \t\n\r]{{{MOST}}}")
@@ -73,6 +76,8 @@ class WhiteSpace:
     """Characters of each such token."""
     others: Words
     """[ceil(V / 32)] int32, a mask of all other tokens."""
+    turns: tuple[int, ...]
+    """Tokens of one character of it, a kind each."""
     sign: int | None
     """A token that is allowed within any text, and where white space stands between parts is not;
     None: there is none."""
@@ -88,13 +93,30 @@ class WhiteSpace:
             n for n, each in enumerate(texts)
             if len(each) == 1 and each.isalpha() and each[0] not in _OPENINGS
         )  # fmt: skip
-        return cls(lengths, words.view(np.int32), next(letters, None))
+        alone = {each: number for number, each in enumerate(texts) if len(each) == 1}
+        turns = tuple(alone[each] for kind in _TURNS if (each := bytes((kind,))) in alone)
+        return cls(lengths, words.view(np.int32), turns, next(letters, None))
 
-    def limit(self, mask: Words) -> None:
-        """Allow no more of it in a mask, unless there is nothing else, or within a text."""
+    def limit(self, mask: Words, length: int) -> None:
+        """Allow no more of it in a mask, unless there is nothing else, or within a text.
+
+        Where nothing else may come, a text that begins with white space follows, and only the
+        grammar knows which: kinds take turns, so that a line's end and an indentation come, behind
+        which the rest of that text may.
+
+        Args:
+            mask: [ceil(V / 32)] int32, changed in place.
+            length: Characters of it that come before.
+        """
         sign = self.sign
         if sign is not None and mask[sign // 32] >> sign % 32 & 1:
             return
         kept = mask & self.others
         if kept.any():
             mask[:] = kept
+            return
+        turns = [each for each in self.turns if mask[each // 32] >> each % 32 & 1]
+        if turns:
+            token = turns[(length - MOST) // TURN % len(turns)]
+            mask[:] = 0
+            mask[token // 32] = np.uint32(1 << token % 32).view(np.int32)
