@@ -231,6 +231,7 @@ def test_preset_configs_are_models_that_can_be_built():
         "qwen3-235b-a22b": 235_093_634_560,
         "qwen3-30b-a3b": 30_532_122_624,
         "qwen3-8b": 8_190_735_360,
+        "qwen3-next-80b-a3b": 79_674_391_296,
         "qwen3.5-35b-a3b": 34_660_610_688,
         "qwen3.5-4b": 4_205_751_296,
         "smollm2-135m": 134_515_008,
