@@ -49,7 +49,7 @@ def test_each_has_the_same_tokens_one_after_the_other(both: list[LLM]) -> None:
 
 
 def test_and_step_by_step(both: list[LLM]) -> None:
-    """Whose step comes next, the caller's thread has the other one's device."""
+    """Who steps engines of several devices in one thread says whose turn it is."""
     expected = of_all(both[0])
     engines = [each.engine for each in both]
     groups = [
@@ -59,6 +59,7 @@ def test_and_step_by_step(both: list[LLM]) -> None:
     while any(engine.has_work for engine in engines):
         for engine in engines:
             if engine.has_work:
+                engine.platform.activate()
                 engine.step()
     for found in groups:
         assert [list(each.output().outputs[0].token_ids) for each in found] == expected

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import (
 )
 
 from reprise.distributed.group import Group
+from reprise.distributed.numbered_store import NumberedStore
 
 PROGRAMS = 512
 """Programs of a kernel that can push at the same time."""
@@ -50,6 +51,7 @@ class SymmetricBuffer:
         self._name = name
         # These kernels need no multicast, which torch would set up here.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._store = store = NumberedStore(store)
         # torch finds the store by either, which depends on its version.
         _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
         self._found_by_name = dist.ProcessGroup(store, group.rank, group.size)

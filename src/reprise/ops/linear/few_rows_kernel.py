@@ -70,8 +70,10 @@ _CONFIGS = (
 )
 _MANY_TILES = Config(64, 64, 4, 3, late=False, fetched=128)
 """In place of the last, where tiles are more than two for each multiprocessor: all run at once."""
+_MORE_TILES = Config(64, 64, 6, 2, late=False, fetched=128)
+"""Likewise, where they are more than one for each multiprocessor."""
 _MANY_NARROW_TILES = Config(32, 128, 3, 2, late=False)
-"""In place of the third there."""
+"""In place of the third where tiles are more than two for each multiprocessor."""
 _MANY_WEIGHTS = 1 << 23
 """Elements of a weight. With fewer, and more than 8 rows, another kernel is faster."""
 _LEAST_PROGRAMS = 0.9
@@ -104,10 +106,11 @@ def config_of(rows: int, outputs: int, inputs: int, device: torch.device) -> Con
     config = next((each for each in _CONFIGS if rows <= each.rows), None)
     if config is None or inputs % config.block_k:
         return None
-    if config in _CONFIGS[-2:]:
-        many_tiles = _MANY_TILES if config is _CONFIGS[-1] else _MANY_NARROW_TILES
-        if cdiv(outputs, many_tiles.block_n) > 2 * limits(device).multiprocessors:
-            config = many_tiles
+    tiles, places = cdiv(outputs, config.block_n), limits(device).multiprocessors
+    if config is _CONFIGS[-1] and tiles > places:
+        config = _MANY_TILES if tiles > 2 * places else _MORE_TILES
+    elif config is _CONFIGS[-2] and tiles > 2 * places:
+        config = _MANY_NARROW_TILES
     config = fitted(config, outputs, inputs, device)
     many = outputs * inputs > _MANY_WEIGHTS
     programs = cdiv(outputs, config.block_n) * config.splits
