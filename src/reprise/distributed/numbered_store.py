@@ -56,6 +56,3 @@ class NumberedStore(Store):
 
     def delete_key(self, key: str) -> bool:
         return self._store.delete_key(self._key(key))
-
-    def has_extended_api(self) -> bool:
-        return self._store.has_extended_api()
