@@ -144,6 +144,7 @@ def test_a_bound_is_the_larger_of_bytes_and_operations() -> None:
         ("absolute_splits_kernel", "attention"), ("absolute_decode_kernel", "attention"),
         ("small_weight_kernel", "products"),
         ("shared_sums_kernel", "products"), ("two_rows_kernel", "products"),
+        ("w4_arranged_kernel", "products"),
         ("fp8_product_kernel", "products"), ("mxfp4_grouped_kernel", "products"),
         ("nvjet_tst_128x64", "products"), ("sm90_xmma_gemm_bf16", "products"),
         ("rotary_cache_kernel", "small"), ("Memcpy DtoD", "small"), ("sample", "small"),

@@ -37,6 +37,7 @@ OVERWRITING = {
     "fp8_product_kernel": "each number by itself",
     "w4_row_kernel": "each number by itself",
     "w4_few_rows_kernel": "each number by itself",
+    "w4_arranged_kernel": "each number by itself",
     "delta_tokens_kernel": "no thread has an element of the state that another has",
     "delta_scan_kernel": "no thread has an element of the state that another has",
     "stream_mix_kernel": "barrier",

@@ -17,8 +17,8 @@ _ATTENTION = ("attention", "fmha", "flash", "absolute_splits", "absolute_decode"
               "sparse_merge")  # fmt: skip
 _PRODUCTS = ("linear", "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm", "experts",
              "one_row", "two_rows", "few_rows", "small_weight", "shared_sums", "_product_kernel",
-             "grouped_kernel", "gate_up_kernel", "down_kernel", "w4_row", "splitk", "stream_k",
-             "tensile", "cijk_")  # fmt: skip
+             "grouped_kernel", "gate_up_kernel", "down_kernel", "w4_row", "w4_arranged", "splitk",
+             "stream_k", "tensile", "cijk_")  # fmt: skip
 """Parts of names of ops and of kernels, ours and vendors'."""
 KINDS = ("attention", "products", "small")
 
