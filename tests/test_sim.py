@@ -103,7 +103,7 @@ def test_it_has_the_cpp_library_of_torch(tmp_path: Path) -> None:
         "import sys, torch; from pathlib import Path; from reprise_sim import build, load\n"
         f"build._directory = lambda: Path({str(tmp_path)!r}) / 'built'\n"
         "load()\n"
-        "try: torch.empty(1 << 50, device='sim')\n"
+        "try: torch.empty(1 << 50, dtype=torch.int8, device='sim')\n"
         "except torch.OutOfMemoryError as error: print(error)\n"
     )
     done = python(code, CXX=str(compiler))
