@@ -32,7 +32,7 @@ from reprise.engine.start import Opened, end_of_text, open_model, refuse_several
 from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.engine.weights import Weights
-from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError
+from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError, describe
 from reprise.garbage import uncollected
 from reprise.graphs import keep_compiled_code
 from reprise.loading import NamedTensors
@@ -361,7 +361,7 @@ class Engine(Frontend):
 
     def close(self) -> None:
         """Abort everything and free the device's memory. The engine is of no use afterwards."""
-        until = time.monotonic() + CLOSE_SECONDS
+        until, lost = time.monotonic() + CLOSE_SECONDS, False
         try:
             if self.profiler.running:
                 self.profiler.stop()
@@ -373,6 +373,7 @@ class Engine(Frontend):
             self.platform.synchronize()
         except RanksError as error:
             logger.debug("closing: %s", error)  # whoever waited has got it
+            lost = True
         finally:
             self.runner.close(until)
             if self.lockstep is not None:
@@ -380,7 +381,13 @@ class Engine(Frontend):
             del self.runner, self.pipeline, self._recovery, self._weights  # these hold memory
             del self.scheduler, self._groups
             gc.collect()
-            self.platform.empty_cache()
+            try:
+                self.platform.empty_cache()
+            except RuntimeError as error:
+                if not lost:
+                    raise
+                # What was submitted for the rank that is lost cannot end well.
+                logger.debug("closing: %s", describe(error))
 
     def stats(self) -> EngineStats:
         return EngineStats(
