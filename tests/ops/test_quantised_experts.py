@@ -125,7 +125,7 @@ def four_bits(implementation):
     return implementation(ops.mxfp4_experts, "triton")
 
 
-@pytest.mark.parametrize("config", [(8, 16, 256, 3, 2), (16, 32, 64, 3, 2)])
+@pytest.mark.parametrize("config", [(8, 16, 256, 3, 2), (16, 32, 128, 3, 2)])
 def test_every_number_of_four_bits_with_every_power(four_bits, platform, config) -> None:
     """To the bit, in the kernel that few rows have in bfloat16: each is one of the inputs alone."""
     from reprise.ops.experts.grouped_kernel import Config

@@ -31,6 +31,8 @@ from reprise.ops.triton_util import (
 
 _FEW = 8
 """Tokens up to which sums are made without matrix units."""
+_SUM_WARPS = 4
+"""Of a program that sums: each of them has the whole matrix, and more would take turns."""
 
 
 def hyper_connection(
@@ -73,10 +75,11 @@ def connect(
     factors = post if post.is_contiguous() else post.contiguous()
     matrix = comb if comb.is_contiguous() else comb.contiguous()
     rows = len(fn)
-    options = _mix_options(tokens, size, rows, streams.dtype, limits(streams.device))
-    splits = cdiv(size, options["CHANNELS"])
-    # Behind the sums with fn one of squares.
-    found = streams.new_empty((splits, tokens, rows + 1), dtype=base.dtype)
+    channels, options = _mix_options(tokens, size, rows, streams.dtype, limits(streams.device))
+    splits = cdiv(size, channels)
+    # Behind the sums with fn one of squares; rows that begin where many bytes are read at once.
+    width = next_power_of_2(rows + 1)
+    found = streams.new_empty((splits, tokens, width), dtype=base.dtype)
     launch(stream_mix_kernel, (splits, cdiv(tokens, options["TOKENS"])))(
         values,
         fn,
@@ -85,9 +88,11 @@ def connect(
         matrix,
         found,
         tokens,
+        channels,
         fn.stride(0),
         SIZE=size,
         OUTPUTS=rows,
+        WIDTH=width,
         WIDEN=INTERPRETED,
         **options,
         **launch_options(),
@@ -109,11 +114,11 @@ def connect(
         norm_eps,
         SIZE=size,
         OUTPUTS=rows,
-        BLOCK_OUTPUTS=next_power_of_2(rows + 1),
-        BLOCK_SPLITS=next_power_of_2(splits),
+        WIDTH=width,
+        BLOCK_SPLITS=16 if splits <= 16 else next_power_of_2(max(128, splits)),
         BLOCK=block,
         HEAD=gain is None,
-        num_warps=warps(block, per_thread=16),
+        num_warps=min(_SUM_WARPS, warps(block, per_thread=16)),
         **launch_options(),
     )
     for ours, given in ((values, streams), (factors, post), (matrix, comb)):
@@ -125,21 +130,27 @@ def connect(
 @functools.cache
 def _mix_options(
     tokens: int, size: int, rows: int, dtype: torch.dtype, device: DeviceLimits
-) -> dict[str, int]:
+) -> tuple[int, dict[str, int]]:
+    """Channels of a program, and constants."""
     block_rows = next_power_of_2(rows)
     if tokens <= _FEW:
         here = next_power_of_2(tokens)
         channels = min(128, max(16, next_power_of_2(cdiv(size, device.multiprocessors))))
         step = min(channels, max(16, 4096 // (here * block_rows)))
-        return {"TOKENS": here, "CHANNELS": channels, "STEP": step, "UNITS": False, "PARTS": 1,
-                "BLOCK_OUTPUTS": block_rows, "num_warps": 4}  # fmt: skip
+        return channels, {
+            "TOKENS": here, "STEP": step, "UNITS": False, "PARTS": 1,
+            "BLOCK_OUTPUTS": block_rows, "num_warps": 4, "num_stages": 1,
+        }  # fmt: skip
     here = 16 if tokens <= 512 else 32
     tiles = cdiv(tokens, here)
     step = 32
     splits = max(1, min(cdiv(size, step), cdiv(2 * device.multiprocessors, tiles)))
-    return {"TOKENS": here, "CHANNELS": cdiv(cdiv(size, splits), step) * step, "STEP": step,
-            "UNITS": True, "PARTS": 3 if dtype == torch.bfloat16 else 1,
-            "BLOCK_OUTPUTS": max(16, block_rows), "num_warps": 4}  # fmt: skip
+    # Of the head's four outputs fewer columns would do, and registers would not.
+    return cdiv(cdiv(size, splits), step) * step, {
+        "TOKENS": here, "STEP": step, "UNITS": True,
+        "PARTS": 3 if dtype == torch.bfloat16 else 1,
+        "BLOCK_OUTPUTS": max(32, block_rows), "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -151,19 +162,20 @@ def stream_mix_kernel(
     comb_ptr,
     found_ptr,
     tokens,
+    channels,
     fn_stride,
     SIZE: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     STEP: tl.constexpr,
     UNITS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes CHANNELS channels of all streams of TOKENS tokens.
+    """One program takes ``channels`` of all streams of TOKENS tokens.
 
     UNITS: products are those of matrix units. PARTS: of float32 numbers of ``fn``, so many numbers
     of the streams' dtype that are multiplied one by one: bfloat16 has room for all bits in three.
@@ -174,8 +186,8 @@ def stream_mix_kernel(
     output = tl.arange(0, BLOCK_OUTPUTS)
     real_output = output < OUTPUTS
     line = tl.arange(0, BLOCK_OUTPUTS * 4)
-    first = tl.minimum(line // 4, OUTPUTS - 1) * fn_stride + line % 4 * SIZE + split * CHANNELS
-    for start in range(0, CHANNELS, 32):
+    first = tl.minimum(line // 4, OUTPUTS - 1) * fn_stride + line % 4 * SIZE + split * channels
+    for start in range(0, channels, 32):
         fetch(fn_ptr + tl.minimum(first + start, OUTPUTS * fn_stride - 1), EARLY)
     depend(EARLY)
     squares = tl.zeros([TOKENS], dtype=tl.float32)
@@ -184,8 +196,8 @@ def stream_mix_kernel(
     else:
         acc = tl.zeros([TOKENS, BLOCK_OUTPUTS, STEP], dtype=tl.float32)
     matrix = comb_ptr + token * 16
-    for start in range(0, CHANNELS, STEP):
-        channel = split * CHANNELS + start + tl.arange(0, STEP)
+    for start in range(0, channels, STEP):
+        channel = split * channels + start + tl.arange(0, STEP)
         real_channel = channel < SIZE
         inside = real[:, None] & real_channel[None, :]
         y = tl.load(y_ptr + token[:, None] * SIZE + channel[None, :], mask=inside, other=0.0).to(
@@ -232,16 +244,15 @@ def stream_mix_kernel(
                 acc += wide[:, None, :] * weight[None, :, :]
     if not UNITS:
         acc = tl.sum(acc, axis=2)
-    target = found_ptr + (split * tokens + token) * (OUTPUTS + 1)
+    target = found_ptr + (split * tokens + token) * WIDTH
     tl.store(target[:, None] + output[None, :], acc, mask=real[:, None] & real_output[None, :])
     tl.store(target + OUTPUTS, squares, mask=real)
 
 
 @triton.jit
-def _factor(found, scale, base_ptr, output, which: tl.constexpr):
-    """``m * scale + base`` of one output."""
-    m = tl.sum(tl.where(output == which, found, 0.0), axis=0)
-    return m * scale + tl.load(base_ptr + which)
+def _one(factors, output, which: tl.constexpr):
+    """The factor of one output."""
+    return tl.sum(tl.where(output == which, factors, 0.0), axis=0)
 
 
 @triton.jit
@@ -259,13 +270,13 @@ def _soft(a, b, c, d, eps):
 
 
 @triton.jit
-def _row(found, scale, base_ptr, output, first: tl.constexpr, eps):
+def _row(factors, output, first: tl.constexpr, eps):
     """Of the matrix, made of four outputs."""
     return _soft(
-        _factor(found, scale, base_ptr, output, first),
-        _factor(found, scale, base_ptr, output, first + 1),
-        _factor(found, scale, base_ptr, output, first + 2),
-        _factor(found, scale, base_ptr, output, first + 3),
+        _one(factors, output, first),
+        _one(factors, output, first + 1),
+        _one(factors, output, first + 2),
+        _one(factors, output, first + 3),
         eps,
     )
 
@@ -279,6 +290,24 @@ def _inverses(a, b, c, d, eps):
     both = root * root
     left, right = both * left, both * right
     return b * right, a * right, d * left, c * left
+
+
+@triton.jit
+def _divided(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, eps):
+    """Four rows, their columns divided by their sums."""
+    s0, s1, s2, s3 = _inverses(
+        (a0 + b0) + (c0 + d0), (a1 + b1) + (c1 + d1),
+        (a2 + b2) + (c2 + d2), (a3 + b3) + (c3 + d3), eps,
+    )  # fmt: skip
+    return (
+        a0 * s0, a1 * s1, a2 * s2, a3 * s3, b0 * s0, b1 * s1, b2 * s2, b3 * s3,
+        c0 * s0, c1 * s1, c2 * s2, c3 * s3, d0 * s0, d1 * s1, d2 * s2, d3 * s3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _picked(which, a, b, c, d):
+    return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
 
 
 @triton.jit(do_not_specialize=["tokens", "splits", "iterations"])
@@ -298,7 +327,7 @@ def stream_sum_kernel(
     norm_eps,
     SIZE: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
@@ -310,19 +339,20 @@ def stream_sum_kernel(
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
-    output = tl.arange(0, BLOCK_OUTPUTS)
+    output = tl.arange(0, WIDTH)
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
     first = tl.program_id(1) == 0
     needed = channel < tl.where(first, SIZE, 0)
-    scale_pre = tl.load(scale_ptr)
-    if not HEAD:
-        scale_post = tl.load(scale_ptr + 1)
-        scale_comb = tl.load(scale_ptr + 2)
+    base = tl.load(base_ptr + output, mask=output < OUTPUTS, other=0.0)
+    if HEAD:
+        scale = tl.load(scale_ptr)
+    else:
+        scale = tl.load(scale_ptr + tl.minimum(output // 4, 2))
         gain = tl.load(gain_ptr + channel, mask=needed, other=0.0)
     depend(EARLY)
     found = tl.load(
-        found_ptr + (split * tokens + token) * (OUTPUTS + 1) + output[None, :],
-        mask=(split < splits) & (output <= OUTPUTS)[None, :],
+        found_ptr + (split * tokens + token) * WIDTH + output[None, :],
+        mask=split < splits,
         other=0.0,
     )
     place = streams_ptr + token * (4 * SIZE) + channel
@@ -332,12 +362,12 @@ def stream_sum_kernel(
     x3 = tl.load(place + 3 * SIZE, mask=needed, other=0.0).to(tl.float32)
     sums = tl.sum(found, axis=0)
     squares = tl.sum(tl.where(output == OUTPUTS, sums, 0.0), axis=0)
-    m = sums * tl.rsqrt(squares / (4 * SIZE) + norm_eps)
+    factors = sums * tl.rsqrt(squares / (4 * SIZE) + norm_eps) * scale + base
     if first:
-        total = (_sigmoid(_factor(m, scale_pre, base_ptr, output, 0)) + eps) * x0
-        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 1)) + eps) * x1
-        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 2)) + eps) * x2
-        total += (_sigmoid(_factor(m, scale_pre, base_ptr, output, 3)) + eps) * x3
+        total = (_sigmoid(_one(factors, output, 0)) + eps) * x0
+        total += (_sigmoid(_one(factors, output, 1)) + eps) * x1
+        total += (_sigmoid(_one(factors, output, 2)) + eps) * x2
+        total += (_sigmoid(_one(factors, output, 3)) + eps) * x3
         total = total.to(out_ptr.dtype.element_ty)
         if not HEAD:
             wide = total.to(tl.float32)
@@ -345,41 +375,29 @@ def stream_sum_kernel(
             total = with_gain(wide, gain, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + token * SIZE + channel, total, mask=inside)
     elif not HEAD:
-        for k in tl.static_range(4):
-            factor = 2 * _sigmoid(_factor(m, scale_post, base_ptr, output, 4 + k))
-            tl.store(post_ptr + token * 4 + k, factor)
-        a0, a1, a2, a3 = _row(m, scale_comb, base_ptr, output, 8, eps)
-        b0, b1, b2, b3 = _row(m, scale_comb, base_ptr, output, 12, eps)
-        c0, c1, c2, c3 = _row(m, scale_comb, base_ptr, output, 16, eps)
-        d0, d1, d2, d3 = _row(m, scale_comb, base_ptr, output, 20, eps)
-        for each in range(2 * iterations - 1):
-            if each % 2 == 0:  # by columns, else by rows
-                s0, s1, s2, s3 = _inverses(
-                    (a0 + b0) + (c0 + d0), (a1 + b1) + (c1 + d1),
-                    (a2 + b2) + (c2 + d2), (a3 + b3) + (c3 + d3), eps,
-                )  # fmt: skip
-                a0, b0, c0, d0 = a0 * s0, b0 * s0, c0 * s0, d0 * s0
-                a1, b1, c1, d1 = a1 * s1, b1 * s1, c1 * s1, d1 * s1
-                a2, b2, c2, d2 = a2 * s2, b2 * s2, c2 * s2, d2 * s2
-                a3, b3, c3, d3 = a3 * s3, b3 * s3, c3 * s3, d3 * s3
-            else:
-                s0, s1, s2, s3 = _inverses(
-                    (a0 + a1) + (a2 + a3), (b0 + b1) + (b2 + b3),
-                    (c0 + c1) + (c2 + c3), (d0 + d1) + (d2 + d3), eps,
-                )  # fmt: skip
-                a0, a1, a2, a3 = a0 * s0, a1 * s0, a2 * s0, a3 * s0
-                b0, b1, b2, b3 = b0 * s1, b1 * s1, b2 * s1, b3 * s1
-                c0, c1, c2, c3 = c0 * s2, c1 * s2, c2 * s2, c3 * s2
-                d0, d1, d2, d3 = d0 * s3, d1 * s3, d2 * s3, d3 * s3
-        _store_row(comb_ptr + token * 16, a0, a1, a2, a3)
-        _store_row(comb_ptr + token * 16 + 4, b0, b1, b2, b3)
-        _store_row(comb_ptr + token * 16 + 8, c0, c1, c2, c3)
-        _store_row(comb_ptr + token * 16 + 12, d0, d1, d2, d3)
-
-
-@triton.jit
-def _store_row(target, a, b, c, d):
-    tl.store(target, a)
-    tl.store(target + 1, b)
-    tl.store(target + 2, c)
-    tl.store(target + 3, d)
+        of_output = (output >= 4) & (output < 8)
+        tl.store(post_ptr + token * 4 + output - 4, 2 * _sigmoid(factors), mask=of_output)
+        a0, a1, a2, a3 = _row(factors, output, 8, eps)
+        b0, b1, b2, b3 = _row(factors, output, 12, eps)
+        c0, c1, c2, c3 = _row(factors, output, 16, eps)
+        d0, d1, d2, d3 = _row(factors, output, 20, eps)
+        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _divided(
+            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, eps
+        )
+        for _ in range(iterations - 1):
+            a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3 = _divided(
+                a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3, eps
+            )
+            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _divided(
+                a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, eps
+            )
+        entry = tl.arange(0, 16)
+        row, column = entry // 4, entry % 4
+        matrix = _picked(
+            row,
+            _picked(column, a0, a1, a2, a3),
+            _picked(column, b0, b1, b2, b3),
+            _picked(column, c0, c1, c2, c3),
+            _picked(column, d0, d1, d2, d3),
+        )
+        tl.store(comb_ptr + token * 16 + entry, matrix)

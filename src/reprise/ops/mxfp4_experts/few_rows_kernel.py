@@ -56,8 +56,9 @@ def launch_few_rows(
     features, inputs = out.shape[1], x.shape[1]
     config = narrowed(config, groups.most * (2 if gated else 1) * features, limits(x.device))
     columns = cdiv(features, config.block_n // 2 if gated else config.block_n)
-    # Of each word two inputs are multiplied at once, and the matrix units take sixteen.
-    block_k = min(config.block_k, max(64, next_power_of_2(inputs)))
+    # Of each word two inputs are multiplied at once. The matrix units take sixteen, but of products
+    # of no more than that Triton 3.6 takes other inputs.
+    block_k = min(config.block_k, max(128, next_power_of_2(inputs)))
     launch(mxfp4_few_rows_kernel, (groups.most * columns,))(
         x,
         weight.view(torch.int32),
