@@ -55,6 +55,12 @@ def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_step(table, ran
     assert "no such instruction" in caplog.text
 
 
+def test_where_nothing_compiles_no_pass_is_run(table) -> None:
+    for name in table.candidates:
+        table.candidates[name] = [getattr(ops, name).implementations["reference"]]
+    assert compile_ahead(table, [lambda: pytest.fail("it was")]) == 0
+
+
 def test_waking_the_compiler_survives_a_kernel_that_does_not_compile(
     table, platform, monkeypatch, caplog
 ) -> None:

@@ -45,6 +45,8 @@ def compile_ahead(
     Returns:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
+    if not any(each.compiles for found in table.candidates.values() for each in found):
+        return 0
     waves: list[list[_Call]] = [[]]
     known: set[Any] = set()
 
