@@ -49,6 +49,7 @@ def test_launch_options(
     monkeypatch.setattr(triton_util, "INTERPRETED", False)
     with OpTable(Device()).activate():
         assert triton_util.launch_options() == options
+        assert triton_util.launch_options(early=False) == IN_ORDER
 
 
 def test_launch_options_outside_an_engine_and_under_the_interpreter(

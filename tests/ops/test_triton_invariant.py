@@ -5,7 +5,7 @@ shows the order of sums; that a device's instructions keep it is for the conform
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -120,6 +120,32 @@ def test_a_row_of_a_product_of_fewer_bits(make: Callable[..., Tensor]) -> None:
                     found = compute(some, *((norm, 1e-6) if "norm" in name else ()), *weight)
                 results[rows] = found
                 assert torch.equal(found, results[150][150 - rows :]), (op.name, rows)
+
+
+def test_a_weight_that_is_made_now_is_waited_for(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product starts before the kernel in front of it has ended, and reads its weight at once:
+    what that kernel writes is not there yet."""
+    asked: list[bool] = []
+    options = shared_sums_kernel.launch_options
+
+    def noted(early: bool = True) -> Mapping[str, Any]:
+        asked.append(early)
+        return options(early)
+
+    monkeypatch.setattr(shared_sums_kernel, "launch_options", noted)
+    x, residual, norm = make(3, 64), make(3, 32), make(64)
+    four = (torch.zeros(32, 8, dtype=torch.int32), make(32, 1), None, None, 64)
+    for name in ("linear", "norm_linear", "norm_gated_linear", "linear_add"):
+        compute = getattr(ops, f"w4_{name}").implementations["triton_invariant"].function
+        with_norm = (norm, 1e-6) if "norm" in name else ()
+        compute(x, *((residual,) if name == "linear_add" else with_norm), *four)
+    assert asked == [False] * 4
+    triton_invariant.linear(x, make(64, 32).t(), None)
+    assert asked.pop() is False
+    triton_invariant.linear(x, make(32, 64), None)
+    assert asked.pop() is True
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

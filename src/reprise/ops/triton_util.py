@@ -58,10 +58,14 @@ APART: Mapping[str, Any] = {"enable_fp_fusion": False}
 or parts of one, then compute the same with the same source."""
 
 
-def launch_options() -> Mapping[str, Any]:
-    """For every launch of a kernel that calls :func:`depend`: its constant and its option."""
+def launch_options(early: bool = True) -> Mapping[str, Any]:
+    """For every launch of a kernel that calls :func:`depend`: its constant and its option.
+
+    Args:
+        early: Not where a kernel of this step has written what this one reads before that call.
+    """
     platform = active_platform()
-    if INTERPRETED or platform is None or not platform.supports_pdl:
+    if not early or INTERPRETED or platform is None or not platform.supports_pdl:
         return _IN_ORDER
     return _EARLY
 

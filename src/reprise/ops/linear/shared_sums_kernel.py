@@ -132,6 +132,7 @@ def launch_product(
     *,
     add: bool = False,
     gated: bool = False,
+    made_now: bool = False,
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``out``, or add it if ``add``.
 
@@ -143,13 +144,15 @@ def launch_product(
         add: Keep what ``out`` holds and add to it.
         gated: ``weight`` has 2*N rows and ``bias`` as many elements, gates first; write
             ``silu(gate) * up``.
+        made_now: A kernel of this step has written ``weight``, which others need not wait for.
     """
     rows, inputs = x.shape
     if rows == 0:
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    weight = weight.contiguous()
+    if not weight.is_contiguous():
+        weight, made_now = weight.contiguous(), True
     outputs, device = weight.shape[0], limits(x.device)
     parts = parts_of(outputs, inputs, device.multiprocessors)
     config = config_of(rows, outputs, parts, device.multiprocessors, x.dtype)
@@ -190,7 +193,7 @@ def launch_product(
         num_warps=config.num_warps,
         num_stages=max(1, min(config.num_stages, device.shared_memory // stage)),
         **APART,
-        **launch_options(),
+        **launch_options(early=not made_now),
     )
 
 

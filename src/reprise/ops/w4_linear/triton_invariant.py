@@ -15,7 +15,7 @@ def w4_linear(
 ) -> Tensor:
     """Shapes as in the reference."""
     out = x.new_empty((x.shape[0], packed.shape[0]))
-    launch_product(x, dequantise(packed, scales, zeros, group), bias, out)
+    launch_product(x, dequantise(packed, scales, zeros, group), bias, out, made_now=True)
     return out
 
 
@@ -34,7 +34,7 @@ def w4_norm_gated_linear(
     """Shapes as in the reference."""
     out = x.new_empty((x.shape[0], packed.shape[0] // 2))
     weight = dequantise(packed, scales, zeros, group)
-    launch_product(rms_norm(x, norm_weight, eps), weight, bias, out, gated=True)
+    launch_product(rms_norm(x, norm_weight, eps), weight, bias, out, gated=True, made_now=True)
     return out
 
 
@@ -43,4 +43,5 @@ def w4_linear_add(
     bias: Tensor | None, group: int,
 ) -> None:  # fmt: skip
     """Shapes as in the reference."""
-    launch_product(x, dequantise(packed, scales, zeros, group), bias, residual, add=True)
+    weight = dequantise(packed, scales, zeros, group)
+    launch_product(x, weight, bias, residual, add=True, made_now=True)
