@@ -97,7 +97,7 @@ class Slots:
     def nbytes(self) -> int:
         return sum(each.nbytes for each in self.read().values())
 
-    def scales(self, key: str) -> str | None:
+    def scales(self, key: str) -> tuple[str, Sequence[int]] | None:
         return None
 
     def together(self, key: str) -> int:

@@ -49,9 +49,10 @@ class State(Protocol):
     def names(self, key: str) -> Sequence[str]:
         """The names of the C caches, as :meth:`Computation.memory` has them."""
 
-    def scales(self, key: str) -> str | None:
-        """Where these rows are codes of eight bits, the key of their scales, [C, N, ...] without
-        the codes' last dimension; None: they are numbers."""
+    def scales(self, key: str) -> tuple[str, Sequence[int]] | None:
+        """Where these rows are codes of eight bits, the key of their scales, and which of the
+        caches there have them: [C, N, ...] without the codes' last dimension. Caches of codes that
+        are apart may have scales that lie together. None: they are numbers."""
 
     def together(self, key: str) -> int:
         """How many of the last dimensions of these rows are of one scale (``Rows.together``)."""

@@ -105,9 +105,11 @@ def coded(state: State, values: Mapping[str, Tensor]) -> dict[str, Compared]:
     found: dict[str, Compared] = {
         name: each.flatten(-state.together(name)) for name, each in values.items()
     }
+    of_codes: set[str] = set()
     for name, codes in values.items():
         scales = state.scales(name)
         if scales is not None:
-            found[name] = Coded(codes, values[scales])
-            del found[scales]
-    return found
+            key, which = scales
+            found[name] = Coded(codes, values[key][which])
+            of_codes.add(key)
+    return {name: each for name, each in found.items() if name not in of_codes}

@@ -28,8 +28,8 @@ class _Rows:
 
     of_requests: bool
     """A row is a request's, not a token's."""
-    scales: str | None
-    """The key of their scales."""
+    scales: tuple[str, Sequence[int]] | None
+    """The key of their scales, and which caches there have them."""
     together: int
     """See :attr:`Rows.together`."""
 
@@ -94,7 +94,7 @@ class WrittenRows:
                     rows,
                     places,
                     table.lifetime.rewritten,
-                    None if first.scales is None else keys[first.scales],
+                    _scales(stack, pools[table.pool], stacks[table.pool], keys),
                     first.rows.together,
                 )
         self._written = {
@@ -104,7 +104,7 @@ class WrittenRows:
     def read(self) -> Mapping[str, Tensor]:
         return {name: each.tensor[each.written] for name, each in self._rows.items()}
 
-    def scales(self, key: str) -> str | None:
+    def scales(self, key: str) -> tuple[str, Sequence[int]] | None:
         return self._rows[key].scales
 
     def together(self, key: str) -> int:
@@ -149,3 +149,14 @@ class WrittenRows:
     def _near(self, *, reads: bool) -> Units:
         blocks = self._buffers.known.blocks_near(reads=reads)
         return {unit: to_device(each, self._buffers.platform) for unit, each in blocks.items()}
+
+
+def _scales(
+    codes: Stack, pool: Mapping[str, PoolTensor], stacks: Sequence[Stack], keys: Mapping[str, str]
+) -> tuple[str, Sequence[int]] | None:
+    """See :meth:`reprise.graphs.contract.State.scales`."""
+    names = [each for each in (pool[name].scales for name in codes.names) if each is not None]
+    if not names:
+        return None
+    stack = next(each for each in stacks if names[0] in each.names)
+    return keys[names[0]], [stack.names.index(each) for each in names]
