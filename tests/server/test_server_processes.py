@@ -222,9 +222,9 @@ def test_a_killed_test_run_leaves_no_server_behind() -> None:
 
 
 WORKER_THAT_COMES_LATE = """
-import sys, time
+import os, signal, threading, time
 from pathlib import Path
-from reprise.processes.control import Control
+from reprise.processes import child
 from reprise.server import supervisor
 from reprise.server.options import ServerOptions
 from reprise.config import EngineConfig
@@ -252,9 +252,18 @@ Path({here!r}, "worker").touch()
 worker.main()
 '''
 supervisor.WORKER = ("-c", worker)
+child.STOPPED_SECONDS = 0.05
 
 def announce(address):
     print((here / "worker").exists(), flush=True)
+    threading.Thread(target=stop_one, daemon=True).start()
+
+def stop_one():
+    pid = served._workers[0].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    while pid in [each.process.pid for each in served._workers] or served._awaited:
+        time.sleep(0.01)
+    print("replaced", flush=True)
     served._signals.append(15)
 
 served = supervisor.Supervisor(
@@ -266,7 +275,8 @@ served.run()
 
 
 def test_ready_is_said_when_every_http_process_is(tmp_path: Path) -> None:
-    """The first caller is not told that the model is being loaded."""
+    """The first caller is not told that the model is being loaded. One that somebody stops (SIGSTOP)
+    is replaced, and the server goes on."""
     program = WORKER_THAT_COMES_LATE.format(here=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True\nreplaced\n"), done.stderr

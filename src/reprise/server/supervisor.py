@@ -210,9 +210,11 @@ class Supervisor:
         for each in list(self._workers):
             if each.stands_still:  # its callers wait for it: a broken connection tells them
                 logger.warning("an HTTP process stands still (SIGSTOP): it is killed")
-                each.kill()
+                each.process.kill()
+                each.process.wait()
             if each.process.poll() is None:
                 continue
+            # Before it is closed: a selector does not know what is.
             if each.control.connection in self._selector.get_map():
                 self._selector.unregister(each.control.connection)
             self._awaited.discard(each)
