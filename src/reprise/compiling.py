@@ -27,6 +27,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,9 +92,12 @@ def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] 
 
     def end() -> None:
         if os.getpid() == parent and beside.poll() is None:
-            os.killpg(beside.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(beside.pid, signal.SIGTERM)
 
     atexit.register(end)
+    # Else it would stay in the system's table as long as a server runs.
+    threading.Thread(target=beside.wait, name="reprise-compiling", daemon=True).start()
     return beside
 
 
@@ -185,6 +189,8 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
                 if time.monotonic() > until:
                     break  # a process that is stopped: both may compile it
                 time.sleep(LOOK_SECONDS)
+            except OSError:
+                break  # a file system without locks, as some clusters' homes: likewise
         yield
 
 
@@ -220,9 +226,28 @@ def is_whole(library: Path) -> bool:
     return whole
 
 
-@functools.cache
 def compiler() -> tuple[tuple[str, ...], bytes]:
-    """Its name and arguments, and what it says of itself and of the processor."""
+    """Its name and arguments, and what it says of itself and of the processor.
+
+    Raises:
+        OpError: There is none, or it does not say.
+    """
+    found = _asked()
+    if isinstance(found, OpError):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.cache
+def _asked() -> tuple[tuple[str, ...], bytes] | OpError:
+    """One that takes its time to fail is not asked again."""
+    try:
+        return _ask()
+    except OpError as error:
+        return error
+
+
+def _ask() -> tuple[tuple[str, ...], bytes]:
     wanted = os.environ.get("CXX") or "g++"
     try:
         choices = [shlex.split(wanted), ["clang++"]]

@@ -275,8 +275,8 @@ served.run()
 
 
 def test_ready_is_said_when_every_http_process_is(tmp_path: Path) -> None:
-    """The first caller is not told that the model is being loaded. One that somebody stops (SIGSTOP)
-    is replaced, and the server goes on."""
+    """The first caller is not told that the model is being loaded. One that somebody stops
+    (SIGSTOP) is replaced, and the server goes on."""
     program = WORKER_THAT_COMES_LATE.format(here=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\nreplaced\n"), done.stderr

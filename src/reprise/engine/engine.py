@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reprise import platforms, timeline
+from reprise import compiling, platforms, timeline
 from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
@@ -91,6 +91,7 @@ class Engine(Frontend):
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
+            compiling.begin(self.platform.device_type, config.dtype)
             self.lockstep = None if seat is None else Lockstep(seat, self.platform)
             opened = open_model(config, self.platform, elsewhere, self.lockstep)
         try:

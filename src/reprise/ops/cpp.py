@@ -41,7 +41,6 @@ def _missing() -> str | None:
     try:
         compiling.compiler()
         compiling.cache_directory()
-        compiling.begin()
     except (OpError, OSError, RuntimeError) as error:
         logger.warning("kernels in C++ are left out: %s", describe(error))
         return describe(error)
