@@ -200,8 +200,10 @@ sys.stdin.read()
 """
 
 
-def test_what_has_begun_ends_with_its_process(anew, monkeypatch) -> None:
-    """A wrong option is told in a moment: no compiler goes on, and nothing is left half done."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_has_begun_ends_with_its_process(anew, monkeypatch, killed) -> None:
+    """A wrong option is told in a moment, and a system ends what takes too much memory: no compiler
+    goes on, and nothing is left half done."""
     folder = anew.parent.parent
     alive, script = folder / "alive", folder / "slow"
     os.mkfifo(alive)
@@ -213,8 +215,10 @@ def test_what_has_begun_ends_with_its_process(anew, monkeypatch) -> None:
     program = subprocess.Popen([sys.executable, "-c", BEGIN], stdin=subprocess.PIPE)
     with alive.open("rb", buffering=0) as compilers:  # there is one
         assert len(list(anew.glob("*.so"))) >= 1
+        if killed:
+            program.kill()
         program.communicate()
-        assert program.returncode == 0
+        assert program.returncode == (-9 if killed else 0)
         assert select.select([compilers], [], [], 60)[0]
         assert compilers.read() == b""  # there is none
     until = time.monotonic() + 60

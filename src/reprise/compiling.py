@@ -13,7 +13,6 @@ on, for an import holds the interpreter while it loads libraries.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import functools
@@ -62,9 +61,9 @@ _begun = False
 
 
 def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
-    """Have compiled what is not kept, beside whatever comes next, by a process that is told to end
-    when this one does. A second call does nothing; what goes wrong is told to those who ask for a
-    library.
+    """Have compiled what is not kept, beside whatever comes next, by a process that ends when this
+    one does, however it does. A second call does nothing; what goes wrong is told to those who ask
+    for a library.
 
     Args:
         device: On which an engine will compute, as users name it; for others nothing is done.
@@ -81,31 +80,35 @@ def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] 
     try:
         if all(is_whole(_at(*each)) for each in sources(number)):
             return None
-        # In a group of its own: what it has started ends with it.
+        # In a group of its own: what it has started ends with it. The pipe ends with this process.
         beside = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, number], env=environment(), process_group=0,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     except _WRONG:
         return None
-    parent = os.getpid()
-
-    def end() -> None:
-        if os.getpid() == parent and beside.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.killpg(beside.pid, signal.SIGTERM)
-
-    atexit.register(end)
     # Else it would stay in the system's table as long as a server runs.
-    threading.Thread(target=beside.wait, name="reprise-compiling", daemon=True).start()
+    threading.Thread(target=_wait, args=(beside,), name="reprise-compiling", daemon=True).start()
     return beside
+
+
+def _wait(beside: subprocess.Popen[bytes]) -> None:
+    beside.wait()
+    assert beside.stdin is not None
+    beside.stdin.close()
 
 
 def main() -> None:
     """The process beside: leaves a processor to the one that it works for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with ThreadPoolExecutor(max(1, usable_cpus()[0] - 1)) as pool:
         list(pool.map(_compile_unless_begun, sources(sys.argv[1])))
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)
+    os.killpg(0, signal.SIGTERM)
 
 
 def sources(number: str) -> list[tuple[Path, str]]:
