@@ -93,7 +93,12 @@ def test_an_absent_device_says_why_and_lists_what_is_here():
 
 @pytest.mark.parametrize(
     ("device", "part"),
-    [("cpu:7", "out of range"), ("auto:99", "out of range"), ("cpu:x", "NAME:INDEX")],
+    [
+        ("cpu:7", "out of range"),
+        ("auto:99", "out of range"),
+        ("cpu:x", "NAME:INDEX"),
+        ("cpu:²", "NAME:INDEX"),
+    ],
 )
 def test_a_bad_index_is_refused(device, part):
     with pytest.raises(PlatformError, match=part):

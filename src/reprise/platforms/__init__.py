@@ -103,7 +103,7 @@ def resolve(device: str = "auto") -> Platform:
         PlatformError: The device is unknown or not on this machine; the message lists what is.
     """
     name, _, index_text = device.partition(":")
-    if index_text and not index_text.isdigit():
+    if index_text and not index_text.isdecimal():
         raise PlatformError(f"device={device!r}: expected NAME or NAME:INDEX, such as cuda:0")
     if name == "auto":
         usable = [load(each) for each, reason in available().items() if reason is None]

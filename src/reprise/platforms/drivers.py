@@ -27,7 +27,7 @@ def wake(device: str = "auto", then: Callable[[], None] = lambda: None) -> None:
             then()
 
     for each, start in _STARTS.items():
-        if name in ("auto", each) and (not index or index.isdigit()):
+        if name in ("auto", each) and (not index or index.isdecimal()):
             threading.Thread(
                 target=work, args=(start,), name=f"reprise-wake-{each}", daemon=True
             ).start()
