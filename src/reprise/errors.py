@@ -82,6 +82,10 @@ class RanksError(RepriseError, RuntimeError):
     """A process that computes a part of the model has ended, hangs, or has lost step with the
     others. The engine is of no use any more: create a new one."""
 
+    rank: int | None = None
+    """Of those that wait for each other the one that was waited for in vain; None: others were
+    not, or it is not known."""
+
 
 class UnsupportedError(RepriseError, AttributeError):
     """A part of vLLM's interface that Reprise does not have."""

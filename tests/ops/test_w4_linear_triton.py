@@ -71,6 +71,24 @@ def test_products(triton, randn, op, rows, outputs, inputs, group, with_zeros) -
     torch.testing.assert_close(found.float(), expected, rtol=6e-3, atol=6e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "op", [ops.w4_linear, ops.w4_norm_linear, ops.w4_norm_gated_linear, ops.w4_linear_add],
+    ids=lambda op: op.name,
+)  # fmt: skip
+def test_products_of_no_rows(triton, randn, op, dtype) -> None:
+    """Of numbers, too, whose few rows other kernels multiply."""
+    device = randn(1).device
+    x = randn(1, 128, dtype=dtype)[:0]
+    out = randn(1, 16, dtype=dtype)[:0]
+    packed = torch.zeros(16, 16, device=device, dtype=torch.int32)
+    around = (randn(128, dtype=dtype), 1e-6) if "norm" in op.name else ()
+    around = (out,) if op is ops.w4_linear_add else around
+    found = triton(op)(x, *around, packed, randn(16, 2, dtype=dtype), None, None, 64)
+    if op is not ops.w4_linear_add:
+        assert found.shape == (0, 8 if "gated" in op.name else 16)
+
+
 def test_a_plain_weight_is_the_reference_s(triton, randn) -> None:
     triton(ops.w4_linear)
     from reprise.ops.w4_linear.dequantise_kernel import dequantise

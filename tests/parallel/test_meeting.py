@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from reprise.distributed import star
 from reprise.distributed.board import Board, create
 from reprise.distributed.meeting import SharedMeeting
 from reprise.distributed.peers import FirstPeer, OtherPeer
 from reprise.errors import ConfigError, RanksError
+from reprise.parallel.lockstep import Lockstep, Wish
+from reprise.platforms.cpu import CpuPlatform
 from reprise.processes.sealed import Listener, connect, new_secret
 
 SECONDS = 60.0
@@ -134,3 +137,57 @@ def test_whose_connection_ends_is_who_failed(peers: list[Any], lost: int) -> Non
     assert other.await_first_failure() == lost
     other.fail(RuntimeError("connection closed by peer"))
     assert asking.first_failure == other.first_failure == lost
+
+
+def test_nobody_waits_for_answers_behind_a_failure(peers: list[Any]) -> None:
+    """Whoever asks again, after it was told: of others, of a rank itself, and of rank 0's end."""
+    peers[2].fail(ConfigError("block_size=3"))
+    for _ in range(2):
+        for each in peers:
+            with pytest.raises(ConfigError, match="rank 2: block_size=3"):
+                each.largest_of([0.0])
+
+
+class Seated:
+    """Of an engine of one rank; its meetings were made before."""
+
+    setup = ()
+    ranks = 1
+
+    def __init__(self, rank: int, meeting: Any, everyone: Any) -> None:
+        self.rank, self.size = rank, SIZE
+        self.meeting, self.everyone_of = lambda: meeting, lambda rank: everyone
+
+
+@pytest.mark.parametrize("silent", [0, 2])
+@pytest.mark.parametrize("remote", [False, True], ids=["memory", "connections"])
+def test_who_does_not_answer_is_who_failed(
+    monkeypatch: pytest.MonkeyPatch, silent: int, remote: bool
+) -> None:
+    """And not who notices it, nor rank 0 where that waits for another one itself."""
+    if silent == 0:
+        monkeypatch.setattr(star, "GRACE_SECONDS", 0.0)
+    if remote:
+        meetings, everyone = through_connections(), through_connections()
+    else:
+        meetings, memory = through_memory(), create(Board.nbytes(SIZE, 0))
+        everyone = [Board(memory, rank, SIZE, 0) for rank in range(SIZE)]
+        os.close(memory)
+    for each in meetings:
+        each.timeout = 0.1
+    engines = [
+        Lockstep(Seated(rank, meetings[rank], everyone[rank]), CpuPlatform())  # type: ignore[arg-type]
+        for rank in range(SIZE) if rank != silent
+    ]  # fmt: skip
+
+    def meet(number: int, engine: Lockstep) -> str:
+        with pytest.raises(RanksError) as caught:
+            engine.meet(Wish.STEP)
+        return str(caught.value)
+
+    told = by_all(engines, meet)
+    assert all(f"rank {silent} " in each for each in told), told
+    for engine in engines:
+        assert engine.everyone.await_first_failure() == silent
+    for each in (*meetings, *everyone):
+        each.end()

@@ -285,6 +285,7 @@ class Board:
                     error = RanksError(
                         f"rank {rank} did not answer within {self.timeout:.0f} s; the group ends"
                     )
+                    error.rank = rank
                     self.fail(error)
                     raise error
                 self.check()

@@ -99,6 +99,9 @@ class FirstPeer(Hub):
             raise failed(*self._first)
         super().check()
 
+    def _give_up(self, error: RanksError) -> None:
+        self.fail(error, error.rank)
+
     def _note(self, rank: int, cause: Any) -> None:
         if self._first is None:
             self._first = rank, cause
@@ -163,10 +166,14 @@ class OtherPeer(Spoke):
             self._rests = False
 
     def largest_of(self, values: Sequence[float]) -> list[float]:
+        if self._first is not None:
+            raise failed(*self._first)  # no answer comes any more
         try:
             return super().largest_of(values)
         except RanksError:
-            if self._first is None or self._first[0] == self.rank:
+            # What ends the wait comes before the thread has noted why.
+            first = self.await_first_failure()
+            if self._first is None or first == self.rank:
                 raise
             raise failed(*self._first) from None
 

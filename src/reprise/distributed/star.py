@@ -27,6 +27,8 @@ CHECK_SECONDS = 0.25
 FELL_OUT_SECONDS = 30.0
 """For so long a rank that left a pass waits for the others, who may be in a collective of it: on
 another host nobody sees that."""
+GRACE_SECONDS = 5.0
+"""By so much others wait longer than rank 0 does, who knows which of them is silent."""
 
 
 class Hub:
@@ -130,7 +132,9 @@ class Hub:
                             f"{'' if why is None else f'{why}; '}rank {rank} did not answer within "
                             f"{patience:.0f} s; the group ends"
                         )
-                        self.fail(error)
+                        # Who left a pass is the reason itself: others may wait for it there.
+                        error.rank = rank if why is None else None
+                        self._give_up(error)
                         raise error
                     self._news.wait(CHECK_SECONDS)
             told = [each.asked.pop(number) for each in self._others.values()]
@@ -138,6 +142,10 @@ class Hub:
         for rank in self._others:
             self._say(rank, ANSWER + _packed(number, found))
         return found
+
+    def _give_up(self, error: RanksError) -> None:
+        """Nobody is waited for any more."""
+        self.fail(error)
 
     def fell_out(self, reason: str) -> None:
         """See :class:`reprise.distributed.Agreement`."""
@@ -242,12 +250,15 @@ class Spoke:
         why, self._fell_out = self._fell_out, None
         patience = self.timeout if why is None else FELL_OUT_SECONDS
         try:
-            answer = self._answers.get(timeout=patience)
+            answer = self._answers.get(timeout=0 if self.ended else patience + GRACE_SECONDS)
         except queue.Empty:
             answer = None
             self.ended = True
         if answer is None:
-            raise RanksError(f"{'' if why is None else f'{why}; '}{self._no_answer(patience)}")
+            told = self._no_answer(patience)
+            error = RanksError(told if why is None else f"{why}; {told}")
+            error.rank = 0 if why is None else None
+            raise error
         number, found = answer
         if number != self._asked:
             raise RanksError(f"question {self._asked} was answered with number {number}")

@@ -128,7 +128,7 @@ class Lockstep:
         try:
             found = self._engines.largest_of([float(each) for each in values])
         except Exception as error:
-            self.lose(error)
+            self.lose(error, engine=error.rank if isinstance(error, RanksError) else None)
             raise
         self.waited_seconds += time.perf_counter() - began
         self.meetings += 1
@@ -151,18 +151,21 @@ class Lockstep:
         if self._lost is not None:
             raise self._lost
 
-    def lose(self, error: Exception, seen: int | None = None) -> None:
+    def lose(self, error: Exception, seen: int | None = None, engine: int | None = None) -> None:
         """This engine has lost step with the others: the group is over. Who learns that from
         another does not say that it has failed itself.
 
         Args:
             error: Why.
             seen: Its own rank that it saw end, or stand still, if that is why.
+            engine: Another one that it waited for in vain, if that is why.
         """
         if seen is not None:
             self.everyone.fail(error, self.rank * self.seat.ranks + seen)
         if self._lost is not None:
             return
+        if engine is not None:  # the others may not know it, and are told before they are asked
+            self.everyone.fail(error, engine * self.seat.ranks)
         first = self.everyone.await_first_failure()
         if first is None and not self._engines.ended:
             self.everyone.fail(error)

@@ -100,6 +100,8 @@ def _launch(
     out: Tensor, group: int, norm_weight: Tensor | None = None, eps: float = 0.0, *,
     add: bool = False, gated: bool = False,
 ) -> None:  # fmt: skip
+    if x.shape[0] == 0:
+        return
     weight = packed, scales, zeros, bias, out, group
     if x.shape[0] == 1:
         launch_row(x, *weight, norm_weight, eps, add=add, gated=gated)
