@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from reprise.engine import Engine
 from reprise.errors import ConfigError, PlatformError
 from reprise.replicas.ray import cluster
 from reprise.replicas.ray.cluster import Want, require_enough, strategies, wanted
+from reprise.replicas.ray.fleet import RayFleet
 
 GPU = Want("GPU", "cuda", {"GPU": 1})
 
@@ -101,3 +102,19 @@ def test_options() -> None:
             EngineConfig(distributed_timeout_seconds=seconds)
     with pytest.raises(ConfigError, match="distributed_executor_backend='ray': an Engine is in"):
         Engine(over_ray())
+
+
+def test_a_replica_that_hangs_is_named_with_what_the_other_says() -> None:
+    """It says nothing itself; whoever waited for it has ended, and says why."""
+
+    def replica(index: int, first: int | None, told: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            index=index, first_failure=first, ended=lambda: f"replica {index} {told}"
+        )
+
+    waited = "was ended: rank 1 did not answer within 300 s"
+    replicas = [replica(0, 1, waited), replica(1, None, "hangs"), replica(2, 2, "was ended: why")]
+    fleet: Any = SimpleNamespace(replicas=replicas)
+    told = [RayFleet.ended(fleet, each) for each in replicas]  # type: ignore[arg-type]
+    assert told == [f"replica 1 hangs; replica 0 {waited}", "replica 1 hangs",
+                    "replica 2 was ended: why"]  # fmt: skip

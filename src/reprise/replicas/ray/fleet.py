@@ -90,9 +90,13 @@ class RayFleet(Fleet):
             raise
 
     def ended(self, replica: Replica) -> str:
-        """Of those that share experts another one may be the reason."""
+        """Of those that share experts another one may be the reason, by what this one says: it was
+        ended, or hangs, and then says nothing itself."""
         first = self.replicas[replica.index].first_failure
-        return replica.ended() if first is None else self.replicas[first].ended()
+        told = replica.ended()
+        if first is None or first == replica.index:
+            return told
+        return f"{self.replicas[first].ended()}; {told}"
 
     def remove(self) -> None:
         self._places.remove()
@@ -297,7 +301,8 @@ class RayReplica(Replica):
     def ended(self) -> str:
         why = self._end_of(self._runs[0], REASON_SECONDS)
         self.kill()
-        return self._last_words(f"was ended: {why or 'its process or its node is gone'}")
+        nothing = "it says nothing, for it hangs, or its process or its node is gone"
+        return self._last_words(f"was ended: {why or nothing}")
 
     @property
     def first_failure(self) -> int | None:
