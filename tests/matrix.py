@@ -202,8 +202,8 @@ def prefix_hit(case: Case) -> list[Any]:
     """Everything is asked twice."""
     hybrid = case.features.model == HYBRID
     # For states of those that have left, and for what is bounded as they are.
-    room = {"max_num_seqs": 24} if case.features.model in (HYBRID, "latent") else {}
-    llm = case.engine(**room)
+    bounded = case.features.model in (HYBRID, "latent", "windows")
+    llm = case.engine(**({"max_num_seqs": 24} if bounded else {}))
     case.answers(llm)
     outputs = case.answers(llm)
     hits = [bool(each.metrics.num_cached_tokens) for each in outputs]
