@@ -58,6 +58,8 @@ _WRONG = (OpError, OSError, RuntimeError)
 
 
 _begun = False
+_ending = False
+"""Of the process beside: nothing more is compiled."""
 
 
 def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
@@ -100,15 +102,28 @@ def _wait(beside: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """The process beside: leaves a processor to the one that it works for."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with ThreadPoolExecutor(max(1, usable_cpus()[0] - 1)) as pool:
-        list(pool.map(_compile_unless_begun, sources(sys.argv[1])))
+        list(pool.map(_compile_unless_ending, sources(sys.argv[1])))
+
+
+def _end(*_: object) -> None:
+    global _ending
+    _ending = True
+
+
+def _compile_unless_ending(which: tuple[Path, str]) -> None:
+    if not _ending:
+        _compile_unless_begun(which)
 
 
 def _end_with_parent() -> None:
     os.read(0, 1)
-    os.killpg(0, signal.SIGTERM)
+    _end()
+    while True:  # a compiler that was just being started, too
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(LOOK_SECONDS)
 
 
 def sources(number: str) -> list[tuple[Path, str]]:
