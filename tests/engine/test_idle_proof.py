@@ -85,24 +85,24 @@ def test_what_requests_have_left_in_the_cache_stays_to_the_bit(
     with hybrids() if kind == "recurrent" else contextlib.nullcontext():
         llm = make_llm(model, device, **options)
         eager = make_llm(model, device, **{**options, "graph_mode": "none"})
-    prompts = [random_ids(80 + n, 60) for n in range(4)]
-    expected = generate(eager, prompts, greedy(9))
-    assert generate(llm, prompts, greedy(9)) == expected
-    proven = hits = 0
-    for prompt, tokens in zip(prompts * 2, expected * 2, strict=True):
-        for _ in range(3):
-            before = touched(llm)
-            proven += llm.engine.prove_idle()
-            after = touched(llm)
-            assert all(torch.equal(each, after[name]) for name, each in before.items())
-        (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy(9), use_tqdm=False)
-        assert list(output.outputs[0].token_ids) == tokens
-        hits += (output.num_cached_tokens or 0) >= 32
-        assert_idle(llm)
-    # A state has few checkpoints, which later requests replace.
-    assert hits == 8 if kind == "attention" else hits > 0
-    assert proven > 10
-    assert llm.graph_report().canary_failures == 0
+        prompts = [random_ids(80 + n, 60) for n in range(4)]
+        expected = generate(eager, prompts, greedy(9))
+        assert generate(llm, prompts, greedy(9)) == expected
+        proven = hits = 0
+        for prompt, tokens in zip(prompts * 2, expected * 2, strict=True):
+            for _ in range(3):
+                before = touched(llm)
+                proven += llm.engine.prove_idle()
+                after = touched(llm)
+                assert all(torch.equal(each, after[name]) for name, each in before.items())
+            (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy(9), use_tqdm=False)
+            assert list(output.outputs[0].token_ids) == tokens
+            hits += (output.num_cached_tokens or 0) >= 32
+            assert_idle(llm)
+        # A state has few checkpoints, which later requests replace.
+        assert hits == 8 if kind == "attention" else hits > 0
+        assert proven > 10
+        assert llm.graph_report().canary_failures == 0
 
 
 @pytest.mark.usefixtures("busy_start")

@@ -27,15 +27,14 @@ class Checkpoints:
         shares: Callable[[CacheUser], bool],
     ) -> None:
         self._states = states
+        self.any = bool(states)
+        """Whether there are states to copy."""
         self._step, self._apart = step, apart
         self._shares = shares
         self._copies: list[tuple[Copy, Checkpoint | None]] = []
         """What is to be copied, and what checkpoint it makes, if it makes one."""
         self._borrowed: list[tuple[StateTable, int]] = []
         """Checkpoints that are sources of these copies."""
-
-    def __bool__(self) -> bool:
-        return bool(self._states)
 
     def resume(self, request: CacheUser, hits: Sequence[Sequence[int]]) -> None:
         """The request, which has its slots, goes on from the states that these blocks end with."""

@@ -156,7 +156,7 @@ class StepPlanner:
             request.num_pending += 1
             request.num_in_flight += 1
         checkpoints = self._cache.checkpoints
-        if checkpoints:
+        if checkpoints.any:
             for request in requests:
                 computed = request.num_computed_tokens - width
                 if self._num_drafts:
