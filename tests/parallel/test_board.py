@@ -71,9 +71,26 @@ def test_a_long_error_is_cut(boards: list[Board]) -> None:
 
 
 def test_a_rank_that_does_not_answer_is_named(boards: list[Board]) -> None:
-    boards[0].timeout = 0.2
-    with pytest.raises(RanksError, match=r"rank 1 did not answer within"):
+    """On all: by who waited in vain, by who asks later, and by itself; and not who noticed it."""
+    told = "^rank 1 did not answer within 0 s; the group ends$"
+    boards[0].timeout = 0.05
+    with pytest.raises(RanksError, match=told):
         boards[0].all(True)
+    for each in boards:
+        with pytest.raises(RanksError, match=told):
+            each.check()
+    boards[0].fail(RuntimeError("connection closed by peer"))
+    assert [each.first_failure for each in boards] == [1, 1, 1]
+
+
+def test_two_that_see_a_rank_end_leave_one_text(boards: list[Board]) -> None:
+    """Both may be in the midst of it: one's words and the other one's length."""
+    boards[0].fail("was ended by SIGKILL", seen=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Board, "_of", lambda *_: 0)  # as it looked when the other one began
+        patch.setattr(Board, "_set", lambda *_: None)
+        boards[2].fail("was ended by SIGKILL, as its process says", seen=1)
+    assert boards[1].failure(1) == "was ended by SIGKILL, as its process says"
 
 
 def test_a_rank_that_left_a_pass_alone_ends_the_group(boards: list[Board]) -> None:

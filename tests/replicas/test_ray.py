@@ -50,6 +50,21 @@ class Nodes:
         while len(self.others) + 1 > count:
             self.kill()
 
+    def replica_to_lose(self, log: str) -> str:
+        """Of replicas of one rank, the one on the newest node: which that is, is chance.
+
+        Args:
+            log: That says where they were placed.
+        """
+        from ray._private.state import actors
+
+        newest = self.others[-1].node_id
+        there = {str(each["Pid"]) for each in actors().values()
+                 if each["Address"]["NodeID"] == newest}  # fmt: skip
+        placed = re.findall(r"replica (\d+), rank 0: cpu, process (\d+) on", log)
+        (found,) = [replica for replica, process in placed if process in there]
+        return str(found)
+
     def kill(self) -> None:
         """The newest node, with all its processes and at once."""
         self.cluster.remove_node(self.others.pop(), allow_graceful=False)
@@ -182,15 +197,17 @@ def until_lost(llm: LLM) -> None:
 
 
 def test_a_node_with_a_replica_that_shares_experts_is_killed(
-    nodes: Nodes, experts: dict[str, Any], of_one: list[Any]
+    nodes: Nodes, experts: dict[str, Any], of_one: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The other one waits for it in a step or in a collective, and is not blamed."""
     options = {**experts, "data_parallel_size": 2, "enable_expert_parallel": True,
                "distributed_executor_backend": "ray"}  # fmt: skip
-    llm = LLM(**options)
+    with caplog.at_level("INFO", "reprise"):
+        llm = LLM(**options)
+    lost = nodes.replica_to_lose(caplog.text)
     threading.Timer(0.5, nodes.kill).start()
     began = time.monotonic()
-    with pytest.raises(RepriseError, match=r"replica 1 \(cpu on "):
+    with pytest.raises(RepriseError, match=rf"^replica {lost} \(cpu on "):
         until_lost(llm)
     assert time.monotonic() - began < ANSWER_SECONDS
     llm.shutdown()

@@ -158,6 +158,10 @@ class Board:
         """Say how many collectives this rank has begun."""
         self._set(_CALLS, count)
 
+    def calls(self, rank: int) -> int:
+        """Collectives that a rank has begun."""
+        return self._of(rank, _CALLS)
+
     def asleep(self, rank: int) -> bool:
         """A rank has to be woken when there is a message."""
         return bool(self._of(rank, _ASLEEP))
@@ -192,18 +196,23 @@ class Board:
         length = self._of(rank, _FAILED)
         if not length:
             return None
+        # Of two ranks that have seen its end, one may have written the text and the other one its
+        # length: a pickle says itself where it ends.
         begin = rank * _TEXT_BYTES
-        return pickle.loads(self._texts[begin : begin + length])
+        return pickle.loads(self._texts[begin : begin + _TEXT_BYTES])
 
     @property
     def first_failure(self) -> int | None:
         """The rank that failed first, before all others one that was seen to; None: none has."""
-        ranks = [rank for rank in range(self.size) if self._of(rank, _FAILED)]
-        return min(ranks, key=self._failed_at, default=None)
+        return min(self._failed, key=self._failed_at, default=None)
 
     def await_first_failure(self) -> int | None:
         """As :attr:`first_failure`: what is written to memory is seen at once."""
         return self.first_failure
+
+    @property
+    def _failed(self) -> list[int]:
+        return [rank for rank in range(self.size) if self._of(rank, _FAILED)]
 
     def _failed_at(self, rank: int) -> tuple[bool, float]:
         when = self._numbers[(1 + rank) * _WORDS + _FAILED_AT]
@@ -213,9 +222,11 @@ class Board:
         """Raise if there is nobody to wait for any more."""
         if self.ended:
             raise RanksError("the ranks have ended")
-        for rank in range(self.size):
-            if rank != self.rank and self._of(rank, _FAILED):
-                raise failed(rank, self.failure(rank))
+        # A rank that others have given up learns it, and by their words.
+        ranks = [rank for rank in self._failed if rank != self.rank or self._of(rank, _SEEN)]
+        if ranks:
+            first = min(ranks, key=self._failed_at)
+            raise failed(first, self.failure(first))
 
     # ---- agreement -----------------------------------------------------------------------
 
@@ -286,7 +297,7 @@ class Board:
                         f"rank {rank} did not answer within {self.timeout:.0f} s; the group ends"
                     )
                     error.rank = rank
-                    self.fail(error)
+                    self.fail(error, rank)
                     raise error
                 self.check()
                 self._check_left()
@@ -322,6 +333,8 @@ def failed(rank: int, cause: Any) -> Exception:
     """The error for others with which a rank has ended: of the same type, if it is typed."""
     from reprise.errors import RepriseError
 
+    if isinstance(cause, RanksError) and cause.rank == rank:
+        return RanksError(str(cause))  # what others say of it, by its name
     if isinstance(cause, RepriseError):
         try:
             return type(cause)(f"rank {rank}: {cause}")

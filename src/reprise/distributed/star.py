@@ -81,6 +81,11 @@ class Hub:
         """The error or the words with which a rank ended; None: it has not said any."""
         return self._failure if rank == 0 else self._others[rank].failure
 
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that failed first: not known here."""
+        return None
+
     def fail(self, error: BaseException | str) -> None:
         """Say what ended this rank: the first one counts."""
         if self._failure is None:
@@ -153,6 +158,10 @@ class Hub:
 
     def note_calls(self, count: int) -> None:
         """Collectives that were begun: of no use from afar."""
+
+    def calls(self, rank: int) -> int:
+        """Collectives that a rank has begun: not known from afar, 0 of each."""
+        return 0
 
     # ---- a thread for each other rank ----------------------------------------------------
 

@@ -7,12 +7,12 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from reprise.distributed import Agreement
 from reprise.distributed.board import failed
-from reprise.errors import RanksError
+from reprise.errors import RanksError, RepriseError
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ WATCH_SECONDS = 0.1
 """Between two looks at the processes."""
 SILENT_SECONDS = 30.0
 """A process of which no thread runs for so long counts as lost."""
+SETTLE_SECONDS = 0.3
+"""For so long what a rank says of its failure may have another rank's end as its reason, which is
+not seen yet."""
 LEAVE_SECONDS = 4.0
 """For so long a follower may take its leave."""
 
@@ -45,8 +48,81 @@ class Board(Agreement, Protocol):
     def done(self, rank: int) -> int:
         """Messages that a rank has carried out."""
 
+    def calls(self, rank: int) -> int:
+        """Collectives that a rank has begun; 0: it is not known."""
+
     def failure(self, rank: int) -> Any:
         """The error or the words with which a rank ended; None: it has not."""
+
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that failed first; None: none has, or it is not known."""
+
+
+class Looks:
+    """What of all followers is seen in turn, and which of them is the reason if the group is over.
+
+    Whoever waits for a rank that is gone fails as well, and may say so before it is seen that the
+    other one is gone; and of those that do nothing, most wait for one.
+
+    Args:
+        size: Ranks, the leader included.
+        timeout: Seconds that a rank may take for one message.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._ranks, self._timeout = range(1, size), timeout
+        self._silent = [0] * size
+        """For how many looks a rank has not run."""
+        self._behind = [0] * size
+        """For how many looks it has carried out nothing."""
+        self._beats = [0] * size
+        self._done = [0] * size
+        self._told = 0
+        """For how many looks one has said that it failed."""
+
+    def look(self, board: Board, fates: Mapping[int, str | None]) -> tuple[int, str] | None:
+        """The follower that is lost, and why, if the reason is seen by now.
+
+        Args:
+            board: What is seen of all.
+            fates: Of each follower, how its process has ended.
+        """
+        told = {rank: found for rank in self._ranks if (found := board.failure(rank)) is not None}
+        for rank in self._ranks:
+            self._note(board, rank)
+            reason = fates[rank]
+            if self._silent[rank] * WATCH_SECONDS > SILENT_SECONDS:
+                reason = reason or f"its process has not run for {SILENT_SECONDS:.0f} s"
+            if reason is not None and rank not in told:
+                return rank, reason
+        if told:
+            self._told += 1
+            first = board.first_failure
+            rank = first if first in told else min(told)
+            if not _may_be_others(rank, told[rank]) or self._told * WATCH_SECONDS > SETTLE_SECONDS:
+                return rank, _said(rank, told[rank])
+        late = [r for r in self._ranks if self._behind[r] * WATCH_SECONDS > self._timeout]
+        if not late:
+            return None
+        # Who waits for another one in a collective has begun more of them.
+        rank = min(late, key=lambda each: (board.done(each), board.calls(each)))
+        return rank, f"it has done nothing for {self._timeout:.0f} s"
+
+    def _note(self, board: Board, rank: int) -> None:
+        new, carried = board.beats(rank), board.done(rank)
+        self._silent[rank] = self._silent[rank] + 1 if new and new == self._beats[rank] else 0
+        waits = board.sent > carried and carried == self._done[rank]
+        self._behind[rank] = self._behind[rank] + 1 if waits else 0
+        self._beats[rank], self._done[rank] = new, carried
+
+
+def _may_be_others(rank: int, told: Any) -> bool:
+    """Whether another rank's end may be why this one has failed: a collective's error has no type
+    of ours."""
+    if isinstance(told, RanksError):
+        return told.rank != rank
+    return not isinstance(told, RepriseError)
 
 
 class Followers(ABC):
@@ -119,29 +195,13 @@ class Followers(ABC):
 
     def _watch(self) -> None:
         # Looks are counted, not seconds: this process may have been stopped itself.
-        silent = [0] * self.size
-        beats = [0] * self.size
-        behind = [0] * self.size
-        done = [0] * self.size
+        looks = Looks(self.size, self._timeout)
         while not self._closing and self.lost is None:
-            for rank in range(1, self.size):
-                told = self.board.failure(rank)
-                fate = self.fate(rank)
-                reason = fate if told is None else _said(rank, told)
-                new = self.board.beats(rank)
-                silent[rank] = silent[rank] + 1 if new and new == beats[rank] else 0
-                beats[rank] = new
-                carried = self.board.done(rank)
-                waits = self.board.sent > carried and carried == done[rank]
-                behind[rank] = behind[rank] + 1 if waits else 0
-                done[rank] = carried
-                if silent[rank] * WATCH_SECONDS > SILENT_SECONDS:
-                    reason = reason or f"its process has not run for {SILENT_SECONDS:.0f} s"
-                if behind[rank] * WATCH_SECONDS > self._timeout:
-                    reason = reason or f"it has done nothing for {self._timeout:.0f} s"
-                if reason is not None and not self._closing:
-                    self._lose(rank, reason)
-                    return
+            fates = {rank: self.fate(rank) for rank in range(1, self.size)}
+            found = looks.look(self.board, fates)
+            if found is not None and not self._closing:
+                self._lose(*found)
+                return
             time.sleep(WATCH_SECONDS)
 
     def give_up(self, error: RanksError) -> None:
