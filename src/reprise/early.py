@@ -24,7 +24,8 @@ def begin(options: Mapping[str, Any]) -> None:
 
 def fingerprint_compiler() -> None:
     """Have Triton read all of itself, which its kernel cache asks for: 400 MB."""
-    with contextlib.suppress(ImportError):  # where it is missing, its kernels are left out by name
+    # Where it is missing or does not import, its kernels are left out by name.
+    with contextlib.suppress(Exception):
         cache = importlib.import_module("triton.runtime.cache")
         fingerprint = getattr(cache, "triton_key", None)
         if fingerprint is not None:  # where it is not called so, the first kernel pays

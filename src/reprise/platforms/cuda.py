@@ -8,6 +8,7 @@ import logging
 import torch
 from torch.nn.attention import SDPBackend
 
+from reprise.errors import describe
 from reprise.platforms.accelerator import AcceleratorPlatform
 from reprise.platforms.base import PromptAttention
 from reprise.platforms.prompt_attention import CudnnGraphs, by_torch
@@ -48,8 +49,10 @@ class CudaPlatform(AcceleratorPlatform):
             return None
         try:
             return CudnnGraphs()
-        except ImportError as error:
-            logger.info("cuDNN attends to prompts as torch calls it, with a copy: %s", error)
+        except Exception as error:  # it may be there, and of another driver or toolkit
+            logger.info(
+                "cuDNN attends to prompts as torch calls it, with a copy: %s", describe(error)
+            )
             return by_torch(SDPBackend.CUDNN_ATTENTION)
 
     @functools.cached_property

@@ -48,7 +48,7 @@ class CudnnGraphs:
     takes some 50 ms, and 0.9 s for the first of a process.
 
     Raises:
-        ImportError: The package is missing.
+        ImportError: The package is missing; another error if it is there and does not import.
     """
 
     def __init__(self) -> None:

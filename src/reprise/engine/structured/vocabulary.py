@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from typing import Any
 
-from reprise.errors import RequestError
+from reprise.errors import RequestError, describe
 from reprise.loading import as_transformers
 
 INSTALL = "pip install 'reprise[structured]'"
@@ -22,13 +22,13 @@ def token_infos(tokenizer: Any, vocab_size: int, stop_token_ids: frozenset[int])
     out of a request's text; and one by which they are, for formats that are made of them.
 
     Raises:
-        RequestError: xgrammar is not installed, or cannot read the tokenizer.
+        RequestError: xgrammar is not installed, does not import, or cannot read the tokenizer.
     """
     try:
         import xgrammar
-    except ImportError as error:
+    except Exception as error:  # its libraries may be of another machine
         raise RequestError(
-            f"structured_outputs needs the package xgrammar ({error}): {INSTALL}"
+            f"structured_outputs needs the package xgrammar ({describe(error)}): {INSTALL}"
         ) from error
     stops = sorted(stop_token_ids)
     transformers = as_transformers(tokenizer)

@@ -38,15 +38,15 @@ def require_ray() -> Any:
     """The module.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: It is not installed, or does not import.
     """
     try:
         import ray
         import ray.util  # what follows asks for it by its name
-    except ImportError as error:
+    except Exception as error:  # its libraries may be of another machine
         raise ConfigError(
-            f"distributed_executor_backend='ray' needs Ray ({error}): pip install 'reprise[ray]', "
-            "on every machine"
+            f"distributed_executor_backend='ray' needs Ray ({describe(error)}): pip install "
+            "'reprise[ray]', on every machine"
         ) from error
     return ray
 
