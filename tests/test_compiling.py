@@ -8,9 +8,11 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ def anew(monkeypatch, tmp_path) -> Iterator[Path]:
     """Nothing is compiled yet, and no compiler asked; returns where libraries go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiling, "_begun", False)
+    monkeypatch.setattr(compiling, "_hangs", None)
     asked = compiling._asked, compiling._compile_others, cpp._missing
     for each in (*asked, cpp._run_launches):
         each.cache_clear()
@@ -214,7 +217,7 @@ def test_what_has_begun_ends_with_its_process(anew, monkeypatch, killed) -> None
     monkeypatch.setenv("CXX", str(script))
     program = subprocess.Popen([sys.executable, "-c", BEGIN], stdin=subprocess.PIPE)
     with alive.open("rb", buffering=0) as compilers:  # there is one
-        assert len(list(anew.glob("*.so"))) >= 1
+        assert len(list(anew.glob("unfinished-*"))) >= 1
         if killed:
             program.kill()
         program.communicate()
@@ -222,9 +225,9 @@ def test_what_has_begun_ends_with_its_process(anew, monkeypatch, killed) -> None
         assert select.select([compilers], [], [], 60)[0]
         assert compilers.read() == b""  # there is none
     until = time.monotonic() + 60
-    while list(anew.glob("*.so")) and time.monotonic() < until:
+    while list(anew.glob("unfinished-*")) and time.monotonic() < until:
         time.sleep(0.01)
-    assert not list(anew.glob("*.so"))
+    assert not libraries(anew)
 
 
 @pytest.mark.parametrize("why", ["written by others", "a file"])
@@ -313,12 +316,70 @@ def test_a_compiler_that_does_not_end_is_given_up(anew, monkeypatch) -> None:
     script.write_text(f"#!/bin/sh\necho asked >> {log}\nexec sleep 600")
     script.chmod(0o700)
     monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setattr(compiling, "COMPILE_SECONDS", 0.5)
+    monkeypatch.setattr(compiling, "ASK_SECONDS", 0.5)
     assert compiling.begin() is None
     with pytest.raises(OpError, match="takes more than"):
         compiling.library(SOURCE, "float")
     assert "takes more than" in str(cpp.needs_compiler(CpuPlatform()))
     assert log.read_text() == "asked\n"
+
+
+def test_a_compiler_that_hangs_is_waited_for_once(anew, monkeypatch) -> None:
+    """And not once for each source and each op."""
+    script, log = anew.parent.parent / "slow", anew.parent.parent / "log"
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -E "*) exit 0;; esac\necho begun >> {log}\nexec sleep 600'
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(compiling, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(compiling, "usable_cpus", lambda: (1, ""))
+    for _ in range(2):
+        with pytest.raises(OpError, match="takes more than 0 s"):
+            compiling.library(SOURCE, "float")
+    assert log.read_text() == "begun\n"
+
+
+def test_who_waited_for_one_that_could_not_compile_is_told_why(anew, twice, monkeypatch) -> None:
+    """A compiler that takes its time to fail would cost as much again."""
+    waits, calls = threading.Event(), []
+
+    def fails(command: Sequence[str], seconds: float) -> bytes:
+        calls.append(command)
+        assert waits.wait(60)
+        raise OpError("no header")
+
+    class Clock:
+        monotonic, perf_counter = time.monotonic, time.perf_counter
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            waits.set()
+            time.sleep(seconds)
+
+    compiling.compiler()
+    monkeypatch.setattr(compiling, "_run", fails)
+    monkeypatch.setattr(compiling, "time", Clock)
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(compiling.compiled, twice, "") for _ in range(2)]:
+            with pytest.raises(OpError, match=r"^no header$"):
+                each.result(60)
+    assert len(calls) == 1
+    with pytest.raises(OpError):  # whoever comes later looks itself
+        compiling.compiled(twice, "")
+    assert len(calls) == 2
+
+
+def test_what_a_killed_process_has_left_is_removed(anew, twice) -> None:
+    """And not what others are making now."""
+    left, held = (anew / f"unfinished-{compiling._name(twice, '')}-{each}" for each in "ab")
+    for each in (left, held):
+        each.mkdir(parents=True)
+        (each / "twice.so").write_bytes(b"half")
+    anew.chmod(0o700)
+    with compiling._held(held):
+        library = compiling.compiled(twice, "")
+    assert libraries(anew) == {held, library}
 
 
 def test_who_has_begun_and_does_not_end_is_not_waited_for(anew, twice, monkeypatch) -> None:
@@ -328,7 +389,9 @@ def test_who_has_begun_and_does_not_end_is_not_waited_for(anew, twice, monkeypat
     with compiling._locked(anew / f"{compiling._name(twice, '')}.lock", wait=True):
         with pytest.raises(BlockingIOError):
             compiling.compiled(twice, "", wait=False)
-        monkeypatch.setattr(compiling, "_run", lambda command: Path(command[-1]).write_bytes(b"x"))
+        monkeypatch.setattr(
+            compiling, "_run", lambda command, _: Path(command[-1]).write_bytes(b"x")
+        )
         assert compiling.is_whole(compiling.compiled(twice, ""))
 
 

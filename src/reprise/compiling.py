@@ -48,6 +48,8 @@ NUMBERS = {"float32": "float", "bfloat16": "bf16"}
 """What such kernels compute with: names of dtypes, and what they are called in C++."""
 HOME = Path(__file__).parent / "ops"
 """Where sources are, and what they include."""
+ASK_SECONDS = 20.0
+"""Until a compiler is given up that is asked what it is, by each process: it takes 0.05 s."""
 COMPILE_SECONDS = 120.0
 """Until a compiler is given up: on a machine that is busy each source takes some seconds."""
 LOOK_SECONDS = 0.005
@@ -60,6 +62,8 @@ _WRONG = (OpError, OSError, RuntimeError)
 _begun = False
 _ending = False
 """Of the process beside: nothing more is compiled."""
+_hangs: OpError | None = None
+"""What is said of the compiler once it did not end."""
 
 
 def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
@@ -174,10 +178,24 @@ def compiled(source: Path, number: str, wait: bool = True) -> Path:
     """
     library = _at(source, number)
     if not is_whole(library):
-        with _locked(library.parent / f"{_name(source, number)}.lock", wait):
-            if not is_whole(library):
+        with _locked(library.parent / f"{_name(source, number)}.lock", wait) as (file, waited):
+            if is_whole(library):
+                return library
+            told = _told(file, library) if waited else None
+            if told is not None:  # as they would be told that compile it again
+                raise OpError(told)
+            try:
                 _compile(source, number, library)
+            except OpError as error:
+                os.pwrite(file, f"{library}\n{error}".encode(), 0)
+                raise
     return library
+
+
+def _told(file: int, library: Path) -> str | None:
+    """Why those that were waited for could not compile it, if they say so."""
+    which, _, why = os.pread(file, 1 << 16, 0).decode(errors="replace").partition("\n")
+    return why if which == str(library) else None
 
 
 def _at(source: Path, number: str) -> Path:
@@ -194,8 +212,10 @@ def _name(source: Path, number: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[None]:
-    with path.open("wb") as file:
+def _locked(path: Path, wait: bool) -> Iterator[tuple[int, bool]]:
+    """The file's descriptor, and whether another one had the lock before."""
+    with path.open("w+b") as file:
+        waited = False
         until = time.monotonic() + (COMPILE_SECONDS if wait else 0.0)
         while True:
             try:
@@ -204,31 +224,56 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
             except BlockingIOError:
                 if not wait:
                     raise
+                waited = True
                 if time.monotonic() > until:
                     break  # a process that is stopped: both may compile it
                 time.sleep(LOOK_SECONDS)
             except OSError:
                 break  # a file system without locks, as some clusters' homes: likewise
-        yield
+        yield file.fileno(), waited
 
 
 def _compile(source: Path, number: str, library: Path) -> None:
     command, _ = compiler()
     numbers = (f"-DNUMBER={number}",) if number else ()
     began = time.perf_counter()
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        _run((*command, *FLAGS, *numbers, f"-I{HOME}", str(source), "-o", unfinished))
-        code = Path(unfinished).read_bytes()
+    with _unfinished(library.parent, _name(source, number)) as folder:
+        made = folder / library.name
+        arguments = (*FLAGS, *numbers, f"-I{HOME}", str(source), "-o", str(made))
+        _run((*command, *arguments), COMPILE_SECONDS)
+        code = made.read_bytes()
         # Behind the code, where who loads it does not look.
-        Path(unfinished).write_bytes(code + hashlib.sha256(code).digest())
-        os.replace(unfinished, library)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+        made.write_bytes(code + hashlib.sha256(code).digest())
+        os.replace(made, library)
     took = time.perf_counter() - began
     logger.info("compiled %s in %.1f s: %s", _name(source, number), took, library)
+
+
+@contextlib.contextmanager
+def _unfinished(directory: Path, name: str) -> Iterator[Path]:
+    """A folder for what a compiler writes. Whoever has it holds a lock on it, so those of processes
+    that were killed are known, and removed."""
+    for each in directory.glob(f"unfinished-{name}-*"):
+        with contextlib.suppress(OSError), _held(each):
+            shutil.rmtree(each)
+    folder = Path(tempfile.mkdtemp(prefix=f"unfinished-{name}-", dir=directory))
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # without locks it is removed by this process alone
+                stack.enter_context(_held(folder))
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_whole(library: Path) -> bool:
@@ -250,7 +295,7 @@ def compiler() -> tuple[tuple[str, ...], bytes]:
     Raises:
         OpError: There is none, or it does not say.
     """
-    found = _asked()
+    found = _hangs or _asked()
     if isinstance(found, OpError):
         raise found.with_traceback(None)
     return found
@@ -274,7 +319,8 @@ def _ask() -> tuple[tuple[str, ...], bytes]:
     command = next((tuple(each) for each in choices if each and shutil.which(each[0])), None)
     if command is None:
         raise OpError(f"no C++ compiler ({wanted}) on this machine; set CXX")
-    return command, _run((*command, *FLAGS, "-E", "-v", "-x", "c++", os.devnull))
+    asked = (*command, *FLAGS, "-E", "-v", "-x", "c++", os.devnull)
+    return command, _run(asked, ASK_SECONDS)
 
 
 def cache_directory() -> Path:
@@ -298,15 +344,18 @@ def cache_directory() -> Path:
     return directory
 
 
-def _run(command: Sequence[str]) -> bytes:
-    """What the compiler says of itself, on standard error."""
+def _run(command: Sequence[str], seconds: float) -> bytes:
+    """What the compiler says of itself, on standard error. One that does not end is not called
+    again by this process."""
+    global _hangs
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False,
-            timeout=COMPILE_SECONDS,
+            timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise OpError(f"{' '.join(command)} takes more than {COMPILE_SECONDS:.0f} s") from None
+        _hangs = OpError(f"{' '.join(command)} takes more than {seconds:.0f} s")
+        raise _hangs from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise OpError(f"{' '.join(command)} fails: {said[-1] if said else done.returncode}")
