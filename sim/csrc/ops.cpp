@@ -421,6 +421,83 @@ void run_meta(const Call& call, Stack& stack) {
   }
 }
 
+// What of an argument a meta kernel sees; false: it may see more.
+bool describe(const IValue& value, std::string& into) {
+  const auto number = [&](int64_t each) {
+    into.append(reinterpret_cast<const char*>(&each), sizeof each);
+  };
+  const auto tensor = [&](const Tensor& each) {
+    if (!each.defined()) return into += 'u', true;
+    const bool number_of_host = each.is_cpu() && each.dim() == 0;
+    if (!on_sim(each) && !number_of_host) return false;
+    into += each.unsafeGetTensorImpl()->is_wrapped_number() ? 'w' : 't';
+    into += number_of_host ? 'h' : 's';
+    number(int64_t(each.scalar_type()));
+    if (number_of_host)  // which it may read
+      into.append(static_cast<const char*>(each.const_data_ptr()), each.itemsize());
+    number(each.dim());
+    for (const int64_t size : each.sizes()) number(size);
+    for (const int64_t stride : each.strides()) number(stride);
+    return true;
+  };
+  if (value.isNone()) return into += 'n', true;
+  if (value.isTensor()) return tensor(value.toTensor());
+  if (value.isBool()) return into += value.toBool() ? 'y' : 'f', true;
+  if (value.isInt()) {
+    into += 'i';
+    number(value.toInt());
+    return true;
+  }
+  if (value.isDouble()) {
+    const double given = value.toDouble();
+    into += 'd';
+    into.append(reinterpret_cast<const char*>(&given), sizeof given);
+    return true;
+  }
+  if (value.isDevice()) return into += 'D', true;  // the meta device, each time
+  if (value.isString()) {
+    into += 's';
+    number(int64_t(value.toStringRef().size()));
+    into += value.toStringRef();
+    return true;
+  }
+  if (value.isList()) {
+    into += 'l';
+    number(int64_t(value.toListRef().size()));
+    for (const IValue& each : value.toListRef())
+      if (!describe(each, into)) return false;
+    return true;
+  }
+  return false;
+}
+
+// Meta kernels are mostly Python, and slow: what one has said of such arguments is kept.
+Stack shapes_of(Call& call, const Stack& arguments) {
+  constexpr size_t kKept = 20000;
+  static auto* kept = new std::unordered_map<std::string, Stack>();
+  std::string key = call.name;
+  key += char(c10::typeMetaToScalarType(c10::get_default_dtype()));
+  bool known = true;
+  for (const IValue& each : arguments) known = known && describe(each, key);
+  if (known) {
+    Locked guard(lock());
+    const auto found = kept->find(key);
+    if (found != kept->end()) return found->second;
+  }
+  Stack stack = call.changed(
+      arguments, [&](const Tensor& tensor) { return call.meta(tensor); },
+      c10::Device(c10::DeviceType::Meta));
+  run_meta(call, stack);
+  for (size_t i = 0; i < arguments.size() && known; ++i)
+    known = !call.writes(i);  // such an output may be resized
+  if (known) {
+    Locked guard(lock());
+    if (kept->size() >= kKept) kept->clear();
+    kept->emplace(std::move(key), stack);
+  }
+  return stack;
+}
+
 // Whether all results are arguments, and of the size that they will have.
 bool has_results(const Call& call, const Stack& arguments) {
   const bool in_place = call.name.find("out") == std::string::npos;
@@ -453,14 +530,8 @@ bool reads_values(const Call& call, const Stack& arguments) {
 
 void queue(Call& call, Stack& arguments, Stack& results) {
   const auto& schema = call.schema;
-  // Meta kernels are mostly Python, and slow. Who calls with outputs of the right size needs none.
   Stack meta_stack(schema.returns().size());
-  if (!has_results(call, arguments)) {
-    meta_stack = call.changed(
-        arguments, [&](const Tensor& tensor) { return call.meta(tensor); },
-        c10::Device(c10::DeviceType::Meta));
-    run_meta(call, meta_stack);
-  }
+  if (!has_results(call, arguments)) meta_stack = shapes_of(call, arguments);
   auto command = std::make_shared<Command>();
   command->name = call.name;
   command->where = place();

@@ -38,6 +38,37 @@ def test_ops_compute_what_the_cpu_computes(platform) -> None:
         assert torch.equal(there.cpu(), op(x, y, index))
 
 
+def test_shapes_that_are_known_are_those_of_such_arguments(platform) -> None:
+    """What a meta kernel has said is kept; it says something else of whatever differs here."""
+    for kind in (torch.float32, torch.int64):
+        for x in (torch.arange(12, dtype=kind).view(3, 4), torch.ones(2, 2, dtype=kind)):
+            for y in (x, x.t()):
+                for op in (
+                    lambda y: y // 2,
+                    lambda y: y // 2.5,
+                    lambda y: torch.div(y, 3, rounding_mode=None),
+                    lambda y: torch.div(y, 3, rounding_mode="floor"),
+                    lambda y: y.diff(n=1, dim=0),
+                    lambda y: y.diff(n=1, dim=1),
+                    lambda y: y.roll(1, 0),
+                    lambda y: y.cumsum(0, dtype=torch.float64),
+                    lambda y: y.sum(-1, keepdim=True),
+                    lambda y: y.sum(-1),
+                    lambda y: torch.stack([y, y + 1])[1],
+                    lambda y: torch.full_like(y, 2).tril(),
+                ):
+                    there, expected = op(y.to(platform.device)), op(y)
+                    assert (there.dtype, there.stride()) == (expected.dtype, expected.stride())
+                    assert torch.equal(there.cpu(), expected)
+    x = torch.ones(3, dtype=torch.int64)
+    assert (x.to(platform.device) // 2.5).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (x.to(platform.device) // 2.5).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_attention_of_torch_is_the_plain_one(platform) -> None:
     """No fused kernel of others is called, which would run at once."""
     x = torch.randn(1, 2, 7, 8)
