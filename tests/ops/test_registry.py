@@ -382,6 +382,21 @@ def test_tables_nest_and_unwind(which_way) -> None:
         assert which_way(zero).item() == 1
 
 
+def test_a_gradient_that_would_be_missing_is_refused(which_way) -> None:
+    """Kernels compute none, and torch, which does not see them, would say nothing."""
+    wants = torch.zeros(3, requires_grad=True)
+    with OpTable(CpuPlatform(), {"which_way": "other"}).activate():
+        for call in (lambda: which_way(wants), lambda: which_way(x=wants),
+                     lambda: torch.ops.reprise.which_way(wants)):  # fmt: skip
+            with pytest.raises(OpError, match=r"other computes no gradients.*which_way=reference"):
+                call()
+        with torch.no_grad():
+            assert which_way(wants).tolist() == [2.0] * 3
+        assert which_way(wants.detach()).tolist() == [2.0] * 3
+    which_way(wants).sum().backward()
+    assert wants.grad.tolist() == [1.0] * 3
+
+
 def test_a_table_is_active_in_its_own_thread(which_way) -> None:
     seen = []
     with OpTable(CpuPlatform(), {"which_way": "other"}).activate():

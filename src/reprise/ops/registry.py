@@ -102,6 +102,8 @@ def op(
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         table = active.get() or table_of((*args, *kwargs.values()))
+        if torch.is_grad_enabled():
+            table.refuse_gradients(found, args, kwargs)
         function, instead = table.functions[name], interceptor.get()
         if instead is not None:
             return put_off.aside(instead, found, function, args, kwargs)

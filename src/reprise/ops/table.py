@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -83,6 +83,22 @@ class OpTable:
             return self.candidates[op.name][0]
         return choice.answer(args, kwargs).implementation
 
+    def refuse_gradients(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a call whose result would lack the gradient that an argument asks for: kernels
+        have none, and torch does not see them. Those of a reference are torch's.
+
+        Raises:
+            OpError: It is one.
+        """
+        if not any(each.requires_grad for each in _tensors((*args, *kwargs.values()))):
+            return
+        found, reference = self.implementation_of(op, args, kwargs), op.implementations["reference"]
+        if found.function is not reference.function:
+            raise OpError(
+                f"op {op.name!r}: {found.name} computes no gradients, and an argument requires "
+                f"one: call it within torch.no_grad(), or with --op {op.name}=reference"
+            )
+
     def activate(self) -> contextlib.AbstractContextManager[None]:
         """Route op calls of this thread to this table within the ``with`` block."""
         return _Active(self, inference=False)
@@ -140,6 +156,14 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
                 name, op.named, candidates, table.batch_invariant
             )
         return self[name]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for each in values:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _tensors(each)
 
 
 def _refuse(op: Op, platform: Platform, *args: Any, **kwargs: Any) -> NoReturn:
