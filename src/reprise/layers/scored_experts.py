@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from reprise.layers.destination import Destination
 from reprise.layers.experts import Experts
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear
+from reprise.layers.mixture import Mixture
 from reprise.layers.mlp import GatedMLP
-from reprise.layers.norm import RMSNorm
 from reprise.layers.sparse_mlp import Routing
 
 NAMES = ("w1", "w3", "w2")
@@ -81,7 +80,25 @@ class ScoredMLP(nn.Module):
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
-        return Product(_Mixture(self, batch), tensor(x))
+        return Product(Mixture(self, batch), tensor(x))
+
+    def partial(self, x: Tensor, batch: Batch) -> Tensor:
+        """See :class:`reprise.layers.mixture.Experts`."""
+        routing, logits = self.routing, self.gate.wide(x)
+        weights = x.new_empty((len(x), routing.top), dtype=torch.float32)
+        ids = x.new_empty((len(x), routing.top), dtype=torch.int32)
+        chosen = None if self.table is None else self.table[batch.token_ids]
+        ops.route(
+            logits, batch.query_start_loc[-1:], weights, ids,
+            routing.scoring, routing.renormalize, routing.scale, self.bias, chosen,
+        )  # fmt: skip
+        result = self.experts(x, weights, ids, self.limit)
+        self.shared_experts.down_proj.add_partial(self.shared_experts.hidden(x), result)
+        return result
+
+    def add_whole(self, x: Tensor, batch: Batch, residual: Tensor) -> None:
+        """See :class:`reprise.layers.mixture.Experts`."""
+        residual.add_(self.partial(x, batch))
 
 
 def _experts_that_are(count: int, table: Tensor) -> Tensor:
@@ -90,38 +107,3 @@ def _experts_that_are(count: int, table: Tensor) -> Tensor:
     if least < 0 or most >= count:
         raise ValueError(f"experts {int(least)} to {int(most)} of {count}: the table is damaged")
     return table
-
-
-class _Mixture(NamedTuple):
-    """A :class:`ScoredMLP` in a step: what of a Linear a Product needs."""
-
-    mlp: ScoredMLP
-    batch: Batch
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = self._partial(x)
-        if self.mlp.group.size > 1:
-            ops.all_reduce(result, self.mlp.group.name)
-        return result
-
-    def _partial(self, x: Tensor) -> Tensor:
-        """What this rank's parts of the experts give."""
-        mlp, batch = self.mlp, self.batch
-        routing, logits = mlp.routing, mlp.gate.wide(x)
-        weights = x.new_empty((len(x), routing.top), dtype=torch.float32)
-        ids = x.new_empty((len(x), routing.top), dtype=torch.int32)
-        chosen = None if mlp.table is None else mlp.table[batch.token_ids]
-        ops.route(
-            logits, batch.query_start_loc[-1:], weights, ids,
-            routing.scoring, routing.renormalize, routing.scale, mlp.bias, chosen,
-        )  # fmt: skip
-        result = mlp.experts(x, weights, ids, mlp.limit)
-        mlp.shared_experts.down_proj.add_partial(mlp.shared_experts.hidden(x), result)
-        return result
-
-    def add(self, x: Tensor, residual: Tensor) -> None:
-        residual.add_(self(x))
-
-    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Normed:
-        self.add(x, residual)
-        return Normed(residual, norm)

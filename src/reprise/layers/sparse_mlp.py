@@ -14,8 +14,8 @@ from reprise.layers.build import Build
 from reprise.layers.experts import Experts
 from reprise.layers.lazy import Normed, Product, tensor
 from reprise.layers.linear import Linear, Run, format_of
+from reprise.layers.mixture import Mixture
 from reprise.layers.mlp import GatedMLP
-from reprise.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,24 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor | Normed, batch: Batch) -> Product:
         """x: [T, hidden_size]. Returns as much."""
-        return Product(_Mixture(self, batch.query_start_loc[-1:]), tensor(x))
+        return Product(Mixture(self, batch), tensor(x))
+
+    def partial(self, x: Tensor, batch: Batch) -> Tensor:
+        """See :class:`reprise.layers.mixture.Experts`."""
+        weights, ids, logits = self.route(x, batch.query_start_loc[-1:])
+        result = self.experts(x, weights, ids)
+        shared = self.shared(x, logits)
+        if shared is not None:
+            shared.linear.add_partial(shared.x, result)
+        return result
+
+    def add_whole(self, x: Tensor, batch: Batch, residual: Tensor) -> None:
+        """See :class:`reprise.layers.mixture.Experts`."""
+        weights, ids, logits = self.route(x, batch.query_start_loc[-1:])
+        shared = self.shared(x, logits)
+        self.experts.add(x, weights, ids, residual)
+        if shared is not None:
+            shared.linear.add(shared.x, residual)
 
     def route(self, x: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and numbers of each row's experts, and the logits of all, [T, E] or [T, E + 1]
@@ -110,42 +127,3 @@ class _Shared(NamedTuple):
 
     linear: Linear
     x: Tensor
-
-
-class _Mixture(NamedTuple):
-    """A :class:`SparseMLP` in a step: what of a Linear a Product needs."""
-
-    mlp: SparseMLP
-    live: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = self._partial(x)
-        if self.mlp.group.size > 1:
-            ops.all_reduce(result, self.mlp.group.name)
-        return result
-
-    def _partial(self, x: Tensor) -> Tensor:
-        weights, ids, logits = self.mlp.route(x, self.live)
-        result = self.mlp.experts(x, weights, ids)
-        shared = self.mlp.shared(x, logits)
-        if shared is not None:
-            shared.linear.add_partial(shared.x, result)
-        return result
-
-    def add(self, x: Tensor, residual: Tensor) -> None:
-        if self.mlp.group.size > 1:
-            ops.all_reduce_add(self._partial(x), residual, self.mlp.group.name)
-            return
-        weights, ids, logits = self.mlp.route(x, self.live)
-        shared = self.mlp.shared(x, logits)
-        self.mlp.experts.add(x, weights, ids, residual)
-        if shared is not None:
-            shared.linear.add(shared.x, residual)
-
-    def add_normed(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | Normed:
-        group = self.mlp.group
-        if group.size > 1:
-            partial = self._partial(x)
-            return ops.all_reduce_add_norm(partial, residual, norm.weight, norm.eps, group.name)
-        self.add(x, residual)
-        return Normed(residual, norm)
