@@ -1,9 +1,14 @@
 """What an engine can do, what may happen to a request, and what must not change by it: its tokens.
 
-A case is one engine: an executor, a model, and how many tokens are drafted. Each is run under one
-disturbance, and every request must get the tokens that it gets alone, undisturbed, from an engine
-that drafts nothing and captures nothing. ``COVERING`` has every two of a feature and a disturbance
-once; ``PRODUCT`` has all.
+A case is an executor, a model, and how many tokens are drafted. Under each disturbance every
+request must get the tokens that it gets alone, undisturbed, from an engine that drafts nothing and
+captures nothing. ``COVERING`` has every two of a feature and a disturbance once; ``PRODUCT`` has
+all.
+
+To start an engine, which compiles, captures and proves its graphs, costs as much as several
+disturbances of it. So those that need no other engine than a plain one share it, in the order of
+``DISTURBANCES``. The first of them meets graphs that know only the steps of the start, as in an
+engine of its own; the later ones replay more and compare less.
 
 Same tokens means exactly those. In bfloat16 rounding decides between two tokens that are nearly as
 likely, and kernels of other shapes round otherwise: no request can say then whether anything went
@@ -12,10 +17,11 @@ wrong. So there the subjects are chosen: of what :func:`decided` gives rounding 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +101,9 @@ HYBRID = "hybrid"
 CODES = "codes"
 ENGINES: dict[str, dict[str, Any]] = {CODES: {"kv_cache_dtype": "fp8"}}
 """Options of the engines of a model."""
+BOUNDED = (HYBRID, "latent", "windows")
+"""Models of which requests that have left are remembered only as far as there is room for more
+that run: for states, and for what is bounded as they are."""
 CHECKPOINT = State(16)
 """Of the hybrid: the requests here are short."""
 DRAFTS = (0, 1, 3, 7)
@@ -143,6 +152,8 @@ class Case:
     """Where the model or the head is that drafts, if one does."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further ones of the engine."""
+    _kept: list[LLM] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The shared one, if there is one by now."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -161,6 +172,49 @@ class Case:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gated_delta, "STATE", CHECKPOINT)
             return make(self.model, self.device, **{**config, **options})
+
+    @contextlib.contextmanager
+    def shared(self, *, ahead: bool = False, max_tokens: int | None = None) -> Iterator[LLM]:
+        """The plain engine of this case, in which nobody finds a prefix of what ran before.
+
+        Args:
+            ahead: It submits the next step before it knows this one's tokens, whatever the device.
+            max_tokens: Most in a step, if they are to be fewer than it has room for.
+        """
+        if not self._kept:
+            options = {"max_num_seqs": 24} if self.features.model in BOUNDED else {}
+            self._kept.append(self.engine(ahead=True, **options))
+        llm = self._kept[0]
+        llm.reset_prefix_cache()
+        pipeline, planner = llm.engine.pipeline, llm.engine.scheduler.planner
+        with pytest.MonkeyPatch.context() as patch:
+            if not ahead and not llm.engine.platform.asynchronous:
+                patch.setattr(pipeline, "depth", 1)
+            patch.setattr(planner, "max_requests", 6)
+            if max_tokens is not None:
+                patch.setattr(planner, "max_tokens", max_tokens)
+            yield llm
+
+    def different(
+        self,
+        expected: Sequence[Any],
+        names: Iterable[str] | None = None,
+        *,
+        of: Callable[[Sequence[Any]], Sequence[Any]] = token_ids,
+    ) -> dict[str, list[int]]:
+        """By disturbance the subjects that do not get what is expected; of all ``names``, or of
+        all that there are. Disturbances that change nothing are left out."""
+        found = {}
+        for name in DISTURBANCES if names is None else names:
+            try:
+                got = of(DISTURBANCES[name](self))
+            except BaseException as error:
+                error.add_note(f"{self.features}: {name}")
+                raise
+            assert len(got) == len(expected)
+            if wrong := [n for n, each in enumerate(got) if each != expected[n]]:
+                found[name] = wrong
+        return found
 
     def answers(self, llm: LLM, order: Sequence[int] | None = None) -> list[Any]:
         """The output of each subject, all submitted together."""
@@ -182,30 +236,29 @@ def bucket(case: Case) -> list[Any]:
 
 def neighbours(case: Case) -> list[Any]:
     """Strangers of other lengths, parameters and ends, in another order."""
-    llm = case.engine()
-    for number in range(6):
-        stranger = SamplingParams(
-            temperature=1.2, max_tokens=2 + 5 * number, seed=number, frequency_penalty=0.9,
-            logit_bias={5: 9.0}, logprobs=number % 3,
-        )  # fmt: skip
-        llm.engine.add(f"stranger {number}", random_ids(910 + number, 4 + 9 * number), stranger)
-    return case.answers(llm, range(len(case.subjects) - 1, -1, -1))
+    with case.shared() as llm:
+        for number in range(6):
+            stranger = SamplingParams(
+                temperature=1.2, max_tokens=2 + 5 * number, seed=number, frequency_penalty=0.9,
+                logit_bias={5: 9.0}, logprobs=number % 3,
+            )  # fmt: skip
+            llm.engine.add(f"stranger {number}", random_ids(910 + number, 4 + 9 * number), stranger)
+        return case.answers(llm, range(len(case.subjects) - 1, -1, -1))
 
 
 def chunking(case: Case) -> list[Any]:
     """A step has room for all decodes and a few tokens of a prompt."""
     width = 1 + (next(each for each in DRAFTS if each >= case.features.drafts))
-    return case.answers(case.engine(max_num_batched_tokens=6 * width + 3))
+    with case.shared(max_tokens=6 * width + 3) as llm:
+        return case.answers(llm)
 
 
 def prefix_hit(case: Case) -> list[Any]:
     """Everything is asked twice."""
     hybrid = case.features.model == HYBRID
-    # For states of those that have left, and for what is bounded as they are.
-    bounded = case.features.model in (HYBRID, "latent", "windows")
-    llm = case.engine(**({"max_num_seqs": 24} if bounded else {}))
-    case.answers(llm)
-    outputs = case.answers(llm)
+    with case.shared() as llm:
+        case.answers(llm)
+        outputs = case.answers(llm)
     hits = [bool(each.metrics.num_cached_tokens) for each in outputs]
     long = [len(each.prompt_token_ids) > 8 for each in outputs]
     # States are kept at some places only.
@@ -233,31 +286,33 @@ def preemption(case: Case) -> list[Any]:
 
 def run_ahead(case: Case) -> list[Any]:
     """A step is submitted before the last one's tokens are known."""
-    return case.answers(case.engine(ahead=True))
+    with case.shared(ahead=True) as llm:
+        return case.answers(llm)
 
 
 def abort(case: Case) -> list[Any]:
     """Requests beside the subjects are given up while steps are under way; their rows and blocks
     are others' then."""
-    llm = case.engine(ahead=True)
-    inner = llm.engine
-    groups = []
-    for number, (prompt, params) in enumerate(case.subjects):
-        inner.add(f"given up {number}", random_ids(930 + number, 5 + 6 * number), greedy(40))
-        groups.append(inner.add(f"{number}", prompt, params))
-    given_up = iter(range(len(case.subjects)))
-    while inner.has_work:
-        inner.step()
-        inner.abort([f"given up {next(given_up, 0)}"])
-    assert_idle(llm)
-    return [each.output() for each in groups]
+    with case.shared(ahead=True) as llm:
+        inner = llm.engine
+        groups = []
+        for number, (prompt, params) in enumerate(case.subjects):
+            inner.add(f"given up {number}", random_ids(930 + number, 5 + 6 * number), greedy(40))
+            groups.append(inner.add(f"{number}", prompt, params))
+        given_up = iter(range(len(case.subjects)))
+        while inner.has_work:
+            inner.step()
+            inner.abort([f"given up {next(given_up, 0)}"])
+        assert_idle(llm)
+        return [each.output() for each in groups]
 
 
 def other_drafts(case: Case) -> list[Any]:
     """How many tokens are drafted changes all the time; where none are, nothing does."""
     most = case.features.drafts
     if not most:
-        return case.answers(case.engine())
+        with case.shared() as llm:
+            return case.answers(llm)
     ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
     llm = case.engine(ahead=True, drafts={"num_speculative_tokens_per_batch_size": ranges})
     taken = change_drafts(llm, seed=most)

@@ -22,25 +22,22 @@ def alone(tiny: TinyModels, device: str) -> matrix.Alone:
 
 LATENT = matrix.Features("full", "latent", 3)
 """Takes ten times as long as others, so short runs have it under one disturbance."""
-SHORT = {(LATENT, "chunking")}
 CASES = [
-    pytest.param(
-        features, name, id=f"{features}: {name}",
-        marks=[] if features in matrix.COVERING or (features, name) in SHORT
-        else [pytest.mark.long],
-    )
-    for features in dict.fromkeys([*matrix.COVERING, LATENT, *matrix.PRODUCT])
-    for name in matrix.DISTURBANCES
+    *(pytest.param(each, list(matrix.DISTURBANCES), id=str(each)) for each in matrix.COVERING),
+    pytest.param(LATENT, ["chunking"], id=f"{LATENT}: chunking"),
+    *(
+        pytest.param(each, list(matrix.DISTURBANCES), id=str(each), marks=pytest.mark.long)
+        for each in dict.fromkeys(matrix.PRODUCT) if each not in matrix.COVERING
+    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("features", "disturbance"), CASES)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("features", "disturbances"), CASES)
 def test_same_tokens(
-    alone: matrix.Alone, device: str, features: matrix.Features, disturbance: str
+    alone: matrix.Alone, features: matrix.Features, disturbances: list[str]
 ) -> None:
-    outputs = matrix.DISTURBANCES[disturbance](alone.case(features))
-    expected = alone.tokens(features)
-    assert [list(each.outputs[0].token_ids) for each in outputs] == expected
+    assert not alone.case(features).different(alone.tokens(features), disturbances)
 
 
 class Forgetful(Window):
@@ -87,12 +84,8 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
     subjects = matrix.decided(model, device)
     expected = matrix.alone(model, device, subjects, dtype="bfloat16")
     case = replace(alone.case(features, model), subjects=subjects, dtype="bfloat16")
-    found = {name: token_ids(matrix.DISTURBANCES[name](case)) for name in names}
-    different = {
-        name: [number for number, each in enumerate(got) if each != expected[number]]
-        for name, got in found.items() if got != expected
-    }  # fmt: skip
-    count = len(subjects) * len(found)
+    different = case.different(expected, names)
+    count = len(subjects) * len(names)
     print(
         f"{features}: {sum(map(len, different.values()))} of {count} requests differ, "
         f"margin {matrix.MARGIN} of the largest logit"
@@ -100,23 +93,24 @@ def test_bfloat16_gives_the_same_tokens_where_rounding_decides_nothing(
     assert not different
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("features", "disturbance"),
+    ("features", "disturbances"),
     [
-        pytest.param(
-            features, name, id=f"{features}: {name}",
-            marks=[] if (features.executor, name) == ("none", "chunking") else pytest.mark.long,
-        )
-        for features in matrix.IN_BITS
-        for name in matrix.DISTURBANCES
+        (matrix.Features("none", "plain", 7), ["chunking"]),
+        *(
+            pytest.param(each, list(matrix.DISTURBANCES), marks=pytest.mark.long)
+            for each in matrix.IN_BITS
+        ),
     ],
-)  # fmt: skip
+    ids=lambda each: str(each) if isinstance(each, matrix.Features) else f"{len(each)}",
+)
 def test_batch_invariant_gives_the_same_bits(
     alone: matrix.Alone,
     device: str,
     platform: Platform,
     features: matrix.Features,
-    disturbance: str,
+    disturbances: list[str],
 ) -> None:
     """Without a margin, in bfloat16, whatever rounding could decide."""
     if not OpTable(platform, batch_invariant=True).candidates["linear"]:
@@ -126,8 +120,7 @@ def test_batch_invariant_gives_the_same_bits(
     plain = replace(case, features=matrix.Features("none", features.model, 0), draft=None)
     llm = plain.engine(enable_prefix_caching=False)
     expected = [llm.generate([{"prompt_token_ids": p}], s, use_tqdm=False)[0] for p, s in subjects]
-    outputs = matrix.DISTURBANCES[disturbance](case)
-    assert matrix.bits(outputs) == matrix.bits(expected)
+    assert not case.different(matrix.bits(expected), disturbances, of=matrix.bits)
 
 
 def test_the_short_set_has_every_feature() -> None:

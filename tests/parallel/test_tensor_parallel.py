@@ -377,11 +377,9 @@ LONG = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("disturbance", matrix.DISTURBANCES)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("features", LONG, ids=str)
-def test_same_tokens_of_everything(
-    alone: matrix.Alone, features: matrix.Features, disturbance: str
-) -> None:
+def test_same_tokens_of_everything(alone: matrix.Alone, features: matrix.Features) -> None:
     made: list[LLM] = []
 
     class Kept(Shared):
@@ -392,7 +390,7 @@ def test_same_tokens_of_everything(
     case = shared(alone, features)
     kept = Kept(case.features, case.model, case.device, case.subjects, case.dtype, case.draft)
     try:
-        assert token_ids(matrix.DISTURBANCES[disturbance](kept)) == alone.tokens(features)
+        assert not kept.different(alone.tokens(features))
     finally:
         for each in made:
             each.engine.close()

@@ -59,7 +59,7 @@ class StepPlanner:
         resting: Callable[[int], bool] | None,
     ) -> None:
         self._cache, self._roster, self._counts = cache, roster, counts
-        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self.max_requests, self.max_tokens = max_requests, max_tokens
         self._reserve = reserve
         self._num_drafts = num_drafts
         self.drafting, self.resting = drafting, resting
@@ -82,7 +82,7 @@ class StepPlanner:
         plan = StepPlan([[] for _ in self._cache.layout.tables])
         prefilling, starved = self._schedule_decodes(plan)
         num_decodes = len(plan.requests)
-        budget = self._max_tokens - num_decodes * (1 + self._verified)
+        budget = self.max_tokens - num_decodes * (1 + self._verified)
         for request in prefilling:
             if budget == 0:
                 break
@@ -99,7 +99,7 @@ class StepPlanner:
             self._counts.steps,
             *self._lists.of(plan, num_decodes, self._verified),
             num_decodes,
-            self._max_tokens - budget,
+            self.max_tokens - budget,
             plan.admitted,
             plan.edits,
             self._roster.take_released(),
@@ -198,7 +198,7 @@ class StepPlanner:
         """Start waiting requests; returns what is left of the budget."""
         cache, roster, running = self._cache, self._roster, self._roster.running()
         waiting = roster.waiting
-        while budget > 0 and len(running) < self._max_requests and waiting:
+        while budget > 0 and len(running) < self.max_requests and waiting:
             request = waiting.first()
             if request.num_in_flight:
                 break  # just preempted: its pending token and its blocks are still to come
