@@ -25,7 +25,7 @@ ON_CPU = ("cpu", "sim")
 """Devices whose kernels are the CPU's."""
 LONGEST = (
     "test_sim.py", "test_matrix.py", "test_doctor_conformance.py", "test_trust.py",
-    "test_plugin_platform.py",
+    "test_plugin_platform.py", "test_tensor_parallel.py",
 )  # fmt: skip
 
 

@@ -19,16 +19,19 @@ def paged(
     counts = [-(-length // block) for length in lengths]
     width = max(1, *counts)
     order = make.permutation(sum(counts)) + 1
-    tables = torch.zeros(len(lengths), width, dtype=torch.int32, device=make.device)
-    slots = []
-    for row, (blocks, length, count) in enumerate(
-        zip(order.split(counts), lengths, new, strict=True)
-    ):
-        tables[row, : len(blocks)] = blocks
-        places = torch.arange(length - count, length, device=make.device)
-        slots.append(blocks[places // block] * block + places % block if count else places)
-    slots.append(make.ints([0] * padding))
-    return tables, torch.cat(slots), sum(counts) + 1
+    entries, owners, places = [], [], []
+    first = 0
+    for row, (length, more, count) in enumerate(zip(lengths, new, counts, strict=True)):
+        entries += range(row * width, row * width + count)
+        places += range(length - more, length)
+        owners += [first + place // block for place in range(length - more, length)]
+        first += count
+    # A few calls of torch, however many requests: for shapes alone each takes a millisecond.
+    tables = torch.zeros(len(lengths) * width, dtype=torch.int32, device=make.device)
+    tables[make.ints(entries)] = order.int()
+    slots = order[make.ints(owners)] * block + make.ints([place % block for place in places])
+    whole = torch.cat([slots, make.ints([0] * padding)])
+    return tables.view(-1, width), whole, sum(counts) + 1
 
 
 def step(

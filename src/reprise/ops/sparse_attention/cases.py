@@ -25,13 +25,14 @@ def arguments(
     per_block = blocks[1] // every if every else 0
     if top:
         selected = torch.zeros(tokens, top, dtype=torch.int32, device=make.device)
-        token = 0
+        owners, seen = [], []
         for row, (length, more) in enumerate(zip(lengths, new, strict=True)):
-            for place in range(length - more, length):
-                numbers = torch.arange((place + 1) // every, device=make.device)[::2][:top]
-                found = others[row, numbers // per_block] * per_block + numbers % per_block
-                selected[token, : len(found)] = found.int()
-                token += 1
+            owners += [row] * more
+            seen += [(place + 1) // every for place in range(length - more, length)]
+        numbers = 2 * torch.arange(top, device=make.device)
+        entries = (numbers // per_block).clamp(max=others.shape[1] - 1)
+        found = others[make.ints(owners)[:, None], entries] * per_block + numbers % per_block
+        selected[: len(seen)] = found.where(numbers < make.ints(seen)[:, None], 0).int()
     return {
         "query": make.randn(tokens, heads, size),
         "cache": make.randn(count, blocks[0], size),
