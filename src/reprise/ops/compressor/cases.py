@@ -19,7 +19,9 @@ def paged(
     counts = [-(-length // block) for length in lengths]
     width = max(1, *counts)
     order = make.permutation(sum(counts)) + 1
-    entries, owners, places = [], [], []
+    entries: list[int] = []
+    owners: list[int] = []
+    places: list[int] = []
     first = 0
     for row, (length, more, count) in enumerate(zip(lengths, new, counts, strict=True)):
         entries += range(row * width, row * width + count)
