@@ -41,7 +41,8 @@ def stream(messages: Iterator[Any]) -> list[list[Any]]:
     """The outputs of a request, to its end."""
     outputs: list[list[Any]] = []
     for message in messages:
-        for _, new, end, _ in message.items if isinstance(message, wire.Deltas) else ():
+        for _, *item in message.items if isinstance(message, wire.Deltas) else ():
+            new, end, _ = item if len(item) == 3 else ([[0, *item]], None, None)
             outputs += new
             if end is not None:
                 return outputs

@@ -498,13 +498,13 @@ def test_limits_of_a_server(start: Start) -> None:
 
 
 def test_a_reader_that_takes_nothing_is_dropped(start: Start) -> None:
-    server = start("--write-timeout", "0.3")
+    server = start("--write-timeout", "0.3", "--allowed-origins", "*")
     body = json.dumps({"prompt": orders(repeat=["y", 50_000, 400]), "stream": True}).encode()
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", server.port))
     with connection, server.client() as client:
-        connection.sendall(head(len(body)) + body)
+        connection.sendall(head(len(body), "Origin: https://a.example\r\n") + body)
         until(lambda: "it is dropped" in server.log)
         until(lambda: client.get("/load").json()["server_load"] == 0)
         connection.settimeout(100)

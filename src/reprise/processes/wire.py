@@ -93,8 +93,10 @@ class Deltas(NamedTuple):
     """What is new of all requests of one process, once a step."""
 
     items: list[Any]
-    """For a program: of :mod:`reprise.replicas.deltas`. For HTTP processes: ``[number, outputs,
-    end, prompt_logprobs]``. An output is ``[index, text, number of tokens, finish_reason,
+    """For a program: of :mod:`reprise.replicas.deltas`. For HTTP processes: ``[number, text,
+    tokens]`` where a request's only completion has a text and nothing else; ``tokens`` is how many
+    they are, or, where sizes are wanted, the bytes of each. Else ``[number, outputs, end,
+    prompt_logprobs]``. An output is ``[index, text, number of tokens, finish_reason,
     stop_reason, more]``, where ``more`` is None or has ``ids``, ``sizes``, ``logprobs``
     and ``suspect_from``. ``end`` is None, or what is known of the request when it has finished."""
 

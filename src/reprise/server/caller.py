@@ -40,6 +40,10 @@ class Caller:
         receive: Of ASGI; the body was read.
     """
 
+    __slots__ = (
+        "_callers", "_client", "_watch", "bell", "sending_since", "stalled", "streams", "task",
+    )  # fmt: skip
+
     def __init__(self, client: EngineClient, callers: Callers, receive: Receive) -> None:
         self._client = client
         self._callers = callers

@@ -116,9 +116,6 @@ class Chat(Reply):
         ]
         kind = {"object": "chat.completion.chunk", "system_fingerprint": fingerprint}
         self._template = Template({**self._head, **kind}, self._usage_at_end)
-        self._texts_alone = not (request.logprobs or request.return_token_ids)
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        """By choice: what stands around the text of a chunk that has a text and nothing else."""
         self._choices: dict[int, Choice] = {}
         self._facts: dict[str, Any] = {}
 
@@ -255,26 +252,20 @@ class Chat(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
+    def around(self, number: int) -> tuple[bytes, bytes] | None:
+        choice = self._choices.get(0)
+        if choice is None or self._use is not None or self.usage_each:
+            return None
+        if not (choice.begun and choice.answers):
+            return None
+        return self._template.around(0, b'"delta":{"content":', b"}," + _NO_LOGPROBS)
+
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         chunks: list[bytes] = []
         for _, (_, outputs, end, _) in news:
+            self._count(outputs, None)
             for output in outputs:
-                index, text, count, finish, _, more = output
-                around = self._around.get(index)
-                alone = more is None or (self._texts_alone and more["suspect_from"] is None)
-                if around is not None and finish is None and alone:
-                    # Nearly all of them: only a text, of the answer.
-                    self.usage.completion += count
-                    if text:
-                        chunks.append(b"%b%b%b" % (around[0], orjson.dumps(text), around[1]))
-                    continue
-                self._count([output], None)
                 self._chunks(self._template, output, chunks)
-                choice = self._choice(index)
-                plain = self._use is None and not self.usage_each
-                if choice.begun and choice.answers and plain:
-                    before = b'"delta":{"content":'
-                    self._around[index] = self._template.around(index, before, b"}," + _NO_LOGPROBS)
             if end is not None:
                 self._count([], end)
         if self.end is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 from reprise.errors import RepriseError
@@ -29,10 +30,16 @@ class EngineRefusal(RepriseError):
 
 
 class Bell:
-    """Wakes the one coroutine that waits."""
+    """Calls who listens, or else wakes the one coroutine that waits."""
+
+    # Slots, here and in what else each piece of each stream goes through: of dozens of streams each
+    # has its own, so that what a piece costs is how much memory is read that is in no cache.
+    __slots__ = ("_waiter", "listener")
 
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
+        self.listener: Callable[[], None] | None = None
+        """Raises nothing: it is called in the midst of others' news."""
 
     def next(self) -> asyncio.Future[None]:
         """To be awaited: done when it rings."""
@@ -40,6 +47,9 @@ class Bell:
         return self._waiter
 
     def ring(self) -> None:
+        if self.listener is not None:
+            self.listener()
+            return
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -56,9 +66,16 @@ class Stream:
         bell: Of the coroutine that reads this stream, and perhaps others.
     """
 
+    __slots__ = (
+        "_accepted", "_bell", "_client", "_error", "_item", "_number", "_over", "facts", "texts",
+    )  # fmt: skip
+
     def __init__(self, client: EngineClient, number: int, bell: Bell) -> None:
         self.facts: dict[str, Any] = {}
         """Of the prompt, behind :meth:`accepted`."""
+        self.texts: Callable[[str, int], bool] | None = None
+        """Takes a text that comes alone, and how many tokens it is, if it can just now; no item has
+        it then. It raises nothing."""
         self._client = client
         self._number = number
         self._bell = bell
@@ -79,7 +96,7 @@ class Stream:
         return self._accepted
 
     def take(self) -> list[Any] | None:
-        """What is new, an item of :class:`wire.Deltas`; None: nothing.
+        """What is new, a long item of :class:`wire.Deltas`; None: nothing.
 
         Raises:
             EngineRefusal: The request has failed.
@@ -103,8 +120,18 @@ class Stream:
         self._accepted = True
         self._bell.ring()
 
+    def put_text(self, text: str, tokens: int | list[int]) -> None:
+        """The short item of :class:`wire.Deltas`."""
+        alone = type(tokens) is int
+        count = tokens if alone else len(tokens)  # type: ignore[arg-type]
+        if self.texts is None or not self.texts(text, count):  # type: ignore[arg-type]
+            more = None
+            if not alone:
+                more = {"ids": [], "sizes": tokens, "logprobs": None, "suspect_from": None}
+            self.put([self._number, [[0, text, count, None, None, more]], None, None])
+
     def put(self, item: list[Any]) -> None:
-        """An item of :class:`wire.Deltas`. What was not taken yet becomes one item with it."""
+        """The long item of :class:`wire.Deltas`; what was not taken yet becomes one with it."""
         if item[2] is not None:
             self._over = True
         self._item = item if self._item is None else _merged(self._item, item)
@@ -216,7 +243,11 @@ class EngineClient(asyncio.Protocol):
                 streams = self._streams
                 for item in message.items:
                     stream = streams.get(item[0])
-                    if stream is not None:
+                    if stream is None:
+                        continue
+                    if len(item) == 3:
+                        stream.put_text(item[1], item[2])
+                    else:
                         stream.put(item)
             else:
                 self._other(message)

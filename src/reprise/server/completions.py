@@ -101,8 +101,6 @@ class Completion(Reply):
         self._template = Template(self._head, self._usage_at_end)
         self._unfinished = len(prompts)
         self._echoed: set[int] = set()
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        """By place: what stands around the text of a chunk that has a text and nothing else."""
 
     def accepted(self, facts: list[dict[str, Any]]) -> None:
         """The engine has the prompts, and said what was wanted of them."""
@@ -165,6 +163,12 @@ class Completion(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
+    def around(self, number: int) -> tuple[bytes, bytes] | None:
+        place = number * self._n
+        if self.usage_each or self._only_prompt or (self._echo and place not in self._echoed):
+            return None
+        return self._template.around(place, b'"text":', _TEXT_ALONE)
+
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         template = self._template
         chunks: list[bytes] = []
@@ -172,13 +176,6 @@ class Completion(Reply):
             self._unfinished -= end is not None
             for output in outputs:
                 place = number * self._n + output[0]
-                if output[5] is None and output[3] is None and place in self._around:
-                    # Nearly all of them: only a text.
-                    self.usage.completion += output[2]
-                    if output[1]:
-                        before, behind = self._around[place]
-                        chunks.append(b"%b%b%b" % (before, orjson.dumps(output[1]), behind))
-                    continue
                 self._count([output], None)
                 if self._echo and place not in self._echoed:
                     self._echoed.add(place)
@@ -186,8 +183,6 @@ class Completion(Reply):
                 if self._only_prompt:
                     output = [output[0], "", 0, "length", None, None]
                 chunks += self._chunks(template, place, output)
-                if not self.usage_each and not self._only_prompt and place not in self._around:
-                    self._around[place] = template.around(place, b'"text":', _TEXT_ALONE)
             if end is not None:
                 self._count([], end)
         if not self._unfinished:

@@ -54,7 +54,6 @@ class Gate:
         name = _request_id(headers.get(b"x-request-id"))
         state = scope.setdefault("state", {})
         state["request_id"] = name
-        state["send"] = send
         status = 0
         size = 0
 

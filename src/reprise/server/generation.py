@@ -38,6 +38,15 @@ class Reply(ABC):
             EngineRefusal: A request was aborted.
         """
 
+    def around(self, number: int) -> tuple[bytes, bytes] | None:
+        """What stands around the text of a chunk, JSON on either side, where all texts that come
+        alone are such a chunk each from now on. None: they are not, as yet.
+
+        Args:
+            number: Of the request.
+        """
+        return None
+
     def begin(self) -> bytes:
         """What a stream has before its first news."""
         return b""

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol with an end to waiting for a request's head."""
+"""uvicorn's HTTP protocol with an end to waiting for a request's head, and what it can do that
+ASGI has no word for."""
 
 from __future__ import annotations
 
@@ -6,11 +7,82 @@ import asyncio
 import logging
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from reprise.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
+
+CONNECTION = "connection"
+"""Of ``scope["state"]``: the :class:`Connection` of the request."""
+
+
+class Outbox:
+    """Pieces of all connections' replies that go out with the loop's next turn.
+
+    All of a step are made first and written then: what the system does for a write drives the
+    interpreter out of the processor's caches, and it would have to come back for each piece.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[asyncio.Transport, bytes]] = []
+
+    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+        """To be written, before what any callback writes that is scheduled after this."""
+        if not self._pieces:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._pieces.append((transport, data))
+
+    def _write(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        for transport, data in pieces:
+            if not transport.is_closing():  # else its client is gone, or about to be dropped
+                transport.write(data)
+
+
+class Connection:
+    """The client's, while one request is answered.
+
+    Args:
+        cycle: uvicorn's, of the request.
+        outbox: Of the process.
+    """
+
+    __slots__ = ("_cycle", "_flow", "_outbox", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
+        self._cycle = cycle
+        self._outbox = outbox
+        self._transport = cycle.transport
+        self._flow = cycle.flow
+
+    @property
+    def full(self) -> bool:
+        """What was sent waits for the client to read: :meth:`send` would wait too."""
+        return self._flow.write_paused
+
+    async def send(self, body: bytes, more: bool = True) -> None:
+        """Send a piece of the reply's body, once there is room.
+
+        Args:
+            body: Behind what was sent.
+            more: It is not the last one.
+        """
+        await self._cycle.send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def send_soon(self, body: bytes) -> None:
+        """As :meth:`send`, without waiting. The reply has no length, so that it is sent in chunks.
+
+        Args:
+            body: Not empty; more will follow.
+        """
+        self._outbox.put(self._transport, b"%x\r\n%b\r\n" % (len(body), body))
+
+    async def abort(self) -> None:
+        """Drop the connection with all that waits in it: a client that reads nothing would hold
+        it."""
+        self._transport.abort()
+        await asyncio.sleep(0)
 
 
 class Protocol(HttpToolsProtocol):
@@ -23,6 +95,7 @@ class Protocol(HttpToolsProtocol):
     head_seconds: float
     """From the connection, or from the first byte of a later request, to the end of its head."""
     most_head_bytes: int
+    outbox: Outbox
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -53,8 +126,11 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._arrived()
-        if not self.transport.is_closing():
-            super().on_headers_complete()
+        if self.transport.is_closing():
+            return
+        super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:  # it is no upgrade
+            self.scope["state"][CONNECTION] = Connection(self.cycle, self.outbox)
 
     def _wait(self) -> None:
         self._waiting = self.loop.call_later(self.head_seconds, self._late)
@@ -92,5 +168,5 @@ class Protocol(HttpToolsProtocol):
 
 def protocol(head_seconds: float, most_head_bytes: int) -> type[Protocol]:
     """The class for uvicorn, which makes its objects itself."""
-    limits = {"head_seconds": head_seconds, "most_head_bytes": most_head_bytes}
-    return type("Protocol", (Protocol,), limits)
+    own = {"head_seconds": head_seconds, "most_head_bytes": most_head_bytes, "outbox": Outbox()}
+    return type("Protocol", (Protocol,), own)

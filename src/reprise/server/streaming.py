@@ -14,6 +14,8 @@ from reprise.server.caller import Caller
 from reprise.server.client import EngineRefusal
 from reprise.server.errors import GONE_CLIENT, ApiError, of_refusal
 from reprise.server.generation import Reply
+from reprise.server.protocol import CONNECTION, Connection
+from reprise.server.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +24,6 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
-
-
-async def break_off(scope: Scope) -> None:
-    """Drop a connection with all that waits in it: a client that reads nothing would hold it."""
-    scope["state"]["gone"] = True
-    # ASGI has no word for it: uvicorn's own object does.
-    transport = getattr(getattr(scope["state"]["send"], "__self__", None), "transport", None)
-    if transport is not None:
-        transport.abort()
-        await asyncio.sleep(0)
 
 
 class Template:
@@ -92,10 +84,13 @@ class EventStream(Response):
         self._max_model_len = max_model_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # In a task of its own, with the server's own way to send: each time it goes on, all calls
-        # that lead to a coroutine are gone through, and an application has a dozen of them.
+        state = scope["state"]
+        connection: Connection = state[CONNECTION]
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        pumping = asyncio.create_task(self._pump(scope["state"]))
+        # In a task of its own, which sends past all applications that this one is in: each time it
+        # goes on, all calls that lead to a coroutine are gone through.
+        pump = _Pump(self._caller, self._reply, self._max_model_len, connection)
+        pumping = asyncio.create_task(pump.run())
         self._caller.task = pumping
         try:
             await pumping
@@ -103,44 +98,148 @@ class EventStream(Response):
             pumping.cancel()
             if not self._caller.stalled:
                 raise
-            await break_off(scope)
+            state["gone"] = True
+            await connection.abort()
         finally:
+            state["size"] = pump.size
+            if pump.gone:
+                state["gone"] = True
             self._caller.close()
             self._reply.left()
 
-    async def _pump(self, state: dict[str, Any]) -> None:
-        caller, reply, send = self._caller, self._reply, state["send"]
-        loop = asyncio.get_running_loop()
-        size = 0
+
+class _Texts:
+    """Sends the texts of one request that come alone, which is nearly all of them.
+
+    Args:
+        pump: Sends what else comes.
+        around: Of :meth:`Reply.around`.
+        usage: Of the reply.
+    """
+
+    __slots__ = ("_before", "_behind", "_pump", "_usage")
+
+    def __init__(self, pump: _Pump, around: tuple[bytes, bytes], usage: Usage) -> None:
+        self._pump = pump
+        self._before, self._behind = around
+        self._usage = usage
+
+    def __call__(self, text: str, count: int) -> bool:
+        """As of :attr:`Stream.texts`."""
+        pump = self._pump
+        if not pump.flowing or pump.connection.full:
+            return False
+        self._usage.completion += count
+        if text:
+            data = b"%b%b%b" % (self._before, orjson.dumps(text), self._behind)
+            pump.size += len(data)
+            pump.connection.send_soon(data)
+        return True
+
+
+class _Pump:
+    """Sends what comes.
+
+    Between two pieces nothing is awaited but the end: news is written by whoever brings it, as long
+    as the client reads. A task that is woken for each piece costs as much again as the piece.
+
+    Args:
+        caller: Whose news it is.
+        reply: Makes pieces of it.
+        max_model_len: For messages of errors.
+        connection: Of the client, which has the reply's head.
+    """
+
+    __slots__ = (
+        "_caller", "_left", "_max_model_len", "_reply", "connection", "flowing", "gone", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self, caller: Caller, reply: Reply, max_model_len: int | None, connection: Connection
+    ) -> None:
+        self._caller = caller
+        self._reply = reply
+        self._max_model_len = max_model_len
+        self.connection = connection
+        self._left: asyncio.Future[bytes]
+        """What :meth:`_write` does not send."""
+        self.flowing = False
+        """All that came before was sent, or waits in the outbox."""
+        self.size = 0
+        """Bytes that were sent."""
+        self.gone = False
+        """The client is."""
+
+    async def run(self) -> None:
+        """Until the reply is complete."""
+        reply = self._reply
         await reply.announce()
-        if begin := reply.begin():
-            size += len(begin)
-            await send({"type": "http.response.body", "body": begin, "more_body": True})
+        await self._send(reply.begin())
         while not reply.complete:
-            try:
-                news = caller.take()
-                data = reply.chunks(news) if news else b""
-            except EngineRefusal as refusal:
-                if refusal.kind == GONE_CLIENT:
-                    state["gone"] = True
-                    return
-                data = self._last(of_refusal(refusal, self._max_model_len))
-            except Exception:
-                logger.exception("a stream failed")
-                data = self._last(ApiError(500, "internal error; the server's log says more"))
+            data = self._next() or await self._flow()
+            if self.gone:
+                return
             if reply.complete:
                 await reply.settle()
-            if data:
-                size += len(data)
-                caller.sending_since = loop.time()
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                caller.sending_since = None
-            elif not news:
-                await caller.bell.next()
-        state["size"] = size
-        await send({"type": "http.response.body", "body": b""})
+            await self._send(data)
+        await self.connection.send(b"", more=False)
 
-    def _last(self, error: ApiError) -> bytes:
-        """The status is out: an error is an event."""
-        self._reply.complete = True
-        return self._reply.failed(error)
+    async def _send(self, data: bytes) -> None:
+        if data:
+            self.size += len(data)
+            self._caller.sending_since = asyncio.get_running_loop().time()
+            await self.connection.send(data)
+            self._caller.sending_since = None
+
+    async def _flow(self) -> bytes:
+        """Send all pieces but those that have to wait for something, which it returns."""
+        if self._reply.complete:
+            return b""
+        self._left = asyncio.get_running_loop().create_future()
+        self._caller.bell.listener = self._write
+        self.flowing = True
+        try:
+            return await self._left
+        finally:
+            self._caller.bell.listener, self.flowing = None, False
+
+    def _write(self) -> None:
+        """There is news."""
+        if self._left.done():
+            return  # cancelled, or it has something to send; the task has not been told yet
+        try:
+            waits = self.connection.full
+            data = b"" if waits else self._next()
+            if data and not self._reply.complete:
+                self.size += len(data)
+                self.connection.send_soon(data)
+                return
+        except Exception as error:
+            self.flowing = False
+            self._left.set_exception(error)
+            return
+        if waits or self._reply.complete:
+            self.flowing = False
+            self._left.set_result(data)
+
+    def _next(self) -> bytes:
+        """Of the reply; empty: nothing, as yet."""
+        try:
+            news = self._caller.take()
+            if not news:
+                return b""
+            data = self._reply.chunks(news)
+            for number, _ in news:
+                stream = self._caller.streams[number]
+                around = self._reply.around(number) if stream.texts is None else None
+                if around is not None:
+                    stream.texts = _Texts(self, around, self._reply.usage)
+            return data
+        except EngineRefusal as refusal:
+            self.gone = refusal.kind == GONE_CLIENT
+            error = of_refusal(refusal, self._max_model_len)
+        except Exception:
+            logger.exception("a stream failed")
+            error = ApiError(500, "internal error; the server's log says more")
+        self._reply.complete = True  # the status is out: an error is an event
+        return b"" if self.gone else self._reply.failed(error)

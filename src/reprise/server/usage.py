@@ -8,6 +8,8 @@ from typing import Any
 class Usage:
     """Counts of one reply, over its prompts and choices."""
 
+    __slots__ = ("cached", "completion", "prompt", "reasoning")
+
     def __init__(self) -> None:
         self.prompt = 0
         self.completion = 0

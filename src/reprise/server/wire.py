@@ -40,7 +40,7 @@ __all__ = [
     "frame",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 _CLASSES: tuple[type[Any], ...] = (
     Generate, Leave, Call, Hello, Accepted, Refused, Reply, Deltas,

@@ -42,6 +42,9 @@ class WireReader:
         self._sizes = "sizes" in self._wants
         self._skip_special = request.params.get("skip_special_tokens") is not False
         self._final_only = request.params.get("output_kind") == "FINAL_ONLY"
+        several = request.params.get("n") not in (None, 1)
+        self._short = not (several or self._final_only or self._ids)
+        """Texts that come alone are short items."""
         self._texts = texts
         self._last_put: float | None = None
 
@@ -64,6 +67,14 @@ class WireReader:
         return not self._final_only and not self.channel.blocked
 
     def put(self, delta: RequestOutput) -> None:
+        if self._short and not delta.finished and delta.prompt_logprobs is None and delta.outputs:
+            (only,) = delta.outputs
+            if only.logprobs is None and only.suspect_from is None:
+                ids = only.token_ids
+                told = self._sizes_of(ids) if self._sizes else len(ids)
+                self.channel.items.append([self.number, only.text, told])
+                self._count_gap()
+                return
         end = _end(delta) if delta.finished else None
         if delta.finished:
             self.channel.readers.pop(self.number, None)
@@ -74,10 +85,13 @@ class WireReader:
         if outputs or end is not None or prompt is not None:
             self.channel.items.append([self.number, outputs, end, prompt])
         if outputs and not self._final_only:
-            now = time.perf_counter()
-            if self._last_put is not None:
-                self._emissions.gaps.add(now - self._last_put)
-            self._last_put = now
+            self._count_gap()
+
+    def _count_gap(self) -> None:
+        now = time.perf_counter()
+        if self._last_put is not None:
+            self._emissions.gaps.add(now - self._last_put)
+        self._last_put = now
 
     def fail(self, error: Exception) -> None:
         self.channel.readers.pop(self.number, None)

@@ -65,10 +65,12 @@ class _Request:
         text = "".join(self.pieces) if self.whole else self.pieces[self.done - 1]
         count = len(self.pieces) if self.whole else 1
         finish = "stop" if ends else None
+        given = self.pieces if self.whole else [text]
+        sizes = [len(each.encode()) for each in given]
+        if self.n == 1 and not ends:
+            return [self.number, text, sizes if self.wants_sizes else 1]
         more = None
         if self.wants_sizes:
-            given = self.pieces if self.whole else [text]
-            sizes = [len(each.encode()) for each in given]
             more = {"ids": [], "sizes": sizes, "logprobs": None, "suspect_from": None}
         outputs = [[index, text, count, finish, None, more] for index in range(self.n)]
         end = {"cached": 0, "queue": 0.0, "first_token": 0.0} if ends else None
@@ -158,7 +160,7 @@ class StubEngine:
             item = request.item()
             if item is not None:
                 items.setdefault(connection, []).append(item)
-                if item[2] is not None:
+                if request.done == len(request.pieces):
                     del self._requests[connection, number]
         for connection, found in items.items():
             connection.sendall(wire.frame(wire.Deltas(found)))

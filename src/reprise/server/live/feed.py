@@ -16,8 +16,9 @@ from reprise.server.client import Bell, EngineRefusal
 from reprise.server.errors import ApiError
 from reprise.server.live.view import State, View
 from reprise.server.live.window import Window
+from reprise.server.protocol import CONNECTION
 from reprise.server.state import ServerState
-from reprise.server.streaming import STREAM_HEADERS, break_off
+from reprise.server.streaming import STREAM_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class LiveStream(Response):
             reader.task.cancel()
             if not reader.stalled:
                 raise
-            await break_off(scope)
+            scope["state"]["gone"] = True
+            await scope["state"][CONNECTION].abort()
         finally:
             watch.cancel()
             self._feed.leave(reader)
