@@ -41,28 +41,32 @@ def delta_rule(
     last = (accepted.long() - 1).clamp(min=0)
     now = then[torch.arange(requests, device=query.device), last]
     now = torch.where(fresh.view(-1, 1, 1, 1), 0.0, now)
-    kept = torch.zeros_like(then)
     place = torch.arange(len(query), device=query.device, dtype=query_start_loc.dtype)
     request = torch.searchsorted(query_start_loc[1:].contiguous(), place, right=True)
     request = request.clamp(max=requests - 1)
     live = place < query_start_loc[-1]
-    keys = F.normalize(key.float(), dim=-1)
+    keys, values = F.normalize(key.float(), dim=-1), value.float()
+    asked = query.float().view(len(query), heads, -1, size)
+    scaled = 0.6 * keys.unsqueeze(3)
+    behind = state.new_empty(len(query), heads, size, size)  # each token
+    answer = torch.empty_like(asked)
     for token in range(len(query)):
         which = request[token : token + 1]
         old = now.index_select(0, which)[0]
-        k = keys[token]
-        error = value[token].float() - (k.unsqueeze(1) @ old).squeeze(1)
-        new = 0.95 * old + 0.6 * k.unsqueeze(2) * error.unsqueeze(1)
-        new = torch.where(live[token], new, old)
-        now.index_copy_(0, which, new[None])
-        offset = torch.where(known[which] == 0, token - query_start_loc[which], 0).long()
-        offset = offset.clamp(max=state.shape[1] - 1)
-        counts = live[token] & ((token_slots[token] != 0) | (known[which] != 0))
-        here = kept[which, offset]
-        kept.index_put_((which, offset), torch.where(counts, new[None], here))
-        asked = query[token].float().view(heads, -1, size)
-        answer = (asked @ new).reshape(query.shape[1:])
-        out[token] = torch.where(live[token], answer, 0.0).to(out.dtype)
+        error = values[token] - (keys[token].unsqueeze(1) @ old).squeeze(1)
+        new = 0.95 * old + scaled[token] * error.unsqueeze(1)
+        torch.where(live[token], new, old, out=behind[token])
+        now.index_copy_(0, which, behind[token : token + 1])
+        torch.matmul(asked[token], behind[token], out=answer[token])
+    out.copy_(torch.where(live.view(-1, 1, 1), answer.view_as(query), 0.0))
+    offset = torch.where(known[request] == 0, place - query_start_loc[request], 0).long()
+    offset = offset.clamp(max=state.shape[1] - 1) + request * state.shape[1]
+    counts = live & ((token_slots != 0) | (known[request] != 0))
+    # Of several that go to one place the last one counts.
+    newest = torch.full_like(state[places, :, 0, 0, 0], -1, dtype=torch.long).view(-1)
+    newest.scatter_reduce_(0, offset, torch.where(counts, place.long(), -1), "amax")
+    kept = behind[newest.clamp(min=0)].view_as(then)
+    kept = torch.where((newest == -1).view(requests, -1, 1, 1, 1), 0.0, kept)
     state.index_copy_(0, places, torch.where((seq_lens == 0).view(-1, 1, 1, 1, 1), then, kept))
 
 
