@@ -397,6 +397,29 @@ def test_a_gradient_that_would_be_missing_is_refused(which_way) -> None:
     assert wants.grad.tolist() == [1.0] * 3
 
 
+def by_row(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    return x * weight + slots
+
+
+def test_a_vector_that_a_kernel_would_misread_is_refused(undeclared, monkeypatch) -> None:
+    """It gets an address alone. Whoever calls an op outside of an engine has any memory."""
+    op = registry.op(
+        "by_row", by_row, cases=ONE, fake=lambda x, weight, slots: x, strided=("slots",)
+    )
+    op.implementation("kernel", by_row, requires=registry.needs_triton)
+    wide = torch.arange(6.0).view(3, 2)
+    gaps, table = wide[:, 0], OpTable(WantsTriton(), {"by_row": "kernel"})
+    monkeypatch.setattr(tables, "_defaults", {"cpu": table})
+    with pytest.raises(OpError, match=r"by_row.*kernel.*weight.*is 2: give weight.contiguous"):
+        op(wide[0, :1], gaps, gaps)
+    for call in (op, torch.ops.reprise.by_row):
+        assert call(gaps[:1], gaps.contiguous(), gaps).tolist() == [0.0, 2.0, 4.0]
+    with pytest.raises(OpError, match="weight"):
+        op(x=gaps[:1], slots=gaps, weight=gaps)
+    monkeypatch.setattr(tables, "_defaults", {"cpu": OpTable(CpuPlatform())})
+    assert op(gaps[:1], gaps, gaps).tolist() == [0.0, 2.0, 4.0]  # torch reads it as it lies
+
+
 def test_a_table_is_active_in_its_own_thread(which_way) -> None:
     seen = []
     with OpTable(CpuPlatform(), {"which_way": "other"}).activate():

@@ -54,6 +54,8 @@ class Op:
     too."""
     requests: tuple[str, ...] = ()
     """Arguments whose first dimension counts requests, which have rows by ``query_start_loc``."""
+    strided: tuple[str, ...] = ()
+    """Vectors whose numbers need not adjoin."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
     overload: Any = None
     kernel: Any = None

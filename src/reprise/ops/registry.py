@@ -46,6 +46,7 @@ def op(
     collective: bool = False,
     rows: tuple[str, ...] = (),
     requests: tuple[str, ...] = (),
+    strided: tuple[str, ...] = (),
     error: float | None = None,
     fake: Callable[..., Any] | None = None,
     graph_support: GraphSupportOn | None = None,
@@ -68,6 +69,7 @@ def op(
         rows: Names of arguments whose first dimension counts tokens, as that of the result does.
         requests: Names of arguments whose first dimension counts requests; ``query_start_loc``
             says which tokens are theirs.
+        strided: Names of vectors whose numbers need not adjoin; kernels take others' to.
         error: Of the reference implementation, see :class:`Implementation`.
         fake: Output shapes and dtypes without data; needed unless the op returns nothing.
         graph_support: Of the reference implementation; ``never`` by default for a break op.
@@ -81,8 +83,11 @@ def op(
         raise OpError(f"op {name!r}: extent={extent!r} is no argument of it")
     if not set(state) <= set(mutates):
         raise OpError(f"op {name!r}: state={state!r} must be among mutates={mutates!r}")
-    if not {*rows, *requests} <= set(signature.parameters):
-        raise OpError(f"op {name!r}: rows={rows!r} and requests={requests!r} must be arguments")
+    if not {*rows, *requests, *strided} <= set(signature.parameters):
+        raise OpError(
+            f"op {name!r}: rows={rows!r}, requests={requests!r} and strided={strided!r} must be "
+            "arguments"
+        )
     if fake is None and returns is not None:
         raise OpError(f"op {name!r} returns a value and declares no fake implementation")
     if break_op and returns is not None:
@@ -90,7 +95,7 @@ def op(
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     found = Op(
         name, schema, mutates, break_op, cases, extent, state, collective, rows, requests,
-        fake=fake or nothing,
+        strided, fake=fake or nothing,
     )  # fmt: skip
     found.implementation(
         "reference",
@@ -101,7 +106,10 @@ def op(
     )
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        table = active.get() or table_of((*args, *kwargs.values()))
+        table = active.get()
+        if table is None:
+            table = table_of((*args, *kwargs.values()))
+            table.refuse_gaps(found, args, kwargs)
         if torch.is_grad_enabled():
             table.refuse_gradients(found, args, kwargs)
         function, instead = table.functions[name], interceptor.get()

@@ -99,6 +99,23 @@ class OpTable:
                 f"one: call it within torch.no_grad(), or with --op {op.name}=reference"
             )
 
+    def refuse_gaps(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse vectors whose numbers do not adjoin, which a kernel that gets an address alone
+        would read as if they did. Within an engine nobody asks: its vectors are memory of its own.
+
+        Raises:
+            OpError: There is one.
+        """
+        for name, each in op.named(args, kwargs).items():
+            gaps = isinstance(each, torch.Tensor) and each.dim() == 1 and not each.is_contiguous()
+            if gaps and name not in op.strided:
+                found = self.implementation_of(op, args, kwargs)
+                if found.compiles:
+                    raise OpError(
+                        f"op {op.name!r}: {found.name} reads the numbers of {name} as adjoining, "
+                        f"and its stride is {each.stride(0)}: give {name}.contiguous()"
+                    )
+
     def activate(self) -> contextlib.AbstractContextManager[None]:
         """Route op calls of this thread to this table within the ``with`` block."""
         return _Active(self, inference=False)

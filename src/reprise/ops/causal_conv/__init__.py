@@ -11,6 +11,7 @@ causal_conv = op(
     state=("state",),
     rows=("x", "out", "places"),
     requests=("slots", "seq_lens", "fresh", "accepted", "known"),
+    strided=("slots",),
     batch_invariant=on_the_host,
 )
 causal_conv.implementation(

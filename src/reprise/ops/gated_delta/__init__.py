@@ -22,6 +22,7 @@ gated_delta = op(
     graph_support="never",
     rows=("qkv", "a", "b", "out", "places"),
     requests=("slots", "seq_lens", "fresh", "accepted", "known"),
+    strided=("slots",),
 )
 gated_delta.implementation(
     "triton",
