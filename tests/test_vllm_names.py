@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reprise import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, SamplingParams, vllm_names
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, RepriseError, RequestError
+from reprise.neutral import Group
 from reprise.vllm_names import ENGINE, METHODS, REQUEST, SAMPLING
 
 README = Path(__file__).parent.parent / "README.md"
@@ -120,7 +121,7 @@ TABLES = [
 
 @pytest.mark.parametrize(("group", "name", "error"), TABLES, ids=[each[1] for each in TABLES])
 def test_each_name_is_accepted_at_its_neutral_values_and_refused_at_others(
-    llm: LLM, group: vllm_names.Group, name: str, error: type[RepriseError]
+    llm: LLM, group: Group, name: str, error: type[RepriseError]
 ) -> None:
     def give(value: Any) -> None:
         if group in ENGINE:

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 from reprise.arguments import is_finite, is_whole, plain, takes_names
 from reprise.errors import ConfigError
+from reprise.neutral import drop_neutral
 from reprise.speculation import Speculation, parse_speculation, room_for
-from reprise.vllm_names import ENGINE, drop_neutral
+from reprise.vllm_names import ENGINE
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

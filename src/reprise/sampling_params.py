@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
+from reprise.neutral import drop_neutral
 from reprise.structured_outputs import StructuredOutputsParams
-from reprise.vllm_names import SAMPLING, drop_neutral
+from reprise.vllm_names import SAMPLING
 
 MAX_COMPLETIONS = 16384
 """Of one prompt, as in vLLM: they are created between two steps, while other requests wait."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from reprise.arguments import is_whole, plain, plain_list, shown, takes_names
 from reprise.errors import RequestError
-from reprise.vllm_names import STRUCTURED, drop_neutral
+from reprise.neutral import drop_neutral
+from reprise.vllm_names import STRUCTURED
 
 MAX_SOURCE = 1 << 18
 """Characters of a schema, an expression or a grammar."""

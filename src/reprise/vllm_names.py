@@ -1,32 +1,18 @@
 """Names that vLLM documents and that Reprise has no use for, or another word.
 
 Wrappers pass all of vLLM's options, most of them at the value that means "off". Each name is
-accepted at such a value and refused at any other, with the reason; None always means "off". The
+accepted at such a value and refused at any other, with the reason (:mod:`reprise.neutral`). The
 README's table is made from this one: ``python -m reprise.vllm_names``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from reprise.arguments import plain, shown, unknown_names
 from reprise.errors import RequestError
-
-ANY_FLAG = (True, False)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Names that one reason is about."""
-
-    instead: str
-    """What to say at other values."""
-    neutral: Mapping[str, tuple[Any, ...]]
-    """Name to the values, besides None, at which it asks for nothing."""
-
+from reprise.neutral import ANY_FLAG, Group, drop_neutral
 
 ENGINE = [
     Group(
@@ -384,40 +370,6 @@ METHODS = {
 """Attributes of vLLM's ``LLM`` that there are not, and what to say."""
 
 
-def drop_neutral(
-    given: Mapping[str, Any],
-    groups: Collection[Group],
-    known: Collection[str],
-    what: str,
-    error: type[Exception],
-    also: Collection[str] = (),
-) -> dict[str, Any]:
-    """The arguments without those that ask for nothing.
-
-    Args:
-        given: Keyword arguments.
-        groups: vLLM's names that may be among them.
-        known: Names that mean something here.
-        what: What an argument is called in errors.
-        error: What to raise.
-        also: Names that mean something too and that errors do not recommend.
-    """
-    left: dict[str, Any] = {}
-    unknown = []
-    for name, value in given.items():
-        if name in known or name in also:
-            left[name] = value
-            continue
-        group = next((each for each in groups if name in each.neutral), None)
-        if group is None:
-            unknown.append(name)
-        elif not is_neutral(value, group.neutral[name]):
-            raise error(f"{name}={shown(value)}: {group.instead}")
-    if unknown:
-        raise error(unknown_names(what, sorted(unknown), known))
-    return left
-
-
 def refuse_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None:
     """Check what a method of an engine was called with beside its own arguments.
 
@@ -426,17 +378,6 @@ def refuse_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None
     """
     known = [name for name in inspect.signature(method).parameters if name != "others"]
     drop_neutral(others, REQUEST, known, f"argument of {method.__name__}():", RequestError)
-
-
-def is_neutral(value: Any, neutral: Collection[Any]) -> bool:
-    """Whether the value is None or one of the neutral ones; 1 is not True."""
-    value = plain(value)
-    if value is None:
-        return True
-    if isinstance(value, list) and value and all(each is None for each in value):
-        return True  # one for each prompt
-    flag = isinstance(value, bool)
-    return any(isinstance(each, bool) == flag and bool(each == value) for each in neutral)
 
 
 def markdown() -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from reprise.errors import LoadError, RequestError
 from reprise.loading.files import read_object
 from reprise.loading.hf_config import check_token_ids
+from reprise.neutral import is_neutral
 from reprise.sampling_params import SamplingParams
-from reprise.vllm_names import is_neutral
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from reprise.arguments import shown
 from reprise.errors import RequestError
+from reprise.neutral import is_neutral
 from reprise.sampling_params import SamplingParams
 from reprise.server.errors import ApiError, invalid
 from reprise.server.structured import structured_outputs
-from reprise.vllm_names import is_neutral
 
 _PROMPT: dict[str, Any] = {
     "anyOf": [

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reprise.arguments import shown
+from reprise.neutral import is_neutral
 from reprise.server.body import invalid_fields
 from reprise.server.errors import ApiError
 from reprise.server.fields import CONSTRAINTS, MEANINGLESS, ChatRequest
 from reprise.server.responses.items import messages_of
-from reprise.vllm_names import is_neutral
 
 _INPUT: dict[str, Any] = {
     "anyOf": [
