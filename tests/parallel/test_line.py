@@ -16,6 +16,7 @@ import pytest
 from reprise.distributed import Group, Host, require_same
 from reprise.distributed.line import FollowersLine, LeadersLine
 from reprise.errors import ConfigError, RanksError, RepriseError
+from reprise.parallel.followers import Looks
 from reprise.processes.sealed import Listener, Seal, Sealed, connect, new_secret
 from reprise.processes.wire import framed
 
@@ -228,6 +229,8 @@ def test_a_rank_that_does_not_answer_is_named(lines: Lines) -> None:
     lines.leader.timeout = 0.1
     with pytest.raises(RanksError, match="rank 1 did not answer within"):
         lines.leader.all(True)
+    lost = Looks(3, SECONDS).look(lines.leader, {1: None, 2: None})
+    assert lost == (1, "rank 1 did not answer within 0 s; the group ends")
 
 
 def test_followers_end_with_the_leader(lines: Lines) -> None:

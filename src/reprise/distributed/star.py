@@ -149,8 +149,11 @@ class Hub:
         return found
 
     def _give_up(self, error: RanksError) -> None:
-        """Nobody is waited for any more."""
-        self.fail(error)
+        """Nobody is waited for any more: who did not answer is who failed."""
+        if error.rank is None:
+            self.fail(error)
+        else:
+            self._others[error.rank].failure = error
 
     def fell_out(self, reason: str) -> None:
         """See :class:`reprise.distributed.Agreement`."""
