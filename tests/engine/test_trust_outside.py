@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from helpers import TinyModel, TinyModels, make_llm
+from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, Oracle, lend_counts, make_oracle, planted, serve, wrong_tokens
 from torch import Tensor
 
 from reprise.ops.registry import Op, OpTable
+from reprise.platforms.device_graph import capturing
 from reprise.testing.faults.planted import (
     PlantedFault,
     last_slots,
@@ -245,6 +246,37 @@ class ReadsSampler(OnlyCanary, WrongWhere):
         return self.victim.any()
 
 
+class LeftByAnother(OnlyCanary):
+    """Eager execution clears it, and what is compared behind eager execution is right."""
+
+    name = "left_by_another"
+    summary = "scratch is as a graph of mixed steps has left it"
+
+    def __init__(self, table: OpTable, op: Op) -> None:
+        super().__init__(table, op)
+        self.scratch = torch.zeros((), device=table.platform.device)
+
+    def run(self, named: dict[str, Any]) -> Any:
+        if not capturing():
+            self.scratch.zero_()
+        return super().run(named)
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        if len(named["out"]) == len(named["seq_lens"]):
+            named["out"].mul_(1 + self.scratch)
+        else:
+            self.scratch.copy_(self.active)
+        return result
+
+
+class Always(OnlyCanary, WrongWhere):
+    name = "always"
+    summary = "every row is wrong"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        return self.active
+
+
 OUTSIDE: dict[str, type[Outside]] = {
     each.name: each
     for each in (
@@ -307,3 +339,33 @@ def test_probes_and_first_steps_of_a_kind_catch_those_that_depend_on_the_step(
         llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify=verify)
     assert wrong_tokens(serve(llm), oracle()) == 0
     assert llm.graph_report().quarantined or never_seen(found[0])
+
+
+def test_a_canary_sees_what_replays_are_that_nobody_compares(
+    model: TinyModel, device: str, monkeypatch: Any
+) -> None:
+    with planted(monkeypatch, LeftByAnother, "paged_attention"):
+        llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="canary:2")
+    plain = make_llm(model, device, **OPTIONS)
+    prompts = [random_ids(300 + number, 9) for number in range(12)]
+    for prompt in prompts:
+        generate(llm, [prompt], greedy(3))
+    report = llm.graph_report()
+    assert any(each.phase == "decode" and each.quarantined for each in report.graphs)
+    assert generate(llm, prompts[:1], greedy(3)) == generate(plain, prompts[:1], greedy(3))
+
+
+def test_graphs_are_compared_once_weights_were_replaced(
+    model: TinyModel, device: str, monkeypatch: Any
+) -> None:
+    """As where eager execution makes something of each new weight, and a graph has it of the old
+    ones."""
+    with planted(monkeypatch, Always, "paged_attention", active=False) as found:
+        llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="startup")
+    prompt = random_ids(300, 9)
+    expected = generate(llm, [prompt], greedy(5))
+    found[0].active.fill_(True)
+    norm = llm.engine.runner.model.get_parameter("model.norm.weight")
+    llm.update_weights({"model.norm.weight": norm.clone()})
+    assert generate(llm, [prompt], greedy(5)) == expected
+    assert {each.phase for each in llm.graph_report().quarantined} == {"decode", "mixed"}

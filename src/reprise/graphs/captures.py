@@ -101,10 +101,21 @@ class Captures:
             self.weights_changed()
 
     def weights_changed(self) -> None:
-        """The weights were refilled on purpose: they are right as they are now."""
+        """The weights were refilled on purpose: they are right as they are now.
+
+        What a graph has made of the old ones, such as a copy in another layout, is not. Those that
+        stand for a family are compared at their next use, and their siblings if one is wrong.
+        """
         if self.plan.captures and (self._verify.startup or self._verify.canary):
             with self._computation.ops.computing():
                 self._guard.learn_weights()
+            self._policy.hurry(
+                [
+                    each
+                    for each in self._graphs.values()
+                    if each.graph is not None and self._ledger.is_anchor(each.key)
+                ]
+            )
 
     def leave_out_useless(self) -> None:
         """Find mixed steps that no graph makes faster, before any is captured or predicted. The

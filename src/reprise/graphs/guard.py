@@ -27,6 +27,8 @@ from reprise.graphs.seal import sum_of
 PARTS = 16
 """A background canary checks the memory that its step has nothing to do with in so many parts, one
 after the other."""
+SUMMED: frozenset[Owner] = frozenset({"cache", "weight"})
+"""Whose memory is too large to be copied: that it was changed shows, and cannot be put back."""
 
 
 @dataclass(frozen=True)

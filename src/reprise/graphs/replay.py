@@ -99,6 +99,10 @@ class Replays:
     ) -> Ran | None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets.
 
+        A canary is to see what replays are that nobody compares, and some would be right behind
+        eager execution alone. So a step that the graph is trusted with is replayed first, unless
+        every step is compared: then none is right by chance, and eager execution goes before all.
+
         Args:
             bucket: Whose graph.
             shape: The step, without padding.
@@ -123,10 +127,12 @@ class Replays:
         if computation.follow is not None:
             # What it draws is compared, too; that compiled code is right, start-up has shown.
             model, bound = self._capturer.model(executor), bounds.inexact
+        # Several ranks could not tell alike which of them have to compute the step again.
+        cold = not (meets or self._policy.checks_everything) and self._agreement.size == 1
         try:
             verdict = examine(
                 computation, self._guard, bucket.graph, bucket.shape, shape, model,
-                self.scope(bucket), bound=bound, keep=True,
+                self.scope(bucket), bound=bound, keep=True, cold=cold,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             if self._agreement.size > 1:

@@ -22,7 +22,7 @@ from reprise.graphs.compare import (
     poison_memory,
 )
 from reprise.graphs.contract import Computation
-from reprise.graphs.guard import Change, Guard, Scope
+from reprise.graphs.guard import SUMMED, Change, Guard, Scope
 from reprise.graphs.seal import Seal
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.step_memory import StepMemory, Values
@@ -55,8 +55,8 @@ class Verdict:
     ran: bool = True
     """There was a replay."""
     lost: bool = False
-    """The replay has changed what the comparison keeps for itself: there is nothing to compare
-    with, to go on from or to put back."""
+    """The replay has changed what the comparison keeps for itself, or what eager execution was to
+    read behind it: there is nothing to compare with and to go on from."""
     times: Times | None = None
     """None: not measured."""
 
@@ -68,7 +68,7 @@ class Verdict:
     def told(self) -> str:
         """In words; the first of each kind, and how many more."""
         parts = [] if self.error is None else [self.error]
-        if self.lost:
+        if self.lost and not self.changes:
             parts.append("it changed copies and eager results that it was compared with")
         if self.differences:
             parts.append(str(self.differences[0]) + _more(self.differences))
@@ -101,7 +101,8 @@ def examine(
 
     A graph may live on what eager execution of the same step has left behind, in memory that nobody
     lists, such as the plan of a kernel whose work is shared out beforehand, or scratch that is
-    cleared there alone. So one comparison of each graph has to be ``cold``.
+    cleared there alone. So one comparison of each graph has to be ``cold``, and so has whatever
+    asks how replays are that nobody compares: scratch may be as another graph has left it.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
@@ -116,13 +117,14 @@ def examine(
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
         timed_on: The device; None: the runs need not be timed.
-        cold: The replay comes first, where eager execution last computed another step, and is
-            compared behind another replay. Not where what is drawn is compared within a bound,
-            which follows eager execution.
+        cold: The replay comes first, behind whatever was computed before. If nothing is kept, that
+            was another step, and what is compared is a second replay. If the eager results are
+            kept and the replay has changed caches or weights that they would be computed from,
+            the verdict is ``lost``. Not where what is drawn is compared within a bound, which
+            follows eager execution.
     """
-    assert not (cold and keep), "what leaves was computed on clean state"
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, model, pool, bound, timed_on, sealed=True, cold=cold)
+    both.run(graph, model, pool, bound, timed_on, sealed=True, cold=cold, keep=keep)
     verdict = both.verdict
     if verdict.lost:
         return verdict
@@ -224,12 +226,14 @@ class _Both:
         *,
         sealed: bool = False,
         cold: bool = False,
+        keep: bool = False,
     ) -> None:
         """Compute both ways; afterwards the state is as before. Timed if there is a platform.
 
         Args:
             sealed: What is kept is looked at behind the replay, which waits for the device.
             cold: See :func:`examine`.
+            keep: Likewise.
         """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:
@@ -240,7 +244,7 @@ class _Both:
         self.outputs = self.replayed = step.outputs
         try:
             if cold and follow is None:
-                self._replay(graph, pool, kept, at_first, sealed=sealed, twice=True)
+                self._replay(graph, pool, kept, at_first, sealed=sealed, twice=not keep)
                 if verdict.lost:
                     return
                 flags = self._guard.flags(self.before)
@@ -248,7 +252,11 @@ class _Both:
                     self._changes = self._guard.changes(self.before)
                 # What eager execution reads has to be what it was.
                 self._guard.put_back(self.before)
-                if verdict.error is None:
+                if keep and any(each.owner in SUMMED for each in self._changes or ()):
+                    verdict.changes += self._changes or ()
+                    verdict.lost = True
+                    return
+                if verdict.error is None or keep:
                     self.replayed = copies(step.outputs)
                     self._forward(model, at_first)
                     self.got = {**at_first, **self.got}  # some ops have met memory of theirs

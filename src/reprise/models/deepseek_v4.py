@@ -336,11 +336,6 @@ def _table(config: Config, build: Build, name: str) -> Tensor:
 
 def _refuse_others(config: Config, build: Build) -> None:
     """What is of this family and not computed here."""
-    if config.model_type != "deepseek_v4":  # such as deepseek_v41
-        raise ModelError(
-            f"model_type={config.model_type!r} is another architecture than 'deepseek_v4', which "
-            "is not supported"
-        )
     require_sizes(config)
     require(
         config, hidden_act="silu", attention_bias=False, mlp_bias=False, num_key_value_heads=1,

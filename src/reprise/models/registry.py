@@ -79,12 +79,15 @@ def build(config: Config, build: Build) -> CausalLM:
         The model with unset weights, for contexts of up to ``build.max_model_len`` tokens.
 
     Raises:
-        ModelError: No architecture or no method of quantisation is known, or the config asks for
-            something that the file of its architecture does not compute.
+        ModelError: No architecture or no method of quantisation is known, ``model_type`` is that of
+            another architecture, or the config asks for something that the file of its
+            architecture does not compute.
     """
-    builder = _first_known(config.architectures or ())
+    names = config.architectures or ()
+    builder = _first_known(names)
     if builder is None:
-        raise _not_supported(config.architectures or ())
+        raise _not_supported(names)
+    _require_kind(names, config.model_type)
     return builder(config, _formatted(config, build))
 
 
@@ -112,6 +115,19 @@ def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens | Ne
         )
     head: NextTokens | NextStreams = found(config, _formatted(config, build), target)
     return head
+
+
+def _require_kind(names: Sequence[str], kind: str) -> None:
+    """``architectures`` says what is computed, ``model_type`` which fields there are and what they
+    are where the file has none: transformers goes by the one, vLLM by the other."""
+    name = next((each for each in names if _first_known([each]) is not None), None)
+    own = _BUILT_IN.get(name or "", "").rpartition(".")[2]
+    if own and kind not in (own, f"{own}_text"):
+        raise ModelError(
+            f"architectures={list(names)!r} and model_type={kind!r} contradict each other: "
+            f"{name} is of model_type {own!r}; correct config.json, or give hf_overrides with the "
+            "one that is wrong"
+        )
 
 
 def _formatted(config: Config, build: Build) -> Build:
