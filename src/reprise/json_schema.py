@@ -11,7 +11,7 @@ from typing import Any
 
 from reprise.arguments import shown
 from reprise.errors import RequestError
-from reprise.patterns import check_pattern
+from reprise.patterns import check_text_pattern
 
 MAX_DEPTH = 64
 """Of schemas in schemas: the compiler recurses."""
@@ -217,7 +217,7 @@ class _Check:
         if "pattern" in names:
             if not isinstance(schema["pattern"], str):
                 raise self.refuse(path, f"pattern={shown(schema['pattern'])} is no text")
-            check_pattern(schema["pattern"], f"{self._where} at {path}: pattern")
+            check_text_pattern(schema["pattern"], f"{self._where} at {path}: pattern")
         if "format" in names and schema["format"] not in FORMATS:
             raise self.refuse(
                 path, f"format={shown(schema['format'])} is not supported",
@@ -256,7 +256,7 @@ class _Check:
                 )
         patterns = schema.get("patternProperties", {})
         for each in patterns:
-            check_pattern(each, f"{self._where} at {path}: patternProperties")
+            check_text_pattern(each, f"{self._where} at {path}: patternProperties")
         special = sorted(names & {"patternProperties", "propertyNames"})
         beside = sorted(names & {"properties", "minProperties", "maxProperties"})
         if special and (beside or len(special) > 1 or len(patterns) > 1):

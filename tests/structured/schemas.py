@@ -137,6 +137,10 @@ IGNORED: dict[str, Any] = {
     },
     "two patterns": {"type": "object", "patternProperties": {"^a": {}, "^b": {}}},
     "looking ahead": {"type": "string", "pattern": "^(?=a)b$"},
+    "pattern of a quote": {"type": "string", "pattern": '^"$'},
+    "pattern of a tab": {"type": "object", "patternProperties": {"^[\\t\\n]a": {}}},
+    "pattern of much": {"type": "string", "pattern": '^[^"]{0,129}$'},
+    "pattern of many": {"type": "object", "propertyNames": {"pattern": "^(a.){1,}b{200,}$"}},
     "items of a draft": {"type": "array", "items": [{"type": "integer"}]},
 }  # fmt: skip
 """By what they have that would not be followed."""

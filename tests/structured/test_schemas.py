@@ -65,6 +65,35 @@ def test_what_a_grammar_accepts_is_valid(llm: LLM) -> None:
         assert bool(accepted) or not valid or "format" in schema or "pattern" in schema, schema
 
 
+WITH_LENGTHS: list[Any] = [
+    {"type": "string", "minLength": 1},
+    {"type": "string", "maxLength": 200},
+    {"const": '[^\\"\\\\\\r\\n]'},
+    {"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]{1,200}$'},
+]
+
+
+@pytest.mark.parametrize("schema", WITH_LENGTHS, ids=["least", "most", "const", "pattern"])
+def test_texts_of_bounded_length_are_json(llm: LLM, schema: Any) -> None:
+    """No control character is bare in JSON, a tab neither."""
+    import xgrammar
+
+    content = {"type": "json_schema", "json_schema": {"type": "array", "items": schema}}
+    tag = {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}
+    keyed = {"type": "object", "propertyNames": {"type": "string", "maxLength": 3}}
+    text = json.dumps(schema.get("const", "aü"), ensure_ascii=False)
+    for wanted, around, right in (
+        ({"json": schema}, "%s", text),
+        ({"json": keyed}, "{%s: 1}", '"aü"'),
+        ({"structural_tag": {"type": "structural_tag", "format": tag}}, "<a>[%s]</a>", text),
+    ):
+        compiled = llm.engine.compiler.compile(StructuredOutputsParams(**wanted))
+        bare = [f'"a{chr(code)}"' for code in range(32)]
+        for each in (*bare, right):
+            matcher = xgrammar.GrammarMatcher(compiled.grammar)
+            assert matcher.accept_string(around % each) is (each == right), each
+
+
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_would_be_ignored_is_refused_by_name(llm: LLM, name: str) -> None:
     keyword = name.split()[0]

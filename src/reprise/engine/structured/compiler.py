@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -30,6 +31,8 @@ MAX_BYTES = 256 << 20
 """Of the grammars that are kept."""
 _BOUNDED = ("json", "json_object", "structural_tag")
 """Kinds of text in which white space stands between parts."""
+_COUNTED = re.compile(r'(?m)^(\w+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$')
+"""xgrammar's rule of a character of a text whose length is bounded."""
 
 _Key = tuple[str, str, bool]
 
@@ -151,14 +154,14 @@ class GrammarCompiler:
         free = not wanted.disable_any_whitespace
         source = wanted.source
         makers: Mapping[str, Callable[[], Any]] = {
-            "json": lambda: compiler.compile_json_schema(source, any_whitespace=free),
+            "json": lambda: compiler.compile_grammar(_of_schema(source, any_whitespace=free)),
             "json_object": lambda: compiler.compile_json_schema(
                 '{"type": "object"}', any_whitespace=free
             ),
             "regex": lambda: compiler.compile_regex(source),
             "choice": lambda: compiler.compile_grammar(_one_of(wanted.choice or [])),
             "grammar": lambda: compiler.compile_grammar(source),
-            "structural_tag": lambda: compiler.compile_structural_tag(json.loads(source)),
+            "structural_tag": lambda: compiler.compile_grammar(_of_tag(json.loads(source))),
         }
         compiled = makers[wanted.kind]()
         self._try(compiled, wanted)
@@ -257,6 +260,25 @@ def _message(error: Exception) -> str:
 def _one_of(texts: list[str]) -> str:
     """EBNF whose root is one of the texts."""
     return "root ::= " + " | ".join(json.dumps(each, ensure_ascii=False) for each in texts)
+
+
+def _of_schema(source: str, *, any_whitespace: bool) -> Any:
+    import xgrammar
+
+    return _whole_json(xgrammar.Grammar.from_json_schema(source, any_whitespace=any_whitespace))
+
+
+def _of_tag(tag: Any) -> Any:
+    import xgrammar
+
+    return _whole_json(xgrammar.Grammar.from_structural_tag(tag))
+
+
+def _whole_json(grammar: Any) -> Any:
+    """A grammar whose texts of bounded length have no bare control character: xgrammar allows all
+    of them but the ends of lines, and what comes is no JSON."""
+    text, count = _COUNTED.subn(r"\1(([^\\0-\\x1f\"\\\\]))", str(grammar))
+    return text if count else grammar
 
 
 def _check_tag(tag: Any, depth: int) -> None:
