@@ -8,6 +8,7 @@ import threading
 import pytest
 from forks import MARKS, is_true_in_a_fork
 
+from reprise import garbage
 from reprise.garbage import uncollected
 
 
@@ -76,6 +77,22 @@ def test_what_somebody_has_frozen_stays_so() -> None:
 
     assert not is_frozen()
     assert is_true_in_a_fork(stays)
+
+
+def test_what_somebody_has_frozen_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To count a million objects takes as long as to look through them."""
+    counted: list[int] = []
+
+    def count() -> int:
+        counted.append(1_000_000)
+        return counted[-1]
+
+    monkeypatch.setattr(garbage, "_others_freeze", False)
+    monkeypatch.setattr(gc, "get_freeze_count", count)
+    for _ in range(3):
+        with uncollected():
+            pass
+    assert len(counted) == 1
 
 
 @needs_fork

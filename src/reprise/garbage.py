@@ -12,6 +12,8 @@ _lock = threading.Lock()
 _blocks = 0
 """That keep the collector away, in any thread."""
 _was_enabled = False
+_others_freeze = False
+"""Somebody else has been seen to."""
 
 
 class _Thread(threading.local):
@@ -62,7 +64,9 @@ def uncollected() -> Iterator[None]:
 def _take_for_old() -> None:
     """All objects are of the oldest generation, without being looked through: else the next ones to
     be made bring the collector to go through all of these. Not where somebody has frozen objects,
-    which would thaw."""
-    if gc.get_freeze_count() == 0:
+    which would thaw: to count those is to go through them, so that is done once."""
+    global _others_freeze
+    _others_freeze = _others_freeze or gc.get_freeze_count() > 0
+    if not _others_freeze:
         gc.freeze()
         gc.unfreeze()
