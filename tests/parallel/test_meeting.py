@@ -182,7 +182,14 @@ def test_who_does_not_answer_is_who_failed(
         for rank in range(SIZE) if rank != silent
     ]  # fmt: skip
 
+    all_ask = threading.Barrier(len(engines))
+    for each in meetings:
+        each._wake_others = all_ask.wait
+
     def meet(number: int, engine: Lockstep) -> str:
+        if remote and engine.rank == 0:
+            while not meetings[0].is_asked:  # else it might wait for the other one in vain, too
+                time.sleep(1e-3)
         with pytest.raises(RanksError) as caught:
             engine.meet(Wish.STEP)
         return str(caught.value)

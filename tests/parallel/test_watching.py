@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -55,10 +56,15 @@ def test_what_ranks_say_is_believed_in_the_end(boards: list[Board]) -> None:
 
 
 def test_who_does_not_answer_is_lost_and_not_who_says_so(boards: list[Board]) -> None:
+    all_ask = Barrier(SIZE - 1)
+
+    def asked() -> None:
+        all_ask.wait()
+
     def ask(board: Board) -> None:
         board.timeout = 0.05
         with pytest.raises(RanksError) as caught:
-            board.all(True)
+            board.largest_of([0.0], asked)
         board.fail(caught.value)  # as the process of each does
 
     with ThreadPoolExecutor(SIZE) as pool:
