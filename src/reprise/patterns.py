@@ -17,7 +17,7 @@ _PLAIN = "".join({*map(chr, range(32, 127))} - {*_ESCAPED}) + "ü中😀"
 _ATOM = re.compile(
     r"""(?sx)
     (?P<atom> \\u\{[^}]*\} | \\u[0-9a-fA-F]{4} | \\x[0-9a-fA-F]{2} | \\c. | \\.
-            | \[\^?\]?(?:\\.|[^\]\\])*\] | [^()|*+?^${\[\\] )
+            | \[(?:\\.|[^\]\\])*\] | [^()|*+?^${\[\\] )
     | \{\d+(?:,\d*)?\} | .
     """
 )
@@ -57,10 +57,8 @@ def check_pattern(pattern: str, where: str) -> None:
             in_class = rest[0] != "]"
         elif rest[0] == "[":
             in_class = True
-            # A bracket that closes at once is one of the characters.
-            place += 1 + (rest[1:2] == "^")
-            place += pattern[place : place + 1] == "]"
-            continue
+            if re.match(r"\[\^?\]", rest):
+                raise refuse("a bracket that closes a class at once is read in two ways: write \\]")
         elif rest.startswith(("(?=", "(?!", "(?<=", "(?<!")):
             raise refuse("looking ahead or behind is not supported")
         elif rest[0] == "^" and place and pattern[place - 1] not in "(|":

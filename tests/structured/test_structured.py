@@ -246,6 +246,7 @@ def test_what_the_first_grammar_has_to_wait_for_is_not_its_own_time(
         ({"regex": "(a"}, "parenthesis is not closed"),
         ({"regex": "(?!a)b"}, "looking ahead"),
         ({"regex": r"(a)\1"}, "backreference"),
+        ({"regex": "[^]a]"}, "two ways"),
         ({"regex": r"\bword\b"}, r"\\b"),
         ({"regex": "a^b"}, r"\^ is supported where"),
         ({"regex": "a$b"}, r"\$ is supported where"),
