@@ -109,11 +109,20 @@ def test_leaving_a_stream_aborts_its_request(tiny: TinyModels, device: str) -> N
 
 
 def test_abort_ends_the_stream(tiny: TinyModels, device: str) -> None:
+    """Whatever else is given for an id ends nobody's."""
+
     async def scenario(llm: AsyncLLM) -> str | None:
         take_time(llm)
         stream = llm.generate(random_ids(1, 5), greedy(240), request_id="mine")
         assert len((await anext(stream)).outputs[0].token_ids) < 240
-        await llm.abort("mine")
+        for wrong in [["mine"]], [5], 5, None:
+            with pytest.raises(RequestError, match="request_id="):
+                await llm.abort(wrong)
+            if wrong is not None:
+                with pytest.raises(RequestError, match="request_id="):
+                    await last(llm.generate([1], request_id=wrong))
+        assert len((await anext(stream)).outputs[0].token_ids) < 240
+        await llm.abort(["nobody's", "mine"])
         output = await last(stream)
         await idle(llm)
         return output.outputs[0].finish_reason

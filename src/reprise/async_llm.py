@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
@@ -85,7 +85,7 @@ class AsyncLLM:
         Args:
             prompt: As one of :meth:`reprise.LLM.generate`.
             sampling_params: None: as the checkpoint recommends.
-            request_id: None: a new one.
+            request_id: Of no other that runs; None: a new one.
             priority: Lower is more urgent.
             **others: vLLM's other arguments, which must ask for nothing.
 
@@ -140,7 +140,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
     ) -> AsyncIterator[RequestOutput]:
-        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        name = f"async-{next(self._ids)}" if request_id is None else _name(request_id)
         stream = _Stream(asyncio.get_running_loop())
         accepted = self._driver.submit(name, prompt, sampling_params, priority, stream)
         try:
@@ -157,9 +157,18 @@ class AsyncLLM:
         finally:
             self._driver.leave(name, stream)
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream delivers a last output with finish reason ``abort``."""
-        await asyncio.wrap_future(self._driver.abort(request_id))
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End a request, or several; their streams deliver a last output with finish reason
+        ``abort``. One that does not run is no error.
+
+        Raises:
+            RequestError: It is no id and no list of them.
+        """
+        found = [request_id] if isinstance(request_id, str) else request_id
+        if not isinstance(found, Iterable):
+            raise RequestError(f"request_id={request_id!r}: give a string, or a list of them")
+        names = [_name(each) for each in found]
+        await asyncio.gather(*(asyncio.wrap_future(self._driver.abort(each)) for each in names))
 
     async def stats(self) -> EngineStats:
         """The engine's metrics at this moment."""
@@ -263,3 +272,9 @@ def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
         loop.call_soon_threadsafe(wake)
     except RuntimeError:
         logger.debug("the event loop of a stream was closed; its output is dropped")
+
+
+def _name(request_id: Any) -> str:
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id={request_id!r}: give a string")
+    return request_id
