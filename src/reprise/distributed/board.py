@@ -334,7 +334,9 @@ def failed(rank: int, cause: Any) -> Exception:
     from reprise.errors import RepriseError
 
     if isinstance(cause, RanksError) and cause.rank == rank:
-        return RanksError(str(cause))  # what others say of it, by its name
+        found = RanksError(str(cause))  # what others say of it, by its name
+        found.rank = rank
+        return found
     if isinstance(cause, RepriseError):
         try:
             return type(cause)(f"rank {rank}: {cause}")

@@ -43,8 +43,8 @@ class Meeting(Protocol):
             RepriseError: An engine has failed or did not answer in time.
         """
 
-    def fail(self, error: BaseException | str) -> None:
-        """This engine has failed: who waits for it need not."""
+    def fail(self, error: BaseException | str, seen: int | None = None) -> None:
+        """This engine has failed, or another one that was seen to: who waits for it need not."""
 
     def end(self) -> None:
         """This engine leaves."""
@@ -118,8 +118,8 @@ class SharedMeeting:
     def largest_of(self, values: Sequence[float]) -> list[float]:
         return self._board.largest_of(values, self._wake_others)
 
-    def fail(self, error: BaseException | str) -> None:
-        self._board.fail(error)
+    def fail(self, error: BaseException | str, seen: int | None = None) -> None:
+        self._board.fail(error, seen)
 
     def end(self) -> None:
         self._board.end()

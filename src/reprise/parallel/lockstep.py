@@ -128,8 +128,15 @@ class Lockstep:
         try:
             found = self._engines.largest_of([float(each) for each in values])
         except Exception as error:
-            self.lose(error, engine=error.rank if isinstance(error, RanksError) else None)
-            raise
+            silent = error.rank if isinstance(error, RanksError) else None
+            if silent is None:
+                self.lose(error)
+                raise
+            seconds = self._engines.timeout
+            told = RanksError(f"engine {silent} did not answer within {seconds:.0f} s")
+            told.rank = silent
+            self.lose(told, engine=silent)
+            raise told from error
         self.waited_seconds += time.perf_counter() - began
         self.meetings += 1
         agreed, stay, mixed, length, least, tokens, requests = found
@@ -170,7 +177,7 @@ class Lockstep:
         if first is None and not self._engines.ended:
             self.everyone.fail(error)
             first = self.everyone.first_failure
-        self._engines.fail(error)  # who waits for this engine need not
+        self._engines.fail(error, engine)  # who waits for this engine need not
         ours = first is not None and first // self.seat.ranks == self.rank
         told = f"{type(error).__name__}: {error}" if ours else str(error)
         self._lost = RanksError(f"engine {self.rank} of {self.size} has lost the others: {told}")
