@@ -9,10 +9,13 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PLAIN = frozenset({type(None), bool, int, float, str, list, dict})
 
 
 def plain(value: Any) -> Any:
     """Numbers and arrays of numpy and torch as Python's numbers and lists; others as they are."""
+    if type(value) in _PLAIN:
+        return value
     convert = None if isinstance(value, type | memoryview) else getattr(value, "tolist", None)
     return convert() if callable(convert) else value
 

@@ -6,6 +6,7 @@ business of :class:`reprise.SamplingParams`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -226,8 +227,10 @@ def refuse_what_is_not_here(request: Generation) -> None:
         ApiError: A field asks for something that this server does not have.
     """
     extra = request.model_extra or {}
-    for name, (neutral, remedy) in REFUSED.items():
-        value = extra.get(name)
+    for name, value in extra.items():
+        if name not in REFUSED:
+            continue
+        neutral, remedy = REFUSED[name]
         if not is_neutral(value, neutral):
             raise ApiError(400, f"{name}={shown(value)}: {remedy}", param=name)
     best_of = extra.get("best_of")
@@ -256,6 +259,12 @@ def unknown_names(request: BaseModel) -> list[str]:
     return found
 
 
+@functools.cache
+def _sampling_names(kind: type[BaseModel]) -> frozenset[str]:
+    """Fields that mean there what they mean in :class:`reprise.SamplingParams`."""
+    return _NAMES & kind.model_fields.keys()
+
+
 def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Fields of :class:`reprise.SamplingParams` by name, checked.
 
@@ -269,7 +278,7 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
     """
     given = {
         name: value
-        for name in _NAMES & type(request).model_fields.keys()
+        for name in _sampling_names(type(request))
         if (value := getattr(request, name)) is not None
     }
     wanted = structured_outputs(request)

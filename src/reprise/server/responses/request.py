@@ -102,9 +102,12 @@ def check(request: ResponsesRequest) -> list[str]:
         ApiError: A field asks for something that this server does not have.
     """
     extra = request.model_extra or {}
-    for name, (neutral, remedy) in REFUSED.items():
-        if not is_neutral(extra.get(name), neutral):
-            raise _invalid(name, extra[name], remedy)
+    for name, value in extra.items():
+        if name not in REFUSED:
+            continue
+        neutral, remedy = REFUSED[name]
+        if not is_neutral(value, neutral):
+            raise _invalid(name, value, remedy)
     for each in request.include or ():
         if each not in _INCLUDED:
             raise _invalid("include", each, f"this server knows {', '.join(sorted(_INCLUDED))}")
