@@ -10,6 +10,7 @@ from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_id
 from planted import OPTIONS, Oracle, lend_counts, make_oracle, planted, serve, wrong_tokens
 from torch import Tensor
 
+from reprise.graphs import guard
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms.device_graph import capturing
 from reprise.testing.faults.planted import (
@@ -277,6 +278,37 @@ class Always(OnlyCanary, WrongWhere):
         return self.active
 
 
+class ChangesWeight(OnlyCanary):
+    op_name = "rotary_cache"
+    behind = False
+    """It is changed once it has been read."""
+
+    def run(self, named: dict[str, Any]) -> Any:
+        if capturing() and not self.behind:
+            return self.proceed(self.change(named))
+        return super().run(named)
+
+    def harm(self, named: dict[str, Any], result: Any) -> Any:
+        self.change(named)
+        return result
+
+    def change(self, named: dict[str, Any]) -> dict[str, Any]:
+        weight = named["query_norm"]
+        weight.mul_(torch.where(self.active, -64.0, 1.0).to(weight.dtype))
+        return named
+
+
+class ChangesWeightEarly(ChangesWeight):
+    name = "changes_weight_early"
+    summary = "each replay changes a weight, and reads it then"
+
+
+class ChangesWeightLate(ChangesWeight):
+    name = "changes_weight_late"
+    summary = "each replay changes a weight that it has read"
+    behind = True
+
+
 OUTSIDE: dict[str, type[Outside]] = {
     each.name: each
     for each in (
@@ -369,3 +401,30 @@ def test_graphs_are_compared_once_weights_were_replaced(
     llm.update_weights({"model.norm.weight": norm.clone()})
     assert generate(llm, [prompt], greedy(5)) == expected
     assert {each.phase for each in llm.graph_report().quarantined} == {"decode", "mixed"}
+
+
+@pytest.mark.parametrize("fault", [ChangesWeightEarly, ChangesWeightLate])
+def test_what_eager_execution_has_read_behind_a_replay_is_no_result(
+    model: TinyModel, device: str, monkeypatch: Any, fault: type[ChangesWeight]
+) -> None:
+    """Weights of another part than the canary looks at: one that the replay reads as well shows
+    where eager execution comes first, one that it changes later where it comes last."""
+    with planted(monkeypatch, fault, fault.op_name, active=False) as found:
+        llm = make_llm(model, device, **OPTIONS, graph_mode="decode=full,mixed=none")
+    graphs, prompt = llm.engine.runner.graphs, random_ids(300, 9)
+    expected = generate(llm, [prompt], greedy(6))
+    llm.reset_prefix_cache()
+    changed = [n for n, name in enumerate(graphs.guard._weights) if "q_norm" in name]
+    monkeypatch.setattr(guard, "PARTS", 1000)
+    graphs.replays._turn = max(changed)
+    monkeypatch.setattr(graphs.canary, "is_due", lambda bucket: True)
+    found[0].active.fill_(True)
+    got = generate(llm, [prompt], greedy(6))
+    report = llm.graph_report()
+    assert len(report.quarantined) == 1
+    if fault.behind:
+        assert (report.canaries, got) == (1, expected)
+    else:
+        assert report.canaries == 2
+    llm.reset_prefix_cache()
+    assert generate(llm, [prompt], greedy(6)) == expected

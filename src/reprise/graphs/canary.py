@@ -45,6 +45,8 @@ class CanaryPolicy:
         self._seed = seed
         self._clock = clock
         self._left: dict[object, int] = {}
+        self._eager_next: set[object] = set()
+        """Graphs whose last canary was replayed first."""
         self._random: dict[object, random.Random] = {}
         self._spent: deque[tuple[float, float]] = deque()
         self._lost: dict[object, float] = {}
@@ -65,6 +67,15 @@ class CanaryPolicy:
         del self._left[bucket.key]
         return True
 
+    def replays_first(self, bucket: BucketGraph) -> bool:
+        """Count a canary of a trusted kind; whether its replay comes before eager execution: of
+        every other one of a graph, and of the first behind :meth:`hurry`."""
+        if bucket.key in self._eager_next:
+            self._eager_next.remove(bucket.key)
+            return False
+        self._eager_next.add(bucket.key)
+        return True
+
     def every(self, bucket: BucketGraph) -> int | None:
         """One in so many replays of the graph is to be compared, on average; None: none."""
         if self._mode.canary:
@@ -78,6 +89,7 @@ class CanaryPolicy:
         """Compare the next replay of each."""
         for bucket in buckets:
             self._left[bucket.key] = 1
+            self._eager_next.discard(bucket.key)
 
     def may_meet(self, bucket: BucketGraph) -> bool:
         """Whether a canary of an unproven kind can be afforded now, or costs no more than the

@@ -26,8 +26,11 @@ class GraphOwners:
     def __init__(self, runners: Mapping[str, GraphRunner]) -> None:
         self.runners = runners
         self._lazy = [each for each in runners.values() if each.captures.lazy]
+        # A draft's ranks may have nothing to agree on, and be some of several all the same.
+        may_lose_steps = all(each.replays.may_lose_steps for each in runners.values())
         for each in runners.values():
             each.replays.alone = len(runners) == 1
+            each.replays.may_lose_steps = may_lose_steps
 
     def __iter__(self) -> Iterator[tuple[str, GraphRunner]]:
         return iter(self.runners.items())

@@ -64,6 +64,8 @@ class Replays:
         self._buckets = buckets
         self.alone = True
         """Nothing else writes the caches between two steps."""
+        self.may_lose_steps = agreement.size == 1
+        """A step without a result is computed again, which several ranks could not tell alike."""
         self.failures = 0
         """Graphs that comparisons have found wrong."""
         self.damage: Damage | None = None
@@ -100,8 +102,9 @@ class Replays:
         """Compute eagerly, replay, compare; the eager results are what the caller gets.
 
         A canary is to see what replays are that nobody compares, and some would be right behind
-        eager execution alone. So a step that the graph is trusted with is replayed first, unless
-        every step is compared: then none is right by chance, and eager execution goes before all.
+        eager execution alone; others would be as wrong as eager execution that reads what they have
+        changed. So every other step that the graph is trusted with is replayed first, unless every
+        step is compared: then none is right by chance, and eager execution goes before all.
 
         Args:
             bucket: Whose graph.
@@ -127,8 +130,11 @@ class Replays:
         if computation.follow is not None:
             # What it draws is compared, too; that compiled code is right, start-up has shown.
             model, bound = self._capturer.model(executor), bounds.inexact
-        # Several ranks could not tell alike which of them have to compute the step again.
-        cold = not (meets or self._policy.checks_everything) and self._agreement.size == 1
+        cold = (
+            self.may_lose_steps
+            and not (meets or self._policy.checks_everything)
+            and self._policy.replays_first(bucket)
+        )
         try:
             verdict = examine(
                 computation, self._guard, bucket.graph, bucket.shape, shape, model,

@@ -131,6 +131,11 @@ def examine(
     if verdict.error is not None or both.flag.item():
         both.tell(bound)
         guard.put_back(both.before)
+        if keep and both.cold and (wrong := guard.wrong_weights()):
+            # Beyond the scope: eager execution has read them.
+            verdict.changes += [Change(name, "weight") for name in wrong]
+            verdict.lost = True
+            return verdict
     verdict.times = both.times()
     if keep:
         both.keep_eager()
@@ -209,6 +214,8 @@ class _Both:
         self.step = StepMemory(computation, bucket, live)
         self.before = guard.before(scope)
         self.verdict = Verdict()
+        self.cold = False
+        """The replay came first."""
         self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
         self.expected: Values = {}
         self.got: Values = {}
@@ -239,11 +246,12 @@ class _Both:
         if platform is not None:
             self._watches = _Stopwatch(platform), _Stopwatch(platform)
         follow = None if bound is None else computation.follow
+        self.cold = cold and follow is None
         at_first = step.state()
         kept: list[Mapping[str, Tensor]] = [at_first, step.written]
         self.outputs = self.replayed = step.outputs
         try:
-            if cold and follow is None:
+            if self.cold:
                 self._replay(graph, pool, kept, at_first, sealed=sealed, twice=not keep)
                 if verdict.lost:
                     return
