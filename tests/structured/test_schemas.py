@@ -11,6 +11,8 @@ from schemas import FOLLOWED, IGNORED, LEAVES
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.errors import RequestError
 from reprise.json_schema import MAX_DEPTH, check_schema
+from reprise.patterns import check_text_pattern
+from reprise.structured_outputs import MAX_SOURCE
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -81,10 +83,12 @@ def test_texts_of_bounded_length_are_json(llm: LLM, schema: Any) -> None:
     content = {"type": "json_schema", "json_schema": {"type": "array", "items": schema}}
     tag = {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}
     keyed = {"type": "object", "propertyNames": {"type": "string", "maxLength": 3}}
+    named = {"$defs": {"a-b.c": {"type": "string", "maxLength": 9}}, "$ref": "#/$defs/a-b.c"}
     text = json.dumps(schema.get("const", "aü"), ensure_ascii=False)
     for wanted, around, right in (
         ({"json": schema}, "%s", text),
         ({"json": keyed}, "{%s: 1}", '"aü"'),
+        ({"json": named}, "%s", '"aü"'),
         ({"structural_tag": {"type": "structural_tag", "format": tag}}, "<a>[%s]</a>", text),
     ):
         compiled = llm.engine.compiler.compile(StructuredOutputsParams(**wanted))
@@ -92,6 +96,52 @@ def test_texts_of_bounded_length_are_json(llm: LLM, schema: Any) -> None:
         for each in (*bare, right):
             matcher = xgrammar.GrammarMatcher(compiled.grammar)
             assert matcher.accept_string(around % each) is (each == right), each
+
+
+ORDINARY = {
+    '^["“”]a$': "“a",
+    "^[a-z]{1,200}.*$": "aZ",
+    r"^\S+ \d{129,200}$": "é " + 200 * "1",
+    r"^(a.){1,}(\w|[\u{4e00}-\u{9fff}]){0,200}$": "a中b中",
+}
+"""Patterns that may match what is written as an escape, and not where that would come bare."""
+
+
+@pytest.mark.parametrize("pattern", ORDINARY)
+def test_ordinary_patterns_are_followed(llm: LLM, pattern: str) -> None:
+    import xgrammar
+
+    wanted = StructuredOutputsParams(json={"type": "string", "pattern": pattern})
+    compiled = llm.engine.compiler.compile(wanted)
+    text = f'"{ORDINARY[pattern]}'
+    for each in (text + '"', text + "\t", text + '"a', '""' + text[1:]):
+        matcher = xgrammar.GrammarMatcher(compiled.grammar)
+        assert matcher.accept_string(each) is (each == text + '"'), each
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"a\n", r'[\cA-\cB"\b]', r"[^\x20!#-\[\]-\u{10ffff}]", r"(?<n>[^\]]|b){129}"],
+)
+def test_patterns_of_escapes_are_refused(pattern: str) -> None:
+    with pytest.raises(RequestError, match=r"escape|quote"):
+        check_text_pattern(pattern, "pattern")
+
+
+@pytest.mark.parametrize("sign", ["[", "{", "(", r"\u{", "a{1", "a"])
+def test_patterns_are_looked_through_once(sign: str) -> None:
+    """As long as can be, the time of one that begins anew at each sign would be hours."""
+    check_text_pattern(sign * (MAX_SOURCE // 4 // len(sign)), "pattern")
+
+
+def test_expressions_beside_schemas_stay_as_they_are(llm: LLM) -> None:
+    import xgrammar
+
+    tag = {"type": "tag", "begin": "<a>", "content": {"type": "regex", "pattern": r'[^"\\\r\n]'},
+           "end": "</a>"}  # fmt: skip
+    wanted = {"type": "structural_tag", "format": tag}
+    compiled = llm.engine.compiler.compile(StructuredOutputsParams(structural_tag=wanted))
+    assert xgrammar.GrammarMatcher(compiled.grammar).accept_string("<a>\t</a>")
 
 
 @pytest.mark.parametrize("name", IGNORED)

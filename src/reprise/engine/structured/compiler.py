@@ -31,7 +31,7 @@ MAX_BYTES = 256 << 20
 """Of the grammars that are kept."""
 _BOUNDED = ("json", "json_object", "structural_tag")
 """Kinds of text in which white space stands between parts."""
-_COUNTED = re.compile(r'(?m)^(\w+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$')
+_COUNTED = re.compile(r'(?m)^(\S+_characters(?:_\d+)? ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$')
 """xgrammar's rule of a character of a text whose length is bounded."""
 
 _Key = tuple[str, str, bool]
