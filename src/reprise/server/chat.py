@@ -263,8 +263,8 @@ class Chat(Reply):
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         chunks: list[bytes] = []
         for _, (_, outputs, end, _) in news:
-            self._count(outputs, None)
             for output in outputs:
+                self._count([output], None)
                 self._chunks(self._template, output, chunks)
             if end is not None:
                 self._count([], end)

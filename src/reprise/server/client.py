@@ -111,6 +111,7 @@ class Stream:
 
     def leave(self) -> None:
         """Nobody reads any more; the request ends if it has not."""
+        self.texts = None  # it has its reader, and that has this
         self._client.forget(self._number, tell=not self._over)
 
     # ---- the client calls these ------------------------------------------------------------

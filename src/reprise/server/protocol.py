@@ -36,8 +36,13 @@ class Outbox:
     def _write(self) -> None:
         pieces, self._pieces = self._pieces, []
         for transport, data in pieces:
-            if not transport.is_closing():  # else its client is gone, or about to be dropped
+            if transport.is_closing():  # its client is gone, or about to be dropped
+                continue
+            try:
                 transport.write(data)
+            except Exception:  # the others' pieces are to go out
+                logger.exception("a connection that cannot be written to is dropped")
+                transport.abort()
 
 
 class Connection:
@@ -58,8 +63,9 @@ class Connection:
 
     @property
     def full(self) -> bool:
-        """What was sent waits for the client to read: :meth:`send` would wait too."""
-        return self._flow.write_paused
+        """What was sent waits for the client to read: :meth:`send` would wait too. So it may where
+        the client has sent its last byte, which closes the transport behind all that waits."""
+        return self._flow.write_paused or self._transport.is_closing()
 
     async def send(self, body: bytes, more: bool = True) -> None:
         """Send a piece of the reply's body, once there is room.

@@ -223,18 +223,20 @@ class _Pump:
             self._left.set_result(data)
 
     def _next(self) -> bytes:
-        """Of the reply; empty: nothing, as yet."""
+        """Of the reply; empty: there is no news, as yet, or the client is gone."""
         try:
-            news = self._caller.take()
-            if not news:
-                return b""
-            data = self._reply.chunks(news)
-            for number, _ in news:
-                stream = self._caller.streams[number]
-                around = self._reply.around(number) if stream.texts is None else None
-                if around is not None:
-                    stream.texts = _Texts(self, around, self._reply.usage)
-            return data
+            # News may be no piece, as a text that is held back, and an error be behind it already,
+            # of which nobody would tell again.
+            while news := self._caller.take():
+                data = self._reply.chunks(news)
+                for number, _ in news:
+                    stream = self._caller.streams[number]
+                    around = self._reply.around(number) if stream.texts is None else None
+                    if around is not None:
+                        stream.texts = _Texts(self, around, self._reply.usage)
+                if data:
+                    return data
+            return b""
         except EngineRefusal as refusal:
             self.gone = refusal.kind == GONE_CLIENT
             error = of_refusal(refusal, self._max_model_len)

@@ -1,0 +1,87 @@
+"""How pieces of streams go out: connections and an engine that are made up."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from reprise.server import wire
+from reprise.server.caller import Caller, Callers
+from reprise.server.client import EngineClient
+from reprise.server.generation import DONE, Reply
+from reprise.server.protocol import Connection, Outbox
+from reprise.server.streaming import _Pump
+
+
+class Texts(Reply):
+    def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
+        return b"".join(each[1].encode() for _, item in news for each in item[1])
+
+
+class Transport:
+    def __init__(self, closing: bool = False, error: Exception | None = None) -> None:
+        self.closing, self.error = closing, error
+        self.sent = b""
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        self.sent += data
+
+    def abort(self) -> None:
+        self.closing = True
+
+
+def test_an_error_behind_a_text_that_is_held_back_is_told() -> None:
+    """Both came before the stream waited for news, and nobody rings again."""
+
+    async def run() -> bytes:
+        client = EngineClient()
+        client.facts, client._transport = {}, Transport()  # type: ignore[assignment]
+        sent: list[bytes] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message["body"])
+
+        async def receive() -> dict[str, Any]:
+            return await asyncio.Future()
+
+        caller = Caller(client, Callers(), receive)
+        caller.ask([{"name": "a", "prompt": None, "chat": None, "params": {}, "priority": 0,
+                     "wants": []}])  # fmt: skip
+        client.data_received(wire.frame(wire.Deltas([[1, "", 1]])))
+        client.data_received(wire.frame(wire.Refused(1, "RuntimeError", "it failed")))
+        cycle: Any = SimpleNamespace(
+            send=send, transport=Transport(), flow=SimpleNamespace(write_paused=False)
+        )
+        pump = _Pump(caller, Texts(), None, Connection(cycle, Outbox()))
+        await asyncio.wait_for(pump.run(), 60)
+        caller.close()
+        return b"".join(sent)
+
+    told = asyncio.run(run())
+    assert b"error" in told
+    assert told.endswith(DONE)
+
+
+def test_a_connection_that_cannot_be_written_to_costs_the_others_nothing() -> None:
+    async def run() -> None:
+        bad, good, outbox = Transport(error=RuntimeError("closed")), Transport(), Outbox()
+        for each in (bad, good):
+            outbox.put(each, b"x")  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert (bad.closing, good.sent) == (True, b"x")
+
+    asyncio.run(run())
+
+
+def test_where_a_client_has_sent_its_last_byte_a_stream_waits_for_it() -> None:
+    """Behind what it does not read pieces would be made for nobody, and nobody would notice."""
+    flow = SimpleNamespace(write_paused=False)
+    for closing in (False, True):
+        cycle: Any = SimpleNamespace(transport=Transport(closing), flow=flow)
+        assert Connection(cycle, Outbox()).full is closing
