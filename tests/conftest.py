@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import covering
@@ -149,18 +148,6 @@ def default_logging() -> None:
     for name in ("reprise", "py.warnings"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).setLevel("NOTSET")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_collection(pytestconfig: pytest.Config) -> None:
-    """Collecting garbage before each capture takes longer than capturing a tiny model, since large
-    libraries have left half a million objects to look at. A device's graphs are not made for that:
-    what is collected in the midst of a capture could spoil it."""
-    from reprise import platforms
-    from reprise.graphs import capture
-
-    if not platforms.resolve(pytestconfig.getoption("--device")).asynchronous:
-        vars(capture)["gc"] = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
 
 
 @pytest.fixture(scope="session", autouse=True)
