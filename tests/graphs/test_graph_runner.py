@@ -9,6 +9,7 @@ import torch
 from toy import MAX_LEN, Toy
 
 from reprise.errors import GraphError
+from reprise.graphs.owners import GraphOwners
 from reprise.ops import all_ops
 from reprise.shape import StepShape
 
@@ -303,6 +304,63 @@ def test_the_canary_sees_no_ghosts(toy, make_runner, plan):
     assert 10 < report.canaries < 50
     assert report.canary_failures == 0
     assert report.replays == 60
+
+
+@pytest.mark.parametrize(
+    ("verify", "ranks", "first"),
+    [
+        ("canary:2", (1,), {"eager", "replay"}),
+        ("canary:1", (1,), {"eager"}),
+        ("canary:2", (2,), {"eager"}),
+        ("canary:2", (1, 2), {"eager"}),  # a draft's, of an engine of several
+    ],
+)
+def test_what_a_canary_computes_first(toy, make_runner, verify, ranks, first):
+    """A replay that comes first may cost the step its result, which several ranks could not tell
+    alike, and of which none may be where every step is compared."""
+
+    class Ranks:
+        alike = True
+
+        def __init__(self, size):
+            self.size = size
+
+        def largest(self, value):
+            return value
+
+        def all(self, ok):
+            return ok
+
+        def fell_out(self, reason):
+            pass
+
+    runner, *others = (
+        make_runner(toy, verify=verify, decode=(2,), mixed=(), agreement=Ranks(size))
+        for size in ranks
+    )
+    GraphOwners({str(n): each for n, each in enumerate([runner, *others])})
+    runner.captures.capture_all()
+    toy.refills_cache = False  # else blocks change between two steps
+    shape, seen = StepShape.decode(2), []
+    graph = runner.bucket_graphs.holding(shape).graph
+    replay = graph.replay
+
+    def noted():
+        seen.append("replay")
+        replay()
+
+    graph.replay = noted
+    toy.model.register_forward_pre_hook(lambda *_: seen.append("eager"))
+    found = []
+    for seed in range(40):
+        toy.fill(shape, seed)
+        seen.clear()
+        runner.run(shape)
+        if "eager" in seen:
+            found.append(seen[0])
+    assert len(found) > 5
+    assert set(found) == first
+    assert runner.report().canary_failures == 0
 
 
 def test_the_canary_catches_a_graph_that_goes_bad_while_serving(toy, make_runner, caplog):
