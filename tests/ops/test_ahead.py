@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from reprise import ops
-from reprise.ops import OpTable
+from reprise.ops import OpTable, ahead
 from reprise.ops.ahead import compile_ahead, load_compiler, wake_compiler
 
 
@@ -61,6 +66,20 @@ def test_where_nothing_compiles_no_pass_is_run(table) -> None:
     assert compile_ahead(table, [lambda: pytest.fail("it was")]) == 0
 
 
+@pytest.mark.long
+def test_steps_need_no_kernel_that_no_pass_before_the_first_has(device) -> None:
+    if device != "cpu":
+        pytest.skip("no device takes part, so the run without one is enough")
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("kernels_of_steps.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(steps) > 10
+    assert not [each for each in steps if each["new"]]
+
+
 def test_waking_the_compiler_survives_a_kernel_that_does_not_compile(
     table, platform, monkeypatch, caplog
 ) -> None:
@@ -75,30 +94,56 @@ def test_waking_the_compiler_survives_a_kernel_that_does_not_compile(
     assert "no such instruction" in caplog.text
 
 
-def test_break_ops_are_compiled_first(table, randn, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(0, ["break op", "1", "2", "3"]), (1, ["2", "3", "break op", "1"])],
+)
+def test_break_ops_come_first_and_each_rank_begins_elsewhere(
+    table, randn, monkeypatch, rank, expected
+) -> None:
     order: list[str] = []
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 0)  # one thread
     monkeypatch.setattr(ops.rms_norm, "break_op", True)
     table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
     table.functions["rms_norm"] = lambda x, weight, eps: order.append("break op")
-    table.functions["silu_and_mul"] = lambda x: order.append("other")
-
-    def forward(rows: int) -> None:
-        ops.silu_and_mul(randn(rows, 8))
-
-    compile_ahead(
-        table, [lambda: None, lambda: forward(1), lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)]
-    )
-    assert order == ["break op", "other"]
+    table.functions["silu_and_mul"] = lambda x: order.append(str(len(x)))
+    passes = [lambda n=n: ops.silu_and_mul(randn(n, 8)) for n in (1, 2, 3)]
+    passes.insert(2, lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6))
+    assert compile_ahead(table, passes, rank, 2) == 4
+    assert order == expected
 
 
-def test_no_wave_waits_for_the_pass_beside(table, randn) -> None:
-    waves_are_done, found = threading.Event(), []
-    table.functions["rms_norm"] = lambda x, weight, eps: waves_are_done.set()
-    table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
-    table.functions["silu_and_mul"] = lambda x: found.append(waves_are_done.wait(30))
-    forward = partial(ops.rms_norm, randn(1, 8), randn(8), 1e-6)
-    assert compile_ahead(table, [forward], beside=lambda: ops.silu_and_mul(randn(1, 8))) == 2
-    assert found == [True]
+def test_threads_that_come_together_compile_a_kernel_once(monkeypatch) -> None:
+    """And have other kernels, and others of its options, compiled meanwhile."""
+    triton_util = pytest.importorskip("reprise.ops.triton_util")
+    monkeypatch.setattr(triton_util, "INTERPRETED", False)
+    compiled: list[tuple[str, int]] = []
+    both = threading.Barrier(2)
+
+    class Kernel:
+        arg_names = ("x", "N")
+
+        def __init__(self, name: str) -> None:
+            self.name, self.known = name, set()
+
+        def __getitem__(self, grid):
+            def run(x, N):
+                if N not in self.known:
+                    compiled.append((self.name, N))
+                    if (self.name, N) in (("one", 1), ("other", 1)):
+                        both.wait(30)
+                    self.known.add(N)
+                return {(*grid, 1, 1): lambda *args: None}
+
+            return run
+
+    one, other = Kernel("one"), Kernel("other")
+    calls, found = [(one, 1), (other, 1), (one, 1), (one, 2), (one, 1)], []
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for kernel, n in calls:
+            found.append(pool.submit(triton_util.launch(kernel, (1,)), torch.ones(1 + n), N=n))
+    assert all(each.result() for each in found)
+    assert sorted(compiled) == [("one", 1), ("one", 2), ("other", 1)]
 
 
 def test_the_compiler_is_fingerprinted_before_a_kernel_needs_it(platform) -> None:

@@ -23,13 +23,13 @@ from reprise.platforms import Platform
 logger = logging.getLogger(__name__)
 
 
-_Call = tuple[str, Callable[[], Any]]
+_Call = tuple[Op, Callable[[], Any]]
+_MOST_THREADS = 16
+"""More would wait for Python's lock, in which much of a compilation happens."""
 
 
 def compile_ahead(
-    table: OpTable,
-    forwards: Iterable[Callable[[], Any]],
-    beside: Callable[[], Any] = lambda: None,
+    table: OpTable, passes: Iterable[Callable[[], Any]], rank: int = 0, ranks: int = 1
 ) -> int:
     """Call once, in parallel threads, every op that the passes call and that compiles kernels.
 
@@ -39,15 +39,17 @@ def compile_ahead(
 
     Args:
         table: The implementations.
-        forwards: Passes over the shapes to prepare, the most different ones first.
-        beside: A pass that shares no kernel with these.
+        passes: Over the shapes to prepare.
+        rank: Which of ``ranks`` that do the same on one host: each begins elsewhere, and finds in
+            the cache of kernels what others have compiled.
+        ranks: Their number.
 
     Returns:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
     if not any(each.compiles for found in table.candidates.values() for each in found):
         return 0
-    waves: list[list[_Call]] = [[]]
+    calls: list[_Call] = []
     known: set[Any] = set()
 
     def note(
@@ -58,28 +60,21 @@ def compile_ahead(
             return op.fake(*args, **kwargs)
         if table.implementation_of(op, args, kwargs).compiles:
             known.add(key)
-            # Break ops have kernels of their own, the longest of a wave.
-            waves[0 if op.break_op else -1].append((op.name, partial(function, *args, **kwargs)))
+            calls.append((op, partial(function, *args, **kwargs)))
         return op.fake(*args, **kwargs)
 
     with table.computing():
         with intercept(note):
-            beside()
-            alone = waves.pop()
-            for forward in forwards:
-                waves.append([])
-                forward()
-        if not known:
-            return 0
-        with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-            aside = _start(pool, table, alone)
-            # A wave after the other: most of what a later one calls is compiled by then, while
-            # two threads that meet a new kernel at the same time both compile it.
-            for wave in waves:
-                _finish(_start(pool, table, wave))
-            _finish(aside)
-    logger.info("kernels of %d op calls are ready", len(known))
-    return len(known)
+            for each in passes:
+                each()
+        # The kernels of break ops take longest.
+        calls.sort(key=lambda call: not call[0].break_op)
+        begin = len(calls) * rank // ranks
+        with ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1))) as pool:
+            _finish(_start(pool, table, calls[begin:] + calls[:begin]))
+    if calls:
+        logger.info("kernels of %d op calls are ready", len(calls))
+    return len(calls)
 
 
 def called(
@@ -146,7 +141,7 @@ def _start(
         with torch.inference_mode():
             call()
 
-    return [(name, pool.submit(contextvars.copy_context().run, run, call)) for name, call in calls]
+    return [(op.name, pool.submit(contextvars.copy_context().run, run, call)) for op, call in calls]
 
 
 def _finish(running: list[tuple[str, Future[None]]]) -> None:

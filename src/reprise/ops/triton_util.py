@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +215,8 @@ dtype and alignment; numbers must be the same."""
 _launches: dict[tuple[Any, ...], tuple[Any, Sequence[Any]]] = {}
 """By what a compilation may depend on: the compilation, and the kernel's last arguments, which are
 options of the launch."""
+_turns: dict[tuple[Any, ...], threading.Lock] = {}
+"""By kernel and options: of threads that come with the same ones at once, one compiles."""
 _WIDE = 1 << 31
 
 
@@ -249,7 +252,8 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Again]:
             again = _again(*known, grid)
             again(*args)
             return again
-        compiled = kernel[grid](*args, **options)
+        with _turns.setdefault((id(kernel), *options.values()), threading.Lock()):
+            compiled = kernel[grid](*args, **options)
         if len(_launches) >= _MOST_LAUNCHES:
             _launches.clear()
         constants = [options[name] for name in kernel.arg_names[len(args) :]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from reprise import ops
 from reprise.config import EngineConfig
+from reprise.distributed import Group
 from reprise.errors import ModelError, describe
 from reprise.graphs import Guard, parse_verify
 from reprise.graphs.padding import compute_padding
@@ -38,6 +39,7 @@ class Examples:
         buffers: Of its inputs.
         drafter: Of an engine that drafts.
         max_tokens: Most tokens in a step.
+        group: The ranks that share the model.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Examples:
         buffers: StepBuffers,
         drafter: Drafter | None,
         max_tokens: int,
+        group: Group,
     ) -> None:
         self._config = config
         self._ops = table
@@ -59,10 +62,11 @@ class Examples:
         self._buffers = buffers
         self._drafter = drafter
         self._max_tokens = max_tokens
+        self._group = group
 
     def compile_kernels(self) -> None:
         """Have every kernel compiled, side by side."""
-        compile_ahead(self._ops, self._passes(), beside=self._rest)
+        compile_ahead(self._ops, [*self._passes(), self._rest], self._group.rank, self._group.size)
 
     def refuse_what_varies(self) -> None:
         """Raise a ModelError if the model calls what has no batch-invariant implementation."""
@@ -87,12 +91,22 @@ class Examples:
             return result
 
         most = self._config.max_num_seqs
-        mixed = StepShape.mixed(min(self._max_tokens, 64), min(most, 8))
+
+        def mixed(tokens: int) -> StepShape:
+            return StepShape.mixed(min(self._max_tokens, tokens), min(most, 8))
+
+        def decode(sizes: Iterable[int]) -> list[StepShape]:
+            widths = self._config.decode_widths
+            return [StepShape.decode(n, each) for each in widths for n in sizes]
+
         sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
-        decode = [StepShape.decode(n, each) for each in self._config.decode_widths for n in sizes]
+        between = [n for n in (2, 4, 8, 16, 32) if n < most]
         return [
-            lambda: self._model.logits(run(mixed)[:1]),
-            lambda: ops.argmax(run(*decode)),
+            lambda: self._model.logits(run(mixed(64))[:1]),
+            lambda: ops.argmax(run(*decode(sizes))),
+            # What these have of their own is little, and is compiled together.
+            lambda: run(*decode(between), mixed(16)),
+            lambda: run(mixed(256), mixed(1024)),
             *self._draft_passes(min(self._max_tokens, 64), *sizes),
         ]
 

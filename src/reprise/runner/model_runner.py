@@ -176,7 +176,7 @@ class ModelRunner:
             allocate_caches(self.caches, self.cache_layout, platform)
             examples = Examples(
                 config, self.ops, platform, self.model, self.forward_pass, self.buffers,
-                self.drafter, self.max_tokens,
+                self.drafter, self.max_tokens, ranks.group,
             )  # fmt: skip
             if config.batch_invariant:
                 examples.refuse_what_varies()

@@ -86,7 +86,7 @@ def bind(
     block_r = block_of(requests)
     shared = {"EVERY": every, "BLOCK_R": block_r, **launch_options()}
     score = {
-        "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "PARTS": parts, "BLOCK_N": block_n,
+        "HEADS": heads, "SIZE": size, "BLOCK": keys.shape[1], "BLOCK_N": block_n,
         "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
         "CODES": scales is not None, "PAIRS": in_pairs(query, keys),
         "WIDEN": INTERPRETED, "num_warps": 4,
@@ -151,7 +151,6 @@ def index_scores_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -162,7 +161,7 @@ def index_scores_kernel(
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program scores one of PARTS parts of the rows of a token. scores: [T, room]."""
+    """One program scores a part of the rows of a token. scores: [T, room]."""
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
     part = tl.program_id(1)
@@ -189,7 +188,7 @@ def index_scores_kernel(
         other=0.0,
     ).to(tl.float32)
     tables = table_ptr + request.to(tl.int64) * table_stride
-    busy = tl.minimum(tiles, PARTS)
+    busy = tl.minimum(tiles, tl.num_programs(1))
     target = scores_ptr + here.to(tl.int64) * room
     for tile in range(tiles * part // busy, tiles * (part + 1) // busy):
         number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
