@@ -4,12 +4,13 @@ from reprise.engine.chat import ContentFormat, chat_prompt
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.draft_counts import DraftStats
 from reprise.engine.driver import Acceptance, Admit, Driver, Reader
-from reprise.engine.engine import Engine, EngineStats
+from reprise.engine.engine import Engine
 from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import split_prompts
 from reprise.engine.questions import QUESTIONS, together
 from reprise.engine.scheduler import Scheduler
 from reprise.engine.scheduler_counts import SchedulerStats
+from reprise.engine.stats import EngineStats
 from reprise.engine.thread import EngineThread
 
 __all__ = [

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from reprise import compiling, platforms, timeline
@@ -18,7 +18,6 @@ from reprise.engine.blocks_ahead import BLOCKS_AHEAD
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.draft_choice import DraftChoice
-from reprise.engine.draft_counts import DraftStats
 from reprise.engine.frontend import Frontend
 from reprise.engine.groups import Groups
 from reprise.engine.intake import new_group
@@ -27,8 +26,8 @@ from reprise.engine.pipeline import Pipeline
 from reprise.engine.profiling import Profiler
 from reprise.engine.recovery import Recovery
 from reprise.engine.scheduler import Scheduler
-from reprise.engine.scheduler_counts import SchedulerStats
 from reprise.engine.start import Opened, end_of_text, open_model, refuse_several
+from reprise.engine.stats import EngineStats
 from reprise.engine.structured import GrammarCompiler, Grammars
 from reprise.engine.submission import PreparedParams, truncated
 from reprise.engine.weights import Weights
@@ -47,20 +46,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 8.0
 """All that a close waits for others, together: less than a process has that is to end."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Everything there is to know about the engine's state at one moment."""
-
-    scheduler: SchedulerStats
-    num_requests: int
-    """Callers' requests that are not finished."""
-    startup_seconds: float
-    drafts: DraftStats
-    """Of drafted tokens, how many counted."""
-    replicas: tuple[EngineStats, ...] = ()
-    """Of each engine, where there are several; all else is their sum, and the longest start-up."""
 
 
 class Engine(Frontend):

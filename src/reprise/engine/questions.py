@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reprise.engine.draft_counts import DraftStats
-from reprise.engine.engine import Engine, EngineStats
-from reprise.engine.scheduler_counts import SchedulerStats
+from reprise.engine.engine import Engine
+from reprise.engine.stats import stats_of_all
 from reprise.graphs import GraphReport
 from reprise.graphs.report import total as total_of_reports
 from reprise.metrics import Metric
@@ -54,40 +53,12 @@ def _metrics_of_all(found: Sequence[list[Metric]]) -> list[Metric]:
     ]
 
 
-def _stats_of_all(found: Sequence[EngineStats]) -> EngineStats:
-    schedulers = [each.scheduler for each in found]
-    drafts = [each.drafts for each in found]
-    return EngineStats(
-        scheduler=_sum(schedulers),
-        num_requests=sum(each.num_requests for each in found),
-        startup_seconds=max(each.startup_seconds for each in found),
-        drafts=DraftStats(
-            sum(each.drafts for each in drafts),
-            sum(each.drafted for each in drafts),
-            tuple(map(sum, zip(*(each.accepted_at for each in drafts), strict=True))),
-        ),
-        replicas=tuple(found),
-    )
-
-
-def _sum(found: Sequence[SchedulerStats]) -> SchedulerStats:
-    values: dict[str, Any] = {}
-    for each in dataclasses.fields(SchedulerStats):
-        of_all = [getattr(stats, each.name) for stats in found]
-        if isinstance(of_all[0], dict):
-            values[each.name] = {key: sum(one[key] for one in of_all) for key in of_all[0]}
-        else:
-            values[each.name] = sum(of_all)
-    values["cache_usage"] = values["num_blocks_used"] / max(1, values["num_blocks"])
-    return SchedulerStats(**values)
-
-
 def _directory(files: Sequence[Path]) -> Path:
     return files[0].parent
 
 
 QUESTIONS = {
-    "stats": Question(lambda engine: engine.stats(), _stats_of_all),
+    "stats": Question(lambda engine: engine.stats(), stats_of_all),
     "metrics": Question(lambda engine: engine.metrics(), _metrics_of_all),
     "graph_report": Question(_graphs, total_of_reports),
     "reset_prefix_cache": Question(_reset, all),

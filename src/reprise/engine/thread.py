@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
 import queue
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from reprise.config import EngineConfig
+from reprise.engine import left_behind
 from reprise.engine.command import Command
 from reprise.engine.completion import CompletionGroup
 from reprise.engine.driver import Admit, Reader
@@ -34,10 +31,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
-
-
-EXIT_SECONDS = 10.0
-"""For all engines that a program leaves behind to end: more than the close of one waits."""
 
 
 class Submission(NamedTuple):
@@ -94,15 +87,13 @@ class EngineThread:
         self._closed: str | None = None
         """Why nothing more is accepted."""
         self._lock = threading.Lock()
-        _living.add(self)
         self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         if self.engine.lockstep is not None:  # before it rests for the first time
             self.engine.lockstep.on_wake(lambda: self._commands.put(Command(lambda: None)))
         self.engine.runner.when_lost(lambda: self._commands.put(Command(self._check)))
-        atexit.unregister(_at_exit)
-        atexit.register(_at_exit)  # what the engine has registered itself comes behind it
+        left_behind.add(self)
         self._thread.start()
 
     # ---- any thread ------------------------------------------------------------------------
@@ -241,9 +232,18 @@ class EngineThread:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        """Wait for its end."""
-        self._thread.join()
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, at most so many seconds."""
+        self._thread.join(timeout)
+
+    def forked(self) -> None:
+        """Refuse everything in a process that was forked off: the thread is its parent's."""
+        self._lock = threading.Lock()  # a thread of the parent may have held it
+        self._commands = queue.SimpleQueue()
+        self._close(
+            "this process was forked and the engine's thread runs in its parent; create the "
+            "AsyncLLM in the process that uses it"
+        )
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -388,30 +388,3 @@ class EngineThread:
                 self._readers.pop(group.request_id, None)
         if given:
             self._delivered(given)
-
-
-_living: weakref.WeakSet[EngineThread] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for each in _living:
-        each._lock = threading.Lock()  # a thread of the parent may have held it
-        each._commands = queue.SimpleQueue()
-        each._close(
-            "this process was forked and the engine's thread runs in its parent; create the "
-            "AsyncLLM in the process that uses it"
-        )
-
-
-def _at_exit() -> None:
-    """Python ends threads that are still in a library's code by unwinding it, for which most of
-    that code is not made: it aborts the process."""
-    until, living = time.monotonic() + EXIT_SECONDS, list(_living)
-    for each in living:
-        each.stop()
-    for each in living:
-        each._thread.join(max(0.0, until - time.monotonic()))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
