@@ -78,7 +78,11 @@ def report(device, tmp_path_factory, pytestconfig):
     of it, and of ops every eighth case in one type, in batches of two sizes."""
     chosen = kit.select()
     with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":  # Triton's interpreter takes its time for each row
+            patch.setattr(operations, "MANY", 17)
         if device == "cpu" and not pytestconfig.getoption("--long"):
+            for further in ("_batches", "_gives_memory_of_its_own"):
+                patch.setattr(operations, further, lambda *_: {})
             patch.setattr(checkpoint, "DEMO_MODEL", two_layers(tmp_path_factory.mktemp("demo")))
             # The interpreter takes minutes, and rounds other types in ways of its own.
             patch.setattr(operations, "DTYPES", (torch.float32,))
@@ -196,6 +200,59 @@ def test_rows_without_tokens_that_leave_something_are_found(
     monkeypatch.setattr(op, "implementations", {"reference": reference, name: broken})
     with pytest.raises(kit.Broken, match=f"^{name}, case .*{told}"):
         kit.CONTRACTS["op_leaves_zeros:paged_attention"].check(kit.Kit(platform, device))
+
+
+def writes_its_input(reference, **named):
+    result = reference(**named)
+    next(each for each in named.values() if isinstance(each, torch.Tensor)).neg_()
+    return result
+
+
+def returns_the_same_memory(reference, *, kept={}, **named):  # noqa: B006 - that is the fault
+    result = reference(**named)
+    return kept.setdefault((result.shape, result.dtype), result).copy_(result)
+
+
+def returns_its_input(reference, **named):
+    return named["x"].copy_(reference(**named))
+
+
+def forgets_rows_behind_a_tile(reference, **named):
+    result = reference(**named)
+    (named["out"] if result is None else result)[16:] = 0
+    return result
+
+
+def cannot_be_alone(reference, **named):
+    reference(**named)
+    if len(named["seq_lens"]) == 1:
+        named["out"].zero_()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        ("rms_norm", writes_its_input, "wrong writes x, which rms_norm does not declare"),
+        ("silu_and_mul", returns_the_same_memory, "results of two calls lie in the same memory"),
+        ("rms_norm", returns_its_input, "writes x|lies in memory of its arguments"),
+        ("linear", forgets_rows_behind_a_tile, "67 of its rows, result: differs by"),
+        ("paged_attention", forgets_rows_behind_a_tile, "67 of its rows, out: differs by"),
+        ("paged_attention", cannot_be_alone, "1 of its rows, out: differs by"),
+    ],
+)
+def test_an_implementation_that_no_caller_could_use_is_found(
+    platform, device, monkeypatch, name, wrong, told
+):
+    """All of them are right about what a single call of a few rows gives."""
+    from reprise.ops import all_ops
+    from reprise.ops.implementation import Implementation
+
+    op = all_ops()[name]
+    reference = op.implementations["reference"]
+    broken = Implementation(name, "wrong", functools.partial(wrong, reference.function))
+    monkeypatch.setattr(op, "implementations", {"reference": reference, "wrong": broken})
+    with pytest.raises(kit.Broken, match=told):
+        kit.CONTRACTS[f"op_matches_reference:{name}"].check(kit.Kit(platform, device))
 
 
 def test_the_record_is_complete(report, device, pytestconfig):

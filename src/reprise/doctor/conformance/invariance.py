@@ -7,12 +7,10 @@ import functools
 import random
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from reprise.doctor.conformance import operations
 from reprise.doctor.conformance.contract import Kit, Skipped, add, need
 from reprise.doctor.conformance.operations import Results, _run, _short
+from reprise.doctor.conformance.rows import Rows
 from reprise.graphs.compare import same_bits
 from reprise.ops import Op, all_ops
 from reprise.ops.cases import Arguments
@@ -44,45 +42,37 @@ def is_batch_invariant(kit: Kit, op: Op) -> str:
 
 
 class _Trial:
-    """One call of an op, taken apart into its rows: tokens, or requests with theirs."""
+    """One call of an op, and calls with some of its rows."""
 
     def __init__(
         self, kit: Kit, op: Op, implementation: Implementation, arguments: Arguments, what: str
     ) -> None:
         self.kit, self.op, self.what = kit, op, what
         self.implementation, self.arguments = implementation, arguments
-        self.starts: list[int] | None = None
-        """Of requests, where their tokens begin."""
-        self.rows: list[int]
-        """Numbers of the rows that are no padding."""
-        if op.requests:
-            self.starts = arguments["query_start_loc"].tolist()
-            lengths = arguments["seq_lens"].tolist()
-            self.rows = [n for n, length in enumerate(lengths) if length and self._tokens(n)]
-        else:
-            self.rows = list(range(len(arguments[op.rows[0]])))
+        self.rows = Rows(op, arguments)
 
     def run(self) -> None:
+        states = self.rows.states
         kept = dict(self.arguments)
         alone: dict[int, Results] = {}
-        for row in self.rows:
+        for row in self.rows.numbers:
             alone[row] = self._computed([row], kept)
-            kept |= {name: alone[row][name] for name in self._states()}
+            kept |= {name: alone[row][name] for name in states}
         chance = random.Random(self.what)
-        disorder = chance.sample(self.rows, len(self.rows))
+        disorder = chance.sample(self.rows.numbers, len(self.rows.numbers))
         result = self._compare(disorder, alone)
-        for name in self._states():
+        for name in states:
             same = same_bits(kept[name], result[name])
             need(same, f"{self.what}: {name} has other bits behind {len(disorder)} rows at once")
-        if self._states() and self.op.requests:
-            return  # a request has one state: it cannot be in a batch twice
+        if self.rows.once:
+            return
         for size in SIZES:
-            self._compare([chance.choice(self.rows) for _ in range(size)], alone)
+            self._compare([chance.choice(self.rows.numbers) for _ in range(size)], alone)
 
     def _compare(self, rows: Sequence[int], alone: dict[int, Results]) -> Results:
         result = self._computed(rows, self.arguments)
         for name, each in result.items():
-            if name in self._states():
+            if name in self.rows.states:
                 continue
             begin = 0
             for place, row in enumerate(rows):
@@ -98,31 +88,7 @@ class _Trial:
 
     def _computed(self, rows: Sequence[int], state: Arguments) -> Results:
         """What a call with these rows alone gives and writes."""
-        named = {**self.arguments, **{name: state[name] for name in self._states()}}
-        tokens = list(rows)
-        if self.starts is not None:
-            counts = [len(self._tokens(row)) for row in rows]
-            tokens = [token for row in rows for token in self._tokens(row)]
-            ends = torch.tensor([0, *counts]).cumsum(0)
-            named["query_start_loc"] = ends.to(self.arguments["query_start_loc"])
-            for name in self.op.requests:
-                named[name] = _picked(named[name], rows)
-        if isinstance(named.get("live"), Tensor):  # rows from there on would be padding
-            named["live"] = torch.full_like(named["live"], len(tokens))
-        for name in self.op.rows:
-            named[name] = _picked(named[name], tokens)
-        return _run(self.kit, self.op, self.implementation.function, named)
-
-    def _tokens(self, request: int) -> range:
-        assert self.starts is not None
-        return range(self.starts[request], self.starts[request + 1])
-
-    def _states(self) -> list[str]:
-        return [name for name in self.op.written(self.arguments) if name in self.op.state]
-
-
-def _picked(value: Tensor | None, places: Sequence[int]) -> Tensor | None:
-    return None if value is None else value[torch.tensor(places, device=value.device)]
+        return _run(self.kit, self.op, self.implementation, self.rows.together(rows, state))
 
 
 for _name, _op in all_ops().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,16 +11,21 @@ import torch
 from torch import Tensor
 
 from reprise.doctor.conformance.contract import Broken, Kit, Skipped, add, need
+from reprise.doctor.conformance.rows import Rows
 from reprise.errors import describe
-from reprise.graphs.compare import same_bits
+from reprise.graphs.compare import differs, same_bits
 from reprise.ops import Op, all_ops
 from reprise.ops.cases import Arguments, Maker
+from reprise.ops.implementation import Implementation
+from reprise.platforms.borrow import storage_key
 from reprise.platforms.device_graph import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 8e-3}
 TOLERANCE |= {torch.float8_e4m3fn: 2**-3.8, torch.float8_e4m3fnuz: 2**-3.8}  # a code step
 """Relative to the largest magnitude. Matrix units may round float32 products to ten bits."""
+MANY = 67
+"""Rows of a batch that no tile for few rows holds, and no tile of any size ends with."""
 Results = dict[str, Tensor]
 
 
@@ -33,21 +39,58 @@ def matches_reference(kit: Kit, op: Op) -> str:
             continue
         for dtype in dtypes:
             for number, arguments in enumerate(_cases(kit, op, dtype)):
-                if implementation.refusal(**arguments) is not None:
-                    continue
-                expected = _run(kit, op, op.implementations["reference"].function, arguments)
-                got = _run(kit, op, implementation.function, arguments)
-                for which, tensor in expected.items():
-                    what = f"{name}, {dtype}, case {number}, {which}"
-                    # A state may be wider than the numbers that it is made of.
-                    made_of = dtype if which in op.state else None
-                    if op.cases.coded_between and dtype is torch.float16:
-                        made_of = torch.bfloat16  # a code step outweighs what float16 has over it
-                    _compare(what, tensor, got[which], made_of)
+                what = f"{name}, {dtype}, case {number}"
+                for size, some in {0: arguments, **_batches(op, arguments)}.items():
+                    if implementation.refusal(**some) is None:
+                        told = f"{what}, {size} of its rows" if size else what
+                        _matches(kit, op, implementation, some, dtype, told)
+        _gives_memory_of_its_own(kit, op, implementation, dtypes[0])
         done.append(name)
     if not done:
         raise Skipped("no implementation but the reference can run here")
     return f"{', '.join(done)} in {', '.join(map(_short, dtypes))}"
+
+
+def _matches(
+    kit: Kit, op: Op, implementation: Implementation, arguments: Arguments, dtype: torch.dtype,
+    what: str,
+) -> None:  # fmt: skip
+    expected = _run(kit, op, op.implementations["reference"], arguments)
+    got = _run(kit, op, implementation, arguments)
+    for which, tensor in expected.items():
+        # A state may be wider than the numbers that it is made of.
+        made_of = dtype if which in op.state else None
+        if op.cases.coded_between and dtype is torch.float16:
+            made_of = torch.bfloat16  # a code step outweighs what float16 has over it
+        _compare(f"{what}, {which}", tensor, got[which], made_of)
+
+
+def _gives_memory_of_its_own(
+    kit: Kit, op: Op, implementation: Implementation, dtype: torch.dtype
+) -> None:
+    """Callers keep what a call has returned, and an argument is not theirs to hand on."""
+    for arguments in _cases(kit, op, dtype):
+        if implementation.refusal(**arguments) is None:
+            first = _run(kit, op, implementation, arguments).get("result")
+            if first is not None:
+                second = _run(kit, op, implementation, arguments)["result"]
+                need(
+                    storage_key(first) != storage_key(second),
+                    f"{implementation.name}: the results of two calls lie in the same memory",
+                )
+            return
+
+
+def _batches(op: Op, arguments: Arguments) -> dict[int, Arguments]:
+    """Calls with as many of a call's rows as its key says: kernels differ by their number."""
+    if not op.rows:
+        return {}
+    rows = Rows(op, arguments)
+    some = {1: rows.together(rows.numbers[-1:])} if rows.numbers else {}
+    if some and not rows.once:
+        chance = random.Random(0)
+        some[MANY] = rows.together(chance.choices(rows.numbers, k=MANY))
+    return some
 
 
 def is_deterministic(kit: Kit, op: Op) -> str:
@@ -59,9 +102,9 @@ def is_deterministic(kit: Kit, op: Op) -> str:
             if chosen.error is not None:
                 raise Skipped(f"{chosen.name} is declared to vary by {chosen.error:.2g}")
             used[chosen.name] = chosen
-            first = _run(kit, op, chosen.function, arguments)
+            first = _run(kit, op, chosen, arguments)
             for _ in range(2):
-                again = _run(kit, op, chosen.function, arguments)
+                again = _run(kit, op, chosen, arguments)
                 for which, tensor in first.items():
                     need(
                         same_bits(tensor, again[which]),
@@ -87,7 +130,7 @@ def can_be_captured(kit: Kit, op: Op) -> str:
             if implementation.refusal(**arguments) is not None:
                 continue
             what = f"{name}, case {number}"
-            expected = _run(kit, op, implementation.function, arguments)
+            expected = _run(kit, op, implementation, arguments)
             try:
                 got = _replayed(kit, op, implementation.function, arguments)
             except Exception as error:  # drivers refuse with errors of many types
@@ -136,7 +179,7 @@ def leaves_zeros(kit: Kit, op: Op) -> str:
     for name, implementation in op.implementations.items():
         if implementation.unusable(kit.platform) is not None:
             continue
-        run = functools.partial(_run, kit, op, implementation.function)
+        run = functools.partial(_run, kit, op, implementation)
         for number, arguments in enumerate(_cases(kit, op, dtype)):
             if implementation.refusal(**arguments) is None:
                 _leaves_zeros(f"{name}, case {number}", op, run, arguments, extent)
@@ -198,15 +241,28 @@ def _cases(kit: Kit, op: Op, dtype: torch.dtype) -> Sequence[Arguments]:
     return op.cases.small(Maker(kit.platform.device, dtype, kit.platform.fp8_dtype))
 
 
-def _run(kit: Kit, op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
-    """What a call returns and writes, from copies of its arguments."""
+def _run(kit: Kit, op: Op, implementation: Implementation, arguments: Arguments) -> Results:
+    """What a call returns and writes, from copies of its arguments; it may write nothing else."""
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     # A kernel that starts early takes for granted that weights and lengths were there long before.
     kit.platform.synchronize()
     with kit.ops.computing():
-        result = function(**copied)
+        result = implementation.function(**copied)
     found = op.written(copied)
+    read = {k: v for k, v in copied.items() if isinstance(v, Tensor) and k not in found}
+    changed = [differs(arguments[name], each) for name, each in read.items() if each.numel()]
+    if changed and torch.stack(changed).any():
+        names = [name for name, each in read.items() if not same_bits(arguments[name], each)]
+        raise Broken(
+            f"{implementation.name} writes {', '.join(names)}, which {op.name} does not declare "
+            "(mutates)"
+        )
     if isinstance(result, Tensor):
+        given = {storage_key(each) for each in copied.values() if isinstance(each, Tensor)}
+        need(
+            storage_key(result) not in given,
+            f"{implementation.name}: what {op.name} returns lies in memory of its arguments",
+        )
         found["result"] = result
     return found
 
@@ -237,7 +293,9 @@ for _name, _op in all_ops().items():
         f"op_matches_reference:{_name}",
         "ops",
         f"Every implementation of {_name} that can run here agrees with its reference.\n\n"
-        "Small shapes, every dtype that the platform computes in.",
+        "Small shapes, every dtype that the platform computes in; where an op says which arguments "
+        "have rows, one row alone and many too. It writes no argument but those that are declared, "
+        "and what it returns lies in memory of its own.",
         functools.partial(matches_reference, op=_op),
     )
 for _name, _op in all_ops().items():

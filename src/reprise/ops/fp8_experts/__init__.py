@@ -7,7 +7,7 @@ from reprise.ops.fp8_experts.reference import fake, reference
 from reprise.ops.fp8_experts.torch import accepts as fits
 from reprise.ops.registry import needs_triton, op
 
-fp8_experts = op("fp8_experts", reference, cases=cases, fake=fake)
+fp8_experts = op("fp8_experts", reference, cases=cases, fake=fake, rows=("x", "weights", "ids"))
 fp8_experts.implementation(
     "torch",
     "reprise.ops.fp8_experts.torch:fp8_experts",

@@ -8,7 +8,10 @@ from reprise.ops.fp8_rotated_output.reference import fake, reference
 from reprise.ops.linear import needs_onednn
 from reprise.ops.registry import needs_triton, op
 
-fp8_rotated_output = op("fp8_rotated_output", reference, cases=cases, extent="positions", fake=fake)
+fp8_rotated_output = op(
+    "fp8_rotated_output", reference, cases=cases, extent="positions", fake=fake,
+    rows=("x", "positions"),
+)  # fmt: skip
 fp8_rotated_output.implementation(
     "onednn",
     rotated_output(onednn.fp8_linear),

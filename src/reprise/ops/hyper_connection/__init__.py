@@ -6,7 +6,12 @@ from reprise.ops.hyper_connection.reference import fake, reference
 from reprise.ops.registry import needs_triton, op
 
 hyper_connection = op(
-    "hyper_connection", reference, cases=cases, mutates=("streams", "post", "comb"), fake=fake
+    "hyper_connection",
+    reference,
+    cases=cases,
+    mutates=("streams", "post", "comb"),
+    fake=fake,
+    rows=("streams", "y", "post", "comb"),
 )
 hyper_connection.implementation(
     "triton",

@@ -20,6 +20,8 @@ indexer = op(
     mutates=("out",),
     break_op=True,
     extent="seq_lens",
+    rows=("query", "weights", "out"),
+    requests=("block_tables", "seq_lens"),
     graph_support=host_lengths,
 )
 indexer.implementation(

@@ -9,6 +9,7 @@ kv_insert = op(
     cases=cases,
     mutates=("cache", "tail", "scales"),
     extent="positions",
+    rows=("kv", "positions", "slots"),
     state=("cache", "tail", "scales"),
 )
 kv_insert.implementation(

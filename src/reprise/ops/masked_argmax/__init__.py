@@ -4,7 +4,13 @@ from reprise.ops.registry import needs_triton, op
 from reprise.ops.step import needs_host_memory
 
 masked_argmax = op(
-    "masked_argmax", reference, cases=cases, fake=fake, mutates=("peaks",), batch_invariant=True
+    "masked_argmax",
+    reference,
+    cases=cases,
+    fake=fake,
+    mutates=("peaks",),
+    batch_invariant=True,
+    rows=("logits", "which", "peaks"),
 )
 masked_argmax.implementation(
     "triton",

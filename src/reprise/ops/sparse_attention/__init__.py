@@ -13,6 +13,8 @@ sparse_attention = op(
     mutates=("out",),
     break_op=True,
     extent="seq_lens",
+    rows=("query", "selected", "out"),
+    requests=("block_tables", "compressed_tables", "seq_lens"),
     graph_support=host_lengths,
 )
 sparse_attention.implementation(
