@@ -34,6 +34,9 @@ from reprise.errors import (
     RepriseError,
     RequestError,
 )
+from reprise.loading import open_checkpoint
+from reprise.platforms import Platform
+from reprise.runner.model_choices import build_model
 
 GOOD = random_ids(1, 20)
 STEPS = 12
@@ -260,6 +263,20 @@ def test_bad_options(
         make_llm(model, **{"device": device, **options})
     for each in named:
         assert each in str(caught.value)
+
+
+def test_a_step_is_no_larger_than_what_all_requests_can_bring(
+    model: TinyModel, device: str, platform: Platform
+) -> None:
+    """However large it may be: its buffers would fill the machine's memory."""
+    llm = make_llm(model, device, max_num_seqs=3, max_num_batched_tokens=10**12)
+    assert llm.engine.runner.max_tokens == 3 * CONTEXT
+    config = open_checkpoint(str(model.path), config_only=True).config
+    with pytest.raises(CapacityError, match="lower max_num_batched_tokens"):
+        build_model(
+            config, max_model_len=16, table_blocks=1, dtype=torch.float32, cache_dtype=None,
+            platform=platform, step_tokens=10**12,
+        )  # fmt: skip
 
 
 def test_dummy_weights_of_no_model() -> None:

@@ -94,6 +94,18 @@ def test_a_config_without_a_language_model_is_refused(tiny: TinyModels, tmp_path
             open_checkpoint(str(config))
 
 
+def test_the_whole_under_the_name_of_its_language_model_is_refused(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    whole = json.loads((tiny("qwen3_5_vl").path / "config.json").read_text())
+    for name in ("Qwen3_5ForCausalLM", "LlamaForCausalLM"):
+        (tmp_path / "config.json").write_text(json.dumps({**whole, "architectures": [name]}))
+        with pytest.raises(ModelError, match=f"{name}.*text_config contradict each other"):
+            open_checkpoint(str(tmp_path), config_only=True)
+    remedy = {"architectures": whole["architectures"]}
+    assert open_checkpoint(str(tmp_path), overrides=remedy, config_only=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

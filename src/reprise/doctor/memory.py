@@ -175,7 +175,7 @@ def memory_report(
     dtype = choose_dtype(config.dtype, checkpoint.config, paper)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, paper)
     max_len = choose_model_len(config.max_model_len, checkpoint.config)
-    max_tokens, width = choose_max_tokens(config, paper), 1 + config.num_drafts
+    max_tokens, width = choose_max_tokens(config, paper, max_len), 1 + config.num_drafts
     block_size = config.block_size or paper.default_block_size
     report = MemoryReport(
         {

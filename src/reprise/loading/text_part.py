@@ -38,7 +38,7 @@ def text_part(
         ConfigError: An override concerns the part that is left out.
         ModelError: The config has no such part.
     """
-    names = given.get("architectures")
+    names = overrides.get("architectures", given.get("architectures"))
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         return given, overrides
     if not models.has_text_part(names):

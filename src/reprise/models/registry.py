@@ -63,6 +63,14 @@ def require_known(raw: Mapping[str, Any]) -> None:
         senses = [name for name in _SENSES if raw.get(name) is not None]
         kind = f", a multimodal model ({', '.join(senses)})," if senses else ""
         raise _not_supported(raw["architectures"], kind)
+    name = next((each for each in raw["architectures"] if _first_known([each])), None)
+    if name in _BUILT_IN and name not in _WITH_TEXT_PART and raw.get("text_config"):
+        raise ModelError(
+            f"architectures={raw['architectures']!r} and config field text_config contradict each "
+            f"other: {name} has its fields in the config itself; correct config.json, or give "
+            "hf_overrides with the architecture of the whole, such as {'architectures': "
+            f"[{_WITH_TEXT_PART[0]!r}]}}"
+        )
 
 
 def build(config: Config, build: Build) -> CausalLM:

@@ -104,10 +104,20 @@ def choose_model_len(requested: int | None, config: Any) -> int:
     return length
 
 
-def choose_max_tokens(config: EngineConfig, platform: Platform) -> int:
-    """Most tokens of a step: unless that is said, at least what all requests decode at once."""
+def choose_max_tokens(config: EngineConfig, platform: Platform, max_model_len: int) -> int:
+    """Most tokens of a step: unless that is said, at least what all requests decode at once; never
+    more than all of them can bring, whatever is said."""
     decodes = config.max_num_seqs * (1 + config.num_drafts)
-    return config.max_num_batched_tokens or max(platform.default_batched_tokens, decodes)
+    asked = config.max_num_batched_tokens
+    if asked is None:
+        return max(platform.default_batched_tokens, decodes)
+    most = max(config.max_num_seqs * max_model_len, decodes)
+    if asked > most:
+        logger.info(
+            "max_num_batched_tokens: %d -> %d (max_num_seqs=%d requests of max_model_len=%d)",
+            asked, most, config.max_num_seqs, max_model_len,
+        )  # fmt: skip
+    return min(asked, most)
 
 
 def build_model(
@@ -118,6 +128,7 @@ def build_model(
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None,
     platform: Platform,
+    step_tokens: int = 0,
     num_drafts: int = 0,
     group: Group = ALONE,
     exchange: Group | None = None,
@@ -131,6 +142,7 @@ def build_model(
         dtype: Of the weights.
         cache_dtype: See :func:`choose_cache_dtype`.
         platform: Drives the device.
+        step_tokens: Most tokens of a step, whose hidden states have to fit beside it.
         num_drafts: See :class:`reprise.layers.Build`.
         group: The ranks that own it together; what is built is this one's part.
         exchange: See :class:`reprise.layers.Build`.
@@ -150,6 +162,7 @@ def build_model(
         raise ModelError(f"a model of {_sizes(config)} cannot be built: {error}") from error
     # What is tabulated for each position, and int32 block tables.
     tables = max_model_len * position + 4 * table_blocks
+    step = step_tokens * shape.hidden_size * dtype.itemsize
     memory = _known_memory(platform)
     has = "" if memory is None else (
         f", which has {memory.total / 2**30:.2f} GiB, {memory.free / 2**30:.2f} GiB of them free"
@@ -159,6 +172,12 @@ def build_model(
         f"tables (max_model_len={max_model_len}) do not fit on {platform.device}{has}; use a "
         "smaller model, dtype or max_model_len"
     )
+    if memory is not None and step > memory.free:
+        raise CapacityError(
+            f"{step / 2**30:.2f} GiB of hidden states of a step (max_num_batched_tokens="
+            f"{step_tokens}) do not fit on {platform.device}{has}; lower max_num_batched_tokens, "
+            "and longer prompts are computed in chunks"
+        )
     if memory is not None and (weights > memory.total or tables > memory.free):
         raise CapacityError(too_much)
     try:

@@ -95,7 +95,7 @@ class ModelRunner:
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
         num_drafts = self.num_drafts = config.num_drafts
         self.decode_widths = config.decode_widths
-        self.max_tokens = choose_max_tokens(config, platform)
+        self.max_tokens = choose_max_tokens(config, platform, wanted_len)
         self.block_size = config.block_size or platform.default_block_size
         with torch.inference_mode():
             with timeline.span("model"):
@@ -107,6 +107,7 @@ class ModelRunner:
                     cache_dtype=cache_dtype,
                     num_drafts=num_drafts,
                     platform=platform,
+                    step_tokens=self.max_tokens,
                     group=ranks.group,
                     exchange=ranks.exchange,
                 )
