@@ -247,7 +247,7 @@ class ReadsSampler(OnlyCanary, WrongWhere):
         return self.victim.any()
 
 
-class LeftByAnother(OnlyCanary):
+class LeftByAnother(Outside):
     """Eager execution clears it, and what is compared behind eager execution is right."""
 
     name = "left_by_another"
@@ -314,7 +314,7 @@ OUTSIDE: dict[str, type[Outside]] = {
     for each in (
         FarWrite, PreviousStep, StaleTable, NullBlock, ManyInARow, Counter, HalfRow, OneHead,
         ThreeFacts, Ascending, PartBlock, NothingShared, Shared, RowsSwapped, ReadsSampler,
-        NextLength,
+        NextLength, LeftByAnother,
     )
 }  # fmt: skip
 PASSING = [name for name, each in OUTSIDE.items() if each.start == "passes"]
@@ -376,8 +376,9 @@ def test_probes_and_first_steps_of_a_kind_catch_those_that_depend_on_the_step(
 def test_a_canary_sees_what_replays_are_that_nobody_compares(
     model: TinyModel, device: str, monkeypatch: Any
 ) -> None:
-    with planted(monkeypatch, LeftByAnother, "paged_attention"):
+    with planted(monkeypatch, LeftByAnother, "paged_attention", active=False) as found:
         llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="canary:2")
+    found[0].active.fill_(True)
     plain = make_llm(model, device, **OPTIONS)
     prompts = [random_ids(300 + number, 9) for number in range(12)]
     for prompt in prompts:

@@ -71,6 +71,7 @@ class IdleProof:
             probe,
             scope=lambda: replace(self._replays.scope(bucket), part=None),
             cold=bucket.info.probes == 0,
+            behind=self._prover.other(bucket, bucket.info.probes),
         )
         if not self._agree(verdict.ran):
             self._cannot_run.add(bucket.key)

@@ -62,6 +62,7 @@ class Judge:
         timed: bool = False,
         scope: Callable[[], Scope] | None = None,
         cold: bool = False,
+        behind: BucketGraph | None = None,
     ) -> Verdict:
         """Whether the bucket's graph is right on a probe; the state is as before.
 
@@ -73,7 +74,8 @@ class Judge:
             probe: On what.
             timed: The runs are timed.
             scope: Of the step in the inputs, the memory to check. None: what lies around it.
-            cold: As of :func:`examine`.
+            cold: Two replays come first, behind eager execution of another step.
+            behind: One comes first, behind a replay of this graph, if that runs.
         """
         assert bucket.graph is not None
         executor = bucket.info.executor
@@ -85,8 +87,11 @@ class Judge:
         for number, (model, bound) in enumerate(comparisons):
             if number and not self._agree(verdict.right):
                 break
-            cold = cold and number == 0
+            if number:
+                cold, behind = False, None
             reason = self._compute_padding(bucket) if cold else None
+            if behind is not None and not self._run_other(behind):
+                behind = None
             if reason is None:
                 pool, reason = self._fill(bucket, probe)
             if reason is not None:
@@ -96,7 +101,7 @@ class Judge:
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope() if scope else self._scope(bucket, wide=timed), bound=bound, pool=pool,
                     keep=False, timed_on=self._platform if timed else None,
-                    cold=cold,
+                    cold=cold or behind is not None, twice=cold,
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 verdict = Verdict(error=describe(error), ran=False)
@@ -112,15 +117,17 @@ class Judge:
         return verdict
 
     def compare_later(
-        self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool
-    ) -> Later | None:
+        self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool,
+        behind: BucketGraph | None = None,
+    ) -> Later | None:  # fmt: skip
         """Submit a comparison, whose verdict comes when it is asked for.
 
         Args:
             bucket: Its graph is judged.
             probe: On what.
             timed: The runs are timed, and more memory is looked at.
-            cold: As of :func:`examine`.
+            cold: Two replays come first, behind whatever was computed before.
+            behind: As of :meth:`compare`.
 
         Returns:
             It; None: it has to be made step by step.
@@ -129,6 +136,8 @@ class Judge:
         if self._capturer.model(executor) is not self._computation.model:
             return None
         assert bucket.graph is not None
+        if behind is not None and not self._run_other(behind):
+            behind = None
         pool, reason = self._fill(bucket, probe)
         if reason is not None:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, reason)
@@ -138,7 +147,8 @@ class Judge:
             later = examine_later(
                 self._computation, self._guard, bucket.graph, bucket.shape, probe.live,
                 self._scope(bucket, wide=timed), self._platform,
-                bound=self.bounds.of(executor), pool=pool, timed=timed, cold=cold,
+                bound=self.bounds.of(executor), pool=pool, timed=timed,
+                cold=cold or behind is not None, twice=cold,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
@@ -179,6 +189,24 @@ class Judge:
             if not self._agree(reason is None):
                 return reason or "padding cannot be computed on another rank"
         return None
+
+    def _run_other(self, bucket: BucketGraph) -> bool:
+        """Replay a graph on its first probe, which leaves the caches as they were. Returns whether
+        it ran, on all ranks: what is wrong with it is no other graph's fault."""
+        _, reason = self._fill(bucket, bucket.probes[0])
+        if reason is not None:
+            return False
+        assert bucket.graph is not None
+        try:
+            state = self._computation.state(bucket.shape)
+            rows = state.read()
+            bucket.graph.replay()
+            state.write(rows)
+        except Exception as error:
+            reason = describe(error)
+            logger.debug("graph %s ran before no other: %s", bucket.info.name, reason)
+            self._fell_out(bucket, reason)
+        return self._agree(reason is None)
 
     def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:
         """Write the probe into the inputs: all memory of the graph's pool, and why it cannot be

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from reprise.distributed import Agreement
 from reprise.errors import describe
@@ -59,6 +59,8 @@ class Prover:
         self._guard = guard
         self._useless = useless
         self._agree, self._largest = agreement.all, agreement.largest
+        self._buckets: Sequence[BucketGraph] = ()
+        """All that start-up proves."""
         self._located: Counter[Hashable] = Counter()
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
         """A comparison of a probe that has been submitted, and the seconds that took. It has its
@@ -72,6 +74,7 @@ class Prover:
         """Probe every graph; one that fails is replaced by its fallback and probed again."""
         started = time.perf_counter()
         budget = max(self.least_seconds, VERIFY_SHARE * capture_seconds)
+        self._buckets = buckets
         self.begin(buckets)
         # Small ones first: what gains nothing at one size gains nothing at any above it.
         for done, bucket in enumerate(sorted(buckets, key=lambda each: each.shape.num_tokens)):
@@ -95,7 +98,7 @@ class Prover:
 
     def discard(self) -> None:
         """All graphs are thrown away, and what is known of them."""
-        self._under_way = None
+        self._under_way, self._buckets = None, ()
         self._located.clear()
         self._useless.forget()
 
@@ -125,7 +128,10 @@ class Prover:
         began = time.perf_counter()
         graph = bucket.graph
         first = number == 0
-        later = self._judge.compare_later(bucket, bucket.probes[number], timed=first, cold=first)
+        later = self._judge.compare_later(
+            bucket, bucket.probes[number], timed=first, cold=first,
+            behind=self.other(bucket, number),
+        )  # fmt: skip
         submitted = time.perf_counter() - began
         self._settle()
         # A graph that was replaced meanwhile has to meet all its probes, this one too.
@@ -153,7 +159,7 @@ class Prover:
         self._meet(bucket, number)  # again, to say what is wrong
         if bucket.graph is graph and graph is not None:
             # What is wrong every second time is wrong now, and can be traced.
-            reason = self._probe(bucket, bucket.probes[number], timed=False, cold=number == 0)
+            reason = self._probe(bucket, number, timed=False)
             name = bucket.probes[number].name
             self._replace(bucket, reason or f"probe {name!r}: wrong now and then")
             self._meet(bucket, number)
@@ -202,7 +208,7 @@ class Prover:
         while bucket.graph is not None:
             failed = None
             for each in range(bucket.info.probes, min(number + 1, len(bucket.probes))):
-                failed = self._probe(bucket, bucket.probes[each], timed=each == 0, cold=each == 0)
+                failed = self._probe(bucket, each, timed=each == 0)
                 if failed is not None:
                     break
                 if each == 0:
@@ -228,10 +234,26 @@ class Prover:
         bucket.info.probes = 0
         self.capture_unproven(bucket, FALLBACK[executor])
 
-    def _probe(self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool) -> str | None:
-        """Why the bucket's graph is wrong on the probe; None: it is right."""
-        began = time.perf_counter()
-        verdict = self._judge.compare(bucket, probe, timed=timed, cold=cold)
+    def other(self, bucket: BucketGraph, number: int) -> BucketGraph | None:
+        """Another graph, to be replayed before the bucket's is compared on the probe of that
+        number: on the first one that needs time, one of the other phase that is right by then."""
+        first = next((n for n, each in enumerate(bucket.probes) if n and not each.always), None)
+        others = [
+            each
+            for each in self._buckets
+            if each.graph is not None
+            and each.info.probes
+            and each.shape.phase != bucket.shape.phase
+        ]
+        if number != first:
+            return None
+        return min(others, key=lambda each: each.shape.num_tokens, default=None)
+
+    def _probe(self, bucket: BucketGraph, number: int, *, timed: bool) -> str | None:
+        """Why the bucket's graph is wrong on the probe of that number; None: it is right."""
+        began, probe = time.perf_counter(), bucket.probes[number]
+        behind = self.other(bucket, number)
+        verdict = self._judge.compare(bucket, probe, timed=timed, cold=number == 0, behind=behind)
         bucket.info.check_seconds = time.perf_counter() - began
         if not verdict.ran:
             return f"probe {probe.name!r}: {verdict.told}"

@@ -91,6 +91,7 @@ def examine(
     keep: bool,
     timed_on: Platform | None = None,
     cold: bool = False,
+    twice: bool = False,
 ) -> Verdict:
     """Compute the step that the static inputs hold, eagerly and then by replay, and compare.
 
@@ -117,14 +118,16 @@ def examine(
             must not read what it has not written.
         keep: Afterwards outputs and state are those of the eager run; else the state is as before.
         timed_on: The device; None: the runs need not be timed.
-        cold: The replay comes first, behind whatever was computed before. If nothing is kept, that
-            was another step, and what is compared is a second replay. If the eager results are
+        cold: The replay comes first, behind whatever was computed before. If the eager results are
             kept and the replay has changed caches or weights that they would be computed from,
             the verdict is ``lost``. Not where what is drawn is compared within a bound, which
             follows eager execution.
+        twice: Of a replay that comes first what counts is a second one.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, model, pool, bound, timed_on, sealed=True, cold=cold, keep=keep)
+    both.run(
+        graph, model, pool, bound, timed_on, sealed=True, cold=cold, twice=twice, keep=keep
+    )  # fmt: skip
     verdict = both.verdict
     if verdict.lost:
         return verdict
@@ -182,6 +185,7 @@ def examine_later(
     pool: Sequence[Tensor],
     timed: bool,
     cold: bool = False,
+    twice: bool = False,
 ) -> Later:
     """:func:`examine` without waiting: whether all is right, and no more than that.
 
@@ -191,7 +195,8 @@ def examine_later(
         Exception: The replay did.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(graph, computation.model, pool, bound, platform if timed else None, cold=cold)
+    timer = platform if timed else None
+    both.run(graph, computation.model, pool, bound, timer, cold=cold, twice=twice)
     if both.verdict.error is not None:
         raise GraphError(both.verdict.error)
     guard.put_back(both.before)
@@ -233,6 +238,7 @@ class _Both:
         *,
         sealed: bool = False,
         cold: bool = False,
+        twice: bool = False,
         keep: bool = False,
     ) -> None:
         """Compute both ways; afterwards the state is as before. Timed if there is a platform.
@@ -240,6 +246,7 @@ class _Both:
         Args:
             sealed: What is kept is looked at behind the replay, which waits for the device.
             cold: See :func:`examine`.
+            twice: Likewise.
             keep: Likewise.
         """
         computation, step, verdict = self._computation, self.step, self.verdict
@@ -252,7 +259,7 @@ class _Both:
         self.outputs = self.replayed = step.outputs
         try:
             if self.cold:
-                self._replay(graph, pool, kept, at_first, sealed=sealed, twice=not keep)
+                self._replay(graph, pool, kept, at_first, sealed=sealed, twice=twice)
                 if verdict.lost:
                     return
                 flags = self._guard.flags(self.before)
