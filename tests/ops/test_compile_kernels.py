@@ -64,7 +64,6 @@ SPILLS = {
         "mixed_attention_kernel": 6,
         "split_attention_kernel": 28,
         "draw_kernel": 56,
-        "index_top_kernel": 6,
         "index_scores_kernel": 1,
         "shared_sums_kernel": 10,
         "absolute_splits_kernel": 30,

@@ -4,6 +4,7 @@ MOST = 1 << 15
 """Rows that a program chooses among: it counts them in half a word."""
 _CHUNK = 4096
 _MOST_CHUNKS = 16
+_MOST_GROUPS = 4096
 
 
 def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
@@ -12,6 +13,15 @@ def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
     wanted = max(min(least, room), -(-room // _MOST_CHUNKS), top)
     chunk = 1 << (min(MOST, wanted) - 1).bit_length()
     return chunk, -(-room // chunk)
+
+
+def group_of(room: int, top: int, most: int, least: int) -> int:
+    """Rows of which the largest score is kept beside them, between ``least`` and ``most``, if that
+    tells what the ``top`` largest of all reach; else 0."""
+    group = least
+    while group < most and room // group > _MOST_GROUPS:
+        group *= 2
+    return group if top < room // group <= _MOST_GROUPS else 0
 
 
 def accepts(keys: Tensor, block_tables: Tensor, out: Tensor, **_: object) -> str | None:

@@ -14,6 +14,15 @@ from reprise.ops.request_of import request_of
 from reprise.ops.triton_util import depend, dot
 
 
+@triton.jit
+def _order(x):
+    """int32 in the order of float32, above the smallest one: NaN as the largest, both zeros the
+    same."""
+    x = tl.where(x != x, float("inf"), tl.where(x == 0, 0.0, x))
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @triton.jit(do_not_specialize=["requests", "first"])
 def index_scores_kernel(
     query_ptr,
@@ -22,6 +31,7 @@ def index_scores_kernel(
     scales_ptr,
     table_ptr,
     scores_ptr,
+    peaks_ptr,
     seq_lens_ptr,
     starts_ptr,
     requests,
@@ -48,11 +58,16 @@ def index_scores_kernel(
     CODES: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDEN: tl.constexpr,
+    GROUP: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program scores a part of the rows of a token. scores: [T, room]."""
+    """One program scores a part of the rows of a token.
+
+    scores: [T, room] int32 in the order of the scores; peaks: the largest of each GROUP of these,
+    unless that is 0.
+    """
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
     part = tl.program_id(1)
@@ -81,6 +96,8 @@ def index_scores_kernel(
     tables = table_ptr + request.to(tl.int64) * table_stride
     busy = tl.minimum(tiles, tl.num_programs(1))
     target = scores_ptr + here.to(tl.int64) * room
+    if GROUP > 0:
+        peaks = peaks_ptr + here.to(tl.int64) * tl.cdiv(room, GROUP)
     for tile in range(tiles * part // busy, tiles * (part + 1) // busy):
         number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = number < count
@@ -100,4 +117,9 @@ def index_scores_kernel(
         if CODES:
             place = scales_ptr + block * scale_block_stride + slot * scale_slot_stride
             score *= tl.load(place, mask=seen, other=0.0)
-        tl.store(target + number, score, mask=seen)
+        key = _order(score)
+        tl.store(target + number, key, mask=seen)
+        if GROUP > 0:
+            grouped = tl.reshape(tl.where(seen, key, -0x7FFFFFFF), [BLOCK_N // GROUP, GROUP])
+            group = tile * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+            tl.store(peaks + group, tl.max(grouped, axis=1), mask=group * GROUP < count)

@@ -1,24 +1,19 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""The indexer's choice: of a token's scores the largest, found by halving the range of their bits.
+"""The indexer's choice: of a token's scores the largest, found by cutting the range of their bits.
 
-Where a token sees many rows, first each chunk's largest are found, then those of all chunks, by the
-last of the programs: rows that are not among their chunk's are not among all.
+Where a token sees many rows, programs choose of a chunk each, and the last of them of what these
+chose. Rows of which one is the largest of its group are as many as groups: so many as are asked for
+reach what so many largest ones reach, and of a chunk no row below that is needed.
 """
 
 import triton
 import triton.language as tl
 
 from reprise.ops.request_of import request_of
-from reprise.ops.triton_util import depend, is_last
+from reprise.ops.triton_util import depend
 
-
-@triton.jit
-def _order(x):
-    """int32 in the order of float32, above the smallest one: NaN as the largest, both zeros the
-    same."""
-    x = tl.where(x != x, float("inf"), tl.where(x == 0, 0.0, x))
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+NONE = tl.constexpr(-0x80000000)
+"""Below all keys."""
 
 
 @triton.jit
@@ -33,27 +28,37 @@ def _sums(a, b, c, d):
 
 
 @triton.jit
-def _better(part: tl.constexpr, reach, over, which, reached, above, TOP: tl.constexpr):
-    """A part, how many keys reach it and how many the next one, if TOP do; else those of before."""
-    enough = reach >= TOP
-    return (
-        tl.where(enough, part, which),
-        tl.where(enough, reach, reached),
-        tl.where(enough, over, above),
-    )
+def _larger_and_smaller(a, b, c, d):
+    return tl.maximum(a, c), tl.minimum(b, d)
 
 
 @triton.jit
-def _largest(keys, real, TOP: tl.constexpr):
-    """Which TOP of ``keys`` are the largest, of equal ones the first; there are more than TOP.
+def _least(reach, TOP: tl.constexpr):
+    """It, if TOP or more reach a part."""
+    return tl.where(reach >= TOP, reach, 0x7FFFFFFF)
 
-    The TOP-th largest is looked for in eight equal parts of a range at once, and then in the part
-    that has it. What is counted fits half a word: see :data:`accepts.MOST`.
+
+@triton.jit
+def _most(reach, TOP: tl.constexpr):
+    """It, if less than TOP reach a part."""
+    return tl.where(reach < TOP, reach, 0)
+
+
+@triton.jit
+def _search(keys, TOP: tl.constexpr, ENOUGH: tl.constexpr):
+    """Which number at least TOP and at most ENOUGH of ``keys`` reach, or, of equal ones, more. TOP
+    are there at least; those that are not are NONE.
+
+    It is looked for in eight equal parts of a range at once, and then in the part that has it. What
+    is counted fits half a word: see :data:`accepts.MOST`.
+
+    Returns:
+        The keys, of which those that reach it are what they were; it; how many reach it; and, if
+        these are too many, how many are larger.
     """
-    low = tl.min(tl.where(real, keys, 0x7FFFFFFF), axis=0)
-    high = tl.max(tl.where(real, keys, -0x7FFFFFFF), axis=0)
-    # Those that are not there are as small as the smallest one: of more than TOP it is the last.
-    keys = tl.where(real, keys, low)
+    high, low = tl.reduce((keys, tl.where(keys == NONE, 0x7FFFFFFF, keys)), 0, _larger_and_smaller)
+    # Those that are not there are below the smallest one, which is reached by all others.
+    low -= 1
     # Most often it is a sixteenth of the largest at least, where the range is a small one.
     near = tl.maximum(high.to(tl.int64) - (1 << 25), low.to(tl.int64) + 1).to(tl.int32)
     enough = tl.sum((keys >= near).to(tl.int32), axis=0) >= TOP
@@ -63,39 +68,88 @@ def _largest(keys, real, TOP: tl.constexpr):
     shift = low * 0
     for bits in tl.static_range(3, 33, 3):
         shift = tl.where((span >> bits) != 0, bits, shift)
-    above, reach = low * 0, low * 0 + (TOP + 1)
-    while (shift >= 0) & (reach != TOP):
+    above, reach = low * 0, low * 0 + 0x7FFFFFFF
+    while (shift >= 0) & (reach > ENOUGH):
         # Of smaller keys, which wrap around, it is at least 8: ``low`` has gone up by whole ranges.
         part = (keys - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
         one = tl.where(part < 8, 1 << (part & 7).to(tl.int32) * 4, 0)
         four = tl.sum(tl.reshape(one, [one.shape[0] // 4, 4]), axis=1)
         MASK: tl.constexpr = 0x000F000F
         a, b, c, d = _sums(four & MASK, four >> 4 & MASK, four >> 8 & MASK, four >> 12 & MASK)
-        # Keys that reach each part, from the last one on.
+        # Keys that reach each part, from the last one on; few steps wait for each other.
+        upper = (d >> 16 & 0xFFFF) + (c >> 16 & 0xFFFF)
+        lower = (d & 0xFFFF) + (c & 0xFFFF)
         r7 = above + (d >> 16 & 0xFFFF)
-        r6 = r7 + (c >> 16 & 0xFFFF)
+        r6 = above + upper
         r5 = r6 + (b >> 16 & 0xFFFF)
         r4 = r5 + (a >> 16 & 0xFFFF)
         r3 = r4 + (d & 0xFFFF)
-        r2 = r3 + (c & 0xFFFF)
+        r2 = r4 + lower
         r1 = r2 + (b & 0xFFFF)
         r0 = r1 + (a & 0xFFFF)
-        which, reach, over = shift * 0, r0, r1
-        which, reach, over = _better(1, r1, r2, which, reach, over, TOP)
-        which, reach, over = _better(2, r2, r3, which, reach, over, TOP)
-        which, reach, over = _better(3, r3, r4, which, reach, over, TOP)
-        which, reach, over = _better(4, r4, r5, which, reach, over, TOP)
-        which, reach, over = _better(5, r5, r6, which, reach, over, TOP)
-        which, reach, over = _better(6, r6, r7, which, reach, over, TOP)
-        which, reach, over = _better(7, r7, above, which, reach, over, TOP)
-        above = over
+        which = ((r1 >= TOP).to(tl.int32) + (r2 >= TOP).to(tl.int32)) + (
+            (r3 >= TOP).to(tl.int32) + (r4 >= TOP).to(tl.int32)
+        )
+        which += ((r5 >= TOP).to(tl.int32) + (r6 >= TOP).to(tl.int32)) + (r7 >= TOP).to(tl.int32)
+        reach = tl.minimum(
+            tl.minimum(
+                tl.minimum(r0, _least(r1, TOP)), tl.minimum(_least(r2, TOP), _least(r3, TOP))
+            ),
+            tl.minimum(
+                tl.minimum(_least(r4, TOP), _least(r5, TOP)),
+                tl.minimum(_least(r6, TOP), _least(r7, TOP)),
+            ),
+        )
+        above = tl.maximum(
+            tl.maximum(
+                tl.maximum(_most(r1, TOP), _most(r2, TOP)),
+                tl.maximum(_most(r3, TOP), _most(r4, TOP)),
+            ),
+            tl.maximum(
+                tl.maximum(_most(r5, TOP), _most(r6, TOP)), tl.maximum(_most(r7, TOP), above)
+            ),
+        )
         low += which << shift
         shift -= 3
-    taken = real & (keys >= low)
+    return keys, low, reach, above
+
+
+@triton.jit
+def _largest(keys, TOP: tl.constexpr):
+    """Which TOP of ``keys`` are the largest, of equal ones the first; TOP are there at least. And
+    the keys, of which those that are taken are what they were."""
+    keys, low, reach, above = _search(keys, TOP, TOP)
     if reach != TOP:
-        equal = real & (keys == low)
-        taken = taken & ((keys > low) | (tl.cumsum(equal.to(tl.int32), axis=0) <= TOP - above))
-    return taken
+        equal = keys == low
+        behind = tl.cumsum(equal.to(tl.int32), axis=0) > TOP - above
+        keys -= (equal & behind).to(tl.int32)
+    return keys >= low, keys
+
+
+@triton.jit
+def _arrived(arrivals_ptr, count, much):
+    """As :func:`is_last`; and whether any program has said ``much``."""
+    tl.debug_barrier()
+    mine = tl.where(much, (1 << 16) + 1, 1)
+    arrived = tl.atomic_add(arrivals_ptr, mine, sem="acq_rel") + mine
+    last = (arrived & 0xFFFF) == count
+    if last:
+        tl.store(arrivals_ptr, 0)
+    return last, arrived >= (1 << 16)
+
+
+@triton.jit
+def _choose_of_all(
+    best, target, tables, chunks, place_stride, SLOTS: tl.constexpr, EACH: tl.constexpr,
+    TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the first EACH that every chunk has left."""
+    slot = tl.arange(0, SLOTS)
+    place = slot // EACH * (2 * TOP) + slot % EACH
+    keys = tl.load(best + place, mask=slot < chunks * EACH, other=NONE)
+    chosen, _ = _largest(keys, TOP)
+    number = tl.load(best + TOP + place, mask=chosen, other=0)
+    _write(target, tables, number, chosen, place_stride, BLOCK)
 
 
 @triton.jit
@@ -109,10 +163,10 @@ def _write(target, tables, number, taken, place_stride, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["requests", "first", "chunks"])
 def index_top_kernel(
     scores_ptr,
+    peaks_ptr,
     table_ptr,
     out_ptr,
     best_ptr,
-    numbers_ptr,
     arrivals_ptr,
     seq_lens_ptr,
     starts_ptr,
@@ -126,6 +180,10 @@ def index_top_kernel(
     TOP: tl.constexpr,
     CHUNK: tl.constexpr,
     MERGED: tl.constexpr,
+    FEW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PEAKS: tl.constexpr,
     BLOCK: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -134,8 +192,10 @@ def index_top_kernel(
     """One program chooses of a chunk of a token's scores.
 
     A token with one chunk, or none, is done at once. Of others each chunk leaves scores and numbers
-    of at most TOP rows, in the order of the rows, in ``best`` and ``numbers`` [T, chunks, TOP], and
-    the last program chooses of these. MERGED: their number, at least; 0: there is one chunk.
+    of at most TOP rows, in the order of the rows, in ``best`` [T, chunks, 2, TOP], and the last
+    program chooses of these, of FEW of each if no chunk has left more. MERGED and SLOTS: powers of
+    two, as many as are all these and those few at least; 0: there is one chunk, and those few are
+    all. GROUP: rows of each of at most PEAKS ``peaks``; 0: there are none.
     """
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
@@ -149,26 +209,41 @@ def index_top_kernel(
         return
     place = tl.arange(0, CHUNK)
     number = chunk * CHUNK + place
-    real = number < count
-    scores = tl.load(scores_ptr + here.to(tl.int64) * room + number, mask=real, other=0.0)
-    many = tl.minimum(CHUNK, count - chunk * CHUNK)
-    taken = real
+    scores = scores_ptr + here.to(tl.int64) * room
+    keys = tl.load(scores + number, mask=number < count, other=NONE)
+    many = tl.minimum(CHUNK, count - chunk * CHUNK).to(tl.int32)
+    if GROUP > 0:
+        groups = tl.cdiv(count, GROUP)
+        if (groups > TOP) & (count > CHUNK):
+            group = tl.arange(0, PEAKS)
+            peaks = peaks_ptr + here.to(tl.int64) * tl.cdiv(room, GROUP)
+            peak = tl.load(peaks + group, mask=group < groups, other=NONE)
+            _, low, _, _ = _search(peak, TOP, TOP + TOP // 4)
+            keys = tl.where(keys >= low, keys, NONE)
+            many = tl.sum((keys != NONE).to(tl.int32), axis=0)
+    taken = keys != NONE
     if many > TOP:
-        taken = _largest(_order(scores), real, TOP)
+        taken, keys = _largest(keys, TOP)
+        many = many * 0 + TOP
     if (MERGED == 0) | (count <= CHUNK):
         _write(target, tables, number, taken, out_place_stride, BLOCK)
         # Behind them nobody's rows; a chunk is as wide as TOP at least.
         behind = (place >= many) & (place < TOP)
         tl.store(target + place * out_place_stride, tl.zeros([CHUNK], dtype=tl.int32), mask=behind)
     elif MERGED > 0:
-        kept = here.to(tl.int64) * chunks * TOP
-        rank = chunk * TOP + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(best_ptr + kept + rank, scores, mask=taken)
-        tl.store(numbers_ptr + kept + rank, number, mask=taken)
-        if is_last(arrivals_ptr + here, tl.cdiv(count, CHUNK)):
-            each = tl.arange(0, MERGED)
-            there = (each < chunks * TOP) & (each % TOP < count - each // TOP * CHUNK)
-            left = tl.load(best_ptr + kept + each, mask=there, other=0.0)
-            numbers = tl.load(numbers_ptr + kept + each, mask=there, other=0)
-            chosen = _largest(_order(left), there, TOP)
-            _write(target, tables, numbers, chosen, out_place_stride, BLOCK)
+        best = best_ptr + here.to(tl.int64) * chunks * (2 * TOP)
+        ours = best + chunk * (2 * TOP)
+        rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        tl.store(ours + rank, keys, mask=taken)
+        tl.store(ours + TOP + rank, number, mask=taken)
+        nothing = tl.full([CHUNK], NONE, dtype=tl.int32)
+        tl.store(ours + place, nothing, mask=(place >= many) & (place < TOP))
+        used = tl.cdiv(count, CHUNK)
+        last, much = _arrived(arrivals_ptr + here, used, many > FEW)
+        if last:
+            if (SLOTS == 0) | much:
+                _choose_of_all(
+                    best, target, tables, used, out_place_stride, MERGED, TOP, TOP, BLOCK
+                )
+            elif SLOTS > 0:
+                _choose_of_all(best, target, tables, used, out_place_stride, SLOTS, FEW, TOP, BLOCK)

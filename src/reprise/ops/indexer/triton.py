@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from reprise.ops.indexer.accepts import chunks_of
+from reprise.ops.indexer.accepts import chunks_of, group_of
 from reprise.ops.indexer.scores_kernel import index_scores_kernel
 from reprise.ops.indexer.top_kernel import index_top_kernel
 from reprise.ops.load_codes import in_pairs
@@ -23,6 +22,8 @@ from reprise.ops.triton_util import (
 
 _MOST_SCORES = 1 << 24
 """Of tokens that are scored at once: the rest comes after them, in the same memory."""
+_FEW = 2048
+"""Rows that all chunks of a token leave, if each has few that may be among the largest."""
 
 
 def indexer(
@@ -83,26 +84,32 @@ def bind(
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()
     merged = next_power_of_2(chunks * top) if chunks > 1 else 0
+    group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
+    groups = cdiv(room, group) if group else 0
+    score["GROUP"] = group
+    few = max(1, (16 if INTERPRETED else _FEW) // chunks)
     choose = {
-        "TOP": top, "CHUNK": chunk, "MERGED": merged, "BLOCK": keys.shape[1],
+        "TOP": top, "CHUNK": chunk, "MERGED": merged, "FEW": few,
+        "SLOTS": next_power_of_2(few * chunks) if group and few < top else 0,
+        "GROUP": group, "PEAKS": next_power_of_2(groups), "BLOCK": keys.shape[1],
         "num_warps": max(4, warps(max(chunk, merged), per_thread=16)), **shared,
     }  # fmt: skip
 
     def compute() -> None:
-        scores = query.new_empty((at_once, room), dtype=torch.float32)
-        shape = (at_once, chunks, top) if chunks > 1 else (0, 0, 0)
-        best, numbers = scores.new_empty(shape), block_tables.new_empty(shape)
+        scores = block_tables.new_empty((at_once, room))
+        peaks = scores.new_empty((at_once, groups))
+        best = scores.new_empty((at_once, chunks, 2, top) if chunks > 1 else 0)
         for first in range(0, tokens, at_once):
             count = min(at_once, tokens - first)
             where = (seq_lens, query_start_loc, requests, first)
             launch(index_scores_kernel, (count, parts))(
-                query, weights, keys, scales, block_tables, scores, *where, room,
+                query, weights, keys, scales, block_tables, scores, peaks, *where, room,
                 *query.stride(), *weights.stride(), *keys.stride(), *of_scales,
                 block_tables.stride(0), scale, **score,
             )  # fmt: skip
             launch(index_top_kernel, (count, chunks))(
-                scores, block_tables, out, best, numbers, arrivals(at_once, query.device), *where,
-                room, chunks, block_tables.stride(0), *out.stride(), **choose,
+                scores, peaks, block_tables, out, best, arrivals(at_once, query.device),
+                *where, room, chunks, block_tables.stride(0), *out.stride(), **choose,
             )  # fmt: skip
 
     compute()
