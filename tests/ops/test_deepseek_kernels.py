@@ -84,9 +84,9 @@ def test_the_choice_where_chunks_meet(agree, platform, top) -> None:
 def test_the_choice_among_any_scores(agree, platform, kind) -> None:
     """From 1e-30 to 1e30, and of neighbouring bits; of two heads one adds and one subtracts."""
 
-    def make(lengths):
+    def make(lengths, top=9):
         found = index_arguments(
-            Maker(platform.device, torch.float32), lengths, [1] * len(lengths), 9, 2, 32, 1
+            Maker(platform.device, torch.float32), lengths, [1] * len(lengths), top, 2, 32, 1
         )
         generator = torch.Generator().manual_seed(0)
         keys = found["keys"].zero_()
@@ -104,6 +104,8 @@ def test_the_choice_among_any_scores(agree, platform, kind) -> None:
 
     agree("indexer", lambda: make([150, 203, 96]))
     agree("indexer", lambda: make([203]))
+    if platform.device_type != "cpu":  # where a chunk has thousands of rows
+        agree("indexer", lambda: make([131072, 400, 20000], 512))
 
 
 @pytest.mark.parametrize(
