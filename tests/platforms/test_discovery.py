@@ -8,7 +8,7 @@ import torch
 
 from reprise import platforms
 from reprise.config import EngineConfig
-from reprise.errors import ConfigError, GraphError, PlatformError
+from reprise.errors import ConfigError, GraphError, OpError, PlatformError
 from reprise.ops import OpTable
 from reprise.platforms import Adjustment, MemoryInfo, Platform
 from reprise.platforms import accelerator as accelerator_module
@@ -113,6 +113,29 @@ def test_a_plug_in_is_found_by_its_entry_point(abacus):
     assert isinstance(platforms.resolve("auto"), Abacus)
     with pytest.raises(PlatformError, match="3 device"):
         platforms.resolve("abacus:3")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("default_block_size", 12),
+        ("default_block_size", 0),
+        ("default_block_size", -4),
+        ("default_batched_tokens", 0),
+        ("default_batched_tokens", 1.5),
+    ],
+)
+def test_defaults_that_no_engine_can_have_are_refused(abacus, monkeypatch, field, value):
+    monkeypatch.setattr(abacus, field, value)
+    with pytest.raises(PlatformError, match=f"'abacus' declares {field}={value}"):
+        platforms.resolve("abacus")
+
+
+@pytest.mark.parametrize("order", [{"linaer": ("reference",)}, {"linear": "reference"}])
+def test_an_order_of_implementations_that_means_nothing_is_refused(abacus, monkeypatch, order):
+    monkeypatch.setattr(abacus, "preferred", order)
+    with pytest.raises(OpError, match=r"'abacus' declares preferred=.*known ops: .*linear"):
+        OpTable(platforms.resolve("abacus"))
 
 
 def test_a_plug_in_whose_device_is_absent_says_why(abacus):

@@ -43,12 +43,20 @@ class OpTable:
 
         Raises:
             OpError: An override names an unknown op, or an implementation that cannot run here, or
-                one that is not batch-invariant and has to be.
+                one that is not batch-invariant and has to be; or the platform prefers
+                implementations of an unknown op.
         """
         overrides = overrides or {}
         for name in overrides:
             if name not in declared:
                 raise OpError(f"--op {name}=...: no such op; known: {', '.join(sorted(declared))}")
+        for name, order in platform.preferred.items():
+            if (name != "*" and name not in declared) or isinstance(order, str):
+                raise OpError(
+                    f"platform {platform.name!r} declares preferred={{{name!r}: {order!r}}}: give "
+                    "an op, or '*', and the names of implementations; known ops: "
+                    f"{', '.join(sorted(declared))}"
+                )
         self.platform = platform
         self.batch_invariant = batch_invariant
         self.candidates = {

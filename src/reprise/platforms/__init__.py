@@ -100,7 +100,8 @@ def resolve(device: str = "auto") -> Platform:
     """The platform for ``device``: ``auto``, a platform name, or ``name:index``.
 
     Raises:
-        PlatformError: The device is unknown or not on this machine; the message lists what is.
+        PlatformError: The device is unknown or not on this machine; the message lists what is. Or
+            its plug-in declares defaults that no engine can have.
     """
     name, _, index_text = device.partition(":")
     if index_text and not index_text.isdecimal():
@@ -122,4 +123,21 @@ def resolve(device: str = "auto") -> Platform:
             f"device={device!r}: index {index} is out of range, "
             f"{platform.device_count()} device(s) of this kind are visible"
         )
-    return platform(index)
+    found = platform(index)
+    _require_sound(found)
+    return found
+
+
+def _require_sound(platform: Platform) -> None:
+    """What users may say is checked where they say it; this is what a platform says instead."""
+    size, tokens = platform.default_block_size, platform.default_batched_tokens
+    if not isinstance(size, int) or size < 1 or size & (size - 1):
+        raise PlatformError(
+            f"platform {platform.name!r} declares default_block_size={size!r}, which must be a "
+            "power of two, such as 16"
+        )
+    if not isinstance(tokens, int) or tokens < 1:
+        raise PlatformError(
+            f"platform {platform.name!r} declares default_batched_tokens={tokens!r}, which must be "
+            "a whole number of at least 1"
+        )
