@@ -199,6 +199,40 @@ class NothingShared(Outside, WrongWhere):
         return several & (counts[1:] <= 1).all()
 
 
+class FirstBlock(Outside, WrongWhere):
+    name = "first_block"
+    summary = "the first block behind the null block is taken for one, too"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        return block_table_rows(named, (named["block_tables"] == 1).any(dim=1))
+
+
+class LastBlock(Outside, WrongWhere):
+    name = "last_block"
+    summary = "the last block of the cache is taken for one beyond its end"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        last = named["key_cache"].shape[0] - 1
+        return block_table_rows(named, (named["block_tables"] == last).any(dim=1))
+
+
+class ShortBesideLong(Outside, WrongWhere):
+    name = "short_beside_long"
+    summary = "the longest request decides for all: those of a quarter of its tokens are wrong"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        lengths = named["seq_lens"]
+        return block_table_rows(named, (lengths > 0) & (lengths * 4 < lengths.max()))
+
+
+class ManyTokens(Outside, WrongWhere):
+    name = "many_tokens"
+    summary = "scratch is too small for the contexts of all requests together"
+
+    def where(self, named: dict[str, Any]) -> Tensor:
+        return named["seq_lens"].sum() > 150
+
+
 class Shared(Outside, WrongWhere):
     name = "shared"
     summary = "steps are wrong whose requests share their first block, as behind a prefix hit"
@@ -314,7 +348,7 @@ OUTSIDE: dict[str, type[Outside]] = {
     for each in (
         FarWrite, PreviousStep, StaleTable, NullBlock, ManyInARow, Counter, HalfRow, OneHead,
         ThreeFacts, Ascending, PartBlock, NothingShared, Shared, RowsSwapped, ReadsSampler,
-        NextLength, LeftByAnother,
+        NextLength, LeftByAnother, FirstBlock, LastBlock, ShortBesideLong, ManyTokens,
     )
 }  # fmt: skip
 PASSING = [name for name, each in OUTSIDE.items() if each.start == "passes"]

@@ -182,12 +182,15 @@ class Placement:
                     left = blocks.start * span
                     shorter = Row(row.new, row.length - left, row.layout, row.half)
                 whole[index, blocks.start : blocks.stop] = self._table(
-                    shorter, span, areas[layout.pool], random
-                )
+                    shorter, span, areas[layout.pool], random,
+                    alone=len(rows) == len(self._layout.of_pool(layout.pool)) == 1,
+                )  # fmt: skip
             found.append(whole)
         return found
 
-    def _table(self, row: Row, size: int, pool: PoolAreas, random: np.random.Generator) -> Ints:
+    def _table(
+        self, row: Row, size: int, pool: PoolAreas, random: np.random.Generator, *, alone: bool
+    ) -> Ints:
         first, last = (row.length - row.new) // size, (row.length - 1) // size
         written = last - first + 1
         middle, areas = pool.middle, (pool.lower, pool.upper)
@@ -199,6 +202,9 @@ class Placement:
             begin = middle.take(written)
             return np.arange(begin - first, begin + written, dtype=np.int32)
         own = areas[1 if row.half == UPPER else 0]
+        if alone and row.layout == NEIGHBOURS and row.half == LOWER and last < own.left:
+            # As the first request has them.
+            return np.arange(own.begin, own.begin + last + 1, dtype=np.int32)
         if own.left < written:
             own = max(areas, key=lambda each: each.left)
         if own.left < written:  # what is left lies in both
