@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from toy import Toy
 
-from reprise.graphs import Segment, keep_compiled_code
+from reprise.graphs import Segment, compiled, keep_compiled_code
 from reprise.shape import StepShape
 from reprise.testing import faults
 
@@ -115,3 +115,12 @@ def test_a_choice_that_can_be_written_stays(tmp_path, monkeypatch):
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] == mine
     assert not os.path.exists(mine), "it is made when something is compiled"
+
+
+def test_engines_of_a_process_do_not_count_against_each_other(cache, monkeypatch):
+    """What is compiled for one model is no recompilation of another of its class."""
+    monkeypatch.setattr(compiled, "RECOMPILATIONS", 1)
+    for features in (3, 4, 5):
+        model = torch.nn.Linear(features, 2)
+        x = torch.randn(6, features)
+        torch.testing.assert_close(compiled.compile_model(model)(x), model(x))

@@ -11,12 +11,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from reprise.ops.registry import find
 from reprise.platforms.device_graph import launch
 
 logger = logging.getLogger(__name__)
+RECOMPILATIONS = 64
+"""That a model may need: for one token, for one request, and the like."""
+_numbers = itertools.count()
 
 
 def keep_compiled_code() -> None:
@@ -89,7 +94,7 @@ def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
     ops still go through the dispatcher, so a graph capture ends its segments at break ops.
     """
     pieces = _Pieces()
-    compiled = torch.compile(model, backend=pieces, fullgraph=True)
+    compiled = torch.compile(_by_code_of_its_own(model), backend=pieces, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -101,12 +106,25 @@ def compile_model(model: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _by_code_of_its_own(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler keeps and counts what it compiles by a function's code, which all models of a
+    class share: the sixty-fifth engine of a process would be refused. By the code's name it also
+    remembers which sizes have varied."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code: CodeType = forward.__code__.replace(co_name=f"model_{next(_numbers)}")
+    return FunctionType(code, forward.__globals__, closure=forward.__closure__)
+
+
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
     # Without duck shaping: equal numbers of tokens and requests in one step must not become a
     # condition for the next.
     patch = shape_config.patch  # type: ignore[attr-defined]
-    with patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=64):
+    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS)
+    with patch(use_duck_shape=False), limit:
         yield
 
 
