@@ -101,7 +101,7 @@ HYBRID = "hybrid"
 CODES = "codes"
 ENGINES: dict[str, dict[str, Any]] = {CODES: {"kv_cache_dtype": "fp8"}}
 """Options of the engines of a model."""
-BOUNDED = (HYBRID, "latent", "windows")
+BOUNDED = (HYBRID, "latent", "windows", CODES)
 """Models of which requests that have left are remembered only as far as there is room for more
 that run: for states, and for what is bounded as they are."""
 CHECKPOINT = State(16)
@@ -192,7 +192,7 @@ class Case:
                 patch.setattr(pipeline, "depth", 1)
             patch.setattr(planner, "max_requests", 6)
             if max_tokens is not None:
-                patch.setattr(planner, "max_tokens", max_tokens)
+                patch.setattr(planner, "max_tokens", min(max_tokens, planner.max_tokens))
             yield llm
 
     def different(
