@@ -75,21 +75,21 @@ pytestmark = pytest.mark.timeout(900)  # all contracts run for the first test
 @pytest.fixture(scope="module")
 def report(device, tmp_path_factory, pytestconfig):
     """Of the contracts. They make some hundred graphs of the demo model: in short runs of a part
-    of it, and of ops every eighth case in one type, in batches of two sizes."""
+    of it. On the CPU ops have every eighth case in one type, in batches of two sizes."""
     chosen = kit.select()
     with pytest.MonkeyPatch.context() as patch:
-        if device == "cpu":  # Triton's interpreter takes its time for each row
+        if device == "cpu":
+            # Triton's interpreter takes half an hour, and rounds other types in ways of its own.
             patch.setattr(operations, "MANY", 17)
-        if device == "cpu" and not pytestconfig.getoption("--long"):
-            for further in ("_batches", "_gives_memory_of_its_own"):
-                patch.setattr(operations, further, lambda *_: {})
-            patch.setattr(checkpoint, "DEMO_MODEL", two_layers(tmp_path_factory.mktemp("demo")))
-            # The interpreter takes minutes, and rounds other types in ways of its own.
             patch.setattr(operations, "DTYPES", (torch.float32,))
             cases = operations._cases
             patch.setattr(operations, "_cases", lambda *given: cases(*given)[::8])
             # A few rows and more than any tile has; the sizes between take most of the time.
             patch.setattr(invariance, "SIZES", (3, 33))
+        if device == "cpu" and not pytestconfig.getoption("--long"):
+            for further in ("_batches", "_gives_memory_of_its_own"):
+                patch.setattr(operations, further, lambda *_: {})
+            patch.setattr(checkpoint, "DEMO_MODEL", two_layers(tmp_path_factory.mktemp("demo")))
             chosen = [each for each in chosen if each.name not in LONG]
         return kit.conformance(device, {}, chosen)
 
