@@ -148,15 +148,15 @@ def test_without_a_compiler_pieces_are_not_compiled():
 def test_default_buckets():
     buckets = default_buckets(max_requests=256, max_tokens=8192)
     assert buckets.decode == (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256)
-    assert buckets.mixed == (16, 64, 256, 512, 1024, 2048, 4096)
+    assert buckets.mixed == (32, 128, 256, 512, 1024, 2048, 4096)
 
 
 @pytest.mark.parametrize(
     ("requests", "tokens", "decode", "mixed"),
     [
         (1, 4, (1,), (4,)),
-        (3, 100, (1, 2, 3), (16, 64, 100)),
-        (20, 64, (1, 2, 4, 8, 16, 20), (16, 64)),
+        (3, 100, (1, 2, 3), (32, 100)),
+        (20, 64, (1, 2, 4, 8, 16, 20), (32, 64)),
     ],
 )
 def test_default_buckets_end_at_the_largest_step(requests, tokens, decode, mixed):
@@ -177,7 +177,7 @@ def test_bucket_for_is_the_next_larger_size():
         ("decode=1,2;mixed=64,128", (1, 2), (64, 128)),
         ("mixed=32", (1, 2, 4, 8, 16), (32,)),
         ("decode=4,4096;mixed=16,4096", (4,), (16,)),
-        (None, (1, 2, 4, 8, 16), (16, 64, 128)),
+        (None, (1, 2, 4, 8, 16), (32, 128)),
     ],
 )
 def test_parsing_buckets(text, decode, mixed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ class Device:
     """Has a clock of its own; computes in time to the number of tokens, while the host goes on."""
 
     asynchronous = True
+    model = None
+    ops = SimpleNamespace(computing=contextlib.nullcontext)
 
     def __init__(self, host: float, per_token: float) -> None:
         self.now, self.done = 0.0, 0.0
@@ -33,7 +36,9 @@ class Device:
         """What the first pass of each size takes the host besides."""
         self.ran: list[int] = []
 
-    def run(self, shape: StepShape) -> None:
+    def pad(self, live: StepShape, bucket: StepShape) -> None: ...
+
+    def forward(self, shape: StepShape, model: Any) -> None:
         self.now += self.host + (0 if shape.size in self.ran else self.first)
         self.done = max(self.done, self.now - self.host) + shape.size * self.per_token
         self.ran.append(shape.size)
@@ -49,8 +54,8 @@ def as_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def foreseen(device: Device, monkeypatch: pytest.MonkeyPatch) -> int | None:
     monkeypatch.setattr(useless, "time", SimpleNamespace(perf_counter=lambda: device.now))
-    found = Useless(device, ALONE_AGREES)  # type: ignore[arg-type]
-    found.foresee(SHAPES, device.run)
+    found = Useless(device, device, ALONE_AGREES)  # type: ignore[arg-type]
+    found.foresee(SHAPES)
     return found.foreseen
 
 
@@ -80,12 +85,30 @@ def test_steps_that_keep_the_device_busy_need_no_graph(
         (0.004, 0.004, 0.001, True),  # so little that times say nothing
     ],
 )
-def test_a_graph_gains_nothing_where_the_host_was_ahead(eager, replay, submitting, gains) -> None:
-    found = Useless(Device(0.0, 0.0), ALONE_AGREES)  # type: ignore[arg-type]
-    bucket: Any = SimpleNamespace(graph=object(), info=GraphInfo("mixed", 16, 0, "full", "full"))
+def test_a_graph_gains_nothing_where_the_host_was_ahead(
+    eager, replay, submitting, gains, monkeypatch
+) -> None:
+    assert looked_at(Device(0.001, 20e-6), eager, replay, submitting, monkeypatch) == gains
+
+
+def test_what_takes_long_beside_the_longest_contexts_alone_has_its_graph(monkeypatch) -> None:
+    """Prompts of 512 tokens come without them: there the host is what steps wait for."""
+    times = 0.020, 0.020, 0.008
+    assert not looked_at(Device(0.008, 20e-6), *times, monkeypatch)
+    assert looked_at(Device(0.008, 10e-6), *times, monkeypatch)
+
+
+def looked_at(
+    device: Device, eager: float, replay: float, submitting: float, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """Whether a graph is kept for 512 tokens, which the device computes in time to their number."""
+    monkeypatch.setattr(useless, "time", SimpleNamespace(perf_counter=lambda: device.now))
+    found = Useless(device, device, ALONE_AGREES)  # type: ignore[arg-type]
+    info = GraphInfo("mixed", 512, 0, "full", "full")
+    bucket: Any = SimpleNamespace(graph=object(), info=info, shape=StepShape.mixed(512, 1))
     note_times(bucket, Times(eager, replay, submitting))
     found.look_at(bucket)
-    assert (found.found is None) == gains
+    return found.found is None
 
 
 def test_loading_kernels_is_not_what_a_graph_would_save(monkeypatch) -> None:
@@ -108,8 +131,9 @@ def test_ranks_of_different_speed_leave_out_the_same(monkeypatch) -> None:
 
     def found(rank: int) -> int | None:
         here.rank = rank
-        useless = Useless(devices[rank], SimpleNamespace(all=agree))  # type: ignore[arg-type]
-        useless.foresee(SHAPES, devices[rank].run)
+        device, agreement = devices[rank], SimpleNamespace(all=agree)
+        useless = Useless(device, device, agreement)  # type: ignore[arg-type]
+        useless.foresee(SHAPES)
         return useless.foreseen
 
     clock = SimpleNamespace(perf_counter=lambda: devices[here.rank].now)
@@ -122,10 +146,10 @@ def test_ranks_of_different_speed_leave_out_the_same(monkeypatch) -> None:
 def test_a_pass_that_fails_leaves_its_graph_to_its_capture(monkeypatch) -> None:
     device = Device(0.010, 20e-6)
 
-    def fails(shape: StepShape) -> None:
+    def fails(shape: StepShape, model: Any) -> None:
         raise RuntimeError("no memory")
 
-    device.run = fails  # type: ignore[method-assign]
+    device.forward = fails  # type: ignore[method-assign]
     assert foreseen(device, monkeypatch) is None
 
 
@@ -134,8 +158,7 @@ def test_what_is_foreseen_is_not_captured_and_computed_eagerly(
 ) -> None:
     runner = make_runner(toy, "breakable", decode=(8,), mixed=(2, 8))
 
-    def ahead(self: Useless, shape: StepShape, run: Any) -> bool:
-        run(shape)
+    def ahead(self: Useless, shape: StepShape) -> bool:
         self.reason = "the device is busy"
         return shape.size == 8
 

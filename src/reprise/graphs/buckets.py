@@ -63,16 +63,17 @@ class Buckets:
 
 
 def default_buckets(max_requests: int, max_tokens: int) -> Buckets:
-    """Powers of two up to 32 requests, then every 32, from 192 on every 64; powers of four up to
-    256 tokens, then of two. Each has to be captured and proven, while a row of padding costs little
-    and small steps wait for the weights, however many tokens they have.
+    """Powers of two up to 32 requests, then every 32, from 192 on every 64; 32 tokens, and powers
+    of two from 128 on. Each has to be captured and proven, while a row of padding costs little:
+    steps of up to some 150 tokens wait for the weights (on an H200 as on other accelerators, two
+    bytes a weight over what the memory brings take as long as its products with so many tokens).
 
     Args:
         max_requests: Most requests in a step.
         max_tokens: Most new tokens in a step.
     """
     decode = [1, 2, 4, 8, 16, *range(32, 192, 32), *range(192, LARGEST_DECODE + 1, 64)]
-    mixed = [16, 64, *(1 << power for power in range(8, LARGEST_MIXED.bit_length()))]
+    mixed = [32, *(1 << power for power in range(7, LARGEST_MIXED.bit_length()))]
     return Buckets(
         decode=_up_to(decode, min(max_requests, LARGEST_DECODE)),
         mixed=_up_to(mixed, min(max_tokens, LARGEST_MIXED)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
 
 from reprise import timeline
 from reprise.errors import describe
@@ -17,7 +16,6 @@ from reprise.graphs.contract import Computation
 from reprise.graphs.deferred import REASON, WANTED, Deferred, split
 from reprise.graphs.guard import Guard
 from reprise.graphs.idle import IdleProof
-from reprise.graphs.padding import compute_padding
 from reprise.graphs.plan import Executor, GraphPlan
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory
@@ -120,10 +118,8 @@ class Captures:
     def leave_out_useless(self) -> None:
         """Find mixed steps that no graph makes faster, before any is captured or predicted. The
         static inputs are not as before."""
-        computation = self._computation
         mixed = [each for each in reversed(self.shapes) if each.phase == "mixed"]
-        with computation.ops.computing():
-            self._useless.foresee(mixed, partial(compute_padding, computation))
+        self._useless.foresee(mixed)
         least = self._useless.foreseen
         if least is not None:
             self._left_out = [each for each in mixed if each.size >= least]

@@ -90,7 +90,7 @@ class GraphRunner:
         pool = GraphPool(platform) if pool is None else pool
         self.capturer = Capturer(computation, platform, agreement, pool)
         self.judge = Judge(computation, platform, self.capturer, self.guard, agreement, error)
-        self.useless = Useless(platform, agreement)
+        self.useless = Useless(computation, platform, agreement)
         self.prover = Prover(
             computation, self.capturer, self.judge, self.ledger, self.guard, self.useless, agreement
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from reprise.distributed import Agreement
 from reprise.errors import describe
 from reprise.graphs.capture import BucketGraph
+from reprise.graphs.contract import Computation
+from reprise.graphs.padding import compute_padding
 from reprise.graphs.trust import Ledger
 from reprise.platforms import Platform
 from reprise.shape import StepShape
@@ -26,12 +28,17 @@ class Useless:
     and prove these would take as long as to do it for others, and memory is kept free for the
     largest.
 
+    What counts is a step of short requests, of which a prompt alone is one: beside the longest
+    contexts, which graphs are proven on, attention keeps any device busy.
+
     Args:
+        computation: What may be captured.
         platform: Where.
         agreement: Of the ranks that compute together.
     """
 
-    def __init__(self, platform: Platform, agreement: Agreement) -> None:
+    def __init__(self, computation: Computation, platform: Platform, agreement: Agreement) -> None:
+        self._computation = computation
         self._platform = platform
         self._agreement = agreement
         self._agree = agreement.all
@@ -45,18 +52,18 @@ class Useless:
         self.reason = ""
         """Why."""
 
-    def foresee(self, shapes: Sequence[StepShape], run: Callable[[StepShape], object]) -> None:
+    def foresee(self, shapes: Sequence[StepShape]) -> None:
         """Find the smallest step whose eager execution keeps the device busy and has been submitted
-        long before the device is done: a graph would save what nothing waits for.
+        long before the device is done: a graph would save what nothing waits for. The static inputs
+        are not as before.
 
         Args:
             shapes: Of mixed steps, small ones first.
-            run: Computes such a step.
         """
         least, most = 0, len(shapes)
         while self.enabled and least < most:
             middle = (least + most) // 2
-            if self._host_is_ahead(shapes[middle], run):
+            if self._host_is_ahead(shapes[middle]):
                 most = middle
             else:
                 least = middle + 1
@@ -67,13 +74,14 @@ class Useless:
                 "more (%s)", self.foreseen, self.reason,
             )  # fmt: skip
 
-    def _host_is_ahead(self, shape: StepShape, run: Callable[[StepShape], object]) -> bool:
+    def _host_is_ahead(self, shape: StepShape) -> bool:
         for _ in range(2):  # the first pass may load kernels
             ahead = False
             try:
                 self._platform.synchronize()
                 began = time.perf_counter()
-                run(shape)
+                with self._computation.ops.computing():
+                    compute_padding(self._computation, shape)
                 submitted = time.perf_counter() - began
                 self._platform.synchronize()
                 total = time.perf_counter() - began
@@ -93,14 +101,16 @@ class Useless:
         self.found = None
 
     def look_at(self, bucket: BucketGraph) -> None:
-        """Both ways of the bucket's steps have been timed."""
+        """Both ways of the bucket's steps have been timed, beside the longest contexts. Where the
+        device was what took long there, a plain step decides; the static inputs are not as before
+        then."""
         info = bucket.info
         if not self.enabled or bucket.graph is None or info.phase != "mixed":
             return
         slow = info.replay_seconds >= max(USELESS * info.eager_seconds, BUSY_SECONDS)
         # A host that was busy with something else took long for both: that says nothing.
         slow &= info.submit_seconds <= USELESS * info.eager_seconds
-        if self.found is None and self._agree(slow):
+        if self.found is None and self._agree(slow) and self._host_is_ahead(bucket.shape):
             self.found = bucket
 
     def drop(self, buckets: Sequence[BucketGraph], ledger: Ledger) -> None:
@@ -108,17 +118,15 @@ class Useless:
         if self.found is None:
             return
         least = self.found.info
-        reason = (
-            f"at {least.bucket} tokens eager execution takes {1e3 * least.eager_seconds:.1f} ms, "
-            f"a replay {1e3 * least.replay_seconds:.1f}"
-        )
         dropped = []
         for bucket in buckets:
             info = bucket.info
             if bucket.graph is None or info.phase != "mixed" or info.bucket < least.bucket:
                 continue
             dropped.append(info.name)
-            bucket.graph, info.dropped = None, reason
+            bucket.graph, info.dropped = None, self.reason
             info.executor, info.segments, info.breaks = "none", 0, 0
             ledger.leave(bucket.key)
-        logger.info("graphs that gain nothing are left out: %s (%s)", ", ".join(dropped), reason)
+        logger.info(
+            "graphs that gain nothing are left out: %s (%s)", ", ".join(dropped), self.reason
+        )
