@@ -63,7 +63,9 @@ class Masks:
     rows: np.ndarray[Any, Any]
     """[M] int64, ascending."""
     words: np.ndarray[Any, Any]
-    """[M, ceil(V / 32)] int32, a bit a token as ``ops.apply_bitmask`` reads it."""
+    """[C, ceil(V / 32)] int32, a bit a token as ``ops.apply_bitmask`` reads it: of the masks from
+    ``begin`` on. The others are what was given last in their places."""
+    begin: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ import pytest
 
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar
-from reprise.engine.structured.grammar import MaskRows
+from reprise.engine.structured.masks import MaskRows
 from reprise.engine.structured.white_space import MOST, TURN, WhiteSpace, named_by
 
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 9}
@@ -101,12 +101,12 @@ def test_the_bound_is_of_each_place_and_holds_with_drafts_of_it_too(llm: LLM) ->
     assert grammar.take([blank] * (MOST - 2), 1) == MOST - 2
     masks.begin(4)
     assert grammar.fill(masks, 0, [blank, blank, blank]) == 4
-    words = masks.settle(4)
+    words = masks.settle(4)[1].copy()
     free = [bool(row[blank // 32] >> blank % 32 & 1) for row in words]
     assert free == [True, True, False, False]
     masks.begin(1)
     assert grammar.fill(masks, 0) == 1
-    assert np.array_equal(masks.settle(1)[0], words[0])
+    assert np.array_equal(masks.settle(1)[1][0], words[0])
 
 
 @pytest.mark.parametrize(

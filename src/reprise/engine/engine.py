@@ -127,7 +127,7 @@ class Engine(Frontend):
             0 if speculation is None else speculation.num_tokens,
         )
         self._groups = Groups(self.scheduler, self.grammars, self._observations, runner.dtype)
-        self._recovery = Recovery(runner, self.scheduler)
+        self._recovery = Recovery(runner, self.scheduler, self.grammars)
         alone = config.tensor_parallel_size == 1 and self.lockstep is None
         self._weights = Weights(runner, self.scheduler, alone)
         self.profiler = Profiler(self.platform)

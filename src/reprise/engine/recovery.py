@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from reprise.engine.scheduler import Scheduler
+from reprise.engine.structured import Grammars
 from reprise.engine.suspects import Suspects
 from reprise.errors import GraphReplayError
 from reprise.graphs import Damage
@@ -24,11 +25,13 @@ class Recovery:
     Args:
         runner: Whose graphs they are.
         scheduler: Of the requests.
+        grammars: Whose masks the device has.
     """
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, grammars: Grammars) -> None:
         self._runner = runner
         self._scheduler = scheduler
+        self._grammars = grammars
         self._suspects = {
             owner: Suspects() for owner, graphs in runner.owners if graphs.plan.captures
         }
@@ -86,6 +89,7 @@ class Recovery:
             )
         if damage.earlier:
             self._runner.forget_draws()
+            self._grammars.send_masks_again()
             count = self._scheduler.recompute()
             logger.warning(
                 "graph %s was wrong: cached prefixes are forgotten and %d running request(s) "

@@ -13,6 +13,7 @@ from reprise import ops
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.logprobs import LogprobTensors, top_logprobs
+from reprise.runner.mask_words import MaskWords
 from reprise.runner.penalties import SeenTokens
 from reprise.runner.rows import Rows
 from reprise.runner.sampled_batch import Kept, SampledBatch
@@ -41,6 +42,7 @@ class Sampler:
         self.platform = platform
         self.rows = rows
         self._batch: SampledBatch | None = None
+        self._words = MaskWords(vocab_size, platform)
         self._kept = Kept(
             SeenTokens(vocab_size, rows.count, platform),
             ForbiddenTokens(vocab_size, rows.count, platform),
@@ -80,7 +82,7 @@ class Sampler:
         if batch.plain and masks is not None:
             _, which = batch.masked(masks.rows, len(logits))
             peaks = logits.new_empty(len(logits))
-            words = to_device(masks.words, self.platform)
+            words = self._words.of(masks)
             return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
         peaks = logits.amax(dim=-1)
         raw = logits.float()
@@ -91,7 +93,7 @@ class Sampler:
             adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
             if masks is not None:
                 rows, _ = batch.masked(masks.rows, len(logits))
-                ops.apply_bitmask(adjusted, rows, to_device(masks.words, self.platform))
+                ops.apply_bitmask(adjusted, rows, self._words.of(masks))
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -120,7 +122,7 @@ class Sampler:
     def memory(self) -> dict[str, Tensor]:
         """What lies on the device from draw to draw, by name: every tensor that anything here holds
         on to."""
-        holders: list[Any] = [*self._kept]
+        holders: list[Any] = [*self._kept, self._words]
         if self._batch is not None:
             batch = self._batch
             holders += [batch, batch.penalties, batch.bad_words, batch.allowed]

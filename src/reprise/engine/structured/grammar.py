@@ -2,150 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
-import torch
 
 from reprise.engine.structured.compiler import Compiled
-from reprise.engine.structured.white_space import MOST, WhiteSpace, Words
-from reprise.platforms import usable_cpus
-
-ALONE_SECONDS = 2e-3
-"""So long one thread fills a step's masks; what is left then is shared out, which costs half a
-millisecond beside a device. A mask takes 2 to 4 us where a state knows its tokens, and up to 10 ms
-where it has to look at each."""
-AT_ONCE = 8
-"""Masks between two looks at the time."""
-THREADS = 8
-"""At most: half of the CPUs that are there for this process, which have other work."""
-FIRST = 16
-"""Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
-those come first."""
-
-Crowded = tuple[WhiteSpace, int]
-"""What white space is, and how many characters of it come before."""
-Others = tuple[tuple[int, int], ...]
-"""All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
-others."""
-
-
-class MaskRows:
-    """An engine's masks of a step, in memory that those of the next step are written to: they have
-    to be on the device, or elsewhere, by then.
-
-    Args:
-        vocab_size: Of the logits.
-        pinned: The memory is page-locked.
-    """
-
-    def __init__(self, vocab_size: int, *, pinned: bool = False) -> None:
-        self._width, self._pinned = -(-vocab_size // 32), pinned
-        self._tensor = torch.empty((0, self._width), dtype=torch.int32)
-        self._words: Words = self._tensor.numpy()
-        self.begin(0)
-
-    def begin(self, rows: int) -> None:
-        """A step has so many masks at most. Those of the one before are no more."""
-        if rows > len(self._words):
-            size = (1 << (rows - 1).bit_length(), self._width)
-            self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
-            self._words = self._tensor.numpy()
-        self._later: tuple[list[int], list[Any]] = [], []
-        """Rows that are to be filled, and their matchers."""
-        self._others: dict[Others, list[int]] = {}
-        self._crowded: dict[int, Crowded] = {}
-
-    def allow_all(self, row: int) -> None:
-        """Any token may come."""
-        self._words[row] = -1
-
-    def allow(
-        self,
-        row: int,
-        matcher: Any,
-        others: Others,
-        crowded: Crowded | None,
-        *,
-        later: bool,
-    ) -> None:
-        """What the matcher allows may come.
-
-        Args:
-            row: Which mask.
-            matcher: xgrammar's.
-            others: Some tokens may come only where nothing else may.
-            crowded: No more white space may come, behind so many characters of it; None: it may.
-            later: It will be as it is now when the masks are settled.
-        """
-        if later:
-            self._later[0].append(row)
-            self._later[1].append(matcher)
-        else:
-            matcher.fill_next_token_bitmask(self._tensor, row)
-        if others:
-            self._others.setdefault(others, []).append(row)
-        if crowded is not None:
-            self._crowded[row] = crowded
-
-    def settle(self, count: int) -> Words:
-        """[M, ceil(V / 32)] int32: the first ``count`` masks, all of which allow something."""
-        self._fill()
-        for row, (spaces, length) in self._crowded.items():
-            spaces.limit(self._words[row], length)
-        for others, rows in self._others.items():
-            self._hold_back(others, rows)
-        found = self._words[:count]
-        for row in _first_empty(found):
-            if not found[row].any():
-                found[row] = -1
-        return found
-
-    def _hold_back(self, others: Others, rows: list[int]) -> None:
-        """Allow only the other tokens in these masks, where there are any."""
-        words, index = self._words, np.array(rows)
-        before = [(word, words[index, word]) for word, _ in others]
-        for word, free in others:
-            words[index, word] &= free
-        for place in _first_empty(words[index, :FIRST]):
-            row = rows[place]
-            if not words[row].any():
-                for word, bits in before:
-                    words[row, word] = bits[place]
-
-    def _fill(self) -> None:
-        """Those that were left for later: a few by this thread, and if they take long, the others
-        by several."""
-        rows, matchers = self._later
-        if not rows:
-            return
-        alone, together = self._batches
-        began = time.perf_counter()
-        for begin in range(0, len(rows), AT_ONCE):
-            end = begin + AT_ONCE
-            if begin and time.perf_counter() - began > ALONE_SECONDS:
-                together.batch_fill_next_token_bitmask(matchers[begin:], self._tensor, rows[begin:])
-                return
-            alone.batch_fill_next_token_bitmask(matchers[begin:end], self._tensor, rows[begin:end])
-
-    @functools.cached_property
-    def _batches(self) -> tuple[Any, Any]:
-        """Who fills masks in the thread that asks, and who does in threads of its own. One
-        engine's: where two threads ask the same batch of xgrammar's at once, the end of the one's
-        work ends the process."""
-        import xgrammar
-
-        several = min(THREADS, max(1, usable_cpus()[0] // 2))
-        alone, together = (xgrammar.BatchGrammarMatcher(max_threads=n) for n in (1, several))
-        return alone, together
-
-
-def _first_empty(masks: Words) -> list[int]:
-    """Of which masks the first words allow nothing."""
-    return np.flatnonzero(~masks[:, :FIRST].any(axis=1)).tolist()
+from reprise.engine.structured.masks import MaskRows, Others
+from reprise.engine.structured.white_space import MOST
 
 
 class Grammar:
@@ -177,6 +40,8 @@ class Grammar:
 
         self._matcher = xgrammar.GrammarMatcher(compiled.grammar)
         self._spaces = compiled.spaces
+        self._past: object = object()
+        """Another one once a token was taken back."""
         self._in_a_row = [0]
         """Characters of white space that are the last ones, before and behind each token that the
         matcher has taken."""
@@ -232,6 +97,7 @@ class Grammar:
         if self._begins is not None:
             followed = min(count, self.num_tokens - self._begins)
             self._matcher.rollback(followed)
+            self._past = object()
             self.ended = self._matcher.is_terminated()
             if self._spaces is not None and followed:
                 del self._in_a_row[-followed:]
@@ -275,4 +141,18 @@ class Grammar:
         crowded, length = None, self._in_a_row[-1]
         if self._spaces is not None and length >= MOST:
             crowded = self._spaces, length
-        masks.allow(row, self._matcher, others, crowded, later=later)
+        state = self._state() if later and masks.looks else None
+        masks.allow(row, self._matcher, others, crowded, state=state, later=later)
+
+    def _state(self) -> Hashable | None:
+        """What the matcher is about to do: behind tokens that leave it alike it allows the same.
+
+        xgrammar prints it for its own tests, for a tenth of what it takes to fill a mask: places in
+        rules, and behind how many bytes each was entered, where what may follow the rule is known.
+        That the text may end is not among it. None: this version does not say it.
+        """
+        printed = getattr(self._matcher, "_debug_print_internal_state", None)
+        if printed is None:
+            return None
+        states = printed().partition("\n")[2]  # the line before counts all bytes
+        return (self._past, states, self._matcher.is_completed()) if states else None

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from reprise.engine.structured.compiler import Compiled
-from reprise.engine.structured.grammar import Grammar, MaskRows
+from reprise.engine.structured.grammar import Grammar
+from reprise.engine.structured.masks import MaskRows
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
@@ -57,6 +58,14 @@ class Grammars:
         """All requests have ended."""
         self._of.clear()
         self._drafts.clear()
+
+    def forget_masks(self) -> None:
+        """A step was lost, its masks with it."""
+        self._masks.forget()
+
+    def send_masks_again(self) -> None:
+        """What the device has of them may be wrong."""
+        self._masks.send_again()
 
     @property
     def count(self) -> int:
@@ -112,4 +121,5 @@ class Grammars:
         if not rows:
             return None
         self.num_masks += len(rows)
-        return Masks(np.array(rows, dtype=np.int64), masks.settle(len(rows)))
+        first, words = masks.settle(len(rows))
+        return Masks(np.array(rows, dtype=np.int64), words, first)
