@@ -23,7 +23,13 @@ _KINDS: dict[str, _Codes] = {
     "w": [(48, 57), (65, 90), (95, 95), (97, 122)],
     "s": [(9, 13), (32, 32), (160, 160)],
 }
-_CONTROLS = {"0": 0, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
+_CONTROLS = {"0": 0, "a": 7, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "e": 27}
+_LETTERS = frozenset("dDwWsS") | {each for each in _CONTROLS if each.isalpha()}
+"""Those that mean something behind a backslash; xgrammar takes others for themselves."""
+_ESCAPE = re.compile(
+    r"(?s)\\(?:u\{(?P<wide>[0-9a-fA-F]{1,6})\}|u(?P<hex>[0-9a-fA-F]{4})"
+    r"|x[0-9a-fA-F]{2}|c[a-zA-Z]|(?P<sign>.))"
+)
 _DASH = (45, 45)
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?")
 _SIGN = r"""(?sx)
@@ -62,11 +68,13 @@ def check_pattern(pattern: str, where: str) -> None:
     while place < len(pattern):
         sign, follows = pattern[place], pattern[place + 1 : place + 2]
         if sign == "\\":
-            if follows and follows in "AzZGbBkKpPQEX" and not (in_class and follows == "b"):
-                raise refuse(f"\\{follows} is not supported: leave it out, the whole text matches")
-            if follows and follows in "123456789" and not in_class:
-                raise refuse(f"the backreference \\{follows} is not supported")
-            place += 2
+            escape = _ESCAPE.match(pattern, place)
+            if escape is None:
+                raise refuse("a backslash ends it: write \\\\ for the character")
+            place = escape.end()
+            wrong = _wrong_escape(escape, pattern[place : place + 1], in_class=in_class)
+            if wrong is not None:
+                raise refuse(wrong)
             continue
         if in_class:
             if sign == "[" and follows == ":":
@@ -87,6 +95,27 @@ def check_pattern(pattern: str, where: str) -> None:
                 if len(number) > 9 or (number and int(number) > MAX_REPEATS):
                     raise refuse(f"{{{number}}} repeats too often: give at most {MAX_REPEATS}")
         place += 1
+
+
+def _wrong_escape(found: re.Match[str], follows: str, *, in_class: bool) -> str | None:
+    """Why the escape, behind which that stands, is not supported; None: it is."""
+    sign = found["sign"] or ""
+    if sign in ("x", "u", "c"):
+        return f"\\{sign} lacks its digits or letter: write \\x41, \\u0041, \\u{{41}} or \\cA"
+    if (
+        sign.isascii()
+        and sign.isalpha()
+        and (sign not in _LETTERS or (sign == "b" and not in_class))
+    ):
+        return f"\\{sign} is not supported: leave it out, the whole text matches"
+    if sign and sign in "123456789" and not in_class:
+        return f"the backreference \\{sign} is not supported"
+    if (sign and sign in "123456789") or (sign == "0" and follows.isdecimal()):
+        return f"\\{sign} is read in two ways: write \\x and two digits for a character's number"
+    code = int(found["wide"] or found["hex"] or "0", 16)
+    if code > _LAST or 0xD800 <= code < 0xE000:
+        return f"{found[0]} is no character: write the character itself"
+    return None
 
 
 def check_text_pattern(pattern: str, where: str) -> None:

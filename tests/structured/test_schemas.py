@@ -11,7 +11,7 @@ from schemas import FOLLOWED, IGNORED, LEAVES
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.errors import RequestError
 from reprise.json_schema import MAX_DEPTH, check_schema
-from reprise.patterns import check_text_pattern
+from reprise.patterns import check_pattern, check_text_pattern
 from reprise.structured_outputs import MAX_SOURCE
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -120,15 +120,35 @@ def test_ordinary_patterns_are_followed(llm: LLM, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("told", "patterns"),
+    {
+        "is not supported": [r"a\Nb", r"[\h]", r"\R"],
+        "lacks its digits": [r"\x4g", r"\x{41}", r"\u12z"],
+        "read in two ways": [r"[\1]", r"\012"],
+        "is no character": [r"\ud83d\ude42", r"\u{110000}"],
+        "a backslash ends it": ["a\\"],
+    }.items(),
+)
+def test_escapes_that_would_be_read_as_something_else_are_refused(
+    told: str, patterns: list[str]
+) -> None:
+    for each in patterns:
+        with pytest.raises(RequestError, match=told):
+            check_pattern(each, "regex")
+    for each in (r"\u{1f642}{2}", r"\u{12345}", r"\x41\u0042\cA\0", r"[\b]\-\_\é"):
+        check_pattern(each, "regex")
+
+
+@pytest.mark.parametrize(
     "pattern",
-    [r"a\n", r'[\cA-\cB"\b]', r"[^\x20!#-\[\]-\u{10ffff}]", r"(?<n>[^\]]|b){129}"],
+    [r"a\n", r"\a", r"[\e]b", r'[\cA-\cB"\b]', r"[^\x20!#-\[\]-\u{10ffff}]", r"(?<n>[^\]]|b){129}"],
 )
 def test_patterns_of_escapes_are_refused(pattern: str) -> None:
     with pytest.raises(RequestError, match=r"escape|quote"):
         check_text_pattern(pattern, "pattern")
 
 
-@pytest.mark.parametrize("sign", ["[", "{", "(", r"\u{", "a{1", "a"])
+@pytest.mark.parametrize("sign", ["[", "{", "(", r"\u{41}", "a{1", "a"])
 def test_patterns_are_looked_through_once(sign: str) -> None:
     """As long as can be, the time of one that begins anew at each sign would be hours."""
     check_text_pattern(sign * (MAX_SOURCE // 4 // len(sign)), "pattern")
