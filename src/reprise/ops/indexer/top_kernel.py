@@ -59,10 +59,14 @@ def _search(keys, TOP: tl.constexpr, ENOUGH: tl.constexpr):
     high, low = tl.reduce((keys, tl.where(keys == NONE, 0x7FFFFFFF, keys)), 0, _larger_and_smaller)
     # Those that are not there are below the smallest one, which is reached by all others.
     low -= 1
-    # Most often it is a sixteenth of the largest at least, where the range is a small one.
-    near = tl.maximum(high.to(tl.int64) - (1 << 25), low.to(tl.int64) + 1).to(tl.int32)
-    enough = tl.sum((keys >= near).to(tl.int32), axis=0) >= TOP
-    low = tl.where(enough, near - 1, low)
+    # Most often it is a quarter of the largest at least, or else not much less than nothing beside
+    # it: ranges that eight parts fill.
+    quarter = tl.maximum(high.to(tl.int64) - ((1 << 24) - 2), low.to(tl.int64) + 1).to(tl.int32)
+    small = tl.maximum(high.to(tl.int64) - ((1 << 27) - 2), low.to(tl.int64) + 1).to(tl.int32)
+    both = (keys >= quarter).to(tl.int32) + ((keys >= small).to(tl.int32) << 16)
+    reached = tl.sum(both, axis=0)
+    low = tl.where((reached >> 16 & 0xFFFF) >= TOP, small - 1, low)
+    low = tl.where((reached & 0xFFFF) >= TOP, quarter - 1, low)
     keys = tl.maximum(keys, low)
     span = high.to(tl.int64) - low.to(tl.int64)
     shift = low * 0
@@ -127,15 +131,15 @@ def _largest(keys, TOP: tl.constexpr):
 
 
 @triton.jit
-def _arrived(arrivals_ptr, count, much):
-    """As :func:`is_last`; and whether any program has said ``much``."""
+def _arrived(arrivals_ptr, count, level):
+    """As :func:`is_last`; and the sum of all ``level``."""
     tl.debug_barrier()
-    mine = tl.where(much, (1 << 16) + 1, 1)
+    mine = 1 + (level << 16)
     arrived = tl.atomic_add(arrivals_ptr, mine, sem="acq_rel") + mine
     last = (arrived & 0xFFFF) == count
     if last:
         tl.store(arrivals_ptr, 0)
-    return last, arrived >= (1 << 16)
+    return last, arrived >> 16
 
 
 @triton.jit
@@ -193,9 +197,9 @@ def index_top_kernel(
 
     A token with one chunk, or none, is done at once. Of others each chunk leaves scores and numbers
     of at most TOP rows, in the order of the rows, in ``best`` [T, chunks, 2, TOP], and the last
-    program chooses of these, of FEW of each if no chunk has left more. MERGED and SLOTS: powers of
-    two, as many as are all these and those few at least; 0: there is one chunk, and those few are
-    all. GROUP: rows of each of at most PEAKS ``peaks``; 0: there are none.
+    program chooses of these, of FEW of each if no chunk has left more, or twice as many. MERGED and
+    SLOTS: powers of two, as many as are all these and those few at least; 0: there is one chunk,
+    and all are chosen from. GROUP: rows of each of at most PEAKS ``peaks``; 0: there are none.
     """
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
@@ -239,11 +243,20 @@ def index_top_kernel(
         nothing = tl.full([CHUNK], NONE, dtype=tl.int32)
         tl.store(ours + place, nothing, mask=(place >= many) & (place < TOP))
         used = tl.cdiv(count, CHUNK)
-        last, much = _arrived(arrivals_ptr + here, used, many > FEW)
+        # 32 chunks that have more than FEW are less than one that has more than twice as many.
+        level = (many > FEW).to(tl.int32) + ((many > 2 * FEW).to(tl.int32) << 5)
+        last, levels = _arrived(arrivals_ptr + here, used, level)
         if last:
-            if (SLOTS == 0) | much:
+            if (SLOTS == 0) | (levels >= 32):
                 _choose_of_all(
                     best, target, tables, used, out_place_stride, MERGED, TOP, TOP, BLOCK
                 )
             elif SLOTS > 0:
-                _choose_of_all(best, target, tables, used, out_place_stride, SLOTS, FEW, TOP, BLOCK)
+                if levels > 0:
+                    _choose_of_all(
+                        best, target, tables, used, out_place_stride, 2 * SLOTS, 2 * FEW, TOP, BLOCK
+                    )
+                else:
+                    _choose_of_all(
+                        best, target, tables, used, out_place_stride, SLOTS, FEW, TOP, BLOCK
+                    )

@@ -22,7 +22,7 @@ from reprise.ops.triton_util import (
 
 _MOST_SCORES = 1 << 24
 """Of tokens that are scored at once: the rest comes after them, in the same memory."""
-_FEW = 2048
+_FEW = 1024
 """Rows that all chunks of a token leave, if each has few that may be among the largest."""
 
 
@@ -87,10 +87,10 @@ def bind(
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
     groups = cdiv(room, group) if group else 0
     score["GROUP"] = group
-    few = max(1, (16 if INTERPRETED else _FEW) // chunks)
+    few = max(1, (8 if INTERPRETED else _FEW) // chunks)
     choose = {
         "TOP": top, "CHUNK": chunk, "MERGED": merged, "FEW": few,
-        "SLOTS": next_power_of_2(few * chunks) if group and few < top else 0,
+        "SLOTS": next_power_of_2(few * chunks) if group and 2 * few < top else 0,
         "GROUP": group, "PEAKS": next_power_of_2(groups), "BLOCK": keys.shape[1],
         "num_warps": max(4, warps(max(chunk, merged), per_thread=16)), **shared,
     }  # fmt: skip
