@@ -243,11 +243,11 @@ def index_top_kernel(
         nothing = tl.full([CHUNK], NONE, dtype=tl.int32)
         tl.store(ours + place, nothing, mask=(place >= many) & (place < TOP))
         used = tl.cdiv(count, CHUNK)
-        # 32 chunks that have more than FEW are less than one that has more than twice as many.
-        level = (many > FEW).to(tl.int32) + ((many > 2 * FEW).to(tl.int32) << 5)
+        # All chunks with more than FEW count less than one with more than twice as many.
+        level = (many > FEW).to(tl.int32) + ((many > 2 * FEW).to(tl.int32) << 6)
         last, levels = _arrived(arrivals_ptr + here, used, level)
         if last:
-            if (SLOTS == 0) | (levels >= 32):
+            if (SLOTS == 0) | (levels >= (64 if 2 * FEW < TOP else 1)):
                 _choose_of_all(
                     best, target, tables, used, out_place_stride, MERGED, TOP, TOP, BLOCK
                 )

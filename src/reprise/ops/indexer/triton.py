@@ -22,8 +22,6 @@ from reprise.ops.triton_util import (
 
 _MOST_SCORES = 1 << 24
 """Of tokens that are scored at once: the rest comes after them, in the same memory."""
-_FEW = 1024
-"""Rows that all chunks of a token leave, if each has few that may be among the largest."""
 
 
 def indexer(
@@ -66,9 +64,9 @@ def bind(
         return lambda: None
     room = max(1, block_tables.shape[1] * keys.shape[1])
     at_once = min(tokens, max(1, _MOST_SCORES // room))
-    # The interpreter's chunks are so small that there are two.
+    # The interpreter's chunks are so small that there are several.
     chunk, chunks = (
-        chunks_of(room, top, max(16, cdiv(room, 2))) if INTERPRETED else chunks_of(room, top)
+        chunks_of(room, top, max(16, cdiv(room, 8))) if INTERPRETED else chunks_of(room, top)
     )
     wide = query.element_size() == 4
     block_n = 32 if wide or INTERPRETED else 64
@@ -87,10 +85,11 @@ def bind(
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
     groups = cdiv(room, group) if group else 0
     score["GROUP"] = group
-    few = max(1, (8 if INTERPRETED else _FEW) // chunks)
+    # Groups tell of little more rows than are asked for; a chunk may have twice its share.
+    few = max(1, 2 * top // chunks)
     choose = {
         "TOP": top, "CHUNK": chunk, "MERGED": merged, "FEW": few,
-        "SLOTS": next_power_of_2(few * chunks) if group and 2 * few < top else 0,
+        "SLOTS": next_power_of_2(few * chunks) if group and few < top else 0,
         "GROUP": group, "PEAKS": next_power_of_2(groups), "BLOCK": keys.shape[1],
         "num_warps": max(4, warps(max(chunk, merged), per_thread=16)), **shared,
     }  # fmt: skip
