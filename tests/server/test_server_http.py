@@ -76,10 +76,12 @@ def test_usage_comes_only_where_it_is_wanted(stub: Server) -> None:
         plain = events(client.post(COMPLETE, json=body).text)
         assert all("usage" not in each for each in plain[:-1])
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-        each = events(client.post(COMPLETE, json=body).text)
-    counts = [chunk["usage"]["completion_tokens"] for chunk in each[:-1]]
-    assert counts == sorted(counts)
-    assert counts[-1] == 3
+        for samples in (1, 3):  # so far of all samples together
+            *chunks, _ = events(client.post(COMPLETE, json={**body, "n": samples}).text)
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts == sorted(counts)
+            assert counts[-1] == 3 * samples
+            assert len({each["usage"]["prompt_tokens"] for each in chunks}) == 1
 
 
 def test_several_prompts_and_samples_have_their_own_places(stub: Server) -> None:
