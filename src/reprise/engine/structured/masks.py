@@ -146,15 +146,17 @@ class MaskRows:
 
     def _kept(self, row: int, state: Hashable | None) -> bool:
         """Whether a mask is there; else it is to be written."""
-        self._looked += state is not None
-        if state is not None and self._states[row] == state:
-            self._found += 1
-            self.num_kept += 1
-            if self.num_kept % CHECKED:
-                return True
-            self._doubted[row] = self._words[row].copy()
-        self._states[row] = state if self._keeps else None
-        self._sent[row] = False
+        if state is not None:
+            self._looked += 1
+            if self._states[row] == state:
+                self._found += 1
+                self.num_kept += 1
+                if self.num_kept % CHECKED:
+                    return True
+                self._doubted[row] = self._words[row].copy()
+            elif not self._keeps:
+                state = None
+        self._states[row] = state
         self._changed.append(row)
         return False
 
@@ -173,13 +175,11 @@ class MaskRows:
             spaces.limit(self._words[row], length)
         for others, rows in self._others.items():
             self._hold_back(others, rows)
-        if self._changed:
-            changed = np.array(self._changed)
-            for place in _first_empty(self._words[changed, :FIRST]):
-                row = self._changed[place]
-                if not self._words[row].any():
-                    self._words[row] = -1
+        for row in _first_empty(self._words[:count, :FIRST]):
+            if not self._words[row].any():
+                self._words[row] = -1
         self._compare()
+        self._sent[self._changed] = False
         unsent = np.flatnonzero(~self._sent[:count])
         begin, end = (int(unsent[0]), int(unsent[-1]) + 1) if len(unsent) else (0, 0)
         self._sent[begin:end] = True
