@@ -341,8 +341,8 @@ class Engine(Frontend):
             self.lockstep.check()
         self.scheduler.start_over()
         self.runner.forget_steps()
-        self.pipeline.clear()
         self._groups.clear()
+        self.pipeline.clear()
         self.platform.synchronize()
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class Pipeline:
     def clear(self) -> None:
         """Forget all steps, whose results are lost."""
         self.steps.clear()
-        self._grammars.forget_masks()
+        self._grammars.steps_lost()
 
     def _masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
         """Which tokens may be drawn in the step that was submitted last. Only if one of its

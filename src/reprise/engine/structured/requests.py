@@ -59,9 +59,12 @@ class Grammars:
         self._of.clear()
         self._drafts.clear()
 
-    def forget_masks(self) -> None:
-        """A step was lost, its masks with it."""
+    def steps_lost(self) -> None:
+        """Steps were lost, their masks with them, and tokens that grammars have followed but no
+        request has got."""
         self._masks.forget()
+        for request, grammar in self._of.items():
+            grammar.take((), request.num_output_tokens)
 
     def send_masks_again(self) -> None:
         """What the device has of them may be wrong."""

@@ -1,0 +1,56 @@
+"""Steps whose tokens a grammar has followed, and whose results are lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import TinyModels, assert_idle, make_llm, text_model, token_ids
+
+from reprise import SamplingParams, StructuredOutputsParams
+from reprise.runner.drafts import CHAIN
+
+pytest.importorskip("xgrammar")
+
+PARAMS = [
+    SamplingParams(
+        temperature=0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex=each)
+    )
+    for each in ("([a-h]{2} ){5}[0-9]{6}", "[0-9]{3}-[a-f]{3}-[0-9]{3}-[a-f]{3}")
+]
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
+
+
+@pytest.mark.parametrize("at", [3, 8])
+def test_a_grammar_goes_back_to_the_tokens_that_its_request_has(
+    tiny: TinyModels, device: str, at: int
+) -> None:
+    model, draft = text_model(tiny, "qwen3"), text_model(tiny, "llama")
+    options: dict[str, Any] = {"max_num_seqs": 4, "num_blocks": 64}
+    expected = make_llm(model, device, **options).generate(PROMPTS, PARAMS, use_tqdm=False)
+    llm = make_llm(
+        model, device, graph_mode="full", graph_buckets="decode=2,4;mixed=32", **options,
+        speculative_config={"method": "draft_model", "model": str(draft.path),
+                            "num_speculative_tokens": 2},
+    )  # fmt: skip
+    llm.engine.pipeline.depth = 2
+    chain = dict(llm.engine.runner.owners)[CHAIN]
+    chain.ledger.trusts = lambda *asked: True  # type: ignore[method-assign]
+    count = 0
+
+    def failing(replay: Any) -> Any:
+        def call() -> None:
+            nonlocal count
+            replay()
+            count += 1
+            if count == at:
+                raise RuntimeError("launch failed")
+
+        return call
+
+    for bucket in chain.bucket_graphs.values():
+        bucket.graph.replay = failing(bucket.graph.replay)
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert count >= at
+    assert token_ids(outputs) == token_ids(expected)
+    assert_idle(llm)
