@@ -241,3 +241,16 @@ def test_what_an_interruption_left_under_way_says_nothing_of_later_graphs(toy, m
     runner.captures.discard()
     gc.collect()
     assert graph() is None
+
+
+def test_a_graph_whose_further_probes_cannot_be_made_runs_before_no_other(toy, make_runner):
+    def probes(bucket, anchor, make=toy.probes):
+        if anchor and bucket.phase == "decode":
+            raise ValueError("no such block")
+        return make(bucket, anchor)
+
+    toy.probes = probes
+    runner = make_runner(toy, decode=(1,), mixed=(16,))
+    runner.captures.capture_all()
+    proof = {each.phase: (each.probes, each.planned_probes) for each in runner.report().graphs}
+    assert proof["mixed"] == (2, 2)

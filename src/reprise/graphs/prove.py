@@ -243,6 +243,7 @@ class Prover:
             for each in self._buckets
             if each.graph is not None
             and each.info.probes
+            and each.probes
             and each.shape.phase != bucket.shape.phase
         ]
         if number != first:
