@@ -23,11 +23,14 @@ from triton.backends.compiler import GPUTarget
 
 from reprise import LLM
 from reprise.bench.presets import CONFIGS
+from reprise.graphs import parse_plan
+from reprise.graphs.buckets import default_buckets
 from reprise.ops import Op, triton_util
 from reprise.ops.registry import intercept
 from reprise.runner.examples import Examples
 from reprise.shape import StepShape
 
+REQUESTS, TOKENS = 64, 8192
 known: set[Any] = set()
 new: list[str] = []
 
@@ -68,8 +71,8 @@ def main() -> None:
         (Path(directory) / "config.json").write_text(json.dumps(values))
         runner = LLM(
             directory, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
-            device="cpu", graph_mode="none", max_num_seqs=64, max_model_len=4096,
-            max_num_batched_tokens=8192, kv_cache_memory_bytes=1 << 29,
+            device="cpu", graph_mode="none", max_num_seqs=REQUESTS, max_model_len=4096,
+            max_num_batched_tokens=TOKENS, kv_cache_memory_bytes=1 << 29,
         ).engine.runner  # fmt: skip
     pretend_device(GPUTarget("cuda", 90, 32), 232448)
     triton_util.launch = launch
@@ -78,8 +81,8 @@ def main() -> None:
             each()
         assert new
         for shape in (
-            *(StepShape.mixed(n, min(n, 64)) for n in (8192, 4096, 2048, 1024, 512, 256, 64, 16)),
-            *(StepShape.decode(n) for n in (64, 32, 16, 8, 4, 2, 1)),
+            *default_buckets(REQUESTS, TOKENS).shapes(parse_plan("full"), (1,), REQUESTS),
+            *(StepShape.mixed(n, min(n, REQUESTS)) for n in (TOKENS, TOKENS // 2, 64, 16)),
         ):
             new.clear()
             runner.forward_pass.pad(shape.empty, shape)

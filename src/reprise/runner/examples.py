@@ -106,7 +106,7 @@ class Examples:
             lambda: ops.argmax(run(*decode(sizes))),
             # What these have of their own is little, and is compiled together.
             lambda: run(*decode(between), mixed(16)),
-            lambda: run(mixed(256), mixed(1024)),
+            lambda: run(mixed(128), mixed(256), mixed(1024)),
             *self._draft_passes(min(self._max_tokens, 64), *sizes),
         ]
 
