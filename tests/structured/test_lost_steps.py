@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from helpers import TinyModels, assert_idle, make_llm, text_model, token_ids
 
 from reprise import SamplingParams, StructuredOutputsParams
+from reprise.graphs import Damage
 from reprise.runner.drafts import CHAIN
 
 pytest.importorskip("xgrammar")
@@ -54,3 +57,25 @@ def test_a_grammar_goes_back_to_the_tokens_that_its_request_has(
     assert count >= at
     assert token_ids(outputs) == token_ids(expected)
     assert_idle(llm)
+
+
+def test_masks_that_a_graph_may_have_spoiled_are_sent_again(tiny: TinyModels, device: str) -> None:
+    llm = make_llm(text_model(tiny, "qwen3"), device, num_blocks=64, graph_mode="full",
+                   graph_buckets="decode=2;mixed=32")  # fmt: skip
+    params = replace(PARAMS[0], structured_outputs=StructuredOutputsParams(regex="[ab]*c"))
+    (expected,) = token_ids(llm.generate(PROMPTS[:1], params, use_tqdm=False))
+    engine = llm.engine
+    engine.pipeline.depth = 1
+    group = engine.add("again", PROMPTS[0], params)
+    request = group.completions[0].request
+    while request.num_output_tokens < 6:
+        engine.step()
+    kept = engine.grammars._masks.num_kept
+    with torch.inference_mode():
+        engine.runner.sampler._words._words.fill_(-1)
+    target = next(iter(engine.runner.graphs.bucket_graphs))
+    engine._recovery._heed("target", Damage(target, "decode[2]", frozenset(), True, frozenset()))
+    while engine.has_work:
+        engine.step()
+    assert engine.grammars._masks.num_kept > kept
+    assert list(request.output_token_ids) == expected
