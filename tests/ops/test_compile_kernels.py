@@ -44,10 +44,11 @@ SPILLS = {
         "shared_sums_kernel": 16,
         "push_kernel": 24,
         "delta_chunk_kernel": 24,
+        "stream_mix_kernel": 8,
     },
     "Blackwell of workstations": {
         "mixed_attention_kernel": 88,
-        "stream_mix_kernel": 16,
+        "stream_mix_kernel": 8,
         "fp8_product_kernel": 16,
         "shared_sums_kernel": 16,
         "absolute_splits_kernel": 72,
@@ -88,7 +89,7 @@ ON_CODES = {
     "Blackwell of workstations": {
         "sparse_attention_kernel": 136,
         "mixed_attention_kernel": 224,
-        "split_attention_kernel": 32,
+        "split_attention_kernel": 40,
         "absolute_splits_kernel": 184,
     },
     "Ampere": {},

@@ -68,8 +68,8 @@ _MANY_TILES = Config(64, 64, 1, 4, 4, 3, late=False, fetched=1024)
 """In place of the third, where its tiles are more than two for each multiprocessor: all run at
 once."""
 _LARGE = Config(64, 128, 2, 3, 8, 1, late=False, fetched=1024)
-"""In place of the third for other weights of more than :data:`_LARGE_WEIGHTS` elements: ``x`` is
-read less often."""
+"""In place of the third for other weights of more than :data:`_LARGE_WEIGHTS` elements, where all
+its stages fit: ``x`` is read less often. Where they do not, registers do not suffice either."""
 _LARGE_WEIGHTS = 1 << 24
 _FEW_TILES = Config(8, 64, 4, 2, 4, 4, late=True)
 """In place of the first for one row (of several no device has run it) and weights between
@@ -89,7 +89,9 @@ def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide:
         if cdiv(outputs, _MANY_TILES.block_n) > 2 * limits(device).multiprocessors:
             config = _MANY_TILES
         elif outputs * inputs > _LARGE_WEIGHTS:
-            config = _LARGE
+            large = fitted(_LARGE, outputs, inputs, device, wide)
+            if large.num_stages == _LARGE.num_stages:
+                return large
     return fitted(config, outputs, inputs, device, wide)
 
 
