@@ -204,7 +204,7 @@ def test_what_cannot_be_spread_is_refused(
         ("none", 500, {}),
         ("full", 500, {"graph_verify": "off"}),
         ("full", 500, {"graph_verify": "canary:1"}),
-        ("full", 500, {"num_blocks": 18}),
+        ("full", 500, {"num_blocks": 10, "max_model_len": 96}),
         ("full", 500, {"data_parallel_size": 4}),
         ("full", 2000, {"tensor_parallel_size": 2}),
         ("full", 500, {"ops": {"dispatch": "all_to_all", "combine": "all_to_all"}}),
