@@ -105,8 +105,8 @@ def choose_model_len(requested: int | None, config: Any) -> int:
 
 
 def choose_max_tokens(config: EngineConfig, platform: Platform, max_model_len: int) -> int:
-    """Most tokens of a step: unless that is said, at least what all requests decode at once; never
-    more than all of them can bring, whatever is said."""
+    """Most tokens of a step: what is asked for, but no more than all requests can bring; unless it
+    is said, the platform's default, and at least what all of them decode at once."""
     decodes = config.max_num_seqs * (1 + config.num_drafts)
     asked = config.max_num_batched_tokens
     if asked is None:
