@@ -238,16 +238,16 @@ class Prover:
         """Another graph, to be replayed before the bucket's is compared on the probe of that
         number: on the first one that needs time, one of the other phase that is right by then."""
         first = next((n for n, each in enumerate(bucket.probes) if n and not each.always), None)
-        others = [
+        if number != first:
+            return None
+        others = (
             each
             for each in self._buckets
             if each.graph is not None
             and each.info.probes
             and each.probes
             and each.shape.phase != bucket.shape.phase
-        ]
-        if number != first:
-            return None
+        )
         return min(others, key=lambda each: each.shape.num_tokens, default=None)
 
     def _probe(self, bucket: BucketGraph, number: int, *, timed: bool) -> str | None:

@@ -23,12 +23,14 @@ MOST_STAGING = 4
 their way."""
 
 
-def to_device(array: Ints, platform: Platform) -> Tensor:
-    """The array on the device, without waiting for the work that the device has to do before."""
+def to_device(array: Ints, platform: Platform, target: Tensor | None = None) -> Tensor:
+    """The array on the device, in ``target`` if that is given, without waiting for the work that
+    the device has to do before."""
     host = torch.from_numpy(array)
     if platform.pins_memory:
         host = host.pin_memory()
-    target = torch.empty(host.shape, dtype=host.dtype, device=platform.device)
+    if target is None:
+        target = torch.empty(host.shape, dtype=host.dtype, device=platform.device)
     platform.upload(host, target)
     return target
 

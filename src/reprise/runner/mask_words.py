@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reprise.platforms import Platform
+from reprise.runner.arena import to_device
 from reprise.step import Masks
 
 
@@ -31,8 +32,6 @@ class MaskWords:
             self._words = before.new_zeros((1 << (count - 1).bit_length(), width))
             self._words[: len(before)] = before
         if given:
-            host = torch.from_numpy(masks.words)
-            if self._platform.pins_memory:
-                host = host.pin_memory()
-            self._platform.upload(host, self._words[masks.begin : masks.begin + given])
+            places = self._words[masks.begin : masks.begin + given]
+            to_device(masks.words, self._platform, places)
         return self._words[:count]
