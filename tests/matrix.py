@@ -41,6 +41,7 @@ from helpers import (
     token_ids,
 )
 from quantized import EIGHT_BITS, FOUR_BITS, quantized
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reprise import LLM, SamplingParams
@@ -52,6 +53,8 @@ from reprise.sampling_params import WHOLE_VOCABULARY
 MARGIN = 0.04
 """Of a row's largest logit. Two ways to round have been seen to differ by 0.05 somewhere in a row,
 by 0.025 in 99 rows of 100; with activations of eight bits by 0.25."""
+WEIGHTS = 0.004
+"""Of each weight, a standard deviation: bfloat16 rounds by up to that much."""
 TRIES = 200
 """Candidates of each kind that :func:`decided` looks at, until one will do."""
 
@@ -460,7 +463,9 @@ def decided(model: TinyModel, device: str) -> list[Subject]:
     """One of each kind of subjects, the first that rounding decides nothing of: bfloat16 gives the
     tokens of float32, and gives them still if the logit of each is lowered by :data:`MARGIN` of its
     row's largest, and all are changed by half as much at random, several times. (A draw inverts the
-    cumulative distribution: there others decide, too.)"""
+    cumulative distribution: there others decide, too.) And still if all weights are changed by
+    :data:`WEIGHTS`: a router with two choices near each other takes another expert then, which
+    moves logits by more than their margin."""
     options: dict[str, Any] = {
         "max_num_seqs": 64, "num_blocks": 1025, "max_num_batched_tokens": 2048,
         "enable_prefix_caching": False,
@@ -475,6 +480,13 @@ def decided(model: TinyModel, device: str) -> list[Subject]:
         return token_ids([each.output() for each in groups])
 
     noise = torch.Generator().manual_seed(0)
+    weights = load_file(model.path / "model.safetensors")
+
+    def others() -> dict[str, Tensor]:
+        return {
+            name: each * (1 + WEIGHTS * torch.randn(each.shape, generator=noise))
+            for name, each in weights.items()
+        }
 
     def disturb(tokens: list[Iterator[int]], request: str, row: Tensor) -> Tensor:
         margin = MARGIN * row.abs().max()
@@ -489,9 +501,11 @@ def decided(model: TinyModel, device: str) -> list[Subject]:
         tried = [(kind, each[kind]) for each in some for kind in missing]
         subjects = [each for _, each in tried]
         drawn = run(exact, subjects)
+        rounding.update_weights(weights)
         rounded = [run(rounding, subjects)]
         for _ in range(3):
             rest = [iter(each) for each in drawn]
+            rounding.update_weights(others())
             with rewritten_logits(rounding, functools.partial(disturb, rest)):
                 rounded.append(run(rounding, subjects))
         for (kind, subject), right, *found in zip(tried, drawn, *rounded, strict=True):
