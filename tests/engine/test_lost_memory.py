@@ -73,6 +73,15 @@ def test_without_it_the_error_names_the_remedies(
     assert "--graph-memory-profile" not in str(error.value)
 
 
+@pytest.mark.parametrize("told", [float("nan"), 1.5e9, None, "8 GiB"])
+def test_what_is_no_number_of_bytes_is_not_taken_for_one(
+    tiny: TinyModels, device: str, platform: Platform, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    monkeypatch.setattr(type(platform), "cache_budget", lambda *_: told)
+    with pytest.raises(PlatformError, match=f"{told!r} bytes .*kv_cache_memory_bytes"):
+        make_llm(tiny("qwen3"), device, num_blocks=None, **SMALL)
+
+
 def test_a_device_that_is_lost_altogether(
     tiny: TinyModels, device: str, lose_memory: Any, platform: Platform,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
@@ -123,11 +124,20 @@ def test_a_plug_in_is_found_by_its_entry_point(abacus):
         ("default_block_size", -4),
         ("default_batched_tokens", 0),
         ("default_batched_tokens", 1.5),
+        ("default_batched_tokens", True),
+        ("priority", "high"),
+        ("graph_class", 7),
+        ("graph_memory", "guess"),
+        ("takes_ptx", None),
+        ("fp8_dtype", "float8_e4m3fn"),
+        ("preferred", ("triton",)),
+        ("visible_devices_variable", 0),
     ],
 )
 def test_defaults_that_no_engine_can_have_are_refused(abacus, monkeypatch, field, value):
     monkeypatch.setattr(abacus, field, value)
-    with pytest.raises(PlatformError, match=f"'abacus' declares {field}={value}"):
+    said = re.escape(f"'abacus' declares {field}={value!r}, which must be")
+    with pytest.raises(PlatformError, match=said):
         platforms.resolve("abacus")
 
 

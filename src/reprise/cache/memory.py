@@ -130,6 +130,11 @@ def _budget(config: EngineConfig, platform: Platform, activation_bytes: int) -> 
             f"the memory of {platform.device} cannot be measured ({describe(error)}); "
             "say how large the KV cache is to be with num_blocks or kv_cache_memory_bytes"
         ) from error
+    if not isinstance(budget, int):
+        raise PlatformError(
+            f"platform {platform.name!r} says {budget!r} bytes are there for the KV cache, which "
+            "must be a whole number; until it does, give num_blocks or kv_cache_memory_bytes"
+        )
     return budget, platform.cache_reason(config.gpu_memory_utilization)
 
 

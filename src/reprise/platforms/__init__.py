@@ -6,9 +6,21 @@ installed package; the entry's name is what users type after ``--device``.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from reprise.cpu_limits import usable_cpus
 from reprise.errors import PlatformError
@@ -129,15 +141,41 @@ def resolve(device: str = "auto") -> Platform:
 
 
 def _require_sound(platform: Platform) -> None:
-    """What users may say is checked where they say it; this is what a platform says instead."""
+    """What users may say is checked where they say it; this is what a platform says instead.
+    Properties may wake a device, and are not asked here."""
+    from reprise.platforms.base import Platform
+
+    for field, hint in get_type_hints(Platform).items():
+        declared = inspect.getattr_static(platform, field)
+        if isinstance(declared, (property, functools.cached_property)):
+            continue
+        if not _is_a(getattr(platform, field), hint):
+            wanted = str(hint).removeprefix("typing.").removeprefix("ClassVar")
+            raise PlatformError(
+                f"platform {platform.name!r} declares {field}={declared!r}, which must be {wanted}"
+            )
     size, tokens = platform.default_block_size, platform.default_batched_tokens
-    if not isinstance(size, int) or size < 1 or size & (size - 1):
+    if size < 1 or size & (size - 1):
         raise PlatformError(
             f"platform {platform.name!r} declares default_block_size={size!r}, which must be a "
             "power of two, such as 16"
         )
-    if not isinstance(tokens, int) or tokens < 1:
+    if tokens < 1:
         raise PlatformError(
             f"platform {platform.name!r} declares default_batched_tokens={tokens!r}, which must be "
             "a whole number of at least 1"
         )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type of :class:`Platform`'s data, as far as a look at it tells."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is ClassVar:
+        return _is_a(value, parts[0])
+    if kind is Literal:
+        return value in parts
+    if kind in (Union, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if hint is int and isinstance(value, bool):
+        return False
+    return isinstance(value, kind or hint)
