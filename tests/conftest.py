@@ -70,11 +70,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [each for each in items if each not in long]
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays. Looking through a million such objects would take half of a
-    test that closes an engine."""
+def freeze() -> None:
+    """What there is by now stays. Looking through a million such objects would take half of a test
+    that starts and closes an engine."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    freeze()
 
 
 def pytest_sessionfinish() -> None:
@@ -97,6 +101,12 @@ def pytest_fixture_setup(
 def same_draws(request: pytest.FixtureRequest) -> None:
     """A test that fails fails again, alone too."""
     seeds.seed(request.node.nodeid)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What the modules before have imported, too. Of theirs no engine is left."""
+    freeze()
 
 
 @pytest.fixture(scope="session")
@@ -199,8 +209,10 @@ def no_races(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Makes tiny random checkpoints: ``tiny("qwen3", num_hidden_layers=3).path``."""
+    import transformers.modeling_utils  # noqa: F401 - a thousand modules
     from helpers import TinyModels
 
+    freeze()
     return TinyModels(tmp_path_factory.mktemp("checkpoints"))
 
 

@@ -47,18 +47,18 @@ def delta_rule(
     live = place < query_start_loc[-1]
     keys, values = F.normalize(key.float(), dim=-1), value.float()
     asked = query.float().view(len(query), heads, -1, size)
+    # What a token makes of a state S: keeps @ S + adds.
     scaled = 0.6 * keys.unsqueeze(3)
+    keeps = -scaled * keys.unsqueeze(2)
+    keeps.diagonal(dim1=-2, dim2=-1).add_(0.95)
+    adds = scaled * values.unsqueeze(2)
     behind = state.new_empty(len(query), heads, size, size)  # each token
-    answer = torch.empty_like(asked)
-    for token in range(len(query)):
+    for token in range(len(query)):  # those behind the last live one are nobody's
         which = request[token : token + 1]
         old = now.index_select(0, which)[0]
-        error = values[token] - (keys[token].unsqueeze(1) @ old).squeeze(1)
-        new = 0.95 * old + scaled[token] * error.unsqueeze(1)
-        torch.where(live[token], new, old, out=behind[token])
+        torch.baddbmm(adds[token], keeps[token], old, out=behind[token])
         now.index_copy_(0, which, behind[token : token + 1])
-        torch.matmul(asked[token], behind[token], out=answer[token])
-    out.copy_(torch.where(live.view(-1, 1, 1), answer.view_as(query), 0.0))
+    out.copy_(torch.where(live.view(-1, 1, 1), (asked @ behind).view_as(query), 0.0))
     offset = torch.where(known[request] == 0, place - query_start_loc[request], 0).long()
     offset = offset.clamp(max=state.shape[1] - 1) + request * state.shape[1]
     counts = live & ((token_slots != 0) | (known[request] != 0))

@@ -54,6 +54,18 @@ def test_regions_and_units_may_be_strided(implementation, platform, name) -> Non
     assert torch.equal(function(words, None), function(words.contiguous(), None))
 
 
+@pytest.mark.parametrize("name", [each for each in IMPLEMENTATIONS if each != "triton"])
+def test_in_pieces_it_is_the_same_sum(implementation, platform, monkeypatch, name) -> None:
+    function = implementation(checksum, name)
+    words = random_words(platform, 3, 17, 64)
+    units = torch.tensor([16, 0, 1, 0, 7], device=platform.device)
+    whole, chosen = function(words, None), function(words, units)
+    for at_once in (50, 64, 450, 3 * 64 * 4):
+        monkeypatch.setitem(function.__globals__, "AT_ONCE", at_once)
+        assert torch.equal(function(words, None), whole)
+        assert torch.equal(function(words, units), chosen)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_moved_content_shows(implementation, platform, name) -> None:
     """Two rows inside a block exchanged, whose plain sums are equal."""

@@ -3,7 +3,7 @@ import functools
 import torch
 from torch import Tensor
 
-_AT_ONCE = 1 << 22
+AT_ONCE = 1 << 22
 """Words that are widened to 64 bits at a time; bounds the memory."""
 
 
@@ -26,25 +26,27 @@ def reference(words: Tensor, units: Tensor | None) -> Tensor:
     sums = torch.zeros((regions, len(chosen)), dtype=torch.int64, device=words.device)
     if sums.numel() == 0 or length == 0:
         return sums
-    rows = max(1, _AT_ONCE // length)
-    for region in range(regions):
-        for first in range(0, len(chosen), rows):
-            piece = slice(first, first + rows)
-            found = words[region][piece] if units is None else words[region][units[piece]]
-            for begin in range(0, length, _AT_ONCE):
-                part = found[:, begin : begin + _AT_ONCE]
-                factors = place_factors(begin, part.shape[1], words.device)
-                sums[region, piece] += (part.to(torch.int64) * factors).sum(dim=1)
+    rows, columns = max(1, AT_ONCE // (regions * length)), max(1, AT_ONCE // regions)
+    for first in range(0, len(chosen), rows):
+        piece = slice(first, first + rows)
+        found = words[:, piece if units is None else units[piece]]
+        for begin in range(0, length, columns):
+            part = found[:, :, begin : begin + columns]
+            sums[:, piece] += (part * place_factors(begin, part.shape[2], words.device)).sum(dim=2)
     return sums
 
 
-@functools.lru_cache(maxsize=8)
 def place_factors(begin: int, count: int, device: torch.device) -> Tensor:
     """[count] int64: the odd numbers below 2**33 of the places from ``begin`` on.
 
     The place goes through the finalizer of MurmurHash3 (32 bits), so that no two distances between
     places have a common ratio: equal shifts of several words do not cancel.
     """
+    return _kept_factors(begin, 1 << max(count - 1, 4095).bit_length(), device)[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_factors(begin: int, count: int, device: torch.device) -> Tensor:
     x = torch.arange(begin, begin + count, dtype=torch.int64, device=device) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & 0xFFFFFFFF
