@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,7 +10,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reprise import __version__
 from reprise.server.client import EngineRefusal
@@ -31,6 +32,9 @@ from reprise.server.responses.request import ResponsesRequest
 from reprise.server.state import ServerState
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 def create_app(state: ServerState, feed: Feed) -> ASGIApp:
     """The application of one HTTP process; ``feed`` has its live view."""
     options = state.options
@@ -44,12 +48,13 @@ def create_app(state: ServerState, feed: Feed) -> ASGIApp:
         openapi_url="/openapi.json" if docs else None,
     )
     handlers = Handlers(state, feed)
-    add_routes(app, handlers, page=options.page)
+    posts = add_routes(app, handlers, page=options.page)
     if options.page:
         add_page(app, options.root_path)
     paths = [str(getattr(each, "path", "")) for each in app.routes]
     handlers.metrics = HttpMetrics(paths)
-    gate: ASGIApp = Gate(app, options, handlers.metrics)
+    short = {options.root_path + path: handler for path, handler in posts.items()}
+    gate: ASGIApp = Gate(Endpoints(app, short), options, handlers.metrics)
     if options.allowed_origins:
         # Outermost: a refusal at the gate has its headers too.
         gate = CORSMiddleware(
@@ -63,9 +68,37 @@ def create_app(state: ServerState, feed: Feed) -> ASGIApp:
     return gate
 
 
-def add_routes(app: FastAPI, handlers: Handlers, *, page: bool) -> None:
+class Endpoints:
+    """Calls what answers a POST by its path. The framework, which describes these endpoints too and
+    has all others, takes longer to come to one than most take to answer.
+
+    Args:
+        app: The framework's.
+        posts: By path, as the server gets it.
+    """
+
+    def __init__(self, app: FastAPI, posts: Mapping[str, Handler]) -> None:
+        self._app = app
+        self._posts = posts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            handler = self._posts.get(scope["path"])
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive, send)
+        try:
+            response = await handler(request)
+        except (ApiError, EngineRefusal) as error:
+            response = await self._app.exception_handlers[type(error)](request, error)
+        await response(scope, receive, send)
+
+
+def add_routes(app: FastAPI, handlers: Handlers, *, page: bool) -> dict[str, Handler]:
     """A route for each endpoint (with ``page`` that of its live view too), and what makes errors of
-    all others."""
+    all others. Endpoints whose path alone says what is asked, by path."""
     post: list[tuple[str, Any, type[BaseModel], str]] = [
         ("/v1/completions", handlers.completions, CompletionRequest, "Complete prompts."),
         ("/v1/chat/completions", handlers.chat, ChatRequest, "Answer a conversation."),
@@ -130,6 +163,7 @@ def add_routes(app: FastAPI, handlers: Handlers, *, page: bool) -> None:
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(EngineRefusal, handlers.tell_refusal)
     describe(app)
+    return {path: handler for path, handler, _, _ in post}
 
 
 async def _tell(_: Request, error: Exception) -> Response:
