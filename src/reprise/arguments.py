@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import sys
@@ -58,7 +59,8 @@ def unknown_names(what: str, unknown: Iterable[str], known: Collection[str]) -> 
 def takes_names(
     translate: Callable[[dict[str, Any]], dict[str, Any]], error: type[Exception]
 ) -> Callable[[type[T]], type[T]]:
-    """For a dataclass: check and translate the names that its constructor is called with.
+    """For a dataclass whose fields all have defaults: check and translate the names that its
+    constructor is called with.
 
     Args:
         translate: Keyword arguments as given to keyword arguments of fields.
@@ -66,15 +68,29 @@ def takes_names(
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        made = cls.__init__
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        defaults = {
+            each.name: each.default for each in fields if each.default is not dataclasses.MISSING
+        }
+        makers = {
+            each.name: each.default_factory
+            for each in fields
+            if each.default_factory is not dataclasses.MISSING
+        }
 
-        @functools.wraps(made)
+        @functools.wraps(cls.__init__)
         def __init__(self: Any, *unnamed: Any, **arguments: Any) -> None:
             if unnamed:
                 raise error(
                     f"{cls.__name__}({', '.join(map(repr, unnamed))}): give each value's name"
                 )
-            made(self, **translate(arguments))
+            # Field by field, as dataclasses do it, takes longer than all checks of most requests.
+            values = vars(self)
+            values.update(defaults)
+            for name, make in makers.items():
+                values[name] = make()
+            values.update(translate(arguments))
+            self.__post_init__()
 
         cls.__init__ = __init__  # type: ignore[method-assign]
         return cls

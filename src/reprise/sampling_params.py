@@ -125,12 +125,18 @@ class SamplingParams:
     """Produce text; False: token ids only."""
 
     def __post_init__(self) -> None:
+        # Mostly a few fields are given, and a server makes one for each request.
+        values = vars(self)
+        given = {name for name, default in _DEFAULTS.items() if values[name] is not default}
         for name, low, remedy in _INTEGERS:
-            self._check_integer(name, low, remedy)
+            if name in given:
+                self._check_integer(name, low, remedy)
         for name, test, remedy in _NUMBERS:
-            self._check_number(name, test, remedy)
+            if name in given:
+                self._check_number(name, test, remedy)
         for name in _FLAGS:
-            self._check_flag(name)
+            if name in given:
+                self._check_flag(name)
         self._check_logit_bias()
         self._check_seed()
         self._check_tokens("stop_token_ids")
@@ -167,7 +173,10 @@ class SamplingParams:
         Raises:
             RequestError: A field was changed to an invalid value.
         """
-        return dataclasses.replace(self)
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        made.__post_init__()
+        return made
 
     @property
     def greedy(self) -> bool:
@@ -286,7 +295,8 @@ class SamplingParams:
             raise _invalid("stop", self.stop, remedy)
 
 
-_NAMES = frozenset(each.name for each in dataclasses.fields(SamplingParams))
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(SamplingParams)}
+_NAMES = frozenset(_DEFAULTS)
 _OPTIONAL = {
     "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids",
     "skip_reading_prefix_cache", "num_drafts",
