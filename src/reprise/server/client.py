@@ -14,6 +14,9 @@ from reprise.server import wire
 logger = logging.getLogger(__name__)
 
 GONE = "EngineGone"
+MOST_HELD = 8
+"""Messages to the engine that are written together: a write wakes its process, which takes as long
+as half of what is done for a request. Of a burst it is to have some while others are checked."""
 
 
 class EngineRefusal(RepriseError):
@@ -181,6 +184,8 @@ class EngineClient(asyncio.Protocol):
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._frames = wire.Frames()
         self._transport: asyncio.Transport | None = None
+        self._held: list[bytes] | None = None
+        """Frames for the end of this turn of the loop; None: nothing was written in it yet."""
 
     def generate(self, bell: Bell, **request: Any) -> Stream:
         """Send a request.
@@ -231,7 +236,25 @@ class EngineClient(asyncio.Protocol):
 
     def _send(self, message: wire.Message) -> None:
         assert self._transport is not None
-        self._transport.write(wire.frame(message))
+        data = wire.frame(message)
+        if self._held is None:
+            self._held = []
+            asyncio.get_running_loop().call_soon(self._end_turn)
+            self._transport.write(data)
+            return
+        self._held.append(data)
+        if len(self._held) == MOST_HELD:
+            self._write_held()
+
+    def _end_turn(self) -> None:
+        self._write_held()
+        self._held = None
+
+    def _write_held(self) -> None:
+        assert self._transport is not None
+        if self._held and self.lost is None:
+            self._transport.write(b"".join(self._held))
+        self._held = []
 
     # ---- asyncio.Protocol ------------------------------------------------------------------
 

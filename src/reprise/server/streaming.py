@@ -182,13 +182,13 @@ class _Pump:
             if reply.complete:
                 await reply.settle()
             await self._send(data)
-        await self.connection.send(b"", more=False)
 
     async def _send(self, data: bytes) -> None:
-        if data:
+        more = not self._reply.complete
+        if data or not more:
             self.size += len(data)
             self._caller.sending_since = asyncio.get_running_loop().time()
-            await self.connection.send(data)
+            await self.connection.send(data, more)
             self._caller.sending_since = None
 
     async def _flow(self) -> bytes:
