@@ -70,8 +70,8 @@ class Driver(Protocol):
     def submit(
         self,
         request_id: str,
-        prompt: Callable[[], Any],
-        params: SamplingParams | None,
+        prompt: Callable[[], Any] | PreparedPrompt,
+        params: SamplingParams | PreparedParams | None,
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
@@ -80,7 +80,8 @@ class Driver(Protocol):
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Makes the prompt; called in the thread that tokenizes.
+            prompt: Makes the prompt; called in the thread that tokenizes. One that is prepared, with
+                parameters that are, does not wait for that thread.
             params: None: as the checkpoint recommends.
             priority: Lower is more urgent.
             reader: Gets the outputs. :meth:`leave` when it wants no more.

@@ -101,8 +101,8 @@ class EngineThread:
     def submit(
         self,
         request_id: str,
-        prompt: Callable[[], Any],
-        params: SamplingParams | None,
+        prompt: Callable[[], Any] | PreparedPrompt,
+        params: SamplingParams | PreparedParams | None,
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
@@ -123,7 +123,8 @@ class EngineThread:
             )
             try:
                 engine = self.engine
-                prepared = (engine.prepare(prompt()), engine.prepare_params(params))
+                given = prompt if isinstance(prompt, PreparedPrompt) else prompt()
+                prepared = (engine.prepare(given), engine.prepare_params(params))
                 with self._open():
                     self._commands.put(command)
             except Exception as error:
@@ -133,9 +134,13 @@ class EngineThread:
 
         with self._open():
             self._preparing[reader] = (request_id, False)
-            # Neither the engine nor other callers wait for the tokenizer or a grammar.
-            plain = getattr(params, "structured_outputs", None) is None
-            (self._tokenizing if plain else self._structuring).submit(prepare)
+            ready = isinstance(prompt, PreparedPrompt) and isinstance(params, PreparedParams)
+            if not ready:
+                # Neither the engine nor other callers wait for the tokenizer or a grammar.
+                plain = getattr(params, "structured_outputs", None) is None
+                (self._tokenizing if plain else self._structuring).submit(prepare)
+        if ready:
+            prepare()
         return accepted
 
     def submit_all(self, requests: Sequence[Submission]) -> None:

@@ -138,8 +138,8 @@ class Replicas:
     def submit(
         self,
         request_id: str,
-        prompt: Callable[[], Any],
-        params: SamplingParams | None,
+        prompt: Callable[[], Any] | PreparedPrompt,
+        params: SamplingParams | PreparedParams | None,
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
@@ -153,7 +153,8 @@ class Replicas:
                 return  # it has left
             try:
                 accepted_params = self.prepare_params(params)
-                prepared = self.prepare(request_id, prompt(), accepted_params), accepted_params
+                given = prompt if isinstance(prompt, PreparedPrompt) else prompt()
+                prepared = self.prepare(request_id, given, accepted_params), accepted_params
                 with outstanding.open():
                     if admit is not None:
                         admit(*prepared, outstanding.num_waiting_tokens)
@@ -167,10 +168,14 @@ class Replicas:
 
         with outstanding.open():
             outstanding.prepare(reader, request_id)
-            self._tokenizing.submit(prepare)
+            ready = isinstance(prompt, PreparedPrompt) and isinstance(params, PreparedParams)
+            if not ready:
+                self._tokenizing.submit(prepare)
+        if ready:
+            prepare()
         return accepted
 
-    def prepare_params(self, params: SamplingParams | None) -> PreparedParams:
+    def prepare_params(self, params: SamplingParams | PreparedParams | None) -> PreparedParams:
         """Check parameters, as far as that can be done here.
 
         Raises:

@@ -54,7 +54,7 @@ def create_app(state: ServerState, feed: Feed) -> ASGIApp:
     paths = [str(getattr(each, "path", "")) for each in app.routes]
     handlers.metrics = HttpMetrics(paths)
     short = {options.root_path + path: handler for path, handler in posts.items()}
-    gate: ASGIApp = Gate(Endpoints(app, short), options, handlers.metrics)
+    gate: ASGIApp = Gate(Endpoints(app, handlers, short), options, handlers.metrics)
     if options.allowed_origins:
         # Outermost: a refusal at the gate has its headers too.
         gate = CORSMiddleware(
@@ -74,11 +74,13 @@ class Endpoints:
 
     Args:
         app: The framework's.
-        posts: By path, as the server gets it.
+        handlers: What the endpoints do.
+        posts: Of them, by path, as the server gets it.
     """
 
-    def __init__(self, app: FastAPI, posts: Mapping[str, Handler]) -> None:
+    def __init__(self, app: FastAPI, handlers: Handlers, posts: Mapping[str, Handler]) -> None:
         self._app = app
+        self._handlers = handlers
         self._posts = posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,8 +93,10 @@ class Endpoints:
         request = Request(scope, receive, send)
         try:
             response = await handler(request)
-        except (ApiError, EngineRefusal) as error:
-            response = await self._app.exception_handlers[type(error)](request, error)
+        except ApiError as error:
+            response = error.response
+        except EngineRefusal as refusal:
+            response = await self._handlers.tell_refusal(request, refusal)
         await response(scope, receive, send)
 
 

@@ -76,14 +76,15 @@ class EngineServer(EngineService):
         limit = self._limits.requests
         if limit is not None and self.driver.num_waiting >= limit:
             raise QueueFull(f"{limit} requests are waiting (max_num_queued_reqs): try again later")
+        prompt, params = self._asked(request)
         self._names += 1
         name = f"request-{self._names}"
         reader = WireReader(channel, request, name, self._texts, self._emissions)
         channel.readers[request.number] = reader
         accepted = self.driver.submit(
             reader.name,
-            self._prompt(request),
-            _params(request.params),
+            prompt,
+            params,
             request.priority,
             reader,
             self._admit,
@@ -106,6 +107,17 @@ class EngineServer(EngineService):
         error = None if accepted.cancelled() else accepted.exception()
         if error is not None:
             self.refuse(channel, request.number, error)
+
+    def _asked(
+        self, request: wire.Generate
+    ) -> tuple[Callable[[], Any] | PreparedPrompt, SamplingParams | PreparedParams]:
+        """Prompt and parameters, prepared where nothing is to be tokenized or compiled: to hand them
+        to another thread, and from there to the engine's, takes longer than that."""
+        prompt, params = self._prompt(request), _params(request.params)
+        ids = request.chat is None and "prompt_token_ids" in request.prompt
+        if not ids or params.structured_outputs is not None or params.bad_words:
+            return prompt, params
+        return self._frontend.prepare(prompt()), self._frontend.prepare_params(params)
 
     def _prompt(self, request: wire.Generate) -> Callable[[], Any]:
         tokenizer = self._frontend.tokenizer
