@@ -1,4 +1,5 @@
-"""A stream whose client reads at times: no text is lost, doubled or out of order."""
+"""A stream whose client reads at times, and whose news comes at times: no text is lost, doubled or
+out of order."""
 
 from __future__ import annotations
 
@@ -47,14 +48,16 @@ class Client:
         asyncio.get_running_loop().call_soon(self.received.append, body)
 
 
-async def stream(seed: int, prompts: int) -> tuple[list[str], list[Any]]:
+async def stream(seed: int, prompts: int, usage: bool) -> tuple[list[str], list[Any]]:
     """The texts of each prompt, and all chunks that came, of news and pauses as chance has them."""
     chance = random.Random(seed)
     engine = EngineClient()
     engine.connection_made(cast(asyncio.Transport, Engine()))
     engine.data_received(wire.frame(wire.Hello(wire.PROTOCOL, FACTS)))
     asked = CompletionRequest(
-        prompt=["x"] * prompts, stream=True, stream_options={"include_usage": True}
+        prompt=["x"] * prompts,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": usage},
     )
     reply = Completion(asked, "name", "model", FACTS, {}, 100, False)
     caller = Caller(engine, Callers(), asyncio.Event().wait)  # type: ignore[arg-type]
@@ -69,6 +72,7 @@ async def stream(seed: int, prompts: int) -> tuple[list[str], list[Any]]:
     scope = {"state": {CONNECTION: client}}
     sending = asyncio.create_task(EventStream(caller, reply, None, {})(scope, start, start))  # type: ignore[arg-type]
     texts = [""] * prompts
+    late = b""
     for step in range(STEPS + 1):
         items: list[list[Any]] = []
         for number in range(prompts):
@@ -82,7 +86,11 @@ async def stream(seed: int, prompts: int) -> tuple[list[str], list[Any]]:
                 items.append([number + 1, [[0, text, 1, None, None, None]], None, None])
             else:
                 items.append([number + 1, text, 1])
-        engine.data_received(wire.frame(wire.Deltas(items)))
+        late += wire.frame(wire.Deltas(items))
+        if chance.random() < 0.3 and step < STEPS:
+            continue
+        engine.data_received(late)
+        late = b""
         if chance.random() < 0.4:
             client.room.clear() if client.room.is_set() else client.room.set()
         for _ in range(chance.randrange(4)):
@@ -94,13 +102,17 @@ async def stream(seed: int, prompts: int) -> tuple[list[str], list[Any]]:
     return texts, [json.loads(each.removeprefix("data: ")) for each in events[:-2]]
 
 
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_pauses_of_a_client_change_no_text(prompts: int) -> None:
+@pytest.mark.parametrize(("prompts", "usage"), [(1, False), (2, False), (1, True), (2, True)])
+def test_pauses_change_no_text(prompts: int, usage: bool) -> None:
     for seed in range(8):
-        texts, chunks = asyncio.run(stream(seed, prompts))
-        found = [""] * prompts
+        texts, chunks = asyncio.run(stream(seed, prompts, usage))
+        found, counts = [""] * prompts, [0]
         for chunk in chunks[:-1]:
             (choice,) = chunk["choices"]
             found[choice["index"]] += choice["text"]
+            if usage:
+                counts.append(chunk["usage"]["completion_tokens"])
         assert found == texts
+        assert counts == sorted(counts)
+        assert counts[-1] == (STEPS + 1) * prompts * usage
         assert chunks[-1]["usage"]["completion_tokens"] == (STEPS + 1) * prompts

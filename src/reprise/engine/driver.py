@@ -80,8 +80,8 @@ class Driver(Protocol):
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Makes the prompt; called in the thread that tokenizes. One that is prepared, with
-                parameters that are, does not wait for that thread.
+            prompt: Makes the prompt; called in the thread that tokenizes, for which one that is
+                prepared, like its parameters, does not wait.
             params: None: as the checkpoint recommends.
             priority: Lower is more urgent.
             reader: Gets the outputs. :meth:`leave` when it wants no more.

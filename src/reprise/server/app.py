@@ -31,7 +31,6 @@ from reprise.server.page import add_page
 from reprise.server.responses.request import ResponsesRequest
 from reprise.server.state import ServerState
 
-
 Handler = Callable[[Request], Awaitable[Response]]
 
 

@@ -252,13 +252,14 @@ class Chat(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
-    def around(self, number: int) -> tuple[bytes, bytes] | None:
+    def around(self, number: int) -> list[bytes] | None:
         choice = self._choices.get(0)
-        if choice is None or self._use is not None or self.usage_each:
+        if choice is None or self._use is not None:
             return None
         if not (choice.begun and choice.answers):
             return None
-        return self._template.around(0, b'"delta":{"content":', b"}," + _NO_LOGPROBS)
+        before, behind = b'"delta":{"content":', b"}," + _NO_LOGPROBS
+        return self._template.around(0, before, behind, self.usage_each)
 
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         chunks: list[bytes] = []

@@ -163,11 +163,11 @@ class Completion(Reply):
 
     # ---- streamed --------------------------------------------------------------------------
 
-    def around(self, number: int) -> tuple[bytes, bytes] | None:
+    def around(self, number: int) -> list[bytes] | None:
         place = number * self._n
-        if self.usage_each or self._only_prompt or (self._echo and place not in self._echoed):
+        if self._only_prompt or (self._echo and place not in self._echoed):
             return None
-        return self._template.around(place, b'"text":', _TEXT_ALONE)
+        return self._template.around(place, b'"text":', _TEXT_ALONE, self.usage_each)
 
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
         template = self._template

@@ -111,10 +111,10 @@ class EngineServer(EngineService):
     def _asked(
         self, request: wire.Generate
     ) -> tuple[Callable[[], Any] | PreparedPrompt, SamplingParams | PreparedParams]:
-        """Prompt and parameters, prepared where nothing is to be tokenized or compiled: to hand them
-        to another thread, and from there to the engine's, takes longer than that."""
+        """Prompt and parameters. They are prepared here where nothing is to be tokenized or
+        compiled: to hand them on to another thread takes longer than that."""
         prompt, params = self._prompt(request), _params(request.params)
-        ids = request.chat is None and "prompt_token_ids" in request.prompt
+        ids = request.chat is None and "prompt_token_ids" in (request.prompt or {})
         if not ids or params.structured_outputs is not None or params.bad_words:
             return prompt, params
         return self._frontend.prepare(prompt()), self._frontend.prepare_params(params)

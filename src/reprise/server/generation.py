@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from reprise.server.errors import ApiError, error_event
 from reprise.server.usage import Usage
 
@@ -38,9 +36,9 @@ class Reply(ABC):
             EngineRefusal: A request was aborted.
         """
 
-    def around(self, number: int) -> tuple[bytes, bytes] | None:
-        """What stands around the text of a chunk, JSON on either side, where all texts that come
-        alone are such a chunk each from now on. None: they are not, as yet.
+    def around(self, number: int) -> list[bytes] | None:
+        """What stands around the text of a chunk, and its usage if it has that, where all texts
+        that come alone are such a chunk each from now on. None: they are not, as yet.
 
         Args:
             number: Of the request.
@@ -72,7 +70,7 @@ class Reply(ABC):
         return self.final_usage() if self.usage_each else None
 
     def final_usage(self) -> bytes:
-        return orjson.dumps(self.usage.to_dict())
+        return self.usage.to_json()
 
     def told(self) -> dict[str, Any]:
         """For the log."""

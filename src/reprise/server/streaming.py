@@ -54,10 +54,12 @@ class Template:
             return b"%b%b}]%b" % (begin, middle, self._tail)
         return b'%b%b}],"usage":%b}\n\n' % (begin, middle, usage)
 
-    def around(self, index: int, before: bytes, behind: bytes) -> tuple[bytes, bytes]:
-        """A chunk whose middle is ``before``, something, ``behind``: what stands on either side."""
-        head, _, tail = self.chunk(index, b"%b\0%b" % (before, behind)).partition(b"\0")
-        return head, tail
+    def around(self, index: int, before: bytes, behind: bytes, usage: bool) -> list[bytes]:
+        """A chunk whose middle is ``before``, something, ``behind``, with its usage or without:
+        what stands around them, two pieces or three."""
+        blank = b"\0"
+        middle = b"%b%b%b" % (before, blank, behind)
+        return self.chunk(index, middle, blank if usage else None).split(blank)
 
     def usage(self, usage: bytes) -> bytes:
         """The one that ends a stream."""
@@ -117,11 +119,13 @@ class _Texts:
         usage: Of the reply.
     """
 
-    __slots__ = ("_before", "_behind", "_pump", "_usage")
+    __slots__ = ("_before", "_behind", "_end", "_pump", "_usage")
 
-    def __init__(self, pump: _Pump, around: tuple[bytes, bytes], usage: Usage) -> None:
+    def __init__(self, pump: _Pump, around: list[bytes], usage: Usage) -> None:
         self._pump = pump
-        self._before, self._behind = around
+        self._before, self._behind, *end = around
+        self._end = end[0] if end else None
+        """Behind the usage so far, where each chunk has it."""
         self._usage = usage
 
     def __call__(self, text: str, count: int) -> bool:
@@ -132,6 +136,8 @@ class _Texts:
         self._usage.completion += count
         if text:
             data = b"%b%b%b" % (self._before, orjson.dumps(text), self._behind)
+            if self._end is not None:
+                data = b"%b%b%b" % (data, self._usage.to_json(), self._end)
             pump.size += len(data)
             pump.connection.send_soon(data)
         return True

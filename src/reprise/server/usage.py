@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 
 class Usage:
     """Counts of one reply, over its prompts and choices."""
@@ -16,6 +18,10 @@ class Usage:
         self.cached = 0
         self.reasoning: int | None = None
         """None: nothing was split."""
+
+    def to_json(self) -> bytes:
+        """What :meth:`to_dict` gives."""
+        return orjson.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """As the OpenAI API has it."""
