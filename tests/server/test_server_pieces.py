@@ -47,18 +47,17 @@ def test_an_error_behind_a_text_that_is_held_back_is_told() -> None:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message["body"])
 
-        async def receive() -> dict[str, Any]:
-            return await asyncio.Future()
-
-        caller = Caller(client, Callers(), receive)
+        cycle: Any = SimpleNamespace(
+            send=send, transport=Transport(),
+            flow=SimpleNamespace(write_paused=False, resume_reading=lambda: None),
+        )  # fmt: skip
+        connection = Connection(cycle, Outbox())
+        caller = Caller(client, Callers(), connection)
         caller.ask([{"name": "a", "prompt": None, "chat": None, "params": {}, "priority": 0,
                      "wants": []}])  # fmt: skip
         client.data_received(wire.frame(wire.Deltas([[1, "", 1]])))
         client.data_received(wire.frame(wire.Refused(1, "RuntimeError", "it failed")))
-        cycle: Any = SimpleNamespace(
-            send=send, transport=Transport(), flow=SimpleNamespace(write_paused=False)
-        )
-        pump = _Pump(caller, Texts(), None, Connection(cycle, Outbox()))
+        pump = _Pump(caller, Texts(), None, connection)
         await asyncio.wait_for(pump.run(), 60)
         caller.close()
         return b"".join(sent)

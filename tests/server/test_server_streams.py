@@ -36,6 +36,8 @@ class Client:
         self.room.set()
         self.received: list[bytes] = []
 
+    def when_lost(self, call: Any) -> None: ...
+
     @property
     def full(self) -> bool:
         return not self.room.is_set()
@@ -60,12 +62,12 @@ async def stream(seed: int, prompts: int, usage: bool) -> tuple[list[str], list[
         stream_options={"include_usage": True, "continuous_usage_stats": usage},
     )
     reply = Completion(asked, "name", "model", FACTS, {}, 100, False)
-    caller = Caller(engine, Callers(), asyncio.Event().wait)  # type: ignore[arg-type]
+    client = Client()
+    caller = Caller(engine, Callers(), client)  # type: ignore[arg-type]
     caller.ask(reply.asks)
     for number in range(1, prompts + 1):
         engine.data_received(wire.frame(wire.Accepted(number, {"prompt_tokens": 1})))
     reply.accepted(await caller.accepted())
-    client = Client()
 
     async def start(message: Any) -> None: ...
 

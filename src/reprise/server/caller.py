@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from reprise.server.client import Bell, EngineClient, EngineRefusal, Stream
 from reprise.server.errors import GONE_CLIENT
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+from reprise.server.protocol import Connection
 
 
 class Callers:
@@ -37,14 +36,15 @@ class Caller:
     Args:
         client: Of the engine.
         callers: That it is one of.
-        receive: Of ASGI; the body was read.
+        connection: Of the one who waits.
     """
 
     __slots__ = (
-        "_callers", "_client", "_watch", "bell", "sending_since", "stalled", "streams", "task",
+        "_callers", "_client", "_connection", "_gone", "bell", "sending_since", "stalled",
+        "streams", "task",
     )  # fmt: skip
 
-    def __init__(self, client: EngineClient, callers: Callers, receive: Receive) -> None:
+    def __init__(self, client: EngineClient, callers: Callers, connection: Connection) -> None:
         self._client = client
         self._callers = callers
         self.bell = Bell()
@@ -53,7 +53,9 @@ class Caller:
         """Of the loop's clock: since when the client has taken nothing."""
         self.stalled = False
         self.task = asyncio.current_task()
-        self._watch = asyncio.get_running_loop().create_task(self._until_gone(receive))
+        self._gone = False
+        self._connection = connection
+        connection.when_lost(self._lost)
         callers.add(self)
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> None:
@@ -64,6 +66,8 @@ class Caller:
         """
         for each in requests:
             self.streams.append(self._client.generate(self.bell, **each))
+        if self._gone:
+            self._lost()
 
     async def accepted(self) -> list[dict[str, Any]]:
         """Wait until the engine has all requests; what was wanted of each prompt.
@@ -116,12 +120,11 @@ class Caller:
 
     def close(self) -> None:
         """What was not finished is aborted."""
-        self._watch.cancel()
+        self._connection.when_lost(None)
         self._callers.remove(self)
         for each in self.streams:
             each.leave()
 
-    async def _until_gone(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def _lost(self) -> None:
+        self._gone = True
         self.fail(EngineRefusal(GONE_CLIENT, ""))

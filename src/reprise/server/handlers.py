@@ -30,6 +30,7 @@ from reprise.server.fields import (
 )
 from reprise.server.http_metrics import HttpMetrics, exposition
 from reprise.server.live.feed import Feed, LiveStream
+from reprise.server.protocol import CONNECTION, Connection
 from reprise.server.reasoning import CLOSE
 from reprise.server.responses.input_items import page
 from reprise.server.responses.items import items_of, unknown_keys
@@ -91,7 +92,8 @@ class Handlers:
         ignored: list[str],
     ) -> Response:
         state = self._state
-        caller = Caller(state.client, state.callers, request.receive)
+        connection: Connection = request.scope["state"][CONNECTION]
+        caller = Caller(state.client, state.callers, connection)
         request.state.told = work.told
         streaming = False
         try:

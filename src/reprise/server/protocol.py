@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -53,13 +54,36 @@ class Connection:
         outbox: Of the process.
     """
 
-    __slots__ = ("_cycle", "_flow", "_outbox", "_transport")
+    __slots__ = ("_cycle", "_flow", "_lost", "_outbox", "_transport", "_when_lost")
 
     def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
         self._cycle = cycle
         self._outbox = outbox
         self._transport = cycle.transport
         self._flow = cycle.flow
+        self._lost = False
+        self._when_lost: Callable[[], None] | None = None
+
+    @property
+    def answered(self) -> bool:
+        """The reply is complete."""
+        return bool(self._cycle.response_complete)
+
+    def when_lost(self, call: Callable[[], None] | None) -> None:
+        """Call it when the client is gone, at once if it is; None: nothing any more. The body was
+        read."""
+        self._when_lost = call
+        if call is None:
+            return
+        self._flow.resume_reading()  # a large body may have paused it, and no end would be seen
+        if self._lost:
+            call()
+
+    def lost(self) -> None:
+        """The client is gone."""
+        self._lost = True
+        if self._when_lost is not None:
+            self._when_lost()
 
     @property
     def full(self) -> bool:
@@ -107,6 +131,8 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._waiting: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._requests: list[Connection] = []
+        """Those that are not answered, as far as is known; several if a client does not wait."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -115,6 +141,9 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
         super().connection_lost(exc)
+        lost, self._requests = self._requests, []
+        for each in lost:
+            each.lost()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -136,7 +165,10 @@ class Protocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # it is no upgrade
-            self.scope["state"][CONNECTION] = Connection(self.cycle, self.outbox)
+            connection = Connection(self.cycle, self.outbox)
+            self._requests = [each for each in self._requests if not each.answered]
+            self._requests.append(connection)
+            self.scope["state"][CONNECTION] = connection
 
     def _wait(self) -> None:
         self._waiting = self.loop.call_later(self.head_seconds, self._late)
