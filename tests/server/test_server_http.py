@@ -373,12 +373,17 @@ def test_a_half_closed_connection_and_a_cut_body_end(stub: Server) -> None:
 
 
 def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
-    """Plain requests as well as streams."""
+    """Plain requests as well as streams, also large ones, for which reading is paused, and ones
+    that the client has sent another one behind."""
     with stub.client() as client:
-        for stream in (False, True):
+        for stream, space, count in ((False, 0, 1), (True, 0, 1), (True, 100_000, 1), (True, 0, 2)):
             body = json.dumps({"prompt": orders(wait=True), "stream": stream}).encode()
+            body += b" " * space
             connection = socket.create_connection(("127.0.0.1", stub.port), timeout=100)
-            connection.sendall(head(len(body)) + body)
+            for _ in range(count):
+                connection.sendall(head(len(body)))
+                time.sleep(0.02)  # so that the body is waited for, and comes at once
+                connection.sendall(body)
             until(lambda: client.get("/load").json()["server_load"] == 1)
             connection.close()
             until(lambda: client.get("/load").json()["server_load"] == 0)
