@@ -62,10 +62,13 @@ class Masks:
 
     rows: np.ndarray[Any, Any]
     """[M] int64, ascending."""
-    words: np.ndarray[Any, Any]
-    """[C, ceil(V / 32)] int32, a bit a token as ``ops.apply_bitmask`` reads it: of the masks from
-    ``begin`` on. The others are what was given last in their places."""
-    begin: int = 0
+    places: np.ndarray[Any, Any]
+    """[M] int64, where each one's mask is in a table, which may be one mask for several."""
+    size: int
+    """Places of the table."""
+    words: Sequence[tuple[int, np.ndarray[Any, Any]]]
+    """What is new in the table: [C, ceil(V / 32)] int32, a bit a token as ``ops.apply_bitmask``
+    reads it, from a place on. At the others is what was given last for them."""
 
 
 @dataclass(slots=True, eq=False)

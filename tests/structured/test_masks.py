@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from reprise import LLM, StructuredOutputsParams
-from reprise.engine.structured import Grammar, masks
-from reprise.engine.structured.masks import MaskRows
+from reprise.engine.structured import Grammar, automaton, masks
+from reprise.engine.structured.automaton import Automaton
+from reprise.engine.structured.masks import MaskTable
 
 xgrammar = pytest.importorskip("xgrammar")
 
@@ -25,6 +28,8 @@ GRAMMARS: list[dict[str, Any]] = [
     {"regex": "([a-z]{2,5} ){3,30}x*"},
     {"regex": ".*x.*"},
     {"grammar": 'root ::= "a" root "b" | [a-z]* "z"'},
+    {"regex": "[ab]{3,200}c(é|[^a-yß])*"},
+    {"json_object": True},
 ]  # fmt: skip
 
 
@@ -38,9 +43,8 @@ class Walk:
         self._random = random.Random(seed)
         self._held = llm.engine.eos_token_ids
         vocab_size = llm.engine.vocab_size
-        self.rows = MaskRows(vocab_size)
-        self._device = np.zeros((16, -(-vocab_size // 32)), dtype=np.int32)
-        self._alone = torch.empty((1, self._device.shape[1]), dtype=torch.int32)
+        self.rows = MaskTable(vocab_size)
+        self._device = np.zeros((masks.KEPT + 64, -(-vocab_size // 32)), dtype=np.int32)
         self._grammars: list[tuple[Any, Grammar, list[int]]] = []
         for number in range(14):
             self._begin(number % len(GRAMMARS))
@@ -53,18 +57,12 @@ class Walk:
         """Returns how many masks differ from those that are filled for a sequence alone."""
         rows, wrong = self.rows, 0
         rows.begin(len(self._grammars))
-        for number, (_, grammar, _) in enumerate(self._grammars):
-            grammar.fill(rows, number)
-        begin, words = rows.settle(len(self._grammars))
-        self._device[begin : begin + len(words)] = words
-        for number, (compiled, grammar, tokens) in enumerate(self._grammars):
-            fresh = MaskRows(self._device.shape[1] * 32)
-            fresh.begin(1)
-            again = Grammar(compiled, self._held, 4)
-            again.take(tokens, 0)
-            again.fill(fresh, 0)
-            expected = fresh.settle(1)[1][0]
-            wrong += not np.array_equal(expected, self._device[number])
+        places = [grammar.fill(rows)[0] for _, grammar, _ in self._grammars]
+        for begin, words in rows.settle(np.array(places)):
+            self._device[begin : begin + len(words)] = words
+        for place, (compiled, grammar, tokens) in zip(places, self._grammars, strict=True):
+            expected = self._alone(compiled, tokens)
+            wrong += not np.array_equal(expected, self._device[place])
             bits = np.unpackbits(expected.view(np.uint8), bitorder="little")
             allowed = set(np.flatnonzero(bits).tolist()) - self._held
             self._take(grammar, tokens, sorted(allowed))
@@ -72,6 +70,15 @@ class Walk:
             del self._grammars[self._random.randrange(len(self._grammars))]
             self._begin(self._random.randrange(len(GRAMMARS)))
         return wrong
+
+    def _alone(self, compiled: Any, tokens: list[int]) -> np.ndarray[Any, Any]:
+        """The mask of a sequence that xgrammar alone follows, as nothing else does."""
+        again = Grammar(replace(compiled, automaton=None), self._held, 4)
+        assert again.take(tokens, 0) == len(tokens)
+        fresh = MaskTable(self._device.shape[1] * 32)
+        fresh.begin(1)
+        ((_, words),) = fresh.settle(np.array(again.fill(fresh)))
+        return words[0]
 
     def _take(self, grammar: Grammar, tokens: list[int], allowed: list[int]) -> None:
         if tokens and self._random.random() < 0.1:  # as behind a step that was lost
@@ -96,30 +103,32 @@ class One:
 
     def __init__(self, llm: LLM, what: dict[str, Any], least: int = 0) -> None:
         compiled = llm.engine.compiler.compile(StructuredOutputsParams(**what))
-        self.rows = MaskRows(llm.engine.vocab_size)
+        self.rows = MaskTable(llm.engine.vocab_size)
         self.grammar = Grammar(compiled, llm.engine.eos_token_ids, least)
-        self._mask: set[int] = set()
+        self._masks: dict[int, np.ndarray[Any, Any]] = {}
 
     def allowed(self) -> set[int]:
         self.rows.begin(1)
-        self.grammar.fill(self.rows, 0)
-        for row in self.rows.settle(1)[1]:
-            bits = np.unpackbits(row.view(np.uint8), bitorder="little")
-            self._mask = set(np.flatnonzero(bits).tolist())
-        return self._mask
+        (place,) = self.grammar.fill(self.rows)
+        for begin, words in self.rows.settle(np.array([place])):
+            self._masks.update(enumerate(words.copy(), begin))
+        bits = np.unpackbits(self._masks[place].view(np.uint8), bitorder="little")
+        return set(np.flatnonzero(bits).tolist())
 
 
-def test_what_was_taken_back_is_another_state(llm: LLM) -> None:
-    """Within a rule nothing tells what follows it but what came before, here another letter."""
+def test_what_comes_behind_a_rule_is_part_of_a_state(llm: LLM) -> None:
+    """Within the rule nothing tells it but what came before, here another letter."""
     one = One(llm, {"grammar": 'root ::= "a" x "e" | "b" x "o"\nx ::= "k"+ "r"'})
     ids = llm.get_tokenizer().convert_tokens_to_ids
     a, b, k, re, ro = ids(["a", "b", "k", "re", "ro"])
     found = []
     for letter in (a, b):
+        assert one.grammar.take([letter, k, k], 0) == 3
+        found.append((one.grammar._state, one.allowed()))
         assert one.grammar.take([letter, k], 0) == 2
-        found.append((one.grammar._state(), one.allowed()))
+        assert one.grammar._state is found[-1][0]
     (state, allowed), (other_state, other_allowed) = found
-    assert state[1:] == other_state[1:]  # type: ignore[index]
+    assert state is not other_state
     assert (re in allowed, ro in allowed) == (True, False)
     assert (re in other_allowed, ro in other_allowed) == (False, True)
 
@@ -138,7 +147,7 @@ def test_states_that_are_told_wrong_are_found(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every mask is kept; then one is compared, and none is any more."""
-    monkeypatch.setattr(Grammar, "_state", lambda self: (self._past, "always"))
+    monkeypatch.setattr(Automaton, "walk", lambda self, state, token: self.start)
     monkeypatch.setattr(masks, "CHECKED", 7)
     walk = Walk(llm, 0)
     with caplog.at_level(logging.ERROR, masks.__name__):
@@ -148,10 +157,39 @@ def test_states_that_are_told_wrong_are_found(
     assert [each.levelname for each in caplog.records] == ["ERROR"]
 
 
-def test_what_a_version_does_not_tell_is_filled_each_time(
+def test_an_automaton_that_refuses_what_is_allowed_is_given_up(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm.engine.compiler, "_kept", OrderedDict())
+    walk = Walk(llm, 2)
+    monkeypatch.setattr(Automaton, "_find", lambda self, state, kind: None)
+    with caplog.at_level(logging.ERROR, automaton.__name__):
+        assert [walk.step() for _ in range(12)] == [0] * 12
+    assert {each.levelname for each in caplog.records} == {"ERROR"}
+    assert 0 < len(caplog.records) <= len(GRAMMARS)
+
+
+def test_a_token_that_only_the_automaton_allows_ends_its_sequence(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm.engine.compiler, "_kept", OrderedDict())
+    a, b = llm.get_tokenizer().convert_tokens_to_ids(["a", "b"])
+    one = One(llm, {"regex": "a{3}"})
+    monkeypatch.setattr(Automaton, "walk", lambda self, state, token: state)
+    with caplog.at_level(logging.ERROR, automaton.__name__):
+        assert one.grammar.take([b], 0) == 1
+        one.grammar._states[-1] = None  # whose mask is filled
+        one.allowed()
+    assert one.grammar.take([a], 1) == 0
+    assert [each.levelname for each in caplog.records] == ["ERROR"]
+    assert one.grammar.take([a], 0) == 1  # what was refused is taken back
+
+
+def test_what_a_version_does_not_print_is_filled_each_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(xgrammar.GrammarMatcher, "_debug_print_internal_state")
+    monkeypatch.setattr(llm.engine.compiler, "_kept", OrderedDict())
+    monkeypatch.delattr(xgrammar.testing, "_print_grammar_fsms")
     walk = Walk(llm, 0)
     assert [walk.step() for _ in range(8)] == [0] * 8
     assert walk.rows.num_kept == 0
@@ -166,22 +204,32 @@ def test_masks_that_may_be_lost_are_sent_again(llm: LLM) -> None:
         assert walk.step() == 0
 
 
-def test_where_no_mask_can_be_kept_few_are_looked_at_and_where_they_can_all_are() -> None:
-    rows, looks = MaskRows(32), []
-    for step in range(40):
-        rows.begin(4)
-        looks.append(rows.looks)
-        for row in range(4):
-            state = (step if step < 20 else "alike") if rows.looks else None
-            rows.allow(row, _AllowAll(), (), None, state=state, later=False)
-        rows.settle(4)
-    assert sum(looks[:20]) <= 6
-    assert sum(looks[28:]) == 12
-    assert rows.num_kept >= 4 * 11
+def test_where_there_is_room_for_few_those_of_a_step_stay(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer places than the step has masks, and than there are states."""
+    monkeypatch.setattr(masks, "KEPT", 5)
+    walk = Walk(llm, 4)
+    assert [walk.step() for _ in range(12)] == [0] * 12
+    assert walk.rows.num_kept > 12
 
 
-class _AllowAll:
-    """A matcher."""
-
-    def fill_next_token_bitmask(self, masks: torch.Tensor, row: int) -> None:
-        masks[row] = -1
+def test_texts_of_one_grammar_share_masks(llm: LLM) -> None:
+    """And lists do not become deeper with each element."""
+    schema = {"type": "array", "items": {"type": "object", "properties": {
+        "a": {"enum": ["x", "y"]}}, "required": ["a"]}}  # fmt: skip
+    compiled = llm.engine.compiler.compile(StructuredOutputsParams(json=schema))
+    rows, tokenizer = MaskTable(llm.engine.vocab_size), llm.get_tokenizer()
+    grammars = [Grammar(compiled, frozenset(), 0) for _ in "xy"]
+    tokens = [tokenizer.encode(f'[{{"a":"{each}"}},' + f'{{"a":"{each}"}},' * 6,
+                               add_special_tokens=False) for each in "xy"]  # fmt: skip
+    filled = 0
+    for each in zip(*tokens, strict=True):
+        rows.begin(2)
+        places = [grammar.fill(rows)[0] for grammar in grammars]
+        filled += len(rows._changed)
+        rows.settle(np.array(places))
+        for grammar, token in zip(grammars, each, strict=True):
+            assert grammar.take([token], grammar.num_tokens) == 1
+    assert len(tokens[0]) > 40
+    assert filled < 25

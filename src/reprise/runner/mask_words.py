@@ -1,4 +1,4 @@
-"""Masks on the device, where those stay that the next step has again."""
+"""The table of masks on the device, of which a step's rows have the numbers of theirs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ class MaskWords:
         self._words = torch.zeros(size, dtype=torch.int32, device=platform.device)
 
     def of(self, masks: Masks) -> Tensor:
-        """[M, ceil(V / 32)] int32 on the device, until the next call: those that are given, and of
-        the others what was given last in their places."""
-        count, (given, width) = len(masks.rows), masks.words.shape
-        if count > len(self._words):
+        """[P, ceil(V / 32)] int32 on the device, until the next call: the table with what is new in
+        it."""
+        if masks.size > len(self._words):
             before = self._words
-            self._words = before.new_zeros((1 << (count - 1).bit_length(), width))
+            self._words = before.new_zeros((masks.size, before.shape[1]))
             self._words[: len(before)] = before
-        if given:
-            places = self._words[masks.begin : masks.begin + given]
-            to_device(masks.words, self._platform, places)
-        return self._words[:count]
+        for begin, words in masks.words:
+            to_device(words, self._platform, self._words[begin : begin + len(words)])
+        return self._words

@@ -17,7 +17,7 @@ from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
-from reprise.step import Admission, Step
+from reprise.step import Admission, Masks, Step
 
 
 class Kept(NamedTuple):
@@ -35,10 +35,9 @@ class SampledBatch:
         self._requests = list(step.rows), list(step.samples), list(step.drafts)
         self._rows = rows
         self._step_rows: Tensor | None = None
-        self._masked_rows: np.ndarray[Any, Any] | None = None
-        """[M] int64, rows of logits that had masks in the last step with any, and the same on the
-        device, see :meth:`masked`."""
-        self._masked: tuple[Tensor, Tensor]
+        self._masked: tuple[np.ndarray[Any, Any], Tensor] | None = None
+        """[N] int64, of the last step that had any masks, here and on the device, see
+        :meth:`masked`."""
         self._platform = kept.seen.platform
         self._vocab_size = kept.seen.vocab_size
         owners = [rows.admitted[row] for row in step.rows]
@@ -149,20 +148,19 @@ class SampledBatch:
         generated = int(self._rows.at_least[request.row]) - request.num_prompt_tokens
         return generated < request.params.min_tokens
 
-    def masked(self, rows: np.ndarray[Any, Any], num_rows: int) -> tuple[Tensor, Tensor]:
-        """Rows of logits that have masks, and of all rows the masks' numbers, -1 for none; both
-        int64. They are sent when they are others than in the last step.
+    def masked(self, masks: Masks, num_rows: int) -> Tensor:
+        """[N] int64, the place of each row's mask, -1 for none. They are sent when they are others
+        than in the last step.
 
         Args:
-            rows: [M] int64, on the host.
-            num_rows: All of them.
+            masks: Of the step.
+            num_rows: Rows of logits.
         """
-        if self._masked_rows is None or not np.array_equal(self._masked_rows, rows):
-            which = np.full(num_rows, -1, dtype=np.int64)
-            which[rows] = np.arange(len(rows))
-            self._masked_rows = rows
-            self._masked = to_device(rows, self._platform), to_device(which, self._platform)
-        return self._masked
+        which = np.full(num_rows, -1, dtype=np.int64)
+        which[masks.rows] = masks.places
+        if self._masked is None or not np.array_equal(self._masked[0], which):
+            self._masked = which, to_device(which, self._platform)
+        return self._masked[1]
 
     @functools.cached_property
     def parameters(self) -> tuple[Tensor, ...]:

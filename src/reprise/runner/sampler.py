@@ -80,7 +80,7 @@ class Sampler:
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
         if batch.plain and masks is not None:
-            _, which = batch.masked(masks.rows, len(logits))
+            which = batch.masked(masks, len(logits))
             peaks = logits.new_empty(len(logits))
             words = self._words.of(masks)
             return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
@@ -92,8 +92,8 @@ class Sampler:
             spare = raw is not logits and batch.num_logprobs is None
             adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
             if masks is not None:
-                rows, _ = batch.masked(masks.rows, len(logits))
-                ops.apply_bitmask(adjusted, rows, self._words.of(masks))
+                which = batch.masked(masks, len(logits))
+                ops.apply_bitmask(adjusted, which, self._words.of(masks))
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:

@@ -8,11 +8,12 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reprise.arguments import shown
+from reprise.engine.structured.automaton import Automaton
 from reprise.engine.structured.vocabulary import token_infos
 from reprise.engine.structured.white_space import WhiteSpace, named_by
 from reprise.errors import RequestError
@@ -45,6 +46,8 @@ class Compiled:
     """xgrammar's compiled grammar."""
     spaces: WhiteSpace | None
     """White space in a row is bounded; None: it is not, or the grammar has none."""
+    automaton: Automaton | None
+    """Tells where a text stands; None: the grammar has parts that it does not follow."""
 
 
 class GrammarCompiler:
@@ -62,7 +65,7 @@ class GrammarCompiler:
         self._stop_token_ids = stop_token_ids
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._compilers: tuple[Any, Any, WhiteSpace] | None = None
+        self._compilers: tuple[_Maker, _Maker, WhiteSpace] | None = None
         """For text without special tokens, and with them; and the tokens of white space."""
         self._kept: OrderedDict[_Key, Compiled] = OrderedDict()
         self._bytes = 0
@@ -150,7 +153,8 @@ class GrammarCompiler:
     def _make(self, wanted: StructuredOutputsParams) -> Compiled:
         began = time.perf_counter()
         plain, tagged, white_space = self._loaded()
-        compiler = tagged if wanted.kind == "structural_tag" else plain
+        maker = tagged if wanted.kind == "structural_tag" else plain
+        compiler = maker.compiler
         free = not wanted.disable_any_whitespace
         source = wanted.source
         makers: Mapping[str, Callable[[], Any]] = {
@@ -173,7 +177,8 @@ class GrammarCompiler:
         bounded = free and wanted.kind in _BOUNDED
         if bounded and wanted.kind != "json_object":
             bounded = not named_by(json.loads(source))
-        return Compiled(compiled, white_space if bounded else None)
+        automaton = Automaton.of(compiled, maker.texts, self._stop_token_ids)
+        return Compiled(compiled, white_space if bounded else None, automaton)
 
     def _try(self, compiled: Any, wanted: StructuredOutputsParams) -> None:
         """Refuse a grammar by which no token can come first."""
@@ -189,7 +194,7 @@ class GrammarCompiler:
                 "the model's tokens that matches it"
             )
 
-    def _loaded(self) -> tuple[Any, Any, WhiteSpace]:
+    def _loaded(self) -> tuple[_Maker, _Maker, WhiteSpace]:
         with self._making:
             if self._compilers is None:
                 began = time.perf_counter()
@@ -198,15 +203,28 @@ class GrammarCompiler:
 
                 # Kept here and not there: a grammar that was given up would count there too.
                 plain, tagged = (
-                    xgrammar.GrammarCompiler(each, max_threads=1, cache_enabled=False)
+                    _Maker(
+                        xgrammar.GrammarCompiler(each, max_threads=1, cache_enabled=False),
+                        each.decoded_vocab,
+                    )
                     for each in infos
                 )
-                self._compilers = plain, tagged, WhiteSpace.of(infos[0].decoded_vocab)
+                self._compilers = plain, tagged, WhiteSpace.of(plain.texts)
                 logger.info(
                     "structured output is ready after %.2f s: the first request asks for it",
                     time.perf_counter() - began,
                 )
             return self._compilers
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Of grammars."""
+
+    compiler: Any
+    """xgrammar's."""
+    texts: Sequence[bytes]
+    """Of tokens, empty of those that are no text."""
 
 
 class _Job:

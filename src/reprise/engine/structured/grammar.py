@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from reprise.engine.structured.automaton import State
 from reprise.engine.structured.compiler import Compiled
-from reprise.engine.structured.masks import MaskRows, Others
+from reprise.engine.structured.masks import MaskTable, Others
 from reprise.engine.structured.white_space import MOST
 
 
@@ -38,13 +40,18 @@ class Grammar:
         self._begins: int | None = 0 if begin_after is None else None
         """Tokens before those that the grammar is about; None: it has not begun."""
 
-        self._matcher = xgrammar.GrammarMatcher(compiled.grammar)
+        self._matcher, self._followed = xgrammar.GrammarMatcher(compiled.grammar), 0
+        """xgrammar's, which comes after where somebody asks it: behind so many of the tokens."""
+        self._refused = False
+        """It did not take a token that the automaton took."""
+        self._tokens: list[int] = []
+        """That the grammar is about."""
+        self._automaton = compiled.automaton
+        self._states: list[State | None] = [self._automaton and self._automaton.start]
+        """Before and behind each token; None: the matcher alone knows."""
         self._spaces = compiled.spaces
-        self._past: object = object()
-        """Another one once a token was taken back."""
         self._in_a_row = [0]
-        """Characters of white space that are the last ones, before and behind each token that the
-        matcher has taken."""
+        """Characters of white space that are the last ones, before and behind each token."""
         self.ended = False
         """The text is complete, and no token follows."""
         self.num_tokens = 0
@@ -79,15 +86,43 @@ class Grammar:
             if token == self._begin_after:
                 self._begins = self.num_tokens
             return True
-        if not self._matcher.accept_token(token):
-            return False
+        before, after = self._state, None
+        if before is not None and self._automaton is not None:
+            after = self._automaton.walk(before, token)
+        if after is None:
+            matcher = self._asked()
+            if matcher is None or not matcher.accept_token(token):
+                return False
+            self._followed += 1
+            if before is not None and self._automaton is not None:
+                self._automaton.give_up("xgrammar takes a token that does not follow it")
         self.num_tokens += 1
+        self._tokens.append(token)
+        self._states.append(after)
         if token in self._held:
-            self.ended = self._matcher.is_terminated()
+            self.ended = self._matcher.is_terminated() if after is None else after.terminated
         if self._spaces is not None:
             more = self._spaces.lengths.get(token)
             self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
         return True
+
+    @property
+    def _state(self) -> State | None:
+        """Of the automaton, as long as that is followed."""
+        followed = self._automaton is not None and self._automaton.followed
+        return self._states[-1] if followed else None
+
+    def _asked(self) -> Any | None:
+        """The matcher behind all tokens; None: it refuses one of them."""
+        matcher = self._matcher
+        while self._followed < len(self._tokens) and not self._refused:
+            if matcher.accept_token(self._tokens[self._followed]):
+                self._followed += 1
+            else:
+                self._refused = True
+                if self._automaton is not None:
+                    self._automaton.give_up("xgrammar refuses a token that follows it")
+        return None if self._refused else matcher
 
     def _take_back(self, known: int) -> None:
         """Forget what was taken behind the first ``known`` tokens."""
@@ -95,64 +130,47 @@ class Grammar:
         if count <= 0:
             return
         if self._begins is not None:
-            followed = min(count, self.num_tokens - self._begins)
-            self._matcher.rollback(followed)
-            self._past = object()
-            self.ended = self._matcher.is_terminated()
-            if self._spaces is not None and followed:
-                del self._in_a_row[-followed:]
+            left = max(0, known - self._begins)
+            if self._followed > left:
+                self._matcher.rollback(self._followed - left)
+                self._followed = left
+            del self._tokens[left:], self._states[left + 1 :], self._in_a_row[left + 1 :]
+            self.ended = self._refused = False
             if self._begin_after is not None and known < self._begins:
                 self._begins = None
         self.num_tokens = known
 
-    def fill(self, masks: MaskRows, begin: int, drafts: Sequence[int] = ()) -> int:
-        """Write which tokens may come next, and which behind each of the drafts.
+    def fill(self, masks: MaskTable, drafts: Sequence[int] = ()) -> list[int]:
+        """Which tokens may come next, and which behind each of the drafts. All may where the
+        grammar has not begun, and where none may: that token is refused whatever it is.
 
         Args:
-            masks: Where to.
-            begin: Row for the next token; of those behind it each draft has one. All tokens may
-                come where the grammar has not begun, and, once the masks are settled, where nothing
-                may come: that token is refused whatever it is.
+            masks: The step's.
             drafts: Up to K tokens; -1 and what follows is none.
 
         Returns:
-            How many rows were written.
+            The places of the masks, of the next token's and then of the drafts'.
         """
         if self.ended:
-            return 0
+            return []
         if not drafts:
-            self._allow(masks, begin, later=True)
-            return 1
-        filled, before = 0, self.num_tokens
+            return [self._mask(masks, later=True)]
+        places, before = [], self.num_tokens
         for draft in (*drafts, -1):
-            self._allow(masks, begin + filled, later=False)
-            filled += 1
+            places.append(self._mask(masks, later=False))
             if draft < 0 or not self._accept(draft) or self.ended:
                 break
         self._take_back(before)
-        return filled
+        return places
 
-    def _allow(self, masks: MaskRows, row: int, *, later: bool) -> None:
-        """What may come next."""
+    def _mask(self, masks: MaskTable, *, later: bool) -> int:
+        """The place of what may come next."""
         if self._begins is None:
-            masks.allow_all(row)
-            return
+            return masks.of_all()
         others = self._others if self.num_tokens < self._min_tokens else ()
         crowded, length = None, self._in_a_row[-1]
         if self._spaces is not None and length >= MOST:
             crowded = self._spaces, length
-        state = self._state() if later and masks.looks else None
-        masks.allow(row, self._matcher, others, crowded, state=state, later=later)
-
-    def _state(self) -> Hashable | None:
-        """What the matcher is about to do: behind tokens that leave it alike it allows the same.
-
-        xgrammar prints it for its own tests, for a tenth of what it takes to fill a mask: places in
-        rules, and behind how many bytes each was entered, where what may follow the rule is known.
-        That the text may end is not among it. None: this version does not say it.
-        """
-        printed = getattr(self._matcher, "_debug_print_internal_state", None)
-        if printed is None:
-            return None
-        states = printed().partition("\n")[2]  # the line before counts all bytes
-        return (self._past, states, self._matcher.is_completed()) if states else None
+        state = self._state
+        key = None if state is None or crowded is not None else (state, others)
+        return masks.of(key, self._asked, others, crowded, later=later)

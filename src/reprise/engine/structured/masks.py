@@ -1,11 +1,11 @@
-"""The masks of a step, of which most are those of the step before."""
+"""The masks of a step, of which most have been made for another one."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -27,26 +27,29 @@ THREADS = 8
 FIRST = 16
 """Words of a mask that are looked at before the others: most masks allow a token of few bytes, and
 those come first."""
-POOR = 4
-"""Where fewer than one of so many masks that are looked at could be kept, twice in a row, nobody
-looks for a while: that costs a fifth of what filling a string's does, and more than a number's."""
-REST = 6
-"""Steps until somebody does."""
+KEPT = 512
+"""Masks that are kept, of 19 kB each with a vocabulary of 150,000: those that came first go first,
+and no text has more than a few states that come again."""
 CHECKED = 256
-"""Of so many masks that are kept one is filled all the same, and compared."""
+"""Of so many masks that are there one is filled all the same, and compared."""
+GAP = 4
+"""Masks between two that are to be sent up to which one copy takes all."""
 
+Ints = np.ndarray[Any, Any]
 Crowded = tuple[WhiteSpace, int]
 """What white space is, and how many characters of it come before."""
 Others = tuple[tuple[int, int], ...]
 """All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
 others."""
+ALL = "all"
+"""The key of a mask that allows any token."""
 
 
-class MaskRows:
-    """An engine's masks of a step, in memory that those of the next step are written to: they have
-    to be on the device, or elsewhere, by then.
+class MaskTable:
+    """An engine's masks, each at a place of memory: those that a state of a grammar has, which stay
+    there for all texts that come to it, and behind them those of one step.
 
-    A mask that would be filled as it was is left as it is, and need not be sent again.
+    What is written in one step has to be on the device, or elsewhere, when the next one begins.
 
     Args:
         vocab_size: Of the logits.
@@ -55,146 +58,167 @@ class MaskRows:
 
     def __init__(self, vocab_size: int, *, pinned: bool = False) -> None:
         self._width, self._pinned = -(-vocab_size // 32), pinned
+        self._keeps, self.num_kept = True, 0
+        self._step = self._oldest = 0
+        self._asked = [0] * KEPT
+        """The step that each was in last."""
         self._tensor = torch.empty((0, self._width), dtype=torch.int32)
         self._words: Words = self._tensor.numpy()
-        self._states: list[Hashable | None] = []
-        """What each mask follows from; None: from something else every time."""
-        self._sent = np.zeros(0, dtype=np.bool_)
-        """Which were given out as they are."""
-        self._keeps, self.num_kept = True, 0
-        self._looked = self._found = self._poor = self._resting = 0
+        self.forget()
         self.begin(0)
 
+    def __len__(self) -> int:
+        """Places."""
+        return len(self._words)
+
     def begin(self, rows: int) -> None:
-        """A step has so many masks at most. Those of the one before are no more."""
-        if rows > len(self._words):
-            size = (1 << (rows - 1).bit_length(), self._width)
+        """A step has so many masks at most."""
+        beside = rows + rows // CHECKED + 1
+        if rows and KEPT + beside > len(self._words):
+            size = (KEPT + (1 << beside.bit_length()), self._width)
             self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
             self._words = self._tensor.numpy()
             self.forget()
-        self._pace()
+        self._step += 1
+        self._next = KEPT
         self._changed: list[int] = []
-        """Rows that are other than before."""
+        """Places that are written in this step."""
         self._later: tuple[list[int], list[Any]] = [], []
         """Of them those that are to be filled, and their matchers."""
         self._others: dict[Others, list[int]] = {}
         self._crowded: dict[int, Crowded] = {}
-        self._doubted: dict[int, Words] = {}
-        """What was kept, of rows that are filled all the same."""
-
-    def _pace(self) -> None:
-        """Decide by the last step whether this one's masks are looked at."""
-        if self._resting:
-            self._resting -= 1
-        elif self._looked:
-            self._poor = self._poor + 1 if POOR * self._found < self._looked else 0
-            if self._poor == 2:
-                self._poor, self._resting = 0, REST
-        self._looked = self._found = 0
-
-    @property
-    def looks(self) -> bool:
-        """Whether a mask may be kept in this step whose state is told."""
-        return not self._resting
+        self._doubted: list[tuple[int, int]] = []
+        """What was kept, and what was filled all the same."""
 
     def forget(self) -> None:
         """No mask is what it should be: a step was lost, maybe while they were filled."""
-        self._states = [None] * len(self._words)
+        self._places: dict[Hashable, int] = {}
+        """What a mask follows from, and where it is."""
+        self._keys: list[Hashable | None] = [None] * KEPT
         self._sent = np.zeros(len(self._words), dtype=np.bool_)
+        """Which were given out as they are."""
 
     def send_again(self) -> None:
         """Nobody has what was given out."""
         self._sent[:] = False
 
-    def allow_all(self, row: int) -> None:
-        """Any token may come."""
-        if not self._kept(row, "all"):
-            self._words[row] = -1
+    def of_all(self) -> int:
+        """The place of a mask by which any token may come."""
+        place = self._places.get(ALL)
+        if place is None:
+            place = self._place(ALL)
+            self._words[place] = -1
+        else:
+            self._asked[place] = self._step
+        return place
 
-    def allow(
+    def of(
         self,
-        row: int,
-        matcher: Any,
+        key: Hashable | None,
+        matcher: Callable[[], Any],
         others: Others,
         crowded: Crowded | None,
         *,
-        state: Hashable | None = None,
         later: bool,
-    ) -> None:
-        """What the matcher allows may come.
+    ) -> int:
+        """The place of a mask.
 
         Args:
-            row: Which mask.
-            matcher: xgrammar's.
+            key: All that it follows from; None: nobody knows.
+            matcher: Tells xgrammar's, which allows what may come; None: anything may.
             others: Some tokens may come only where nothing else may.
             crowded: No more white space may come, behind so many characters of it; None: it may.
-            state: All that the mask follows from, but ``others`` and ``crowded``; None: nobody
-                knows.
             later: The matcher stays as it is until the masks are settled.
         """
-        if self._kept(row, None if state is None or crowded else (state, others)):
-            return
+        kept = None if key is None else self._places.get(key)
+        if kept is not None:
+            self._asked[kept] = self._step
+            self.num_kept += 1
+            if self.num_kept % CHECKED:
+                return kept
+        allowed = matcher()
+        if allowed is None:
+            return self.of_all()
+        place = self._place(key if kept is None and self._keeps else None)
+        if kept is not None:
+            self._doubted.append((kept, place))
         if later:
-            self._later[0].append(row)
-            self._later[1].append(matcher)
+            self._later[0].append(place)
+            self._later[1].append(allowed)
         else:
-            matcher.fill_next_token_bitmask(self._tensor, row)
+            allowed.fill_next_token_bitmask(self._tensor, place)
         if others:
-            self._others.setdefault(others, []).append(row)
+            self._others.setdefault(others, []).append(place)
         if crowded is not None:
-            self._crowded[row] = crowded
+            self._crowded[place] = crowded
+        return place
 
-    def _kept(self, row: int, state: Hashable | None) -> bool:
-        """Whether a mask is there; else it is to be written."""
-        if state is not None:
-            self._looked += 1
-            if self._states[row] == state:
-                self._found += 1
-                self.num_kept += 1
-                if self.num_kept % CHECKED:
-                    return True
-                self._doubted[row] = self._words[row].copy()
-            elif not self._keeps:
-                state = None
-        self._states[row] = state
-        self._changed.append(row)
-        return False
+    def _place(self, key: Hashable | None) -> int:
+        """One to write to, where the mask stays if it may come again."""
+        free = None if key is None else self._free()
+        if free is None:
+            place = self._next
+            self._next += 1
+        else:
+            place = free
+            old = self._keys[place]
+            if old is not None:
+                del self._places[old]
+            self._keys[place] = key
+            self._places[key] = place
+            self._asked[place] = self._step
+        self._changed.append(place)
+        return place
 
-    def settle(self, count: int) -> tuple[int, Words]:
-        """The masks that nobody has yet.
+    def _free(self) -> int | None:
+        """The one of the masks that are kept that came first, and that the step has not."""
+        for _ in range(KEPT):
+            place, self._oldest = self._oldest, (self._oldest + 1) % KEPT
+            if self._asked[place] != self._step:
+                return place
+        return None
+
+    def settle(self, places: Ints) -> list[tuple[int, Words]]:
+        """The step's masks that nobody has yet.
 
         Args:
-            count: Masks of the step.
+            places: [M] int64, of the step's masks.
 
         Returns:
-            The first one's row, and [C, ceil(V / 32)] int32, from there to the last one, all of
-            which allow something.
+            Of neighbours the first one's place, and [C, ceil(V / 32)] int32, all of which allow
+            something.
         """
         self._fill()
-        for row, (spaces, length) in self._crowded.items():
-            spaces.limit(self._words[row], length)
-        for others, rows in self._others.items():
-            self._hold_back(others, rows)
-        for row in _first_empty(self._words[:count, :FIRST]):
-            if not self._words[row].any():
-                self._words[row] = -1
+        for place, (spaces, length) in self._crowded.items():
+            spaces.limit(self._words[place], length)
+        for others, held in self._others.items():
+            self._hold_back(others, held)
+        changed = self._changed
+        if changed:
+            for number in _first_empty(self._words[changed, :FIRST]):
+                if not self._words[changed[number]].any():
+                    self._words[changed[number]] = -1
+            self._sent[changed] = False
         self._compare()
-        self._sent[self._changed] = False
-        unsent = np.flatnonzero(~self._sent[:count])
-        begin, end = (int(unsent[0]), int(unsent[-1]) + 1) if len(unsent) else (0, 0)
-        self._sent[begin:end] = True
-        return begin, self._words[begin:end]
+        unsent = np.unique(places[~self._sent[places]])
+        if not len(unsent):
+            return []
+        spans = np.split(unsent, np.flatnonzero(np.diff(unsent) > GAP) + 1)
+        bounds = [(int(each[0]), int(each[-1]) + 1) for each in spans]
+        self._sent[unsent] = True
+        return [(begin, self._words[begin:end]) for begin, end in bounds]
 
     def _compare(self) -> None:
         """If a mask that was kept is another one, none is from now on."""
-        for row, kept in self._doubted.items():
-            if self._keeps and not np.array_equal(kept, self._words[row]):
+        for kept, filled in self._doubted:
+            if self._keeps and not np.array_equal(self._words[kept], self._words[filled]):
                 logger.error(
                     "xgrammar has filled two masks for one state of a grammar: masks are filled "
                     "for each step from now on; please report this, with its version"
                 )
                 self._keeps = False
-                self._states = [None] * len(self._words)
+                self._places.clear()
+                self._keys = [None] * KEPT
 
     def _hold_back(self, others: Others, rows: list[int]) -> None:
         """Allow only the other tokens in these masks, where there are any."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from reprise.engine.structured.compiler import Compiled
 from reprise.engine.structured.grammar import Grammar
-from reprise.engine.structured.masks import MaskRows
+from reprise.engine.structured.masks import MaskTable
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
@@ -30,7 +30,7 @@ class Grammars:
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], *, pinned: bool = False
     ) -> None:
-        self._masks = MaskRows(vocab_size, pinned=pinned)
+        self._masks = MaskTable(vocab_size, pinned=pinned)
         self._eos_token_ids = eos_token_ids
         self._of: dict[Request, Grammar] = {}
         self._drafts: dict[Request, Sequence[int]] = {}
@@ -110,6 +110,7 @@ class Grammars:
         of all have ended. They are valid until the next call, which may come when the step has
         brought its tokens."""
         rows: list[int] = []
+        places: list[int] = []
         masks, grammars, begin = self._masks, self._of, 0
         masks.begin(min(len(grammars), len(requests)) * (1 + max(step.drafts)))
         for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
@@ -118,11 +119,13 @@ class Grammars:
             grammar = grammars.get(request)
             if grammar is not None and request.finish_reason is None:
                 ahead = self._drafts.get(request, ())[:drafts] if drafts else ()
-                filled = grammar.fill(masks, len(rows), ahead)
-                rows += range(begin, begin + filled)
+                found = grammar.fill(masks, ahead)
+                rows += range(begin, begin + len(found))
+                places += found
             begin += 1 + drafts
         if not rows:
             return None
         self.num_masks += len(rows)
-        first, words = masks.settle(len(rows))
-        return Masks(np.array(rows, dtype=np.int64), words, first)
+        which = np.array(places, dtype=np.int64)
+        words = masks.settle(which)
+        return Masks(np.array(rows, dtype=np.int64), which, len(masks), words)

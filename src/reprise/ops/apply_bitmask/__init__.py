@@ -6,7 +6,12 @@ from reprise.ops.step import needs_host_memory
 __all__ = ["apply_bitmask"]
 
 apply_bitmask = op(
-    "apply_bitmask", reference, cases=cases, mutates=("logits",), batch_invariant=True
+    "apply_bitmask",
+    reference,
+    cases=cases,
+    mutates=("logits",),
+    batch_invariant=True,
+    rows=("logits", "which"),
 )
 apply_bitmask.implementation(
     "triton",

@@ -14,10 +14,10 @@ def _small(make: Maker) -> list[Arguments]:
     return [
         {
             "logits": make.randn(4, vocab),
-            "rows": make.ints(rows),
-            "bits": make.ints(words, torch.int32).repeat(len(rows), 3)[:, : -(-vocab // 32)],
+            "which": make.ints(which),
+            "bits": make.ints(words, torch.int32).repeat(4, 3)[:, : -(-vocab // 32)],
         }
-        for vocab, rows in ((37, [2]), (500, [3, 0]), (640, [0, 1, 2, 3]))
+        for vocab, which in ((37, [-1, -1, 2, -1]), (500, [3, 0, -1, 3]), (640, [0, 1, 2, 3]))
     ]
 
 
@@ -27,7 +27,7 @@ def _workloads(make: Maker) -> Iterator[Workload]:
         def arguments(rows: int = rows) -> Arguments:
             return {
                 "logits": make.randn(rows, LARGE.vocab, dtype=torch.float32),
-                "rows": make.ints(range(rows)),
+                "which": make.ints(range(rows)),
                 "bits": make.randint(1 << 30, rows, -(-LARGE.vocab // 32), dtype=torch.int32),
             }
 

@@ -7,11 +7,13 @@ import numpy as np
 from torch import Tensor
 
 
-def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+def apply_bitmask(logits: Tensor, which: Tensor, bits: Tensor) -> None:
     """Arguments as in the reference."""
     values, vocab = logits.numpy(), logits.shape[1]
-    for row, words in zip(rows.tolist(), bits.numpy(), strict=True):
-        np.putmask(values[row], ~allowed(words, vocab), -np.inf)
+    masks = bits.numpy()
+    for row, mask in enumerate(which.tolist()):
+        if mask >= 0:
+            np.putmask(values[row], ~allowed(masks[mask], vocab), -np.inf)
 
 
 def allowed(words: np.ndarray[Any, Any], vocab: int) -> np.ndarray[Any, Any]:
