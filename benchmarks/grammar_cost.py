@@ -4,13 +4,18 @@
 
 Requests with a schema that is known already (its grammar is compiled and cached), and the
 same requests without, in one engine and in turn. A step's time is the slope between a short and a
-long output. MODEL is a directory, or a name of ``reprise bench`` for random weights, which get a
-made-up tokenizer. Prints a JSON line a schema.
+long output, the median of several pairs; each pair draws by another seed, so that above temperature
+0 its texts are other ones. MODEL is a directory, or a name of ``reprise bench`` for random weights,
+which get a made-up tokenizer. Prints a JSON line a schema and temperature, with how long a step
+waits for the device, and a hash of the tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -36,7 +41,11 @@ SCHEMAS: dict[str, Any] = {
         },
     },
 }
-"""None of which ends before the outputs do."""
+"""None of which ends before the outputs do, but by chance."""
+
+
+class EndedError(Exception):
+    """A text has ended before the outputs do: another seed may do."""
 
 
 def main() -> None:
@@ -45,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--lengths", default="32,160", metavar="SHORT,LONG")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", default="0", help="one, or several: 0,0.8")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--options", type=json.loads, default={}, help="engine options, as JSON")
     arguments = parser.parse_args()
@@ -56,29 +65,42 @@ def main() -> None:
     options: dict[str, Any] = {"load_format": "dummy"} if "--load-format" in named else {}
     llm = LLM(named[1], device=arguments.device, **options, **arguments.options)
 
-    def seconds(length: int, schema: Any) -> float:
+    def seconds(length: int, schema: Any, temperature: float, seed: int) -> tuple[float, float]:
+        """Of a run, and how much of it the host waited."""
         structured = None if schema is None else StructuredOutputsParams(json=schema)
         params = SamplingParams(
-            temperature=arguments.temperature, seed=0, max_tokens=length, ignore_eos=True,
+            temperature=temperature, seed=seed, max_tokens=length, ignore_eos=True,
             structured_outputs=structured,
         )  # fmt: skip
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), llm.engine.pipeline.wait_seconds
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        spent = time.perf_counter() - began
-        assert all(len(each.outputs[0].token_ids) == length for each in outputs), "one has ended"
+        spent = time.perf_counter() - began, llm.engine.pipeline.wait_seconds - waited
+        tokens = [list(each.outputs[0].token_ids) for each in outputs]
+        if any(len(each) < length for each in tokens):
+            raise EndedError
+        if schema is not None:
+            drawn.update(repr(tokens).encode())
         return spent
 
-    def step(schema: Any) -> float:
-        return (seconds(long, schema) - seconds(short, schema)) / (long - short)
+    def step(*asked: Any) -> list[float]:
+        pairs = zip(seconds(long, *asked), seconds(short, *asked), strict=True)
+        return [1e3 * (more - less) / (long - short) for more, less in pairs]
 
-    for name, schema in SCHEMAS.items():
-        step(schema), step(None)
-        steps = [(step(schema), step(None)) for _ in range(arguments.repeats)]
-        found, plain = (statistics.median(each) for each in zip(*steps, strict=True))
+    temperatures = [float(each) for each in arguments.temperature.split(",")]
+    for temperature, (name, schema) in itertools.product(temperatures, SCHEMAS.items()):
+        drawn, runs = hashlib.sha256(), []
+        for seed in range(20):
+            with contextlib.suppress(EndedError):
+                runs.append((*step(schema, temperature, seed), *step(None, temperature, seed)))
+            if len(runs) > arguments.repeats:
+                break
+        runs = runs[1:]  # the first one has made grammars and masks
+        found, waits, plain, plain_waits = map(statistics.median, zip(*runs, strict=True))
         print(json.dumps({
-            "schema": name, "requests": arguments.requests,
-            "temperature": arguments.temperature, "step_ms": round(1e3 * found, 4),
-            "plain_step_ms": round(1e3 * plain, 4), "ratio": round(found / plain, 4),
+            "schema": name, "requests": arguments.requests, "temperature": temperature,
+            "step_ms": round(found, 4), "waits_ms": round(waits, 4),
+            "plain_step_ms": round(plain, 4), "plain_waits_ms": round(plain_waits, 4),
+            "ratio": round(found / plain, 4), "tokens": drawn.hexdigest()[:12],
         }), flush=True)  # fmt: skip
 
 

@@ -9,34 +9,35 @@ reference = apply_bitmask.implementations["reference"].function
 OTHERS = [each for each in apply_bitmask.implementations if each != "reference"]
 
 
-def arguments(randn, platform, rows, vocab):
+def arguments(randn, platform, which, vocab):
     generator = torch.Generator().manual_seed(vocab)
-    size = (len(rows), -(-vocab // 32))
+    size = (1 + max(which), -(-vocab // 32))
     bits = torch.randint(-(2**31), 2**31, size, generator=generator, dtype=torch.int64).int()
     device = platform.device
-    return randn(max(rows) + 2, vocab), torch.tensor(rows, device=device), bits.to(device)
+    return randn(len(which), vocab), torch.tensor(which, device=device), bits.to(device)
 
 
 def test_reference_is_the_definition(randn, platform) -> None:
-    logits, rows, bits = arguments(randn, platform, [2, 0], 75)
+    logits, which, bits = arguments(randn, platform, [1, -1, 0, 1], 75)
     expected = logits.clone()
-    for number, row in enumerate(rows.tolist()):
-        for token in range(75):
-            if not (int(bits[number, token // 32]) >> (token % 32)) & 1:
+    for row, mask in enumerate(which.tolist()):
+        for token in range(75 if mask >= 0 else 0):
+            if not (int(bits[mask, token // 32]) >> (token % 32)) & 1:
                 expected[row, token] = -torch.inf
-    reference(logits, rows, bits)
+    reference(logits, which, bits)
     assert torch.equal(logits, expected)
-    reference(logits, rows[:0], bits[:0])
+    reference(logits, which.fill_(-1), bits)
     assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(
-    ("rows", "vocab"), [([0], 1), ([1], 32), ([3, 0, 4], 160), ([2, 1], 4097), ([5, 4, 3], 9001)]
+    ("which", "vocab"),
+    [([0], 1), ([-1, 0], 32), ([3, 0, 3, -1], 160), ([2, 1], 4097), ([5, -1, 3], 9001)],
 )
-def test_others(implementation, randn, platform, rows, vocab, name) -> None:
+def test_others(implementation, randn, platform, which, vocab, name) -> None:
     function = implementation(apply_bitmask, name)
-    found, *rest = arguments(randn, platform, rows, vocab)
+    found, *rest = arguments(randn, platform, which, vocab)
     expected = found.clone()
     reference(expected, *rest)
     function(found, *rest)
@@ -46,8 +47,8 @@ def test_others(implementation, randn, platform, rows, vocab, name) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_rows_may_be_strided(implementation, randn, platform, name) -> None:
     function = implementation(apply_bitmask, name)
-    wide, rows, bits = arguments(randn, platform, [2, 0], 160)
+    wide, which, bits = arguments(randn, platform, [2, -1, 0], 160)
     expected = wide[:, :64].clone()
-    reference(expected, rows, bits[:, 1:3])
-    function(wide[:, :64], rows, bits[:, 1:3])
+    reference(expected, which, bits[:, 1:3])
+    function(wide[:, :64], which, bits[:, 1:3])
     assert torch.equal(wide[:, :64], expected)

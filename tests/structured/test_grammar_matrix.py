@@ -14,6 +14,7 @@ from helpers import TinyModels, text_model, token_ids
 
 from reprise import StructuredOutputsParams
 from reprise.engine.structured import Grammars
+from reprise.engine.structured.automaton import Automaton
 from reprise.engine.structured.grammar import Grammar
 from reprise.errors import GrammarError
 
@@ -105,7 +106,7 @@ def _changed(change: Callable[[Any, list[Any]], None]) -> Plant:
         def masks(self: Any, *arguments: Any) -> Any:
             found = made(self, *arguments)
             if found is not None:
-                right = found.words.copy()
+                right = found.places
                 change(found, before)
                 before.append(right)
             return found
@@ -116,29 +117,39 @@ def _changed(change: Callable[[Any, list[Any]], None]) -> Plant:
 
 
 def _of_the_step_before(found: Any, before: list[Any]) -> None:
-    if before and before[-1].shape == found.words.shape:
-        found.words[:] = before[-1]
+    if before and before[-1].shape == found.places.shape:
+        found.places = before[-1]
 
 
 def _of_another_row(found: Any, _: list[Any]) -> None:
-    found.words[:] = np.roll(found.words, 1, axis=0)
+    found.places = np.roll(found.places, 1)
 
 
 def _of_rows_that_follow(found: Any, _: list[Any]) -> None:
-    found.words[1:] = found.words[:1]
+    found.places = np.full_like(found.places, found.places[0])
 
 
 def _lost(found: Any, _: list[Any]) -> None:
-    found.words[:] = -1
+    found.words = [(begin, np.full_like(words, -1)) for begin, words in found.words]
+
+
+def _not_sent(found: Any, before: list[Any]) -> None:
+    if before:
+        found.words = []
 
 
 def _too_narrow(found: Any, _: list[Any]) -> None:
-    """The lowest token of each row that has others is forbidden: every text still matches."""
-    for row in found.words.view(np.uint32):
+    """The lowest token of each mask that has others is forbidden: every text still matches."""
+    found.words = [(begin, words.copy()) for begin, words in found.words]
+    for row in (row for _, words in found.words for row in words.view(np.uint32)):
         bits = [(word, bit) for word in np.flatnonzero(row) for bit in range(32)
                 if row[word] >> np.uint32(bit) & 1]  # fmt: skip
         if len(bits) > 1:
             row[bits[0][0]] &= ~np.uint32(1 << bits[0][1])
+
+
+def _all_states_are_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Automaton, "walk", lambda self, state, token: self.start)
 
 
 def _drafts_are_not_taken_back(patch: pytest.MonkeyPatch) -> None:
@@ -150,6 +161,8 @@ FAULTS: dict[str, Plant] = {
     "of another row": _changed(_of_another_row),
     "of rows that follow": _changed(_of_rows_that_follow),
     "lost": _changed(_lost),
+    "not sent": _changed(_not_sent),
+    "all states are one": _all_states_are_one,
     "too narrow": _changed(_too_narrow),
     "drafts are not taken back": _drafts_are_not_taken_back,
 }

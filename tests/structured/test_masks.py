@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from reprise import LLM, StructuredOutputsParams
 from reprise.engine.structured import Grammar, automaton, masks

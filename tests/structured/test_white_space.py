@@ -11,7 +11,7 @@ import pytest
 
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar
-from reprise.engine.structured.masks import MaskRows
+from reprise.engine.structured.masks import MaskTable
 from reprise.engine.structured.white_space import MOST, TURN, WhiteSpace, named_by
 
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 9}
@@ -96,17 +96,19 @@ def test_the_bound_is_of_each_place_and_holds_with_drafts_of_it_too(llm: LLM) ->
     assert compiled.spaces is not None
     blank = next(token for token, length in compiled.spaces.lengths.items() if length == 1)
     (opening,) = llm.get_tokenizer().encode("[", add_special_tokens=False)
-    grammar, masks = Grammar(compiled, frozenset({0}), 0), MaskRows(llm.engine.vocab_size)
+    grammar, masks = Grammar(compiled, frozenset({0}), 0), MaskTable(llm.engine.vocab_size)
     assert grammar.take([opening], 0) == 1
     assert grammar.take([blank] * (MOST - 2), 1) == MOST - 2
     masks.begin(4)
-    assert grammar.fill(masks, 0, [blank, blank, blank]) == 4
-    words = masks.settle(4)[1].copy()
-    free = [bool(row[blank // 32] >> blank % 32 & 1) for row in words]
+    places = grammar.fill(masks, [blank, blank, blank])
+    table = np.zeros((len(masks), -(-llm.engine.vocab_size // 32)), dtype=np.int32)
+    for begin, words in masks.settle(np.array(places)):
+        table[begin : begin + len(words)] = words
+    free = [bool(table[place][blank // 32] >> blank % 32 & 1) for place in places]
     assert free == [True, True, False, False]
     masks.begin(1)
-    assert grammar.fill(masks, 0) == 1
-    assert np.array_equal(masks.settle(1)[1][0], words[0])
+    assert grammar.fill(masks) == places[:1]
+    assert not masks.settle(np.array(places[:1]))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class Grammar:
         self._tokens: list[int] = []
         """That the grammar is about."""
         self._automaton = compiled.automaton
-        self._states: list[State | None] = [self._automaton and self._automaton.start]
+        start = None if self._automaton is None else self._automaton.start
+        self._states: list[State | None] = [start]
         """Before and behind each token; None: the matcher alone knows."""
         self._spaces = compiled.spaces
         self._in_a_row = [0]

@@ -30,8 +30,9 @@ those come first."""
 KEPT = 512
 """Masks that are kept, of 19 kB each with a vocabulary of 150,000: those that came first go first,
 and no text has more than a few states that come again."""
-CHECKED = 256
-"""Of so many masks that are there one is filled all the same, and compared."""
+CHECKED = 1024
+"""Of so many masks that are there one is filled all the same, and compared: xgrammar follows all
+tokens of that text for it."""
 GAP = 4
 """Masks between two that are to be sent up to which one copy takes all."""
 
