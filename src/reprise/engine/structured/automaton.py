@@ -17,10 +17,14 @@ MOST_PRINTED = 1 << 18
 """Characters of a grammar that is followed: to read so many takes a tenth of a second."""
 MOST_REPEATED = 1 << 14
 """Times that its rules are repeated by number."""
-MOST_PLACES = 256
-"""Of one state. To find such a one takes a millisecond, and a step has many rows."""
+MOST_LOOKED_AT = 2048
+"""Places, and rules that begin there, that are looked at to find one state: half a millisecond, and
+a step has many rows."""
 MOST_STATES = 4096
 """That are kept; all are forgotten when there are more."""
+STATE_BYTES = 1024
+"""About what one takes, with the ways from it."""
+EDGE_BYTES = 160
 TRIED = 4096
 """Ways from state to state that have to be found before anybody asks whether that pays: each
 takes as long as one or two masks."""
@@ -200,7 +204,7 @@ class Automaton:
         """False: it does not pay, or xgrammar follows the grammar otherwise."""
         start = self._state({(rules.starts[rules.root], self._root)})
         if start is None:
-            raise NotFollowed(f"it may begin in more than {MOST_PLACES} ways")
+            raise NotFollowed("a text may begin in too many ways")
         self.start = start
 
     @classmethod
@@ -217,6 +221,13 @@ class Automaton:
         except NotFollowed as error:
             logger.info("masks of a grammar are filled for each step: %s", error)
             return None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes. Any thread may ask."""
+        rules = self._rules
+        edges = sum(map(len, (*rules.ranges.values(), *rules.calls.values())))
+        return EDGE_BYTES * edges + STATE_BYTES * len(self._states)
 
     def walk(self, state: State, token: int) -> State | None:
         """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
@@ -266,9 +277,8 @@ class Automaton:
         if kernel and after is None:
             self.followed = False
             logger.info(
-                "masks of a grammar are filled for each step: a text of it may go on in more than "
-                "%d ways", MOST_PLACES,
-            )  # fmt: skip
+                "masks of a grammar are filled for each step: a text may go on in too many ways"
+            )
         else:
             state.after[kind] = after
         return after
@@ -282,39 +292,45 @@ class Automaton:
         waiting: dict[int, set[Place]] = {}
         ranks: list[tuple[int, int]] = []
         work = list(kernel)
-        complete = False
+        complete, left = False, MOST_LOOKED_AT
 
         def wait(rule: int, target: int, caller: Caller) -> None:
+            nonlocal left
+            left -= 1
             if rule not in waiting:
                 waiting[rule] = set()
                 heapq.heappush(ranks, (self._rank[rule], rule))
             if target in rules.only_ends:
+                left -= len(caller.places)
                 waiting[rule] |= caller.places
             else:
                 waiting[rule].add((target, caller))
 
-        while work and len(seen) <= MOST_PLACES:
+        while work and left > 0:
             place = work.pop()
             if place in seen:
                 continue
             seen.add(place)
             state, caller = place
             complete = complete or state == _FINAL
-            for each in self._without_a_byte(state):
+            others = self._without_a_byte(state)
+            left -= len(others)
+            for each in others:
                 if each in rules.ends:
                     work += caller.places
                 if each in rules.ranges:
                     places.add((each, caller))
                 for rule, target in rules.calls.get(each, ()):
                     wait(rule, target, caller)
-        while ranks and len(places) <= MOST_PLACES:
+        while ranks and left > 0:
             _, rule = heapq.heappop(ranks)
             caller = self._caller(frozenset(waiting[rule]))
             firsts, calls = self._begin(rule)
+            left -= len(firsts)
             places.update((each, caller) for each in firsts)
             for other, target in calls:
                 wait(other, target, caller)
-        if max(len(seen), len(places)) > MOST_PLACES:
+        if left <= 0:
             return None
         return self._kept(frozenset(places), complete)
 

@@ -68,7 +68,6 @@ class GrammarCompiler:
         self._compilers: tuple[_Maker, _Maker, WhiteSpace] | None = None
         """For text without special tokens, and with them; and the tokens of white space."""
         self._kept: OrderedDict[_Key, Compiled] = OrderedDict()
-        self._bytes = 0
         self._jobs: dict[_Key, _Job] = {}
         """By what they compile; also those that nobody waits for any more."""
         self.num_compiled = 0
@@ -126,10 +125,12 @@ class GrammarCompiler:
             if job.error is None:
                 self.num_compiled += 1
                 self._kept[key] = job.value
-                self._bytes += _size(key, job.value)
-                while self._bytes > MAX_BYTES and len(self._kept) > 1:
-                    oldest, value = self._kept.popitem(last=False)
-                    self._bytes -= _size(oldest, value)
+                sizes = [_size(*each) for each in self._kept.items()]
+                left = sum(sizes)  # of automata too, which grow as they are used
+                for size in sizes[:-1]:
+                    if left > MAX_BYTES:
+                        self._kept.popitem(last=False)
+                        left -= size
 
     def _check(self, wanted: StructuredOutputsParams) -> None:
         """What can be refused without compiling, in time that grows with the text alone."""
@@ -264,7 +265,9 @@ class _Job:
 
 
 def _size(key: _Key, compiled: Compiled) -> int:
-    return int(compiled.grammar.memory_size_bytes) + 2 * len(key[1])
+    automaton = compiled.automaton
+    known = 0 if automaton is None else automaton.num_bytes
+    return int(compiled.grammar.memory_size_bytes) + known + 2 * len(key[1])
 
 
 def _message(error: Exception) -> str:

@@ -74,9 +74,8 @@ class MaskTable:
 
     def begin(self, rows: int) -> None:
         """A step has so many masks at most."""
-        beside = rows + rows // CHECKED + 1
-        if rows and KEPT + beside > len(self._words):
-            size = (KEPT + (1 << beside.bit_length()), self._width)
+        if rows and KEPT + 1 + rows > len(self._words):
+            size = (KEPT + 1 + (1 << (rows - 1).bit_length()), self._width)
             self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
             self._words = self._tensor.numpy()
             self.forget()
@@ -88,8 +87,8 @@ class MaskTable:
         """Of them those that are to be filled, and their matchers."""
         self._others: dict[Others, list[int]] = {}
         self._crowded: dict[int, Crowded] = {}
-        self._doubted: list[tuple[int, int]] = []
-        """What was kept, and what was filled all the same."""
+        self._doubted: tuple[int, int] | None = None
+        """The mask that was kept, and is filled all the same, and where to."""
 
     def forget(self) -> None:
         """No mask is what it should be: a step was lost, maybe while they were filled."""
@@ -135,14 +134,14 @@ class MaskTable:
         if kept is not None:
             self._asked[kept] = self._step
             self.num_kept += 1
-            if self.num_kept % CHECKED:
+            if self.num_kept % CHECKED or self._doubted:
                 return kept
         allowed = matcher()
         if allowed is None:
             return self.of_all()
         place = self._place(key if kept is None and self._keeps else None)
         if kept is not None:
-            self._doubted.append((kept, place))
+            self._doubted = kept, place
         if later:
             self._later[0].append(place)
             self._later[1].append(allowed)
@@ -201,9 +200,10 @@ class MaskTable:
                     self._words[changed[number]] = -1
             self._sent[changed] = False
         self._compare()
-        unsent = np.unique(places[~self._sent[places]])
-        if not len(unsent):
+        fresh = places[~self._sent[places]]
+        if not len(fresh):
             return []
+        unsent = np.unique(fresh)
         spans = np.split(unsent, np.flatnonzero(np.diff(unsent) > GAP) + 1)
         bounds = [(int(each[0]), int(each[-1]) + 1) for each in spans]
         self._sent[unsent] = True
@@ -211,15 +211,17 @@ class MaskTable:
 
     def _compare(self) -> None:
         """If a mask that was kept is another one, none is from now on."""
-        for kept, filled in self._doubted:
-            if self._keeps and not np.array_equal(self._words[kept], self._words[filled]):
-                logger.error(
-                    "xgrammar has filled two masks for one state of a grammar: masks are filled "
-                    "for each step from now on; please report this, with its version"
-                )
-                self._keeps = False
-                self._places.clear()
-                self._keys = [None] * KEPT
+        if self._doubted is None:
+            return
+        kept, filled = self._doubted
+        if self._keeps and not np.array_equal(self._words[kept], self._words[filled]):
+            logger.error(
+                "xgrammar has filled two masks for one state of a grammar: masks are filled for "
+                "each step from now on; please report this, with its version"
+            )
+            self._keeps = False
+            self._places.clear()
+            self._keys = [None] * KEPT
 
     def _hold_back(self, others: Others, rows: list[int]) -> None:
         """Allow only the other tokens in these masks, where there are any."""

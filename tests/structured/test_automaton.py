@@ -1,0 +1,167 @@
+"""An automaton follows the texts that xgrammar does, whatever their grammar, or says that it does
+not."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reprise.engine.structured import automaton
+from reprise.engine.structured.automaton import Automaton, NotFollowed, Rules, State
+
+xgrammar = pytest.importorskip("xgrammar")
+
+STOP = 256
+WORDS = [b"ab", b'"}', b'":', b"e\xcc", b"\xc3\xa9", b" {", b"aaa", b"x\n", b"]]", b"12"]
+TEXTS = [*(bytes((each,)) for each in range(256)), b"</s>", *WORDS]
+"""Of the tokens: each byte is one."""
+
+RECURSIVE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "properties": {
+    "v": {"type": "number"}, "c": {"type": "array", "items": {"$ref": "#/$defs/t"}}},
+    "required": ["v"]}}}  # fmt: skip
+GRAMMARS: list[str | dict[str, Any]] = [
+    'root ::= "a" root "b" | [a-c]* "c"',
+    'root ::= "a" x "e" | "b" x "o" | x\nx ::= "k"+ "r" | y y\ny ::= "" | "k" y',
+    'root ::= (x y? z* "!")+\nx ::= [^\\n-z] | "q"\ny ::= "é" | z\nz ::= [ß-é] | "aa"',
+    'root ::= x{2,140} "z" | x{0,3}\nx ::= "a" | "b" "c"?',
+    'root ::= e\ne ::= "a" | "a" e e | "b" e "c"',
+    'root ::= "(" root ")" root | "[" root "]" root | ""',
+    'root ::= x\nx ::= y | "a" y x\ny ::= "" | [ab] "\\\\"? "\\"" y',
+    {"type": "string", "maxLength": 4},
+    {"type": "object", "properties": {"a": {"type": "string"}, "b": {"enum": ["x", 1, None]}}},
+    {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}, "minItems": 2},
+    RECURSIVE,
+]  # fmt: skip
+
+
+def compiled(grammar: str | dict[str, Any]) -> Any:
+    tokens = [f"<0x{each:02X}>" for each in range(256)]
+    tokens += [each.decode("latin1") for each in TEXTS[256:]]
+    info = xgrammar.TokenizerInfo(TEXTS, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[STOP])
+    compiler = xgrammar.GrammarCompiler(info, cache_enabled=False)
+    if isinstance(grammar, str):
+        return compiler.compile_grammar(grammar)
+    return compiler.compile_json_schema(json.dumps(grammar))
+
+
+def made(grammar: Any) -> Automaton:
+    printed = xgrammar.testing._print_grammar_fsms(grammar.grammar)
+    return Automaton(Rules.read(printed), TEXTS, frozenset({STOP}))
+
+
+class Pair:
+    """A text that both follow."""
+
+    def __init__(self, grammar: Any, follower: Automaton) -> None:
+        self._matcher, self._follower = xgrammar.GrammarMatcher(grammar), follower
+        self.state: State | None = follower.start
+        self._bits = torch.empty((1, -(-len(TEXTS) // 32)), dtype=torch.int32)
+
+    def allowed(self) -> frozenset[int]:
+        """By xgrammar's mask. The automaton takes the same tokens as the matcher, which may be more
+        than the mask has."""
+        self._matcher.fill_next_token_bitmask(self._bits, 0)
+        bits = np.unpackbits(self._bits.numpy().view(np.uint8), bitorder="little")
+        found = frozenset(np.flatnonzero(bits[: len(TEXTS)]).tolist())
+        assert self.state is not None
+        taken = {each for each in range(len(TEXTS)) if self._follower.walk(self.state, each)}
+        assert taken == {each for each in range(len(TEXTS)) if self._would_take(each)} >= found
+        return found
+
+    def _would_take(self, token: int) -> bool:
+        taken = self._matcher.accept_token(token)
+        if taken:
+            self._matcher.rollback(1)
+        return bool(taken)
+
+    def take(self, token: int) -> None:
+        assert self._matcher.accept_token(token)
+        assert self.state is not None
+        self.state = self._follower.walk(self.state, token)
+
+
+@pytest.mark.parametrize("number", range(len(GRAMMARS)))
+def test_it_takes_what_xgrammar_takes_and_one_state_has_one_mask(number: int) -> None:
+    grammar = compiled(GRAMMARS[number])
+    follower, chance = made(grammar), random.Random(number)
+    masks: dict[State, frozenset[int]] = {}
+    steps = 0
+    for _ in range(6):
+        pair = Pair(grammar, follower)
+        for _ in range(30):
+            allowed = pair.allowed()
+            steps += 1
+            assert pair.state is not None
+            assert masks.setdefault(pair.state, allowed) == allowed
+            ends = allowed - {STOP}
+            if not ends:
+                break
+            pair.take(chance.choice(sorted(ends)))
+    assert follower.followed
+    assert len(masks) < steps  # some have come again
+
+
+def test_every_byte_is_read_as_it_is_printed() -> None:
+    byte = [f'"\\x{each:02x}"' for each in range(1, 128)]
+    follower = made(compiled("root ::= " + " | ".join(byte)))
+    assert [each for each in range(256) if follower.walk(follower.start, each)] == [*range(1, 128)]
+
+
+@pytest.mark.parametrize(("grammar", "why"), [
+    ('root ::= root "a" | "b"', "begins with itself"),
+    ('root ::= x "a" | "b"\nx ::= y root "c"\ny ::= "" | "z"', "begins with itself"),
+    ("root ::= " + " | ".join(f'x{n} "a"' for n in range(1200)) + "".join(
+        f'\nx{n} ::= "b{n}" x{(n + 1) % 1200} | "c"' for n in range(1200)), "too many ways"),
+    ('root ::= x{0,9000} "z"\nx ::= "a" | ""', "too many ways"),
+    ('root ::= x{0,20000} "z"\nx ::= "a" | "bc"', "counts beyond"),
+    ("root ::= " + " | ".join(f'"{n} {n * 7919}"' for n in range(3000)), "characters to print"),
+])  # fmt: skip
+def test_what_it_does_not_follow_is_told_at_once(
+    grammar: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automaton, "MOST_PRINTED", 1 << 15 if "print" in why else 1 << 18)
+    of = compiled(grammar)
+    began = time.process_time()
+    with pytest.raises(NotFollowed, match=why):
+        made(of)
+    assert time.process_time() - began < 5
+    assert Automaton.of(of, TEXTS, frozenset({STOP})) is None
+
+
+@pytest.mark.parametrize("line", [
+    "0: [Token(5)->1]", "0: ['a'->1, EOS->2]", "0: ['\\q'->1]", "Rule 1: x, FSM: none", "0 ['a'->1",
+])  # fmt: skip
+def test_what_is_printed_otherwise_is_not_followed(line: str) -> None:
+    first = "Rule 0: root, FSM: CompactFSM(num_states=2, start=0, end=[1], edges=["
+    Rules.read(f"{first}\n0: ['a'->1]\n1: []\n])\n")
+    with pytest.raises(NotFollowed):
+        Rules.read(f"{first}\n{line}\n1: []\n])\n")
+
+
+def test_texts_whose_states_never_come_again_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte is deeper; and a set of places that grows has its end as well."""
+    monkeypatch.setattr(automaton, "TRIED", 64)
+    for grammar in ('root ::= "a" root "b" | "b"', 'root ::= e\ne ::= "a" | "a" e e'):
+        follower = made(compiled(grammar))
+        state: State | None = follower.start
+        for _ in range(200):
+            if state is not None:
+                state = follower.walk(state, TEXTS.index(b"aaa"))
+        assert state is None
+        assert not follower.followed
+
+
+def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automaton, "MOST_STATES", 8)
+    grammar = compiled(GRAMMARS[5])
+    follower, chance = made(grammar), random.Random(0)
+    pair = Pair(grammar, follower)
+    for _ in range(60):
+        pair.take(chance.choice(sorted(pair.allowed() - {STOP})))
+        assert len(follower._states) <= 8
