@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from reprise.engine.structured import automaton
-from reprise.engine.structured.automaton import Automaton, NotFollowed, Rules, State
+from reprise.engine.structured import automaton, rules
+from reprise.engine.structured.automaton import Automaton, State
+from reprise.engine.structured.rules import NotFollowed, Rules
 
 xgrammar = pytest.importorskip("xgrammar")
 
@@ -125,7 +126,7 @@ def test_every_byte_is_read_as_it_is_printed() -> None:
 def test_what_it_does_not_follow_is_told_at_once(
     grammar: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(automaton, "MOST_PRINTED", 1 << 15 if "print" in why else 1 << 18)
+    monkeypatch.setattr(rules, "MOST_PRINTED", 1 << 15 if "print" in why else 1 << 18)
     of = compiled(grammar)
     began = time.process_time()
     with pytest.raises(NotFollowed, match=why):

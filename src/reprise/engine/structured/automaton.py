@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
-import itertools
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reprise.engine.structured.rules import FINAL, NotFollowed, Rules, in_order, kinds_of
+
 logger = logging.getLogger(__name__)
 
-MOST_PRINTED = 1 << 18
-"""Characters of a grammar that is followed: to read so many takes a tenth of a second."""
-MOST_REPEATED = 1 << 14
-"""Times that its rules are repeated by number."""
 MOST_LOOKED_AT = 2048
 """Places, and rules that begin there, that are looked at to find one state: half a millisecond, and
 a step has many rows."""
@@ -28,20 +23,6 @@ EDGE_BYTES = 160
 TRIED = 4096
 """Ways from state to state that have to be found before anybody asks whether that pays: each
 takes as long as one or two masks."""
-
-_BYTE = r"(\\x[0-9a-f]{2}|\\.|[\x20-\x7e])"
-_EDGE = re.compile(
-    rf"(?:'{_BYTE}'|\[{_BYTE}-{_BYTE}\]|Rule\((\d+)\)"
-    r"|Repeat\(rule=(\d+), min=(\d+), max=(\d+)\)|Eps)->(\d+)(?:, |$)"
-)
-_RULE = re.compile(
-    r"Rule (\d+): (\S+), FSM: CompactFSM\(num_states=\d+, start=(\d+), end=\[([\d, ]*)\], edges=\["
-)
-_LINE = re.compile(r"(\d+): \[(.*)\]")
-_ESCAPES = dict(zip("abtnvfre0\"'?\\", b"\a\b\t\n\v\f\r\x1b\0\"'?\\", strict=True))
-
-_FINAL = -1
-"""The state of a text that its root rule matches."""
 
 Place = tuple[int, "Caller"]
 """A state of a rule's finite automaton, and who waits for the rule."""
@@ -67,108 +48,6 @@ class State:
     """Behind a byte of some kind; None: no text goes on like this."""
 
 
-class NotFollowed(Exception):
-    """Why a grammar has no automaton."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A grammar as finite automata, a rule each, whose edges are bytes, or other rules.
-
-    xgrammar prints those that it follows itself, for its own tests.
-    """
-
-    starts: Mapping[int, int]
-    """State of each rule."""
-    ends: frozenset[int]
-    ranges: Mapping[int, Sequence[tuple[int, int, int]]]
-    """Of states: the first and the last of some bytes, and the state behind them."""
-    calls: Mapping[int, Sequence[tuple[int, int]]]
-    """Of states: a rule, and the state behind it."""
-    skips: Mapping[int, Sequence[int]]
-    """Of states: others that are as good."""
-    root: int
-
-    @functools.cached_property
-    def only_ends(self) -> frozenset[int]:
-        """States in which a rule matches, and does nothing else."""
-        return self.ends - self.ranges.keys() - self.calls.keys() - self.skips.keys()
-
-    @classmethod
-    def read(cls, printed: str) -> Rules:
-        """What xgrammar printed.
-
-        Raises:
-            NotFollowed: There is more in it than is known here.
-        """
-        if len(printed) > MOST_PRINTED:
-            raise NotFollowed(f"it takes {len(printed)} characters to print")
-        starts: dict[int, int] = {}
-        ends: set[int] = set()
-        ranges: dict[int, list[tuple[int, int, int]]] = {}
-        calls: dict[int, list[tuple[int, int]]] = {}
-        skips: dict[int, list[int]] = {}
-        repeats: list[tuple[int, int, int, int, int]] = []
-        roots = []
-        for line in printed.split("\n"):
-            if rule := _RULE.fullmatch(line):
-                number = int(rule[1])
-                starts[number] = int(rule[3])
-                ends.update(map(int, filter(None, rule[4].split(", "))))
-                if rule[2] == "root":
-                    roots.append(number)
-                continue
-            found = _LINE.fullmatch(line)
-            if found is None:
-                if line in ("", "])"):
-                    continue
-                raise NotFollowed(f"nothing is known of {line[:80]!r}")
-            state, rest, at = int(found[1]), found[2], 0
-            while at < len(rest):
-                edge = _EDGE.match(rest, at)
-                if edge is None:
-                    raise NotFollowed(f"nothing is known of {rest[at : at + 80]!r}")
-                one, first, last, called, again, least, most, target = edge.groups()
-                if one or first:
-                    low, high = _byte(one or first), _byte(one or last)
-                    ranges.setdefault(state, []).append((low, high, int(target)))
-                elif called:
-                    calls.setdefault(state, []).append((int(called), int(target)))
-                elif again:
-                    repeats.append((state, int(again), int(least), int(most), int(target)))
-                else:
-                    skips.setdefault(state, []).append(int(target))
-                at = edge.end()
-        if sum(most for _, _, _, most, _ in repeats) > MOST_REPEATED:
-            raise NotFollowed(f"it counts beyond {MOST_REPEATED}")
-        numbers = itertools.count(_FINAL - 1, -1)  # of states for each number of times
-        for state, again, least, most, target in repeats:
-            if not most:
-                skips.setdefault(state, []).append(target)
-            for count in range(most):
-                if count >= least:
-                    skips.setdefault(state, []).append(target)
-                there = next(numbers) if count + 1 < most else target
-                calls.setdefault(state, []).append((again, there))
-                state = there
-        if len(roots) != 1 or any(
-            rule not in starts for each in calls.values() for rule, _ in each
-        ):
-            raise NotFollowed("not all of its rules are printed")
-        return cls(starts, frozenset(ends), ranges, calls, skips, roots[0])
-
-
-def _byte(printed: str) -> int:
-    if printed.startswith("\\x"):
-        return int(printed[2:], 16)
-    if len(printed) == 1:
-        return ord(printed)
-    try:
-        return _ESCAPES[printed[1]]
-    except KeyError:
-        raise NotFollowed(f"nothing is known of {printed!r}") from None
-
-
 class Automaton:
     """Follows texts of a grammar, byte by byte, through states that are found when a text comes to
     them first. For one thread.
@@ -190,12 +69,13 @@ class Automaton:
     def __init__(self, rules: Rules, texts: Sequence[bytes], stops: frozenset[int]) -> None:
         self._texts, self._stops = texts, stops
         self._rules = rules
-        self._rank, self._empty = _in_order(rules)
-        self._kinds = _kinds(rules.ranges)
+        self._edges = sum(map(len, (*rules.ranges.values(), *rules.calls.values())))
+        self._rank, self._empty = in_order(rules)
+        self._kinds = kinds_of(rules.ranges)
         self._zero: dict[int, tuple[int, ...]] = {}
         self._first: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
         self._root = Caller(frozenset())
-        self._root.places = frozenset({(_FINAL, self._root)})
+        self._root.places = frozenset({(FINAL, self._root)})
         self._ended = State(frozenset(), complete=False, terminated=True, after={})
         self._callers: dict[frozenset[Place], Caller] = {}
         self._states: dict[tuple[frozenset[Place], bool], State] = {}
@@ -225,9 +105,7 @@ class Automaton:
     @property
     def num_bytes(self) -> int:
         """About what it takes. Any thread may ask."""
-        rules = self._rules
-        edges = sum(map(len, (*rules.ranges.values(), *rules.calls.values())))
-        return EDGE_BYTES * edges + STATE_BYTES * len(self._states)
+        return EDGE_BYTES * self._edges + STATE_BYTES * len(self._states)
 
     def walk(self, state: State, token: int) -> State | None:
         """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
@@ -312,7 +190,7 @@ class Automaton:
                 continue
             seen.add(place)
             state, caller = place
-            complete = complete or state == _FINAL
+            complete = complete or state == FINAL
             others = self._without_a_byte(state)
             left -= len(others)
             for each in others:
@@ -374,53 +252,3 @@ class Automaton:
             calls = [call for each in states for call in rules.calls.get(each, ())]
             found = self._first[rule] = firsts, calls
         return found
-
-
-def _in_order(rules: Rules) -> tuple[dict[int, int], set[int]]:
-    """Of each rule a number that is lower than those of the rules that it may begin with; and the
-    rules that match nothing as well."""
-    rank: dict[int, int] = {}
-    empty: set[int] = set()
-    begun: dict[int, tuple[set[int], list[tuple[int, int]]]] = {}
-    for each in rules.starts:
-        stack = [each] if each not in rank else []
-        while stack:
-            rule = stack[-1]
-            if rule not in begun:
-                begun[rule] = {rules.starts[rule]}, [(_FINAL, rules.starts[rule])]
-            reached, work = begun[rule]
-            while work:
-                other, state = work[-1]
-                if other != _FINAL and other not in rank:
-                    break
-                work.pop()
-                if other == _FINAL:
-                    work += rules.calls.get(state, ())
-                    nexts = rules.skips.get(state, ())
-                else:
-                    nexts = (state,) if other in empty else ()
-                for to in nexts:
-                    if to not in reached:
-                        reached.add(to)
-                        work.append((_FINAL, to))
-            if work:
-                if work[-1][0] in begun:
-                    raise NotFollowed("a rule of it begins with itself")
-                stack.append(work[-1][0])
-                continue
-            stack.pop()
-            rank[rule] = -len(rank)
-            if not rules.ends.isdisjoint(reached):
-                empty.add(rule)
-    return rank, empty
-
-
-def _kinds(ranges: Mapping[int, Sequence[tuple[int, int, int]]]) -> bytes:
-    """A number for each byte, the same for those that no state tells apart."""
-    cuts = {low for each in ranges.values() for low, _, _ in each}
-    cuts |= {high + 1 for each in ranges.values() for _, high, _ in each}
-    kinds, kind = bytearray(), 0
-    for byte in range(256):
-        kind += byte in cuts and byte > 0
-        kinds.append(kind)
-    return bytes(kinds)

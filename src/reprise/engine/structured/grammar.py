@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,11 +59,7 @@ class Grammar:
         self.num_tokens = 0
         """That it has taken."""
         self._min_tokens, self._held = min_tokens, held
-        words = sorted({token // 32 for token in held})
-        bits = np.zeros(len(words), dtype=np.uint32)
-        for token in held:
-            bits[words.index(token // 32)] |= np.uint32(1 << token % 32)
-        self._others: Others = tuple(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
+        self._others = _others(held)
 
     def take(self, tokens: Sequence[int], known: int) -> int:
         """Follow tokens.
@@ -175,3 +172,13 @@ class Grammar:
         state = self._state
         key = None if state is None or crowded is not None else (state, others)
         return masks.of(key, self._asked, others, crowded, later=later)
+
+
+@functools.lru_cache(maxsize=64)
+def _others(tokens: frozenset[int]) -> Others:
+    """Of a mask's words that have any of the tokens, the bits of all others."""
+    words = sorted({token // 32 for token in tokens})
+    bits = np.zeros(len(words), dtype=np.uint32)
+    for token in tokens:
+        bits[words.index(token // 32)] |= np.uint32(1 << token % 32)
+    return tuple(zip(words, (~bits.view(np.int32)).tolist(), strict=True))
