@@ -166,3 +166,30 @@ def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(60):
         pair.take(chance.choice(sorted(pair.allowed() - {STOP})))
         assert len(follower._states) <= 8
+
+
+@pytest.mark.parametrize(("least", "most"), [(2, 140), (0, 133), (130, 131)])
+def test_what_is_counted_is_counted_to_its_end(least: int, most: int) -> None:
+    follower = made(compiled(f'root ::= x{{{least},{most}}} "z"\nx ::= "a" | "bc"'))
+    state: State | None = follower.start
+    ends = []
+    while state is not None:
+        ends.append(follower.walk(state, ord("z")) is not None)
+        state = follower.walk(state, ord("a"))
+    assert ends == [least <= count <= most for count in range(most + 1)]
+
+
+@pytest.mark.parametrize("least", [0, 2, 3])
+def test_repetitions_that_are_printed(least: int) -> None:
+    follower = Automaton(Rules.read(
+        "Rule 0: root, FSM: CompactFSM(num_states=4, start=0, end=[1], edges=[\n"
+        f"0: [Repeat(rule=1, min={least}, max=3)->1]\n1: []\n])\n"
+        "Rule 1: x, FSM: CompactFSM(num_states=4, start=2, end=[3], edges=[\n"
+        "2: ['a'->3]\n3: []\n])"
+    ), TEXTS, frozenset({STOP}))  # fmt: skip
+    state: State | None = follower.start
+    ends = []
+    while state is not None:
+        ends.append(state.complete)
+        state = follower.walk(state, ord("a"))
+    assert ends == [least <= count <= 3 for count in range(4)]
