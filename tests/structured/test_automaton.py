@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from schemas import FOLLOWED
 
 from reprise.engine.structured import automaton, rules
 from reprise.engine.structured.automaton import Automaton, State
@@ -19,13 +20,17 @@ from reprise.engine.structured.rules import NotFollowed, Rules
 xgrammar = pytest.importorskip("xgrammar")
 
 STOP = 256
-WORDS = [b"ab", b'"}', b'":', b"e\xcc", b"\xc3\xa9", b" {", b"aaa", b"x\n", b"]]", b"12"]
+WORDS = [b"ab", b'"}', b'":', b"e\xcc", b"\xc3\xa9", b" {", b"aaa", b"x\n", b"]]", b"12",
+         b"<f", b"<f=a>", b"</f>"]  # fmt: skip
 TEXTS = [*(bytes((each,)) for each in range(256)), b"</s>", *WORDS]
 """Of the tokens: each byte is one."""
 
 RECURSIVE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "properties": {
     "v": {"type": "number"}, "c": {"type": "array", "items": {"$ref": "#/$defs/t"}}},
     "required": ["v"]}}}  # fmt: skip
+TAGS = {"type": "triggered_tags", "triggers": ["<f"], "tags": [
+    {"begin": "<f=a>", "content": {"type": "regex", "pattern": "[ab]{1,3}"}, "end": "</f>"},
+    {"begin": "<f=b>", "content": {"type": "any_text"}, "end": "</f>"}]}  # fmt: skip
 GRAMMARS: list[str | dict[str, Any]] = [
     'root ::= "a" root "b" | [a-c]* "c"',
     'root ::= "a" x "e" | "b" x "o" | x\nx ::= "k"+ "r" | y y\ny ::= "" | "k" y',
@@ -38,16 +43,18 @@ GRAMMARS: list[str | dict[str, Any]] = [
     {"type": "object", "properties": {"a": {"type": "string"}, "b": {"enum": ["x", 1, None]}}},
     {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}, "minItems": 2},
     RECURSIVE,
+    TAGS,
+    TAGS | {"at_least_one": True, "stop_after_first": True},
 ]  # fmt: skip
 
 
 def compiled(grammar: str | dict[str, Any]) -> Any:
-    tokens = [f"<0x{each:02X}>" for each in range(256)]
-    tokens += [each.decode("latin1") for each in TEXTS[256:]]
     info = xgrammar.TokenizerInfo(TEXTS, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[STOP])
     compiler = xgrammar.GrammarCompiler(info, cache_enabled=False)
     if isinstance(grammar, str):
         return compiler.compile_grammar(grammar)
+    if grammar.get("type") == "triggered_tags":
+        return compiler.compile_structural_tag({"type": "structural_tag", "format": grammar})
     return compiler.compile_json_schema(json.dumps(grammar))
 
 
@@ -87,10 +94,12 @@ class Pair:
         self.state = self._follower.walk(self.state, token)
 
 
-@pytest.mark.parametrize("number", range(len(GRAMMARS)))
-def test_it_takes_what_xgrammar_takes_and_one_state_has_one_mask(number: int) -> None:
-    grammar = compiled(GRAMMARS[number])
-    follower, chance = made(grammar), random.Random(number)
+@pytest.mark.parametrize("of", [
+    *GRAMMARS, *(pytest.param(each, marks=pytest.mark.long) for each in FOLLOWED)
+])  # fmt: skip
+def test_it_takes_what_xgrammar_takes_and_one_state_has_one_mask(of: Any) -> None:
+    grammar = compiled(of)
+    follower, chance = made(grammar), random.Random(0)
     masks: dict[State, frozenset[int]] = {}
     steps = 0
     for _ in range(6):
@@ -105,7 +114,7 @@ def test_it_takes_what_xgrammar_takes_and_one_state_has_one_mask(number: int) ->
                 break
             pair.take(chance.choice(sorted(ends)))
     assert follower.followed
-    assert len(masks) < steps  # some have come again
+    assert len(masks) < steps  # the first has come again
 
 
 def test_every_byte_is_read_as_it_is_printed() -> None:

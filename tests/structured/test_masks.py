@@ -43,7 +43,7 @@ class Walk:
         self._held = llm.engine.eos_token_ids
         vocab_size = llm.engine.vocab_size
         self.rows = MaskTable(vocab_size)
-        self._device = np.zeros((masks.KEPT + 64, -(-vocab_size // 32)), dtype=np.int32)
+        self._device = np.zeros((masks.KEPT + 80, -(-vocab_size // 32)), dtype=np.int32)
         self._grammars: list[tuple[Any, Grammar, list[int]]] = []
         for number in range(14):
             self._begin(number % len(GRAMMARS))

@@ -30,6 +30,8 @@ those come first."""
 KEPT = 512
 """Masks that are kept, of 19 kB each with a vocabulary of 150,000: those that came first go first,
 and no text has more than a few states that come again."""
+LEAST = 64
+"""Rows of a step that there is room for at first: page-locked memory takes milliseconds to get."""
 CHECKED = 1024
 """Of so many masks that are there one is filled all the same, and compared: xgrammar follows all
 tokens of that text for it."""
@@ -75,7 +77,8 @@ class MaskTable:
     def begin(self, rows: int) -> None:
         """A step has so many masks at most."""
         if rows and KEPT + 1 + rows > len(self._words):
-            size = (KEPT + 1 + (1 << (rows - 1).bit_length()), self._width)
+            beside = max(LEAST, 1 << (rows - 1).bit_length())
+            size = (KEPT + 1 + beside, self._width)
             self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
             self._words = self._tensor.numpy()
             self.forget()
