@@ -1,7 +1,7 @@
 """Products of eight bits in Triton; of many rows through the BLAS, where the device has one.
 
-Activations are quantised by a kernel of their own, with the norm before it, once for all programs
-of the product. What little it costs is hidden: the product's kernel reads weights meanwhile.
+One row in blocks is quantised by the programs that multiply it. Several are by a kernel of their
+own, with the norm before it, once for all programs of the product, which reads weights meanwhile.
 """
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from reprise.ops.fp8_linear import scaled_mm
 from reprise.ops.fp8_linear.product_kernel import launch_product
 from reprise.ops.fp8_linear.quantise_kernel import quantise
+from reprise.ops.fp8_linear.row_kernel import launch_row, takes_row
 from reprise.ops.registry import active_platform
 from reprise.ops.silu_and_mul.triton import silu_and_mul
 from reprise.ops.triton_util import cdiv
@@ -52,9 +53,8 @@ def fp8_norm_gated_linear(
     if for_blas(x, weight, block_n, block_k):
         product = _product(x, weight, scale, bias, block_n, block_k, norm_weight, eps)
         return silu_and_mul(product)
-    numbers, scales = quantise(x, block_k, _native(), norm_weight, eps)
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
-    launch_product(numbers, scales, weight, scale, bias, out, block_n, gated=True)
+    _launch(x, weight, scale, bias, out, block_n, block_k, norm_weight, eps, gated=True)
     return out
 
 
@@ -71,8 +71,7 @@ def fp8_linear_add(
     if for_blas(x, weight, block_n, block_k):
         residual += _product(x, weight, scale, bias, block_n, block_k)
         return
-    numbers, scales = quantise(x, block_k, _native())
-    launch_product(numbers, scales, weight, scale, bias, residual, block_n, add=True)
+    _launch(x, weight, scale, bias, residual, block_n, block_k, add=True)
 
 
 def _product(
@@ -91,10 +90,24 @@ def _product(
         numbers, scales = quantise(x, block_k, True, norm_weight, eps, room)
         found = scaled_mm.multiply(numbers, scales.t(), weight, scale, bias, block_n, x.dtype)
         return found[:rows]
-    numbers, scales = quantise(x, block_k, _native(), norm_weight, eps)
     out = x.new_empty((rows, weight.shape[0]))
-    launch_product(numbers, scales, weight, scale, bias, out, block_n)
+    _launch(x, weight, scale, bias, out, block_n, block_k, norm_weight, eps)
     return out
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, block_n: int,
+    block_k: int, norm_weight: Tensor | None = None, eps: float = 0.0, *, add: bool = False,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    native = _native()
+    if takes_row(x, block_k):
+        launch_row(
+            x, weight, scale, bias, out, block_n, native, norm_weight, eps, add=add, gated=gated
+        )
+        return
+    numbers, scales = quantise(x, block_k, native, norm_weight, eps)
+    launch_product(numbers, scales, weight, scale, bias, out, block_n, add=add, gated=gated)
 
 
 def _native() -> bool:
