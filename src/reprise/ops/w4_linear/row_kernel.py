@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.triton_util import (
+    INTERPRETED,
     arrivals,
     cdiv,
     depend,
@@ -28,6 +29,7 @@ from reprise.ops.triton_util import (
     takes_ptx,
     with_gain,
 )
+from reprise.ops.w4_linear.half_words import halves, word_product
 
 _FEATURES = 8
 """Rows of the weight in a tile."""
@@ -100,6 +102,7 @@ def launch_row(
         MOST_TILES=next_power_of_2(each),
         BLOCK_N=_FEATURES,
         BLOCK_W=block,
+        HALF=x.dtype is torch.bfloat16 and (INTERPRETED or takes_ptx()),
         PTX=takes_ptx(),
         num_warps=_WARPS,
         **launch_options(),
@@ -290,6 +293,7 @@ def w4_row_kernel(
     MOST_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    HALF: tl.constexpr,
     PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -329,15 +333,23 @@ def w4_row_kernel(
         norm = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / INPUTS + eps)
         value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
     x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
-    low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
-    # Numbers in lower bits are a sixteenth of those in higher ones.
-    x_0, x_3, x_6 = x_0 * 16, x_3 * 16, x_6 * 16
-    ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
-    sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
-    if zeros_ptr is None:
-        ones += sums * (8.0 / 128)
+    if HALF:
+        both = ((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7))
+        sums = tl.sum(tl.reshape(both, [PARTS, 4]), axis=1) * (128.0 / 1024)
+        x_0, x_1, x_2, x_3, power = halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
+        ones = -sums
+        if zeros_ptr is None:
+            ones = sums * (8.0 / 128)
     else:
-        ones -= sums  # what stands for zero is made a number between 1 and 2, as all others
+        low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
+        # Numbers in lower bits are a sixteenth of those in higher ones.
+        x_0, x_3, x_6 = x_0 * 16, x_3 * 16, x_6 * 16
+        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
+        sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
+        if zeros_ptr is None:
+            ones += sums * (8.0 / 128)
+        else:
+            ones -= sums  # what stands for zero is made a number between 1 and 2, as all others
 
     for _ in range(TILES):
         packed_now, scale_now, zero_now = packed, scale, zero
@@ -347,11 +359,16 @@ def w4_row_kernel(
             packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, WORDS, GROUP, BLOCK_W
         )
         before = _before(out_ptr, tile, features, ADD and SPLITS == 1, BLOCK_N, 1)
-        product = _product(packed_now, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
-        product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2) - ones[None, :]
+        if HALF:
+            product = word_product(packed_now, x_0, x_1, x_2, x_3, PTX)
+            product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2)
+            product = product * power[None, :] - ones[None, :]
+        else:
+            product = _product(packed_now, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
+            product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2) - ones[None, :]
         if zeros_ptr is not None:
             product -= _high(zero_now.to(tl.int32) << 16, one) * sums[None, :]
-        y = tl.sum(scale_now.to(tl.float32) * product, axis=1) * 128
+        y = tl.sum(scale_now.to(tl.float32) * product, axis=1) * (1024 if HALF else 128)
         if SPLITS > 1:
             at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
