@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reprise.ops.fp8_linear.accepts import STEP
 from reprise.ops.fp8_linear.product_kernel import from_bits
-from reprise.ops.fp8_linear.quantise_kernel import eight_bits
+from reprise.ops.fp8_linear.quantise_kernel import eight_bits, norm_of
 from reprise.ops.fp8_linear.reference import LARGEST, LEAST_MAGNITUDE
 from reprise.ops.linear.tile_end import finish, summed
 from reprise.ops.triton_util import (
@@ -159,14 +159,6 @@ def launch_row(
 
 
 @triton.jit
-def _norm(x_ptr, eps, INPUTS: tl.constexpr, WHOLE_ROW: tl.constexpr):
-    """What a norm multiplies the row by."""
-    k = tl.arange(0, WHOLE_ROW)
-    x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
-
-
-@triton.jit
 def fp8_row_kernel(
     x_ptr,
     norm_ptr,
@@ -237,7 +229,7 @@ def fp8_row_kernel(
             x = loaded.to(tl.float32)
             if norm_ptr is not None:
                 if start == 0:
-                    norm = _norm(x_ptr, eps, INPUTS, WHOLE_ROW)
+                    norm = norm_of(x_ptr, eps, INPUTS, WHOLE_ROW)
                 gain = tl.load(norm_ptr + start + which)
                 # Rounded where the reference rounds.
                 x = with_gain(x * norm, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)
