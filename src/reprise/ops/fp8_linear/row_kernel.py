@@ -58,7 +58,7 @@ class Config:
 
 
 _CONFIG = Config(64, 4, 2, 4, 3)
-_FEW_TILES = Config(64, 4, 2, 4, 4)
+_FEW_TILES = Config(64, 2, 3, 4, 4)
 """Of weights between :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is
 one step, so all of the weight is on its way before ``x`` is there."""
 _SMALL_WEIGHTS, _LARGE_WEIGHTS = 1 << 23, 1 << 24
@@ -212,6 +212,7 @@ def fp8_row_kernel(
     which = tl.arange(0, TOGETHER)[:, None] * STEP + tl.arange(0, STEP)[None, :] + split * SHARE
     own = (k // STEP * SPREAD)[None, :] == column[:, None]
     kind: tl.constexpr = weight_ptr.dtype.element_ty if NATIVE else x_ptr.dtype.element_ty
+    next_scale = tl.load(scale_ptr)
     let_next_start(EARLY)
 
     norm = 1.0
@@ -220,7 +221,8 @@ def fp8_row_kernel(
         weight = tl.load(
             weight_ptr + start, mask=real_feature, other=0.0, eviction_policy="evict_first"
         )
-        weight_scale = tl.load(scale_ptr + start // STEP)
+        weight_scale = next_scale
+        next_scale = tl.load(scale_ptr + tl.minimum(start + BLOCK_K, SHARE - BLOCK_K) // STEP)
         number = tl.zeros([BLOCK_K], dtype=kind)
         x_scale = tl.zeros([COLUMNS], dtype=tl.float32)
         # Within the condition, x is loaded when it is needed; weights are, ahead of that.
