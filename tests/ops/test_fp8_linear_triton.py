@@ -16,9 +16,12 @@ def triton(implementation):
     return lambda op: implementation(op, "triton")
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("inputs", "group"), [(384, 128), (3072, 128), (1536, 1536)])
-def test_the_same_eight_bits_as_the_reference(triton, randn, inputs, group, with_norm) -> None:
+def test_the_same_eight_bits_as_the_reference(
+    triton, randn, inputs, group, with_norm, few
+) -> None:
     triton(ops.fp8_linear)
     from reprise.ops.fp8_linear.quantise_kernel import quantise
 
@@ -27,7 +30,7 @@ def test_the_same_eight_bits_as_the_reference(triton, randn, inputs, group, with
     x[1] = (x[1] * 64).round() / 64
     x[2, :group] = 0
     gain = randn(inputs) if with_norm else None
-    numbers, scales = quantise(x, group, False, gain, 1e-6)
+    numbers, scales = quantise(x, group, False, gain, 1e-6, few=few)
     normed = x if gain is None else ops.rms_norm(x, gain, 1e-6)
     expected, expected_scales = quantised_as_reference(normed, group)
     torch.testing.assert_close(scales.t(), expected_scales, rtol=1e-6 if with_norm else 0, atol=0)
@@ -106,8 +109,8 @@ def test_many_rows_go_to_the_blas(triton, monkeypatch, randn, op, block_n) -> No
     # Conversion to eight bits is the device's own there, and wrong in the interpreter.
     kernel = quantise_kernel.quantise
 
-    def quantise(x, group, native, *args):
-        numbers, scales = kernel(x, group, False, *args)
+    def quantise(x, group, native, *args, **named):
+        numbers, scales = kernel(x, group, False, *args, **named)
         return numbers.to(torch.float8_e4m3fn), scales
 
     monkeypatch.setattr(module, "quantise", quantise)
@@ -174,3 +177,30 @@ def test_few_tiles_are_of_one_row() -> None:
     assert one.rows == kernel._FEW_TILES.rows
     assert two == eight
     assert two.rows == kernel._CONFIGS[0].rows
+
+
+@pytest.mark.parametrize(
+    ("together", "programs", "gated"), [(1, 4, False), (2, 0, True), (4, 4, True), (8, 0, False)]
+)
+def test_a_row_that_its_programs_quantise(triton, randn, together, programs, gated) -> None:
+    """Groups of a step are a column each, whatever their number; groups differ by powers of two, so
+    that one in another's place is seen."""
+    triton(ops.fp8_linear)
+    from reprise.ops.fp8_linear.row_kernel import Config, fitted, launch_row
+
+    outputs, inputs = 96, 2048
+    x = randn(1, inputs, dtype=torch.float16)
+    x *= 2.0 ** torch.arange(inputs // 128, device=x.device).sub(8).repeat_interleave(128)
+    weight = randn(outputs, inputs).to(torch.float8_e4m3fn)
+    scale = (randn(-(-outputs // 32), inputs // 128).abs() + 0.1) / inputs**0.5
+    gain = randn(inputs, dtype=torch.float16)
+    op = ops.fp8_norm_gated_linear if gated else ops.fp8_norm_linear
+    expected = op.implementations["reference"].function(
+        x, gain, 1e-6, weight, scale, None, 32, 128
+    )
+    config = fitted(Config(64, together, 2, 4, programs), outputs, inputs, x.device)
+    assert (config.splits > 1) == (programs > 0)
+    out = torch.full_like(expected, torch.nan)
+    launch_row(x, weight, scale, None, out, 32, False, gain, 1e-6, gated=gated, config=config)
+    most = float(expected.abs().max())
+    torch.testing.assert_close(out / most, expected / most, rtol=2e-2, atol=4e-3)

@@ -7,7 +7,10 @@ import torch
 from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 BLOCK = 128
-_ALSO_COMPILED = [(SMALL, 64, SMALL.projected), (LARGE, 64, 2 * LARGE.intermediate)]
+_ALSO_COMPILED = [
+    (SMALL, 64, SMALL.projected), (LARGE, 64, 2 * LARGE.intermediate),
+    (LARGE, 1, 2 * LARGE.intermediate), (LARGE, 1, LARGE.hidden),
+]  # fmt: skip
 """Models, rows and outputs for which other sizes are chosen."""
 
 

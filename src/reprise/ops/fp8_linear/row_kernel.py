@@ -83,10 +83,10 @@ def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> C
     return replace(config, together=together, num_stages=stages, splits=splits)
 
 
-def takes_row(x: Tensor, group: int) -> bool:
+def takes_row(x: Tensor, group: int, native: bool) -> bool:
     """Whether :func:`launch_row` computes products of ``x`` [T, K] whose scales are of ``group``
-    inputs."""
-    return len(x) == 1 and group == STEP
+    inputs. Where eight bits are not multiplied as such, registers do not suffice."""
+    return len(x) == 1 and group == STEP and (native or INTERPRETED)
 
 
 def launch_row(
