@@ -19,9 +19,7 @@ def triton(implementation):
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("inputs", "group"), [(384, 128), (3072, 128), (1536, 1536)])
-def test_the_same_eight_bits_as_the_reference(
-    triton, randn, inputs, group, with_norm, few
-) -> None:
+def test_the_same_eight_bits_as_the_reference(triton, randn, inputs, group, with_norm, few) -> None:
     triton(ops.fp8_linear)
     from reprise.ops.fp8_linear.quantise_kernel import quantise
 
@@ -195,9 +193,7 @@ def test_a_row_that_its_programs_quantise(triton, randn, together, programs, gat
     scale = (randn(-(-outputs // 32), inputs // 128).abs() + 0.1) / inputs**0.5
     gain = randn(inputs, dtype=torch.float16)
     op = ops.fp8_norm_gated_linear if gated else ops.fp8_norm_linear
-    expected = op.implementations["reference"].function(
-        x, gain, 1e-6, weight, scale, None, 32, 128
-    )
+    expected = op.implementations["reference"].function(x, gain, 1e-6, weight, scale, None, 32, 128)
     config = fitted(Config(64, together, 2, 4, programs), outputs, inputs, x.device)
     assert (config.splits > 1) == (programs > 0)
     out = torch.full_like(expected, torch.nan)

@@ -136,8 +136,8 @@ def quantise_kernel(
     LEAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program quantises a share of a row. WHOLE_ROW: a power of two where the share is less than
-    what the norm is of."""
+    """One program quantises a share of a row. WHOLE_ROW: a power of two of inputs, where the share
+    is less than what the norm is of."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * (SHARE // GROUP) + tl.arange(0, SHARE // GROUP)
     k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -3,10 +3,10 @@
 themselves, with the norm before and the activation or sum behind them.
 
 As :mod:`reprise.ops.fp8_linear.product_kernel`, but for two things. Each program quantises the
-inputs that it multiplies, so that no kernel lies between this one and the one that gives ``x``. And
-all groups of a step are one product: the other operand has a column for each group, zeros at other
-groups' inputs, so that each group has a sum of its own. A tile of the matrix units has eight columns
-whether they are used or not.
+inputs that it multiplies, so that no kernel lies between this one and the one that gives ``x``.
+And all groups of a step are one product: the other operand has a column for each group, zeros at
+other groups' inputs, so that each group has a sum of its own. A tile of the matrix units has as
+many columns whether they are used or not.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ def fp8_row_kernel(
         # A sum of its own for each group: matrix units add numbers of eight bits with fewer bits
         # than float32 has.
         acc += tl.dot(weight, columns) * (weight_scale * x_scale[None, :])
-    found, last = summed(tl.sum(acc, axis=1)[:, None], partial_ptr, arrivals_ptr, tile, split, SPLITS)
+    total = tl.sum(acc, axis=1)[:, None]
+    total, last = summed(total, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
         row = tl.zeros([1], dtype=tl.int32)
-        finish(found, bias_ptr, out_ptr, tile * WIDTH, features, row, 1, 0, GATED, ADD)
+        finish(total, bias_ptr, out_ptr, tile * WIDTH, features, row, 1, 0, GATED, ADD)
