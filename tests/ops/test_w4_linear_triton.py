@@ -71,6 +71,31 @@ def test_products(triton, randn, op, rows, outputs, inputs, group, with_zeros) -
     torch.testing.assert_close(found.float(), expected, rtol=6e-3, atol=6e-3)
 
 
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize(("inputs", "group"), [(384, 32), (4352, 128)])
+def test_a_row_in_bfloat16(triton, randn, inputs, group, with_zeros) -> None:
+    """Two numbers an instruction; inputs of several magnitudes, programs with shares of them. What
+    is rounded before the result would be seen in sums of which little is left."""
+    triton(ops.w4_linear)
+    from reprise.ops.w4_linear.row_kernel import launch_row
+
+    outputs, device = 24, randn(1).device
+    x = randn(1, inputs, dtype=torch.bfloat16)
+    x *= 2.0 ** (torch.arange(inputs, device=device) // 32 % 5 * 6)
+    bits = torch.Generator().manual_seed(inputs)
+    words = torch.randint(256, (outputs, inputs // 2), generator=bits, dtype=torch.uint8)
+    zeros = torch.randint(16, (outputs, inputs // group), generator=bits, dtype=torch.uint8)
+    packed, zero = words.to(device).view(torch.int32), zeros.to(device) if with_zeros else None
+    scales = (randn(outputs, inputs // group).abs() + 0.1).to(torch.bfloat16)
+    expected = ops.w4_linear.implementations["reference"].function(
+        x.float(), packed, scales.float(), zero, None, group
+    )
+    out = torch.zeros(1, outputs, dtype=torch.float32, device=device)
+    launch_row(x, packed, scales, zero, None, out, group)
+    apart = (out - expected).norm() / expected.norm()
+    assert apart < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "op", [ops.w4_linear, ops.w4_norm_linear, ops.w4_norm_gated_linear, ops.w4_linear_add],
