@@ -22,8 +22,8 @@ from reprise.ops.triton_util import (
 
 _SHARE = 1024
 """Elements of a program where no program needs the whole row."""
-_FEW_SHARE = 512
-"""The same of few rows; with a norm each program reads the row, and quantises its share."""
+_FEW_ROWS, _FEW_SHARE = 64, 512
+"""The same of up to so many rows, whose programs have fewer divisions one after the other."""
 
 
 def quantise(
@@ -33,7 +33,6 @@ def quantise(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     room: int = 0,
-    few: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Eight bits for each element, as the reference has them.
 
@@ -44,8 +43,6 @@ def quantise(
         norm_weight: [K], of the root mean square norm before it, or None.
         eps: Of the norm.
         room: Rows of the results, of which those behind T are left as they are; 0: T.
-        few: Several programs have a share of a row each, also where there is a norm, whose sum is
-            then in another order.
 
     Returns:
         [T, K], and scales [K / group, T] float32.
@@ -54,9 +51,9 @@ def quantise(
     room = room or rows
     numbers = x.new_empty((room, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
     scales = x.new_empty((inputs // group, room), dtype=torch.float32)
+    whole = norm_weight is not None or group == inputs
+    few = rows <= _FEW_ROWS and not whole
     most = next_power_of_2(inputs)
-    few = few and group < inputs
-    whole = group == inputs or (norm_weight is not None and not few)
     share = most if whole else min(max(_FEW_SHARE if few else _SHARE, group), most)
     launch(quantise_kernel, (rows, 1 if whole else cdiv(inputs, share)))(
         x,
@@ -69,7 +66,6 @@ def quantise(
         INPUTS=inputs,
         GROUP=share if group == inputs else group,
         SHARE=share,
-        WHOLE_ROW=most if few else 0,
         NATIVE=native,
         EXACT=not INTERPRETED,
         LARGEST=LARGEST,
@@ -109,14 +105,6 @@ def eight_bits(
     return y, scale
 
 
-@triton.jit
-def norm_of(x_ptr, eps, INPUTS: tl.constexpr, WHOLE_ROW: tl.constexpr):
-    """What a root mean square norm multiplies a row by."""
-    k = tl.arange(0, WHOLE_ROW)
-    x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
-
-
 @triton.jit(do_not_specialize=["room"])
 def quantise_kernel(
     x_ptr,
@@ -129,15 +117,13 @@ def quantise_kernel(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     SHARE: tl.constexpr,
-    WHOLE_ROW: tl.constexpr,
     NATIVE: tl.constexpr,
     EXACT: tl.constexpr,
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program quantises a share of a row. WHOLE_ROW: a power of two of inputs, where the share
-    is less than what the norm is of."""
+    """One program quantises a share of a row."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * (SHARE // GROUP) + tl.arange(0, SHARE // GROUP)
     k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -149,10 +135,7 @@ def quantise_kernel(
     loaded = tl.load(x_ptr + row * x_stride + k, mask=inside, other=0.0)
     x = loaded.to(tl.float32)
     if norm_ptr is not None:
-        if WHOLE_ROW:
-            scale = norm_of(x_ptr + row * x_stride, eps, INPUTS, WHOLE_ROW)
-        else:
-            scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / INPUTS + eps)
+        scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / INPUTS + eps)
         x = with_gain(x * scale, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)
     y, scale = eight_bits(x, NATIVE, EXACT, LARGEST, LEAST)
     number = y.to(numbers_ptr.dtype.element_ty)

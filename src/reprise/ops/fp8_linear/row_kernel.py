@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reprise.ops.fp8_linear.accepts import STEP
 from reprise.ops.fp8_linear.product_kernel import from_bits
-from reprise.ops.fp8_linear.quantise_kernel import eight_bits, norm_of
+from reprise.ops.fp8_linear.quantise_kernel import eight_bits
 from reprise.ops.fp8_linear.reference import LARGEST, LEAST_MAGNITUDE
 from reprise.ops.linear.tile_end import finish, summed
 from reprise.ops.triton_util import (
@@ -58,7 +58,7 @@ class Config:
 
 
 _CONFIG = Config(64, 4, 2, 4, 3)
-_FEW_TILES = Config(64, 2, 3, 4, 4)
+_FEW_TILES = Config(64, 4, 2, 4, 4)
 """Of weights between :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is
 one step, so all of the weight is on its way before ``x`` is there."""
 _SMALL_WEIGHTS, _LARGE_WEIGHTS = 1 << 23, 1 << 24
@@ -159,6 +159,14 @@ def launch_row(
 
 
 @triton.jit
+def _norm(x_ptr, eps, INPUTS: tl.constexpr, WHOLE_ROW: tl.constexpr):
+    """What a root mean square norm multiplies a row by."""
+    k = tl.arange(0, WHOLE_ROW)
+    x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=0) / INPUTS + eps)
+
+
+@triton.jit
 def fp8_row_kernel(
     x_ptr,
     norm_ptr,
@@ -231,7 +239,7 @@ def fp8_row_kernel(
             x = loaded.to(tl.float32)
             if norm_ptr is not None:
                 if start == 0:
-                    norm = norm_of(x_ptr, eps, INPUTS, WHOLE_ROW)
+                    norm = _norm(x_ptr, eps, INPUTS, WHOLE_ROW)
                 gain = tl.load(norm_ptr + start + which)
                 # Rounded where the reference rounds.
                 x = with_gain(x * norm, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)

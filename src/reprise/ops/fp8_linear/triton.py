@@ -106,7 +106,7 @@ def _launch(
             x, weight, scale, bias, out, block_n, native, norm_weight, eps, add=add, gated=gated
         )
         return
-    numbers, scales = quantise(x, block_k, native, norm_weight, eps, few=len(x) <= _MOST_ROWS)
+    numbers, scales = quantise(x, block_k, native, norm_weight, eps)
     launch_product(numbers, scales, weight, scale, bias, out, block_n, add=add, gated=gated)
 
 

@@ -74,6 +74,8 @@ _MORE_TILES = Config(64, 64, 6, 2, late=False, fetched=128)
 """Likewise, where they are more than one for each multiprocessor."""
 _MANY_NARROW_TILES = Config(32, 128, 3, 2, late=False)
 """In place of the third where tiles are more than two for each multiprocessor."""
+_TWO_ROWS = Config(8, 256, 4, 2, late=True)
+"""In place of the first for two rows of up to :data:`_MANY_WEIGHTS` elements."""
 _MANY_WEIGHTS = 1 << 23
 """Elements of a weight. With fewer, and more than 8 rows, another kernel is faster."""
 _LEAST_PROGRAMS = 0.9
@@ -107,7 +109,9 @@ def config_of(rows: int, outputs: int, inputs: int, device: torch.device) -> Con
     if config is None or inputs % config.block_k:
         return None
     tiles, places = cdiv(outputs, config.block_n), limits(device).multiprocessors
-    if config is _CONFIGS[-1] and tiles > places:
+    if rows == 2 and outputs * inputs <= _MANY_WEIGHTS:
+        config = _TWO_ROWS
+    elif config is _CONFIGS[-1] and tiles > places:
         config = _MANY_TILES if tiles > 2 * places else _MORE_TILES
     elif config is _CONFIGS[-2] and tiles > 2 * places:
         config = _MANY_NARROW_TILES
