@@ -18,7 +18,7 @@ def triton(implementation):
 
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("inputs", "group"), [(384, 128), (3072, 128), (1536, 1536)])
-def test_the_same_eight_bits_as_the_reference(triton, randn, inputs, group, with_norm, few) -> None:
+def test_the_same_eight_bits_as_the_reference(triton, randn, inputs, group, with_norm) -> None:
     triton(ops.fp8_linear)
     from reprise.ops.fp8_linear.quantise_kernel import quantise
 
