@@ -65,9 +65,12 @@ _SMALL_WEIGHTS, _LARGE_WEIGHTS = 1 << 23, 1 << 24
 
 
 @functools.cache
-def _config_of(outputs: int, inputs: int, device: torch.device) -> Config:
+def _config_of(outputs: int, inputs: int, device: torch.device, native: bool) -> Config:
     few = _SMALL_WEIGHTS < outputs * inputs <= _LARGE_WEIGHTS
-    return fitted(_FEW_TILES if few else _CONFIG, outputs, inputs, device)
+    config = _FEW_TILES if few else _CONFIG
+    if not native:  # registers do not suffice for numbers of two bytes
+        config = replace(config, together=2)
+    return fitted(config, outputs, inputs, device)
 
 
 def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> Config:
@@ -83,10 +86,10 @@ def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> C
     return replace(config, together=together, num_stages=stages, splits=splits)
 
 
-def takes_row(x: Tensor, group: int, native: bool) -> bool:
+def takes_row(x: Tensor, group: int) -> bool:
     """Whether :func:`launch_row` computes products of ``x`` [T, K] whose scales are of ``group``
-    inputs. Where eight bits are not multiplied as such, registers do not suffice."""
-    return len(x) == 1 and group == STEP and (native or INTERPRETED)
+    inputs."""
+    return len(x) == 1 and group == STEP
 
 
 def launch_row(
@@ -121,7 +124,7 @@ def launch_row(
         config: Sizes; None: those that suit the product.
     """
     outputs, inputs = weight.shape
-    config = config or _config_of(outputs, inputs, x.device)
+    config = config or _config_of(outputs, inputs, x.device, native)
     tiles = cdiv(outputs, config.block_n)
     partial = scale
     if config.splits > 1:

@@ -101,7 +101,7 @@ def _launch(
     gated: bool = False,
 ) -> None:  # fmt: skip
     native = _native()
-    if takes_row(x, block_k, native):
+    if takes_row(x, block_k):
         launch_row(
             x, weight, scale, bias, out, block_n, native, norm_weight, eps, add=add, gated=gated
         )
