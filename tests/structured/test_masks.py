@@ -184,11 +184,14 @@ def test_a_token_that_only_the_automaton_allows_ends_its_sequence(
     assert one.grammar.take([a], 0) == 1  # what was refused is taken back
 
 
+@pytest.mark.parametrize("printer", [None, lambda grammar: 1 // 0, lambda grammar: "Rule 0: x"])
 def test_what_a_version_does_not_print_is_filled_each_time(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, printer: Any
 ) -> None:
     monkeypatch.setattr(llm.engine.compiler, "_kept", OrderedDict())
     monkeypatch.delattr(xgrammar.testing, "_print_grammar_fsms")
+    if printer is not None:
+        monkeypatch.setattr(xgrammar.testing, "_print_grammar_fsms", printer, raising=False)
     walk = Walk(llm, 0)
     assert [walk.step() for _ in range(8)] == [0] * 8
     assert walk.rows.num_kept == 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reprise.engine.structured.rules import FINAL, NotFollowed, Rules, in_order, kinds_of
+from reprise.errors import describe
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +92,8 @@ class Automaton:
     def of(cls, grammar: Any, texts: Sequence[bytes], stops: frozenset[int]) -> Automaton | None:
         """Of xgrammar's compiled grammar; None: it has parts that are not followed here, which is
         logged."""
-        from xgrammar import testing
-
-        printer = getattr(testing, "_print_grammar_fsms", None)
         try:
-            if printer is None:
-                raise NotFollowed("this version of xgrammar does not print it")
-            return cls(Rules.read(printer(grammar.grammar)), texts, stops)
+            return cls(Rules.read(_printed(grammar)), texts, stops)
         except NotFollowed as error:
             logger.info("masks of a grammar are filled for each step: %s", error)
             return None
@@ -252,3 +248,17 @@ class Automaton:
             calls = [call for each in states for call in rules.calls.get(each, ())]
             found = self._first[rule] = firsts, calls
         return found
+
+
+def _printed(grammar: Any) -> str:
+    """The rules of xgrammar's compiled grammar, by what it has for its own tests.
+
+    Raises:
+        NotFollowed: This version does not have it, or not for this grammar.
+    """
+    try:
+        from xgrammar.testing import _print_grammar_fsms
+
+        return str(_print_grammar_fsms(grammar.grammar))
+    except Exception as error:  # of many types
+        raise NotFollowed(f"xgrammar does not print it ({describe(error)})") from error
