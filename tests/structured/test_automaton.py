@@ -154,17 +154,22 @@ def test_what_is_printed_otherwise_is_not_followed(line: str) -> None:
         Rules.read(f"{first}\n{line}\n1: []\n])\n")
 
 
-def test_texts_whose_states_never_come_again_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte is deeper; and a set of places that grows has its end as well."""
-    monkeypatch.setattr(automaton, "TRIED", 64)
-    for grammar in ('root ::= "a" root "b" | "b"', 'root ::= e\ne ::= "a" | "a" e e'):
+def test_texts_whose_states_never_come_again_are_given_up() -> None:
+    """Each byte is deeper; or places are more with each; and that takes no longer than filling."""
+    for grammar in (
+        'root ::= "a" root "b" | "b"', 'root ::= e\ne ::= "a" | "a" e e',
+        "root ::= x{0,1500}\nx ::= " + " | ".join(f'"a" [a{n}]' for n in range(1, 9)),
+    ):  # fmt: skip
         follower = made(compiled(grammar))
         state: State | None = follower.start
-        for _ in range(200):
-            if state is not None:
-                state = follower.walk(state, TEXTS.index(b"aaa"))
-        assert state is None
+        began, tokens = time.process_time(), 0
+        while state is not None:
+            state, tokens = follower.walk(state, TEXTS.index(b"aaa")), tokens + 1
         assert not follower.followed
+        assert follower._looked < automaton.TRIED + automaton.WORTH * tokens + 3 * (
+            automaton.MOST_LOOKED_AT + automaton.FIND)  # fmt: skip
+        assert time.process_time() - began < 5
+        assert tokens < 2000
 
 
 def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

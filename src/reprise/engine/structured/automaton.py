@@ -14,16 +14,19 @@ from reprise.errors import describe
 logger = logging.getLogger(__name__)
 
 MOST_LOOKED_AT = 2048
-"""Places, and rules that begin there, that are looked at to find one state: half a millisecond, and
-a step has many rows."""
+"""Places, and rules that begin there, that are looked at to find one state: a millisecond, and a
+step has many rows."""
+FIND = 32
+"""Finding a state takes as long as to look at so many, beside those that it looks at."""
+TRIED = 1 << 17
+"""That are looked at before anybody asks whether it pays: 60 ms."""
+WORTH = 64
+"""A token, on average. To fill a mask takes as long, or less."""
 MOST_STATES = 4096
 """That are kept; all are forgotten when there are more."""
 STATE_BYTES = 1024
 """About what one takes, with the ways from it."""
 EDGE_BYTES = 160
-TRIED = 4096
-"""Ways from state to state that have to be found before anybody asks whether that pays: each
-takes as long as one or two masks."""
 
 Place = tuple[int, "Caller"]
 """A state of a rule's finite automaton, and who waits for the rule."""
@@ -80,7 +83,7 @@ class Automaton:
         self._ended = State(frozenset(), complete=False, terminated=True, after={})
         self._callers: dict[frozenset[Place], Caller] = {}
         self._states: dict[tuple[frozenset[Place], bool], State] = {}
-        self._found = self._walked = 0
+        self._looked = self._walked = 0
         self.followed = True
         """False: it does not pay, or xgrammar follows the grammar otherwise."""
         start = self._state({(rules.starts[rules.root], self._root)})
@@ -132,12 +135,11 @@ class Automaton:
         """What comes behind a byte that no text had there before."""
         if not self.followed:
             return None
-        self._found += 1
-        if self._found % TRIED == 0 and self._found > self._walked:
+        if self._looked > max(TRIED, WORTH * self._walked):
             self.followed = False
             logger.info(
-                "masks of a grammar are filled for each step: %d tokens led to %d states, few of "
-                "which come again", self._walked, self._found,
+                "masks of a grammar are filled for each step: it took long to find where %d "
+                "tokens lead, since few states come again", self._walked,
             )  # fmt: skip
             return None
         byte, ranges = self._kinds.index(kind), self._rules.ranges
@@ -204,6 +206,7 @@ class Automaton:
             places.update((each, caller) for each in firsts)
             for other, target in calls:
                 wait(other, target, caller)
+        self._looked += FIND + MOST_LOOKED_AT - left
         if left <= 0:
             return None
         return self._kept(frozenset(places), complete)
