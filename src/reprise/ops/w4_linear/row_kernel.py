@@ -5,7 +5,8 @@ or sum behind them.
 As :mod:`reprise.ops.linear.triton` has it for plain weights. What bounds it is less the bandwidth
 than what it takes to make numbers of bits, so that is hardly more than one operation each: it masks
 the number where it lies and gives it the exponent of a float32 between 1 and 2. What is multiplied
-so is 1 and a small part, and the sum of ``x`` makes good for what is too much.
+so is 1 and a small part, and the sum of ``x`` makes good for what is too much. Where ``x`` is
+bfloat16, :mod:`reprise.ops.w4_linear.half_words` multiplies two numbers at a time.
 """
 
 from __future__ import annotations
