@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -105,7 +105,7 @@ def _request_id(given: bytes | None) -> str:
     """The client's, if it is one; or a new one."""
     if given is not None and _ID.fullmatch(given):
         return given.decode()
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()  # nobody guesses it: it is the name of a stored response
 
 
 def _log(scope: Scope, name: str, status: int, seconds: float, facts: dict[str, Any]) -> None:
