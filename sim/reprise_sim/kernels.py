@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from reprise import ops, platforms
 from reprise.ops import Op, OpTable
@@ -53,27 +52,33 @@ def _kernel(op: Op, *, batch_invariant: bool = False) -> Callable[..., Any]:
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         result = op.fake(*args, **kwargs)
-        outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
-        named = op.named(args, kwargs)
-        given, structure = tree_flatten((args, kwargs))
-        changed = {id(each) for each in op.written(named).values()}
+        outputs = _tensors(result)
+        names, given = tuple(kwargs), [*args, *kwargs.values()]
+        changed = {id(each) for each in op.written(op.named(args, kwargs)).values()}
         written = [place for place, each in enumerate(given) if id(each) in changed]
         written += range(len(given), len(given) + len(outputs))
 
-        count = len(given)  # and not `given`: a graph would keep all tensors that it uses
+        # And not `given`: a graph would keep all tensors that it uses.
+        positional, count = len(args), len(given)
 
         def compute(*host: Any) -> None:
-            args, kwargs = tree_unflatten(list(host[:count]), structure)
+            named = dict(zip(names, host[positional:count], strict=True))
             invariant = _invariant_table().activate() if batch_invariant else None
             with invariant or contextlib.nullcontext():
-                found = tree_flatten(op(*args, **kwargs))[0]
-            for target, source in zip(host[count:], found, strict=False):
+                found = _tensors(op(*host[:positional], **named))
+            for target, source in zip(host[count:], found, strict=True):
                 target.copy_(source)
 
         device.launch(op.name, compute, [*given, *outputs], written)
         return result
 
     return launch
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """An op returns none, one, or several, some of which may be left out."""
+    several = result if isinstance(result, tuple | list) else (result,)
+    return [each for each in several if isinstance(each, Tensor)]
 
 
 for _op in ops.all_ops().values():
