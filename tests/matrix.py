@@ -53,9 +53,9 @@ from reprise.sampling_params import WHOLE_VOCABULARY
 MARGIN = 0.04
 """Of a row's largest logit. Two ways to round have been seen to differ by 0.05 somewhere in a row,
 by 0.025 in 99 rows of 100; with activations of eight bits by 0.25."""
-WEIGHTS = 0.004
-"""Of each weight, a standard deviation: bfloat16 rounds by up to that much."""
-TRIES = 200
+WEIGHTS = 0.002
+"""Of each weight, a standard deviation: what bfloat16 rounds by at most."""
+TRIES = 400
 """Candidates of each kind that :func:`decided` looks at, until one will do."""
 
 SHARED = random_ids(900, 32)
