@@ -84,6 +84,28 @@ def test_a_process_that_reads_nothing_costs_nobody_and_misses_nothing(device: st
             assert "".join(each[1] for each in found) == "".join(each[1] for each in expected)
 
 
+def test_a_burst_is_accepted_before_its_news(device: str) -> None:
+    """Also where one of it waits for another."""
+    config = EngineConfig(device=device, num_blocks=100, max_num_seqs=2)
+    with running(config, EngineLimits()) as server:
+        ours, messages = connect(server)
+        with ours:
+            asked = STREAM._replace(
+                prompt={"prompt_token_ids": [5, 6]}, params={**PARAMS, "max_tokens": 3}
+            )
+            ours.sendall(b"".join(wire.frame(asked._replace(number=each)) for each in range(8)))
+            accepted, ended = set(), set()
+            while len(ended) < 8:
+                message = next(messages)
+                if isinstance(message, wire.Accepted):
+                    accepted.add(message.number)
+                    continue
+                for number, *item in message.items:
+                    assert number in accepted
+                    if len(item) == 3 and item[1] is not None:
+                        ended.add(number)
+
+
 def test_prompt_tokens_that_wait(device: str) -> None:
     """Some may always wait, however many; more only up to the limit, once for each completion."""
     config = EngineConfig(device=device, num_blocks=200, max_num_seqs=1)

@@ -82,6 +82,8 @@ class EngineThread:
         self._preparing: dict[Reader, tuple[str, bool]] = {}
         """Request ids of those whose prompts are being tokenized, and whether they were aborted;
         under the lock."""
+        self._accepted: list[Reader] = []
+        """Those who are to be woken for that; for the engine's thread alone."""
         self._may_prove = True
         """There may be graphs to be proven further; for the engine's thread alone."""
         self._closed: str | None = None
@@ -274,6 +276,7 @@ class EngineThread:
             try:
                 command = self._next_command()
             except queue.Empty:
+                self._tell_accepted()
                 work = self._step if self.engine.must_step else self._prove
                 command = Command(partial(self._attempt, work))
             if command is None:
@@ -288,12 +291,19 @@ class EngineThread:
         """What others want done. Raises queue.Empty when there is time for something else."""
         engine = self.engine
         if not engine.must_step:
+            self._tell_accepted()
             with engine.resting():
                 if not engine.must_step:  # nor has anybody come to want it meanwhile
                     seconds = IDLE_AFTER_SECONDS if self._may_prove else None
                     return self._commands.get(timeout=seconds)
         self._may_prove |= engine.has_work
         return self._commands.get(block=False)
+
+    def _tell_accepted(self) -> None:
+        """All of a burst at once."""
+        if self._accepted:
+            readers, self._accepted = self._accepted, []
+            self._delivered(readers)
 
     def _prove(self) -> None:
         self._may_prove = False  # if it fails, it does so once
@@ -315,6 +325,7 @@ class EngineThread:
                 admit(*prepared, self.engine.scheduler.num_waiting_tokens)
             group = self.engine.add(request_id, *prepared, priority, ordinal)
             reader.accepted(group)
+            self._accepted.append(reader)
             self._readers[request_id] = reader
         finally:
             with self._lock:

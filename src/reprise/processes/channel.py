@@ -42,18 +42,20 @@ class Channel:
         self._gone = False
         self.items: list[Any] = []
         """Deltas of this step; for the engine's thread alone."""
+        self.messages: list[wire.Message] = []
+        """What is said before them, such as that requests were accepted; for that thread alone."""
 
     @property
     def blocked(self) -> bool:
         """The other side has not read what was sent."""
         return bool(self._unsent)
 
-    def send(self, message: wire.Message) -> None:
+    def send(self, *messages: wire.Message) -> None:
         """From any thread, in order."""
         with self._lock:
             if self._gone:
                 return
-            data = self._frame(message)  # frames may be numbered
+            data = b"".join(map(self._frame, messages))  # frames may be numbered
             if self._unsent:
                 self._unsent += data
                 return
@@ -73,9 +75,13 @@ class Channel:
                 del self._unsent[:sent]
 
     def flush(self) -> None:
-        """Send the deltas of a step in one frame."""
-        items, self.items = self.items, []
-        self.send(wire.Deltas(items))
+        """Send what was kept, the deltas of a step in one frame: each time something is sent, the
+        other side's process is woken, which may take longer than to make it."""
+        messages, self.messages = self.messages, []
+        if self.items:
+            messages.append(wire.Deltas(self.items))
+            self.items = []
+        self.send(*messages)
 
     def close(self) -> None:
         """The other side is gone."""
@@ -102,7 +108,7 @@ class OnChannel(Protocol):
 
 
 def flush_all(readers: Iterable[OnChannel]) -> None:
-    """One frame for each process."""
+    """All for a process at once."""
     for channel in {each.channel for each in readers}:
-        if channel.items:
+        if channel.items or channel.messages:
             channel.flush()

@@ -73,6 +73,7 @@ class Deliveries:
                     outstanding.forget(request)
         if not packed:
             request.reader.accepted(request)
+            self._given.append(request.reader)
             settle(request.future, lambda: request)
             return
         if request.held is not None:

@@ -60,7 +60,7 @@ class WireReader:
             facts["prompt_ids"] = ids
         if "tail" in self._wants:
             facts["tail"] = (group.prompt or "")[-TAIL_CHARACTERS:]
-        self.channel.send(wire.Accepted(self.number, facts))
+        self.channel.messages.append(wire.Accepted(self.number, facts))
 
     @property
     def wants_more(self) -> bool:
