@@ -125,14 +125,23 @@ def four_bits(implementation):
     return implementation(ops.mxfp4_experts, "triton")
 
 
-@pytest.mark.parametrize("config", [(8, 16, 256, 3, 2), (16, 32, 128, 3, 2)])
-def test_every_number_of_four_bits_with_every_power(four_bits, platform, config) -> None:
+@pytest.mark.parametrize(
+    "config, together, features, inputs",
+    [
+        ((8, 16, 256, 3, 2), 1, 24, 96),
+        ((16, 32, 128, 3, 2), 2, 24, 96),  # which is no multiple of so many steps
+        ((64, 16, 128, 2, 2), 2, 32, 256),
+    ],
+)
+def test_every_number_of_four_bits_with_every_power(
+    four_bits, platform, config, together, features, inputs
+) -> None:
     """To the bit, in the kernel that few rows have in bfloat16: each is one of the inputs alone."""
     from reprise.ops.experts.grouped_kernel import Config
     from reprise.ops.experts.groups import sort_by_expert
     from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows
 
-    device, features, inputs = platform.device, 24, 96
+    device = platform.device
     codes = torch.arange(features * inputs // 2).view(features, -1) * 37 % 256
     codes = torch.stack((codes, 255 - codes)).to(device, torch.uint8).view(torch.int8)
     # From 2 ** -93 to 2 ** 33.
@@ -142,7 +151,7 @@ def test_every_number_of_four_bits_with_every_power(four_bits, platform, config)
     ids = (torch.arange(inputs, device=device, dtype=torch.int32) % 2).view(-1, 1)
     out = x.new_empty(inputs, features)
     with OpTable(platform).activate():
-        sizes = Config(*config, swap=True)
+        sizes = Config(*config, swap=True, together=together)
         groups = sort_by_expert(ids, 2, sizes.block_m)
         # The second product reads its rows in the order of groups.
         rows = x[torch.argsort(ids.view(-1), stable=True)].contiguous()

@@ -45,6 +45,8 @@ class Config:
     swap: bool = False
     """The weight is the left operand: the matrix units of Hopper take 64 rows of that and as few
     of the other as there are."""
+    together: int = 1
+    """Steps of the inner loop that are read at a time, where the kernel can and they divide it."""
 
 
 def launch_grouped(

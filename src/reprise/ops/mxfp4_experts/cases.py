@@ -38,10 +38,12 @@ def _arguments(make: Maker, sizes: Mixture, rows: int, live: int, limit: float) 
 def _small(make: Maker) -> list[Arguments]:
     sizes = Mixture("small", 64, 32, 6, 2)
     odd = Mixture("odd", 96, 160, 5, 3)
+    deep = Mixture("deep", 512, 32, 2, 1)
     return [
         _arguments(make, sizes, 1, 1, 0.0),
         _arguments(make, sizes, 7, 5, 1.5),
         _arguments(make, odd, 19, 19, 2.5),
+        _arguments(make, deep, 3, 3, 0.0),
     ]
 
 

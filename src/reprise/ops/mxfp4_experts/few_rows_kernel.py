@@ -55,10 +55,12 @@ def launch_few_rows(
     """Multiply each group's rows with its expert's weight; as :func:`launch_grouped`, bfloat16."""
     features, inputs = out.shape[1], x.shape[1]
     config = narrowed(config, groups.most * (2 if gated else 1) * features, limits(x.device))
-    columns = cdiv(features, config.block_n // 2 if gated else config.block_n)
+    width = config.block_n // 2 if gated else config.block_n
+    columns = cdiv(features, width)
     # Of each word two inputs are multiplied at once. The matrix units take sixteen, but of products
     # of no more than that Triton 3.6 takes other inputs.
     block_k = min(config.block_k, max(128, next_power_of_2(inputs)))
+    together = config.together if inputs % (block_k * config.together) == 0 else 1
     launch(mxfp4_few_rows_kernel, (groups.most * columns,))(
         x,
         weight.view(torch.int32),
@@ -81,6 +83,8 @@ def launch_few_rows(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
+        TOGETHER=together,
+        WHOLE=features % width == 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
@@ -144,8 +148,8 @@ def _factors(exponents, BIAS: tl.constexpr):
     """bfloat16 of powers of two (biased exponents, 255 is no number), 2 ** (126 - BIAS) times as
     large and infinite from there on, twice in a word."""
     wide = exponents.to(tl.int32)
-    place = tl.minimum(wide + (126 - BIAS), 255)
-    return place * 0x00800080 | tl.where(wide == 255, 0x00400040, 0)
+    bits = tl.minimum(wide * 0x80 + (126 - BIAS) * 0x80, 0x7F80)
+    return tl.maximum(bits, (wide - 254) * 0x7FC0) * 0x00010001
 
 
 @triton.jit(do_not_specialize=["most", "limit"])
@@ -171,9 +175,14 @@ def mxfp4_few_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program computes BLOCK_M rows of ``out`` by BLOCK_N, or half as many, of its columns."""
+    """One program computes BLOCK_M rows of ``out`` by BLOCK_N, or half as many, of its columns.
+
+    TOGETHER steps of BLOCK_K inputs are read at a time, so that more bytes of each row of the
+    weight come together. WHOLE: no program has columns that are not there."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WORDS: tl.constexpr = BLOCK_K // 8
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -192,30 +201,39 @@ def mxfp4_few_rows_kernel(
         expert, place, real, slot = tile_of(slots_ptr, tiles_ptr, tile, most, BLOCK_M)
         row = slot // TOP if GATED else place
         x_tile = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
-        at = (expert * (features.to(tl.int64) * (BLOCK_N // WIDTH)) + n)[:, None]
-        weight_tile = weight_ptr + at * (INPUTS // 8) + word[None, :]
-        exponent_tile = exponents_ptr + at * (INPUTS // GROUP) + group[None, :]
+        above = expert * (features.to(tl.int64) * (BLOCK_N // WIDTH))
+        weight_ptr += above * (INPUTS // 8)
+        exponents_ptr += above * (INPUTS // GROUP)
+        weight_tile = n[:, None] * (INPUTS // 8) + word[None, :]
+        exponent_tile = n[:, None] * (INPUTS // GROUP) + group[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for start in range(0, INPUTS, BLOCK_K):
-            some, some_groups, some_x = inside, inside, real[:, None]
-            if INPUTS % BLOCK_K != 0:
-                some = some & (start // 8 + word < INPUTS // 8)[None, :]
-                some_groups = some_groups & (start // GROUP + group < INPUTS // GROUP)[None, :]
-                some_x = some_x & (start + k < INPUTS)[None, :]
-            words = tl.load(weight_tile + start // 8, mask=some, other=0)
-            exponents = tl.load(exponent_tile + start // GROUP, mask=some_groups, other=0)
-            x = tl.load(x_tile + start, mask=some_x, other=0.0)
-            factors = _factors(exponents, BIAS)
-            each = tl.broadcast_to(factors[:, :, None], [BLOCK_N, GROUPS, GROUP // 8])
-            factors = tl.reshape(each, [BLOCK_N, WORDS])
-            # Of eight inputs the first and the fifth, ..., the fourth and the eighth.
-            even, odd = tl.split(tl.reshape(x, [BLOCK_M, WORDS * 2, 2, 2]))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            for pair in tl.static_range(4):
-                pairs = _pair(words, pair)
-                some_of_x = x0 if pair == 0 else x1 if pair == 1 else x2 if pair == 2 else x3
-                numbers = tl.reshape(_times(pairs, factors, PTX), [BLOCK_N, 2 * WORDS])
-                acc = dot(numbers, tl.trans(some_of_x), acc, WIDEN)
+        for begin in range(0, INPUTS, TOGETHER * BLOCK_K):
+            for each in tl.static_range(TOGETHER):
+                start = begin + each * BLOCK_K
+                words_at = weight_ptr + start // 8 + weight_tile
+                exponents_at = exponents_ptr + start // GROUP + exponent_tile
+                if WHOLE and INPUTS % BLOCK_K == 0:
+                    words = tl.load(words_at)
+                    exponents = tl.load(exponents_at)
+                    x = tl.load(x_tile + start, mask=real[:, None], other=0.0)
+                else:
+                    some = inside & (start // 8 + word < INPUTS // 8)[None, :]
+                    some_groups = inside & (start // GROUP + group < INPUTS // GROUP)[None, :]
+                    some_x = real[:, None] & (start + k < INPUTS)[None, :]
+                    words = tl.load(words_at, mask=some, other=0)
+                    exponents = tl.load(exponents_at, mask=some_groups, other=0)
+                    x = tl.load(x_tile + start, mask=some_x, other=0.0)
+                factors = _factors(exponents, BIAS)
+                of_words = tl.broadcast_to(factors[:, :, None], [BLOCK_N, GROUPS, GROUP // 8])
+                factors = tl.reshape(of_words, [BLOCK_N, WORDS])
+                # Of eight inputs the first and the fifth, ..., the fourth and the eighth.
+                even, odd = tl.split(tl.reshape(x, [BLOCK_M, WORDS * 2, 2, 2]))
+                x0, x2 = tl.split(even)
+                x1, x3 = tl.split(odd)
+                for pair in tl.static_range(4):
+                    pairs = _pair(words, pair)
+                    some_of_x = x0 if pair == 0 else x1 if pair == 1 else x2 if pair == 2 else x3
+                    numbers = tl.reshape(_times(pairs, factors, PTX), [BLOCK_N, 2 * WORDS])
+                    acc = dot(numbers, tl.trans(some_of_x), acc, WIDEN)
         acc = acc * 2.0**BIAS
         finish(acc, out_ptr, place, slot, real, column, features, limit, GATED, True, CLAMPS)
