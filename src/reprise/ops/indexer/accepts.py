@@ -21,8 +21,10 @@ def group_of(room: int, top: int, most: int, least: int) -> int:
     groups = [least << n for n in range((most // least).bit_length())]
     # Twice as many as are asked for: with fewer, a chunk would keep much that nobody asks for.
     enough = [each for each in groups if 2 * top <= room // each <= _MOST_GROUPS]
-    return enough[-1] if enough else next(
-        (each for each in groups if top < room // each <= _MOST_GROUPS), 0
+    return (
+        enough[-1]
+        if enough
+        else next((each for each in groups if top < room // each <= _MOST_GROUPS), 0)
     )
 
 

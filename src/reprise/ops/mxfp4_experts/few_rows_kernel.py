@@ -36,8 +36,10 @@ from reprise.ops.triton_util import (
     takes_ptx,
 )
 
-_PROGRAMS = 4
-"""On a multiprocessor, at least, before tiles become narrower."""
+_NARROWER = ((64, 3, 2, 8, 4096), (32, 5, 1, 4, 0), (16, 6, 1, 4, 0))
+"""Tiles of so many rows of the weight, their stages and warps (a warp takes 32 of these rows, or
+16). They are taken unless there are so many programs of wider ones on a multiprocessor, with so
+many inputs."""
 
 
 def launch_few_rows(
@@ -54,7 +56,8 @@ def launch_few_rows(
 ) -> None:
     """Multiply each group's rows with its expert's weight; as :func:`launch_grouped`, bfloat16."""
     features, inputs = out.shape[1], x.shape[1]
-    config = narrowed(config, groups.most * (2 if gated else 1) * features, limits(x.device))
+    outputs = groups.most * (2 if gated else 1) * features
+    config = narrowed(config, outputs, inputs, limits(x.device))
     width = config.block_n // 2 if gated else config.block_n
     columns = cdiv(features, width)
     # Of each word two inputs are multiplied at once. The matrix units take sixteen, but of products
@@ -91,12 +94,15 @@ def launch_few_rows(
     )
 
 
-def narrowed(config: Config, rows: int, device: DeviceLimits) -> Config:
-    """With a tile of fewer rows of the weight where all have so many ``rows`` that they occupy no
-    device with programs: one warp takes 32 of them, or 16."""
-    for block_n, stages in ((32, 3), (16, 4)):
-        if config.block_n > block_n and rows < _PROGRAMS * device.multiprocessors * config.block_n:
-            config = replace(config, block_n=block_n, num_warps=1, num_stages=stages)
+def narrowed(config: Config, rows: int, inputs: int, device: DeviceLimits) -> Config:
+    """With a tile of fewer rows of the weight where all have so few ``rows`` that wider ones occupy
+    no device with programs, or so few ``inputs`` that these have little to do."""
+    for block_n, stages, warps, programs, enough in _NARROWER:
+        few = rows < programs * device.multiprocessors * config.block_n
+        if config.block_n > block_n and (few or inputs < enough):
+            config = replace(
+                config, block_n=block_n, num_stages=stages, num_warps=warps, together=1
+            )
     return config
 
 

@@ -13,7 +13,7 @@ from reprise.ops.mxfp4_experts.few_rows_kernel import launch_few_rows
 from reprise.ops.mxfp4_experts.grouped_kernel import launch_grouped
 
 _BY_ROWS = (
-    (2, Config(8, 64, 256, 2, 2, swap=True, together=2)),
+    (2, Config(8, 128, 256, 2, 4, swap=True, together=2)),
     (6, Config(16, 64, 256, 3, 4, swap=True)),
     (24, Config(32, 64, 128, 3, 4, swap=True)),
     (64, Config(64, 128, 128, 3, 8)),
