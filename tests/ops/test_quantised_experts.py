@@ -126,7 +126,7 @@ def four_bits(implementation):
 
 
 @pytest.mark.parametrize(
-    "config, together, features, inputs",
+    ("config", "together", "features", "inputs"),
     [
         ((8, 16, 256, 3, 2), 1, 24, 96),
         ((16, 32, 128, 3, 2), 2, 24, 96),  # which is no multiple of so many steps
