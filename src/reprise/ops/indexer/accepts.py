@@ -18,14 +18,10 @@ def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
 def group_of(room: int, top: int, most: int, least: int) -> int:
     """Rows of which the largest score is kept beside them, between ``least`` and ``most``, if that
     tells what the ``top`` largest of all reach; else 0."""
-    groups = [least << n for n in range((most // least).bit_length())]
-    # Twice as many as are asked for: with fewer, a chunk would keep much that nobody asks for.
-    enough = [each for each in groups if 2 * top <= room // each <= _MOST_GROUPS]
-    return (
-        enough[-1]
-        if enough
-        else next((each for each in groups if top < room // each <= _MOST_GROUPS), 0)
-    )
+    group = least
+    while group < most and room // group > _MOST_GROUPS:
+        group *= 2
+    return group if top < room // group <= _MOST_GROUPS else 0
 
 
 def accepts(keys: Tensor, block_tables: Tensor, out: Tensor, **_: object) -> str | None:
