@@ -173,13 +173,25 @@ def test_texts_whose_states_never_come_again_are_given_up() -> None:
 
 
 def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(automaton, "MOST_STATES", 8)
+    """Whoever holds on to them: other states, the first one, or a text."""
+    monkeypatch.setattr(automaton, "MOST_KEPT", 500)
     grammar = compiled(GRAMMARS[5])
     follower, chance = made(grammar), random.Random(0)
-    pair = Pair(grammar, follower)
-    for _ in range(60):
-        pair.take(chance.choice(sorted(pair.allowed() - {STOP})))
-        assert len(follower._states) <= 8
+    first = follower.num_bytes
+    for _ in range(12):
+        pair, work = Pair(grammar, follower), [follower.start]
+        for _ in range(30):
+            pair.take(chance.choice(sorted(pair.allowed() - {STOP})))
+            work.append(pair.state)  # type: ignore[arg-type]
+        known = set()
+        while work:
+            if (state := work.pop()) not in known:
+                known.add(state)
+                work += filter(None, state.after.values())
+        assert len({*known, *follower._states.values()}) < 31 + 25
+        assert len(follower._callers) < 25
+        assert first < follower.num_bytes < first + 40 * 700
+    assert follower._looked > 20 * 500
 
 
 @pytest.mark.parametrize(("least", "most"), [(2, 140), (0, 133), (130, 131)])

@@ -22,10 +22,10 @@ TRIED = 1 << 17
 """That are looked at before anybody asks whether it pays: 60 ms."""
 WORTH = 64
 """A token, on average. To fill a mask takes as long, or less."""
-MOST_STATES = 4096
-"""That are kept; all are forgotten when there are more."""
-STATE_BYTES = 1024
-"""About what one takes, with the ways from it."""
+MOST_KEPT = 1 << 18
+"""That were looked at for the states that are kept; beyond it all are forgotten: some thousands."""
+KEPT_BYTES = 40
+"""About what a state takes for each that was looked at to find it."""
 EDGE_BYTES = 160
 
 Place = tuple[int, "Caller"]
@@ -83,7 +83,7 @@ class Automaton:
         self._ended = State(frozenset(), complete=False, terminated=True, after={})
         self._callers: dict[frozenset[Place], Caller] = {}
         self._states: dict[tuple[frozenset[Place], bool], State] = {}
-        self._looked = self._walked = 0
+        self._looked = self._walked = self._kept = 0
         self.followed = True
         """False: it does not pay, or xgrammar follows the grammar otherwise."""
         start = self._state({(rules.starts[rules.root], self._root)})
@@ -104,7 +104,7 @@ class Automaton:
     @property
     def num_bytes(self) -> int:
         """About what it takes. Any thread may ask."""
-        return EDGE_BYTES * self._edges + STATE_BYTES * len(self._states)
+        return EDGE_BYTES * self._edges + KEPT_BYTES * self._kept
 
     def walk(self, state: State, token: int) -> State | None:
         """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
@@ -206,20 +206,27 @@ class Automaton:
             places.update((each, caller) for each in firsts)
             for other, target in calls:
                 wait(other, target, caller)
-        self._looked += FIND + MOST_LOOKED_AT - left
+        looked = FIND + MOST_LOOKED_AT - left
+        self._looked += looked
         if left <= 0:
             return None
-        return self._kept(frozenset(places), complete)
-
-    def _kept(self, places: frozenset[Place], complete: bool) -> State:
-        found = self._states.get((places, complete))
+        if self._kept > MOST_KEPT:
+            self._forget()
+        self._kept += looked
+        key = frozenset(places), complete
+        found = self._states.get(key)
         if found is None:
-            if len(self._states) >= MOST_STATES:
-                self._states.clear()
-                self._callers.clear()
-            found = State(places, complete, terminated=False, after={})
-            self._states[places, complete] = found
+            found = self._states[key] = State(*key, terminated=False, after={})
         return found
+
+    def _forget(self) -> None:
+        """Keep no state but the first one and those that texts are in, from which none are known:
+        whoever has one would have all that were found behind it."""
+        for each in (self.start, *self._states.values()):
+            each.after.clear()
+        self._states.clear()
+        self._callers.clear()
+        self._kept = 0
 
     def _caller(self, places: frozenset[Place]) -> Caller:
         found = self._callers.get(places)
