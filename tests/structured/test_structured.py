@@ -255,6 +255,12 @@ def test_what_the_first_grammar_has_to_wait_for_is_not_its_own_time(
         ({"regex": "a\0b"}, "NUL"),
         ({"grammar": "root ::= missing"}, "not defined"),
         ({"grammar": 'start ::= "x"'}, "root"),
+        *(({"grammar": each}, "itself and nothing else") for each in (
+            "root ::= root{2,129}", 'root ::= "a"\nx ::= (y){1} ""\ny ::= ((x){0,2})',
+            'root ::= "\\n" x | root\nz ::= x\nx ::= y{3,}\ny ::= w\nw ::= x (= "b")',
+        )),
+        ({"structural_tag": {"type": "structural_tag", "format": {
+            "type": "grammar", "grammar": "root ::= root{2}"}}}, "itself and nothing else"),
         ({"structural_tag": {"type": "structural_tag", "format": {"type": "foo"}}}, "foo"),
         (
             {"structural_tag": {"type": "structural_tag", "format": {

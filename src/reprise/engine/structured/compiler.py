@@ -34,6 +34,8 @@ _BOUNDED = ("json", "json_object", "structural_tag")
 """Kinds of text in which white space stands between parts."""
 _COUNTED = re.compile(r'(?m)^(\S+_characters(?:_\d+)? ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$')
 """xgrammar's rule of a character of a text whose length is bounded."""
+_ALONE = re.compile(r"(?m)^(\S+) ::= \(\(([^\s\"\[\](){}|]+)(?:\{\d+, -?\d+\})?\)\)(?: \(=.*)?$")
+"""xgrammar's rule that is another one, maybe repeated, and nothing else; and that one."""
 
 _Key = tuple[str, str, bool]
 
@@ -165,7 +167,7 @@ class GrammarCompiler:
             ),
             "regex": lambda: compiler.compile_regex(source),
             "choice": lambda: compiler.compile_grammar(_one_of(wanted.choice or [])),
-            "grammar": lambda: compiler.compile_grammar(source),
+            "grammar": lambda: compiler.compile_grammar(_of_ebnf(source)),
             "structural_tag": lambda: compiler.compile_grammar(_of_tag(json.loads(source))),
         }
         compiled = makers[wanted.kind]()
@@ -289,10 +291,34 @@ def _of_schema(source: str, *, any_whitespace: bool) -> Any:
     return _whole_json(xgrammar.Grammar.from_json_schema(source, any_whitespace=any_whitespace))
 
 
+def _of_ebnf(source: str) -> Any:
+    import xgrammar
+
+    return _made_of_more(xgrammar.Grammar.from_ebnf(source))
+
+
 def _of_tag(tag: Any) -> Any:
     import xgrammar
 
-    return _whole_json(xgrammar.Grammar.from_structural_tag(tag))
+    return _whole_json(_made_of_more(xgrammar.Grammar.from_structural_tag(tag)))
+
+
+def _made_of_more(grammar: Any) -> Any:
+    """A grammar none of whose rules is itself, maybe repeated, and nothing else: compiling
+    ``x ::= x{2}`` ends the process.
+
+    Raises:
+        ValueError: One is.
+    """
+    left = dict(_ALONE.findall(str(grammar)))
+    while left:
+        rule, passed = next(iter(left)), set()
+        while rule in left:
+            passed.add(rule)
+            rule = left.pop(rule)
+        if rule in passed:
+            raise ValueError(f"rule {rule} is itself and nothing else, so that no text matches it")
+    return grammar
 
 
 def _whole_json(grammar: Any) -> Any:
