@@ -172,8 +172,9 @@ def test_only_steps_with_a_grammar_wait_and_have_masks(llm: LLM) -> None:
     assert llm.engine.grammars.num_masks == before + len(found.token_ids)
 
 
+@pytest.mark.parametrize("bound", ["MAX_BYTES", "MAX_KEPT"])
 def test_compiled_grammars_are_kept_up_to_a_bound(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     compiler = llm.engine.compiler
     for _ in range(3):
@@ -181,8 +182,8 @@ def test_compiled_grammars_are_kept_up_to_a_bound(
     before = compiler.num_compiled
     ask(llm, wanted(regex="[cd]{3}"))
     assert compiler.num_compiled == before
-    monkeypatch.setattr(compiling, "MAX_BYTES", 1)
-    ask(llm, wanted(regex="[de]{3}"))
+    monkeypatch.setattr(compiling, bound, 1)
+    ask(llm, wanted(regex=f"[de]{{3}}|{bound}"))
     assert len(compiler._kept) == 1
     ask(llm, wanted(regex="[cd]{3}"))
     assert compiler.num_compiled == before + 2

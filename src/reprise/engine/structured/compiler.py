@@ -30,6 +30,8 @@ MAX_COMPILING = 2
 can stop it, and counts until it ends."""
 MAX_BYTES = 256 << 20
 """Of the grammars that are kept."""
+MAX_KEPT = 1024
+"""Of them: all are measured when one comes, a microsecond or more each."""
 _BOUNDED = ("json", "json_object", "structural_tag")
 """Kinds of text in which white space stands between parts."""
 _COUNTED = re.compile(r'(?m)^(\S+_characters(?:_\d+)? ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$')
@@ -130,7 +132,7 @@ class GrammarCompiler:
                 sizes = [_size(*each) for each in self._kept.items()]
                 left = sum(sizes)  # of automata too, which grow as they are used
                 for size in sizes[:-1]:
-                    if left > MAX_BYTES:
+                    if left > MAX_BYTES or len(self._kept) > MAX_KEPT:
                         self._kept.popitem(last=False)
                         left -= size
 
