@@ -172,6 +172,19 @@ def test_texts_whose_states_never_come_again_are_given_up() -> None:
         assert tokens < 2000
 
 
+def test_states_with_many_edges_are_given_up_sooner() -> None:
+    """Each of them is compared with a byte that comes."""
+    some = "[02468ACEGIKMOQSUWYacegikmoqsuwy]"
+    rules = [f'r{n} ::= {some} r{(7 * n + 1) % 90} "{n % 10}" | {some}' for n in range(90)]
+    root = "root ::= " + " | ".join(f'r{n} "{n}"' for n in range(90))
+    follower = made(compiled("\n".join((root, *rules))))
+    state, compared = follower.start, 0
+    while follower.followed:
+        compared += sum(len(follower._rules.ranges[place]) for place, _ in state.places)
+        state = follower.walk(state, ord("2")) or follower.start
+    assert compared < automaton.EDGES * follower._looked
+
+
 def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever holds on to them: other states, the first one, or a text."""
     monkeypatch.setattr(automaton, "MOST_KEPT", 500)
