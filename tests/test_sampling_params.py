@@ -189,6 +189,8 @@ def test_fields_may_change_and_are_validated_when_submitted() -> None:
     params.temperature = -1
     with pytest.raises(RequestError, match="temperature=-1"):
         params.snapshot()
+    del params.temperature
+    assert params.snapshot().temperature == 1.0
     with pytest.raises(RequestError):
         replace(taken, n=0)
 

@@ -127,7 +127,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         # Mostly a few fields are given, and a server makes one for each request.
         values = vars(self)
-        given = {name for name, default in _DEFAULTS.items() if values[name] is not default}
+        given = {
+            name for name, default in _DEFAULTS.items()
+            if values.get(name, default) is not default
+        }  # fmt: skip
         for name, low, remedy in _INTEGERS:
             if name in given:
                 self._check_integer(name, low, remedy)

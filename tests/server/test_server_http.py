@@ -374,9 +374,13 @@ def test_a_half_closed_connection_and_a_cut_body_end(stub: Server) -> None:
 
 def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
     """Plain requests as well as streams, also large ones, for which reading is paused, and ones
-    that the client has sent another one behind."""
+    that the client has sent another one behind, at once or when it waits for the first."""
+    before = len(stub.lines)
     with stub.client() as client:
-        for stream, space, count in ((False, 0, 1), (True, 0, 1), (True, 100_000, 1), (True, 0, 2)):
+        for stream, space, count in (
+            (False, 0, 1), (True, 0, 1), (True, 100_000, 1), (True, 0, 2), (False, 0, 3),
+            (False, 200_000, 2),
+        ):  # fmt: skip
             body = json.dumps({"prompt": orders(wait=True), "stream": stream}).encode()
             body += b" " * space
             connection = socket.create_connection(("127.0.0.1", stub.port), timeout=100)
@@ -384,9 +388,12 @@ def test_a_client_that_leaves_ends_its_request(stub: Server) -> None:
                 connection.sendall(head(len(body)))
                 time.sleep(0.02)  # so that the body is waited for, and comes at once
                 connection.sendall(body)
+                if not stream:
+                    until(lambda: client.get("/load").json()["server_load"] == 1)
             until(lambda: client.get("/load").json()["server_load"] == 1)
             connection.close()
             until(lambda: client.get("/load").json()["server_load"] == 0)
+    assert not [each for each in stub.lines[before:] if "ERROR" in each]
 
 
 def test_heads_that_come_slowly_or_never(start: Start) -> None:

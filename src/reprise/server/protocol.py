@@ -14,6 +14,12 @@ from reprise.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
+MOST_BEHIND = 8
+"""Requests that are read while an earlier one of the same connection is answered: only who reads
+sees a client's end."""
+MOST_BYTES_BEHIND = 1 << 20
+"""Of their bodies."""
+
 CONNECTION = "connection"
 """Of ``scope["state"]``: the :class:`Connection` of the request."""
 
@@ -75,13 +81,22 @@ class Connection:
         self._when_lost = call
         if call is None:
             return
-        self._flow.resume_reading()  # a large body may have paused it, and no end would be seen
         if self._lost:
             call()
+        else:
+            self._flow.resume_reading()  # a large body may have paused it: no end would be seen
+
+    @property
+    def num_unread(self) -> int:
+        """Bytes of the body that came and were not asked for."""
+        return len(self._cycle.body)
 
     def lost(self) -> None:
         """The client is gone."""
         self._lost = True
+        # uvicorn tells the last one alone; another would write into what is closed.
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
         if self._when_lost is not None:
             self._when_lost()
 
@@ -144,6 +159,13 @@ class Protocol(HttpToolsProtocol):
         lost, self._requests = self._requests, []
         for each in lost:
             each.lost()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.pipeline and not self.transport.is_closing():
+            behind = [each.num_unread for each in self._requests[-len(self.pipeline) :]]
+            if len(behind) <= MOST_BEHIND and sum(behind) <= MOST_BYTES_BEHIND:
+                self.flow.resume_reading()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
