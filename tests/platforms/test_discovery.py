@@ -141,6 +141,12 @@ def test_defaults_that_no_engine_can_have_are_refused(abacus, monkeypatch, field
         platforms.resolve("abacus")
 
 
+def test_what_has_no_default_and_is_not_declared_is_refused(abacus, monkeypatch):
+    monkeypatch.delattr(CpuPlatform, "device_type")
+    with pytest.raises(PlatformError, match="Abacus does not declare device_type"):
+        platforms.resolve("abacus")
+
+
 @pytest.mark.parametrize("order", [{"linaer": ("reference",)}, {"linear": "reference"}])
 def test_an_order_of_implementations_that_means_nothing_is_refused(abacus, monkeypatch, order):
     monkeypatch.setattr(abacus, "preferred", order)

@@ -140,13 +140,18 @@ def resolve(device: str = "auto") -> Platform:
     return found
 
 
+_NOTHING = object()
+
+
 def _require_sound(platform: Platform) -> None:
     """What users may say is checked where they say it; this is what a platform says instead.
     Properties may wake a device, and are not asked here."""
     from reprise.platforms.base import Platform
 
     for field, hint in get_type_hints(Platform).items():
-        declared = inspect.getattr_static(platform, field)
+        declared = inspect.getattr_static(platform, field, _NOTHING)
+        if declared is _NOTHING:
+            raise PlatformError(f"platform {type(platform).__qualname__} does not declare {field}")
         if isinstance(declared, (property, functools.cached_property)):
             continue
         if not _is_a(getattr(platform, field), hint):
