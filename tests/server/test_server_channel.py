@@ -106,6 +106,19 @@ def test_a_burst_is_accepted_before_its_news(device: str) -> None:
                         ended.add(number)
 
 
+def test_what_fails_before_the_engine_has_it_ends_nothing_else(device: str) -> None:
+    config = EngineConfig(device=device, num_blocks=100)
+    with running(config, EngineLimits()) as server:
+        ours, messages = connect(server)
+        with ours:
+            asked = STREAM._replace(prompt={"prompt_token_ids": [5, 6]})
+            unknown = asked._replace(number=7, params={**PARAMS, "output_kind": "NONE"})
+            ours.sendall(wire.frame(unknown) + wire.frame(asked._replace(number=8)))
+            refused = next(messages)
+            assert (refused.number, refused.kind) == (7, "KeyError")
+            assert next(messages).number == 8
+
+
 def test_prompt_tokens_that_wait(device: str) -> None:
     """Some may always wait, however many; more only up to the limit, once for each completion."""
     config = EngineConfig(device=device, num_blocks=200, max_num_seqs=1)

@@ -177,7 +177,9 @@ class EngineService(ABC):
     def _generate(self, channel: Channel, request: wire.Generate) -> None:
         try:
             self.generate(channel, request)
-        except RepriseError as error:
+        except Exception as error:  # of whatever kind: other requests go on
+            if not isinstance(error, RepriseError):
+                logger.exception("a request failed before the engine had it")
             self.refuse(channel, request.number, error)
 
     def _call(self, channel: Channel, call: wire.Call) -> None:
