@@ -45,6 +45,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def shares(tiles: int, steps: int, programs: float, device: torch.device) -> int:
+    """Programs that share a tile, each with as many of its ``steps``: as many as there may be with
+    ``programs`` on a multiprocessor."""
+    most = max(1, programs * limits(device).multiprocessors // tiles)
+    return max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()

@@ -10,6 +10,7 @@ holds them.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,7 @@ from reprise.ops.triton_util import (
     launch_options,
     let_next_start,
     limits,
+    shares,
 )
 
 
@@ -99,12 +101,9 @@ def fitted(
     config: Config, outputs: int, inputs: int, device: torch.device, wide: bool = False
 ) -> Config:
     """``config`` for a product on a device."""
-    together = config.together
-    while inputs // STEP % together:
-        together //= 2
+    together = math.gcd(inputs // STEP, config.together)
     tiles, steps = cdiv(outputs, config.block_n), inputs // STEP // together
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    splits = shares(tiles, steps, config.programs, device)
     stage = (config.block_n + config.rows * (1 + wide)) * STEP * together
     stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
     return replace(config, together=together, num_stages=stages, splits=splits)

@@ -12,6 +12,7 @@ many columns whether they are used or not.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,7 @@ from reprise.ops.triton_util import (
     let_next_start,
     limits,
     next_power_of_2,
+    shares,
     with_gain,
 )
 
@@ -75,12 +77,9 @@ def _config_of(outputs: int, inputs: int, device: torch.device, native: bool) ->
 
 def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> Config:
     """``config`` for a product on a device."""
-    together = config.together
-    while inputs // STEP % together:
-        together //= 2
+    together = math.gcd(inputs // STEP, config.together)
     tiles, steps = cdiv(outputs, config.block_n), inputs // STEP // together
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    splits = shares(tiles, steps, config.programs, device)
     stage = config.block_n * STEP * together
     stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
     return replace(config, together=together, num_stages=stages, splits=splits)

@@ -4,6 +4,7 @@ tile as the weight's shape asks for, whatever the number of rows."""
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import torch
@@ -87,8 +88,5 @@ def _config_of(
     """Sizes by the number of rows, and as many programs that share a tile for any."""
     splits = fitted(replace(_CONFIGS[0], together=1), outputs, inputs, device, wide).splits
     config = next((each for each in _CONFIGS if ptx and rows <= each.rows), _CONFIGS[-1])
-    together = config.together
-    while inputs // STEP // splits % together:
-        together //= 2
-    config = replace(config, together=together)
+    config = replace(config, together=math.gcd(inputs // STEP // splits, config.together))
     return replace(fitted(config, outputs, inputs, device, wide), splits=splits)

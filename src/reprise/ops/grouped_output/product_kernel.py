@@ -27,6 +27,7 @@ from reprise.ops.triton_util import (
     launch_options,
     limits,
     next_power_of_2,
+    shares,
 )
 
 
@@ -72,8 +73,7 @@ def config_of(
     # What is left over behind whole steps goes to no share of its own.
     steps = inputs // block_k if inputs % block_k == 0 else 1
     tiles = groups * cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    splits = shares(tiles, steps, config.programs, device)
     stage = (config.block_n + config.rows) * block_k * dtype.itemsize
     stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
     return replace(config, block_k=block_k, num_stages=stages, splits=splits)

@@ -36,6 +36,7 @@ from reprise.ops.triton_util import (
     launch_options,
     let_next_start,
     limits,
+    shares,
 )
 
 
@@ -128,8 +129,7 @@ def fitted(config: Config, outputs: int, inputs: int, device: torch.device) -> C
     """``config`` for a product on a device: with splits, and no more stages than there is memory
     for, which may be none."""
     tiles, steps = cdiv(outputs, config.block_n), inputs // config.block_k
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    splits = shares(tiles, steps, config.programs, device)
     stage = (config.block_n + config.rows) * config.block_k * 2
     stages = min(config.num_stages, limits(device).shared_memory // stage)
     return replace(config, num_stages=stages, splits=splits)

@@ -15,6 +15,7 @@ ended, and programs that share a tile sum in one order.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ from reprise.ops.triton_util import (
     launch,
     launch_options,
     limits,
+    shares,
 )
 from reprise.ops.w4_linear.accepts import STEP
 
@@ -74,12 +76,9 @@ def _config_of(rows: int, outputs: int, inputs: int, step: int, device: torch.de
 
 def fitted(config: Config, outputs: int, inputs: int, step: int, device: torch.device) -> Config:
     """``config`` for a product on a device."""
-    together = config.together
-    while inputs // step % together:
-        together //= 2
+    together = math.gcd(inputs // step, config.together)
     tiles, steps = cdiv(outputs, config.block_n), inputs // step // together
-    most = max(1, config.programs * limits(device).multiprocessors // tiles)
-    splits = max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    splits = shares(tiles, steps, config.programs, device)
     stage = (config.block_n // 2 + 2 * config.rows) * step * together
     stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
     return replace(config, together=together, num_stages=stages, splits=splits)

@@ -14,6 +14,7 @@ Programs that share a tile sum as those of :mod:`reprise.ops.linear.few_rows_ker
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from reprise.ops.triton_util import (
     fetch,
     launch,
     launch_options,
-    limits,
+    shares,
 )
 from reprise.ops.w4_linear.accepts import STEP
 
@@ -62,8 +63,7 @@ MOST_ROWS = CONFIGS[-1].rows
 @functools.cache
 def splits_of(outputs: int, steps: int, config: Config, device: torch.device) -> int:
     """Programs that share a tile."""
-    most = max(1, config.programs * limits(device).multiprocessors // cdiv(outputs, config.block_n))
-    return max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
+    return shares(cdiv(outputs, config.block_n), steps, config.programs, device)
 
 
 def launch_few_rows(
@@ -97,9 +97,7 @@ def launch_few_rows(
     rows, inputs = x.shape
     config = config or next(each for each in CONFIGS if rows <= each.rows)
     step = min(STEP, group)
-    together = config.together
-    while inputs // step % together:
-        together //= 2
+    together = math.gcd(inputs // step, config.together)
     splits = splits_of(len(packed), inputs // step // together, config, x.device)
     tiles = cdiv(len(packed), config.block_n)
     partial = scales
