@@ -19,6 +19,39 @@ EPS = 1e-6
 BLOCK_SIZE = 16
 
 
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a model."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocab: int = 151936
+
+    @property
+    def projected(self) -> int:
+        """Width of queries, keys and values together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_size
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of a layer's products, in the order in which it computes them."""
+        return [
+            (self.projected, self.hidden),
+            (self.hidden, self.heads * self.head_size),
+            (2 * self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        ]
+
+
+SMALL = Dimensions("0.6B", 1024, 16, 8, 128, 3072)
+LARGE = Dimensions("8B", 4096, 32, 8, 128, 12288)
+"""Qwen3's."""
+
+
 class Maker:
     """Tensors for cases: random, but the same each time and on every device.
 
@@ -26,6 +59,7 @@ class Maker:
         device: Where they lie.
         dtype: What a model would compute in.
         fp8: What eight-bit codes of a cache are; None: the device has none.
+        models: Whose sizes workloads have.
     """
 
     def __init__(
@@ -33,8 +67,9 @@ class Maker:
         device: torch.device,
         dtype: torch.dtype,
         fp8: torch.dtype | None = torch.float8_e4m3fn,
+        models: Sequence[Dimensions] = (SMALL, LARGE),
     ) -> None:
-        self.device, self.dtype, self.fp8 = device, dtype, fp8
+        self.device, self.dtype, self.fp8, self.models = device, dtype, fp8, models
         self._generator = torch.Generator().manual_seed(0)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -76,39 +111,6 @@ class ShapeMaker(Maker):
 
     def permutation(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int64, device=self.device)
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """Sizes of a model."""
-
-    name: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
-    vocab: int = 151936
-
-    @property
-    def projected(self) -> int:
-        """Width of queries, keys and values together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_size
-
-    @property
-    def products(self) -> list[tuple[int, int]]:
-        """Outputs and inputs of a layer's products, in the order in which it computes them."""
-        return [
-            (self.projected, self.hidden),
-            (self.hidden, self.heads * self.head_size),
-            (2 * self.intermediate, self.hidden),
-            (self.hidden, self.intermediate),
-        ]
-
-
-SMALL = Dimensions("0.6B", 1024, 16, 8, 128, 3072)
-LARGE = Dimensions("8B", 4096, 32, 8, 128, 12288)
-"""Qwen3's."""
 
 
 @dataclass(frozen=True)

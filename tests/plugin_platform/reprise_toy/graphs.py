@@ -34,7 +34,7 @@ class GraphToyPlatform(ToyPlatform):
     graph_memory = "measure"
     graph_memory_reason = "the device counts the pools of its graphs"
     default_batched_tokens = 32
-    most_requests = 8
+    most_requests = 24
     preferred: ClassVar = {"*": ("torch", "reference")}
 
     def __init__(self, index: int = 0) -> None:

@@ -79,7 +79,7 @@ def _cases(
         )
 
     def workloads(make: Maker) -> Iterator[Workload]:
-        for model in (SMALL, LARGE):
+        for model in make.models:
             for rows in (1, 8, 64):
                 for each in sizes(model):
                     yield workload(make, model, rows, *each, BLOCK)

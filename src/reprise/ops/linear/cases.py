@@ -82,7 +82,7 @@ def _linear_workloads(make: Maker) -> Iterator[Workload]:
 
 
 def _norm_linear_workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in _TOKENS:
             yield _workload(
                 make, model, tokens, model.projected, model.hidden, "norm_weight", "eps", "bias"
@@ -90,7 +90,7 @@ def _norm_linear_workloads(make: Maker) -> Iterator[Workload]:
 
 
 def _norm_gated_linear_workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in _TOKENS:
             outputs = 2 * model.intermediate
             yield _workload(
@@ -99,14 +99,14 @@ def _norm_gated_linear_workloads(make: Maker) -> Iterator[Workload]:
 
 
 def _linear_add_workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in _TOKENS:
             for inputs in (model.heads * model.head_size, model.intermediate):
                 yield _workload(make, model, tokens, model.hidden, inputs, "bias", "residual")
 
 
 def _gated_linear_workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in _TOKENS:
             yield _workload(make, model, tokens, 2 * model.intermediate, model.hidden, "bias")
 

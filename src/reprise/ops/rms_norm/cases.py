@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import torch
 
-from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Maker, Workload
+from reprise.ops.cases import EPS, SMALL, Arguments, Cases, Maker, Workload
 
 
 def _small(make: Maker) -> list[Arguments]:
@@ -15,7 +15,7 @@ def _small(make: Maker) -> list[Arguments]:
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in (1, 64, 8192):
             size = model.hidden
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from reprise.ops.cases import (
     BLOCK_SIZE,
     EPS,
-    LARGE,
     SMALL,
     Arguments,
     Cases,
@@ -105,7 +104,7 @@ def _workload(
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in (1, 64, 8192):
             yield _workload(make, model, tokens, model.head_size)
     for tokens in (1, 64):

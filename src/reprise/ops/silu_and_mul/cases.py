@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from reprise.ops.cases import LARGE, SMALL, Arguments, Cases, Maker, Workload
+from reprise.ops.cases import SMALL, Arguments, Cases, Maker, Workload
 
 
 def _small(make: Maker) -> list[Arguments]:
@@ -8,7 +8,7 @@ def _small(make: Maker) -> list[Arguments]:
 
 
 def _workloads(make: Maker) -> Iterator[Workload]:
-    for model in (SMALL, LARGE):
+    for model in make.models:
         for tokens in (1, 64, 8192):
             size = model.intermediate
 

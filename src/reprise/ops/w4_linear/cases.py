@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from reprise.ops.cases import EPS, LARGE, SMALL, Arguments, Cases, Dimensions, Maker, Workload
+from reprise.ops.cases import EPS, SMALL, Arguments, Cases, Dimensions, Maker, Workload
 
 
 def _arguments(
@@ -66,7 +66,7 @@ def _cases(
         )
 
     def workloads(make: Maker) -> Iterator[Workload]:
-        for model in (SMALL, LARGE):
+        for model in make.models:
             for rows in (1, 8, 64):
                 for number, each in enumerate(sizes(model)):
                     yield workload(make, model, rows, *each, zeros=False)

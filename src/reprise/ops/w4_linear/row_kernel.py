@@ -327,9 +327,9 @@ def w4_row_kernel(
         if SPLITS > 1:
             squares = tl.zeros([BLOCK_W, 8], dtype=tl.float32)
             for other in tl.static_range(SPLITS):
-                at = other * BLOCK_W * 8 + tl.arange(0, BLOCK_W)[:, None] * 8
-                at += tl.arange(0, 8)[None, :]
-                part = tl.load(x_ptr + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+                column = other * BLOCK_W * 8 + tl.arange(0, BLOCK_W)[:, None] * 8
+                column += tl.arange(0, 8)[None, :]
+                part = tl.load(x_ptr + column, mask=column < INPUTS, other=0.0).to(tl.float32)
                 squares += part * part
         norm = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / INPUTS + eps)
         value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
