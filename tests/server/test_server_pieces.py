@@ -6,10 +6,15 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import pytest
+
 from reprise.server import wire
+from reprise.server.app import create_app
 from reprise.server.caller import Caller, Callers
 from reprise.server.client import EngineClient
 from reprise.server.generation import DONE, Reply
+from reprise.server.options import ServerOptions
 from reprise.server.protocol import Connection, Outbox
 from reprise.server.streaming import _Pump
 
@@ -84,3 +89,22 @@ def test_where_a_client_has_sent_its_last_byte_a_stream_waits_for_it() -> None:
     for closing in (False, True):
         cycle: Any = SimpleNamespace(transport=Transport(closing), flow=flow)
         assert Connection(cycle, Outbox()).full is closing
+
+
+@pytest.mark.parametrize("asked", ["GET /v1/models", "GET /v1/responses/a", "POST /v1/completions"])
+def test_a_fault_of_ours_is_an_error_as_all_others(asked: str) -> None:
+    """On every kind of route: the client parses it, and finds under which name the log has it."""
+    # Nothing that an endpoint asks of such a state is there.
+    state: Any = SimpleNamespace(options=ServerOptions())
+    method, path = asked.split()
+
+    async def run() -> httpx.Response:
+        there = httpx.ASGITransport(create_app(state, feed=None), raise_app_exceptions=False)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=there, base_url="http://x") as client:
+            return await client.request(method, path, headers={"x-request-id": "mine"}, json={})
+
+    found = asyncio.run(run())
+    assert found.status_code == 500
+    assert found.json()["error"]["type"] == "server_error"
+    assert "under mine" in found.json()["error"]["message"]
+    assert "SimpleNamespace" not in found.text

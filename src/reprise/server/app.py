@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reprise import __version__
 from reprise.server.client import EngineRefusal
-from reprise.server.errors import ApiError
+from reprise.server.errors import ApiError, internal_error
 from reprise.server.fields import (
     AbortRequest,
     ChatRequest,
@@ -165,6 +165,7 @@ def add_routes(app: FastAPI, handlers: Handlers, *, page: bool) -> dict[str, Han
     app.add_exception_handler(ApiError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(EngineRefusal, handlers.tell_refusal)
+    app.add_exception_handler(Exception, _tell_fault)
     describe(app)
     return {path: handler for path, handler, _, _ in post}
 
@@ -172,6 +173,11 @@ def add_routes(app: FastAPI, handlers: Handlers, *, page: bool) -> dict[str, Han
 async def _tell(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response
+
+
+async def _tell_fault(request: Request, _: Exception) -> Response:
+    """Of ours: the framework, which raises it again behind this, would tell it in no form."""
+    return internal_error(request.state.request_id).response
 
 
 async def _tell_http(_: Request, error: Exception) -> Response:

@@ -119,6 +119,11 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"Retry-After": "2"})
 
 
+def internal_error(request_id: str) -> ApiError:
+    """A fault of ours, whose exception the server's log has."""
+    return ApiError(500, f"internal error; the server's log says more under {request_id}")
+
+
 def _bounded(message: str) -> str:
     if len(message) > MOST_CHARACTERS:
         message = message[: MOST_CHARACTERS - 3] + "..."

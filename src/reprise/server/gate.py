@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from reprise.server.errors import ApiError
+from reprise.server.errors import ApiError, internal_error
 from reprise.server.http_metrics import PROBES, HttpMetrics
 from reprise.server.options import ServerOptions
 from reprise.server.page import PAGE_PATHS
@@ -79,8 +79,7 @@ class Gate:
             failures.exception("request %s to %s failed", name, scope["path"][:200])
             if status:
                 raise  # the client learns from the broken connection
-            error = ApiError(500, f"internal error; the server's log says more under {name}")
-            await error.response(scope, receive, send_on)
+            await internal_error(name).response(scope, receive, send_on)
         finally:
             status = 499 if state.get("gone") else status or 499
             seconds = time.perf_counter() - began
