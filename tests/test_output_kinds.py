@@ -223,6 +223,52 @@ def test_work_of_a_delta_does_not_grow_with_what_is_known(llm: LLM) -> None:
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        ({}, True), ({"detokenize": False}, True), ({"stop": ["never in this text"]}, True),
+        ({"n": 2}, False), ({"logprobs": 1}, False),
+    ],
+)  # fmt: skip
+def test_a_text_alone_is_what_a_delta_has(llm: LLM, options: dict[str, Any], alone: bool) -> None:
+    """Whichever of the two is asked for in a step."""
+    engine = llm.engine
+    group = engine.add("alone", PROMPT, greedy(STEPS, **options))
+    texts, tokens, taken = [""] * len(group.completions), [[] for _ in group.completions], 0  # type: ignore[var-annotated]
+    turns = itertools.cycle((True, True, False))
+    while not group.finished:
+        engine.step()
+        text = group.text_alone() if next(turns) else None
+        taken += text is not None
+        if text is not None:
+            texts[0] += text[0]
+            tokens[0] += text[1]
+            continue
+        for each in group.delta().outputs:
+            texts[each.index] += each.text
+            tokens[each.index] += each.token_ids
+    engine.finish_steps()
+    expected = group.output().outputs
+    assert (texts, tokens) == ([e.text for e in expected], [e.token_ids for e in expected])
+    assert taken > STEPS / 2 if alone else not taken
+    assert_idle(llm)
+
+
+def test_what_may_be_wrong_does_not_come_as_a_text_alone(llm: LLM) -> None:
+    engine = llm.engine
+    group = engine.add("suspect", PROMPT, greedy(STEPS))
+    while not group.completions[0].num_tokens:
+        engine.step()
+    group.delta()
+    group.completions[0].request.suspect_from = 1
+    while group.completions[0].num_tokens < 3:
+        engine.step()
+    assert group.text_alone() is None
+    assert group.delta().outputs[0].suspect_from == 1
+    engine.abort(["suspect"])
+    engine.finish_steps()
+
+
 def test_the_offline_engine_returns_everything(llm: LLM) -> None:
     outputs = [
         llm.generate([PROMPT], greedy(STEPS, output_kind=kind))[0] for kind in RequestOutputKind

@@ -219,6 +219,8 @@ def _own(params: Any) -> Any:
 class _Stream:
     """Hands what is new from the engine's thread to one coroutine."""
 
+    texts = None
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.ready = asyncio.Event()

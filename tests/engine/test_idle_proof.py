@@ -173,6 +173,7 @@ def test_modes_that_prove_nothing_prove_nothing_while_idle(model: TinyModel, dev
 
 
 class Reader:
+    texts = None
     wants_more = True
 
     def __init__(self, done: Callable[[list[int]], None]) -> None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from reprise.config import EngineConfig
 from reprise.server import wire
 from reprise.server.engine_server import EngineLimits, EngineServer
@@ -104,6 +106,55 @@ def test_a_burst_is_accepted_before_its_news(device: str) -> None:
                     assert number in accepted
                     if len(item) == 3 and item[1] is not None:
                         ended.add(number)
+
+
+def test_who_leaves_before_the_engine_looks_is_not_computed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        driver: Any = server.driver
+        left, leave = threading.Event(), driver.leave
+
+        def told(*arguments: Any) -> None:
+            leave(*arguments)
+            left.set()
+
+        monkeypatch.setattr(driver, "leave", told)
+        ours, messages = connect(server)
+        with ours:
+            driver.between_steps(lambda: left.wait(30))  # both have been read before it goes on
+            asked = STREAM._replace(prompt={"prompt_token_ids": [5, 6]})
+            ours.sendall(wire.frame(asked) + wire.frame(wire.Leave(1)))
+            assert left.wait(30)
+            few = asked._replace(number=2, params={**PARAMS, "max_tokens": 2})
+            ours.sendall(wire.frame(few))
+            assert stream(messages)[-1][3] == "length"
+            (stats,) = driver.ask("stats").result(30)
+            assert stats.num_requests == 0
+            assert stats.scheduler.total_generated_tokens == 2
+
+
+def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        frontend: Any = server.driver.frontend
+        threads, prepare = [], frontend.prepare
+
+        def noted(prompt: Any) -> Any:
+            threads.append((type(prompt), threading.current_thread().name.partition("_")[0]))
+            return prepare(prompt)
+
+        monkeypatch.setattr(frontend, "prepare", noted)
+        ours, messages = connect(server)
+        with ours:
+            for prompt in ({"prompt_token_ids": [5, 6]}, {"prompt": "Once upon a time"}):
+                few = {**PARAMS, "max_tokens": 2}
+                ours.sendall(wire.frame(STREAM._replace(prompt=prompt, params=few)))
+                stream(messages)
+    assert [name for kind, name in threads if kind is dict] == [
+        "reprise-engine", "reprise-tokenizer",
+    ]  # fmt: skip
 
 
 def test_what_fails_before_the_engine_has_it_ends_nothing_else(device: str) -> None:

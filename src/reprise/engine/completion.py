@@ -88,6 +88,19 @@ class Completion:
         self._sent = now
         return self._output(tokens, characters, length)
 
+    def text_alone(self) -> tuple[str, list[int]] | None:
+        """As :meth:`CompletionGroup.text_alone`."""
+        request, detokenizer = self.request, self.detokenizer
+        if request.finish_reason is not None or request.suspect_from is not None:
+            return None
+        tokens, begin, _ = self._sent
+        ids = request.output_token_ids[tokens:]
+        end = 0 if detokenizer is None else detokenizer.stable_length(False)
+        if not ids and end == begin:
+            return None
+        self._sent = (tokens + len(ids), end, False)
+        return "" if detokenizer is None else detokenizer.text[begin:end], ids
+
     def _length(self) -> int:
         """Characters that can be shown."""
         if self.detokenizer is None:
@@ -149,6 +162,10 @@ class CompletionGroup:
         self._metrics: RequestMetrics | None = None
         self._began = False
         """Whether a delta was taken."""
+        self._only: Completion | None = None
+        """The one completion, if nothing is asked for but text and tokens."""
+        if len(completions) == 1 and completions[0].logprobs is None:
+            self._only = completions[0]
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -182,6 +199,11 @@ class CompletionGroup:
         prompt_logprobs = None if self._began else self.prompt_logprobs
         self._began = True
         return self._output([each for each in news if each is not None], prompt_logprobs)
+
+    def text_alone(self) -> tuple[str, list[int]] | None:
+        """The text and the tokens that are new, as :meth:`delta` would have them, if that is all
+        there is to say, as in nearly every step: in a fraction of the time. None: ask that."""
+        return self._only.text_alone() if self._began and self._only is not None else None
 
     def _output(
         self, outputs: list[CompletionOutput], prompt_logprobs: list[Logprobs | None] | None

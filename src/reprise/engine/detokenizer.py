@@ -129,7 +129,8 @@ class Detokenizer:
         """Characters of theirs that are out."""
         self._unsure = ""
         """The rest of their text: replacement characters, which may become others."""
-        self._begin(prompt_token_ids)
+        self._prompt: Sequence[int] | None = prompt_token_ids
+        """Until the context is other tokens; most texts never need the prompt's."""
         self._stops = stops = params.stop_strings
         self._held_back = 0
         if stops and not params.include_stop_str_in_output:
@@ -142,7 +143,7 @@ class Detokenizer:
             self._num_tokens += 1
             text = None if self._pending else self._texts.whole(token_id, self._skip_special)
             if text is not None:
-                self._context, self._context_text = [token_id], text
+                self._context, self._context_text, self._prompt = [token_id], text, None
                 found = self._take(text)
                 if found is not None:
                     return found
@@ -176,6 +177,9 @@ class Detokenizer:
 
     def _next_characters(self, token_id: int) -> str:
         """The characters that this token completes."""
+        if self._prompt is not None:
+            self._begin(self._prompt)
+            self._prompt = None
         self._pending.append(token_id)
         text = self._pending_text()
         whole = text.rstrip(REPLACEMENT)

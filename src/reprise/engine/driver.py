@@ -35,11 +35,22 @@ class Acceptance(Protocol):
     def params(self) -> SamplingParams: ...
 
 
+class TextReader(Protocol):
+    """Takes in nearly every step what costs least to make."""
+
+    def put_text(self, text: str, token_ids: list[int]) -> None:
+        """What is new of a request, of which nothing else is to be said."""
+
+
 class Reader(Protocol):
     """Who gets what is new of one request. The driver's thread calls it."""
 
     def accepted(self, group: Any) -> None:
         """An engine has the request, an :class:`Acceptance`; before any delta."""
+
+    @property
+    def texts(self) -> TextReader | None:
+        """Who takes what is nothing but a text and its tokens; None: it is put as a delta."""
 
     @property
     def wants_more(self) -> bool:
@@ -90,6 +101,17 @@ class Driver(Protocol):
         Returns:
             An :class:`Acceptance`, when an engine has the request; or its exception says why it was
             refused.
+
+        Raises:
+            RepriseError: The driver has ended.
+        """
+
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """Run it where requests are computed, if that is in this process: what takes a while beside
+        a step's launches, each of which lets other threads go on, makes them many times longer.
+
+        Args:
+            function: Raises nothing.
 
         Raises:
             RepriseError: The driver has ended.

@@ -47,17 +47,8 @@ class EngineService(ABC):
         """The way to speak with a process, which calls :meth:`watch`."""
 
     @abstractmethod
-    def generate(self, channel: Channel, request: wire.Generate) -> None:
-        """Have it computed.
-
-        Raises:
-            RepriseError: It is refused.
-        """
-
-    def generate_all(self, channel: Channel, requests: list[wire.Generate]) -> None:
-        """Have several computed."""
-        for each in requests:
-            self._generate(channel, each)
+    def generate(self, channel: Channel, requests: list[wire.Generate]) -> None:
+        """Have requests computed that came together. Raises nothing: who is refused is told."""
 
     @abstractmethod
     def call(self, call: wire.Call) -> Future[Any]:
@@ -145,17 +136,24 @@ class EngineService(ABC):
         if not received:
             self._drop(channel)
             return
+        requests: list[wire.Generate] = []
         for message in channel.frames.feed(received):
             if isinstance(message, wire.Generate):
-                self._generate(channel, message)
-            elif isinstance(message, list):
-                self.generate_all(channel, message)
+                requests.append(message)
+                continue
+            if requests:
+                self.generate(channel, requests)
+                requests = []
+            if isinstance(message, list):
+                self.generate(channel, message)
             elif isinstance(message, wire.Leave):
                 reader = channel.readers.pop(message.number, None)
                 if reader is not None:
                     self.driver.leave(reader.name, reader)
             else:
                 self._call(channel, message)
+        if requests:
+            self.generate(channel, requests)
 
     def _drop(self, channel: Channel) -> None:
         """A process is gone, and with it all its callers."""
@@ -173,14 +171,6 @@ class EngineService(ABC):
         """Tell that a request or call has failed."""
         channel.readers.pop(number, None)
         channel.send(wire.Refused(number, type(error).__name__, str(error)))
-
-    def _generate(self, channel: Channel, request: wire.Generate) -> None:
-        try:
-            self.generate(channel, request)
-        except Exception as error:  # of whatever kind: other requests go on
-            if not isinstance(error, RepriseError):
-                logger.exception("a request failed before the engine had it")
-            self.refuse(channel, request.number, error)
 
     def _call(self, channel: Channel, call: wire.Call) -> None:
         try:

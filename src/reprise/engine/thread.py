@@ -127,6 +127,9 @@ class EngineThread:
                 engine = self.engine
                 given = prompt if isinstance(prompt, PreparedPrompt) else prompt()
                 prepared = (engine.prepare(given), engine.prepare_params(params))
+                if threading.current_thread() is self._thread:
+                    command.run()  # before what was said of it later, such as that it is left
+                    return
                 with self._open():
                     self._commands.put(command)
             except Exception as error:
@@ -178,6 +181,11 @@ class EngineThread:
         with self._open():  # a command behind the end would never be answered
             self._commands.put(Command(function, future))
         return future
+
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """As of :class:`reprise.engine.driver.Driver`."""
+        with self._open():
+            self._commands.put(Command(function))
 
     @property
     def frontend(self) -> Frontend:
@@ -398,7 +406,12 @@ class EngineThread:
             if reader is not None and group.error is not None:
                 reader.fail(group.error)
             elif reader is not None and (group.finished or reader.wants_more):
-                reader.put(group.delta())
+                texts = reader.texts
+                alone = None if texts is None else group.text_alone()
+                if texts is None or alone is None:
+                    reader.put(group.delta())
+                else:
+                    texts.put_text(*alone)
                 given.append(reader)
             if group.finished:
                 self._readers.pop(group.request_id, None)

@@ -136,6 +136,7 @@ class _Waiting:
         tally: Of all.
     """
 
+    texts = None
     wants_more = False
 
     def __init__(self, tally: _Tally) -> None:

@@ -175,6 +175,10 @@ class Replicas:
             prepare()
         return accepted
 
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """As of :class:`reprise.engine.Driver`; there are no steps in this process."""
+        function()
+
     def prepare_params(self, params: SamplingParams | PreparedParams | None) -> PreparedParams:
         """Check parameters, as far as that can be done here.
 

@@ -63,10 +63,7 @@ class ReplicaService(EngineService):
     def channel(self, connection: socket.socket) -> Channel:
         return Channel(connection, self.watch)
 
-    def generate(self, channel: Channel, request: wire.Generate) -> None:
-        self.generate_all(channel, [request])
-
-    def generate_all(self, channel: Channel, requests: list[wire.Generate]) -> None:
+    def generate(self, channel: Channel, requests: list[wire.Generate]) -> None:
         found = []
         try:
             for each in requests:
@@ -142,6 +139,8 @@ class ReplicaReader:
         name: Of the request, here.
         whole: It wants all at once, whatever its parameters say.
     """
+
+    texts = None
 
     def __init__(self, channel: Channel, number: int, name: str, whole: bool) -> None:
         self.channel = channel

@@ -72,24 +72,55 @@ class EngineServer(EngineService):
     def channel(self, connection: socket.socket) -> Channel:
         return Channel(connection, self.watch, wire.frame, wire.Frames())
 
-    def generate(self, channel: Channel, request: wire.Generate) -> None:
-        limit = self._limits.requests
-        if limit is not None and self.driver.num_waiting >= limit:
-            raise QueueFull(f"{limit} requests are waiting (max_num_queued_reqs): try again later")
-        prompt, params = self._asked(request)
-        self._names += 1
-        name = f"request-{self._names}"
-        reader = WireReader(channel, request, name, self._texts, self._emissions)
-        channel.readers[request.number] = reader
-        accepted = self.driver.submit(
-            reader.name,
-            prompt,
-            params,
-            request.priority,
-            reader,
-            self._admit,
+    def generate(self, channel: Channel, requests: list[wire.Generate]) -> None:
+        quick: list[tuple[wire.Generate, WireReader]] = []
+        for each in requests:
+            self._names += 1
+            name = f"request-{self._names}"
+            reader = WireReader(channel, each, name, self._texts, self._emissions)
+            channel.readers[each.number] = reader  # for who leaves before the engine has it
+            if _is_quick(each):
+                quick.append((each, reader))
+            else:
+                self._submit(each, reader, prepare=False)
+        if not quick:
+            return
+
+        def submit() -> None:
+            for each, reader in quick:
+                self._submit(each, reader, prepare=True)
+
+        try:
+            self.driver.between_steps(submit)
+        except RepriseError as error:
+            for each, _ in quick:
+                self.refuse(channel, each.number, error)
+
+    def _submit(self, request: wire.Generate, reader: WireReader, *, prepare: bool) -> None:
+        """Have a request computed; it is prepared here, or in the driver's thread for that."""
+        try:
+            limit = self._limits.requests
+            if limit is not None and self.driver.num_waiting >= limit:
+                raise QueueFull(
+                    f"{limit} requests are waiting (max_num_queued_reqs): try again later"
+                )
+            prompt, params = self._prompt(request), _params(request.params)
+            accepted = self.driver.submit(
+                reader.name,
+                self._frontend.prepare(prompt()) if prepare else prompt,
+                self._frontend.prepare_params(params) if prepare else params,
+                request.priority,
+                reader,
+                self._admit,
+            )
+        except Exception as error:  # of whatever kind: other requests go on
+            if not isinstance(error, RepriseError):
+                logger.exception("a request failed before the engine had it")
+            self.refuse(reader.channel, request.number, error)
+            return
+        accepted.add_done_callback(
+            functools.partial(self._answer_acceptance, reader.channel, request)
         )
-        accepted.add_done_callback(functools.partial(self._answer_acceptance, channel, request))
 
     def _admit(self, prompt: PreparedPrompt, params: PreparedParams, waiting: int) -> None:
         """Prompts that are being tokenized count before they wait."""
@@ -107,17 +138,6 @@ class EngineServer(EngineService):
         error = None if accepted.cancelled() else accepted.exception()
         if error is not None:
             self.refuse(channel, request.number, error)
-
-    def _asked(
-        self, request: wire.Generate
-    ) -> tuple[Callable[[], Any] | PreparedPrompt, SamplingParams | PreparedParams]:
-        """Prompt and parameters. They are prepared here where nothing is to be tokenized or
-        compiled: to hand them on to another thread takes longer than that."""
-        prompt, params = self._prompt(request), _params(request.params)
-        ids = request.chat is None and "prompt_token_ids" in (request.prompt or {})
-        if not ids or params.structured_outputs is not None or params.bad_words:
-            return prompt, params
-        return self._frontend.prepare(prompt()), self._frontend.prepare_params(params)
 
     def _prompt(self, request: wire.Generate) -> Callable[[], Any]:
         tokenizer = self._frontend.tokenizer
@@ -230,6 +250,14 @@ class EngineServer(EngineService):
                 f"tokens contains {wrong[0]}: the vocabulary has ids 0 to {engine.vocab_size - 1}"
             )
         return self._texts.text(tokens)
+
+
+def _is_quick(request: wire.Generate) -> bool:
+    """Nothing is to be tokenized or compiled: to hand it on to another thread takes longer than to
+    prepare it."""
+    ids = request.chat is None and "prompt_token_ids" in (request.prompt or {})
+    params = request.params
+    return ids and not params.get("structured_outputs") and not params.get("bad_words")
 
 
 def _params(given: dict[str, Any]) -> SamplingParams:

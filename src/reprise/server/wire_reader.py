@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reprise.engine import Acceptance
+from reprise.engine.driver import TextReader
 from reprise.outputs import CompletionOutput, Logprobs, RequestOutput
 from reprise.processes.channel import Channel
 from reprise.server import wire
@@ -66,14 +67,21 @@ class WireReader:
     def wants_more(self) -> bool:
         return not self._final_only and not self.channel.blocked
 
+    @property
+    def texts(self) -> TextReader | None:
+        return self if self._short else None
+
+    def put_text(self, text: str, token_ids: list[int]) -> None:
+        told = self._sizes_of(token_ids) if self._sizes else len(token_ids)
+        self.channel.items.append([self.number, text, told])
+        self._count_gap()
+
     def put(self, delta: RequestOutput) -> None:
-        if self._short and not delta.finished and delta.prompt_logprobs is None and delta.outputs:
+        plain = not delta.finished and delta.prompt_logprobs is None and delta.outputs
+        if self._short and plain:
             (only,) = delta.outputs
             if only.logprobs is None and only.suspect_from is None:
-                ids = only.token_ids
-                told = self._sizes_of(ids) if self._sizes else len(ids)
-                self.channel.items.append([self.number, only.text, told])
-                self._count_gap()
+                self.put_text(only.text, only.token_ids)
                 return
         end = _end(delta) if delta.finished else None
         if delta.finished:
