@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from reprise.config import EngineConfig
+from reprise.engine import thread
 from reprise.server import wire
 from reprise.server.engine_server import EngineLimits, EngineServer
 
@@ -132,6 +133,28 @@ def test_who_leaves_before_the_engine_looks_is_not_computed(
             (stats,) = driver.ask("stats").result(30)
             assert stats.num_requests == 0
             assert stats.scheduler.total_generated_tokens == 2
+
+
+def test_steps_go_on_however_much_is_wanted_between_them(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        driver: Any = server.driver
+        ours, messages = connect(server)
+        with ours:
+            ours.sendall(wire.frame(STREAM._replace(prompt={"prompt_token_ids": [5, 6]})))
+            next(messages)
+            monkeypatch.setattr(thread, "MOST_BETWEEN_SECONDS", 0.0)
+            steps: list[int] = []
+
+            def one_more() -> None:
+                steps.append(driver.engine.scheduler.num_generated_tokens)
+                if steps[-1] < TOKENS - 2:
+                    driver.between_steps(one_more)  # there is always another one
+
+            driver.between_steps(one_more)
+            stream(messages)
+            assert len(set(steps)) > TOKENS / 2
 
 
 def test_token_ids_are_prepared_between_steps_and_texts_beside_them(

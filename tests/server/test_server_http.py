@@ -70,6 +70,28 @@ def test_a_stream_has_the_order_that_clients_rely_on(stub: Server) -> None:
     assert last["object"] == "chat.completion.chunk"
 
 
+def test_streams_of_one_connection_end_one_behind_the_other(stub: Server) -> None:
+    """Also those that were asked for before the first had an end, and the one that closes it."""
+    body = json.dumps({"prompt": orders(pieces=["a", "b"]), "stream": True}).encode()
+    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    asked = [
+        f"{head}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        for more in ("", "", "", "Connection: close\r\n")
+    ]
+    with socket.create_connection(("127.0.0.1", stub.port), timeout=30) as connection:
+        received = b""
+        connection.sendall(asked[0])
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            received += connection.recv(1 << 16)
+        connection.sendall(b"".join(asked[1:]))
+        while part := connection.recv(1 << 16):
+            received += part
+    *replies, rest = received.split(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert len(replies) == len(asked)
+    assert rest == b""
+    assert all(each.count(b" 200 OK") == 1 and each.count(b"data: ") == 3 for each in replies)
+
+
 def test_usage_comes_only_where_it_is_wanted(stub: Server) -> None:
     body: dict[str, Any] = {"prompt": "x", "max_tokens": 3, "stream": True}
     with stub.client() as client:

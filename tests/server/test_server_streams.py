@@ -15,6 +15,7 @@ from reprise.server.caller import Caller, Callers
 from reprise.server.client import EngineClient
 from reprise.server.completions import Completion
 from reprise.server.fields import CompletionRequest
+from reprise.server.generation import DONE
 from reprise.server.protocol import CONNECTION
 from reprise.server.streaming import EventStream
 from reprise.testing.stub_engine import FACTS
@@ -48,6 +49,13 @@ class Client:
 
     def send_soon(self, body: bytes) -> None:
         asyncio.get_running_loop().call_soon(self.received.append, body)
+
+    def end_soon(self, body: bytes) -> None:
+        self.send_soon(body)
+
+    def ended(self) -> None:
+        """A connection may be closed here, so all of the reply has been written."""
+        assert self.received[-1].endswith(DONE)
 
 
 async def stream(seed: int, prompts: int, usage: bool) -> tuple[list[str], list[Any]]:

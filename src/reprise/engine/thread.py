@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
+MOST_BETWEEN_SECONDS = 0.01
+"""That what others want may keep a step waiting: requests may come faster than they are taken."""
 
 
 class Submission(NamedTuple):
@@ -84,6 +87,9 @@ class EngineThread:
         under the lock."""
         self._accepted: list[Reader] = []
         """Those who are to be woken for that; for the engine's thread alone."""
+        self._step_at: float | None = None
+        """When the next step goes first, whatever else is wanted; None: nothing was done since the
+        last one. For the engine's thread alone."""
         self._may_prove = True
         """There may be graphs to be proven further; for the engine's thread alone."""
         self._closed: str | None = None
@@ -303,9 +309,17 @@ class EngineThread:
             with engine.resting():
                 if not engine.must_step:  # nor has anybody come to want it meanwhile
                     seconds = IDLE_AFTER_SECONDS if self._may_prove else None
-                    return self._commands.get(timeout=seconds)
+                    self._step_at = None
+                    return self._begun(self._commands.get(timeout=seconds))
         self._may_prove |= engine.has_work
-        return self._commands.get(block=False)
+        if self._step_at is not None and time.perf_counter() > self._step_at:
+            raise queue.Empty
+        return self._begun(self._commands.get(block=False))
+
+    def _begun(self, command: Command | None) -> Command | None:
+        if self._step_at is None:
+            self._step_at = time.perf_counter() + MOST_BETWEEN_SECONDS
+        return command
 
     def _tell_accepted(self) -> None:
         """All of a burst at once."""
@@ -351,6 +365,7 @@ class EngineThread:
             raise EngineLost(describe(error)) from error
 
     def _step(self) -> None:
+        self._step_at = None
         self._deliver(self.engine.step())
 
     def _end(self, request_ids: Sequence[str]) -> None:

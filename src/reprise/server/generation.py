@@ -57,6 +57,9 @@ class Reply(ABC):
         """A stream of it begins: before its caller has anything of it."""
         return
 
+    settles = False
+    """:meth:`settle` does something."""
+
     async def settle(self) -> None:
         """It is complete; before its caller has the end of it."""
         return

@@ -123,6 +123,26 @@ class Connection:
         """
         self._outbox.put(self._transport, b"%x\r\n%b\r\n" % (len(body), body))
 
+    def end_soon(self, body: bytes) -> None:
+        """As :meth:`send_soon`, of the last piece, and the end behind it: in the loop's next turn
+        call :meth:`ended`.
+
+        Args:
+            body: Not empty.
+        """
+        self._outbox.put(self._transport, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
+    def ended(self) -> None:
+        """The reply's end was written: what uvicorn does behind one that it writes itself."""
+        cycle = self._cycle
+        if cycle.disconnected:
+            return
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()
+
     async def abort(self) -> None:
         """Drop the connection with all that waits in it: a client that reads nothing would hold
         it."""

@@ -157,7 +157,8 @@ class _Pump:
     """
 
     __slots__ = (
-        "_caller", "_left", "_max_model_len", "_reply", "connection", "flowing", "gone", "size",
+        "_caller", "_ended", "_left", "_max_model_len", "_reply", "connection", "flowing", "gone",
+        "size",
     )  # fmt: skip
 
     def __init__(
@@ -169,6 +170,8 @@ class _Pump:
         self.connection = connection
         self._left: asyncio.Future[bytes]
         """What :meth:`_write` does not send."""
+        self._ended = False
+        """It has sent all there is."""
         self.flowing = False
         """All that came before was sent, or waits in the outbox."""
         self.size = 0
@@ -183,6 +186,9 @@ class _Pump:
         await self._send(reply.begin())
         while not reply.complete:
             data = self._next() or await self._flow()
+            if self._ended:
+                self.connection.ended()
+                return
             if self.gone:
                 return
             if reply.complete:
@@ -220,6 +226,13 @@ class _Pump:
                 self.size += len(data)
                 self.connection.send_soon(data)
                 return
+            if data and not self._reply.settles:
+                # Streams that began together end together: each would wait until the tasks of all
+                # before it have come to their end.
+                self.size += len(data)
+                self.connection.end_soon(data)
+                self._ended = True
+                data = b""
         except Exception as error:
             self.flowing = False
             self._left.set_exception(error)

@@ -145,6 +145,8 @@ class Response(Chat):
         self._known = True
         await self._tell(action="begin", response=self._json())
 
+    settles = True
+
     async def settle(self) -> None:
         self._known = False
         kept: dict[str, Any] = {"action": "forget"}
