@@ -354,7 +354,15 @@ def _ms(seconds: float) -> str:
 
 
 def _prompt(number: int, length: int = 128) -> list[int]:
-    return [300 + (number * 7919 + place * 31) % 900 for place in range(length)]
+    """None begins like another one's, which would be in the prefix cache."""
+    first = [300 + number % 900, 300 + number // 900]
+    return first + [300 + (number * 7919 + place * 31) % 900 for place in range(length - 2)]
+
+
+def _burst(count: int, repeat: int) -> list[int]:
+    """Numbers of the prompts of a repeat with outputs of so many tokens."""
+    first = 10_000 + 256 * count + STREAMS * repeat
+    return list(range(first, first + STREAMS))
 
 
 def _body(number: int, count: int, stream: bool = True) -> bytes:
@@ -371,7 +379,7 @@ def _http(server: Process, count: int) -> dict[str, float]:
     in_others(server.port, path, [[_body(each, 32)] for each in range(STREAMS)])
     rates, sizes = [], []
     for repeat in range(3):
-        bodies = [[_body(1000 * (repeat + 1) + each, count)] for each in range(STREAMS)]
+        bodies = [[_body(each, count)] for each in _burst(count, repeat)]
         found = in_others(server.port, path, bodies)
         rates.append(STREAMS * count / found.seconds)
         sizes.append(STREAMS * count / max(1, found.chunks))
@@ -436,7 +444,7 @@ def offline(counts: list[int], options: list[str]) -> None:
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         found = []
         for repeat in range(3):
-            prompts = [_prompt(1000 * (repeat + 1) + each) for each in range(STREAMS)]
+            prompts = [_prompt(each) for each in _burst(count, repeat)]
             began = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
             found.append(STREAMS * count / (time.perf_counter() - began))
