@@ -110,6 +110,8 @@ class Automaton:
 
     def walk(self, state: State, token: int) -> State | None:
         """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
+        if not self.followed:
+            return None
         self._walked += 1
         if token in self._stops:
             return self._ended if state.complete else None

@@ -52,6 +52,7 @@ class Grammar:
         self._states: list[State | None] = [start]
         """Before and behind each token; None: the matcher alone knows."""
         self._spaces = compiled.spaces
+        self._blanks = {} if compiled.spaces is None else compiled.spaces.lengths
         self._in_a_row = [0]
         """Characters of white space that are the last ones, before and behind each token."""
         self.ended = False
@@ -84,31 +85,25 @@ class Grammar:
             if token == self._begin_after:
                 self._begins = self.num_tokens
             return True
-        before, after = self._state, None
-        if before is not None and self._automaton is not None:
-            after = self._automaton.walk(before, token)
+        automaton, before = self._automaton, self._states[-1]
+        after = None
+        if automaton is not None and before is not None:
+            after = automaton.walk(before, token)
         if after is None:
             matcher = self._asked()
             if matcher is None or not matcher.accept_token(token):
                 return False
             self._followed += 1
-            if before is not None and self._automaton is not None:
-                self._automaton.give_up("xgrammar takes a token that does not follow it")
+            if automaton is not None and before is not None:
+                automaton.give_up("xgrammar takes a token that does not follow it")
         self.num_tokens += 1
         self._tokens.append(token)
         self._states.append(after)
         if token in self._held:
             self.ended = self._matcher.is_terminated() if after is None else after.terminated
-        if self._spaces is not None:
-            more = self._spaces.lengths.get(token)
-            self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
+        more = self._blanks.get(token)
+        self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
         return True
-
-    @property
-    def _state(self) -> State | None:
-        """Of the automaton, as long as that is followed."""
-        followed = self._automaton is not None and self._automaton.followed
-        return self._states[-1] if followed else None
 
     def _asked(self) -> Any | None:
         """The matcher behind all tokens; None: it refuses one of them."""
@@ -165,13 +160,17 @@ class Grammar:
         """The place of what may come next."""
         if self._begins is None:
             return masks.of_all()
+        automaton, state, length = self._automaton, self._states[-1], self._in_a_row[-1]
         others = self._others if self.num_tokens < self._min_tokens else ()
-        crowded, length = None, self._in_a_row[-1]
-        if self._spaces is not None and length >= MOST:
-            crowded = self._spaces, length
-        state = self._state
-        key = None if state is None or crowded is not None else (state, others)
-        return masks.of(key, self._asked, others, crowded, later=later)
+        turn = -1 if length < MOST or self._spaces is None else self._spaces.turn(length)
+        key = None
+        if automaton is not None and automaton.followed and state is not None:
+            key = state, others, turn
+            place = masks.kept(key)
+            if place is not None:
+                return place
+        crowded = None if turn < 0 or self._spaces is None else (self._spaces, turn)
+        return masks.fill(key, self._asked(), others, crowded, later=later)
 
 
 @functools.lru_cache(maxsize=64)

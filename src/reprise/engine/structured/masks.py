@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ GAP = 4
 
 Ints = np.ndarray[Any, Any]
 Crowded = tuple[WhiteSpace, int]
-"""What white space is, and how many characters of it come before."""
+"""What white space is, and whose turn it is where nothing else may come."""
 Others = tuple[tuple[int, int], ...]
 """All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
 others."""
@@ -115,41 +115,45 @@ class MaskTable:
             self._asked[place] = self._step
         return place
 
-    def of(
+    def kept(self, key: Hashable) -> int | None:
+        """The place of a mask by all that it follows from; None: it has to be filled, maybe since
+        it is one that is checked."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        self._asked[place] = self._step
+        self.num_kept += 1
+        return place if self.num_kept % CHECKED or self._doubted else None
+
+    def fill(
         self,
         key: Hashable | None,
-        matcher: Callable[[], Any],
+        matcher: Any,
         others: Others,
         crowded: Crowded | None,
         *,
         later: bool,
     ) -> int:
-        """The place of a mask.
+        """The place of a mask that :meth:`kept` does not have.
 
         Args:
             key: All that it follows from; None: nobody knows.
-            matcher: Tells xgrammar's, which allows what may come; None: anything may.
+            matcher: xgrammar's, which allows what may come; None: anything may.
             others: Some tokens may come only where nothing else may.
-            crowded: No more white space may come, behind so many characters of it; None: it may.
+            crowded: No more white space may come; None: it may.
             later: The matcher stays as it is until the masks are settled.
         """
-        kept = None if key is None else self._places.get(key)
-        if kept is not None:
-            self._asked[kept] = self._step
-            self.num_kept += 1
-            if self.num_kept % CHECKED or self._doubted:
-                return kept
-        allowed = matcher()
-        if allowed is None:
+        if matcher is None:
             return self.of_all()
+        kept = self._places.get(key)
         place = self._place(key if kept is None and self._keeps else None)
         if kept is not None:
             self._doubted = kept, place
         if later:
             self._later[0].append(place)
-            self._later[1].append(allowed)
+            self._later[1].append(matcher)
         else:
-            allowed.fill_next_token_bitmask(self._tensor, place)
+            matcher.fill_next_token_bitmask(self._tensor, place)
         if others:
             self._others.setdefault(others, []).append(place)
         if crowded is not None:
@@ -192,8 +196,8 @@ class MaskTable:
             something.
         """
         self._fill()
-        for place, (spaces, length) in self._crowded.items():
-            spaces.limit(self._words[place], length)
+        for place, (spaces, turn) in self._crowded.items():
+            spaces.limit(self._words[place], turn)
         for others, held in self._others.items():
             self._hold_back(others, held)
         changed = self._changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _SPACES = b" \t\n\r"
 _TURNS = b"\n \t\r"
 TURN = 8
 """Characters of one kind in a row, where white space has to come that is not known."""
+_ROUND = math.lcm(*range(1, len(_TURNS) + 1))
+"""Turns behind which they come again, whichever kinds may."""
 _OPENINGS = frozenset(b'{}[]",:-0123456789.+eEtfnrualsNI')
 """What numbers and names in JSON are made of, and the signs between its parts."""
 _MUCH = re.compile(rf"[ \t\n\r]{{{MOST}}}")
@@ -97,7 +100,12 @@ class WhiteSpace:
         turns = tuple(alone[each] for kind in _TURNS if (each := bytes((kind,))) in alone)
         return cls(lengths, words.view(np.int32), turns, next(letters, None))
 
-    def limit(self, mask: Words, length: int) -> None:
+    @staticmethod
+    def turn(length: int) -> int:
+        """What :meth:`limit` has to know of how many characters of it come before."""
+        return (length - MOST) // TURN % _ROUND
+
+    def limit(self, mask: Words, turn: int) -> None:
         """Allow no more of it in a mask, unless there is nothing else, or within a text.
 
         Where nothing else may come, a text that begins with white space follows, and only the
@@ -106,7 +114,7 @@ class WhiteSpace:
 
         Args:
             mask: [ceil(V / 32)] int32, changed in place.
-            length: Characters of it that come before.
+            turn: As :meth:`turn` says.
         """
         sign = self.sign
         if sign is not None and mask[sign // 32] >> sign % 32 & 1:
@@ -117,6 +125,6 @@ class WhiteSpace:
             return
         turns = [each for each in self.turns if mask[each // 32] >> each % 32 & 1]
         if turns:
-            token = turns[(length - MOST) // TURN % len(turns)]
+            token = turns[turn % len(turns)]
             mask[:] = 0
             mask[token // 32] = np.uint32(1 << token % 32).view(np.int32)
