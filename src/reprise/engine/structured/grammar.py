@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,19 @@ class Grammar:
                 self._begins = None
         self.num_tokens = known
 
+    @property
+    def key(self) -> Hashable | None:
+        """All that the next token's mask follows from; None: nobody knows."""
+        automaton, state = self._automaton, self._states[-1]
+        if automaton is None or state is None or not automaton.followed or self._begins is None:
+            return None
+        length = self._in_a_row[-1]
+        return (
+            state,
+            self._others if self.num_tokens < self._min_tokens else (),
+            None if length < MOST or self._spaces is None else self._spaces.turn(length),
+        )
+
     def fill(self, masks: MaskTable, drafts: Sequence[int] = ()) -> list[int]:
         """Which tokens may come next, and which behind each of the drafts. All may where the
         grammar has not begun, and where none may: that token is refused whatever it is.
@@ -160,16 +173,14 @@ class Grammar:
         """The place of what may come next."""
         if self._begins is None:
             return masks.of_all()
-        automaton, state, length = self._automaton, self._states[-1], self._in_a_row[-1]
+        key, length = self.key, self._in_a_row[-1]
+        place = masks.kept(key)
+        if place is not None:
+            return place
+        crowded = None
+        if length >= MOST and self._spaces is not None:
+            crowded = self._spaces, self._spaces.turn(length)
         others = self._others if self.num_tokens < self._min_tokens else ()
-        turn = -1 if length < MOST or self._spaces is None else self._spaces.turn(length)
-        key = None
-        if automaton is not None and automaton.followed and state is not None:
-            key = state, others, turn
-            place = masks.kept(key)
-            if place is not None:
-                return place
-        crowded = None if turn < 0 or self._spaces is None else (self._spaces, turn)
         return masks.fill(key, self._asked(), others, crowded, later=later)
 
 

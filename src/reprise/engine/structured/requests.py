@@ -117,11 +117,16 @@ class Grammars:
             if not samples:
                 continue
             grammar = grammars.get(request)
-            if grammar is not None and request.finish_reason is None:
-                ahead = self._drafts.get(request, ())[:drafts] if drafts else ()
-                found = grammar.fill(masks, ahead)
-                rows += range(begin, begin + len(found))
-                places += found
+            if grammar is not None and request.finish_reason is None and not grammar.ended:
+                place = None if drafts else masks.kept(grammar.key)
+                if place is not None:
+                    rows.append(begin)
+                    places.append(place)
+                else:
+                    ahead = self._drafts.get(request, ())[:drafts] if drafts else ()
+                    found = grammar.fill(masks, ahead)
+                    rows += range(begin, begin + len(found))
+                    places += found
             begin += 1 + drafts
         if not rows:
             return None
