@@ -44,6 +44,10 @@ SCHEMAS: dict[str, Any] = {
 """None of which ends before the outputs do, but by chance."""
 
 
+SEEDS = 20
+"""That are tried."""
+
+
 class EndedError(Exception):
     """A text has ended before the outputs do: another seed may do."""
 
@@ -55,9 +59,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--lengths", default="32,160", metavar="SHORT,LONG")
     parser.add_argument("--temperature", default="0", help="one, or several: 0,0.8")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs behind the first one")
     parser.add_argument("--options", type=json.loads, default={}, help="engine options, as JSON")
     arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats: give at least 1")
     short, long = map(int, arguments.lengths.split(","))
     prompts = [{"prompt_token_ids": _prompt(each)} for each in range(arguments.requests)]
     directory = tempfile.TemporaryDirectory()  # grammars are compiled from its tokenizer, later
@@ -89,12 +95,18 @@ def main() -> None:
     temperatures = [float(each) for each in arguments.temperature.split(",")]
     for temperature, (name, schema) in itertools.product(temperatures, SCHEMAS.items()):
         drawn, runs = hashlib.sha256(), []
-        for seed in range(20):
+        for seed in range(SEEDS):
             with contextlib.suppress(EndedError):
                 runs.append((*step(schema, temperature, seed), *step(None, temperature, seed)))
             if len(runs) > arguments.repeats:
                 break
         runs = runs[1:]  # the first one has made grammars and masks
+        if not runs:
+            parser.error(
+                f"--lengths {arguments.lengths}: with fewer than two of {SEEDS} seeds all texts of "
+                f"{name!r} are that long at temperature {temperature:g}; give shorter ones, or "
+                "--temperature above 0, where seeds differ"
+            )
         found, waits, plain, plain_waits = map(statistics.median, zip(*runs, strict=True))
         print(json.dumps({
             "schema": name, "requests": arguments.requests, "temperature": temperature,

@@ -123,12 +123,12 @@ class Groups:
         # The hot loop of a serving engine: attribute access is what costs.
         changed: dict[CompletionGroup, None] = {}
         ended: dict[CompletionGroup, None] = {}
-        some_have_grammars = self._grammars.count > 0
+        grammars_left = self._grammars.left
         for request in self._scheduler.update(step, output.sampled, output.failed, output.spoilt):
             group, completion = completions[request]
             if request.finish_reason == "error":
                 self._fail(group, self._no_numbers(group, completion, unseen))
-            elif some_have_grammars:
+            elif request in grammars_left:
                 self._keep_to_grammar(group, completion)
             if completion.reads_tokens:
                 self._read(completion, logprobs.get(request))

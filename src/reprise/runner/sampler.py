@@ -81,10 +81,9 @@ class Sampler:
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
         if batch.plain and masks is not None:
-            which = batch.masked(masks, len(logits))
             peaks = logits.new_empty(len(logits))
-            words = self._words.of(masks)
-            return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
+            sent = self._words.of(masks, len(logits))
+            return draw(ops.masked_argmax, logits, *sent, peaks), peaks, None
         peaks = logits.amax(dim=-1)
         raw = logits.float()
         adjusted = raw
@@ -93,8 +92,7 @@ class Sampler:
             spare = raw is not logits and batch.num_logprobs is None
             adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
             if masks is not None:
-                which = batch.masked(masks, len(logits))
-                ops.apply_bitmask(adjusted, which, self._words.of(masks))
+                ops.apply_bitmask(adjusted, *self._words.of(masks, len(logits)))
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -140,6 +138,7 @@ class Sampler:
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
+        self._words.forget()
         for state in self._kept:
             state.forget()
 

@@ -35,6 +35,8 @@ class Grammars:
         self._of: dict[Request, Grammar] = {}
         self._drafts: dict[Request, Sequence[int]] = {}
         """Behind the newest token of each."""
+        self.left: set[Request] = set()
+        """Those that may have a :meth:`surplus`; any other goes on."""
         self.num_masks = 0
         """Rows of masks, from the start."""
 
@@ -53,11 +55,13 @@ class Grammars:
         """The request has ended."""
         self._of.pop(request, None)
         self._drafts.pop(request, None)
+        self.left.discard(request)
 
     def clear(self) -> None:
         """All requests have ended."""
         self._of.clear()
         self._drafts.clear()
+        self.left.clear()
 
     def steps_lost(self) -> None:
         """Steps were lost, their masks with them, and tokens that grammars have followed but no
@@ -88,7 +92,9 @@ class Grammars:
         for number, (request, tokens) in enumerate(zip(requests, output.sampled, strict=True)):
             grammar = grammars.get(request)
             if grammar is not None and tokens and request.finish_reason is None:
-                grammar.take(tokens, len(request.output_token_ids))
+                followed = grammar.take(tokens, len(request.output_token_ids))
+                if followed < len(tokens) or grammar.ended:
+                    self.left.add(request)
                 if proposed:
                     self._drafts[request] = proposed[number]
 
