@@ -123,11 +123,11 @@ def test_what_comes_behind_a_rule_is_part_of_a_state(llm: LLM) -> None:
     found = []
     for letter in (a, b):
         assert one.grammar.take([letter, k, k], 0) == 3
-        found.append((one.grammar._state, one.allowed()))
+        found.append((one.grammar.key, one.allowed()))
         assert one.grammar.take([letter, k], 0) == 2
-        assert one.grammar._state is found[-1][0]
-    (state, allowed), (other_state, other_allowed) = found
-    assert state is not other_state
+        assert one.grammar.key == found[-1][0] is not None
+    (key, allowed), (other_key, other_allowed) = found
+    assert key != other_key
     assert (re in allowed, ro in allowed) == (True, False)
     assert (re in other_allowed, ro in other_allowed) == (False, True)
 

@@ -42,7 +42,7 @@ def test_tokens_of_white_space_alone_are_told() -> None:
         ((0, 4), 0, (0, 4)),
     ):
         words = mask(*before, size=size)
-        found.limit(words, MOST + more)
+        found.limit(words, found.turn(MOST + more))
         assert np.array_equal(words, mask(*after, size=size))
 
 

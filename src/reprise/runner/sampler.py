@@ -85,14 +85,12 @@ class Sampler:
             sent = self._words.of(masks, len(logits))
             return draw(ops.masked_argmax, logits, *sent, peaks), peaks, None
         peaks = logits.amax(dim=-1)
-        raw = logits.float()
-        adjusted = raw
-        if batch.adjusts or masks is not None:
-            # Log probabilities are of what the model gave, which is its memory where it is float32.
-            spare = raw is not logits and batch.num_logprobs is None
-            adjusted = batch.adjust(raw if spare else raw.clone(), numbers)
-            if masks is not None:
-                ops.apply_bitmask(adjusted, *self._words.of(masks, len(logits)))
+        adjusted = logits
+        if batch.adjusts:
+            adjusted = batch.adjust(logits.to(torch.float32, copy=True), numbers)
+        if masks is not None:
+            adjusted = ops.apply_bitmask(adjusted, *self._words.of(masks, len(logits)))
+        adjusted = adjusted.float()
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
         else:
@@ -100,6 +98,8 @@ class Sampler:
         wanted = batch.num_logprobs
         if wanted is None:
             return tokens, peaks, None
+        changed = batch.adjusts or masks is not None
+        raw = logits.float() if changed else adjusted
         return tokens, peaks, top_logprobs(raw, tokens, wanted, batch.whole_rows)
 
     def count(self, emitted: Tensor) -> None:
@@ -183,8 +183,9 @@ def example_draws(vocab_size: int, num_drafts: int, dtype: torch.dtype, platform
     ops.argmax(logits)
     bits = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=platform.device)
     first = bits.new_zeros(1, dtype=torch.int64)
-    ops.apply_bitmask(logits, first, bits)
     given = logits.to(dtype)
+    for each in (logits, given):
+        ops.apply_bitmask(each, first, bits)
     ops.masked_argmax(given, first, bits, given.new_empty(1))
     seen = logits.int()
     row, *strengths = (

@@ -1,5 +1,5 @@
 from reprise.ops.apply_bitmask.cases import cases
-from reprise.ops.apply_bitmask.reference import reference
+from reprise.ops.apply_bitmask.reference import fake, reference
 from reprise.ops.registry import needs_triton, op
 from reprise.ops.step import needs_host_memory
 
@@ -9,7 +9,7 @@ apply_bitmask = op(
     "apply_bitmask",
     reference,
     cases=cases,
-    mutates=("logits",),
+    fake=fake,
     batch_invariant=True,
     rows=("logits", "which"),
 )

@@ -4,16 +4,19 @@ for all devices has."""
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
-def apply_bitmask(logits: Tensor, which: Tensor, bits: Tensor) -> None:
+def apply_bitmask(logits: Tensor, which: Tensor, bits: Tensor) -> Tensor:
     """Arguments as in the reference."""
-    values, vocab = logits.numpy(), logits.shape[1]
+    out = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    values, vocab = out.numpy(), logits.shape[1]
     masks = bits.numpy()
     for row, mask in enumerate(which.tolist()):
         if mask >= 0:
             np.putmask(values[row], ~allowed(masks[mask], vocab), -np.inf)
+    return out
 
 
 def allowed(words: np.ndarray[Any, Any], vocab: int) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.ops.apply_bitmask.triton import allowed_by
 from reprise.ops.argmax.triton import NOTHING, in_order, with_index
 from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_power_of_2
 
@@ -50,19 +51,18 @@ def masked_maxima_kernel(
     """keys: [R, parts] as of ``argmax``, of tokens that may come; largest: [R, parts], of all."""
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    index = part * BLOCK + tl.arange(0, BLOCK)
+    word = part * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    index = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = index < size
     depend(EARLY)
     mask = tl.load(which_ptr + row)
-    masked = tl.where(mask < 0, 0, size)  # tokens that the mask is about
-    words = tl.load(bits_ptr + mask * bits_stride + index // 32, mask=index < masked, other=-1)
     value = tl.load(logits_ptr + row * stride + index, mask=inside, other=-float("inf"))
     ordered = in_order(value)
-    tl.store(largest_ptr + row * parts + part, tl.max(ordered, axis=0))
-    allowed = ((words >> (index % 32)) & 1) == 1
-    ordered = tl.where(allowed, ordered, in_order(tl.full((BLOCK,), -float("inf"), tl.float32)))
+    tl.store(largest_ptr + row * parts + part, tl.max(tl.max(ordered, axis=1), axis=0))
+    allowed = allowed_by(bits_ptr, bits_stride, mask, word, size)
+    ordered = tl.where(allowed, ordered, in_order(tl.full(index.shape, -float("inf"), tl.float32)))
     key = tl.where(inside, with_index(ordered, index), NOTHING)
-    tl.store(keys_ptr + row * parts + part, tl.max(key, axis=0))
+    tl.store(keys_ptr + row * parts + part, tl.max(tl.max(key, axis=1), axis=0))
 
 
 @triton.jit
