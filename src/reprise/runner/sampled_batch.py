@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from reprise.runner.row_state import Draw
 from reprise.runner.rows import Rows
 from reprise.runner.token_limits import AllowedTokens, BadWords, ForbiddenTokens, RecentTokens
 from reprise.sampling_params import WHOLE_VOCABULARY
-from reprise.step import Admission, Step
+from reprise.step import Admission, Masks, Step
 
 
 class Kept(NamedTuple):
@@ -35,6 +35,9 @@ class SampledBatch:
         self._requests = list(step.rows), list(step.samples), list(step.drafts)
         self._rows = rows
         self._step_rows: Tensor | None = None
+        self._masked: tuple[np.ndarray[Any, Any], Tensor] | None = None
+        """[N] int64, of the last step that had any masks, here and on the device, see
+        :meth:`masked`."""
         self._platform = kept.seen.platform
         self._vocab_size = kept.seen.vocab_size
         owners = [rows.admitted[row] for row in step.rows]
@@ -144,6 +147,20 @@ class SampledBatch:
         """Whether a token that is drawn now may come before the request's ``min_tokens``."""
         generated = int(self._rows.at_least[request.row]) - request.num_prompt_tokens
         return generated < request.params.min_tokens
+
+    def masked(self, masks: Masks, num_rows: int) -> Tensor:
+        """[N] int64, the place of each row's mask, -1 for none. They are sent when they are others
+        than in the last step.
+
+        Args:
+            masks: Of the step.
+            num_rows: Rows of logits.
+        """
+        which = np.full(num_rows, -1, dtype=np.int64)
+        which[masks.rows] = masks.places
+        if self._masked is None or not np.array_equal(self._masked[0], which):
+            self._masked = which, to_device(which, self._platform)
+        return self._masked[1]
 
     @functools.cached_property
     def parameters(self) -> tuple[Tensor, ...]:

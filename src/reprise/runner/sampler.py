@@ -81,15 +81,17 @@ class Sampler:
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
         if batch.plain and masks is not None:
+            which = batch.masked(masks, len(logits))
             peaks = logits.new_empty(len(logits))
-            sent = self._words.of(masks, len(logits))
-            return draw(ops.masked_argmax, logits, *sent, peaks), peaks, None
+            words = self._words.of(masks)
+            return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
         peaks = logits.amax(dim=-1)
         adjusted = logits
         if batch.adjusts:
             adjusted = batch.adjust(logits.to(torch.float32, copy=True), numbers)
         if masks is not None:
-            adjusted = ops.apply_bitmask(adjusted, *self._words.of(masks, len(logits)))
+            which = batch.masked(masks, len(logits))
+            adjusted = ops.apply_bitmask(adjusted, which, self._words.of(masks))
         adjusted = adjusted.float()
         if batch.greedy:
             tokens = draw(ops.argmax, adjusted)
@@ -138,7 +140,6 @@ class Sampler:
     def forget(self) -> None:
         """Drop the state of all requests."""
         self._batch = None
-        self._words.forget()
         for state in self._kept:
             state.forget()
 
