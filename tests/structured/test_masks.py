@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from reprise import LLM, StructuredOutputsParams
 from reprise.engine.structured import Grammar, automaton, masks
 from reprise.engine.structured.automaton import Automaton
 from reprise.engine.structured.masks import MaskTable
+from reprise.engine.structured.white_space import MOST, TURN
 
 xgrammar = pytest.importorskip("xgrammar")
 
@@ -214,6 +216,35 @@ def test_where_there_is_room_for_few_those_of_a_step_stay(
     walk = Walk(llm, 4)
     assert [walk.step() for _ in range(12)] == [0] * 12
     assert walk.rows.num_kept > 12
+
+
+def test_texts_that_have_had_enough_white_space_share_masks(llm: LLM) -> None:
+    """Where a text that begins with some has to come, by how much came before, too."""
+    object_ = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    content = {"type": "json_schema", "style": "qwen_xml", "json_schema": object_ | {
+        "additionalProperties": False}}  # fmt: skip
+    form = {"type": "tag", "begin": "<n>", "content": content, "end": "\t\t</n>"}
+    what = {"structural_tag": {"type": "structural_tag", "format": form}}
+    encode = functools.partial(llm.get_tokenizer().encode, add_special_tokens=False)
+    one, alone, count = One(llm, what), One(llm, what), 2 * TURN + 2
+    alone.grammar._automaton, alone.grammar._states = None, [None]
+    allowed: list[set[int]] = []
+    for blank in (" ", "\n"):
+        tokens = encode("<n><parameter=a>x</parameter>") + encode(blank) * (MOST - 1)
+        for each in (one, alone):
+            assert each.grammar.take(tokens, 0) == len(tokens)
+        filled = 0
+        for number in range(count):
+            allowed.append(one.allowed())
+            filled += len(one.rows._changed)
+            assert allowed[-1] == alone.allowed()
+            token = min(allowed[-1]) if number else encode(" ")[0]
+            for each in (one, alone):
+                assert each.grammar.take([token], each.grammar.num_tokens) == 1
+    assert filled == 0
+    assert allowed[:count] == allowed[count:]
+    kinds = [encode(each)[0] for each in "\n \t"]
+    assert allowed[1:count] == [{kind} for kind in kinds for _ in range(TURN)][: count - 1]
 
 
 def test_texts_of_one_grammar_share_masks(llm: LLM) -> None:
