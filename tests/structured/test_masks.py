@@ -144,18 +144,44 @@ def test_a_text_that_is_long_enough_may_end_in_the_same_state(llm: LLM) -> None:
     assert one.rows.num_kept > 0
 
 
+@pytest.mark.parametrize("followed", [2, 64])
 def test_states_that_are_told_wrong_are_found(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, followed: int
 ) -> None:
     """Every mask is kept; then one is compared, and none is any more."""
     monkeypatch.setattr(Automaton, "walk", lambda self, state, token: self.start)
     monkeypatch.setattr(masks, "CHECKED", 7)
+    monkeypatch.setattr(masks, "FOLLOWED", followed)
     walk = Walk(llm, 0)
     with caplog.at_level(logging.ERROR, masks.__name__):
         wrong = [walk.step() for _ in range(25)]
     assert sum(wrong) > 0
     assert wrong[-5:] == [0] * 5
     assert [each.levelname for each in caplog.records] == ["ERROR"]
+
+
+def test_masks_of_long_texts_are_checked_as_often_with_few_tokens_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two texts, of which one ends before xgrammar has caught up with it."""
+    monkeypatch.setattr(masks, "CHECKED", 64)
+    monkeypatch.setattr(masks, "FOLLOWED", 4)
+    (letter,) = llm.get_tokenizer().encode("a", add_special_tokens=False)
+    texts = [One(llm, {"regex": "a*"}) for _ in range(2)]
+    rows, checked, followed = texts[0].rows, [], []
+    for step in range(200):
+        running = [each.grammar for each in texts[step >= 34 :]]
+        rows.begin(2)
+        before = [each._followed for each in running]
+        places = [each.fill(rows)[0] for each in running]
+        followed += [each._followed - old for each, old in zip(running, before, strict=True)]
+        if rows._doubted is not None:
+            checked.append(step)
+        rows.settle(np.array(places))
+        for each in running:
+            assert each.take([letter], step) == 1
+    assert len(checked) >= 3
+    assert max(followed[2:]) == 4
 
 
 def test_an_automaton_that_refuses_what_is_allowed_is_given_up(

@@ -105,17 +105,24 @@ class Grammar:
         self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
         return True
 
+    def catch_up(self, most: int) -> bool:
+        """Have xgrammar follow up to so many of the tokens that it has not; whether none is left,
+        or it refuses the next one."""
+        for token in self._tokens[self._followed : self._followed + most]:
+            if self._refused:
+                break
+            if self._matcher.accept_token(token):
+                self._followed += 1
+                continue
+            self._refused = True
+            if self._automaton is not None:
+                self._automaton.give_up("xgrammar refuses a token that follows it")
+        return self._refused or self._followed == len(self._tokens)
+
     def _asked(self) -> Any | None:
         """The matcher behind all tokens; None: it refuses one of them."""
-        matcher = self._matcher
-        while self._followed < len(self._tokens) and not self._refused:
-            if matcher.accept_token(self._tokens[self._followed]):
-                self._followed += 1
-            else:
-                self._refused = True
-                if self._automaton is not None:
-                    self._automaton.give_up("xgrammar refuses a token that follows it")
-        return None if self._refused else matcher
+        self.catch_up(len(self._tokens))
+        return None if self._refused else self._matcher
 
     def _take_back(self, known: int) -> None:
         """Forget what was taken behind the first ``known`` tokens."""
@@ -174,7 +181,7 @@ class Grammar:
         if self._begins is None:
             return masks.of_all()
         key, length = self.key, self._in_a_row[-1]
-        place = masks.kept(key)
+        place = masks.kept(key, self)
         if place is not None:
             return place
         crowded = None

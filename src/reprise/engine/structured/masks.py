@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ LEAST = 64
 CHECKED = 1024
 """Of so many masks that are there one is filled all the same, and compared: xgrammar follows all
 tokens of that text for it."""
+FOLLOWED = 64
+"""Tokens that it follows in a step for that, a microsecond or more each; the next steps' masks of a
+text that has more are not looked at until it has caught up."""
 GAP = 4
 """Masks between two that are to be sent up to which one copy takes all."""
 
@@ -44,6 +47,14 @@ Crowded = tuple[WhiteSpace, int]
 Others = tuple[tuple[int, int], ...]
 """All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
 others."""
+class Text(Protocol):
+    """Whose masks these are."""
+
+    def catch_up(self, most: int) -> bool:
+        """Have xgrammar follow up to so many of the tokens that it has not; whether none is
+        left."""
+
+
 ALL = "all"
 """The key of a mask that allows any token."""
 
@@ -63,6 +74,10 @@ class MaskTable:
         self._width, self._pinned = -(-vocab_size // 32), pinned
         self._keeps, self.num_kept = True, 0
         self._step = self._oldest = 0
+        self._next_check = CHECKED
+        """Of the masks that are there, by number."""
+        self._checked: tuple[Text, int] | None = None
+        """The text that xgrammar catches up with for it, and the step in which it has last."""
         self._asked = [0] * KEPT
         """The step that each was in last."""
         self._tensor = torch.empty((0, self._width), dtype=torch.int32)
@@ -82,6 +97,8 @@ class MaskTable:
             self._tensor = torch.empty(size, dtype=torch.int32, pin_memory=self._pinned)
             self._words = self._tensor.numpy()
             self.forget()
+        if self._checked is not None and self._checked[1] != self._step:
+            self._checked, self._next_check = None, self.num_kept  # it has ended: another one
         self._step += 1
         self._next = KEPT
         self._changed: list[int] = []
@@ -115,7 +132,7 @@ class MaskTable:
             self._asked[place] = self._step
         return place
 
-    def kept(self, key: Hashable | None) -> int | None:
+    def kept(self, key: Hashable | None, text: Text) -> int | None:
         """The place of a mask by all that it follows from (None: nobody knows); None: it has to be
         filled, maybe since it is one that is checked."""
         place = self._places.get(key)
@@ -123,7 +140,16 @@ class MaskTable:
             return None
         self._asked[place] = self._step
         self.num_kept += 1
-        return place if self.num_kept % CHECKED or self._doubted else None
+        if self._checked is None:
+            if self.num_kept < self._next_check or self._doubted is not None:
+                return place
+            self._checked, self._next_check = (text, self._step), self.num_kept + CHECKED
+        if self._checked[0] is text:
+            if text.catch_up(FOLLOWED):
+                self._checked = None
+                return None
+            self._checked = text, self._step
+        return place
 
     def fill(
         self,

@@ -124,7 +124,7 @@ class Grammars:
                 continue
             grammar = grammars.get(request)
             if grammar is not None and request.finish_reason is None and not grammar.ended:
-                place = None if drafts else masks.kept(grammar.key)
+                place = None if drafts else masks.kept(grammar.key, grammar)
                 if place is not None:
                     rows.append(begin)
                     places.append(place)
