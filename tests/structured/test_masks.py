@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reprise import LLM, StructuredOutputsParams
+from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar, automaton, masks
 from reprise.engine.structured.automaton import Automaton
 from reprise.engine.structured.masks import MaskTable
@@ -125,11 +125,11 @@ def test_what_comes_behind_a_rule_is_part_of_a_state(llm: LLM) -> None:
     found = []
     for letter in (a, b):
         assert one.grammar.take([letter, k, k], 0) == 3
-        found.append((one.grammar.key, one.allowed()))
+        found.append((one.grammar._states[-1], one.allowed()))
         assert one.grammar.take([letter, k], 0) == 2
-        assert one.grammar.key == found[-1][0] is not None
-    (key, allowed), (other_key, other_allowed) = found
-    assert key != other_key
+        assert one.grammar._states[-1] is found[-1][0] is not None
+    (state, allowed), (other_state, other_allowed) = found
+    assert state is not other_state
     assert (re in allowed, ro in allowed) == (True, False)
     assert (re in other_allowed, ro in other_allowed) == (False, True)
 
@@ -158,6 +158,19 @@ def test_states_that_are_told_wrong_are_found(
     assert sum(wrong) > 0
     assert wrong[-5:] == [0] * 5
     assert [each.levelname for each in caplog.records] == ["ERROR"]
+
+
+def test_an_engine_checks_the_masks_that_it_keeps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm.engine.grammars, "_masks", MaskTable(llm.engine.vocab_size))
+    monkeypatch.setattr(Automaton, "walk", lambda self, state, token: self.start)
+    monkeypatch.setattr(masks, "CHECKED", 7)
+    wanted = StructuredOutputsParams(regex="[ab]{3,200}c")
+    params = SamplingParams(max_tokens=12, temperature=0, structured_outputs=wanted)
+    with caplog.at_level(logging.ERROR, masks.__name__):
+        llm.generate(["Once"] * 2, params, use_tqdm=False)
+    assert ["two masks for one state" in each.message for each in caplog.records] == [True]
 
 
 def test_masks_of_long_texts_are_checked_as_often_with_few_tokens_a_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -140,19 +140,6 @@ class Grammar:
                 self._begins = None
         self.num_tokens = known
 
-    @property
-    def key(self) -> Hashable | None:
-        """All that the next token's mask follows from; None: nobody knows."""
-        automaton, state = self._automaton, self._states[-1]
-        if automaton is None or state is None or not automaton.followed or self._begins is None:
-            return None
-        length = self._in_a_row[-1]
-        return (
-            state,
-            self._others if self.num_tokens < self._min_tokens else (),
-            None if length < MOST or self._spaces is None else self._spaces.turn(length),
-        )
-
     def fill(self, masks: MaskTable, drafts: Sequence[int] = ()) -> list[int]:
         """Which tokens may come next, and which behind each of the drafts. All may where the
         grammar has not begun, and where none may: that token is refused whatever it is.
@@ -167,27 +154,35 @@ class Grammar:
         if self.ended:
             return []
         if not drafts:
-            return [self._mask(masks, later=True)]
+            return [self.mask(masks)]
         places, before = [], self.num_tokens
         for draft in (*drafts, -1):
-            places.append(self._mask(masks, later=False))
+            places.append(self.mask(masks, later=False))
             if draft < 0 or not self._accept(draft) or self.ended:
                 break
         self._take_back(before)
         return places
 
-    def _mask(self, masks: MaskTable, *, later: bool) -> int:
-        """The place of what may come next."""
+    def mask(self, masks: MaskTable, *, later: bool = True) -> int:
+        """The place of what may come next, of a text that has not ended.
+
+        Args:
+            masks: The step's.
+            later: No token is taken until they are settled.
+        """
         if self._begins is None:
             return masks.of_all()
-        key, length = self.key, self._in_a_row[-1]
-        place = masks.kept(key, self)
-        if place is not None:
-            return place
-        crowded = None
-        if length >= MOST and self._spaces is not None:
-            crowded = self._spaces, self._spaces.turn(length)
+        state, length, spaces = self._states[-1], self._in_a_row[-1], self._spaces
         others = self._others if self.num_tokens < self._min_tokens else ()
+        crowded = None
+        if length >= MOST and spaces is not None:
+            crowded = spaces, spaces.turn(length)
+        key = None
+        if state is not None and self._automaton is not None and self._automaton.followed:
+            key = state, others, crowded  # all that the mask follows from
+            place = masks.kept(key, self)
+            if place is not None:
+                return place
         return masks.fill(key, self._asked(), others, crowded, later=later)
 
 

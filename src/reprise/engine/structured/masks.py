@@ -132,9 +132,9 @@ class MaskTable:
             self._asked[place] = self._step
         return place
 
-    def kept(self, key: Hashable | None, text: Text) -> int | None:
-        """The place of a mask by all that it follows from (None: nobody knows); None: it has to be
-        filled, maybe since it is one that is checked."""
+    def kept(self, key: Hashable, text: Text) -> int | None:
+        """The place of a mask by all that it follows from; None: it has to be filled, maybe since
+        it is one that is checked."""
         place = self._places.get(key)
         if place is None:
             return None

@@ -124,15 +124,13 @@ class Grammars:
                 continue
             grammar = grammars.get(request)
             if grammar is not None and request.finish_reason is None and not grammar.ended:
-                place = None if drafts else masks.kept(grammar.key, grammar)
-                if place is not None:
-                    rows.append(begin)
-                    places.append(place)
-                else:
-                    ahead = self._drafts.get(request, ())[:drafts] if drafts else ()
-                    found = grammar.fill(masks, ahead)
+                if drafts:
+                    found = grammar.fill(masks, self._drafts.get(request, ())[:drafts])
                     rows += range(begin, begin + len(found))
                     places += found
+                else:
+                    rows.append(begin)
+                    places.append(grammar.mask(masks))
             begin += 1 + drafts
         if not rows:
             return None
