@@ -163,9 +163,9 @@ def test_states_that_are_told_wrong_are_found(
 def test_an_engine_checks_the_masks_that_it_keeps(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(llm.engine.grammars, "_masks", MaskTable(llm.engine.vocab_size))
     monkeypatch.setattr(Automaton, "walk", lambda self, state, token: self.start)
     monkeypatch.setattr(masks, "CHECKED", 7)
+    monkeypatch.setattr(llm.engine.grammars, "_masks", MaskTable(llm.engine.vocab_size))
     wanted = StructuredOutputsParams(regex="[ab]{3,200}c")
     params = SamplingParams(max_tokens=12, temperature=0, structured_outputs=wanted)
     with caplog.at_level(logging.ERROR, masks.__name__):
