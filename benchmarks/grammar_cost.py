@@ -3,11 +3,11 @@
     python benchmarks/grammar_cost.py --model qwen3-0.6b
 
 Requests with a schema that is known already (its grammar is compiled and cached), and the
-same requests without, in one engine and in turn. A step's time is the slope between a short and a
-long output, the median of several pairs; each pair draws by another seed, so that above temperature
-0 its texts are other ones. MODEL is a directory, or a name of ``reprise bench`` for random weights,
-which get a made-up tokenizer. Prints a JSON line a schema and temperature, with how long a step
-waits for the device, and a hash of the tokens.
+same requests without, in one engine and in turn. A step's time is the mean of those of a run
+between the first and the second of two lengths, the median of several runs; each pair draws by
+another seed, so that above temperature 0 its texts are other ones. MODEL is a directory, or a name
+of ``reprise bench`` for random weights, which get a made-up tokenizer. Prints a JSON line a schema
+and temperature, with how long a step waits for the device, and a hash of the tokens.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ SCHEMAS: dict[str, Any] = {
 
 SEEDS = 20
 """That are tried."""
+LAST = 3
+"""Steps of a run that are not looked at: requests end in them."""
 
 
 class EndedError(Exception):
@@ -59,38 +61,48 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--lengths", default="32,160", metavar="SHORT,LONG")
     parser.add_argument("--temperature", default="0", help="one, or several: 0,0.8")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs behind the first one")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs behind the first one")
     parser.add_argument("--options", type=json.loads, default={}, help="engine options, as JSON")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats: give at least 1")
     short, long = map(int, arguments.lengths.split(","))
+    if not LAST < short < long:
+        parser.error(f"--lengths: give two that grow, from {LAST + 1} on")
     prompts = [{"prompt_token_ids": _prompt(each)} for each in range(arguments.requests)]
     directory = tempfile.TemporaryDirectory()  # grammars are compiled from its tokenizer, later
     named = _model(arguments.model, Path(directory.name))
     options: dict[str, Any] = {"load_format": "dummy"} if "--load-format" in named else {}
     llm = LLM(named[1], device=arguments.device, **options, **arguments.options)
 
-    def seconds(length: int, schema: Any, temperature: float, seed: int) -> tuple[float, float]:
-        """Of a run, and how much of it the host waited."""
+    marks: list[tuple[float, float]] = []
+    """Behind each step the time, and how much of it the host has waited."""
+    advance = llm.engine.step
+
+    def marked() -> Any:
+        found = advance()
+        marks.append((time.perf_counter(), llm.engine.pipeline.wait_seconds))
+        return found
+
+    llm.engine.step = marked  # type: ignore[method-assign]
+
+    def step(schema: Any, temperature: float, seed: int) -> list[float]:
+        """Milliseconds of a step, and how many of them the host waits."""
         structured = None if schema is None else StructuredOutputsParams(json=schema)
         params = SamplingParams(
-            temperature=temperature, seed=seed, max_tokens=length, ignore_eos=True,
+            temperature=temperature, seed=seed, max_tokens=long, ignore_eos=True,
             structured_outputs=structured,
         )  # fmt: skip
-        began, waited = time.perf_counter(), llm.engine.pipeline.wait_seconds
+        marks.clear()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        spent = time.perf_counter() - began, llm.engine.pipeline.wait_seconds - waited
         tokens = [list(each.outputs[0].token_ids) for each in outputs]
-        if any(len(each) < length for each in tokens):
+        if any(len(each) < long for each in tokens):
             raise EndedError
         if schema is not None:
             drawn.update(repr(tokens).encode())
-        return spent
-
-    def step(*asked: Any) -> list[float]:
-        pairs = zip(seconds(long, *asked), seconds(short, *asked), strict=True)
-        return [1e3 * (more - less) / (long - short) for more, less in pairs]
+        end = len(marks) - LAST
+        pairs = zip(marks[end], marks[end - (long - short)], strict=True)
+        return [1e3 * (after - before) / (long - short) for after, before in pairs]
 
     temperatures = [float(each) for each in arguments.temperature.split(",")]
     for temperature, (name, schema) in itertools.product(temperatures, SCHEMAS.items()):

@@ -47,6 +47,8 @@ Crowded = tuple[WhiteSpace, int]
 Others = tuple[tuple[int, int], ...]
 """All tokens but some: of each word of a mask that has such tokens, its number and the bits of all
 others."""
+
+
 class Text(Protocol):
     """Whose masks these are."""
 

@@ -9,6 +9,8 @@ from reprise.ops.triton_util import cdiv, depend, launch, launch_options, next_p
 
 _PART = 4096
 """Elements of a row that one program takes."""
+_LEAST = tl.constexpr(-0x80000000)
+"""Less than :func:`in_order` gives for any number."""
 
 
 def masked_argmax(logits: Tensor, which: Tensor, bits: Tensor, peaks: Tensor) -> Tensor:
@@ -61,8 +63,10 @@ def masked_maxima_kernel(
     tl.store(largest_ptr + row * parts + part, tl.max(tl.max(ordered, axis=1), axis=0))
     allowed = allowed_by(bits_ptr, bits_stride, mask, word, size)
     ordered = tl.where(allowed, ordered, in_order(tl.full(index.shape, -float("inf"), tl.float32)))
-    key = tl.where(inside, with_index(ordered, index), NOTHING)
-    tl.store(keys_ptr + row * parts + part, tl.max(tl.max(key, axis=1), axis=0))
+    ordered = tl.where(inside, ordered, _LEAST)
+    largest = tl.max(tl.max(ordered, axis=1), axis=0)
+    first = tl.min(tl.min(tl.where(ordered == largest, index, 0x7FFFFFFF), axis=1), axis=0)
+    tl.store(keys_ptr + row * parts + part, with_index(largest, first))
 
 
 @triton.jit
@@ -76,8 +80,7 @@ def masked_argmax_kernel(
     depend(EARLY)
     key = tl.load(keys_ptr + row * parts + part, mask=inside, other=NOTHING)
     tl.store(tokens_ptr + row, 0x7FFFFFFF - (tl.max(key, axis=0) & 0x7FFFFFFF))
-    least: tl.constexpr = -0x80000000
-    ordered = tl.max(tl.load(largest_ptr + row * parts + part, mask=inside, other=least), axis=0)
+    ordered = tl.max(tl.load(largest_ptr + row * parts + part, mask=inside, other=_LEAST), axis=0)
     bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     peak = bits.to(tl.float32, bitcast=True)
     tl.store(peaks_ptr + row, peak.to(peaks_ptr.dtype.element_ty))
