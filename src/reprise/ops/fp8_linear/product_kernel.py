@@ -280,40 +280,45 @@ def fp8_product_kernel(
     for start in range(0, SHARE, STEP * TOGETHER):
         group = 0 if WHOLE else start // STEP
         AHEAD: tl.constexpr = 0 if WHOLE else 1
-        weight_0, scale_0 = _weight(weight_ptr + start, scale_ptr + group, real_feature)
+        x_group_ptr = x_scale_ptr + group * rows
+        # A load of a weight is where it is waited for; what is not loaded ahead is asked for before.
+        scale_0 = tl.load(scale_ptr + group)
         if TOGETHER > 1:
-            weight_1, scale_1 = _weight(
-                weight_ptr + start + STEP, scale_ptr + group + AHEAD, real_feature
-            )
+            scale_1 = tl.load(scale_ptr + group + AHEAD)
         if TOGETHER > 2:
-            weight_2, scale_2 = _weight(
-                weight_ptr + start + 2 * STEP, scale_ptr + group + 2 * AHEAD, real_feature
-            )
-            weight_3, scale_3 = _weight(
-                weight_ptr + start + 3 * STEP, scale_ptr + group + 3 * AHEAD, real_feature
-            )
-        x_0 = tl.zeros([STEP, ROWS], dtype=x_ptr.dtype.element_ty)
-        x_1, x_2, x_3 = x_0, x_0, x_0
+            scale_2 = tl.load(scale_ptr + group + 2 * AHEAD)
+            scale_3 = tl.load(scale_ptr + group + 3 * AHEAD)
         x_scale_0 = tl.zeros([ROWS], dtype=tl.float32)
         x_scale_1, x_scale_2, x_scale_3 = x_scale_0, x_scale_0, x_scale_0
-        x_group_ptr = x_scale_ptr + group * rows
+        if not LATE:
+            x_scale_0 = tl.load(x_group_ptr)
+            if TOGETHER > 1:
+                x_scale_1 = tl.load(x_group_ptr + AHEAD * rows)
+        weight_0 = _weight(weight_ptr + start, real_feature)
+        if TOGETHER > 1:
+            weight_1 = _weight(weight_ptr + start + STEP, real_feature)
+        if TOGETHER > 2:
+            weight_2 = _weight(weight_ptr + start + 2 * STEP, real_feature)
+            weight_3 = _weight(weight_ptr + start + 3 * STEP, real_feature)
+        x_0 = tl.zeros([STEP, ROWS], dtype=x_ptr.dtype.element_ty)
+        x_1, x_2, x_3 = x_0, x_0, x_0
         if LATE:
             # Within the condition, x is loaded when it is needed; weights are, ahead of that.
             if ended(EARLY):
-                x_0, x_scale_0 = _x(x_ptr + start, x_group_ptr, real_row)
+                x_0 = tl.load(x_ptr + start, mask=real_row, other=0.0)
+                x_scale_0 = tl.load(x_group_ptr)
                 if TOGETHER > 1:
-                    x_1, x_scale_1 = _x(x_ptr + start + STEP, x_group_ptr + AHEAD * rows, real_row)
+                    x_1 = tl.load(x_ptr + start + STEP, mask=real_row, other=0.0)
+                    x_scale_1 = tl.load(x_group_ptr + AHEAD * rows)
                 if TOGETHER > 2:
-                    x_2, x_scale_2 = _x(
-                        x_ptr + start + 2 * STEP, x_group_ptr + 2 * AHEAD * rows, real_row
-                    )
-                    x_3, x_scale_3 = _x(
-                        x_ptr + start + 3 * STEP, x_group_ptr + 3 * AHEAD * rows, real_row
-                    )
+                    x_2 = tl.load(x_ptr + start + 2 * STEP, mask=real_row, other=0.0)
+                    x_scale_2 = tl.load(x_group_ptr + 2 * AHEAD * rows)
+                    x_3 = tl.load(x_ptr + start + 3 * STEP, mask=real_row, other=0.0)
+                    x_scale_3 = tl.load(x_group_ptr + 3 * AHEAD * rows)
         else:
-            x_0, x_scale_0 = _x(x_ptr + start, x_group_ptr, real_row)
+            x_0 = tl.load(x_ptr + start, mask=real_row, other=0.0)
             if TOGETHER > 1:
-                x_1, x_scale_1 = _x(x_ptr + start + STEP, x_group_ptr + AHEAD * rows, real_row)
+                x_1 = tl.load(x_ptr + start + STEP, mask=real_row, other=0.0)
         acc = _multiply(acc, weight_0, scale_0, x_0, x_scale_0, NATIVE, WIDEN)
         if TOGETHER > 1:
             acc = _multiply(acc, weight_1, scale_1, x_1, x_scale_1, NATIVE, WIDEN)
@@ -327,10 +332,5 @@ def fp8_product_kernel(
 
 
 @triton.jit
-def _weight(ptr, scale_ptr, real):
-    return tl.load(ptr, mask=real, other=0.0, eviction_policy="evict_first"), tl.load(scale_ptr)
-
-
-@triton.jit
-def _x(ptr, scale_ptr, real):
-    return tl.load(ptr, mask=real, other=0.0), tl.load(scale_ptr)
+def _weight(ptr, real):
+    return tl.load(ptr, mask=real, other=0.0, eviction_policy="evict_first")

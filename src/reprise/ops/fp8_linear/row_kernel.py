@@ -223,29 +223,36 @@ def fp8_row_kernel(
     own = (k // STEP * SPREAD)[None, :] == column[:, None]
     kind: tl.constexpr = weight_ptr.dtype.element_ty if NATIVE else x_ptr.dtype.element_ty
     next_scale = tl.load(scale_ptr)
+    gain = 1.0
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + which)
     let_next_start(EARLY)
 
     norm = 1.0
+    x = tl.zeros([TOGETHER, STEP], dtype=x_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.float32)
     for start in range(0, SHARE, BLOCK_K):
         weight = tl.load(
             weight_ptr + start, mask=real_feature, other=0.0, eviction_policy="evict_first"
         )
+        following = tl.minimum(start + BLOCK_K, SHARE - BLOCK_K)
         weight_scale = next_scale
-        next_scale = tl.load(scale_ptr + tl.minimum(start + BLOCK_K, SHARE - BLOCK_K) // STEP)
+        next_scale = tl.load(scale_ptr + following // STEP)
         number = tl.zeros([BLOCK_K], dtype=kind)
         x_scale = tl.zeros([COLUMNS], dtype=tl.float32)
-        # Within the condition, x is loaded when it is needed; weights are, ahead of that.
+        # Within the condition, x is loaded no earlier than here; weights are, ahead of that.
         if ended(EARLY):
-            loaded = tl.load(x_ptr + start + which)
-            x = loaded.to(tl.float32)
-            if norm_ptr is not None:
-                if start == 0:
+            if start == 0:
+                x = tl.load(x_ptr + which)
+                if norm_ptr is not None:
                     norm = _norm(x_ptr, eps, INPUTS, WHOLE_ROW)
-                gain = tl.load(norm_ptr + start + which)
+            value = x.to(tl.float32)
+            if norm_ptr is not None:
                 # Rounded where the reference rounds.
-                x = with_gain(x * norm, gain, loaded.dtype).to(loaded.dtype).to(tl.float32)
-            y, scale = eight_bits(x, NATIVE, EXACT, LARGEST, LEAST)
+                value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
+                gain = tl.load(norm_ptr + following + which)
+            x = tl.load(x_ptr + following + which)
+            y, scale = eight_bits(value, NATIVE, EXACT, LARGEST, LEAST)
             number = tl.reshape(y.to(kind), [BLOCK_K])
             x_scale = tl.reshape(tl.broadcast_to(scale[:, None], [TOGETHER, SPREAD]), [COLUMNS])
         columns = tl.trans(tl.where(own, number[None, :], 0.0))

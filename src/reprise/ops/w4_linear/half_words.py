@@ -4,8 +4,8 @@
 A number under a mask is a float16 already, of the smallest: n * 2**-24 in its lower four bits, and
 16 times that in the next four. Words hold neighbours a half apart, so a mask leaves two factors for
 two neighbours of the row. These become float16 with a power of two for each 32 of them, which
-leaves bfloat16 as it is (but for what is less than a 2**29th of the largest). The four products of
-half a word are summed in float16, all else in float32.
+leaves bfloat16 as it is (but for what is less than a 2**29th of the largest). Eight products,
+of half a word and its neighbour's, are summed in float16, all else in float32.
 """
 
 import triton
@@ -14,19 +14,21 @@ import triton.language as tl
 
 @triton.jit
 def halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexpr):
-    """[W] eight times, float32 that bfloat16 holds: the inputs of words, in their order.
+    """[W, C] eight times, float32 that bfloat16 holds: the inputs of words, in their order.
 
-    Returns four of [W], pairs of neighbours that :func:`word_product` takes, and [W / 4] float32:
-    what a sum of its products is to be multiplied by, and with 1024 besides.
+    Returns four of [W, C], pairs of neighbours that :func:`part_product` takes, and [W / 4, C]
+    float32: what a sum of its products is to be multiplied by, and with 1024 besides.
     """
-    WORDS: tl.constexpr = x_0.shape[0]
+    PARTS: tl.constexpr = x_0.shape[0] // 4
+    CHUNKS: tl.constexpr = x_0.shape[1]
     low = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
     high = tl.maximum(tl.maximum(tl.abs(x_4), tl.abs(x_5)), tl.maximum(tl.abs(x_6), tl.abs(x_7)))
-    most = tl.max(tl.reshape(tl.maximum(low, high), [WORDS // 4, 4]), axis=1)
+    most = tl.max(tl.reshape(tl.maximum(low, high), [PARTS, 4, CHUNKS]), axis=1)
     # Exponents, so that the largest is between 2**14 and 2**15.
     power = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 14)
     factor = ((268 - power) << 23).to(tl.float32, bitcast=True)
-    factor = tl.reshape(tl.broadcast_to(factor[:, None], [WORDS // 4, 4]), [WORDS])
+    factor = tl.broadcast_to(factor[:, None, :], [PARTS, 4, CHUNKS])
+    factor = tl.reshape(factor, [PARTS * 4, CHUNKS])
     x_01 = _pair(x_0 * factor, x_1 * factor, PTX)
     x_45 = _pair(x_4 * factor, x_5 * factor, PTX)
     factor *= 0.0625
@@ -47,38 +49,74 @@ def _pair(low, high, PTX: tl.constexpr):
 
 
 @triton.jit
-def word_product(word, x_01, x_23, x_45, x_67, PTX: tl.constexpr):
-    """[N, W] words times [W] four times, of :func:`halves`: [N, W] float32 of a 2**24th."""
+def part_product(word, x_01, x_23, x_45, x_67, PTX: tl.constexpr):
+    """[W, N, C] words times [W, C] four times, of :func:`halves`: the sums of four words,
+    [W / 4, N, C] float32 of a 2**24th."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 s, t, u;
-            .reg .b16 l, h;
-            .reg .f32 a, b;
-            and.b32 t, $1, 0x000F000F;
-            mul.rn.f16x2 u, t, $2;
-            and.b32 t, $1, 0x00F000F0;
-            fma.rn.f16x2 u, t, $3, u;
-            shr.u32 s, $1, 8;
-            and.b32 t, s, 0x000F000F;
-            fma.rn.f16x2 u, t, $4, u;
-            and.b32 t, s, 0x00F000F0;
-            fma.rn.f16x2 u, t, $5, u;
-            mov.b32 {l, h}, u;
-            cvt.f32.f16 a, l;
-            cvt.f32.f16 b, h;
-            add.f32 $0, a, b;
-            }
-            """,
-            "=f,r,r,r,r,r",
-            [word, x_01[None, :], x_23[None, :], x_45[None, :], x_67[None, :]],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    left = _half_product(word, x_01, x_23, x_45, x_67)
-    return left + _half_product(word >> 16, x_01 >> 16, x_23 >> 16, x_45 >> 16, x_67 >> 16)
+        w_0, w_1, w_2, w_3 = _words(word)
+        a_0, a_1, a_2, a_3 = _words(x_01[:, None, :])
+        b_0, b_1, b_2, b_3 = _words(x_23[:, None, :])
+        c_0, c_1, c_2, c_3 = _words(x_45[:, None, :])
+        d_0, d_1, d_2, d_3 = _words(x_67[:, None, :])
+        left = _two_words(w_0, w_1, a_0, b_0, c_0, d_0, a_1, b_1, c_1, d_1)
+        return left + _two_words(w_2, w_3, a_2, b_2, c_2, d_2, a_3, b_3, c_3, d_3)
+    sums = _half_product(word, x_01, x_23, x_45, x_67)
+    sums += _half_product(word >> 16, x_01 >> 16, x_23 >> 16, x_45 >> 16, x_67 >> 16)
+    return tl.sum(tl.reshape(sums, [word.shape[0] // 4, 4, word.shape[1], word.shape[2]]), axis=1)
+
+
+@triton.jit
+def _words(word):
+    """[W, N, C] to each word of four, [W / 4, N, C] four times."""
+    PARTS: tl.constexpr = word.shape[0] // 4
+    N: tl.constexpr = word.shape[1]
+    C: tl.constexpr = word.shape[2]
+    pairs = tl.permute(tl.reshape(word, [PARTS, 2, 2, N, C]), [0, 3, 4, 1, 2])
+    even, odd = tl.split(pairs)
+    word_0, word_2 = tl.split(even)
+    word_1, word_3 = tl.split(odd)
+    return word_0, word_1, word_2, word_3
+
+
+@triton.jit
+def _two_words(word, other, a, b, c, d, e, f, g, h):
+    """The sum of both words' products."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 s, t, u;
+        .reg .b16 l, h;
+        .reg .f32 a, b;
+        and.b32 t, $1, 0x000F000F;
+        mul.rn.f16x2 u, t, $3;
+        and.b32 t, $1, 0x00F000F0;
+        fma.rn.f16x2 u, t, $4, u;
+        shr.u32 s, $1, 8;
+        and.b32 t, s, 0x000F000F;
+        fma.rn.f16x2 u, t, $5, u;
+        and.b32 t, s, 0x00F000F0;
+        fma.rn.f16x2 u, t, $6, u;
+        and.b32 t, $2, 0x000F000F;
+        fma.rn.f16x2 u, t, $7, u;
+        and.b32 t, $2, 0x00F000F0;
+        fma.rn.f16x2 u, t, $8, u;
+        shr.u32 s, $2, 8;
+        and.b32 t, s, 0x000F000F;
+        fma.rn.f16x2 u, t, $9, u;
+        and.b32 t, s, 0x00F000F0;
+        fma.rn.f16x2 u, t, $10, u;
+        mov.b32 {l, h}, u;
+        cvt.f32.f16 a, l;
+        cvt.f32.f16 b, h;
+        add.f32 $0, a, b;
+        }
+        """,
+        "=f,r,r,r,r,r,r,r,r,r,r",
+        [word, other, a, b, c, d, e, f, g, h],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -93,5 +131,5 @@ def _half_product(word, x_01, x_23, x_45, x_67):
 
 @triton.jit
 def _low(pair):
-    """[W] int32 to its lower halves, [1, W] float32."""
-    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[None, :]
+    """[W, C] int32 to its lower halves, [W, 1, C] float32."""
+    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :]

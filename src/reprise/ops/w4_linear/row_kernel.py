@@ -30,12 +30,15 @@ from reprise.ops.triton_util import (
     takes_ptx,
     with_gain,
 )
-from reprise.ops.w4_linear.half_words import halves, word_product
+from reprise.ops.w4_linear.half_words import halves, part_product
 
 _FEATURES = 8
 """Rows of the weight in a tile."""
 _MOST_WORDS = 512
 """Of a row in a tile; programs with other shares of longer rows sum."""
+_LANE_WORDS = 128
+"""Of a row, that a warp reads side by side. It has whole rows of a tile, some of them, so that no
+sum needs another warp's."""
 _PROGRAMS = 3
 """To aim at, on a multiprocessor: all run at once, each with several tiles."""
 _WARPS = 4
@@ -74,6 +77,7 @@ def launch_row(
     """
     words, features = packed.shape[1], out.shape[1]
     block = min(_MOST_WORDS, next_power_of_2(words))
+    half = x.dtype is torch.bfloat16 and (INTERPRETED or takes_ptx())
     splits, tiles = cdiv(words, block), cdiv(features, _FEATURES // (1 + gated))
     most = _PROGRAMS * limits(x.device).multiprocessors
     each = cdiv(tiles * splits, most)
@@ -103,7 +107,8 @@ def launch_row(
         MOST_TILES=next_power_of_2(each),
         BLOCK_N=_FEATURES,
         BLOCK_W=block,
-        HALF=x.dtype is torch.bfloat16 and (INTERPRETED or takes_ptx()),
+        LANE_W=min(block, _LANE_WORDS) if half else block,
+        HALF=half,
         PTX=takes_ptx(),
         num_warps=_WARPS,
         **launch_options(),
@@ -122,24 +127,22 @@ def _rows(tile, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.
 
 @triton.jit
 def _weight(
-    packed_ptr, scales_ptr, zeros_ptr, n, outputs, word,
+    packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, part,
     WORDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of the weight: words [BLOCK_N, BLOCK_W], zeros outside of it; [BLOCK_N, PARTS]
-    scales, and what stands for zero if there are such."""
-    inside = (n < outputs)[:, None]
+    """Of a tile of the weight: words [W, BLOCK_N, C], zeros outside of it; [PARTS, BLOCK_N, C]
+    scales, and what stands for zero if there are such. word: [W, C]; part: [PARTS, C]."""
+    inside = (n < outputs)[None, :, None]
     if WORDS % BLOCK_W != 0:
-        inside = inside & (word < WORDS)[None, :]
+        inside = inside & (word < WORDS)[:, None, :]
     # Read once, so not worth caching.
     words = tl.load(
-        packed_ptr + n.to(tl.int64)[:, None] * WORDS + word[None, :],
+        packed_ptr + n.to(tl.int64)[None, :, None] * WORDS + word[:, None, :],
         mask=inside, other=0, eviction_policy="evict_first",
     )  # fmt: skip
     GROUPS: tl.constexpr = WORDS * 8 // GROUP
-    PARTS: tl.constexpr = BLOCK_W // 4
-    part = tl.max(tl.reshape(word, [PARTS, 4]), axis=1) // 4
     group = tl.minimum(part // (GROUP // 32), GROUPS - 1)
-    offset = tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * GROUPS + group[None, :]
+    offset = tl.minimum(n, outputs - 1).to(tl.int64)[None, :, None] * GROUPS + group[:, None, :]
     scale = tl.load(scales_ptr + offset)
     zero = scale
     if zeros_ptr is not None:
@@ -161,7 +164,7 @@ def _high(word, one):
 
 @triton.jit
 def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexpr):
-    """[N, W] words times [W] eight times, those of :func:`_columns`: their sums [N, W]."""
+    """[W, N, C] words times [W, 1, C] eight times, those of :func:`_columns`: their sums."""
     if PTX:
         # All of a word in one place: apart, all numbers of a tile would be in registers at once.
         return tl.inline_asm_elementwise(
@@ -201,8 +204,7 @@ def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexp
             """,
             "=&f,r,f,f,f,f,f,f,f,f,r",
             [
-                word, x_0[None, :], x_1[None, :], x_2[None, :], x_3[None, :],
-                x_4[None, :], x_5[None, :], x_6[None, :], x_7[None, :], one,
+                word, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, one,
             ],
             dtype=tl.float32,
             is_pure=True,
@@ -210,21 +212,20 @@ def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexp
         )  # fmt: skip
     left = word << 12
     right = word >> 8
-    acc = _low(left, one) * x_0[None, :]
-    acc += _high(left, one) * x_2[None, :]
-    acc += _high(word << 8, one) * x_4[None, :]
-    acc += _low(word, one) * x_6[None, :]
-    acc += _high(word, one) * x_1[None, :]
-    acc += _low(right, one) * x_3[None, :]
-    acc += _high(right, one) * x_5[None, :]
-    return acc + _high(word >> 12, one) * x_7[None, :]
+    acc = _low(left, one) * x_0
+    acc += _high(left, one) * x_2
+    acc += _high(word << 8, one) * x_4
+    acc += _low(word, one) * x_6
+    acc += _high(word, one) * x_1
+    acc += _low(right, one) * x_3
+    acc += _high(right, one) * x_5
+    return acc + _high(word >> 12, one) * x_7
 
 
 @triton.jit
 def _columns(x):
-    """[W, 8] float32 to eight of [W]."""
-    WORDS: tl.constexpr = x.shape[0]
-    even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2, 2]))
+    """[W, C, 8] float32 to eight of [W, C]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2, 2]))
     x_04, x_26 = tl.split(even)
     x_15, x_37 = tl.split(odd)
     x_0, x_4 = tl.split(x_04)
@@ -294,6 +295,7 @@ def w4_row_kernel(
     MOST_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    LANE_W: tl.constexpr,
     HALF: tl.constexpr,
     PTX: tl.constexpr,
     EARLY: tl.constexpr,
@@ -306,38 +308,42 @@ def w4_row_kernel(
     GROUP inputs. partial: [SPLITS, tiles, BLOCK_N] float32. MOST_TILES: a power of two.
     """
     INPUTS: tl.constexpr = WORDS * 8
-    PARTS: tl.constexpr = BLOCK_W // 4  # a thread's own sums are of 32 inputs
+    CHUNKS: tl.constexpr = BLOCK_W // LANE_W
+    PARTS: tl.constexpr = LANE_W // 4  # a thread's own sums are of 32 inputs
     outputs = features * (2 if GATED else 1)
     which = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     tile, end = which * TILES, which * TILES + TILES
-    word = split * BLOCK_W + tl.arange(0, BLOCK_W)
+    chunk = split * CHUNKS + tl.arange(0, CHUNKS)[None, :]
+    word = chunk * LANE_W + tl.arange(0, LANE_W)[:, None]
+    part = chunk * PARTS + tl.arange(0, PARTS)[:, None]
     n = _rows(tile, features, GATED, BLOCK_N, 1)
     packed, scale, zero = _weight(
-        packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, WORDS, GROUP, BLOCK_W
+        packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, part, WORDS, GROUP, BLOCK_W
     )
     depend(EARLY)
 
-    k = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    k = word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0)
     value = x.to(tl.float32)
     if norm_ptr is not None:
         gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
         squares = value * value
         if SPLITS > 1:
-            squares = tl.zeros([BLOCK_W, 8], dtype=tl.float32)
+            squares = tl.zeros([LANE_W, CHUNKS, 8], dtype=tl.float32)
             for other in tl.static_range(SPLITS):
-                column = other * BLOCK_W * 8 + tl.arange(0, BLOCK_W)[:, None] * 8
-                column += tl.arange(0, 8)[None, :]
-                part = tl.load(x_ptr + column, mask=column < INPUTS, other=0.0).to(tl.float32)
-                squares += part * part
-        norm = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / INPUTS + eps)
-        value = with_gain(value * norm, gain, x.dtype).to(x.dtype).to(tl.float32)
+                at = k + (other - split) * (BLOCK_W * 8)
+                each = tl.load(x_ptr + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+                squares += each * each
+        total = tl.sum(tl.sum(tl.sum(squares, axis=2), axis=1), axis=0)
+        value = value * tl.rsqrt(total / INPUTS + eps)
+        value = with_gain(value, gain, x.dtype).to(x.dtype).to(tl.float32)
     x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
     if HALF:
         both = ((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7))
-        sums = tl.sum(tl.reshape(both, [PARTS, 4]), axis=1) * (128.0 / 1024)
+        sums = tl.sum(tl.reshape(both, [PARTS, 4, CHUNKS]), axis=1) * (128.0 / 1024)
         x_0, x_1, x_2, x_3, power = halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
+        power = power[:, None, :]
         ones = -sums
         if zeros_ptr is None:
             ones = sums * (8.0 / 128)
@@ -345,31 +351,33 @@ def w4_row_kernel(
         low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
         # Numbers in lower bits are a sixteenth of those in higher ones.
         x_0, x_3, x_6 = x_0 * 16, x_3 * 16, x_6 * 16
-        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4]), axis=1)
-        sums = tl.sum(tl.reshape(low + high, [PARTS, 4]), axis=1)
+        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4, CHUNKS]), axis=1)
+        sums = tl.sum(tl.reshape(low + high, [PARTS, 4, CHUNKS]), axis=1)
         if zeros_ptr is None:
             ones += sums * (8.0 / 128)
         else:
             ones -= sums  # what stands for zero is made a number between 1 and 2, as all others
+        x_0, x_1, x_2, x_3 = x_0[:, None, :], x_1[:, None, :], x_2[:, None, :], x_3[:, None, :]
+        x_4, x_5, x_6, x_7 = x_4[:, None, :], x_5[:, None, :], x_6[:, None, :], x_7[:, None, :]
+    ones, sums = ones[:, None, :], sums[:, None, :]
 
     for _ in range(TILES):
         packed_now, scale_now, zero_now = packed, scale, zero
         # The next words are asked for before these are used.
         n = _rows(tl.where(tile + 1 < end, tile + 1, outputs), features, GATED, BLOCK_N, 1)
         packed, scale, zero = _weight(
-            packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, WORDS, GROUP, BLOCK_W
+            packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, part, WORDS, GROUP, BLOCK_W
         )
         before = _before(out_ptr, tile, features, ADD and SPLITS == 1, BLOCK_N, 1)
         if HALF:
-            product = word_product(packed_now, x_0, x_1, x_2, x_3, PTX)
-            product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2)
-            product = product * power[None, :] - ones[None, :]
+            product = part_product(packed_now, x_0, x_1, x_2, x_3, PTX) * power - ones
         else:
             product = _product(packed_now, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
-            product = tl.sum(tl.reshape(product, [BLOCK_N, PARTS, 4]), axis=2) - ones[None, :]
+            product = tl.sum(tl.reshape(product, [PARTS, 4, BLOCK_N, CHUNKS]), axis=1) - ones
         if zeros_ptr is not None:
-            product -= _high(zero_now.to(tl.int32) << 16, one) * sums[None, :]
-        y = tl.sum(scale_now.to(tl.float32) * product, axis=1) * (1024 if HALF else 128)
+            product -= _high(zero_now.to(tl.int32) << 16, one) * sums
+        product = tl.sum(scale_now.to(tl.float32) * product, axis=2)
+        y = tl.sum(product, axis=0) * (1024 if HALF else 128)
         if SPLITS > 1:
             at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
