@@ -279,6 +279,6 @@ def _again(compiled: Any, constants: Sequence[Any], grid: tuple[int, ...]) -> Ag
     return again
 
 
-def warps(elements: int, per_thread: int = 8) -> int:
-    """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two up to 16."""
-    return min(16, max(1, next_power_of_2(elements // (32 * per_thread))))
+def warps(elements: int, per_thread: int = 8, most: int = 16) -> int:
+    """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two up to ``most``."""
+    return min(most, max(1, next_power_of_2(elements // (32 * per_thread))))

@@ -52,7 +52,7 @@ def quantise(
     numbers = x.new_empty((room, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
     scales = x.new_empty((inputs // group, room), dtype=torch.float32)
     whole = norm_weight is not None or group == inputs
-    few = rows <= _FEW_ROWS and not whole
+    few = rows <= _FEW_ROWS
     most = next_power_of_2(inputs)
     share = most if whole else min(max(_FEW_SHARE if few else _SHARE, group), most)
     launch(quantise_kernel, (rows, 1 if whole else cdiv(inputs, share)))(
@@ -70,7 +70,7 @@ def quantise(
         EXACT=not INTERPRETED,
         LARGEST=LARGEST,
         LEAST=LEAST_MAGNITUDE,
-        num_warps=warps(share, per_thread=4 if few else 16),
+        num_warps=warps(share, 4, most=32) if few else warps(share, 16),
         **launch_options(),
     )
     return numbers, scales

@@ -14,27 +14,26 @@ import triton.language as tl
 
 @triton.jit
 def halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexpr):
-    """[W, C] eight times, float32 that bfloat16 holds: the inputs of words, in their order.
+    """[P, 4] eight times, float32 that bfloat16 holds: the inputs of four words, in their order.
 
-    Returns four of [W, C], pairs of neighbours that :func:`part_product` takes, and [W / 4, C]
-    float32: what a sum of its products is to be multiplied by, and with 1024 besides.
+    Returns two of [P, 4] int64, pairs of neighbours that :func:`part_product` takes, and [P]
+    float32: what a sum of the products of four words is to be multiplied by, and with 1024 besides.
     """
-    PARTS: tl.constexpr = x_0.shape[0] // 4
-    CHUNKS: tl.constexpr = x_0.shape[1]
     low = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
     high = tl.maximum(tl.maximum(tl.abs(x_4), tl.abs(x_5)), tl.maximum(tl.abs(x_6), tl.abs(x_7)))
-    most = tl.max(tl.reshape(tl.maximum(low, high), [PARTS, 4, CHUNKS]), axis=1)
+    most = tl.max(tl.maximum(low, high), axis=1)
     # Exponents, so that the largest is between 2**14 and 2**15.
     power = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 14)
-    factor = ((268 - power) << 23).to(tl.float32, bitcast=True)
-    factor = tl.broadcast_to(factor[:, None, :], [PARTS, 4, CHUNKS])
-    factor = tl.reshape(factor, [PARTS * 4, CHUNKS])
+    factor = ((268 - power) << 23).to(tl.float32, bitcast=True)[:, None]
     x_01 = _pair(x_0 * factor, x_1 * factor, PTX)
     x_45 = _pair(x_4 * factor, x_5 * factor, PTX)
     factor *= 0.0625
     x_23 = _pair(x_2 * factor, x_3 * factor, PTX)
     x_67 = _pair(x_6 * factor, x_7 * factor, PTX)
-    return x_01, x_23, x_45, x_67, (power << 23).to(tl.float32, bitcast=True)
+    # Side by side, so that they change their layout at once.
+    x_03 = (x_23.to(tl.int64) << 32) | (x_01.to(tl.int64) & 0xFFFFFFFF)
+    x_47 = (x_67.to(tl.int64) << 32) | (x_45.to(tl.int64) & 0xFFFFFFFF)
+    return x_03, x_47, (power << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -49,19 +48,15 @@ def _pair(low, high, PTX: tl.constexpr):
 
 
 @triton.jit
-def part_product(word, x_01, x_23, x_45, x_67, PTX: tl.constexpr):
-    """[W, N, C] words times [W, C] four times, of :func:`halves`: the sums of four words,
+def part_product(word, x_03, x_47, PTX: tl.constexpr):
+    """[W, N, C] words times [W, 1, C] twice, of :func:`halves`: the sums of four words,
     [W / 4, N, C] float32 of a 2**24th."""
     if PTX:
         w_0, w_1, w_2, w_3 = _words(word)
-        a_0, a_1, a_2, a_3 = _words(x_01[:, None, :])
-        b_0, b_1, b_2, b_3 = _words(x_23[:, None, :])
-        c_0, c_1, c_2, c_3 = _words(x_45[:, None, :])
-        d_0, d_1, d_2, d_3 = _words(x_67[:, None, :])
-        left = _two_words(w_0, w_1, a_0, b_0, c_0, d_0, a_1, b_1, c_1, d_1)
-        return left + _two_words(w_2, w_3, a_2, b_2, c_2, d_2, a_3, b_3, c_3, d_3)
-    sums = _half_product(word, x_01, x_23, x_45, x_67)
-    sums += _half_product(word >> 16, x_01 >> 16, x_23 >> 16, x_45 >> 16, x_67 >> 16)
+        a_0, a_1, a_2, a_3 = _words(x_03)
+        b_0, b_1, b_2, b_3 = _words(x_47)
+        return _two_words(w_0, w_1, a_0, b_0, a_1, b_1) + _two_words(w_2, w_3, a_2, b_2, a_3, b_3)
+    sums = _half_product(word, x_03, x_47) + _half_product(word >> 16, x_03 >> 16, x_47 >> 16)
     return tl.sum(tl.reshape(sums, [word.shape[0] // 4, 4, word.shape[1], word.shape[2]]), axis=1)
 
 
@@ -79,40 +74,44 @@ def _words(word):
 
 
 @triton.jit
-def _two_words(word, other, a, b, c, d, e, f, g, h):
+def _two_words(word, other, x_03, x_47, other_03, other_47):
     """The sum of both words' products."""
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 s, t, u;
+        .reg .b32 s, t, u, x01, x23;
         .reg .b16 l, h;
         .reg .f32 a, b;
+        mov.b64 {x01, x23}, $3;
         and.b32 t, $1, 0x000F000F;
-        mul.rn.f16x2 u, t, $3;
+        mul.rn.f16x2 u, t, x01;
         and.b32 t, $1, 0x00F000F0;
-        fma.rn.f16x2 u, t, $4, u;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $4;
         shr.u32 s, $1, 8;
         and.b32 t, s, 0x000F000F;
-        fma.rn.f16x2 u, t, $5, u;
+        fma.rn.f16x2 u, t, x01, u;
         and.b32 t, s, 0x00F000F0;
-        fma.rn.f16x2 u, t, $6, u;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $5;
         and.b32 t, $2, 0x000F000F;
-        fma.rn.f16x2 u, t, $7, u;
+        fma.rn.f16x2 u, t, x01, u;
         and.b32 t, $2, 0x00F000F0;
-        fma.rn.f16x2 u, t, $8, u;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $6;
         shr.u32 s, $2, 8;
         and.b32 t, s, 0x000F000F;
-        fma.rn.f16x2 u, t, $9, u;
+        fma.rn.f16x2 u, t, x01, u;
         and.b32 t, s, 0x00F000F0;
-        fma.rn.f16x2 u, t, $10, u;
+        fma.rn.f16x2 u, t, x23, u;
         mov.b32 {l, h}, u;
         cvt.f32.f16 a, l;
         cvt.f32.f16 b, h;
         add.f32 $0, a, b;
         }
         """,
-        "=f,r,r,r,r,r,r,r,r,r,r",
-        [word, other, a, b, c, d, e, f, g, h],
+        "=f,r,r,l,l,l,l",
+        [word, other, x_03, x_47, other_03, other_47],
         dtype=tl.float32,
         is_pure=True,
         pack=1,
@@ -120,16 +119,16 @@ def _two_words(word, other, a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def _half_product(word, x_01, x_23, x_45, x_67):
+def _half_product(word, x_03, x_47):
     """Of the lower halves."""
-    acc = (word & 0xF).to(tl.float32) * _low(x_01)
-    acc += (word & 0xF0).to(tl.float32) * _low(x_23)
-    acc += ((word >> 8) & 0xF).to(tl.float32) * _low(x_45)
-    acc += ((word >> 8) & 0xF0).to(tl.float32) * _low(x_67)
+    acc = (word & 0xF).to(tl.float32) * _low(x_03)
+    acc += (word & 0xF0).to(tl.float32) * _low(x_03 >> 32)
+    acc += ((word >> 8) & 0xF).to(tl.float32) * _low(x_47)
+    acc += ((word >> 8) & 0xF0).to(tl.float32) * _low(x_47 >> 32)
     return acc * 2.0**-24
 
 
 @triton.jit
-def _low(pair):
-    """[W, C] int32 to its lower halves, [W, 1, C] float32."""
-    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :]
+def _low(pairs):
+    """The lowest of four float16 in an int64, float32."""
+    return pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

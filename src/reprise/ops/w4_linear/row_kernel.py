@@ -224,8 +224,8 @@ def _product(word, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX: tl.constexp
 
 @triton.jit
 def _columns(x):
-    """[W, C, 8] float32 to eight of [W, C]."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2, 2]))
+    """[P, 4, 8] float32 to eight of [P, 4]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2, 2, 2]))
     x_04, x_26 = tl.split(even)
     x_15, x_37 = tl.split(odd)
     x_0, x_4 = tl.split(x_04)
@@ -233,6 +233,20 @@ def _columns(x):
     x_2, x_6 = tl.split(x_26)
     x_3, x_7 = tl.split(x_37)
     return x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
+
+
+@triton.jit
+def _of_words(x, CHUNKS: tl.constexpr):
+    """[P, 4] to [4 * P / CHUNKS, 1, CHUNKS], as words are."""
+    PARTS: tl.constexpr = x.shape[0] // CHUNKS
+    x = tl.permute(tl.reshape(x, [CHUNKS, PARTS, 4]), [1, 2, 0])
+    return tl.reshape(x, [PARTS * 4, 1, CHUNKS])
+
+
+@triton.jit
+def _of_parts(x, CHUNKS: tl.constexpr):
+    """[P] to [P / CHUNKS, 1, CHUNKS], as scales are."""
+    return tl.trans(tl.reshape(x, [CHUNKS, x.shape[0] // CHUNKS]))[:, None, :]
 
 
 @triton.jit
@@ -323,17 +337,19 @@ def w4_row_kernel(
     )
     depend(EARLY)
 
-    k = word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    # A thread has the inputs of four words, as of the weight.
+    k = split * (BLOCK_W * 8) + tl.arange(0, CHUNKS * PARTS)[:, None, None] * 32
+    k += tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0)
     value = x.to(tl.float32)
     if norm_ptr is not None:
         gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
         squares = value * value
         if SPLITS > 1:
-            squares = tl.zeros([LANE_W, CHUNKS, 8], dtype=tl.float32)
+            squares = tl.zeros([CHUNKS * PARTS, 4, 8], dtype=tl.float32)
             for other in tl.static_range(SPLITS):
-                at = k + (other - split) * (BLOCK_W * 8)
-                each = tl.load(x_ptr + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+                j = k + (other - split) * (BLOCK_W * 8)
+                each = tl.load(x_ptr + j, mask=j < INPUTS, other=0.0).to(tl.float32)
                 squares += each * each
         total = tl.sum(tl.sum(tl.sum(squares, axis=2), axis=1), axis=0)
         value = value * tl.rsqrt(total / INPUTS + eps)
@@ -341,9 +357,9 @@ def w4_row_kernel(
     x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = _columns(value)
     if HALF:
         both = ((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7))
-        sums = tl.sum(tl.reshape(both, [PARTS, 4, CHUNKS]), axis=1) * (128.0 / 1024)
-        x_0, x_1, x_2, x_3, power = halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
-        power = power[:, None, :]
+        sums = tl.sum(both, axis=1) * (128.0 / 1024)
+        x_0, x_1, power = halves(x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
+        power = _of_parts(power, CHUNKS)
         ones = -sums
         if zeros_ptr is None:
             ones = sums * (8.0 / 128)
@@ -351,15 +367,17 @@ def w4_row_kernel(
         low, high = x_0 + x_3 + x_6, x_1 + x_2 + x_4 + x_5 + x_7
         # Numbers in lower bits are a sixteenth of those in higher ones.
         x_0, x_3, x_6 = x_0 * 16, x_3 * 16, x_6 * 16
-        ones = tl.sum(tl.reshape(low * 16 + high, [PARTS, 4, CHUNKS]), axis=1)
-        sums = tl.sum(tl.reshape(low + high, [PARTS, 4, CHUNKS]), axis=1)
+        ones = tl.sum(low * 16 + high, axis=1)
+        sums = tl.sum(low + high, axis=1)
         if zeros_ptr is None:
             ones += sums * (8.0 / 128)
         else:
             ones -= sums  # what stands for zero is made a number between 1 and 2, as all others
-        x_0, x_1, x_2, x_3 = x_0[:, None, :], x_1[:, None, :], x_2[:, None, :], x_3[:, None, :]
-        x_4, x_5, x_6, x_7 = x_4[:, None, :], x_5[:, None, :], x_6[:, None, :], x_7[:, None, :]
-    ones, sums = ones[:, None, :], sums[:, None, :]
+        x_2, x_3 = _of_words(x_2, CHUNKS), _of_words(x_3, CHUNKS)
+        x_4, x_5 = _of_words(x_4, CHUNKS), _of_words(x_5, CHUNKS)
+        x_6, x_7 = _of_words(x_6, CHUNKS), _of_words(x_7, CHUNKS)
+    x_0, x_1 = _of_words(x_0, CHUNKS), _of_words(x_1, CHUNKS)
+    ones, sums = _of_parts(ones, CHUNKS), _of_parts(sums, CHUNKS)
 
     for _ in range(TILES):
         packed_now, scale_now, zero_now = packed, scale, zero
@@ -370,7 +388,7 @@ def w4_row_kernel(
         )
         before = _before(out_ptr, tile, features, ADD and SPLITS == 1, BLOCK_N, 1)
         if HALF:
-            product = part_product(packed_now, x_0, x_1, x_2, x_3, PTX) * power - ones
+            product = part_product(packed_now, x_0, x_1, PTX) * power - ones
         else:
             product = _product(packed_now, one, x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7, PTX)
             product = tl.sum(tl.reshape(product, [PARTS, 4, BLOCK_N, CHUNKS]), axis=1) - ones
