@@ -49,7 +49,11 @@ def main(backend: str, architecture: str, shared_memory: int) -> None:
 
 def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     """Let Triton compile for ``target``, and launch nothing."""
-    properties = {"multiprocessor_count": 132, "max_shared_mem": shared_memory}
+    properties = {
+        "multiprocessor_count": 132,
+        "max_shared_mem": shared_memory,
+        "warpSize": target.warp_size,
+    }
     driver = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: 0,

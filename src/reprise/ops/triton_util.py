@@ -29,6 +29,8 @@ class DeviceLimits:
     multiprocessors: int
     shared_memory: int
     """Bytes that one program can use."""
+    warps: int = 16
+    """That one program can have."""
 
 
 @functools.cache
@@ -37,7 +39,9 @@ def limits(device: torch.device) -> DeviceLimits:
     if INTERPRETED:
         return DeviceLimits(multiprocessors=2, shared_memory=64 * 1024)
     found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"])
+    # Every vendor allows 1,024 threads.
+    most_warps = 1024 // found.get("warpSize", 64)
+    return DeviceLimits(found["multiprocessor_count"], found["max_shared_mem"], most_warps)
 
 
 def cdiv(a: int, b: int) -> int:

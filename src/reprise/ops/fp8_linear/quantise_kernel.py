@@ -15,6 +15,7 @@ from reprise.ops.triton_util import (
     depend,
     launch,
     launch_options,
+    limits,
     next_power_of_2,
     warps,
     with_gain,
@@ -23,7 +24,7 @@ from reprise.ops.triton_util import (
 _SHARE = 1024
 """Elements of a program where no program needs the whole row."""
 _FEW_ROWS, _FEW_SHARE = 64, 512
-"""The same of up to so many rows, whose programs have fewer divisions one after the other."""
+"""The same of up to so many rows, whose threads have fewer divisions one after the other."""
 
 
 def quantise(

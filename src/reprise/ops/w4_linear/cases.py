@@ -35,6 +35,7 @@ def _small(make: Maker) -> list[Arguments]:
         for rows in (1, 5)
     ]
     found.append(_arguments(make, 130, *sizes[0], zeros=True, bias=False))
+    found.append(_arguments(make, 1, 8, 4608, 128, zeros=True, bias=False))  # shares of the inputs
     found.append({**found[1], "x": make.randn(5, 3 * 256)[:, 256:512]})
     return found
 

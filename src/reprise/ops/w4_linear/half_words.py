@@ -4,8 +4,8 @@
 A number under a mask is a float16 already, of the smallest: n * 2**-24 in its lower four bits, and
 16 times that in the next four. Words hold neighbours a half apart, so a mask leaves two factors for
 two neighbours of the row. These become float16 with a power of two for each 32 of them, which
-leaves bfloat16 as it is (but for what is less than a 2**29th of the largest). Eight products,
-of half a word and its neighbour's, are summed in float16, all else in float32.
+leaves bfloat16 as it is (but for what is less than a 2**29th of the largest). 16 products, of four
+words' halves, are summed in float16, all else in float32.
 """
 
 import triton
@@ -55,7 +55,7 @@ def part_product(word, x_03, x_47, PTX: tl.constexpr):
         w_0, w_1, w_2, w_3 = _words(word)
         a_0, a_1, a_2, a_3 = _words(x_03)
         b_0, b_1, b_2, b_3 = _words(x_47)
-        return _two_words(w_0, w_1, a_0, b_0, a_1, b_1) + _two_words(w_2, w_3, a_2, b_2, a_3, b_3)
+        return _four_words(w_0, w_1, w_2, w_3, a_0, b_0, a_1, b_1, a_2, b_2, a_3, b_3)
     sums = _half_product(word, x_03, x_47) + _half_product(word >> 16, x_03 >> 16, x_47 >> 16)
     return tl.sum(tl.reshape(sums, [word.shape[0] // 4, 4, word.shape[1], word.shape[2]]), axis=1)
 
@@ -74,32 +74,54 @@ def _words(word):
 
 
 @triton.jit
-def _two_words(word, other, x_03, x_47, other_03, other_47):
-    """The sum of both words' products."""
+def _four_words(w_0, w_1, w_2, w_3, a_0, b_0, a_1, b_1, a_2, b_2, a_3, b_3):
+    """The sum of the products of four words, of each with two times two pairs."""
     return tl.inline_asm_elementwise(
         """
         {
         .reg .b32 s, t, u, x01, x23;
         .reg .b16 l, h;
         .reg .f32 a, b;
-        mov.b64 {x01, x23}, $3;
+        mov.b64 {x01, x23}, $5;
         and.b32 t, $1, 0x000F000F;
         mul.rn.f16x2 u, t, x01;
         and.b32 t, $1, 0x00F000F0;
         fma.rn.f16x2 u, t, x23, u;
-        mov.b64 {x01, x23}, $4;
+        mov.b64 {x01, x23}, $6;
         shr.u32 s, $1, 8;
         and.b32 t, s, 0x000F000F;
         fma.rn.f16x2 u, t, x01, u;
         and.b32 t, s, 0x00F000F0;
         fma.rn.f16x2 u, t, x23, u;
-        mov.b64 {x01, x23}, $5;
+        mov.b64 {x01, x23}, $7;
         and.b32 t, $2, 0x000F000F;
         fma.rn.f16x2 u, t, x01, u;
         and.b32 t, $2, 0x00F000F0;
         fma.rn.f16x2 u, t, x23, u;
-        mov.b64 {x01, x23}, $6;
+        mov.b64 {x01, x23}, $8;
         shr.u32 s, $2, 8;
+        and.b32 t, s, 0x000F000F;
+        fma.rn.f16x2 u, t, x01, u;
+        and.b32 t, s, 0x00F000F0;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $9;
+        and.b32 t, $3, 0x000F000F;
+        fma.rn.f16x2 u, t, x01, u;
+        and.b32 t, $3, 0x00F000F0;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $10;
+        shr.u32 s, $3, 8;
+        and.b32 t, s, 0x000F000F;
+        fma.rn.f16x2 u, t, x01, u;
+        and.b32 t, s, 0x00F000F0;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $11;
+        and.b32 t, $4, 0x000F000F;
+        fma.rn.f16x2 u, t, x01, u;
+        and.b32 t, $4, 0x00F000F0;
+        fma.rn.f16x2 u, t, x23, u;
+        mov.b64 {x01, x23}, $12;
+        shr.u32 s, $4, 8;
         and.b32 t, s, 0x000F000F;
         fma.rn.f16x2 u, t, x01, u;
         and.b32 t, s, 0x00F000F0;
@@ -110,8 +132,8 @@ def _two_words(word, other, x_03, x_47, other_03, other_47):
         add.f32 $0, a, b;
         }
         """,
-        "=f,r,r,l,l,l,l",
-        [word, other, x_03, x_47, other_03, other_47],
+        "=f,r,r,r,r,l,l,l,l,l,l,l,l",
+        [w_0, w_1, w_2, w_3, a_0, b_0, a_1, b_1, a_2, b_2, a_3, b_3],
         dtype=tl.float32,
         is_pure=True,
         pack=1,
