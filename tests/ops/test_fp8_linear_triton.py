@@ -176,6 +176,20 @@ def test_few_tiles_are_of_one_row() -> None:
     assert two.rows == kernel._CONFIGS[0].rows
 
 
+@pytest.mark.parametrize(("shared_memory", "together"), [(232448, 2), (101376, 1)])
+def test_two_steps_at_a_time_where_two_programs_have_room(
+    triton, monkeypatch, shared_memory, together
+) -> None:
+    triton(ops.fp8_linear)
+    from reprise.ops.fp8_linear import product_kernel
+    from reprise.ops.triton_util import DeviceLimits
+
+    monkeypatch.setattr(product_kernel, "limits", lambda _: DeviceLimits(132, shared_memory))
+    sizes = product_kernel._config_of.__wrapped__
+    assert sizes(64, 4096, 4096, torch.device("cpu"), False).together == together
+    assert sizes(64, 4096, 4096, torch.device("cpu"), True).together == 1
+
+
 @pytest.mark.parametrize(
     ("together", "programs", "gated"), [(1, 4, False), (2, 0, True), (4, 4, True), (8, 0, False)]
 )

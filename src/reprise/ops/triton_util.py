@@ -284,5 +284,5 @@ def _again(compiled: Any, constants: Sequence[Any], grid: tuple[int, ...]) -> Ag
 
 
 def warps(elements: int, per_thread: int = 8, most: int = 16) -> int:
-    """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two up to ``most``."""
+    """Warps of 32 threads for ``elements`` at ``per_thread`` each: a power of two to ``most``."""
     return min(most, max(1, next_power_of_2(elements // (32 * per_thread))))

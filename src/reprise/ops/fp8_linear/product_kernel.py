@@ -74,7 +74,8 @@ _LARGE = Config(64, 128, 2, 3, 8, 1, late=False, fetched=1024)
 its stages fit: ``x`` is read less often. Where they do not, registers do not suffice either."""
 _LARGE_WEIGHTS = 1 << 24
 _MIDDLE = Config(64, 64, 2, 3, 4, 2, late=False)
-"""In place of the third for weights between :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`."""
+"""In place of the third for weights between :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`,
+where both programs and all their stages fit. Where they do not, registers do not suffice either."""
 _FEW_TILES = Config(8, 64, 4, 2, 4, 4, late=True)
 """In place of the first for one row (of several no device has run it) and weights between
 :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is one step, so all of
@@ -97,7 +98,9 @@ def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide:
             if large.num_stages == _LARGE.num_stages:
                 return large
         elif outputs * inputs > _SMALL_WEIGHTS and not wide:
-            config = _MIDDLE
+            needed = _MIDDLE.programs * _MIDDLE.num_stages * _stage(_MIDDLE, wide)
+            if needed <= limits(device).shared_memory:
+                config = _MIDDLE
     return fitted(config, outputs, inputs, device, wide)
 
 
@@ -105,12 +108,17 @@ def fitted(
     config: Config, outputs: int, inputs: int, device: torch.device, wide: bool = False
 ) -> Config:
     """``config`` for a product on a device."""
-    together = math.gcd(inputs // STEP, config.together)
-    tiles, steps = cdiv(outputs, config.block_n), inputs // STEP // together
+    config = replace(config, together=math.gcd(inputs // STEP, config.together))
+    tiles, steps = cdiv(outputs, config.block_n), inputs // STEP // config.together
     splits = shares(tiles, steps, config.programs, device)
-    stage = (config.block_n + config.rows * (1 + wide)) * STEP * together
-    stages = max(1, min(config.num_stages, limits(device).shared_memory // stage))
-    return replace(config, together=together, num_stages=stages, splits=splits)
+    stages = limits(device).shared_memory // _stage(config, wide)
+    stages = max(1, min(config.num_stages, stages))
+    return replace(config, num_stages=stages, splits=splits)
+
+
+def _stage(config: Config, wide: bool) -> int:
+    """Bytes of both factors of a step."""
+    return (config.block_n + config.rows * (1 + wide)) * STEP * config.together
 
 
 def launch_product(
@@ -285,7 +293,7 @@ def fp8_product_kernel(
         group = 0 if WHOLE else start // STEP
         AHEAD: tl.constexpr = 0 if WHOLE else 1
         x_group_ptr = x_scale_ptr + group * rows
-        # A load of a weight is where it is waited for; what is not loaded ahead is asked for before.
+        # Weights are waited for where they are loaded: scales, which nothing loads ahead, come first.
         scale_0 = tl.load(scale_ptr + group)
         if TOGETHER > 1:
             scale_1 = tl.load(scale_ptr + group + AHEAD)

@@ -71,7 +71,7 @@ def quantise(
         EXACT=not INTERPRETED,
         LARGEST=LARGEST,
         LEAST=LEAST_MAGNITUDE,
-        num_warps=warps(share, 4, most=32) if few else warps(share, 16),
+        num_warps=warps(share, 4, limits(x.device).warps) if few else warps(share, 16),
         **launch_options(),
     )
     return numbers, scales
