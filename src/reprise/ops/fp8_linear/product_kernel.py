@@ -293,7 +293,7 @@ def fp8_product_kernel(
         group = 0 if WHOLE else start // STEP
         AHEAD: tl.constexpr = 0 if WHOLE else 1
         x_group_ptr = x_scale_ptr + group * rows
-        # Weights are waited for where they are loaded: scales, which nothing loads ahead, come first.
+        # Weights are waited for where they are loaded. Scales, not loaded ahead, come before.
         scale_0 = tl.load(scale_ptr + group)
         if TOGETHER > 1:
             scale_1 = tl.load(scale_ptr + group + AHEAD)
