@@ -180,6 +180,34 @@ def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
     ]  # fmt: skip
 
 
+def test_each_of_a_burst_has_its_own_parameters(device: str) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        ours, messages = connect(server)
+        asked = STREAM._replace(prompt={"prompt_token_ids": [5, 6]})
+        params = [
+            {**PARAMS, "output_kind": "FINAL_ONLY", **each}
+            for each in (
+                {"max_tokens": 2}, {"max_tokens": 2}, {"max_tokens": 3}, {"max_tokens": 0},
+                {"max_tokens": 3}, {"max_tokens": 2, "logit_bias": {"7": 100.0}},
+            )
+        ]  # fmt: skip
+        with ours:
+            frames = [
+                wire.frame(asked._replace(number=number, params=each))
+                for number, each in enumerate(params)
+            ]
+            ours.sendall(b"".join(frames))
+            counts: dict[int, int | None] = {}
+            while len(counts) < len(params):
+                message = next(messages)
+                if isinstance(message, wire.Refused):
+                    assert "max_tokens=0" in message.message
+                    counts[message.number] = None
+                for number, outputs, *_ in getattr(message, "items", ()):
+                    counts[number] = outputs[0][2]
+        assert [counts[number] for number in range(len(params))] == [2, 2, 3, None, 3, 2]
+
+
 def test_what_fails_before_the_engine_has_it_ends_nothing_else(device: str) -> None:
     config = EngineConfig(device=device, num_blocks=100)
     with running(config, EngineLimits()) as server:

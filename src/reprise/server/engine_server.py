@@ -64,6 +64,9 @@ class EngineServer(EngineService):
         self._hello = wire.Hello(wire.PROTOCOL, engine_facts(self._frontend))
         self._emissions = Emissions()
         self._names = 0
+        self._latest: tuple[dict[str, Any], PreparedParams] | None = None
+        """Parameters that were prepared last: those of a burst are mostly equal, and to check them
+        takes as long as all else that is done here for a request."""
         self._responses = ResponseStore(limits.response_bytes)
 
     def hello(self) -> wire.Hello:
@@ -104,11 +107,11 @@ class EngineServer(EngineService):
                 raise QueueFull(
                     f"{limit} requests are waiting (max_num_queued_reqs): try again later"
                 )
-            prompt, params = self._prompt(request), _params(request.params)
+            prompt = self._prompt(request)
             accepted = self.driver.submit(
                 reader.name,
                 self._frontend.prepare(prompt()) if prepare else prompt,
-                self._frontend.prepare_params(params) if prepare else params,
+                self._prepared(request.params) if prepare else _params(request.params),
                 request.priority,
                 reader,
                 self._admit,
@@ -138,6 +141,11 @@ class EngineServer(EngineService):
         error = None if accepted.cancelled() else accepted.exception()
         if error is not None:
             self.refuse(channel, request.number, error)
+
+    def _prepared(self, given: dict[str, Any]) -> PreparedParams:
+        if self._latest is None or self._latest[0] != given:
+            self._latest = given, self._frontend.prepare_params(_params(given))
+        return self._latest[1]
 
     def _prompt(self, request: wire.Generate) -> Callable[[], Any]:
         tokenizer = self._frontend.tokenizer
