@@ -6,15 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 SHOW_AFTER_SECONDS = 1.0
 
@@ -34,8 +29,7 @@ class Counter:
         self.total = total
         self.done = 0
         self._earliest = time.perf_counter() + (0 if at_once else SHOW_AFTER_SECONDS)
-        self._console = Console(file=sys.stderr)
-        self._visible = visible and self._console.is_terminal
+        self._visible = visible and _on_a_terminal()
         self._bar: Progress | None = None
         if at_once:
             self.advance(0)
@@ -50,14 +44,7 @@ class Counter:
         if self._bar is None:
             if time.perf_counter() < self._earliest or not self._visible:
                 return
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            self._bar = _bar()
             self._bar.start()
             self._bar.add_task(self.what, total=self.total)
         self._bar.update(
@@ -67,6 +54,34 @@ class Counter:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _on_a_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is no standard error, or it is closed
+        return False
+
+
+def _bar() -> Progress:
+    # Not where the module is imported, which every start of an engine does: few show a bar.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+    )
 
 
 @contextmanager

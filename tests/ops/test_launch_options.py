@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,8 +76,13 @@ def test_a_launch_asks_the_compiler_once_for_each_set_of_arguments(
     ran: list[Any] = []
 
     class Compiled:
+        function, packed_metadata = "function", (4, 1, 0)
+
+        def run(self, *args: Any) -> None:
+            ran.append(args)
+
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args: ran.append((grid, args))
+            return lambda *args: ran.append(("watched", grid, args))
 
     class Kernel:
         arg_names = ("x_ptr", "bias_ptr", "size", "eps", "BLOCK", "FAST")
@@ -88,6 +94,8 @@ def test_a_launch_asks_the_compiler_once_for_each_set_of_arguments(
 
             return run
 
+    streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    monkeypatch.setattr(triton_util, "_driver", streams)
     kernel, memory = Kernel(), torch.zeros(64)
     sets = [
         ((memory, memory, 4, 0.5), {"BLOCK": 16, "FAST": True}),
@@ -110,7 +118,14 @@ def test_a_launch_asks_the_compiler_once_for_each_set_of_arguments(
     for args, options in sets:
         triton_util.launch(kernel, (3,))(*args, **options)
     assert len(asked) == len(sets)
-    for (grid, got), (args, options) in zip(ran, sets, strict=True):
-        assert grid == (3, 1, 1)
+    for got, (args, options) in zip(ran, sets, strict=True):
+        assert got[:9] == (3, 1, 1, 7, "function", (4, 1, 0), None, None, None)
         expected = (*args, options["BLOCK"], options["FAST"])
-        assert all(a is b for a, b in zip(got, expected, strict=True))
+        assert all(a is b for a, b in zip(got[9:], expected, strict=True))
+    # Who watches launches sees them, those too that are only repeated.
+    again = triton_util.launch(kernel, (3,))(*sets[0][0], **sets[0][1])
+    seen = SimpleNamespace(calls=[print])
+    monkeypatch.setattr(triton_util._watchers, "launch_exit_hook", seen)
+    ran.clear()
+    again(*sets[0][0])
+    assert ran == [("watched", (3, 1, 1), (*sets[0][0], 16, True))]

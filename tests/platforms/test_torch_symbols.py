@@ -35,9 +35,10 @@ MODULE_CALLS = {
     "mem_get_info": ((0,), {}),
     "graph_pool_handle": ((), {}),
     "memory_snapshot": ((), {}),
+    "memory_stats_as_nested_dict": ((0,), {}),
     "can_device_access_peer": ((0, 1), {}),
 }
-OPTIONAL = {"memory_snapshot", "can_device_access_peer"}
+OPTIONAL = {"memory_snapshot", "memory_stats_as_nested_dict", "can_device_access_peer"}
 """Where it is missing, the platform does without."""
 
 NEUTRAL_CALLS = {

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from reprise.errors import describe
+from reprise.graphs.capture import BucketGraph
 from reprise.graphs.captures import Captures
 from reprise.graphs.report import GraphMemory
 from reprise.platforms import Platform
@@ -16,7 +17,8 @@ logger = logging.getLogger(__name__)
 MOST = 0.25
 """Of the device's memory; a larger prediction is taken for a driver's lie."""
 REPEATS = 3
-"""How often the second bucket is captured again: drivers take memory in large pieces."""
+"""How often the second bucket is captured again: drivers take memory in large pieces. A graph of
+more segments than that is many graphs to a driver, and one more capture is enough."""
 
 
 def predict(
@@ -94,20 +96,21 @@ def _measure(
     pool: dict[Phase, list[int]] = {}
     driver: dict[Phase, int] = {}
     shapes = captures.shapes
-    seconds: dict[Phase, StepShape] = {}
+    seconds: dict[Phase, BucketGraph] = {}
     with captures.capturer.ready():
         for shape in shapes:
             known = pool.setdefault(shape.phase, [])
             if len(known) < 2:
-                known.append(captures.capture_bucket(shape).info.bytes)
-                seconds[shape.phase] = shape
-        for phase, shape in seconds.items() if asks else ():
+                seconds[shape.phase] = captures.capture_bucket(shape)
+                known.append(seconds[shape.phase].info.bytes)
+        for phase, second in seconds.items() if asks else ():
             before = _settled(platform, free_memory)
+            repeats = 1 if second.info.segments > REPEATS else REPEATS
             # The runner forgets a bucket that is captured again, but its graph must live on.
-            buckets = [captures.capture_bucket(shape) for _ in range(REPEATS)]
+            buckets = [captures.capture_bucket(second.shape) for _ in range(repeats)]
             taken = before - _settled(platform, free_memory)
             grown = sum(each.info.bytes for each in buckets)
-            driver[phase] = (taken - grown) // REPEATS
+            driver[phase] = (taken - grown) // repeats
     costs: dict[StepShape, tuple[int, int]] = {}
     for shape in shapes:
         known = pool[shape.phase]

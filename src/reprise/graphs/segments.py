@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reprise.errors import GraphError
 from reprise.ops.choice import resolved
@@ -247,7 +246,7 @@ class SegmentedGraph:
             self._deferred[id(deferred.alias)] = deferred
             return deferred.alias
 
-        return tree_map_only(Tensor, hold, tree)
+        return _mapped(hold, tree)
 
     def _settle(self) -> None:
         """Own the tensors that live on; keep only aliases of the rest."""
@@ -259,13 +258,25 @@ class SegmentedGraph:
         for step in self.steps:
             calls = step.calls if isinstance(step, Segment) else [step.call]
             for call in calls:
-                call.inputs = tree_map_only(Tensor, settle, call.inputs)
-                call.outputs = tree_map_only(Tensor, settle, call.outputs)
+                call.inputs = _mapped(settle, call.inputs)
+                call.outputs = _mapped(settle, call.outputs)
             if isinstance(step, Break):
-                step.args = tree_map_only(Tensor, settle, step.args)
-                step.kwargs = tree_map_only(Tensor, settle, step.kwargs)
+                step.args = _mapped(settle, step.args)
+                step.kwargs = _mapped(settle, step.kwargs)
         self._deferred.clear()
         self._replay = [each.run for each in self.steps]
+
+
+def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Arguments of an op, or what it returns, with other tensors. A schema has no deeper trees, and
+    torch's own walk takes most of a capture in pieces."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)([_mapped(change, each) for each in tree])
+    if isinstance(tree, dict):
+        return {name: _mapped(change, each) for name, each in tree.items()}
+    return tree
 
 
 def tensor_arguments(

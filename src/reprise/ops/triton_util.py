@@ -6,7 +6,9 @@ import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +22,7 @@ load_apart()
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Python on the host (``TRITON_INTERPRET=1``), as in the tests on a CPU."""
+_driver, _watchers = triton.runtime.driver, triton.knobs.runtime
 
 
 @dataclass(frozen=True)
@@ -219,68 +222,107 @@ def is_last(arrivals_ptr, count, done=1):  # type: ignore[no-untyped-def]
 
 
 _MOST_LAUNCHES = 4096
-"""Kinds of launches to remember; steps of ever new sizes would make ever more."""
+"""Of one kind to remember; steps of ever new sizes would make ever more."""
+_WIDE = 1 << 31
+"""Bytes of a tensor from which 32 bits do not address it."""
+_pointer, _dtype, _nbytes = Tensor.data_ptr, attrgetter("dtype"), attrgetter("nbytes")
 Again = Callable[..., None]
 """Repeats a launch: takes the arguments again without the options. Tensors may be others of equal
 dtype and alignment; numbers must be the same."""
-_launches: dict[tuple[Any, ...], tuple[Any, Sequence[Any]]] = {}
-"""By what a compilation may depend on: the compilation, and the kernel's last arguments, which are
-options of the launch."""
+
+
+class _Compiled(NamedTuple):
+    """A kernel compiled for one set of arguments, and what a launch of it needs."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+    """Its last arguments, which are options of the launch."""
+    device: int
+    run: Callable[..., None]
+    function: Any
+    packed: Any
+
+
+class _Kind:
+    """Launches of one kernel with arguments of the same types and options of the same names."""
+
+    __slots__ = ("known", "numbers", "tensors")
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        self.tensors = [isinstance(each, Tensor) for each in args]
+        self.numbers = [not each for each in self.tensors]
+        self.known: dict[tuple[Any, ...], _Compiled] = {}
+        """By what else a compilation may depend on."""
+
+
+_kinds: dict[tuple[Any, ...], _Kind] = {}
 _turns: dict[tuple[Any, ...], threading.Lock] = {}
 """By kernel and options: of threads that come with the same ones at once, one compiles."""
-_WIDE = 1 << 31
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Again]:
     """``kernel[grid]``: a function that launches, and returns one that does so again.
 
-    What Triton finds out before each launch, namely which compilation suits the arguments, is most
-    of what the host does in an eager step. Here it is asked once for each set of arguments: those
-    that agree in all that a compilation may depend on, the values of numbers included.
+    What Triton does in Python for each launch is most of what the host does in an eager step: it
+    finds out which compilation suits the arguments, and makes up what profilers might ask. Here it
+    is asked once for each set of arguments: those that agree in all that a compilation may depend
+    on, the values of numbers included.
 
     Args:
         kernel: The ``triton.jit`` function.
         grid: Programs along each dimension.
     """
-
-    def run(*args: Any, **options: Any) -> Again:
-        if INTERPRETED:
-            kernel[grid](*args, **options)
-            return functools.partial(kernel[grid], **options)
-        # Every launch of an eager step comes this way: one flat list costs half of nested ones.
-        # Compilers look at a tensor's alignment and at whether 32 bits address it.
-        parts: list[Any] = [id(kernel), args[0].device]
-        for each in args:
-            if isinstance(each, Tensor):
-                parts += (each.dtype, each.data_ptr() & 15, each.nbytes < _WIDE)
-            else:
-                parts += (type(each), each)
-        parts += options
-        parts += options.values()
-        key = tuple(parts)
-        known = _launches.get(key)
-        if known is not None:
-            again = _again(*known, grid)
-            again(*args)
-            return again
-        with _turns.setdefault((id(kernel), *options.values()), threading.Lock()):
-            compiled = kernel[grid](*args, **options)
-        if len(_launches) >= _MOST_LAUNCHES:
-            _launches.clear()
-        constants = [options[name] for name in kernel.arg_names[len(args) :]]
-        known = _launches[key] = compiled, constants
-        return _again(*known, grid)
-
-    return run
+    return functools.partial(_launch, kernel, grid)
 
 
-def _again(compiled: Any, constants: Sequence[Any], grid: tuple[int, ...]) -> Again:
-    run = compiled[(*grid, 1, 1)[:3]]
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Again:
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return functools.partial(kernel[grid], **options)
+    # Every launch of an eager step comes this way; what is mapped costs half of what a loop does.
+    name = (id(kernel), *map(type, args), *options)
+    kind = _kinds.get(name)
+    if kind is None:
+        kind = _kinds[name] = _Kind(args)
+    tensors = tuple(compress(args, kind.tensors))
+    # Compilers look at a tensor's alignment and at whether 32 bits address it.
+    odd: Any = 0
+    for each in map(_pointer, tensors):
+        odd |= each
+    odd &= 15
+    if odd:
+        odd = tuple([each & 15 for each in map(_pointer, tensors)])
+    wide: Any = max(map(_nbytes, tensors)) >= _WIDE
+    if wide:
+        wide = tuple([each >= _WIDE for each in map(_nbytes, tensors)])
+    device = tensors[0].get_device()
+    numbers = compress(args, kind.numbers)
+    key = (device, odd, wide, *map(_dtype, tensors), *numbers, *options.values())
+    known = kind.known.get(key)
+    if known is not None:
+        _start(known, grid, *args)
+        return functools.partial(_start, known, grid)
+    with _turns.setdefault((id(kernel), *options.values()), threading.Lock()):
+        compiled = kernel[grid](*args, **options)
+    if len(kind.known) >= _MOST_LAUNCHES:
+        kind.known.clear()
+    constants = tuple([options[name] for name in kernel.arg_names[len(args) :]])
+    known = kind.known[key] = _Compiled(
+        compiled, constants, device, compiled.run, compiled.function, compiled.packed_metadata
+    )
+    return functools.partial(_start, known, grid)
 
-    def again(*args: Any) -> None:
-        run(*args, *constants)
 
-    return again
+def _start(known: _Compiled, grid: tuple[int, ...], *args: Any) -> None:
+    """Launch as ``triton.jit`` functions do, on the current stream."""
+    kernel, constants, device, run, function, packed = known
+    enter, leave = _watchers.launch_enter_hook, _watchers.launch_exit_hook
+    grid = (*grid, 1, 1)[:3]
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # of a profiler
+        kernel[grid](*args, *constants)
+        return
+    stream = _driver.active.get_current_stream(device)
+    run(*grid, stream, function, packed, None, None, None, *args, *constants)
 
 
 def warps(elements: int, per_thread: int = 8, most: int = 16) -> int:
