@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from reprise import ops
-from reprise.ops import OpTable, ahead
+from reprise.ops import OpTable, ahead, all_ops
 from reprise.ops.ahead import compile_ahead, load_compiler, wake_compiler
 
 
@@ -61,10 +61,32 @@ def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_step(table, ran
     assert "no such instruction" in caplog.text
 
 
-def test_where_nothing_compiles_no_pass_is_run(table) -> None:
-    for name in table.candidates:
-        table.candidates[name] = [getattr(ops, name).implementations["reference"]]
+def test_where_nothing_compiles_no_pass_is_run(platform) -> None:
+    """And no step waits for the import of what computes it."""
+
+    class WithoutCompiler(type(platform)):
+        has_triton = False
+
+    table = OpTable(WithoutCompiler())
     assert compile_ahead(table, [lambda: pytest.fail("it was")]) == 0
+    assert set(table.candidates) == set(all_ops())
+
+
+def test_what_nobody_calls_is_not_looked_for(platform, monkeypatch, randn) -> None:
+    """Kernels of all ops take tenths of a second to import."""
+    asked: list[str] = []
+    real = type(ops.rms_norm).candidates
+
+    def spy(op, *args, **options):
+        asked.append(op.name)
+        return real(op, *args, **options)
+
+    monkeypatch.setattr(type(ops.rms_norm), "candidates", spy)
+    load_compiler(platform)
+    table = OpTable(platform, {"argmax": "reference"})
+    with table.activate():
+        ops.silu_and_mul(randn(1, 8))
+    assert asked == ["rms_norm", "argmax", "silu_and_mul"]
 
 
 @pytest.mark.long

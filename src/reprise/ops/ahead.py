@@ -47,7 +47,8 @@ def compile_ahead(
     Returns:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
-    if not any(each.compiles for found in table.candidates.values() for each in found):
+    if not table.platform.has_triton:
+        table.chosen  # noqa: B018 - nothing is compiled, and no step waits for an import
         return 0
     calls: list[_Call] = []
     known: set[Any] = set()
@@ -109,18 +110,18 @@ def called(
 
 
 def load_compiler(platform: Platform) -> None:
-    """Do what the first kernel of a process pays and no device takes part in: import the kernels,
-    and with them the compiler, and fingerprint it for the kernel cache, which reads it all."""
+    """Do what the first kernel of a process pays and no device takes part in: import the compiler,
+    and fingerprint it for the kernel cache, which reads it all."""
     with ThreadPoolExecutor(1) as pool:
         if platform.has_triton:
             pool.submit(early.fingerprint_compiler)
-        OpTable(platform)
+        OpTable(platform).candidates["rms_norm"]
 
 
 def wake_compiler(platform: Platform) -> None:
     """Compile one small kernel, and with it pay what else the first kernel of a process pays."""
     table = OpTable(platform)
-    if not table.chosen["rms_norm"].compiles:
+    if not table.candidates["rms_norm"][0].compiles:
         return
     row = torch.ones(1, 16, dtype=platform.default_dtype, device=platform.device)
     with table.computing():

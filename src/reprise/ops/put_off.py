@@ -34,6 +34,9 @@ class _Thread(threading.local):
 
 
 here = _Thread()
+_marked: list[str] = []
+"""Names of implementations that put work off. Where none was imported, as in a process that computes
+on a device alone, no block is opened: each of its calls would have to close it and open it again."""
 
 
 def forget() -> None:
@@ -53,7 +56,7 @@ class together:
     __slots__ = ("_opened",)
 
     def __enter__(self) -> None:
-        self._opened = not (
+        self._opened = bool(_marked) and not (
             here.open or torch._C._len_torch_dispatch_stack() or interceptor.get() is not None
         )
         if self._opened:
@@ -84,4 +87,5 @@ def aside(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def puts_off(function: Callable[..., T]) -> Callable[..., T]:
     """Marks an implementation of which all that reads or writes tensors is put off, or aside."""
     function.puts_off = True  # type: ignore[attr-defined]
+    _marked.append(function.__qualname__)
     return function

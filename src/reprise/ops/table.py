@@ -33,7 +33,8 @@ class OpTable:
         *,
         batch_invariant: bool = False,
     ) -> None:
-        """Choose once.
+        """Choose for what is overridden; for every other op when it is first asked for, since a
+        module of kernels takes milliseconds to import, and no model calls half of them.
 
         Args:
             platform: The device.
@@ -59,11 +60,10 @@ class OpTable:
                 )
         self.platform = platform
         self.batch_invariant = batch_invariant
-        self.candidates = {
-            name: each.candidates(platform, overrides.get(name), batch_invariant=batch_invariant)
-            for name, each in declared.items()
-        }
+        self.candidates = _LateCandidates(self, overrides)
         """By op, most wanted first; see :meth:`Op.candidates`."""
+        for name in overrides:
+            self.candidates[name]
         self.choices: dict[str, ByArguments] = {}
         """The ops for which the arguments decide, and the answers given so far."""
         self.functions = _LateFunctions(self)
@@ -71,8 +71,9 @@ class OpTable:
 
     @property
     def chosen(self) -> dict[str, Implementation]:
-        """The implementation of each op that is wanted most; none of an op that has none."""
-        return {name: found[0] for name, found in self.candidates.items() if found}
+        """The implementation of each op that is wanted most; none of an op that has none. All are
+        chosen now."""
+        return {name: found[0] for name in declared if (found := self.candidates[name])}
 
     def implementation_of(
         self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -83,7 +84,7 @@ class OpTable:
             OpError: The user asked for an implementation that does not accept it, or there is none
                 that is batch-invariant and has to be.
         """
-        self.functions[op.name]  # chooses, if the op was declared after the table was made
+        self.functions[op.name]  # chooses
         choice = self.choices.get(op.name)
         if not self.candidates[op.name]:
             _refuse(op, self.platform)
@@ -158,8 +159,23 @@ class _Active:
             self._inference.__exit__(*error)
 
 
+class _LateCandidates(dict[str, list[Implementation]]):
+    """Op name to candidates, found when they are first asked for."""
+
+    def __init__(self, table: OpTable, overrides: Mapping[str, str]) -> None:
+        super().__init__()
+        self._table, self._overrides = table, overrides
+
+    def __missing__(self, name: str) -> list[Implementation]:
+        table = self._table
+        found = self[name] = declared[name].candidates(
+            table.platform, self._overrides.get(name), batch_invariant=table.batch_invariant
+        )
+        return found
+
+
 class _LateFunctions(dict[str, Callable[..., Any]]):
-    """Op name to function; chooses for ops that were declared after the table was made."""
+    """Op name to function, chosen when it is first asked for."""
 
     def __init__(self, table: OpTable) -> None:
         super().__init__()
@@ -167,10 +183,6 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         table, op = self._table, declared[name]
-        if name not in table.candidates:  # declared after the table was made
-            table.candidates[name] = op.candidates(
-                table.platform, batch_invariant=table.batch_invariant
-            )
         candidates = table.candidates[name]
         if not candidates:
             self[name] = functools.partial(_refuse, op, table.platform)

@@ -14,7 +14,7 @@ from reprise.doctor.conformance.operations import TOLERANCE
 from reprise.doctor.graphs.places import Places, layer_number
 from reprise.loading import open_checkpoint
 from reprise.ops import Op, OpTable
-from reprise.ops.registry import intercept
+from reprise.ops.registry import all_ops, intercept
 from reprise.runner import ModelRunner
 from reprise.runner.model_choices import choose_model_len
 from reprise.shape import StepShape
@@ -125,7 +125,7 @@ def compare_with_references(
     most = runner.config.max_num_seqs
     tokens = min(24, runner.max_tokens)
     steps = [StepShape.decode(min(4, most)), StepShape.mixed(tokens, min(3, most, tokens))]
-    references = OpTable(runner.platform, dict.fromkeys(runner.ops.candidates, "reference"))
+    references = OpTable(runner.platform, dict.fromkeys(all_ops(), "reference"))
     for done, shape in enumerate(steps):
         progress(str(shape), done, len(steps))
         _Comparison(runner, report, shape).run(references)
