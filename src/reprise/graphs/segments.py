@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -78,7 +78,7 @@ class Break:
         function = resolved(self.function, self.args, self.kwargs)
         bind = getattr(function, "bind", None)
         if bind is None:
-            self._again = partial(function, *self.args, **self.kwargs)
+            self._again = functools.partial(function, *self.args, **self.kwargs)
             self._again()
         else:
             self._again = bind(*self.args, **self.kwargs)
@@ -253,7 +253,7 @@ class SegmentedGraph:
 
         def settle(tensor: Tensor) -> Tensor:
             deferred = self._deferred.get(id(tensor))
-            return tensor if deferred is None else deferred.settled()
+            return tensor if deferred is None else deferred.settled
 
         for step in self.steps:
             calls = step.calls if isinstance(step, Segment) else [step.call]
@@ -295,7 +295,9 @@ class _Deferred:
         self.alias = borrow(tensor)
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
+    @functools.cached_property
     def settled(self) -> Tensor:
+        """It, if it lives on; else its alias. An op's arguments are in several lists."""
         if self._storage.expired():
             return self.alias
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)

@@ -35,8 +35,8 @@ class _Thread(threading.local):
 
 here = _Thread()
 _marked: list[str] = []
-"""Names of implementations that put work off. Where none was imported, as in a process that computes
-on a device alone, no block is opened: each of its calls would have to close it and open it again."""
+"""Names of implementations that put work off. Where none was imported, as in a process that only
+computes on a device, no block is opened: each call would have to close it and open it again."""
 
 
 def forget() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -25,8 +24,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _driver, _watchers = triton.runtime.driver, triton.knobs.runtime
 
 
-@dataclass(frozen=True)
-class DeviceLimits:
+class DeviceLimits(NamedTuple):
     """What a launcher may know about a device: numbers, never its name."""
 
     multiprocessors: int

@@ -276,9 +276,7 @@ class AcceleratorGraph(DeviceGraph):
             self._graph = getattr(platform.module(), platform.graph_class)()
             wanted = {"pool": pool, "capture_error_mode": "thread_local"}
             known = _parameters(type(self._graph).capture_begin)  # None: torch's own take both
-            self._begin_arguments = {
-                k: v for k, v in wanted.items() if known is None or k in known
-            }
+            self._begin_arguments = {k: v for k, v in wanted.items() if known is None or k in known}
         self._nbytes = 0
         self._reserved: int | None = None
         """Before the capture."""

@@ -5,7 +5,8 @@ Both pack the query heads that share a KV head into the rows of one matrix produ
 keys, values, lengths and tables through the block table when they run; the host reads no tensor.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -26,8 +27,7 @@ _LEAST_D = 16
 """Channels of a matrix product at least."""
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Sizes of one launch."""
 
     block_m: int
@@ -84,22 +84,31 @@ class Call(NamedTuple):
 
     def options(self, config: Config) -> dict[str, Any]:
         """Constants that both kernels have, and how to launch them."""
-        _, block_size, kv_heads, head_size = self.key_cache.shape
+        sizes = self.key_cache.shape[1:]
         return {
-            "KV_HEADS": kv_heads,
-            "HEAD_SIZE": head_size,
-            "BLOCK_SIZE": block_size,
-            "WINDOWED": self.sliding_window > 0,
-            "CAPPED": self.soft_cap > 0,
-            "WIDEN": INTERPRETED,
+            **_constants(*sizes, self.sliding_window > 0, self.soft_cap > 0, config),
             "PTX": self.key_scales is not None and takes_ptx(),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": max(_LEAST_D, next_power_of_2(head_size)),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
             **launch_options(),
         }
+
+
+@functools.cache
+def _constants(
+    block_size: int, kv_heads: int, head_size: int, windowed: bool, capped: bool, config: Config
+) -> Mapping[str, Any]:
+    return {
+        "KV_HEADS": kv_heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_SIZE": block_size,
+        "WINDOWED": windowed,
+        "CAPPED": capped,
+        "WIDEN": INTERPRETED,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": max(_LEAST_D, next_power_of_2(head_size)),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def _strides(kind: str, keys: Tensor | None, values: Tensor | None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from reprise.ops.triton_util import (
 )
 
 
+@functools.cache
 def mixed_config(
     group: int, head_size: int, element_size: int, device: DeviceLimits, codes: bool = False
 ) -> Config:

@@ -52,6 +52,7 @@ def split_config(
     return Config(block_m, block_n, num_warps, 3 if deep else 2, share)
 
 
+@functools.cache
 def programs_of(requests: int, most: int) -> int:
     """Programs for each KV head: as many as run at a time, or a few less where requests of equal
     length are then cut nowhere but between programs."""
