@@ -6,12 +6,11 @@ from torch import Tensor
 
 from reprise.ops.indexer.accepts import chunks_of, group_of
 from reprise.ops.indexer.scores_kernel import index_scores_kernel
-from reprise.ops.indexer.top_kernel import index_top_kernel
+from reprise.ops.indexer.top_kernel import index_last_kernel, index_top_kernel
 from reprise.ops.load_codes import in_pairs
 from reprise.ops.request_of import block_of
 from reprise.ops.triton_util import (
     INTERPRETED,
-    arrivals,
     cdiv,
     launch,
     launch_options,
@@ -81,23 +80,27 @@ def bind(
         "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()
-    merged = next_power_of_2(chunks * top) if chunks > 1 else 0
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
     groups = cdiv(room, group) if group else 0
     score["GROUP"] = group
-    # Groups tell of little more rows than are asked for; a chunk may have twice its share.
-    few = max(1, 2 * top // chunks)
-    choose = {
-        "TOP": top, "CHUNK": chunk, "MERGED": merged, "FEW": few,
-        "SLOTS": next_power_of_2(few * chunks) if group and few < top else 0,
-        "GROUP": group, "PEAKS": next_power_of_2(groups), "BLOCK": keys.shape[1],
-        "num_warps": max(4, warps(max(chunk, merged), per_thread=16)), **shared,
+    choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
+    of_chunk = {
+        "SEVERAL": chunks > 1, "GROUP": group, "PEAKS": next_power_of_2(groups),
+        "num_warps": max(4, warps(chunk, per_thread=16)), **choose,
+    }  # fmt: skip
+    most = next_power_of_2(chunks * top)
+    # Groups tell of little more rows than are asked for.
+    slots = min(most, next_power_of_2(2 * top))
+    of_all = {
+        "CHUNKS": next_power_of_2(chunks), "SLOTS": slots, "MOST": most,
+        "num_warps": max(4, warps(slots, per_thread=4)), **choose,
     }  # fmt: skip
 
     def compute() -> None:
         scores = block_tables.new_empty((at_once, room))
         peaks = scores.new_empty((at_once, groups))
-        best = scores.new_empty((at_once, chunks, 2, top) if chunks > 1 else 0)
+        left = scores.new_empty((at_once, chunks, 2, top) if chunks > 1 else 0)
+        found = scores.new_empty((at_once, 3, chunks) if chunks > 1 else 0)
         for first in range(0, tokens, at_once):
             count = min(at_once, tokens - first)
             where = (seq_lens, query_start_loc, requests, first)
@@ -106,10 +109,13 @@ def bind(
                 *query.stride(), *weights.stride(), *keys.stride(), *of_scales,
                 block_tables.stride(0), scale, **score,
             )  # fmt: skip
+            target = block_tables, out, left, found, *where, room, chunks
+            strides = block_tables.stride(0), *out.stride()
             launch(index_top_kernel, (count, chunks))(
-                scores, peaks, block_tables, out, best, arrivals(at_once, query.device),
-                *where, room, chunks, block_tables.stride(0), *out.stride(), **choose,
-            )  # fmt: skip
+                scores, peaks, *target, *strides, **of_chunk
+            )
+            if chunks > 1:
+                launch(index_last_kernel, (count,))(*target, *strides, **of_all)
 
     compute()
     return compute
