@@ -62,8 +62,8 @@ def _many(a, b, c, d, least):
 
 @triton.jit
 def search(keys, low, shift, bounded, TOP: tl.constexpr, ENOUGH: tl.constexpr, NEAR: tl.constexpr):
-    """A number that at least TOP and at most ENOUGH of ``keys`` reach, or, of equal ones, more. TOP
-    are there at least.
+    """A number that at least TOP and at most ENOUGH of ``keys`` reach, or, of equal ones, more; of
+    fewer than TOP, one that all reach.
 
     Args:
         low: A guess: the number is looked for from here on,
@@ -79,7 +79,7 @@ def search(keys, low, shift, bounded, TOP: tl.constexpr, ENOUGH: tl.constexpr, N
         a, b, c, d = _reaching(keys, low, shift, NEAR)
         reach = _many(a, b, c, d, TOP)
         exact = _many(a, b, c, d, ENOUGH + 1) < reach
-        going = (exact == 0) & ((reach == 0) | (shift > 0))
+        going = (exact == 0) & tl.where(reach == 0, low > NONE + 1, shift > 0)
         if going:
             bounded = bounded | (reach < 8) | (shift >= 29)
             below = tl.minimum(shift + 3, 29)
