@@ -55,7 +55,7 @@ def test_a_search_ends_at_what_so_many_reach(platform, implementation, pytestcon
     implementation(all_ops()["indexer"], "triton")
     long = platform.device_type != "cpu" or pytestconfig.getoption("--long")
     generator = torch.Generator().manual_seed(0)
-    keys = torch.cat([some_keys(kind, 60 if long else 4, generator) for kind in KINDS])
+    keys = torch.cat([some_keys(kind, 30 if long else 4, generator) for kind in KINDS])
     rows = len(keys)
     guesses = torch.randint(-(1 << 31) + 1, 1 << 31, (rows, 2), generator=generator)
     guesses[::3, 0] = keys[::3, 5].clamp(min=-(1 << 31) + 1)

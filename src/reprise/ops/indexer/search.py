@@ -79,9 +79,10 @@ def search(keys, low, shift, bounded, TOP: tl.constexpr, ENOUGH: tl.constexpr, N
         a, b, c, d = _reaching(keys, low, shift, NEAR)
         reach = _many(a, b, c, d, TOP)
         exact = _many(a, b, c, d, ENOUGH + 1) < reach
-        going = (exact == 0) & tl.where(reach == 0, low > NONE + 1, shift > 0)
+        bounded = bounded | (reach < 8) | (shift >= 29)
+        narrower = (shift > 0) | (bounded == 0)
+        going = (exact == 0) & tl.where(reach == 0, low > NONE + 1, narrower)
         if going:
-            bounded = bounded | (reach < 8) | (shift >= 29)
             below = tl.minimum(shift + 3, 29)
             least = tl.maximum(low.to(tl.int64) - (7 << below.to(tl.int64)), NONE + 1)
             wider = (reach == 0) | (bounded == 0)
