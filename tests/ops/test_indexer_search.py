@@ -50,8 +50,8 @@ def some_keys(kind: str, rows: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def test_a_search_ends_at_what_so_many_reach(platform, implementation, pytestconfig) -> None:
-    """From what :func:`bounds` says, from one of the keys, and from anywhere, in parts of any width;
-    of equal ones the first are taken, and all where there are too few."""
+    """From what :func:`bounds` says, from one of the keys, from anywhere, in parts of any width; of
+    equal ones the first are taken, and all where there are too few."""
     implementation(all_ops()["indexer"], "triton")
     long = platform.device_type != "cpu" or pytestconfig.getoption("--long")
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@ from torch import Tensor
 
 MOST = 1 << 15
 """Rows that a program chooses among: it counts them in half a word."""
-_CHUNK = 4096
+_CHUNK = 2048
 _MOST_CHUNKS = 16
 _MOST_GROUPS = 4096
 

@@ -9,12 +9,6 @@ import triton.language as tl
 
 NONE = tl.constexpr(-0x80000000)
 """Below all keys."""
-JOINED = tl.constexpr(True)
-
-
-@triton.jit
-def _add_four(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
 
 
 @triton.jit
@@ -35,18 +29,15 @@ def _reaching(keys, low, shift, NEAR: tl.constexpr):
     else:
         four = tl.sum(tl.reshape(one, [4, FOURTH]), axis=0)
     MASK: tl.constexpr = 0x000F000F
-    if JOINED:
-        both = tl.join(
-            tl.join(four & MASK, four >> 4 & MASK), tl.join(four >> 8 & MASK, four >> 12 & MASK)
-        )
-        ab, cd = tl.split(tl.sum(both, axis=0))
-        a, c = tl.split(ab)
-        b, d = tl.split(cd)
-        return a, b, c, d
-    else:
-        return tl.reduce(
-            (four & MASK, four >> 4 & MASK, four >> 8 & MASK, four >> 12 & MASK), 0, _add_four
-        )
+    # As one sum, not as four that are found together: a warp has an instruction for a sum of its
+    # own, and none for several.
+    both = tl.join(
+        tl.join(four & MASK, four >> 4 & MASK), tl.join(four >> 8 & MASK, four >> 12 & MASK)
+    )
+    ab, cd = tl.split(tl.sum(both, axis=0))
+    a, c = tl.split(ab)
+    b, d = tl.split(cd)
+    return a, b, c, d
 
 
 @triton.jit

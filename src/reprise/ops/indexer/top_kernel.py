@@ -15,8 +15,8 @@ from reprise.ops.triton_util import depend
 
 _GUESS = tl.constexpr(20)
 _HALF = tl.constexpr(4 << 20)
-"""Where some score is known, that so many reach is looked for from as much below it to as much above
-it, in parts of ``1 << _GUESS``: of float32 they are an eighth of a power of two."""
+"""Where some score is known, what so many reach is looked for from this much below it to this much
+above, in parts of ``1 << _GUESS``: of float32 they are an eighth of a power of two."""
 
 
 @triton.jit
@@ -88,7 +88,9 @@ def index_top_kernel(
             some = tl.load(peaks + groups // 2)
             peak = tl.load(peaks + group, mask=group < groups, other=NONE)
             least = tl.maximum(some.to(tl.int64) - _HALF, NONE + 1).to(tl.int32)
-            low, width, _ = search(peak, least, width * 0 + _GUESS, known, TOP, TOP + TOP // 4, False)
+            low, width, _ = search(
+                peak, least, width * 0 + _GUESS, known, TOP, TOP + TOP // 4, False
+            )
             keys = tl.where(keys >= low, keys, NONE)
             many = tl.sum((keys != NONE).to(tl.int32), axis=0)
             known = many >= 0
@@ -117,23 +119,59 @@ def index_top_kernel(
 
 
 @triton.jit
-def _choose(
-    left, found, target, tables, used, chunks, low, shift, place_stride, SLOTS: tl.constexpr,
+def _choose_of_few(
+    left, found, target, tables, used, low, shift, place_stride, SLOTS: tl.constexpr,
     CHUNKS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of what all chunks have left, which SLOTS hold."""
+    """Of what all chunks have left, where that is at most SLOTS, one behind the other."""
     slot = tl.arange(0, SLOTS)
     place, end = slot, tl.load(found)
     for chunk in tl.static_range(1, CHUNKS):
         place = tl.where(slot >= end, slot - end + chunk * (2 * TOP), place)
         end += tl.load(found + chunk, mask=chunk < used, other=0)
-    real = slot < end
-    keys = tl.load(left + place, mask=real, other=NONE)
-    number = tl.load(left + TOP + place, mask=real, other=0)
-    block = tl.load(tables + number // BLOCK, mask=real, other=0)
+    keys = tl.load(left + place, mask=slot < end, other=NONE)
+    # Asked for before the search, which they need not wait for.
+    number = tl.load(left + TOP + place, mask=slot < end, other=0)
+    block = tl.load(tables + number // BLOCK, mask=slot < end, other=0)
     taken, _ = largest(keys, low, shift, shift < 0, TOP, False)
     rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     tl.store(target + rank * place_stride, block * BLOCK + number % BLOCK, mask=taken)
+
+
+@triton.jit
+def _left_of(left, found, used, slot, TOP: tl.constexpr):
+    """Scores in places for TOP of each chunk, and where these are. Not masked: a device with few
+    registers for masks has no room for so many."""
+    each = tl.load(found + slot // TOP)
+    place = slot // TOP * (2 * TOP) + slot % TOP
+    real = (slot < used * TOP) & (slot % TOP < each)
+    return tl.where(real, tl.load(left + place), NONE), place
+
+
+@triton.jit
+def _choose_of_all(
+    left, found, target, tables, used, low, shift, place_stride, MOST: tl.constexpr,
+    PART: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of what all chunks have left, with room for as many as they can have; written in parts."""
+    keys, _ = _left_of(left, found, used, tl.arange(0, MOST), TOP)
+    low, shift, exact = search(keys, low, shift, shift < 0, TOP, TOP, True)
+    wanted = used * TOP
+    if exact == 0:
+        wanted = TOP - tl.sum((keys > low).to(tl.int32), axis=0)
+    begin, equals = used * 0, used * 0
+    for first in range(0, used * TOP, PART):
+        some, place = _left_of(left, found, used, first + tl.arange(0, PART), TOP)
+        equal = (some == low).to(tl.int32)
+        taken = (some >= low).to(tl.int32)
+        if exact == 0:
+            taken -= equal * (equals + tl.cumsum(equal, axis=0) > wanted).to(tl.int32)
+            equals += tl.sum(equal, axis=0)
+        rank = begin + tl.cumsum(taken, axis=0) - 1
+        number = tl.where(taken != 0, tl.load(left + TOP + place), 0)
+        block = tl.load(tables + number // BLOCK)
+        tl.store(target + rank * place_stride, block * BLOCK + number % BLOCK, mask=taken != 0)
+        begin += tl.sum(taken, axis=0)
 
 
 @triton.jit(do_not_specialize=["requests", "first", "chunks"])
@@ -156,13 +194,14 @@ def index_last_kernel(
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
     MOST: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program chooses of what the CHUNKS of a token have left, all of which MOST hold, and most
-    often SLOTS."""
+    """One program chooses of what the CHUNKS of a token have left, for which there is room MOST,
+    a whole number of PART; most often it is SLOTS at most."""
     here = tl.program_id(0)
     token = (first + here).to(tl.int64)
     request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
@@ -180,12 +219,12 @@ def index_last_kernel(
     low = tl.max(tl.load(found + chunks + chunk, mask=chunk < used, other=NONE), axis=0)
     shift = tl.max(tl.load(found + 2 * chunks + chunk, mask=chunk < used, other=0), axis=0)
     if total <= SLOTS:
-        _choose(
-            left, found, target, tables, used, chunks, low, shift, out_place_stride, SLOTS, CHUNKS,
-            TOP, BLOCK,
+        _choose_of_few(
+            left, found, target, tables, used, low, shift, out_place_stride, SLOTS, CHUNKS, TOP,
+            BLOCK,
         )  # fmt: skip
     else:
-        _choose(
-            left, found, target, tables, used, chunks, low, shift, out_place_stride, MOST, CHUNKS,
-            TOP, BLOCK,
+        _choose_of_all(
+            left, found, target, tables, used, low, shift, out_place_stride, MOST, PART, TOP,
+            BLOCK,
         )  # fmt: skip

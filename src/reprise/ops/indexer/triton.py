@@ -83,24 +83,27 @@ def bind(
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
     groups = cdiv(room, group) if group else 0
     score["GROUP"] = group
+    most = next_power_of_2(chunks * top)
     choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
     of_chunk = {
         "SEVERAL": chunks > 1, "GROUP": group, "PEAKS": next_power_of_2(groups),
-        "num_warps": max(4, warps(chunk, per_thread=16)), **choose,
+        "num_warps": max(4, warps(chunk, per_thread=8)), **choose,
     }  # fmt: skip
-    most = next_power_of_2(chunks * top)
+    # So many that each of MOST places is there.
+    room_left = cdiv(most, top) if chunks > 1 else 0
     # Groups tell of little more rows than are asked for.
     slots = min(most, next_power_of_2(2 * top))
     of_all = {
         "CHUNKS": next_power_of_2(chunks), "SLOTS": slots, "MOST": most,
+        "PART": min(most, 16 if INTERPRETED else 4096),
         "num_warps": max(4, warps(slots, per_thread=4)), **choose,
     }  # fmt: skip
 
     def compute() -> None:
         scores = block_tables.new_empty((at_once, room))
         peaks = scores.new_empty((at_once, groups))
-        left = scores.new_empty((at_once, chunks, 2, top) if chunks > 1 else 0)
-        found = scores.new_empty((at_once, 3, chunks) if chunks > 1 else 0)
+        left = scores.new_empty((at_once, room_left, 2, top))
+        found = scores.new_empty((at_once, 3, room_left))
         for first in range(0, tokens, at_once):
             count = min(at_once, tokens - first)
             where = (seq_lens, query_start_loc, requests, first)
@@ -109,11 +112,9 @@ def bind(
                 *query.stride(), *weights.stride(), *keys.stride(), *of_scales,
                 block_tables.stride(0), scale, **score,
             )  # fmt: skip
-            target = block_tables, out, left, found, *where, room, chunks
+            target = block_tables, out, left, found, *where, room, room_left
             strides = block_tables.stride(0), *out.stride()
-            launch(index_top_kernel, (count, chunks))(
-                scores, peaks, *target, *strides, **of_chunk
-            )
+            launch(index_top_kernel, (count, chunks))(scores, peaks, *target, *strides, **of_chunk)
             if chunks > 1:
                 launch(index_last_kernel, (count,))(*target, *strides, **of_all)
 
