@@ -80,7 +80,7 @@ def test_the_choice_where_chunks_meet(agree, platform, top) -> None:
         agree("indexer", lambda which=lengths: make(which))
 
 
-@pytest.mark.parametrize("kind", ["far apart", "side by side", "negative", "both signs"])
+@pytest.mark.parametrize("kind", ["far apart", "side by side", "negative", "both signs", "equal"])
 def test_the_choice_among_any_scores(agree, platform, kind) -> None:
     """From 1e-30 to 1e30, and of neighbouring bits; of two heads one adds and one subtracts."""
 
@@ -94,6 +94,7 @@ def test_the_choice_among_any_scores(agree, platform, kind) -> None:
         near = kind == "side by side"
         sizes = 1 + (40 * sizes).int() * 2**-23 if near else 10 ** (60 * sizes - 30)
         share = {"negative": 1.0, "both signs": 0.5}.get(kind, 0.0)
+        sizes = torch.ones_like(sizes) if kind == "equal" else sizes
         second = torch.rand(sizes.shape, generator=generator) < share
         keys[..., 0] = torch.where(second, 0.0, sizes).to(keys.device)
         keys[..., 1] = torch.where(second, sizes, 0.0).to(keys.device)
@@ -102,8 +103,9 @@ def test_the_choice_among_any_scores(agree, platform, kind) -> None:
         found["weights"][:, 0], found["weights"][:, 1] = 1.0, -1.0
         return {**found, "scale": 1.0}
 
-    agree("indexer", lambda: make([150, 203, 96]))
-    agree("indexer", lambda: make([203]))
+    if kind != "equal":
+        agree("indexer", lambda: make([150, 203, 96]))
+    agree("indexer", lambda: make([203], 8))  # chunks of equal ones leave more than is expected
     if platform.device_type != "cpu":  # where a chunk has thousands of rows
         agree("indexer", lambda: make([131072, 400, 20000], 512))
 
