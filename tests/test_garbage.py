@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import pytest
 from forks import MARKS, is_true_in_a_fork
+from helpers import make_llm
 
 from reprise import garbage
+from reprise.engine import start
+from reprise.errors import ModelError
 from reprise.garbage import uncollected
 
 
@@ -134,3 +138,24 @@ def test_a_fork_of_who_has_it_switched_off_has_it_so() -> None:
         assert is_true_in_a_fork(lambda: not gc.isenabled())
     finally:
         gc.enable()
+
+
+def test_an_engine_takes_no_memory_before_that_of_forgotten_ones_is_back(
+    tiny, device, platform, monkeypatch
+):
+    """Theirs is kept by cycles, and weights and cache would have what is left beside."""
+
+    class Forgotten:
+        pass
+
+    forgotten = Forgotten()
+    forgotten.itself, seen = forgotten, weakref.ref(forgotten)
+    del forgotten
+
+    def runner(*args):
+        raise ModelError("gone" if seen() is None else "still there")
+
+    monkeypatch.setattr(type(platform), "counts_memory", True)
+    monkeypatch.setattr(start, "ModelRunner", runner)
+    with uncollected(), pytest.raises(ModelError, match="gone"):
+        make_llm(tiny("qwen3"), device)

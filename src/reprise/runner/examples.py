@@ -135,7 +135,7 @@ class Examples:
             return 0
         peak = 0
         try:
-            gc.collect()  # what nothing refers to any more is not to be counted as used
+            gc.collect(1)  # what the start has left over is not to be counted as used
             self._platform.synchronize()
             self._platform.reset_peak_memory()
             before = self._platform.memory_allocated()
