@@ -293,44 +293,47 @@ def fp8_product_kernel(
         group = 0 if WHOLE else start // STEP
         AHEAD: tl.constexpr = 0 if WHOLE else 1
         x_group_ptr = x_scale_ptr + group * rows
-        # Weights are waited for where they are loaded. Scales, not loaded ahead, come before.
-        scale_0 = tl.load(scale_ptr + group)
-        if TOGETHER > 1:
-            scale_1 = tl.load(scale_ptr + group + AHEAD)
-        if TOGETHER > 2:
-            scale_2 = tl.load(scale_ptr + group + 2 * AHEAD)
-            scale_3 = tl.load(scale_ptr + group + 3 * AHEAD)
         x_scale_0 = tl.zeros([ROWS], dtype=tl.float32)
         x_scale_1, x_scale_2, x_scale_3 = x_scale_0, x_scale_0, x_scale_0
-        if not LATE:
-            x_scale_0 = tl.load(x_group_ptr)
-            if TOGETHER > 1:
-                x_scale_1 = tl.load(x_group_ptr + AHEAD * rows)
+        # Weights are waited for where they are loaded. Scales, not loaded ahead, come before; with
+        # more rows registers do not suffice for that.
+        FIRST: tl.constexpr = ROWS <= 64
+        if FIRST:
+            scale_0, scale_1, scale_2, scale_3 = _scales(scale_ptr + group, AHEAD, TOGETHER)
+            if not LATE:
+                x_scale_0, x_scale_1, x_scale_2, x_scale_3 = _scales(
+                    x_group_ptr, AHEAD * rows, TOGETHER
+                )
         weight_0 = _weight(weight_ptr + start, real_feature)
         if TOGETHER > 1:
             weight_1 = _weight(weight_ptr + start + STEP, real_feature)
         if TOGETHER > 2:
             weight_2 = _weight(weight_ptr + start + 2 * STEP, real_feature)
             weight_3 = _weight(weight_ptr + start + 3 * STEP, real_feature)
+        if not FIRST:
+            scale_0, scale_1, scale_2, scale_3 = _scales(scale_ptr + group, AHEAD, TOGETHER)
         x_0 = tl.zeros([STEP, ROWS], dtype=x_ptr.dtype.element_ty)
         x_1, x_2, x_3 = x_0, x_0, x_0
         if LATE:
             # Within the condition, x is loaded when it is needed; weights are, ahead of that.
             if ended(EARLY):
                 x_0 = tl.load(x_ptr + start, mask=real_row, other=0.0)
-                x_scale_0 = tl.load(x_group_ptr)
                 if TOGETHER > 1:
                     x_1 = tl.load(x_ptr + start + STEP, mask=real_row, other=0.0)
-                    x_scale_1 = tl.load(x_group_ptr + AHEAD * rows)
                 if TOGETHER > 2:
                     x_2 = tl.load(x_ptr + start + 2 * STEP, mask=real_row, other=0.0)
-                    x_scale_2 = tl.load(x_group_ptr + 2 * AHEAD * rows)
                     x_3 = tl.load(x_ptr + start + 3 * STEP, mask=real_row, other=0.0)
-                    x_scale_3 = tl.load(x_group_ptr + 3 * AHEAD * rows)
+                x_scale_0, x_scale_1, x_scale_2, x_scale_3 = _scales(
+                    x_group_ptr, AHEAD * rows, TOGETHER
+                )
         else:
             x_0 = tl.load(x_ptr + start, mask=real_row, other=0.0)
             if TOGETHER > 1:
                 x_1 = tl.load(x_ptr + start + STEP, mask=real_row, other=0.0)
+            if not FIRST:
+                x_scale_0, x_scale_1, x_scale_2, x_scale_3 = _scales(
+                    x_group_ptr, AHEAD * rows, TOGETHER
+                )
         acc = _multiply(acc, weight_0, scale_0, x_0, x_scale_0, NATIVE, WIDEN)
         if TOGETHER > 1:
             acc = _multiply(acc, weight_1, scale_1, x_1, x_scale_1, NATIVE, WIDEN)
@@ -346,3 +349,16 @@ def fp8_product_kernel(
 @triton.jit
 def _weight(ptr, real):
     return tl.load(ptr, mask=real, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scales(ptr, step, COUNT: tl.constexpr):
+    """Those of COUNT steps, and others for what is not there of four."""
+    scale_0 = tl.load(ptr)
+    scale_1, scale_2, scale_3 = scale_0, scale_0, scale_0
+    if COUNT > 1:
+        scale_1 = tl.load(ptr + step)
+    if COUNT > 2:
+        scale_2 = tl.load(ptr + 2 * step)
+        scale_3 = tl.load(ptr + 3 * step)
+    return scale_0, scale_1, scale_2, scale_3
