@@ -195,7 +195,9 @@ def test_tokens_a_second_are_the_server_s_own(server: Server) -> None:
 
     def watch() -> None:
         with server.client() as client:
-            while not ended.is_set():
+            over = False
+            while not over:
+                over = ended.is_set()  # and one look behind the end
                 text = client.get("/metrics").text
                 running, waiting, tokens = (
                     float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
