@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor
 
 from reprise.errors import OpError
-from reprise.ops import Op, OpTable, choice, registry
+from reprise.ops import Op, OpTable, choice, implementation, registry
+from reprise.ops import table as tables
 from reprise.ops.cases import Cases
 from reprise.platforms.cpu import CpuPlatform
 
@@ -170,3 +174,67 @@ def test_an_op_that_takes_everything_costs_nothing_more(op) -> None:
     table = OpTable(Prefers())
     assert table.functions[op.name] is reference
     assert table.choices == {}
+
+
+def interrupted(make: Callable[[], Any], act: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """What ``act`` returns of what was made, and what it returns to another thread that calls it
+    before one of the first call's bytecodes that choose: for each of them."""
+    files = {each.__file__ for each in (choice, implementation, tables)}
+    for place in itertools.count():
+        made, found, left = make(), [], place
+
+        def other(made: Any = made, found: list[Any] = found) -> None:
+            found.append(act(made))
+
+        def trace(frame: FrameType, event: str, _: Any, other: Any = other) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename not in files:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left == -1:
+                    thread = threading.Thread(target=other)
+                    thread.start()
+                    thread.join(30)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            mine = act(made)
+        finally:
+            sys.settrace(before)
+        if left >= 0:
+            return
+        yield mine, found[0]
+
+
+def test_threads_that_choose_at_once_choose_the_same(op, monkeypatch) -> None:
+    """Wherever one of them is when the other one comes."""
+
+    def vendor(x: Tensor, factor: float, y: Tensor | None = None) -> Tensor:
+        return x * factor + 100
+
+    monkeypatch.setattr(choice, "vendor_of_a_test", vendor, raising=False)
+    op.implementation("vendor", vendor, accepts=Counting())
+    late = op.implementations["vendor"]
+
+    def make() -> OpTable:
+        late.target = f"{choice.__name__}:vendor_of_a_test"
+        return OpTable(Prefers())
+
+    def act(table: OpTable) -> list[str]:
+        # The second one that is refused is looked up among what was answered before.
+        calls = [(torch.ones(1, columns), 2.0) for columns in (3, 5, 6)]
+        found = [table.implementation_of(op, call, {}).name for call in calls]
+        assert table.functions[op.name] is table.choices[op.name]
+        assert late.function is vendor
+        return found
+
+    count = 0
+    for ours, theirs in interrupted(make, act):
+        assert ours == theirs == ["vendor", "reference", "reference"], count
+        assert late.import_failure is None
+        count += 1
+    assert count > 500

@@ -122,7 +122,8 @@ class ByArguments:
 
     def _reasons(self, name: str) -> Iterator[str]:
         """Why an implementation was refused so far."""
-        return (each.refused[name] for each in self.answers.values() if name in each.refused)
+        answers = list(self.answers.values())  # other threads add some
+        return (each.refused[name] for each in answers if name in each.refused)
 
 
 def resolved(

@@ -170,9 +170,10 @@ class Implementation:
 
     @property
     def function(self) -> Callable[..., Any]:
-        if isinstance(self.target, str):
-            module, _, attribute = self.target.partition(":")
-            self.target = getattr(_imported(module), attribute)
-        if not callable(self.target):
-            raise TypeError(f"{self.target!r} is no function")
-        return self.target
+        target = self.target  # read once: another thread may replace it meanwhile
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            target = self.target = getattr(_imported(module), attribute)
+        if not callable(target):
+            raise TypeError(f"{target!r} is no function")
+        return target

@@ -168,10 +168,10 @@ class _LateCandidates(dict[str, list[Implementation]]):
 
     def __missing__(self, name: str) -> list[Implementation]:
         table = self._table
-        found = self[name] = declared[name].candidates(
+        found = declared[name].candidates(
             table.platform, self._overrides.get(name), batch_invariant=table.batch_invariant
         )
-        return found
+        return self.setdefault(name, found)
 
 
 class _LateFunctions(dict[str, Callable[..., Any]]):
@@ -184,15 +184,14 @@ class _LateFunctions(dict[str, Callable[..., Any]]):
     def __missing__(self, name: str) -> Callable[..., Any]:
         table, op = self._table, declared[name]
         candidates = table.candidates[name]
+        # Threads may choose at once: they go on with what the first one has put down, and nobody
+        # finds a function of which the choice is not there yet.
         if not candidates:
-            self[name] = functools.partial(_refuse, op, table.platform)
-        elif candidates[0].accepts is anything:
-            self[name] = candidates[0].function
-        else:
-            self[name] = table.choices[name] = ByArguments(
-                name, op.named, candidates, table.batch_invariant
-            )
-        return self[name]
+            return self.setdefault(name, functools.partial(_refuse, op, table.platform))
+        if candidates[0].accepts is anything:
+            return self.setdefault(name, candidates[0].function)
+        choice = ByArguments(name, op.named, candidates, table.batch_invariant)
+        return self.setdefault(name, table.choices.setdefault(name, choice))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
