@@ -222,8 +222,9 @@ def is_last(arrivals_ptr, count, done=1):  # type: ignore[no-untyped-def]
 _MOST_LAUNCHES = 4096
 """Of one kind to remember; steps of ever new sizes would make ever more."""
 _WIDE = 1 << 31
-"""Bytes of a tensor from which 32 bits do not address it."""
-_pointer, _dtype, _nbytes = Tensor.data_ptr, attrgetter("dtype"), attrgetter("nbytes")
+"""Bytes of memory from which 32 bits do not address it."""
+_pointer, _dtype = Tensor.data_ptr, attrgetter("dtype")
+_storage, _nbytes = Tensor.untyped_storage, torch.UntypedStorage.nbytes
 Again = Callable[..., None]
 """Repeats a launch: takes the arguments again without the options. Tensors may be others of equal
 dtype and alignment; numbers must be the same."""
@@ -283,16 +284,17 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> A
     if kind is None:
         kind = _kinds[name] = _Kind(args)
     tensors = tuple(compress(args, kind.tensors))
-    # Compilers look at a tensor's alignment and at whether 32 bits address it.
+    # All compilers look at a tensor's alignment, and some at whether 32 bits address its memory:
+    # all of it, of which it may be a small part with rows that lie far apart.
     odd: Any = 0
     for each in map(_pointer, tensors):
         odd |= each
     odd &= 15
     if odd:
         odd = tuple([each & 15 for each in map(_pointer, tensors)])
-    wide: Any = max(map(_nbytes, tensors)) >= _WIDE
-    if wide:
-        wide = tuple([each >= _WIDE for each in map(_nbytes, tensors)])
+    platform, wide = active_platform(), None
+    if platform is None or platform.compiles_by_storage:
+        wide = tuple([_nbytes(_storage(each)) >= _WIDE for each in tensors])
     device = tensors[0].get_device()
     numbers = compress(args, kind.numbers)
     key = (device, odd, wide, *map(_dtype, tensors), *numbers, *options.values())

@@ -33,6 +33,7 @@ class CudaPlatform(AcceleratorPlatform):
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"
     takes_ptx = True
+    compiles_by_storage = False
 
     @classmethod
     def built_for_this(cls) -> bool:
