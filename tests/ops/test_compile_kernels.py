@@ -67,7 +67,6 @@ SPILLS = {
         "mixed_attention_kernel": 6,
         "split_attention_kernel": 28,
         "draw_kernel": 56,
-        "index_scores_kernel": 1,
         "shared_sums_kernel": 10,
         "absolute_splits_kernel": 30,
         "absolute_decode_kernel": 39,

@@ -72,8 +72,11 @@ def index_scores_kernel(
     token = (first + here).to(tl.int64)
     part = tl.program_id(1)
     request, position = request_of(token, seq_lens_ptr, starts_ptr, requests, BLOCK_R)
-    count = tl.minimum((position + 1) // EVERY, room)
+    count = tl.minimum((position + 1) // EVERY, room).to(tl.int32)
     tiles = tl.cdiv(count, BLOCK_N)
+    each, more = tiles // tl.num_programs(1), tiles % tl.num_programs(1)
+    begin = part * each + tl.minimum(part, more)
+    end = begin + each + (part < more).to(tl.int32)
     head = tl.arange(0, BLOCK_H)
     channel = tl.arange(0, BLOCK_D)
     real = (head < HEADS)[None, :] & (channel < SIZE)[:, None]
@@ -94,15 +97,15 @@ def index_scores_kernel(
         other=0.0,
     ).to(tl.float32)
     tables = table_ptr + request.to(tl.int64) * table_stride
-    busy = tl.minimum(tiles, tl.num_programs(1))
     target = scores_ptr + here.to(tl.int64) * room
     if GROUP > 0:
         peaks = peaks_ptr + here.to(tl.int64) * tl.cdiv(room, GROUP)
-    for tile in range(tiles * part // busy, tiles * (part + 1) // busy):
-        number = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        seen = number < count
+    for tile in range(begin, end):
+        # Without a sign, so that a quotient is a shift.
+        number = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.uint32)
+        seen = number < count.to(tl.uint32)
         block = tl.load(tables + number // BLOCK, mask=seen, other=0)
-        block, slot = block.to(tl.int64), number % BLOCK
+        block, slot = block.to(tl.int64), (number % BLOCK).to(tl.int64)
         offset = block * block_stride + slot * slot_stride
         rows = tl.load(
             keys_ptr + offset[:, None] + channel[None, :] * channel_stride,
