@@ -10,7 +10,8 @@ _MOST_GROUPS = 4096
 def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
     """Rows of a chunk, a power of two, and how many chunks there are of at most ``room`` rows of
     which ``top`` are chosen."""
-    wanted = max(min(least, room), -(-room // _MOST_CHUNKS), top)
+    alone = room <= 2 * least
+    wanted = max(room if alone else least, -(-room // _MOST_CHUNKS), top)
     chunk = 1 << (min(MOST, wanted) - 1).bit_length()
     return chunk, -(-room // chunk)
 

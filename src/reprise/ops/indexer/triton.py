@@ -70,8 +70,6 @@ def bind(
     wide = query.element_size() == 4
     block_n = 32 if wide or INTERPRETED else 64
     parts = max(1, min(cdiv(room, block_n), 4 * limits(query.device).multiprocessors // at_once))
-    # Nothing to overlap the loads of a tile with.
-    alone = cdiv(room, block_n) <= parts
     block_r = block_of(requests)
     shared = {"EVERY": every, "BLOCK_R": block_r, **launch_options()}
     score = {
@@ -79,7 +77,7 @@ def bind(
         "BLOCK_H": max(16, next_power_of_2(heads)), "BLOCK_D": max(16, next_power_of_2(size)),
         "CODES": scales is not None, "PAIRS": in_pairs(query, keys),
         "WIDEN": INTERPRETED, "num_warps": 4,
-        "num_stages": 1 if wide or alone else 3, **shared,
+        "num_stages": 1 if wide else 3, **shared,
     }  # fmt: skip
     of_scales = (0, 0) if scales is None else scales.stride()
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
