@@ -96,7 +96,11 @@ def eight_bits(
     largest = tl.full([x.shape[0]], LARGEST, dtype=tl.float32)
     if EXACT:
         scale = tl.div_rn(magnitude, largest)
-        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        # One division for all quotients of a scale: what a product with the inverse leaves over
+        # makes it the nearest number to the quotient (Markstein, 1990).
+        inverse = tl.div_rn(tl.full([x.shape[0]], 1.0, dtype=tl.float32), scale)[:, None]
+        near = x * inverse
+        y = tl.fma(tl.fma(-near, scale[:, None], x), inverse, near)
     else:  # the interpreter's division is
         scale = magnitude / largest
         y = x / scale[:, None]

@@ -255,7 +255,8 @@ def fp8_row_kernel(
             y, scale = eight_bits(value, NATIVE, EXACT, LARGEST, LEAST)
             number = tl.reshape(y.to(kind), [BLOCK_K])
             x_scale = tl.reshape(tl.broadcast_to(scale[:, None], [TOGETHER, SPREAD]), [COLUMNS])
-        columns = tl.trans(tl.where(own, number[None, :], 0.0))
+        # Reshaped, a number stays with its thread, which then stores four at a time.
+        columns = tl.trans(tl.where(own, tl.reshape(number, [1, BLOCK_K]), 0.0))
         if not NATIVE:
             weight = from_bits(weight, kind)
             if WIDEN:
