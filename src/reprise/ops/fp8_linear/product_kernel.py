@@ -69,13 +69,10 @@ _CONFIGS = (
 _MANY_TILES = Config(64, 64, 1, 4, 4, 3, late=False)
 """In place of the third, where its tiles are more than two for each multiprocessor: all run at
 once."""
-_LARGE = Config(64, 128, 2, 3, 8, 1, late=False, fetched=1024)
-"""In place of the third for other weights of more than :data:`_LARGE_WEIGHTS` elements, where all
-its stages fit: ``x`` is read less often. Where they do not, registers do not suffice either."""
+_LARGE = Config(64, 64, 2, 3, 4, 2, late=False)
+"""In place of the third for other weights of more than :data:`_SMALL_WEIGHTS` elements, where both
+programs and all their stages fit. Where they do not, registers do not suffice either."""
 _LARGE_WEIGHTS = 1 << 24
-_MIDDLE = Config(64, 64, 2, 3, 4, 2, late=False)
-"""In place of the third for weights between :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`,
-where both programs and all their stages fit. Where they do not, registers do not suffice either."""
 _FEW_TILES = Config(8, 64, 4, 2, 4, 4, late=True)
 """In place of the first for one row (of several no device has run it) and weights between
 :data:`_SMALL_WEIGHTS` and :data:`_LARGE_WEIGHTS`: of 4,096 inputs a share is one step, so all of
@@ -93,14 +90,10 @@ def _config_of(rows: int, outputs: int, inputs: int, device: torch.device, wide:
     elif config is _CONFIGS[2]:
         if cdiv(outputs, _MANY_TILES.block_n) > 2 * limits(device).multiprocessors:
             config = _MANY_TILES
-        elif outputs * inputs > _LARGE_WEIGHTS:
-            large = fitted(_LARGE, outputs, inputs, device, wide)
-            if large.num_stages == _LARGE.num_stages:
-                return large
         elif outputs * inputs > _SMALL_WEIGHTS and not wide:
-            needed = _MIDDLE.programs * _MIDDLE.num_stages * _stage(_MIDDLE, wide)
+            needed = _LARGE.programs * _LARGE.num_stages * _stage(_LARGE, wide)
             if needed <= limits(device).shared_memory:
-                config = _MIDDLE
+                config = _LARGE
     return fitted(config, outputs, inputs, device, wide)
 
 
