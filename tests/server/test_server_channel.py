@@ -189,6 +189,10 @@ def test_each_of_a_burst_has_its_own_parameters(device: str) -> None:
             for each in (
                 {"max_tokens": 2}, {"max_tokens": 2}, {"max_tokens": 3}, {"max_tokens": 0},
                 {"max_tokens": 3}, {"max_tokens": 2, "logit_bias": {"7": 100.0}},
+                # Equal to Python, and refused.
+                {"max_tokens": 1}, {"max_tokens": True}, {"max_tokens": 1.0},
+                {"max_tokens": 2, "stop_token_ids": [1]},
+                {"max_tokens": 2, "stop_token_ids": [True]},
             )
         ]  # fmt: skip
         with ours:
@@ -201,11 +205,13 @@ def test_each_of_a_burst_has_its_own_parameters(device: str) -> None:
             while len(counts) < len(params):
                 message = next(messages)
                 if isinstance(message, wire.Refused):
-                    assert "max_tokens=0" in message.message
+                    (name,) = set(params[message.number]) - set(PARAMS) or {"max_tokens"}
+                    assert f"{name}={params[message.number][name]}: give" in message.message
                     counts[message.number] = None
                 for number, outputs, *_ in getattr(message, "items", ()):
                     counts[number] = outputs[0][2]
-        assert [counts[number] for number in range(len(params))] == [2, 2, 3, None, 3, 2]
+        found = [counts[number] for number in range(len(params))]
+        assert found == [2, 2, 3, None, 3, 2, 1, None, None, 2, None]
 
 
 def test_what_fails_before_the_engine_has_it_ends_nothing_else(device: str) -> None:

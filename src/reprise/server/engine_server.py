@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import marshal
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -64,7 +65,7 @@ class EngineServer(EngineService):
         self._hello = wire.Hello(wire.PROTOCOL, engine_facts(self._frontend))
         self._emissions = Emissions()
         self._names = 0
-        self._latest: tuple[dict[str, Any], PreparedParams] | None = None
+        self._latest: tuple[bytes, PreparedParams] | None = None
         """Parameters that were prepared last: those of a burst are mostly equal, and to check them
         takes as long as all else that is done here for a request."""
         self._responses = ResponseStore(limits.response_bytes)
@@ -143,8 +144,10 @@ class EngineServer(EngineService):
             self.refuse(channel, request.number, error)
 
     def _prepared(self, given: dict[str, Any]) -> PreparedParams:
-        if self._latest is None or self._latest[0] != given:
-            self._latest = given, self._frontend.prepare_params(_params(given))
+        # Bytes tell 1 from True, which is refused; version 2 has nothing of an object's history.
+        same = marshal.dumps(given, 2)
+        if self._latest is None or self._latest[0] != same:
+            self._latest = same, self._frontend.prepare_params(_params(given))
         return self._latest[1]
 
     def _prompt(self, request: wire.Generate) -> Callable[[], Any]:
