@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from reprise.errors import OpError
 from reprise.ops import OpTable, triton_util
 from reprise.platforms import _BUILT_IN, load
 
@@ -199,3 +200,38 @@ def test_no_launch_runs_what_triton_compiled_for_other_arguments(
             triton_util._kinds.clear()
             for args in first * 2:
                 triton_util.launch(kernel, (1,))(*args)
+
+
+def test_nothing_is_loaded_for_another_device_than_the_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be what later launches of the device find."""
+
+    class OnTheSecond(torch.Tensor):
+        def get_device(self) -> int:
+            return 1
+
+    class Kernel:
+        __name__, arg_names = "some_kernel", ("x_ptr",)
+
+        def __getitem__(self, grid: Any) -> Any:
+            loaded.append(current[0])
+            return lambda x: SimpleNamespace(run=ran, function=current[0], packed_metadata=())
+
+    def ran(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        assert (stream, function) == (71, 1)
+
+    loaded: list[int] = []
+    current = [0]
+    driver = SimpleNamespace(
+        get_current_device=lambda: current[0], get_current_stream=lambda device: 70 + device
+    )
+    monkeypatch.setattr(triton_util, "INTERPRETED", False)
+    monkeypatch.setattr(triton_util, "_driver", SimpleNamespace(active=driver))
+    kernel, x = Kernel(), torch.zeros(4).as_subclass(OnTheSecond)
+    with pytest.raises(OpError, match=r"some_kernel: the tensors are on device 1, .* device 0"):
+        triton_util.launch(kernel, (1,))(x)
+    current[0] = 1
+    for _ in range(2):
+        triton_util.launch(kernel, (1,))(x)(x)
+    assert loaded == [1]

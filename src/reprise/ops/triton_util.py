@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprise.errors import OpError
 from reprise.ops.launchers import load_apart
 from reprise.ops.registry import active_platform, op_memory
 
@@ -270,6 +271,10 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Again]:
     Args:
         kernel: The ``triton.jit`` function.
         grid: Programs along each dimension.
+
+    Raises:
+        OpError: By what is returned, where it would have the kernel loaded for another device than
+            the tensors': a kernel runs on the thread's device.
     """
     return functools.partial(_launch, kernel, grid)
 
@@ -302,6 +307,12 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> A
     if known is not None:
         _start(known, grid, *args)
         return functools.partial(_start, known, grid)
+    here = _driver.active.get_current_device() if device >= 0 else device
+    if here != device:
+        raise OpError(
+            f"{kernel.__name__}: the tensors are on device {device}, and this thread's kernels run "
+            f"on device {here}: call torch.accelerator.set_device_index({device}) first"
+        )
     with _turns.setdefault((id(kernel), *options.values()), threading.Lock()):
         compiled = kernel[grid](*args, **options)
     if len(kind.known) >= _MOST_LAUNCHES:
