@@ -23,6 +23,8 @@ from reprise.layers import gated_delta as layer
 from reprise.ops import OpTable
 from reprise.ops.causal_conv.triton import invariant as causal_conv
 from reprise.ops.experts import triton_invariant as experts
+from reprise.ops.fp8_linear import quantise_kernel
+from reprise.ops.fp8_linear import triton_invariant as fp8_invariant
 from reprise.ops.gated_delta.triton import invariant as gated_delta
 from reprise.ops.linear import reference, shared_sums_kernel, triton_invariant
 from reprise.ops.paged_attention import absolute_decode_kernel as decodes
@@ -120,6 +122,29 @@ def test_a_row_of_a_product_of_fewer_bits(make: Callable[..., Tensor]) -> None:
                     found = compute(some, *((norm, 1e-6) if "norm" in name else ()), *weight)
                 results[rows] = found
                 assert torch.equal(found, results[150][150 - rows :]), (op.name, rows)
+
+
+@pytest.mark.parametrize("name", ["fp8_norm_linear", "fp8_norm_gated_linear"])
+def test_a_norm_before_eight_bits_is_summed_by_as_many_threads(
+    device: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Their number is the order of the sum, which the interpreter does not show."""
+    launched: set[tuple[tuple[str, Any], ...]] = set()
+
+    def note(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> None:
+            launched.add(tuple(options.items()))
+
+        return run
+
+    monkeypatch.setattr(quantise_kernel, "launch", note)
+    monkeypatch.setattr(fp8_invariant, "launch_product", lambda *args, **options: None)
+    function = getattr(fp8_invariant, name)
+    wide = torch.zeros(256, 1024, dtype=torch.float8_e4m3fn, device=device)
+    for rows in THRESHOLDS:
+        x = torch.zeros(rows, 1024, device=device)
+        function(x, x[0], 1e-6, wide, x.new_zeros(2, 8), None, 128, 128)
+    assert len(launched) == 1
 
 
 def test_a_weight_that_is_made_now_is_waited_for(

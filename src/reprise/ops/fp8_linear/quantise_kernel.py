@@ -34,6 +34,8 @@ def quantise(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     room: int = 0,
+    *,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Eight bits for each element, as the reference has them.
 
@@ -44,6 +46,7 @@ def quantise(
         norm_weight: [K], of the root mean square norm before it, or None.
         eps: Of the norm.
         room: Rows of the results, of which those behind T are left as they are; 0: T.
+        alike: A row has the same bits beside any others: a norm's sum is in one order.
 
     Returns:
         [T, K], and scales [K / group, T] float32.
@@ -53,7 +56,7 @@ def quantise(
     numbers = x.new_empty((room, inputs), dtype=torch.float8_e4m3fn if native else x.dtype)
     scales = x.new_empty((inputs // group, room), dtype=torch.float32)
     whole = norm_weight is not None or group == inputs
-    few = rows <= _FEW_ROWS
+    few = rows <= _FEW_ROWS and not alike
     most = next_power_of_2(inputs)
     share = most if whole else min(max(_FEW_SHARE if few else _SHARE, group), most)
     launch(quantise_kernel, (rows, 1 if whole else cdiv(inputs, share)))(

@@ -73,7 +73,7 @@ def _launch(
     outputs, inputs = weight.shape
     for begin in range(0, len(x), _MOST_ROWS):
         some = slice(begin, begin + _MOST_ROWS)
-        numbers, scales = quantise(x[some], block_k, native, norm_weight, eps)
+        numbers, scales = quantise(x[some], block_k, native, norm_weight, eps, alike=True)
         launch_product(
             numbers, scales, weight, scale, bias, out[some], block_n,
             add=add, gated=gated,
