@@ -89,6 +89,22 @@ def test_what_nobody_calls_is_not_looked_for(platform, monkeypatch, randn) -> No
     assert asked == ["rms_norm", "argmax", "silu_and_mul"]
 
 
+def test_the_first_kernel_is_for_the_platforms_own_device(platform) -> None:
+    """A thread begins on the first device, whichever the engine has: its kernel would be loaded
+    there, for tensors that lie elsewhere."""
+    mine = threading.local()
+
+    class Second(type(platform)):
+        def activate(self) -> None:
+            super().activate()
+            mine.active = True
+
+    found: list[bool] = []
+    with Second().warming_up(lambda: None, lambda: found.append(hasattr(mine, "active"))):
+        pass
+    assert found == [True]
+
+
 @pytest.mark.long
 def test_steps_need_no_kernel_that_no_pass_before_the_first_has(device) -> None:
     if device != "cpu":

@@ -183,8 +183,8 @@ class Platform(ABC):
 
     @contextlib.contextmanager
     def warming_up(self, beside: Callable[[], Any], then: Callable[[], Any]) -> Iterator[None]:
-        """Run :meth:`warm_up` and ``beside`` beside the ``with`` block, and ``then`` behind both;
-        all is done when it ends."""
+        """Run :meth:`warm_up` and ``beside`` beside the ``with`` block, and ``then``, on this
+        device, behind both; all is done when it ends."""
         warm = threading.Thread(target=self.warm_up, name="reprise-warm-up")
 
         def work() -> None:
@@ -192,6 +192,7 @@ class Platform(ABC):
                 beside()
             finally:
                 warm.join()
+            self.activate()
             then()
 
         thread = threading.Thread(target=work, name="reprise-load-kernels")
