@@ -157,6 +157,36 @@ def test_steps_go_on_however_much_is_wanted_between_them(
             assert len(set(steps)) > TOKENS / 2
 
 
+def test_steps_go_on_in_the_midst_of_a_burst(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that all came at once."""
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        driver: Any = server.driver
+        ours, messages = connect(server)
+        asked = STREAM._replace(prompt={"prompt_token_ids": [5, 6]})
+        steps: list[int] = []
+        submit = server._submit
+
+        def noted(request: wire.Generate, *args: Any, **options: Any) -> None:
+            steps.append(driver.engine.scheduler.num_generated_tokens)
+            submit(request, *args, **options)
+
+        with ours:
+            ours.sendall(wire.frame(asked))
+            next(messages)
+            monkeypatch.setattr(thread, "MOST_BETWEEN_SECONDS", 0.0)
+            monkeypatch.setattr(server, "_submit", noted)
+            few = {**PARAMS, "max_tokens": 1}
+            burst = [asked._replace(number=number, params=few) for number in range(2, 22)]
+            ours.sendall(b"".join(wire.frame(each) for each in burst))
+            left = {each.number for each in burst}
+            while left:
+                for number, *item in getattr(next(messages), "items", ()):
+                    if len(item) == 3 and item[1] is not None:
+                        left.discard(number)
+        assert len(steps) == len(burst)
+        assert len(set(steps)) > len(burst) / 2
+
+
 def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

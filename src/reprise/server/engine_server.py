@@ -87,17 +87,14 @@ class EngineServer(EngineService):
                 quick.append((each, reader))
             else:
                 self._submit(each, reader, prepare=False)
-        if not quick:
-            return
-
-        def submit() -> None:
-            for each, reader in quick:
-                self._submit(each, reader, prepare=True)
-
-        try:
-            self.driver.between_steps(submit)
-        except RepriseError as error:
-            for each, _ in quick:
+        # Behind each other, for the next step has all that there is time for, and one by one: a
+        # step waits for no burst.
+        for each, reader in quick:
+            try:
+                self.driver.between_steps(
+                    functools.partial(self._submit, each, reader, prepare=True)
+                )
+            except RepriseError as error:
                 self.refuse(channel, each.number, error)
 
     def _submit(self, request: wire.Generate, reader: WireReader, *, prepare: bool) -> None:
