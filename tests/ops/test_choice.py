@@ -200,6 +200,7 @@ def interrupted(make: Callable[[], Any], act: Callable[[Any], Any]) -> Iterator[
             return trace
 
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks whether any frame wants them
         sys.settrace(trace)
         try:
             mine = act(made)
