@@ -187,6 +187,33 @@ def test_steps_go_on_in_the_midst_of_a_burst(device: str, monkeypatch: pytest.Mo
         assert len(set(steps)) > len(burst) / 2
 
 
+def test_who_ends_while_a_process_goes_is_no_fault(device: str) -> None:
+    """The engine's thread takes requests out, at any time."""
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        ours, messages = connect(server)
+        (channel,) = server.channels
+        dropped = threading.Event()
+
+        class Ends:
+            """Another one ends when this one is asked for."""
+
+            name = "of nobody"
+
+            @property
+            def called(self) -> str:
+                channel.readers.pop(8, None)
+                dropped.set()
+                return "mine"
+
+        channel.readers.update({number: Ends() for number in (7, 8, 9)})
+        ours.close()
+        assert dropped.wait(30)
+        ours, messages = connect(server)
+        with ours:
+            ours.sendall(wire.frame(STREAM))
+            assert stream(messages)[-1][3] == "length"
+
+
 def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

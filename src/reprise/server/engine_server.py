@@ -174,7 +174,8 @@ class EngineServer(EngineService):
         return prompt
 
     def _drop(self, channel: Channel) -> None:
-        self._responses.forget([each.called for each in channel.readers.values()])
+        # Copied at once: the driver's thread takes out whose requests end.
+        self._responses.forget([each.called for each in list(channel.readers.values())])
         super()._drop(channel)
 
     # ---- calls -----------------------------------------------------------------------------
