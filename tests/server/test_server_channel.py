@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -50,6 +50,13 @@ def stream(messages: Iterator[Any]) -> list[list[Any]]:
             if end is not None:
                 return outputs
     raise AssertionError("the messages have ended")
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert happened()
 
 
 @contextlib.contextmanager
@@ -212,6 +219,24 @@ def test_who_ends_while_a_process_goes_is_no_fault(device: str) -> None:
         with ours:
             ours.sendall(wire.frame(STREAM))
             assert stream(messages)[-1][3] == "length"
+
+
+def test_who_waits_between_steps_is_told_when_the_engine_is_stopped(device: str) -> None:
+    with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
+        driver: Any = server.driver
+        ours, messages = connect(server)
+        with ours:
+            go_on = threading.Event()
+            driver.between_steps(lambda: go_on.wait(30))
+            asked = STREAM._replace(prompt={"prompt_token_ids": [5, 6]})
+            burst = [asked._replace(number=number) for number in range(3, 8)]
+            ours.sendall(b"".join(map(wire.frame, burst)))
+            until(lambda: driver._commands.qsize() >= len(burst))
+            server.stop()
+            until(lambda: driver.closed is not None)
+            go_on.set()
+            refused = {next(messages).number for _ in burst}
+            assert refused == {each.number for each in burst}
 
 
 def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
