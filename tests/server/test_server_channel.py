@@ -13,7 +13,7 @@ import pytest
 
 from reprise.config import EngineConfig
 from reprise.engine import thread
-from reprise.server import wire
+from reprise.server import engine_server, wire
 from reprise.server.engine_server import EngineLimits, EngineServer
 
 TOKENS = 100
@@ -239,7 +239,7 @@ def test_who_waits_between_steps_is_told_when_the_engine_is_stopped(device: str)
             assert refused == {each.number for each in burst}
 
 
-def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
+def test_token_ids_are_prepared_between_steps_and_what_takes_long_beside_them(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(EngineConfig(device=device, num_blocks=100), EngineLimits()) as server:
@@ -251,14 +251,18 @@ def test_token_ids_are_prepared_between_steps_and_texts_beside_them(
             return prepare(prompt)
 
         monkeypatch.setattr(frontend, "prepare", noted)
+        monkeypatch.setattr(engine_server, "MOST_QUICK", 3)
         ours, messages = connect(server)
         with ours:
-            for prompt in ({"prompt_token_ids": [5, 6]}, {"prompt": "Once upon a time"}):
+            for prompt in (
+                {"prompt_token_ids": [5, 6, 7]}, {"prompt": "Once upon a time"},
+                {"prompt_token_ids": [5, 6, 7, 8]},
+            ):  # fmt: skip
                 few = {**PARAMS, "max_tokens": 2}
                 ours.sendall(wire.frame(STREAM._replace(prompt=prompt, params=few)))
                 stream(messages)
     assert [name for kind, name in threads if kind is dict] == [
-        "reprise-engine", "reprise-tokenizer",
+        "reprise-engine", "reprise-tokenizer", "reprise-tokenizer",
     ]  # fmt: skip
 
 

@@ -30,6 +30,9 @@ from reprise.server.wire_reader import WireReader
 
 logger = logging.getLogger(__name__)
 
+MOST_QUICK = 1 << 15
+"""Token ids of a prompt that are looked through between two steps: a millisecond or two."""
+
 
 class QueueFull(RepriseError):
     """Too much waits: try again later."""
@@ -262,11 +265,12 @@ class EngineServer(EngineService):
 
 
 def _is_quick(request: wire.Generate) -> bool:
-    """Nothing is to be tokenized or compiled: to hand it on to another thread takes longer than to
-    prepare it."""
-    ids = request.chat is None and "prompt_token_ids" in (request.prompt or {})
+    """Nothing is to be tokenized or compiled, nor much looked through: to hand it on to another
+    thread takes longer than to prepare it."""
+    ids = None if request.chat is not None else (request.prompt or {}).get("prompt_token_ids")
+    short = isinstance(ids, list) and len(ids) <= MOST_QUICK
     params = request.params
-    return ids and not params.get("structured_outputs") and not params.get("bad_words")
+    return short and not params.get("structured_outputs") and not params.get("bad_words")
 
 
 def _params(given: dict[str, Any]) -> SamplingParams:
