@@ -111,6 +111,21 @@ def test_the_choice_among_any_scores(agree, platform, kind) -> None:
 
 
 @pytest.mark.parametrize(
+    ("lengths", "top", "block"), [([203, 90], 1, 16), ([3, 2], 1, 3), ([2], 2, 2), ([1], 1, 1)]
+)
+def test_few_rows_are_chosen_of_many_and_of_few(agree, platform, lengths, top, block) -> None:
+    """A search counts four at a time."""
+    rows = [1] * len(lengths)
+    agree(
+        "indexer",
+        lambda: index_arguments(
+            Maker(platform.device, torch.float32), lengths, rows, top, 2, 32, 1,
+            every=1, block=block,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("every", "top"),
     [
         pytest.param(0, 0, marks=pytest.mark.long),

@@ -2,6 +2,8 @@ from torch import Tensor
 
 MOST = 1 << 15
 """Rows that a program chooses among: it counts them in half a word."""
+LEAST = 4
+"""The same: it counts four at a time."""
 _CHUNK = 2048
 _MOST_CHUNKS = 16
 _MOST_GROUPS = 4096
@@ -11,7 +13,7 @@ def chunks_of(room: int, top: int, least: int = _CHUNK) -> tuple[int, int]:
     """Rows of a chunk, a power of two, and how many chunks there are of at most ``room`` rows of
     which ``top`` are chosen."""
     alone = room <= 2 * least
-    wanted = max(room if alone else least, -(-room // _MOST_CHUNKS), top)
+    wanted = max(room if alone else least, -(-room // _MOST_CHUNKS), top, LEAST)
     chunk = 1 << (min(MOST, wanted) - 1).bit_length()
     return chunk, -(-room // chunk)
 

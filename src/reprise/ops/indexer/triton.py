@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from reprise.ops.indexer.accepts import chunks_of, group_of
+from reprise.ops.indexer.accepts import LEAST, chunks_of, group_of
 from reprise.ops.indexer.scores_kernel import index_scores_kernel
 from reprise.ops.indexer.top_kernel import index_last_kernel, index_top_kernel
 from reprise.ops.load_codes import in_pairs
@@ -83,16 +83,16 @@ def bind(
     group = group_of(room, top, block_n, 2 if INTERPRETED else 16) if chunks > 1 else 0
     groups = cdiv(room, group) if group else 0
     score["GROUP"] = group
-    most = next_power_of_2(chunks * top)
+    most = next_power_of_2(max(LEAST, chunks * top))
     choose = {"TOP": top, "CHUNK": chunk, "BLOCK": keys.shape[1], **shared}
     of_chunk = {
-        "SEVERAL": chunks > 1, "GROUP": group, "PEAKS": next_power_of_2(groups),
+        "SEVERAL": chunks > 1, "GROUP": group, "PEAKS": next_power_of_2(max(LEAST, groups)),
         "num_warps": max(4, warps(chunk, per_thread=8)), **choose,
     }  # fmt: skip
     # So many that each of MOST places is there.
     room_left = cdiv(most, top) if chunks > 1 else 0
     # Groups tell of little more rows than are asked for.
-    slots = min(most, next_power_of_2(2 * top))
+    slots = min(most, next_power_of_2(max(LEAST, 2 * top)))
     of_all = {
         "CHUNKS": next_power_of_2(chunks), "SLOTS": slots, "MOST": most,
         "PART": min(most, 16 if INTERPRETED else 4096),
