@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 SHOW_AFTER_SECONDS = 1.0
+SAYS_TERMINAL = {"FORCE_COLOR", "TTY_COMPATIBLE"}
+"""By these of the environment rich may take for a terminal what is none."""
 
 
 class Counter:
@@ -58,9 +61,14 @@ class Counter:
 
 def _on_a_terminal() -> bool:
     try:
-        return sys.stderr.isatty()
+        may_be = sys.stderr.isatty() or not os.environ.keys().isdisjoint(SAYS_TERMINAL)
     except (AttributeError, ValueError):  # there is no standard error, or it is closed
         return False
+    if not may_be:
+        return False
+    from rich.console import Console
+
+    return Console(file=sys.stderr).is_terminal
 
 
 def _bar() -> Progress:
