@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +47,27 @@ def randn(platform: Platform) -> Callable[..., torch.Tensor]:
         return torch.randn(shape, generator=generator).to(platform.device, dtype)
 
     return make
+
+
+@pytest.fixture
+def no_device(device: str) -> None:
+    """The test is skipped where there is one, and where nothing compiles for those that are not
+    there."""
+    if device != "cpu":
+        pytest.skip("no device takes part, so the run without one is enough")
+    pytest.importorskip("triton")
+
+
+@pytest.fixture
+def compiling() -> Callable[..., list[str]]:
+    """``compiling(script, *arguments)``: the lines that a script beside the tests prints, in a
+    process of its own: where a kernel was interpreted, none is compiled any more."""
+
+    def run(script: str, *arguments: str) -> list[str]:
+        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    return run

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,15 +102,9 @@ def test_the_first_kernel_is_for_the_platforms_own_device(platform) -> None:
 
 
 @pytest.mark.long
-def test_steps_need_no_kernel_that_no_pass_before_the_first_has(device) -> None:
-    if device != "cpu":
-        pytest.skip("no device takes part, so the run without one is enough")
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("kernels_of_steps.py"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def test_steps_need_no_kernel_that_no_pass_before_the_first_has(no_device, compiling) -> None:
+    lines = compiling("kernels_of_steps.py")
+    steps = [json.loads(line) for line in lines if line.startswith("{")]
     assert len(steps) > 10
     assert not [each for each in steps if each["new"]]
 

@@ -6,19 +6,13 @@ The interpreter takes code that a compiler refuses, and knows no limits.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import reprise.ops
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
-FRONT_END = Path(__file__).with_name("front_end.py")
 KERNELS = {
     name
     for each in Path(reprise.ops.__file__).parent.rglob("*.py")
@@ -116,12 +110,10 @@ but for how many columns it has on Hopper, each a sum of its own."""
     "target",
     [pytest.param(each, marks=[] if each == "CDNA 3" else [pytest.mark.long]) for each in TARGETS],
 )
-def test_every_kernel_compiles_and_fits(device, target) -> None:
-    if device != "cpu":
-        pytest.skip("no device takes part, so the run without one is enough")
-    pytest.importorskip("triton")
+def test_every_kernel_compiles_and_fits(no_device, compiling, target) -> None:
     backend, architecture, limit = TARGETS[target]
-    found = _lines(SCRIPT, backend, architecture, str(limit))
+    lines = compiling("compile_kernels.py", backend, architecture, str(limit))
+    found = [json.loads(line) for line in lines]
     assert not [each for each in found if "error" in each]
     assert not [each for each in found if each["shared_memory"] > limit]
     known, coded = SPILLS[target], {**SPILLS[target], **ON_CODES[target]}
@@ -138,21 +130,9 @@ def test_every_kernel_compiles_and_fits(device, target) -> None:
         assert len(kinds) == 1, kernel
 
 
-def test_models_of_other_sizes_launch_nothing_that_is_refused(device) -> None:
+def test_models_of_other_sizes_launch_nothing_that_is_refused(no_device, compiling) -> None:
     """Seen: with four bits and more than 4,096 inputs a norm's kernel was of two types at once, so
     that no model of 14B and more could decode."""
-    if device != "cpu":
-        pytest.skip("no device takes part, so the run without one is enough")
-    pytest.importorskip("triton")
-    found = _lines(FRONT_END)
+    found = [json.loads(line) for line in compiling("front_end.py")]
     assert not [each for each in found if each["refused"]]
     assert {"norm_linear", "fp8_norm_linear", "w4_norm_linear"} <= {each["op"] for each in found}
-
-
-def _lines(script: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What a script prints that has a Triton of its own, without the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]

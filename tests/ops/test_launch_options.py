@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,8 +237,5 @@ def test_nothing_is_loaded_for_another_device_than_the_tensors(
     assert loaded == [1]
 
 
-def test_launches_are_started_as_triton_starts_them() -> None:
-    script = Path(__file__).with_name("started_as_triton.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_launches_are_started_as_triton_starts_them(compiling) -> None:
+    compiling("started_as_triton.py")
