@@ -2,6 +2,7 @@
 
     python benchmarks/deepseek_v4_layers.py
     python benchmarks/deepseek_v4_layers.py --requests 64 --contexts 4096 --kernels 12
+    python benchmarks/deepseek_v4_layers.py --prompt 8192
 
 One layer with a window alone, one with rows of 4 tokens and an indexer, one with rows of 128;
 random weights in the released formats. Steps are decodes of requests of one length; caches have
@@ -10,6 +11,9 @@ device graph that holds the layer's part several times. *Bytes* are the weights 
 (of experts those that so many rows hit if each is as likely) and the cache rows that the step sees,
 over the rate at which a copy or a sum moved bytes in the same run; *ratio* is the time over that.
 ``--kernels`` lists so many of the kernels that took longest, in a trace of a layer.
+``--prompt`` times for so many tokens what lies around a layer's products and moves bytes alone, the
+rotation back with quantisation among it, which is the first kernel of an op: kernels beside the
+operations of torch that they replace, as the share of what a copy moves.
 """
 
 from __future__ import annotations
@@ -19,22 +23,30 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reprise import LLM
+from reprise import LLM, platforms
 from reprise.bench.floor import measure_floor, size
 from reprise.bench.presets import CONFIGS
 from reprise.cache import Batch
 from reprise.cache.batch import Table
 from reprise.layers import Streams
 from reprise.layers.lazy import tensor
+from reprise.ops import OpTable, all_ops
+from reprise.ops.fp8_linear.reference import quantise
+from reprise.platforms import Platform
 from reprise.runner import ModelRunner
 
 KINDS = {"window": 0, "CSA": 4, "HCA": 128}
+HEADS, HEAD, ROTATED, GROUPS, EXPERT = 64, 512, 64, 8, 2048
+"""Flash's: heads, their size, what of it rotates, groups of output; width of an expert."""
+GROUP = 128
+"""Channels that share a scale."""
 TIMES = 4
 """Parts in a graph."""
 
@@ -102,8 +114,8 @@ class Steps:
 
 
 class Timer:
-    def __init__(self, runner: ModelRunner) -> None:
-        self.platform, self.ops = runner.platform, runner.ops
+    def __init__(self, platform: Platform, ops: OpTable) -> None:
+        self.platform, self.ops = platform, ops
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Median of a part."""
@@ -192,6 +204,48 @@ def parts(layer: Any, steps: Steps, requests: int, length: int) -> Iterator[tupl
     yield "layer", lambda: layer(streams, y, batch), 2 * site + attention + experts
 
 
+def around_products(platform: Platform, tokens: int) -> Iterator[str]:
+    """A line for each kernel around a prompt's products."""
+    from reprise.ops.fp8_rotated_output.triton import quantised
+
+    ops = all_ops()
+    x = torch.randn(tokens, HEADS, HEAD, device=platform.device, dtype=torch.bfloat16)
+    gate_up = 3 * torch.randn(tokens, 2 * EXPERT, device=platform.device, dtype=torch.bfloat16)
+    positions = torch.arange(tokens, device=platform.device)
+    angles = torch.randn(tokens, ROTATED, device=platform.device)
+    back = {"x": x, "positions": positions, "cos_sin": angles, "norm_eps": 0.0, "inverse": True}
+    clamp = {"x": gate_up, "limit": 10.0}
+    table = OpTable(platform)
+    timer = Timer(platform, table)
+    native = platform.multiplies_fp8
+
+    def both() -> Any:
+        rotated = ops["rotary_tail"].implementations["reference"].function(**back)
+        return quantise(rotated.view(tokens, -1), GROUP)
+
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        name: (partial(op.implementations["triton"].function, **arguments),
+               partial(op.implementations["reference"].function, **arguments))
+        for name, op, arguments in (("clamp", ops["swiglu_clamp"], clamp),
+                                    ("rotation back", ops["rotary_tail"], back))
+    }  # fmt: skip
+    calls["rotation back and quantisation"] = (
+        lambda: quantised(x, positions, angles, GROUPS, GROUP, native), both
+    )  # fmt: skip
+    rate = measure_floor(platform, torch.bfloat16, 1 << 30).copy_bytes_per_second
+    for name, (kernel, replaced) in calls.items():
+        given = gate_up if name == "clamp" else x
+        with table.activate():
+            found = kernel()
+        found = found if isinstance(found, tuple) else (found,)
+        moved = given.nbytes + sum(each.nbytes for each in found)
+        took, before = timer.seconds(kernel), timer.seconds(replaced)
+        yield (
+            f"{name:30} {tokens} tokens {took * 1e6:9.1f} us {moved / took / rate:5.0%} of a copy; "
+            f"by torch {before * 1e6:9.1f} us, {before / took:.1f} times as long"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
@@ -202,7 +256,18 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256, help="fewer fit a small device")
     parser.add_argument("--kernels", type=int, default=0)
     parser.add_argument("--op", nargs="*", default=[], help="NAME=IMPLEMENTATION")
+    parser.add_argument("--prompt", type=int, help="tokens: only what lies around products")
     options = parser.parse_args()
+    if options.prompt:
+        platform = platforms.resolve(options.device)
+        platform.activate()
+        reason = all_ops()["swiglu_clamp"].implementations["triton"].unusable(platform)
+        if reason is not None:
+            parser.error(f"--prompt times kernels of Triton, which do not run here: {reason}")
+        with torch.inference_mode():
+            for line in around_products(platform, options.prompt):
+                print(line, flush=True)
+        return
     with tempfile.TemporaryDirectory() as directory:
         engine = LLM(
             str(config(Path(directory), options.experts)),
@@ -221,7 +286,7 @@ def main() -> None:
     runner = engine.runner
     rate = measure_floor(runner.platform, runner.dtype, 1 << 30).bytes_per_second
     print(f"{runner.platform.device_name}: {rate / 1e12:.2f} TB/s", flush=True)
-    timer = Timer(runner)
+    timer = Timer(runner.platform, runner.ops)
     layers = dict(zip(KINDS, runner.model.model.layers, strict=True))
     with torch.inference_mode():
         steps = Steps(runner)
