@@ -258,6 +258,55 @@ ENGINE = [
 ]  # fmt: skip
 """Options of ``LLM``, ``AsyncLLM``, ``EngineArgs`` and ``AsyncEngineArgs``."""
 
+SERVER = [
+    Group(
+        "LoRA adapters are not supported: merge the adapter into the checkpoint",
+        {"lora_modules": ([],), "prompt_adapters": ([],)},
+    ),
+    Group("give the options themselves", {"config": ()}),
+    Group(
+        "give --log-level and --log-format; prompts and answers are never logged",
+        {
+            "uvicorn_log_level": ("info",), "log_config_file": (), "max_log_len": (),
+            "enable_log_outputs": (False,), "enable_log_deltas": ANY_FLAG,
+            "disable_access_log_for_endpoints": (),
+        },
+    ),
+    Group(
+        "the server runs no code but its own",
+        {"middleware": ([],), "tool_parser_plugin": ("",), "tool_server": ()},
+    ),
+    Group(
+        "replies have it where it is known",
+        {
+            "enable_prompt_tokens_details": ANY_FLAG, "enable_server_load_tracking": ANY_FLAG,
+            "enable_request_id_headers": ANY_FLAG,
+        },
+    ),
+    Group(
+        "give it in the requests that are to have it",
+        {"return_tokens_as_token_ids": (False,)},
+    ),
+    Group(
+        "a chat template is shown the tools whatever tool_choice says",
+        {"exclude_tools_when_tool_choice_none": (False,)},
+    ),
+    Group(
+        "limits of heads are --max-header-bytes and --header-timeout",
+        {"h11_max_incomplete_event_size": (), "h11_max_header_count": ()},
+    ),
+    Group(
+        "certificates are read once, with the ciphers of the system",
+        {"enable_ssl_refresh": (False,), "ssl_ciphers": ()},
+    ),
+    Group(
+        "the server has the paths that docs/serving.md lists",
+        {"enable_tokenizer_info_endpoint": (False,), "enable_offline_docs": (False,)},
+    ),
+    Group("a server always listens", {"headless": (False,)}),
+]  # fmt: skip
+"""Flags of ``vllm serve`` beside those of engines."""
+
 REQUEST = [
     Group(
         "LoRA adapters are not supported: merge the adapter into the checkpoint",
@@ -384,7 +433,8 @@ def markdown() -> str:
     """The tables of the README."""
     lines = []
     titles = (
-        ("`LLM(...)`, `AsyncLLM(...)`, `EngineArgs(...)`", ENGINE),
+        ("`LLM(...)`, `AsyncLLM(...)`, `EngineArgs(...)`, `reprise serve`", ENGINE),
+        ("`reprise serve` beside", SERVER),
         ("`generate(...)`, `chat(...)`", REQUEST),
         ("`SamplingParams(...)`", SAMPLING),
         ("`StructuredOutputsParams(...)`", STRUCTURED),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from reprise.cli.failures import reported
 from reprise.cli.fields import FieldOptions
@@ -33,7 +34,11 @@ COMMON = (
 
 
 def command(
-    app: typer.Typer, name: str, function: Callable[..., None], **groups: FieldOptions
+    app: typer.Typer,
+    name: str,
+    function: Callable[..., None],
+    kind: type[TyperCommand] | None = None,
+    **groups: FieldOptions,
 ) -> None:
     """Add a command to ``app``.
 
@@ -42,10 +47,11 @@ def command(
         name: What the user types.
         function: Its docstring is the help, its parameters are the command's own options; one that
             is called ``log_level`` takes the place of the common one.
+        kind: Reads the command line; None: as usual.
         **groups: Parameters of ``function`` that are groups of options; it gets each as a
             dictionary of what the user gave.
     """
-    app.command(name)(runnable(function, **groups))
+    app.command(name, cls=kind)(runnable(function, **groups))
 
 
 def runnable(function: Callable[..., None], **groups: FieldOptions) -> Callable[..., None]:

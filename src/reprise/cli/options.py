@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
 from reprise.bench.presets import model_names
 from reprise.cli.fields import FieldOptions, Special, json_object
-from reprise.config import EngineConfig
+from reprise.config import Dtype, EngineConfig
 from reprise.sampling_params import SamplingParams
 
 
@@ -77,6 +77,8 @@ ENGINE_SPECIAL = {
         help="Do not share the cache blocks of equal prompt beginnings."
     ),
     "no_custom_all_reduce": Special(help="Let ranks exchange by the backend's collectives alone."),
+    # vLLM's other words for them are values, too.
+    "dtype": Special(metavar="|".join(get_args(Dtype)), parse=str),
     "seed": Special(help="Of the random draws: the same seed gives the same text."),
     "hf_overrides": Special(metavar="JSON", parse=json_object),
     "speculative_config": Special(metavar="JSON", parse=json_object),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,10 @@ from reprise.cli.command import command
 from reprise.cli.fields import FieldOptions, Special, json_object
 from reprise.cli.logs import LogLevel
 from reprise.cli.options import engine_options
+from reprise.cli.vllm_flags import HANDED_ON, ServeCommand, flags_named, handed_on
 from reprise.errors import ConfigError, RepriseError
+from reprise.neutral import drop_neutral
+from reprise.vllm_names import SERVER
 
 PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client")
 """Of the extra ``server``."""
@@ -31,6 +35,7 @@ def serve(
     log_level: Annotated[
         LogLevel, typer.Option(help="Least severe messages to show on standard error.")
     ] = LogLevel.INFO,
+    others: Annotated[list[str] | None, typer.Option(HANDED_ON, hidden=True)] = None,
     server: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
@@ -52,12 +57,26 @@ def serve(
     if served is not None and given not in (None, served):
         raise ConfigError(f"MODEL {served!r} and model={given!r} contradict each other; give one")
     options = ServerOptions(**server)
-    config = EngineConfig(model=served or given, **engine)
+    with flags_named(others or []):
+        config = EngineConfig(model=served or given, **engine, **_of_vllm(others or []))
     compiling.begin(config.device, config.dtype)
     configure(log_level, options.log_format, "serve")
     supervisor = Supervisor(config, options, log_level, announce=_announce)
     typer.secho(f"loading {config.model or 'the demo model'} for {supervisor.address}", err=True)
     supervisor.run()
+
+
+def _of_vllm(others: Sequence[str]) -> dict[str, Any]:
+    """Options of an engine, out of vLLM's flags; what the server alone would read asks for nothing.
+
+    Raises:
+        ConfigError: It asks for something.
+    """
+    given = handed_on(others)
+    names = {name for group in SERVER for name in group.neutral}
+    mine = {name: value for name, value in given.items() if name in names}
+    drop_neutral(mine, SERVER, (), "option", ConfigError)
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def _announce(address: str) -> None:
@@ -72,13 +91,15 @@ PANELS = {
     ),
     "TLS": ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
     "Limits": (
-        "max_num_queued_reqs", "max_body_bytes", "max_completions", "body_timeout",
-        "response_store_bytes", "write_timeout", "keep_alive", "shutdown_timeout",
+        "max_num_queued_reqs", "max_num_queued_tokens", "max_header_bytes", "header_timeout",
+        "max_body_bytes", "body_timeout", "max_completions", "response_store_bytes",
+        "write_timeout", "keep_alive", "shutdown_timeout",
     ),
     "Answers": (
         "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
-        "trust_request_chat_template", "response_role", "reasoning_parser", "generation_config",
-        "override_generation_config", "enable_force_include_usage",
+        "trust_request_chat_template", "response_role", "reasoning_parser", "tool_call_parser",
+        "enable_auto_tool_choice", "generation_config", "override_generation_config",
+        "enable_force_include_usage",
     ),
     "Logs": ("log_format", "access_log"),
 }  # fmt: skip
@@ -110,4 +131,5 @@ def server_options() -> FieldOptions:
 
 def register(app: typer.Typer) -> None:
     """Add this command."""
-    command(app, "serve", serve, server=server_options(), engine=engine_options())
+    options = {"server": server_options(), "engine": engine_options()}
+    command(app, "serve", serve, ServeCommand, **options)

@@ -61,8 +61,8 @@ class ServerOptions:
     body_timeout: float = 60.0
     """Seconds that a client may take to send a body; then it gets status 408."""
     response_store_bytes: int = 64 << 20
-    """Bytes of responses that are kept for /v1/responses to go on from, the newest ones; 0: none.
-    Kept in the HTTP process, so with several of them nothing is."""
+    """Bytes of responses that the engine's process keeps for /v1/responses to go on from, those
+    that were used last; 0: none."""
     write_timeout: float = 300.0
     """Seconds that a client may read nothing of its stream; then the request is aborted."""
     keep_alive: int = 75
