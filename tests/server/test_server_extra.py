@@ -55,6 +55,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--chat-template", "/nowhere.jinja"), "--chat-template='/nowhere.jinja'"),
         (("--override-generation-config", '{"temperature": -1}'), "temperature=-1"),
         (("--override-generation-config", '{"temprature": 1}'), "temprature"),
+        (("--override-generation-config", '{"n": 2}'), "n=2: each request says it"),
+        (("--override-generation-config", '{"logprobs": 0}'), "logprobs=0: each request says it"),
         (("--reasoning-parser", "nonsense"), "--reasoning-parser='nonsense'"),
         (("demo", "--model", "other"), "contradict"),
     ],

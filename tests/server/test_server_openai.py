@@ -176,6 +176,19 @@ def test_what_lm_eval_asks(client: openai.OpenAI, llm: LLM) -> None:
     assert chunks[0].choices[0].text == text
 
 
+def test_an_echo_has_its_own_number_of_alternatives(client: openai.OpenAI) -> None:
+    """Beside ``prompt_logprobs``, which asks for more or fewer."""
+    for alternatives, of_prompt in ((1, 3), (3, 1)):
+        choice = complete(
+            client, "Once upon a time", echo=True, logprobs=alternatives, max_tokens=2,
+            extra_body={"prompt_logprobs": of_prompt},
+        ).choices[0]  # fmt: skip
+        prompt = choice.prompt_logprobs
+        found = choice.logprobs.top_logprobs[1 : len(prompt)]
+        assert {len(each) for each in found} <= {alternatives, alternatives + 1}
+        assert {len(each) for each in prompt[1:]} <= {of_prompt, of_prompt + 1}
+
+
 def test_errors_have_the_clients_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="gpt-4o", messages=ASK)  # type: ignore[arg-type]

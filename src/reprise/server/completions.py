@@ -13,7 +13,7 @@ from reprise.server.client import EngineRefusal
 from reprise.server.errors import ABORTED, ApiError
 from reprise.server.fields import CompletionRequest, sampling
 from reprise.server.generation import DONE, Reply
-from reprise.server.logprobs import CompletionLogprobs, prompt_logprobs
+from reprise.server.logprobs import CompletionLogprobs, fewer, prompt_logprobs
 from reprise.server.streaming import Template
 
 _TEXT_ALONE = b',"logprobs":null,"finish_reason":null,"stop_reason":null'
@@ -69,7 +69,7 @@ class Completion(Reply):
         if request.logprobs is not None:
             _check_logprobs("logprobs", request.logprobs, facts)
             if self._echo:
-                changes["prompt_logprobs"] = request.logprobs
+                changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
         if request.prompt_logprobs is not None:
             _check_logprobs("prompt_logprobs", request.prompt_logprobs, facts)
         self._only_prompt = self._echo and request.max_tokens == 0
@@ -140,7 +140,7 @@ class Completion(Reply):
         positions = (more or {}).get("logprobs") or []
         logprobs = None
         if request.logprobs is not None:
-            before = prompt if self._echo and prompt is not None else []
+            before = fewer(prompt, request.logprobs) if self._echo and prompt is not None else []
             logprobs = self._logprobs[place].take(
                 [*before, *positions], facts.get("first", (0, ""))
             )
@@ -153,7 +153,9 @@ class Completion(Reply):
             "stop_reason": stop,
         }
         if request.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(prompt or [])
+            choice["prompt_logprobs"] = prompt_logprobs(
+                fewer(prompt or [], request.prompt_logprobs)
+            )
         if request.return_token_ids:
             choice["prompt_token_ids"] = facts["prompt_ids"]
             choice["token_ids"] = (more or {}).get("ids", [])

@@ -217,6 +217,8 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Field to the values, beside null, at which it asks for nothing, and what to say at others."""
 
+MOST = "most_new_tokens"
+"""Among the defaults of sampling values: a limit of the server's."""
 _KNOWN = MEANINGLESS | REFUSED.keys() | {"best_of", "parallel_tool_calls"}
 _NAMES = frozenset(SamplingParams.__dataclass_fields__)
 
@@ -270,7 +272,7 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
 
     Args:
         request: What it says counts most.
-        defaults: For what it leaves out.
+        defaults: For what it leaves out; with ``most_new_tokens`` among them, if there are such.
         **changes: Fields that have other names in requests.
 
     Raises:
@@ -285,6 +287,10 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
     if wanted is not None:
         given["structured_outputs"] = wanted
     fields = {**defaults, **given, **changes}
+    most = fields.pop(MOST, None)
+    if most is not None:
+        asked = fields.get("max_tokens", SamplingParams.max_tokens)
+        fields["max_tokens"] = most if asked is None else min(asked, most)
     bias = fields.get("logit_bias")
     if bias is not None:
         wrong = [

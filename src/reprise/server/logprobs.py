@@ -43,6 +43,20 @@ def _ranked(position: Position) -> list[Sequence[Any]]:
     return sorted(position, key=lambda each: -each[1])
 
 
+def fewer(positions: Sequence[Position | None], wanted: int) -> list[Position | None]:
+    """Each with its token and at most so many of the likeliest, where the engine was asked for
+    more."""
+    return [
+        each if each is None or len(each) <= wanted else _with_likeliest(each, wanted)
+        for each in positions
+    ]
+
+
+def _with_likeliest(position: Position, wanted: int) -> Position:
+    others = _ranked(position)[:wanted]
+    return [position[0], *(each for each in others if each is not position[0])]
+
+
 class CompletionLogprobs:
     """``choices[].logprobs`` of a completion, whose offsets go on from chunk to chunk.
 

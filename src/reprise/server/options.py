@@ -24,6 +24,10 @@ CertReqs = Literal["none", "optional", "required"]
 _LISTS = ("served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers")
 
 
+_OWN = ("n", "logprobs", "prompt_logprobs", "output_kind", "detokenize")
+"""Sampling values on which the form of a reply depends."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """Options of ``reprise serve``; names are ``vllm serve``'s where the meaning is the same.
@@ -91,7 +95,8 @@ class ServerOptions:
     """Sampling values that requests leave out: ``auto`` takes the checkpoint's recommendation,
     ``vllm`` the OpenAI API's defaults."""
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling values in place of these, such as {"temperature": 0.6}."""
+    """Sampling values in place of these, such as {"temperature": 0.6}. As with vLLM,
+    ``max_new_tokens`` is the most that any request gets."""
     enable_force_include_usage: bool = False
     """Every stream ends with its usage, asked for or not."""
     allowed_origins: Sequence[str] = ()
@@ -185,10 +190,22 @@ class ServerOptions:
         given = dict(self.override_generation_config)
         limit = given.pop("max_new_tokens", None)
         given.pop("do_sample", None)
+        for name in _OWN:
+            if name in given:
+                raise ConfigError(
+                    f"override_generation_config has {name}={given[name]!r}: each request says it, "
+                    "since its reply has another form then; leave it out"
+                )
         try:
             SamplingParams(**given, **({} if limit is None else {"max_tokens": limit}))
         except RequestError as error:
             raise ConfigError(f"override_generation_config: {error}") from error
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """That a completion may have, whatever its request says; None: any number."""
+        found: int | None = self.override_generation_config.get("max_new_tokens")
+        return found
 
     @functools.cached_property
     def template(self) -> str | None:

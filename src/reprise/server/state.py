@@ -14,6 +14,7 @@ from reprise.sampling_params import SamplingParams
 from reprise.server.caller import Callers
 from reprise.server.client import EngineClient
 from reprise.server.errors import ApiError, unavailable
+from reprise.server.fields import MOST
 from reprise.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -78,23 +79,28 @@ class ServerState:
         return asked
 
     def sampling_defaults(self) -> dict[str, Any]:
-        """Of what requests leave out."""
+        """Of what requests leave out, and the server's limit to what they say."""
         found: dict[str, Any] = {}
+        given = self.options.override_generation_config
         if self.options.generation_config == "auto":
             found = dict((self.client.facts or {}).get("recommended", {}))
-        found.update(self.options.override_generation_config)
+            if given.get("temperature") is not None:
+                found.pop("do_sample", None)  # the checkpoint's word against the operator's
+        found.update(given)
         limit = found.pop("max_new_tokens", None)
         if limit is not None and "max_tokens" not in found:
             found["max_tokens"] = limit
         if found.pop("do_sample", None) is False:
             found["temperature"] = 0.0
+        if self.options.most_new_tokens is not None:
+            found[MOST] = self.options.most_new_tokens
         return found
 
     def log_defaults(self) -> None:
         """Once: many are surprised by what a checkpoint recommends."""
         found = self.sampling_defaults()
         try:
-            SamplingParams(**found)
+            SamplingParams(**{name: value for name, value in found.items() if name != MOST})
         except RequestError as error:
             logger.error("sampling values of the server are not valid: %s", error)
         if found:
