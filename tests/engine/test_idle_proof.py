@@ -18,7 +18,7 @@ from reprise import LLM, SamplingParams
 from reprise.cache.memory import pool_tensors
 from reprise.config import EngineConfig
 from reprise.engine.thread import EngineThread
-from reprise.graphs import idle, judge, prove
+from reprise.graphs import idle, judge, prove, trust
 from reprise.testing import faults
 
 
@@ -73,6 +73,43 @@ def test_all_probes_run_while_nothing_else_does(
     assert report.canaries == report.canary_failures == report.replays == 0
     assert caplog.text.count("are verified, while no request ran") == 1
     assert not llm.engine.prove_idle()
+
+
+@pytest.mark.usefixtures("busy_start")
+@pytest.mark.parametrize("when", ["start", "idle"])
+def test_what_each_graph_alone_proves_comes_before_further_probes_of_anchors(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Most steps have padding. On a host half as fast those of graphs that are no anchors came too
+    late, and their first steps were compared one after the other."""
+    order: list[tuple[int, bool, str]] = []
+    ledger_prove = trust.Ledger.prove
+
+    def noted(self: Any, graph: Any, kind: Any, source: Any) -> None:
+        info = next(e.info for e in buckets if e.key == graph)
+        order.append((info.probes, not self.is_anchor(graph), info.name))
+        ledger_prove(self, graph, kind, source)
+
+    buckets: list[Any] = []
+    begin = prove.Prover.begin
+    monkeypatch.setattr(
+        prove.Prover, "begin", lambda self, given: [buckets.extend(given), begin(self, given)]
+    )
+    monkeypatch.setattr(trust.Ledger, "prove", noted)
+    if when == "start":
+        monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
+    llm = make_llm(
+        model, device, **{**OPTIONS, "graph_buckets": "decode=2,4,8,16,32", "max_num_seqs": 32},
+        graph_mode="decode=full,mixed=none",
+    )  # fmt: skip
+    at_start = len(order)
+    prove_all(llm)
+    assert all(each.verified for each in llm.graph_report().graphs)
+    assert (at_start == len(order)) == (when == "start")
+    further = order[len(buckets) :]
+    rounds = [each[:2] for each in further]
+    assert rounds == sorted(rounds)
+    assert {name for _, other, name in further if other}, "some are no anchors"
 
 
 @pytest.mark.usefixtures("busy_start")

@@ -87,10 +87,7 @@ class Prover:
         self._settle()
         self._useless.drop(buckets, self._ledger)
         self._plan(buckets)
-        # Anchors first: what they lack, their whole family lacks.
-        for anchors in (True, False):
-            some = [each for each in buckets if self._ledger.is_anchor(each.key) == anchors]
-            self._meet_others(some, started + budget)
+        self._meet_others(buckets, started + budget)
         self._settle()
         self._find_spoilers(buckets)
         self._agree_on_times(buckets)
@@ -111,9 +108,15 @@ class Prover:
             info.replay_seconds = self._largest(info.replay_seconds)
 
     def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
-        """Every further probe that there is time for."""
+        """Every further probe that there is time for.
+
+        In rounds, so that each graph soon has what only it can prove, such as padding, which most
+        steps have: the many probes of a few anchors are of less. In a round anchors come first:
+        what they lack, their whole family lacks.
+        """
+        first = sorted(buckets, key=lambda each: not self._ledger.is_anchor(each.key))
         for number in range(1, max((len(each.probes) for each in buckets), default=0)):
-            for bucket in buckets:
+            for bucket in first:
                 unmet = bucket.info.probes <= number < len(bucket.probes)
                 if unmet and bucket.graph is not None:
                     left = deadline - time.perf_counter()
@@ -300,8 +303,8 @@ class Prover:
     def lacking(
         self, buckets: list[BucketGraph], seconds: float
     ) -> tuple[BucketGraph, Probe] | None:
-        """A planned probe that time did not allow, of a graph that is compared in so many seconds;
-        those of anchors first, since their whole family lacks them."""
+        """A planned probe that time did not allow, of a graph that is compared in so many seconds:
+        in rounds as at start."""
         some = [
             each
             for each in buckets
@@ -311,8 +314,7 @@ class Prover:
         ]  # fmt: skip
         if not some:
             return None
-        # Of equals the one with the fewest probes: what is new in it is new in most steps.
-        best = min(some, key=lambda e: (not self._ledger.is_anchor(e.key), e.info.probes))
+        best = min(some, key=lambda e: (e.info.probes, not self._ledger.is_anchor(e.key)))
         return best, best.probes[best.info.probes]
 
     def conclude(self, buckets: list[BucketGraph]) -> None:
