@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, SamplingParams
-from reprise.graphs import prove
+from reprise.graphs import judge, prove
+from reprise.graphs.segments import SegmentedGraph
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.platforms import Platform
 from reprise.runner import buffers, model_runner
 from reprise.runner.arena import Arena
+from reprise.runner.forward_pass import ForwardPass
 
 EXECUTORS = ("full", "breakable", "compiled")
 SHARED = random_ids(200, 40)
@@ -217,3 +220,59 @@ def test_probes_that_do_not_arrive_prove_nothing(
     assert generate(llm, prompts, greedy(8)) == expected
     after = sum(each.canaries + each.eager_steps for each in llm.graph_report().graphs)
     assert after > before, "no step was trusted unseen"
+
+
+class _Calls(TorchDispatchMode):
+    """Calls of torch that are no views, each a launch on an accelerator, while nothing is
+    computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.computing = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (self.computing or func.is_view)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_comparison_asks_of_torch(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the step, computed both ways: copies, sums and what compares them. On an accelerator
+    the host is what start-up's probes wait for."""
+    counts: list[int] = []
+    calls: list[_Calls] = []
+
+    def computing(of: type, name: str) -> None:
+        compute = getattr(of, name)
+
+        def aside(*args: Any, **options: Any) -> Any:
+            if not calls:
+                return compute(*args, **options)
+            calls[0].computing += 1
+            try:
+                return compute(*args, **options)
+            finally:
+                calls[0].computing -= 1
+
+        monkeypatch.setattr(of, name, aside)
+
+    computing(ForwardPass, "forward")
+    computing(SegmentedGraph, "replay")
+    later = judge.Judge.compare_later
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        if options["cold"] or options["behind"] is not None:
+            return later(self, *args, **options)
+        with _Calls() as found:
+            calls.append(found)
+            try:
+                return later(self, *args, **options)
+            finally:
+                counts.append(calls.pop().count)
+
+    monkeypatch.setattr(judge.Judge, "compare_later", counted)
+    monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
+    make_llm(tiny("qwen3"), device, graph_mode="decode=full,mixed=breakable", max_num_seqs=4)
+    assert len(counts) > 5
+    assert max(counts) <= 60

@@ -88,3 +88,42 @@ def test_memory_does_not_grow_with_the_tensors(bound):
     finally:
         compare._AT_ONCE = before
     assert made.elements <= 2 * (1 << 14)  # bytes of two
+
+
+class _Launches(TorchDispatchMode):
+    """Calls of torch that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_pairs_are_compared_as_each_is_in_few_launches():
+    kinds = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    kept = [torch.ones(3, 2 + n % 3, dtype=kinds[n % 5]) for n in range(20)]
+    kept += [torch.ones(2, compare.SMALL)[:, 1:], torch.ones(3 + compare.SMALL)[1:]]
+    for wrong in (None, *range(len(kept))):
+        pairs = [(each, each.clone()) for each in kept]
+        if wrong is not None:
+            pairs[wrong][1].view(-1)[-1] = 0
+        with _Launches() as launches:
+            flags = compare.differ(pairs)
+        assert launches.count < 15
+        found = bool(torch.stack(flags).any())
+        assert found == any(bool(compare.differs(*each)) for each in pairs) == (wrong is not None)
+    assert compare.differ([]) == []
+
+
+def test_numbers_within_a_bound_are_no_difference_and_others_are_compared_by_bits():
+    near, far = torch.full((2, 4), 1.001), torch.full((2, 4), 1.1)
+    number, ones = torch.zeros(3, dtype=torch.int32), torch.ones(2, 4)
+    for pairs, wrong in (
+        ([(ones, near), (number, number)], False),
+        ([(ones, far), (number, number)], True),
+        ([(ones, near), (number, number + 1)], True),
+    ):
+        assert bool(torch.stack(compare.differ(pairs, 1e-2)).any()) == wrong

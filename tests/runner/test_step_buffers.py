@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from reprise.cache import one_table
 from reprise.platforms import Platform
+from reprise.platforms.cpu import CpuPlatform
 from reprise.runner.buffers import ADMISSIONS, EDITS, StepBuffers
 from reprise.sampling_params import SamplingParams
 from reprise.shape import StepShape
@@ -281,3 +283,44 @@ def test_a_step_takes_one_copy_and_a_decode_like_the_last_one_none(
     assert copies(world.step([1, 2], [], [])) == 1  # other numbers of tokens
     assert [copies(world.step([1, 2], [], [])) for _ in range(3)] == [0, 0, 1]  # a block begins
     assert uploads() - begun == 3
+
+
+class _Pins(CpuPlatform):
+    """Copies only what is page-locked without the host having to wait."""
+
+    pins_memory = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: set[int] = set()
+        self.waited = 0
+        self.copies = 0
+
+    def upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.copies += 1
+        self.waited += source.data_ptr() not in self.pinned
+        super().upload(source, target)
+
+
+def test_the_host_waits_for_no_copy_of_a_made_up_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory that is not page-locked a driver copies when the device has come so far: behind
+    the comparison before this one."""
+    platform = _Pins()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        platform.pinned.add(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    buffers = make(platform, None)
+    platform.copies = 0
+    table = np.arange(1, 1 + 2 * MAX_BLOCKS, dtype=np.int32).reshape(2, MAX_BLOCKS)
+    buffers.fill_rows(
+        np.array([3, 1]), np.array([9, 5]), [table], np.arange(4), np.array([3, 1]),
+        np.array([0, 0]),
+    )  # fmt: skip
+    buffers.fill_padding(StepShape.mixed(4, 2), StepShape.mixed(8, 4))
+    assert platform.copies > 0
+    assert platform.waited == 0
+    assert buffers.block_tables[0, :2].tolist() == table.tolist()
+    assert not buffers.block_tables[0, 2:4].any()

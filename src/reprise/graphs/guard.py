@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.graphs.compare import copies, differs
+from reprise.graphs.compare import copies, differ, differs
 from reprise.graphs.contract import Computation
 from reprise.graphs.regions import (
     Owner,
@@ -93,6 +93,7 @@ class Guard:
         self._weights: dict[str, Tensor] = {}
         """Sums of the weights as they were loaded."""
         self._stacked: tuple[list[int], list[Stack]] | None = None
+        self._spans: tuple[dict[str, Tensor], list[Span]] | None = None
         self._carried: list[tuple[Stack, Tensor]] | None = None
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
@@ -146,7 +147,7 @@ class Guard:
     def before(self, scope: Scope) -> Before:
         """Take down the memory that a step must leave alone."""
         memory = self._computation.memory()
-        kept = [(each, each.bytes.clone()) for each in spans(owned(memory, "input", "beside"))]
+        kept = [(each, each.bytes.clone()) for each in self._copied(memory)]
         stacks = self._stacks(memory)
         if scope.units is None and self._carries(memory, stacks):
             assert self._carried is not None
@@ -161,22 +162,20 @@ class Guard:
         return before
 
     def flags(self, before: Before) -> list[Tensor]:
-        """For each check a boolean scalar on the device, true if something has changed. The rows
+        """Boolean scalars on the device, of which one is true if something has changed. The rows
         that the step may write must have been put back."""
         memory = before.memory
-        flags = [differs(kept, span.bytes) for span, kept in before.copied]
         before.caches_after = [
             (stack, _unit_sums(memory, stack, _of(memory, stack, before.scope)))
             for stack, _ in before.caches
         ]
-        flags += [
-            (now != then).any()
-            for (_, now), (_, then) in zip(before.caches_after, before.caches, strict=True)
-        ]
         before.weights_after = self._weight_sums(memory, before.scope)
+        pairs = [(kept, span.bytes) for span, kept in before.copied]
+        for (_, now), (_, then) in zip(before.caches_after, before.caches, strict=True):
+            pairs.append((then, now))
         for sums in (before.weights, before.weights_after):
-            flags += [(each != self._weights[name]).any() for name, each in sums.items()]
-        return flags
+            pairs += [(self._weights[name], each) for name, each in sums.items()]
+        return differ(pairs)
 
     def changes(self, before: Before) -> list[Change]:
         """What :meth:`flags` found, in detail."""
@@ -223,11 +222,20 @@ class Guard:
     def wrong_weights(self) -> list[str]:
         """Weights that are not what they were when they were loaded."""
         memory = self._computation.memory()
-        return [
-            name
-            for name, each in self._weight_sums(memory, Scope()).items()
-            if not self._is_right(name, each)
-        ]
+        sums = self._weight_sums(memory, Scope())
+        found = differ((self._weights[name], each) for name, each in sums.items())
+        if not any(map(bool, found)):
+            return []  # the device was asked once
+        return [name for name, each in sums.items() if not self._is_right(name, each)]
+
+    def _copied(self, memory: Mapping[str, Region]) -> list[Span]:
+        """What is copied; spans are found again only when there are other tensors."""
+        tensors = owned(memory, "input", "beside")
+        known = {} if self._spans is None else self._spans[0]
+        alike = tensors.keys() == known.keys()
+        if self._spans is None or not (alike and all(known[k] is t for k, t in tensors.items())):
+            self._spans = tensors, spans(tensors)
+        return self._spans[1]
 
     def _stacks(self, memory: Mapping[str, Region]) -> list[Stack]:
         """The caches; they are stacked again only when there are others."""

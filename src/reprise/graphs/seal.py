@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from reprise import ops
+from reprise.graphs.compare import SMALL
 from reprise.graphs.regions import as_words
-
-SMALL = 1 << 20
-"""Bytes. Tensors up to this are put into one before they are summed: a call for each costs the host
-more than the copy costs the device."""
 
 
 def sum_of(tensor: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from reprise.graphs.compare import Coded, Compared, Difference, copies, difference, differs, part
+from reprise.graphs.compare import Coded, Compared, Difference, copies, difference, part
 from reprise.graphs.contract import Computation, State
 from reprise.ops.registry import OpTable
 from reprise.shape import StepShape
@@ -63,10 +63,12 @@ class StepMemory:
             if name not in self._ops:
                 self._ops[name], earlier[name] = tensor, tensor.clone()
 
-    def same(self, expected: Values, got: Values, bound: float | None) -> list[Tensor]:
-        """For each tensor a boolean scalar on the device, true if it differs."""
+    def pairs(
+        self, expected: Values, got: Values, bound: float | None
+    ) -> Iterator[tuple[Compared, Compared]]:
+        """What has to be the same, tensor for tensor."""
         found, other = self._compared(expected, bound), self._compared(got, bound)
-        return [differs(each, other[name], bound) for name, each in found.items()]
+        return ((each, other[name]) for name, each in found.items())
 
     def told(self, expected: Values, got: Values, bound: float | None) -> list[Difference | None]:
         """What differs, tensor for tensor and cache for cache."""

@@ -16,8 +16,8 @@ from reprise.errors import GraphError, describe
 from reprise.graphs.compare import (
     Difference,
     copies,
+    differ,
     difference,
-    differs,
     poison,
     poison_memory,
 )
@@ -284,10 +284,9 @@ class _Both:
                     return
                 flags = self._guard.flags(self.before)
             if verdict.error is None:
-                flags += [
-                    differs(each, self.replayed[name], bound) for name, each in self.outputs.items()
-                ]
-                flags += step.same(self.expected, self.got, bound)
+                outputs = ((each, self.replayed[k]) for k, each in self.outputs.items())
+                pairs = chain(outputs, step.pairs(self.expected, self.got, bound))
+                flags += differ(pairs, bound)
             self.flag = torch.stack(flags).any()
         except BaseException:
             self._guard.put_back(self.before)

@@ -159,7 +159,7 @@ class StepInputs:
         for table, target in zip(tables, self.block_tables, strict=True):
             whole = np.zeros((requests, width), dtype=np.int32)
             whole[:, : table.shape[1]] = table
-            self.platform.upload(torch.from_numpy(whole), target[:requests])
+            to_device(whole, self.platform, target[:requests])
             wholes.append(whole)
         self.known.make_up(counts, starts, wholes, known == 0, accepted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,14 @@ class _Rows:
         return slice(None), *self.places
 
 
+@dataclass(frozen=True)
+class _Found:
+    rows: Mapping[str, _Rows]
+    written: Units
+    read: Tensor | None
+    """[T] bool: which tokens' rows anybody reads; None: all."""
+
+
 class WrittenRows:
     """The cache rows that the current inputs write, in every layer: each token's, or where a
     request's state is rewritten, each request's.
@@ -60,46 +69,17 @@ class WrittenRows:
         bucket: StepShape,
     ) -> None:
         self._buffers = buffers
-        self._rows: dict[str, _Rows] = {}
-        self._read: Tensor | None = None
-        written: dict[str, list[Tensor]] = {}
-        for number, table in enumerate(layout.tables):
-            unit = layout.pools[table.pool].unit
-            if table.lifetime.rewritten:
-                slots = buffers.states(number, bucket.num_requests).long()
-                written.setdefault(unit, []).append(slots)
-            else:
-                slots = buffers.slots[number, : bucket.num_tokens].clone()
-                written.setdefault(unit, []).append(slots // table.block_size)
-                if buffers.rows.num_drafts and self._read is None:
-                    # Drafts beyond a request's last token have no place but the null block.
-                    self._read = slots >= table.block_size
-            keys = {
-                name: f"table {number}, caches {count}"
-                for count, stack in enumerate(stacks[table.pool])
-                for name in stack.names
-            }
-            for stack in stacks[table.pool]:
-                first = pools[table.pool][stack.names[0]]
-                rows, places = stack.tensor, [slots]
-                if first.rows.scales_of is not None:
-                    rows = rows.movedim(-1, 2)
-                    within = slots % table.block_size // first.rows.every
-                    places = [slots // table.block_size, within]
-                elif not table.lifetime.rewritten:
-                    places = [slots // first.rows.every]
-                    rows = rows.flatten(1, 2)
-                self._rows[keys[stack.names[0]]] = _Rows(
-                    stack.names,
-                    rows,
-                    places,
-                    table.lifetime.rewritten,
-                    _scales(stack, pools[table.pool], stacks[table.pool], keys),
-                    first.rows.together,
-                )
-        self._written = {
-            unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()
-        }
+        self._find = functools.partial(_find, layout, pools, stacks, buffers, bucket)
+
+    @functools.cached_property
+    def _found(self) -> _Found:
+        """What the inputs said when this was asked for first: who asks which units are near does
+        not ask for it."""
+        return self._find()
+
+    @property
+    def _rows(self) -> Mapping[str, _Rows]:
+        return self._found.rows
 
     def read(self) -> Mapping[str, Tensor]:
         return {name: each.tensor[each.written] for name, each in self._rows.items()}
@@ -112,7 +92,7 @@ class WrittenRows:
 
     def read_by_someone(self, key: str | None = None) -> Tensor | None:
         of_requests = key is not None and self._rows[key].of_requests
-        return None if of_requests else self._read
+        return None if of_requests else self._found.read
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
@@ -135,10 +115,11 @@ class WrittenRows:
 
     def kept(self) -> Sequence[Tensor]:
         places = {id(place): place for each in self._rows.values() for place in each.places}
-        return [*places.values(), *([] if self._read is None else [self._read])]
+        read = self._found.read
+        return [*places.values(), *([] if read is None else [read])]
 
     def written(self) -> Units:
-        return self._written
+        return self._found.written
 
     def beside(self) -> Units:
         return self._near(reads=False)
@@ -149,6 +130,55 @@ class WrittenRows:
     def _near(self, *, reads: bool) -> Units:
         blocks = self._buffers.known.blocks_near(reads=reads)
         return {unit: to_device(each, self._buffers.platform) for unit, each in blocks.items()}
+
+
+def _find(
+    layout: CacheLayout,
+    pools: Sequence[Mapping[str, PoolTensor]],
+    stacks: Sequence[Sequence[Stack]],
+    buffers: StepInputs,
+    bucket: StepShape,
+) -> _Found:
+    found_rows: dict[str, _Rows] = {}
+    read: Tensor | None = None
+    written: dict[str, list[Tensor]] = {}
+    for number, table in enumerate(layout.tables):
+        unit = layout.pools[table.pool].unit
+        if table.lifetime.rewritten:
+            slots = buffers.states(number, bucket.num_requests).long()
+            written.setdefault(unit, []).append(slots)
+        else:
+            slots = buffers.slots[number, : bucket.num_tokens].clone()
+            written.setdefault(unit, []).append(slots // table.block_size)
+            if buffers.rows.num_drafts and read is None:
+                # Drafts beyond a request's last token have no place but the null block.
+                read = slots >= table.block_size
+        keys = {
+            name: f"table {number}, caches {count}"
+            for count, stack in enumerate(stacks[table.pool])
+            for name in stack.names
+        }
+        for stack in stacks[table.pool]:
+            first = pools[table.pool][stack.names[0]]
+            rows, places = stack.tensor, [slots]
+            if first.rows.scales_of is not None:
+                rows = rows.movedim(-1, 2)
+                within = slots % table.block_size // first.rows.every
+                places = [slots // table.block_size, within]
+            elif not table.lifetime.rewritten:
+                every = first.rows.every
+                places = [slots if every == 1 else slots // every]
+                rows = rows.flatten(1, 2)
+            found_rows[keys[stack.names[0]]] = _Rows(
+                stack.names,
+                rows,
+                places,
+                table.lifetime.rewritten,
+                _scales(stack, pools[table.pool], stacks[table.pool], keys),
+                first.rows.together,
+            )
+    units = {unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()}
+    return _Found(found_rows, units, read)
 
 
 def _scales(
