@@ -6,9 +6,10 @@ captures nothing. ``COVERING`` has every two of a feature and a disturbance once
 all.
 
 To start an engine, which compiles, captures and proves its graphs, costs as much as several
-disturbances of it. So those that need no other engine than a plain one share it, in the order of
-``DISTURBANCES``. The first of them meets graphs that know only the steps of the start, as in an
-engine of its own; the later ones replay more and compare less.
+disturbances of it. So a case has two: a plain one, which most disturbances share, and one that pads
+every step and may draft other numbers of tokens. Disturbances come in the order of
+``DISTURBANCES``: the first in an engine meets graphs that know only the steps of the start, as in
+an engine of its own; the later ones replay more and compare less.
 
 Same tokens means exactly those. In bfloat16 rounding decides between two tokens that are nearly as
 likely, and kernels of other shapes round otherwise: no request can say then whether anything went
@@ -45,7 +46,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reprise import LLM, SamplingParams
-from reprise.cache import State
+from reprise.cache import CacheManager, State
 from reprise.layers import gated_delta
 from reprise.runner import model_runner
 from reprise.sampling_params import WHOLE_VOCABULARY
@@ -157,8 +158,8 @@ class Case:
     """Where the model or the head is that drafts, if one does."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further ones of the engine."""
-    _kept: list[LLM] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The shared one, if there is one by now."""
+    _kept: dict[str, LLM] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The shared ones that there are by now."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -179,25 +180,56 @@ class Case:
             return make(self.model, self.device, **{**config, **options})
 
     @contextlib.contextmanager
-    def shared(self, *, ahead: bool = False, max_tokens: int | None = None) -> Iterator[LLM]:
+    def shared(
+        self, *, ahead: bool = False, max_tokens: int | None = None, free: int | None = None
+    ) -> Iterator[LLM]:
         """The plain engine of this case, in which nobody finds a prefix of what ran before.
 
         Args:
             ahead: It submits the next step before it knows this one's tokens, whatever the device.
             max_tokens: Most in a step, if they are to be fewer than it has room for.
+            free: Blocks of a table that keeps all, if there are to be fewer than it has. Of others
+                there are as many as six requests need.
         """
-        if not self._kept:
-            options = {"max_num_seqs": 24} if self.features.model in BOUNDED else {}
-            self._kept.append(self.engine(ahead=True, **options))
-        llm = self._kept[0]
-        llm.reset_prefix_cache()
-        pipeline, planner = llm.engine.pipeline, llm.engine.scheduler.planner
-        with pytest.MonkeyPatch.context() as patch:
-            if not ahead and not llm.engine.platform.asynchronous:
-                patch.setattr(pipeline, "depth", 1)
+        options = {"max_num_seqs": 24} if self.features.model in BOUNDED else {}
+        with self._one_of("plain", ahead, **options) as llm, pytest.MonkeyPatch.context() as patch:
+            planner, cache = llm.engine.scheduler.planner, llm.engine.scheduler.cache
             patch.setattr(planner, "max_requests", 6)
             if max_tokens is not None:
                 patch.setattr(planner, "max_tokens", min(max_tokens, planner.max_tokens))
+            taken = []
+            if free is not None:
+                patch.setattr(planner, "_reserve", [0 for _ in cache.pools])
+                taken = take(cache, free)
+            yield llm
+            for pool, blocks in zip(cache.pools, taken, strict=bool(taken)):
+                pool.free(blocks)
+
+    @contextlib.contextmanager
+    def padding(self, *, ahead: bool = False) -> Iterator[LLM]:
+        """Like the shared one, with buckets of which the smallest holds all requests; where the
+        case drafts, it may draft fewer tokens, which it does where ``drafting`` is replaced."""
+        options: dict[str, Any] = {"graph_buckets": "decode=6;mixed=64"}
+        if most := self.features.drafts:
+            ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
+            options["drafts"] = {"num_speculative_tokens_per_batch_size": ranges}
+        with (
+            self._one_of("padding", ahead, **options) as llm,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            if most:
+                patch.setattr(llm.engine.scheduler.planner, "drafting", lambda requests: most)
+            yield llm
+
+    @contextlib.contextmanager
+    def _one_of(self, name: str, ahead: bool, **options: Any) -> Iterator[LLM]:
+        if name not in self._kept:
+            self._kept[name] = self.engine(ahead=True, **options)
+        llm = self._kept[name]
+        llm.reset_prefix_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            if not ahead and not llm.engine.platform.asynchronous:
+                patch.setattr(llm.engine.pipeline, "depth", 1)
             yield llm
 
     def different(
@@ -231,12 +263,27 @@ class Case:
         return [each for _, each in sorted(zip(order, outputs, strict=True), key=lambda x: x[0])]
 
 
+def take(cache: CacheManager, free: int) -> list[list[int]]:
+    """Blocks of each pool, taken so that no more than ``free`` are left of each table that keeps
+    all, and of a bounded one a quarter: a shared engine has room for four times as many."""
+    taken = []
+    for number, pool in enumerate(cache.pools):
+        tables = cache.layout.of_pool(number)
+        if all(each.lifetime.bounded for each in tables):
+            left = pool.num_free // 4
+        else:
+            left = free * len(tables)
+        taken.append(pool.allocate(pool.num_free - left))
+    return taken
+
+
 Disturbance = Callable[[Case], list[Any]]
 
 
 def bucket(case: Case) -> list[Any]:
     """Every step is padded, most of them by half and more."""
-    return case.answers(case.engine(graph_buckets="decode=6;mixed=64"))
+    with case.padding() as llm:
+        return case.answers(llm)
 
 
 def neighbours(case: Case) -> list[Any]:
@@ -274,15 +321,17 @@ def prefix_hit(case: Case) -> list[Any]:
 def preemption(case: Case) -> list[Any]:
     """The cache holds the longest request and little more; and all that run are computed again now
     and then, since with windows none has to give way."""
-    llm = case.engine(ahead=True, num_blocks=18, max_model_len=96)
-    inner = llm.engine
-    groups = [inner.add(f"{n}", prompt, params) for n, (prompt, params) in enumerate(case.subjects)]
-    for number in itertools.count():
-        if not inner.has_work:
-            break
-        if number % 16 == 9:
-            inner.scheduler.recompute()
-        inner.step()
+    with case.shared(ahead=True, free=17) as llm:
+        inner = llm.engine
+        held = llm.stats().scheduler.num_blocks_used
+        groups = [inner.add(f"{n}", *subject) for n, subject in enumerate(case.subjects)]
+        for number in itertools.count():
+            if not inner.has_work:
+                break
+            if number % 16 == 9:
+                inner.scheduler.recompute()
+            inner.step()
+        assert llm.stats().scheduler.num_blocks_used == held
     assert_idle(llm)
     outputs = [each.output() for each in groups]
     assert sum(each.metrics.num_preemptions for each in outputs) > 0
@@ -318,10 +367,9 @@ def other_drafts(case: Case) -> list[Any]:
     if not most:
         with case.shared() as llm:
             return case.answers(llm)
-    ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
-    llm = case.engine(ahead=True, drafts={"num_speculative_tokens_per_batch_size": ranges})
-    taken = change_drafts(llm, seed=most)
-    outputs = case.answers(llm)
+    with case.padding(ahead=True) as llm:
+        taken = change_drafts(llm, seed=most)
+        outputs = case.answers(llm)
     assert set(taken) == {0, 1, most}
     return outputs
 
