@@ -320,6 +320,14 @@ def test_documents_and_variables() -> None:
     assert render(user(), template, **options) == "agladx"
 
 
+@pytest.mark.parametrize("template", ["template.jinja", "rag", "{{ bos_token }}", "{{ message }}"])
+def test_a_template_that_reads_no_messages_is_refused(template: str) -> None:
+    """A file's name, or the name of one of several templates where there is one: its letters would
+    be the prompt of every conversation."""
+    with pytest.raises(RequestError, match=r"the chat template '.*' does not read 'messages'"):
+        chat_prompt(tokenizer(), user(), chat_template=template)
+
+
 def test_going_on_with_the_last_message() -> None:
     messages = [*user("2 + 2 ="), {"role": "assistant", "content": "The answer"}]
     prompt = chat_prompt(

@@ -284,9 +284,10 @@ def test_a_template_of_the_checkpoint_comes_first(tmp_path: Path) -> None:
     texts_of(tmp_path, PREVIEW)
     tokenizer = load_tokenizer(tmp_path)
     assert chat_prompt(tokenizer, said("a"))["prompt"] == f"{BOS}{USER}a{BOT}<think>"
-    assert chat_prompt(tokenizer, said("a"), chat_template="own")["prompt"] == "own"
-    (tmp_path / "chat_template.jinja").write_text("theirs")
-    assert chat_prompt(load_tokenizer(tmp_path), said("a"))["prompt"] == "theirs"
+    own, theirs = (f"{each} {{{{ messages|length }}}}" for each in ("own", "theirs"))
+    assert chat_prompt(tokenizer, said("a"), chat_template=own)["prompt"] == "own 1"
+    (tmp_path / "chat_template.jinja").write_text(theirs)
+    assert chat_prompt(load_tokenizer(tmp_path), said("a"))["prompt"] == "theirs 1"
 
 
 def test_servers_know_its_tags() -> None:

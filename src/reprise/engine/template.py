@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from reprise.arguments import shown
 from reprise.errors import RequestError
 
 Message = dict[str, Any]
@@ -78,7 +79,7 @@ class ChatTemplate:
         special_tokens: Of the tokenizer by name; the template may read them.
 
     Raises:
-        RequestError: It is no template.
+        RequestError: It is no template, or reads no messages: a file's name, mostly.
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
@@ -92,7 +93,13 @@ class ChatTemplate:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
         except TemplateError as error:
             raise RequestError(f"the chat template is not valid: {error}") from error
-        self.variables = frozenset(meta.find_undeclared_variables(tree)) - PROVIDED
+        read = frozenset(meta.find_undeclared_variables(tree))
+        if "messages" not in read:
+            raise RequestError(
+                f"the chat template {shown(text)} does not read 'messages', so that all "
+                "conversations would be the same prompt: give the template's text"
+            )
+        self.variables = read - PROVIDED
         """Names that the one who renders it can give."""
         strings = (each.value for each in tree.find_all(nodes.Const))
         self.names = frozenset(each.attr for each in tree.find_all(nodes.Getattr)) | frozenset(
