@@ -6,9 +6,10 @@ import contextlib
 from typing import Any
 
 import pytest
-from helpers import TinyModels, make_llm
+from helpers import TinyModels, generate, greedy, make_llm, random_ids
 from recurrent import hybrids
 
+from reprise.cache.memory import allocate_caches
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -35,3 +36,24 @@ def test_its_bytes_are_those_of_its_copies(
     for shape in (StepShape.decode(3, width), StepShape.mixed(40, 3), StepShape.mixed(1, 1)):
         state = runner.forward_pass.state(shape)
         assert state.nbytes == sum(each.nbytes for each in state.read().values()) > 0
+
+
+def test_the_list_of_memory_has_the_caches_as_they_are(tiny: TinyModels, device: str) -> None:
+    """A canary looks at the blocks that the list says are used, in the tensors that it names."""
+    llm = make_llm(tiny("qwen3"), device, graph_mode="none")
+    runner = llm.engine.runner
+
+    def caches() -> dict[str, Any]:
+        regions = runner.forward_pass.memory()
+        return {name: each for name, each in regions.items() if each.owner == "cache"}
+
+    before = caches()
+    generate(llm, [random_ids(1, 70)], greedy(4))
+    after = caches()
+    assert before.keys() == after.keys() != set()
+    assert all(each.used > before[name].used for name, each in after.items())
+    allocate_caches(runner.caches, runner.cache_layout, runner.platform)
+    places = {each.tensor.data_ptr() for each in caches().values()}
+    assert places == {
+        each.data_ptr() for cache in runner.caches.values() for each in cache.tensors.values()
+    }

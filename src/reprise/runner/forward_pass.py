@@ -77,6 +77,9 @@ class ForwardPass:
             tuple[Tensor | None, CacheLayout, list[dict[str, PoolTensor]], list[list[Stack]]] | None
         ) = None
         """A tensor of the caches and the layout, by which others are told, and what follows."""
+        self._cache_regions: (
+            tuple[list[dict[str, PoolTensor]], list[int], dict[str, Region]] | None
+        ) = None
         self._weights = weights_of(model)
         parameters = {name for name, _ in model.named_parameters()}
         if draft is not None:
@@ -147,18 +150,28 @@ class ForwardPass:
         return self._taps[: shape.num_tokens]
 
     def memory(self) -> Mapping[str, Region]:
-        used = self._buffers.used_blocks()
         regions = {name: Region(each, "input") for name, each in self._buffers.arrays().items()}
-        for pool, tensors, count in zip(self._layout.pools, self._pools(), used, strict=True):
-            for name, of_pool in tensors.items():
-                tensor = of_pool.tensor
-                regions[name] = Region(tensor, "cache", pool.unit, min(count, len(tensor)))
+        regions.update(self._regions_of_caches())
         for name, each in self.ops.memory.items():
             regions[f"memory of ops ({name})"] = Region(each, "ops")
         regions.update(self._weight_regions)
         for name, each in self.beside().items():
             regions[name] = Region(each, "beside")
         return regions
+
+    def _regions_of_caches(self) -> Mapping[str, Region]:
+        """Listed again only when there are others, or more of their blocks have been used: every
+        comparison asks, and all layers' are many."""
+        pools, used = self._pools(), self._buffers.used_blocks()
+        known = self._cache_regions
+        if known is None or known[0] is not pools or known[1] != used:
+            regions = {}
+            for pool, tensors, count in zip(self._layout.pools, pools, used, strict=True):
+                for name, each in tensors.items():
+                    tensor = each.tensor
+                    regions[name] = Region(tensor, "cache", pool.unit, min(count, len(tensor)))
+            known = self._cache_regions = pools, used, regions
+        return known[2]
 
     def mend(self, weights: Sequence[str]) -> None:
         if self.reload is None:
