@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import gt, sub
 
 import numpy as np
 
@@ -140,14 +141,10 @@ class Placement:
                 new = min(each.new, new)
                 each = replace(each, new=new, length=new, accepted=0)
                 written = self._written_of_pools(each)
-            if (
-                each.new > tokens
-                or len(fitting) == requests
-                or any(n > room for n, room in zip(written, left, strict=True))
-            ):
+            if each.new > tokens or len(fitting) == requests or any(map(gt, written, left)):
                 continue
             tokens -= each.new
-            left = [room - n for n, room in zip(written, left, strict=True)]
+            left = [*map(sub, left, written)]
             fitting.append(each)
         return fitting
 
@@ -172,6 +169,7 @@ class Placement:
                 layout.lifetime.needed(row.length - row.new, row.length, layout.block_size)
                 for row in rows
             ]
+            alone = len(rows) == len(self._layout.of_pool(layout.pool)) == 1
             whole = np.zeros((len(rows), max(each.stop for each in needed)), dtype=np.int32)
             for index in order:
                 row, blocks = rows[index], needed[index]
@@ -182,9 +180,8 @@ class Placement:
                     left = blocks.start * span
                     shorter = Row(row.new, row.length - left, row.layout, row.half)
                 whole[index, blocks.start : blocks.stop] = self._table(
-                    shorter, span, areas[layout.pool], random,
-                    alone=len(rows) == len(self._layout.of_pool(layout.pool)) == 1,
-                )  # fmt: skip
+                    shorter, span, areas[layout.pool], random, alone=alone
+                )
             found.append(whole)
         return found
 

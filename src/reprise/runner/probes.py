@@ -76,6 +76,7 @@ class ProbeMaker:
         )
         """Where a block of every table ends."""
         self._shifts = shifts(layout.tables)
+        self._made: dict[int, Sequence[Row]] = {}
         self._placement = Placement(layout, max_model_len, buffers.max_requests, buffers.max_tokens)
         self._content = CacheContent(buffers, caches)
         strata = [vocab_size * part // STRATA for part in range(STRATA)]
@@ -187,8 +188,12 @@ class ProbeMaker:
 
     # ---- rows ----------------------------------------------------------------------------
 
-    def _decode_rows(self, new: int) -> list[Row]:
+    def _decode_rows(self, new: int) -> Sequence[Row]:
         """Every class of contexts with every layout, half, and place in a block."""
+        # Graphs of all sizes ask.
+        return self._made.get(new) or self._made.setdefault(new, self._make_decode_rows(new))
+
+    def _make_decode_rows(self, new: int) -> Sequence[Row]:
         size, make = self._size, self._decode
         rows: list[Row] = []
         # The longest first, so that it is in every probe.
