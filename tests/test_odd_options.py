@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,3 +55,24 @@ def test_an_empty_name_is_no_place(name: str) -> None:
 def test_an_empty_template_is_none() -> None:
     with pytest.raises(ConfigError, match="chat_template='' is empty"):
         _ = ServerOptions(chat_template="").template
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{% for m in messages %", "the chat template is not valid"),
+        (b"Answer.", "does not read 'messages'"),
+        (b"\xff{{ messages }}", "can't decode byte 0xff"),
+    ],
+)
+def test_a_template_that_no_chat_could_use_is_told_before_the_model_is_loaded(
+    tmp_path: Path, content: bytes, told: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(content)
+    given = [str(file), content.decode()] if content[:1] == b"{" else [str(file)]
+    for each in given:
+        with pytest.raises(ConfigError, match=f"^chat_template=.*{told}"):
+            _ = ServerOptions(chat_template=each).template
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert ServerOptions(chat_template=str(file)).template == file.read_text()

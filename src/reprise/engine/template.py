@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reprise.arguments import shown
 from reprise.errors import RequestError
+from reprise.jinja import parsed
 
 Message = dict[str, Any]
 
@@ -83,23 +82,12 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
-        from jinja2 import Environment, TemplateError, meta, nodes
+        from jinja2 import meta, nodes
 
         self.text = text
         self._special_tokens = special_tokens
-        # transformers' own block, which changes nothing that is read.
-        plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", text)
-        try:
-            tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-        except TemplateError as error:
-            raise RequestError(f"the chat template is not valid: {error}") from error
-        read = frozenset(meta.find_undeclared_variables(tree))
-        if "messages" not in read:
-            raise RequestError(
-                f"the chat template {shown(text)} does not read 'messages', so that all "
-                "conversations would be the same prompt: give the template's text"
-            )
-        self.variables = read - PROVIDED
+        tree = parsed(text)
+        self.variables = frozenset(meta.find_undeclared_variables(tree)) - PROVIDED
         """Names that the one who renders it can give."""
         strings = (each.value for each in tree.find_all(nodes.Const))
         self.names = frozenset(each.attr for each in tree.find_all(nodes.Getattr)) | frozenset(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from reprise.arguments import is_finite, is_whole
+from reprise.arguments import is_finite, is_whole, shown
 from reprise.errors import ConfigError, RequestError
+from reprise.jinja import parsed
 from reprise.sampling_params import SamplingParams
 from reprise.server.reasoning import PARSERS
 from reprise.server.tools.formats import PARSERS as TOOL_PARSERS
@@ -212,17 +213,22 @@ class ServerOptions:
         """``chat_template``'s text.
 
         Raises:
-            ConfigError: It names a file that cannot be read.
+            ConfigError: It names a file that cannot be read, or is no template.
         """
         given = self.chat_template
         if given == "":
             raise ConfigError("chat_template='' is empty: give a file, or leave it out")
-        if given is None or "{" in given or "\n" in given:
-            return given
+        text = given
         try:
-            return Path(given).read_text(encoding="utf-8")
+            if given is not None and not ("{" in given or "\n" in given):
+                text = Path(given).read_text(encoding="utf-8")
+            if text is not None:
+                parsed(text)
         except OSError as error:
             raise ConfigError(f"chat_template={given!r}: {error.strerror}") from error
+        except (UnicodeDecodeError, RequestError) as error:
+            raise ConfigError(f"chat_template={shown(given)}: {error}") from error
+        return text
 
     def to_json(self) -> str:
         """For another process of the server."""
