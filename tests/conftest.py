@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import covering
+import on_device
 import pytest
 import seeds
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 ON_CPU = ("cpu", "sim")
 """Devices whose kernels are the CPU's."""
 LONGEST = (
-    "test_sim.py", "test_matrix.py", "test_doctor_conformance.py", "test_trust.py",
-    "test_plugin_platform.py", "test_tensor_parallel.py",
+    "test_sim.py", "test_matrix.py", "test_tensor_parallel.py", "test_plugin_platform.py",
+    "test_trust.py", "test_compile_kernels.py", "test_shared_experts.py",
+    "test_doctor_conformance.py",
 )  # fmt: skip
+"""In the order in which they begin."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true",
         help="all combinations, and random examples; an accelerator always gets the combinations",
+    )  # fmt: skip
+    parser.addoption(
+        "--on-device", action="store_true",
+        help="leave out tests that take no device: others have them, and they would do the same",
     )  # fmt: skip
 
 
@@ -61,13 +68,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest modules come first: no worker is left with one when the others are done.
-    items.sort(key=lambda each: each.path.name not in LONGEST)
-    if config.getoption("--long") or config.getoption("--device") not in ON_CPU:
-        return
-    long = {each for each in items if each.get_closest_marker("long")}
-    long |= covering.left_over(each for each in items if each not in long)
-    config.hook.pytest_deselected(items=[each for each in items if each in long])
-    items[:] = [each for each in items if each not in long]
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda each: places.get(each.path.name, len(places)))
+    left: set[pytest.Item] = set()
+    if not config.getoption("--long") and config.getoption("--device") in ON_CPU:
+        left = {each for each in items if each.get_closest_marker("long")}
+        left |= covering.left_over(each for each in items if each not in left)
+    if config.getoption("--on-device"):
+        left |= {each for each in items if not on_device.takes_it(each)}
+    config.hook.pytest_deselected(items=[each for each in items if each in left])
+    items[:] = [each for each in items if each not in left]
 
 
 def freeze() -> None:
@@ -205,9 +215,10 @@ def quick_interpreter(pytestconfig: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_races(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
+def no_races(request: pytest.FixtureRequest) -> Iterator[None]:
     """On the simulated accelerator no two accesses of a test may be in no order."""
-    if device != "sim" or request.node.get_closest_marker("races"):
+    # Not by the fixture: tests that take no device are told by that.
+    if request.config.getoption("--device") != "sim" or request.node.get_closest_marker("races"):
         yield
         return
     import torch
