@@ -217,6 +217,14 @@ def test_spoiled_files(tmp_path: Path, file: str, content: str) -> None:
     assert "skip_tokenizer_init=True" in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_what_a_clone_without_lfs_leaves(tmp_path: Path, file: str) -> None:
+    write(tmp_path, byte_level())
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    with pytest.raises(ModelError, match=r"pointer of Git LFS.*'git lfs pull'"):
+        open_checkpoint(None).tokenizer(str(tmp_path))
+
+
 def test_what_is_fetched_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its templates in a folder too, but nothing that other tools put into folders."""
     from huggingface_hub.utils import filter_repo_objects

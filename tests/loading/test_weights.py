@@ -422,9 +422,17 @@ def shard(path: Path) -> None:
     )
 
 
+def pointer(path: Path) -> None:
+    """What a clone without Git LFS leaves."""
+    (path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
+        (pointer, ["model.safetensors", "pointer of Git LFS", "git lfs pull"]),
         (no_weights, ["no *.safetensors file", "load_format='dummy'"]),
         (truncated, ["model.safetensors", "corrupted"]),
         (truncated_in_the_header, ["model.safetensors", "corrupted"]),

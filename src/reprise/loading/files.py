@@ -12,6 +12,11 @@ _DEEPEST = 64
 """Levels of a JSON file. One more and reading it, or showing what is wrong, may not end well."""
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LONGEST_POINTER = 1024
+"""Bytes, by the specification of Git LFS."""
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds.
 
@@ -35,17 +40,26 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def require_regular(file: Path) -> None:
-    """Refuse what would hang a reader, such as a FIFO.
+    """Refuse what would hang a reader, such as a FIFO, and what a clone without Git LFS leaves.
 
     Raises:
         OSError: There is nothing, or it cannot be looked at.
-        ValueError: It is no regular file, nor a link to one.
+        ValueError: It is no regular file, nor a link to one, or only says which file it stands for.
     """
-    mode = file.stat().st_mode
-    if not stat.S_ISREG(mode):
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        is_directory = stat.S_ISDIR(status.st_mode)
         raise ValueError(
-            f"it is {'a directory' if stat.S_ISDIR(mode) else 'a FIFO or a device'}, not a file"
+            f"it is {'a directory' if is_directory else 'a FIFO or a device'}, not a file"
         )
+    if status.st_size > _LONGEST_POINTER:
+        return
+    with file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                "it is a pointer of Git LFS, without the content: run 'git lfs pull' in the "
+                "checkpoint's directory, or download it again"
+            )
 
 
 def _within(value: Any) -> Collection[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from reprise.errors import ModelError
 from reprise.loading.chat_encoder import EncoderTexts
+from reprise.loading.files import require_regular
 
 
 class JsonTokenizer:
@@ -145,8 +146,14 @@ class JsonTokenizer:
 
 
 def read_backend(file: Path) -> Any:
-    """The ``tokenizers`` library's tokenizer of a ``tokenizer.json``."""
+    """The ``tokenizers`` library's tokenizer of a ``tokenizer.json``.
+
+    Raises:
+        Exception: Of many types, if it is none.
+    """
     from tokenizers import Tokenizer
+
+    require_regular(file)
 
     backend = Tokenizer.from_file(str(file))
     # Left behind by training; a prompt is neither cut nor filled.
