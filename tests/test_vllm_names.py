@@ -14,11 +14,20 @@ from helpers import ODD, TinyModel, TinyModels, assert_idle, greedy, make_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reprise import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, SamplingParams, vllm_names
+from reprise import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLM,
+    EngineArgs,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+    vllm_names,
+)
 from reprise.config import EngineConfig
 from reprise.errors import ConfigError, RepriseError, RequestError
 from reprise.neutral import Group
-from reprise.vllm_names import ENGINE, METHODS, REQUEST, SAMPLING
+from reprise.vllm_names import ASYNC_METHODS, ENGINE, METHODS, REQUEST, SAMPLING
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -213,6 +222,40 @@ def test_methods_that_there_are_not(llm: LLM) -> None:
         assert str(caught.value) == f"LLM.{name}: {reason}"
     with pytest.raises(AttributeError, match="no attribute 'colour'"):
         llm.colour  # noqa: B018
+
+
+def test_methods_that_there_are_not_on_the_streaming_one() -> None:
+    engine = object.__new__(AsyncLLM)
+    for name, reason in ASYNC_METHODS.items():
+        assert not hasattr(engine, name)
+        with pytest.raises(RepriseError) as caught:
+            getattr(engine, name)
+        assert str(caught.value) == f"AsyncLLM.{name}: {reason}"
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        engine.colour  # noqa: B018
+
+
+def test_prompts_with_types(llm: LLM) -> None:
+    prompts = [
+        TokensPrompt(prompt_token_ids=[1, 2]),
+        TokensPrompt(prompt_token_ids=[3], prompt="x"),
+    ]
+    outputs = llm.generate(prompts, greedy(1))
+    assert [(each.prompt_token_ids, each.prompt) for each in outputs] == [
+        ([1, 2], None),
+        ([3], "x"),
+    ]
+    with pytest.raises(RequestError, match="prompt='a' is text and no tokenizer is loaded"):
+        llm.generate(TextPrompt(prompt="a", cache_salt="b"), greedy(1))
+
+
+def test_vllms_word_for_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that relies on it is not to lose it without a word."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert EngineConfig().batch_invariant
+    assert not EngineConfig(batch_invariant=False).batch_invariant
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert not EngineConfig().batch_invariant
 
 
 def test_engine_args(model: TinyModel, device: str) -> None:

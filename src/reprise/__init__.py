@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reprise.errors import RepriseError
     from reprise.llm import LLM
     from reprise.outputs import CompletionOutput, RequestOutput
+    from reprise.prompts import TextPrompt, TokensPrompt
     from reprise.sampling_params import RequestOutputKind, SamplingParams
     from reprise.structured_outputs import StructuredOutputsParams
 
@@ -29,6 +30,8 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
@@ -45,6 +48,8 @@ _HOMES = {
     "RequestOutputKind": "reprise.sampling_params:RequestOutputKind",
     "SamplingParams": "reprise.sampling_params:SamplingParams",
     "StructuredOutputsParams": "reprise.structured_outputs:StructuredOutputsParams",
+    "TextPrompt": "reprise.prompts:TextPrompt",
+    "TokensPrompt": "reprise.prompts:TokensPrompt",
 }
 
 

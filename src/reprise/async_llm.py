@@ -22,13 +22,13 @@ from reprise.engine import (
     chat_prompt,
     together,
 )
-from reprise.errors import RequestError
+from reprise.errors import RequestError, UnsupportedError
 from reprise.loading import as_transformers
 from reprise.metrics import Metric
 from reprise.outputs import RequestOutput
 from reprise.replicas import drive
 from reprise.sampling_params import RequestOutputKind, SamplingParams
-from reprise.vllm_names import refuse_others
+from reprise.vllm_names import ASYNC_METHODS, refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,11 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.shutdown)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ASYNC_METHODS:
+            raise UnsupportedError(f"AsyncLLM.{name}: {ASYNC_METHODS[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     async def _ask(self, name: str, *arguments: Any) -> Any:
         asked: Future[Any] = self._driver.ask(name, *arguments)

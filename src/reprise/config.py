@@ -63,6 +63,8 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
             )
         left["num_blocks"] = blocks
     _take_model_len(left)
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+        left.setdefault("batch_invariant", True)
     dtype = str(left.get("dtype")).removeprefix("torch.")  # as torch's own dtypes are written
     dtype = _DTYPE_ALIASES.get(dtype, dtype)
     if dtype in get_args(Dtype):
@@ -153,7 +155,8 @@ class EngineConfig:
     batch_invariant: bool = False
     """The same bits every time: logits and tokens of a request do not depend on other requests, on
     the sizes of steps, chunks, prefix hits, graphs or drafts. Only implementations of ops that
-    promise it are used; what has none is refused. Slower."""
+    promise it are used; what has none is refused. Slower. Where nothing is said, vLLM's
+    ``VLLM_BATCH_INVARIANT=1`` in the environment says it."""
     custom_all_reduce: bool = True
     """Let kernels of several ranks read each other's memory, where devices can and it was proven at
     the start; off: ranks exchange by the backend's collectives alone."""

@@ -418,6 +418,33 @@ METHODS = {
 }
 """Attributes of vLLM's ``LLM`` that there are not, and what to say."""
 
+ASYNC_METHODS = {
+    **{name: METHODS[name] for name in ("encode", "sleep", "wake_up", "reset_mm_cache")},
+    "is_sleeping": METHODS["sleep"],
+    "collective_rpc": "the engine runs in this process: use engine.runner",
+    **dict.fromkeys(
+        ("add_lora", "remove_lora", "list_loras", "pin_lora"),
+        "LoRA adapters are not supported: merge the adapter into the checkpoint",
+    ),
+    **dict.fromkeys(
+        ("check_health", "is_running", "is_stopped", "errored", "dead_error"),
+        "an engine that has died says so at every call: ask stats()",
+    ),
+    **dict.fromkeys(
+        ("vllm_config", "model_config", "get_vllm_config", "get_model_config"),
+        "the options are engine.config",
+    ),
+    **dict.fromkeys(
+        ("do_log_stats", "log_stats"), "metrics are always on: see stats() and get_metrics()"
+    ),
+    **dict.fromkeys(
+        ("pause_generation", "resume_generation", "is_paused"),
+        "requests are computed as they come: abort() ends them",
+    ),
+    "add_request": "give requests to generate()",
+}
+"""The same of vLLM's ``AsyncLLM``."""
+
 
 def refuse_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None:
     """Check what a method of an engine was called with beside its own arguments.
@@ -445,11 +472,14 @@ def markdown() -> str:
             names = ", ".join(_shown(name, values) for name, values in group.neutral.items())
             lines.append(f"| {names} | {_sentence(group.instead)} |")
         lines.append("")
-    lines += ["| not on `LLM` | |", "| --- | --- |"]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in METHODS.items():
-        reasons.setdefault(reason, []).append(f"`{name}`")
-    lines += [f"| {', '.join(names)} | {_sentence(reason)} |" for reason, names in reasons.items()]
+    for kind, methods in (("LLM", METHODS), ("AsyncLLM", ASYNC_METHODS)):
+        lines += [f"| not on `{kind}` | |", "| --- | --- |"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in methods.items():
+            reasons.setdefault(reason, []).append(f"`{name}`")
+        lines += [f"| {', '.join(names)} | {_sentence(why)} |" for why, names in reasons.items()]
+        lines.append("")
+    lines.pop()
     return "\n".join(lines) + "\n"
 
 
