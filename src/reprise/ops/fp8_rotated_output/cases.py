@@ -35,6 +35,8 @@ def _small(make: Maker) -> list[Arguments]:
         _arguments(make, 1, 2, 2, 128, 32, 40, 8, BLOCK),
         _arguments(make, 5, 3, 1, 256, 64, 128, BLOCK, BLOCK),
         _arguments(make, 19, 1, 2, 128, 128, 24, 24, BLOCK),
+        # What rotates begins within a group of channels.
+        _arguments(make, 4, 2, 2, 256, 160, 24, 24, BLOCK),
         # No tile of the kernels.
         _arguments(make, 3, 2, 2, 32, 8, 16, 16, 64),
     ]

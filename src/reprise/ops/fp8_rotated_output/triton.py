@@ -26,7 +26,7 @@ from reprise.ops.triton_util import (
 )
 
 _TILE = 4096
-"""Elements of a program: it takes several heads of one token, which share its angles."""
+"""Elements of a program: a group of several heads of one token, which share its angles."""
 
 
 def fp8_rotated_output(
@@ -89,9 +89,8 @@ def quantised(
     kind = torch.float8_e4m3fn if native else x.dtype
     numbers = x.new_empty((groups, room, each * size), dtype=kind)
     scales = x.new_empty((groups, each * size // group, room), dtype=torch.float32)
-    block = next_power_of_2(size)
-    here = min(next_power_of_2(heads), max(1, _TILE // block))
-    launch(rotate_quantise_kernel, (tokens, cdiv(heads, here)))(
+    here = min(next_power_of_2(heads), _TILE // group)
+    launch(rotate_quantise_kernel, (tokens * (size // group), cdiv(heads, here)))(
         x,
         positions,
         cos_sin,
@@ -106,13 +105,12 @@ def quantised(
         SIZE=size,
         HALF=cos_sin.shape[1] // 2,
         GROUP=group,
-        BLOCK=block,
         HEADS_HERE=here,
         NATIVE=native,
         EXACT=not INTERPRETED,
         LARGEST=LARGEST,
         LEAST=LEAST_MAGNITUDE,
-        num_warps=warps(block * here, per_thread=32),
+        num_warps=warps(group * here, per_thread=32),
         **launch_options(),
     )
     return numbers, scales
@@ -134,7 +132,6 @@ def rotate_quantise_kernel(
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
     HEADS_HERE: tl.constexpr,
     NATIVE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -142,27 +139,24 @@ def rotate_quantise_kernel(
     LEAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes HEADS_HERE heads of a token."""
-    PARTS: tl.constexpr = BLOCK // GROUP
-    token = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * HEADS_HERE
-    head = (first + tl.arange(0, HEADS_HERE))[:, None]
-    channel = tl.arange(0, BLOCK)[None, :]
+    """One program takes a group of HEADS_HERE heads of a token. Groups of a head are programs side
+    by side: a row of eight bits is a row of the tile, and most have nothing that rotates."""
+    PARTS: tl.constexpr = SIZE // GROUP
+    token = (tl.program_id(0) // PARTS).to(tl.int64)
+    start = tl.program_id(0) % PARTS * GROUP
+    head = tl.program_id(1) * HEADS_HERE + tl.arange(0, HEADS_HERE)
+    inside = head < HEADS
+    channel = tl.arange(0, GROUP)[None, :]
     angles = cos_sin_ptr + tl.load(positions_ptr + token) * angle_stride
-    # Of each part of a head: which it is.
-    part = tl.arange(0, HEADS_HERE * PARTS)
-    owner = first + part // PARTS
-    inside = (owner < HEADS) & (part % PARTS * GROUP < SIZE)
     depend(EARLY)
-    source = x_ptr + token * token_stride + head * head_stride + channel
-    x = tl.load(source, mask=(head < HEADS) & (channel < SIZE), other=0.0).to(tl.float32)
-    y = turn(x, angles, SIZE, HALF, BLOCK, True)
-    kind: tl.constexpr = x_ptr.dtype.element_ty
-    y = tl.reshape(y.to(kind).to(tl.float32), [HEADS_HERE * PARTS, GROUP])
+    source = x_ptr + token * token_stride + head[:, None] * head_stride + start + channel
+    x = tl.load(source, mask=inside[:, None], other=0.0)
+    y = x.to(tl.float32)
+    if start + GROUP > SIZE - 2 * HALF:
+        y = turn(y, angles, SIZE - start, HALF, GROUP, True).to(x.dtype).to(tl.float32)
     y, scale = eight_bits(y, NATIVE, EXACT, LARGEST, LEAST)
-    which, place = (owner // EACH).to(tl.int64), owner % EACH * SIZE + part % PARTS * GROUP
-    start = (which * room + token) * (EACH * SIZE) + place
-    target = numbers_ptr + start[:, None] + tl.arange(0, GROUP)[None, :]
+    which, place = (head // EACH).to(tl.int64), head % EACH * SIZE + start
+    target = numbers_ptr + ((which * room + token) * (EACH * SIZE) + place)[:, None] + channel
     tl.store(target, y.to(numbers_ptr.dtype.element_ty), mask=inside[:, None])
     line = which * (EACH * SIZE // GROUP) + place // GROUP
     tl.store(scales_ptr + line * room + token, scale, mask=inside)

@@ -6,14 +6,12 @@ import triton.language as tl
 
 
 @triton.jit
-def turn(
-    x, angle_ptr, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr
-):
+def turn(x, angle_ptr, end, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
     """x: [ROWS, BLOCK] float32, of which the pairs of neighbours in the 2 * HALF channels before
-    SIZE rotate by the angles whose cosines and then sines stand at ``angle_ptr``."""
+    ``end`` rotate by the angles whose cosines and then sines stand at ``angle_ptr``."""
     ROWS: tl.constexpr = x.shape[0]
     pair = tl.arange(0, BLOCK // 2)[None, :]
-    number = pair - (SIZE // 2 - HALF)
+    number = pair - (end // 2 - HALF)
     rotates = (number >= 0) & (number < HALF)
     cos = tl.load(angle_ptr + number, mask=rotates, other=1.0)
     sin = tl.load(angle_ptr + HALF + number, mask=rotates, other=0.0)
