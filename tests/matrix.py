@@ -6,10 +6,9 @@ captures nothing. ``COVERING`` has every two of a feature and a disturbance once
 all.
 
 To start an engine, which compiles, captures and proves its graphs, costs as much as several
-disturbances of it. So a case has two: a plain one, which most disturbances share, and one that pads
-every step and may draft other numbers of tokens. Disturbances come in the order of
-``DISTURBANCES``: the first in an engine meets graphs that know only the steps of the start, as in
-an engine of its own; the later ones replay more and compare less.
+disturbances of it. So those that need no other engine than a plain one share it, in the order of
+``DISTURBANCES``. The first of them meets graphs that know only the steps of the start, as in an
+engine of its own; the later ones replay more and compare less.
 
 Same tokens means exactly those. In bfloat16 rounding decides between two tokens that are nearly as
 likely, and kernels of other shapes round otherwise: no request can say then whether anything went
@@ -158,8 +157,8 @@ class Case:
     """Where the model or the head is that drafts, if one does."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further ones of the engine."""
-    _kept: dict[str, LLM] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The shared ones that there are by now."""
+    _kept: list[LLM] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The shared one, if there is one by now."""
 
     def engine(self, *, ahead: bool = False, **options: Any) -> LLM:
         """One with these features, which a disturbance may make smaller."""
@@ -181,56 +180,41 @@ class Case:
 
     @contextlib.contextmanager
     def shared(
-        self, *, ahead: bool = False, max_tokens: int | None = None, free: int | None = None
+        self,
+        *,
+        ahead: bool = False,
+        requests: int = 6,
+        max_tokens: int | None = None,
+        free: int | None = None,
     ) -> Iterator[LLM]:
         """The plain engine of this case, in which nobody finds a prefix of what ran before.
 
         Args:
             ahead: It submits the next step before it knows this one's tokens, whatever the device.
+            requests: Most that run.
             max_tokens: Most in a step, if they are to be fewer than it has room for.
             free: Blocks of a table that keeps all, if there are to be fewer than it has. Of others
                 there are as many as six requests need.
         """
-        options = {"max_num_seqs": 24} if self.features.model in BOUNDED else {}
-        with self._one_of("plain", ahead, **options) as llm, pytest.MonkeyPatch.context() as patch:
-            planner, cache = llm.engine.scheduler.planner, llm.engine.scheduler.cache
-            patch.setattr(planner, "max_requests", 6)
+        if not self._kept:
+            options = {"max_num_seqs": 24} if self.features.model in BOUNDED else {}
+            self._kept.append(self.engine(ahead=True, **options))
+        llm = self._kept[0]
+        llm.reset_prefix_cache()
+        pipeline, planner = llm.engine.pipeline, llm.engine.scheduler.planner
+        cache, taken = llm.engine.scheduler.cache, []
+        with pytest.MonkeyPatch.context() as patch:
+            if not ahead and not llm.engine.platform.asynchronous:
+                patch.setattr(pipeline, "depth", 1)
+            patch.setattr(planner, "max_requests", min(requests, planner.max_requests))
             if max_tokens is not None:
                 patch.setattr(planner, "max_tokens", min(max_tokens, planner.max_tokens))
-            taken = []
             if free is not None:
                 patch.setattr(planner, "_reserve", [0 for _ in cache.pools])
                 taken = take(cache, free)
             yield llm
             for pool, blocks in zip(cache.pools, taken, strict=bool(taken)):
                 pool.free(blocks)
-
-    @contextlib.contextmanager
-    def padding(self, *, ahead: bool = False) -> Iterator[LLM]:
-        """Like the shared one, with buckets of which the smallest holds all requests; where the
-        case drafts, it may draft fewer tokens, which it does where ``drafting`` is replaced."""
-        options: dict[str, Any] = {"graph_buckets": "decode=6;mixed=64"}
-        if most := self.features.drafts:
-            ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
-            options["drafts"] = {"num_speculative_tokens_per_batch_size": ranges}
-        with (
-            self._one_of("padding", ahead, **options) as llm,
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            if most:
-                patch.setattr(llm.engine.scheduler.planner, "drafting", lambda requests: most)
-            yield llm
-
-    @contextlib.contextmanager
-    def _one_of(self, name: str, ahead: bool, **options: Any) -> Iterator[LLM]:
-        if name not in self._kept:
-            self._kept[name] = self.engine(ahead=True, **options)
-        llm = self._kept[name]
-        llm.reset_prefix_cache()
-        with pytest.MonkeyPatch.context() as patch:
-            if not ahead and not llm.engine.platform.asynchronous:
-                patch.setattr(llm.engine.pipeline, "depth", 1)
-            yield llm
 
     def different(
         self,
@@ -281,8 +265,8 @@ Disturbance = Callable[[Case], list[Any]]
 
 
 def bucket(case: Case) -> list[Any]:
-    """Every step is padded, most of them by half and more."""
-    with case.padding() as llm:
+    """Four run, of buckets of three and six: steps are padded as long as any waits."""
+    with case.shared(requests=4) as llm:
         return case.answers(llm)
 
 
@@ -367,9 +351,10 @@ def other_drafts(case: Case) -> list[Any]:
     if not most:
         with case.shared() as llm:
             return case.answers(llm)
-    with case.padding(ahead=True) as llm:
-        taken = change_drafts(llm, seed=most)
-        outputs = case.answers(llm)
+    ranges = [[100 + each, 100 + each, each] for each in sorted({0, 1, most})]
+    llm = case.engine(ahead=True, drafts={"num_speculative_tokens_per_batch_size": ranges})
+    taken = change_drafts(llm, seed=most)
+    outputs = case.answers(llm)
     assert set(taken) == {0, 1, most}
     return outputs
 
