@@ -203,7 +203,7 @@ def test_work_of_a_delta_does_not_grow_with_what_is_known(llm: LLM) -> None:
 
         def __getitem__(self, key: Any) -> Any:
             found = super().__getitem__(key)
-            self.read += len(found) if isinstance(key, slice) else 0
+            self.read += len(found) if isinstance(key, slice) else 1
             return found
 
         def __iter__(self) -> Any:
@@ -218,8 +218,8 @@ def test_work_of_a_delta_does_not_grow_with_what_is_known(llm: LLM) -> None:
         group.delta()
     while engine.has_work:
         engine.step()
-    # Once for the text and the stops, once for the delta.
-    assert tokens.read == 2 * len(tokens) == 2 * STEPS
+    # Once for the text, once more where it is no whole character, once for the delta.
+    assert 2 * len(tokens) <= tokens.read <= 3 * len(tokens) == 3 * STEPS
     assert_idle(llm)
 
 

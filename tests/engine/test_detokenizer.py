@@ -117,6 +117,53 @@ def check_growth(states: list[str], expected: str) -> None:
     assert states[-1] == expected
 
 
+@given(
+    ids=st.lists(st.integers(0, 345), max_size=60), prompt=st.lists(st.integers(0, 339)),
+    skip=st.booleans(), stops=st.sampled_from([(), ("a",)]),
+)  # fmt: skip
+def test_tokens_that_are_added_write_what_they_do_when_they_are_appended(
+    ids: list[int], prompt: list[int], skip: bool, stops: tuple[str, ...]
+) -> None:
+    params = SamplingParams(skip_special_tokens=skip, stop=list(stops))
+    texts = TokenTexts(byte_level())
+    one, other = (Detokenizer(texts, prompt, params) for _ in range(2))
+    added = 0
+    for token in ids:
+        expected, before = one.append([token]), other.text
+        if other.add(token):
+            added += 1
+            assert not stops
+            assert expected is None
+        else:
+            assert other.text == before
+            assert other.append([token]) == expected
+        assert one.text == other.text
+        if expected is not None:
+            return
+    whole = [each for each in ids if texts.whole(each, skip)]
+    assert added <= len(whole)
+    assert stops or added > 0 or len(whole) < len(ids) or not ids
+    assert one.finish() == other.finish()
+    assert one.text == other.text
+
+
+def test_a_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else is asked of it, in whatever texts it comes."""
+    texts, asked = TokenTexts(byte_level()), list[Any]()
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(byte_level().backend_tokenizer, name)
+
+    monkeypatch.setattr(texts, "_backend", Asked())
+    for number in range(3):
+        text = Detokenizer(texts, [], SamplingParams())
+        assert all(text.add(each) for each in byte_level().encode("ab ab"))
+        assert text.text == "ab ab"
+        assert asked == ["decode"] * len({*byte_level().encode("ab ab")}), number
+
+
 @given(text=TEXTS, prompt=TEXTS)
 @example(text="漢字" * 12, prompt="漢")
 @example(text="a\ufffd", prompt="\ufffd")

@@ -44,6 +44,18 @@ class Completion:
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 
+    def read(self) -> bool:
+        """:meth:`append` the one token that the request has got, if that adds to the text and
+        nothing else, as in nearly every step. False: nothing was done."""
+        request, detokenizer = self.request, self.detokenizer
+        if self.logprobs is not None or detokenizer is None or request.finish_reason is not None:
+            return False
+        ids = request.output_token_ids
+        if len(ids) != self.num_tokens + 1 or not detokenizer.add(ids[-1]):
+            return False
+        self.num_tokens += 1
+        return True
+
     def append(self, token: int, logprobs: Logprobs | None, newest: bool = True) -> str | None:
         """Add a token that the scheduler accepted; returns a stop string if the text has one.
 

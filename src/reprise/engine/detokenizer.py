@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reprise.sampling_params import SamplingParams
@@ -19,6 +19,8 @@ LONGEST = 16
 
 CONTEXTS = (4, 8, 16, 32, 64)
 """Numbers of a prompt's last tokens that may be needed to decode what follows."""
+
+_UNKNOWN: Any = object()
 
 
 class TokenTexts:
@@ -64,15 +66,19 @@ class TokenTexts:
         """What this token adds to any text at a character's end: characters that are whole. None:
         that depends on others, or it has no such text."""
         known = self._whole[skip_special_tokens]
-        try:
-            return known[token]
-        except KeyError:
-            text = None
-            if self._joins and not self.is_silent(token, skip_special_tokens):
-                text = self.decode([token], skip_special_tokens)
-                text = text if text and REPLACEMENT not in text else None
-            known[token] = text
-            return text
+        text = known.get(token, _UNKNOWN)
+        if text is _UNKNOWN:
+            # Of a token that is silent the decoder makes no text. Each is asked for once, and of a
+            # vocabulary that is drawn from at random each step has new ones.
+            text = ""
+            if self._joins and self._backend is not None:
+                text = self._backend.decode((token,), skip_special_tokens=skip_special_tokens)
+            known[token] = text = text if text and REPLACEMENT not in text else None
+        return text
+
+    def known(self, skip_special_tokens: bool) -> Mapping[int, str | None]:
+        """What :meth:`whole` has said so far, by token."""
+        return self._whole[skip_special_tokens]
 
     def of(self, token: int) -> str:
         """A token's text within a text; a replacement character for a part of a character.
@@ -118,7 +124,13 @@ class Detokenizer:
         self._texts = texts
         self._params = params
         self._skip_special = params.skip_special_tokens
+        self._known = texts.known(self._skip_special)
         self._num_tokens = 0
+        """That :meth:`append` has had."""
+        self._newest: int | None = None
+        """A whole token behind the context, and its text: all that is needed of what came before
+        it. None: there is none."""
+        self._newest_text = ""
         self._context: list[int] = []
         """Tokens whose text is out, or is the prompt's: decoded along, since a token's text can
         depend on its predecessors."""
@@ -136,6 +148,18 @@ class Detokenizer:
         if stops and not params.include_stop_str_in_output:
             self._held_back = max(map(len, stops)) - 1
 
+    def add(self, token: int) -> bool:
+        """:meth:`append` one token, if it is whole characters and no stop string is looked for, as
+        mostly: in a third of the time. False: nothing was done."""
+        if self._pending or self._stops:
+            return False
+        text = self._known.get(token) or self._texts.whole(token, self._skip_special)
+        if text is None:
+            return False
+        self._newest, self._newest_text = token, text
+        self.text += text
+        return True
+
     def append(self, token_ids: Sequence[int]) -> str | None:
         """Add tokens. Returns the stop string that the text now contains, with the text cut there,
         or None."""
@@ -143,7 +167,7 @@ class Detokenizer:
             self._num_tokens += 1
             text = None if self._pending else self._texts.whole(token_id, self._skip_special)
             if text is not None:
-                self._context, self._context_text, self._prompt = [token_id], text, None
+                self._newest, self._newest_text = token_id, text
                 found = self._take(text)
                 if found is not None:
                     return found
@@ -177,7 +201,10 @@ class Detokenizer:
 
     def _next_characters(self, token_id: int) -> str:
         """The characters that this token completes."""
-        if self._prompt is not None:
+        if self._newest is not None:
+            self._context, self._context_text = [self._newest], self._newest_text
+            self._newest = self._prompt = None
+        elif self._prompt is not None:
             self._begin(self._prompt)
             self._prompt = None
         self._pending.append(token_id)

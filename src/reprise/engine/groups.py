@@ -130,7 +130,7 @@ class Groups:
                 self._fail(group, self._no_numbers(group, completion, unseen))
             elif request in grammars_left:
                 self._keep_to_grammar(group, completion)
-            if completion.reads_tokens:
+            if completion.reads_tokens and not completion.read():
                 self._read(completion, logprobs.get(request))
             if request.finish_reason is not None:
                 ended[group] = None
