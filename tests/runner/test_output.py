@@ -26,7 +26,8 @@ def test_rows_behind_a_draft_that_does_not_count_are_nobodys(
     odd = data.draw(st.sets(st.integers(0, max(0, rows - 1)), max_size=rows))
     value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    peaks = torch.zeros(rows, dtype=dtype)
+    peaks = torch.full((rows,), data.draw(st.sampled_from([0.0, -1.5, torch.finfo(dtype).max])))
+    peaks = peaks.to(dtype)
     peaks[list(odd)] = value
     emitted = torch.full((len(requests), 5), -1)
     expected, begin = [], 0
@@ -46,6 +47,7 @@ def test_rows_behind_a_draft_that_does_not_count_are_nobodys(
     )
     landing = Landing(len(requests), 5, max(1, rows), platform)
     nobody: Any = SimpleNamespace(num_drafts=0, admitted={})
+    landing.send(emitted[:1].to(platform.device), peaks[:0].to(platform.device))
     on_device = (each.to(platform.device) for each in (emitted, peaks))
     output = PendingOutput(step, nobody, *on_device, None, {}, landing).wait()
     assert list(output.failed) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,23 @@ class StepOutput:
     entries for the prompt tokens behind the ones that the step computed."""
 
 
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""Bits that are all set in a number that is NaN or infinite, and in no other."""
+
+
+class Peaks(NamedTuple):
+    """The largest value of each row of logits that was drawn from, on the host."""
+
+    bits: Ints
+    """[D], of floating-point numbers."""
+    exponent: int
+    """Of them those that are all set where a number is not finite."""
+
+
 class Landing:
     """Host memory where a step's tokens arrive, and the event that says that they have.
 
@@ -59,8 +76,12 @@ class Landing:
         self._tokens = torch.zeros(max_requests, width, dtype=torch.int64, pin_memory=self._pinned)
         self._numbers = self._tokens.numpy()
         self._room = torch.zeros(max_draws, dtype=torch.float32, pin_memory=self._pinned)
-        self._peaks = self._room[:0]
-        self._count = 0
+        self._shape: tuple[int, int, torch.dtype | None] | None = None
+        """Requests and draws of the step that was sent last, and the dtype of the largest values:
+        mostly the next one's too, so that the parts of memory are cut once."""
+        self._parts = self._tokens[:0], self._room[:0]
+        self._arrivals = self._numbers[:0], Peaks(np.zeros(0, dtype=np.int32), 0)
+        """The same as the host reads them."""
         self._arrived: Any = platform.event()
         self.free = True
         """Nothing is on its way, nor waits to be read."""
@@ -82,13 +103,23 @@ class Landing:
     def send(self, emitted: Tensor, peaks: Tensor | None) -> None:
         """Start copying ``emitted`` [R, 1 + K + 1] int64, what ``ops.advance`` says, and ``peaks``
         [D] in a floating-point dtype of up to 32 bits, if there are any."""
-        self._count = emitted.shape[0]
-        self._peaks = self._room[:0]
+        draws, dtype = (0, None) if peaks is None else (peaks.shape[0], peaks.dtype)
+        shape = emitted.shape[0], draws, dtype
+        if self._shape != shape:
+            self._cut(*shape)
+        tokens, room = self._parts
         if peaks is not None:
-            self._peaks = self._room.view(peaks.dtype)[: peaks.shape[0]]
-            self._peaks.copy_(peaks, non_blocking=True)
-        self._tokens[: self._count].copy_(emitted, non_blocking=True)
+            room.copy_(peaks, non_blocking=True)
+        tokens.copy_(emitted, non_blocking=True)
         self._arrived.record()
+
+    def _cut(self, requests: int, draws: int, dtype: torch.dtype | None) -> None:
+        """Find the parts of memory for a step."""
+        self._shape = requests, draws, dtype
+        kind, exponent = _EXPONENTS[dtype or torch.float32]
+        room = self._room.view(dtype or torch.float32)[:draws]
+        self._parts = self._tokens[:requests], room
+        self._arrivals = self._numbers[:requests], Peaks(room.view(kind).numpy(), exponent)
 
     def send_also(self, tensor: Tensor) -> Tensor:
         """As :meth:`copy`, behind :meth:`send`; :meth:`wait` waits for it too."""
@@ -99,12 +130,12 @@ class Landing:
     def wait(self) -> Ints:
         """What was sent, when all that was submitted before :meth:`send` is done."""
         self._arrived.synchronize()
-        return self._numbers[: self._count]
+        return self._arrivals[0]
 
     @property
-    def peaks(self) -> Tensor:
-        """[D], what was sent with what :meth:`wait` has given."""
-        return self._peaks
+    def peaks(self) -> Peaks:
+        """What was sent with what :meth:`wait` has given."""
+        return self._arrivals[1]
 
 
 class PendingOutput:
@@ -197,10 +228,10 @@ class PendingOutput:
         )
 
     @staticmethod
-    def _odd(peaks: Tensor) -> list[int]:
+    def _odd(peaks: Peaks) -> list[int]:
         """Rows of logits from which nothing can be drawn."""
-        finite = peaks.isfinite().numpy()
-        return [] if finite.all() else np.flatnonzero(~finite).tolist()
+        odd = (peaks.bits & peaks.exponent) == peaks.exponent
+        return np.flatnonzero(odd).tolist() if odd.any() else []
 
     def _failed(self, odd: Sequence[int], sampled: Sequence[Sequence[int]]) -> list[int]:
         """Numbers of the requests that have a token of such a row. One behind a draft that does not
