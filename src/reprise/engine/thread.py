@@ -416,19 +416,23 @@ class EngineThread:
     def _deliver(self, groups: Sequence[CompletionGroup]) -> None:
         # Waking a reader's thread or process takes a system call, so they are woken together.
         given: list[Reader] = []
+        readers = self._readers
         for group in groups:
-            reader = self._readers.get(group.request_id)
-            if reader is not None and group.error is not None:
-                reader.fail(group.error)
-            elif reader is not None and (group.finished or reader.wants_more):
+            reader = readers.get(group.request_id)
+            if reader is not None and group.error is None and reader.wants_more:
                 texts = reader.texts
                 alone = None if texts is None else group.text_alone()
-                if texts is None or alone is None:
-                    reader.put(group.delta())
-                else:
+                if texts is not None and alone is not None:  # so it has not finished
                     texts.put_text(*alone)
+                    given.append(reader)
+                    continue
+            finished = group.finished
+            if reader is not None and group.error is not None:
+                reader.fail(group.error)
+            elif reader is not None and (finished or reader.wants_more):
+                reader.put(group.delta())
                 given.append(reader)
-            if group.finished:
-                self._readers.pop(group.request_id, None)
+            if finished:
+                readers.pop(group.request_id, None)
         if given:
             self._delivered(given)
