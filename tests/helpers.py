@@ -376,11 +376,14 @@ def calls_of_a_step(llm: LLM, params: Sequence[SamplingParams]) -> int:
     return count.number
 
 
-def python_calls_of_a_step(llm: LLM, requests: int, tokens: int, before: int, steps: int) -> float:
+def python_calls_of_a_step(
+    llm: LLM, requests: int, tokens: int, before: int, steps: int, within: str = "", **options: Any
+) -> float:
     """Calls of Python functions in a step, on average over ``steps``, behind ``before`` others, in
-    which ``requests`` requests for so many ``tokens`` decode."""
+    which ``requests`` requests for so many ``tokens`` decode, with these parameters; of functions
+    in files that have ``within`` in their paths."""
     engine = llm.engine
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    params = greedy(tokens, **{"ignore_eos": True, "detokenize": False, **options})
     for number in range(requests):
         engine.add(f"{number}", random_ids(number, 20), params)
     for _ in range(before):
@@ -389,7 +392,7 @@ def python_calls_of_a_step(llm: LLM, requests: int, tokens: int, before: int, st
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
-        calls += event == "call"
+        calls += event == "call" and within in frame.f_code.co_filename
 
     sys.setprofile(count)
     try:

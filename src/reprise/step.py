@@ -60,10 +60,9 @@ class Masks:
     """The tokens that may be drawn from some of a step's rows of logits, of which each request that
     samples has one, and one for each of its drafts."""
 
-    rows: np.ndarray[Any, Any]
-    """[M] int64, ascending."""
-    places: np.ndarray[Any, Any]
-    """[M] int64, where each one's mask is in a table, which may be one mask for several."""
+    which: np.ndarray[Any, Any]
+    """[N] int64, of each row of logits where its mask is in a table, -1 for none; it may be one
+    mask for several."""
     size: int
     """Places of the table."""
     words: Sequence[tuple[int, np.ndarray[Any, Any]]]

@@ -223,7 +223,7 @@ def test_masks_keep_tokens_from_being_drawn(tiny: TinyModels, device: str) -> No
     allowed = np.ones(-(-vocab // 32) * 32, dtype=np.bool_)
     allowed[free[2]] = False
     words = np.packbits(allowed, bitorder="little").view(np.int32).reshape(1, -1)
-    masks = Masks(np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 2, [(1, words)])
+    masks = Masks(np.ones(1, dtype=np.int64), 2, [(1, words)])
     runner.sample = lambda step, none: sample(step, masks)  # type: ignore[method-assign]
     masked = generate(llm, [prompt], greedy(6))[0]
     assert masked[:2] == free[:2]

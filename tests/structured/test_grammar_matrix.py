@@ -106,7 +106,7 @@ def _changed(change: Callable[[Any, list[Any]], None]) -> Plant:
         def masks(self: Any, *arguments: Any) -> Any:
             found = made(self, *arguments)
             if found is not None:
-                right = found.places
+                right = found.which.copy()
                 change(found, before)
                 before.append(right)
             return found
@@ -117,16 +117,18 @@ def _changed(change: Callable[[Any, list[Any]], None]) -> Plant:
 
 
 def _of_the_step_before(found: Any, before: list[Any]) -> None:
-    if before and before[-1].shape == found.places.shape:
-        found.places = before[-1]
+    if before and before[-1].shape == found.which.shape:
+        found.which = before[-1]
 
 
 def _of_another_row(found: Any, _: list[Any]) -> None:
-    found.places = np.roll(found.places, 1)
+    masked = found.which >= 0
+    found.which[masked] = np.roll(found.which[masked], 1)
 
 
 def _of_rows_that_follow(found: Any, _: list[Any]) -> None:
-    found.places = np.full_like(found.places, found.places[0])
+    masked = found.which >= 0
+    found.which[masked] = found.which[masked][0]
 
 
 def _lost(found: Any, _: list[Any]) -> None:

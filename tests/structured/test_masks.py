@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import python_calls_of_a_step
 
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.engine.structured import Grammar, automaton, masks
@@ -266,7 +267,7 @@ def test_texts_that_have_had_enough_white_space_share_masks(llm: LLM) -> None:
     what = {"structural_tag": {"type": "structural_tag", "format": form}}
     encode = functools.partial(llm.get_tokenizer().encode, add_special_tokens=False)
     one, alone, count = One(llm, what), One(llm, what), 2 * TURN + 2
-    alone.grammar._automaton, alone.grammar._states = None, [None]
+    alone.grammar.automaton, alone.grammar._states = None, [None]
     allowed: list[set[int]] = []
     for blank in (" ", "\n"):
         tokens = encode("<n><parameter=a>x</parameter>") + encode(blank) * (MOST - 1)
@@ -284,6 +285,29 @@ def test_texts_that_have_had_enough_white_space_share_masks(llm: LLM) -> None:
     assert allowed[:count] == allowed[count:]
     kinds = [encode(each)[0] for each in "\n \t"]
     assert allowed[1:count] == [{kind} for kind in kinds for _ in range(TURN)][: count - 1]
+
+
+def test_a_text_costs_few_calls_a_step(llm: LLM) -> None:
+    """Of Python functions, where its mask is kept: to follow a token, and no more."""
+    wanted = StructuredOutputsParams(regex="[a-z ]*")
+    few, many = (
+        python_calls_of_a_step(
+            llm, requests, 60, 24, 16, within="structured", structured_outputs=wanted
+        )
+        for requests in (2, 26)
+    )
+    assert (many - few) / 24 < 3
+
+
+def test_places_of_masks_are_told_in_memory_of_the_table(llm: LLM) -> None:
+    """Which a device copies from, and the next step writes to."""
+    rows = MaskTable(llm.engine.vocab_size)
+    first = rows.which([3, -1, 5])
+    assert first.tolist() == [3, -1, 5]
+    again = rows.which([7, 8])
+    assert np.shares_memory(first, again)
+    assert again.tolist() == [7, 8]
+    assert rows.which(list(range(200))).tolist() == list(range(200))
 
 
 def test_texts_of_one_grammar_share_masks(llm: LLM) -> None:

@@ -323,9 +323,9 @@ def stale(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def masks(self: Any, *arguments: Any) -> Any:
         found = made(self, *arguments)
-        old.append(found.places)
-        if len(old) > 1 and old[-2].shape == found.places.shape:
-            found.places = old[-2]
+        old.append(found.which.copy())
+        if len(old) > 1 and old[-2].shape == found.which.shape:
+            found.which = old[-2]
         return found
 
     monkeypatch.setattr(structured.Grammars, "masks", masks)
@@ -352,7 +352,7 @@ def test_masks_of_another_row_are_found(llm: LLM, monkeypatch: pytest.MonkeyPatc
 
     def masks(self: Any, *arguments: Any) -> Any:
         found = made(self, *arguments)
-        found.places = np.roll(found.places, 1)
+        found.which = np.roll(found.which, 1)
         return found
 
     monkeypatch.setattr(structured.Grammars, "masks", masks)

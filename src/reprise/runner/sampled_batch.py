@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class SampledBatch:
         self._requests = list(step.rows), list(step.samples), list(step.drafts)
         self._rows = rows
         self._step_rows: Tensor | None = None
-        self._masked: tuple[np.ndarray[Any, Any], Tensor] | None = None
+        self._masked: tuple[bytes, Tensor] | None = None
         """[N] int64, of the last step that had any masks, here and on the device, see
         :meth:`masked`."""
         self._platform = kept.seen.platform
@@ -148,18 +148,15 @@ class SampledBatch:
         generated = int(self._rows.at_least[request.row]) - request.num_prompt_tokens
         return generated < request.params.min_tokens
 
-    def masked(self, masks: Masks, num_rows: int) -> Tensor:
-        """[N] int64, the place of each row's mask, -1 for none. They are sent when they are others
-        than in the last step.
-
-        Args:
-            masks: Of the step.
-            num_rows: Rows of logits.
-        """
-        which = np.full(num_rows, -1, dtype=np.int64)
-        which[masks.rows] = masks.places
-        if self._masked is None or not np.array_equal(self._masked[0], which):
-            self._masked = which, to_device(which, self._platform)
+    def masked(self, masks: Masks) -> Tensor:
+        """[N] int64, the place of each row's mask, -1 for none, until the next call. They are sent
+        when they are others than in the last step."""
+        told = masks.which.tobytes()
+        if self._masked is None or self._masked[0] != told:
+            there = None
+            if self._masked is not None and len(self._masked[0]) == len(told):
+                there = self._masked[1]
+            self._masked = told, to_device(masks.which, self._platform, there)
         return self._masked[1]
 
     @functools.cached_property

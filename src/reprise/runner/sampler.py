@@ -81,7 +81,7 @@ class Sampler:
             tokens = draw(ops.argmax, logits)
             return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1), None
         if batch.plain and masks is not None:
-            which = batch.masked(masks, len(logits))
+            which = batch.masked(masks)
             peaks = logits.new_empty(len(logits))
             words = self._words.of(masks)
             return draw(ops.masked_argmax, logits, which, words, peaks), peaks, None
@@ -90,7 +90,7 @@ class Sampler:
         if batch.adjusts:
             adjusted = batch.adjust(logits.to(torch.float32, copy=True), numbers)
         if masks is not None:
-            which = batch.masked(masks, len(logits))
+            which = batch.masked(masks)
             adjusted = ops.apply_bitmask(adjusted, which, self._words.of(masks))
         adjusted = adjusted.float()
         if batch.greedy:

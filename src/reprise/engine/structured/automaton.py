@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from reprise.engine.structured.rules import FINAL, NotFollowed, Rules, in_order, kinds_of
 from reprise.errors import describe
@@ -26,6 +26,11 @@ WORTH = 64
 """A token, on average. To fill a mask takes as long, or less."""
 MOST_KEPT = 1 << 18
 """That were looked at for the states that are kept; beyond it all are forgotten: some thousands."""
+MOST_BEHIND = 1 << 14
+"""Bytes of tokens of which is known what comes behind them, all states together: those that come
+often come soon."""
+BEHIND_BYTES = 150
+"""About what each takes."""
 KEPT_BYTES = 40
 """About what a state takes for each that was looked at to find it."""
 EDGE_BYTES = 160
@@ -52,6 +57,8 @@ class State:
     """It has ended."""
     after: dict[int, State | None]
     """Behind a byte of some kind; None: no text goes on like this."""
+    behind: dict[bytes, State] = field(default_factory=dict)
+    """Behind the bytes of a token, by their kinds, which many tokens have in common."""
 
 
 class Automaton:
@@ -85,7 +92,7 @@ class Automaton:
         self._ended = State(frozenset(), complete=False, terminated=True, after={})
         self._callers: dict[frozenset[Place], Caller] = {}
         self._states: dict[tuple[frozenset[Place], bool], State] = {}
-        self._looked = self._walked = self._kept = 0
+        self._looked = self._walked = self._kept = self._num_behind = 0
         self.followed = True
         """False: it does not pay, or xgrammar follows the grammar otherwise."""
         start = self._state({(rules.starts[rules.root], self._root)})
@@ -106,7 +113,8 @@ class Automaton:
     @property
     def num_bytes(self) -> int:
         """About what it takes. Any thread may ask."""
-        return EDGE_BYTES * self._edges + KEPT_BYTES * self._kept
+        behind = BEHIND_BYTES * self._num_behind
+        return EDGE_BYTES * self._edges + KEPT_BYTES * self._kept + behind
 
     def walk(self, state: State, token: int) -> State | None:
         """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
@@ -118,13 +126,20 @@ class Automaton:
         text = self._texts[token]
         if not text:
             return None
+        kinds = text.translate(self._kinds)
+        known = state.behind.get(kinds)
+        if known is not None:
+            return known
         found: Any = state
-        for kind in text.translate(self._kinds):
+        for kind in kinds:
             after = found.after
             found = after[kind] if kind in after else self._find(found, kind)
             if found is None:
                 return None
-        return found
+        if self._num_behind < MOST_BEHIND:
+            self._num_behind += 1
+            state.behind[kinds] = found
+        return cast(State, found)
 
     def give_up(self, reason: str) -> None:
         """Nobody follows the grammar from now on."""
@@ -230,9 +245,10 @@ class Automaton:
         whoever has one would have all that were found behind it."""
         for each in (self.start, *self._states.values()):
             each.after.clear()
+            each.behind.clear()
         self._states.clear()
         self._callers.clear()
-        self._kept = 0
+        self._kept = self._num_behind = 0
 
     def _caller(self, places: frozenset[Place]) -> Caller:
         found = self._callers.get(places)

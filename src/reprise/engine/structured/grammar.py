@@ -10,7 +10,7 @@ import numpy as np
 
 from reprise.engine.structured.automaton import State
 from reprise.engine.structured.compiler import Compiled
-from reprise.engine.structured.masks import MaskTable, Others
+from reprise.engine.structured.masks import Crowded, Key, MaskTable, Others, Places
 from reprise.engine.structured.white_space import MOST
 
 
@@ -47,20 +47,47 @@ class Grammar:
         """It did not take a token that the automaton took."""
         self._tokens: list[int] = []
         """That the grammar is about."""
-        self._automaton = compiled.automaton
-        start = None if self._automaton is None else self._automaton.start
+        self.automaton = compiled.automaton
+        """Tells where the text stands; None: the matcher does."""
+        start = None if self.automaton is None else self.automaton.start
         self._states: list[State | None] = [start]
         """Before and behind each token; None: the matcher alone knows."""
         self._spaces = compiled.spaces
         self._blanks = {} if compiled.spaces is None else compiled.spaces.lengths
-        self._in_a_row = [0]
-        """Characters of white space that are the last ones, before and behind each token."""
+        self._in_a_row = 0
+        """Characters of white space that are the last ones."""
         self.ended = False
         """The text is complete, and no token follows."""
         self.num_tokens = 0
         """That it has taken."""
         self._min_tokens, self._held = min_tokens, held
         self._others = _others(held)
+        self._masks: MaskTable | None = None
+        """That the places are of."""
+        self._places_while_short = self._places_then = self.places = Places()
+        """Of masks that are kept, by :attr:`state`."""
+        self.state: State | None = None
+        """All that its mask follows from, beside what chooses :attr:`places`; None: there is more,
+        or nobody knows."""
+        self._settle()
+
+    def keep_in(self, masks: MaskTable) -> None:
+        """Its masks are in this table."""
+        self._masks = masks
+        self._places_while_short = masks.places_of(self._others, None)
+        self._places_then = masks.places_of((), None)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Say where the text stands: it may be anywhere."""
+        begun = self._begins is not None and not self.ended
+        self.state = self._states[-1] if begun and not self._crowded else None
+        short = self.num_tokens < self._min_tokens
+        self.places = self._places_while_short if short else self._places_then
+
+    @property
+    def _crowded(self) -> bool:
+        return self._in_a_row >= MOST and self._spaces is not None
 
     def take(self, tokens: Sequence[int], known: int) -> int:
         """Follow tokens.
@@ -77,7 +104,34 @@ class Grammar:
         for token in tokens:
             if self.ended or not self._accept(token):
                 break
+        self._settle()
         return self.num_tokens - known
+
+    def follow(self, token: int, known: int) -> bool:
+        """:meth:`take` one token, if that does not end the text and the automaton takes it, as
+        nearly always. False: nothing was done."""
+        before, automaton = self.state, self.automaton
+        if (
+            before is None
+            or automaton is None
+            or self.num_tokens != known
+            or token in self._held
+            or known + 1 == self._min_tokens
+        ):
+            return False
+        after = automaton.walk(before, token)
+        if after is None:
+            return False
+        self.num_tokens = known + 1
+        self._tokens.append(token)
+        self._states.append(after)
+        more = self._blanks.get(token)
+        if more is None:
+            self._in_a_row, self.state = 0, after
+        else:
+            self._in_a_row += more
+            self.state = None if self._crowded else after
+        return True
 
     def _accept(self, token: int) -> bool:
         if self._begins is None:
@@ -85,7 +139,7 @@ class Grammar:
             if token == self._begin_after:
                 self._begins = self.num_tokens
             return True
-        automaton, before = self._automaton, self._states[-1]
+        automaton, before = self.automaton, self._states[-1]
         after = None
         if automaton is not None and before is not None:
             after = automaton.walk(before, token)
@@ -102,7 +156,7 @@ class Grammar:
         if token in self._held:
             self.ended = self._matcher.is_terminated() if after is None else after.terminated
         more = self._blanks.get(token)
-        self._in_a_row.append(0 if more is None else self._in_a_row[-1] + more)
+        self._in_a_row = 0 if more is None else self._in_a_row + more
         return True
 
     def catch_up(self, most: int) -> bool:
@@ -115,8 +169,8 @@ class Grammar:
                 self._followed += 1
                 continue
             self._refused = True
-            if self._automaton is not None:
-                self._automaton.give_up("xgrammar refuses a token that follows it")
+            if self.automaton is not None:
+                self.automaton.give_up("xgrammar refuses a token that follows it")
         return self._refused or self._followed == len(self._tokens)
 
     def _asked(self) -> Any | None:
@@ -134,8 +188,14 @@ class Grammar:
             if self._followed > left:
                 self._matcher.rollback(self._followed - left)
                 self._followed = left
-            del self._tokens[left:], self._states[left + 1 :], self._in_a_row[left + 1 :]
+            del self._tokens[left:], self._states[left + 1 :]
             self.ended = self._refused = False
+            self._in_a_row = 0
+            for token in reversed(self._tokens):
+                more = self._blanks.get(token)
+                if more is None:
+                    break
+                self._in_a_row += more
             if self._begin_after is not None and known < self._begins:
                 self._begins = None
         self.num_tokens = known
@@ -161,6 +221,7 @@ class Grammar:
             if draft < 0 or not self._accept(draft) or self.ended:
                 break
         self._take_back(before)
+        self._settle()
         return places
 
     def mask(self, masks: MaskTable, *, later: bool = True) -> int:
@@ -172,18 +233,35 @@ class Grammar:
         """
         if self._begins is None:
             return masks.of_all()
-        state, length, spaces = self._states[-1], self._in_a_row[-1], self._spaces
-        others = self._others if self.num_tokens < self._min_tokens else ()
-        crowded = None
-        if length >= MOST and spaces is not None:
-            crowded = spaces, spaces.turn(length)
-        key = None
-        if state is not None and self._automaton is not None and self._automaton.followed:
-            key = state, others, crowded  # all that the mask follows from
+        if self._masks is not masks:
+            self.keep_in(masks)
+        key = self._key(masks)
+        if key is not None:
             place = masks.kept(key, self)
             if place is not None:
                 return place
-        return masks.fill(key, self._asked(), others, crowded, later=later)
+        return self._fill(masks, key, later=later)
+
+    def filled(self, masks: MaskTable) -> int:
+        """As :meth:`mask`, of one that is filled though it may be kept."""
+        return self._fill(masks, self._key(masks), later=True)
+
+    def _key(self, masks: MaskTable) -> Key | None:
+        """All that the mask follows from; None: nobody knows."""
+        state = self._states[-1]
+        if state is None or self.automaton is None or not self.automaton.followed:
+            return None
+        return masks.places_of(*self._beside()), state
+
+    def _beside(self) -> tuple[Others, Crowded | None]:
+        """What the mask follows from beside a state."""
+        others = self._others if self.num_tokens < self._min_tokens else ()
+        if self._crowded and self._spaces is not None:
+            return others, (self._spaces, self._spaces.turn(self._in_a_row))
+        return others, None
+
+    def _fill(self, masks: MaskTable, key: Key | None, *, later: bool) -> int:
+        return masks.fill(key, self._asked(), *self._beside(), later=later)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from reprise.engine.structured.automaton import Automaton, State
 from reprise.engine.structured.white_space import WhiteSpace, Words
 from reprise.platforms import usable_cpus
 
@@ -35,9 +37,10 @@ LEAST = 64
 CHECKED = 1024
 """Of so many masks that are there one is filled all the same, and compared: xgrammar follows all
 tokens of that text for it."""
-FOLLOWED = 64
+FOLLOWED = 16
 """Tokens that it follows in a step for that, a microsecond or more each; the next steps' masks of a
-text that has more are not looked at until it has caught up."""
+text that has more are not looked at until it has caught up: behind long texts that is in every step
+then."""
 GAP = 4
 """Masks between two that are to be sent up to which one copy takes all."""
 
@@ -49,8 +52,29 @@ Others = tuple[tuple[int, int], ...]
 others."""
 
 
+class Places(dict[Hashable, int]):
+    """Where masks are kept, by the state of a grammar that they follow from, and nothing else."""
+
+    __slots__ = ("__weakref__",)
+
+
+Key = tuple[Places, Hashable]
+"""All that a mask follows from, and where its place is found: by the hash of a state alone."""
+
+
 class Text(Protocol):
     """Whose masks these are."""
+
+    state: State | None
+    automaton: Automaton | None
+    places: Places
+    """Has the place of its mask by its state, if that is kept."""
+
+    def mask(self, masks: MaskTable) -> int:
+        """The place of its mask."""
+
+    def filled(self, masks: MaskTable) -> int:
+        """The place of its mask, which is filled though it may be kept."""
 
     def catch_up(self, most: int) -> bool:
         """Have xgrammar follow up to so many of the tokens that it has not; whether none is
@@ -82,8 +106,15 @@ class MaskTable:
         """The text that xgrammar catches up with for it, and the step in which it has last."""
         self._asked = [0] * KEPT
         """The step that each was in last."""
+        self._places: weakref.WeakValueDictionary[Hashable, Places] = weakref.WeakValueDictionary()
+        """By what a mask follows from beside a state."""
+        self._of_all = Places()
+        """Of the mask by which any token may come."""
+        self._keys: list[Key | None] = [None] * KEPT
         self._tensor = torch.empty((0, self._width), dtype=torch.int32)
         self._words: Words = self._tensor.numpy()
+        self._which: Ints = np.empty(0, dtype=np.int64)
+        """In which the step's places are sent."""
         self.forget()
         self.begin(0)
 
@@ -114,48 +145,96 @@ class MaskTable:
 
     def forget(self) -> None:
         """No mask is what it should be: a step was lost, maybe while they were filled."""
-        self._places: dict[Hashable, int] = {}
-        """What a mask follows from, and where it is."""
-        self._keys: list[Hashable | None] = [None] * KEPT
-        self._sent = np.zeros(len(self._words), dtype=np.bool_)
+        self._forget_keys()
+        self._sent = bytearray(len(self._words))
         """Which were given out as they are."""
+
+    def _forget_keys(self) -> None:
+        for key in self._keys:
+            if key is not None:
+                key[0].clear()
+        self._keys = [None] * KEPT
 
     def send_again(self) -> None:
         """Nobody has what was given out."""
-        self._sent[:] = False
+        self._sent = bytearray(len(self._words))
+
+    def places_of(self, others: Others, crowded: Crowded | None) -> Places:
+        """Of masks that follow from these, as :meth:`fill` has them, and a state: the same object
+        as long as anybody has it."""
+        found = self._places.get((others, crowded))
+        if found is None:
+            found = self._places[others, crowded] = Places()
+        return found
 
     def of_all(self) -> int:
         """The place of a mask by which any token may come."""
-        place = self._places.get(ALL)
+        place = self._of_all.get(ALL)
         if place is None:
-            place = self._place(ALL)
+            place = self._place((self._of_all, ALL))
             self._words[place] = -1
         else:
             self._asked[place] = self._step
         return place
 
-    def kept(self, key: Hashable, text: Text) -> int | None:
+    def kept(self, key: Key, text: Text) -> int | None:
         """The place of a mask by all that it follows from; None: it has to be filled, maybe since
         it is one that is checked."""
-        place = self._places.get(key)
+        place = key[0].get(key[1])
         if place is None:
             return None
         self._asked[place] = self._step
         self.num_kept += 1
+        return None if self._to_check([text]) == 0 else place
+
+    def of(self, texts: Sequence[Text]) -> list[int]:
+        """The places of what may come next in texts of which none has ended; no token is taken
+        until they are settled. Most are kept, and cost a look each."""
+        places: list[Any] = []
+        for each in texts:
+            state, automaton = each.state, each.automaton
+            known = state is not None and automaton is not None and automaton.followed
+            places.append(each.places.get(state) if known else None)
+        step, asked = self._step, self._asked
+        there = set(places)
+        missing = None in there
+        there.discard(None)
+        for place in there:  # before any other is filled, which takes the place of an older one
+            asked[place] = step
+        kept = texts
+        if missing:
+            kept = [text for text, place in zip(texts, places, strict=True) if place is not None]
+        self.num_kept += len(kept)
+        number = self._to_check(kept)
+        if number is not None:
+            text = kept[number]
+            places[texts.index(text)] = text.filled(self)
+        if missing:
+            for number, place in enumerate(places):
+                if place is None:
+                    places[number] = texts[number].mask(self)
+        return places
+
+    def _to_check(self, texts: Sequence[Text]) -> int | None:
+        """Which of the texts, whose masks are kept and counted, has its own filled all the same."""
         if self._checked is None:
-            if self.num_kept < self._next_check or self._doubted is not None:
-                return place
-            self._checked, self._next_check = (text, self._step), self.num_kept + CHECKED
-        if self._checked[0] is text:
-            if text.catch_up(FOLLOWED):
-                self._checked = None
+            beyond = self.num_kept - self._next_check
+            if beyond < 0 or self._doubted is not None or not texts:
                 return None
-            self._checked = text, self._step
-        return place
+            begun = texts[max(0, len(texts) - 1 - beyond)]
+            self._checked, self._next_check = (begun, self._step), self.num_kept + CHECKED
+        text = self._checked[0]
+        if text not in texts:
+            return None
+        if text.catch_up(FOLLOWED):
+            self._checked = None
+            return texts.index(text)
+        self._checked = text, self._step
+        return None
 
     def fill(
         self,
-        key: Hashable | None,
+        key: Key | None,
         matcher: Any,
         others: Others,
         crowded: Crowded | None,
@@ -173,7 +252,7 @@ class MaskTable:
         """
         if matcher is None:
             return self.of_all()
-        kept = self._places.get(key)
+        kept = None if key is None else key[0].get(key[1])
         place = self._place(key if kept is None and self._keeps else None)
         if kept is not None:
             self._doubted = kept, place
@@ -188,19 +267,19 @@ class MaskTable:
             self._crowded[place] = crowded
         return place
 
-    def _place(self, key: Hashable | None) -> int:
+    def _place(self, key: Key | None) -> int:
         """One to write to, where the mask stays if it may come again."""
         free = None if key is None else self._free()
-        if free is None:
+        if free is None or key is None:
             place = self._next
             self._next += 1
         else:
             place = free
             old = self._keys[place]
             if old is not None:
-                del self._places[old]
+                del old[0][old[1]]
             self._keys[place] = key
-            self._places[key] = place
+            key[0][key[1]] = place
             self._asked[place] = self._step
         self._changed.append(place)
         return place
@@ -213,11 +292,23 @@ class MaskTable:
                 return place
         return None
 
-    def settle(self, places: Ints) -> list[tuple[int, Words]]:
+    def which(self, places: Sequence[int]) -> Ints:
+        """[N] int64, a place for each row of a step, -1 for none, in memory from which a device
+        copies. It is valid as long as the masks are."""
+        count = len(places)
+        if count > len(self._which):
+            room = max(LEAST, 1 << (count - 1).bit_length())
+            memory = torch.empty(room, dtype=torch.int64, pin_memory=self._pinned)
+            self._which = memory.numpy()
+        found = self._which[:count]
+        found[:] = places
+        return found
+
+    def settle(self, places: Iterable[int]) -> list[tuple[int, Words]]:
         """The step's masks that nobody has yet.
 
         Args:
-            places: [M] int64, of the step's masks.
+            places: Of the step's masks.
 
         Returns:
             Of neighbours the first one's place, and [C, ceil(V / 32)] int32, all of which allow
@@ -233,16 +324,21 @@ class MaskTable:
             for number in _first_empty(self._words[changed, :FIRST]):
                 if not self._words[changed[number]].any():
                     self._words[changed[number]] = -1
-            self._sent[changed] = False
+            for place in changed:
+                self._sent[place] = 0
         self._compare()
-        fresh = places[~self._sent[places]]
-        if not len(fresh):
-            return []
-        unsent = np.unique(fresh)
-        spans = np.split(unsent, np.flatnonzero(np.diff(unsent) > GAP) + 1)
-        bounds = [(int(each[0]), int(each[-1]) + 1) for each in spans]
-        self._sent[unsent] = True
-        return [(begin, self._words[begin:end]) for begin, end in bounds]
+        sent = self._sent
+        fresh = sorted(place for place in set(places) if not sent[place])
+        found: list[tuple[int, Words]] = []
+        while fresh:
+            count = 1
+            while count < len(fresh) and fresh[count] - fresh[count - 1] <= GAP:
+                count += 1
+            found.append((fresh[0], self._words[fresh[0] : fresh[count - 1] + 1]))
+            for place in fresh[:count]:
+                sent[place] = 1
+            del fresh[:count]
+        return found
 
     def _compare(self) -> None:
         """If a mask that was kept is another one, none is from now on."""
@@ -255,8 +351,7 @@ class MaskTable:
                 "each step from now on; please report this, with its version"
             )
             self._keeps = False
-            self._places.clear()
-            self._keys = [None] * KEPT
+            self._forget_keys()
 
     def _hold_back(self, others: Others, rows: list[int]) -> None:
         """Allow only the other tokens in these masks, where there are any."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from reprise.engine.structured.compiler import Compiled
 from reprise.engine.structured.grammar import Grammar
 from reprise.engine.structured.masks import MaskTable
@@ -16,6 +14,9 @@ from reprise.step import Masks, Step
 
 PROMPT_TAIL = 4
 """Tokens at its end: behind a thought that a template closes there is white space at most."""
+
+_NONE = -1
+"""In place of a mask."""
 
 
 class Grammars:
@@ -33,6 +34,8 @@ class Grammars:
         self._masks = MaskTable(vocab_size, pinned=pinned)
         self._eos_token_ids = eos_token_ids
         self._of: dict[Request, Grammar] = {}
+        self._latest: tuple[Sequence[Request], list[Grammar | None]] = (), []
+        """Of the step before: its requests, and the grammars of these."""
         self._drafts: dict[Request, Sequence[int]] = {}
         """Behind the newest token of each."""
         self.left: set[Request] = set()
@@ -49,17 +52,21 @@ class Grammars:
         after = None if wanted is None else wanted.begin_after
         if after in request.prompt_token_ids[-PROMPT_TAIL:]:
             after = None  # the prompt has an empty thought, which is closed
-        self._of[request] = Grammar(compiled, held, least, after)
+        grammar = self._of[request] = Grammar(compiled, held, least, after)
+        grammar.keep_in(self._masks)
+        self._latest = (), []
 
     def discard(self, request: Request) -> None:
         """The request has ended."""
-        self._of.pop(request, None)
+        if self._of.pop(request, None) is not None:
+            self._latest = (), []
         self._drafts.pop(request, None)
         self.left.discard(request)
 
     def clear(self) -> None:
         """All requests have ended."""
         self._of.clear()
+        self._latest = (), []
         self._drafts.clear()
         self.left.clear()
 
@@ -88,13 +95,15 @@ class Grammars:
 
     def take(self, requests: Sequence[Request], output: StepOutput) -> None:
         """Follow the tokens of a step, before its requests get them."""
-        grammars, proposed = self._of, output.proposed
-        for number, (request, tokens) in enumerate(zip(requests, output.sampled, strict=True)):
-            grammar = grammars.get(request)
+        proposed = output.proposed
+        found = zip(requests, self._of_each(requests), output.sampled, strict=True)
+        for number, (request, grammar, tokens) in enumerate(found):
             if grammar is not None and tokens and request.finish_reason is None:
-                followed = grammar.take(tokens, len(request.output_token_ids))
-                if followed < len(tokens) or grammar.ended:
-                    self.left.add(request)
+                known = len(request.output_token_ids)
+                if len(tokens) > 1 or not grammar.follow(tokens[0], known):
+                    followed = grammar.take(tokens, known)
+                    if followed < len(tokens) or grammar.ended:
+                        self.left.add(request)
                 if proposed:
                     self._drafts[request] = proposed[number]
 
@@ -115,26 +124,50 @@ class Grammars:
         """Of a step whose requests' grammars have followed all tokens before it; None: the grammars
         of all have ended. They are valid until the next call, which may come when the step has
         brought its tokens."""
-        rows: list[int] = []
+        masks, most = self._masks, max(step.drafts)
+        masks.begin(min(len(self._of), len(requests)) * (1 + most))
+        places = self._drafted(step, requests) if most else self._drawn(step, requests)
+        there = set(places)
+        there.discard(_NONE)
+        if not there:
+            return None
+        self.num_masks += len(places) - places.count(_NONE)
+        words = masks.settle(there)
+        return Masks(masks.which(places), len(masks), words)
+
+    def _of_each(self, requests: Sequence[Request]) -> list[Grammar | None]:
+        """Their grammars: mostly those of the step before."""
+        if self._latest[0] != requests:
+            self._latest = requests, [self._of.get(each) for each in requests]
+        return self._latest[1]
+
+    def _drawn(self, step: Step, requests: Sequence[Request]) -> list[int]:
+        """The place of each row's mask where there are no drafts."""
+        each = self._of_each(requests)
+        texts: list[Grammar] = []
+        which: list[bool] = []
+        for request, grammar, samples in zip(requests, each, step.samples, strict=True):
+            if samples:
+                has = grammar is not None and request.finish_reason is None and not grammar.ended
+                if grammar is not None and has:
+                    texts.append(grammar)
+                which.append(has)
+        places = self._masks.of(texts)
+        if len(places) == len(which):
+            return places
+        left = iter(places)
+        return [next(left) if has else _NONE for has in which]
+
+    def _drafted(self, step: Step, requests: Sequence[Request]) -> list[int]:
+        """Likewise where there are."""
         places: list[int] = []
-        masks, grammars, begin = self._masks, self._of, 0
-        masks.begin(min(len(grammars), len(requests)) * (1 + max(step.drafts)))
         for request, samples, drafts in zip(requests, step.samples, step.drafts, strict=True):
             if not samples:
                 continue
-            grammar = grammars.get(request)
-            if grammar is not None and request.finish_reason is None and not grammar.ended:
-                if drafts:
-                    found = grammar.fill(masks, self._drafts.get(request, ())[:drafts])
-                    rows += range(begin, begin + len(found))
-                    places += found
-                else:
-                    rows.append(begin)
-                    places.append(grammar.mask(masks))
-            begin += 1 + drafts
-        if not rows:
-            return None
-        self.num_masks += len(rows)
-        which = np.array(places, dtype=np.int64)
-        words = masks.settle(which)
-        return Masks(np.array(rows, dtype=np.int64), which, len(masks), words)
+            grammar = self._of.get(request)
+            found: list[int] = []
+            if grammar is not None and request.finish_reason is None:
+                found = grammar.fill(self._masks, self._drafts.get(request, ())[:drafts])
+            places += found
+            places += [_NONE] * (1 + drafts - len(found))
+        return places
