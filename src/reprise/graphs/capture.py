@@ -22,6 +22,7 @@ from reprise.graphs.pool import GraphPool
 from reprise.graphs.report import GraphInfo
 from reprise.graphs.segments import SegmentedGraph
 from reprise.ops.registry import intercept
+from reprise.ops.rehearsal import rehearsal
 from reprise.platforms import Platform
 from reprise.shape import Phase, StepShape
 
@@ -140,10 +141,12 @@ class Capturer:
 
     def _warm_up(self, bucket: BucketGraph, executor: Executor) -> None:
         """Compile and tune kernels, and allocate workspaces, outside of the capture: once, where
-        memory is predicted from several captures of a bucket."""
+        memory is predicted from several captures of a bucket. A compiler sees all layers."""
         if (bucket.shape, executor) in self._warm:
             return
-        with self._platform.capture_stream(), intercept(None):
+        whole = executor == "compiled"
+        rehearsed = contextlib.nullcontext() if whole else rehearsal()
+        with self._platform.capture_stream(), intercept(None), rehearsed:
             self._computation.forward(bucket.shape, self.model(executor))
         self._warm.add((bucket.shape, executor))
 

@@ -17,6 +17,7 @@ from reprise.graphs.plan import (
 )
 from reprise.ops.implementation import Implementation
 from reprise.ops.registry import Op, OpTable, intercept
+from reprise.ops.rehearsal import rehearsal
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape
 
@@ -52,8 +53,9 @@ def uses_of_phase(computation: Computation, phase: Phase, query_lens: Sequence[i
         shapes = [StepShape.decode(1, each) for each in query_lens]
 
     def forward() -> None:
-        for shape in shapes:
-            compute_padding(computation, shape)
+        with rehearsal():
+            for shape in shapes:
+                compute_padding(computation, shape)
 
     return uses_of(computation.ops, forward)
 

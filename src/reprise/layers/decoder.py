@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from reprise import ops
 from reprise.cache import Batch
+from reprise.layers.alike import Alike
 from reprise.layers.embedding import Embedding
 from reprise.layers.lazy import Residual, tensor
 from reprise.layers.mlp import GatedMLP
 from reprise.layers.norm import RMSNorm
 from reprise.layers.unseen import Unseen, looks_at_nothing
+from reprise.ops.rehearsal import rehearsing
 
 Depth = int | str
 """Where hidden states are taken: a number v means the residual stream behind v layers, which is the
@@ -83,14 +87,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._layers = layers
         self._unseen = Unseen(layers)
+        self._alike = Alike(layers)
         self.norm = norm
 
     def forward(self, batch: Batch, taps: Taps | None = None) -> Tensor:
         """Normalised hidden states [T, D]; others on the way as ``taps`` asks for."""
         residual = Residual(self.embed_tokens(batch.token_ids))
         unseen = taps is None and self._unseen.now()
+        layers: Sequence[DecoderLayer] = self._layers
+        if taps is None and not torch.compiler.is_compiling() and rehearsing():
+            layers = [layers[number] for number in self._alike.some()]
         with ops.together() if unseen else contextlib.nullcontext():
-            for number, layer in enumerate(self._layers):
+            for number, layer in enumerate(layers):
                 if taps is not None and number in taps.depths:
                     taps.take(number, residual.values)
                 layer(residual, batch)

@@ -17,6 +17,7 @@ from reprise.graphs.padding import compute_padding
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
 from reprise.ops.ahead import called, compile_ahead
+from reprise.ops.rehearsal import rehearsal
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.drafts import Drafter
@@ -86,8 +87,9 @@ class Examples:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
 
         def run(*shapes: StepShape) -> Tensor:
-            for shape in shapes:
-                result = compute_padding(self._forward_pass, shape)
+            with rehearsal():
+                for shape in shapes:
+                    result = compute_padding(self._forward_pass, shape)
             return result
 
         most = self._config.max_num_seqs
@@ -139,7 +141,7 @@ class Examples:
             self._platform.synchronize()
             self._platform.reset_peak_memory()
             before = self._platform.memory_allocated()
-            with self._ops.activate():
+            with self._ops.activate(), rehearsal():
                 tokens, requests = self._max_tokens, self._config.max_num_seqs
                 self._forward_pass.forward(StepShape.mixed(tokens, requests))
                 decode = StepShape.decode(requests, 1 + self._config.num_drafts)

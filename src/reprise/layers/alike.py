@@ -1,0 +1,107 @@
+"""Layers that make the same op calls, of which a rehearsal runs few."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reprise.cache import LayerCache
+from reprise.distributed import Group
+
+_PLAIN = (int, float, complex, type(None), torch.dtype, torch.device, type)
+_WIDE = 1 << 31
+"""Bytes of memory from which a compiler may address it otherwise."""
+_OF_ALL = frozenset(vars(nn.Module()))
+"""What every module has for torch."""
+_NO_DIGITS = {ord(digit): None for digit in "0123456789"}
+
+
+class Alike:
+    """Finds out which layers are needed to make every call that all make.
+
+    Args:
+        layers: In the order in which they run, each on what the one before has left.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._caches: list[list[LayerCache]] = []
+        """Of each layer."""
+        self._kinds: list[Hashable] = []
+        """Of each layer, but for the memory of its caches: found when it is asked for first."""
+        self._waits = False
+        """They wait for other ranks, which have to run the same ones."""
+        self._known: tuple[Hashable, list[int]] | None = None
+
+    def some(self) -> list[int]:
+        """The places of layers of every kind, behind those of every kind that they come behind:
+        what a layer calls may depend on what the one before has put off. All, where they wait for
+        other ranks."""
+        if not self._kinds:
+            for layer in self._layers:
+                noted: list[LayerCache | Group] = []
+                self._kinds.append(_described(layer, {}, noted))
+                self._caches.append([each for each in noted if isinstance(each, LayerCache)])
+                self._waits |= any(each.size > 1 for each in noted if isinstance(each, Group))
+        if self._waits:
+            return list(range(len(self._layers)))
+        # Caches are made anew when their size is known.
+        now = tuple(
+            tuple((each.table, *map(_place, each.tensors.values())) for each in caches)
+            for caches in self._caches
+        )
+        if self._known is None or self._known[0] != now:
+            self._known = now, chosen(list(zip(self._kinds, now, strict=True)))
+        return self._known[1]
+
+
+def chosen(kinds: Sequence[Hashable]) -> list[int]:
+    """Of a sequence the places, ascending, of one pair of neighbours of each kind."""
+    found: set[int] = set(range(min(1, len(kinds))))
+    pairs: set[Hashable] = set()
+    for second in range(1, len(kinds)):
+        pair = kinds[second - 1], kinds[second]
+        if pair not in pairs:
+            pairs.add(pair)
+            found |= {second - 1, second}
+    return sorted(found)
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """All of a tensor that a kernel may be compiled for, and where it is to the next 16 bytes."""
+    wide = tensor.untyped_storage().nbytes() >= _WIDE
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, wide
+
+
+def _described(value: Any, seen: dict[int, int], noted: list[LayerCache | Group]) -> Hashable:
+    """What is equal of two objects only if they make the same calls. What is not known is equal to
+    itself alone; names may differ in numbers. Caches are noted, since their memory is left out, and
+    groups of ranks."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, str):
+        return value.translate(_NO_DIGITS)
+    if id(value) in seen:
+        return "again", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        return _place(value)
+    if isinstance(value, list | tuple):
+        return type(value), tuple([_described(each, seen, noted) for each in value])
+    if isinstance(value, LayerCache | Group):
+        noted.append(value)
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, nn.Module):
+        items = [(k, v) for k, v in vars(value).items() if k not in _OF_ALL or v]
+    elif isinstance(value, LayerCache):
+        items = [(k, v) for k, v in vars(value).items() if k not in ("table", "tensors")]
+    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+        items = list(vars(value).items())
+    else:
+        return type(value), id(value)
+    return type(value), tuple([(key, _described(each, seen, noted)) for key, each in items])
