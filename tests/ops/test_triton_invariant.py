@@ -93,13 +93,35 @@ def test_every_size_of_tile_computes_the_product(
 ) -> None:
     """Of whole numbers, whose sums are exact in any order."""
     kernel = shared_sums_kernel
-    config = kernel.config_of(rows, 128, 1, 2, torch.bfloat16)
+    config = kernel.config_of(rows, 128, 512, 1, 2, torch.bfloat16)
     monkeypatch.setattr(kernel, "_ONE", config)
     for outputs, inputs in ((70, 512), (130, 90), (96, 64), (70, 480)):
         x, weight = (make(n, inputs).mul(3).round().bfloat16() for n in (rows, outputs))
         out = torch.ones(rows, outputs)
         kernel.launch_product(x, weight, None, out, add=True)
         assert torch.equal(out, 1 + x.float() @ weight.float().t())
+
+
+def test_programs_share_the_inputs_of_a_small_weight_for_many_rows(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole numbers, as above."""
+    kernel, programs = shared_sums_kernel, []
+    parts = kernel.parts_of(64, 512, 2)
+    config = kernel.config_of(200, 64, 512, parts, 2, torch.bfloat16)
+    assert config.shared
+    assert config.rows < 200
+    assert not kernel.config_of(200, 64, 1 << 18, parts, 2, torch.bfloat16).shared
+    monkeypatch.setattr(kernel, "_ONE", config)
+    original = kernel.launch
+    monkeypatch.setattr(
+        kernel, "launch", lambda what, grid: programs.append(grid) or original(what, grid)
+    )
+    x, weight = (make(n, 512).mul(3).round().bfloat16() for n in (200, 64))
+    out = torch.ones(200, 64)
+    kernel.launch_product(x, weight, None, out, add=True)
+    assert torch.equal(out, 1 + x.float() @ weight.float().t())
+    assert programs == [(2 * parts,)]  # two tiles of rows
 
 
 def test_a_row_of_a_product_of_fewer_bits(make: Callable[..., Tensor]) -> None:
@@ -176,7 +198,16 @@ def test_a_weight_that_is_made_now_is_waited_for(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("outputs", "inputs"),
-    [(4096, 4096), (6144, 1024), (1024, 3072), (24576, 512), (300, 1000), (64, 96), (96, 64)],
+    [
+        (4096, 4096),
+        (4096, 1024),
+        (6144, 1024),
+        (1024, 3072),
+        (24576, 512),
+        (300, 1000),
+        (64, 96),
+        (96, 64),
+    ],
 )
 def test_a_row_of_a_product_on_a_device(
     device: str, platform: Platform, outputs: int, inputs: int, dtype: torch.dtype
@@ -193,7 +224,7 @@ def test_a_row_of_a_product_on_a_device(
     weight = torch.cat((some, some), dim=1)[:, order].to(dtype).contiguous()
     residual = torch.randn(2600, outputs, device=device) * 2**-20
     results = {}
-    for rows in (2600, 1, 8, 9, 17, 33, 65, 128, 129, 300, 700):
+    for rows in (2600, 1, 8, 9, 17, 33, 65, 96, 128, 129, 200, 300, 700):
         out = residual[2600 - rows :].clone()
         with OpTable(platform).activate():
             shared_sums_kernel.launch_product(x[2600 - rows :], weight, None, out, add=True)
@@ -208,9 +239,9 @@ def test_parts_follow_from_the_weight_and_have_several_steps() -> None:
         parts = kernel.parts_of(outputs, inputs, 132)
         assert -(-inputs // kernel._UNIT) % parts == 0
         assert parts * -(-outputs // kernel._TILE) <= max(132, -(-outputs // kernel._TILE))
-        for rows in (1, 8, 9, 65, 129, 4096):
+        for rows in (1, 8, 9, 17, 65, 129, 4096):
             for dtype in (torch.bfloat16, torch.float32):
-                config = kernel.config_of(rows, outputs, parts, 132, dtype)
+                config = kernel.config_of(rows, outputs, inputs, parts, 132, dtype)
                 assert kernel._UNIT % config.block_k == 0
 
 

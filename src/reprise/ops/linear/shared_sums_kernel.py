@@ -53,6 +53,8 @@ class Config:
     num_warps: int
     late: bool = False
     """``x`` is read when it is needed, behind the first weights: see :mod:`few_rows_kernel`."""
+    shared: bool = False
+    """Programs share a tile's inputs however many tiles there are."""
 
 
 _FEW = (
@@ -62,11 +64,14 @@ _FEW = (
     Config(64, 64, 64, 4, 4),
 )
 """For as many rows: bound by the bandwidth at which weights arrive."""
-_DEEP = {8: (256, 5), 64: (128, 5)}
+_DEEP = {8: (256, 5), 32: (128, 6), 64: (128, 5)}
 """Inputs of a step, and stages, of those for so many rows where a program has a multiprocessor to
 itself."""
-_NARROW = (Config(128, 64, 128, 3, 4), Config(256, 64, 64, 4, 8))
-"""For up to as many rows, of weights whose tiles then do all run at once."""
+_NARROW = ((128, Config(64, 128, 128, 3, 8)), (256, Config(256, 64, 64, 4, 8)))
+"""For up to so many rows, of weights whose tiles then do all run at once."""
+_SMALL = (Config(128, 64, 64, 4, 8, shared=True), Config(128, 128, 64, 4, 8))
+"""In place of the last of these for up to :data:`_SMALL_WEIGHT` elements: in parts, and as one."""
+_SMALL_WEIGHT = 1 << 23
 _MANY = Config(128, 128, 64, 3, 8)
 _LARGE = Config(256, 128, 64, 4, 8)
 _LARGE_GAINS = 1.15
@@ -81,7 +86,9 @@ _UNIT = 256
 _TILE = 64
 """Rows of the weight in a tile of few rows."""
 _FETCHED = 256
-"""Inputs of each row of the weight that are fetched early where ``x`` is not read late."""
+"""Inputs of each row of the weight that are fetched early where ``x`` is not read late, of up to
+:data:`_FETCHED_ROWS` rows."""
+_FETCHED_ROWS = 256
 _TOGETHER = 8
 """Tiles of rows that are taken with all tiles of the weight before the next ones are: with all at
 once programs that run side by side read more of a long prompt than the last-level cache holds."""
@@ -97,7 +104,7 @@ def parts_of(outputs: int, inputs: int, multiprocessors: int) -> int:
 
 @functools.cache
 def config_of(
-    rows: int, outputs: int, parts: int, multiprocessors: int, dtype: torch.dtype
+    rows: int, outputs: int, inputs: int, parts: int, multiprocessors: int, dtype: torch.dtype
 ) -> Config:
     """Sizes for so many rows."""
     if dtype is torch.float32:
@@ -109,12 +116,14 @@ def config_of(
             few = replace(few, block_k=block_k, num_stages=stages)
         return few
 
-    narrow = next((each for each in _NARROW if rows <= each.rows), None)
-    if narrow is not None and parts * cdiv(outputs, narrow.block_n) <= multiprocessors:
-        return narrow
-
     def tiles(config: Config) -> int:
         return cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
+
+    narrow = next((each for most, each in _NARROW if rows <= most), None)
+    if narrow is not None and parts * tiles(narrow) <= multiprocessors:
+        if narrow is _NARROW[-1][1] and outputs * inputs <= _SMALL_WEIGHT:
+            return _SMALL[0 if parts > 1 else 1]
+        return narrow
 
     def rounds(config: Config) -> int:
         return cdiv(tiles(config), multiprocessors) * config.rows
@@ -155,11 +164,12 @@ def launch_product(
         weight, made_now = weight.contiguous(), True
     outputs, device = weight.shape[0], limits(x.device)
     parts = parts_of(outputs, inputs, device.multiprocessors)
-    config = config_of(rows, outputs, parts, device.multiprocessors, x.dtype)
+    config = config_of(rows, outputs, inputs, parts, device.multiprocessors, x.dtype)
     if x.dtype is not torch.float32 and not takes_ptx():
         config = _ONE
     tiles = cdiv(rows, config.rows) * cdiv(outputs, config.block_n)
-    shared = parts > 1 and (rows <= config.rows or 2 * tiles <= device.multiprocessors)
+    few = rows <= config.rows or 2 * tiles <= device.multiprocessors
+    shared = parts > 1 and (few or config.shared)
     splits = parts if shared else 1
     partial = out
     if parts > 1:
@@ -185,7 +195,7 @@ def launch_product(
         UNIT=_UNIT,
         WIDEN=INTERPRETED,
         LATE=config.late,
-        FETCHED=_FETCHED if rows <= config.rows else 0,
+        FETCHED=_FETCHED if rows <= _FETCHED_ROWS else 0,
         ROWS=config.rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
