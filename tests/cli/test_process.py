@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+
+from reprise.processes.child import Child
 
 GENERATE = (
     "generate", "47 + 38 =", "--temperature", "0", "-n", "2", "-q", "--device", "cpu",
@@ -51,3 +56,39 @@ def test_exit_handlers_run_and_the_status_is_kept():
         )
         assert done.returncode == status
         assert done.stdout.splitlines()[-2:] == ["thread", "exit handler"]
+
+
+def test_ctrl_c_while_torch_is_imported_ends_the_command(tmp_path: Path) -> None:
+    """torch imports numpy in C++, where what is raised is lost: a command went on and broke
+    seconds later."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    os._exit(7)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "reprise", "generate", "hi"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+def test_ctrl_c_is_no_business_of_a_child_that_still_imports() -> None:
+    """A terminal tells all processes at once: children printed tracebacks of their imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    program = (
+        "import os, signal\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+        "from reprise.processes.child import leave_signals_to_parent\n"
+        "leave_signals_to_parent()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+        "os._exit(7 if not signal.pthread_sigmask(signal.SIG_BLOCK, []) else 8)\n"
+    )
+    child = Child("a child", ["-c", program], "")
+    assert child.end(60) == 7
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

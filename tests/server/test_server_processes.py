@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import Server, Start, gone, until
+from http_server import SERVE_WITH, Server, Start, gone, until
 
 COMPLETE = "/v1/completions"
 WAITING = {"prompt": json.dumps({"wait": True})}
@@ -72,6 +72,28 @@ def test_sigterm_lets_running_requests_end(start: Start, tmp_path: Path) -> None
             assert text.endswith("data: [DONE]\n\n")
     assert server.process.wait(100) == 0
     until(lambda: all(map(gone, children)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_still_loads_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    """Nobody can be waited for. All processes of a terminal get Ctrl-C, in the midst of imports
+    too, and none prints where that came."""
+    begun, engine = tmp_path / "begun", tmp_path / "engine.py"
+    engine.write_text(
+        f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(600)\n"
+    )
+    command = [sys.executable, str(SERVE_WITH), str(engine), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        until(begun.exists)
+        os.killpg(process.pid, number)
+        _, told = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "nobody is waited for" in told
+    assert "Traceback" not in told
+    assert "is killed" not in told
 
 
 @pytest.mark.long

@@ -6,8 +6,10 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
 import threading
+from types import FrameType
 
 UNFLUSHED = 120
 """The interpreter's own status where a stream does not take what was written."""
@@ -21,6 +23,8 @@ def main() -> None:
     from reprise.cli.failures import reported
 
     gc.set_threshold(YOUNG_OBJECTS)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         # Commands report their own failures; this is for what happens before and after one.
         with reported(debug=False):
@@ -32,6 +36,18 @@ def main() -> None:
         if isinstance(end.code, int | None):
             _leave(end.code or 0)
         raise
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C ends the process at once while torch is imported: its C++ would swallow what is raised
+    there, go on with half of numpy, and break somewhere else."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        from reprise.cli.failures import EXIT_INTERRUPTED
+
+        os.write(2, b"\ninterrupted\n")
+        os._exit(EXIT_INTERRUPTED)
+    signal.default_int_handler(number, frame)
 
 
 def _leave(status: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 from reprise.engine.service import EngineService
 from reprise.errors import RepriseError, describe
+from reprise.processes.child import leave_signals_to_parent
 from reprise.processes.control import Control
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,7 @@ LAST_WORDS_SECONDS = 0.5
 def begin() -> tuple[Control, Any]:
     """The connection to the parent and what it says first, behind ``python -m MODULE FD``: the
     number of the control socket."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent says when to end
+    leave_signals_to_parent()
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     return control, json.loads(control.receive_text())
 

@@ -23,6 +23,16 @@ STOPPED_SECONDS = 3.0
 wake together."""
 
 
+_PARENTS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_signals_to_parent() -> None:
+    """In a child: the parent says when to end. Until then they are blocked, from its start on."""
+    for number in _PARENTS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS)
+
+
 class Child:
     """A process and the way to speak with it.
 
@@ -52,14 +62,19 @@ class Child:
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", *command, str(number)],
-                pass_fds=[number, *keep],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**environment(), **(variables or {})},
-            )
+            # Ctrl-C goes to all processes of a terminal: to a child that still imports, too.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", *command, str(number)],
+                    pass_fds=[number, *keep],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**environment(), **(variables or {})},
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.control = Control(ours)
         self._stopped_since: float | None = None
         self._looked_at = 0.0

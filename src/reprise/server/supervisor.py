@@ -195,7 +195,10 @@ class Supervisor:
                 announced = True
                 if self._announce is not None:
                     self._announce(self.address)
-        self._drain(engine)
+        if ready:
+            self._drain(engine)
+        else:
+            logger.info("stopping: the model is not loaded yet, so that nobody is waited for")
 
     def _engine_died(self, engine: Child, ready: bool) -> None:
         engine.end(STOP_SECONDS)

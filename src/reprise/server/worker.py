@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -18,6 +17,7 @@ import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
 
+from reprise.processes.child import leave_signals_to_parent
 from reprise.processes.control import Control
 from reprise.server.app import create_app
 from reprise.server.client import EngineClient, EngineRefusal
@@ -157,8 +157,7 @@ async def serve(start: dict[str, object], options: ServerOptions, control: Contr
 
 def main() -> None:
     """Run as ``python -m reprise.server.worker FD``: the number of the control socket."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent says when to end
+    leave_signals_to_parent()
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     start = json.loads(control.receive_text())
     disable_created_metrics()
