@@ -29,6 +29,7 @@ from helpers import (
 
 import reprise
 from reprise import LLM, AsyncLLM, SamplingParams
+from reprise.engine.completion import CompletionGroup
 from reprise.errors import RepriseError, RequestError
 
 
@@ -40,6 +41,22 @@ def model(tiny: TinyModels) -> TinyModel:
 @pytest.fixture(scope="module")
 def llm(model: TinyModel, device: str) -> LLM:
     return make_llm(model, device)
+
+
+def test_steps_do_not_ask_each_request_whether_it_has_finished(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    finished = CompletionGroup.finished.fget  # type: ignore[attr-defined]
+
+    def counted(self: CompletionGroup) -> bool:
+        asked.append(self)
+        return bool(finished(self))
+
+    monkeypatch.setattr(CompletionGroup, "finished", property(counted))
+    params = [greedy(each, ignore_eos=True) for each in (20, 30, 40)]
+    llm.generate([random_ids(each, 5) for each in range(3)], params, use_tqdm=False)
+    assert len(asked) < 20  # when one ends, and not in each of the 40 steps
 
 
 def test_forms_of_a_prompt(llm: LLM, model: TinyModel) -> None:

@@ -107,13 +107,14 @@ class OneEngine:
     def _run(self, groups: Sequence[CompletionGroup], show: bool) -> None:
         engine = self.engine
         engine.platform.activate()  # of the calling thread, which may be a new one
-        unfinished = {each.request_id for each in groups}
+        unfinished, running = list(groups), engine.num_requests
         before = engine.scheduler.num_generated_tokens
         with progress("generating", len(groups), visible=show) as bar:
             while unfinished:
-                for group in engine.step():
-                    if group.finished:
-                        unfinished.discard(group.request_id)
+                engine.step()
+                if engine.num_requests != running:  # some have ended: no step asks each of them
+                    running = engine.num_requests
+                    unfinished = [each for each in unfinished if not each.finished]
                 tokens = engine.scheduler.num_generated_tokens - before
                 done = len(groups) - len(unfinished)
                 bar.show(f"generating, {tokens} tokens", done, len(groups))

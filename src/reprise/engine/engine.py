@@ -197,6 +197,11 @@ class Engine(Frontend):
         return self.scheduler.has_work
 
     @property
+    def num_requests(self) -> int:
+        """Callers' unfinished ones."""
+        return len(self._groups)
+
+    @property
     def must_step(self) -> bool:
         """Who drives the engine has to call :meth:`step`: for requests, or since engines that
         compute in step with this one have some."""
