@@ -12,6 +12,7 @@ from toy import BLOCK, Toy
 
 from reprise.graphs.compare import differs
 from reprise.graphs.guard import Change, Guard, Scope
+from reprise.graphs.regions import Region
 from reprise.ops import all_ops
 from reprise.ops.implementation import Implementation
 from reprise.platforms.device_graph import capturing
@@ -90,6 +91,31 @@ def test_zeros_of_either_sign_and_numbers_that_are_none_are_bits_like_others(toy
     toy.refills_cache = False
     assert changes_after(toy, fill) == []
     assert changes_after(toy, lambda: cache[2, 1, 0, 0].neg_())
+
+
+@pytest.mark.parametrize("change", ["another tensor", "another place", "one more"])
+def test_what_is_copied_lies_where_the_list_says_now(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Spans are found once: a tensor may be replaced, or be the same object over other memory."""
+    own, other = (torch.arange(64, device=toy.tokens.device) for _ in range(2))
+    listed = {**toy.memory(), "victim": Region(own, "beside")}
+    monkeypatch.setattr(toy, "memory", lambda: dict(listed))
+    guard = Guard(toy)
+    guard.learn_weights()
+    assert not torch.stack(guard.flags(guard.before(Scope()))).any()
+    name = "victim"
+    if change == "another place":
+        own.set_(other)
+    else:
+        name = name if change == "another tensor" else "one more"
+        listed[name] = Region(other, "beside")
+    before = guard.before(Scope())
+    other[5] = -1
+    assert torch.stack(guard.flags(before)).any()
+    assert guard.changes(before) == [Change(name, "beside")]
+    guard.put_back(before)
+    assert other.tolist() == list(range(64))
 
 
 # ---- ops that do not repeat themselves ---------------------------------------------------

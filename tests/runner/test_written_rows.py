@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
+import torch
 from helpers import TinyModels, generate, greedy, make_llm, random_ids
 from recurrent import hybrids
 
@@ -36,6 +37,29 @@ def test_its_bytes_are_those_of_its_copies(
     for shape in (StepShape.decode(3, width), StepShape.mixed(40, 3), StepShape.mixed(1, 1)):
         state = runner.forward_pass.state(shape)
         assert state.nbytes == sum(each.nbytes for each in state.read().values()) > 0
+
+
+def test_the_places_are_those_of_the_step_that_was_read(
+    tiny: TinyModels, device: str, platform: Platform
+) -> None:
+    """A replay may change the inputs that say where: what was read is put back all the same."""
+    with hybrids():
+        llm = make_llm(tiny("qwen3"), device, graph_mode="none")
+    runner = llm.engine.runner
+    shape = StepShape.decode(3)
+    with torch.inference_mode():
+        runner.forward_pass.probes(shape, True)[0].fill()
+        state = runner.forward_pass.state(shape)
+        rows = state.read()
+        runner.buffers.slots.zero_()
+        runner.buffers.block_tables.zero_()
+        spoilt = {name: torch.full_like(each, 2) for name, each in rows.items()}
+        state.write(spoilt)
+        elsewhere = runner.forward_pass.state(shape).read()
+        again = state.read()
+    assert rows.keys() == again.keys() == elsewhere.keys() != set()
+    assert all(torch.equal(again[name], each) for name, each in spoilt.items())
+    assert not any((each == 2).all() for each in elsewhere.values())
 
 
 def test_the_list_of_memory_has_the_caches_as_they_are(tiny: TinyModels, device: str) -> None:

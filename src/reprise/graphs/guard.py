@@ -93,7 +93,8 @@ class Guard:
         self._weights: dict[str, Tensor] = {}
         """Sums of the weights as they were loaded."""
         self._stacked: tuple[list[int], list[Stack]] | None = None
-        self._spans: tuple[dict[str, Tensor], list[Span]] | None = None
+        self._spans: tuple[dict[str, tuple[int, int]], list[Span]] | None = None
+        """Of each tensor, which the spans hold on to, the object and its place; and the spans."""
         self._carried: list[tuple[Stack, Tensor]] | None = None
         """Sums of all caches behind the step that was checked last; None: others ran since."""
 
@@ -229,12 +230,12 @@ class Guard:
         return [name for name, each in sums.items() if not self._is_right(name, each)]
 
     def _copied(self, memory: Mapping[str, Region]) -> list[Span]:
-        """What is copied; spans are found again only when there are other tensors."""
+        """What is copied; spans are found again only when there are other tensors, or one of them
+        lies elsewhere."""
         tensors = owned(memory, "input", "beside")
-        known = {} if self._spans is None else self._spans[0]
-        alike = tensors.keys() == known.keys()
-        if self._spans is None or not (alike and all(known[k] is t for k, t in tensors.items())):
-            self._spans = tensors, spans(tensors)
+        places = {name: (id(each), each.data_ptr()) for name, each in tensors.items()}
+        if self._spans is None or self._spans[0] != places:
+            self._spans = places, spans(tensors)
         return self._spans[1]
 
     def _stacks(self, memory: Mapping[str, Region]) -> list[Stack]:
