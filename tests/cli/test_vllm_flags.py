@@ -89,6 +89,22 @@ def test_each_flag_is_accepted_where_it_asks_for_nothing_and_refused_elsewhere()
                 engine(f"{flag}={value}")
 
 
+def test_lists_as_vllm_has_them(serve) -> None:
+    config, options = serve(
+        "some/model", "--served-model-name", "a", "b", "--api-key", "k", "l", "--port", "0",
+        "--allowed-origins", '["x", "y"]', "--allowed-methods", "GET", "--allowed-methods", "PUT",
+    )  # fmt: skip
+    assert (config.model, options.port) == ("some/model", 0)
+    assert options.served_model_name == ("a", "b")
+    assert options.api_key == ("k", "l")
+    assert options.allowed_origins == ("x", "y")
+    assert options.allowed_methods == ("GET", "PUT")
+    config, options = serve("--served-model-name", "a", "some/model")
+    assert (config.model, options.served_model_name) == ("some/model", ("a",))
+    for wrong in ('["x"', "[1]"):
+        assert "Invalid value for '--allowed-origins'" in serve("--allowed-origins", wrong)
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [

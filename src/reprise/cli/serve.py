@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -105,23 +107,39 @@ PANELS = {
 }  # fmt: skip
 
 
+def _texts(text: str) -> list[str]:
+    """One, or a list of them in JSON, as vLLM has it."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not valid JSON: {error}") from None
+    if not all(isinstance(each, str) for each in found):
+        raise typer.BadParameter(f"{text!r} is no list of texts, such as '[\"*\"]'")
+    return list(found)
+
+
+def _joined(lists: Iterable[list[str]]) -> list[str]:
+    return list(itertools.chain(*lists))
+
+
 def server_options() -> FieldOptions:
     """Options for the fields of :class:`reprise.server.options.ServerOptions`."""
     from reprise.server.options import ServerOptions
 
-    lists = (
-        "served_model_name",
-        "api_key",
-        "allowed_origins",
-        "allowed_methods",
-        "allowed_headers",
-    )
+    texts = ("served_model_name", "api_key")
+    lists = ("allowed_origins", "allowed_methods", "allowed_headers")
     objects = ("default_chat_template_kwargs", "override_generation_config")
     return FieldOptions(
         ServerOptions,
         panels=PANELS,
         special={
-            **{name: Special(metavar="TEXT", parse=str, repeated=True) for name in lists},
+            **{name: Special(metavar="TEXT", parse=str, repeated=True) for name in texts},
+            **{
+                name: Special(metavar="TEXT", parse=_texts, repeated=True, collect=_joined)
+                for name in lists
+            },
             **{name: Special(metavar="JSON", parse=json_object) for name in objects},
             "no_access_log": Special(help="Log no line for each request."),
             "no_page": Special(help="Serve no page at / and no events at /live."),

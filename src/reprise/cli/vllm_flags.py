@@ -27,6 +27,8 @@ _OTHER_WORDS = {
     "-pp": "--pipeline-parallel-size", "-ep": "--enable-expert-parallel",
     "--disable-uvicorn-access-log": "--no-access-log",
 }  # fmt: skip
+_SEVERAL = ("--served-model-name", "--api-key")
+"""Flags of both that take several values at once with vLLM."""
 _ENGINES_WORDS: Mapping[str, tuple[Any, ...]] = {
     "enforce_eager": (False,), "disable_custom_all_reduce": (False,), "num_gpu_blocks_override": (),
 }  # fmt: skip
@@ -55,6 +57,7 @@ def translated(arguments: Iterable[str], takes: Mapping[str, bool]) -> Iterator[
         takes: The command's own flags, and whether a value follows.
     """
     left = list(arguments)
+    model_first = bool(left) and not left[0].startswith("-")
     while left:
         word = left.pop(0)
         if word == "--":
@@ -68,6 +71,9 @@ def translated(arguments: Iterable[str], takes: Mapping[str, bool]) -> Iterator[
             yield f"{name}{equals}{value}"
             if takes.get(name) and not equals and left:
                 yield left.pop(0)
+            # Else what follows may be the model.
+            while name in _SEVERAL and model_first and left and not left[0].startswith("-"):
+                yield from (name, left.pop(0))
             continue
         found = _field(name)
         if found is None:
