@@ -108,3 +108,15 @@ def test_a_fault_of_ours_is_an_error_as_all_others(asked: str) -> None:
     assert found.json()["error"]["type"] == "server_error"
     assert "under mine" in found.json()["error"]["message"]
     assert "SimpleNamespace" not in found.text
+
+
+def test_a_path_that_a_proxy_strips_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    state: Any = SimpleNamespace(options=ServerOptions(root_path="/stripped"))
+    app = create_app(state, feed=None)  # type: ignore[arg-type]
+    assert not recwarn.list
+
+    async def schema() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            return (await client.get("http://there/openapi.json")).json()
+
+    assert asyncio.run(schema())["servers"] == [{"url": "/stripped"}]

@@ -41,11 +41,12 @@ def create_app(state: ServerState, feed: Feed) -> ASGIApp:
     app = FastAPI(
         title="Reprise",
         version=__version__,
-        root_path=options.root_path,
         docs_url="/docs" if docs else None,
         redoc_url="/redoc" if docs else None,
         openapi_url="/openapi.json" if docs else None,
     )
+    # Its argument says that it is deprecated, for one of uvicorn's with another meaning.
+    app.root_path = options.root_path
     handlers = Handlers(state, feed)
     posts = add_routes(app, handlers, page=options.page)
     if options.page:
