@@ -206,7 +206,12 @@ def one_row_kernel(
     up = weight
     if GATED:
         up = _tile(up_ptr, n, k, features, INPUTS, BLOCK_K)
+    # What behind the wait would be waited for once more is asked for here, or with the inputs.
+    if norm_ptr is not None and INPUTS == BLOCK_K:
+        gain = tl.load(norm_ptr + k)
     depend(EARLY)
+    if ADD:
+        there = tl.load(out_ptr + n, mask=real, other=0.0)
 
     scale = 1.0
     if norm_ptr is not None:
@@ -228,7 +233,8 @@ def one_row_kernel(
         x = tl.load(x_ptr + start + k, mask=start + k < INPUTS, other=0.0)
         value = x.to(tl.float32)
         if norm_ptr is not None:
-            gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
+            if INPUTS != BLOCK_K:
+                gain = tl.load(norm_ptr + start + k, mask=start + k < INPUTS, other=0.0)
             # Rounded where the reference rounds.
             value = with_gain(value * scale, gain, x.dtype).to(x.dtype).to(tl.float32)
         acc += tl.sum(wide * value[None, :], axis=1)
@@ -244,5 +250,5 @@ def one_row_kernel(
         gate = acc.to(kind).to(tl.float32)
         acc = silu(gate, kind) * acc_up.to(kind).to(tl.float32)
     if ADD:
-        acc += tl.load(out_ptr + n, mask=real, other=0.0).to(tl.float32)
+        acc += there.to(tl.float32)
     tl.store(out_ptr + n, acc.to(kind), mask=real)

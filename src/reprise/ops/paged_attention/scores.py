@@ -22,8 +22,9 @@ def masked(scores, key_position, there, position, window, WINDOWED: tl.constexpr
 
 
 @triton.jit
-def blocks(table_ptr, start, lowest, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] block of each key from ``start``; the null block for keys that are not there."""
+def blocks(table_ptr, start, lowest, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, other=0):
+    """[BLOCK_N] block of each key from ``start``; ``other``, the null block, for keys that are not
+    there."""
     key_position = start + tl.arange(0, BLOCK_N)
     there = (key_position >= lowest) & (key_position < end)
-    return tl.load(table_ptr + key_position // BLOCK_SIZE, mask=there, other=0)
+    return tl.load(table_ptr + key_position // BLOCK_SIZE, mask=there, other=other)

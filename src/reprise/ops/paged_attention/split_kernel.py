@@ -84,6 +84,28 @@ def _tiles(length, new, window, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
     return first, tl.maximum(1, tl.cdiv(length, BLOCK_N) - first)
 
 
+@triton.jit
+def _part(
+    lengths, news, ends, counts, number, request, begin_tile, end_tile, window,
+    WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What tiles ``begin_tile`` to ``end_tile`` of all have of ``request``.
+
+    Returns its length and new tokens, its first tile among all and how many it has, and of its keys
+    the first one that is meant, the end, and the first that its oldest new token sees.
+    """
+    length = pick(lengths, number, request)
+    new = pick(news, number, request)
+    first_tile = pick(ends - counts, number, request)
+    first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
+    tile = tl.maximum(begin_tile, first_tile)
+    stop = tl.minimum(end_tile, first_tile + count)
+    first_key = (first + tile - first_tile) * BLOCK_N
+    end_key = tl.minimum(length, (first + stop - first_tile) * BLOCK_N)
+    lowest = length - new - window + 1 if WINDOWED else 0
+    return length, new, first_tile, count, first_key, end_key, lowest
+
+
 @triton.jit(do_not_specialize=["tokens", "requests", "programs"])
 def split_attention_kernel(
     query_ptr,
@@ -160,6 +182,13 @@ def split_attention_kernel(
     end_tile = (total * (program + 1) // busy).to(tl.int32)
     first_request = tl.sum((ends <= begin_tile).to(tl.int32))
     last_request = tl.sum((ends < end_tile).to(tl.int32))
+    # Tables are long there: where a program's first keys are is asked for before the wait.
+    _, _, _, _, first_key, end_key, lowest = _part(
+        lengths, news, ends, counts, number, first_request, begin_tile, end_tile, window,
+        WINDOWED, BLOCK_N,
+    )  # fmt: skip
+    first_table = table_ptr + first_request.to(tl.int64) * table_stride
+    first_block = blocks(first_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     depend(EARLY)
 
     nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
@@ -182,18 +211,16 @@ def split_attention_kernel(
     # compile such a loop wrongly.
     for index in range(last_request - first_request + 1):
         request = first_request + index
-        length = pick(lengths, number, request)
         begin = pick(begins, number, request)
-        new = pick(news, number, request)
-        first_tile = pick(ends - counts, number, request)
-        first, count = _tiles(length, new, window, WINDOWED, BLOCK_N)
-        tile = tl.maximum(begin_tile, first_tile)
-        stop = tl.minimum(end_tile, first_tile + count)
-        first_key = (first + tile - first_tile) * BLOCK_N
-        end_key = tl.minimum(length, (first + stop - first_tile) * BLOCK_N)
-        lowest = length - new - window + 1 if WINDOWED else 0
+        length, new, first_tile, count, first_key, end_key, lowest = _part(
+            lengths, news, ends, counts, number, request, begin_tile, end_tile, window,
+            WINDOWED, BLOCK_N,
+        )  # fmt: skip
         request_table = table_ptr + request.to(tl.int64) * table_stride
-        block = blocks(request_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
+        block = blocks(
+            request_table, first_key, lowest, tl.where(index > 0, end_key, 0), BLOCK_SIZE, BLOCK_N,
+            first_block,
+        )  # fmt: skip
         used = token < new
         query_row = (begin + token).to(tl.int64)
         query_offset = query_row * query_stride + head * query_head_stride

@@ -120,17 +120,24 @@ def _squares(x):
 
 
 @triton.jit
-def _normalise(x, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, channel, real):
+def _gain(norm_ptr, channel, real):
+    """Of a norm's channels; None if there is no norm."""
+    gain = None
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + channel, mask=real, other=0.0)
+    return gain
+
+
+@triton.jit
+def _normalise(x, scale, query_gain, key_gain, is_query, is_key):
     """x: [HEADS, channels], raw; multiplied by scale and gain where its head has a norm."""
     y = x.to(tl.float32)
     # Rounded where the reference rounds.
-    if query_norm_ptr is not None:
-        gain = tl.load(query_norm_ptr + channel, mask=real, other=0.0)
-        normalised = with_gain(x.to(tl.float32) * scale, gain, x.dtype)
+    if query_gain is not None:
+        normalised = with_gain(x.to(tl.float32) * scale, query_gain, x.dtype)
         y = tl.where(is_query, normalised.to(x.dtype).to(tl.float32), y)
-    if key_norm_ptr is not None:
-        gain = tl.load(key_norm_ptr + channel, mask=real, other=0.0)
-        normalised = with_gain(x.to(tl.float32) * scale, gain, x.dtype)
+    if key_gain is not None:
+        normalised = with_gain(x.to(tl.float32) * scale, key_gain, x.dtype)
         y = tl.where(is_key, normalised.to(x.dtype).to(tl.float32), y)
     return y
 
@@ -248,12 +255,19 @@ def rotary_cache_kernel(
     cos = tl.load(angle_ptr, mask=real, other=0.0)
     sin = tl.load(angle_ptr + HALF, mask=real, other=0.0)
     slot = tl.load(slot_mapping_ptr + token)
+    rest_channel = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    real_rest = rest_channel < HEAD_SIZE
+    query_first = _gain(query_norm_ptr, channel, real)
+    query_second = _gain(query_norm_ptr, HALF + channel, real)
+    key_first = _gain(key_norm_ptr, channel, real)
+    key_second = _gain(key_norm_ptr, HALF + channel, real)
+    if HEAD_SIZE > 2 * HALF:
+        query_rest = _gain(query_norm_ptr, rest_channel, real_rest)
+        key_rest = _gain(key_norm_ptr, rest_channel, real_rest)
     depend(EARLY)
     first = tl.load(source + channel, mask=real_head & real, other=0.0)
     second = tl.load(source + HALF + channel, mask=real_head & real, other=0.0)
     squares = _squares(first) + _squares(second)
-    rest_channel = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    real_rest = rest_channel < HEAD_SIZE
     if HEAD_SIZE > 2 * HALF:
         rest = tl.load(source + rest_channel, mask=real_head & real_rest, other=0.0)
         squares += _squares(rest)
@@ -267,14 +281,10 @@ def rotary_cache_kernel(
     value_target = value_cache_ptr + block * value_block_stride + offset * value_slot_stride
     value_target += (head - QUERY_HEADS - KV_HEADS) * value_head_stride
 
-    x = _normalise(first, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, channel, real)
-    y = _normalise(
-        second, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, HALF + channel, real
-    )
+    x = _normalise(first, scale, query_first, key_first, is_query, is_key)
+    y = _normalise(second, scale, query_second, key_second, is_query, is_key)
     if HEAD_SIZE > 2 * HALF:
-        z = _normalise(
-            rest, scale, query_norm_ptr, key_norm_ptr, is_query, is_key, rest_channel, real_rest
-        )
+        z = _normalise(rest, scale, query_rest, key_rest, is_query, is_key)
     if LARGEST == 0:
         _store(
             x * cos - y * sin, first, query_target, key_target, value_target,
