@@ -10,9 +10,11 @@ from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.verify import examine
 from reprise.graphs.verify_mode import VerifyMode
 from reprise.ops import all_ops
-from reprise.platforms.device_graph import capturing
+from reprise.ops.table import op_memory
+from reprise.platforms.device_graph import capturing, in_capture_pass
 from reprise.shape import StepShape
 from reprise.testing import faults
+from reprise.testing.faults.base import Fault
 
 pytestmark = pytest.mark.races  # some faults are races
 
@@ -188,6 +190,40 @@ def test_disorder_from_between_two_ops_is_not_blamed_on_the_next(toy, make_runne
     (info,) = runner.report().graphs
     assert "between paged_attention #0 and paged_attention #1" in info.quarantined
     assert "memory of ops (dirty_once silu_and_mul)" in info.quarantined
+
+
+@pytest.mark.parametrize(
+    ("op", "executors"),
+    [
+        ("silu_and_mul", {"mixed": "none", "decode": "none"}),
+        # A break op runs eagerly between segments: the next graph finds what it has made.
+        ("paged_attention", {"mixed": "breakable", "decode": "full"}),
+    ],
+)
+def test_what_ops_keep_is_not_made_under_capture(toy, make_runner, op, executors):
+    """It would lie in the pool, which comparisons overwrite: eager steps after it would be wrong,
+    and other graphs be refused for that."""
+
+    class Late(Fault):
+        name = summary = "late"
+
+        def run(self, named):
+            # As where no pass before a capture has made such a call.
+            if in_capture_pass() and "late" not in op_memory():
+                op_memory()["late"] = torch.zeros(4, device=toy.platform.device)
+            return self.proceed(named)
+
+    toy.ops.functions[op] = Late(toy.ops, all_ops()[op])
+    runner = make_runner(toy, "full", decode=(4,), mixed=(32,))
+    runner.captures.capture_all()
+    graphs = runner.report().graphs
+    assert {each.phase: each.executor for each in graphs} == executors
+    for each in graphs:
+        assert each.verified == (each.executor != "none")
+        assert ("makes 'late' under capture" in (each.quarantined or "")) == (
+            each.executor != "full"
+        )
+    steps_are_right(runner, toy)
 
 
 def test_a_short_context_does_not_show_a_wrong_extent(toy, make_runner):

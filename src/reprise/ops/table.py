@@ -16,11 +16,26 @@ from reprise.ops.choice import NOT_INVARIANT, ByArguments
 from reprise.ops.declaration import Op, declared
 from reprise.ops.implementation import Implementation, anything
 from reprise.platforms import Platform
+from reprise.platforms.device_graph import capturing
 
 active: contextvars.ContextVar[OpTable | None] = contextvars.ContextVar("op_table", default=None)
 """Of the engine that computes in this thread."""
 _defaults: dict[str, OpTable] = {}
-_memory_outside_engines: dict[str, torch.Tensor] = {}
+
+
+class _Kept(dict[str, torch.Tensor]):
+    """Made in eager calls alone."""
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        if capturing():
+            raise OpError(
+                f"an op makes {name!r} under capture and keeps it: no eager call came before, and "
+                "it would lie in the memory of the graph's pool"
+            )
+        super().__setitem__(name, tensor)
+
+
+_memory_outside_engines = _Kept()
 
 
 class OpTable:
@@ -67,7 +82,7 @@ class OpTable:
         self.choices: dict[str, ByArguments] = {}
         """The ops for which the arguments decide, and the answers given so far."""
         self.functions = _LateFunctions(self)
-        self.memory: dict[str, torch.Tensor] = {}
+        self.memory: dict[str, torch.Tensor] = _Kept()
 
     @property
     def chosen(self) -> dict[str, Implementation]:
@@ -217,7 +232,8 @@ def op_memory() -> dict[str, torch.Tensor]:
     """What implementations keep on the device from call to call; one for each engine.
 
     Graph verification compares it, and puts it back, as it does the cache slots. To be made in an
-    eager call, never under capture: then it would lie in the memory of a graph's pool.
+    eager call: under capture, where it would lie in the memory of a graph's pool, that raises an
+    OpError.
     """
     table = active.get()
     return _memory_outside_engines if table is None else table.memory
