@@ -5,15 +5,16 @@
 Requests with a schema that is known already (its grammar is compiled and cached), and the
 same requests without, in one engine and in turn. A step's time is the mean of those of a run
 between the first and the second of two lengths, the median of several runs; each pair draws by
-another seed, so that above temperature 0 its texts are other ones. MODEL is a directory, or a name
+another seed, so that above temperature 0 its texts are other ones. A pair in which a replay was
+compared with an eager step is left out and counted (``compared``): that takes as long as a dozen
+steps, beside a grammar and without. MODEL is a directory, or a name
 of ``reprise bench`` for random weights, which get a made-up tokenizer. Prints a JSON line a schema
-and temperature, with how long a step waits for the device, and a hash of the tokens.
+and temperature, with how long a step waits for the device, and a hash of the first run's tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
@@ -54,6 +55,10 @@ class EndedError(Exception):
     """A text has ended before the outputs do: another seed may do."""
 
 
+class ComparedError(Exception):
+    """Verification has compared a replay: another seed may do."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen3-0.6b")
@@ -87,36 +92,50 @@ def main() -> None:
     llm.engine.step = marked  # type: ignore[method-assign]
 
     def step(schema: Any, temperature: float, seed: int) -> list[float]:
-        """Milliseconds of a step, and how many of them the host waits."""
+        """Milliseconds of a step, and how many of them the host waits.
+
+        Raises:
+            EndedError: A text was shorter.
+            ComparedError: A replay was compared with an eager step.
+        """
         structured = None if schema is None else StructuredOutputsParams(json=schema)
         params = SamplingParams(
             temperature=temperature, seed=seed, max_tokens=long, ignore_eos=True,
             structured_outputs=structured,
         )  # fmt: skip
         marks.clear()
+        before = llm.engine.runner.graphs.report()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         tokens = [list(each.outputs[0].token_ids) for each in outputs]
         if any(len(each) < long for each in tokens):
             raise EndedError
         if schema is not None:
-            drawn.update(repr(tokens).encode())
+            drawn.append(hashlib.sha256(repr(tokens).encode()).hexdigest()[:12])
+        after = llm.engine.runner.graphs.report()
+        if (after.canaries, after.unproven_eager) != (before.canaries, before.unproven_eager):
+            raise ComparedError
         end = len(marks) - LAST
         pairs = zip(marks[end], marks[end - (long - short)], strict=True)
-        return [1e3 * (after - before) / (long - short) for after, before in pairs]
+        return [1e3 * (later - sooner) / (long - short) for later, sooner in pairs]
 
     temperatures = [float(each) for each in arguments.temperature.split(",")]
     for temperature, (name, schema) in itertools.product(temperatures, SCHEMAS.items()):
-        drawn, runs = hashlib.sha256(), []
+        drawn, runs, compared = [], [], 0
         for seed in range(SEEDS):
-            with contextlib.suppress(EndedError):
+            try:
                 runs.append((*step(schema, temperature, seed), *step(None, temperature, seed)))
+            except EndedError:
+                continue
+            except ComparedError:
+                compared += 1
             if len(runs) > arguments.repeats:
                 break
         runs = runs[1:]  # the first one has made grammars and masks
         if not runs:
             parser.error(
                 f"--lengths {arguments.lengths}: with fewer than two of {SEEDS} seeds all texts of "
-                f"{name!r} are that long at temperature {temperature:g}; give shorter ones, or "
+                f"{name!r} are that long at temperature {temperature:g} and no replay is compared "
+                f"({compared} were); give shorter ones, or "
                 "--temperature above 0, where seeds differ"
             )
         found, waits, plain, plain_waits = map(statistics.median, zip(*runs, strict=True))
@@ -124,7 +143,7 @@ def main() -> None:
             "schema": name, "requests": arguments.requests, "temperature": temperature,
             "step_ms": round(found, 4), "waits_ms": round(waits, 4),
             "plain_step_ms": round(plain, 4), "plain_waits_ms": round(plain_waits, 4),
-            "ratio": round(found / plain, 4), "tokens": drawn.hexdigest()[:12],
+            "ratio": round(found / plain, 4), "compared": compared, "tokens": drawn[0],
         }), flush=True)  # fmt: skip
 
 
