@@ -120,7 +120,9 @@ def main() -> None:
 
     temperatures = [float(each) for each in arguments.temperature.split(",")]
     for temperature, (name, schema) in itertools.product(temperatures, SCHEMAS.items()):
-        drawn, runs, compared = [], [], 0
+        runs: list[tuple[float, ...]] = []
+        drawn: list[str] = []
+        compared = 0
         for seed in range(SEEDS):
             try:
                 runs.append((*step(schema, temperature, seed), *step(None, temperature, seed)))
