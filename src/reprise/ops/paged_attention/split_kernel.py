@@ -182,13 +182,16 @@ def split_attention_kernel(
     end_tile = (total * (program + 1) // busy).to(tl.int32)
     first_request = tl.sum((ends <= begin_tile).to(tl.int32))
     last_request = tl.sum((ends < end_tile).to(tl.int32))
-    # Tables are long there: where a program's first keys are is asked for before the wait.
-    _, _, _, _, first_key, end_key, lowest = _part(
-        lengths, news, ends, counts, number, first_request, begin_tile, end_tile, window,
-        WINDOWED, BLOCK_N,
-    )  # fmt: skip
-    first_table = table_ptr + first_request.to(tl.int64) * table_stride
-    first_block = blocks(first_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
+    # Tables are long there: where a program's first keys are is asked for before the wait. With
+    # codes there are no registers for it on some devices.
+    first_block = 0
+    if key_scales_ptr is None:
+        _, _, _, _, first_key, end_key, lowest = _part(
+            lengths, news, ends, counts, number, first_request, begin_tile, end_tile, window,
+            WINDOWED, BLOCK_N,
+        )  # fmt: skip
+        first_table = table_ptr + first_request.to(tl.int64) * table_stride
+        first_block = blocks(first_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     depend(EARLY)
 
     nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
@@ -217,10 +220,10 @@ def split_attention_kernel(
             WINDOWED, BLOCK_N,
         )  # fmt: skip
         request_table = table_ptr + request.to(tl.int64) * table_stride
-        block = blocks(
-            request_table, first_key, lowest, tl.where(index > 0, end_key, 0), BLOCK_SIZE, BLOCK_N,
-            first_block,
-        )  # fmt: skip
+        end = end_key
+        if key_scales_ptr is None:
+            end = tl.where(index > 0, end_key, 0)
+        block = blocks(request_table, first_key, lowest, end, BLOCK_SIZE, BLOCK_N, first_block)
         used = token < new
         query_row = (begin + token).to(tl.int64)
         query_offset = query_row * query_stride + head * query_head_stride
