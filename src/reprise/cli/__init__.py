@@ -50,6 +50,13 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
+def leave_interrupts_to_python() -> None:
+    """No torch is imported from now on. asyncio has Ctrl-C cancel its task, which may then say what
+    it has, only where the handler is Python's own."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _leave(status: int) -> None:
     """End the process as the interpreter does, but for freeing all objects, which takes half a
     second: join the threads, run the exit handlers, flush the streams."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from reprise.cli import leave_interrupts_to_python
 from reprise.cli.bench.shared import AsJson, Seed, print_tables, span
 from reprise.cli.command import command
 from reprise.cli.failures import EXIT_INTERRUPTED
@@ -135,6 +136,7 @@ def serve(
         num_prompts, _span(input_len_range), _span(output_len_range), burstiness, max_concurrency,
         vocab_size, limits, wanted, seed, dataset,
     )  # fmt: skip
+    leave_interrupts_to_python()
     record, times = measure(endpoint, work, rates, client_processes)
     if plot is not None:
         from reprise.bench.distributions import plot_distributions
