@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,15 +224,18 @@ def test_probes_that_do_not_arrive_prove_nothing(
 
 
 class _Calls(TorchDispatchMode):
-    """Calls of torch that are no views, each a launch on an accelerator, while nothing is
-    computed."""
+    """Calls of torch that are a launch each on an accelerator, while nothing is computed: no views,
+    nor what takes memory alone."""
+
+    taking = (torch.ops.aten.empty, torch.ops.aten._pin_memory, torch.ops.aten.is_pinned)
 
     def __init__(self) -> None:
         super().__init__()
         self.count = self.computing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (self.computing or func.is_view)
+        launches = not (func.is_view or func.overloadpacket in self.taking)
+        self.count += launches and not self.computing
         return func(*args, **(kwargs or {}))
 
 
@@ -273,6 +277,7 @@ def test_what_a_comparison_asks_of_torch(
 
     monkeypatch.setattr(judge.Judge, "compare_later", counted)
     monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
-    make_llm(tiny("qwen3"), device, graph_mode="decode=full,mixed=breakable", max_num_seqs=4)
+    llm = make_llm(tiny("qwen3"), device, graph_mode="decode=full,mixed=breakable", max_num_seqs=4)
     assert len(counts) > 5
-    assert max(counts) <= 60
+    # A device that does not read the host's memory is sent the inputs, in few pieces.
+    assert max(counts) <= (50 if llm.engine.runner.buffers.shared else 60)
