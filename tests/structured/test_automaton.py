@@ -207,6 +207,30 @@ def test_there_are_so_many_states_at_most(monkeypatch: pytest.MonkeyPatch) -> No
     assert follower._looked > 20 * 500
 
 
+def test_what_is_known_behind_tokens_is_bounded_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammar, taken, sizes = compiled(GRAMMARS[0]), [], []
+    for most in (0, 3):
+        monkeypatch.setattr(automaton, "MOST_BEHIND", most)
+        follower = made(grammar)
+        first = follower.num_bytes
+        states = {follower.start}
+        for _ in range(4):
+            after = [(follower.walk(each, token), follower.walk(each, token))
+                     for each in states for token in range(STOP)]  # fmt: skip
+            assert all(once is again for once, again in after)
+            states |= {once for once, _ in after if once is not None}
+        assert sum(len(each.behind) for each in states) == most
+        taken.append(len(states))
+        sizes.append(follower.num_bytes)
+        follower._forget()
+        assert not any(each.behind for each in states)
+        assert follower.num_bytes <= first
+    assert taken[0] == taken[1] > 1
+    assert sizes[1] - sizes[0] == 3 * automaton.BEHIND_BYTES
+
+
 @pytest.mark.parametrize(("least", "most"), [(2, 140), (0, 133), (130, 131)])
 def test_what_is_counted_is_counted_to_its_end(least: int, most: int) -> None:
     follower = made(compiled(f'root ::= x{{{least},{most}}} "z"\nx ::= "a" | "bc"'))

@@ -59,7 +59,11 @@ class Walk:
         """Returns how many masks differ from those that are filled for a sequence alone."""
         rows, wrong = self.rows, 0
         rows.begin(len(self._grammars))
-        places = [grammar.fill(rows)[0] for _, grammar, _ in self._grammars]
+        texts = [grammar for _, grammar, _ in self._grammars]
+        if self._random.random() < 0.5:
+            places = rows.of(texts)
+        else:
+            places = [grammar.fill(rows)[0] for grammar in texts]
         for begin, words in rows.settle(np.array(places)):
             self._device[begin : begin + len(words)] = words
         for place, (compiled, grammar, tokens) in zip(places, self._grammars, strict=True):
@@ -88,7 +92,8 @@ class Walk:
             grammar.take([], len(tokens))
         elif allowed:
             token = self._random.choice(allowed)
-            if grammar.take([token], len(tokens)):
+            quickly = self._random.random() < 0.5 and grammar.follow(token, len(tokens))
+            if quickly or grammar.take([token], len(tokens)):
                 tokens.append(token)
 
 
@@ -98,6 +103,64 @@ def test_masks_are_those_of_each_sequence_alone(llm: LLM, seed: int, steps: int)
     walk = Walk(llm, seed)
     assert [walk.step() for _ in range(steps)] == [0] * steps
     assert walk.rows.num_kept > 2 * steps
+
+
+def test_a_token_that_is_followed_leaves_what_one_that_is_taken_does(llm: LLM) -> None:
+    """White space up to its bound, ends, tokens that are refused, and those behind a minimum."""
+    chance, tokenizer = random.Random(0), llm.get_tokenizer()
+    (letter,) = tokenizer.encode("b", add_special_tokens=False)
+    held, least = llm.engine.eos_token_ids | {letter}, 4
+    blanks = [*tokenizer.encode(" ", add_special_tokens=False),
+              *tokenizer.encode("\n", add_special_tokens=False)]  # fmt: skip
+    rows, followed, ends, crowds = MaskTable(llm.engine.vocab_size), 0, 0, 0
+    for number in range(60):
+        what = {"regex": "[ab]*b"} if number % 2 else {"json_object": True}
+        compiled = llm.engine.compiler.compile(StructuredOutputsParams(**what))
+        one, other = (Grammar(compiled, held, least) for _ in range(2))
+        for each in (one, other):
+            each.keep_in(rows)
+        for length in range(40):
+            rows.begin(1)
+            (place,) = one.fill(rows)
+            rows.settle({place})
+            bits = np.unpackbits(rows._words[place].view(np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits).tolist()
+            spaces = [each for each in blanks if each in allowed]
+            token = chance.choice(spaces if spaces and chance.random() < 0.97 else allowed)
+            if chance.random() < 0.03:
+                token = chance.choice([0, *held])
+            taken = one.take([token], length)
+            if other.follow(token, length):
+                followed += 1
+            else:
+                assert other.take([token], length) == taken
+            assert (one.num_tokens, one.ended) == (other.num_tokens, other.ended)
+            assert one.state is other.state
+            assert one.places is other.places
+            crowds += one.state is None and not one.ended
+            ends += one.ended
+            if one.ended or not taken:
+                break
+    assert followed > 200
+    assert min(ends, crowds) > 5
+
+
+def test_masks_of_a_step_do_not_take_each_others_places(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is kept is asked for behind one that is new."""
+    monkeypatch.setattr(masks, "KEPT", 1)
+    compiled = [
+        llm.engine.compiler.compile(StructuredOutputsParams(regex=each)) for each in ("a+", "b+")
+    ]
+    texts = [Grammar(each, llm.engine.eos_token_ids, 0) for each in compiled]
+    rows = MaskTable(llm.engine.vocab_size)
+    rows.begin(2)
+    (kept,) = rows.of(texts[1:])
+    rows.settle({kept})
+    rows.begin(2)
+    new, again = rows.of(texts)
+    assert again == kept != new
 
 
 class One:
