@@ -130,6 +130,7 @@ def test_a_token_that_is_followed_leaves_what_one_that_is_taken_does(llm: LLM) -
             if chance.random() < 0.03:
                 token = chance.choice([0, *held])
             taken = one.take([token], length)
+            assert not other.follow(token, length + 1)
             if other.follow(token, length):
                 followed += 1
             else:
@@ -161,6 +162,26 @@ def test_masks_of_a_step_do_not_take_each_others_places(
     rows.begin(2)
     new, again = rows.of(texts)
     assert again == kept != new
+
+
+def test_no_mask_is_kept_of_a_step_that_was_lost_nor_of_a_grammar_that_is_given_up(
+    llm: LLM,
+) -> None:
+    compiled = llm.engine.compiler.compile(StructuredOutputsParams(regex="lost+ or given up"))
+    text, rows = Grammar(compiled, llm.engine.eos_token_ids, 0), MaskTable(llm.engine.vocab_size)
+
+    def kept() -> int:
+        before = rows.num_kept
+        rows.begin(1)
+        rows.settle(rows.of([text]))
+        return rows.num_kept - before
+
+    assert [kept(), kept()] == [0, 1]
+    rows.forget()
+    assert [kept(), kept()] == [0, 1]
+    assert compiled.automaton is not None
+    compiled.automaton.give_up("of a test")
+    assert [kept(), kept()] == [0, 0]
 
 
 class One:
