@@ -48,6 +48,9 @@ def test_rows_behind_a_draft_that_does_not_count_are_nobodys(
     landing = Landing(len(requests), 5, max(1, rows), platform)
     nobody: Any = SimpleNamespace(num_drafts=0, admitted={})
     landing.send(emitted[:1].to(platform.device), peaks[:0].to(platform.device))
+    # As many of another dtype, in which the largest may be infinite.
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    landing.send(emitted.to(platform.device), torch.zeros(rows, dtype=other).to(platform.device))
     on_device = (each.to(platform.device) for each in (emitted, peaks))
     output = PendingOutput(step, nobody, *on_device, None, {}, landing).wait()
     assert list(output.failed) == expected
