@@ -115,11 +115,11 @@ class Landing:
 
     def _cut(self, requests: int, draws: int, dtype: torch.dtype | None) -> None:
         """Find the parts of memory for a step."""
-        self._shape = requests, draws, dtype
         kind, exponent = _EXPONENTS[dtype or torch.float32]
         room = self._room.view(dtype or torch.float32)[:draws]
         self._parts = self._tokens[:requests], room
         self._arrivals = self._numbers[:requests], Peaks(room.view(kind).numpy(), exponent)
+        self._shape = requests, draws, dtype
 
     def send_also(self, tensor: Tensor) -> Tensor:
         """As :meth:`copy`, behind :meth:`send`; :meth:`wait` waits for it too."""
