@@ -92,6 +92,7 @@ class Layer(nn.Module):
     "make",
     [
         lambda number: {"window": number == 4},
+        lambda number: {"format": "fp4" if number == 4 else "fp8"},
         lambda number: {"names": [f"layers.{number}", "gelu" if number == 4 else "silu"]},
         lambda number: {"helper": object() if number == 4 else ALONE},
         lambda number: {"table": torch.zeros(3 if number == 4 else 2)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ _WIDE = 1 << 31
 """Bytes of memory from which a compiler may address it otherwise."""
 _OF_ALL = frozenset(vars(nn.Module()))
 """What every module has for torch."""
-_NO_DIGITS = {ord(digit): None for digit in "0123456789"}
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""In a dotted name: the one of a layer."""
 
 
 class Alike:
@@ -79,12 +81,12 @@ def _place(tensor: Tensor) -> Hashable:
 
 def _described(value: Any, seen: dict[int, int], noted: list[LayerCache | Group]) -> Hashable:
     """What is equal of two objects only if they make the same calls. What is not known is equal to
-    itself alone; names may differ in numbers. Caches are noted, since their memory is left out, and
-    groups of ranks."""
+    itself alone; dotted names may differ in numbers. Caches are noted, since their memory is left
+    out, and groups of ranks."""
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, str):
-        return value.translate(_NO_DIGITS)
+        return _NUMBER.sub("", value)
     if id(value) in seen:
         return "again", seen[id(value)]
     seen[id(value)] = len(seen)

@@ -18,7 +18,7 @@ def rehearsing() -> bool:
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
     """In the ``with`` block :func:`rehearsing` is true. All memory that a whole pass takes at a
-    time is taken there too, and all that ops keep from call to call is made."""
+    time is taken there too."""
     token = _rehearsing.set(True)
     try:
         yield
