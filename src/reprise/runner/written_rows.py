@@ -68,14 +68,55 @@ class WrittenRows:
         buffers: StepInputs,
         bucket: StepShape,
     ) -> None:
-        self._buffers = buffers
-        self._find = functools.partial(_find, layout, pools, stacks, buffers, bucket)
+        self._layout, self._pools, self._stacks = layout, pools, stacks
+        self._buffers, self._bucket = buffers, bucket
 
     @functools.cached_property
     def _found(self) -> _Found:
         """What the inputs said when this was asked for first: who asks which units are near does
         not ask for it."""
-        return self._find()
+        found_rows: dict[str, _Rows] = {}
+        read: Tensor | None = None
+        written: dict[str, list[Tensor]] = {}
+        for number, table in enumerate(self._layout.tables):
+            unit = self._layout.pools[table.pool].unit
+            if table.lifetime.rewritten:
+                slots = self._buffers.states(number, self._bucket.num_requests).long()
+                written.setdefault(unit, []).append(slots)
+            else:
+                slots = self._buffers.slots[number, : self._bucket.num_tokens].clone()
+                written.setdefault(unit, []).append(slots // table.block_size)
+                if self._buffers.rows.num_drafts and read is None:
+                    # Drafts beyond a request's last token have no place but the null block.
+                    read = slots >= table.block_size
+            keys = {
+                name: f"table {number}, caches {count}"
+                for count, stack in enumerate(self._stacks[table.pool])
+                for name in stack.names
+            }
+            for stack in self._stacks[table.pool]:
+                first = self._pools[table.pool][stack.names[0]]
+                rows, places = stack.tensor, [slots]
+                if first.rows.scales_of is not None:
+                    rows = rows.movedim(-1, 2)
+                    within = slots % table.block_size // first.rows.every
+                    places = [slots // table.block_size, within]
+                elif not table.lifetime.rewritten:
+                    every = first.rows.every
+                    places = [slots if every == 1 else slots // every]
+                    rows = rows.flatten(1, 2)
+                found_rows[keys[stack.names[0]]] = _Rows(
+                    stack.names,
+                    rows,
+                    places,
+                    table.lifetime.rewritten,
+                    _scales(stack, self._pools[table.pool], self._stacks[table.pool], keys),
+                    first.rows.together,
+                )
+        units = {
+            unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()
+        }
+        return _Found(found_rows, units, read)
 
     @property
     def _rows(self) -> Mapping[str, _Rows]:
@@ -130,55 +171,6 @@ class WrittenRows:
     def _near(self, *, reads: bool) -> Units:
         blocks = self._buffers.known.blocks_near(reads=reads)
         return {unit: to_device(each, self._buffers.platform) for unit, each in blocks.items()}
-
-
-def _find(
-    layout: CacheLayout,
-    pools: Sequence[Mapping[str, PoolTensor]],
-    stacks: Sequence[Sequence[Stack]],
-    buffers: StepInputs,
-    bucket: StepShape,
-) -> _Found:
-    found_rows: dict[str, _Rows] = {}
-    read: Tensor | None = None
-    written: dict[str, list[Tensor]] = {}
-    for number, table in enumerate(layout.tables):
-        unit = layout.pools[table.pool].unit
-        if table.lifetime.rewritten:
-            slots = buffers.states(number, bucket.num_requests).long()
-            written.setdefault(unit, []).append(slots)
-        else:
-            slots = buffers.slots[number, : bucket.num_tokens].clone()
-            written.setdefault(unit, []).append(slots // table.block_size)
-            if buffers.rows.num_drafts and read is None:
-                # Drafts beyond a request's last token have no place but the null block.
-                read = slots >= table.block_size
-        keys = {
-            name: f"table {number}, caches {count}"
-            for count, stack in enumerate(stacks[table.pool])
-            for name in stack.names
-        }
-        for stack in stacks[table.pool]:
-            first = pools[table.pool][stack.names[0]]
-            rows, places = stack.tensor, [slots]
-            if first.rows.scales_of is not None:
-                rows = rows.movedim(-1, 2)
-                within = slots % table.block_size // first.rows.every
-                places = [slots // table.block_size, within]
-            elif not table.lifetime.rewritten:
-                every = first.rows.every
-                places = [slots if every == 1 else slots // every]
-                rows = rows.flatten(1, 2)
-            found_rows[keys[stack.names[0]]] = _Rows(
-                stack.names,
-                rows,
-                places,
-                table.lifetime.rewritten,
-                _scales(stack, pools[table.pool], stacks[table.pool], keys),
-                first.rows.together,
-            )
-    units = {unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()}
-    return _Found(found_rows, units, read)
 
 
 def _scales(
