@@ -47,6 +47,37 @@ def test_each_distinct_call_is_made_once_and_the_forward_computes_nothing(table,
         torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6), x * scale * weight)
 
 
+def test_numbers_that_nobody_has_computed_are_zeros_and_stay_so(table, randn, monkeypatch) -> None:
+    """Memory has any content, such as numbers of experts that there are not; and routing, which is
+    computed beside the experts, would give them other rows between two of their kernels."""
+    rows, top = 4, 2
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 0)  # one thread
+    seen: list[torch.Tensor] = []
+    for name in ("route", "experts_add"):
+        op = getattr(ops, name)
+        table.candidates[name] = [op.implementations["triton"]]
+    table.functions["route"] = lambda logits, live, weights, ids, *rest: seen.append(ids.fill_(7))
+    table.functions["experts_add"] = lambda x, weights, ids, *rest: seen.append(ids)
+
+    def forward() -> None:
+        x, live = randn(rows, 8), torch.tensor([rows], dtype=torch.int32)
+        weights = torch.empty(rows, top)
+        ids = x.new_empty((rows, top + 1), dtype=torch.int32)[:, 1:]
+        ops.route(x, live, weights, ids, "softmax", True, 1.0, None, None)
+        ops.experts_add(x, weights, ids, randn(4, 6, 8), randn(4, 8, 3), randn(rows, 8))
+
+    torch.use_deterministic_algorithms(True)  # memory of integers has the largest ones
+    try:
+        assert compile_ahead(table, [forward]) == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    routed, ids = seen
+    assert (routed == 7).all()
+    assert not ids.any()
+    for each in seen:
+        assert (each.shape, each.stride(), each.storage_offset()) == ((4, 2), (3, 1), 1)
+
+
 def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_step(table, randn, caplog) -> None:
     def broken(x, weight, eps):
         raise RuntimeError("no such instruction")

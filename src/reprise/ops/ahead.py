@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from reprise import early
 from reprise.errors import OpError
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 _Call = tuple[Op, Callable[[], Any]]
+_UNWRITTEN = {
+    torch.empty, torch.empty_like, torch.empty_strided,
+    Tensor.new_empty, Tensor.new_empty_strided,
+}  # fmt: skip
 _MOST_THREADS = 16
 """More would wait for Python's lock, in which much of a compilation happens."""
 
@@ -36,6 +41,9 @@ def compile_ahead(
     The passes are run without computing: op calls return memory of any content. They must not
     look into it. Calls whose arguments agree in shapes, strides and dtypes count as one. Ops that
     wait for other ranks are left out: threads would call them in another order on each rank.
+
+    Kernels find memory by integers, such as the numbers of experts. Those that a pass makes and
+    nobody has computed are zeros, and stay so: an op that writes them has others.
 
     Args:
         table: The implementations.
@@ -52,6 +60,7 @@ def compile_ahead(
         return 0
     calls: list[_Call] = []
     known: set[Any] = set()
+    zeros = _Zeros()
 
     def note(
         op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,11 +70,15 @@ def compile_ahead(
             return op.fake(*args, **kwargs)
         if table.implementation_of(op, args, kwargs).compiles:
             known.add(key)
-            calls.append((op, partial(function, *args, **kwargs)))
+            written = op.written(op.named(args, kwargs)).values()
+            others = {id(each): zeros.other(each) for each in written}
+            own = [others.get(id(each), each) for each in args]
+            named = {name: others.get(id(each), each) for name, each in kwargs.items()}
+            calls.append((op, partial(function, *own, **named)))
         return op.fake(*args, **kwargs)
 
     with table.computing():
-        with intercept(note):
+        with intercept(note), zeros:
             for each in passes:
                 each()
         # The kernels of break ops take longest.
@@ -76,6 +89,32 @@ def compile_ahead(
     if calls:
         logger.info("kernels of %d op calls are ready", len(calls))
     return len(calls)
+
+
+class _Zeros(TorchFunctionMode):
+    """Makes zeros of integers that would have any content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _UNWRITTEN and not result.is_floating_point():
+            self._made[result.untyped_storage().data_ptr()] = result.zero_()
+        return result
+
+    def other(self, tensor: Tensor) -> Tensor:
+        """Where it is such zeros, others that lie as they do; else itself."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._made:
+            return tensor
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride()
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            storage.clone(), *layout
+        )
 
 
 def called(
