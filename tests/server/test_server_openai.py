@@ -312,6 +312,33 @@ def test_tokens_and_texts(server: Server, llm: LLM) -> None:
         assert wrong.status_code == 400
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_streams_have_the_token_ids_that_plain_replies_have(
+    client: openai.OpenAI, echo: bool
+) -> None:
+    """The prompt's once for each choice, with its first chunk, where vLLM has them."""
+    wanted: dict[str, Any] = {"max_tokens": 3, "n": 2, "extra_body": {"return_token_ids": True}}
+    options = {**wanted, "prompt": PROMPTS[:2], "echo": echo}
+    plain = {each.index: each for each in complete(client, **options).choices}
+    prompts: dict[int, list[list[int]]] = {}
+    ids: dict[int, list[int]] = {}
+    for chunk in complete(client, **options, stream=True):
+        (choice,) = chunk.choices
+        ids.setdefault(choice.index, []).extend(getattr(choice, "token_ids", ()))
+        if hasattr(choice, "prompt_token_ids"):
+            prompts.setdefault(choice.index, []).append(choice.prompt_token_ids)
+    assert prompts == {index: [each.prompt_token_ids] for index, each in plain.items()}
+    assert ids == {index: each.token_ids for index, each in plain.items()}
+
+    reply = chat(client, **wanted)
+    firsts = [
+        each.prompt_token_ids
+        for each in chat(client, **wanted, stream=True)
+        if each.choices[0].delta.role is not None
+    ]
+    assert firsts == [reply.prompt_token_ids] * 2
+
+
 def test_metrics_say_what_the_usage_said(server: Server, client: openai.OpenAI) -> None:
     def read() -> dict[str, float]:
         with server.client() as ours:

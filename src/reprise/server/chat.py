@@ -287,7 +287,10 @@ class Chat(Reply):
             choice.begun = True
             role = orjson.dumps(self._role)
             middle = b'"delta":{"role":%b,"content":""},' % role + _NO_LOGPROBS
-            chunks.append(template.chunk(index, middle, self.running_usage()))
+            beside = b""
+            if self.request.return_token_ids:
+                beside = b',"prompt_token_ids":' + orjson.dumps(self._facts["prompt_ids"])
+            chunks.append(template.chunk(index, middle, self.running_usage(), beside))
         parts = choice.feed(text)
         if finish is not None:
             parts += choice.finish()

@@ -101,6 +101,8 @@ class Completion(Reply):
         self._template = Template(self._head, self._usage_at_end)
         self._unfinished = len(prompts)
         self._echoed: set[int] = set()
+        self._told: set[int] = set()
+        """Choices of a stream that have had the ids of their prompt."""
 
     def accepted(self, facts: list[dict[str, Any]]) -> None:
         """The engine has the prompts, and said what was wanted of them."""
@@ -200,10 +202,18 @@ class Completion(Reply):
         if self.request.logprobs is not None:
             found = self._logprobs[place].take(prompt or [], facts.get("first", (0, "")))
             logprobs = orjson.dumps(found)
-        middle = b'"text":%b,"logprobs":%b,"finish_reason":null,"stop_reason":null' % (
-            orjson.dumps(facts["prompt"]), logprobs,
+        middle = b'"text":%b,"logprobs":%b,"finish_reason":null,"stop_reason":null%b' % (
+            orjson.dumps(facts["prompt"]), logprobs, self._prompt_ids(place),
         )  # fmt: skip
         return template.chunk(place, middle, self.running_usage())
+
+    def _prompt_ids(self, place: int) -> bytes:
+        """What the first chunk of a choice has of its prompt, if that is wanted."""
+        if not self.request.return_token_ids or place in self._told:
+            return b""
+        self._told.add(place)
+        facts = self._facts[place // self._n]
+        return b',"prompt_token_ids":' + orjson.dumps(facts["prompt_ids"])
 
     def _chunks(self, template: Template, place: int, output: list[Any]) -> list[bytes]:
         _, text, _, finish, stop, more = output
@@ -215,7 +225,7 @@ class Completion(Reply):
             if more["logprobs"]:
                 logprobs = orjson.dumps(self._logprobs[place].take(more["logprobs"]))
             if self.request.return_token_ids:
-                extra += b',"token_ids":' + orjson.dumps(more["ids"])
+                extra += self._prompt_ids(place) + b',"token_ids":' + orjson.dumps(more["ids"])
             if more["suspect_from"] is not None:
                 extra += b',"suspect_from":%d' % more["suspect_from"]
         if text or logprobs != b"null" or extra:

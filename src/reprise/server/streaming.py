@@ -39,20 +39,23 @@ class Template:
         self._tail = b',"usage":null}\n\n' if usage else b"}\n\n"
         self._indexed: dict[int, bytes] = {}
 
-    def chunk(self, index: int, middle: bytes, usage: bytes | None = None) -> bytes:
+    def chunk(
+        self, index: int, middle: bytes, usage: bytes | None = None, beside: bytes = b""
+    ) -> bytes:
         """One with a choice.
 
         Args:
             index: Of the choice.
             middle: JSON of its other fields, without braces.
             usage: JSON.
+            beside: JSON of further fields of the chunk itself, each behind a comma.
         """
         begin = self._indexed.get(index)
         if begin is None:
             begin = self._indexed[index] = b'%b,"choices":[{"index":%d,' % (self._head, index)
         if usage is None:
-            return b"%b%b}]%b" % (begin, middle, self._tail)
-        return b'%b%b}],"usage":%b}\n\n' % (begin, middle, usage)
+            return b"%b%b}]%b%b" % (begin, middle, beside, self._tail)
+        return b'%b%b}]%b,"usage":%b}\n\n' % (begin, middle, beside, usage)
 
     def around(self, index: int, before: bytes, behind: bytes, usage: bool) -> list[bytes]:
         """A chunk whose middle is ``before``, something, ``behind``, with its usage or without:
