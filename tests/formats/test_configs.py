@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -50,6 +51,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (config("fp8", rotate="hadamard"), "rotate='hadamard'.*'rotate': None"),
     "awq of three bits": (config("awq", bits=3), "bits=3"),
     "another layout": (config("awq", version="gemv"), "version='gemv'"),
+    "another layout under its other name": (config("awq", format="gemv"), "format='gemv'"),
+    "awq in order of use": (config("awq", desc_act=True), "desc_act=True"),
+    "awq of other bits for some": (config("awq", dynamic={"-:.*": {}}), "dynamic="),
+    "letters for modules": (
+        config("gptq", modules_in_block_to_quantize="mlp"), "modules_in_block_to_quantize='mlp'"
+    ),
+    "numbers for modules": (
+        config("awq", modules_in_block_to_quantize=[[1], 2]), "modules_in_block_to_quantize="
+    ),
     "symmetric awq": (config("awq", zero_point=False), "zero_point=False"),
     "odd group": (config("awq", group_size=100), "group_size=100"),
     "act-order": (config("gptq", desc_act=True), "desc_act=True.*desc_act=False"),
@@ -60,7 +70,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other bits for some": (config("gptq", dynamic={"-:.*": {}}), "dynamic="),
     "wide words": (config("gptq", pack_dtype="int64"), "pack_dtype='int64'"),
     "a flag that is none": (config("gptq", sym=1), "sym=1"),
-    "a frozen model": (compressed(quantization_status="frozen"), "quantization_status='frozen'"),
+    "a model in the making": (
+        compressed(quantization_status="calibration"), "quantization_status='calibration'"
+    ),
     "a cache of integers": (compressed(kv_cache_scheme={"num_bits": 8}), "type='int'"),
     "sparse": (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
     "rotations": (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config="),
@@ -149,6 +161,33 @@ REAL: dict[str, dict[str, Any]] = {
         "fuse_max_seq_len": None, "group_size": 128, "modules_to_not_convert": ["mlp.gate"],
         "modules_to_fuse": None, "quant_method": "awq", "version": "gemm", "zero_point": True,
     },
+    "transformers 5, AWQ": {
+        "zero_point": True, "modules_to_not_convert": None, "quant_method": "awq", "bits": 4,
+        "tokenizer": None, "dataset": None, "group_size": 128, "damp_percent": 0.1,
+        "desc_act": False, "act_group_aware": True, "sym": True, "true_sequential": True,
+        "format": "gemm", "meta": None, "backend": "auto", "model_seqlen": None, "batch_size": 1,
+        "block_name_to_quantize": None, "module_name_preceding_first_block": None,
+        "pad_token_id": None, "max_input_length": None, "cache_block_outputs": True,
+        "modules_in_block_to_quantize": None, "version": "gemm",
+    },
+    "an older LLM Compressor": {
+        "config_groups": {
+            "group_0": {
+                "input_activations": {
+                    "dynamic": True, "num_bits": 8, "observer": "memoryless",
+                    "observer_kwargs": {}, "strategy": "token", "symmetric": True, "type": "float",
+                },
+                "output_activations": None, "targets": ["Linear"],
+                "weights": {
+                    "dynamic": False, "num_bits": 8, "observer": "minmax", "observer_kwargs": {},
+                    "strategy": "channel", "symmetric": True, "type": "float",
+                },
+            }
+        },
+        "format": "float-quantized", "global_compression_ratio": 1.24,
+        "ignore": ["lm_head", "re:.*mlp.gate$"], "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors", "quantization_status": "frozen",
+    },
     "GPTQModel": {
         "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "dynamic": None,
         "group_size": 128, "lm_head": False, "quant_method": "gptq", "sym": True,
@@ -171,6 +210,25 @@ def test_configs_of_real_checkpoints(case: str) -> None:
     formats = formats_of(REAL[case])
     assert formats.of(Q_PROJ) is formats.of(UP) is not DENSE
     assert formats.of("lm_head") is formats.of(ROUTER) is DENSE
+
+
+@pytest.mark.parametrize("name", ["AwqConfig", "GPTQConfig", "FineGrainedFP8Config"])
+def test_what_transformers_writes_beside_such_weights(name: str) -> None:
+    """Of the version that is installed: it adds fields from time to time."""
+    import transformers
+
+    made = getattr(transformers, name)
+    raw = json.loads(json.dumps((made() if "FP8" in name else made(bits=4)).to_dict()))
+    assert formats_of(raw).of(UP) is not DENSE
+
+
+def test_awq_chooses_modules_as_gptq_does() -> None:
+    for method in ("awq", "gptq"):
+        formats = formats_of(
+            config(method, lm_head=True, modules_in_block_to_quantize=[["mlp.up_proj"]])
+        )
+        assert formats.of("lm_head") is formats.of(UP) is not DENSE
+        assert formats.of(Q_PROJ) is formats.of(ROUTER) is DENSE
 
 
 def test_a_module_that_stays_plain_is_named_in_full() -> None:

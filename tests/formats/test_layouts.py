@@ -304,6 +304,23 @@ def test_the_config_of_older_tools(model: TinyModel, device: str, tmp_path: Path
         assert generate(make_llm(path, device), PROMPTS, greedy(6)) == expected
 
 
+@pytest.mark.parametrize("method", ["int4", "fp8-channel"])
+def test_a_frozen_model_is_read_where_it_is_compressed(
+    model: TinyModel, device: str, tmp_path: Path, method: str
+) -> None:
+    """The status says what it was in memory: what is stored decides."""
+    checkpoint = quantized(model, method)
+    expected = generate(make_llm(checkpoint, device), PROMPTS, greedy(6))
+    path = Path(shutil.copytree(checkpoint.path, tmp_path / method))
+    frozen = {**checkpoint.config["quantization_config"], "quantization_status": "frozen"}
+    config = json.dumps({**checkpoint.config, "quantization_config": frozen})
+    (path / "config.json").write_text(config)
+    assert generate(make_llm(path, device), PROMPTS, greedy(6)) == expected
+    shutil.copy(model.path / "model.safetensors", path)
+    with pytest.raises(LoadError, match=r"self_attn\.q_proj\.weight"):
+        make_llm(path, device)
+
+
 def test_parts_in_different_formats(model: TinyModel, device: str) -> None:
     config = {"modules_to_not_convert": ["lm_head", "k_proj"]}
     with pytest.raises(ModelError, match=r"self_attn.k_proj.* different formats"):

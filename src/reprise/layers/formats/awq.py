@@ -10,7 +10,13 @@ from torch import Tensor
 
 from reprise.layers.destination import Destination, Place
 from reprise.layers.formats.base import Columns, Formats, Rows
-from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
+from reprise.layers.formats.fields import (
+    HOW_IT_WAS_MADE,
+    AllBut,
+    Fields,
+    chosen_modules,
+    stays_plain,
+)
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import pack, unpack
 
@@ -59,21 +65,21 @@ def formats(config: Mapping[str, Any]) -> Formats:
         default=True,
         instead="AutoAWQ stores no symmetric weights in this layout",
     )
-    version = fields.take("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise fields.refused(
-            f"version={version!r} is not supported; supported: 'gemm', which AutoAWQ writes by "
-            "default and whose layout the hub's checkpoints have"
-        )
+    for name in ("version", "format", "checkpoint_format"):
+        version = fields.take(name, "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise fields.refused(
+                f"{name}={version!r} is not supported; supported: 'gemm', which AutoAWQ writes by "
+                "default and whose layout the hub's checkpoints have"
+            )
+    fields.require("desc_act", False, default=False)
+    fields.require("pack_dtype", "int32", default="int32")
+    head = fields.require("lm_head", True, False, default=False)
+    fields.nothing("dynamic", "all products must be quantised alike")
     plain = fields.names("modules_to_not_convert")
-    fields.leave(
-        "backend",
-        "do_fuse",
-        "exllama_config",
-        "fuse_max_seq_len",
-        "modules_to_fuse",
-        "bits_per_param",
-    )
+    only = chosen_modules(fields)
+    # Whatever sym says, zero points are stored.
+    fields.leave("sym", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "bits_per_param")
+    fields.leave(*HOW_IT_WAS_MADE)
     fields.end()
-    format = Awq(group, zeros=True)
-    return AllBut(format, lambda path: is_head(path) or is_router(path) or is_within(path, plain))
+    return AllBut(Awq(group, zeros=True), stays_plain(head, plain, only))

@@ -90,8 +90,10 @@ def formats(config: Mapping[str, Any]) -> Formats:
     """See :func:`reprise.layers.formats.formats_of`."""
     fields = Fields(config)
     fields.require("quant_method", "compressed-tensors", default="compressed-tensors")
+    # Older tools write what the model was in memory, frozen, where they store it compressed.
+    # Tensors that are not have other names or dtypes, and are refused when they are loaded.
     fields.require(
-        "quantization_status", "compressed", default="compressed",
+        "quantization_status", "compressed", "frozen", default="compressed",
         instead="save the checkpoint compressed (save_compressed=True)",
     )  # fmt: skip
     layout = fields.take("format", "")

@@ -9,6 +9,19 @@ from reprise.errors import ModelError
 from reprise.layers.formats.base import Format
 from reprise.layers.formats.dense import DENSE
 
+HOW_IT_WAS_MADE = (
+    "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "dataset",
+    "model_name_or_path", "model_file_base_name", "meta", "tokenizer", "model_seqlen",
+    "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
+    "use_cuda_fp16", "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs",
+    "backend", "hessian_mse", "mse", "act_group_aware", "mock_quantization", "rotation", "v2",
+    "v2_alpha", "v2_memory_device", "adapter", "offload_to_disk", "offload_to_disk_path",
+    "device", "parallel_packing", "compute_device_filter", "hyb_act", "gptaq", "gptaq_alpha",
+    "quantizer", "use_exllama_v2", "disable_exllama", "gptaq_memory_device", "foem", "fallback",
+)  # fmt: skip
+"""Fields of GPTQModel and of what wrote such configs before it: how the numbers were found, which
+are stored. transformers writes many of them for AWQ as well, which GPTQModel makes for it."""
+
 
 class Fields:
     """An object of a config. What is not asked for is refused in the end: what changes numbers and
@@ -122,6 +135,18 @@ def check_cache_scheme(fields: Fields) -> None:
     scheme.end()
 
 
+def chosen_modules(fields: Fields) -> list[str] | None:
+    """Those that are quantised, by ``modules_in_block_to_quantize``; None: all."""
+    value = fields.take("modules_in_block_to_quantize", [])
+    groups = value if isinstance(value, list) else [value]
+    names = [name for each in groups for name in (each if isinstance(each, list) else [each])]
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in names):
+        raise fields.refused(
+            f"modules_in_block_to_quantize={value!r} must be lists of names of modules"
+        )
+    return names or None
+
+
 class AllBut:
     """One format for all products but some, whose weights are plain.
 
@@ -154,3 +179,26 @@ def is_within(path: str, names: Sequence[str]) -> bool:
     ``model.layers.3.mlp.gate``, and ``mlp.gate`` does not have ``mlp.gate_proj``."""
     whole = f".{path}."
     return any(f".{each}." in whole for each in names)
+
+
+def stays_plain(
+    head: bool, plain: Sequence[str], only: Sequence[str] | None
+) -> Callable[[str], bool]:
+    """Says by its path whether a product of such a checkpoint is plain.
+
+    Args:
+        head: The language-model head is quantised as well.
+        plain: Names of modules that are not.
+        only: Names of those that are, but for the head; None: all others.
+    """
+
+    def is_plain(path: str) -> bool:
+        if is_head(path):
+            return not head
+        return (
+            is_router(path)
+            or is_within(path, plain)
+            or (only is not None and not is_within(path, only))
+        )
+
+    return is_plain

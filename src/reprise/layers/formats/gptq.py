@@ -10,7 +10,13 @@ from torch import Tensor
 
 from reprise.layers.destination import Destination, Implied, Place
 from reprise.layers.formats.base import Columns, Formats, Rows
-from reprise.layers.formats.fields import AllBut, Fields, is_head, is_router, is_within
+from reprise.layers.formats.fields import (
+    HOW_IT_WAS_MADE,
+    AllBut,
+    Fields,
+    chosen_modules,
+    stays_plain,
+)
 from reprise.layers.formats.four_bits import FourBits
 from reprise.ops.w4_linear.reference import nibbles, pack
 
@@ -115,40 +121,8 @@ def formats(config: Mapping[str, Any]) -> Formats:
     head = fields.require("lm_head", True, False, default=False)
     fields.nothing("dynamic", "all products must be quantised alike")
     plain = fields.names("modules_to_not_convert")
-    only = _modules(fields)
-    fields.leave(
-        "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "dataset",
-        "model_name_or_path", "model_file_base_name", "meta", "tokenizer", "model_seqlen",
-        "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
-        "use_cuda_fp16", "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs",
-        "backend", "hessian_mse", "mse", "act_group_aware", "mock_quantization", "rotation", "v2",
-        "v2_alpha", "v2_memory_device", "adapter", "offload_to_disk", "offload_to_disk_path",
-        "device", "parallel_packing", "compute_device_filter", "hyb_act", "gptaq", "gptaq_alpha",
-        "quantizer", "use_exllama_v2", "disable_exllama", "gptaq_memory_device", "foem", "fallback",
-    )  # fmt: skip
+    only = chosen_modules(fields)
+    fields.leave(*HOW_IT_WAS_MADE)
     fields.end()
     format = Gptq(group, zeros=not symmetric, less=1 if written == {"gptq"} else 0)
-
-    def is_plain(path: str) -> bool:
-        if is_head(path):
-            return not head
-        return (
-            is_router(path)
-            or is_within(path, plain)
-            or (only is not None and not is_within(path, only))
-        )
-
-    return AllBut(format, is_plain)
-
-
-def _modules(fields: Fields) -> list[str] | None:
-    """Those that are quantised; None: all."""
-    value = fields.take("modules_in_block_to_quantize")
-    if not value:
-        return None
-    names = [name for group in value for name in ([group] if isinstance(group, str) else group)]
-    if not all(isinstance(each, str) for each in names):
-        raise fields.refused(
-            f"modules_in_block_to_quantize={value!r} must be lists of names of modules"
-        )
-    return names
+    return AllBut(format, stays_plain(head, plain, only))
