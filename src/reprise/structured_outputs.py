@@ -48,6 +48,9 @@ class StructuredOutputsParams:
     begin_after: int | None = None
     """(Ours.) What has to match begins behind this token, such as the one that ends a thought;
     before it anything is allowed. At once where it is among the last tokens of the prompt."""
+    opened_by: int | None = None
+    """(Ours.) With ``begin_after``: the token that opens what the other one ends. A text whose
+    first token is another one has to match at once, unless the prompt ends with this one."""
 
     def __post_init__(self) -> None:
         if self.json_object is not None and not isinstance(self.json_object, bool):
@@ -62,11 +65,13 @@ class StructuredOutputsParams:
             raise _invalid(
                 "disable_any_whitespace", self.disable_any_whitespace, "give True or False"
             )
-        self.begin_after = plain(self.begin_after)
-        if self.begin_after is not None and (
-            not is_whole(self.begin_after) or self.begin_after < 0
-        ):
-            raise _invalid("begin_after", self.begin_after, "give a token id or None")
+        for name in ("begin_after", "opened_by"):
+            value = plain(getattr(self, name))
+            if value is not None and (not is_whole(value) or value < 0):
+                raise _invalid(name, value, "give a token id or None")
+            setattr(self, name, value)
+        if self.opened_by is not None and self.begin_after is None:
+            raise _invalid("opened_by", self.opened_by, "give begin_after too")
         if self.json is not None:
             self.json = _document("json", self.json, (Mapping, bool))
         if self.structural_tag is not None:

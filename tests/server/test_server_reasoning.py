@@ -10,6 +10,9 @@ from http_server import Server
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reprise.server.chat import Chat
+from reprise.server.fields import ChatRequest
+from reprise.server.options import ServerOptions
 from reprise.server.reasoning import Splitter, ThoughtTokens, thinks_from_start
 
 PIECES = st.lists(
@@ -111,6 +114,35 @@ def test_where_an_output_begins(
     parser: str, tail: str, unfinished: str | None, thinks: bool
 ) -> None:
     assert thinks_from_start(parser, tail, unfinished) is thinks
+
+
+@pytest.mark.parametrize(
+    ("parser", "unfinished", "where"),
+    [
+        ("none", None, {}),
+        ("qwen3", None, {"begin_after": 8, "opened_by": 7}),
+        ("qwen3", "So", {"begin_after": 8, "opened_by": 7}),
+        ("qwen3", "<think>\nSo far", {"begin_after": 8, "opened_by": None}),
+        ("qwen3", "<think>\nx</think>\nHi", {}),
+        ("deepseek_r1", None, {"begin_after": 8, "opened_by": None}),
+        ("deepseek_r1", "x</think>\nHi", {}),
+    ],
+)
+def test_where_what_has_to_match_begins(
+    parser: str, unfinished: str | None, where: dict[str, int | None]
+) -> None:
+    """A model that does not think would never come to the end of a thought: its answer has to match
+    from the first token on. As far as the prompt does not say it, the engine looks."""
+    goes_on = unfinished is not None
+    given = [{"role": "user", "content": "x"}]
+    given += [{"role": "assistant", "content": unfinished}] if goes_on else []
+    request = ChatRequest.model_validate(
+        {"messages": given, "response_format": {"type": "json_object"},
+         "continue_final_message": goes_on}
+    )  # fmt: skip
+    facts = {"think_ids": [7, 8], "max_model_len": 99, "max_logprobs": 20, "message_names": []}
+    chat = Chat(request, "n", "m", "f", parser, "none", facts, {}, ServerOptions())
+    assert chat.asks[0]["params"]["structured_outputs"] == {"json_object": True, **where}
 
 
 THOUGHT = ["<th", "ink>\n", "So", ": 1+1", "\n</thi", "nk>\n\n", "It is ", "2."]

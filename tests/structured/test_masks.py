@@ -413,3 +413,28 @@ def test_texts_of_one_grammar_share_masks(llm: LLM) -> None:
             assert grammar.take([token], grammar.num_tokens) == 1
     assert len(tokens[0]) > 40
     assert filled < 25
+
+
+def test_a_first_token_that_is_taken_back_may_open_a_thought_again(llm: LLM) -> None:
+    encode, rows = llm.get_tokenizer().encode, MaskTable(llm.engine.vocab_size)
+    (opens,), (closes,), (other,), (digit,) = map(encode, (" upon", " was", " there", "1"))
+    compiled = llm.engine.compiler.compile(StructuredOutputsParams(regex="1{2}"))
+    grammar = Grammar(compiled, llm.engine.eos_token_ids, 0, closes, opens)
+
+    def allowed() -> set[int]:
+        rows.begin(1)
+        (place,) = rows.of([grammar])
+        ((first, words),) = rows.settle({place})
+        bits = np.unpackbits(words[place - first].view(np.uint8), bitorder="little")
+        return set(np.flatnonzero(bits).tolist())
+
+    at_first = allowed()
+    assert at_first == {opens, digit}
+    assert grammar.take([opens, other, closes, digit, digit], 0) == 5
+    for known, more, counts in (
+        (4, [other], 0), (2, [closes, digit, other], 2), (0, [digit, opens], 1), (0, [other], 0),
+        (0, [opens, digit, digit, digit, closes, digit], 6),
+    ):  # fmt: skip
+        assert grammar.take(more, known) == counts
+    grammar.take((), 0)
+    assert allowed() == at_first

@@ -90,6 +90,42 @@ def test_a_text_ends_when_it_can_and_never_before(llm: LLM) -> None:
     assert stopped.finish_reason == "stop"
 
 
+def test_who_does_not_think_has_to_match_at_once(llm: LLM, device: str) -> None:
+    """The demo model goes on with ", there was": a thought that the comma opens, or that the prompt
+    has open, or none."""
+    encode = llm.get_tokenizer().encode
+    (comma,), (there,), (was,) = map(encode, (",", " there", " was"))
+
+    def params(opened_by: int | None) -> SamplingParams:
+        what = wanted(regex=r"\d{3}", begin_after=was, opened_by=opened_by)
+        bias = {there: -100} if opened_by == there else None  # a model that does not think
+        return SamplingParams(
+            structured_outputs=what, temperature=0, max_tokens=20, logit_bias=bias
+        )
+
+    for prompt, opened_by, text in (
+        ("Once upon a time", comma, r", there was\d{3}"),
+        ("Once upon a time", there, r"\d{3}"),
+        ("Once upon a time", None, r", there was\d{3}"),
+        ("Once upon a time,", comma, r" there was\d{3}"),
+        ("Once upon a time, there was", comma, r"\d{3}"),
+    ):
+        found = llm.generate(prompt, params(opened_by), use_tqdm=False)[0].outputs[0].text
+        assert re.fullmatch(text, found, re.DOTALL), (prompt, opened_by, found)
+    # Drafts are walked likewise, and an early look changes nothing.
+    drafting = make_llm(
+        DEMO_MODEL, device, speculative_config={"method": "ngram", "num_speculative_tokens": 5}
+    )
+    again = "Once upon a time, there was 111. Once upon a time, there was 111. Once upon a time"
+    for opened_by in (comma, there):
+        one, other = (
+            each.generate(again, params(opened_by), use_tqdm=False)[0].outputs[0]
+            for each in (llm, drafting)
+        )
+        assert one.token_ids == other.token_ids
+        assert (one.text[0] == ",") is (opened_by == comma)
+
+
 def test_biases_and_bad_words_cannot_leave_the_grammar(llm: LLM) -> None:
     for value in (-100, 100):
         everything = dict.fromkeys(range(llm.engine.vocab_size), value)

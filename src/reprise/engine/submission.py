@@ -69,6 +69,12 @@ def _check(
                 raise RequestError(
                     f"{name} has token {token}: the vocabulary has ids 0 to {vocab_size - 1}"
                 )
+    for name in ("begin_after", "opened_by"):
+        token = getattr(params.structured_outputs, name, None)
+        if token is not None and token >= vocab_size:
+            raise RequestError(
+                f"structured_outputs.{name}={token}: the vocabulary has ids 0 to {vocab_size - 1}"
+            )
     if tokenizer is None:
         for name, remedy in (("stop", "use stop_token_ids"), ("bad_words", "use logit_bias")):
             if getattr(params, name):

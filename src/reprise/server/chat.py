@@ -19,7 +19,7 @@ from reprise.server.fields import ChatRequest, sampling
 from reprise.server.generation import DONE, Reply
 from reprise.server.logprobs import Position, chat_logprobs, prompt_logprobs
 from reprise.server.options import ServerOptions
-from reprise.server.reasoning import Splitter, thinks_from_start
+from reprise.server.reasoning import Splitter, begins_behind_thoughts, thinks_from_start
 from reprise.server.streaming import Template
 from reprise.server.tools.choice import tool_use
 
@@ -89,9 +89,10 @@ class Chat(Reply):
         params = sampling(request, defaults, **self._changes(facts, defaults))
         self._ask_for_calls(params)
         wanted = params.get("structured_outputs")
-        if wanted is not None and parser != "none" and facts["think_ids"][1] is not None:
-            # A model thinks as it likes; what has to match is its answer.
-            params["structured_outputs"] = {"begin_after": facts["think_ids"][1], **wanted}
+        if wanted is not None:
+            where = begins_behind_thoughts(parser, facts["think_ids"], unfinished)
+            if "begin_after" not in wanted:
+                params["structured_outputs"] = {**wanted, **where}
         params["output_kind"] = "DELTA" if request.stream else "FINAL_ONLY"
         wants = []
         if request.return_token_ids:

@@ -28,6 +28,26 @@ def thinks_from_start(parser: str, prompt_tail: str, unfinished: str | None = No
     return prompt_tail.rstrip().endswith(OPEN) or parser == "deepseek_r1"
 
 
+def begins_behind_thoughts(
+    parser: str, think_ids: Sequence[int | None], unfinished: str | None = None
+) -> dict[str, int | None]:
+    """Where what an answer has to match begins, as :class:`reprise.StructuredOutputsParams` says
+    it: a model thinks as it likes, and one that does not think answers at once.
+
+    Args:
+        parser: As of :func:`thinks_from_start`.
+        think_ids: Of the tags as tokens; None: it is none.
+        unfinished: As of :func:`thinks_from_start`.
+    """
+    opens, closes = think_ids
+    answers = unfinished is not None and CLOSE in unfinished
+    if parser == "none" or closes is None or answers:
+        return {}
+    if parser == "deepseek_r1" or (unfinished is not None and OPEN in unfinished):
+        opens = None
+    return {"begin_after": closes, "opened_by": opens}
+
+
 class Splitter:
     """Takes a text piece by piece. How it is cut into pieces makes no difference to what comes out.
 

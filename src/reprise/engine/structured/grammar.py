@@ -26,6 +26,8 @@ class Grammar:
             drawn while it is shorter than ``min_tokens``, unless the grammar leaves no other.
         min_tokens: Of the sequence.
         begin_after: Token behind which the grammar begins; None: at once.
+        opened_by: With it: as the first token it opens what that other one ends, and behind any
+            other first token the grammar has begun. None: it is open.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class Grammar:
         held: frozenset[int],
         min_tokens: float,
         begin_after: int | None = None,
+        opened_by: int | None = None,
     ) -> None:
         import xgrammar
 
-        self._begin_after = begin_after
-        self._begins: int | None = 0 if begin_after is None else None
+        self._begin_after, self._opened_by = begin_after, opened_by
+        open_ = begin_after is not None and opened_by is None
+        self._begins: int | None = None if open_ else 0
         """Tokens before those that the grammar is about; None: it has not begun."""
 
         self._matcher, self._followed = xgrammar.GrammarMatcher(compiled.grammar), 0
@@ -80,10 +84,15 @@ class Grammar:
 
     def _settle(self) -> None:
         """Say where the text stands: it may be anywhere."""
-        begun = self._begins is not None and not self.ended
+        begun = self._begins is not None and not self.ended and not self._may_open
         self.state = self._states[-1] if begun and not self._crowded else None
         short = self.num_tokens < self._min_tokens
         self.places = self._places_while_short if short else self._places_then
+
+    @property
+    def _may_open(self) -> bool:
+        """The next token says whether the grammar has begun."""
+        return self.num_tokens == 0 and self._opened_by is not None
 
     @property
     def _crowded(self) -> bool:
@@ -134,6 +143,8 @@ class Grammar:
         return True
 
     def _accept(self, token: int) -> bool:
+        if self._may_open and token == self._opened_by:
+            self._begins = None
         if self._begins is None:
             self.num_tokens += 1
             if token == self._begin_after:
@@ -199,6 +210,8 @@ class Grammar:
             if self._begin_after is not None and known < self._begins:
                 self._begins = None
         self.num_tokens = known
+        if self._may_open:
+            self._begins = 0
 
     def fill(self, masks: MaskTable, drafts: Sequence[int] = ()) -> list[int]:
         """Which tokens may come next, and which behind each of the drafts. All may where the
@@ -235,6 +248,8 @@ class Grammar:
             return masks.of_all()
         if self._masks is not masks:
             self.keep_in(masks)
+        if self._opened_by is not None and self._may_open:
+            return masks.and_also(self._opened_by, self._fill(masks, None, later=False))
         key = self._key(masks)
         if key is not None:
             place = masks.kept(key, self)

@@ -267,6 +267,12 @@ class MaskTable:
             self._crowded[place] = crowded
         return place
 
+    def and_also(self, token: int, place: int) -> int:
+        """Let one more token come by a mask of this step alone, which is filled, at this place."""
+        words = self._words[place].view(np.uint32)
+        words[token // 32] |= np.uint32(1 << token % 32)
+        return place
+
     def _place(self, key: Key | None) -> int:
         """One to write to, where the mask stays if it may come again."""
         free = None if key is None else self._free()

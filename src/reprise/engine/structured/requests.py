@@ -11,6 +11,7 @@ from reprise.engine.structured.masks import MaskTable
 from reprise.request import Request
 from reprise.runner import StepOutput
 from reprise.step import Masks, Step
+from reprise.structured_outputs import StructuredOutputsParams
 
 PROMPT_TAIL = 4
 """Tokens at its end: behind a thought that a template closes there is white space at most."""
@@ -49,10 +50,8 @@ class Grammars:
         least = math.inf if params.ignore_eos else params.min_tokens
         held = self._eos_token_ids | request.stop_token_ids
         wanted = params.structured_outputs
-        after = None if wanted is None else wanted.begin_after
-        if after in request.prompt_token_ids[-PROMPT_TAIL:]:
-            after = None  # the prompt has an empty thought, which is closed
-        grammar = self._of[request] = Grammar(compiled, held, least, after)
+        begin_after, opened_by = _thought(wanted, request.prompt_token_ids[-PROMPT_TAIL:])
+        grammar = self._of[request] = Grammar(compiled, held, least, begin_after, opened_by)
         grammar.keep_in(self._masks)
         self._latest = (), []
 
@@ -171,3 +170,18 @@ class Grammars:
             places += found
             places += [_NONE] * (1 + drafts - len(found))
         return places
+
+
+def _thought(
+    wanted: StructuredOutputsParams | None, tail: Sequence[int]
+) -> tuple[int | None, int | None]:
+    """``begin_after`` and ``opened_by`` of a text behind a prompt with this end."""
+    if wanted is None:
+        return None, None
+    found = wanted.begin_after, wanted.opened_by
+    for token in tail:
+        if token == wanted.opened_by:
+            found = wanted.begin_after, None  # the prompt has the beginning of a thought
+        elif token == wanted.begin_after:
+            found = None, None  # it has an empty one, which is closed
+    return found
