@@ -17,6 +17,7 @@ import covering
 import on_device
 import pytest
 import seeds
+import warm
 
 if TYPE_CHECKING:
     from helpers import TinyModels
@@ -52,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     config.addinivalue_line("markers", "long: left out unless --long is given")
     config.addinivalue_line("markers", "covering(values): see tests/covering.py")
+    config.addinivalue_line("markers", "cold: its processes start as users' do; see tests/warm.py")
     config.addinivalue_line("markers", "floor: measures what the device can do as users do")
     config.addinivalue_line("markers", "races: on the simulated accelerator it may have races")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -159,6 +161,24 @@ def time_to_verify(pytestconfig: pytest.Config) -> None:
     prove.VERIFY_SECONDS = 120.0
     if pytestconfig.getoption("--device") != "cpu":
         useless.BUSY_SECONDS = 3600.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Followers and replicas do not import for longer than they compute."""
+    if pytestconfig.getoption("--device") != "cpu":
+        yield
+        return
+    with warm.processes():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cold_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test of how processes start has them start."""
+    warm.Popen.cold = request.node.get_closest_marker("cold") is not None
+    yield
+    warm.Popen.cold = False  # before what the next tests share is made
 
 
 @pytest.fixture(autouse=True)

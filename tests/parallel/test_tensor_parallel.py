@@ -125,6 +125,7 @@ EAGER = replace(COVERING, executor="none", drafts=0)
 WORK = [{"prompt_token_ids": [1, 2]}] * 2
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -149,6 +150,7 @@ def test_a_rank_that_goes_wrong_is_named(alone: matrix.Alone, name: str, told: s
             llm.engine.close()
 
 
+@pytest.mark.cold
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "told"),

@@ -184,6 +184,7 @@ def test_a_plain_script(device: str, temporary: Path, tmp_path: Path, number: in
             assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.cold
 def test_what_does_not_start(device: str, temporary: Path, tmp_path: Path) -> None:
     """The cause is the replica's own, by its type."""
     model = tmp_path / "model"
@@ -206,6 +207,7 @@ def test_a_loop_that_ends_ends_its_process(device: str, temporary: Path) -> None
         llm.shutdown()
 
 
+@pytest.mark.cold
 @pytest.mark.long
 def test_a_replica_that_dies_while_it_starts(device: str, temporary: Path) -> None:
     """While torch is imported, weights are loaded, graphs are captured and verified."""

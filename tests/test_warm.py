@@ -1,0 +1,103 @@
+"""A child that is forked from a warm process is what the caller would have started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm
+
+pytestmark = pytest.mark.skipif(not warm.can_be(), reason="the system hands no orphans on")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[None]:
+    with warm.processes():
+        yield
+
+
+@pytest.fixture
+def variables() -> dict[str, str]:
+    """Of an environment in which the program is found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), warm.ROOT])}
+
+
+def told(cold: bool, *options: str, **how: Any) -> tuple[dict[str, Any], bool]:
+    """What the program says, and whether it was forked."""
+    read, write = os.pipe()
+    warm.Popen.cold = cold
+    # As an engine's parent has it: a signal for all processes of a terminal waits.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        program = subprocess.Popen(
+            [sys.executable, *options], pass_fds=[read], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        warm.Popen.cold = False
+        os.close(read)
+        os.close(write)
+    output, errors = program.communicate("what it reads\n", timeout=100)
+    assert (program.returncode, errors) == (7, "")
+    found = json.loads(output)
+    assert found["facts"]["parent"] == os.getpid()
+    return found["facts"], found["warm"]
+
+
+@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize("options", [["-m"], ["-P", "-m"]], ids=" ".join)
+def test_it_is_as_if_it_were_started(
+    variables: dict[str, str], tmp_path: Path, options: list[str], session: bool
+) -> None:
+    how = {"cwd": tmp_path, "env": {**variables, "TMPDIR": "x"}, "start_new_session": session}
+    expected, forked = told(True, *options, "told", "7", **how)
+    assert not forked
+    found, forked = told(False, *options, "told", "7", **how)
+    assert forked
+    assert found == expected
+    assert found["blocked"] == [signal.SIGTERM]
+    assert found["input"] == "what it reads\n"
+    assert found["leads_a_session"] == session
+
+
+def test_its_children_are_forked_too(variables: dict[str, str]) -> None:
+    expected, _ = told(True, "-m", "told", "7", "child", env=variables)
+    found, _ = told(False, "-m", "told", "7", "child", env=variables)
+    assert not expected["child"].pop("warm")
+    assert found["child"].pop("warm")
+    assert expected["child"]["facts"]["parent"] == 0
+    assert found == expected
+
+
+def test_others_are_started(variables: dict[str, str]) -> None:
+    """A variable may make what a program imports other; a program may be another one."""
+    assert not told(False, "-m", "told", "7", env={**variables, "OMP_NUM_THREADS": "3"})[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm, "PROGRAMS", {})
+        assert not told(False, "-m", "told", "7", env=variables)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_its_end_is_told(variables: dict[str, str], number: int) -> None:
+    command = [sys.executable, "-m", "told", "7"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=variables) as program:
+        assert program.poll() is None
+        os.kill(program.pid, signal.SIGSTOP)
+        found = os.waitid(os.P_PID, program.pid, os.WSTOPPED | os.WNOWAIT)
+        assert found is not None
+        os.kill(program.pid, signal.SIGCONT)
+        program.send_signal(number)
+        assert program.wait(60) == -number
+
+
+@pytest.mark.cold
+def test_a_test_that_is_marked_starts_what_it_starts() -> None:
+    assert warm.Popen.cold
