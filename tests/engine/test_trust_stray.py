@@ -137,6 +137,35 @@ def test_a_table_that_an_op_keeps(tiny: TinyModels, device: str, monkeypatch: An
     assert llm.graph_report().canary_failures
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"),
+    [
+        ("_behind", 4, torch.int32),
+        pytest.param("_given", 12, torch.int64, marks=pytest.mark.long),
+        pytest.param("_one_known", 4, torch.int32, marks=pytest.mark.long),
+        pytest.param("_none_accepted", 4, torch.int32, marks=pytest.mark.long),
+    ],
+)
+def test_what_a_draft_models_passes_read(
+    tiny: TinyModels, device: str, monkeypatch: Any, name: str, size: int, dtype: torch.dtype
+) -> None:
+    """They would draft wrong from then on, eagerly too, and nobody would know why."""
+    model = tiny("qwen3")
+    drafts = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3}
+    fault = type("StrayDraft", (Stray,), {"size": size, "dtype": dtype, "name": "stray"})
+    with planted(monkeypatch, fault, "rotary_cache", active=False) as found:
+        llm = make_llm(model, device, **OPTIONS, speculative_config=drafts, graph_mode="full",
+                       graph_verify="canary:1")  # fmt: skip
+    drafter: Any = llm.engine.runner.drafter
+    victim = getattr(drafter.chain, name)
+    before = victim.clone()
+    found[0].aim(victim)
+    found[0].active.fill_(True)
+    serve(llm)
+    assert torch.equal(victim, before)
+    assert llm.graph_report().canary_failures
+
+
 def test_ops_keep_no_tensors_in_their_modules() -> None:
     """What they keep is in ``op_memory``, where verification sees it: sums over memory alone have
     their factors elsewhere, and change if these do."""

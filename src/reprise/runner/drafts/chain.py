@@ -160,6 +160,15 @@ class DraftChain:
     def memory(self) -> Mapping[str, Region]:
         return self._target.memory()
 
+    def arrays(self) -> dict[str, Tensor]:
+        """All device memory of this that steps read, by name."""
+        return {
+            "draft chain's distances": self._behind,
+            "draft chain's given drafts": self._given,
+            "draft chain's known tokens": self._one_known,
+            "draft chain's accepted tokens": self._none_accepted,
+        }
+
     def mend(self, weights: Sequence[str]) -> None:
         self._target.mend(weights)
 

@@ -220,4 +220,4 @@ class ModelDrafter(Drafter):
         self.inputs.forget()
 
     def memory(self) -> dict[str, Tensor]:
-        return {**self.inputs.arrays(), **self.prefill.arrays()}
+        return {**self.inputs.arrays(), **self.prefill.arrays(), **self.chain.arrays()}
