@@ -15,6 +15,7 @@ from torch import Tensor
 from reprise import LLM
 from reprise.errors import WeightsLostError
 from reprise.graphs import repair, step_memory, verify
+from reprise.graphs.guard import Guard
 from reprise.graphs.segments import Segment, SegmentedGraph
 from reprise.platforms import MemoryInfo, Platform
 from reprise.testing import faults
@@ -128,6 +129,43 @@ def test_what_the_search_for_the_op_keeps(
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(
+    ("where", "cached"), [("flags", False), ("changes", True)], ids=["what differs", "in detail"]
+)
+def test_memory_that_is_short_behind_a_replay(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+    where: str, cached: bool,
+) -> None:  # fmt: skip
+    """Nobody knows then what the replay has done, to prefixes that others have left as well."""
+    llm = small_llm(model, device, graph_mode="full")
+    if cached:
+        assert generate(llm, PROMPTS, PARAMS) == expected
+    forward_pass = llm.engine.runner.forward_pass
+    short: list[bool] = []
+
+    def change(count: int) -> None:
+        if count == 3:
+            memory = forward_pass.memory()
+            spoil(each.tensor[1:] for each in memory.values() if each.owner == "cache")
+            spoil(each.tensor for name, each in memory.items() if "SeenTokens" in name)
+            short.append(True)
+
+    method = getattr(Guard, where)
+
+    def lack(self: Guard, *args: Any) -> Any:
+        if short:
+            short.clear()
+            raise torch.OutOfMemoryError("no memory")
+        return method(self, *args)
+
+    monkeypatch.setattr(Guard, where, lack)
+    after_replays(monkeypatch, change)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert not short
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert_idle(llm)
+
+
 def test_what_is_kept_while_no_request_runs(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +189,30 @@ def test_what_is_kept_while_no_request_runs(
     (output,) = llm.generate([{"prompt_token_ids": prompt}], PARAMS, use_tqdm=False)
     assert output.metrics.num_cached_tokens == 0, "cached prefixes are forgotten"
     assert [list(output.outputs[0].token_ids)] == first
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_memory_that_is_short_while_no_request_runs(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    llm = small_llm(model, device, graph_mode="full")
+    prompt = random_ids(93, 60)
+    first = generate(llm, [prompt], PARAMS)
+    runner = llm.engine.runner
+    for each in runner.graphs.bucket_graphs.values():
+        each.info.probes = 1
+    memory = runner.forward_pass.memory()
+    caches = [each.tensor[1:] for each in memory.values() if each.owner == "cache"]
+    after_replays(monkeypatch, lambda count: spoil(caches))
+
+    def lack(self: Guard, before: Any) -> Any:
+        raise error("no memory")
+
+    monkeypatch.setattr(Guard, "flags", lack)
+    assert llm.engine.prove_idle()
+    monkeypatch.undo()
+    assert len(llm.graph_report().quarantined) == 1
+    assert generate(llm, [prompt], PARAMS) == first
 
 
 @pytest.mark.parametrize(

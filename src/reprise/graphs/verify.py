@@ -56,7 +56,8 @@ class Verdict:
     """There was a replay."""
     lost: bool = False
     """The replay has changed what the comparison keeps for itself, or what eager execution was to
-    read behind it: there is nothing to compare with and to go on from."""
+    read behind it, or the comparison failed behind it, for want of memory as it may be: there is
+    nothing to compare with and to go on from."""
     times: Times | None = None
     """None: not measured."""
 
@@ -68,7 +69,7 @@ class Verdict:
     def told(self) -> str:
         """In words; the first of each kind, and how many more."""
         parts = [] if self.error is None else [self.error]
-        if self.lost and not self.changes:
+        if self.lost and not parts and not self.changes:
             parts.append("it changed copies and eager results that it was compared with")
         if self.differences:
             parts.append(str(self.differences[0]) + _more(self.differences))
@@ -125,26 +126,16 @@ def examine(
         twice: Of a replay that comes first what counts is a second one.
     """
     both = _Both(computation, guard, bucket, live, scope)
-    both.run(
-        graph, model, pool, bound, timed_on, sealed=True, cold=cold, twice=twice, keep=keep
-    )  # fmt: skip
-    verdict = both.verdict
-    if verdict.lost:
-        return verdict
-    if verdict.error is not None or both.flag.item():
-        both.tell(bound)
-        guard.put_back(both.before)
-        if keep and both.cold and (wrong := guard.wrong_weights()):
-            # Beyond the scope: eager execution has read them.
-            verdict.changes += [Change(name, "weight") for name in wrong]
-            verdict.lost = True
-            return verdict
-    verdict.times = both.times()
-    if keep:
-        both.keep_eager()
-        if verdict.right:
-            guard.carry(both.before, both.step.written)
-    return verdict
+    try:
+        both.run(
+            graph, model, pool, bound, timed_on, sealed=True, cold=cold, twice=twice, keep=keep
+        )  # fmt: skip
+        return both.conclude(bound, keep=keep)
+    except Exception as error:
+        if not both.has_replayed:
+            raise
+        # What the replay has done to memory of others, nobody can say now.
+        return Verdict(error=f"not compared: {describe(error)}", lost=True)
 
 
 class Later:
@@ -221,6 +212,8 @@ class _Both:
         self.verdict = Verdict()
         self.cold = False
         """The replay came first."""
+        self.has_replayed = False
+        """A replay has begun."""
         self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
         self.expected: Values = {}
         self.got: Values = {}
@@ -319,6 +312,7 @@ class _Both:
         computation, step = self._computation, self.step
         watch = self._watches[1] if self._watches else contextlib.nullcontext()
         seal = Seal(self._kept(kept)) if sealed else None
+        self.has_replayed = True
         try:
             if twice:
                 poison_memory(pool)
@@ -342,7 +336,27 @@ class _Both:
         own = [*self.step.kept(), *self.before.kept()]
         return [*chain(*(each.values() for each in values)), *own]
 
-    def tell(self, bound: float | None) -> None:
+    def conclude(self, bound: float | None, *, keep: bool) -> Verdict:
+        """The verdict, with what differs. See :func:`examine`."""
+        verdict, guard = self.verdict, self._guard
+        if verdict.lost:
+            return verdict
+        if verdict.error is not None or self.flag.item():
+            self._tell(bound)
+            guard.put_back(self.before)
+            if keep and self.cold and (wrong := guard.wrong_weights()):
+                # Beyond the scope: eager execution has read them.
+                verdict.changes += [Change(name, "weight") for name in wrong]
+                verdict.lost = True
+                return verdict
+        verdict.times = self.times()
+        if keep:
+            self._keep_eager()
+            if verdict.right:
+                guard.carry(self.before, self.step.written)
+        return verdict
+
+    def _tell(self, bound: float | None) -> None:
         """What differs, in detail."""
         step = self.step
         if self.verdict.error is None:
@@ -366,7 +380,7 @@ class _Both:
         """Give back the memory of what was compared."""
         self.expected = self.got = self.outputs = self.replayed = {}
 
-    def keep_eager(self) -> None:
+    def _keep_eager(self) -> None:
         """Leave what eager execution left."""
         self.step.put(self.expected)
         for name, output in self.step.outputs.items():
