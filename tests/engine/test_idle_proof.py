@@ -19,6 +19,8 @@ from reprise.cache.memory import pool_tensors
 from reprise.config import EngineConfig
 from reprise.engine.thread import EngineThread
 from reprise.graphs import idle, judge, prove, trust
+from reprise.graphs.segments import SegmentedGraph
+from reprise.graphs.step_memory import StepMemory
 from reprise.testing import faults
 
 
@@ -165,6 +167,42 @@ def test_a_fault_that_begins_after_start_is_found_before_a_request_meets_it(
         assert report.canary_failures > 0
         assert all("probe '" in (each.quarantined or "") for each in report.quarantined)
         assert wrong_tokens(serve(llm), expected) == 0
+
+
+@pytest.mark.usefixtures("busy_start")
+@pytest.mark.parametrize("harm", ["spoils", "raises", "spoils what is kept"])
+def test_what_another_graph_does_that_is_replayed_first(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """It was right at start. What is compared comes behind it, and would find nothing."""
+    llm = make_llm(model, device, **OPTIONS, graph_mode="full", graph_verify="canary:1")
+    prompt = {"prompt_token_ids": random_ids(97, 60)}
+    first = llm.generate([prompt], greedy(9), use_tqdm=False)[0].outputs[0].token_ids
+    memory = llm.engine.runner.forward_pass.memory()
+    caches = [each.tensor[1:] for each in memory.values() if each.owner == "cache"]
+    kept: list[dict[str, torch.Tensor]] = []
+    state = StepMemory.state
+    monkeypatch.setattr(StepMemory, "state", lambda self: kept.append(state(self)) or kept[-1])
+    replay, replayed = SegmentedGraph.replay, []
+
+    def go_wrong(self: SegmentedGraph) -> None:
+        replay(self)
+        replayed.append(self)
+        if len(replayed) == 1:
+            for each in kept[0].values() if harm == "spoils what is kept" else caches:
+                each.add_(1)
+            if harm == "raises":
+                raise RuntimeError("the replay failed")
+
+    monkeypatch.setattr(SegmentedGraph, "replay", go_wrong)
+    graphs = dict(llm.engine.runner.graphs.bucket_graphs)
+    names = {id(each.graph): each.info.name for each in graphs.values()}
+    assert llm.engine.prove_idle()
+    monkeypatch.undo()
+    wrong = names[id(replayed[0])]
+    assert [each.name for each in llm.graph_report().quarantined] == [wrong]
+    (output,) = llm.generate([prompt], greedy(9), use_tqdm=False)
+    assert output.outputs[0].token_ids == first
 
 
 @pytest.mark.usefixtures("busy_start")

@@ -65,13 +65,20 @@ class IdleProof:
         if found is None:
             return False
         bucket, probe = found
+        other = self._prover.other(bucket, bucket.info.probes)
+        before = self._judge.run_first(other, lambda: self._replays.scope(bucket))
+        if other is not None and before.ran and not self._agree(before.right):
+            # It was right at start.
+            replayed = f"replay of probe {other.probes[0].name!r}"
+            self._replays.make_good(other, other.probes[0].live, before, replayed)
+            return True
         # All weights: after start-up nobody else looks at them all.
         verdict = self._judge.compare(
             bucket,
             probe,
             scope=lambda: replace(self._replays.scope(bucket), part=None),
             cold=bucket.info.probes == 0,
-            behind=self._prover.other(bucket, bucket.info.probes),
+            behind=before.ran,
         )
         if not self._agree(verdict.ran):
             self._cannot_run.add(bucket.key)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reprise.distributed import Agreement
 from reprise.errors import describe
+from reprise.graphs.alone import replay_alone
 from reprise.graphs.bounds import Bounds
 from reprise.graphs.capture import BucketGraph, Capturer
 from reprise.graphs.contract import Computation, Probe
@@ -62,7 +63,7 @@ class Judge:
         timed: bool = False,
         scope: Callable[[], Scope] | None = None,
         cold: bool = False,
-        behind: BucketGraph | None = None,
+        behind: bool = False,
     ) -> Verdict:
         """Whether the bucket's graph is right on a probe; the state is as before.
 
@@ -75,7 +76,7 @@ class Judge:
             timed: The runs are timed.
             scope: Of the step in the inputs, the memory to check. None: what lies around it.
             cold: Two replays come first, behind eager execution of another step.
-            behind: One comes first, behind a replay of this graph, if that runs.
+            behind: One comes first, behind whatever ran before.
         """
         assert bucket.graph is not None
         executor = bucket.info.executor
@@ -88,10 +89,8 @@ class Judge:
             if number and not self._agree(verdict.right):
                 break
             if number:
-                cold, behind = False, None
+                cold = behind = False
             reason = self._compute_padding(bucket) if cold else None
-            if behind is not None and not self._run_other(behind):
-                behind = None
             if reason is None:
                 pool, reason = self._fill(bucket, probe)
             if reason is not None:
@@ -101,7 +100,7 @@ class Judge:
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope() if scope else self._scope(bucket, wide=timed), bound=bound, pool=pool,
                     keep=False, timed_on=self._platform if timed else None,
-                    cold=cold or behind is not None, twice=cold,
+                    cold=cold or behind, twice=cold,
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 verdict = Verdict(error=describe(error), ran=False)
@@ -117,9 +116,8 @@ class Judge:
         return verdict
 
     def compare_later(
-        self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool,
-        behind: BucketGraph | None = None,
-    ) -> Later | None:  # fmt: skip
+        self, bucket: BucketGraph, probe: Probe, *, timed: bool, cold: bool, behind: bool
+    ) -> Later | None:
         """Submit a comparison, whose verdict comes when it is asked for.
 
         Args:
@@ -136,8 +134,6 @@ class Judge:
         if self._capturer.model(executor) is not self._computation.model:
             return None
         assert bucket.graph is not None
-        if behind is not None and not self._run_other(behind):
-            behind = None
         pool, reason = self._fill(bucket, probe)
         if reason is not None:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, reason)
@@ -148,7 +144,7 @@ class Judge:
                 self._computation, self._guard, bucket.graph, bucket.shape, probe.live,
                 self._scope(bucket, wide=timed), self._platform,
                 bound=self.bounds.of(executor), pool=pool, timed=timed,
-                cold=cold or behind is not None, twice=cold,
+                cold=cold or behind, twice=cold,
             )  # fmt: skip
         except Exception as error:
             logger.debug("probe %r of %s: %s", probe.name, bucket.info.name, describe(error))
@@ -190,23 +186,35 @@ class Judge:
                 return reason or "padding cannot be computed on another rank"
         return None
 
-    def _run_other(self, bucket: BucketGraph) -> bool:
-        """Replay a graph on its first probe, which leaves the caches as they were. Returns whether
-        it ran, on all ranks: what is wrong with it is no other graph's fault."""
+    def run_first(
+        self, bucket: BucketGraph | None, scope: Callable[[], Scope] | None = None
+    ) -> Verdict:
+        """Replay a graph on its first probe, for what it leaves where several use the same memory.
+        The state is as before, whether it ran, and all ranks say the same of that.
+
+        Args:
+            bucket: The graph's; None: there is none, and it did not run.
+            scope: Of the step in the inputs, the memory that the replay must leave alone. None:
+                nobody has left anything yet, and a comparison has found the graph right.
+        """
+        if bucket is None:
+            return Verdict(ran=False)
+        verdict = Verdict()
         _, reason = self._fill(bucket, bucket.probes[0])
         if reason is not None:
-            return False
+            return Verdict(error=reason, ran=False)
         assert bucket.graph is not None
         try:
-            state = self._computation.state(bucket.shape)
-            rows = state.read()
-            bucket.graph.replay()
-            state.write(rows)
+            verdict = replay_alone(
+                self._computation, self._guard, bucket.graph, bucket.shape,
+                None if scope is None else scope(),
+            )  # fmt: skip
         except Exception as error:
-            reason = describe(error)
-            logger.debug("graph %s ran before no other: %s", bucket.info.name, reason)
-            self._fell_out(bucket, reason)
-        return self._agree(reason is None)
+            verdict = Verdict(error=describe(error), ran=False)
+        if verdict.error is not None:
+            logger.debug("graph %s ran before no other: %s", bucket.info.name, verdict.error)
+            self._fell_out(bucket, verdict.error)
+        return verdict if self._agree(verdict.ran) else Verdict(error=verdict.error, ran=False)
 
     def _fill(self, bucket: BucketGraph, probe: Probe) -> tuple[Sequence[Tensor], str | None]:
         """Write the probe into the inputs: all memory of the graph's pool, and why it cannot be

@@ -131,10 +131,10 @@ class Prover:
         began = time.perf_counter()
         graph = bucket.graph
         first = number == 0
+        behind = self._judge.run_first(self.other(bucket, number)).ran
         later = self._judge.compare_later(
-            bucket, bucket.probes[number], timed=first, cold=first,
-            behind=self.other(bucket, number),
-        )  # fmt: skip
+            bucket, bucket.probes[number], timed=first, cold=first, behind=behind
+        )
         submitted = time.perf_counter() - began
         self._settle()
         # A graph that was replaced meanwhile has to meet all its probes, this one too.
@@ -256,7 +256,7 @@ class Prover:
     def _probe(self, bucket: BucketGraph, number: int, *, timed: bool) -> str | None:
         """Why the bucket's graph is wrong on the probe of that number; None: it is right."""
         began, probe = time.perf_counter(), bucket.probes[number]
-        behind = self.other(bucket, number)
+        behind = self._judge.run_first(self.other(bucket, number)).ran
         verdict = self._judge.compare(bucket, probe, timed=timed, cold=number == 0, behind=behind)
         bucket.info.check_seconds = time.perf_counter() - began
         if not verdict.ran:

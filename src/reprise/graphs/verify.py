@@ -188,9 +188,9 @@ def examine_later(
     both = _Both(computation, guard, bucket, live, scope)
     timer = platform if timed else None
     both.run(graph, computation.model, pool, bound, timer, cold=cold, twice=twice)
+    guard.put_back(both.before)
     if both.verdict.error is not None:
         raise GraphError(both.verdict.error)
-    guard.put_back(both.before)
     both.drop_values()
     return Later(both, platform)
 
