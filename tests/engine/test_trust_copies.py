@@ -191,6 +191,25 @@ def test_what_is_kept_while_no_request_runs(
     assert [list(output.outputs[0].token_ids)] == first
 
 
+def test_a_graph_that_was_found_wrong_is_refused_whatever_follows(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
+    """To look for its op takes memory, too."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none")
+    logits = llm.engine.runner.forward_pass._logits
+
+    def lack(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(repair, "_where", lack)
+    after_replays(monkeypatch, lambda count: logits.neg_() if count == 3 else None)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(llm, PROMPTS, PARAMS)
+    assert len(llm.graph_report().quarantined) == 1
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_memory_that_is_short_while_no_request_runs(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]

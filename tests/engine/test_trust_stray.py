@@ -147,9 +147,12 @@ def test_a_table_that_an_op_keeps(tiny: TinyModels, device: str, monkeypatch: An
     ],
 )
 def test_what_a_draft_models_passes_read(
-    tiny: TinyModels, device: str, monkeypatch: Any, name: str, size: int, dtype: torch.dtype
-) -> None:
+    tiny: TinyModels, device: str, platform: Platform, monkeypatch: Any, name: str, size: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """They would draft wrong from then on, eagerly too, and nobody would know why."""
+    if platform.asynchronous:
+        pytest.skip("graphs of this platform keep addresses, which nobody can aim afterwards")
     model = tiny("qwen3")
     drafts = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3}
     fault = type("StrayDraft", (Stray,), {"size": size, "dtype": dtype, "name": "stray"})

@@ -185,11 +185,16 @@ class Replays:
 
         Raises:
             WeightsLostError: The graph has changed weights that cannot be loaded again.
+            Exception: It cannot be made good; the graph is refused all the same.
         """
         self.failures += 1
-        harm = make_good(
-            self._computation, self._guard, self._judge, bucket, shape, verdict, self._agree
-        )
+        try:
+            harm = make_good(
+                self._computation, self._guard, self._judge, bucket, shape, verdict, self._agree
+            )
+        except Exception:  # whatever is left as it is, nobody replays this graph again
+            self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
+            raise
         # Others may have changed weights that were not looked at.
         earlier = harm.earlier or (harm.weights and not self._policy.checks_everything)
         if self._agreement.size > 1:  # what it did to other ranks' caches, this one cannot tell
