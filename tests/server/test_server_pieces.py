@@ -11,6 +11,7 @@ import pytest
 
 from reprise.server import wire
 from reprise.server.app import create_app
+from reprise.server.arrivals import Arrivals
 from reprise.server.caller import Caller, Callers
 from reprise.server.client import EngineClient
 from reprise.server.generation import DONE, Reply
@@ -56,7 +57,7 @@ def test_an_error_behind_a_text_that_is_held_back_is_told() -> None:
             send=send, transport=Transport(),
             flow=SimpleNamespace(write_paused=False, resume_reading=lambda: None),
         )  # fmt: skip
-        connection = Connection(cycle, Outbox())
+        connection = Connection(cycle, Outbox(), Arrivals())
         caller = Caller(client, Callers(), connection)
         caller.ask([{"name": "a", "prompt": None, "chat": None, "params": {}, "priority": 0,
                      "wants": []}])  # fmt: skip
@@ -88,7 +89,7 @@ def test_where_a_client_has_sent_its_last_byte_a_stream_waits_for_it() -> None:
     flow = SimpleNamespace(write_paused=False)
     for closing in (False, True):
         cycle: Any = SimpleNamespace(transport=Transport(closing), flow=flow)
-        assert Connection(cycle, Outbox()).full is closing
+        assert Connection(cycle, Outbox(), Arrivals()).full is closing
 
 
 @pytest.mark.parametrize("asked", ["GET /v1/models", "GET /v1/responses/a", "POST /v1/completions"])

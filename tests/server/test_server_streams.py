@@ -39,6 +39,9 @@ class Client:
 
     def when_lost(self, call: Any) -> None: ...
 
+    def arrived(self) -> bool:
+        return False
+
     @property
     def full(self) -> bool:
         return not self.room.is_set()

@@ -106,12 +106,14 @@ class Driver(Protocol):
             RepriseError: The driver has ended.
         """
 
-    def between_steps(self, function: Callable[[], None]) -> None:
+    def between_steps(self, function: Callable[[], None], *, more: bool = False) -> None:
         """Run it where requests are computed, if that is in this process: what takes a while beside
         a step's launches, each of which lets other threads go on, makes them many times longer.
 
         Args:
             function: Raises nothing.
+            more: Others are to come in a moment: the next step may wait for them a little, since a
+                request that just misses a step waits for all of it.
 
         Raises:
             RepriseError: The driver has ended.

@@ -34,6 +34,10 @@ IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
 MOST_BETWEEN_SECONDS = 0.01
 """That what others want may keep a step waiting: requests may come faster than they are taken."""
+MOST_GATHERING_SECONDS = 0.02
+"""The same where nothing runs that would wait for it."""
+NEXT_SECONDS = 0.003
+"""That a step waits for another request which is said to come."""
 
 
 class Submission(NamedTuple):
@@ -90,6 +94,9 @@ class EngineThread:
         self._step_at: float | None = None
         """When the next step goes first, whatever else is wanted; None: nothing was done since the
         last one. For the engine's thread alone."""
+        self._next_by: float | None = None
+        """Until then another request is said to come, which the next step is to have; for the
+        engine's thread alone."""
         self._may_prove = True
         """There may be graphs to be proven further; for the engine's thread alone."""
         self._closed: str | None = None
@@ -188,10 +195,17 @@ class EngineThread:
             self._commands.put(Command(function, future))
         return future
 
-    def between_steps(self, function: Callable[[], None]) -> None:
+    def between_steps(self, function: Callable[[], None], *, more: bool = False) -> None:
         """As of :class:`reprise.engine.driver.Driver`."""
+
+        def run() -> None:
+            self._next_by = None
+            function()
+            if more:
+                self._next_by = time.perf_counter() + NEXT_SECONDS
+
         with self._open():
-            self._commands.put(Command(function))
+            self._commands.put(Command(run))
 
     @property
     def frontend(self) -> Frontend:
@@ -310,16 +324,28 @@ class EngineThread:
                 if not engine.must_step:  # nor has anybody come to want it meanwhile
                     seconds = IDLE_AFTER_SECONDS if self._may_prove else None
                     self._step_at = None
-                    return self._begun(self._commands.get(timeout=seconds))
+                    command = self._commands.get(timeout=seconds)
+                    self._step_at = time.perf_counter() + MOST_GATHERING_SECONDS
+                    return command
         self._may_prove |= engine.has_work
-        if self._step_at is not None and time.perf_counter() > self._step_at:
+        now = time.perf_counter()
+        if self._step_at is not None and now > self._step_at:
             raise queue.Empty
-        return self._begun(self._commands.get(block=False))
-
-    def _begun(self, command: Command | None) -> Command | None:
+        command = self._commands.get(timeout=self._wait_seconds(now))
         if self._step_at is None:
             self._step_at = time.perf_counter() + MOST_BETWEEN_SECONDS
         return command
+
+    def _wait_seconds(self, now: float) -> float:
+        """For another request."""
+        if self._next_by is None or self._step_at is None:
+            return 0.0
+        engine = self.engine
+        if engine.lockstep is not None:
+            return 0.0  # other engines may have steps to do
+        if engine.scheduler.num_waiting_tokens >= engine.runner.max_tokens:
+            return 0.0  # the step would not have it
+        return max(0.0, min(self._next_by, self._step_at) - now)
 
     def _tell_accepted(self) -> None:
         """All of a burst at once."""
@@ -354,6 +380,8 @@ class EngineThread:
                 _, aborted = self._preparing.pop(reader, (request_id, False))
         if aborted:
             self._end([request_id])
+        # Those that are being tokenized come, too.
+        self._next_by = time.perf_counter() + NEXT_SECONDS if self._preparing else None
         return group
 
     def _check(self) -> None:
@@ -365,7 +393,7 @@ class EngineThread:
             raise EngineLost(describe(error)) from error
 
     def _step(self) -> None:
-        self._step_at = None
+        self._step_at = self._next_by = None
         self._deliver(self.engine.step())
 
     def _end(self, request_ids: Sequence[str]) -> None:

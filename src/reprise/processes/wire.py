@@ -40,6 +40,8 @@ class Generate(NamedTuple):
     ordinal: int | None = None
     """Of all requests of a program, which of them draw without a seed of their own; None: the
     engine counts."""
+    more: bool = False
+    """From HTTP processes: others are to come behind it in a moment."""
 
 
 class Leave(NamedTuple):

@@ -175,7 +175,7 @@ class Replicas:
             prepare()
         return accepted
 
-    def between_steps(self, function: Callable[[], None]) -> None:
+    def between_steps(self, function: Callable[[], None], *, more: bool = False) -> None:
         """As of :class:`reprise.engine.Driver`; there are no steps in this process."""
         function()
 

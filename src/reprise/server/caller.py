@@ -64,8 +64,10 @@ class Caller:
         Raises:
             EngineRefusal: There is no engine.
         """
-        for each in requests:
-            self.streams.append(self._client.generate(self.bell, **each))
+        others, last = self._connection.arrived(), len(requests) - 1
+        for number, each in enumerate(requests):
+            more = others or number < last
+            self.streams.append(self._client.generate(self.bell, **each, more=more))
         if self._gone:
             self._lost()
 

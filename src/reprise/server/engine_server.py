@@ -95,7 +95,7 @@ class EngineServer(EngineService):
         for each, reader in quick:
             try:
                 self.driver.between_steps(
-                    functools.partial(self._submit, each, reader, prepare=True)
+                    functools.partial(self._submit, each, reader, prepare=True), more=each.more
                 )
             except RepriseError as error:
                 self.refuse(channel, each.number, error)

@@ -10,6 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from reprise.server.arrivals import READ_SECONDS, SOON_SECONDS, Arrivals
 from reprise.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,17 @@ class Connection:
     Args:
         cycle: uvicorn's, of the request.
         outbox: Of the process.
+        arrivals: Of the process.
     """
 
-    __slots__ = ("_cycle", "_flow", "_lost", "_outbox", "_transport", "_when_lost")
+    __slots__ = (
+        "_arrivals", "_cycle", "_flow", "_lost", "_outbox", "_transport", "_when_lost",
+    )  # fmt: skip
 
-    def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
+    def __init__(self, cycle: RequestResponseCycle, outbox: Outbox, arrivals: Arrivals) -> None:
         self._cycle = cycle
         self._outbox = outbox
+        self._arrivals = arrivals
         self._transport = cycle.transport
         self._flow = cycle.flow
         self._lost = False
@@ -74,6 +79,11 @@ class Connection:
     def answered(self) -> bool:
         """The reply is complete."""
         return bool(self._cycle.response_complete)
+
+    def arrived(self) -> bool:
+        """The request is about to be asked. Whether others come behind it in a moment."""
+        self._arrivals.end(self._transport)
+        return self._arrivals.any()
 
     def when_lost(self, call: Callable[[], None] | None) -> None:
         """Call it when the client is gone, at once if it is; None: nothing any more. The body was
@@ -161,6 +171,7 @@ class Protocol(HttpToolsProtocol):
     """From the connection, or from the first byte of a later request, to the end of its head."""
     most_head_bytes: int
     outbox: Outbox
+    arrivals: Arrivals
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -171,10 +182,12 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.arrivals.expect(transport, SOON_SECONDS)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
+        self.arrivals.end(self.transport)
         super().connection_lost(exc)
         lost, self._requests = self._requests, []
         for each in lost:
@@ -189,6 +202,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.arrivals.expect(self.transport, SOON_SECONDS)
         self._head_bytes = 0
         if self._waiting is None:
             self._wait()
@@ -207,10 +221,21 @@ class Protocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # it is no upgrade
-            connection = Connection(self.cycle, self.outbox)
+            connection = Connection(self.cycle, self.outbox, self.arrivals)
             self._requests = [each for each in self._requests if not each.answered]
             self._requests.append(connection)
             self.scope["state"][CONNECTION] = connection
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self.scope["method"] == "POST" and not self.pipeline:
+            self.arrivals.expect(self.transport, READ_SECONDS)
+        else:
+            self.arrivals.end(self.transport)
+
+    def on_response_complete(self) -> None:
+        self.arrivals.end(self.transport)
+        super().on_response_complete()
 
     def _wait(self) -> None:
         self._waiting = self.loop.call_later(self.head_seconds, self._late)
@@ -248,5 +273,8 @@ class Protocol(HttpToolsProtocol):
 
 def protocol(head_seconds: float, most_head_bytes: int) -> type[Protocol]:
     """The class for uvicorn, which makes its objects itself."""
-    own = {"head_seconds": head_seconds, "most_head_bytes": most_head_bytes, "outbox": Outbox()}
+    own = {
+        "head_seconds": head_seconds, "most_head_bytes": most_head_bytes,
+        "outbox": Outbox(), "arrivals": Arrivals(),
+    }  # fmt: skip
     return type("Protocol", (Protocol,), own)

@@ -40,7 +40,7 @@ __all__ = [
     "frame",
 ]
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 _CLASSES: tuple[type[Any], ...] = (
     Generate, Leave, Call, Hello, Accepted, Refused, Reply, Deltas,

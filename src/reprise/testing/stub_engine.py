@@ -3,8 +3,9 @@ reprise.testing.stub_engine FD``.
 
 A prompt says what comes: JSON with ``pieces`` (texts, one a step; default: one letter for each
 token) or ``repeat`` (a text, how often it is in a piece, number of pieces), ``seconds`` of a step,
-``fail`` (raise behind so many tokens), ``wait`` (never begin) and ``until`` (go on behind the first
-piece when this file is there). Other prompts get as many letters as ``max_tokens`` says.
+``fail`` (raise behind so many tokens), ``wait`` (never begin), ``until`` (go on behind the first
+piece when this file is there) and ``more`` (say whether others were said to come). Other prompts
+get as many letters as ``max_tokens`` says.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class _Request:
         limit = min(asked.params.get("max_tokens") or TOKENS, MOST_TOKENS)
         text, length, count = orders.get("repeat") or ["x", 1, limit]
         self.pieces: list[str] = orders.get("pieces") or [text * length] * count
+        if "more" in orders:
+            self.pieces = [str(asked.more)]
         self.seconds = float(orders.get("seconds", STEP_SECONDS))
         self.fail = orders.get("fail")
         self.waits = bool(orders.get("wait"))
