@@ -102,7 +102,7 @@ def test_several_prompts_of_one_request_come_together(stub: Server) -> None:
 def test_who_asks_nothing_of_the_engine_is_not_waited_for(stub: Server) -> None:
     """A request that is refused, one of another kind, one behind another of its connection, and a
     connection that is kept for later."""
-    with connections(stub, 3) as (one, two, unused):
+    with connections(stub, 4) as (one, two, three, unused):
         time.sleep(0.1)
         two.sendall(ask({"prompt": 5}))
         assert answer(two) == ["error"]
@@ -112,6 +112,12 @@ def test_who_asks_nothing_of_the_engine_is_not_waited_for(stub: Server) -> None:
         assert answer(two) == ["error"]
         one.sendall(ask() + ask())
         assert answer(one, 2) == ["False", "False"]
+        three.sendall(ask({"prompt": json.dumps({"wait": True})}))
+        time.sleep(0.1)
+        three.sendall(ask())
+        time.sleep(0.01)
+        two.sendall(ask())
+        assert answer(two) == ["False"]
         two.sendall(ask()[:-5])  # it never comes to its end
         time.sleep(0.1)
         one.sendall(ask())
