@@ -155,7 +155,8 @@ def waiting(
 def test_a_step_waits_for_a_request_that_is_said_to_come(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with waiting(device, monkeypatch, LONG, LONG) as (driver, ours, messages, steps):
+    """And behind the last one that is, since others may be on their way."""
+    with waiting(device, monkeypatch, 1.0, LONG) as (driver, ours, messages, steps):
         added, add = threading.Event(), driver.engine.add
 
         def noted(*arguments: Any) -> Any:
@@ -170,14 +171,16 @@ def test_a_step_waits_for_a_request_that_is_said_to_come(
         time.sleep(0.1)
         assert not steps
         ours.sendall(wire.frame(ASKED._replace(number=2, more=False)))
+        time.sleep(0.1)
+        ours.sendall(wire.frame(ASKED._replace(number=3, more=False)))
         assert stream(messages)[-1][3] == "length"
-        assert steps[0] == 2
+        assert steps[0] == 3
 
 
 def test_a_step_waits_for_texts_that_are_being_tokenized(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with waiting(device, monkeypatch, LONG, LONG) as (driver, ours, messages, steps):
+    with waiting(device, monkeypatch, 1.0, LONG) as (driver, ours, messages, steps):
         encode, frontend = driver.engine.prepare, driver.engine
 
         def slowly(prompt: Any) -> Any:
@@ -201,10 +204,16 @@ def test_a_request_that_does_not_come_is_not_waited_for_long(
         assert steps[0] == 1
 
 
-def test_who_runs_waits_for_a_burst_no_longer_than_for_all_else(
+def test_a_single_request_is_not_waited_behind(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(thread, "MOST_BETWEEN_SECONDS", 0.05)
+    with waiting(device, monkeypatch, LONG, LONG) as (_, ours, messages, steps):
+        ours.sendall(wire.frame(ASKED._replace(more=False)))
+        assert stream(messages)[-1][3] == "length"
+        assert steps[0] == 1
+
+
+def test_who_runs_does_not_wait_for_a_burst(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with waiting(device, monkeypatch, LONG, LONG) as (_, ours, messages, steps):
         many = {**PARAMS, "max_tokens": 1000}
         ours.sendall(wire.frame(ASKED._replace(params=many, more=False)))

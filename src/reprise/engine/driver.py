@@ -112,8 +112,8 @@ class Driver(Protocol):
 
         Args:
             function: Raises nothing.
-            more: Others are to come in a moment: the next step may wait for them a little, since a
-                request that just misses a step waits for all of it.
+            more: Others are to come in a moment: where nothing runs, the next step may wait for
+                them a little, since a request that just misses a step waits for all of it.
 
         Raises:
             RepriseError: The driver has ended.

@@ -34,10 +34,10 @@ IDLE_AFTER_SECONDS = 0.05
 """Without a request, until graphs are proven further: those of a conversation come in turns."""
 MOST_BETWEEN_SECONDS = 0.01
 """That what others want may keep a step waiting: requests may come faster than they are taken."""
-MOST_GATHERING_SECONDS = 0.02
-"""The same where nothing runs that would wait for it."""
+MOST_GATHERING_SECONDS = 0.04
+"""The same where nothing runs, and requests come that are said to be some of many."""
 NEXT_SECONDS = 0.003
-"""That a step waits for another request which is said to come."""
+"""That the next of these is waited for."""
 
 
 class Submission(NamedTuple):
@@ -94,8 +94,11 @@ class EngineThread:
         self._step_at: float | None = None
         """When the next step goes first, whatever else is wanted; None: nothing was done since the
         last one. For the engine's thread alone."""
+        self._gather_until: float | None = None
+        """When the next step goes first, if it is the first one of requests that come together;
+        None: something runs. For the engine's thread alone."""
         self._next_by: float | None = None
-        """Until then another request is said to come, which the next step is to have; for the
+        """Until then such a step waits for another request; None: a single one has come. For the
         engine's thread alone."""
         self._may_prove = True
         """There may be graphs to be proven further; for the engine's thread alone."""
@@ -199,10 +202,8 @@ class EngineThread:
         """As of :class:`reprise.engine.driver.Driver`."""
 
         def run() -> None:
-            self._next_by = None
             function()
-            if more:
-                self._next_by = time.perf_counter() + NEXT_SECONDS
+            self._gather(more)
 
         with self._open():
             self._commands.put(Command(run))
@@ -323,29 +324,36 @@ class EngineThread:
             with engine.resting():
                 if not engine.must_step:  # nor has anybody come to want it meanwhile
                     seconds = IDLE_AFTER_SECONDS if self._may_prove else None
-                    self._step_at = None
-                    command = self._commands.get(timeout=seconds)
-                    self._step_at = time.perf_counter() + MOST_GATHERING_SECONDS
+                    self._step_at = self._gather_until = self._next_by = None
+                    command = self._begun(self._commands.get(timeout=seconds))
+                    if engine.lockstep is None:  # others may have steps to do
+                        self._gather_until = time.perf_counter() + MOST_GATHERING_SECONDS
                     return command
         self._may_prove |= engine.has_work
-        now = time.perf_counter()
-        if self._step_at is not None and now > self._step_at:
+        wait = self._gathering_seconds()
+        if not wait and self._step_at is not None and time.perf_counter() > self._step_at:
             raise queue.Empty
-        command = self._commands.get(timeout=self._wait_seconds(now))
+        return self._begun(self._commands.get(timeout=wait))
+
+    def _begun(self, command: Command | None) -> Command | None:
         if self._step_at is None:
             self._step_at = time.perf_counter() + MOST_BETWEEN_SECONDS
         return command
 
-    def _wait_seconds(self, now: float) -> float:
-        """For another request."""
-        if self._next_by is None or self._step_at is None:
+    def _gather(self, more: bool) -> None:
+        """A request has come; ``more``: it is said to be one of several. Of these none is known to
+        be the last one: clients that an HTTP process has not seen yet are not told of."""
+        if self._gather_until is not None and (more or self._next_by is not None):
+            self._next_by = time.perf_counter() + NEXT_SECONDS
+
+    def _gathering_seconds(self) -> float:
+        """To wait for another request."""
+        if self._gather_until is None or self._next_by is None:
             return 0.0
         engine = self.engine
-        if engine.lockstep is not None:
-            return 0.0  # other engines may have steps to do
         if engine.scheduler.num_waiting_tokens >= engine.runner.max_tokens:
             return 0.0  # the step would not have it
-        return max(0.0, min(self._next_by, self._step_at) - now)
+        return max(0.0, min(self._next_by, self._gather_until) - time.perf_counter())
 
     def _tell_accepted(self) -> None:
         """All of a burst at once."""
@@ -380,8 +388,7 @@ class EngineThread:
                 _, aborted = self._preparing.pop(reader, (request_id, False))
         if aborted:
             self._end([request_id])
-        # Those that are being tokenized come, too.
-        self._next_by = time.perf_counter() + NEXT_SECONDS if self._preparing else None
+        self._gather(bool(self._preparing))  # those that are being tokenized come, too
         return group
 
     def _check(self) -> None:
@@ -393,7 +400,7 @@ class EngineThread:
             raise EngineLost(describe(error)) from error
 
     def _step(self) -> None:
-        self._step_at = self._next_by = None
+        self._step_at = self._gather_until = None
         self._deliver(self.engine.step())
 
     def _end(self, request_ids: Sequence[str]) -> None:
