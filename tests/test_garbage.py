@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -159,3 +161,26 @@ def test_an_engine_takes_no_memory_before_that_of_forgotten_ones_is_back(
     monkeypatch.setattr(start, "ModelRunner", runner)
     with uncollected(), pytest.raises(ModelError, match="gone"):
         make_llm(tiny("qwen3"), device)
+
+
+SERVES = """
+import gc, os, socket
+from reprise.engine.process import serve
+from reprise.processes.control import Control
+
+class Service:
+    def run(self):
+        os.write(1, f"{gc.get_freeze_count()} {gc.get_threshold()[0]}".encode())
+
+ours, theirs = socket.socketpair()
+serve(Control(ours), Service)
+"""
+
+
+def test_an_engine_s_process_never_looks_through_its_start_again() -> None:
+    """That takes a tenth of a second, at any time."""
+    run = [sys.executable, "-c", SERVES]
+    told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    frozen, young = map(int, told.split())
+    assert frozen > 100_000  # torch's alone are more
+    assert young == garbage.YOUNG_OBJECTS

@@ -13,6 +13,7 @@ from typing import Any
 
 from reprise.engine.service import EngineService
 from reprise.errors import RepriseError, describe
+from reprise.garbage import settle
 from reprise.processes.child import leave_signals_to_parent
 from reprise.processes.control import Control
 
@@ -79,6 +80,7 @@ def serve(
         logger.exception("the engine could not start")
         control.send_text(Control.FAILED, json.dumps(["RepriseError", describe(error)]))
         os._exit(1)
+    settle()
     with lock:
         serving.append(service)
         for word, descriptor in waiting:

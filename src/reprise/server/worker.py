@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
 
+from reprise.garbage import settle
 from reprise.processes.child import leave_signals_to_parent
 from reprise.processes.control import Control
 from reprise.server.app import create_app
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 LAST_WORDS_SECONDS = 2
 """For replies that are written already to reach slow clients."""
 SWEEP_SECONDS = 1.0
-YOUNG_OBJECTS = 20_000
-"""New objects that are looked through for garbage at once."""
 
 
 class _Server(uvicorn.Server):
@@ -161,10 +159,7 @@ def main() -> None:
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     start = json.loads(control.receive_text())
     disable_created_metrics()
-    # What was imported stays, and need not be looked through for garbage time and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
+    settle()
     options = ServerOptions.from_json(start["options"])
     configure(start["log_level"], options.log_format, "http")
     uvloop.run(serve(start, options, control))
