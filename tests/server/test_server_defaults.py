@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import pytest
+
+from reprise.sampling_params import SamplingParams
+from reprise.server import fields
 from reprise.server.client import EngineClient
+from reprise.server.errors import ApiError
 from reprise.server.fields import ChatRequest, CompletionRequest, sampling
 from reprise.server.logprobs import fewer
 from reprise.server.options import ServerOptions
@@ -47,3 +52,28 @@ def test_fewer_of_the_likeliest() -> None:
     assert fewer([position], 1) == [[chosen, first]]
     assert fewer([position], 2) == [[chosen, first, second]]
     assert fewer([[first, second]], 1) == [[first]]
+
+
+def test_equal_parameters_are_checked_once_and_invalid_ones_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def noted(**given: Any) -> SamplingParams:
+        made.append(given)
+        return SamplingParams(**given)
+
+    monkeypatch.setattr(fields, "SamplingParams", noted)
+    monkeypatch.setattr(fields, "_checked", None)
+    right = CompletionRequest(prompt="x", temperature=0.5)
+    for _ in range(3):
+        assert sampling(right, {}) == {"temperature": 0.5}
+    assert len(made) == 1
+    for _ in range(2):
+        with pytest.raises(ApiError):
+            sampling(CompletionRequest(prompt="x", min_tokens=5, max_tokens=2), {})
+    assert len(made) == 3
+    for choice in ("a", "b"):
+        asked = CompletionRequest(prompt="x", structured_outputs={"choice": [choice]})
+        sampling(asked, {})
+    assert len(made) == 5

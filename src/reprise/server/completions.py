@@ -252,7 +252,9 @@ class Completion(Reply):
 
 
 def _prompts(given: Any) -> list[Any]:
-    prompts = [given] if isinstance(given, str) or (given and _are_ids(given)) else given
+    if given and _are_ids(given):
+        return [given]
+    prompts = [given] if isinstance(given, str) else given
     if not isinstance(prompts, list) or not all(
         isinstance(each, str) or _are_ids(each) for each in prompts
     ):

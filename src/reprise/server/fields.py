@@ -7,6 +7,7 @@ business of :class:`reprise.SamplingParams`.
 from __future__ import annotations
 
 import functools
+import marshal
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -267,6 +268,26 @@ def _sampling_names(kind: type[BaseModel]) -> frozenset[str]:
     return _NAMES & kind.model_fields.keys()
 
 
+MOST_KEPT = 1 << 12
+"""Bytes of parameters that are kept."""
+_checked: bytes | None = None
+"""Parameters that were found valid last: those of a burst are mostly equal, and to check them takes
+as long as to read the whole request."""
+
+
+def _check(fields: dict[str, Any]) -> None:
+    global _checked
+    # Bytes tell 1 from True, which is refused; version 2 has nothing of an object's history.
+    same = marshal.dumps(fields, 2)
+    if same == _checked:
+        return
+    try:
+        SamplingParams(**fields)
+    except RequestError as error:
+        raise invalid(error) from None
+    _checked = same if len(same) <= MOST_KEPT else None
+
+
 def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Fields of :class:`reprise.SamplingParams` by name, checked.
 
@@ -305,10 +326,7 @@ def sampling(request: Generation, defaults: Mapping[str, Any], **changes: Any) -
         fields["logit_bias"] = {int(token): each for token, each in bias.items()}
     if request.thinking_token_budget is not None:
         fields["thinking_token_budget"] = request.thinking_token_budget
-    try:
-        SamplingParams(**fields)
-    except RequestError as error:
-        raise invalid(error) from None
+    _check(fields)
     fields.pop("thinking_token_budget", None)
     if bias is not None:
         fields["logit_bias"] = bias
