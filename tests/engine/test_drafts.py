@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from drafting import check_counters, metrics
 from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from matrix import ahead_of_its_tokens
 from planted import planted
 
 from reprise import LLM, SamplingParams
 from reprise.errors import ConfigError
 from reprise.graphs import prove
 from reprise.runner import model_runner
+from reprise.shape import StepShape
 from reprise.speculation import parse_speculation
 from reprise.testing.faults import FAULTS
 from reprise.testing.faults.planted import PlantedFault
@@ -253,6 +255,52 @@ def test_room_for_drafts_is_asked_for(model: TinyModel, device: str) -> None:
     with pytest.raises(ConfigError, match="max_num_seqs=8 times 4 tokens"):
         drafting(model, device, 3, max_num_batched_tokens=31)
     drafting(model, device, 3, max_num_batched_tokens=32)
+
+
+@pytest.mark.parametrize("prompts", [2, 3], ids=["decodes", "beside chunks"])
+def test_a_request_that_has_come_to_its_end_proves_nothing(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, prompts: int
+) -> None:
+    """Where the host runs ahead it is in the step all the same, with length 0. What was proven then
+    was that it begins, with a short context, and graphs were trusted with that."""
+    monkeypatch.setattr(prove, "VERIFY_SECONDS", 0.0)
+    monkeypatch.setattr(prove, "VERIFY_SHARE", 0.0)
+    llm = ahead_of_its_tokens(
+        model, device, max_num_seqs=2, max_num_batched_tokens=24, graph_mode="full",
+        graph_buckets="decode=1,2;mixed=24", graph_verify="canary:1",
+        speculative_config={
+            "method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3,
+        },
+    )  # fmt: skip
+    graphs = llm.engine.runner.graphs
+    seq_lens = llm.engine.runner.buffers.seq_lens.device
+    names: list[str] = []
+    ended = []
+    prove_live = graphs.ledger.prove
+
+    def noted(graph: Any, kind: Any, source: Any) -> None:
+        facts = graphs.ledger.facts
+        names.extend(facts.name(each) for each in facts.pairs(kind))
+        prove_live(graph, kind, source)
+
+    run = graphs.run
+
+    def running(shape: StepShape, *rest: Any) -> Any:
+        ended.append(shape.num_requests and not seq_lens[: shape.num_requests].all())
+        return run(shape, *rest)
+
+    monkeypatch.setattr(graphs.ledger, "prove", noted)
+    monkeypatch.setattr(graphs, "run", running)
+    texts = [[7] * 40, random_ids(70, 20), random_ids(71, 60)][:prompts]
+    for number, prompt in enumerate(texts):
+        llm.engine.add(f"{number}", {"prompt_token_ids": prompt}, greedy(9 + 9 * number))
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert any(ended)
+    assert "decodes: alone and context: to 64" in names
+    assert "decodes: alone and context: to 16" not in names
+    assert "decodes: alone and begins: at the first token" not in names
+    assert "requests: several and context: to 16" not in names
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

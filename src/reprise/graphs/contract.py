@@ -135,9 +135,16 @@ class Computation(Protocol):
     def facts(self) -> Facts:
         """The terms in which kinds of steps are told."""
 
-    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind | None:
         """What is true of the step that the static inputs hold now; where that is not known without
-        reading device memory, all that may be true. ``exact``: read it."""
+        reading device memory, all that may be true.
+
+        Args:
+            live: The step's shape.
+            bucket: What it is padded to.
+            exact: Read it. None then, if a request has come to its end and computes nothing: of
+                such a step nothing is proven.
+        """
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
         """Probes of a bucket, the most telling first: that one has the longest context.

@@ -158,7 +158,8 @@ class Replays:
             self._unseen[bucket.key] = 0
             if unproven is not None:
                 met = computation.kind(shape, bucket.shape, exact=True)
-                self._ledger.prove(bucket.key, met, "live")
+                if met is not None:
+                    self._ledger.prove(bucket.key, met, "live")
             return Ran(bucket.key, proven=True, first=unproven is not None)
         if self.make_good(bucket, shape, verdict, "canary"):
             raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")

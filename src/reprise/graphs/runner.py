@@ -196,6 +196,7 @@ class GraphRunner:
         unproven = None
         if policy.checks_kinds:
             kind = computation.kind(shape, bucket.shape)
+            assert kind is not None
             if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
         meets = unproven is not None

@@ -183,7 +183,7 @@ class ForwardPass:
         for name, each in self._tables.items():
             self._weights[name].copy_(each)
 
-    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind | None:
         return self._buffers.kind(bucket, exact=exact)
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:

@@ -196,16 +196,17 @@ class StepInputs:
 
     # ---- what others read ----------------------------------------------------------------
 
-    def kind(self, bucket: StepShape, *, exact: bool = False) -> Kind:
+    def kind(self, bucket: StepShape, *, exact: bool = False) -> Kind | None:
         """The kind of the step that was filled last, padded to ``bucket``; ``exact``: as the device
-        knows it, which is waited for where the host does not."""
+        knows it, which is waited for where the host does not. None: a request of it is at its end,
+        of which the host does not know yet, and has length 0, as padding has."""
         if not exact or not self.rows.num_drafts:
             return self.known.kind(bucket)
         requests = self.known.num_requests
         lengths, accepted = (
             each.device[:requests].cpu().numpy() for each in (self.seq_lens, self._accepted)
         )
-        return self.known.kind(bucket, (lengths, accepted))
+        return self.known.kind(bucket, (lengths, accepted)) if lengths.all() else None
 
     def use_cache(self, layout: CacheLayout) -> None:
         """The pools have these sizes from now on."""

@@ -172,7 +172,7 @@ class DraftChain:
     def mend(self, weights: Sequence[str]) -> None:
         self._target.mend(weights)
 
-    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind | None:
         return self._inputs.kind(bucket, exact=exact)
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:

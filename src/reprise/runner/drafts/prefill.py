@@ -89,7 +89,7 @@ class DraftPrefill:
     def mend(self, weights: Sequence[str]) -> None:
         self._target.mend(weights)
 
-    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind:
+    def kind(self, live: StepShape, bucket: StepShape, exact: bool = False) -> Kind | None:
         return self._target.kind(live, bucket, exact)
 
     def probes(self, bucket: StepShape, anchor: bool) -> Sequence[Probe]:
