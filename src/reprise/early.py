@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
+import mmap
+import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from reprise import compiling, platforms
+
+WHOLE = 16 << 20
+"""Bytes from which a file is read in one piece."""
+_fingerprinting = threading.Lock()
 
 
 def begin(options: Mapping[str, Any]) -> None:
@@ -19,14 +27,50 @@ def begin(options: Mapping[str, Any]) -> None:
     """
     device = options.get("device", "auto")
     compiling.begin(device, options.get("dtype", "auto"))
-    platforms.wake(device, then=fingerprint_compiler)
+    platforms.wake(device, beside=fingerprint_compiler)
 
 
 def fingerprint_compiler() -> None:
-    """Have Triton read all of itself, which its kernel cache asks for: 400 MB."""
+    """Have Triton read all of itself, which its kernel cache asks for: 400 MB.
+
+    Threads that come at once wait for the first. Triton asks for a megabyte at a time, and between
+    two of them a thread waits for its turn with the interpreter, which an import beside keeps for
+    milliseconds: so the largest file is there in one piece.
+    """
     # Where it is missing or does not import, its kernels are left out by name.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _fingerprinting:
         cache = importlib.import_module("triton.runtime.cache")
         fingerprint = getattr(cache, "triton_key", None)
-        if fingerprint is not None:  # where it is not called so, the first kernel pays
+        if fingerprint is None:  # where it is not called so, the first kernel pays
+            return
+        with contextlib.ExitStack() as stack:
+            if not hasattr(cache, "open"):
+                vars(cache)["open"] = _opened
+                stack.callback(vars(cache).pop, "open")
             fingerprint()
+
+
+def _opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+    """As Python's own ``open``, but that large files are read in one piece."""
+    file = builtins.open(path, mode, *args, **kwargs)
+    if mode == "rb" and os.fstat(file.fileno()).st_size >= WHOLE:
+        return _Whole(file)
+    return file
+
+
+class _Whole:
+    """A file whose first piece is all of it, however little is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._left: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, size: int = -1) -> Any:
+        found, self._left = self._left, b""
+        return found
+
+    def __enter__(self) -> _Whole:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()

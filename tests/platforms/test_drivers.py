@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from queue import SimpleQueue
 
 import pytest
@@ -51,37 +52,36 @@ def test_a_command_begins_what_needs_no_torch_before_it_is_imported() -> None:
 def test_drivers_of_devices_that_may_be_meant_are_woken(monkeypatch, device, woken) -> None:
     calls: SimpleQueue[tuple[str, int]] = SimpleQueue()
 
-    def start(name: str):
-        def begin(index: int) -> bool:
-            calls.put((name, index))
-            return True
+    def driver(name: str):
+        return lambda index: lambda: calls.put((name, index))
 
-        return begin
-
-    monkeypatch.setattr(drivers, "_STARTS", {each: start(each) for each in ("one", "other")})
+    monkeypatch.setattr(drivers, "_DRIVERS", {each: driver(each) for each in ("one", "other")})
     drivers.wake(device)
     assert {calls.get(timeout=60) for _ in woken} == woken
     assert calls.empty()
 
 
-def test_what_a_device_alone_needs_is_done_where_there_is_one(monkeypatch) -> None:
+def test_what_a_device_alone_needs_is_done_where_its_driver_is(monkeypatch) -> None:
     done: SimpleQueue[str] = SimpleQueue()
 
-    def absent(index: int) -> bool:
+    def absent(index: int) -> None:
         done.put("absent")
-        return False
 
-    monkeypatch.setattr(drivers, "_STARTS", {"x": absent})
-    drivers.wake(then=lambda: done.put("then"))
-    monkeypatch.setattr(drivers, "_STARTS", {"x": lambda index: True})
-    drivers.wake(then=lambda: done.put("then"))
-    assert sorted(done.get(timeout=60) for _ in range(2)) == ["absent", "then"]
+    monkeypatch.setattr(drivers, "_DRIVERS", {"x": absent})
+    drivers.wake(beside=lambda: done.put("beside"))
+    monkeypatch.setattr(drivers, "_DRIVERS", {"x": lambda index: lambda: None})
+    drivers.wake(beside=lambda: done.put("beside"))
+    assert sorted(done.get(timeout=60) for _ in range(2)) == ["absent", "beside"]
     assert done.empty()
 
 
-def test_a_machine_without_the_driver_starts_as_others(monkeypatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(drivers.ctypes, "CDLL", missing)
-    assert drivers._wake_cuda(0) is False
+def test_it_is_done_while_the_driver_starts(monkeypatch) -> None:
+    """Neither waits for the other: a driver takes as long as the compiler's fingerprint."""
+    begun: SimpleQueue[str] = SimpleQueue()
+    may_end = threading.Event()
+    monkeypatch.setattr(drivers, "_DRIVERS", {"x": lambda index: lambda: may_end.wait(60)})
+    drivers.wake(beside=lambda: begun.put("beside"))
+    try:
+        assert begun.get(timeout=30) == "beside"
+    finally:
+        may_end.set()

@@ -78,13 +78,14 @@ def open_model(
     with contextlib.nullcontext() if leader is None else leader.starting():
         # A device starts in its driver, kernels are loaded by Python: neither waits for the other.
         loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
+        # Engines that nothing refers to any more give their memory back before this one takes its
+        # own. Where there was none a look through all objects only takes the interpreter's time.
+        earlier = platform.counts_memory and platform.memory_reserved() > 0
         with timeline.span("config"), platform.warming_up(beside=loading, then=waking):
             checkpoint = checkpoint_of(config)
             require_method(config.quantization, checkpoint.config)
             tokenizer = load_tokenizer(config, checkpoint)
-            # Engines that nothing refers to any more give their memory back before this one takes
-            # its own. The device wakes meanwhile: a look through all objects takes as long.
-            if platform.counts_memory:
+            if earlier:  # the device wakes meanwhile
                 gc.collect()
         if leader is not None:
             ranks = leader.start(config, checkpoint)
