@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,24 @@ def begin(options: Mapping[str, Any]) -> None:
     """
     device = options.get("device", "auto")
     compiling.begin(device, options.get("dtype", "auto"))
-    platforms.wake(device, beside=fingerprint_compiler)
+    platforms.wake(device, beside=prepare_compiler)
+
+
+def prepare_compiler() -> None:
+    """Have Triton find out what each process finds out once, of itself and of the system: it starts
+    other programs to ask for the processor's architecture and for the driver's library."""
+    fingerprint_compiler()
+    # Where it is not called so, or nothing answers, the first kernel pays.
+    backends = [name for name in sys.modules if name.startswith("triton.backends.")]
+    asked = [
+        ("triton.runtime.build", "platform_key"),
+        *((name, "library_dirs") for name in backends),
+    ]
+    for module, name in asked:
+        ask = getattr(sys.modules.get(module), name, None)
+        if ask is not None:
+            with contextlib.suppress(Exception):
+                ask()
 
 
 def fingerprint_compiler() -> None:
@@ -52,7 +70,7 @@ def fingerprint_compiler() -> None:
 
 def _opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
     """As Python's own ``open``, but that large files are read in one piece."""
-    file = builtins.open(path, mode, *args, **kwargs)
+    file = builtins.open(path, mode, *args, **kwargs)  # noqa: SIM115 - the caller closes it
     if mode == "rb" and os.fstat(file.fileno()).st_size >= WHOLE:
         return _Whole(file)
     return file
