@@ -158,6 +158,7 @@ def test_an_engine_takes_no_memory_before_that_of_forgotten_ones_is_back(
         raise ModelError("gone" if seen() is None else "still there")
 
     monkeypatch.setattr(type(platform), "counts_memory", True)
+    monkeypatch.setattr(type(platform), "memory_allocated", lambda self: 4)
     monkeypatch.setattr(start, "ModelRunner", runner)
     with uncollected(), pytest.raises(ModelError, match="gone"):
         make_llm(tiny("qwen3"), device)
@@ -184,3 +185,19 @@ def test_an_engine_s_process_never_looks_through_its_start_again() -> None:
     frozen, young = map(int, told.split())
     assert frozen > 100_000  # torch's alone are more
     assert young == garbage.YOUNG_OBJECTS
+
+
+def test_a_first_engine_looks_for_no_other(tiny, device, platform, monkeypatch):
+    """Nothing is on the device: a look through all objects would hold up the threads beside."""
+    looked = []
+
+    def runner(*args):
+        raise ModelError("no further")
+
+    monkeypatch.setattr(type(platform), "counts_memory", True)
+    monkeypatch.setattr(type(platform), "memory_allocated", lambda self: 0)
+    monkeypatch.setattr(start, "ModelRunner", runner)
+    monkeypatch.setattr(gc, "collect", lambda *args: looked.append(args) or 0)
+    with pytest.raises(ModelError, match="no further"):
+        make_llm(tiny("qwen3"), device)
+    assert not looked

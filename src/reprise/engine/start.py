@@ -80,7 +80,7 @@ def open_model(
         loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
         # Engines that nothing refers to any more give their memory back before this one takes its
         # own. Where there was none a look through all objects only takes the interpreter's time.
-        earlier = platform.counts_memory and platform.memory_reserved() > 0
+        earlier = platform.counts_memory and platform.memory_allocated() > 0
         with timeline.span("config"), platform.warming_up(beside=loading, then=waking):
             checkpoint = checkpoint_of(config)
             require_method(config.quantization, checkpoint.config)
