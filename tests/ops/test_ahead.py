@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -215,3 +216,25 @@ def test_the_compiler_is_fingerprinted_before_a_kernel_needs_it(platform) -> Non
     cache = pytest.importorskip("triton.runtime.cache")
     load_compiler(platform)
     assert cache.triton_key.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize(
+    ("keeps", "wanted", "during"),
+    [(True, None, True), (True, "0", False), (False, None, False)],
+)
+def test_kernels_are_kept_without_their_way_there(
+    table, platform, randn, monkeypatch, keeps, wanted, during
+) -> None:
+    """Where the platform says that this leaves the binary, and the user wants no more."""
+    knobs = pytest.importorskip("triton.knobs").compilation
+    monkeypatch.delenv("TRITON_STORE_BINARY_ONLY", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", wanted)
+    monkeypatch.setattr(type(platform), "keeps_binaries_alone", keeps)
+    table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
+    seen: list[bool] = []
+    table.functions["silu_and_mul"] = lambda x: seen.append(knobs.store_binary_only)
+    assert compile_ahead(table, [lambda: ops.silu_and_mul(randn(1, 8))]) == 1
+    assert seen == [during]
+    assert knobs.store_binary_only is False
+    assert os.environ.get("TRITON_STORE_BINARY_ONLY") == wanted

@@ -81,22 +81,26 @@ def open_model(
         # Engines that nothing refers to any more give their memory back before this one takes its
         # own. Where there was none a look through all objects only takes the interpreter's time.
         earlier = platform.counts_memory and platform.memory_allocated() > 0
-        with timeline.span("config"), platform.warming_up(beside=loading, then=waking):
-            checkpoint = checkpoint_of(config)
-            require_method(config.quantization, checkpoint.config)
-            tokenizer = load_tokenizer(config, checkpoint)
-            if earlier:  # the device wakes meanwhile
-                gc.collect()
-        if leader is not None:
-            ranks = leader.start(config, checkpoint)
-            leading = LeadingRunner(config, platform, checkpoint, leader, ranks)
-            return Opened(checkpoint, tokenizer, leading, leader.devices)
-        if lockstep is not None:
-            ranks = lockstep.connect(config)
-        else:
-            ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
-        runner = ModelRunner(config, platform, checkpoint, ranks)
-        return Opened(checkpoint, tokenizer, runner, (str(platform.device),))
+        with contextlib.ExitStack() as warming:
+            with timeline.span("config"):
+                warming.enter_context(platform.warming_up(beside=loading, then=waking))
+                checkpoint = checkpoint_of(config)
+                require_method(config.quantization, checkpoint.config)
+                tokenizer = load_tokenizer(config, checkpoint)
+                if earlier:  # the device wakes meanwhile
+                    gc.collect()
+                if leader is not None or lockstep is not None:
+                    warming.close()
+            if leader is not None:
+                ranks = leader.start(config, checkpoint)
+                leading = LeadingRunner(config, platform, checkpoint, leader, ranks)
+                return Opened(checkpoint, tokenizer, leading, leader.devices)
+            if lockstep is not None:
+                ranks = lockstep.connect(config)
+            else:
+                ranks = Ranks(exchange=ALONE if config.enable_expert_parallel else None)
+            runner = ModelRunner(config, platform, checkpoint, ranks, warming.close)
+            return Opened(checkpoint, tokenizer, runner, (str(platform.device),))
 
 
 def end_of_text(opened: Opened) -> frozenset[int]:

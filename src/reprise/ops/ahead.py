@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -84,8 +86,14 @@ def compile_ahead(
         # The kernels of break ops take longest.
         calls.sort(key=lambda call: not call[0].break_op)
         begin = len(calls) * rank // ranks
-        with ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1))) as pool:
-            _finish(_start(pool, table, calls[begin:] + calls[:begin]))
+        pool = ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1)))
+        try:
+            with _binaries_alone(table.platform):
+                _finish(_start(pool, table, calls[begin:] + calls[:begin]))
+        except BaseException:
+            pool.shutdown()
+            raise
+        pool.shutdown(wait=False)  # threads take a while to end
     if calls:
         logger.info("kernels of %d op calls are ready", len(calls))
     return len(calls)
@@ -146,6 +154,22 @@ def called(
         for each in passes:
             each()
     return chosen, list(reasons)
+
+
+@contextlib.contextmanager
+def _binaries_alone(platform: Platform) -> Iterator[None]:
+    """What Triton compiles in the ``with`` block it keeps without its way there: five texts a
+    kernel, which would be written now, and read whenever it is loaded. A user may want them."""
+    knobs: Any = None
+    if platform.keeps_binaries_alone and "TRITON_STORE_BINARY_ONLY" not in os.environ:
+        with contextlib.suppress(Exception):  # it may be missing, or not import
+            knobs = importlib.import_module("triton.knobs").compilation
+    if not hasattr(knobs, "store_binary_only") or not hasattr(knobs, "scope"):
+        yield
+        return
+    with knobs.scope():
+        knobs.store_binary_only = True
+        yield
 
 
 def load_compiler(platform: Platform) -> None:

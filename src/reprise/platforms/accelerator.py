@@ -112,10 +112,13 @@ class AcceleratorPlatform(Platform):
         torch.accelerator.set_device_index(self.index)
 
     def warm_up(self) -> None:
-        """Create the device's context and load its matrix library."""
+        """Create the device's context, load its matrix library and those of torch's kernels that
+        every start calls: the driver takes up to 60 ms for the first of a kind."""
         self.activate()
         square = torch.ones(16, 16, device=self.device, dtype=self.default_dtype)
         torch.mm(square, square)
+        numbers = torch.zeros(1, device=self.device, dtype=torch.int64) // 16
+        torch.nn.functional.embedding(numbers, square).float().softmax(dim=-1)
         self.synchronize()
 
     def synchronize(self) -> None:

@@ -81,6 +81,8 @@ class Platform(ABC):
     there are none."""
     takes_ptx: ClassVar[bool] = False
     """Triton kernels may have inline assembly in NVIDIA's PTX."""
+    keeps_binaries_alone: ClassVar[bool] = False
+    """Triton can keep what it compiled for the device without what it made on the way there."""
     compiles_by_storage: ClassVar[bool] = True
     """Triton compiles kernels anew for tensors in memory that 32 bits do not address."""
     counts_memory: ClassVar[bool] = False

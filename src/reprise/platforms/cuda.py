@@ -29,6 +29,7 @@ class CudaPlatform(AcceleratorPlatform):
     dist_backend = "nccl"
     visible_devices_variable = "CUDA_VISIBLE_DEVICES"
     triton_backend = "nvidia"
+    keeps_binaries_alone = True
     graph_class = "CUDAGraph"
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"

@@ -22,6 +22,7 @@ class RocmPlatform(AcceleratorPlatform):
     dist_backend = "nccl"
     visible_devices_variable = "HIP_VISIBLE_DEVICES"
     triton_backend = "amd"
+    keeps_binaries_alone = True
     graph_class = "CUDAGraph"
     graph_memory = "skip"
     graph_memory_reason = "no conformance record shows that HIP's free memory heeds captures"

@@ -66,8 +66,8 @@ class Examples:
         self._group = group
 
     def compile_kernels(self) -> None:
-        """Have every kernel compiled, side by side."""
-        compile_ahead(self._ops, [*self._passes(), self._rest], self._group.rank, self._group.size)
+        """Have every kernel compiled, side by side: what draws takes longest, and begins soon."""
+        compile_ahead(self._ops, [self._rest, *self._passes()], self._group.rank, self._group.size)
 
     def refuse_what_varies(self) -> None:
         """Raise a ModelError if the model calls what has no batch-invariant implementation."""

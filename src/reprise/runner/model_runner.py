@@ -65,6 +65,8 @@ class ModelRunner:
         platform: The device.
         checkpoint: What to load.
         ranks: What this one's part of the model is, and how it agrees with the others.
+        ready: Waits until the device and the compiler of kernels have started; called before the
+            first kernel is compiled.
 
     Raises:
         ModelError: The architecture or the dtype is not supported.
@@ -78,6 +80,7 @@ class ModelRunner:
         platform: Platform,
         checkpoint: Checkpoint,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.platform = platform
@@ -179,6 +182,8 @@ class ModelRunner:
                 config, self.ops, platform, self.model, self.forward_pass, self.buffers,
                 self.drafter, self.max_tokens, ranks.group,
             )  # fmt: skip
+            with timeline.span("config"):
+                ready()
             if config.batch_invariant:
                 examples.refuse_what_varies()
             with timeline.span("compile"):
