@@ -210,6 +210,24 @@ BY_LAYER = {"full_attention": LINEAR, "sliding_attention": LINEAR}
         ("qwen3", {"layer_types": None}, "layer_types=None"),
         ("qwen3", {"rope_parameters": BY_LAYER}, "full_attention, sliding_attention"),
         ("mistral", {"layer_types": SLIDING}, "layer_types=['sliding_attention'"),
+        *(
+            (
+                each,
+                {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+                "layer_types=['full_attention', 'sliding_attention'] is not followed",
+            )
+            for each in ("llama", "mixtral", "qwen3_moe")
+        ),
+        ("mixtral", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "layer_types="),
+        *(
+            (
+                each,
+                {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8}},
+                "of 64 tokens; give a smaller max_model_len",
+            )
+            for each in ("qwen2", "qwen3_moe")
+        ),
+        ("qwen2", {"dual_chunk_attention_config": [64]}, "dual_chunk_attention_config=[64]"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0"),
         ("mistral", {"sliding_window": True}, "sliding_window=True"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
@@ -232,3 +250,14 @@ def test_fields_that_an_architecture_cannot_read_are_refused(
     with pytest.raises(ModelError) as caught:
         build(config, Build(torch.float32, torch.device(device), 64))
     assert named in str(caught.value)
+
+
+def test_what_changes_nothing_is_not_refused(tiny: TinyModels, device: str) -> None:
+    """Chunks that no context of this engine fills, and layers of the kinds that are computed."""
+    for architecture, windows, kind in (
+        ("llama", {}, "full_attention"), ("mixtral", {"sliding_window": 8}, "sliding_attention"),
+    ):  # fmt: skip
+        config = AutoConfig.from_pretrained(tiny(architecture).path)
+        chunks = {"chunk_size": 72, "local_size": 8, "original_max_position_embeddings": 72}
+        vars(config).update(layer_types=[kind] * 2, dual_chunk_attention_config=chunks, **windows)
+        assert build(config, Build(torch.float32, torch.device(device), 64)).num_layers == 2

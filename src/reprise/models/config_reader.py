@@ -193,6 +193,44 @@ def sliding_windows(config: Config) -> list[int]:
     return [window_size(config) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
+def require_attention(config: Config, windows: Sequence[int] | None, length: int) -> None:
+    """Refuse a config that asks for other attention than its architecture computes: transformers
+    looks at neither field here, vLLM at both.
+
+    Args:
+        config: Of a checkpoint.
+        windows: Of the layers, 0 for none; None: none has any.
+        length: Of the longest context.
+
+    Raises:
+        ModelError: ``layer_types`` contradicts the windows, or the context is so long that
+            ``dual_chunk_attention_config`` would change it.
+    """
+    kinds = getattr(config, "layer_types", None)
+    computed = [
+        "sliding_attention" if each else "full_attention"
+        for each in windows or [0] * layer_count(config)
+    ]
+    if kinds is not None and (not isinstance(kinds, list | tuple) or list(kinds) != computed):
+        raise ModelError(
+            f"config field layer_types={kinds!r} is not followed for {config.model_type!r}, whose "
+            f"layers are {computed!r} by the other fields; correct config.json, or give "
+            "hf_overrides={'layer_types': None}"
+        )
+    chunks = getattr(config, "dual_chunk_attention_config", None)
+    if chunks is None:
+        return
+    given = chunks if isinstance(chunks, Mapping) else {}
+    size, local = given.get("chunk_size"), given.get("local_size")
+    if not isinstance(size, int) or not isinstance(local, int) or length > size - local:
+        raise ModelError(
+            f"config field dual_chunk_attention_config={chunks!r} is not followed, and changes "
+            f"contexts beyond its chunk_size less local_size, such as of {length} tokens; give a "
+            "smaller max_model_len, or hf_overrides={'dual_chunk_attention_config': None} for "
+            "plain attention"
+        )
+
+
 def rope_parameters(config: Config, *, partial: bool = False) -> Mapping[str, Any]:
     """Of an architecture that rotates the heads of all layers alike.
 

@@ -24,6 +24,7 @@ from reprise.models.config_reader import (
     head_size,
     norm_eps,
     require,
+    require_attention,
     require_sizes,
     rope_parameters,
 )
@@ -63,6 +64,7 @@ def build_dense(
     """
     require(config, hidden_act="silu")
     require_sizes(config)
+    require_attention(config, windows, build.max_model_len)
     layers = config.num_hidden_layers
     eps = norm_eps(config)
     cos_sin = rotary_table(
