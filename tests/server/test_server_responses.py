@@ -468,6 +468,11 @@ def test_tokens_of_the_input_are_counted(client: openai.OpenAI) -> None:
     asked: Any = {"instructions": "Be brief.", "input": ASK, "tools": [TOOL]}
     counted = client.responses.input_tokens.count(model="demo", **asked)
     assert counted.input_tokens == create(client, max_output_tokens=1, **asked).usage.input_tokens
+    # What says nothing of the prompt changes nothing.
+    salted = client.responses.input_tokens.count(
+        model="demo", **asked, extra_body={"cache_salt": "a", "truncation": "auto"}
+    )
+    assert salted.input_tokens == counted.input_tokens
     with pytest.raises(openai.BadRequestError, match="give truncation='auto'"):
         client.post("/responses/compact", cast_to=object, body={"model": "demo", "input": ASK})
 

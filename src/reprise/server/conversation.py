@@ -50,6 +50,8 @@ def conversation(
         "tools": [_shown(each) for each in request.tools or ()] or None,
         "chat_template_kwargs": _variables(request, options),
     }
+    if request.add_special_tokens:
+        chat["add_special_tokens"] = True
     if isinstance(request, ChatRequest):
         chat["documents"] = request.documents or None
         if request.cache_salt is not None:

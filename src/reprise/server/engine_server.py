@@ -6,7 +6,7 @@ import functools
 import logging
 import marshal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -161,10 +161,10 @@ class EngineServer(EngineService):
                 "prompt_token_ids": encode(tokenizer, plain["prompt"], add_special_tokens=False),
             }
         chat = request.chat
-        salt, most = chat.pop("cache_salt", None), chat.pop("most_tokens", None)
+        salt, most = chat.get("cache_salt"), chat.get("most_tokens")
 
         def render(messages: Any) -> TokensPrompt:
-            return chat_prompt(tokenizer, **{**chat, "messages": messages})
+            return rendered(tokenizer, {**chat, "messages": messages})
 
         def prompt() -> Any:
             messages = chat["messages"]
@@ -237,7 +237,7 @@ class EngineServer(EngineService):
         if engine.tokenizer is None:
             raise RequestError("no tokenizer is loaded (skip_tokenizer_init=True)")
         if chat is not None:
-            ids = chat_prompt(engine.tokenizer, **chat)["prompt_token_ids"]
+            ids = rendered(engine.tokenizer, chat)["prompt_token_ids"]
         else:
             assert prompt is not None
             ids = encode(engine.tokenizer, prompt, add_special_tokens=add_special_tokens)
@@ -262,6 +262,29 @@ class EngineServer(EngineService):
                 f"tokens contains {wrong[0]}: the vocabulary has ids 0 to {engine.vocab_size - 1}"
             )
         return self._texts.text(tokens)
+
+
+_BESIDE = ("add_special_tokens", "cache_salt", "most_tokens")
+"""Of what is asked of a chat: all that no template is to know."""
+
+
+def rendered(tokenizer: Any, chat: Mapping[str, Any]) -> TokensPrompt:
+    """The prompt of a conversation.
+
+    Args:
+        tokenizer: Of the engine.
+        chat: Arguments of :func:`reprise.engine.chat_prompt`; ``add_special_tokens``: with those
+            that the tokenizer adds to a text, on top of what the template writes; and what says
+            nothing of the prompt.
+
+    Raises:
+        RequestError: As of that function.
+    """
+    given = {name: value for name, value in chat.items() if name not in _BESIDE}
+    found = chat_prompt(tokenizer, **given)
+    if chat.get("add_special_tokens"):
+        found["prompt_token_ids"] = encode(tokenizer, found["prompt"])
+    return found
 
 
 def _is_quick(request: wire.Generate) -> bool:

@@ -140,8 +140,7 @@ class Handlers:
 
     async def count_input(self, request: Request) -> Response:
         _, work, ignored = await self._response(request)
-        asked_chat: Any = work.asks[0]["chat"]
-        chat = {key: value for key, value in asked_chat.items() if key != "most_tokens"}
+        chat = work.asks[0]["chat"]
         found = await self._call(
             "tokenize", prompt=None, chat=chat, add_special_tokens=True, return_token_strs=False
         )
