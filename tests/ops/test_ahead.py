@@ -209,33 +209,6 @@ def test_threads_that_come_together_compile_a_kernel_once(monkeypatch) -> None:
     assert sorted(compiled) == [("one", 1), ("one", 2), ("other", 1)]
 
 
-def test_numbers_of_other_kinds_do_not_wait_for_one_another(monkeypatch) -> None:
-    """Each kind has a kernel of its own: compiled in turn, they would take as long as all."""
-    triton_util = pytest.importorskip("reprise.ops.triton_util")
-    monkeypatch.setattr(triton_util, "INTERPRETED", False)
-    streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
-    monkeypatch.setattr(triton_util, "_driver", streams)
-    together, under_way = threading.Barrier(4), []  # they meet, or the wait fails
-
-    class Kernel:
-        arg_names = ("x", "n", "N")
-
-        def __getitem__(self, grid):
-            def run(x, n, N):
-                under_way.append(n)
-                together.wait(30)
-                return SimpleNamespace(run=print, function=0, packed_metadata=())
-
-            return run
-
-    kernel = Kernel()
-    with ThreadPoolExecutor(4) as pool:
-        call = triton_util.launch(kernel, (1,))
-        found = [pool.submit(call, torch.ones(2), n, N=1) for n in (1, 5, 32, 1 << 40)]
-    assert all(each.result() for each in found)
-    assert sorted(under_way) == [1, 5, 32, 1 << 40]
-
-
 def test_the_compiler_is_fingerprinted_before_a_kernel_needs_it(platform) -> None:
     """The first kernel's cache key would read half a gigabyte, behind the start of the device."""
     if not platform.has_triton:

@@ -257,8 +257,7 @@ class _Kind:
 
 _kinds: dict[tuple[Any, ...], _Kind] = {}
 _turns: dict[tuple[Any, ...], threading.Lock] = {}
-"""By all that tells compilations of a kernel apart: of threads that come with the same at once, one
-compiles."""
+"""By kernel and options: of threads that come with the same ones at once, one compiles."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Again]:
@@ -314,9 +313,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> A
             f"{kernel.__name__}: the tensors are on device {device}, and this thread's kernels run "
             f"on device {here}: call torch.accelerator.set_device_index({device}) first"
         )
-    kinds = map(_kind_of_number, compress(args, kind.numbers))
-    turn = (name, odd, wide, *map(_dtype, tensors), *kinds, *options.values())
-    with _turns.setdefault(turn, threading.Lock()):
+    with _turns.setdefault((id(kernel), *options.values()), threading.Lock()):
         compiled = kernel[grid](*args, **options)
     if len(kind.known) >= _MOST_LAUNCHES:
         kind.known.clear()
@@ -325,14 +322,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> A
         compiled, constants, device, compiled.run, compiled.function, compiled.packed_metadata
     )
     return functools.partial(_start, known, grid)
-
-
-def _kind_of_number(number: Any) -> Any:
-    """Numbers of one kind have the same kernel: 1 is a constant to it, and it may know a multiple
-    of 16 and whether 32 bits hold one."""
-    if isinstance(number, bool) or not isinstance(number, int):
-        return type(number)
-    return number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31
 
 
 def _start(known: _Compiled, grid: tuple[int, ...], *args: Any) -> None:
