@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from reprise import LLM, SamplingParams
 from reprise.cache.memory import pool_tensors
 from reprise.config import EngineConfig
 from reprise.engine.thread import EngineThread
-from reprise.graphs import idle, judge, prove, trust
+from reprise.graphs import idle, judge, prove, trust, verify
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.step_memory import StepMemory
 from reprise.testing import faults
@@ -302,7 +303,7 @@ def test_a_proof_that_fails_ends_no_thread(
     )
     asked = []
 
-    def prove_idle(self: Any) -> bool:
+    def prove_idle(self: Any, wanted: Any) -> bool:
         asked.append(time.monotonic())
         raise RuntimeError("the device is gone")
 
@@ -315,5 +316,78 @@ def test_a_proof_that_fails_ends_no_thread(
         time.sleep(0.3)
         assert len(asked) == 1  # and not again before something has changed
         assert thread.call(lambda: 5).result(timeout=30) == 5
+    finally:
+        thread.shutdown()
+
+
+@pytest.mark.usefixtures("busy_start")
+@pytest.mark.parametrize("mode", ["full", "breakable"])
+def test_a_comparison_is_given_up_for_who_waits_and_made_another_time(
+    model: TinyModel, device: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is, up to its replay: what that has done has to be looked at."""
+    options = {**OPTIONS, "num_blocks": 120, "graph_mode": mode, "graph_verify": "startup"}
+    llm = make_llm(model, device, **options)
+    eager = make_llm(model, device, **{**options, "graph_mode": "none"})
+    prompts = [random_ids(80 + n, 60) for n in range(4)]
+    expected = generate(eager, prompts, greedy(9))
+    assert generate(llm, prompts, greedy(9)) == expected
+    replayed: list[Any] = []
+    replay = verify._Both._replay
+    monkeypatch.setattr(
+        verify._Both, "_replay",
+        lambda self, *args, **options: [replayed.append(self), replay(self, *args, **options)],
+    )  # fmt: skip
+    before, given_up = touched(llm), 0
+    for number in range(40):  # of the question
+        asked: list[bool] = []
+
+        def wanted(number: int = number, asked: list[bool] = asked) -> bool:
+            assert not replayed
+            asked.append(True)
+            return len(asked) > number % 4
+
+        proven = sum(each.probes for each in llm.graph_report().graphs)
+        more = llm.engine.prove_idle(wanted)
+        now = sum(each.probes for each in llm.graph_report().graphs)
+        assert more == (now > proven or not replayed)
+        given_up += not replayed
+        assert (now == proven) == (not replayed)
+        replayed.clear()
+        after = touched(llm)
+        assert all(torch.equal(each, after[name]) for name, each in before.items())
+    assert given_up > 20
+    prove_all(llm)
+    report = llm.graph_report()
+    assert all(each.verified for each in report.graphs)
+    assert report.canary_failures == 0
+    assert generate(llm, prompts, greedy(9)) == expected
+    assert_idle(llm)
+
+
+def test_who_comes_while_a_graph_is_compared_is_seen(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(
+        model=str(model.path), device=device, dtype="float32", skip_tokenizer_init=True, **OPTIONS
+    )
+    begun, seen = threading.Event(), threading.Event()
+
+    def prove_idle(self: Any, wanted: Callable[[], bool]) -> bool:
+        assert not wanted()
+        begun.set()
+        deadline = time.monotonic() + 30
+        while not wanted() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if wanted():
+            seen.set()
+        return False
+
+    monkeypatch.setattr("reprise.engine.engine.Engine.prove_idle", prove_idle)
+    thread = EngineThread(config, lambda readers: None)
+    try:
+        assert begun.wait(30)
+        assert thread.call(lambda: 5).result(timeout=60) == 5
+        assert seen.is_set()
     finally:
         thread.shutdown()

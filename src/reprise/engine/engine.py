@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from reprise.engine.submission import PreparedParams, truncated
 from reprise.engine.weights import Weights
 from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError, describe
 from reprise.garbage import uncollected
-from reprise.graphs import keep_compiled_code
+from reprise.graphs import keep_compiled_code, nobody
 from reprise.loading import NamedTensors
 from reprise.metrics import Metric
 from reprise.ops import put_off
@@ -242,15 +242,15 @@ class Engine(Frontend):
             self.start_over()
             raise
 
-    def prove_idle(self) -> bool:
+    def prove_idle(self, wanted: Callable[[], bool] = nobody) -> bool:
         """Use a moment without requests for graphs: capture one that start-up has left out, or
-        prove one further by a comparison of at most a tenth of a second. Whether another call may
-        find more to do."""
+        prove one further by a comparison of at most a tenth of a second, which is given up before
+        it replays if somebody is said to wait. Whether another call may find more to do."""
         if self.has_work or not self._weights.whole or self.profiler.running:
             return False
         try:
             if self.lockstep is None:
-                self._prove()
+                self._prove(wanted)
             else:
                 self._advance(Wish.PROVE)
         except BaseException as error:
@@ -266,8 +266,8 @@ class Engine(Frontend):
         if self.lockstep is not None and isinstance(error, Exception):
             self.lockstep.lose(error)
 
-    def _prove(self) -> None:
-        self._more_to_prove = self.runner.prove_more()
+    def _prove(self, wanted: Callable[[], bool] = nobody) -> None:
+        self._more_to_prove = self.runner.prove_more(wanted)
         self._recovery.heed_canaries()
 
     def _meet(self, lockstep: Lockstep, step: Step | None, wish: Wish) -> None:

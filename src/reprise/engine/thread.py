@@ -363,7 +363,7 @@ class EngineThread:
 
     def _prove(self) -> None:
         self._may_prove = False  # if it fails, it does so once
-        self._may_prove = self.engine.prove_idle()
+        self._may_prove = self.engine.prove_idle(lambda: not self._commands.empty())
 
     def _add(
         self,

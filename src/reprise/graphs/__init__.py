@@ -8,6 +8,7 @@ from reprise.graphs.captures import Captures
 from reprise.graphs.compiled import keep_compiled_code
 from reprise.graphs.contract import Computation, Probe, State
 from reprise.graphs.guard import Guard
+from reprise.graphs.idle import nobody
 from reprise.graphs.kinds import Facts, Kind
 from reprise.graphs.memory import predict
 from reprise.graphs.outcome import Damage, Ran
@@ -54,6 +55,7 @@ __all__ = [
     "VerifyMode",
     "default_buckets",
     "keep_compiled_code",
+    "nobody",
     "parse_buckets",
     "parse_plan",
     "parse_verify",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reprise import timeline
 from reprise.errors import describe
@@ -15,7 +15,7 @@ from reprise.graphs.capture import BucketGraph, Capturer, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.deferred import REASON, WANTED, Deferred, split
 from reprise.graphs.guard import Guard
-from reprise.graphs.idle import IdleProof
+from reprise.graphs.idle import IdleProof, nobody
 from reprise.graphs.plan import Executor, GraphPlan
 from reprise.graphs.prove import Prover
 from reprise.graphs.report import GraphInfo, GraphMemory
@@ -271,11 +271,14 @@ class Captures:
             sum(each.bytes for each in infos) / 2**20,
         )
 
-    def prove_more(self) -> bool:
+    def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         """Capture one bucket that start-up has left out, or compare one graph on one planned probe
         that it had no time for. No step may be under way. What requests have left in the caches
         stays; what a graph spoils that is wrong is told as if a canary had found it
         (:attr:`Replays.damage`).
+
+        Args:
+            wanted: As of :meth:`IdleProof.advance`.
 
         Returns:
             Whether there may be more to do.
@@ -285,4 +288,4 @@ class Captures:
         if not self._policy.checks_kinds or not self.plan.captures:
             return False
         with self._computation.ops.computing():
-            return self._idle.advance()
+            return self._idle.advance(wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from reprise.distributed import Agreement
@@ -12,12 +12,18 @@ from reprise.graphs.judge import Judge
 from reprise.graphs.prove import Prover
 from reprise.graphs.replay import Replays
 from reprise.graphs.trust import Ledger
+from reprise.graphs.verify import BrokenOff
 
 logger = logging.getLogger(__name__)
 
 MOST_IDLE_SECONDS = 0.1
 """What a comparison takes at most that is made while no request runs: one that comes waits for
 it."""
+
+
+def nobody() -> bool:
+    """Nobody waits."""
+    return False
 
 
 class IdleProof:
@@ -45,14 +51,18 @@ class IdleProof:
         self._judge = judge
         self._ledger = ledger
         self._replays = replays
-        self._agree = agreement.all
+        self._agree, self._alone = agreement.all, agreement.size == 1
         self._buckets = buckets
         self._cannot_run: set[Key] = set()
         """Graphs of which a probe did not run, for want of memory or of blocks."""
 
-    def advance(self) -> bool:
+    def advance(self, wanted: Callable[[], bool] = nobody) -> bool:
         """Make one comparison. No step may be under way; what requests have left in the caches
         stays.
+
+        Args:
+            wanted: Whether somebody waits: then it is given up, if nothing was replayed yet, and
+                made some other time. Not where several ranks make it.
 
         Returns:
             Whether there may be more to do.
@@ -65,6 +75,11 @@ class IdleProof:
         if found is None:
             return False
         bucket, probe = found
+
+        def go_on() -> None:
+            if self._alone and wanted():
+                raise BrokenOff
+
         other = self._prover.other(bucket, bucket.info.probes)
         before = self._judge.run_first(other, lambda: self._replays.scope(bucket))
         if other is not None and before.ran and not self._agree(before.right):
@@ -73,13 +88,17 @@ class IdleProof:
             self._replays.make_good(other, other.probes[0].live, before, replayed)
             return True
         # All weights: after start-up nobody else looks at them all.
-        verdict = self._judge.compare(
-            bucket,
-            probe,
-            scope=lambda: replace(self._replays.scope(bucket), part=None),
-            cold=bucket.info.probes == 0,
-            behind=before.ran,
-        )
+        try:
+            verdict = self._judge.compare(
+                bucket,
+                probe,
+                scope=lambda: replace(self._replays.scope(bucket), part=None),
+                cold=bucket.info.probes == 0,
+                behind=before.ran,
+                go_on=go_on,
+            )
+        except BrokenOff:
+            return True
         if not self._agree(verdict.ran):
             self._cannot_run.add(bucket.key)
             logger.warning(

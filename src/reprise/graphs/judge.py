@@ -17,7 +17,7 @@ from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
 from reprise.graphs.padding import compute_padding, write_padding
-from reprise.graphs.verify import Later, Times, Verdict, examine, examine_later
+from reprise.graphs.verify import Later, Times, Verdict, examine, examine_later, go_on
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -64,6 +64,7 @@ class Judge:
         scope: Callable[[], Scope] | None = None,
         cold: bool = False,
         behind: bool = False,
+        go_on: Callable[[], None] = go_on,
     ) -> Verdict:
         """Whether the bucket's graph is right on a probe; the state is as before.
 
@@ -77,6 +78,7 @@ class Judge:
             scope: Of the step in the inputs, the memory to check. None: what lies around it.
             cold: Two replays come first, behind eager execution of another step.
             behind: One comes first, behind whatever ran before.
+            go_on: As of :func:`reprise.graphs.verify.examine`.
         """
         assert bucket.graph is not None
         executor = bucket.info.executor
@@ -90,6 +92,7 @@ class Judge:
                 break
             if number:
                 cold = behind = False
+            go_on()
             reason = self._compute_padding(bucket) if cold else None
             if reason is None:
                 pool, reason = self._fill(bucket, probe)
@@ -100,7 +103,7 @@ class Judge:
                     self._computation, self._guard, bucket.graph, bucket.shape, probe.live, model,
                     scope() if scope else self._scope(bucket, wide=timed), bound=bound, pool=pool,
                     keep=False, timed_on=self._platform if timed else None,
-                    cold=cold or behind, twice=cold,
+                    cold=cold or behind, twice=cold, go_on=go_on,
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 verdict = Verdict(error=describe(error), ran=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
 from reprise.graphs.capture import Progress
+from reprise.graphs.idle import nobody
 from reprise.graphs.memory import predict
 from reprise.graphs.outcome import Damage
 from reprise.graphs.report import GraphMemory, GraphReport
@@ -84,10 +85,10 @@ class GraphOwners:
         for each in self.runners.values():
             each.captures.weights_changed()
 
-    def prove_more(self) -> bool:
+    def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         """See :meth:`Captures.prove_more`, of whoever has something left."""
         self.caches_changed()  # by probes of another's
-        return any(each.captures.prove_more() for each in self.runners.values())
+        return any(each.captures.prove_more(wanted) for each in self.runners.values())
 
     def take_damages(self) -> list[tuple[str, Damage]]:
         """What graphs have left behind in the last step, and whose they are."""

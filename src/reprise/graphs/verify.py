@@ -29,6 +29,16 @@ from reprise.graphs.step_memory import StepMemory, Values
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
+
+class BrokenOff(BaseException):
+    """A comparison is given up, before anything was replayed. No Exception: it says nothing of the
+    graph."""
+
+
+def go_on() -> None:
+    """Nobody breaks a comparison off."""
+
+
 COPIES = 3
 """Of the rows that a step writes: before it, behind eager execution and behind the replay."""
 
@@ -93,6 +103,7 @@ def examine(
     timed_on: Platform | None = None,
     cold: bool = False,
     twice: bool = False,
+    go_on: Callable[[], None] = go_on,
 ) -> Verdict:
     """Compute the step that the static inputs hold, eagerly and then by replay, and compare.
 
@@ -124,11 +135,14 @@ def examine(
             the verdict is ``lost``. Not where what is drawn is compared within a bound, which
             follows eager execution.
         twice: Of a replay that comes first what counts is a second one.
+        go_on: Called before what takes long, up to the replay: what that has done has to be looked
+            at. It may raise :class:`BrokenOff`; the state is as before then.
     """
     both = _Both(computation, guard, bucket, live, scope)
     try:
         both.run(
-            graph, model, pool, bound, timed_on, sealed=True, cold=cold, twice=twice, keep=keep
+            graph, model, pool, bound, timed_on, sealed=True, cold=cold, twice=twice, keep=keep,
+            go_on=go_on,
         )  # fmt: skip
         return both.conclude(bound, keep=keep)
     except Exception as error:
@@ -233,6 +247,7 @@ class _Both:
         cold: bool = False,
         twice: bool = False,
         keep: bool = False,
+        go_on: Callable[[], None] = go_on,
     ) -> None:
         """Compute both ways; afterwards the state is as before. Timed if there is a platform.
 
@@ -241,6 +256,7 @@ class _Both:
             cold: See :func:`examine`.
             twice: Likewise.
             keep: Likewise.
+            go_on: Likewise.
         """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:
@@ -251,6 +267,7 @@ class _Both:
         kept: list[Mapping[str, Tensor]] = [at_first, step.written]
         self.outputs = self.replayed = step.outputs
         try:
+            go_on()
             if self.cold:
                 self._replay(graph, pool, kept, at_first, sealed=sealed, twice=twice)
                 if verdict.lost:
@@ -272,6 +289,7 @@ class _Both:
                 self._forward(model, at_first)
                 self.outputs = copies(step.outputs)
                 kept += [self.expected, self.outputs]
+                go_on()
                 self._replay(graph, pool, kept, at_first, follow, sealed=sealed)
                 if verdict.lost:
                     return

@@ -19,6 +19,7 @@ from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Group, Ranks
 from reprise.distributed.communicator import Communicator, connect
 from reprise.errors import RanksError, describe
+from reprise.graphs import nobody
 from reprise.loading import Checkpoint
 from reprise.parallel.direct import prove_direct
 from reprise.parallel.followers import Followers
@@ -277,10 +278,10 @@ class LeadingRunner(ModelRunner):
         self._leader.say(Kind.FORGET_DRAWS)
         super().forget_draws()
 
-    def prove_more(self) -> bool:
+    def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         with self._leader.together():
             self._leader.say(Kind.PROVE)
-            return super().prove_more()
+            return super().prove_more(wanted)
 
     def check(self) -> None:
         self._leader.check()

@@ -20,6 +20,7 @@ from reprise.graphs import (
     Damage,
     GraphOwners,
     GraphRunner,
+    nobody,
 )
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
@@ -322,9 +323,9 @@ class ModelRunner:
         """What was drawn so far is counted anew: requests are computed again."""
         self.sampler.forget()
 
-    def prove_more(self) -> bool:
+    def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         """See :meth:`reprise.graphs.Captures.prove_more`, of all owners."""
-        return self.owners.prove_more()
+        return self.owners.prove_more(wanted)
 
     def check(self) -> None:
         """Raise a RanksError if other ranks are lost."""
