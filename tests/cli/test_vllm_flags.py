@@ -127,6 +127,20 @@ def test_what_nobody_knows_is_no_option(serve) -> None:
     assert "--max-model-len" in output
 
 
+def test_an_option_without_its_value_does_not_take_the_next_one(serve, invoke) -> None:
+    """As of a shell's variable that is not set: the key was the flag behind it."""
+    for given in (["--api-key", "--port", "80"], ["--api_key", "--no-access-log"],
+                  ["m", "--served-model-name", "-tp=2"],
+                  ["--served-model-name", "--trust_remote_code"]):  # fmt: skip
+        output = " ".join(serve(*given).replace("│", " ").split())
+        assert "--api-key has no value" in output or "--served-model-name has no value" in output
+    output = invoke("generate", "hi", "--model", "--seed", "1", env=WIDE).output
+    assert "--model has no value: what follows, --seed, is an option" in output
+    _, options = serve("--api-key=--port", "--port", "80")
+    assert (options.api_key, options.port) == (("--port",), 80)
+    assert serve("--hf-overrides", "{}", "--seed", "-1") is not None
+
+
 def test_values_are_not_looked_at() -> None:
     takes = {"--stop": True, "--debug": False, "-n": True}
     same = ["--stop", "--trust-remote-code", "--debug", "x_y", "-n", "-1", "--", "--enable-lora"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, get_args
 
 import typer
@@ -12,6 +13,37 @@ from typer.core import TyperCommand
 from reprise.cli.failures import reported
 from reprise.cli.fields import FieldOptions
 from reprise.cli.logs import LogLevel, configure
+
+
+class Command(TyperCommand):
+    """A command whose options do not take one another for their values: what is left of
+    ``--api-key $KEY --port 80`` where KEY is not set would make the flag the key."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        takes = self.takes(ctx)
+        for word, following in itertools.pairwise(itertools.takewhile(lambda x: x != "--", args)):
+            if takes.get(word) and self.is_option(following.partition("=")[0], takes):
+                raise typer.BadParameter(
+                    f"{word} has no value: what follows, {following}, is an option; where it is "
+                    f"meant as the value, write {word}={following}",
+                    ctx=ctx,
+                )
+        return super().parse_args(ctx, args)
+
+    def is_option(self, name: str, takes: Mapping[str, bool]) -> bool:
+        """Whether the command takes such a flag."""
+        return name in takes
+
+    def takes(self, ctx: Any) -> dict[str, bool]:
+        """Whether a value follows, by flag."""
+        found = {
+            name: not (getattr(each, "is_flag", False) or getattr(each, "count", False))
+            for each in self.params
+            for name in (*each.opts, *each.secondary_opts)
+            if name.startswith("-")
+        }
+        return {**found, **dict.fromkeys(self.get_help_option_names(ctx), False)}
+
 
 COMMON = (
     inspect.Parameter(
@@ -37,7 +69,7 @@ def command(
     app: typer.Typer,
     name: str,
     function: Callable[..., None],
-    kind: type[TyperCommand] | None = None,
+    kind: type[Command] = Command,
     **groups: FieldOptions,
 ) -> None:
     """Add a command to ``app``.
@@ -47,7 +79,7 @@ def command(
         name: What the user types.
         function: Its docstring is the help, its parameters are the command's own options; one that
             is called ``log_level`` takes the place of the common one.
-        kind: Reads the command line; None: as usual.
+        kind: Reads the command line.
         **groups: Parameters of ``function`` that are groups of options; it gets each as a
             dictionary of what the user gave.
     """

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from typer.core import TyperCommand
-
+from reprise.cli.command import Command
 from reprise.cli.failures import in_flags
 from reprise.errors import ConfigError
 from reprise.vllm_names import ENGINE, SERVER
@@ -35,18 +34,17 @@ _ENGINES_WORDS: Mapping[str, tuple[Any, ...]] = {
 """What :class:`reprise.config.EngineConfig` knows beside the names of its fields and vLLM's."""
 
 
-class ServeCommand(TyperCommand):
+class ServeCommand(Command):
     """A command that takes vLLM's flags beside its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        takes = {
-            name: not (getattr(each, "is_flag", False) or getattr(each, "count", False))
-            for each in self.params
-            for name in (*each.opts, *each.secondary_opts)
-            if name.startswith("-")
-        }
-        takes.update(dict.fromkeys(self.get_help_option_names(ctx), False))
-        return super().parse_args(ctx, list(translated(args, takes)))
+        return super().parse_args(ctx, list(translated(args, self.takes(ctx))))
+
+    def is_option(self, name: str, takes: Mapping[str, bool]) -> bool:
+        plain = name.replace("_", "-")
+        return plain in takes or name in _OTHER_WORDS or (
+            name.startswith("--") and _field(plain) is not None
+        )  # fmt: skip
 
 
 def translated(arguments: Iterable[str], takes: Mapping[str, bool]) -> Iterator[str]:
