@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.buffers import StepBuffers
 from reprise.runner.probes import ProbeMaker
+from reprise.runner.weights import weights_of
 from reprise.runner.written_rows import WrittenRows
 from reprise.shape import StepShape
 
@@ -80,13 +80,13 @@ class ForwardPass:
         self._cache_regions: (
             tuple[list[dict[str, PoolTensor]], list[int], dict[str, Region]] | None
         ) = None
-        self._weights = weights_of(model)
+        self._weights = weights_of(model, ops.memory.values())
         parameters = {name for name, _ in model.named_parameters()}
         if draft is not None:
             own = {each.data_ptr() for each in self._weights.values()}
             self._weights |= {
                 f"draft {name}": each
-                for name, each in weights_of(draft).items()
+                for name, each in weights_of(draft, ops.memory.values()).items()
                 if each.data_ptr() not in own
             }
             parameters |= {f"draft {name}" for name, _ in draft.named_parameters()}
@@ -246,24 +246,3 @@ class ForwardPass:
             stacks = [stacked({k: each.tensor for k, each in pool.items()}) for pool in pools]
             known = self._cache_tensors = first, self._layout, pools, stacks
         return known[2], known[3]
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every tensor that the model has from the start, by name: parameters, buffers, tables."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    named = itertools.chain(
-        model.named_parameters(),
-        model.named_buffers(),
-        (
-            (f"{path}.{name}" if path else name, value)
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor)
-        ),
-    )
-    for name, tensor in named:
-        if tensor.numel() and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            found[name] = tensor.detach()
-    return found
