@@ -7,9 +7,12 @@ from typing import Any
 
 
 def describe(error: BaseException) -> str:
-    """Its type and the first line of its message."""
-    lines = [each for each in str(error).splitlines() if each.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else repr(error)}"
+    """Its type and the first line of its message; the next one too where that announces it."""
+    lines = [each.strip() for each in str(error).splitlines() if each.strip()]
+    told = lines[0] if lines else repr(error)
+    if told.endswith(":") and len(lines) > 1:
+        told = f"{told} {lines[1]}"
+    return f"{type(error).__name__}: {told}"
 
 
 class RepriseError(Exception):

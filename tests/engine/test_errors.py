@@ -33,6 +33,7 @@ from reprise.errors import (
     PlatformError,
     RepriseError,
     RequestError,
+    describe,
 )
 from reprise.loading import open_checkpoint
 from reprise.platforms import Platform
@@ -159,6 +160,16 @@ def test_bad_priority(llm: LLM, expected: list[int], priority: Any) -> None:
     with pytest.raises(RequestError, match="priority"):
         llm.generate([GOOD], greedy(STEPS), priority=priority)
     check_serves(llm, expected)
+
+
+def test_a_line_that_announces_the_reason_is_told_with_it() -> None:
+    """A compiler's error begins so; reports said that it was raised, and not what."""
+    assert describe(RuntimeError("backend raised:\n\n  no header\nmore")) == (
+        "RuntimeError: backend raised: no header"
+    )
+    assert describe(RuntimeError("it is so\nmore")) == "RuntimeError: it is so"
+    assert describe(RuntimeError("raised:")) == "RuntimeError: raised:"
+    assert describe(ValueError()) == "ValueError: ValueError()"
 
 
 @pytest.mark.parametrize("position", [0, 1, 3])

@@ -8,6 +8,7 @@ from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_id
 
 from reprise import LLM
 from reprise.errors import ConfigError
+from reprise.graphs.segments import SegmentedGraph
 from reprise.server.facts import Emissions, metric_facts
 
 PROMPTS = [random_ids(seed, 4 + 9 * seed) for seed in range(3)]
@@ -70,3 +71,29 @@ def test_a_model_without_experts_has_nothing_to_count(tiny: TinyModels, device: 
 
 def test_nothing_is_counted_unless_it_is_asked_for(tiny: TinyModels, device: str) -> None:
     assert counts(make_llm(tiny("qwen3_moe"), device)) == {}
+
+
+def test_a_replay_that_raises_takes_no_count_back(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They became what the probes of the start had counted."""
+    llm = make_llm(
+        tiny("qwen3_moe"), device, graph_mode="full", count_expert_load=True,
+        graph_buckets="decode=4;mixed=64", enable_prefix_caching=False,
+    )  # fmt: skip
+    for _ in range(3):
+        expected = generate(llm, PROMPTS, greedy(40))
+    before = counts(llm)
+    replay, failed = SegmentedGraph.replay, []
+
+    def fail(self: SegmentedGraph) -> None:
+        replay(self)
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("once")
+
+    monkeypatch.setattr(SegmentedGraph, "replay", fail)
+    assert generate(llm, PROMPTS, greedy(40)) == expected
+    assert failed
+    assert all(count >= before[key] for key, count in counts(llm).items())
+    assert sum(counts(llm).values()) > sum(before.values())

@@ -119,11 +119,12 @@ class Guard:
 
     def learn_ops(self) -> None:
         """Ops are between two steps, and what they keep has been made."""
-        self._at_rest = copies(owned(self._computation.memory(), "ops"))
+        table = self._computation.ops
+        self._at_rest = copies({k: v for k, v in table.memory.items() if k not in table.counters})
 
     def settle_ops(self) -> None:
         """Bring what ops keep into the order that they leave it in: a replay broke off."""
-        for name, tensor in owned(self._computation.memory(), "ops").items():
+        for name, tensor in self._computation.ops.memory.items():
             if name in self._at_rest:
                 tensor.copy_(self._at_rest[name])
 

@@ -83,6 +83,8 @@ class OpTable:
         """The ops for which the arguments decide, and the answers given so far."""
         self.functions = _LateFunctions(self)
         self.memory: dict[str, torch.Tensor] = _Kept()
+        self.counters: set[str] = set()
+        """Names in it of what goes on from step to step: nothing to go back to between two."""
 
     @property
     def chosen(self) -> dict[str, Implementation]:

@@ -36,6 +36,7 @@ class ExpertLoad:
         most = max(each.count for _, each in found)
         self._counts = torch.zeros(len(found), most, dtype=torch.int64, device=device)
         table.memory[MEMORY] = self._counts
+        table.counters.add(MEMORY)
         self._layers: list[tuple[str, int]] = []
         for number, (name, each) in enumerate(found):
             each.load = (self._counts[number, : each.count],)
