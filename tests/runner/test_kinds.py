@@ -241,6 +241,29 @@ def test_what_a_state_replays_is_told_where_drafts_are_verified() -> None:
     assert ledger.trusts("graph", either)
 
 
+@pytest.mark.parametrize("replays", [False, True])
+def test_what_drafts_without_states_replays_nothing_whatever_counts(
+    platform: Platform, replays: bool
+) -> None:
+    """What a comparison proves is what the next such step asks for: else none is ever trusted."""
+    _, layout = make(platform, CACHES["states"], 16, 65)
+    standing = RequestRows(2, 8, 3, layout.tables, platform)
+    known = KnownStep(standing, layout, 2000)
+    rows, new = np.arange(1, 3), np.full(2, 4)
+    standing.at_least[rows], standing.at_most[rows] = 20, 23
+    standing.verified[rows] = True
+    known.follow(rows, new, 0, replays=replays)
+    shape, facts = StepShape.decode(2, 4), known.facts
+    asked = facts.pairs(known.kind(shape))
+    for accepted in ([1, 1], [1, 3]):
+        device = np.array([25, 26]), np.array(accepted)
+        names = {facts.name(each) for each in facts.pairs(known.kind(shape, device)) & asked}
+        one = {"replays: one token", *(["replays: several"] * (3 in accepted))}
+        expected = one if replays else {"replays: nothing"}
+        found = {each for each in names if each.startswith("replays") and " and " not in each}
+        assert found == expected
+
+
 @given(
     least=st.integers(0, 80),
     spread=st.integers(0, 20),
