@@ -122,6 +122,15 @@ def test_all_of_vllms_options_at_their_defaults(model: TinyModel, device: str) -
     assert len(llm.generate([[1, 2]], greedy(3))[0].outputs[0].token_ids) == 3
 
 
+def test_prompts_as_older_versions_took_them_are_refused_by_their_name(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"prompt_token_ids=\[\[1\]\]: give them as the prompt"):
+        llm.generate(prompt_token_ids=[[1]], sampling_params=greedy(1))
+    with pytest.raises(RequestError, match="prompt=None: give a string"):
+        llm.generate()
+    with pytest.raises(RequestError, match="messages='hi': give a list"):
+        llm.chat("hi")
+
+
 TABLES = [
     *((group, name, ConfigError) for group in ENGINE for name in group.neutral),
     *((group, name, RequestError) for group in (*REQUEST, *SAMPLING) for name in group.neutral),

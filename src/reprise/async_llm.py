@@ -69,7 +69,7 @@ class AsyncLLM:
 
     def generate(
         self,
-        prompt: Any,
+        prompt: Any = None,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,

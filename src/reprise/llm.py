@@ -95,7 +95,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
@@ -107,7 +107,8 @@ class LLM:
         Args:
             prompts: A prompt or a list of them: text, token ids, ``{"prompt": ...}`` or
                 ``{"prompt_token_ids": [...]}``. With ``"cache_salt": ...`` in the dictionary it
-                shares cached prefixes only with prompts of the same salt.
+                shares cached prefixes only with prompts of the same salt. None is refused, with
+                what to give for the arguments that vLLM had in its place.
             sampling_params: For all prompts, or one for each; None: as the checkpoint recommends.
             priority: One for each prompt; lower is more urgent.
             use_tqdm: Show progress on standard error if it takes long.
@@ -184,7 +185,7 @@ class LLM:
                 tools or documents were given that the template does not read.
         """
         refuse_others(self.chat, others)
-        if not isinstance(messages, Sequence) or not messages:
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise RequestError(
                 f"messages={messages!r}: give a list of messages, or a list of such lists"
             )

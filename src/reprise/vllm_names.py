@@ -309,6 +309,10 @@ SERVER = [
 
 REQUEST = [
     Group(
+        "give them as the prompt: [{'prompt_token_ids': [...]}], or a list of ids",
+        {"prompt_token_ids": ([],), "inputs": ([],)},
+    ),
+    Group(
         "LoRA adapters are not supported: merge the adapter into the checkpoint",
         {"lora_request": ([],), "prompt_adapter_request": ([],)},
     ),
