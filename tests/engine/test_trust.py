@@ -197,6 +197,22 @@ def test_what_unseen_replays_have_spoiled_is_made_good(
     assert wrong_tokens(serve(llm, **params), oracle(**params)) == 0
 
 
+@pytest.mark.parametrize("fault", ["stale_pointer", "stale_plan", "uncleared_scratch"])
+def test_what_faults_keep_is_there_for_layers_that_no_rehearsal_computes(
+    tiny: TinyModels, device: str, platform: Platform, monkeypatch: Any, fault: str
+) -> None:
+    """A capture that fails would be no proof that verification finds the fault."""
+    kind = faults.FAULTS[fault]
+    if kind.inexpressible(all_ops()["rotary_cache"], "full", platform) is not None:
+        pytest.skip("graphs cannot be whole here")
+    with planted(monkeypatch, kind, "rotary_cache"):
+        model = tiny("qwen3", num_hidden_layers=5)
+        llm = make_llm(model, device, **OPTIONS, graph_mode="decode=full,mixed=none")
+    reasons = [each.quarantined for each in llm.graph_report().quarantined]
+    assert any("rotary_cache #" in each for each in reasons), reasons
+    assert not any("capture failed" in each for each in reasons), reasons
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
 def test_the_search_for_the_op_writes_nothing_that_the_graph_is_blamed_for(
     tiny: TinyModels, device: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture, name: str
