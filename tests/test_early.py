@@ -103,3 +103,26 @@ def test_others_open_files_meanwhile_as_ever(compiler: Compiler, tmp_path: Path)
             compiler.go_on.set()
         under_way.result(60)
     assert "open" not in vars(compiler)
+
+
+def test_what_the_first_kernel_asks_the_system_is_asked(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whichever backends there are; one that finds nothing keeps no other from it."""
+    asked: list[str] = []
+
+    def nothing() -> None:
+        asked.append("nothing")
+        raise AssertionError("no driver")
+
+    for name, function, answer in (
+        ("triton.runtime.build", "platform_key", lambda: asked.append("processor")),
+        ("triton.backends.one.driver", "library_dirs", nothing),
+        ("triton.backends.other.driver", "library_dirs", lambda: asked.append("driver")),
+    ):
+        module = ModuleType(name)
+        vars(module)[function] = answer
+        monkeypatch.setitem(sys.modules, name, module)
+    early.prepare_compiler()
+    assert compiler.times == 1
+    assert {"processor", "nothing", "driver"} <= set(asked)
