@@ -300,3 +300,33 @@ def test_it_measures_itself(
     ]
     assert len(told) == 1
     assert re.fullmatch(r"drafts: [03] tokens .*\(3: .* ms; 0: .* ms\)", told[0])
+
+
+@pytest.mark.parametrize("rest", [1, 3])
+def test_a_chain_knows_the_blocks_that_came_while_nothing_was_drafted(
+    tiny: TinyModels, device: str, rest: int
+) -> None:
+    """It went on from its last step's tables, and drafted behind a context with holes."""
+    model = tiny("qwen3")
+    ranges = [[100, 100, 3], [101, 101, 0]]
+    llm = make_llm(
+        model, device, max_num_seqs=2, block_size=1, num_blocks=96, speculative_config={
+            "method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3,
+            "num_speculative_tokens_per_batch_size": ranges,
+        },
+    )  # fmt: skip
+    turns = itertools.cycle([3, 3, *[0] * rest])
+    llm.engine.scheduler.planner.drafting = lambda requests: next(turns)
+    drafter: Any = llm.engine.runner.drafter
+    inputs, rows = drafter.inputs, llm.engine.runner.buffers.rows
+    follow, followed = inputs.follow, []
+
+    def noted(step: Any, chosen: Any, *args: Any, **options: Any) -> None:
+        follow(step, chosen, *args, **options)
+        mine = [step.rows[each] for each in chosen]
+        followed.append((inputs.block_tables[:, : len(mine)] == rows.tables[:, mine]).all().item())
+
+    inputs.follow = noted
+    generate(llm, PROMPTS[:2], greedy(40))
+    assert len(followed) > 5
+    assert all(followed)

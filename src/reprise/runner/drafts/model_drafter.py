@@ -174,12 +174,15 @@ class ModelDrafter(Drafter):
         prefill, chain = self.owners[PREFILL], self.owners[CHAIN]
         chained = StepShape.decode(len(chosen), width)
         if not (prefills or chosen or whole):
+            inputs.forget()  # the next chain is not the last one gone on: tables may be others
             return
         if step.rows:
             ids = self.prefill.ids(shape, prefill.padded(shape, at_least))
             if chosen or ids is not None:
                 padded = chain.padded(chained, whole) if chosen else chained
                 inputs.follow(step, chosen, ids, padded, width, greedy=self._speculation.greedy)
+            else:
+                inputs.forget()
         hidden = prefill.run(shape, at_least) if prefills else None
         if not chosen:
             if whole is not None:
