@@ -68,7 +68,6 @@ def pretend_device(target: GPUTarget, shared_memory: int) -> None:
     early = SimpleNamespace(
         supports_pdl=target.backend == "cuda" and target.arch >= 90,
         takes_ptx=target.backend == "cuda",
-        programs_wait=target.backend == "cuda",
         multiplies_fp8=codes_of(target) is torch.float8_e4m3fn,
         fp8_dtype=None,  # so that no product is left to a BLAS
     )

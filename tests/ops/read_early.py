@@ -36,7 +36,6 @@ def main() -> None:
     from reprise.ops.linear import triton as plain
     from reprise.ops.paged_attention.triton import paged_attention
     from reprise.ops.rotary_cache.triton import rotary_cache
-    from reprise.ops.w4_linear.triton import w4_norm_linear
 
     ints, places = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     caches = some(9, 16, 8, 128), some(9, 16, 8, 128)
@@ -50,8 +49,6 @@ def main() -> None:
     )  # fmt: skip
     plain.linear_add(some(1, 2048), some(1024, 2048), None, some(1, 1024))
     plain.norm_linear(some(1, 2048), some(2048), 1e-6, some(1024, 2048), None)
-    packed, zeros = torch.zeros(64, 256, dtype=torch.int32), torch.zeros(64, 16, dtype=torch.uint8)
-    w4_norm_linear(some(1, 2048), some(2048), 1e-6, packed, some(64, 16), zeros, None, 128)
 
 
 def some(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:

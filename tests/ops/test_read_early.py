@@ -33,8 +33,7 @@ def found(no_device: None, compiling: Callable[..., list[str]], order: Order) ->
 def test_nothing_of_the_step_is_read_before_the_kernels_before_have_ended(found: Order) -> None:
     long_there = {
         "weight_ptr", "norm_ptr", "seq_lens_ptr", "starts_ptr", "table_ptr", "positions_ptr",
-        "cos_sin_ptr", "slot_mapping_ptr", "query_norm_ptr", "key_norm_ptr", "packed_ptr",
-        "scales_ptr", "zeros_ptr",
+        "cos_sin_ptr", "slot_mapping_ptr", "query_norm_ptr", "key_norm_ptr",
     }  # fmt: skip
     for kernel, does in found.items():
         early = does[: does.index("wait")]
@@ -58,9 +57,3 @@ def test_one_row_asks_for_gains_before_the_wait_and_for_what_it_adds_to_with_its
     assert adds.index("read out_ptr") < adds.index("read x_ptr")
     assert "read norm_ptr" in norms[: norms.index("wait")]
     assert "read norm_ptr" not in norms[norms.index("wait") :]
-
-
-def test_one_row_of_four_bits_asks_for_gains_before_the_wait(found: Order) -> None:
-    does = found["w4_row_kernel"]
-    assert "read norm_ptr" in does[: does.index("wait")]
-    assert "read norm_ptr" not in does[does.index("wait") :]

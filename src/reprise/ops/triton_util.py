@@ -162,34 +162,6 @@ def _arrivals_name(count: int, device: torch.device) -> str:
     return f"{_arrivals_size(count)} arrivals on {device}"
 
 
-def programs_wait() -> bool:
-    """Whether a program may wait for what others of its launch :func:`give`."""
-    platform = active_platform()
-    return INTERPRETED or (platform is not None and platform.programs_wait)
-
-
-def places(count: int, device: torch.device) -> Tensor:
-    """At least ``count`` int32 in which programs leave numbers for others of their launch, -1 where
-    there is none: see :func:`give`.
-
-    As those of :func:`arrivals`, they are as before when a launch ends."""
-    memory, name = op_memory(), _places_name(count, device)
-    found = memory.get(name)
-    if found is None:
-        size = _places_size(count)
-        found = memory[name] = torch.full((size,), -1, device=device, dtype=torch.int32)
-    return found
-
-
-def _places_size(count: int) -> int:
-    return max(1 << 16, next_power_of_2(count))
-
-
-@functools.cache
-def _places_name(count: int, device: torch.device) -> str:
-    return f"{_places_size(count)} places on {device}"
-
-
 @triton.jit
 def dot(a, b, acc, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """a @ b + acc. The interpreter multiplies float32 correctly and bfloat16 as integers."""
@@ -246,50 +218,6 @@ def is_last(arrivals_ptr, count, done=1):  # type: ignore[no-untyped-def]
     if last:
         tl.store(arrivals_ptr, 0)
     return last
-
-
-@triton.jit
-def give(ptr, value):  # type: ignore[no-untyped-def]
-    """Leave float32 numbers in :func:`places` for another program of the launch."""
-    # What is no number has other bits than nothing.
-    value = tl.where(value == value, value, float("nan"))
-    # By exchange, so that each is seen at once and as a whole; many take longer than to find out
-    # who is the last.
-    tl.atomic_xchg(ptr, value.to(tl.int32, bitcast=True), sem="relaxed")
-
-
-@triton.jit
-def _look(ptr, size, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = ()
-    for other in tl.static_range(COUNT):
-        found += (tl.load(ptr + other * size, volatile=True),)  # type: ignore[assignment]
-    return found
-
-
-@triton.jit
-def _missing(found, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    missing = found[0] == -1
-    for other in tl.static_range(1, COUNT):
-        missing |= found[other] == -1
-    return tl.max(missing.to(tl.int32)) > 0
-
-
-@triton.jit
-def taken(ptr, size, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum, in their order, of what COUNT programs of the launch :func:`give`, ``size`` apart.
-
-    Waits for them. They have lower numbers, so a device has started them before, and they wait for
-    nobody. Each number is there or not by itself: no other memory has to be in order."""
-    found = _look(ptr, size, COUNT)
-    while _missing(found, COUNT):
-        found = _look(ptr, size, COUNT)
-    # No thread looks once more where there is nothing again.
-    tl.debug_barrier()
-    total = tl.zeros(found[0].shape, tl.float32)
-    for other in tl.static_range(COUNT):
-        tl.store(ptr + other * size, tl.full(found[0].shape, -1, tl.int32))
-        total += found[other].to(tl.float32, bitcast=True)
-    return total
 
 
 _MOST_LAUNCHES = 4096

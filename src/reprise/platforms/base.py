@@ -81,9 +81,6 @@ class Platform(ABC):
     there are none."""
     takes_ptx: ClassVar[bool] = False
     """Triton kernels may have inline assembly in NVIDIA's PTX."""
-    programs_wait: ClassVar[bool] = False
-    """A program of a kernel may wait for one with a lower number: those are started first, and what
-    they store is seen where it is looked for again and again."""
     keeps_binaries_alone: ClassVar[bool] = False
     """Triton can keep what it compiled for the device without what it made on the way there."""
     compiles_by_storage: ClassVar[bool] = True

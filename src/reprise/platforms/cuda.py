@@ -34,7 +34,6 @@ class CudaPlatform(AcceleratorPlatform):
     graph_memory = "measure"
     graph_memory_reason = "mem_get_info reports what the driver gives to graphs"
     takes_ptx = True
-    programs_wait = True
     compiles_by_storage = False
 
     @classmethod

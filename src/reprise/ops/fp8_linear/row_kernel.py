@@ -24,7 +24,7 @@ from reprise.ops.fp8_linear.accepts import STEP
 from reprise.ops.fp8_linear.product_kernel import from_bits
 from reprise.ops.fp8_linear.quantise_kernel import eight_bits
 from reprise.ops.fp8_linear.reference import LARGEST, LEAST_MAGNITUDE
-from reprise.ops.linear.tile_end import finish, handed_over, summed
+from reprise.ops.linear.tile_end import finish, summed
 from reprise.ops.triton_util import (
     INTERPRETED,
     arrivals,
@@ -35,8 +35,6 @@ from reprise.ops.triton_util import (
     let_next_start,
     limits,
     next_power_of_2,
-    places,
-    programs_wait,
     shares,
     with_gain,
 )
@@ -127,10 +125,9 @@ def launch_row(
     outputs, inputs = weight.shape
     config = config or _config_of(outputs, inputs, x.device, native)
     tiles = cdiv(outputs, config.block_n)
-    partial, waits = scale, programs_wait()
+    partial = scale
     if config.splits > 1:
-        size = config.splits * tiles * config.block_n
-        partial = places(size, x.device) if waits else scale.new_empty(size)
+        partial = scale.new_empty((config.splits, tiles * config.block_n))
     launch(fp8_row_kernel, (tiles * config.splits,))(
         x,
         norm_weight,
@@ -147,7 +144,6 @@ def launch_row(
         ADD=add,
         GATED=gated,
         SPLITS=config.splits,
-        WAITS=waits,
         NATIVE=native,
         WIDEN=INTERPRETED,
         EXACT=not INTERPRETED,
@@ -189,7 +185,6 @@ def fp8_row_kernel(
     ADD: tl.constexpr,
     GATED: tl.constexpr,
     SPLITS: tl.constexpr,
-    WAITS: tl.constexpr,
     NATIVE: tl.constexpr,
     WIDEN: tl.constexpr,
     EXACT: tl.constexpr,
@@ -205,8 +200,7 @@ def fp8_row_kernel(
     """One program multiplies one share of the inputs into BLOCK_N of ``features`` outputs.
 
     x: [INPUTS]; weight: [features, INPUTS], twice as many rows if GATED; out: [features]; partial:
-    [SPLITS, tiles, BLOCK_N] float32, or with WAITS places; arrivals: [tiles], how many programs are
-    done with a tile.
+    [SPLITS, tiles, BLOCK_N] float32; arrivals: [tiles], how many programs are done with a tile.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -272,10 +266,7 @@ def fp8_row_kernel(
         # than float32 has.
         acc += tl.dot(weight, columns) * (weight_scale * x_scale[None, :])
     total = tl.sum(acc, axis=1)[:, None]
-    if WAITS:
-        total, last = handed_over(total, partial_ptr, tile, split, SPLITS)
-    else:
-        total, last = summed(total, partial_ptr, arrivals_ptr, tile, split, SPLITS)
+    total, last = summed(total, partial_ptr, arrivals_ptr, tile, split, SPLITS)
     if last:
         row = tl.zeros([1], dtype=tl.int32)
         finish(total, bias_ptr, out_ptr, tile * WIDTH, features, row, 1, 0, GATED, ADD)

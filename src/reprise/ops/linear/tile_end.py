@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from reprise.ops.triton_util import give, is_last, silu, taken
+from reprise.ops.triton_util import is_last, silu
 
 
 @triton.jit
@@ -22,42 +22,18 @@ def summed(acc, partial_ptr, arrivals_ptr, tile, split, SPLITS: tl.constexpr):
     """
     last = True
     if SPLITS > 1:
-        partial_ptr, size = _of_tile(partial_ptr, tile, acc, SPLITS)
+        FEATURES: tl.constexpr = acc.shape[0]
+        ROWS: tl.constexpr = acc.shape[1]
+        within = tl.arange(0, FEATURES)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        size = tl.num_programs(0) // SPLITS * (FEATURES * ROWS)
+        partial_ptr += tile * (FEATURES * ROWS) + within
         tl.store(partial_ptr + split * size, acc)
         last = is_last(arrivals_ptr + tile, SPLITS)
         if last:
-            acc = tl.zeros(acc.shape, dtype=tl.float32)
+            acc = tl.zeros([FEATURES, ROWS], dtype=tl.float32)
             for other in tl.static_range(SPLITS):
                 # Just written: the nearest cache may hold older values.
                 acc += tl.load(partial_ptr + other * size, cache_modifier=".cg")
-    return acc, last
-
-
-@triton.jit
-def _of_tile(partial_ptr, tile, acc, SPLITS: tl.constexpr):
-    """Where the first split's part of a tile is, and how far behind it the next one's."""
-    FEATURES: tl.constexpr = acc.shape[0]
-    ROWS: tl.constexpr = acc.shape[1]
-    within = tl.arange(0, FEATURES)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    size = tl.num_programs(0) // SPLITS * (FEATURES * ROWS)
-    return partial_ptr + tile * (FEATURES * ROWS) + within, size
-
-
-@triton.jit
-def handed_over(acc, places_ptr, tile, split, SPLITS: tl.constexpr):
-    """As :func:`summed`, to the same bits, but the program of the last split has the sum: it waits
-    for the others, which takes less than to find out who is the last where a tile is small.
-
-    places: [SPLITS, tiles, *acc.shape] of :func:`reprise.ops.triton_util.places`.
-    """
-    last = True
-    if SPLITS > 1:
-        last = split == SPLITS - 1
-        places_ptr, size = _of_tile(places_ptr, tile, acc, SPLITS)
-        if last:
-            acc = taken(places_ptr, size, SPLITS - 1) + acc
-        else:
-            give(places_ptr + split * size, acc)
     return acc, last
 
 

@@ -21,16 +21,12 @@ from reprise.ops.triton_util import (
     arrivals,
     cdiv,
     depend,
-    give,
     is_last,
     launch,
     launch_options,
     limits,
     next_power_of_2,
-    places,
-    programs_wait,
     silu,
-    taken,
     takes_ptx,
     with_gain,
 )
@@ -86,13 +82,9 @@ def launch_row(
     most = _PROGRAMS * limits(x.device).multiprocessors
     each = cdiv(tiles * splits, most)
     programs = cdiv(tiles, each)
-    partial, waits = x, splits > 1 and programs_wait()
+    partial = x
     if splits > 1:
-        size = splits * programs * each * _FEATURES
-        if waits:
-            partial = places(size, x.device)
-        else:
-            partial = x.new_empty(size, dtype=torch.float32)
+        partial = x.new_empty((splits, programs * each * _FEATURES), dtype=torch.float32)
     launch(w4_row_kernel, (programs * splits,))(
         x,
         norm_weight,
@@ -111,7 +103,6 @@ def launch_row(
         GATED=gated,
         ADD=add,
         SPLITS=splits,
-        WAITS=waits,
         TILES=each,
         MOST_TILES=next_power_of_2(each),
         BLOCK_N=_FEATURES,
@@ -314,7 +305,6 @@ def w4_row_kernel(
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     SPLITS: tl.constexpr,
-    WAITS: tl.constexpr,
     TILES: tl.constexpr,
     MOST_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -329,8 +319,7 @@ def w4_row_kernel(
 
     x: [8 * WORDS], normalised first if there is a norm. packed: [features, WORDS], or twice as many
     rows if GATED: gates, then what they let through; scales, zeros: as many rows, a column for each
-    GROUP inputs. partial: [SPLITS, tiles, BLOCK_N] float32, or with
-    WAITS places. MOST_TILES: a power of two.
+    GROUP inputs. partial: [SPLITS, tiles, BLOCK_N] float32. MOST_TILES: a power of two.
     """
     INPUTS: tl.constexpr = WORDS * 8
     CHUNKS: tl.constexpr = BLOCK_W // LANE_W
@@ -346,16 +335,15 @@ def w4_row_kernel(
     packed, scale, zero = _weight(
         packed_ptr, scales_ptr, zeros_ptr, n, outputs, word, part, WORDS, GROUP, BLOCK_W
     )
+    depend(EARLY)
+
     # A thread has the inputs of four words, as of the weight.
     k = split * (BLOCK_W * 8) + tl.arange(0, CHUNKS * PARTS)[:, None, None] * 32
     k += tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    if norm_ptr is not None:
-        gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
-    depend(EARLY)
-
     x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0)
     value = x.to(tl.float32)
     if norm_ptr is not None:
+        gain = tl.load(norm_ptr + k, mask=k < INPUTS, other=0.0)
         squares = value * value
         if SPLITS > 1:
             squares = tl.zeros([CHUNKS * PARTS, 4, 8], dtype=tl.float32)
@@ -411,32 +399,25 @@ def w4_row_kernel(
         if SPLITS > 1:
             at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
-            if WAITS:
-                give(partial_ptr + split * size + at, y)
-            else:
-                tl.store(partial_ptr + split * size + at, y)
+            tl.store(partial_ptr + split * size + at, y)
         else:
             _store(y, bias_ptr, out_ptr, before, tile, end, features, GATED, ADD, BLOCK_N)
         tile += 1
 
     last = False
     if SPLITS > 1:
-        if WAITS:
-            last = split == SPLITS - 1
-        else:
-            last = is_last(arrivals_ptr + which, SPLITS)
+        last = is_last(arrivals_ptr + which, SPLITS)
     if last:
         tile = which * TILES
         before = _before(out_ptr, tile, features, ADD, BLOCK_N, MOST_TILES)
         i = tl.arange(0, MOST_TILES * BLOCK_N)
         size = tl.num_programs(0) // SPLITS * (TILES * BLOCK_N)
-        # What is not there has the number of the last one.
-        sums_ptr = partial_ptr + tile * BLOCK_N + tl.minimum(i, TILES * BLOCK_N - 1)
-        if WAITS:
-            y = taken(sums_ptr, size, SPLITS)
-        else:
-            y = tl.zeros([MOST_TILES * BLOCK_N], dtype=tl.float32)
-            for other in tl.static_range(SPLITS):
-                # Just written: the nearest cache may hold older values.
-                y += tl.load(sums_ptr + other * size, cache_modifier=".cg")
+        sums_ptr = partial_ptr + tile * BLOCK_N + i
+        y = tl.zeros([MOST_TILES * BLOCK_N], dtype=tl.float32)
+        for other in tl.static_range(SPLITS):
+            # Just written: the nearest cache may hold older values.
+            y += tl.load(
+                sums_ptr + other * size, mask=i < TILES * BLOCK_N, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
         _store(y, bias_ptr, out_ptr, before, tile, end, features, GATED, ADD, BLOCK_N)
