@@ -116,3 +116,52 @@ def test_what_is_wanted_most_comes_first() -> None:
     assert deferred.take(WANTED) == later[2]
     assert [deferred.take() for _ in range(4)] == [later[0], later[1], later[3], None]
     assert not deferred
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("verify", ["auto", "canary:1"])
+def test_a_capture_that_spoils_what_requests_have_gives_no_wrong_token(
+    model: TinyModel, device: str, verify: str, idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured pieces have others between them, which are computed, and the graph may be wrong
+    there: the cache of the target is next to that of the drafts."""
+    prompts = [random_ids(60, 50), random_ids(61, 50)]
+    expected = generate(make_llm(model, device), prompts, greedy(60))
+    llm = drafting(model, device, graph_verify=verify, block_size=16)
+    runner = llm.engine.runner
+    capturer = runner.owners.runners["draft chain"].capturer
+    caches = [t for each in runner.model.caches().values() for t in each.tensors.values()]
+    record, spoilt = capturer._record, []
+
+    def careless(bucket: Any, executor: Any) -> None:
+        record(bucket, executor)
+        spoilt.append(bucket.info.name)
+        for each in caches:
+            each[1:] += 1  # all blocks but the null block
+
+    if idle:
+        assert generate(llm, prompts[:1], greedy(2)) == [expected[0][:2]]
+    monkeypatch.setattr(capturer, "_record", careless)
+    while idle and llm.engine.prove_idle():
+        pass
+    assert generate(llm, prompts, greedy(60)) == expected
+    assert spoilt
+    refused = [each for each in llm.graph_report().quarantined if each.owner == "draft chain"]
+    assert {each.name for each in refused} == set(spoilt)
+    assert all("capture: it changed" in str(each.quarantined) for each in refused)
+
+
+def test_what_cannot_be_looked_at_is_not_captured(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(make_llm(model, device), PROMPTS[:2], greedy(60))
+    llm = drafting(model, device)
+    owner = llm.engine.runner.owners.runners["draft chain"]
+
+    def short(scope: Any) -> Any:
+        raise MemoryError("no room for sums")
+
+    monkeypatch.setattr(owner.guard, "before", short)
+    assert generate(llm, PROMPTS[:2], greedy(60)) == expected
+    assert graphs(llm)[2].executor == "none"
+    assert "no room for sums" in str(graphs(llm)[2].dropped)

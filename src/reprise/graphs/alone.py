@@ -1,6 +1,8 @@
-"""A replay that nothing is compared with, and what it must leave alone."""
+"""A replay, or a capture, that nothing is compared with, and what it must leave alone."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -8,27 +10,26 @@ from reprise.errors import describe
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.seal import Seal
-from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.step_memory import StepMemory
 from reprise.graphs.verify import Verdict
 from reprise.shape import StepShape
 
 
-def replay_alone(
+def run_alone(
     computation: Computation,
     guard: Guard,
-    graph: SegmentedGraph,
+    run: Callable[[], object],
     bucket: StepShape,
     scope: Scope | None,
 ) -> Verdict:
-    """Replay the step in the static inputs for what that leaves in memory that several graphs use.
-    What it updates in place is as before afterwards, and so are inputs and memory beside.
+    """Replay or capture the step in the static inputs, for what that leaves in memory that others
+    use. What it updates in place is as before afterwards, and so are inputs and memory beside.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
         guard: Of its memory.
-        graph: To be replayed.
-        bucket: What it was captured for.
+        run: Does it.
+        bucket: What it is done for.
         scope: The memory that it must leave alone; None: that need not be looked at.
 
     Returns:
@@ -40,7 +41,7 @@ def replay_alone(
     seal = Seal([*at_first.values(), *step.kept(), *before.kept()]) if before is not None else None
     verdict = Verdict()
     try:
-        graph.replay()
+        run()
         if seal is not None and seal.broken():
             return Verdict(lost=True)
         step.put(at_first)

@@ -7,21 +7,25 @@ import time
 from collections.abc import Callable, Sequence
 
 from reprise import timeline
-from reprise.errors import describe
+from reprise.distributed import Agreement
+from reprise.errors import GraphReplayError, describe
+from reprise.graphs.alone import run_alone
 from reprise.graphs.blind import blind_inputs
 from reprise.graphs.bucket_graphs import BucketGraphs
 from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Progress
 from reprise.graphs.contract import Computation
 from reprise.graphs.deferred import REASON, WANTED, Deferred, split
-from reprise.graphs.guard import Guard
+from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.idle import IdleProof, nobody
+from reprise.graphs.padding import write_padding
 from reprise.graphs.plan import Executor, GraphPlan
 from reprise.graphs.prove import Prover
+from reprise.graphs.replay import Replays
 from reprise.graphs.report import GraphInfo, GraphMemory
 from reprise.graphs.trust import Ledger
 from reprise.graphs.useless import Useless
-from reprise.graphs.verify import COPIES
+from reprise.graphs.verify import COPIES, Verdict
 from reprise.graphs.verify_mode import VerifyMode
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape
@@ -45,10 +49,12 @@ class Captures:
         prover: Proves them at start, and captures the fallback of those that are wrong.
         useless: Knows which would gain nothing.
         idle: Proves them while nothing runs.
+        replays: Refuse what a capture behind start-up has spoiled memory for.
         guard: Of the computation's memory.
         ledger: Of what is proven.
         policy: Of canaries.
         verify: When to compare graphs with eager execution.
+        agreement: Of the ranks that compute together.
         owner: See :class:`~reprise.graphs.runner.GraphRunner`, as of ``lazy``.
     """
 
@@ -63,10 +69,12 @@ class Captures:
         prover: Prover,
         useless: Useless,
         idle: IdleProof,
+        replays: Replays,
         guard: Guard,
         ledger: Ledger,
         policy: CanaryPolicy,
         verify: VerifyMode,
+        agreement: Agreement,
         *,
         owner: str,
         lazy: bool,
@@ -83,7 +91,8 @@ class Captures:
         self._computation = computation
         self._graphs = graphs
         self._prover, self._useless, self._idle = prover, useless, idle
-        self._guard, self._ledger = guard, ledger
+        self._replays = replays
+        self._guard, self._ledger, self._agreement = guard, ledger, agreement
         self._policy, self._verify = policy, verify
         self._owner, self.lazy = owner, lazy
         self._left_out: list[StepShape] = []
@@ -200,8 +209,16 @@ class Captures:
 
     def capture_wanted(self) -> bool:
         """Capture one bucket that steps have wanted for long, if there is one. It is the next step
-        that waits for it. The static inputs are not as before."""
-        return self._capture_deferred(WANTED)
+        that waits for it. The static inputs are not as before.
+
+        Raises:
+            GraphReplayError: Meanwhile it changed what requests have; it is refused.
+            WeightsLostError: It has changed weights that cannot be loaded again.
+        """
+        wanted = self._capture_deferred(WANTED)
+        if wanted and self._replays.damage is not None:
+            raise GraphReplayError(f"graph {self._replays.damage.name}: its capture was wrong")
+        return wanted
 
     def _capture_deferred(self, least: int) -> bool:
         shape = self.deferred.take(least)
@@ -210,7 +227,7 @@ class Captures:
         self.platform.synchronize()  # steps under way read and write what a capture overwrites
         started = time.perf_counter()
         with self.capturer.ready():
-            bucket = self.capture_bucket(shape)
+            bucket = self._capture_beside_requests(shape)
             reached = self.blind.get(shape.phase) == []  # else nobody knows what probes prove
             if self._verify.startup and bucket.graph is not None and reached:
                 self._prover.plan_later(bucket)
@@ -225,6 +242,35 @@ class Captures:
             len(self.deferred),
         )  # fmt: skip
         return True
+
+    def _capture_beside_requests(self, shape: StepShape) -> BucketGraph:
+        """What cannot be captured is computed meanwhile, and all of it where graphs are recorded:
+        a graph that is wrong may be so then."""
+        if self._verify == VerifyMode(startup=False):
+            return self.capture_bucket(shape)
+        captured: list[BucketGraph] = []
+        ready = False
+
+        def capture() -> None:
+            nonlocal ready
+            ready = True
+            if self._agreement.all(True):
+                captured.append(self.capture_bucket(shape))
+
+        try:
+            write_padding(self._computation, shape)
+            verdict = run_alone(self._computation, self._guard, capture, shape, Scope(part=None))
+        except Exception as error:  # for want of memory, as it may be
+            verdict = Verdict(error=describe(error), ran=False)
+        if not ready:  # others do not begin either
+            self._agreement.all(False)
+        if captured:
+            self._replays.captured(captured[0], verdict)
+            return captured[0]
+        bucket = self._new_bucket(shape)
+        bucket.info.executor = "none"
+        bucket.info.dropped = f"not captured: {verdict.told or 'another rank did not look'}"
+        return bucket
 
     def discard(self) -> None:
         """Forget all graphs, and give their memory back if no other runner's graphs share it."""
@@ -283,9 +329,9 @@ class Captures:
         Returns:
             Whether there may be more to do.
         """
-        if self.deferred:
-            return self._capture_deferred(0)
-        if not self._policy.checks_kinds or not self.plan.captures:
-            return False
         with self._computation.ops.computing():
+            if self.deferred:
+                return self._capture_deferred(0)
+            if not self._policy.checks_kinds or not self.plan.captures:
+                return False
             return self._idle.advance(wanted)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reprise.distributed import Agreement
 from reprise.errors import describe
-from reprise.graphs.alone import replay_alone
+from reprise.graphs.alone import run_alone
 from reprise.graphs.bounds import Bounds
 from reprise.graphs.capture import BucketGraph, Capturer
 from reprise.graphs.contract import Computation, Probe
@@ -208,8 +208,8 @@ class Judge:
             return Verdict(error=reason, ran=False)
         assert bucket.graph is not None
         try:
-            verdict = replay_alone(
-                self._computation, self._guard, bucket.graph, bucket.shape,
+            verdict = run_alone(
+                self._computation, self._guard, bucket.graph.replay, bucket.shape,
                 None if scope is None else scope(),
             )  # fmt: skip
         except Exception as error:

@@ -103,8 +103,8 @@ class GraphRunner:
         )
         self.captures = Captures(
             computation, platform, self.plan, buckets.shapes(self.plan, query_lens, max_requests),
-            self.bucket_graphs, self.capturer, self.prover, self.useless, idle, self.guard,
-            self.ledger, self.canary, verify, owner=owner, lazy=lazy,
+            self.bucket_graphs, self.capturer, self.prover, self.useless, idle, self.replays,
+            self.guard, self.ledger, self.canary, verify, agreement, owner=owner, lazy=lazy,
         )  # fmt: skip
         self._deferred = self.captures.deferred
         self._result: tuple[StepShape, Tensor] | None = None
