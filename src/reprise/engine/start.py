@@ -13,7 +13,7 @@ from reprise import timeline
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE, Ranks
 from reprise.engine.frontend import load_tokenizer
-from reprise.errors import ConfigError
+from reprise.errors import ConfigError, describe
 from reprise.loading import Checkpoint, checkpoint_of, end_of_text_id, require_method
 from reprise.ops.ahead import load_compiler, wake_compiler
 from reprise.parallel import Elsewhere, Leader, LeadingRunner, Lockstep
@@ -54,6 +54,15 @@ def refuse_several(config: EngineConfig) -> None:
         )
 
 
+def _holds_memory(platform: Platform) -> bool:
+    """Whether something of this process is on the device, or may be."""
+    try:
+        return platform.memory_allocated() > 0
+    except Exception as error:  # a device that has lost count computes all the same
+        logger.warning("memory in use is not known, and taken for some (%s)", describe(error))
+        return True
+
+
 def open_model(
     config: EngineConfig,
     platform: Platform,
@@ -80,7 +89,7 @@ def open_model(
         loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
         # Engines that nothing refers to any more give their memory back before this one takes its
         # own. Where there was none a look through all objects only takes the interpreter's time.
-        earlier = platform.counts_memory and platform.memory_allocated() > 0
+        earlier = platform.counts_memory and _holds_memory(platform)
         with contextlib.ExitStack() as warming:
             with timeline.span("config"):
                 warming.enter_context(platform.warming_up(beside=loading, then=waking))
