@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import warm
 
+from reprise.cli.logs import LIBRARY_SETTINGS
+
 pytestmark = pytest.mark.skipif(not warm.can_be(), reason="the system hands no orphans on")
 
 
@@ -75,6 +77,14 @@ def test_its_children_are_forked_too(variables: dict[str, str]) -> None:
     assert found["child"].pop("warm")
     assert expected["child"]["facts"]["parent"] == 0
     assert found == expected
+
+
+def test_what_commands_set_in_this_process_makes_no_other_program(
+    variables: dict[str, str],
+) -> None:
+    """They leave it: tests behind them would all have started what is forked."""
+    left = {**LIBRARY_SETTINGS, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "KINETO_LOG_LEVEL": "99"}
+    assert told(False, "-m", "told", "7", env={**variables, **left})[1]
 
 
 def test_others_are_started(variables: dict[str, str]) -> None:

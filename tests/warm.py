@@ -55,6 +55,16 @@ def can_be() -> bool:
     return sys.platform == "linux" and hasattr(_LIBC, "prctl")
 
 
+_SET_MEANWHILE = {
+    "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST",
+    # What commands, the profiler and the compiler set in a process that has used them.
+    "TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TOKENIZERS_PARALLELISM",
+    "HF_HUB_DISABLE_PROGRESS_BARS", "KINETO_LOG_LEVEL", "TEARDOWN_CUPTI",
+    "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+}  # fmt: skip
+"""Variables that make no module another one."""
+
+
 class Nursery:
     """The process that forks, seen from where children are asked for.
 
@@ -160,8 +170,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 def _read_by_imports(environment: dict[str, str]) -> dict[str, str]:
     """Of variables those that may make imported modules others."""
-    own = ("PYTHONPATH", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "PYTEST_CURRENT_TEST")
-    return {name: value for name, value in environment.items() if name not in own}
+    return {name: value for name, value in environment.items() if name not in _SET_MEANWHILE}
 
 
 def _program(command: Any) -> str | None:
