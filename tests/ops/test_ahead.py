@@ -52,7 +52,7 @@ def test_numbers_that_nobody_has_computed_are_zeros_and_stay_so(table, randn, mo
     """Memory has any content, such as numbers of experts that there are not; and routing, which is
     computed beside the experts, would give them other rows between two of their kernels."""
     rows, top = 4, 2
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 0)  # one thread
+    monkeypatch.setattr(ahead, "_MOST_THREADS", 1)
     seen: list[torch.Tensor] = []
     for name in ("route", "experts_add"):
         op = getattr(ops, name)
@@ -163,7 +163,7 @@ def test_break_ops_come_first_and_each_rank_begins_elsewhere(
     table, randn, monkeypatch, rank, expected
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 0)  # one thread
+    monkeypatch.setattr(ahead, "_MOST_THREADS", 1)
     monkeypatch.setattr(ops.rms_norm, "break_op", True)
     table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
     table.functions["rms_norm"] = lambda x, weight, eps: order.append("break op")
