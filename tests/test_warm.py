@@ -28,7 +28,10 @@ def nursery() -> Iterator[None]:
 @pytest.fixture
 def variables() -> dict[str, str]:
     """Of an environment in which the program is found."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), warm.ROOT])}
+    return {
+        **warm.Popen.usual,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), warm.ROOT]),
+    }
 
 
 def told(cold: bool, *options: str, **how: Any) -> tuple[dict[str, Any], bool]:
