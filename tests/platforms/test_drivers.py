@@ -75,6 +75,14 @@ def test_what_a_device_alone_needs_is_done_where_its_driver_is(monkeypatch) -> N
     assert done.empty()
 
 
+def test_a_machine_without_the_driver_starts_as_others(monkeypatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(drivers.ctypes, "CDLL", missing)
+    assert drivers._cuda(0) is None
+
+
 def test_it_is_done_while_the_driver_starts(monkeypatch) -> None:
     """Neither waits for the other: a driver takes as long as the compiler's fingerprint."""
     begun: SimpleQueue[str] = SimpleQueue()
