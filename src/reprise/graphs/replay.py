@@ -172,13 +172,11 @@ class Replays:
         self._turn += 1
         return self._guard.part(self._computation.state(bucket.shape).near(), self._turn)
 
-    def captured(self, bucket: BucketGraph, verdict: Verdict) -> bool:
-        """Heed what a capture did while requests have memory. Returns whether it left that alone,
-        on all ranks; else its graph is refused, and the rest is as of :meth:`make_good`."""
-        if self._agree(verdict.right):
-            return True
-        self.make_good(bucket, bucket.shape.empty, verdict, "capture")
-        return False
+    def captured(self, bucket: BucketGraph, verdict: Verdict) -> None:
+        """Heed what a capture did while requests have memory: if it did not leave that alone, on
+        any rank, its graph is refused, and the rest is as of :meth:`make_good`."""
+        if not self._agree(verdict.right):
+            self.make_good(bucket, bucket.shape.empty, verdict, "capture")
 
     def make_good(
         self, bucket: BucketGraph, shape: StepShape, verdict: Verdict, found_by: str

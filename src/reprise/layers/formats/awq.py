@@ -14,7 +14,6 @@ from reprise.layers.formats.fields import (
     HOW_IT_WAS_MADE,
     AllBut,
     Fields,
-    chosen_modules,
     stays_plain,
 )
 from reprise.layers.formats.four_bits import FourBits
@@ -74,12 +73,9 @@ def formats(config: Mapping[str, Any]) -> Formats:
             )
     fields.require("desc_act", False, default=False)
     fields.require("pack_dtype", "int32", default="int32")
-    head = fields.require("lm_head", True, False, default=False)
-    fields.nothing("dynamic", "all products must be quantised alike")
-    plain = fields.names("modules_to_not_convert")
-    only = chosen_modules(fields)
+    is_plain = stays_plain(fields)
     # Whatever sym says, zero points are stored.
     fields.leave("sym", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "bits_per_param")
     fields.leave(*HOW_IT_WAS_MADE)
     fields.end()
-    return AllBut(Awq(group, zeros=True), stays_plain(head, plain, only))
+    return AllBut(Awq(group, zeros=True), is_plain)

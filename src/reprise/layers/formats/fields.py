@@ -181,16 +181,15 @@ def is_within(path: str, names: Sequence[str]) -> bool:
     return any(f".{each}." in whole for each in names)
 
 
-def stays_plain(
-    head: bool, plain: Sequence[str], only: Sequence[str] | None
-) -> Callable[[str], bool]:
-    """Says by its path whether a product of such a checkpoint is plain.
+def stays_plain(fields: Fields) -> Callable[[str], bool]:
+    """Read which products are quantised: what is returned says by its path whether one is plain.
 
-    Args:
-        head: The language-model head is quantised as well.
-        plain: Names of modules that are not.
-        only: Names of those that are, but for the head; None: all others.
+    Raises:
+        As methods of ``fields``.
     """
+    head = fields.require("lm_head", True, False, default=False)
+    fields.nothing("dynamic", "all products must be quantised alike")
+    plain, only = fields.names("modules_to_not_convert"), chosen_modules(fields)
 
     def is_plain(path: str) -> bool:
         if is_head(path):

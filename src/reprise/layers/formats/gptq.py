@@ -14,7 +14,6 @@ from reprise.layers.formats.fields import (
     HOW_IT_WAS_MADE,
     AllBut,
     Fields,
-    chosen_modules,
     stays_plain,
 )
 from reprise.layers.formats.four_bits import FourBits
@@ -118,11 +117,8 @@ def formats(config: Mapping[str, Any]) -> Formats:
         )
     fields.require("is_marlin_format", False, default=False)
     fields.require("pack_dtype", "int32", default="int32")
-    head = fields.require("lm_head", True, False, default=False)
-    fields.nothing("dynamic", "all products must be quantised alike")
-    plain = fields.names("modules_to_not_convert")
-    only = chosen_modules(fields)
+    is_plain = stays_plain(fields)
     fields.leave(*HOW_IT_WAS_MADE)
     fields.end()
     format = Gptq(group, zeros=not symmetric, less=1 if written == {"gptq"} else 0)
-    return AllBut(format, stays_plain(head, plain, only))
+    return AllBut(format, is_plain)
