@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from reprise import LLM, AsyncLLM, SamplingParams
 from reprise.engine.questions import QUESTIONS
 from reprise.errors import ModelError, RanksError, RepriseError, RequestError
 from reprise.replicas import table
+from reprise.replicas.launch import LocalFleet
 
 ANSWER_SECONDS = 10.0
 LENGTHS = (1, 3, 9, 30, 47, 70)
@@ -175,6 +177,30 @@ def test_a_killed_replica_is_named(pair: LLM, prompts: list[list[int]]) -> None:
     assert time.monotonic() - began < ANSWER_SECONDS
     pair.shutdown()
     assert all(gone(each) for each in children)
+
+
+def test_a_killed_replica_is_named_where_the_system_says_so_late() -> None:
+    """Its connections close first, and who has lost them may have ended by then."""
+
+    class One:
+        def __init__(self, number: int, killed_at_look: int) -> None:
+            self.number, self.looks, self.killed_at_look = number, 0, killed_at_look
+
+        @property
+        def was_killed(self) -> bool:
+            self.looks += 1
+            return self.looks >= self.killed_at_look
+
+        def ended(self) -> str:
+            return f"replica {self.number}"
+
+    fleet = object.__new__(LocalFleet)
+    fleet._table = SimpleNamespace(first_failure=None)  # type: ignore[assignment]
+    survivor, killed = One(0, 1 << 62), One(1, 5)
+    fleet.replicas = [survivor, killed]  # type: ignore[list-item]
+    assert fleet.ended(survivor) == "replica 1"  # type: ignore[arg-type]
+    fleet.replicas = [survivor]  # type: ignore[list-item]
+    assert fleet.ended(survivor) == "replica 0"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

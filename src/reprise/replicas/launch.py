@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,9 @@ MOST_CHARACTERS = 300
 TAIL_BYTES = 4096
 END_SECONDS = 5.0
 """For a process that says nothing more to end by itself, so that it is known how it did."""
+SETTLE_SECONDS = 1.0
+"""For another one to be found killed: its connections close, and who needs it may have ended,
+before the system says that it is gone."""
 
 
 class LocalReplica(Replica):
@@ -178,14 +182,18 @@ class LocalFleet(Fleet):
         """Of those that share experts another one may be the reason."""
         if self._table is None:
             return replica.ended()
-        killed = [each for each in self.replicas if each.was_killed]
-        first = self._table.first_failure
-        if killed:
-            return killed[0].ended()
-        if first is None:
-            return replica.ended()
-        number, why = first
-        return f"{self.replicas[number].ended()}; why: {why}"
+        until = time.monotonic() + SETTLE_SECONDS
+        while True:
+            killed = [each for each in self.replicas if each.was_killed]
+            first = self._table.first_failure
+            if killed:
+                return killed[0].ended()
+            if first is not None:
+                number, why = first
+                return f"{self.replicas[number].ended()}; why: {why}"
+            if time.monotonic() > until:
+                return replica.ended()
+            time.sleep(0.01)
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):
