@@ -151,6 +151,31 @@ def test_a_capture_that_spoils_what_requests_have_gives_no_wrong_token(
     assert all("capture: it changed" in str(each.quarantined) for each in refused)
 
 
+def test_a_capture_that_is_cut_short(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, once it has changed what is written at start and never again."""
+    expected = generate(make_llm(model, device), PROMPTS[:2], greedy(60))
+    llm = drafting(model, device, graph_verify="canary:1")
+    owner = llm.engine.runner.owners.runners["draft chain"]
+    memory = llm.engine.runner.forward_pass.memory()
+    record, pool = owner.capturer._record, owner.capturer.pool.handle
+
+    def interrupted(bucket: Any, executor: Any) -> None:
+        record(bucket, executor)
+        memory["block_sizes"].tensor.mul_(2)
+        memory["model.layers.0.self_attn.q_norm.weight"].tensor.neg_()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner.capturer, "_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, PROMPTS[:2], greedy(60))
+    assert owner.capturer.pool.handle is None is not pool
+    assert generate(llm, PROMPTS[:2], greedy(60)) == expected
+    assert "q_norm" in str(graphs(llm)[2].quarantined)
+
+
 def test_what_cannot_be_looked_at_is_not_captured(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

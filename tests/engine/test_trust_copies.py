@@ -210,6 +210,80 @@ def test_a_graph_that_was_found_wrong_is_refused_whatever_follows(
     assert_idle(llm)
 
 
+CUTS = {
+    "sums": (Guard, "flags"),
+    "copies": (verify.Seal, "broken"),
+    "what differs": (verify._Both, "_tell"),
+    "weights": (Guard, "wrong_weights"),
+    "the op": (repair, "_where"),
+}
+"""What is looked at behind a replay."""
+
+
+@pytest.mark.parametrize(
+    ("where", "changed", "error"),
+    [
+        ("sums", "q_norm", KeyboardInterrupt),
+        ("copies", "q_norm", KeyboardInterrupt),
+        ("what differs", "block_sizes", KeyboardInterrupt),
+        ("what differs", "block_sizes", torch.OutOfMemoryError),
+        ("weights", "q_norm", torch.OutOfMemoryError),
+        ("the op", "logits", KeyboardInterrupt),
+    ],
+)
+def test_a_look_that_is_cut_short(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+    where: str, changed: str, error: type[BaseException],
+) -> None:  # fmt: skip
+    """By Ctrl-C or for want of memory: what the replay has done is made good all the same."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none")
+    forward_pass = llm.engine.runner.forward_pass
+    memory = {"logits": forward_pass._logits}
+    memory |= {name: each.tensor for name, each in forward_pass.memory().items()}
+    target = next(each for name, each in memory.items() if changed in name)
+    due: list[bool] = []
+
+    def change(count: int) -> None:
+        if count == 3:
+            target.neg_() if target.is_floating_point() else target.mul_(2)
+            due.append(True)
+
+    holder, name = CUTS[where]
+    looks = getattr(holder, name)
+
+    def cut(*args: Any) -> Any:
+        if due:
+            due.clear()
+            raise error("cut short")
+        return looks(*args)
+
+    monkeypatch.setattr(holder, name, cut)
+    after_replays(monkeypatch, change)
+    try:
+        assert generate(llm, PROMPTS, PARAMS) == expected
+    except error:
+        assert_idle(llm)
+    assert not due
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    harmless = changed == "block_sizes" and error is KeyboardInterrupt  # it is put back
+    assert len(llm.graph_report().quarantined) == (not harmless)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+
+
+def test_what_nobody_has_looked_at_is_not_taken_for_right_once_others_are_replaced(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none")
+    weight = llm.engine.runner.model.model.layers[0].self_attn.q_norm.weight
+    spoil([weight.data])  # as replays do that nobody compares
+    llm.update_weights({})
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    spoil([weight.data])
+    for _ in range(2):
+        with pytest.raises(WeightsLostError, match="q_norm"):
+            llm.update_weights({})
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_memory_that_is_short_while_no_request_runs(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]

@@ -70,6 +70,12 @@ class Weights:
         if self._lost is not None:
             raise WeightsLostError(self._lost)
         copies = plan_update(self._runner.model, weights)
+        if not self._half_updated:  # else they differ on purpose
+            try:
+                self._runner.settle_weights()
+            except WeightsLostError as error:
+                self.lose(error)
+                raise
         self._scheduler.reset_prefix_cache()
         self._half_updated |= copies.keys()
         update_weights(copies, platform)

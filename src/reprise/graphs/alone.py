@@ -48,7 +48,11 @@ def run_alone(
         if before is not None and torch.stack(guard.flags(before)).any():
             verdict.changes += guard.changes(before)
             guard.put_back(before)
-    except Exception as error:
+    except BaseException as error:
         step.put(at_first)
+        if before is not None:
+            guard.put_back(before)  # some of it is written once, at start
+        if not isinstance(error, Exception):
+            raise
         return Verdict(error=describe(error), ran=before is not None, lost=before is not None)
     return verdict

@@ -129,6 +129,9 @@ class Capturer:
                 reason = f"capture failed: {describe(error)}"
                 if stage != self._prepare:
                     self._agreement.fell_out(f"graph {bucket.info.name}: {reason}")
+            except BaseException:
+                self.pool.spoiled()
+                raise
             if not self._agreement.all(reason is None):
                 return reason or "capture failed on another rank"
         return None

@@ -262,6 +262,9 @@ class Captures:
             verdict = run_alone(self._computation, self._guard, capture, shape, Scope(part=None))
         except Exception as error:  # for want of memory, as it may be
             verdict = Verdict(error=describe(error), ran=False)
+        except BaseException:
+            self._replays.cut_short(self._graphs[shape.phase, shape.query_len, shape.size])
+            raise
         if not ready:  # others do not begin either
             self._agreement.all(False)
         if captured:

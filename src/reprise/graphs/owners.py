@@ -75,6 +75,11 @@ class GraphOwners:
                 return each.captures.capture_wanted()
         return False
 
+    def settle(self, *, everything: bool = False) -> None:
+        """See :meth:`Replays.settle`, of all owners."""
+        for each in self.runners.values():
+            each.replays.settle(everything=everything)
+
     def caches_changed(self) -> None:
         """See :meth:`GraphRunner.caches_changed`."""
         for each in self.runners.values():
@@ -87,6 +92,7 @@ class GraphOwners:
 
     def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         """See :meth:`Captures.prove_more`, of whoever has something left."""
+        self.settle()
         self.caches_changed()  # by probes of another's
         return any(each.captures.prove_more(wanted) for each in self.runners.values())
 

@@ -16,6 +16,7 @@ from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.judge import Judge
 from reprise.graphs.kinds import Kind
+from reprise.graphs.mend import mend
 from reprise.graphs.outcome import EAGERLY, Damage, Ran
 from reprise.graphs.repair import make_good
 from reprise.graphs.trust import Ledger
@@ -74,6 +75,28 @@ class Replays:
         """Replays of each graph since it was last found right."""
         self._replayed: dict[Key, Ran] = {}
         self._turn = 0
+        self._cut_short: BucketGraph | None = None
+        """Its replay was being looked at, or made good, when something else came between."""
+
+    def settle(self, *, everything: bool = False) -> None:
+        """See to the weights, if a look at a replay was cut short, as by Ctrl-C: what else it may
+        have changed is made anew for the next request, or put back.
+
+        Args:
+            everything: See to them in any case.
+
+        Raises:
+            WeightsLostError: They were changed and cannot be loaded again.
+        """
+        bucket = self._cut_short
+        if bucket is None and not (everything and self._guard.knows_weights):
+            return
+        with self._computation.ops.computing():
+            wrong = self._guard.wrong_weights()
+            if wrong and bucket is not None and bucket.graph is not None:
+                self._refuse(bucket, f"it changed {', '.join(wrong)}", frozenset(), earlier=True)
+            mend(self._computation, self._guard, wrong)
+        self._cut_short = None
 
     def replay(self, bucket: BucketGraph) -> Ran:
         """Compute the step unseen.
@@ -148,6 +171,9 @@ class Replays:
                 bucket.info.name, describe(error),
             )  # fmt: skip
             return None
+        except BaseException:
+            self.cut_short(bucket)
+            raise
         seconds = self._agreement.largest(time.perf_counter() - began)
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if meets:
@@ -164,6 +190,10 @@ class Replays:
         if self.make_good(bucket, shape, verdict, "canary"):
             raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
         return EAGERLY
+
+    def cut_short(self, bucket: BucketGraph) -> None:
+        """Nobody has seen to the end what a graph may have changed: :meth:`settle` comes next."""
+        self._cut_short = bucket
 
     def scope(self, bucket: BucketGraph) -> Scope:
         """Of the step in the inputs, the memory to check this time."""
@@ -199,7 +229,8 @@ class Replays:
             harm = make_good(
                 self._computation, self._guard, self._judge, bucket, shape, verdict, self._agree
             )
-        except Exception:  # whatever is left as it is, nobody replays this graph again
+        except BaseException:  # whatever is left as it is, nobody replays this graph again
+            self.cut_short(bucket)
             self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
             raise
         # Others may have changed weights that were not looked at.

@@ -145,8 +145,9 @@ def examine(
             go_on=go_on,
         )  # fmt: skip
         return both.conclude(bound, keep=keep)
-    except Exception as error:
-        if not both.has_replayed:
+    except BaseException as error:
+        guard.put_back(both.before)  # some of it is written once, at start
+        if not (both.has_replayed and isinstance(error, Exception)):
             raise
         # What the replay has done to memory of others, nobody can say now.
         return Verdict(error=f"not compared: {describe(error)}", lost=True)

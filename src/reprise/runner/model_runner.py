@@ -233,6 +233,7 @@ class ModelRunner:
                 step is laid out as a mixed one if that is mixed.
             at_least: See :meth:`reprise.graphs.GraphRunner.run`.
         """
+        self.owners.settle()
         if self.owners.capture_wanted():
             self._forget_inputs()
         self.sampler.admit(step)
@@ -335,6 +336,11 @@ class ModelRunner:
 
     def close(self, until: float) -> None:
         """Take leave of other ranks, if there are any, by then (as ``time.monotonic`` says)."""
+
+    def settle_weights(self) -> None:
+        """See to the weights before some are refilled on purpose: what a graph has changed and
+        nobody has looked at would be taken for right from then on."""
+        self.owners.settle(everything=True)
 
     def weights_replaced(self) -> None:
         """The weights were refilled on purpose: they are right now, and no checkpoint has them."""
