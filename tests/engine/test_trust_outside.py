@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, Oracle, lend_counts, make_oracle, planted, serve, wrong_tokens
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reprise.graphs import guard
 from reprise.ops.registry import Op, OpTable
 from reprise.platforms.device_graph import capturing
+from reprise.testing.faults import FAULTS
 from reprise.testing.faults.planted import (
     PlantedFault,
     last_slots,
@@ -436,6 +440,32 @@ def test_graphs_are_compared_once_weights_were_replaced(
     llm.update_weights({"model.norm.weight": norm.clone()})
     assert generate(llm, [prompt], greedy(5)) == expected
     assert {each.phase for each in llm.graph_report().quarantined} == {"decode", "mixed"}
+
+
+@pytest.mark.parametrize("weights", ["zeros", "overflow"])
+def test_what_is_lost_in_its_results_proves_nothing(
+    model: TinyModel, device: str, monkeypatch: Any, tmp_path: Path, weights: str
+) -> None:
+    """Of weights that are yet to come, as of those that overflow: with both, graphs are right
+    whatever they do."""
+    shutil.copytree(model.path, tmp_path, dirs_exist_ok=True)
+    later = load_file(tmp_path / "model.safetensors")
+    first = {name: torch.zeros_like(each) for name, each in later.items()}
+    if weights == "overflow":
+        name = "model.layers.0.input_layernorm.weight"
+        first = {**later, name: torch.full_like(later[name], 3e38)}
+    save_file(first, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    options = {**OPTIONS, "graph_buckets": "decode=4", "graph_mode": "decode=full,mixed=none"}
+    with planted(monkeypatch, FAULTS["wrong_three_of_four"], "paged_attention"):
+        llm = make_llm(tmp_path, device, **options)
+    (graph,) = llm.graph_report().graphs
+    assert graph.probes == graph.planned_probes
+    assert (graph.verified, graph.quarantined) == (False, None)
+    llm.update_weights(later)
+    prompts = [random_ids(300 + number, 9) for number in range(3)]
+    expected = generate(make_llm(model, device, **OPTIONS), prompts, greedy(5))
+    assert generate(llm, prompts, greedy(5)) == expected
+    assert llm.graph_report().quarantined
 
 
 @pytest.mark.parametrize("fault", [ChangesWeightEarly, ChangesWeightLate])

@@ -47,6 +47,8 @@ class BucketGraph:
     """What it is proven on at start-up, or when nothing runs."""
     later: bool = False
     """It was captured behind start-up."""
+    blind: bool = False
+    """Of a probe that it was compared on the results say nothing: it is not proven on that."""
 
     @functools.cached_property
     def key(self) -> Key:

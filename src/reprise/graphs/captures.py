@@ -116,6 +116,9 @@ class Captures:
         if self.plan.captures and (self._verify.startup or self._verify.canary):
             with self._computation.ops.computing():
                 self._guard.learn_weights()
+            for each in self._graphs.values():
+                if each.blind:  # now its probes may say something
+                    each.blind, each.info.probes = False, 0
             self._policy.hurry(
                 [
                     each

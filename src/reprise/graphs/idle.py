@@ -11,7 +11,6 @@ from reprise.graphs.capture import BucketGraph, Key
 from reprise.graphs.judge import Judge
 from reprise.graphs.prove import Prover
 from reprise.graphs.replay import Replays
-from reprise.graphs.trust import Ledger
 from reprise.graphs.verify import BrokenOff
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,8 @@ class IdleProof:
     """Compares graphs on their planned probes, one at a time.
 
     Args:
-        prover: Knows what is lacking.
+        prover: Knows what is lacking, and takes down what was proven.
         judge: Compares.
-        ledger: Takes down what was proven.
         replays: Refuse a graph that is wrong, as if a canary had found it.
         agreement: Of the ranks that compute together.
         buckets: All graphs.
@@ -42,14 +40,12 @@ class IdleProof:
         self,
         prover: Prover,
         judge: Judge,
-        ledger: Ledger,
         replays: Replays,
         agreement: Agreement,
         buckets: Mapping[Key, BucketGraph],
     ) -> None:
         self._prover = prover
         self._judge = judge
-        self._ledger = ledger
         self._replays = replays
         self._agree, self._alone = agreement.all, agreement.size == 1
         self._buckets = buckets
@@ -107,7 +103,7 @@ class IdleProof:
             )  # fmt: skip
         elif self._agree(verdict.right):
             bucket.info.probes += 1
-            self._ledger.prove(bucket.key, probe.kind, "start")
+            self._prover.met(bucket, probe, blind=verdict.blind)
             self._tell_progress()
         else:
             self._replays.make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")

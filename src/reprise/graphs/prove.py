@@ -65,6 +65,8 @@ class Prover:
         self._under_way: tuple[BucketGraph, int, Later, float] | None = None
         """A comparison of a probe that has been submitted, and the seconds that took. It has its
         verdict while the next one is prepared."""
+        self._blind = False
+        """Of the last comparison; see :attr:`Verdict.blind`."""
         self.least_seconds = VERIFY_SECONDS
         """Start-up has so much time for probes, at least."""
 
@@ -152,7 +154,7 @@ class Prover:
         self._under_way = None
         if self._agree(later.right()):
             bucket.info.probes = number + 1
-            self._ledger.prove(bucket.key, bucket.probes[number].kind, "start")
+            self.met(bucket, bucket.probes[number], blind=later.blind)
             if number == 0:
                 note_times(bucket, later.times())
                 bucket.info.check_seconds = submitted + bucket.info.replay_seconds
@@ -166,6 +168,13 @@ class Prover:
             name = bucket.probes[number].name
             self._replace(bucket, reason or f"probe {name!r}: wrong now and then")
             self._meet(bucket, number)
+
+    def met(self, bucket: BucketGraph, probe: Probe, *, blind: bool) -> None:
+        """The graph was right on a probe, whose results say something of that or nothing."""
+        if blind:
+            bucket.blind = True
+        else:
+            self._ledger.prove(bucket.key, probe.kind, "start")
 
     def begin(self, buckets: list[BucketGraph]) -> None:
         """Choose probes, measure bounds. The weights have been taken down."""
@@ -217,7 +226,7 @@ class Prover:
                 if each == 0:
                     self._useless.look_at(bucket)
                 bucket.info.probes += 1
-                self._ledger.prove(bucket.key, bucket.probes[each].kind, "start")
+                self.met(bucket, bucket.probes[each], blind=self._blind)
             if failed is None:
                 break
             self._replace(bucket, failed)
@@ -259,6 +268,7 @@ class Prover:
         behind = self._judge.run_first(self.other(bucket, number)).ran
         verdict = self._judge.compare(bucket, probe, timed=timed, cold=number == 0, behind=behind)
         bucket.info.check_seconds = time.perf_counter() - began
+        self._blind = verdict.blind
         if not verdict.ran:
             return f"probe {probe.name!r}: {verdict.told}"
         if self._agree(verdict.right):
@@ -327,4 +337,4 @@ class Prover:
         }  # fmt: skip
         for bucket in buckets:
             own = bucket.graph is not None and 0 < len(bucket.probes) == bucket.info.probes
-            bucket.info.verified = own and bucket.family not in lacking
+            bucket.info.verified = own and not bucket.blind and bucket.family not in lacking

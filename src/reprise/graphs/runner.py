@@ -98,9 +98,7 @@ class GraphRunner:
             computation, platform, self.canary, self.capturer, self.judge, self.ledger,
             self.guard, agreement, self.bucket_graphs,
         )  # fmt: skip
-        idle = IdleProof(
-            self.prover, self.judge, self.ledger, self.replays, agreement, self.bucket_graphs
-        )
+        idle = IdleProof(self.prover, self.judge, self.replays, agreement, self.bucket_graphs)
         self.captures = Captures(
             computation, platform, self.plan, buckets.shapes(self.plan, query_lens, max_requests),
             self.bucket_graphs, self.capturer, self.prover, self.useless, idle, self.replays,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -68,6 +68,8 @@ class Verdict:
     """The replay has changed what the comparison keeps for itself, or what eager execution was to
     read behind it, or the comparison failed behind it, for want of memory as it may be: there is
     nothing to compare with and to go on from."""
+    blind: bool = False
+    """Nothing was wrong, and what was compared would hardly show it: see :func:`says_nothing`."""
     times: Times | None = None
     """None: not measured."""
 
@@ -163,15 +165,20 @@ class Later:
 
     def __init__(self, both: _Both, platform: Platform) -> None:
         self._both = both
-        self._found = torch.empty((), dtype=torch.bool, pin_memory=platform.pins_memory)
-        self._found.copy_(both.flag, non_blocking=True)
+        self._found = torch.empty(2, dtype=torch.bool, pin_memory=platform.pins_memory)
+        self._found.copy_(torch.stack((both.flag, both.blind)), non_blocking=True)
         self._arrived = platform.event()
         self._arrived.record()
 
     def right(self) -> bool:
         """Wait for the verdict."""
         self._arrived.synchronize()
-        return not bool(self._found)
+        return not bool(self._found[0])
+
+    @property
+    def blind(self) -> bool:
+        """After :meth:`right`; see :attr:`Verdict.blind`."""
+        return bool(self._found[1])
 
     def times(self) -> Times | None:
         """After :meth:`right`; None: not measured."""
@@ -300,6 +307,7 @@ class _Both:
                 pairs = chain(outputs, step.pairs(self.expected, self.got, bound))
                 flags += differ(pairs, bound)
             self.flag = torch.stack(flags).any()
+            self.blind = says_nothing(self.outputs.values(), self.flag)
         except BaseException:
             self._guard.put_back(self.before)
             step.put(at_first)
@@ -368,6 +376,7 @@ class _Both:
                 verdict.changes += [Change(name, "weight") for name in wrong]
                 verdict.lost = True
                 return verdict
+        verdict.blind = verdict.right and bool(self.blind)
         verdict.times = self.times()
         if keep:
             self._keep_eager()
@@ -426,6 +435,18 @@ class _Stopwatch:
         """What it would have taken alone: submitting it, or computing it, whichever is longer. The
         device may have been behind when it was submitted."""
         return max(self.host, float(self._begin.elapsed_time(self._end)) / 1e3)
+
+
+def says_nothing(results: Iterable[Tensor], like: Tensor) -> Tensor:
+    """A boolean scalar on the device of ``like``: the largest of some of the results is no finite
+    number (minus infinity is in logits of tokens that there are not), or all are one, as where
+    weights overflow or are yet to come. Whatever a graph has done on the way is lost in them."""
+    found = []
+    for each in results:
+        if each.is_floating_point() and each.numel():
+            most = each.amax()
+            found.append(~most.isfinite() | (most == each.amin()))
+    return torch.stack(found).any() if found else torch.zeros_like(like)
 
 
 def _more(found: Sequence[object]) -> str:
