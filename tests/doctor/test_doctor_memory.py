@@ -56,6 +56,41 @@ def test_parts_are_those_of_the_engine(tiny, device, family, fields) -> None:
     assert report.problem is None
 
 
+GRAPHS: dict[str, Any] = {"graph_mode": "full", "graph_buckets": "decode=2,4;mixed=32"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen3", {"kv_cache_dtype": "fp8"}), ("qwen3_5", {"dtype": "bfloat16"})],
+)
+def test_graphs_and_draws_take_what_the_engine_says(tiny, device, family, options) -> None:
+    """Tensors of several dtypes, none of which lies anywhere on paper."""
+    model, options = tiny(family), {**SMALL, **GRAPHS, "num_blocks": 41, **options}
+    report = report_of(model.path, device=device, **options)
+    runner = make_llm(model, device, **options).engine.runner
+    assert report.graphs["comparison_bytes"] == runner.owners.comparison_bytes()
+    assert report.buffers["sampler"] == sum(e.nbytes for e in runner.sampler.memory().values())
+
+
+def test_a_device_that_is_not_here_has_eight_bits_and_long_contexts_too(tiny) -> None:
+    """The tables by position are larger than the embedding."""
+    path = tiny("qwen3", max_position_embeddings=8192).path
+    options = {"device": "cuda", "dtype": "bfloat16"}
+    plain, coded = (
+        report_of(path, GIB, **options, kv_cache_dtype=each) for each in ("auto", "fp8")
+    )
+    assert plain.tables_bytes > max(each.bytes for each in plain.weights)
+    assert coded.caches[0].request_bytes < plain.caches[0].request_bytes
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_a_problem(tiny, device) -> None:
+    path, few = tiny("qwen3").path, {"num_blocks": 9, "block_size": 8}
+    assert report_of(path, device=device, **few).problem is None, "the engine shortens it"
+    asked = report_of(path, device=device, **few, max_model_len=128)
+    assert "lower max_model_len to" in (asked.problem or "")
+    assert asked.pools
+
+
 def test_as_many_requests_as_it_says_run_at_once(tiny, device) -> None:
     model = tiny("qwen3")
     options = {**SMALL, "num_blocks": 42, "enable_prefix_caching": False}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reprise.addresses import address_of
 from reprise.cache.layout import CacheLayout, by_lifetime
 from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
@@ -265,9 +266,9 @@ def pool_tensors(
         for name, cache in caches.items():
             if layout.tables[cache.table].pool == number:
                 for rows, tensor in cache.tensors.items():
-                    names.setdefault(tensor.data_ptr(), []).append(name)
-                    kept[tensor.data_ptr()] = rows, tensor
-                    last[tensor.data_ptr()] = cache
+                    at = address_of(tensor)
+                    names.setdefault(at, []).append(name)
+                    kept[at], last[at] = (rows, tensor), cache
         made: dict[str, PoolTensor] = {}
         for at, (rows, tensor) in kept.items():
             owners, spec = " and ".join(names[at]), last[at].rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reprise import models
 from reprise.cache.layout import CacheLayout, lay_out_caches
-from reprise.cache.memory import allocate_caches, plan_blocks
+from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
 from reprise.doctor.on_paper import META, OnPaper, on_paper, peak_of
@@ -346,6 +346,10 @@ def _divide(
         report.problem = str(error)
         return
     report.pools = [Pool(each.num_blocks, each.block_bytes) for each in layout.pools]
+    try:
+        fit_model_len(config.max_model_len, max_len, layout)
+    except CapacityError as error:
+        report.problem = str(error)
     lengths = [1 << power for power in range(8, max_len.bit_length())]
     for tokens in sorted({each for each in (*lengths, max_len) if each <= max_len}):
         needs = [layout.most(pool, tokens) for pool in range(len(layout.pools))]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reprise.addresses import address_of
 from reprise.cache import CacheLayout, Copy, LayerCache
 from reprise.cache.memory import PoolTensor, pool_tensors
 from reprise.errors import LoadError
@@ -83,18 +84,18 @@ class ForwardPass:
         self._weights = weights_of(model, ops.memory.values())
         parameters = {name for name, _ in model.named_parameters()}
         if draft is not None:
-            own = {each.data_ptr() for each in self._weights.values()}
+            own = {address_of(each) for each in self._weights.values()}
             self._weights |= {
                 f"draft {name}": each
                 for name, each in weights_of(draft, ops.memory.values()).items()
-                if each.data_ptr() not in own
+                if address_of(each) not in own
             }
             parameters |= {f"draft {name}" for name, _ in draft.named_parameters()}
         self._weight_regions = {k: Region(each, "weight") for k, each in self._weights.items()}
         self._tables = {
             name: each.detach().cpu().clone()
             for name, each in self._weights.items()
-            if name not in parameters or each.dim() < 2
+            if (name not in parameters or each.dim() < 2) and not each.is_meta
         }
         """What follows from the config (rotary tables), to be put back if a graph changes it, and
         vectors: they are small, and random weights leave them as the model makes them."""

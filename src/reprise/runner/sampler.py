@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise import ops
+from reprise.addresses import address_of
 from reprise.platforms import Platform
 from reprise.runner.arena import to_device
 from reprise.runner.logprobs import LogprobTensors, top_logprobs
@@ -134,7 +135,7 @@ class Sampler:
                 for number, each in enumerate(tensors):
                     if isinstance(each, Tensor) and each.numel():
                         label = f"{type(holder).__name__.strip('_')}.{name.strip('_')}"
-                        found.setdefault(each.data_ptr(), (f"sampler's {label} {number}", each))
+                        found.setdefault(address_of(each), (f"sampler's {label} {number}", each))
         return dict(found.values())
 
     def forget(self) -> None:

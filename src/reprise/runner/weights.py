@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reprise.addresses import address_of
 from reprise.cache import LayerCache
 
 
@@ -68,5 +69,5 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    begin = tensor.data_ptr()
+    begin = address_of(tensor)
     return begin, begin + (last + 1) * tensor.itemsize
