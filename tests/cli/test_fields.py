@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from reprise.cli.command import command
-from reprise.cli.fields import FieldOptions, Special
+from reprise.cli.fields import FieldOptions, Special, whole_number
+from reprise.cli.options import engine_options
 
 
 @dataclass
@@ -64,6 +65,38 @@ def test_each_kind_of_field(parse):
     }
     assert parse("--more", '{"a": [1]}') == {"more": {"a": [1]}}
     assert parse("--tag", "a", "--tag", "b") == {"tags": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("4096", 4096), ("-1", -1), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500),
+        ("25.6m", 25_600_000), ("2M", 2 << 20), ("24G", 24 << 30), ("1.5g", 1_500_000_000),
+        ("0.25t", 250_000_000_000),
+    ],
+)  # fmt: skip
+def test_numbers_as_vllm_takes_them(text: str, number: int) -> None:
+    assert whole_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "K", "32 K", "1.5K", "1.5", "1.2345k", "32KB", "1e3", "٣"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="no whole number: give one such as 32768, 32K"):
+        whole_number(text)
+
+
+def test_lengths_and_bytes_of_an_engine_take_units() -> None:
+    app = typer.Typer()
+    seen: list[dict[str, Any]] = []
+    command(app, "show", lambda *, engine: seen.append(engine), engine=engine_options())
+    flags = ("--max-model-len", "32K", "--max-num-batched-tokens=8k", "--kv-cache-memory-bytes=2G")
+    CliRunner().invoke(app, flags)
+    assert seen == [
+        {
+            "max_model_len": 32_768, "max_num_batched_tokens": 8000,
+            "kv_cache_memory_bytes": 2 << 30,
+        }
+    ]  # fmt: skip
 
 
 def test_what_a_command_does_not_take_is_refused_with_the_remedy() -> None:

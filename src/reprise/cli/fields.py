@@ -18,12 +18,14 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 _OF_NONE = re.compile(r"[;.] None: [^;.]*\.")
 """What a field's documentation says of None."""
+_WHOLE_NUMBER = re.compile(r"(?P<digits>-?\d+(\.\d+)?)(?P<unit>[kmgtKMGT]?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,25 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise typer.BadParameter(f"{text!r} is not a JSON object, such as '{{\"name\": 1}}'")
     return value
+
+
+def whole_number(text: str) -> int:
+    """Parse a number as vLLM's options take it: 4096, 32k (32,000), 1.5k (1,500), 32K (32,768).
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    found = _WHOLE_NUMBER.fullmatch(text.strip())
+    if found is not None:
+        digits, unit = found["digits"], found["unit"]
+        power = "kmgt".find(unit.lower()) + 1 if unit else 0
+        value = Fraction(digits) * (1024 if unit.isupper() else 1000) ** power
+        if value.denominator == 1 and ("." not in digits or unit.islower()):
+            return int(value)
+    raise typer.BadParameter(
+        f"{text!r} is no whole number: give one such as 32768, 32K (times 1,024) or 32k "
+        "(times 1,000); M, G, T and m, g, t as well"
+    )
 
 
 def _option_type(name: str, hint: Any) -> tuple[Any, Callable[[str], Any] | None]:

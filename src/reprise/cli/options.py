@@ -8,7 +8,7 @@ from typing import Any, get_args
 import typer
 
 from reprise.bench.presets import model_names
-from reprise.cli.fields import FieldOptions, Special, json_object
+from reprise.cli.fields import FieldOptions, Special, json_object, whole_number
 from reprise.config import Dtype, EngineConfig
 from reprise.sampling_params import SamplingParams
 
@@ -80,6 +80,9 @@ ENGINE_SPECIAL = {
     # vLLM's other words for them are values, too.
     "dtype": Special(metavar="|".join(get_args(Dtype)), parse=str),
     "seed": Special(help="Of the random draws: the same seed gives the same text."),
+    "max_model_len": Special(metavar="INTEGER", parse=whole_number),
+    "max_num_batched_tokens": Special(metavar="INTEGER", parse=whole_number),
+    "kv_cache_memory_bytes": Special(metavar="INTEGER", parse=whole_number),
     "hf_overrides": Special(metavar="JSON", parse=json_object),
     "speculative_config": Special(metavar="JSON", parse=json_object),
 }
