@@ -193,6 +193,7 @@ def test_the_command(invoke, device) -> None:
     text = " ".join(invoke("doctor", "memory", "--device", device).stdout.split())
     for expected in ("Weights", "Caches", "activations", "Requests that can run at once"):
         assert expected in text
-    refused = invoke("doctor", "memory", "--memory", "-1")
-    assert refused.exit_code == 2
-    assert "more than 0" in refused.stderr
+    for size in ("-1", "inf", "nan"):
+        refused = invoke("doctor", "memory", "--memory", size)
+        assert refused.exit_code == 2
+        assert "more than 0" in refused.stderr

@@ -203,6 +203,8 @@ def test_config_that_is_none(copy: Path, content: str) -> None:
         ({"max_position_embeddings": None}, ["max_position_embeddings"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0"]),
         ({"dtype": "float99"}, ["float99"]),
+        ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, ["per_layer_config", "skip"]),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, ["intermediate_size"]),
         ({"dtype": "int8"}, ["dtype=torch.int8"]),
     ],
 )

@@ -10,7 +10,7 @@ from helpers import HYBRIDS, TinyModels, generate, greedy, make_llm, random_ids,
 from transformers import AutoConfig
 
 from reprise.errors import ModelError
-from reprise.layers import Build
+from reprise.layers import Build, SparseMLP
 from reprise.models import build
 
 STEPS = 64
@@ -228,6 +228,16 @@ BY_LAYER = {"full_attention": LINEAR, "sliding_attention": LINEAR}
             for each in ("qwen2", "qwen3_moe")
         ),
         ("qwen2", {"dual_chunk_attention_config": [64]}, "dual_chunk_attention_config=[64]"),
+        ("qwen3_next", {"dual_chunk_attention_config": [64]}, "dual_chunk_attention_config=[64]"),
+        *(
+            (each, {"sliding_window": 63}, "sliding_window=63 is not followed")
+            for each in ("llama", "qwen3_5")
+        ),
+        *(
+            (each, {"attention_chunk_size": 8}, "attention_chunk_size=8 is not followed")
+            for each in ("llama", "qwen3", "mixtral", "qwen3_next")
+        ),
+        ("deepseek_v4", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0"),
         ("mistral", {"sliding_window": True}, "sliding_window=True"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
@@ -252,11 +262,24 @@ def test_fields_that_an_architecture_cannot_read_are_refused(
     assert named in str(caught.value)
 
 
+def test_what_another_family_s_config_says_of_experts_changes_nothing(
+    tiny: TinyModels, device: str
+) -> None:
+    """All layers of Qwen3.5's mixtures have experts, whatever was left in a file."""
+    config = AutoConfig.from_pretrained(tiny("qwen3_5_moe").path)
+    vars(config).update(decoder_sparse_step=2, mlp_only_layers=[0])
+    model = build(config, Build(torch.float32, torch.device("meta"), 64))
+    assert sum(isinstance(each, SparseMLP) for each in model.modules()) == model.num_layers
+
+
 def test_what_changes_nothing_is_not_refused(tiny: TinyModels, device: str) -> None:
     """Chunks that no context of this engine fills, and layers of the kinds that are computed."""
+    unused = {"use_sliding_window": False, "sliding_window": 8}
     for architecture, windows, kind in (
-        ("llama", {}, "full_attention"), ("mixtral", {"sliding_window": 8}, "sliding_attention"),
-    ):  # fmt: skip
+        ("llama", {"sliding_window": 64, "attention_chunk_size": 64}, "full_attention"),
+        ("llama", unused, "full_attention"),
+        ("mixtral", {"sliding_window": 8}, "sliding_attention"),
+    ):
         config = AutoConfig.from_pretrained(tiny(architecture).path)
         chunks = {"chunk_size": 72, "local_size": 8, "original_max_position_embeddings": 72}
         vars(config).update(layer_types=[kind] * 2, dual_chunk_attention_config=chunks, **windows)

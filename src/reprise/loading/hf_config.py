@@ -89,6 +89,12 @@ def _config(
     overrides: Mapping[str, Any],
     file: Path,
 ) -> Any:
+    if raw.get("per_layer_config"):
+        raise ModelError(
+            f"config field per_layer_config={str(raw['per_layer_config'])[:200]} is not supported: "
+            "layers of one kind have the same sizes and fields here, and none is skipped; use "
+            "the model that this one was made from"
+        )
     # Before anybody makes lists of that many entries.
     models.require_layer_count(raw.get("num_hidden_layers", 1))
     # Which names an override may have, transformers alone knows.

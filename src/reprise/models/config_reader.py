@@ -195,7 +195,7 @@ def sliding_windows(config: Config) -> list[int]:
 
 def require_attention(config: Config, windows: Sequence[int] | None, length: int) -> None:
     """Refuse a config that asks for other attention than its architecture computes: transformers
-    looks at neither field here, vLLM at both.
+    looks at none of these fields in a forward pass, vLLM at all of them.
 
     Args:
         config: Of a checkpoint.
@@ -203,8 +203,8 @@ def require_attention(config: Config, windows: Sequence[int] | None, length: int
         length: Of the longest context.
 
     Raises:
-        ModelError: ``layer_types`` contradicts the windows, or the context is so long that
-            ``dual_chunk_attention_config`` would change it.
+        ModelError: ``layer_types`` contradicts the windows, or as of
+            :func:`require_whole_contexts`.
     """
     kinds = getattr(config, "layer_types", None)
     computed = [
@@ -217,6 +217,31 @@ def require_attention(config: Config, windows: Sequence[int] | None, length: int
             f"layers are {computed!r} by the other fields; correct config.json, or give "
             "hf_overrides={'layer_types': None}"
         )
+    require_whole_contexts(config, length, has_windows=windows is not None)
+
+
+def require_whole_contexts(config: Config, length: int, *, has_windows: bool) -> None:
+    """Refuse a config by which other readers cut off what a token sees, and layers here do not.
+
+    Args:
+        config: Of a checkpoint.
+        length: Of the longest context.
+        has_windows: The family has them, by ``sliding_window`` as it reads it.
+
+    Raises:
+        ModelError: The context is so long that ``dual_chunk_attention_config``, or a window or
+            chunk that the family does not know, would change it. transformers' cache drops the
+            tokens that have left these two, in generations alone.
+    """
+    for name in ("attention_chunk_size", *(() if has_windows else ("sliding_window",))):
+        size = getattr(config, name, None)
+        off = name == "sliding_window" and getattr(config, "use_sliding_window", None) is False
+        if size is not None and not off and (not isinstance(size, int) or 0 < size < length):
+            raise ModelError(
+                f"config field {name}={size!r} is not followed for {config.model_type!r}, whose "
+                f"tokens see all before them, and changes contexts such as of {length} tokens; "
+                f"give a smaller max_model_len, or hf_overrides={{{name!r}: None}}"
+            )
     chunks = getattr(config, "dual_chunk_attention_config", None)
     if chunks is None:
         return

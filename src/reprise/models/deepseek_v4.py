@@ -258,9 +258,8 @@ def _experts(config: Config, build: Build, *, hashed: bool) -> ScoredMLP:
     routing = Routing(
         whole_number(config, "n_routed_experts"),
         whole_number(config, "num_experts_per_tok"),
-        flag(config, "norm_topk_prob"),
-        config.scoring_func,
-        float(config.routed_scaling_factor),
+        scoring=config.scoring_func,
+        scale=float(config.routed_scaling_factor),
     )
     return ScoredMLP(
         build, config.hidden_size, inner, routing, shared_size=inner,
@@ -340,6 +339,7 @@ def _refuse_others(config: Config, build: Build) -> None:
     require(
         config, hidden_act="silu", attention_bias=False, mlp_bias=False, num_key_value_heads=1,
         scoring_func="sqrtsoftplus", topk_method="noaux_tc", n_shared_experts=1,
+        norm_topk_prob=True,
     )  # fmt: skip
     for name in _SIZES:
         whole_number(config, name)

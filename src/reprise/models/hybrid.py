@@ -29,6 +29,7 @@ from reprise.models.config_reader import (
     norm_eps,
     require,
     require_sizes,
+    require_whole_contexts,
     rope_parameters,
     whole_number,
 )
@@ -73,6 +74,7 @@ def build_hybrid(
     """
     layer = layer_maker(config, build, interleaved=interleaved, mlp=mlp)
     kinds = layer_kinds(config, (FULL, _LINEAR))
+    require_whole_contexts(config, build.max_model_len, has_windows=False)
     embedding = Embedding(build, config.vocab_size, config.hidden_size)
     layers = [layer(build.at(f"model.layers.{n}"), n, kind) for n, kind in enumerate(kinds)]
     norm = CentredRMSNorm(build.at("model.norm"), config.hidden_size, norm_eps(config))

@@ -20,4 +20,4 @@ def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens:
 
 
 def _mlps(config: Config) -> MLP:
-    return sparse_mlps(config, renormalize=True, shared=True)
+    return sparse_mlps(config, renormalize=True, shared=True, everywhere=True)

@@ -12,17 +12,18 @@ from reprise.models.config_reader import Config, layer_count, whole_number
 
 
 def sparse_mlps(
-    config: Config, *, renormalize: bool, shared: bool = False
+    config: Config, *, renormalize: bool, shared: bool = False, everywhere: bool = False
 ) -> Callable[[Build, int], nn.Module]:
     """Makes the feed-forward of each layer: one of experts, or a dense one.
 
     Layer i has experts if ``i + 1`` is a multiple of ``decoder_sparse_step`` and i is not among
-    ``mlp_only_layers``. Fields that a family does not have are 1 and none.
+    ``mlp_only_layers``.
 
     Args:
         config: Of a checkpoint.
         renormalize: The weights of a row's experts are divided by their sum.
         shared: One more expert of ``shared_expert_intermediate_size`` computes all rows.
+        everywhere: The family has neither field, whatever a file says: all layers have experts.
 
     Returns:
         A function of a layer's build and number.
@@ -30,7 +31,7 @@ def sparse_mlps(
     Raises:
         ModelError: A field is none of what it can be.
     """
-    sparse = _sparse_layers(config)
+    sparse = [True] * layer_count(config) if everywhere else _sparse_layers(config)
     routing = routing_of(config, renormalize=renormalize) if any(sparse) else None
     hidden, inner = config.hidden_size, 0
     shared_size = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ def memory(
     from reprise.bench.record import heading
     from reprise.doctor.memory import memory_report
 
-    if gib is not None and not gib > 0:
+    if gib is not None and not 0 < gib < math.inf:
         raise ConfigError(f"--memory {gib}: give the device's memory in GiB, more than 0")
     config = EngineConfig(**engine)
     nbytes = None if gib is None else int(gib * 2**30)
