@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,6 +57,8 @@ class Method:
     """The ``quantization_config``."""
     grouped: bool = False
     """Groups may not be cut off."""
+    outputs: int = 1
+    """A product has a multiple of so many, which are stored together."""
 
 
 # ---- eight bits ------------------------------------------------------------------------------
@@ -222,9 +224,10 @@ METHODS: dict[str, Method] = {
             "version": "gemm", "modules_to_not_convert": list(PLAIN),
         },
         grouped=True,
+        outputs=8,
     ),
-    "gptq": Method(gptq(True), lambda group: gptq_config(group, True)),
-    "gptq-asymmetric": Method(gptq(False), lambda group: gptq_config(group, False)),
+    "gptq": Method(gptq(True), lambda group: gptq_config(group, True), outputs=8),
+    "gptq-asymmetric": Method(gptq(False), lambda group: gptq_config(group, False), outputs=8),
 }  # fmt: skip
 
 
@@ -245,23 +248,62 @@ def quantize(source: Path, out: Path, method: str, group_size: int = 128) -> Non
 
     Raises:
         FileExistsError: There is something at ``out``.
-        ValueError: A product has no whole number of groups.
+        ValueError: It is quantised already or has no such files, a product has no whole number of
+            groups or is not finite, or groups of this size cannot be stored.
     """
+    if group_size < 8 or group_size % 8:
+        raise ValueError(f"--group-size {group_size}: give a multiple of 8")
+    config = json.loads((source / "config.json").read_text())
+    if any(config.get(name) for name in ("quantization_config", "compression_config")):
+        raise ValueError(f"{source} is quantised: give the checkpoint that it was made from")
     out.mkdir(parents=True)
     try:
-        _write(source, out, METHODS[method], group_size)
+        _write(source, out, METHODS[method], group_size, config)
     except BaseException:
         shutil.rmtree(out)
         raise
 
 
-def _write(source: Path, out: Path, chosen: Method, group_size: int) -> None:
+def weight_files(source: Path) -> list[Path]:
+    """Those that are loaded: others lie beside them, such as the model maker's own format."""
+    whole, index = source / "model.safetensors", source / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [source / each for each in sorted(names)]
+    found = sorted(source.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{source} has no *.safetensors file")
+    return found
+
+
+def check(name: str, tensor: Tensor, chosen: Method, group_size: int) -> None:
+    """Refuse a product that this method cannot store."""
+    outputs, inputs = tensor.shape
+    if chosen.grouped and inputs % group_size:
+        raise ValueError(
+            f"{name} has {inputs} inputs, no multiple of {group_size}: choose another --group-size"
+        )
+    if outputs % chosen.outputs:
+        raise ValueError(
+            f"{name} has {outputs} outputs, no multiple of {chosen.outputs}: choose another "
+            "--method"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} has numbers that are not finite: the checkpoint is damaged")
+
+
+def _write(
+    source: Path, out: Path, chosen: Method, group_size: int, config: dict[str, Any]
+) -> None:
+    weights_at = weight_files(source)
     for file in source.iterdir():
         weights = file.suffix == ".safetensors" or file.name == "model.safetensors.index.json"
         if file.is_file() and not weights:  # a folder is another checkpoint, such as a head's
             shutil.copy(file, out / file.name)
     places: dict[str, str] = {}
-    for file in sorted(source.glob("*.safetensors")):
+    for file in weights_at:
         tensors: dict[str, Tensor] = {}
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
@@ -269,18 +311,13 @@ def _write(source: Path, out: Path, chosen: Method, group_size: int) -> None:
                 if not is_product(name, tensor):
                     tensors[name] = tensor
                     continue
-                if chosen.grouped and tensor.shape[1] % group_size:
-                    raise ValueError(
-                        f"{name} has {tensor.shape[1]} inputs, no multiple of {group_size}: "
-                        "choose another --group-size"
-                    )
+                check(name, tensor, chosen, group_size)
                 for last, each in chosen.quantise(tensor.float(), group_size).items():
                     tensors[f"{name.removesuffix('weight')}{last}"] = each.contiguous()
         save_file(tensors, out / file.name, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file.name))
     if len(set(places.values())) > 1:
         write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
-    config = json.loads((source / "config.json").read_text())
     write_json(out / "config.json", {**config, "quantization_config": chosen.config(group_size)})
 
 
@@ -301,7 +338,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         quantize(args.checkpoint, args.out, args.method, args.group_size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         parser.error(str(error))
     print(f"{args.out}: {sum(each.stat().st_size for each in args.out.iterdir()) / 1e6:.0f} MB")
 

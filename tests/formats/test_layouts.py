@@ -365,3 +365,35 @@ def test_the_tool_leaves_nothing_behind_where_it_fails(model: TinyModel, tmp_pat
     with pytest.raises(FileExistsError):
         tool().quantize(model.path, tmp_path, "fp8")
     assert tmp_path.exists()
+
+
+def test_the_tool_writes_nothing_that_no_engine_loads(model: TinyModel, tmp_path: Path) -> None:
+    def refused(source: Path, method: str, group: int, why: str) -> None:
+        with pytest.raises(ValueError, match=why):
+            tool().quantize(source, tmp_path / "out", method, group)
+        assert not (tmp_path / "out").exists()
+
+    for group in (0, -1, 12):
+        refused(model.path, "gptq", group, f"--group-size {group}: give a multiple of 8")
+    refused(quantized(model, "fp8").path, "int4", 32, "is quantised: give the checkpoint")
+    odd = tmp_path / "odd"
+    shutil.copytree(model.path, odd)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for shape, value, why in (
+        ((90, 64), 1.0, f"{name} has 90 outputs, no multiple of 8"),
+        ((96, 64), torch.nan, f"{name} has numbers that are not finite"),
+    ):
+        save_file({name: torch.full(shape, value)}, odd / "model.safetensors")
+        refused(odd, "awq", 32, why)
+    (odd / "model.safetensors").rename(odd / "pytorch_model.bin")
+    refused(odd, "fp8", 32, "has no .*safetensors file")
+
+
+def test_the_tool_reads_what_is_loaded(model: TinyModel, device: str, tmp_path: Path) -> None:
+    """The model maker's own format may lie beside it."""
+    both = tmp_path / "both"
+    shutil.copytree(model.path, both)
+    save_file({"tok_embeddings.weight": torch.ones(3)}, both / "consolidated.safetensors")
+    tool().quantize(both, tmp_path / "out", "int4", 32)
+    same = generate(make_llm(quantized(model, "int4"), device), [[5, 6]], greedy(4))
+    assert generate(make_llm(tmp_path / "out", device), [[5, 6]], greedy(4)) == same
