@@ -193,46 +193,12 @@ def default_logging() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter(pytestconfig: pytest.Config) -> None:
-    """Triton's interpreter puts its functions into the language anew for each call of a device
-    function; once for each launch is enough, and saves a quarter of the time. For each tensor it
-    makes a table of all dtypes."""
+    """See tests/interpreter.py."""
     if pytestconfig.getoption("--device") != "cpu" or find_spec("triton") is None:
         return
-    from triton.runtime import interpreter
+    import interpreter
 
-    put, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    languages, done = (interpreter.tl, interpreter.tl.core), set()
-    seen: set[int] = set()
-    look_up, numbers = interpreter._get_np_dtype, {}
-
-    def put_once(function: Any) -> Any:
-        if id(function.__globals__) in seen:
-            return interpreter._LangPatchScope()
-        seen.add(id(function.__globals__))
-        known = function.__globals__.values()
-        key = frozenset(id(each) for each in known if any(each is lang for lang in languages))
-        if key in done:
-            return interpreter._LangPatchScope()
-        done.add(key)
-        scope = put(function)
-        # NumPy 2.5 makes no number of an array that Triton up to 3.6 has not made one of.
-        interpreter.tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-        return scope
-
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
-        done.clear()
-        seen.clear()
-        launch(self, *args, **kwargs)
-
-    def looked_up_once(dtype: Any) -> Any:
-        name = dtype.scalar.name
-        if name not in numbers:
-            numbers[name] = look_up(dtype)
-        return numbers[name]
-
-    interpreter._patch_lang = put_once
-    interpreter.GridExecutor.__call__ = launch_anew
-    interpreter._get_np_dtype = looked_up_once
+    interpreter.quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)
