@@ -113,6 +113,22 @@ def test_the_thread_ends(
     run(scenario)
 
 
+def test_a_tokenizer_that_panics(
+    run: Any, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What libraries in Rust raise then is no Exception either; nobody waits for ever."""
+
+    async def scenario(llm: AsyncLLM) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine, "prepare", raiser(Stop("index out of bounds")))
+            with pytest.raises(RepriseError, match="Stop: index out of bounds"):
+                await asyncio.wait_for(last(llm.generate("text", greedy(2))), 30)
+        assert not llm._driver._preparing
+        assert await serves(llm, model)
+
+    run(scenario)
+
+
 def test_the_thread_cannot_begin(
     model: TinyModel, device: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def ordinary(error: BaseException) -> Exception:
+    """What a caller gets of an error in another thread: itself, or one that ends nothing but his
+    request. Libraries in Rust raise what is no Exception where they panic."""
+    return error if isinstance(error, Exception) else RepriseError(describe(error))
+
+
 def describe(error: BaseException) -> str:
     """Its type and the first line of its message; the next one too where that announces it."""
     lines = [each.strip() for each in str(error).splitlines() if each.strip()]

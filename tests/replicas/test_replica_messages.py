@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from reprise.errors import LoadError
+from reprise.engine.driver import settle
+from reprise.errors import LoadError, RepriseError
 from reprise.logprobs import Logprob, WholeLogprobs
 from reprise.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from reprise.replicas.deltas import pack, unpack
+from reprise.replicas.outstanding import Outstanding
+from reprise.replicas.replicas import Replicas
+from reprise.replicas.router import Router
 from reprise.replicas.weights import read_weights, write_weights
 
 
@@ -52,6 +58,27 @@ def test_the_whole_vocabulary_is_sent_as_numbers() -> None:
     assert list(found) == list(whole)
     assert found[9].logprob == whole[9].logprob
     assert found[9].decoded_token == "[9]"
+
+
+def test_a_tokenizer_that_panics() -> None:
+    """What libraries in Rust raise then is no Exception, and its caller waits in another thread."""
+
+    class Panic(BaseException):
+        pass
+
+    def prompt() -> object:
+        raise Panic("index out of bounds")
+
+    replicas: Any = object.__new__(Replicas)
+    replicas._outstanding = Outstanding(Router(16, [1], 1))
+    replicas._tokenizing = ThreadPoolExecutor(1)
+    replicas.prepare_params = lambda params: params
+    accepted = replicas.submit("a", prompt, None, 0, object())
+    with pytest.raises(RepriseError, match="Panic: index out of bounds"):
+        accepted.result(10)
+    answer: Future[None] = Future()
+    settle(answer, prompt)  # type: ignore[arg-type]
+    assert isinstance(answer.exception(10), RepriseError)
 
 
 def test_weights() -> None:

@@ -400,6 +400,18 @@ def test_masks_of_another_row_are_found(llm: LLM, monkeypatch: pytest.MonkeyPatc
         llm.generate(["x", "y"], params, use_tqdm=False)
 
 
+def test_a_compiler_that_ends_its_thread() -> None:
+    """Not as no grammar, which would hold nothing."""
+
+    def make() -> Any:
+        raise SystemExit("panic")
+
+    job = compiling._Job(make)
+    job.start(lambda: None)
+    with pytest.raises(RequestError, match="panic"):
+        job.result(time.monotonic() + 10, wanted(regex="a"))
+
+
 def test_async_requests_do_not_wait_for_the_grammar_of_another(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

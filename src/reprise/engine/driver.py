@@ -11,6 +11,7 @@ from reprise.engine.engine import Engine
 from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.submission import PreparedParams
+from reprise.errors import ordinary
 from reprise.outputs import RequestOutput
 from reprise.sampling_params import SamplingParams
 
@@ -188,8 +189,8 @@ def settle(future: Future[T], result: Callable[[], T]) -> None:
         return
     try:
         future.set_result(result())
-    except Exception as error:
-        future.set_exception(error)
+    except BaseException as error:
+        future.set_exception(ordinary(error))
 
 
 def refuse(future: Future[Any], error: Exception) -> None:

@@ -22,7 +22,7 @@ from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
-from reprise.errors import RanksError, RepriseError, describe
+from reprise.errors import RanksError, RepriseError, describe, ordinary
 from reprise.parallel import Elsewhere, Seat
 from reprise.sampling_params import SamplingParams
 
@@ -148,10 +148,13 @@ class EngineThread:
                     return
                 with self._open():
                     self._commands.put(command)
-            except Exception as error:
+            except BaseException as error:  # libraries in Rust raise one where they panic
                 with self._lock:
                     self._preparing.pop(reader, None)
-                command.refuse(error)
+                if not accepted.done():
+                    command.refuse(ordinary(error))
+                if not isinstance(error, Exception):
+                    raise
 
         with self._open():
             self._preparing[reader] = (request_id, False)

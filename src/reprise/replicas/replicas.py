@@ -22,7 +22,7 @@ from reprise.engine.driver import gather, refuse
 from reprise.engine.frontend import load_tokenizer
 from reprise.engine.prompt import PreparedPrompt, check_fits
 from reprise.engine.submission import PreparedParams, truncated
-from reprise.errors import ConfigError, describe
+from reprise.errors import ConfigError, describe, ordinary
 from reprise.loading import NamedTensors, checkpoint_of
 from reprise.processes import wire
 from reprise.processes.launched import refuse_launcher
@@ -162,9 +162,11 @@ class Replicas:
                     self.send([Request(request_id, *prepared, priority, reader, accepted)])
                 if aborted:
                     self.abort(request_id)
-            except Exception as error:
+            except BaseException as error:
                 outstanding.prepared(reader)
-                refuse(accepted, error)
+                refuse(accepted, ordinary(error))
+                if not isinstance(error, Exception):
+                    raise
 
         with outstanding.open():
             outstanding.prepare(reader, request_id)
@@ -308,7 +310,7 @@ class Replicas:
         """Of the thread that reads."""
         try:
             lost = self._wires.serve(self._deliveries.hear, self._deliveries.flush)
-        except Exception as error:
+        except BaseException as error:
             logger.critical("the thread that reads from replicas ended", exc_info=True)
             lost = f"the thread that reads from replicas ended ({describe(error)})"
         if lost is not None:

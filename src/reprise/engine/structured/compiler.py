@@ -16,7 +16,7 @@ from reprise.arguments import shown
 from reprise.engine.structured.automaton import Automaton
 from reprise.engine.structured.vocabulary import token_infos
 from reprise.engine.structured.white_space import WhiteSpace, named_by
-from reprise.errors import RequestError
+from reprise.errors import RequestError, ordinary
 from reprise.json_schema import check_schema
 from reprise.patterns import check_pattern
 from reprise.structured_outputs import StructuredOutputsParams
@@ -245,8 +245,8 @@ class _Job:
         def run() -> None:
             try:
                 self.value = self._make()
-            except Exception as error:
-                self.error = error
+            except BaseException as error:
+                self.error = ordinary(error)
             finally:
                 finished()
                 self.done.set()
