@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ from reprise.runner.weights import weights_of
 class Rotary:
     table: Tensor
     of: Any = None
+
+
+@dataclass(slots=True)
+class Slotted:
+    table: Tensor
 
 
 class Layer(nn.Module):
@@ -36,6 +43,9 @@ class Layer(nn.Module):
         self.tables = (some(2), [some(5)], {"by name": some(7)})
         self.rotary = Rotary(some(8))
         self.rotary.of = self.rotary
+        self.slotted = Slotted(some(10))
+        self.kept = deque([MappingProxyType({"by name": some(12)}), {some(13)}])
+        self.unknown = [nn.Linear(2, 7, device=device), self]
         self.counts = (some(9),)
         self.nothing = some(0)
         self.cache = LayerCache(KEPT, 0, key=Rows((2,), torch.float32))
@@ -49,7 +59,8 @@ def test_all_are_found_once(device: str) -> None:
     # The view comes first, and has the same address as the whole.
     assert set(found) == {
         "0.first", "0.whole", "0.attribute", "0.tables.0", "0.tables.1.0", "0.tables.2.by name",
-        "0.rotary.table",
+        "0.rotary.table", "0.slotted.table", "0.kept.0.by name", "0.kept.1.0",
+        "0.unknown.0._parameters.weight", "0.unknown.0._parameters.bias",
     }  # fmt: skip
     assert found["0.whole"].shape == (6, 4)
 

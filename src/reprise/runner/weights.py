@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from reprise.cache import LayerCache
 
 def weights_of(model: nn.Module, others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
     """By name its parameters, buffers, and what its modules hold besides, such as tables: as
-    attributes, in lists, tuples, dictionaries and dataclasses. A part of what is there already is
-    left out.
+    attributes, in containers, dataclasses and modules that torch does not know of. A part of what
+    is there already is left out.
 
     Args:
         model: It.
@@ -27,10 +28,12 @@ def weights_of(model: nn.Module, others: Iterable[Tensor] = ()) -> dict[str, Ten
     listed: list[tuple[int, int]] = []
     """Where the memory of each begins and ends, ascending."""
     left_out = [_extent(each) for each in others if each.numel()]
+    modules = dict(model.named_modules())
+    seen = {id(each): each for each in modules.values()}
     named = itertools.chain(
         model.named_parameters(),
         model.named_buffers(),
-        *(_held(path, vars(module), set()) for path, module in model.named_modules()),
+        *(_held(path, vars(module), seen) for path, module in modules.items()),
     )
     for name, tensor in named:
         if not tensor.numel():
@@ -46,20 +49,26 @@ def weights_of(model: nn.Module, others: Iterable[Tensor] = ()) -> dict[str, Ten
     return found
 
 
-def _held(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _held(path: str, value: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
+    """``seen``: by their identities the modules that are asked by themselves, and what was."""
     if isinstance(value, Tensor):
         yield path, value
         return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
-        items = vars(value).items()
-    if isinstance(value, LayerCache | nn.Module | type) or id(value) in seen:
+    if isinstance(value, LayerCache | type) or id(value) in seen:
         return
-    seen.add(id(value))
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        items = enumerate(value)
+    elif isinstance(value, nn.Module):
+        items = vars(value).items()
+    elif dataclasses.is_dataclass(value):
+        fields = {each.name: getattr(value, each.name, None) for each in dataclasses.fields(value)}
+        items = {**fields, **getattr(value, "__dict__", {})}.items()
+    else:
+        return
+    seen[id(value)] = value
     for name, each in items:
         yield from _held(f"{path}.{name}" if path else f"{name}", each, seen)
 
