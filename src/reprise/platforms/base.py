@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -135,6 +135,11 @@ class Platform(ABC):
     def multiplies_fp8(self) -> bool:
         """Kernels can convert and multiply numbers of eight bits (float8_e4m3fn) directly."""
         return False
+
+    def product_settings(self) -> tuple[Hashable, ...] | None:
+        """What a program may set for products and their library heeds: beside it only shapes,
+        dtypes, and how operands lie, decide which kernel computes one. None: nobody knows."""
+        return None
 
     @property
     def default_dtype(self) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -43,6 +44,15 @@ class CudaPlatform(AcceleratorPlatform):
     @functools.cached_property
     def supports_pdl(self) -> bool:
         return bool(self.module().get_device_capability(self.index) >= FIRST_WITH_PDL)
+
+    def product_settings(self) -> tuple[Hashable, ...]:
+        matmul = torch.backends.cuda.matmul
+        return (
+            torch.backends.cuda.preferred_blas_library(),
+            matmul.allow_fp16_accumulation,
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        )
 
     @functools.cached_property
     def prompt_attention(self) -> PromptAttention | None:  # type: ignore[override]

@@ -1,16 +1,19 @@
 """Products in Triton whose bits of a row depend on that row alone, with what comes before them or
-behind; see :mod:`shared_sums_kernel`."""
+behind; see :mod:`shared_sums_kernel`, and :mod:`same_bits` for many rows."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from reprise.ops.linear.same_bits import by_library, library_has_same_bits
 from reprise.ops.linear.shared_sums_kernel import launch_product
 from reprise.ops.rms_norm.triton import rms_norm
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes as in the reference."""
+    if library_has_same_bits(x, weight, bias):
+        return by_library(x, weight)
     out = x.new_empty((x.shape[0], weight.shape[0]))
     launch_product(x, weight, bias, out)
     return out
@@ -18,6 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes as in the reference."""
+    if library_has_same_bits(x, weight, bias, gated=True):
+        return by_library(x, weight, gated=True)
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
     launch_product(x, weight, bias, out, gated=True)
     return out
@@ -39,6 +44,9 @@ def norm_gated_linear(
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
     """Shapes as in the reference."""
+    if library_has_same_bits(x, weight, bias, residual=residual):
+        by_library(x, weight, residual=residual)
+        return
     launch_product(x, weight, bias, residual, add=True)
 
 
