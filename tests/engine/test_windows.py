@@ -124,11 +124,13 @@ def test_a_graph_that_sees_what_has_left_a_window_is_refused(
 LIES: list[Any] = [
     MemoryInfo(free=-(1 << 40), total=1 << 30), MemoryInfo(free=0, total=0),
     MemoryInfo(free=0, total=1 << 34), MemoryInfo(free=1 << 60, total=1 << 60),
-    RuntimeError("no such counter"),
+    RuntimeError("no such counter"), None,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("told", LIES, ids=["negative", "zero", "none free", "huge", "failing"])
+@pytest.mark.parametrize(
+    "told", LIES, ids=["negative", "zero", "none free", "huge", "failing", "nothing"]
+)
 @pytest.mark.parametrize("size", [{"num_blocks": 40}, {"kv_cache_memory_bytes": 1 << 17}])
 def test_all_pools_start_whatever_the_device_tells_of_its_memory(
     tiny: TinyModels, device: str, platform: Platform, monkeypatch: pytest.MonkeyPatch,

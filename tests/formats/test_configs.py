@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 from typing import Any
@@ -11,6 +12,7 @@ from quantized import tool
 
 from reprise.errors import ModelError
 from reprise.layers.formats import DENSE, formats_of
+from reprise.loading.hf_config import merged
 
 Q_PROJ = "model.layers.3.self_attn.q_proj"
 UP = "model.layers.3.mlp.up_proj"
@@ -108,6 +110,18 @@ def test_what_cannot_be_followed_is_refused_by_its_name(case: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         formats_of(raw)
     assert str(caught.value).startswith("quantization_config")
+
+
+def test_the_remedy_for_what_is_not_known_takes_it_away() -> None:
+    """All of it at once, wherever it stands."""
+    for raw in (
+        config("awq", rotate="hadamard", twist=1),
+        compressed(weights={"codebook": [1], "twist": 1}),
+    ):
+        with pytest.raises(ModelError) as caught:
+            formats_of(raw)
+        overrides = ast.literal_eval(str(caught.value).partition("hf_overrides=")[2])
+        assert formats_of(merged(raw, overrides["quantization_config"])).of(UP) is not DENSE
 
 
 REAL: dict[str, dict[str, Any]] = {

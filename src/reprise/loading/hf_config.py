@@ -50,7 +50,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     except (ValueError, OSError) as error:
         raise ModelError(f"{file} is not valid: {error}") from error
     given, overrides = text_part(given, overrides)
-    raw = _merged(given, overrides)
+    raw = merged(given, overrides)
     raw["architectures"] = _architectures(raw, file)
     models.require_known(raw)
     raw = with_quantization(file.parent, raw, overrides)
@@ -117,13 +117,13 @@ def check_token_ids(eos_token_id: Any) -> None:
         raise ValueError(f"eos_token_id={eos_token_id!r} must be a token id or a list of them")
 
 
-def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """``upper`` laid over ``lower``; objects in objects likewise."""
     result = dict(lower)
     for name, value in upper.items():
         below = result.get(name)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
-            value = _merged(below, value)
+            value = merged(below, value)
         result[name] = value
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -268,11 +268,12 @@ def _known_memory(platform: Platform) -> MemoryInfo | None:
             "measured (%s)", platform.device, describe(error),
         )  # fmt: skip
         return None
-    if 0 < memory.free <= memory.total:
+    told = isinstance(memory, MemoryInfo) and all(isinstance(each, int) for each in astuple(memory))
+    if told and 0 < memory.free <= memory.total:
         return memory
     logger.warning(
-        "whether the model fits is not known before it is there: %s reports %d bytes of memory, "
-        "%d of them free", platform.device, memory.total, memory.free,
+        "whether the model fits is not known before it is there: %s reports %s as its memory",
+        platform.device, memory,
     )  # fmt: skip
     return None
 

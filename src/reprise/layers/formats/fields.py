@@ -110,10 +110,12 @@ class Fields:
         """Refuse what nobody asked for."""
         if self._left:
             known = ", ".join(f"{name}={value!r}" for name, value in sorted(self._left.items()))
-            first = min(self._left)
+            away: Mapping[str, Any] = dict.fromkeys(sorted(self._left))
+            for name in reversed(self.where.split(".")):
+                away = {name: away}
             raise self.refused(
                 f"{known} is not known, and may change what the weights mean; if it does not, take "
-                f"it away: hf_overrides={{'quantization_config': {{{first!r}: None}}}}"
+                f"it away: hf_overrides={away}"
             )
 
     def refused(self, why: str) -> ModelError:
