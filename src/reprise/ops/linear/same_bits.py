@@ -39,9 +39,8 @@ _MOST_WEIGHTS = 1 << 27
 _ALIGNMENT = 256
 """Bytes: kernels may be chosen by where operands begin, too."""
 _DIFFERENT = 256
-"""Rows of a weight to compare on; those behind them are the same again."""
-_PIECE = 1024
-"""Rows that our kernel takes at a time for that: its bits depend on no number of rows."""
+"""Rows, and rows of a weight, to compare on: those behind them are the same again, so there is
+little to make, and our kernel, whose bits of a row depend on no other, computes no more of them."""
 _BINARY_ORDERS = 8
 """Numbers are so much smaller and larger than 1: of like ones few bits are, and sums lose none."""
 
@@ -109,41 +108,40 @@ def _plain(operand: Tensor) -> bool:
 
 def _compare(x: Tensor, outputs: int, gated: bool, added: bool) -> bool:
     """Whether both give the same for rows and a weight of such shapes."""
-    rows, weight = _cancelling(x, outputs)
-    residual = _numbers_near_them(rows, outputs) if added else None
-    found = by_library(rows, weight, gated=gated, residual=residual)
+    few, weight = _cancelling(x, outputs)
+    residual = _numbers_near_them(x, outputs) if added else None
+    found = by_library(_repeated(few, len(x)), weight, gated=gated, residual=residual)
     if not found.any():  # which waits: our kernel reads a weight before what is in front has ended
         return False
-    for begin in range(0, len(rows), _PIECE):
-        its, some = found[begin : begin + _PIECE], rows[begin : begin + _PIECE]
-        ours = _numbers_near_them(some, outputs) if added else torch.empty_like(its)
-        launch_product(some, weight, None, ours, gated=gated, add=added)
-        if not torch.equal(ours.view(torch.int16), its.view(torch.int16)):
-            return False
-    return True
+    ours = _numbers_near_them(few, outputs) if added else torch.empty_like(found[: len(few)])
+    launch_product(few, weight, None, ours, gated=gated, add=added)
+    return all(
+        torch.equal(each.view(torch.int16), ours[: len(each)].view(torch.int16))
+        for each in found.split(len(few))
+    )
 
 
 def _cancelling(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """Rows as many as ``x`` has, and a weight, of which each product is 0 but for rounding."""
-    rows, inputs = x.shape
+    """Rows, no more than ``x`` has, and a weight, of which each product is 0 but for rounding."""
+    inputs, device = x.shape[1], x.device
     half = inputs // 2
-    make = torch.Generator(x.device).manual_seed(0)
-    order = torch.randperm(inputs, generator=make, device=x.device)
+    make = torch.Generator(device).manual_seed(0)
+    order = torch.randperm(inputs, generator=make, device=device)
 
-    def numbers(count: int, sign: int) -> Tensor:
-        some = torch.randn(count, half, generator=make, device=x.device, dtype=torch.float32)
-        some = torch.ldexp(
-            some,
-            torch.randint(
-                -_BINARY_ORDERS, _BINARY_ORDERS + 1, some.shape, generator=make, device=x.device,
-                dtype=torch.int32,
-            ),
-        )  # fmt: skip
-        rest = some.new_zeros(count, inputs - 2 * half)
+    def numbers(most: int, sign: int) -> Tensor:
+        shape = min(most, _DIFFERENT), half
+        some = torch.randn(shape, generator=make, device=device, dtype=torch.float32)
+        orders = torch.arange(-_BINARY_ORDERS, _BINARY_ORDERS + 1, device=device)
+        which = torch.randint(len(orders), shape, generator=make, device=device)
+        some = torch.ldexp(some, orders[which])
+        rest = some.new_zeros(len(some), inputs - 2 * half)
         return torch.cat((some, sign * some, rest), dim=1).to(x.dtype)[:, order]
 
-    weight = numbers(min(outputs, _DIFFERENT), 1)
-    return numbers(rows, -1), weight.repeat(cdiv(outputs, _DIFFERENT), 1)[:outputs]
+    return numbers(len(x), -1), _repeated(numbers(outputs, 1), outputs)
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    return rows.repeat(cdiv(count, len(rows)), 1)[:count]
 
 
 def _numbers_near_them(x: Tensor, outputs: int) -> Tensor:
