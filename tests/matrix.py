@@ -79,7 +79,8 @@ def candidates(seed: int, tokens: int, **draw: float) -> list[Subject]:
     return [(prompt, params) for prompt in prompts for params in parameters]
 
 
-SUBJECTS = tuple(candidates(900, tokens=20, temperature=0.8, top_p=0.95))
+SUBJECTS = tuple(candidates(900, tokens=15, temperature=0.8, top_p=0.95))
+"""Each of them ends in another block than its prompt."""
 
 EXECUTORS = ("none", "full", "breakable", "compiled")
 MODELS: dict[str, dict[str, Any]] = {

@@ -371,17 +371,21 @@ def test_a_model_without_experts_has_none_to_spread(alone: matrix.Alone, ranks: 
 
 
 LONG = [
-    matrix.Features(executor, model, drafts)
-    for executor in matrix.EXECUTORS
-    for model in matrix.MODELS
-    for drafts in (0, 3)
+    (matrix.Features(executor, model, drafts), list(matrix.DISTURBANCES)[(i + j + k) % 2 :: 2])
+    for i, executor in enumerate(matrix.EXECUTORS)
+    for j, model in enumerate(matrix.MODELS)
+    for k, drafts in enumerate((0, 3))
 ]
+"""Every executor meets every model under every disturbance, with drafts or without: on one rank all
+meet."""
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("features", LONG, ids=str)
-def test_same_tokens_of_everything(alone: matrix.Alone, features: matrix.Features) -> None:
+@pytest.mark.parametrize(("features", "disturbances"), LONG, ids=lambda each: str(each) if isinstance(each, matrix.Features) else each[0])
+def test_same_tokens_of_everything(
+    alone: matrix.Alone, features: matrix.Features, disturbances: list[str]
+) -> None:
     made: list[LLM] = []
 
     class Kept(Shared):
@@ -392,7 +396,7 @@ def test_same_tokens_of_everything(alone: matrix.Alone, features: matrix.Feature
     case = shared(alone, features)
     kept = Kept(case.features, case.model, case.device, case.subjects, case.dtype, case.draft)
     try:
-        assert not kept.different(alone.tokens(features))
+        assert not kept.different(alone.tokens(features), disturbances)
     finally:
         for each in made:
             each.engine.close()
