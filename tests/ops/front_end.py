@@ -1,6 +1,6 @@
 """Has Triton's front end read the kernels that models of other sizes than ours would launch.
 
-    python front_end.py
+    python front_end.py bfloat16
 
 The interpreter knows no types, and what is compiled for absent devices has the sizes of two models.
 Prints one JSON object an op: its name, how many kernels were read, and what was refused.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ MODELS = (
 )
 
 
-def main() -> None:
+def main(dtype: torch.dtype) -> None:
     pretend_device(GPUTarget("cuda", 90, 32), 232448)
     read: list[str] = []
     original = JITFunction.run
@@ -50,29 +51,28 @@ def main() -> None:
         return SimpleNamespace(metadata=SimpleNamespace(shared=0), result=None)
 
     JITFunction.run = run
-    for dtype in (torch.bfloat16, torch.float16):
-        make = EmptyMaker(torch.device("cpu"), dtype, models=MODELS)
-        names = {each.name for each in MODELS}
-        for op in all_ops().values():
-            ours = [each for each in op.implementations.values() if each.compiles]
-            wanted = op.cases.workloads(make) if ours else []
-            refused = []
-            read.clear()
-            for workload, implementation in itertools.product(wanted, ours):
-                if workload.shape.split(",")[0] not in names:
-                    continue
-                arguments = workload.arguments()
-                if implementation.refusal(**arguments) is not None:
-                    continue
-                try:
-                    implementation.function(**arguments)
-                except Exception as error:
-                    refused.append(f"{workload.shape}: {type(error).__name__}: {error}"[-1000:])
-            if read:
-                found = {"op": op.name, "dtype": str(dtype), "read": len(read)}
-                print(json.dumps({**found, "refused": refused}), flush=True)
+    make = EmptyMaker(torch.device("cpu"), dtype, models=MODELS)
+    names = {each.name for each in MODELS}
+    for op in all_ops().values():
+        ours = [each for each in op.implementations.values() if each.compiles]
+        wanted = op.cases.workloads(make) if ours else []
+        refused = []
+        read.clear()
+        for workload, implementation in itertools.product(wanted, ours):
+            if workload.shape.split(",")[0] not in names:
+                continue
+            arguments = workload.arguments()
+            if implementation.refusal(**arguments) is not None:
+                continue
+            try:
+                implementation.function(**arguments)
+            except Exception as error:
+                refused.append(f"{workload.shape}: {type(error).__name__}: {error}"[-1000:])
+        if read:
+            found = {"op": op.name, "read": len(read)}
+            print(json.dumps({**found, "refused": refused}), flush=True)
 
 
 if __name__ == "__main__":
     with Unread():
-        main()
+        main(getattr(torch, sys.argv[1]))
