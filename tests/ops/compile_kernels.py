@@ -4,10 +4,11 @@
     python compile_kernels.py hip gfx942 65536 once
 
 Arguments: Triton's backend, its architecture, and the bytes of shared memory that a program can
-have there; ``once`` compiles of each kernel the first that is launched, and with eight-bit numbers
-the first with them. Prints one JSON object a kernel: its name, the bytes of shared memory, the registers of
-a thread, what of them spilled to memory (bytes with CUDA, registers with HIP), the instructions of
-matrix units, and whether it reads eight-bit numbers; where an op fails, its name and the error.
+have there; ``once`` compiles of each kernel the first that is launched, and of those that read
+eight-bit numbers too. Prints one JSON object a kernel: its name, the bytes of shared memory, the
+registers of a thread, what of them spilled to memory (bytes with CUDA, registers with HIP), the
+instructions of matrix units, and whether it reads eight-bit numbers; where an op fails, its name
+and the error.
 """
 
 from __future__ import annotations

@@ -382,7 +382,9 @@ meet."""
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("features", "disturbances"), LONG, ids=lambda each: str(each) if isinstance(each, matrix.Features) else each[0])
+@pytest.mark.parametrize(
+    ("features", "disturbances"), [pytest.param(*each, id=str(each[0])) for each in LONG]
+)
 def test_same_tokens_of_everything(
     alone: matrix.Alone, features: matrix.Features, disturbances: list[str]
 ) -> None:
