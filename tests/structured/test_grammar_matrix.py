@@ -92,6 +92,23 @@ def test_same_tokens(known: Known, features: matrix.Features, disturbances: list
     assert not known.case(features).different(known.tokens(features), disturbances)
 
 
+def test_a_limit_before_the_end_of_a_grammar_takes_no_token_away(known: Known) -> None:
+    """Drafts bring both in one step: the last token of the limit, and what ends the text."""
+    case = known.case(FAULTY)
+    prompt, params = case.subjects[0]
+    llm = case.engine()
+
+    def ask(most: int) -> tuple[list[int], str | None]:
+        asked = replace(params, max_tokens=most)
+        (found,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        return list(found.outputs[0].token_ids), found.outputs[0].finish_reason
+
+    whole, reason = ask(40)
+    assert reason == "stop"
+    for most in range(1, len(whole)):
+        assert ask(most) == (whole[:most], "length")
+
+
 # ---- faults --------------------------------------------------------------------------------
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -108,12 +108,13 @@ class Grammars:
 
     def surplus(self, request: Request) -> int | None:
         """Once a request has its new tokens: how many of them do not follow its grammar, because
-        that had ended (0: it ends with the last one) or refuses them. None: it goes on."""
+        that had ended (0: it ends with the last one) or refuses them. None: it goes on, or its
+        limit came before the end of its grammar, in a step that has drawn both."""
         grammar = self._of.get(request)
         if grammar is None:
             return None
         beyond = request.num_output_tokens - grammar.num_tokens
-        return beyond if grammar.ended or beyond > 0 else None
+        return beyond if beyond > 0 or (grammar.ended and beyond == 0) else None
 
     def ended(self, request: Request) -> bool:
         """Its grammar allows no further token."""
