@@ -205,6 +205,18 @@ def test_one_that_sums_otherwise_for_one_number_of_rows_computes_the_others(
     assert calls.rows == [70, 74]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_which_nothing_is_left_prove_nothing(
+    use: Callable[[Library], Calls], kind: str
+) -> None:
+    """As here those of one step of inputs, which are exact."""
+    calls = use(ours)
+    with rehearsal():
+        for _ in range(2):
+            compute(kind, aligned(ROWS, 64), aligned(400, 64))
+    assert calls.rows == [ROWS]
+
+
 def test_nothing_is_compared_under_capture(
     use: Callable[[Library], Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
