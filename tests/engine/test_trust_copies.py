@@ -37,8 +37,8 @@ def expected(model: TinyModel, device: str) -> list[list[int]]:
 
 def small_llm(model: TinyModel, device: str, **options: Any) -> LLM:
     return make_llm(
-        model, device, max_num_seqs=4, max_num_batched_tokens=64, **options,
-        graph_buckets="decode=2,4;mixed=64", graph_verify="canary:1",
+        model, device, max_num_seqs=4, max_num_batched_tokens=64,
+        **{"graph_buckets": "decode=2,4;mixed=64", "graph_verify": "canary:1", **options},
     )  # fmt: skip
 
 
@@ -96,6 +96,40 @@ def test_what_a_canary_keeps(
     refused = llm.graph_report().quarantined
     assert len(refused) == 2
     assert all("copies and eager results" in str(each.quarantined) for each in refused)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    "mode", ["canary:1", "startup"], ids=["with copies of them", "in a replay that raises"]
+)
+def test_what_is_written_once(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+    mode: str,
+) -> None:  # fmt: skip
+    """No copy of it is left, or was made: it is as at start then."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none", graph_verify=mode)
+    runner = llm.engine.runner
+    runner.graphs.ledger.trusts = lambda *asked: True  # type: ignore[method-assign]
+    memory = runner.forward_pass.memory()
+    once = [memory["block_sizes"].tensor, memory["rows' tables"].tensor[:, 0]]
+    weight = next(each.tensor for name, each in memory.items() if "q_norm" in name)
+    now: list[Any] = []
+    init = verify._Both.__init__
+    monkeypatch.setattr(
+        verify._Both, "__init__",
+        lambda self, *args: init(self, *args) or now.append(self),
+    )  # fmt: skip
+
+    def change(count: int) -> None:
+        if count == 3:
+            spoil([*once, weight, *(copy for both in now[-1:] for _, copy in both.before.copied)])
+            if mode == "startup":
+                raise RuntimeError("launch failed")
+
+    after_replays(monkeypatch, change)
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert len(llm.graph_report().quarantined) == 1
     assert generate(llm, PROMPTS, PARAMS) == expected
     assert_idle(llm)
 

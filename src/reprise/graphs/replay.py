@@ -115,6 +115,7 @@ class Replays:
         except Exception as error:
             reason = f"replay: {describe(error)}"
             self._refuse(bucket, reason, frozenset())
+            self.cut_short(bucket)
             self._guard.settle_ops()
             raise GraphReplayError(f"graph {bucket.info.name}: {reason}") from error
         return ran

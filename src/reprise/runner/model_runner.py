@@ -57,6 +57,9 @@ from reprise.step import Masks, Step
 
 logger = logging.getLogger(__name__)
 
+AT_REST_BYTES = 1 << 20
+"""Larger tensors that steps read have rows of requests, which are made anew for each."""
+
 
 class ModelRunner:
     """Owns the model, its cache, the step buffers and the sampler of one device.
@@ -215,6 +218,12 @@ class ModelRunner:
         """Of the step that was submitted last."""
         self._sound: Tensor | None = None
         """Of the step's copies of states, whether they are of finite numbers."""
+        self._at_rest = [
+            (each.tensor, each.tensor.cpu().clone())
+            for each in self.forward_pass.memory().values()
+            if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
+        ]
+        """What steps read, as it is while there is no request: some of it is written once."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
 
@@ -314,6 +323,10 @@ class ModelRunner:
         self._forget_inputs()
         self.sampler.forget()
         self._result = None
+        with torch.inference_mode():
+            for tensor, content in self._at_rest:
+                tensor.copy_(content)
+            self.buffers.rows.clear_nobodys()
 
     def _forget_inputs(self) -> None:
         self.buffers.forget()
