@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING
 from reprise.bench.presets import CONFIGS
 from reprise.loading import open_checkpoint
 from reprise.loading.draft_head import DEMO_HEAD, Target, read_head
+from reprise.loading.hf_config import layer_config
 from reprise.loading.plain_config import plain_config
 from reprise.loading.rope import resolve_rope
 from reprise.models.config_reader import head_size
@@ -185,6 +186,13 @@ def test_a_published_head_is_read() -> None:
         given = json.loads(file.read_text())
         target = Target(36, given["hidden_size"], given["vocab_size"])
         assert isinstance(read_head(given, file, target, None).layers, SimpleNamespace)
+
+
+def test_a_head_has_no_labels_either() -> None:
+    """transformers makes a list of them, however many there are."""
+    file = CONFIGS / "heads" / "qwen3-8b-eagle3" / "config.json"
+    given = {**json.loads(file.read_text()), "num_labels": 5}
+    assert layer_config(given, file).num_labels != 5
 
 
 def test_an_override_is_transformers_to_know(tiny: TinyModels) -> None:

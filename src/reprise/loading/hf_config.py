@@ -56,8 +56,6 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Any:
     raw = with_quantization(file.parent, raw, overrides)
     raw = resolve_rope(raw, given, overrides)
     _cut_layer_lists(raw, given, overrides)
-    for name in _CLASSIFIERS:
-        raw.pop(name, None)
     config = _config(raw.pop("model_type"), raw, given, overrides, file)
     try:
         check_token_ids(config.eos_token_id)
@@ -97,6 +95,7 @@ def _config(
         )
     # Before anybody makes lists of that many entries.
     models.require_layer_count(raw.get("num_hidden_layers", 1))
+    raw = {name: value for name, value in raw.items() if name not in _CLASSIFIERS}
     # Which names an override may have, transformers alone knows.
     plain = None if overrides else plain_config(kind, raw)
     if plain is not None:
