@@ -43,10 +43,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--on-device", action="store_true",
         help="leave out tests that take no device: others have them, and they would do the same",
     )  # fmt: skip
-    parser.addoption(
-        "--sim-seeds", type=int, nargs="+", default=[], metavar="N",
-        help="each test with each of these seeds of the delays of device sim, in turn",
-    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,15 +67,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # they wait for each other for most of the time. What a device is compared with is computed on
     # the CPU, too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if seeds_of_delays := metafunc.config.getoption("--sim-seeds"):
-        # By module: what its tests share is made once.
-        metafunc.fixturenames.append(covering.SIM_SEED)
-        metafunc.parametrize(
-            covering.SIM_SEED, seeds_of_delays, ids=lambda seed: f"seed {seed}", scope="module"
-        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -244,10 +231,7 @@ def no_races(request: pytest.FixtureRequest) -> Iterator[None]:
     import torch
 
     request.getfixturevalue("platform")
-    settings = {"races": True}
-    if request.config.getoption("--sim-seeds"):
-        settings["seed"] = request.node.callspec.params[covering.SIM_SEED]
-    with torch.sim.configured(**settings):
+    with torch.sim.configured(races=True):
         yield
         torch.accelerator.synchronize()
         found = torch.sim.races(clear=True)

@@ -15,9 +15,6 @@ from typing import Any
 
 import pytest
 
-SIM_SEED = "sim_seed"
-"""A parameter of all tests, where several seeds of delays are asked for: of each seed the same
-cases are kept."""
 Value = tuple[str, str]
 """A parameter's name and a value."""
 
@@ -31,19 +28,16 @@ def left_over(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         if mark is None or not isinstance(item, pytest.Function):
             continue
         where = mark.kwargs.get("where")
-        values = {**item.callspec.params}
-        seed = values.pop(SIM_SEED, None)
-        if where is None or where(**values):
-            tests[item.nodeid.partition("[")[0], seed, mark.args[0]].append(item)
-    for (*_, strength), cases in tests.items():
+        if where is None or where(**item.callspec.params):
+            tests[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, strength), cases in tests.items():
         kept = cover([_values(each) for each in cases], strength)
         found |= {each for number, each in enumerate(cases) if number not in kept}
     return found
 
 
 def _values(item: pytest.Function) -> list[Value]:
-    params = sorted(item.callspec.params.items())
-    return [(name, repr(value)) for name, value in params if name != SIM_SEED]
+    return [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
 
 
 def cover(cases: Sequence[Sequence[Value]], strength: int) -> set[int]:
