@@ -126,3 +126,40 @@ def test_what_the_first_kernel_asks_the_system_is_asked(
     early.prepare_compiler()
     assert compiler.times == 1
     assert {"processor", "nothing", "driver"} <= set(asked)
+
+
+def test_what_speaks_with_a_driver_is_built_and_one_that_is_not_there_keeps_none_from_it(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    class OneUtils:
+        def __init__(self) -> None:
+            raise RuntimeError("no driver")
+
+    class TwoUtils:
+        def __init__(self) -> None:
+            built.append("two")
+
+    for name, kind in (("one", OneUtils), ("two", TwoUtils)):
+        module = ModuleType(f"triton.backends.{name}.driver")
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    early.build_drivers()
+    assert built == ["two"]
+
+
+def test_kernels_are_compiled_beside_where_there_is_a_driver_and_some_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Begun first: what it imports takes as long as torch."""
+    order: list[Any] = []
+    monkeypatch.setattr(early.compiling, "begin", lambda *args: None)
+    monkeypatch.setattr(early.platforms, "wake", lambda device, beside: beside())
+    monkeypatch.setattr(early.kernels_beside, "remember", order.append)
+    begun = functools.partial(order.append, "begun")
+    monkeypatch.setattr(early.kernels_beside, "begin_unless_kept", begun)
+    for name in ("prepare_compiler", "build_drivers"):
+        monkeypatch.setattr(early, name, functools.partial(order.append, name))
+    early.begin({"model": "some"})
+    assert order == [{"model": "some"}, "begun", "prepare_compiler", "build_drivers"]

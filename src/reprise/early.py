@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from reprise import compiling, platforms
+from reprise import compiling, kernels_beside, platforms
 
 WHOLE = 16 << 20
 """Bytes from which a file is read in one piece."""
@@ -28,7 +28,15 @@ def begin(options: Mapping[str, Any]) -> None:
     """
     device = options.get("device", "auto")
     compiling.begin(device, options.get("dtype", "auto"))
-    platforms.wake(device, beside=prepare_compiler)
+    # Looked for now: hundreds of files, between which a thread would wait for its turn.
+    kernels_beside.remember(options)
+
+    def beside() -> None:
+        kernels_beside.begin_unless_kept()
+        prepare_compiler()
+        build_drivers()
+
+    platforms.wake(device, beside)
 
 
 def prepare_compiler() -> None:
@@ -46,6 +54,16 @@ def prepare_compiler() -> None:
         if ask is not None:
             with contextlib.suppress(Exception):
                 ask()
+
+
+def build_drivers() -> None:
+    """Have Triton build what it speaks with a driver through, which a C compiler does: in each of
+    its backends a class, of which there is one object. Those without a device here fail."""
+    for name in [name for name in sys.modules if name.startswith("triton.backends.")]:
+        module = sys.modules[name]
+        for each in [each for each in vars(module) if each.endswith("Utils")]:
+            with contextlib.suppress(Exception):
+                getattr(module, each)()
 
 
 def fingerprint_compiler() -> None:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reprise import ops
+from reprise import kernels_beside, ops
 from reprise.ops import OpTable, ahead, all_ops
 from reprise.ops.ahead import compile_ahead, load_compiler, wake_compiler
 
@@ -238,3 +240,74 @@ def test_kernels_are_kept_without_their_way_there(
     assert seen == [during]
     assert knobs.store_binary_only is False
     assert os.environ.get("TRITON_STORE_BINARY_ONLY") == wanted
+
+
+@pytest.fixture
+def beside(monkeypatch) -> list[str]:
+    """What becomes of a process beside, of which there is none."""
+    told: list[str] = []
+    monkeypatch.setattr(kernels_beside, "begun", lambda: object())
+    for name in ("all_kept", "end"):
+        monkeypatch.setattr(kernels_beside, name, partial(told.append, name))
+    return told
+
+
+def test_where_kernels_are_missing_all_are_asked_for_before_one_is_waited_for(
+    table, randn, beside
+) -> None:
+    """And what nobody has computed then is zeros, where kernels find memory by it."""
+    handed_over = pytest.importorskip("reprise.ops.handed_over")
+    seen: list[tuple[int, bool]] = []
+
+    def recorded(x, weight, eps):
+        asks = threading.get_ident() in handed_over.asking
+        seen.append((len(x), asks))
+        if asks:
+            assert not torch.empty(1 << 16, dtype=torch.int32).any()
+            raise RuntimeError("the call itself says so")
+        return x
+
+    table.functions["rms_norm"] = recorded
+    rows = [2, 3, 4]
+
+    def forward() -> None:
+        for each in rows:
+            ops.rms_norm(randn(each, 8), randn(8), 1e-6)
+
+    torch.use_deterministic_algorithms(True)  # memory of integers has the largest ones
+    try:
+        assert compile_ahead(table, [forward]) == 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sorted(seen[:3]) == [(each, True) for each in rows]
+    assert sorted(seen[3:]) == [(each, False) for each in rows]
+    assert beside == ["all_kept", "end"]
+    assert not handed_over.asking
+
+
+def test_a_start_of_which_a_kernel_fails_leaves_no_note(table, randn, beside) -> None:
+    def broken(x, weight, eps):
+        raise RuntimeError("no such instruction")
+
+    table.functions["rms_norm"] = broken
+    compile_ahead(table, [lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)])
+    assert beside == ["end"]
+
+
+def test_an_interrupt_ends_what_compiles_beside(table, randn, beside, monkeypatch) -> None:
+    def interrupted(running):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ahead, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(table, [lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)])
+    assert beside == ["end"]
+
+
+def test_the_first_kernel_keeps_none_waiting_that_is_needed(beside) -> None:
+    wake_compiler(SimpleNamespace())  # asks the platform for nothing
+
+
+def test_without_triton_s_help_kernels_are_compiled_as_ever(table, randn, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "reprise.ops.handed_over", None)
+    assert compile_ahead(table, [lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6)]) == 1

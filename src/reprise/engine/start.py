@@ -86,7 +86,8 @@ def open_model(
             leader = Leader(config, platform, elsewhere, lockstep)
     with contextlib.nullcontext() if leader is None else leader.starting():
         # A device starts in its driver, kernels are loaded by Python: neither waits for the other.
-        loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
+        loading = partial(load_compiler, platform)
+        waking = partial(wake_compiler, platform, config.tensor_parallel_size)
         # Engines that nothing refers to any more give their memory back before this one takes its
         # own. Where there was none a look through all objects only takes the interpreter's time.
         earlier = platform.counts_memory and _holds_memory(platform)

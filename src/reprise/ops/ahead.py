@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from reprise import early
+from reprise import early, kernels_beside
 from reprise.errors import OpError
 from reprise.ops.choice import NOT_INVARIANT
 from reprise.ops.registry import Op, OpTable, intercept
@@ -83,20 +84,63 @@ def compile_ahead(
         with intercept(note), zeros:
             for each in passes:
                 each()
+        asked = list(calls)
         # The kernels of break ops take longest.
         calls.sort(key=lambda call: not call[0].break_op)
         begin = len(calls) * rank // ranks
+        calls = calls[begin:] + calls[:begin]
         pool = ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1)))
+        start = _handed_over(ranks)
         try:
-            with _binaries_alone(table.platform):
-                _finish(_start(pool, table, calls[begin:] + calls[:begin]))
+            with kernels_beside.used(), _binaries_alone(table.platform):
+                if kernels_beside.begun() is not None:  # of what an op launches, all at once
+                    futures.wait([_submit(pool, table, partial(_ask, start, asked))])
+                made = ((op, partial(_call, start, call)) for op, call in calls)
+                if _finish(_start(pool, table, made)):
+                    kernels_beside.all_kept()
         except BaseException:
-            pool.shutdown()
+            start.abandon()
+            pool.shutdown(cancel_futures=True)
             raise
         pool.shutdown(wait=False)  # threads take a while to end
     if calls:
         logger.info("kernels of %d op calls are ready", len(calls))
     return len(calls)
+
+
+def _handed_over(ranks: int) -> Any:
+    """What has kernels compiled in processes of their own; in this one, where there is no Triton
+    that can be asked to."""
+    try:
+        return importlib.import_module("reprise.ops.handed_over").Start(ranks)
+    except Exception:  # it may be missing, or not import
+        return _Here()
+
+
+class _Here:
+    """Nothing is handed over."""
+
+    def calling(self, begins: bool = False) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    asking = calling
+
+    def abandon(self) -> None:
+        """Nobody waits."""
+
+
+def _ask(start: Any, calls: Iterable[_Call]) -> None:
+    """In order: threads would ask for the last ones as soon as for the first."""
+    # Of what is asked for nothing is computed, and kernels find memory by integers.
+    with start.asking(), _Zeros():
+        for _, call in calls:
+            with contextlib.suppress(Exception):  # it fails again where it is made
+                call()
+
+
+def _call(start: Any, call: Callable[[], Any]) -> None:
+    with start.calling():
+        call()
 
 
 class _Zeros(TorchFunctionMode):
@@ -181,13 +225,22 @@ def load_compiler(platform: Platform) -> None:
         OpTable(platform).candidates["rms_norm"]
 
 
-def wake_compiler(platform: Platform) -> None:
-    """Compile one small kernel, and with it pay what else the first kernel of a process pays."""
+def wake_compiler(platform: Platform, ranks: int = 1) -> None:
+    """Compile one small kernel, and with it pay what else the first kernel of a process pays; not
+    where nothing is known to be compiled yet, so that it would keep those that are needed waiting.
+
+    Args:
+        platform: Where.
+        ranks: Processes that do the same on this host.
+    """
+    if kernels_beside.begun() is not None:
+        return
     table = OpTable(platform)
     if not table.candidates["rms_norm"][0].compiles:
         return
     row = torch.ones(1, 16, dtype=platform.default_dtype, device=platform.device)
-    with table.computing():
+    start = _handed_over(ranks)
+    with table.computing(), start.calling(begins=True):
         try:
             rms_norm(row, row[0], 1e-6)
         except Exception as error:
@@ -196,23 +249,29 @@ def wake_compiler(platform: Platform) -> None:
 
 
 def _start(
-    pool: ThreadPoolExecutor, table: OpTable, calls: list[_Call]
+    pool: ThreadPoolExecutor, table: OpTable, calls: Iterable[_Call]
 ) -> list[tuple[str, Future[None]]]:
-    def run(call: Callable[[], Any]) -> None:
+    return [(op.name, _submit(pool, table, call)) for op, call in calls]
+
+
+def _submit(pool: ThreadPoolExecutor, table: OpTable, call: Callable[[], Any]) -> Future[None]:
+    def run() -> None:
         table.platform.activate()
         # Libraries want a thread to have used the device before it calls them.
         table.platform.synchronize()
         with torch.inference_mode():
             call()
 
-    return [(op.name, pool.submit(contextvars.copy_context().run, run, call)) for op, call in calls]
+    return pool.submit(contextvars.copy_context().run, run)
 
 
-def _finish(running: list[tuple[str, Future[None]]]) -> None:
-    for name, each in running:
-        error = each.exception()
+def _finish(running: list[tuple[str, Future[None]]]) -> bool:
+    """Whether all went well."""
+    errors = [(name, each.exception()) for name, each in running]
+    for name, error in errors:
         if error is not None:
             logger.warning("kernels of op %s were not compiled ahead: %s", name, error)
+    return not any(error for _, error in errors)
 
 
 def _signature(value: Any) -> Any:

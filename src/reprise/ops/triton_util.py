@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.errors import OpError
+from reprise.ops.handed_over import OnlyAsked, asking
 from reprise.ops.launchers import load_apart
 from reprise.ops.registry import active_platform, op_memory
 
@@ -283,6 +285,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> A
     if INTERPRETED:
         kernel[grid](*args, **options)
         return functools.partial(kernel[grid], **options)
+    if asking and threading.get_ident() in asking:
+        with contextlib.suppress(OnlyAsked):
+            kernel.warmup(*args, grid=grid, **options)
+        return lambda *again: None
     # Every launch of an eager step comes this way; what is mapped costs half of what a loop does.
     name = (id(kernel), *map(type, args), *options)
     kind = _kinds.get(name)

@@ -122,7 +122,8 @@ class _Follower:
             platform.share_host(group.beside)
         platform.activate()
         config = start.config
-        loading, waking = partial(load_compiler, platform), partial(wake_compiler, platform)
+        loading = partial(load_compiler, platform)
+        waking = partial(wake_compiler, platform, len(start.devices))
         with platform.warming_up(beside=loading, then=waking):
             checkpoint = checkpoint_of(config)
         store = TCPStore(group.leader.address, start.port, is_master=False)

@@ -1,0 +1,115 @@
+"""What is compiled beside, and what here where that fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import CancelledError, Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reprise import kernels_beside
+
+_found: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture
+def found(no_device: None, compiling: Any) -> dict[str, dict[str, Any]]:
+    """By scenario, all of one process."""
+    if not _found:
+        for line in compiling("hand_over.py"):
+            each = json.loads(line)
+            _found[each.pop("scenario")] = each
+    return _found
+
+
+def test_kernels_that_are_asked_for_are_not_launched(found) -> None:
+    assert found["asked"]["launched"] == found["asked"]["generated"] == []
+    assert found["asked"]["asked"] == 3
+
+
+def test_a_kernel_that_was_compiled_beside_is_not_compiled_again(found) -> None:
+    """Though a program may have set the directory for its own process alone."""
+    assert found["called"]["launched"] == ["rms_norm_kernel"] * 2
+    assert found["called"]["generated"] == found["called"]["told"] == []
+
+
+def test_a_kernel_that_no_module_has_is_compiled_here(found) -> None:
+    assert found["of no module"]["launched"] == ["nowhere_kernel"]
+    assert found["of no module"]["generated"] == ["nowhere_kernel"]
+    (told,) = found["asked"]["told"]
+    assert "nowhere_kernel is compiled in this process" in told
+
+
+def test_a_kernel_that_does_not_compile_is_tried_here_and_says_why(found) -> None:
+    case = found["does not compile"]
+    assert case["generated"] == ["rms_norm_kernel"]
+    assert "power of 2" in case["raised"]
+    assert "power of 2" in case["told"][0]
+
+
+def test_a_process_that_dies_costs_its_kernels_alone(found) -> None:
+    for scenario in ("the process dies", "it is dead"):
+        case = found[scenario]
+        assert case["launched"] == case["generated"] == ["rms_norm_kernel"], scenario
+        (told,) = case["told"]
+        assert "the process that compiles kernels has ended" in told
+
+
+def test_few_kernels_begin_no_process(found) -> None:
+    assert found["of few"]["generated"] == ["rms_norm_kernel"]
+    assert not found["of few"]["begun"]
+
+
+def test_a_process_is_begun_for_what_every_start_needs_and_only_if_it_is_missing(found) -> None:
+    assert not found["all kept"]["begun"]
+    assert not found["all kept"]["generated"]
+    assert found["one is missing that all have"]["begun"]
+
+
+class Place(SimpleNamespace):
+    name, key, kept = "kernel", "key", False
+
+
+def test_who_is_interrupted_waits_no_longer_and_compiles_nothing(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from reprise.ops import handed_over
+
+    beside = SimpleNamespace(ready=SimpleNamespace(is_set=lambda: True))
+    monkeypatch.setattr(kernels_beside, "_beside", beside)
+    monkeypatch.setattr(handed_over._Place, "of", lambda *args: Place())
+    start = handed_over.Start()
+    asked = start._asked["key"] = Future()
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            source = SimpleNamespace(name="kernel")
+            start.compile(lambda *_, **__: pytest.fail("it was"), source, None, {}, {})
+        except BaseException as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    start.abandon()
+    waiting.join(60)
+    call()  # another kernel of an op that was under way
+    assert [type(each) for each in raised] == [CancelledError] * 2
+    assert not asked.set_running_or_notify_cancel(), "whoever answers sees it"
+
+
+def test_another_triton_compiles_in_this_process_as_ever(monkeypatch, caplog) -> None:
+    pytest.importorskip("triton")
+    from reprise.ops import handed_over
+
+    def unknown(*args: Any) -> None:
+        raise AttributeError("get_cache_key")
+
+    monkeypatch.setattr(handed_over._Place, "of", unknown)
+    caplog.set_level("INFO")
+    source = SimpleNamespace(name="kernel")
+    start = handed_over.Start()
+    assert start.compile(lambda *_, **__: "compiled", source, None, {}, {}) == "compiled"
+    assert "kernel is compiled in this process: " in caplog.text
