@@ -149,17 +149,23 @@ def test_what_speaks_with_a_driver_is_built_and_one_that_is_not_there_keeps_none
     assert built == ["two"]
 
 
+@pytest.mark.parametrize("missing", [True, False])
 def test_kernels_are_compiled_beside_where_there_is_a_driver_and_some_may_be_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, missing: bool
 ) -> None:
     """Begun first: what it imports takes as long as torch."""
     order: list[Any] = []
     monkeypatch.setattr(early.compiling, "begin", lambda *args: None)
     monkeypatch.setattr(early.platforms, "wake", lambda device, beside: beside())
     monkeypatch.setattr(early.kernels_beside, "remember", order.append)
-    begun = functools.partial(order.append, "begun")
+
+    def begun() -> bool:
+        order.append("begun")
+        return missing
+
     monkeypatch.setattr(early.kernels_beside, "begin_unless_kept", begun)
     for name in ("prepare_compiler", "build_drivers"):
         monkeypatch.setattr(early, name, functools.partial(order.append, name))
     early.begin({"model": "some"})
-    assert order == [{"model": "some"}, "begun", "prepare_compiler", "build_drivers"]
+    built = ["build_drivers"] if missing else []
+    assert order == [{"model": "some"}, "begun", "prepare_compiler", *built]

@@ -32,9 +32,10 @@ def begin(options: Mapping[str, Any]) -> None:
     kernels_beside.remember(options)
 
     def beside() -> None:
-        kernels_beside.begin_unless_kept()
+        missing = kernels_beside.begin_unless_kept()
         prepare_compiler()
-        build_drivers()
+        if missing:
+            build_drivers()
 
     platforms.wake(device, beside)
 

@@ -286,12 +286,12 @@ def remember(options: Mapping[str, Any]) -> None:
         _asked_for = _note(options)
 
 
-def begin_unless_kept() -> None:
+def begin_unless_kept() -> bool:
     """Begin it if no start like the one that is remembered has left a note that all kernels are
-    kept."""
+    kept; whether it was."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if _asked_for is not None and not interpreted and not _asked_for.exists():
-        begin()
+    missing = _asked_for is not None and not interpreted and not _asked_for.exists()
+    return missing and begin() is not None
 
 
 def all_kept() -> None:
@@ -308,8 +308,16 @@ def _note(options: Mapping[str, Any]) -> Path:
     wanted = os.environ.get("TRITON_CACHE_DIR")
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~/")
     directory = Path(wanted) if wanted else Path(home) / ".triton" / "cache"
-    ops = os.path.join(os.path.dirname(__file__), "ops")
-    paths = (os.path.join(at, each) for at, _, names in os.walk(ops) for each in names)
-    sources = sorted((each, os.stat(each).st_mtime_ns) for each in paths if each.endswith(".py"))
+    sources = sorted(_modified(os.path.join(os.path.dirname(__file__), "ops")))
     known = repr((sorted(options.items(), key=str), sys.version, sources))
     return directory / f"reprise-{hashlib.sha256(known.encode()).hexdigest()[:24]}"
+
+
+def _modified(directory: str) -> Iterator[tuple[str, int]]:
+    """The sources in it, and when."""
+    with os.scandir(directory) as entries:
+        for each in entries:
+            if each.name.endswith(".py"):
+                yield each.path, each.stat().st_mtime_ns
+            elif each.is_dir() and each.name != "__pycache__":
+                yield from _modified(each.path)

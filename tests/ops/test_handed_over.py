@@ -70,7 +70,19 @@ def test_a_process_is_begun_for_what_every_start_needs_and_only_if_it_is_missing
 
 
 class Place(SimpleNamespace):
-    name, key, kept = "kernel", "key", False
+    name, key = "kernel", "key"
+
+
+class Source(SimpleNamespace):
+    name = "kernel"
+
+    def make_ir(self) -> str:
+        return "compiled"
+
+
+def compiler(source: Source, **options: Any) -> str:
+    """Finds nothing in its cache."""
+    return source.make_ir()
 
 
 def test_who_is_interrupted_waits_no_longer_and_compiles_nothing(monkeypatch) -> None:
@@ -86,8 +98,8 @@ def test_who_is_interrupted_waits_no_longer_and_compiles_nothing(monkeypatch) ->
 
     def call() -> None:
         try:
-            source = SimpleNamespace(name="kernel")
-            start.compile(lambda *_, **__: pytest.fail("it was"), source, None, {}, {})
+            start.compile(compiler, Source(), None, {}, {})
+            pytest.fail("it was compiled")
         except BaseException as error:
             raised.append(error)
 
@@ -109,7 +121,5 @@ def test_another_triton_compiles_in_this_process_as_ever(monkeypatch, caplog) ->
 
     monkeypatch.setattr(handed_over._Place, "of", unknown)
     caplog.set_level("INFO")
-    source = SimpleNamespace(name="kernel")
-    start = handed_over.Start()
-    assert start.compile(lambda *_, **__: "compiled", source, None, {}, {}) == "compiled"
+    assert handed_over.Start().compile(compiler, Source(), None, {}, {}) == "compiled"
     assert "kernel is compiled in this process: " in caplog.text

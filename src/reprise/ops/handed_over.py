@@ -105,23 +105,27 @@ class Start:
             CancelledError: The start was given up.
         """
         only_asks = threading.get_ident() in asking
+        with contextlib.suppress(_Missing):
+            with _unmade(source):  # what is kept costs nothing more than it does without this
+                kernel = compiler(source, target=target, options=options, **rest)
+            if only_asks:
+                raise OnlyAsked
+            return kernel
+        if self._begins:
+            kernels_beside.begin(self._share)
         try:
             place = _Place.of(source, target, options)
-            kept = place.kept
         except Exception as error:  # another Triton than those that are known
             logger.info("kernel %s is compiled in this process: %s", source.name, describe(error))
-            place, kept = None, False
-        missing = place if not kept else None
-        if missing is not None and self._begins:
-            kernels_beside.begin(self._share)
+            place = None
         if only_asks:
-            if missing is not None:
-                self._ask(missing, source, target, options)
+            if place is not None:
+                self._ask(place, source, target, options)
             raise OnlyAsked
-        here = missing is not None and self._keeps(missing)
+        here = place is not None and self._keeps(place)
         try:
-            if missing is not None and not here:
-                self._wait(missing, source, target, options)
+            if place is not None and not here:
+                self._wait(place, source, target, options)
             return compiler(source, target=target, options=options, **rest)
         finally:
             if here:
@@ -182,6 +186,24 @@ class Start:
         return found
 
 
+class _Missing(BaseException):
+    """Triton's cache lacks it."""
+
+
+@contextlib.contextmanager
+def _unmade(source: Any) -> Iterator[None]:
+    """In the ``with`` block nothing is made of it: who finds no kernel of it raises."""
+
+    def make_ir(*args: Any, **kwargs: Any) -> None:
+        raise _Missing
+
+    source.make_ir = make_ir
+    try:
+        yield
+    finally:
+        del source.make_ir
+
+
 @functools.cache
 def _replace_compile() -> None:
     """From now on kernels that are compiled within a start are compiled by it."""
@@ -217,8 +239,3 @@ class _Place(NamedTuple):
         variables = triton._C.libtriton.get_cache_invalidating_env_vars()
         key = triton.compiler.get_cache_key(source, backend, parsed, env_vars=variables)
         return cls(source.name[:150], hashlib.sha256(key.encode()).hexdigest())
-
-    @property
-    def kept(self) -> bool:
-        manager = triton.runtime.cache.get_cache_manager(self.key)
-        return manager.get_file(f"{self.name}.json") is not None
