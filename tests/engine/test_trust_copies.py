@@ -13,6 +13,7 @@ from planted import planted
 from torch import Tensor
 
 from reprise import LLM
+from reprise.distributed import ALONE_AGREES
 from reprise.errors import WeightsLostError
 from reprise.graphs import repair, step_memory, verify
 from reprise.graphs.guard import Guard
@@ -248,6 +249,7 @@ CUTS = {
     "sums": (Guard, "flags"),
     "copies": (verify.Seal, "broken"),
     "what differs": (verify._Both, "_tell"),
+    "nothing more": (type(ALONE_AGREES), "largest"),
     "weights": (Guard, "wrong_weights"),
     "the op": (repair, "_where"),
 }
@@ -259,6 +261,7 @@ CUTS = {
     [
         ("sums", "q_norm", KeyboardInterrupt),
         ("copies", "q_norm", KeyboardInterrupt),
+        ("nothing more", "q_norm", KeyboardInterrupt),
         ("what differs", "block_sizes", KeyboardInterrupt),
         ("what differs", "block_sizes", torch.OutOfMemoryError),
         ("weights", "q_norm", torch.OutOfMemoryError),

@@ -159,6 +159,7 @@ class Replays:
             and not (meets or self._policy.checks_everything)
             and self._policy.replays_first(bucket)
         )
+        self.cut_short(bucket)  # until all is seen to
         try:
             verdict = examine(
                 computation, self._guard, bucket.graph, bucket.shape, shape, model,
@@ -171,10 +172,8 @@ class Replays:
                 "graph %s: a canary lacks memory and its step runs eagerly: %s",
                 bucket.info.name, describe(error),
             )  # fmt: skip
+            self._cut_short = None  # nothing was replayed
             return None
-        except BaseException:
-            self.cut_short(bucket)
-            raise
         seconds = self._agreement.largest(time.perf_counter() - began)
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
         if meets:
@@ -187,6 +186,7 @@ class Replays:
                 met = computation.kind(shape, bucket.shape, exact=True)
                 if met is not None:
                     self._ledger.prove(bucket.key, met, "live")
+            self._cut_short = None
             return Ran(bucket.key, proven=True, first=unproven is not None)
         if self.make_good(bucket, shape, verdict, "canary"):
             raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
@@ -225,23 +225,26 @@ class Replays:
             WeightsLostError: The graph has changed weights that cannot be loaded again.
             Exception: It cannot be made good; the graph is refused all the same.
         """
+        self.cut_short(bucket)  # until all is seen to
         self.failures += 1
         try:
             harm = make_good(
                 self._computation, self._guard, self._judge, bucket, shape, verdict, self._agree
             )
+            # Others may have changed weights that were not looked at.
+            earlier = harm.earlier or (harm.weights and not self._policy.checks_everything)
+            if self._agreement.size > 1:  # what it did to others' caches, this rank cannot tell
+                earlier = not self._agree(not earlier and not harm.units)
+            wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
+            told = f"{found_by}: {harm.told}"
+            self._refuse(bucket, told, harm.units, earlier=earlier, wrong=wrong)
+            if harm.lost:
+                self._guard.settle_ops()
         except BaseException:  # whatever is left as it is, nobody replays this graph again
-            self.cut_short(bucket)
-            self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
+            if bucket.graph is not None:
+                self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
             raise
-        # Others may have changed weights that were not looked at.
-        earlier = harm.earlier or (harm.weights and not self._policy.checks_everything)
-        if self._agreement.size > 1:  # what it did to other ranks' caches, this one cannot tell
-            earlier = not self._agree(not earlier and not harm.units)
-        wrong = frozenset(each.tensor for each in verdict.differences) | harm.changed
-        self._refuse(bucket, f"{found_by}: {harm.told}", harm.units, earlier=earlier, wrong=wrong)
-        if harm.lost:
-            self._guard.settle_ops()
+        self._cut_short = None
         return harm.lost
 
     def _refuse(
