@@ -319,6 +319,7 @@ def test_a_row_is_the_same_by_the_library_and_alone_on_a_device(
             with rehearsal():
                 found = computed(slice(rows))
             assert torch.equal(found, alone[:rows]), rows
-            if any(answer for key, answer in same_bits._answers.items() if rows in key):
+            shape = rows, outputs, inputs
+            if any(answer for key, answer in same_bits._answers.items() if key[2:5] == shape):
                 by_library.append(rows)
     print(f"by the library: {by_library}")
