@@ -21,7 +21,8 @@ into, and later calls ask the builder the same (:class:`Trace`, :class:`Quick`):
   once where all arguments are constants; such arrays are made read-only.
 
 Beside this the language is patched once, and not for each launch and device function, and assigned
-numbers are made tensors once.
+numbers are made tensors once. Functions of the builder are replaced by quicker ones where their
+source is the one that these were written for (:data:`KNOWN`); those of other versions stay.
 ``tests/ops/test_interpreter.py`` compares both ways.
 """
 
@@ -29,6 +30,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import inspect
 import math
 import textwrap
 import threading
@@ -36,6 +39,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -67,6 +71,14 @@ MOST_PROGRAMS = 1 << 14
 """Of one function, to keep."""
 CONSTANT_BYTES = 1 << 16
 """Of an array, to keep."""
+
+
+KNOWN = {
+    "_validate_np_data_size": {"5d719f1e7c0db91f"},
+    "__post_init__": {"9483740c986a6ebf"},
+    "binary_op": {"527fcf68522a463c", "c3f3cd8daf681ea3"},
+}
+"""Of what is replaced, digests of the source in Triton 3.6 and 3.9."""
 
 
 class Untraceable(BaseException):
@@ -500,6 +512,48 @@ class _Patches:
 _patches = _Patches()
 
 
+class _Widest:
+    """``type._widest``: bytes that an element of an array for it may have, as in
+    ``_validate_np_data_size``. Found once, as by :class:`_Identity`."""
+
+    def __get__(self, instance: Any, owner: Any) -> int:
+        bits = 1 << 30 if isinstance(instance, tl.pointer_type) else instance.primitive_bitwidth
+        found = instance.__dict__["_widest"] = max(bits, 8) // 8
+        return found
+
+
+def known(function: Callable[..., Any]) -> bool:
+    """Whether its source is the one that what replaces it was written for."""
+    source = textwrap.dedent(inspect.getsource(function))
+    return hashlib.sha256(source.encode()).hexdigest()[:16] in KNOWN[function.__name__]
+
+
+def _replace_builder() -> None:
+    handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+    checked, operated = handle.__post_init__, builder.binary_op
+    if not (known(interpreter._validate_np_data_size) and known(checked) and known(operated)):
+        return
+    truths = np.dtype(bool)
+
+    def check(self: Any) -> None:
+        if self.data.itemsize > self.dtype._widest:
+            checked(self)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        one, other = lhs.data, rhs.data
+        if one.dtype is truths and other.dtype is truths:
+            return operated(self, lhs, rhs, op)
+        dtype = lhs.dtype.scalar
+        output = op(one, other)
+        if output.itemsize > dtype._widest:
+            output = output.astype(interpreter._get_np_dtype(dtype))
+        return handle(output, dtype)
+
+    _patches.set(tl.dtype, "_widest", _Widest())
+    _patches.set(handle, "__post_init__", check)
+    _patches.set(builder, "binary_op", binary_op)
+
+
 def quicken() -> None:
     """From now on, in this process."""
     put, numbers_of = interpreter._patch_lang, interpreter._get_np_dtype
@@ -530,6 +584,7 @@ def quicken() -> None:
     _patches.set(interpreter, "_patch_lang", patched_once)
     _patches.set(interpreter, "_get_np_dtype", looked_up_once)
     _patches.set(tl.dtype, "_identity", _Identity())
+    _replace_builder()
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def test_constants_that_are_equal_and_not_the_same() -> None:
 
         return constant_kernel, (1,), make, {"SIZE": 16, "VALUE": value}
 
-    values = (0.0, -0.0, 0, False, 1, 1.0, True, float("inf"))
+    values = (0.0, -0.0, 0, False, 100, 100.0, 1, True, float("inf"))
     compare([case(*each) for each in itertools.product((torch.float32, torch.int8), values)])
 
 
@@ -285,3 +285,31 @@ def test_a_constant_is_written_by_nobody() -> None:
     assert quick._semantic.to_tensor(True).dtype is tl.int1
     with pytest.raises(ValueError, match="read-only"):
         made.handle.data += 1
+
+
+def test_functions_of_the_builder_are_known() -> None:
+    """Those of this version of Triton: else they are slow, and somebody should look at them."""
+    import interpreter as quick
+    from triton.runtime import interpreter
+
+    with quick.plain():
+        for each in (
+            interpreter._validate_np_data_size, interpreter.TensorHandle.__post_init__,
+            interpreter.InterpreterBuilder.binary_op,
+        ):  # fmt: skip
+            assert quick.known(each)
+
+
+def test_of_unknown_source_nothing_is_replaced(monkeypatch) -> None:
+    import interpreter as quick
+    from triton.runtime import interpreter
+
+    quicker = interpreter.InterpreterBuilder.binary_op
+    with quick.plain():
+        own = interpreter.InterpreterBuilder.binary_op
+        monkeypatch.setitem(quick.KNOWN, "binary_op", set())
+    assert interpreter.InterpreterBuilder.binary_op is own is not quicker
+    monkeypatch.undo()
+    with quick.plain():
+        pass
+    assert interpreter.InterpreterBuilder.binary_op is not own
