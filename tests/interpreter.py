@@ -605,7 +605,10 @@ def plain() -> Iterator[None]:
 def _patch_everything(put: Callable[..., Any]) -> Any:
     """Whichever module of the language a kernel sees. What it is undone by."""
     modules = {"tl": tl, "core": tl.core}
-    return put(types.FunctionType((lambda: None).__code__, modules))
+    scope = put(types.FunctionType((lambda: None).__code__, modules))
+    # NumPy 2.5 makes no number of an array that Triton up to 3.6 has not made one of.
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+    return scope
 
 
 def _patch_language(put: Callable[..., Any]) -> None:
@@ -635,6 +638,4 @@ def _patch_language(put: Callable[..., Any]) -> None:
         return found
 
     _patches.set(tl.tensor, "__bool__", traced_truth)
-    # NumPy 2.5 makes no number of an array that Triton up to 3.6 has not made one of.
-    _patches.set(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
     _patches.set(_semantic, "to_tensor", to_tensor)

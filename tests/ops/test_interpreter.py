@@ -141,7 +141,11 @@ def numbers(dtype: torch.dtype, size: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_operators_of_any_two_types_of_one_shape() -> None:
-    few = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.int8)
+    from triton.runtime import interpreter
+
+    few = [torch.float32, torch.float16, torch.int32, torch.int64, torch.int8]
+    if hasattr(interpreter.InterpreterBuilder, "get_bf16"):  # that of Triton 3.6 has no constants
+        few.append(torch.bfloat16)
 
     def case(one: torch.dtype, other: torch.dtype) -> Case:
         def make() -> list[Any]:
