@@ -190,6 +190,7 @@ def test_words_that_mean_something_here(tmp_path: Path) -> None:
         EngineConfig(enforce_eager=True, graph_mode="full")
     with pytest.raises(ConfigError, match="enforce_eager=1"):
         EngineConfig(enforce_eager=1)
+    assert {EngineConfig(max_model_len=each).max_model_len for each in (-1, "auto")} == {None}
     with pytest.raises(ConfigError, match="num_gpu_blocks_override=5 and num_blocks=6"):
         EngineConfig(num_gpu_blocks_override=5, num_blocks=6)
     assert not EngineConfig(disable_custom_all_reduce=True).custom_all_reduce

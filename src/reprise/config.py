@@ -62,6 +62,8 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
                 "same option; give one of them"
             )
         left["num_blocks"] = blocks
+    if left.get("max_model_len") in (-1, "auto"):
+        del left["max_model_len"]  # what it is without
     _take_model_len(left)
     if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
         left.setdefault("batch_invariant", True)

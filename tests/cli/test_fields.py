@@ -97,6 +97,8 @@ def test_lengths_and_bytes_of_an_engine_take_units() -> None:
             "kv_cache_memory_bytes": 2 << 30,
         }
     ]  # fmt: skip
+    CliRunner().invoke(app, ["--max-model-len", "auto"])
+    assert seen[1:] == [{"max_model_len": "auto"}]
 
 
 def test_what_a_command_does_not_take_is_refused_with_the_remedy() -> None:

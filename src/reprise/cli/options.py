@@ -30,6 +30,11 @@ def _model(text: str) -> str:
     return text
 
 
+def _length(text: str) -> int | str:
+    """A number of tokens, or vLLM's word for as many as can be."""
+    return text if text == "auto" else whole_number(text)
+
+
 ENGINE_PANELS = {
     "Model": (
         "model", "tokenizer", "revision", "tokenizer_revision", "dtype", "load_format",
@@ -80,7 +85,7 @@ ENGINE_SPECIAL = {
     # vLLM's other words for them are values, too.
     "dtype": Special(metavar="|".join(get_args(Dtype)), parse=str),
     "seed": Special(help="Of the random draws: the same seed gives the same text."),
-    "max_model_len": Special(metavar="INTEGER", parse=whole_number),
+    "max_model_len": Special(metavar="INTEGER", parse=_length),
     "max_num_batched_tokens": Special(metavar="INTEGER", parse=whole_number),
     "kv_cache_memory_bytes": Special(metavar="INTEGER", parse=whole_number),
     "hf_overrides": Special(metavar="JSON", parse=json_object),
