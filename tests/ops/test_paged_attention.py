@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -417,6 +418,40 @@ def test_rows_without_any_request_are_cleared(implementation, platform, query_le
     }
     implementation(paged_attention, "triton")(**{**batch.arguments, **nothing})
     assert not out.any()
+
+
+ONE_TILE = {
+    "whole tiles, one more, one less": decode(1, 65, 64, 66, 129, head_size=128),
+    "padding, tail": Case((37, 0, 200, 0, 0), (1, 1, 1, 1, 0), query_len=1, tail=3),
+    "soft cap, one KV head": decode(2, 130, heads=8, kv_heads=1, block_size=128, cap=4.0),
+    "sixteen": decode(*range(3, 80, 5), heads=2, kv_heads=2, head_size=16),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TILE)
+def test_programs_with_one_tile_of_keys(implementation, platform, monkeypatch, name) -> None:
+    """The newest key has no tile. The interpreter's device would have too few programs."""
+    function, case = implementation(paged_attention, "triton"), ONE_TILE[name]
+    split_kernel = importlib.import_module("reprise.ops.paged_attention.split_kernel")
+    on_a_cpu = platform.device_type == "cpu"
+    if on_a_cpu:
+        tiles = sum(max(1, math.ceil((length - 1) / 64)) for length in case.lengths)
+        enough = split_kernel.limits(platform.device)._replace(
+            multiprocessors=tiles * case.kv_heads
+        )
+        monkeypatch.setattr(split_kernel, "limits", lambda device: enough)
+        monkeypatch.setattr(split_kernel, "programs_of", lambda requests, most: most)
+        # What walks over tiles is not needed, but where there is one tile too many.
+        monkeypatch.setattr(split_kernel, "attend", None)
+    for dtype in (torch.float16, torch.bfloat16) if not on_a_cpu else (torch.float32,):
+        batch, error = Batch(case, dtype, platform.device), TOLERANCE[dtype]
+        found = batch.run(function)
+        torch.testing.assert_close(found, batch.run(reference), rtol=error, atol=error)
+    if on_a_cpu:
+        fewer = enough._replace(multiprocessors=(tiles - 1) * case.kv_heads)
+        monkeypatch.setattr(split_kernel, "limits", lambda device: fewer)
+        with pytest.raises(Exception, match="not callable"):
+            batch.run(function)
 
 
 def test_triton_refuses_caches_of_different_layout(implementation, platform) -> None:

@@ -35,10 +35,12 @@ def test_nothing_of_the_step_is_read_before_the_kernels_before_have_ended(found:
         "weight_ptr", "norm_ptr", "seq_lens_ptr", "starts_ptr", "table_ptr", "positions_ptr",
         "cos_sin_ptr", "slot_mapping_ptr", "query_norm_ptr", "key_norm_ptr",
     }  # fmt: skip
+    older = {"key_ptr", "value_ptr"}  # than the step: of a decode all but the newest
     for kernel, does in found.items():
         early = does[: does.index("wait")]
         assert not [each for each in early if not each.startswith("read")], kernel
-        assert {each.removeprefix("read ") for each in early} - {"?"} <= long_there, kernel
+        there = long_there | older if kernel == "split_attention_kernel" else long_there
+        assert {each.removeprefix("read ") for each in early} - {"?"} <= there, kernel
 
 
 def test_gains_of_heads_and_tables_are_asked_for_before_the_wait(found: Order) -> None:
@@ -48,6 +50,19 @@ def test_gains_of_heads_and_tables_are_asked_for_before_the_wait(found: Order) -
         assert name not in does[does.index("wait") :]
     does = found["split_attention_kernel"]
     assert "read table_ptr" in does[: does.index("wait")]
+
+
+def test_one_tile_of_keys_is_asked_for_before_the_wait_and_the_newest_key_behind_it(
+    found: Order,
+) -> None:
+    does = found["split_attention_kernel"]
+    with_tile, without, general = [n for n, each in enumerate(does) if each == "wait"]
+    for name in ("read key_ptr", "read value_ptr"):
+        assert name in does[:with_tile]
+        assert name in does[with_tile:without]
+        assert name not in does[without:general]
+        assert name in does[general:]
+    assert "read query_ptr" not in does[:with_tile]
 
 
 def test_one_row_asks_for_gains_before_the_wait_and_for_what_it_adds_to_with_its_inputs(

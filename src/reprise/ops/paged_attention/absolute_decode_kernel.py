@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from reprise.ops.paged_attention.attend import Call, Config, attend
+from reprise.ops.paged_attention.merge_parts import pick
 from reprise.ops.paged_attention.merge_splits import merge
 from reprise.ops.paged_attention.scores import blocks
-from reprise.ops.paged_attention.split_kernel import pick
 from reprise.ops.paged_attention.split_sizes import few_sizes
 from reprise.ops.triton_util import APART, arrivals, depend, is_last, launch, limits
 

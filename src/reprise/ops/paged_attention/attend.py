@@ -38,6 +38,9 @@ class Config(NamedTuple):
     num_stages: int
     share: int = 1
     """Split kernel: programs that a multiprocessor runs at a time."""
+    one_tile: int = 0
+    """Split kernel: keys of a program where it has one tile of them; 0: that is no case of its own.
+    """
 
 
 class Call(NamedTuple):

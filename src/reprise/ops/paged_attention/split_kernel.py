@@ -18,15 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from reprise.ops.paged_attention.attend import Call, attend
+from reprise.ops.paged_attention.merge_parts import finish, pick
+from reprise.ops.paged_attention.one_tile import attend_to_one_tile, tiles_of
 from reprise.ops.paged_attention.scores import blocks
 from reprise.ops.paged_attention.split_sizes import few_sizes, programs_of, split_config
-from reprise.ops.triton_util import (
-    arrivals,
-    depend,
-    is_last,
-    launch,
-    limits,
-)
+from reprise.ops.triton_util import arrivals, depend, launch, limits
 
 _MIN_KEYS = 32
 """A program with fewer keys costs more to merge than it saves."""
@@ -48,6 +44,7 @@ def launch_split(call: Call) -> Callable[[], None]:
         **call.options(config),
         "HEADS": heads,
         "QUERY_LEN": query_len,
+        "ONE_TILE": 0 if query_len > 1 or call.sliding_window else config.one_tile,
         "BLOCK_R": few_sizes(requests),
         "MIN_TILES": max(1, _MIN_KEYS // config.block_n),
         "MERGED": min(8, max(4, 2 * config.num_warps)),
@@ -64,12 +61,6 @@ def launch_split(call: Call) -> Callable[[], None]:
 
     again = launch(split_attention_kernel, grid)(*inputs, *scratch(), *sizes, **options)
     return lambda: again(*inputs, *scratch(), *sizes)
-
-
-@triton.jit
-def pick(values, request, which):
-    """The value of one request."""
-    return tl.sum(tl.where(request == which, values, 0))
 
 
 @triton.jit
@@ -147,6 +138,7 @@ def split_attention_kernel(
     BLOCK_D: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     WINDOWED: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -158,6 +150,7 @@ def split_attention_kernel(
     Writes ``out`` for a request that it has to itself, else ``partial`` [2 * programs,
     QUERY_LEN * HEADS, HEAD_SIZE] and the base-2 logarithm of the sum of its weights. ``arrivals``
     [R, KV_HEADS] counts the programs that are done with a request; the last one merges them all.
+    With ONE_TILE, and no more tiles of so many keys than programs, a program has one of those.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -173,6 +166,26 @@ def split_attention_kernel(
     lengths = tl.load(seq_lens_ptr + number, mask=real, other=0)
     begins = tl.load(starts_ptr + number, mask=real, other=0)
     news = tl.load(starts_ptr + number + 1, mask=real, other=0) - begins
+    if ONE_TILE > 0:
+        few = tiles_of(lengths, real, ONE_TILE)
+        if tl.sum(few) <= programs:
+            if program >= tl.sum(few):
+                depend(EARLY)
+            else:
+                attend_to_one_tile(
+                    query_ptr, key_ptr + kv_head * head_stride, value_ptr + kv_head * head_stride,
+                    table_ptr, out_ptr, arrivals_ptr, partial_ptr, log_sums_ptr,
+                    lengths, begins, news, few, number, program, kv_head,
+                    query_stride, query_head_stride, block_stride, slot_stride, table_stride,
+                    out_stride, out_head_stride, scale, soft_cap, HEADS, KV_HEADS, HEAD_SIZE,
+                    BLOCK_SIZE, CAPPED, WIDEN, BLOCK_M, ONE_TILE, MERGED, EARLY,
+                )  # fmt: skip
+            _clear(
+                out_ptr, tl.max(begins + news), tokens, program, programs, kv_head,
+                out_stride, out_head_stride,
+                QUERY_LEN, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            return
     _, counts = _tiles(lengths, news, window, WINDOWED, BLOCK_N)
     counts = tl.where(real, counts, 0)
     ends = tl.cumsum(counts, axis=0)
@@ -194,17 +207,10 @@ def split_attention_kernel(
         first_block = blocks(first_table, first_key, lowest, end_key, BLOCK_SIZE, BLOCK_N)
     depend(EARLY)
 
-    nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
-    covered = tl.max(begins + news)
-    for start in range(covered + program * QUERY_LEN, tokens, programs * QUERY_LEN):
-        target = start + token
-        behind = (token < QUERY_LEN) & (target < tokens)
-        offset = target.to(tl.int64) * out_stride + head * out_head_stride
-        tl.store(
-            out_ptr + offset[:, None] + channel[None, :],
-            nothing,
-            mask=behind[:, None] & real_channel,
-        )
+    _clear(
+        out_ptr, tl.max(begins + news), tokens, program, programs, kv_head,
+        out_stride, out_head_stride, QUERY_LEN, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     if program >= busy:
         return
     if key_scales_ptr is not None:
@@ -266,32 +272,38 @@ def split_attention_kernel(
                 block_stride, slot_stride, scale_block_stride, scale, soft_cap, window,
                 HEAD_SIZE, BLOCK_SIZE, WINDOWED, CAPPED, True, WIDEN, PTX, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        # Rows that saw no key stay zero.
-        acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
         owner = _program_of(first_tile, busy, total)
         sharers = _program_of(first_tile + count - 1, busy, total) - owner + 1
-        if sharers == 1:
-            out_offset = query_row * out_stride + head * out_head_stride
-            tl.store(
-                out_ptr + out_offset[:, None] + channel[None, :],
-                acc.to(out_ptr.dtype.element_ty),
-                mask=used_channel,
-            )
-        else:
-            slot = 2 * program + (program == owner).to(tl.int32)
-            partial_row = slot.to(tl.int64) * (QUERY_LEN * HEADS) + token * HEADS + head
-            tl.store(
-                partial_ptr + partial_row[:, None] * HEAD_SIZE + channel[None, :],
-                acc,
-                mask=used_channel,
-            )
-            tl.store(log_sums_ptr + partial_row, row_max + tl.log2(row_sum), mask=used)
-            if is_last(arrivals_ptr + request * KV_HEADS + kv_head, sharers):
-                _merge(
-                    partial_ptr, log_sums_ptr, out_ptr + begin.to(tl.int64) * out_stride,
-                    owner, sharers, new, kv_head, out_stride, out_head_stride,
-                    QUERY_LEN, HEADS, GROUP, HEAD_SIZE, BLOCK_D, MERGED,
-                )  # fmt: skip
+        finish(
+            acc, row_sum, row_max, out_ptr, partial_ptr, log_sums_ptr, arrivals_ptr,
+            request, begin, new, token, head, kv_head, program, owner, sharers,
+            out_stride, out_head_stride, QUERY_LEN, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_D, MERGED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _clear(
+    out_ptr, covered, tokens, program, programs, kv_head, out_stride, out_head_stride,
+    QUERY_LEN: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Zeros for the rows behind the last request, which all programs share out."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    row = tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    channel = tl.arange(0, BLOCK_D)
+    real_channel = (channel < HEAD_SIZE)[None, :]
+    nothing = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
+    for start in range(covered + program * QUERY_LEN, tokens, programs * QUERY_LEN):
+        target = start + token
+        behind = (token < QUERY_LEN) & (target < tokens)
+        offset = target.to(tl.int64) * out_stride + head * out_head_stride
+        tl.store(
+            out_ptr + offset[:, None] + channel[None, :],
+            nothing,
+            mask=behind[:, None] & real_channel,
+        )
 
 
 @triton.jit
@@ -299,68 +311,3 @@ def _program_of(tile, programs, total):
     """The program whose part holds ``tile`` of ``total``: the greatest p with
     total * p // programs <= tile."""
     return (((tile.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    log_sums_ptr,
-    out_ptr,
-    owner,
-    sharers,
-    new,
-    kv_head,
-    out_stride,
-    out_head_stride,
-    QUERY_LEN: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MERGED: tl.constexpr,
-):
-    """Write a request's output for one KV head from what its ``sharers`` programs from ``owner``
-    on found, MERGED at a time, in their order.
-
-    partial: [2 * programs, QUERY_LEN * HEADS, HEAD_SIZE], for each program that of a request that
-    began before it, then that of one that begins with it; log_sums: without the last dimension,
-    base 2. They have just been written: the nearest cache may hold older values.
-    """
-    ROWS: tl.constexpr = 2 if GROUP * QUERY_LEN <= 2 else 4
-    channel = tl.arange(0, BLOCK_D)
-    real_channel = (channel < HEAD_SIZE)[None, :]
-    for start_row in range(0, new * GROUP, ROWS):
-        row = start_row + tl.arange(0, ROWS)
-        real_row = row < new * GROUP
-        head = kv_head * GROUP + row % GROUP
-        acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        largest = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-        for start in range(0, sharers, MERGED):
-            sharer = start + tl.arange(0, MERGED)
-            real = real_row[:, None] & (sharer < sharers)[None, :]
-            slot = 2 * (owner + sharer) + (sharer == 0).to(tl.int32)
-            source = slot.to(tl.int64)[None, :] * (QUERY_LEN * HEADS)
-            source += (row // GROUP * HEADS + head)[:, None]
-            log_sum = tl.load(
-                log_sums_ptr + source, mask=real, other=-float("inf"), cache_modifier=".cg"
-            )
-            found = tl.load(
-                partial_ptr + source[:, :, None] * HEAD_SIZE + channel[None, None, :],
-                mask=real[:, :, None] & real_channel[None, :, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_largest = tl.maximum(largest, tl.max(log_sum, axis=1))
-            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            weights = tl.exp2(log_sum - shift[:, None])
-            decay = tl.exp2(largest - shift)
-            acc = acc * decay[:, None] + tl.sum(found * weights[:, :, None], axis=1)
-            total = total * decay + tl.sum(weights, axis=1)
-            largest = new_largest
-        target = (row // GROUP).to(tl.int64) * out_stride + head * out_head_stride
-        tl.store(
-            out_ptr + target[:, None] + channel[None, :],
-            (acc / tl.where(total == 0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty),
-            mask=real_row[:, None] & real_channel,
-        )

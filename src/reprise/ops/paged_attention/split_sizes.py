@@ -7,6 +7,8 @@ from reprise.ops.triton_util import INTERPRETED, DeviceLimits, cdiv, next_power_
 
 _FEW_REQUESTS = 16
 """Up to so many, each program gets more warps, and what looks through all requests is smaller."""
+_ONE_TILE = 64
+"""Keys of a program that has one tile of them."""
 _FEW_OF_CODES = 32
 """The same where keys and values have one byte a channel."""
 
@@ -32,12 +34,15 @@ def split_config(
     """
     block_m = max(16, next_power_of_2(rows))
     block_d = next_power_of_2(head_size)
+    one_tile = 0
+    if requests <= _FEW_REQUESTS and not codes and head_size == max(16, block_d):
+        one_tile = _ONE_TILE
     if INTERPRETED:  # its time goes by the number of steps
-        return Config(block_m, 64, 1, 1)
+        return Config(block_m, 64, 1, 1, one_tile=one_tile)
     if element_size == 4:  # products hold their operands in registers
         return Config(block_m, 16, 8 if block_d > 128 else 4, 2)
     if block_m * block_d > 16 * 128:
-        block_n, num_warps, share = 64 if block_d <= 128 else 32, 4, 2
+        block_n, num_warps, share, one_tile = 64 if block_d <= 128 else 32, 4, 2, 0
     elif requests <= _FEW_REQUESTS:
         block_n, num_warps, share = 32, 4, 3
     else:
@@ -49,7 +54,7 @@ def split_config(
     # Keys and values on their way to a program are all but those in use.
     tile = 2 * block_n * block_d * (1 if codes else element_size)
     deep = share * (2 * tile + 8 * 1024) <= device.shared_memory
-    return Config(block_m, block_n, num_warps, 3 if deep else 2, share)
+    return Config(block_m, block_n, num_warps, 3 if deep else 2, share, one_tile)
 
 
 @functools.cache
