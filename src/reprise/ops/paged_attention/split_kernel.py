@@ -22,7 +22,7 @@ from reprise.ops.paged_attention.merge_parts import finish, pick
 from reprise.ops.paged_attention.one_tile import attend_to_one_tile, tiles_of
 from reprise.ops.paged_attention.scores import blocks
 from reprise.ops.paged_attention.split_sizes import few_sizes, programs_of, split_config
-from reprise.ops.triton_util import arrivals, depend, launch, limits
+from reprise.ops.triton_util import INTERPRETED, arrivals, depend, launch, limits
 
 _MIN_KEYS = 32
 """A program with fewer keys costs more to merge than it saves."""
@@ -40,11 +40,14 @@ def launch_split(call: Call) -> Callable[[], None]:
         call.key_scales is not None,
     )  # fmt: skip
     programs = programs_of(requests, config.share * device.multiprocessors // kv_heads)
+    launched = call.options(config)
+    # Where programs do not begin early there is no time before the wait.
+    early = launched["EARLY"] or INTERPRETED
     options = {
-        **call.options(config),
+        **launched,
         "HEADS": heads,
         "QUERY_LEN": query_len,
-        "ONE_TILE": 0 if query_len > 1 or call.sliding_window else config.one_tile,
+        "ONE_TILE": config.one_tile if early and query_len == 1 and not call.sliding_window else 0,
         "BLOCK_R": few_sizes(requests),
         "MIN_TILES": max(1, _MIN_KEYS // config.block_n),
         "MERGED": min(8, max(4, 2 * config.num_warps)),
