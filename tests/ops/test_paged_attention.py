@@ -421,10 +421,11 @@ def test_rows_without_any_request_are_cleared(implementation, platform, query_le
 
 
 ONE_TILE = {
-    "whole tiles, one more, one less": decode(1, 65, 64, 66, 129, head_size=128),
-    "padding, tail": Case((37, 0, 200, 0, 0), (1, 1, 1, 1, 0), query_len=1, tail=3),
+    "one request": decode(200, tail=3),
+    "whole tiles, one more, one less": decode(1, 129, 128, 130, 257, heads=8, head_size=128),
+    "padding": Case((37, 0, 200, 0, 0), (1, 1, 1, 1, 0), heads=8, query_len=1, tail=3),
     "soft cap, one KV head": decode(2, 130, heads=8, kv_heads=1, block_size=128, cap=4.0),
-    "sixteen": decode(*range(3, 80, 5), heads=2, kv_heads=2, head_size=16),
+    "two requests, every head its own keys": decode(40, 300, heads=2, head_size=16),
 }
 
 
@@ -435,7 +436,8 @@ def test_programs_with_one_tile_of_keys(implementation, platform, monkeypatch, n
     split_kernel = importlib.import_module("reprise.ops.paged_attention.split_kernel")
     on_a_cpu = platform.device_type == "cpu"
     if on_a_cpu:
-        tiles = sum(max(1, math.ceil((length - 1) / 64)) for length in case.lengths)
+        size = 64 if len(case.lengths) == 1 else 128
+        tiles = sum(max(1, math.ceil((length - 1) / size)) for length in case.lengths)
         enough = split_kernel.limits(platform.device)._replace(
             multiprocessors=tiles * case.kv_heads
         )
