@@ -456,6 +456,21 @@ def test_programs_with_one_tile_of_keys(implementation, platform, monkeypatch, n
             batch.run(function)
 
 
+def test_three_requests_of_two_heads_a_kv_head_are_walked_over(platform, monkeypatch) -> None:
+    if platform.device_type != "cpu":
+        pytest.skip("what a kernel calls is seen in the interpreter alone")
+    if paged_attention.implementations["triton"].requires(platform):
+        pytest.skip("no Triton")
+    split_kernel = importlib.import_module("reprise.ops.paged_attention.split_kernel")
+    enough = split_kernel.limits(platform.device)._replace(multiprocessors=64)
+    monkeypatch.setattr(split_kernel, "limits", lambda device: enough)
+    monkeypatch.setattr(split_kernel, "attend", None)
+    function = paged_attention.implementations["triton"].function
+    Batch(decode(5, 9), torch.float32, platform.device).run(function)
+    with pytest.raises(Exception, match="not callable"):
+        Batch(decode(5, 9, 7), torch.float32, platform.device).run(function)
+
+
 def test_triton_refuses_caches_of_different_layout(implementation, platform) -> None:
     function = implementation(paged_attention, "triton")
     batch = Batch(decode(5), torch.float32, platform.device)
