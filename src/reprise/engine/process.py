@@ -6,29 +6,18 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from reprise.engine.service import EngineService
 from reprise.errors import RepriseError, describe
 from reprise.garbage import settle
-from reprise.processes.child import leave_signals_to_parent
 from reprise.processes.control import Control
 
 logger = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 0.5
 """For others to read why it ended."""
-
-
-def begin() -> tuple[Control, Any]:
-    """The connection to the parent and what it says first, behind ``python -m MODULE FD``: the
-    number of the control socket."""
-    leave_signals_to_parent()
-    control = Control(socket.socket(fileno=int(sys.argv[1])))
-    return control, json.loads(control.receive_text())
 
 
 def serve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -31,6 +32,14 @@ def leave_signals_to_parent() -> None:
     for number in _PARENTS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS)
+
+
+def begin() -> tuple[Control, Any]:
+    """The connection to the parent and what it says first, behind ``python -m MODULE FD``: the
+    number of the control socket."""
+    leave_signals_to_parent()
+    control = Control(socket.socket(fileno=int(sys.argv[1])))
+    return control, json.loads(control.receive_text())
 
 
 class Child:

@@ -11,8 +11,9 @@ import sys
 from typing import Any
 
 from reprise.config import EngineConfig
-from reprise.engine.process import begin, serve
+from reprise.engine.process import serve
 from reprise.parallel import SharedSeat
+from reprise.processes.child import begin
 from reprise.processes.control import Control
 from reprise.replicas.service import ReplicaService
 
