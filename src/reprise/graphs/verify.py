@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Verdict:
     read behind it, or the comparison failed behind it, for want of memory as it may be: there is
     nothing to compare with and to go on from."""
     blind: bool = False
-    """Nothing was wrong, and what was compared would hardly show it: see :func:`says_nothing`."""
+    """Nothing was wrong, and what was compared would hardly show it: see :func:`say_nothing`."""
     times: Times | None = None
     """None: not measured."""
 
@@ -165,20 +166,24 @@ class Later:
 
     def __init__(self, both: _Both, platform: Platform) -> None:
         self._both = both
-        self._found = torch.empty(2, dtype=torch.bool, pin_memory=platform.pins_memory)
-        self._found.copy_(torch.stack((both.flag, both.blind)), non_blocking=True)
+        self._flag, *self._extremes = (
+            torch.empty(
+                each.shape, dtype=each.dtype, pin_memory=platform.pins_memory
+            ).copy_(each, non_blocking=True)
+            for each in (both.flag, *both.extremes)
+        )  # fmt: skip
         self._arrived = platform.event()
         self._arrived.record()
 
     def right(self) -> bool:
         """Wait for the verdict."""
         self._arrived.synchronize()
-        return not bool(self._found[0])
+        return not bool(self._flag)
 
     @property
     def blind(self) -> bool:
         """After :meth:`right`; see :attr:`Verdict.blind`."""
-        return bool(self._found[1])
+        return say_nothing(self._extremes)
 
     def times(self) -> Times | None:
         """After :meth:`right`; None: not measured."""
@@ -307,7 +312,7 @@ class _Both:
                 pairs = chain(outputs, step.pairs(self.expected, self.got, bound))
                 flags += differ(pairs, bound)
             self.flag = torch.stack(flags).any()
-            self.blind = says_nothing(self.outputs.values(), self.flag)
+            self.extremes = extremes(self.outputs.values())
         except BaseException:
             self._guard.put_back(self.before)
             step.put(at_first)
@@ -376,7 +381,7 @@ class _Both:
                 verdict.changes += [Change(name, "weight") for name in wrong]
                 verdict.lost = True
                 return verdict
-        verdict.blind = verdict.right and bool(self.blind)
+        verdict.blind = verdict.right and say_nothing(self.extremes)
         verdict.times = self.times()
         if keep:
             self._keep_eager()
@@ -437,16 +442,24 @@ class _Stopwatch:
         return max(self.host, float(self._begin.elapsed_time(self._end)) / 1e3)
 
 
-def says_nothing(results: Iterable[Tensor], like: Tensor) -> Tensor:
-    """A boolean scalar on the device of ``like``: the largest of some of the results is no finite
-    number (minus infinity is in logits of tokens that there are not), or all are one, as where
-    weights overflow or are yet to come. Whatever a graph has done on the way is lost in them."""
-    found = []
-    for each in results:
-        if each.is_floating_point() and each.numel():
-            most = each.amax()
-            found.append(~most.isfinite() | (most == each.amin()))
-    return torch.stack(found).any() if found else torch.zeros_like(like)
+def extremes(results: Iterable[Tensor]) -> list[Tensor]:
+    """Of each result that is made of floating-point numbers its least and its largest, [2]."""
+    found = [each for each in results if each.is_floating_point() and each.numel()]
+    both = [torch.empty(2, dtype=each.dtype, device=each.device) for each in found]
+    for each, (least, most) in zip(found, both, strict=True):
+        torch.aminmax(each, out=(least, most))
+    return both
+
+
+def say_nothing(extremes: Iterable[Tensor]) -> bool:
+    """The largest of some result is no finite number (minus infinity is in logits of tokens that
+    there are not), or all of it are one, as where weights overflow or are yet to come: whatever a
+    graph has done on the way is lost in those.
+
+    Args:
+        extremes: As of :func:`extremes`.
+    """
+    return not all(least < most < math.inf for least, most in (each.tolist() for each in extremes))
 
 
 def _more(found: Sequence[object]) -> str:
