@@ -5,14 +5,7 @@ import triton
 import triton.language as tl
 
 from reprise.ops.sample.scaled_logits import fixed_mass, load_block, load_scaled
-from reprise.ops.sample.threshold import (
-    bound_by_count,
-    bound_by_mass,
-    collect,
-    key,
-    narrow,
-    smallest_above,
-)
+from reprise.ops.sample.threshold import bound_by_count, bound_by_mass, collect, threshold
 
 
 @triton.jit
@@ -94,56 +87,34 @@ def draw_kernel(
     elif by_p:
         bound = bound_by_mass(maxima, relative, largest, top_p, GROUP)
     chosen_groups_ptr += row * GROUPS
+    found, _, _ = collect(
+        logits_ptr, chosen_groups_ptr, candidates_ptr, candidate_ids_ptr, maxima, real_group,
+        temperature, largest, bound, float("inf"), VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY,
+    )  # fmt: skip
+    compact = found <= CAPACITY
+    count = tl.where(compact, found, VOCAB)
+
     cut = bound
     total = tl.sum(group_mass)
-    compact = largest != largest
-    count = tl.full([], VOCAB, dtype=tl.int32)
-    # First the candidates, then what top-k keeps, then the nucleus, which is one of that. A loop:
-    # copies of what these share would take twice as long to compile.
-    for stage in tl.range(3, loop_unroll_factor=1):
-        by_mass = stage == 2
-        filters = (by_k & (stage == 1)) | (by_p & by_mass)
-        in_row = filters & (compact == 0)
-        mass = _fraction(total, (top_p * 16777216.0).to(tl.int64))
-        target = tl.where(by_mass, mass, top_k.to(tl.int64))
-        near = cut
-        far = tl.full([], float("inf"), dtype=tl.float32)
-        if in_row:
-            near, far = narrow(
-                logits_ptr, temperature, largest, cut, target, by_mass, VOCAB, BLOCK
+    # The nucleus is one of what top-k keeps. A loop: two copies would take a third more to compile.
+    for by_mass in tl.range(2, loop_unroll_factor=1):
+        if (by_p & (by_mass == 1)) | (by_k & (by_mass == 0)):
+            mass = _fraction(total, (top_p * 16777216.0).to(tl.int64))
+            cut = threshold(
+                candidates_ptr, candidate_ids_ptr, logits_ptr, chosen_groups_ptr, maxima,
+                real_group, compact, count, temperature, largest, cut,
+                tl.where(by_mass == 1, mass, top_k.to(tl.int64)), by_mass == 1,
+                VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY, BLOCK,
             )  # fmt: skip
-        low = tl.maximum(key(cut) - 1, key(-float("inf")))
-        high = key(largest)
-        listed = compact
-        among = count
-        if in_row | (stage == 0):
-            found, tokens, mass = collect(
-                logits_ptr, chosen_groups_ptr, candidates_ptr, candidate_ids_ptr, maxima,
-                real_group, temperature, largest, near, far, VOCAB, GROUP, GROUPS_PER_STEP,
-                BLOCK_G, CAPACITY,
-            )  # fmt: skip
-            fits = found <= CAPACITY
-            if stage == 0:
-                compact = fits
-                count = tl.where(fits, found, VOCAB)
-            else:
-                low = tl.maximum(key(near) - 1, low)
-                high = key(far)
-                # The list is used for those near the threshold.
-                listed = fits
-                among = tl.where(fits, found, count)
-                target -= tl.where(fits, tl.where(by_mass, mass, tokens), 0)
-        if filters:
-            cut = smallest_above(
-                candidates_ptr, logits_ptr, listed, among, temperature, largest, cut, low, high,
-                target, by_mass, BLOCK,
-            )  # fmt: skip
-        if by_mass | (by_k & (stage == 1)):
-            total = _total_kept_mass(
-                candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
-                tl.where(by_mass, floor, -float("inf")), BLOCK,
-            )  # fmt: skip
+            if by_mass == 0:
+                total = _total_kept_mass(
+                    candidates_ptr, logits_ptr, compact, count, temperature, largest, cut,
+                    -float("inf"), BLOCK,
+                )  # fmt: skip
 
+    total = _total_kept_mass(
+        candidates_ptr, logits_ptr, compact, count, temperature, largest, cut, floor, BLOCK
+    )
     target = _fraction(total, uniform)
     passed = target * 0
     drawn = VOCAB

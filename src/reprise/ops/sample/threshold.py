@@ -15,8 +15,8 @@ from reprise.ops.sample.scaled_logits import fixed_mass, load_block, load_scaled
 @triton.jit
 def bound_by_count(maxima, real, largest, top_k):
     """A bound that at least ``top_k`` tokens reach, as so many of the groups' maxima do."""
-    low = key(tl.min(tl.where(real, maxima, float("inf"))))
-    high = key(largest) + 1
+    low = _key(tl.min(tl.where(real, maxima, float("inf"))))
+    high = _key(largest) + 1
     # The last bits are not worth the steps: a lower bound is as valid.
     for _ in range(_halvings(low, high) - 12):
         middle = low + (high - low) // 2
@@ -105,7 +105,54 @@ def collect(
 
 
 @triton.jit
-def narrow(
+def threshold(
+    candidates_ptr,
+    candidate_ids_ptr,
+    logits_ptr,
+    groups_ptr,
+    maxima,
+    real,
+    compact,
+    count,
+    temperature,
+    largest,
+    least,
+    target,
+    by_mass,
+    VOCAB: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_STEP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Smallest number above which there is less than ``target``; it lies from ``least`` on.
+
+    If the candidates did not fit their list, the list is used for those near the threshold.
+    """
+    low = tl.maximum(_key(least) - 1, _key(-float("inf")))
+    high = _key(largest)
+    listed = compact
+    if compact == 0:
+        near, far = _narrow(logits_ptr, temperature, largest, least, target, by_mass, VOCAB, BLOCK)
+        found, tokens, mass = collect(
+            logits_ptr, groups_ptr, candidates_ptr, candidate_ids_ptr, maxima, real, temperature,
+            largest, near, far, VOCAB, GROUP, GROUPS_PER_STEP, BLOCK_G, CAPACITY,
+        )  # fmt: skip
+        low = tl.maximum(_key(near) - 1, low)
+        high = _key(far)
+        if found <= CAPACITY:
+            listed = found <= CAPACITY
+            count = found
+            target -= tl.where(by_mass, mass, tokens)
+    return _cut(
+        candidates_ptr, logits_ptr, listed, count, temperature, largest, least, low, high, target,
+        by_mass, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _narrow(
     logits_ptr,
     temperature,
     largest,
@@ -115,8 +162,7 @@ def narrow(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Two numbers that have the result of :func:`smallest_above` between them, much closer than
-    the row's.
+    """Two numbers that have :func:`_cut`'s result between them, much closer than the row's.
 
     Two passes over the row in float32, each for 8 equal parts of the range; where float32 cannot
     tell, the range stays wider.
@@ -144,7 +190,7 @@ def narrow(
 
 
 @triton.jit
-def smallest_above(
+def _cut(
     candidates_ptr,
     logits_ptr,
     compact,
@@ -186,7 +232,7 @@ def _halvings(low, high):
 
 
 @triton.jit
-def key(x):
+def _key(x):
     """Integers in the order of the float32 ``x``; both zeros are one."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
