@@ -78,7 +78,8 @@ class GraphOwners:
     def settle(self, *, everything: bool = False) -> None:
         """See :meth:`Replays.settle`, of all owners."""
         for each in self.runners.values():
-            each.replays.settle(everything=everything)
+            if everything or each.replays.interrupted is not None:
+                each.replays.settle(everything=everything)
 
     def caches_changed(self) -> None:
         """See :meth:`GraphRunner.caches_changed`."""

@@ -75,7 +75,7 @@ class Replays:
         """Replays of each graph since it was last found right."""
         self._replayed: dict[Key, Ran] = {}
         self._turn = 0
-        self._cut_short: BucketGraph | None = None
+        self.interrupted: BucketGraph | None = None
         """Its replay was being looked at, or made good, when something else came between."""
 
     def settle(self, *, everything: bool = False) -> None:
@@ -88,7 +88,7 @@ class Replays:
         Raises:
             WeightsLostError: They were changed and cannot be loaded again.
         """
-        bucket = self._cut_short
+        bucket = self.interrupted
         if bucket is None and not (everything and self._guard.knows_weights):
             return
         with self._computation.ops.computing():
@@ -96,7 +96,7 @@ class Replays:
             if wrong and bucket is not None and bucket.graph is not None:
                 self._refuse(bucket, f"it changed {', '.join(wrong)}", frozenset(), earlier=True)
             mend(self._computation, self._guard, wrong)
-        self._cut_short = None
+        self.interrupted = None
 
     def replay(self, bucket: BucketGraph) -> Ran:
         """Compute the step unseen.
@@ -172,7 +172,7 @@ class Replays:
                 "graph %s: a canary lacks memory and its step runs eagerly: %s",
                 bucket.info.name, describe(error),
             )  # fmt: skip
-            self._cut_short = None  # nothing was replayed
+            self.interrupted = None  # nothing was replayed
             return None
         seconds = self._agreement.largest(time.perf_counter() - began)
         bucket.info.check_seconds += (seconds - bucket.info.check_seconds) / 2
@@ -186,7 +186,7 @@ class Replays:
                 met = computation.kind(shape, bucket.shape, exact=True)
                 if met is not None:
                     self._ledger.prove(bucket.key, met, "live")
-            self._cut_short = None
+            self.interrupted = None
             return Ran(bucket.key, proven=True, first=unproven is not None)
         if self.make_good(bucket, shape, verdict, "canary"):
             raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
@@ -194,7 +194,7 @@ class Replays:
 
     def cut_short(self, bucket: BucketGraph) -> None:
         """Nobody has seen to the end what a graph may have changed: :meth:`settle` comes next."""
-        self._cut_short = bucket
+        self.interrupted = bucket
 
     def scope(self, bucket: BucketGraph) -> Scope:
         """Of the step in the inputs, the memory to check this time."""
@@ -244,7 +244,7 @@ class Replays:
             if bucket.graph is not None:
                 self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
             raise
-        self._cut_short = None
+        self.interrupted = None
         return harm.lost
 
     def _refuse(

@@ -147,5 +147,7 @@ def _repeated(rows: Tensor, count: int) -> Tensor:
 
 def _numbers_near_them(x: Tensor, outputs: int) -> Tensor:
     """What their products are added to, for as many rows as ``x`` has."""
-    numbers = torch.linspace(-1 / 64, 1 / 64, outputs, device=x.device).to(x.dtype)
+    numbers = torch.linspace(
+        -1 / 64, 1 / 64, outputs, dtype=torch.float32, device=x.device
+    ).to(x.dtype)  # fmt: skip
     return numbers.repeat(len(x), 1)
