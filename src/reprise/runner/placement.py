@@ -35,11 +35,19 @@ class Row:
 
 class Area:
     """A run of blocks in one half of the cache. Those that rows write are given out once each, from
-    the end; those that they read may be read by many."""
+    the end; those that they read may be read by many.
 
-    def __init__(self, begin: int, end: int) -> None:
+    Args:
+        begin: Its first block.
+        end: Behind its last one.
+        written: Blocks that rows will write. Others lie in no order where no row writes, if there
+            are any: a step of one request reads nothing that it writes but the newest tokens.
+    """
+
+    def __init__(self, begin: int, end: int, written: int = 0) -> None:
         self.begin, self.end = begin, end
         self.next = end
+        self.read_end = end - written if end - written > begin else end
         self._shuffled: Ints | None = None
 
     @property
@@ -54,7 +62,7 @@ class Area:
     def scattered(self, count: int, random: np.random.Generator) -> Ints:
         """Blocks of which none follows the one before it; none if the area is empty."""
         if self._shuffled is None:
-            every_other = np.arange(self.begin, self.end, 2, dtype=np.int32)
+            every_other = np.arange(self.begin, self.read_end, 2, dtype=np.int32)
             self._shuffled = random.permutation(every_other)
         size = len(self._shuffled)
         if size == 0:
@@ -70,12 +78,13 @@ class PoolAreas:
     Args:
         num_blocks: Of the pool, the null block included.
         most: Blocks of an area that are of use.
+        written: Blocks that rows will write.
     """
 
-    def __init__(self, num_blocks: int, most: int) -> None:
+    def __init__(self, num_blocks: int, most: int, written: int) -> None:
         self.half = (num_blocks + 1) // 2
-        self.lower = Area(1, min(self.half, 1 + most))
-        self.upper = Area(max(self.half, num_blocks - most), num_blocks)
+        self.lower = Area(1, min(self.half, 1 + most), written)
+        self.upper = Area(max(self.half, num_blocks - most), num_blocks, written)
         self.middle = Area(self.half, self.half + MIDDLE)
 
 
@@ -157,9 +166,10 @@ class Placement:
     def tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
         """Of each table the blocks of each row, [R, M] int32; those that it writes belong to it
         alone. Blocks that a row needs no more are the null block."""
+        written = np.sum([self._written_of_pools(each) for each in rows], axis=0)
         areas = [
-            PoolAreas(pool.num_blocks, most)
-            for pool, most in zip(self._layout.pools, self._most, strict=True)
+            PoolAreas(pool.num_blocks, most, int(count))
+            for pool, most, count in zip(self._layout.pools, self._most, written, strict=True)
         ]
         found = []
         # Long ones first: neighbours need room before what they write.
@@ -227,6 +237,6 @@ class Placement:
         if len(read) < first:
             read = np.resize(mine, first)
         if row.layout != SCATTERED and first > 2:
-            half = min(first // 2, source.end - source.begin)
+            half = min(first // 2, source.read_end - source.begin)
             read[:half] = np.arange(source.begin, source.begin + half)
         return np.concatenate((read, mine)).astype(np.int32)
