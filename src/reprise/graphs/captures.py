@@ -266,7 +266,7 @@ class Captures:
         except Exception as error:  # for want of memory, as it may be
             verdict = Verdict(error=describe(error), ran=False)
         except BaseException:
-            self._replays.cut_short(self._graphs[shape.phase, shape.query_len, shape.size])
+            self._replays.interrupted = self._graphs[shape.phase, shape.query_len, shape.size]
             raise
         if not ready:  # others do not begin either
             self._agreement.all(False)

@@ -76,7 +76,8 @@ class Replays:
         self._replayed: dict[Key, Ran] = {}
         self._turn = 0
         self.interrupted: BucketGraph | None = None
-        """Its replay was being looked at, or made good, when something else came between."""
+        """Nobody has seen to the end what this graph may have changed: its replay was being looked
+        at, or made good, when something else came between. :meth:`settle` comes next."""
 
     def settle(self, *, everything: bool = False) -> None:
         """See to the weights, if a look at a replay was cut short, as by Ctrl-C: what else it may
@@ -115,7 +116,7 @@ class Replays:
         except Exception as error:
             reason = f"replay: {describe(error)}"
             self._refuse(bucket, reason, frozenset())
-            self.cut_short(bucket)
+            self.interrupted = bucket
             self._guard.settle_ops()
             raise GraphReplayError(f"graph {bucket.info.name}: {reason}") from error
         return ran
@@ -159,7 +160,7 @@ class Replays:
             and not (meets or self._policy.checks_everything)
             and self._policy.replays_first(bucket)
         )
-        self.cut_short(bucket)  # until all is seen to
+        self.interrupted = bucket  # until all is seen to
         try:
             verdict = examine(
                 computation, self._guard, bucket.graph, bucket.shape, shape, model,
@@ -192,10 +193,6 @@ class Replays:
             raise GraphReplayError(f"graph {bucket.info.name} has changed what its canary keeps")
         return EAGERLY
 
-    def cut_short(self, bucket: BucketGraph) -> None:
-        """Nobody has seen to the end what a graph may have changed: :meth:`settle` comes next."""
-        self.interrupted = bucket
-
     def scope(self, bucket: BucketGraph) -> Scope:
         """Of the step in the inputs, the memory to check this time."""
         if self._policy.checks_everything:
@@ -225,7 +222,7 @@ class Replays:
             WeightsLostError: The graph has changed weights that cannot be loaded again.
             Exception: It cannot be made good; the graph is refused all the same.
         """
-        self.cut_short(bucket)  # until all is seen to
+        self.interrupted = bucket  # until all is seen to
         self.failures += 1
         try:
             harm = make_good(

@@ -219,7 +219,7 @@ class ModelRunner:
         self._sound: Tensor | None = None
         """Of the step's copies of states, whether they are of finite numbers."""
         self._at_rest = [
-            (each.tensor, each.tensor.cpu().clone())
+            (each.tensor, each.tensor.to("cpu", copy=True))
             for each in self.forward_pass.memory().values()
             if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
         ]
