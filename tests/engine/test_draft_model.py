@@ -67,7 +67,7 @@ def plain_answers(model: TinyModel, device: str) -> list[list[Any]]:
 SETUPS = {
     **EXECUTORS,
     "two at a time": {
-        "graph_mode": "decode=full",
+        "graph_mode": "decode=full,mixed=none",
         "graph_buckets": "decode=1,4",
         "max_num_seqs": 3,
     },
