@@ -218,9 +218,10 @@ class _Check:
             if not isinstance(schema["pattern"], str):
                 raise self.refuse(path, f"pattern={shown(schema['pattern'])} is no text")
             check_text_pattern(schema["pattern"], f"{self._where} at {path}: pattern")
-        if "format" in names and schema["format"] not in FORMATS:
+        form = schema.get("format")
+        if "format" in names and (not isinstance(form, str) or form not in FORMATS):
             raise self.refuse(
-                path, f"format={shown(schema['format'])} is not supported",
+                path, f"format={shown(form)} is not supported",
                 f"give one of {', '.join(sorted(FORMATS))}, or a pattern",
             )  # fmt: skip
         strong = sorted(names & {"pattern", "format"})

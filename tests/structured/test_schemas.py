@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -193,6 +195,28 @@ def test_what_would_be_ignored_is_refused_by_name(llm: LLM, name: str) -> None:
 def test_what_nothing_matches_is_refused(llm: LLM, schema: Any) -> None:
     with pytest.raises(RequestError, match=r"structured_outputs\.json"):
         llm.generate("x", SamplingParams(structured_outputs={"json": schema}))
+
+
+ODD: list[Any] = [None, True, -1, 1.5, "", "x", [], {}, [[]], [{}], {"type": []}, {"const": {}}]
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """All places in a document: what holds them, and where."""
+    if isinstance(value, dict | list):
+        for name in value if isinstance(value, dict) else range(len(value)):
+            yield value, name
+            yield from _places(value[name])
+
+
+def test_any_value_at_any_place_is_refused_or_followed() -> None:
+    for schema in map(json.dumps, FOLLOWED):
+        for place in range(sum(1 for _ in _places(json.loads(schema)))):
+            changed = json.loads(schema)
+            holder, name = list(_places(changed))[place]
+            for value in ODD:
+                holder[name] = value
+                with contextlib.suppress(RequestError):
+                    check_schema(changed, "json")
 
 
 def test_depth_and_counts_are_bounded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,14 @@ V4 = """<｜DSML｜tool_calls>
 </｜DSML｜invoke>
 </｜DSML｜tool_calls>"""
 
+HALF = '{"a": ["\\ud83d"]}'
+CODED = "<tool_call>\n<function=now>\n<parameter=a>\n{}\n</parameter>\n</function>\n</tool_call>"
+DSML = (
+    '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now">\n'
+    '<｜DSML｜parameter name="a" string="false">{}</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+    "</｜DSML｜tool_calls>"
+)
+
 Case = tuple[str, str, str, list[tuple[str, Any]]]
 """Parser, text, content, and calls."""
 WEATHER = ("get_weather", json.loads(ARGUMENTS))
@@ -103,12 +112,27 @@ CASES: list[Case] = [
                        "detail": {"a": [1, {}]}, "unit": "no JSON"}), NOW]),
     ("deepseek_v4", "a <｜DSML｜tool_calls> b", "a <｜DSML｜tool_calls> b", []),
     ("deepseek_v31", "no <｜tool▁calls▁ here", "no <｜tool▁calls▁ here", []),
+    # What Python takes for JSON and nobody else, and what UTF-8 has no characters for.
+    ("hermes", f'<tool_call>{{"arguments": {HALF}, "name": "now"}}</tool_call>', "",
+     [("now", json.loads(HALF))]),
+    ("llama3_json", f'{{"type": "function", "parameters": {HALF}, "name": "n\\ud83d"}}', "",
+     [("n\\ud83d", json.loads(HALF))]),
+    ("hermes", '<tool_call>{"name": "n\\ud83d", "arguments": {}}</tool_call>', "",
+     [("n\\ud83d", {})]),
+    *(("qwen3_coder", CODED.format(each), "", [("now", {"a": each})])
+      for each in ("NaN", "[-Infinity]", "1e999", "[" * 1000)),
+    ("qwen3_coder", CODED.format(HALF), "", [("now", {"a": json.loads(HALF)})]),
+    *(("deepseek_v4", DSML.format(each), "", [("now", {"a": each})])
+      for each in ("NaN", "[-Infinity]", "1e999", "[" * 1000)),
+    ("hermes", '<tool_call>{"arguments": NaN, "name": "now"}</tool_call>',
+     '<tool_call>{"arguments": NaN, "name": "now"}</tool_call>', []),
 ]  # fmt: skip
 
 
 def read(parser: str, pieces: list[str]) -> tuple[str, list[list[str]], list[Any]]:
     reader = PARSERS[parser](TOOLS)
     events = [event for piece in pieces for event in reader.feed(piece)] + reader.finish()
+    orjson.dumps([[*each] for each in events])  # as a server sends them
     content, calls = "", []
     for kind, text in events:
         if kind == "content":
@@ -124,6 +148,8 @@ def read(parser: str, pieces: list[str]) -> tuple[str, list[list[str]], list[Any
 def test_a_text_is_read(parser: str, text: str, content: str, calls: list[tuple[str, Any]]) -> None:
     found, named, _ = read(parser, [text])
     assert found == content
+    for _, arguments in named:
+        json.loads(arguments, parse_constant=pytest.fail)
     assert [(name, json.loads(arguments)) for name, arguments in named] == calls
 
 
@@ -148,7 +174,7 @@ WORDS = [
     "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>",
     '<｜DSML｜invoke name="now">', "</｜DSML｜invoke>", "</｜DSML｜parameter>",
     '<｜DSML｜parameter name="a" string="true">', '<｜DSML｜parameter name="b" string="false">',
-    " ", "\n", "text", "<|python_tag|>", "[1]", "1",
+    " ", "\n", "text", "<|python_tag|>", "[1]", "1", '"\\ud83d"', "NaN",
 ]  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 
+from reprise.server.tools.json_text import read, written
 from reprise.server.tools.parser import TaggedParser
 
 
@@ -81,10 +81,8 @@ class DeepSeekV4(TaggedParser):
             return False
         text = value = self._held[: found.start()]
         if is_text or not _is_json(value):
-            text = json.dumps(value, ensure_ascii=False)
-        self._arguments(
-            ("{" if not self._count else ", ") + json.dumps(key, ensure_ascii=False) + ": " + text
-        )
+            text = written(value)
+        self._arguments(f"{', ' if self._count else '{'}{written(key)}: {text}")
         self._count += 1
         self._key, self._held = None, self._held[found.end() :]
         return True
@@ -92,7 +90,7 @@ class DeepSeekV4(TaggedParser):
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        read(text)
+    except ValueError:
         return False
     return True

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Literal
 
 from reprise.server.tools.dsml import DeepSeekV4
+from reprise.server.tools.json_text import read, written
 from reprise.server.tools.parser import JsonValue, TaggedParser, ToolParser
 
 _NAME_FIRST = re.compile(
@@ -195,8 +195,7 @@ class Qwen3Coder(TaggedParser):
         value = self._held[: found.start()]
         value = value.removeprefix("\n").removesuffix("\n")
         schema = _properties(self.tools.get(name)).get(key)
-        text = json.dumps(key, ensure_ascii=False) + ": "
-        text += json.dumps(_typed(value, schema), ensure_ascii=False)
+        text = f"{written(key)}: {written(_typed(value, schema))}"
         self._arguments((", " if self._count else "{") + text)
         self._count += 1
         self._key, self._held = None, self._held[found.end() :]
@@ -303,22 +302,25 @@ PARSERS: dict[str, type[ToolParser]] = {
 
 
 def _text(escaped: str) -> str:
+    """A name; one that UTF-8 has not stays escaped."""
     try:
-        return str(json.loads(f'"{escaped}"'))
+        name = str(read(f'"{escaped}"'))
+        name.encode()
     except ValueError:
         return escaped
+    return name
 
 
 def _call_in(body: str) -> tuple[str, str] | None:
     """Name and arguments of a call that is one JSON object; None: it is none."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = read(body)
+    except ValueError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", found.get("parameters", {}))
-    return found["name"], json.dumps(arguments, ensure_ascii=False)
+    return _text(written(found["name"])[1:-1]), written(arguments)
 
 
 def _properties(schema: Any) -> dict[str, Any]:
@@ -335,7 +337,7 @@ def _typed(value: str, schema: Any) -> Any:
         # White space around one of a few values is none of its own.
         return value.strip() if value.strip() in _listed(schema) else value
     try:
-        return json.loads(value)
+        return read(value)
     except ValueError:
         lowered = value.strip().lower()
         return {"true": True, "false": False}.get(lowered, value) if "boolean" in kinds else value
