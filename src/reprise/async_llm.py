@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 class AsyncLLM:
     """A model that serves many callers of one asyncio program.
 
+    One that nobody has any more, and no stream is left of, shuts itself down.
+
     Args:
         model: As of :class:`reprise.LLM`.
         **options: The fields of :class:`reprise.config.EngineConfig`.
@@ -46,6 +49,8 @@ class AsyncLLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self._driver = drive(EngineConfig(model=model, **options), _wake_all)
+        # Its threads and processes know nothing of who has dropped it, and would keep all memory.
+        weakref.finalize(self, self._driver.drop).atexit = False
         self._ids = itertools.count()
 
     @property

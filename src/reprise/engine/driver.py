@@ -151,6 +151,10 @@ class Driver(Protocol):
     def shutdown(self) -> None:
         """Abort all requests, end what was started and free the devices' memory."""
 
+    def drop(self) -> None:
+        """As :meth:`shutdown`, of one that nobody asks any more, without waiting for anything:
+        garbage collection calls this, in any thread and in the midst of anything."""
+
     def join(self) -> None:
         """Wait for its end."""
 

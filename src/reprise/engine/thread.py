@@ -267,6 +267,10 @@ class EngineThread:
         self._tokenizing.shutdown(wait=False)
         self._structuring.shutdown(wait=False)
 
+    def drop(self) -> None:
+        """As of :class:`reprise.engine.driver.Driver`."""
+        self._commands.put(None)  # it takes no lock that this thread may hold
+
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()

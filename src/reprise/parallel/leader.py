@@ -10,7 +10,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import TCPStore
@@ -34,6 +34,8 @@ from reprise.runner import ModelRunner, PendingOutput, StepOutput
 from reprise.runner.model_choices import shape_of
 from reprise.shape import StepShape
 from reprise.step import Masks, Step
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +92,11 @@ class Leader:
             self.group = Group(name, 0, size, tuple(each.host for each in elsewhere.ranks))
             self._followers = elsewhere.followers(timeout)
         self._when_lost: Callable[[], None] = lambda: None
-        self._followers.on_loss = self._lose
-        self._followers.report = lambda: f"the leader's last one was {self._last}"
+        # The followers are watched by a thread, and with them this would live until the end of the
+        # program, whoever drops it.
+        here = weakref.ref(self)
+        self._followers.on_loss = lambda: _told_of(here, Leader._lose)
+        self._followers.report = lambda: _told_of(here, Leader._report) or ""
         self._communicator: Communicator | None = None
         self._store: Any = None
         self._last = "none"
@@ -152,6 +157,9 @@ class Leader:
         if self.retired - self._compared >= COMPARE_EVERY:
             self._compared = self.retired
             self.say(Kind.SAME, pickled(self.drawn.checksum))
+
+    def _report(self) -> str:
+        return f"the leader's last one was {self._last}"
 
     def _lose(self) -> None:
         """A rank was lost."""
@@ -305,6 +313,12 @@ class _Counted(PendingOutput):
         self._leader.retired += 1
         self._leader.drawn.note(output.sampled)
         return output
+
+
+def _told_of(leader: weakref.ref[Leader], of: Callable[[Leader], T]) -> T | None:
+    """What a leader says or does, if there still is one."""
+    found = leader()
+    return None if found is None else of(found)
 
 
 @contextlib.contextmanager

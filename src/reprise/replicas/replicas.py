@@ -302,6 +302,11 @@ class Replicas:
         self._tokenizing.shutdown(wait=False)
         self._thread.join()
 
+    def drop(self) -> None:
+        """As of :class:`reprise.engine.Driver`."""
+        if self._outstanding.closed is None:
+            self._wires.stop()
+
     def join(self) -> None:
         """Wait for the end of all replicas."""
         self._thread.join()
