@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -65,5 +66,68 @@ def test_wrong_options_are_told_at_once(arguments: tuple[str, ...], told: str) -
     from reprise.cli.app import app
 
     result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+
+
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBbTCCAROgAwIBAgIUBSuiCakBhFkdplkBJgEgtpg/jbQwCgYIKoZIzj0EAwIw
+DDEKMAgGA1UEAwwBeDAeFw0yNjExMjkwMDAyMTZaFw0yNjExMzAwMDAyMTZaMAwx
+CjAIBgNVBAMMAXgwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASApCnMrHNQh0br
+K887cqFu53MEOuvEsByQSFXDTqqU+dTlOLJxjkvJsZswtDT9qUaO4M3Mt8yltEA4
+3gELXiZZo1MwUTAdBgNVHQ4EFgQUfoNpjFEREfiGOIuB4T0WMBc/VQ8wHwYDVR0j
+BBgwFoAUfoNpjFEREfiGOIuB4T0WMBc/VQ8wDwYDVR0TAQH/BAUwAwEB/zAKBggq
+hkjOPQQDAgNIADBFAiBbCfnUatu+kyo2k1VzngShkNs7RjTBFSW3hZYyjX7ZrwIh
+AKfLzCcUgtIFUZLB2GHskAjFBJGzWeawNSsH97whKbVS
+-----END CERTIFICATE-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHjME4GCSqGSIb3DQEFDTBBMCkGCSqGSIb3DQEFDDAcBAhO24aiKdZwwgICCAAw
+DAYIKoZIhvcNAgkFADAUBggqhkiG9w0DBwQIUcM0iLRPhWIEgZBIWxWC3quXmFK6
+c24d05a66BJShcUpRVNFWb3hyX2pZHFPBj/Q+OIRX1egBTUv3tKstG/g5Pd48p49
+pUNMDDydnkNXe9W/tLty90SFg1klDerywta8uHHlS2r6ruEqgGtCX2OWAJapjzsa
+QjUSHEYUsL0aXKA0miqcw7b/OTFrmJqeYR1crq6aJuRlfoeiT3I=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIK1MXQ+Epk9r/11GzBSBwQSoW0iT6xZqeJQYKKSLC9CjoAoGCCqGSM49
+AwEHoUQDQgAEgKQpzKxzUIdG6yvPO3KhbudzBDrrxLAckEhVw06qlPnU5TiycY5L
+ybGbMLQ0/alGjuDNzLfMpbRAON4BC14mWQ==
+-----END EC PRIVATE KEY-----
+"""
+OTHER_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIMozWzw9jqM6Sd6ifBg+ffKFqef1tPc0MZNOkt+d0ZL0oAoGCCqGSM49
+AwEHoUQDQgAEY0Paw/cO+0TnDTfbxApUCubFwBAGBoYJ6jSytdy/Me0/n4mx0FhE
+clChkU4en775xmXOHjXQCWAzA93H9ES2ew==
+-----END EC PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "authorities", "told"),
+    [
+        (CERTIFICATE, None, "--ssl-certfile"),
+        (OTHER_KEY, None, "key values mismatch"),
+        (ENCRYPTED_KEY, None, "without a pass phrase"),
+        (KEY, OTHER_KEY, "--ssl-ca-certs"),
+    ],
+)
+def test_wrong_certificates_are_told_at_once(
+    tmp_path: Path, key: str, authorities: str | None, told: str
+) -> None:
+    """Each HTTP process would end at them, and the next one."""
+    from reprise.cli.app import app
+
+    texts = {"--ssl-certfile": CERTIFICATE, "--ssl-keyfile": key, "--ssl-ca-certs": authorities}
+    arguments = ["serve", "--port", "0", "--model", str(tmp_path)]
+    for flag, text in texts.items():
+        if text is not None:
+            (tmp_path / flag).write_text(text)
+            arguments += [flag, str(tmp_path / flag)]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())

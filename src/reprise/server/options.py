@@ -166,6 +166,8 @@ class ServerOptions:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ConfigError(f"{name}={path!r} is no file")
+        if self.ssl_certfile is not None:
+            self._check_certificate(self.ssl_certfile)
         if "*" in self.allowed_origins and self.allow_credentials:
             raise ConfigError(
                 "allowed_origins='*' and allow_credentials=True: browsers refuse both together; "
@@ -186,6 +188,32 @@ class ServerOptions:
                 f"tool_call_parser={self.tool_call_parser!r} must be one of auto, none, "
                 f"{', '.join(TOOL_PARSERS)}"
             )
+
+    def _check_certificate(self, certificate: str) -> None:
+        """Each HTTP process would end at it; and, behind a pass phrase, ask the terminal."""
+        import ssl
+
+        def no_password() -> str:
+            raise ConfigError(
+                f"ssl_keyfile={self.ssl_keyfile or certificate!r} is encrypted: give one without a "
+                "pass phrase"
+            )
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(certificate, self.ssl_keyfile, no_password)
+        except OSError as error:
+            own = "" if self.ssl_keyfile is None else f" and ssl_keyfile={self.ssl_keyfile!r}"
+            raise ConfigError(
+                f"ssl_certfile={certificate!r}{own}: no certificate with its key, in PEM ({error})"
+            ) from error
+        try:
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+        except OSError as error:
+            raise ConfigError(
+                f"ssl_ca_certs={self.ssl_ca_certs!r} has no certificates in PEM ({error})"
+            ) from error
 
     def _check_sampling(self) -> None:
         given = dict(self.override_generation_config)
