@@ -100,6 +100,32 @@ def test_between_a_step_and_what_drafts_there_are_few_launches(
         engine.step()
 
 
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_between_two_passes_of_a_chain_is_a_kernel_that_starts_in_order(
+    drafting: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Attention may read keys before the kernel before has ended: those of the last pass too."""
+    engine = drafting(method, graph_mode="none").engine
+    propose, drawn = engine.runner.drafter.propose, 0
+
+    def watched(step: Step, *others: Any) -> None:
+        nonlocal drawn
+        with Launches() as launches:
+            propose(step, *others)
+        found = launches.found
+        draws = [number for number, each in enumerate(found) if each == "sample"]
+        for draw in draws[:-1]:
+            behind = found[draw + 1 :]
+            assert {"clamp", "where"} & set(behind[: behind.index("paged_attention")])
+        drawn += len(draws)
+
+    monkeypatch.setattr(engine.runner.drafter, "propose", watched)
+    engine.add("0", PROMPTS[0], greedy(12))
+    while engine.has_work:
+        engine.step()
+    assert drawn > 3
+
+
 # ---- faults of the glue ----------------------------------------------------------------------
 
 

@@ -585,3 +585,19 @@ def test_a_state_is_copied_in_the_step_that_computes_on_and_not_promised_before(
     assert parts(step) == [("a", 8, 2, True), ("b", 0, 5, False)]
     (copy,) = step.step.copies
     assert copy.source == first.tables[1][0] != second.tables[1][0] != copy.target
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_begins_with_a_prompt_of_the_same_step_reads_nothing_of_it(ahead: bool) -> None:
+    """What is written in a step is read by nobody else in it: kernels may read older tokens before
+    others have written. Nor in the next one, if the first is still under way."""
+    scheduler = make()
+    added(scheduler, request("a", 12), request("aa", 12))
+    first = scheduled(scheduler)
+    assert first.starts == [0, 0]
+    added(scheduler, request("aaa", 12))
+    if ahead:
+        assert scheduled(scheduler).starts[-1] == 0
+    scheduler.update(first.step, [[1], [1]])
+    added(scheduler, request("aaaa", 12))
+    assert scheduled(scheduler).starts[-1] == 8

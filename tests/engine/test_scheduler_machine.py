@@ -222,6 +222,10 @@ class Device:
             tokens = list(each.token_ids[: each.start])
             salt = launch.salts[each.row]
             self.rows[each.row] = Row(launch.version, salt, each, tokens, accepted=each.replay)
+        for part in launch.parts:
+            # Kernels may read what is older than the step before others of it have written.
+            row = self.rows[part.row]
+            self._check(row, part.tables, row.tokens, len(row.tokens), len(row.tokens))
         work = []
         for number, part in enumerate(launch.parts):
             row, count = self.rows[part.row], step.counts[number]
@@ -251,12 +255,7 @@ class Device:
         results: list[list[int]] = []
         for number, (row, tokens, start, end, tables) in enumerate(work):
             # After all writes, which must not overlap.
-            for index, layout in enumerate(self.layout.tables):
-                window = getattr(layout.lifetime, "size", MODEL_LEN)
-                for at in range(max(0, start - window + 1), end):
-                    if not layout.lifetime.rewritten:
-                        slot = self._slot(index, tables[index], at)
-                        assert self.slots[slot] == row.content(tokens, at)
+            self._check(row, tables, tokens, start, end)
             if number >= step.num_decodes:
                 row.tokens = tokens
                 drawn = [next_token(tokens)] if step.samples[number] else []
@@ -270,6 +269,18 @@ class Device:
                 row.newest = drawn[-1]
             results.append(drawn)
         return launch.original, results
+
+    def _check(
+        self, row: Row, tables: list[list[int]], tokens: list[int], start: int, end: int
+    ) -> None:
+        """What a request reads of its tokens up to ``end``, of which those from ``start`` on are
+        new, is what was computed of them."""
+        for index, layout in enumerate(self.layout.tables):
+            window = getattr(layout.lifetime, "size", MODEL_LEN)
+            for at in range(max(0, start - window + 1), end):
+                if not layout.lifetime.rewritten:
+                    slot = self._slot(index, tables[index], at)
+                    assert self.slots.get(slot) == row.content(tokens, at)
 
     def _state(
         self, row: Row, slot: tuple[int, int, int], tokens: list[int], start: int, end: int,

@@ -155,6 +155,7 @@ def check_probe(buffers: StepBuffers, bucket: StepShape, probe: Any, longest: in
     starts, lengths = views["query_start_loc"], views["seq_lens"][: live.num_requests]
     assert (lengths <= longest).all()
     owners: dict[tuple[int, int], tuple[int, int]] = {}
+    read: set[tuple[int, int]] = set()
     for number, table in enumerate(layout.tables):
         slots = views[f"slot_mapping{number or ''}"]
         blocks = views[f"block_tables{number or ''}"]
@@ -176,6 +177,10 @@ def check_probe(buffers: StepBuffers, bucket: StepShape, probe: Any, longest: in
             held = blocks[row, needed.start : needed.stop]
             assert ((held > 0) & (held < layout.pools[table.pool].num_blocks)).all()
             assert not blocks[row, : needed.start].any(), "what has left is the null block"
+            if not table.lifetime.rewritten:
+                older = blocks[row, needed.start : begin // table.span]
+                read |= {(table.pool, block) for block in older.tolist()}
+    assert not read & set(owners), "what is older than the step is written by nobody in it"
     facts = buffers.known.facts
     for pair in facts.pairs(probe.kind):
         assert facts.name(pair)

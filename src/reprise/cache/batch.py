@@ -25,6 +25,10 @@ class Batch:
     captured these views reads the current step's values when it replays. A layer reads all of
     it on the device. What a new kind of layer needs to know of a step or of its requests is one
     more field here, never one more argument.
+
+    Of the cache rows that its requests read a step writes those of its own tokens and no others:
+    what one of them reads that is older, none of them writes, nor padding. So whatever a kernel
+    reads of a request's older tokens was there before the step began.
     """
 
     token_ids: Tensor

@@ -96,9 +96,10 @@ def takes_ptx() -> bool:
 def depend(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the kernel before, if this one was started early, and let the next one start.
 
-    Before this call a kernel reads only what was there long before the step (weights, lengths,
-    tables; older keys where it has one request) and writes nothing. Every program must make it: a
-    kernel that ends has then waited, so whoever waits for it has waited for all kernels before it.
+    Before this call a kernel reads only what was there when the last kernel began that starts in
+    order, as torch's do, and those that lay out a step (weights, lengths, tables, keys of older
+    tokens: :class:`reprise.cache.Batch`), and writes nothing. Every program must make it: a kernel
+    that ends has then waited, so whoever waits for it has waited for all kernels before it.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import gt, sub
+from operator import add, gt, or_, sub
 
 import numpy as np
 
@@ -35,20 +35,11 @@ class Row:
 
 class Area:
     """A run of blocks in one half of the cache. Those that rows write are given out once each, from
-    the end; those that they read may be read by many.
+    the end; those that they read may be read by many, and are written by none."""
 
-    Args:
-        begin: Its first block.
-        end: Behind its last one.
-        written: Blocks that rows will write. Others lie in no order where no row writes, if there
-            are any: a step of one request reads nothing that it writes but the newest tokens.
-    """
-
-    def __init__(self, begin: int, end: int, written: int = 0) -> None:
+    def __init__(self, begin: int, end: int) -> None:
         self.begin, self.end = begin, end
         self.next = end
-        self.read_end = end - written if end - written > begin else end
-        self._shuffled: Ints | None = None
 
     @property
     def left(self) -> int:
@@ -58,18 +49,6 @@ class Area:
         """The first of ``count`` neighbours that no other row writes."""
         self.next -= count
         return self.next
-
-    def scattered(self, count: int, random: np.random.Generator) -> Ints:
-        """Blocks of which none follows the one before it; none if the area is empty."""
-        if self._shuffled is None:
-            every_other = np.arange(self.begin, self.read_end, 2, dtype=np.int32)
-            self._shuffled = random.permutation(every_other)
-        size = len(self._shuffled)
-        if size == 0:
-            return self._shuffled
-        places = np.arange(count)
-        places += int(random.integers(size))
-        return self._shuffled[places % size]
 
 
 class PoolAreas:
@@ -83,9 +62,44 @@ class PoolAreas:
 
     def __init__(self, num_blocks: int, most: int, written: int) -> None:
         self.half = (num_blocks + 1) // 2
-        self.lower = Area(1, min(self.half, 1 + most), written)
-        self.upper = Area(max(self.half, num_blocks - most), num_blocks, written)
+        self.lower = Area(1, min(self.half, 1 + most))
+        self.upper = Area(max(self.half, num_blocks - most), num_blocks)
         self.middle = Area(self.half, self.half + MIDDLE)
+        self.owed = written
+        self._written = np.zeros(num_blocks, dtype=bool)
+        self._orders: dict[tuple[int, int], Ints] = {}
+
+    def spare(self, count: int) -> bool:
+        """Whether ``count`` blocks could be set apart, with what is left for all that rows will
+        write and one for others to read."""
+        return self.lower.left + self.upper.left > self.owed + count
+
+    def write(self, blocks: Ints) -> Ints:
+        """Note that a row writes them."""
+        self._written[blocks] = True
+        self.owed -= len(blocks)
+        return blocks
+
+    def read(self, area: Area, count: int, random: np.random.Generator) -> Ints:
+        """So many blocks that no row writes, of which none follows the one before it if there are
+        enough; those of ``area``, or others where it has none; else the null block. Once all
+        that is written is known."""
+        for each in (area, self.lower, self.upper):
+            order = self._order(each, random)
+            if len(order):
+                places = np.arange(count) + int(random.integers(len(order)))
+                return order[places % len(order)]
+        return np.zeros(count, dtype=np.int32)
+
+    def _order(self, area: Area, random: np.random.Generator) -> Ints:
+        key = area.begin, area.end
+        if key not in self._orders:
+            free = np.arange(*key, dtype=np.int32)
+            free = free[~self._written[free]]
+            self._orders[key] = random.permutation(free[(free - area.begin) % 2 == 0])
+            if not len(self._orders[key]):
+                self._orders[key] = free
+        return self._orders[key]
 
 
 class Placement:
@@ -133,14 +147,20 @@ class Placement:
         return min(most)
 
     def that_fit(self, rows: Sequence[Row], tokens: int, requests: int) -> list[Row]:
-        """As many of the rows as the bucket and the cache have room for; at least one."""
+        """As many of the rows as the bucket and the cache have room for; at least one. Where any of
+        them reads blocks, one is left that none writes."""
         layout = self._layout
         left = [each.num_blocks - 1 for each in layout.pools]
         fitting: list[Row] = []
-        known: dict[Row, list[int]] = {}  # most rows are alike
+        known: dict[Row, tuple[list[int], list[bool]]] = {}  # most rows are alike
+        reading = [False] * len(left)
         for each in rows:
-            written = known.get(each) or known.setdefault(each, self._written_of_pools(each))
-            if not fitting and any(n > room for n, room in zip(written, left, strict=True)):
+            if each not in known:
+                known[each] = self._written_of_pools(each), self._read_of_pools(each)
+            written, reads = known[each]
+            reads = [*map(or_, reading, reads)]
+            needed = [*map(add, written, reads)]
+            if not fitting and any(map(gt, needed, left)):
                 # Whole blocks from the first token on: fewer of them fit in any case.
                 new = min(
                     room // len(layout.of_pool(number)) * table.span
@@ -149,13 +169,23 @@ class Placement:
                 )
                 new = min(each.new, new)
                 each = replace(each, new=new, length=new, accepted=0)
-                written = self._written_of_pools(each)
-            if each.new > tokens or len(fitting) == requests or any(map(gt, written, left)):
+                needed = written = self._written_of_pools(each)
+                reads = reading
+            if each.new > tokens or len(fitting) == requests or any(map(gt, needed, left)):
                 continue
             tokens -= each.new
-            left = [*map(sub, left, written)]
+            left, reading = [*map(sub, left, written)], reads
             fitting.append(each)
         return fitting
+
+    def _read_of_pools(self, row: Row) -> list[bool]:
+        """Of each pool, whether it reads blocks that it does not write."""
+        reads, begin = [False] * len(self._layout.pools), row.length - row.new
+        for each in self._layout.tables:
+            if not each.lifetime.rewritten:
+                first = each.lifetime.needed(begin, row.length, each.block_size).start
+                reads[each.pool] |= begin // each.span > first
+        return reads
 
     def _written_of_pools(self, row: Row) -> list[int]:
         written = [0] * len(self._layout.pools)
@@ -164,16 +194,18 @@ class Placement:
         return written
 
     def tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
-        """Of each table the blocks of each row, [R, M] int32; those that it writes belong to it
-        alone. Blocks that a row needs no more are the null block."""
+        """Of each table the blocks of each row, [R, M] int32. Those that it writes belong to it
+        alone, and neither it nor another row reads them, of no table: as in an engine's steps, what
+        is older than the step is written by nobody in it. Blocks that a row needs no more are the
+        null block."""
         written = np.sum([self._written_of_pools(each) for each in rows], axis=0)
         areas = [
             PoolAreas(pool.num_blocks, most, int(count))
             for pool, most, count in zip(self._layout.pools, self._most, written, strict=True)
         ]
-        found = []
         # Long ones first: neighbours need room before what they write.
         order = sorted(range(len(rows)), key=lambda each: -rows[each].length)
+        found, later = [], []
         for layout in self._layout.tables:
             needed = [
                 layout.lifetime.needed(row.length - row.new, row.length, layout.block_size)
@@ -189,32 +221,47 @@ class Placement:
                 else:
                     left = blocks.start * span
                     shorter = Row(row.new, row.length - left, row.layout, row.half)
-                whole[index, blocks.start : blocks.stop] = self._table(
-                    shorter, span, areas[layout.pool], random, alone=alone
-                )
+                entries = whole[index, blocks.start : blocks.stop]
+                if not self._write(shorter, span, areas[layout.pool], entries, alone=alone):
+                    later.append((shorter, span, areas[layout.pool], entries))
             found.append(whole)
+        for each in later:
+            self._read(*each, random)
         return found
 
-    def _table(
-        self, row: Row, size: int, pool: PoolAreas, random: np.random.Generator, *, alone: bool
-    ) -> Ints:
+    def _write(self, row: Row, size: int, pool: PoolAreas, entries: Ints, *, alone: bool) -> bool:
+        """Give the row what it writes; whether it has all that it reads, too."""
         first, last = (row.length - row.new) // size, (row.length - 1) // size
         written = last - first + 1
         middle, areas = pool.middle, (pool.lower, pool.upper)
         if (
             row.layout == NEIGHBOURS and row.half == BOTH
             and MIDDLE <= first <= pool.half - pool.lower.end
-            and written <= middle.left and middle.end <= pool.upper.begin
+            and written <= middle.left == MIDDLE and middle.end <= pool.upper.begin
         ):  # fmt: skip
             begin = middle.take(written)
-            return np.arange(begin - first, begin + written, dtype=np.int32)
+            entries[:] = np.arange(begin - first, begin + written, dtype=np.int32)
+            pool.owed -= written
+            return True
         own = areas[1 if row.half == UPPER else 0]
-        if alone and row.layout == NEIGHBOURS and row.half == LOWER and last < own.left:
-            # As the first request has them.
-            return np.arange(own.begin, own.begin + last + 1, dtype=np.int32)
+        if (
+            row.layout == NEIGHBOURS and row.half != BOTH
+            and 0 < first <= own.left - written and pool.spare(first)
+        ):  # fmt: skip
+            begin = own.take(first + written)
+            if alone and row.half == LOWER:  # as the first request has them
+                begin = own.begin
+            entries[:first] = np.arange(begin, begin + first)
+            entries[first:] = pool.write(np.arange(begin + first, begin + first + written))
+            return True
         if own.left < written:
             own = max(areas, key=lambda each: each.left)
-        if own.left < written:  # what is left lies in both
+        if own.left >= written:
+            begin = own.take(written)
+            mine = np.arange(begin, begin + written, dtype=np.int32)
+            if row.layout == SCATTERED:
+                mine = mine[::-1]
+        else:  # what is left lies in both
             parts, missing = [], written
             for each in areas:
                 count = min(each.left, missing)
@@ -222,21 +269,18 @@ class Placement:
                 parts.append(np.arange(begin, begin + count, dtype=np.int32))
                 missing -= count
             mine = np.concatenate(parts)
-            return np.concatenate((np.resize(mine, first), mine)).astype(np.int32)
-        begin = own.take(written)
-        if first == 0 and written == 1:
-            return np.array((begin,), dtype=np.int32)
-        mine = np.arange(begin, begin + written, dtype=np.int32)
-        if row.layout == NEIGHBOURS and begin - first >= own.begin and row.half != BOTH:
-            return np.arange(begin - first, begin + written, dtype=np.int32)
-        if row.layout == SCATTERED:
-            mine = mine[::-1]
-        other = areas[0] if own is areas[1] else areas[1]
+        entries[first:] = pool.write(mine)
+        return first == 0
+
+    def _read(
+        self, row: Row, size: int, pool: PoolAreas, entries: Ints, random: np.random.Generator
+    ) -> None:
+        """Give the row what it reads, which nobody writes."""
+        first = (row.length - row.new) // size
+        upper = bool(entries[first] >= pool.half)
+        own, other = (pool.upper, pool.lower) if upper else (pool.lower, pool.upper)
         source = other if row.half == BOTH and other.end > other.begin else own
-        read = source.scattered(first, random)
-        if len(read) < first:
-            read = np.resize(mine, first)
+        entries[:first] = pool.read(source, first, random)
         if row.layout != SCATTERED and first > 2:
-            half = min(first // 2, source.read_end - source.begin)
-            read[:half] = np.arange(source.begin, source.begin + half)
-        return np.concatenate((read, mine)).astype(np.int32)
+            half = min(first // 2, source.left)
+            entries[:half] = np.arange(source.begin, source.begin + half)

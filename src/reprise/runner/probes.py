@@ -45,7 +45,8 @@ class ProbeMaker:
 
     Rows have lengths at the upper end of their class, since there a bound that a graph has wrong
     shows. They read from two runs of blocks, at the lower and the upper end of the cache; contexts
-    may repeat blocks, but what a step writes is written by one row only.
+    may repeat blocks, but what a step writes is written by one row only, and read as an older token
+    by none: see :class:`reprise.cache.Batch`.
 
     Args:
         buffers: Where the inputs go.

@@ -101,7 +101,8 @@ class DraftChain:
         for draft in range(count):
             raw = self._draft.logits(hidden, logits).float()
             drawn = ops.sample(raw, *parameters.values(), number + draft)
-            # In trials ops give memory of any content, and the next pass looks it up.
+            # In trials ops give memory of any content, and the next pass looks it up. Kernels of
+            # torch start in order: a pass begins when the last one has ended, whose keys it reads.
             drawn = self._draft.token_ids(drawn.clamp(0, self._draft.vocab_size - 1))
             behind = first + draft
             there = passes.there(behind)
