@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,18 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import warm
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-SERVE_WITH = Path(__file__).parent / "server" / "serve_with.py"
 START_SECONDS = 120
-
-
-def end_with_parent() -> None:
-    """What a child calls before it runs its program: a killed pytest leaves no child behind, where
-    the system can see to that."""
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def until(condition: Callable[[], object], seconds: float = 100) -> None:
@@ -44,7 +33,7 @@ class Server:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, *command], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=warm.end_with_parent,
         )  # fmt: skip
         self._ready = threading.Event()
         self.url = ""
@@ -91,12 +80,12 @@ class Server:
 
 
 def children(pid: int) -> list[tuple[int, str]]:
-    """Of a process: the id and the command of each."""
+    """Of a process: the id and the command of each, but for a nursery of the tests' own."""
     listed = subprocess.run(
         ["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
     )
     pairs = (line.strip().partition(" ") for line in listed.stdout.splitlines())
-    return [(int(number), command) for number, _, command in pairs]
+    return [(int(number), command) for number, _, command in pairs if command != warm.IDLE]
 
 
 def at_rest(pid: int) -> bool:

@@ -57,25 +57,57 @@ def told(cold: bool, *options: str, **how: Any) -> tuple[dict[str, Any], bool]:
     return found["facts"], found["warm"]
 
 
+FILE = str(Path(__file__).with_name("told.py"))
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is served as a file, too."""
+    monkeypatch.setitem(warm.PROGRAMS, FILE, True)
+
+
 @pytest.mark.parametrize("session", [False, True])
-@pytest.mark.parametrize("options", [["-m"], ["-P", "-m"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["-m", "told"], ["-P", "-m", "told"], [FILE], ["-P", FILE]], ids=" ".join
+)
 def test_it_is_as_if_it_were_started(
-    variables: dict[str, str], tmp_path: Path, options: list[str], session: bool
+    variables: dict[str, str], tmp_path: Path, both: None, options: list[str], session: bool
 ) -> None:
-    how = {"cwd": tmp_path, "env": {**variables, "TMPDIR": "x"}, "start_new_session": session}
-    expected, forked = told(True, *options, "told", "7", **how)
+    how: dict[str, Any] = {
+        "cwd": tmp_path, "env": {**variables, "TMPDIR": "x"}, "start_new_session": session,
+        "preexec_fn": warm.end_with_parent if session else None,
+    }  # fmt: skip
+    expected, forked = told(True, *options, "7", **how)
     assert not forked
-    found, forked = told(False, *options, "told", "7", **how)
+    found, forked = told(False, *options, "7", **how)
     assert forked
     assert found == expected
+    assert found["ends_with_parent"] == session
     assert found["blocked"] == [signal.SIGTERM]
     assert found["input"] == "what it reads\n"
     assert found["leads_a_session"] == session
 
 
-def test_its_children_are_forked_too(variables: dict[str, str]) -> None:
-    expected, _ = told(True, "-m", "told", "7", "child", env=variables)
-    found, _ = told(False, "-m", "told", "7", "child", env=variables)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_are_as_python_opens_them(variables: dict[str, str], unbuffered: str) -> None:
+    """In a pipe they were nothing that a nursery could have had."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm.Popen, "nursery", None)
+        patch.setattr(warm.Popen, "usual", {**warm.Popen.usual, "PYTHONUNBUFFERED": unbuffered})
+        how = {"env": {**variables, "PYTHONUNBUFFERED": unbuffered}}
+        expected, _ = told(True, "-m", "told", "7", **how)
+        found, forked = told(False, "-m", "told", "7", **how)
+        assert warm.Popen.nursery is not None
+        warm.Popen.nursery.close()
+    assert forked
+    assert found["streams"] == expected["streams"]
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_its_children_are_forked_too(variables: dict[str, str], session: bool) -> None:
+    how: dict[str, Any] = {"env": variables, "start_new_session": session}
+    expected, _ = told(True, "-m", "told", "7", "child", **how)
+    found, _ = told(False, "-m", "told", "7", "child", **how)
     assert not expected["child"].pop("warm")
     assert found["child"].pop("warm")
     assert expected["child"]["facts"]["parent"] == 0
@@ -91,8 +123,10 @@ def test_what_commands_set_in_this_process_makes_no_other_program(
 
 
 def test_others_are_started(variables: dict[str, str]) -> None:
-    """A variable may make what a program imports other; a program may be another one."""
+    """A variable may make what a program imports other; a program may be another one, or be
+    preceded by something."""
     assert not told(False, "-m", "told", "7", env={**variables, "OMP_NUM_THREADS": "3"})[1]
+    assert not told(False, "-m", "told", "7", env=variables, preexec_fn=lambda: None)[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warm, "PROGRAMS", {})
         assert not told(False, "-m", "told", "7", env=variables)[1]

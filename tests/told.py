@@ -3,6 +3,7 @@ with ``child`` behind it how a child of its own was, too."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,21 @@ def descriptors() -> dict[str, str]:
     return {number: kind for number, kind in found.items() if kind != "socket"}
 
 
+def ends_with_parent() -> bool:
+    """Whether the system sends this process a signal when its parent has ended."""
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(number), 0, 0, 0)
+    return number.value == signal.SIGTERM
+
+
+def stream(found: Any) -> list[Any]:
+    """How Python has opened it, and that it can be given other errors."""
+    told = [found.name, found.mode, found.encoding, found.errors, found.line_buffering]
+    told += [found.write_through, type(found.buffer).__name__]
+    found.reconfigure(errors="surrogateescape")
+    return [*told, found.errors]
+
+
 def facts() -> dict[str, Any]:
     """All that whoever starts a process decides."""
     found = {
@@ -32,6 +48,10 @@ def facts() -> dict[str, Any]:
         "imports_from": sys.path,
         "parent": os.getppid(),
         "leads_a_session": os.getsid(0) == os.getpid(),
+        "is_in_its_parents_group": os.getpgid(0) == os.getpgid(os.getppid()),
+        "ends_with_parent": ends_with_parent(),
+        "file": __file__,
+        "streams": [stream(each) for each in (sys.stdin, sys.stdout, sys.stderr)],
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "interrupted": str(signal.getsignal(signal.SIGINT)).partition(" at ")[0],
         "ended": str(signal.getsignal(signal.SIGTERM)),

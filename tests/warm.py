@@ -1,12 +1,12 @@
-"""Children of an engine, forked from a process that has imported what they import.
+"""Processes of engines and servers, forked from one that has imported what they import.
 
 A follower or a replica imports for three seconds before it begins, and an engine of a tiny model
-with its answers takes less. Here ``subprocess.Popen`` has them forked by a *nursery*, which has
-imported it and has one thread, and no device. What comes of it is what the caller would have
-started: its own child, with the arguments, environment, directory, descriptors and blocked signals
-that were asked for and none beside, killed, stopped and waited for as any other. ``ps`` shows its
-command. Linux alone can do this; elsewhere, and where a test is marked ``cold``, processes start as
-users' do.
+with its answers takes less; the processes of a server import for two. Here ``subprocess.Popen``
+has them forked by a *nursery*, which has imported it and has one thread, and no device. What comes
+of it is what the caller would have started: its own child, with the arguments, environment,
+directory, descriptors and blocked signals that were asked for and none beside, killed, stopped and
+waited for as any other. ``ps`` shows its command. Linux alone can do this; elsewhere, and where a
+test is marked ``cold``, processes start as users' do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -31,21 +32,33 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 ROOT = str(Path(__file__).parents[1] / "src")
-PROGRAMS = {"reprise.follower": False, "reprise.replicas.process": True, "told": True}
-"""Modules, as behind ``python -m``; whether they start others of them, and get a nursery of their
-own. The last one is for the test of all this."""
+_SERVER_TESTS = Path(__file__).parent / "server"
+SERVE_WITH = str(_SERVER_TESTS / "serve_with.py")
+FAULTY_ENGINE = str(_SERVER_TESTS / "faulty_engine.py")
+PROGRAMS = {
+    "reprise": True, "reprise.follower": False, "reprise.replicas.process": True,
+    "reprise.server.engine_process": True, "reprise.server.worker": False,
+    "reprise.testing.stub_engine": False, SERVE_WITH: True, FAULTY_ENGINE: False, "told": True,
+}  # fmt: skip
+"""Files, and modules as behind ``python -m``; whether they start others of them, and get a nursery
+of their own. The last one is for the test of all this."""
 IMPORTS = (
     "reprise.parallel.follower", "reprise.engine.process", "reprise.replicas.service",
     "torch._dynamo", "torch._inductor.compile_fx",
 )  # fmt: skip
 """What they import, then or when they start."""
+OF_SERVERS = (
+    "reprise.cli.app", "reprise.server.supervisor", "reprise.server.worker",
+    "reprise.server.engine_server", "reprise.testing.stub_engine",
+)  # fmt: skip
+"""The same, of processes that need packages which may not be there."""
 INSTALLED = [each for each in sys.path if each != ROOT]
 """In a nursery: what is imported from beside ``PYTHONPATH``."""
 IDLE = "nursery"
 """What ``ps`` shows of one."""
 _LONGEST_COMMAND = 4096
 _ANSWER_SECONDS = 120.0
-_SUBREAPER = 36
+_DEATH_SIGNAL, _SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None)
 _real = subprocess.Popen
 
@@ -53,6 +66,13 @@ _real = subprocess.Popen
 def can_be() -> bool:
     """Whether the system hands a process the orphans of its children."""
     return sys.platform == "linux" and hasattr(_LIBC, "prctl")
+
+
+def end_with_parent() -> None:
+    """What a child calls before it runs its program: a killed pytest leaves no child behind, where
+    the system can see to that."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
 _SET_MEANWHILE = {
@@ -135,13 +155,13 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         pipes, start_new_session = rest[:6], rest[-2]
         variables = dict(os.environ if env is None else env)
         program = _program(args)
-        if program is None or self.cold or not self._is_served(variables):
+        known = preexec_fn is None or preexec_fn is end_with_parent
+        if program is None or self.cold or not known or not self._is_served(variables):
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
                 creationflags, shell, *rest,
             )  # fmt: skip
             return
-        assert preexec_fn is None
         assert not shell
         read, _, _, write, _, error = pipes
         standard = [read, write, error]
@@ -154,6 +174,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             "directory": os.getcwd() if cwd is None else os.fspath(cwd),
             "descriptors": [0, 1, 2, *pass_fds],
             "new_session": bool(start_new_session),
+            "ends_with_parent": preexec_fn is end_with_parent,
             "blocked": [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
         }
         assert self.nursery is not None
@@ -179,7 +200,8 @@ def _program(command: Any) -> str | None:
     if not isinstance(command, (list, tuple)) or command[0] != sys.executable:
         return None
     rest = command[2:] if command[1:2] == ["-P"] else command[1:]
-    return rest[1] if rest[:1] == ["-m"] and rest[1] in PROGRAMS else None
+    name = rest[1] if rest[:1] == ["-m"] else rest[0]
+    return name if name in PROGRAMS else None
 
 
 @contextlib.contextmanager
@@ -200,6 +222,10 @@ def processes() -> Iterator[None]:
 
 
 # ---- in the nursery --------------------------------------------------------------------------
+
+
+_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Python's own."""
 
 
 def _await_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -235,17 +261,41 @@ def _become(order: dict[str, Any], descriptors: list[int], connection: socket.so
     os.environ.update(order["environment"])
     os.chdir(order["directory"])
     command, program = order["command"], order["program"]
-    if order["with_children"]:
-        _have_nursery()
     if order["new_session"]:
         os.setsid()
+    if order["ends_with_parent"]:
+        end_with_parent()
+    if order["with_children"]:
+        _have_nursery()  # in the same session: its children are then
     _show(command)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in _HANDLERS.items():
+        signal.signal(number, handler)
+    is_file = os.path.isabs(program)
     if "-P" not in command[:2]:
-        sys.path.insert(0, order["directory"])
+        sys.path.insert(0, os.path.dirname(program) if is_file else order["directory"])
     sys.argv = command[command.index(program) :]
+    _open_streams()
     signal.pthread_sigmask(signal.SIG_SETMASK, order["blocked"])
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
+    if is_file:
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _open_streams() -> None:
+    """Have streams for what the descriptors are now, as Python opens them: whether there is a place
+    to seek, or a reader of lines, is asked once."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        before = getattr(sys, name)
+        mode, at_once = before.mode, before.write_through
+        size = 0 if at_once and number else -1
+        buffer: Any = open(number, f"{mode}b", size, closefd=False)  # noqa: SIM115
+        getattr(buffer, "raw", buffer).name = before.name
+        lines = not at_once and (number == 2 or buffer.isatty())
+        stream = io.TextIOWrapper(buffer, before.encoding, before.errors, "\n", lines, at_once)
+        stream.mode = mode  # type: ignore[misc]
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _have_nursery() -> None:
@@ -287,7 +337,8 @@ def _show(command: list[str]) -> None:
 def _serve(connection: socket.socket) -> None:
     """Fork what is asked for; in a child: run it."""
     _show([IDLE])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for those who ask
+    for each in _HANDLERS:  # what all processes of a group get is for those who ask
+        signal.signal(each, signal.SIG_IGN)
     found = _await_order(connection)
     if found is None:
         os._exit(0)  # to take all modules apart would take a second
@@ -297,5 +348,9 @@ def _serve(connection: socket.socket) -> None:
 if __name__ == "__main__":
     for each in IMPORTS:
         importlib.import_module(each)
+    for each in OF_SERVERS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(each)
     gc.collect()
+    gc.freeze()  # each child would look through all of it
     _serve(socket.socket(fileno=int(sys.argv[1])))

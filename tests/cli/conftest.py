@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from http_server import end_with_parent
 from typer.testing import CliRunner, Result
+from warm import end_with_parent
 
 Invoke = Callable[..., Result]
 

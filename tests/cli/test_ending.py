@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from http_server import end_with_parent
+from warm import end_with_parent
 
 PROGRAM = """
 import threading, time, types

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from reprise.processes.child import Child
 
 GENERATE = (
@@ -58,6 +60,7 @@ def test_exit_handlers_run_and_the_status_is_kept():
         assert done.stdout.splitlines()[-2:] == ["thread", "exit handler"]
 
 
+@pytest.mark.cold
 def test_ctrl_c_while_torch_is_imported_ends_the_command(tmp_path: Path) -> None:
     """torch imports numpy in C++, where what is raised is lost: a command went on and broke
     seconds later."""

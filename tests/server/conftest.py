@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import pytest
-from http_server import SERVE_WITH, Server, Start
+from http_server import Server, Start
+from warm import SERVE_WITH
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,7 @@ def start() -> Iterator[Start]:
         def run(
             *options: str, engine: Sequence[str] = ("-m", "reprise.testing.stub_engine")
         ) -> Server:
-            found = Server([str(SERVE_WITH), " ".join(engine), "--port", "0", *options])
+            found = Server([SERVE_WITH, " ".join(engine), "--port", "0", *options])
             stack.callback(found.close)
             return found
 

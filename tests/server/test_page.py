@@ -7,11 +7,11 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import Server, Start, until
+from warm import FAULTY_ENGINE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra test is not installed")
 
@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason=f"no browser: {', '.join(BROWSERS)}"),
 ]
 
-FAULTY = str(Path(__file__).parent / "faulty_engine.py")
 KEY = "page-key"
 OPTIONS = (
     "--graph-mode", "full", "--graph-verify", "canary:1", "--max-num-seqs", "4",
@@ -35,7 +34,7 @@ WAIT_MS = 30_000
 
 @pytest.fixture(scope="module")
 def served(start: Start, device: str) -> Server:
-    return start(*OPTIONS, "--device", device, engine=(FAULTY, "graph_on_signal"))
+    return start(*OPTIONS, "--device", device, engine=(FAULTY_ENGINE, "graph_on_signal"))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from http_server import Server, Start, until
+from warm import FAULTY_ENGINE
 
 from reprise import LLM, SamplingParams
 
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.long
 
 STREAMS = 64
 COMPLETE = "/v1/completions"
-FAULTY = str(Path(__file__).parent / "faulty_engine.py")
 SMALL = ("--num-blocks", "400")
 GRAPHS = (
     "--graph-mode", "full", "--graph-verify", "canary:1", "--max-num-seqs", "4",
@@ -98,7 +97,7 @@ def nothing_is_left(server: Server) -> None:
 
 
 def test_steps_that_raise(start: Start, expected: list[str]) -> None:
-    server = start(*SMALL, engine=(FAULTY, "step"))
+    server = start(*SMALL, engine=(FAULTY_ENGINE, "step"))
     assert sum(check_all(server, expected, {200, 500}) for _ in range(2))
     nothing_is_left(server)
     with server.client() as client:
@@ -107,7 +106,7 @@ def test_steps_that_raise(start: Start, expected: list[str]) -> None:
 
 def test_logits_that_are_no_numbers(start: Start, expected: list[str]) -> None:
     """One request fails at a time; it is told why, and no other notices."""
-    server = start(*SMALL, engine=(FAULTY, "nan"))
+    server = start(*SMALL, engine=(FAULTY_ENGINE, "nan"))
     failed = sum(check_all(server, expected, {200, 500}) for _ in range(2))
     with server.client() as client:
         lines = client.get("/metrics").text.splitlines()
@@ -126,14 +125,14 @@ def test_logits_that_are_no_numbers(start: Start, expected: list[str]) -> None:
 
 @pytest.mark.parametrize("fault", ["thread", "lost"])
 def test_an_engine_that_ends(start: Start, expected: list[str], fault: str) -> None:
-    server = start(*SMALL, engine=(FAULTY, fault))
+    server = start(*SMALL, engine=(FAULTY_ENGINE, fault))
     check_all(server, expected, {0, 200, 500, 503})
     assert server.process.wait(100) == 2
     assert "the engine's process ended" in server.log
 
 
 def test_a_graph_that_goes_wrong(start: Start, expected: list[str]) -> None:
-    server = start(*GRAPHS, engine=(FAULTY, "graph"))
+    server = start(*GRAPHS, engine=(FAULTY_ENGINE, "graph"))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: ask(server, number), range(16)))
     assert [text for _, text, _ in found] == expected[:16]

@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import SERVE_WITH, Server, Start, gone, until
+from http_server import Server, Start, gone, until
+from warm import SERVE_WITH
 
 COMPLETE = "/v1/completions"
 WAITING = {"prompt": json.dumps({"wait": True})}
@@ -82,7 +83,7 @@ def test_a_server_that_still_loads_ends_at_once(number: signal.Signals, tmp_path
     engine.write_text(
         f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(600)\n"
     )
-    command = [sys.executable, str(SERVE_WITH), str(engine), "--port", "0"]
+    command = [sys.executable, SERVE_WITH, str(engine), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         until(begun.exists)
@@ -226,7 +227,7 @@ def test_a_storm_of_disconnects_leaves_nothing(start: Start, count: int) -> None
 def test_a_killed_test_run_leaves_no_server_behind() -> None:
     program = (
         "import subprocess, sys, time\n"
-        "from http_server import end_with_parent\n"
+        "from warm import end_with_parent\n"
         "child = subprocess.Popen(['sleep', '600'], preexec_fn=end_with_parent)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
