@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from helpers import TinyModels, greedy, make_llm, random_ids, take_time, text_model
 
 from reprise import AsyncLLM, RequestOutput, SamplingParams, platforms
+from reprise.engine.tokenizing import EACH, LONG, is_long
 from reprise.errors import CapacityError, RepriseError, RequestError
 from reprise.platforms import Platform
 from reprise.runner import ModelRunner
@@ -218,7 +220,7 @@ def test_a_long_text_keeps_nobody_waiting(
 
     class Slow:
         def encode(self, text: str, **_: Any) -> list[int]:
-            assert held.wait(30)
+            assert text == "brief" or held.wait(30)
             return [1, 2, 3]
 
         special_tokens_map: Mapping[str, str] = {}
@@ -245,3 +247,56 @@ def test_a_long_text_keeps_nobody_waiting(
 
     quick, slow = run(tiny, device, scenario)
     assert slow.outputs[0].token_ids == quick.outputs[0].token_ids
+
+
+def test_a_long_text_keeps_no_short_one_waiting(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of a request it is that takes long to tokenize."""
+    held, kinds = threading.Event(), 4
+
+    class Slow:
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            assert text == "brief" or held.wait(30)
+            return [1, 2, 3]
+
+        def get_chat_template(self, *_: Any) -> str:
+            assert held.wait(30)
+            return "{{ messages[0].content }}"
+
+    async def scenario(llm: AsyncLLM) -> tuple[int, RequestOutput]:
+        monkeypatch.setattr(llm.engine, "tokenizer", Slow())
+        params, text = greedy(2, detokenize=False), "x" * LONG
+        words = greedy(2, detokenize=False, bad_words=[f"{n}" for n in range(LONG // EACH)])
+        long: list[Any] = [
+            llm.generate(text, params),
+            llm.generate({"prompt": text}, params),
+            llm.generate([1, 2, 3], words),
+            llm.chat([{"role": "user", "content": [{"type": "text", "text": text}]}], params),
+        ]
+        assert len(long) == kinds
+        waiting = [asyncio.create_task(last(each)) for each in long]
+        await asyncio.sleep(0)  # they are submitted
+        brief = await asyncio.wait_for(last(llm.generate("brief", params)), 20)
+        assert not any(each.done() for each in waiting)
+        held.set()
+        done = await asyncio.gather(*waiting)
+        return len(done), brief
+
+    assert run(tiny, device, scenario)[0] == kinds
+
+
+def test_what_takes_long_is_known_in_no_time() -> None:
+    assert is_long("x" * LONG)
+    assert is_long([{"content": [{"text": "x" * (LONG // 2)}, "x" * (LONG // 2)]}], None)
+    assert is_long({"bad_words": ["x"] * (LONG // EACH)})
+    assert is_long({"prompt_token_ids": [1] * (LONG + 1)})
+    assert not is_long("x" * (LONG // 2), [1, 2.0, None, True, b"x"], {"a": {}})
+    endless: list[Any] = ["x"]
+    endless.append(endless)
+    assert is_long(endless)
+    began = time.thread_time()
+    assert is_long(["x"] * 10_000_000)
+    assert time.thread_time() - began < 1.0

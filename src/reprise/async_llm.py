@@ -23,6 +23,7 @@ from reprise.engine import (
     chat_prompt,
     together,
 )
+from reprise.engine.tokenizing import is_long
 from reprise.errors import RequestError, UnsupportedError
 from reprise.loading import as_transformers
 from reprise.metrics import Metric
@@ -101,7 +102,11 @@ class AsyncLLM:
                 grammar was left (GrammarError).
         """
         refuse_others(self.generate, others)
-        return self._outputs(lambda: prompt, _own(sampling_params), request_id, priority)
+        params = _own(sampling_params)
+        # Token ids alone are looked through, however many, in no time.
+        texts = prompt if isinstance(prompt, str | Mapping) else ()
+        long = is_long(texts, getattr(params, "bad_words", None))
+        return self._outputs(lambda: prompt, params, request_id, priority, long)
 
     def chat(
         self,
@@ -136,7 +141,9 @@ class AsyncLLM:
                 chat_template_kwargs=chat_template_kwargs,
             )
 
-        return self._outputs(prompt, _own(sampling_params), request_id, priority)
+        params = _own(sampling_params)
+        long = is_long(messages, tools, documents, getattr(params, "bad_words", None))
+        return self._outputs(prompt, params, request_id, priority, long)
 
     async def _outputs(
         self,
@@ -144,10 +151,11 @@ class AsyncLLM:
         sampling_params: SamplingParams | None,
         request_id: str | None,
         priority: int,
+        long: bool,
     ) -> AsyncIterator[RequestOutput]:
         name = f"async-{next(self._ids)}" if request_id is None else _name(request_id)
         stream = _Stream(asyncio.get_running_loop())
-        accepted = self._driver.submit(name, prompt, sampling_params, priority, stream)
+        accepted = self._driver.submit(name, prompt, sampling_params, priority, stream, long=long)
         try:
             kind = (await asyncio.wrap_future(accepted)).params.output_kind
             whole: RequestOutput | None = None

@@ -267,11 +267,13 @@ class SamplingParams:
         if not all(isinstance(each, str) and each for each in texts):
             raise _invalid(name, getattr(self, name), remedy)
         for each in texts:
-            if any("\ud800" <= character <= "\udfff" for character in each):
+            try:
+                each.encode()
+            except UnicodeEncodeError:
                 raise RequestError(
                     f"{name}={shown(each)} is not valid text (half of a surrogate pair): give "
                     "UTF-8, decoded"
-                )
+                ) from None
         if not isinstance(getattr(self, name), str):
             super().__setattr__(name, tuple(dict.fromkeys(texts)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -365,6 +366,24 @@ def test_streams_show_no_part_of_a_stop_string(
         if found is not None:
             break
     assert detokenizer.text[: detokenizer.stable_length(finished=True)].startswith(shown)
+
+
+def test_thousands_of_stop_strings_are_looked_for_as_fast_as_one() -> None:
+    """All requests wait for a step's texts."""
+    tokenizer = byte_level()
+    texts = TokenTexts(tokenizer)
+    ids = tokenizer.encode("abc de" * 100)
+
+    def seconds(stops: list[str]) -> float:
+        detokenizer = Detokenizer(texts, [], SamplingParams(stop=stops))
+        detokenizer.append(ids)
+        began = time.thread_time()
+        for _ in range(5):
+            assert detokenizer.append(ids) is None
+        return time.thread_time() - began
+
+    many = [f"{number} e" for number in range(100_000)]
+    assert seconds(many) < 20 * seconds(["1 e"])
 
 
 def test_many_tokens_at_once_are_as_one_by_one() -> None:

@@ -6,6 +6,8 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +360,35 @@ def test_files_that_transformers_refuses(tmp_path: Path) -> None:
     assert found.encode("a")
     with pytest.raises(ModelError, match="transformers refuses it"):
         found.as_transformers()
+
+
+def test_long_texts_leave_other_threads_the_interpreter() -> None:
+    """A step of the engine is to wait for no text; the library holds all threads for a single
+    one."""
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    library = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    text = "Once upon a time. <|im_end|> " * 10_000
+    ids: list[int] = []
+    begin = threading.Event()
+
+    def encode() -> None:
+        begin.wait()
+        ids.extend(tokenizer.encode(text))
+        assert tokenizer.decode(ids) == text
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    began = last = time.monotonic()
+    longest = 0.0
+    begin.set()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    assert longest < (last - began) / 4
+    assert ids == library.encode(text).ids
+    assert (
+        tokenizer.encode(text, add_special_tokens=False)
+        == library.encode(text, add_special_tokens=False).ids
+    )
+    assert tokenizer.decode(ids, True) == library.decode(ids, skip_special_tokens=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -393,3 +395,20 @@ def test_the_first_kinds_of_line_in_the_log(server: Server, client: openai.OpenA
     (line,) = (each for each in server.lines if "look-for-this" in each)
     assert "POST /v1/chat/completions 400" in line
     assert SUM not in server.log
+
+
+def test_a_long_text_keeps_no_short_one_waiting(server: Server) -> None:
+    """Tokens are counted of texts of any length."""
+
+    def seconds(path: str, **body: Any) -> float:
+        began = time.monotonic()
+        with server.client() as client:
+            assert client.post(path, json=body).status_code == 200
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(seconds, "/tokenize", prompt="a b " * 250_000)
+        time.sleep(0.5)
+        assert not long.done()
+        brief = seconds("/v1/completions", prompt="x", max_tokens=1)
+    assert brief < long.result() / 2

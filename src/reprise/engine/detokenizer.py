@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,6 +105,44 @@ class TokenTexts:
         return []
 
 
+class _StopStrings:
+    """Finds the first of many texts in a text that grows: what is looked up is a part of that text,
+    so that it takes as long for thousands as for a few.
+
+    Args:
+        stops: The texts.
+    """
+
+    __slots__ = ("_ends", "_lengths", "_stops", "longest")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = frozenset(stops)
+        self._ends = frozenset(each[-1] for each in stops)
+        self._lengths = sorted({len(each) for each in stops}, reverse=True)
+        self.longest = self._lengths[0] if stops else 0
+
+    def first(self, text: str, known: int) -> tuple[int, int] | None:
+        """Where the one that is complete first begins and ends; of two that are complete at once
+        the longer one, so that nothing of it is shown. None: none ends behind ``known``.
+
+        Args:
+            text: So far.
+            known: Characters of it in which none ends.
+        """
+        for end in range(known + 1, len(text) + 1):
+            if text[end - 1] not in self._ends:
+                continue
+            for length in self._lengths:
+                if length <= end and text[end - length : end] in self._stops:
+                    return end - length, end
+        return None
+
+
+@functools.lru_cache(maxsize=4)  # all completions of a prompt have the same
+def _finder(stops: tuple[str, ...]) -> _StopStrings:
+    return _StopStrings(stops)
+
+
 class Detokenizer:
     """The growing text of one completion: what the tokenizer makes of all its ids behind those of
     the prompt. Characters come out when they are whole, and stop strings are found.
@@ -143,10 +182,11 @@ class Detokenizer:
         """The rest of their text: replacement characters, which may become others."""
         self._prompt: Sequence[int] | None = prompt_token_ids
         """Until the context is other tokens; most texts never need the prompt's."""
-        self._stops = stops = params.stop_strings
+        self._stops = params.stop_strings
+        self._find_stop = _finder(self._stops)
         self._held_back = 0
-        if stops and not params.include_stop_str_in_output:
-            self._held_back = max(map(len, stops)) - 1
+        if self._stops and not params.include_stop_str_in_output:
+            self._held_back = self._find_stop.longest - 1
 
     def add(self, token: int) -> bool:
         """:meth:`append` one token, if it is whole characters and no stop string is looked for, as
@@ -275,17 +315,14 @@ class Detokenizer:
         self.text += added
         if not self._stops or not added or self._num_tokens < self._params.min_tokens:
             return None
-        first, found = (len(self.text) + 1, 0), None
-        for stop in self._stops:
-            begin = self.text.find(stop, max(0, len(self.text) - len(added) - len(stop) + 1))
-            # Of two that are complete at once the longer one, so that nothing of it is shown.
-            if begin != -1 and (begin + len(stop), begin) < first:
-                first, found = (begin + len(stop), begin), stop
-        if found is not None:
-            end, begin = first
-            self.text = self.text[: end if self._params.include_stop_str_in_output else begin]
-            self._unsure = ""
-        return found
+        found = self._find_stop.first(self.text, len(self.text) - len(added))
+        if found is None:
+            return None
+        begin, end = found
+        stop = self.text[begin:end]
+        self.text = self.text[: end if self._params.include_stop_str_in_output else begin]
+        self._unsure = ""
+        return stop
 
     def _decode(self, ids: list[int]) -> str:
         return self._texts.decode(ids, self._skip_special)

@@ -87,17 +87,21 @@ class Driver(Protocol):
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
+        *,
+        long: bool = False,
     ) -> Future[Any]:
         """Have a request computed.
 
         Args:
             request_id: Unique among the unfinished ones.
-            prompt: Makes the prompt; called in the thread that tokenizes, for which one that is
+            prompt: Makes the prompt; called in a thread that tokenizes, for which one that is
                 prepared, like its parameters, does not wait.
             params: None: as the checkpoint recommends.
             priority: Lower is more urgent.
             reader: Gets the outputs. :meth:`leave` when it wants no more.
             admit: May refuse it.
+            long: As :func:`reprise.engine.tokenizing.is_long` says of what prompt and parameters
+                are made of: others are not to wait while they are.
 
         Returns:
             An :class:`Acceptance`, when an engine has the request; or its exception says why it was
@@ -126,8 +130,8 @@ class Driver(Protocol):
     def leave(self, request_id: str, reader: Reader) -> None:
         """The reader wants no more; its request ends if it has not."""
 
-    def tokenize(self, function: Callable[[], T]) -> Future[T]:
-        """Run in the thread that tokenizes.
+    def tokenize(self, function: Callable[[], T], *, long: bool = False) -> Future[T]:
+        """Run in a thread that tokenizes; ``long`` as of :meth:`submit`.
 
         Raises:
             RepriseError: The driver has ended.

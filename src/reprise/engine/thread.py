@@ -22,6 +22,7 @@ from reprise.engine.frontend import Frontend
 from reprise.engine.prompt import PreparedPrompt
 from reprise.engine.questions import QUESTIONS
 from reprise.engine.submission import PreparedParams
+from reprise.engine.tokenizing import Tokenizing
 from reprise.errors import RanksError, RepriseError, describe, ordinary
 from reprise.parallel import Elsewhere, Seat
 from reprise.sampling_params import SamplingParams
@@ -61,8 +62,8 @@ PREPARING_GRAMMARS = 4
 
 
 class EngineThread:
-    """Drives one engine. A second thread tokenizes, so that no text however long delays a step;
-    others prepare requests with a grammar, which may take long to compile.
+    """Drives one engine. Other threads tokenize, so that no text however long delays a step or
+    another text, and prepare requests with a grammar, which may take long to compile.
 
     Args:
         config: Of the engine.
@@ -105,7 +106,7 @@ class EngineThread:
         self._closed: str | None = None
         """Why nothing more is accepted."""
         self._lock = threading.Lock()
-        self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
+        self._tokenizing = Tokenizing()
         self._structuring = ThreadPoolExecutor(PREPARING_GRAMMARS, "reprise-structured")
         self._thread = threading.Thread(target=self._loop, name="reprise-engine", daemon=True)
         if self.engine.lockstep is not None:  # before it rests for the first time
@@ -125,6 +126,8 @@ class EngineThread:
         reader: Reader,
         admit: Admit | None = None,
         ordinal: int | None = None,
+        *,
+        long: bool = False,
     ) -> Future[CompletionGroup]:
         """As of :class:`reprise.engine.driver.Driver`.
 
@@ -161,8 +164,10 @@ class EngineThread:
             ready = isinstance(prompt, PreparedPrompt) and isinstance(params, PreparedParams)
             if not ready:
                 # Neither the engine nor other callers wait for the tokenizer or a grammar.
-                plain = getattr(params, "structured_outputs", None) is None
-                (self._tokenizing if plain else self._structuring).submit(prepare)
+                if getattr(params, "structured_outputs", None) is None:
+                    self._tokenizing.submit(prepare, long)
+                else:
+                    self._structuring.submit(prepare)
         if ready:
             prepare()
         return accepted
@@ -220,10 +225,10 @@ class EngineThread:
         """As of :class:`reprise.engine.driver.Driver`."""
         return self.call(lambda: [QUESTIONS[name].answer(self.engine, *arguments)])
 
-    def tokenize(self, function: Callable[[], T]) -> Future[T]:
+    def tokenize(self, function: Callable[[], T], *, long: bool = False) -> Future[T]:
         """As of :class:`reprise.engine.driver.Driver`."""
         with self._open():
-            return self._tokenizing.submit(function)
+            return self._tokenizing.submit(function, long)
 
     def abort(self, request_id: str) -> Future[None]:
         """As of :class:`reprise.engine.driver.Driver`."""
@@ -264,7 +269,7 @@ class EngineThread:
             if self._closed is None:
                 self._closed = "the engine was shut down; create a new AsyncLLM"
                 self._commands.put(None)
-        self._tokenizing.shutdown(wait=False)
+        self._tokenizing.shutdown()
         self._structuring.shutdown(wait=False)
 
     def drop(self) -> None:

@@ -12,6 +12,10 @@ from reprise.errors import ModelError
 from reprise.loading.chat_encoder import EncoderTexts
 from reprise.loading.files import require_regular
 
+LONG = 1 << 11
+"""Characters or tokens, from which on the library is given a batch of one: it lets other threads
+have the interpreter for a batch alone, and for one text holds all of them up to its end."""
+
 
 class JsonTokenizer:
     """What the engine asks of transformers' tokenizer, answered by the ``tokenizers`` library
@@ -60,15 +64,19 @@ class JsonTokenizer:
         return {**named, **self._special_tokens["model_specific_special_tokens"]}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend_tokenizer.encode(
-            text, add_special_tokens=add_special_tokens
-        ).ids
+        backend = self.backend_tokenizer
+        if len(text) < LONG:
+            found = backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (found,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return str(
-            self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        )
+        ids, backend = list(token_ids), self.backend_tokenizer
+        if len(ids) < LONG:
+            return str(backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
         if isinstance(ids, int):

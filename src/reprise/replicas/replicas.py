@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from reprise.engine.driver import gather, refuse
 from reprise.engine.frontend import load_tokenizer
 from reprise.engine.prompt import PreparedPrompt, check_fits
 from reprise.engine.submission import PreparedParams, truncated
+from reprise.engine.tokenizing import Tokenizing
 from reprise.errors import ConfigError, describe, ordinary
 from reprise.loading import NamedTensors, checkpoint_of
 from reprise.processes import wire
@@ -59,7 +60,7 @@ def launch(config: EngineConfig) -> Fleet:
 
 
 class Replicas:
-    """Drives several engines. A thread reads what they send, another one tokenizes.
+    """Drives several engines. A thread reads what they send, others tokenize.
 
     Args:
         config: Options, of all.
@@ -117,7 +118,7 @@ class Replicas:
             "%d replica(s) ready, after %s s", len(facts),
             ", ".join(f"{each['startup_seconds']:.2f}" for each in facts),
         )  # fmt: skip
-        self._tokenizing = ThreadPoolExecutor(1, "reprise-tokenizer")
+        self._tokenizing = Tokenizing()
         self._thread = threading.Thread(target=self._loop, name="reprise-replicas", daemon=True)
         _living.add(self)
         self._thread.start()
@@ -143,6 +144,8 @@ class Replicas:
         priority: int,
         reader: Reader,
         admit: Admit | None = None,
+        *,
+        long: bool = False,
     ) -> Future[Any]:
         """As of :class:`reprise.engine.Driver`."""
         accepted: Future[Any] = Future()
@@ -172,7 +175,7 @@ class Replicas:
             outstanding.prepare(reader, request_id)
             ready = isinstance(prompt, PreparedPrompt) and isinstance(params, PreparedParams)
             if not ready:
-                self._tokenizing.submit(prepare)
+                self._tokenizing.submit(prepare, long)
         if ready:
             prepare()
         return accepted
@@ -257,10 +260,10 @@ class Replicas:
                 ]
             )
 
-    def tokenize(self, function: Callable[[], T]) -> Future[T]:
+    def tokenize(self, function: Callable[[], T], *, long: bool = False) -> Future[T]:
         """As of :class:`reprise.engine.Driver`."""
         with self._outstanding.open():
-            return self._tokenizing.submit(function)
+            return self._tokenizing.submit(function, long)
 
     def abort(self, request_id: str) -> Future[None]:
         """As of :class:`reprise.engine.Driver`."""
@@ -299,7 +302,7 @@ class Replicas:
             if self._outstanding.closed is None:
                 self._outstanding.closed = "the engine was shut down; create a new one"
                 self._wires.stop()
-        self._tokenizing.shutdown(wait=False)
+        self._tokenizing.shutdown()
         self._thread.join()
 
     def drop(self) -> None:

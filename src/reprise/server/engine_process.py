@@ -1,7 +1,7 @@
 """The process that has the engine. HTTP processes ask it over sockets that their parent hands in.
 
-Three threads: the engine's, the one that tokenizes, and the main one, which reads what HTTP
-processes send. A fourth one waits for the parent to end.
+Its threads are the engine's, those that tokenize, and the main one, which reads what HTTP
+processes send. One more waits for the parent to end.
 """
 
 from __future__ import annotations

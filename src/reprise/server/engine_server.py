@@ -16,6 +16,7 @@ from reprise.engine.driver import gather, then
 from reprise.engine.prompt import PreparedPrompt, TokensPrompt, encode
 from reprise.engine.service import EngineService
 from reprise.engine.submission import PreparedParams
+from reprise.engine.tokenizing import is_long
 from reprise.errors import RepriseError, RequestError
 from reprise.processes.channel import Channel, flush_all
 from reprise.replicas import drive
@@ -116,6 +117,7 @@ class EngineServer(EngineService):
                 request.priority,
                 reader,
                 self._admit,
+                long=not prepare and is_long(request.prompt, request.chat, request.params),
             )
         except Exception as error:  # of whatever kind: other requests go on
             if not isinstance(error, RepriseError):
@@ -224,7 +226,9 @@ class EngineServer(EngineService):
         return _done(sum(len(each.readers) for each in self.channels))
 
     def _do_tokenize(self, **arguments: Any) -> Future[Any]:
-        return self.driver.tokenize(functools.partial(self._tokenize, **arguments))
+        return self.driver.tokenize(
+            functools.partial(self._tokenize, **arguments), long=is_long(arguments)
+        )
 
     def _tokenize(
         self,
@@ -250,7 +254,7 @@ class EngineServer(EngineService):
         }
 
     def _do_detokenize(self, tokens: list[int]) -> Future[Any]:
-        return self.driver.tokenize(lambda: self._detokenize(tokens))
+        return self.driver.tokenize(lambda: self._detokenize(tokens), long=is_long(tokens))
 
     def _detokenize(self, tokens: list[int]) -> str:
         engine = self._frontend
@@ -293,7 +297,8 @@ def _is_quick(request: wire.Generate) -> bool:
     ids = None if request.chat is not None else (request.prompt or {}).get("prompt_token_ids")
     short = isinstance(ids, list) and len(ids) <= MOST_QUICK
     params = request.params
-    return short and not params.get("structured_outputs") and not params.get("bad_words")
+    simple = not params.get("structured_outputs") and not params.get("bad_words")
+    return short and simple and not is_long(params)
 
 
 def _params(given: dict[str, Any]) -> SamplingParams:
