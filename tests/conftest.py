@@ -17,6 +17,7 @@ import covering
 import on_device
 import pytest
 import seeds
+import shares
 import warm
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left |= {each for each in items if not on_device.takes_it(each)}
     config.hook.pytest_deselected(items=[each for each in items if each in left])
     items[:] = [each for each in items if each not in left]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Any:
+    """See tests/shares.py."""
+    return shares.scheduler(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def freeze() -> None:
