@@ -40,6 +40,35 @@ def test_same_tokens(
     assert not alone.case(features).different(alone.tokens(features), disturbances)
 
 
+def test_under_some_disturbances_graphs_answer_and_under_others_they_are_compared(
+    alone: matrix.Alone,
+) -> None:
+    """What a comparison gives is eager execution's: a case where all are compared proves little of
+    what graphs compute. In the product each feature meets each disturbance both ways."""
+    case = alone.case(matrix.Features("full", "plain", 3))
+    compared = {}
+    for name in ("bucket", "neighbours"):
+        before = sum(each.graph_report().canaries for each in case._kept)
+        assert token_ids(case.under(name)) == alone.tokens(case.features)
+        report = case._kept[0].graph_report()
+        compared[name] = report.canaries - before, report.replays
+    assert not case.compares("bucket")
+    assert compared["bucket"][0] <= 2, "some are, whatever a step is"
+    assert compared["bucket"][1] > 20
+    assert case.compares("neighbours")
+    assert compared["neighbours"][0] > 10
+    ways = {
+        (value, name, replace(case, features=features).compares(name))
+        for features in matrix.PRODUCT
+        for value in (features.executor, features.model, features.drafts, features.drafter)
+        for name in matrix.DISTURBANCES
+    }  # fmt: skip
+    features = (
+        len(matrix.EXECUTORS) + len(matrix.MODELS) + len(matrix.DRAFTS) + len(matrix.DRAFTERS)
+    )
+    assert len(ways) == 2 * len(matrix.DISTURBANCES) * features
+
+
 class Forgetful(Window):
     """Says that who goes on behind a prefix needs none of it."""
 

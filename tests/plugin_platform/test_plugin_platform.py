@@ -231,7 +231,7 @@ def test_every_feature_on_each_executor(
     toy: str, alone: matrix.Alone, features: matrix.Features, disturbance: str
 ) -> None:
     case = replace(alone.case(features), device=f"{toy}-graphs")
-    found = token_ids(matrix.DISTURBANCES[disturbance](case))
+    found = token_ids(case.under(disturbance))
     assert found == alone.tokens(features)
 
 
