@@ -16,6 +16,7 @@ from reprise import LLM
 from reprise.distributed import ALONE_AGREES
 from reprise.errors import WeightsLostError
 from reprise.graphs import repair, step_memory, verify
+from reprise.graphs.compare import same_bits
 from reprise.graphs.guard import Guard
 from reprise.graphs.segments import Segment, SegmentedGraph
 from reprise.platforms import MemoryInfo, Platform
@@ -45,7 +46,10 @@ def small_llm(model: TinyModel, device: str, **options: Any) -> LLM:
 
 def spoil(tensors: Iterable[Tensor]) -> None:
     for each in tensors:
-        each.neg_() if each.is_floating_point() else each.bitwise_not_()
+        if each.itemsize == 1:
+            each.view(torch.uint8).bitwise_not_()
+        else:
+            each.neg_() if each.is_floating_point() else each.bitwise_not_()
 
 
 def after_replays(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], None]) -> None:
@@ -224,6 +228,57 @@ def test_what_is_kept_while_no_request_runs(
     (output,) = llm.generate([{"prompt_token_ids": prompt}], PARAMS, use_tqdm=False)
     assert output.metrics.num_cached_tokens == 0, "cached prefixes are forgotten"
     assert [list(output.outputs[0].token_ids)] == first
+
+
+def test_what_is_written_once_is_as_at_start_behind_a_probe(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that is made while no request runs no copy is left either."""
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none", graph_buckets="decode=4")
+    prompt = random_ids(93, 60)
+    first = generate(llm, [prompt], PARAMS)
+    runner = llm.engine.runner
+    for each in runner.graphs.bucket_graphs.values():
+        each.info.probes = 1
+    memory = runner.forward_pass.memory()
+    once = [memory["block_sizes"].tensor, memory["rows' tables"].tensor[:, 0]]
+    kept = verify._Both._kept
+    found: list[Tensor] = []
+    monkeypatch.setattr(
+        verify._Both, "_kept", lambda self, values: found.extend(kept(self, values)) or found
+    )
+    after_replays(monkeypatch, lambda count: spoil([*once, *found]))
+    assert llm.engine.prove_idle()
+    assert found
+    monkeypatch.undo()
+    assert len(llm.graph_report().quarantined) == 1
+    assert generate(llm, [prompt], PARAMS) == first
+
+
+def test_what_start_up_has_put_back(
+    model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start has no requests, but it has what is written once, and what ops keep."""
+    options = {"graph_buckets": "decode=4", "kv_cache_dtype": "fp8"}
+    eager = small_llm(model, device, graph_mode="none", **options)
+    expected = generate(eager, PROMPTS, PARAMS)
+    replay = verify._Both._replay
+    found: list[Tensor] = []
+
+    def noted(self: Any, graph: Any, pool: Any, kept: Any, at_first: Any, *args: Any, **named: Any):
+        found[:] = [*at_first.values(), *self.before.kept()]
+        replay(self, graph, pool, kept, at_first, *args, **named)
+        found.clear()
+
+    monkeypatch.setattr(verify._Both, "_replay", noted)
+    # Others each time: what is spoiled twice in the same way may be right again.
+    after_replays(monkeypatch, lambda _: [each.view(torch.uint8).add_(1) for each in found])
+    llm = small_llm(model, device, graph_mode="decode=breakable,mixed=none", **options)
+    monkeypatch.undo()
+    assert len(llm.graph_report().quarantined) == 1
+    kept, right = (each.engine.runner.ops.memory for each in (llm, eager))
+    assert all(same_bits(each, right[name]) for name, each in kept.items())
+    assert generate(llm, PROMPTS, PARAMS) == expected
 
 
 def test_a_graph_that_was_found_wrong_is_refused_whatever_follows(

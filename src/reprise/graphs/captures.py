@@ -102,10 +102,11 @@ class Captures:
     # ---- start-up ------------------------------------------------------------------------
 
     def learn_weights(self) -> None:
-        """The weights are right as they are: nothing has been captured yet. A later call changes
-        nothing."""
+        """The weights are right as they are, and what ops keep: nothing has been captured yet. A
+        later call changes nothing."""
         if not self._guard.knows_weights:
             self.weights_changed()
+            self._guard.learn_ops()
 
     def weights_changed(self) -> None:
         """The weights were refilled on purpose: they are right as they are now.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.graphs.compare import copies, differ, differs
+from reprise.graphs.compare import differ, differs
 from reprise.graphs.contract import Computation
 from reprise.graphs.regions import (
     Owner,
@@ -118,9 +118,12 @@ class Guard:
             sum_of(weight)
 
     def learn_ops(self) -> None:
-        """Ops are between two steps, and what they keep has been made."""
+        """Ops are between two steps, and what they keep is as they leave it. What they have made
+        since the last call is taken down: where no graph can write."""
         table = self._computation.ops
-        self._at_rest = copies({k: v for k, v in table.memory.items() if k not in table.counters})
+        for name, tensor in table.memory.items():
+            if name not in table.counters and name not in self._at_rest:
+                self._at_rest[name] = tensor.to("cpu", copy=True)
 
     def settle_ops(self) -> None:
         """Bring what ops keep into the order that they leave it in: a replay broke off."""

@@ -81,6 +81,11 @@ class GraphOwners:
             if everything or each.replays.interrupted is not None:
                 each.replays.settle(everything=everything)
 
+    def settle_ops(self) -> None:
+        """See :meth:`Guard.settle_ops`, of all owners: they share what ops keep."""
+        for each in self.runners.values():
+            each.guard.settle_ops()
+
     def caches_changed(self) -> None:
         """See :meth:`GraphRunner.caches_changed`."""
         for each in self.runners.values():
@@ -96,6 +101,11 @@ class GraphOwners:
         self.settle()
         self.caches_changed()  # by probes of another's
         return any(each.captures.prove_more(wanted) for each in self.runners.values())
+
+    @property
+    def damaged(self) -> bool:
+        """A graph was refused, and nobody has heeded yet what it has left behind."""
+        return any(each.replays.damage is not None for each in self.runners.values())
 
     def take_damages(self) -> list[tuple[str, Damage]]:
         """What graphs have left behind in the last step, and whose they are."""

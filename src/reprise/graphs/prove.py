@@ -178,7 +178,6 @@ class Prover:
 
     def begin(self, buckets: list[BucketGraph]) -> None:
         """Choose probes, measure bounds. The weights have been taken down."""
-        self._guard.learn_ops()
         for bucket in buckets:
             bucket.probes = self._probes_of(bucket, anchor=False)
         self._judge.bounds.measure(buckets)

@@ -235,6 +235,7 @@ class _Both:
     ) -> None:
         self._computation, self._guard, self._bucket = computation, guard, bucket
         self.step = StepMemory(computation, bucket, live)
+        guard.learn_ops()
         self.before = guard.before(scope)
         self.verdict = Verdict()
         self.cold = False
@@ -327,6 +328,7 @@ class _Both:
             computation.forward(self._bucket, model)
         step.clear_unread()
         step.meet_new_memory(at_first)
+        self._guard.learn_ops()
         self.expected = step.state()
         step.put(at_first)
 

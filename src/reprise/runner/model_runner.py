@@ -182,6 +182,13 @@ class ModelRunner:
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
             allocate_caches(self.caches, self.cache_layout, platform)
+            self._at_rest = [
+                (each.tensor, each.tensor.to("cpu", copy=True))
+                for each in self.forward_pass.memory().values()
+                if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
+            ]
+            """What steps read, as it is while there is no request: some of it is written once. No
+            graph has run yet, which might have changed it."""
             examples = Examples(
                 config, self.ops, platform, self.model, self.forward_pass, self.buffers,
                 self.drafter, self.max_tokens, ranks.group,
@@ -218,12 +225,6 @@ class ModelRunner:
         """Of the step that was submitted last."""
         self._sound: Tensor | None = None
         """Of the step's copies of states, whether they are of finite numbers."""
-        self._at_rest = [
-            (each.tensor, each.tensor.to("cpu", copy=True))
-            for each in self.forward_pass.memory().values()
-            if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
-        ]
-        """What steps read, as it is while there is no request: some of it is written once."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
 
@@ -320,13 +321,19 @@ class ModelRunner:
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
         self._landings.clear()
+        self._result = None
+        self._come_to_rest()
+
+    def _come_to_rest(self) -> None:
+        """Give what steps read, and what ops keep, the content that it has while there is no
+        request: graphs may have written there, or over copies that it was put back from."""
         self._forget_inputs()
         self.sampler.forget()
-        self._result = None
         with torch.inference_mode():
             for tensor, content in self._at_rest:
                 tensor.copy_(content)
             self.buffers.rows.clear_nobodys()
+            self.owners.settle_ops()
 
     def _forget_inputs(self) -> None:
         self.buffers.forget()
@@ -339,7 +346,10 @@ class ModelRunner:
 
     def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
         """See :meth:`reprise.graphs.Captures.prove_more`, of all owners."""
-        return self.owners.prove_more(wanted)
+        more = self.owners.prove_more(wanted)
+        if self.owners.damaged:
+            self._come_to_rest()
+        return more
 
     def check(self) -> None:
         """Raise a RanksError if other ranks are lost."""
@@ -399,4 +409,4 @@ class ModelRunner:
     def _capture_graphs(self) -> None:
         with progress("graphs", 0) as bar:
             self.owners.capture_all(bar.show)
-        self._forget_inputs()
+        self._come_to_rest()
