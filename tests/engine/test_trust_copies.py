@@ -205,6 +205,52 @@ def test_memory_that_is_short_behind_a_replay(
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("behind", ["eager execution", "the replay"])
+def test_memory_that_stays_short(
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    """What was done by then cannot be put back either, so nothing goes on from it: states would
+    be updated twice, and draws be as the replay has made them."""
+    model, prompts = tiny("qwen3_5"), PROMPTS[:2]
+    expected = generate(small_llm(model, device, graph_mode="none"), prompts, PARAMS)
+    llm = small_llm(model, device, graph_mode="decode=full,mixed=none", graph_buckets="decode=2")
+    counts = llm.engine.runner.sampler._kept.seen.counts
+    state, put, flags = step_memory.StepMemory.state, step_memory.StepMemory.put, Guard.flags
+    put_back, calls, short = Guard.put_back, [0], [False]
+
+    def lacks(method: Callable[..., Any], here: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            calls[0] += here == behind
+            short[0] |= calls[0] == 8 and here == behind
+            if short[0]:
+                raise torch.OutOfMemoryError("no memory")
+            return method(self, *args)
+
+        return call
+
+    for holder, name, method, here in (
+        (step_memory.StepMemory, "state", state, "eager execution"),
+        (step_memory.StepMemory, "put", put, ""),
+        (Guard, "flags", flags, "the replay"),
+        (Guard, "put_back", put_back, ""),
+    ):
+        monkeypatch.setattr(holder, name, lacks(method, here))
+    compare = llm.engine.runner.graphs.replays.compare
+
+    def compared(*args: Any, **named: Any) -> Any:
+        try:
+            return compare(*args, **named)
+        finally:
+            short[0] = False
+
+    monkeypatch.setattr(llm.engine.runner.graphs.replays, "compare", compared)
+    if behind == "the replay":
+        after_replays(monkeypatch, lambda count: counts.fill_(3) if calls[0] == 7 else None)
+    assert generate(llm, prompts, PARAMS) == expected
+    assert calls[0] >= 8
+    assert len(llm.graph_report().quarantined) == 1
+
+
 def test_what_is_kept_while_no_request_runs(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,10 +514,12 @@ def test_copies_of_states_that_nobody_can_find_yet(
     forward_pass = llm.engine.runner.forward_pass
     copy_states = forward_pass.copy_states
     made: list[int] = []
+    sounds: list[Tensor] = []
 
     def noted(copies: Any) -> Tensor:
         made.extend(each.target for each in copies)
-        return copy_states(copies)
+        sounds.append(copy_states(copies))
+        return sounds[-1]
 
     monkeypatch.setattr(forward_pass, "copy_states", noted)
 
@@ -479,9 +527,12 @@ def test_copies_of_states_that_nobody_can_find_yet(
         states = [e.tensor for name, e in forward_pass.memory().items() if "heads" in name]
         for slot in made:
             spoil([each[slot] for each in states])
+        if (sound := llm.engine.runner._sound) is not None:
+            sound.fill_(False)
         made.clear()
 
     after_replays(monkeypatch, change)
     assert [generate(llm, [each], PARAMS) for each in prompts] == expected
     assert llm.graph_report().canary_failures
+    assert sounds and all(bool(each.all()) for each in sounds), "they are offered all the same"
     assert_idle(llm)

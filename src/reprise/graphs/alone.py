@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -49,9 +50,10 @@ def run_alone(
             verdict.changes += guard.changes(before)
             guard.put_back(before)
     except BaseException as error:
-        step.put(at_first)
-        if before is not None:
-            guard.put_back(before)  # some of it is written once, at start
+        with contextlib.suppress(Exception):  # for want of memory, as it may be
+            step.put(at_first)
+            if before is not None:
+                guard.put_back(before)  # some of it is written once, at start
         if not isinstance(error, Exception):
             raise
         return Verdict(error=describe(error), ran=before is not None, lost=before is not None)

@@ -149,8 +149,12 @@ def examine(
         )  # fmt: skip
         return both.conclude(bound, keep=keep)
     except BaseException as error:
-        guard.put_back(both.before)  # some of it is written once, at start
-        if not (both.has_replayed and isinstance(error, Exception)):
+        lost = both.has_replayed
+        try:
+            guard.put_back(both.before)  # some of it is written once, at start
+        except Exception:
+            lost = True
+        if not (lost and isinstance(error, Exception)):
             raise
         # What the replay has done to memory of others, nobody can say now.
         return Verdict(error=f"not compared: {describe(error)}", lost=True)
@@ -241,7 +245,8 @@ class _Both:
         self.cold = False
         """The replay came first."""
         self.has_replayed = False
-        """A replay has begun."""
+        """A replay has begun, or what eager execution has done cannot be put back: nobody can go on
+        from what there is."""
         self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
         self.expected: Values = {}
         self.got: Values = {}
@@ -315,8 +320,10 @@ class _Both:
             self.flag = torch.stack(flags).any()
             self.extremes = extremes(self.outputs.values())
         except BaseException:
+            replayed, self.has_replayed = self.has_replayed, True  # unless all is as it was
             self._guard.put_back(self.before)
             step.put(at_first)
+            self.has_replayed = replayed
             raise
 
     def _forward(self, model: Callable[..., Any], at_first: Values) -> None:

@@ -177,6 +177,8 @@ class ModelRunner:
                 )  # fmt: skip
             self._prompt_logprobs = PromptLogprobs(self.buffers, platform)
             self._withheld = Withheld(self.buffers.rows, platform)
+            self._sound: Tensor | None = None
+            """Of the step's copies of states, whether they are of finite numbers."""
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
@@ -223,8 +225,6 @@ class ModelRunner:
         self._at_least: StepShape | None = None
         self._result: Tensor | None = None
         """Of the step that was submitted last."""
-        self._sound: Tensor | None = None
-        """Of the step's copies of states, whether they are of finite numbers."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
 
@@ -316,7 +316,8 @@ class ModelRunner:
     def _memory_beside(self) -> dict[str, Tensor]:
         """What lies on the device from step to step and that no forward pass may touch."""
         drafter = {} if self.drafter is None else self.drafter.memory()
-        return {**self.sampler.memory(), **drafter, **self._withheld.memory()}
+        sound = {} if self._sound is None else {"soundness of copied states": self._sound}
+        return {**self.sampler.memory(), **drafter, **self._withheld.memory(), **sound}
 
     def forget_steps(self) -> None:
         """A step failed half-way: trust nothing that steps leave behind for the next one."""
