@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import BLOCK, Toy
 
+from reprise.graphs.alone import run_alone
 from reprise.graphs.compare import differs
 from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.regions import Region
@@ -43,6 +44,20 @@ def changes_after(toy: Toy, change: Any, units: list[int] | None = None) -> list
 
 def test_nothing_is_found_where_nothing_changed(toy: Toy) -> None:
     assert changes_after(toy, lambda: None) == []
+
+
+def test_what_a_capture_did_and_cannot_be_put_back_is_lost(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    toy.fill(StepShape.decode(4), 1)
+    guard = Guard(toy)
+    guard.learn_weights()
+    for method in ("flags", "put_back"):
+        monkeypatch.setattr(Guard, method, lack)
+    assert run_alone(toy, guard, lambda: None, StepShape.decode(4), Scope()).lost
 
 
 @pytest.mark.parametrize("units", [None, [0, 7, 9]])
