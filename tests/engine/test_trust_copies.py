@@ -534,5 +534,6 @@ def test_copies_of_states_that_nobody_can_find_yet(
     after_replays(monkeypatch, change)
     assert [generate(llm, [each], PARAMS) for each in prompts] == expected
     assert llm.graph_report().canary_failures
-    assert sounds and all(bool(each.all()) for each in sounds), "they are offered all the same"
+    assert sounds
+    assert all(bool(each.all()) for each in sounds), "they are offered all the same"
     assert_idle(llm)
