@@ -6,6 +6,7 @@ listed here to be accepted, and what is listed is followed: tests hold both.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ MAX_DEPTH = 64
 """Of schemas in schemas: the compiler recurses."""
 MAX_COUNT = 10_000
 """Of ``maxLength``, ``maxItems`` and the like: each is a state of an automaton."""
+
+MAX_PAIRED = 32
+"""Schemas of objects, each two of which may differ in another property."""
 
 _ANNOTATIONS = frozenset({
     "title", "description", "default", "examples", "example", "$schema", "$id", "id", "$comment",
@@ -111,17 +115,23 @@ class _Check:
         for key, each in found.items():
             self.visit(each, f"{path}/{name}/{key}", depth + 1)
 
-    def _resolve(self, reference: Any, path: str) -> None:
+    def _referred(self, reference: Any, path: str = "#") -> Any:
+        """What a ``$ref`` says."""
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise self.refuse(
                 path, f"$ref={shown(reference)} is not followed", "refer to #/$defs/NAME"
             )
-        found, parts = self._root, reference.split("/")[1:]
-        for part in parts:
+        found = self._root
+        for part in reference.split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or key not in found:
                 raise self.refuse(path, f"$ref={shown(reference)} refers to nothing")
             found = found[key]
+        return found
+
+    def _resolve(self, reference: Any, path: str) -> None:
+        self._referred(reference, path)
+        parts = reference.split("/")[1:]
         if parts and (len(parts) != 2 or parts[0] not in ("$defs", "definitions")):
             # What is visited nowhere else would not be checked.
             raise self.refuse(
@@ -142,19 +152,16 @@ class _Check:
 
     def _disjoint(self, branches: Sequence[Any]) -> bool:
         """No value is valid by two of them, as far as can be seen from outside."""
-        known = [self._outside(each) for each in branches]
-        return all(
-            _apart(one, other) for number, one in enumerate(known) for other in known[:number]
-        )
+        return _all_apart([self._outside(each) for each in branches])
 
     def _outside(self, schema: Any) -> Any:
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
-            found = self._root
-            for part in schema["$ref"].split("/")[1:]:
-                found = found[part.replace("~1", "/").replace("~0", "~")]
-            schema = found
+            try:
+                schema = self._referred(schema["$ref"])
+            except RequestError:
+                break  # what is referred to is looked at later
         return {}
 
     def _visit_values(self, schema: Mapping[str, Any], names: set[str], path: str) -> None:
@@ -277,23 +284,68 @@ def _is_of(value: Any, kind: str) -> bool:
     return isinstance(value, types[kind])
 
 
-def _apart(one: Any, other: Any) -> bool:
-    """Whether no value is valid by both; False if that is not seen at once."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return False
-    values = [_values(each) for each in (one, other)]
-    if values[0] is not None and values[1] is not None:
-        return not any(mine == yours for mine in values[0] for yours in values[1])
-    kinds = [_kinds(each) for each in (one, other)]
-    if all(kinds) and not kinds[0] & kinds[1]:
+def _all_apart(schemas: Sequence[Any]) -> bool:
+    """Whether no value is valid by two of them; False if that is not seen at once. There may be
+    thousands: pairs are looked at where there are few."""
+    if len(schemas) < 2:
         return True
-    if kinds == [{"object"}, {"object"}]:
-        names = set(one.get("required", [])) & set(other.get("required", []))
-        return any(
-            _apart(one.get("properties", {}).get(name), other.get("properties", {}).get(name))
-            for name in names
+    if not all(isinstance(each, Mapping) for each in schemas):
+        return False
+    listed = [each for each in schemas if _values(each) is not None]
+    others = [each for each in schemas if _values(each) is None]
+    objects = [each for each in others if _kinds(each) == {"object"}]
+    kinds = [_kinds(each) for each in others if _kinds(each) != {"object"}]
+    if objects:
+        kinds.append({"object"})
+    if listed:
+        kinds.append(set().union(*map(_kinds, listed)))
+    if len(kinds) > 1 and not (all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds))):
+        return False
+    return _values_apart([_values(each) or [] for each in listed]) and _objects_apart(objects)
+
+
+def _values_apart(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether no value is in two of the lists."""
+    seen: dict[Any, int] = {}
+    try:
+        return all(
+            seen.setdefault(_hashable(value), number) == number
+            for number, values in enumerate(lists)
+            for value in values
         )
-    return False
+    except RecursionError:
+        return False
+
+
+def _hashable(value: Any) -> Any:
+    """Something that is equal where the values are."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _hashable(each)) for name, each in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _objects_apart(schemas: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any two of them have a property, which both require, that tells them apart."""
+    if len(schemas) < 2:
+        return True
+    names = [_required(each) for each in schemas]
+    if any(_property_tells(schemas, name) for name in sorted(frozenset.intersection(*names))):
+        return True
+    if not 2 < len(schemas) <= MAX_PAIRED:
+        return False
+    return all(_objects_apart(pair) for pair in itertools.combinations(schemas, 2))
+
+
+def _required(schema: Mapping[str, Any]) -> frozenset[str]:
+    given = schema.get("required", [])  # of what is referred to, and will be looked at later
+    return frozenset(each for each in given if isinstance(each, str)) if (
+        isinstance(given, list)
+    ) else frozenset()  # fmt: skip
+
+
+def _property_tells(schemas: Sequence[Mapping[str, Any]], name: str) -> bool:
+    found = [each.get("properties", {}) for each in schemas]
+    return _all_apart([each.get(name) if isinstance(each, Mapping) else None for each in found])
 
 
 def _values(schema: Mapping[str, Any]) -> list[Any] | None:
@@ -311,5 +363,8 @@ def _kinds(schema: Mapping[str, Any]) -> set[str]:
         if values is None:
             return set()
         return {next(kind for kind in _OF_TYPES if _is_of(each, kind)) for each in values}
-    found = {given} if isinstance(given, str) else set(given)
-    return found | {"number", "integer"} if found & {"number", "integer"} else found
+    found = [given] if isinstance(given, str) else given
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        return set()
+    numbers = {"number", "integer"}
+    return {*found, *numbers} if numbers & {*found} else {*found}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
+from itertools import combinations, starmap
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 from schemas import FOLLOWED, IGNORED, LEAVES
 
 from reprise import LLM, SamplingParams, StructuredOutputsParams
 from reprise.errors import RequestError
-from reprise.json_schema import MAX_DEPTH, check_schema
+from reprise.json_schema import MAX_DEPTH, _all_apart, _kinds, _values, check_schema
 from reprise.patterns import check_pattern, check_text_pattern
 from reprise.structured_outputs import MAX_SOURCE
 
@@ -217,6 +221,90 @@ def test_any_value_at_any_place_is_refused_or_followed() -> None:
                 holder[name] = value
                 with contextlib.suppress(RequestError):
                     check_schema(changed, "json")
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"$ref": 5},
+        {"$ref": "#/x"},
+        {"type": 5},
+        {"type": [[]]},
+        {"type": "object", "required": [[]]},
+        {"type": "object", "required": ["a"], "properties": [1]},
+    ],
+)
+def test_what_is_referred_to_may_be_wrong(later: Any) -> None:
+    """It is looked at behind what refers to it."""
+    one = {"oneOf": [{"$ref": "#/$defs/b"}, {"$ref": "#/$defs/c"}]}
+    a = {"type": "object", "required": ["a"], "properties": {"a": {"const": 1}}}
+    for other in (later, a):
+        with pytest.raises(RequestError):
+            check_schema({"$defs": {"a": one, "b": later, "c": other}, "$ref": "#/$defs/a"}, "json")
+
+
+VALUE = st.recursive(
+    st.sampled_from([0, 1, 1.0, True, False, None, "a", "b"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("xy"), inner),
+    max_leaves=3,
+)
+BRANCH = st.recursive(
+    st.one_of(
+        st.booleans(),
+        st.builds(lambda each: {"const": each}, VALUE),
+        st.builds(lambda each: {"enum": each}, st.lists(VALUE, min_size=1, max_size=3)),
+        st.builds(lambda each: {"type": each}, st.sampled_from(["string", "integer", "number",
+                  "object", "array", ["string", "null"], ["object", "boolean"]])),
+        st.just({}),
+    ),
+    lambda inner: st.builds(
+        lambda properties, required: {
+            "type": "object", "properties": properties,
+            "required": [each for each in required if each in properties],
+        },
+        st.dictionaries(st.sampled_from("kl"), inner), st.sets(st.sampled_from("kl")),
+    ),
+    max_leaves=4,
+)  # fmt: skip
+
+
+def _apart(one: Any, other: Any) -> bool:
+    """Of two, as they are told apart pair by pair."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return False
+    values = [_values(each) for each in (one, other)]
+    if values[0] is not None and values[1] is not None:
+        return not any(mine == yours for mine in values[0] for yours in values[1])
+    kinds = [_kinds(each) for each in (one, other)]
+    if all(kinds) and not kinds[0] & kinds[1]:
+        return True
+    if kinds != [{"object"}, {"object"}]:
+        return False
+    names = set(one.get("required", [])) & set(other.get("required", []))
+    return any(_apart(one["properties"][name], other["properties"][name]) for name in names)
+
+
+@given(st.lists(BRANCH, min_size=1, max_size=5))
+def test_branches_are_told_apart_as_pairs_of_them_are(branches: list[Any]) -> None:
+    assert _all_apart(branches) == all(starmap(_apart, combinations(branches, 2)))
+
+
+def test_thousands_of_branches_are_told_apart_in_no_time() -> None:
+    """Whoever has one looked at keeps a thread of the server busy."""
+
+    def of(kind: str, value: Any) -> dict[str, Any]:
+        tag = {"k": {"const": value}, "l": {"enum": [value, f"{value}"]}}
+        return {"type": "object", "properties": tag, "required": [kind]}
+
+    began = time.thread_time()
+    check_schema({"oneOf": [{"const": each} for each in range(3000)]}, "json")
+    check_schema({"oneOf": [{"enum": [each * 2, each * 2 + 1]} for each in range(3000)]}, "json")
+    check_schema({"oneOf": [of("k", each) for each in range(1500)]}, "json")
+    check_schema({"oneOf": [of("l", each) for each in range(1500)]}, "json")
+    for number in (30, 2000):
+        with pytest.raises(RequestError, match="oneOf of schemas that may overlap"):
+            check_schema({"oneOf": [of("kl"[each % 2], each) for each in range(number)]}, "json")
+    assert time.thread_time() - began < 5
 
 
 def test_depth_and_counts_are_bounded() -> None:

@@ -12,6 +12,7 @@ import pytest
 from reprise.server.errors import ApiError
 from reprise.server.tools.choice import calls_in_text, only_calls, tool_use
 from reprise.server.tools.formats import PARSERS
+from reprise.structured_outputs import MAX_SOURCE
 
 xgrammar = pytest.importorskip("xgrammar")
 
@@ -155,6 +156,18 @@ def test_what_is_enforced_is_what_is_asked_for() -> None:
             assert schemas(choice) == {"kind": free, "b": anything}
         required = {"type": "allowed_tools", "mode": "required", "tools": [name]}
         assert schemas(required) == {"kind": calls, "b": SCHEMA}
+
+
+def test_schemas_longer_than_all_may_be_are_not_looked_at() -> None:
+    """A process that serves many would be busy with them."""
+    tools = [_tool(f"f{number}") for number in range(2000)]
+    for each in tools:
+        each["function"]["parameters"] = {**SCHEMA, "description": "x" * 1000}
+    use = tool_use(tools, "auto", None, "hermes", strict_by_default=True)
+    assert use is not None
+    kept = [number for number in range(2000) if f"f{number}" in use.strict]
+    assert kept == list(range(len(kept)))
+    assert 100 < len(kept) < MAX_SOURCE // 1000
 
 
 @pytest.mark.parametrize(

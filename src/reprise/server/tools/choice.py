@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from reprise.arguments import shown
 from reprise.errors import RequestError
 from reprise.json_schema import check_schema
 from reprise.server.errors import ApiError
 from reprise.server.tools.formats import PARSERS
 from reprise.server.tools.parser import TaggedParser, ToolParser
+from reprise.structured_outputs import MAX_SOURCE
 
 _SIGNS = (
     ("deepseek_v4", "<｜DSML｜tool_calls>"),
@@ -85,12 +88,14 @@ def strict_tools(tools: Sequence[Any], by_default: bool) -> frozenset[str]:
 
     Args:
         tools: As the chat API has them.
-        by_default: So are those that do not say ``strict``, where their schema can be followed.
+        by_default: So are those that do not say ``strict``, where their schema can be followed, as
+            far as all of them together are no longer than one may be.
 
     Raises:
         ApiError: A tool is malformed.
     """
     known, found = _tools(tools), set()
+    left = MAX_SOURCE
     for number, each in enumerate(tools):
         function = each["function"]
         name, strict = function["name"], function.get("strict")
@@ -99,7 +104,11 @@ def strict_tools(tools: Sequence[Any], by_default: bool) -> frozenset[str]:
                 400, f"tools[{number}].function.strict={shown(strict)}: give true or false",
                 param="tools",
             )  # fmt: skip
-        if strict or (strict is None and by_default and _can_be_followed(known[name])):
+        if strict is None and by_default:
+            # What is more than all schemas of a request may be is not even looked at.
+            left -= len(orjson.dumps(known[name]))
+            strict = left >= 0 and _can_be_followed(known[name])
+        if strict:
             found.add(name)
     return frozenset(found)
 
