@@ -46,6 +46,17 @@ def test_nothing_is_found_where_nothing_changed(toy: Toy) -> None:
     assert changes_after(toy, lambda: None) == []
 
 
+def test_sums_that_were_changed_themselves_accuse_no_weight(toy: Toy) -> None:
+    guard = Guard(toy)
+    guard.learn_weights()
+    name, sums = next(iter(guard._weights.items()))
+    sums.add_(1)
+    assert guard.wrong_weights() == []
+    toy.memory()[name].tensor.add_(1)
+    sums.add_(1)
+    assert guard.wrong_weights() == [name]
+
+
 def test_what_a_capture_did_and_cannot_be_put_back_is_lost(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,8 @@ class Guard:
         self._at_rest: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         """Sums of the weights as they were loaded."""
+        self._sums: Sequence[Tensor] = ()
+        """The same, where no graph can write."""
         self._stacked: tuple[list[int], list[Stack]] | None = None
         self._spans: tuple[dict[str, tuple[int, int]], list[Span]] | None = None
         """Of each tensor, which the spans hold on to, the object and its place; and the spans."""
@@ -108,6 +110,8 @@ class Guard:
         self._weights = {
             name: sum_of(each) for name, each in owned(self._computation.memory(), "weight").items()
         }
+        sums = list(self._weights.values())
+        self._sums = torch.cat(sums).cpu().split(1) if sums else ()
 
     def example(self) -> None:
         """Call what checks call, on the null units: it is compiled with the other kernels then."""
@@ -231,6 +235,8 @@ class Guard:
         found = differ((self._weights[name], each) for name, each in sums.items())
         if not any(map(bool, found)):
             return []  # the device was asked once
+        for known, each in zip(self._weights.values(), self._sums, strict=True):
+            known.copy_(each)  # they may have been changed themselves
         return [name for name, each in sums.items() if not self._is_right(name, each)]
 
     def _copied(self, memory: Mapping[str, Region]) -> list[Span]:

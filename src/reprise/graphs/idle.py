@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from reprise.distributed import Agreement
 from reprise.graphs.capture import BucketGraph, Key
+from reprise.graphs.contract import Probe
 from reprise.graphs.judge import Judge
 from reprise.graphs.prove import Prover
 from reprise.graphs.replay import Replays
@@ -71,18 +72,33 @@ class IdleProof:
         if found is None:
             return False
         bucket, probe = found
+        other = self._prover.other(bucket, bucket.info.probes)
+        # Until all is seen to.
+        self._replays.interrupted = bucket if other is None else other
+        self._compare(bucket, probe, other, wanted)
+        self._replays.interrupted = None
+        return True
+
+    def _compare(
+        self,
+        bucket: BucketGraph,
+        probe: Probe,
+        other: BucketGraph | None,
+        wanted: Callable[[], bool],
+    ) -> None:
+        """Compare the bucket's graph on the probe, behind a replay of another one."""
 
         def go_on() -> None:
             if self._alone and wanted():
                 raise BrokenOff
 
-        other = self._prover.other(bucket, bucket.info.probes)
         before = self._judge.run_first(other, lambda: self._replays.scope(bucket))
         if other is not None and before.ran and not self._agree(before.right):
             # It was right at start.
             replayed = f"replay of probe {other.probes[0].name!r}"
             self._replays.make_good(other, other.probes[0].live, before, replayed)
-            return True
+            return
+        self._replays.interrupted = bucket
         # All weights: after start-up nobody else looks at them all.
         try:
             verdict = self._judge.compare(
@@ -94,7 +110,7 @@ class IdleProof:
                 go_on=go_on,
             )
         except BrokenOff:
-            return True
+            return
         if not self._agree(verdict.ran):
             self._cannot_run.add(bucket.key)
             logger.warning(
@@ -107,7 +123,6 @@ class IdleProof:
             self._tell_progress()
         else:
             self._replays.make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")
-        return True
 
     def _tell_progress(self) -> None:
         """One log line when the last graph has met all its probes."""
