@@ -182,6 +182,15 @@ def test_a_start_that_finds_all_kernels_begins_none(began: list[int], tmp_path: 
     assert len(began) == 3, "the note goes with the kernels"
 
 
+def test_a_program_s_own_engine_begins_one_unless_its_command_has(began: list[int]) -> None:
+    kernels_beside.begin_for({"model": "some"})
+    assert len(began) == 1
+    kernels_beside.begin_for({"model": "some"})
+    start({"model": "some"})
+    kernels_beside.begin_for({"model": "other"})
+    assert len(began) == 2, "a command's options decide"
+
+
 def test_another_version_may_need_others(
     began: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

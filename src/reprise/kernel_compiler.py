@@ -2,8 +2,9 @@
 SOCKET MOST``, where the socket's packets are jobs and answers; :mod:`reprise.kernels_beside` is the
 other side.
 
-It imports all kernels of this package and forks itself for each job, so that what one breaks no
-other finds broken, and the system's table of processes is all that it has to watch. No device is
+It imports what kernels are made of and forks itself for each job, so that what one breaks no other
+finds broken, and the system's table of processes is all that it has to watch. The kernels of this
+package it imports while nothing is asked for, and that of a job before it forks. No device is
 touched: a job says what is compiled for.
 """
 
@@ -21,10 +22,11 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import NoReturn
 
 from reprise import early
-from reprise.kernels_beside import Job, unpacked
+from reprise.kernels_beside import Job, module_of, unpacked
 
 LOOK_SECONDS = 1.0
 """Between two looks at whether the parent is still there, should its socket be held by a child."""
@@ -36,34 +38,43 @@ ERROR = 2000
 
 def main() -> None:
     """Import, then fork for each job until the other process is gone."""
+    gc.disable()  # a look through all that is imported takes as long as many an import
     connection = socket.socket(fileno=int(sys.argv[1]))
     parent = os.getppid()
     fingerprinting = threading.Thread(target=early.prepare_compiler)
     fingerprinting.start()
-    _import_kernels()
+    kernels = _kernels()
+    # Behind torch, where no two threads begin to import Triton.
+    importlib.import_module("triton.compiler.code_generator")
     fingerprinting.join()
-    gc.collect()
-    gc.freeze()  # children look at none of it
     connection.send(json.dumps({"ready": True}).encode())
-    _Server(connection, int(sys.argv[2]), parent).run()
+    _Server(connection, int(sys.argv[2]), parent, kernels).run()
 
 
-def _import_kernels() -> None:
+def _kernels() -> Iterator[None]:
+    """Imports those of the next op, again and again."""
     from reprise.ops import all_ops
 
-    importlib.import_module("triton.compiler.code_generator")
-    for op in all_ops().values():
-        for each in op.implementations.values():
-            if each.compiles:
-                # One that does not import is named by the process that needs it.
-                with contextlib.suppress(Exception):
-                    each.function  # noqa: B018 - imports
+    def each_op() -> Iterator[None]:
+        for op in all_ops().values():
+            for each in op.implementations.values():
+                if each.compiles:
+                    # One that does not import is named by the process that needs it.
+                    with contextlib.suppress(Exception):
+                        each.function  # noqa: B018 - imports
+                    yield
+
+    return each_op()
 
 
 class _Server:
-    def __init__(self, connection: socket.socket, most: int, parent: int) -> None:
+    def __init__(
+        self, connection: socket.socket, most: int, parent: int, meanwhile: Iterator[None]
+    ) -> None:
         self._connection, self._most, self._parent = connection, most, parent
-        self._waiting: dict[bytes, deque[bytes]] = {b"k": deque(), b"l": deque()}
+        self._meanwhile = meanwhile
+        """Pieces of work for when nothing is to be done."""
+        self._waiting: deque[bytes] = deque()
         self._running: dict[int, int] = {}
         self._idle_since = time.monotonic()
         self._ended, ends = os.pipe()
@@ -73,14 +84,17 @@ class _Server:
         signal.set_wakeup_fd(ends, warn_on_full_buffer=False)
 
     def run(self) -> None:
+        seconds = 0.0
         while True:
             descriptors = [self._connection.fileno(), self._ended]
-            found, _, _ = select.select(descriptors, [], [], LOOK_SECONDS)
+            found, _, _ = select.select(descriptors, [], [], seconds)
+            if not found and not seconds and next(self._meanwhile, self) is self:
+                seconds = LOOK_SECONDS
             if self._connection.fileno() in found:
                 job = self._connection.recv(1 << 20)
                 if not job:
                     break
-                self._waiting[job[8:9]].append(job)
+                self._waiting.append(job)
             if self._ended in found:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._ended, 1 << 12)
@@ -106,19 +120,20 @@ class _Server:
                     _answer(self._connection, number, 0.0, f"its compiler ended with {how}")
 
     def _start(self) -> None:
-        while len(self._running) < self._most:
-            queue = next((each for each in self._waiting.values() if each), None)
-            if queue is None:
-                return
-            job = queue.popleft()
-            number = int.from_bytes(job[:8], "little")
+        while self._waiting and len(self._running) < self._most:
+            job = self._waiting.popleft()
+            number, job = int.from_bytes(job[:8], "little"), job[8:]
+            with contextlib.suppress(Exception):  # its compiler says so
+                importlib.import_module(module_of(job))
+            gc.freeze()  # children look at none of it
             pid = os.fork()
             if not pid:
-                self._compile(number, job[9:])
+                self._compile(number, job)
             self._running[pid] = number
 
     def _compile(self, number: int, job: bytes) -> NoReturn:
         """In a child: nothing of the parent's is cleaned up."""
+        gc.enable()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         began = time.monotonic()

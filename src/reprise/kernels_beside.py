@@ -65,13 +65,18 @@ def packed(job: Job) -> bytes:
     """For the socket. Raises what pickle does where something has no name to be found by."""
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(tuple(job))
-    # In the order of importance: launchers are small, and wait for nobody.
-    return (b"l" if job.launcher is not None else b"k") + file.getvalue()
+    function = getattr(job.kernel, "fn", job.kernel)
+    return f"{function.__module__}\n".encode() + file.getvalue()
+
+
+def module_of(job: bytes) -> str:
+    """In the other process: the kernel's, which may be imported before anything is unpickled."""
+    return job.partition(b"\n")[0].decode()
 
 
 def unpacked(job: bytes) -> Job:
-    """In the other process, without the letter in front."""
-    return Job(*_Unpickler(io.BytesIO(job)).load())
+    """In the other process."""
+    return Job(*_Unpickler(io.BytesIO(job.partition(b"\n")[2])).load())
 
 
 class _Pickler(pickle.Pickler):
@@ -292,6 +297,18 @@ def begin_unless_kept() -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     missing = _asked_for is not None and not interpreted and not _asked_for.exists()
     return missing and begin() is not None
+
+
+def begin_for(options: Mapping[str, Any]) -> None:
+    """As a command does before it imports anything (:mod:`reprise.early`), in a program that makes
+    an engine itself: still before the first kernel is missed.
+
+    Args:
+        options: Of the engine.
+    """
+    if _asked_for is None:
+        remember(options)
+        begin_unless_kept()
 
 
 def all_kept() -> None:

@@ -4,16 +4,18 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from reprise import kernels_beside, ops
 from reprise.ops import OpTable, ahead, all_ops
-from reprise.ops.ahead import compile_ahead, load_compiler, wake_compiler
+from reprise.ops.ahead import compile_ahead, compiling_ahead, load_compiler, wake_compiler
 
 
 @pytest.fixture
@@ -285,6 +287,67 @@ def test_where_kernels_are_missing_all_are_asked_for_before_one_is_waited_for(
     assert sorted(seen[3:]) == [(each, False) for each in rows]
     assert beside == ["all_kept", "end"]
     assert not handed_over.asking
+
+
+def test_attention_is_asked_for_first_then_what_may_be_ready_later(
+    table, randn, monkeypatch, beside
+) -> None:
+    """These take longest. Those that are sooner done are called sooner, and what may be ready
+    later is called when the block ends."""
+    handed_over = pytest.importorskip("reprise.ops.handed_over")
+    asked: list[str] = []
+    called: list[str] = []
+
+    def recorded(name: str) -> None:
+        asks = threading.get_ident() in handed_over.asking
+        (asked if asks else called).append(name)
+
+    monkeypatch.setattr(ahead, "_MOST_THREADS", 1)
+    monkeypatch.setattr(ops.rms_norm, "break_op", True)
+    table.candidates["silu_and_mul"] = [ops.silu_and_mul.implementations["triton"]]
+    table.functions["rms_norm"] = lambda x, weight, eps: recorded("break op")
+    table.functions["silu_and_mul"] = lambda x: recorded(str(len(x)))
+
+    def calls(*rows: int) -> list[Callable[[], Any]]:
+        return [lambda n=n: ops.silu_and_mul(randn(n, 8)) for n in rows]
+
+    passes = [*calls(1), lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6), *calls(2)]
+    with compiling_ahead(table, passes, calls(2, 3)) as count:
+        assert count == 4
+        assert asked == ["break op", "3", "1", "2"]
+        assert called == ["1", "2", "break op"]
+        assert not beside, "it is needed still, and nothing is known of what comes later"
+    assert called == ["1", "2", "break op", "3"]
+    assert beside == ["all_kept", "end"]
+
+
+def test_what_may_be_ready_later_is_ready_at_once_where_this_process_compiles(table, randn) -> None:
+    called: list[int] = []
+    table.functions["rms_norm"] = lambda x, weight, eps: called.append(len(x))
+
+    def calls(rows: int) -> list[Callable[[], Any]]:
+        return [lambda: ops.rms_norm(randn(rows, 8), randn(8), 1e-6)]
+
+    with compiling_ahead(table, calls(1), calls(2)) as count:
+        assert count == 2
+        assert sorted(called) == [1, 2]
+    assert len(called) == 2
+
+
+def test_a_start_that_fails_meanwhile_waits_for_nothing(table, randn, beside) -> None:
+    called: list[int] = []
+    table.functions["rms_norm"] = lambda x, weight, eps: called.append(len(x))
+    later = [lambda: ops.rms_norm(randn(2, 8), randn(8), 1e-6)]
+
+    def interrupted() -> None:
+        with compiling_ahead(table, [], later):
+            called.clear()  # it was asked for
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not called
+    assert beside == ["end"]
 
 
 def test_a_start_of_which_a_kernel_fails_leaves_no_note(table, randn, beside) -> None:

@@ -112,6 +112,41 @@ def test_who_is_interrupted_waits_no_longer_and_compiles_nothing(monkeypatch) ->
     assert not asked.set_running_or_notify_cancel(), "whoever answers sees it"
 
 
+def test_who_waits_for_a_kernel_waits_for_its_launcher_too(monkeypatch) -> None:
+    """Else this process would build it once more, and a thread that does has a C compiler to wait
+    for; one that could not be built beside is built here."""
+    pytest.importorskip("triton")
+    from reprise.ops import handed_over
+
+    beside = SimpleNamespace(ready=SimpleNamespace(is_set=lambda: True))
+    monkeypatch.setattr(kernels_beside, "_beside", beside)
+    monkeypatch.setattr(handed_over._Place, "of", lambda *args: Place())
+    source = Source(signature={"x": "*fp32"}, constants={})
+
+    def kept(source: Source, **options: Any) -> str:
+        return "kept"
+
+    for finds in (compiler, kept):
+        for error in (None, kernels_beside.Ended("no C compiler")):
+            start = handed_over.Start()
+            kernel = start._asked["key"] = Future()
+            launcher = start._launchers[handed_over._signature(source)] = Future()
+            found: list[Any] = []
+            waiting = threading.Thread(
+                target=lambda s=start, f=finds, to=found: to.append(
+                    s.compile(f, source, None, {}, {})
+                )
+            )
+            waiting.start()
+            kernel.set_result(1.0)
+            waiting.join(0.05)
+            assert waiting.is_alive()
+            assert not found
+            launcher.set_result(1.0) if error is None else launcher.set_exception(error)
+            waiting.join(60)
+            assert found == [finds(source)]
+
+
 def test_another_triton_compiles_in_this_process_as_ever(monkeypatch, caplog) -> None:
     pytest.importorskip("triton")
     from reprise.ops import handed_over

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from reprise import compiling, platforms, timeline
+from reprise import compiling, kernels_beside, platforms, timeline
 from reprise.arguments import is_whole, plain
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
@@ -70,9 +70,11 @@ class Engine(Frontend):
         refuse_several(config)
         started = time.perf_counter()
         keep_compiled_code()
-        with timeline.recording() as self.startup, uncollected():
+        with timeline.recording() as self.startup, uncollected(), kernels_beside.used():
             with timeline.span("platform"):
                 self.platform = platforms.resolve(config.device)
+                if self.platform.has_triton:
+                    kernels_beside.begin_for(config.arguments())
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)

@@ -39,6 +39,19 @@ _MOST_THREADS = 16
 def compile_ahead(
     table: OpTable, passes: Iterable[Callable[[], Any]], rank: int = 0, ranks: int = 1
 ) -> int:
+    """As :func:`compiling_ahead`, and nothing may wait; returns the number of calls."""
+    with compiling_ahead(table, passes, (), rank, ranks) as count:
+        return count
+
+
+@contextlib.contextmanager
+def compiling_ahead(
+    table: OpTable,
+    passes: Iterable[Callable[[], Any]],
+    later: Iterable[Callable[[], Any]],
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[int]:
     """Call once, in parallel threads, every op that the passes call and that compiles kernels.
 
     The passes are run without computing: op calls return memory of any content. They must not
@@ -51,61 +64,98 @@ def compile_ahead(
     Args:
         table: The implementations.
         passes: Over the shapes to prepare.
+        later: More of them, whose kernels may be missing in the ``with`` block and not behind it.
+            Processes beside compile them meanwhile; the calls are made when the block ends, for
+            in it graphs are captured, beside which no thread may touch the device.
         rank: Which of ``ranks`` that do the same on one host: each begins elsewhere, and finds in
             the cache of kernels what others have compiled.
         ranks: Their number.
 
-    Returns:
+    Yields:
         Number of calls. One that fails is logged, and fails again where it is needed.
     """
     if not table.platform.has_triton:
         table.chosen  # noqa: B018 - nothing is compiled, and no step waits for an import
-        return 0
-    calls: list[_Call] = []
-    known: set[Any] = set()
-    zeros = _Zeros()
-
-    def note(
-        op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
-        if op.collective or key in known:
-            return op.fake(*args, **kwargs)
-        if table.implementation_of(op, args, kwargs).compiles:
-            known.add(key)
-            written = op.written(op.named(args, kwargs)).values()
-            others = {id(each): zeros.other(each) for each in written}
-            own = [others.get(id(each), each) for each in args]
-            named = {name: others.get(id(each), each) for name, each in kwargs.items()}
-            calls.append((op, partial(function, *own, **named)))
-        return op.fake(*args, **kwargs)
-
-    with table.computing():
-        with intercept(note), zeros:
-            for each in passes:
-                each()
-        asked = list(calls)
-        # The kernels of break ops take longest.
-        calls.sort(key=lambda call: not call[0].break_op)
-        begin = len(calls) * rank // ranks
-        calls = calls[begin:] + calls[:begin]
+        yield 0
+        return
+    noted = _Noted(table)
+    calls = noted.in_passes(passes)
+    waiting = noted.in_passes(later)
+    # The kernels of break ops take longest.
+    calls.sort(key=lambda call: not call[0].break_op)
+    begin = len(calls) * rank // ranks
+    calls = calls[begin:] + calls[:begin]
+    start = _handed_over(ranks)
+    with kernels_beside.used():
         pool = ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1)))
-        start = _handed_over(ranks)
         try:
-            with kernels_beside.used(), _binaries_alone(table.platform):
-                if kernels_beside.begun() is not None:  # of what an op launches, all at once
+            with table.computing(), _binaries_alone(table.platform):
+                if kernels_beside.begun() is None:  # this process would compile them meanwhile
+                    calls, waiting = calls + waiting, []
+                else:  # of what an op launches, all at once
+                    asked = _in_order_of_time(calls, waiting)
                     futures.wait([_submit(pool, table, partial(_ask, start, asked))])
-                made = ((op, partial(_call, start, call)) for op, call in calls)
-                if _finish(_start(pool, table, made)):
+                    # Threads that wait for these would keep what is compiled sooner waiting.
+                    calls.sort(key=lambda call: call[0].break_op)
+                well = _make(pool, table, start, calls)
+            if calls:
+                more = f", those of {len(waiting)} more are compiled beside" if waiting else ""
+                logger.info("kernels of %d op calls are ready%s", len(calls), more)
+            yield len(calls) + len(waiting)
+            with table.computing(), _binaries_alone(table.platform):
+                if _make(pool, table, start, waiting) and well:
                     kernels_beside.all_kept()
         except BaseException:
             start.abandon()
             pool.shutdown(cancel_futures=True)
             raise
         pool.shutdown(wait=False)  # threads take a while to end
-    if calls:
-        logger.info("kernels of %d op calls are ready", len(calls))
-    return len(calls)
+
+
+class _Noted:
+    """Op calls that passes make, each once."""
+
+    def __init__(self, table: OpTable) -> None:
+        self._table = table
+        self._calls: list[_Call] = []
+        self._known: set[Any] = set()
+        self._zeros = _Zeros()
+
+    def in_passes(self, passes: Iterable[Callable[[], Any]]) -> list[_Call]:
+        """Those that were not made before."""
+        before = len(self._calls)
+        with self._table.computing(), intercept(self._note), self._zeros:
+            for each in passes:
+                each()
+        return self._calls[before:]
+
+    def _note(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        key = (op.name, *map(_signature, args), *map(_signature, kwargs.values()))
+        if op.collective or key in self._known:
+            return op.fake(*args, **kwargs)
+        if self._table.implementation_of(op, args, kwargs).compiles:
+            self._known.add(key)
+            other = self._zeros.other
+            written = op.written(op.named(args, kwargs)).values()
+            others = {id(each): other(each) for each in written}
+            own = [others.get(id(each), each) for each in args]
+            named = {name: others.get(id(each), each) for name, each in kwargs.items()}
+            self._calls.append((op, partial(function, *own, **named)))
+        return op.fake(*args, **kwargs)
+
+
+def _in_order_of_time(calls: list[_Call], waiting: list[_Call]) -> list[_Call]:
+    """What is compiled longest first: attention, then what waits, so that neither ends last."""
+    longest = [each for each in calls if each[0].break_op]
+    return [*longest, *waiting, *(each for each in calls if not each[0].break_op)]
+
+
+def _make(pool: ThreadPoolExecutor, table: OpTable, start: Any, calls: Iterable[_Call]) -> bool:
+    """Whether all calls went well."""
+    made = ((op, partial(_call, start, call)) for op, call in calls)
+    return _finish(_start(pool, table, made))
 
 
 def _handed_over(ranks: int) -> Any:

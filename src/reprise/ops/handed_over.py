@@ -59,7 +59,8 @@ class Start:
         self._lock = threading.Lock()
         self._asked: dict[str, Future[float] | None] = {}
         """By the hash in Triton's cache; None: it cannot be handed over."""
-        self._launchers: set[str] = set()
+        self._launchers: dict[str, Future[float]] = {}
+        """By what they depend on."""
         self._few = threading.BoundedSemaphore(FEW)
         self._begins = self._abandoned = False
 
@@ -93,7 +94,7 @@ class Start:
         """Nobody waits any more."""
         self._abandoned = True
         with self._lock:
-            for each in self._asked.values():
+            for each in (*self._asked.values(), *self._launchers.values()):
                 if each is not None:
                     each.cancel()
 
@@ -110,6 +111,7 @@ class Start:
                 kernel = compiler(source, target=target, options=options, **rest)
             if only_asks:
                 raise OnlyAsked
+            self._wait_for_launcher(source)
             return kernel
         if self._begins:
             kernels_beside.begin(self._share)
@@ -126,6 +128,7 @@ class Start:
         try:
             if place is not None and not here:
                 self._wait(place, source, target, options)
+                self._wait_for_launcher(source)
             return compiler(source, target=target, options=options, **rest)
         finally:
             if here:
@@ -153,6 +156,14 @@ class Start:
         else:
             logger.debug("kernel %s was compiled beside in %.2f s", place.name, took)
 
+    def _wait_for_launcher(self, source: Any) -> None:
+        """If it was asked for; else, and if that fails, this process builds it."""
+        if self._launchers:
+            launcher = self._launchers.get(_signature(source))
+            if launcher is not None:
+                with contextlib.suppress(kernels_beside.Ended):
+                    launcher.result()
+
     def _ask(self, place: _Place, source: Any, target: Any, options: Any) -> Future[float] | None:
         with self._lock:
             if self._abandoned:
@@ -178,12 +189,16 @@ class Start:
             logger.info("kernel %s is compiled in this process: %s", source.name, describe(error))
             return None
         launcher = triton.runtime.driver.active.launcher_cls
-        signature = str((list(source.signature.values()), list(source.constants)))
+        signature = _signature(source)
         made = hasattr(sys.modules.get(launcher.__module__), "make_launcher")
         if made and "tensordesc" not in signature and signature not in self._launchers:
-            self._launchers.add(signature)
-            beside.ask(packed(job._replace(launcher=launcher)))
+            self._launchers[signature] = beside.ask(packed(job._replace(launcher=launcher)))
         return found
+
+
+def _signature(source: Any) -> str:
+    """What a kernel's launcher depends on."""
+    return str((list(source.signature.values()), list(source.constants)))
 
 
 class _Missing(BaseException):

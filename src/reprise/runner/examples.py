@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from reprise.graphs import Guard, parse_verify
 from reprise.graphs.padding import compute_padding
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
-from reprise.ops.ahead import called, compile_ahead
+from reprise.ops.ahead import called, compiling_ahead
 from reprise.ops.rehearsal import rehearsal
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
@@ -65,13 +66,17 @@ class Examples:
         self._max_tokens = max_tokens
         self._group = group
 
-    def compile_kernels(self) -> None:
-        """Have every kernel compiled, side by side: what draws takes longest, and begins soon."""
-        compile_ahead(self._ops, [self._rest, *self._passes()], self._group.rank, self._group.size)
+    def compiling_kernels(self) -> contextlib.AbstractContextManager[int]:
+        """Have every kernel compiled, side by side. In the ``with`` block those of draws may be
+        missing still, one of which takes longest: what else a start does, draws nothing."""
+        return compiling_ahead(
+            self._ops, [self._rest, *self._passes()], [self._draws],
+            self._group.rank, self._group.size,
+        )  # fmt: skip
 
     def refuse_what_varies(self) -> None:
         """Raise a ModelError if the model calls what has no batch-invariant implementation."""
-        chosen, reasons = called(self._ops, [*self._passes(), self._rest])
+        chosen, reasons = called(self._ops, [*self._passes(), self._rest, self._draws])
         if reasons:
             raise ModelError(
                 f"batch_invariant=True: this model needs ops that have no batch-invariant "
@@ -119,10 +124,13 @@ class Examples:
         sizes = ((max(tokens, each), each) for each in requests)
         return [run for each in sizes for run in self._drafter.forward_passes(*each)]
 
-    def _rest(self) -> None:
-        """Calls of the ops that surround a forward pass."""
+    def _draws(self) -> None:
+        """Calls of the ops that draw."""
         dtype = next(self._model.parameters()).dtype  # as of logits
         example_draws(self._model.vocab_size, self._config.num_drafts, dtype, self._platform)
+
+    def _rest(self) -> None:
+        """Calls of the other ops that surround a forward pass."""
         for width in self._config.decode_widths:
             self._buffers.example(StepShape.decode(1, width))
         self._buffers.example(StepShape.mixed(2, 1))

@@ -199,26 +199,30 @@ class ModelRunner:
                 ready()
             if config.batch_invariant:
                 examples.refuse_what_varies()
-            with timeline.span("compile"):
-                examples.compile_kernels()
-            with timeline.span("profile"):
-                activation_bytes = examples.measure_activations()
-                self.graphs = self._plan_graphs()
-                """The target's."""
-                self.graphs.captures.leave_out_useless()
-                drafts = {} if self.drafter is None else self.drafter.owners
-                self.owners = GraphOwners({"target": self.graphs, **drafts})
-                """Of all graphs: the target's, and those of a model that drafts."""
-                activation_bytes += graph_bytes(config, self.owners, self.graphs.captures.memory)
-            with blaming_the_prediction(self.graphs.captures):
-                self.cache_layout, self.max_model_len = plan_cache(
-                    self.cache_layout, config, platform, ranks.agreement,
-                    wanted_len=wanted_len, max_tokens=self.max_tokens,
-                    reserved_bytes=activation_bytes,
-                )  # fmt: skip
-                self._make_cache()
-                with timeline.span("capture"):
-                    self._capture_graphs()
+            with contextlib.ExitStack() as compiling:
+                with timeline.span("compile"):
+                    compiling.enter_context(examples.compiling_kernels())
+                with timeline.span("profile"):
+                    activation_bytes = examples.measure_activations()
+                    self.graphs = self._plan_graphs()
+                    """The target's."""
+                    self.graphs.captures.leave_out_useless()
+                    drafts = {} if self.drafter is None else self.drafter.owners
+                    self.owners = GraphOwners({"target": self.graphs, **drafts})
+                    """Of all graphs: the target's, and those of a model that drafts."""
+                    memory = self.graphs.captures.memory
+                    activation_bytes += graph_bytes(config, self.owners, memory)
+                with blaming_the_prediction(self.graphs.captures):
+                    self.cache_layout, self.max_model_len = plan_cache(
+                        self.cache_layout, config, platform, ranks.agreement,
+                        wanted_len=wanted_len, max_tokens=self.max_tokens,
+                        reserved_bytes=activation_bytes,
+                    )  # fmt: skip
+                    self._make_cache()
+                    with timeline.span("capture"):
+                        self._capture_graphs()
+                with timeline.span("compile"):
+                    compiling.close()
             if self.expert_load is not None:
                 self.expert_load.reset()
         self._shape = StepShape.decode(0)
