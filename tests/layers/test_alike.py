@@ -15,6 +15,7 @@ from helpers import TinyModels, make_llm
 from hypothesis import given
 from recurrent import hybrids
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from reprise.distributed import ALONE, Group
 from reprise.graphs.padding import compute_padding
@@ -58,6 +59,25 @@ def calls_of(llm: Any, shape: StepShape, rehearsed: bool) -> list[Any]:
     with forward_pass.ops.computing(), intercept(note), kept:
         compute_padding(forward_pass, shape)
     return calls
+
+
+def test_where_caches_lie_is_asked_beside_who_looks_at_torch(tiny: TinyModels, device: str) -> None:
+    """While kernels are compiled ahead somebody does, and layers have hundreds of such numbers."""
+    looked: list[Any] = []
+
+    class Looks(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            looked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with make_llm(tiny("qwen3"), device, graph_mode="none") as llm:
+        layers = Alike(llm.engine.runner.model.model.layers)
+        places = layers.some()
+        with Looks():
+            assert layers.some() == places
+        assert not looked
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,13 @@ class Alike:
                 self._waits |= any(each.size > 1 for each in noted if isinstance(each, Group))
         if self._waits:
             return list(range(len(self._layers)))
-        # Caches are made anew when their size is known.
-        now = tuple(
-            tuple((each.table, *map(_place, each.tensors.values())) for each in caches)
-            for caches in self._caches
-        )
+        # Caches are made anew when their size is known. Who looks at torch's functions meanwhile
+        # would be called for each of hundreds of numbers.
+        with torch._C.DisableTorchFunction():
+            now = tuple(
+                tuple((each.table, *map(_place, each.tensors.values())) for each in caches)
+                for caches in self._caches
+            )
         if self._known is None or self._known[0] != now:
             self._known = now, chosen(list(zip(self._kinds, now, strict=True)))
         return self._known[1]
