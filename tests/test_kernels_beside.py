@@ -70,11 +70,23 @@ def test_what_a_compiler_dies_of_is_told_and_others_go_on(beside: Beside) -> Non
     assert beside.ask(job()).result(60) >= 0
 
 
+def _held(pid: int) -> dict[str, str]:
+    found = {}
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[each.name] = os.readlink(each)
+    return found
+
+
 def test_it_holds_nothing_of_its_parent(beside: Beside) -> None:
     assert beside.ready.wait(60)
-    held = {each.name: os.readlink(each) for each in Path(f"/proc/{beside.pid}/fd").iterdir()}
-    assert {held.pop(each) for each in "012"} == {"/dev/null"}
-    assert all(each.startswith(("socket:", "pipe:")) for each in held.values())
+    until = time.monotonic() + 60
+    while True:  # for a moment it has what it imports
+        held = _held(beside.pid)
+        assert {held.pop(each) for each in "012"} == {"/dev/null"}
+        if all(each.startswith(("socket:", "pipe:")) for each in held.values()):
+            break
+        assert time.monotonic() < until, held
     assert sum(each.startswith("socket:") for each in held.values()) == 1
     assert os.getpgid(beside.pid) == beside.pid, "Ctrl-C is not for it"
 
@@ -129,7 +141,7 @@ def test_it_ends_when_the_last_start_that_uses_it_does(monkeypatch: pytest.Monke
     assert kernels_beside.begun() is None
 
 
-@pytest.mark.parametrize(("cpus", "share", "most"), [(16, 1, 8), (16, 4, 2), (2, 8, 1)])
+@pytest.mark.parametrize(("cpus", "share", "most"), [(16, 1, 12), (16, 4, 3), (2, 8, 1)])
 def test_it_leaves_processors_to_others(
     monkeypatch: pytest.MonkeyPatch, cpus: int, share: int, most: int
 ) -> None:

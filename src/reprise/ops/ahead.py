@@ -79,24 +79,35 @@ def compiling_ahead(
         yield 0
         return
     noted = _Noted(table)
-    calls = noted.in_passes(passes)
-    waiting = noted.in_passes(later)
-    # The kernels of break ops take longest.
-    calls.sort(key=lambda call: not call[0].break_op)
-    begin = len(calls) * rank // ranks
-    calls = calls[begin:] + calls[:begin]
     start = _handed_over(ranks)
+    calls: list[_Call] = []
     with kernels_beside.used():
+        beside = kernels_beside.begun() is not None
         pool = ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1)))
         try:
             with table.computing(), _binaries_alone(table.platform):
-                if kernels_beside.begun() is None:  # this process would compile them meanwhile
-                    calls, waiting = calls + waiting, []
-                else:  # of what an op launches, all at once
-                    asked = _in_order_of_time(calls, waiting)
-                    futures.wait([_submit(pool, table, partial(_ask, start, asked))])
+                asked: list[Future[None]] = []
+
+                def ask(some: list[_Call]) -> None:  # of what an op launches, all at once
+                    if some:
+                        asked.append(_submit(pool, table, partial(_ask, start, some)))
+
+                for each in passes:
+                    found = noted.in_passes([each])
+                    calls += found
+                    if beside and ranks == 1:  # attention takes longest: before the next pass
+                        ask([call for call in found if call[0].break_op])
+                waiting = noted.in_passes(later)
+                calls.sort(key=lambda call: not call[0].break_op)
+                attends = sum(call[0].break_op for call in calls)
+                first = calls[:attends] if ranks > 1 else []
+                if beside:
+                    ask(_turned([*first, *waiting, *calls[attends:]], rank, ranks))
+                    futures.wait(asked)
                     # Threads that wait for these would keep what is compiled sooner waiting.
-                    calls.sort(key=lambda call: call[0].break_op)
+                    calls = calls[attends:] + calls[:attends]
+                else:  # this process would compile them meanwhile
+                    calls, waiting = _turned([*calls, *waiting], rank, ranks), []
                 well = _make(pool, table, start, calls)
             if calls:
                 more = f", those of {len(waiting)} more are compiled beside" if waiting else ""
@@ -146,10 +157,10 @@ class _Noted:
         return op.fake(*args, **kwargs)
 
 
-def _in_order_of_time(calls: list[_Call], waiting: list[_Call]) -> list[_Call]:
-    """What is compiled longest first: attention, then what waits, so that neither ends last."""
-    longest = [each for each in calls if each[0].break_op]
-    return [*longest, *waiting, *(each for each in calls if not each[0].break_op)]
+def _turned(calls: list[_Call], rank: int, ranks: int) -> list[_Call]:
+    """What a rank begins with others have at the end."""
+    begin = len(calls) * rank // ranks
+    return calls[begin:] + calls[:begin]
 
 
 def _make(pool: ThreadPoolExecutor, table: OpTable, start: Any, calls: Iterable[_Call]) -> bool:
