@@ -15,7 +15,13 @@ import torch
 
 from reprise import kernels_beside, ops
 from reprise.ops import OpTable, ahead, all_ops
-from reprise.ops.ahead import compile_ahead, compiling_ahead, load_compiler, wake_compiler
+from reprise.ops.ahead import compiling_ahead, load_compiler, wake_compiler
+
+
+def compile_ahead(*args: Any) -> int:
+    """Where nothing may wait."""
+    with compiling_ahead(*args) as found:
+        return found.count
 
 
 @pytest.fixture
@@ -174,7 +180,7 @@ def test_break_ops_come_first_and_each_rank_begins_elsewhere(
     table.functions["silu_and_mul"] = lambda x: order.append(str(len(x)))
     passes = [lambda n=n: ops.silu_and_mul(randn(n, 8)) for n in (1, 2, 3)]
     passes.insert(2, lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6))
-    assert compile_ahead(table, passes, rank, 2) == 4
+    assert compile_ahead(table, passes, (), rank, 2) == 4
     assert order == expected
 
 
@@ -312,12 +318,14 @@ def test_attention_is_asked_for_first_then_what_may_be_ready_later(
         return [lambda n=n: ops.silu_and_mul(randn(n, 8)) for n in rows]
 
     passes = [*calls(1), lambda: ops.rms_norm(randn(1, 8), randn(8), 1e-6), *calls(2)]
-    with compiling_ahead(table, passes, calls(2, 3)) as count:
-        assert count == 4
-        assert asked == ["break op", "3", "1", "2"]
+    with compiling_ahead(table, passes, [calls(2, 3), calls(4)]) as found:
+        assert found.count == 5
+        assert asked == ["break op", "3", "4", "1", "2"]
         assert called == ["1", "2", "break op"]
+        assert found.ready()
+        assert called == ["1", "2", "break op", "3"]
         assert not beside, "it is needed still, and nothing is known of what comes later"
-    assert called == ["1", "2", "break op", "3"]
+    assert called == ["1", "2", "break op", "3", "4"]
     assert beside == ["all_kept", "end"]
 
 
@@ -328,10 +336,20 @@ def test_what_may_be_ready_later_is_ready_at_once_where_this_process_compiles(ta
     def calls(rows: int) -> list[Callable[[], Any]]:
         return [lambda: ops.rms_norm(randn(rows, 8), randn(8), 1e-6)]
 
-    with compiling_ahead(table, calls(1), calls(2)) as count:
-        assert count == 2
+    with compiling_ahead(table, calls(1), [calls(2)]) as found:
+        assert found.count == 2
         assert sorted(called) == [1, 2]
+        assert not found.ready()
     assert len(called) == 2
+
+
+def test_a_kernel_that_is_wanted_sooner_is_waited_for(table, randn, beside) -> None:
+    """It would be compiled a second time, in this process."""
+    handed_over = pytest.importorskip("reprise.ops.handed_over")
+    table.functions["rms_norm"] = lambda x, weight, eps: x
+    with compiling_ahead(table, [], [[lambda: ops.rms_norm(randn(2, 8), randn(8), 1e-6)]]):
+        assert handed_over._start.get() is not None
+    assert handed_over._start.get() is None
 
 
 def test_a_start_that_fails_meanwhile_waits_for_nothing(table, randn, beside) -> None:
@@ -340,7 +358,7 @@ def test_a_start_that_fails_meanwhile_waits_for_nothing(table, randn, beside) ->
     later = [lambda: ops.rms_norm(randn(2, 8), randn(8), 1e-6)]
 
     def interrupted() -> None:
-        with compiling_ahead(table, [], later):
+        with compiling_ahead(table, [], [later]):
             called.clear()  # it was asked for
             raise KeyboardInterrupt
 

@@ -36,22 +36,14 @@ _MOST_THREADS = 16
 """More would wait for Python's lock, in which much of a compilation happens."""
 
 
-def compile_ahead(
-    table: OpTable, passes: Iterable[Callable[[], Any]], rank: int = 0, ranks: int = 1
-) -> int:
-    """As :func:`compiling_ahead`, and nothing may wait; returns the number of calls."""
-    with compiling_ahead(table, passes, (), rank, ranks) as count:
-        return count
-
-
 @contextlib.contextmanager
 def compiling_ahead(
     table: OpTable,
     passes: Iterable[Callable[[], Any]],
-    later: Iterable[Callable[[], Any]],
+    later: Iterable[Iterable[Callable[[], Any]]] = (),
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[int]:
+) -> Iterator[Ahead]:
     """Call once, in parallel threads, every op that the passes call and that compiles kernels.
 
     The passes are run without computing: op calls return memory of any content. They must not
@@ -64,63 +56,108 @@ def compiling_ahead(
     Args:
         table: The implementations.
         passes: Over the shapes to prepare.
-        later: More of them, whose kernels may be missing in the ``with`` block and not behind it.
-            Processes beside compile them meanwhile; the calls are made when the block ends, for
-            in it graphs are captured, beside which no thread may touch the device.
+        later: Groups of more of them, whose kernels may be missing when the ``with`` block begins,
+            where processes beside compile them: see :meth:`Ahead.ready`. At its end they are ready.
         rank: Which of ``ranks`` that do the same on one host: each begins elsewhere, and finds in
             the cache of kernels what others have compiled.
         ranks: Their number.
 
     Yields:
-        Number of calls. One that fails is logged, and fails again where it is needed.
+        What there is to wait for. A call that fails is logged, and fails again where it is needed.
     """
     if not table.platform.has_triton:
         table.chosen  # noqa: B018 - nothing is compiled, and no step waits for an import
-        yield 0
+        yield Ahead(table, None, _Here())
         return
-    noted = _Noted(table)
     start = _handed_over(ranks)
-    calls: list[_Call] = []
     with kernels_beside.used():
-        beside = kernels_beside.begun() is not None
         pool = ThreadPoolExecutor(min(_MOST_THREADS, 1 + (os.cpu_count() or 1)))
+        ahead = Ahead(table, pool, start)
         try:
-            with table.computing(), _binaries_alone(table.platform):
-                asked: list[Future[None]] = []
-
-                def ask(some: list[_Call]) -> None:  # of what an op launches, all at once
-                    if some:
-                        asked.append(_submit(pool, table, partial(_ask, start, some)))
-
-                for each in passes:
-                    found = noted.in_passes([each])
-                    calls += found
-                    if beside and ranks == 1:  # attention takes longest: before the next pass
-                        ask([call for call in found if call[0].break_op])
-                waiting = noted.in_passes(later)
-                calls.sort(key=lambda call: not call[0].break_op)
-                attends = sum(call[0].break_op for call in calls)
-                first = calls[:attends] if ranks > 1 else []
-                if beside:
-                    ask(_turned([*first, *waiting, *calls[attends:]], rank, ranks))
-                    futures.wait(asked)
-                    # Threads that wait for these would keep what is compiled sooner waiting.
-                    calls = calls[attends:] + calls[:attends]
-                else:  # this process would compile them meanwhile
-                    calls, waiting = _turned([*calls, *waiting], rank, ranks), []
-                well = _make(pool, table, start, calls)
-            if calls:
-                more = f", those of {len(waiting)} more are compiled beside" if waiting else ""
-                logger.info("kernels of %d op calls are ready%s", len(calls), more)
-            yield len(calls) + len(waiting)
-            with table.computing(), _binaries_alone(table.platform):
-                if _make(pool, table, start, waiting) and well:
-                    kernels_beside.all_kept()
+            ahead.begin(passes, later, rank, ranks)
+            with start.calling():  # a kernel that is wanted sooner is waited for
+                yield ahead
+            while ahead.ready():
+                pass
+            if ahead.well:
+                kernels_beside.all_kept()
         except BaseException:
             start.abandon()
             pool.shutdown(cancel_futures=True)
             raise
         pool.shutdown(wait=False)  # threads take a while to end
+
+
+class Ahead:
+    """Op calls that are made ahead."""
+
+    def __init__(self, table: OpTable, pool: Any, start: Any) -> None:
+        self._table, self._pool, self._start = table, pool, start
+        self._later: list[list[_Call]] = []
+        self.count = 0
+        """All of them."""
+        self.well = True
+        """None has failed so far."""
+
+    def begin(
+        self,
+        passes: Iterable[Callable[[], Any]],
+        later: Iterable[Iterable[Callable[[], Any]]],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        """Note all calls, and make those that may not wait; see :func:`compiling_ahead`."""
+        noted = _Noted(self._table)
+        calls: list[_Call] = []
+        asked: list[Future[None]] = []
+        beside = kernels_beside.begun() is not None
+        with self._computing():
+            for each in passes:
+                found = noted.in_passes([each])
+                calls += found
+                if beside and ranks == 1:  # attention takes longest: before the next pass
+                    asked += self._ask([call for call in found if call[0].break_op])
+            groups = [noted.in_passes(each) for each in later]
+            waiting = [call for group in groups for call in group]
+            self.count = len(calls) + len(waiting)
+            calls.sort(key=lambda call: not call[0].break_op)
+            attends = sum(call[0].break_op for call in calls)
+            if beside:
+                first = calls[:attends] if ranks > 1 else []
+                asked += self._ask(_turned([*first, *waiting, *calls[attends:]], rank, ranks))
+                futures.wait(asked)
+                # Threads that wait for attention would keep what is compiled sooner waiting.
+                self._later = [calls[attends:] + calls[:attends], *groups]
+            else:  # this process would compile them meanwhile
+                calls[attends:attends] = waiting
+                self._later = [_turned(calls, rank, ranks)]
+        self.ready()
+        if self.count:
+            later_on = sum(map(len, self._later))
+            more = f", those of {later_on} more are compiled beside" if later_on else ""
+            logger.info("kernels of %d op calls are ready%s", self.count - later_on, more)
+
+    def ready(self) -> bool:
+        """Make the calls of the next group, whose kernels are waited for; whether there was one.
+
+        No graph may be captured meanwhile, beside which no other thread may touch the device.
+        """
+        if not self._later:
+            return False
+        made = ((op, partial(_call, self._start, call)) for op, call in self._later.pop(0))
+        with self._computing():
+            self.well &= _finish(_start(self._pool, self._table, made))
+        return True
+
+    def _ask(self, calls: list[_Call]) -> list[Future[None]]:
+        """Of what an op launches, all at once."""
+        some = partial(_ask, self._start, calls)
+        return [_submit(self._pool, self._table, some)] if calls else []
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self._table.computing(), _binaries_alone(self._table.platform):
+            yield
 
 
 class _Noted:
@@ -161,12 +198,6 @@ def _turned(calls: list[_Call], rank: int, ranks: int) -> list[_Call]:
     """What a rank begins with others have at the end."""
     begin = len(calls) * rank // ranks
     return calls[begin:] + calls[:begin]
-
-
-def _make(pool: ThreadPoolExecutor, table: OpTable, start: Any, calls: Iterable[_Call]) -> bool:
-    """Whether all calls went well."""
-    made = ((op, partial(_call, start, call)) for op, call in calls)
-    return _finish(_start(pool, table, made))
 
 
 def _handed_over(ranks: int) -> Any:

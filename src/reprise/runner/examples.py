@@ -17,7 +17,7 @@ from reprise.graphs import Guard, parse_verify
 from reprise.graphs.padding import compute_padding
 from reprise.layers import CausalLM
 from reprise.ops import OpTable
-from reprise.ops.ahead import called, compiling_ahead
+from reprise.ops.ahead import Ahead, called, compiling_ahead
 from reprise.ops.rehearsal import rehearsal
 from reprise.platforms import Platform
 from reprise.runner.buffers import StepBuffers
@@ -66,17 +66,19 @@ class Examples:
         self._max_tokens = max_tokens
         self._group = group
 
-    def compiling_kernels(self) -> contextlib.AbstractContextManager[int]:
-        """Have every kernel compiled, side by side. In the ``with`` block those of draws may be
-        missing still, one of which takes longest: what else a start does, draws nothing."""
+    def compiling_kernels(self) -> contextlib.AbstractContextManager[Ahead]:
+        """Have every kernel compiled, side by side. In the ``with`` block those that take longest
+        may be missing still: until :meth:`Ahead.ready` is called those of the smallest step, which
+        no other needs, and those of draws, since what else a start does draws nothing."""
         return compiling_ahead(
-            self._ops, [self._rest, *self._passes()], [self._draws],
+            self._ops, [self._rest, *self._passes()], [self._smallest(), [self._draws]],
             self._group.rank, self._group.size,
         )  # fmt: skip
 
     def refuse_what_varies(self) -> None:
         """Raise a ModelError if the model calls what has no batch-invariant implementation."""
-        chosen, reasons = called(self._ops, [*self._passes(), self._rest, self._draws])
+        passes = [*self._passes(), *self._smallest(), self._rest, self._draws]
+        chosen, reasons = called(self._ops, passes)
         if reasons:
             raise ModelError(
                 f"batch_invariant=True: this model needs ops that have no batch-invariant "
@@ -90,32 +92,39 @@ class Examples:
 
     def _passes(self) -> list[Callable[[], Tensor]]:
         """Kernels differ by phase and by the magnitude of a step, so a few shapes need them all."""
-
-        def run(*shapes: StepShape) -> Tensor:
-            with rehearsal():
-                for shape in shapes:
-                    result = compute_padding(self._forward_pass, shape)
-            return result
-
         most = self._config.max_num_seqs
 
         def mixed(tokens: int) -> StepShape:
             return StepShape.mixed(min(self._max_tokens, tokens), min(most, 8))
 
-        def decode(sizes: Iterable[int]) -> list[StepShape]:
-            widths = self._config.decode_widths
-            return [StepShape.decode(n, each) for each in widths for n in sizes]
-
-        sizes = sorted({min(n, most) for n in (1, 128, 256, 1024, most)})
+        sizes = sorted({min(n, most) for n in (128, 256, 1024, most)})
         between = [n for n in (2, 4, 8, 16, 32) if n < most]
         return [
-            lambda: self._model.logits(run(mixed(64))[:1]),
-            lambda: ops.argmax(run(*decode(sizes))),
+            lambda: self._model.logits(self._run(mixed(64))[:1]),
+            lambda: ops.argmax(self._run(*self._decode(sizes))),
             # What these have of their own is little, and is compiled together.
-            lambda: run(*decode(between), mixed(16)),
-            lambda: run(mixed(128), mixed(256), mixed(1024)),
+            lambda: self._run(*self._decode(between), mixed(16)),
+            lambda: self._run(mixed(128), mixed(256), mixed(1024)),
             *self._draft_passes(min(self._max_tokens, 64), *sizes),
         ]
+
+    def _smallest(self) -> list[Callable[[], Tensor]]:
+        """Those of one request, which has kernels of its own."""
+        tokens = min(self._max_tokens, 64)
+        return [
+            lambda: ops.argmax(self._run(*self._decode([1]))),
+            *self._draft_passes(tokens, 1),
+        ]
+
+    def _run(self, *shapes: StepShape) -> Tensor:
+        with rehearsal():
+            for shape in shapes:
+                result = compute_padding(self._forward_pass, shape)
+        return result
+
+    def _decode(self, sizes: Iterable[int]) -> list[StepShape]:
+        widths = self._config.decode_widths
+        return [StepShape.decode(n, each) for each in widths for n in sizes]
 
     def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
         """Those of a model that drafts, of steps of so many tokens and requests."""

@@ -201,7 +201,7 @@ class ModelRunner:
                 examples.refuse_what_varies()
             with contextlib.ExitStack() as compiling:
                 with timeline.span("compile"):
-                    compiling.enter_context(examples.compiling_kernels())
+                    kernels = compiling.enter_context(examples.compiling_kernels())
                 with timeline.span("profile"):
                     activation_bytes = examples.measure_activations()
                     self.graphs = self._plan_graphs()
@@ -212,6 +212,8 @@ class ModelRunner:
                     """Of all graphs: the target's, and those of a model that drafts."""
                     memory = self.graphs.captures.memory
                     activation_bytes += graph_bytes(config, self.owners, memory)
+                with timeline.span("compile"):
+                    kernels.ready()
                 with blaming_the_prediction(self.graphs.captures):
                     self.cache_layout, self.max_model_len = plan_cache(
                         self.cache_layout, config, platform, ranks.agreement,
