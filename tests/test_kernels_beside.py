@@ -165,9 +165,9 @@ def test_where_it_does_not_start_that_is_told(
 
 @pytest.fixture
 def began(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """Grows with each process that would have been begun."""
+    """Grows with each process that would have been begun, by who shares the processors."""
     found: list[int] = []
-    monkeypatch.setattr(kernels_beside, "begin", lambda: found.append(1))
+    monkeypatch.setattr(kernels_beside, "begin", found.append)
     monkeypatch.setattr(kernels_beside, "_asked_for", None)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -195,12 +195,12 @@ def test_a_start_that_finds_all_kernels_begins_none(began: list[int], tmp_path: 
 
 
 def test_a_program_s_own_engine_begins_one_unless_its_command_has(began: list[int]) -> None:
-    kernels_beside.begin_for({"model": "some"})
-    assert len(began) == 1
-    kernels_beside.begin_for({"model": "some"})
+    kernels_beside.begin_for({"model": "some"}, 4)
+    assert began == [4]
+    kernels_beside.begin_for({"model": "some"}, 4)
     start({"model": "some"})
-    kernels_beside.begin_for({"model": "other"})
-    assert len(began) == 2, "a command's options decide"
+    kernels_beside.begin_for({"model": "other"}, 4)
+    assert began == [4, 1], "a command's options decide"
 
 
 def test_another_version_may_need_others(
@@ -224,4 +224,8 @@ def test_where_kernels_are_interpreted_none_is_begun(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     start({})
+    kernels_beside.all_kept()
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert not began
+    start({})
+    assert began, "nothing was compiled, and no note says so"

@@ -287,28 +287,34 @@ def remember(options: Mapping[str, Any]) -> None:
         options: Of an engine, as users give them.
     """
     global _asked_for
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return  # nothing is compiled, and no note may say that all is
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
         _asked_for = _note(options)
 
 
-def begin_unless_kept() -> bool:
+def begin_unless_kept(share: int = 1) -> bool:
     """Begin it if no start like the one that is remembered has left a note that all kernels are
-    kept; whether it was."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    missing = _asked_for is not None and not interpreted and not _asked_for.exists()
-    return missing and begin() is not None
+    kept; whether it was.
+
+    Args:
+        share: See :func:`begin`.
+    """
+    missing = _asked_for is not None and not _asked_for.exists()
+    return missing and begin(share) is not None
 
 
-def begin_for(options: Mapping[str, Any]) -> None:
+def begin_for(options: Mapping[str, Any], share: int) -> None:
     """As a command does before it imports anything (:mod:`reprise.early`), in a program that makes
     an engine itself: still before the first kernel is missed.
 
     Args:
         options: Of the engine.
+        share: See :func:`begin`.
     """
     if _asked_for is None:
         remember(options)
-        begin_unless_kept()
+        begin_unless_kept(share)
 
 
 def all_kept() -> None:

@@ -53,8 +53,8 @@ def order(platform, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("graphs")
         capture(self)
 
-    def begin_for(options: Any) -> None:
-        if options["model"] is not None:
+    def begin_for(options: Any, share: int) -> None:
+        if options["model"] is not None and share == 1:
             seen.append("beside")
 
     monkeypatch.setattr(type(platform), "has_triton", True)

@@ -74,7 +74,7 @@ class Engine(Frontend):
             with timeline.span("platform"):
                 self.platform = platforms.resolve(config.device)
                 if self.platform.has_triton:
-                    kernels_beside.begin_for(config.arguments())
+                    kernels_beside.begin_for(config.arguments(), config.tensor_parallel_size)
                 config, adjustments = self.platform.check_config(config)
             for each in adjustments:
                 logger.info("%s", each)
