@@ -421,13 +421,11 @@ def test_rows_without_any_request_are_cleared(implementation, platform, query_le
 
 
 ONE_TILE = {
-    "some tiles": decode(200, tail=3),
-    "its first token": decode(1),
-    "a whole tile and the newest key": decode(65, heads=8, head_size=128),
-    "one key more": decode(66, heads=8, head_size=128),
-    "padding": Case((0,), (1,), heads=8, query_len=1, tail=3),
-    "soft cap, one KV head": decode(130, heads=8, kv_heads=1, block_size=128, cap=4.0),
-    "every head its own keys": decode(300, heads=2, head_size=16),
+    "one request": decode(200, tail=3),
+    "whole tiles, one more, one less": decode(1, 129, 128, 130, 257, heads=8, head_size=128),
+    "padding": Case((37, 0, 200, 0, 0), (1, 1, 1, 1, 0), heads=8, query_len=1, tail=3),
+    "soft cap, one KV head": decode(2, 130, heads=8, kv_heads=1, block_size=128, cap=4.0),
+    "two requests, every head its own keys": decode(40, 300, heads=2, head_size=16),
 }
 
 
@@ -438,7 +436,8 @@ def test_programs_with_one_tile_of_keys(implementation, platform, monkeypatch, n
     split_kernel = importlib.import_module("reprise.ops.paged_attention.split_kernel")
     on_a_cpu = platform.device_type == "cpu"
     if on_a_cpu:
-        tiles = max(1, math.ceil((case.lengths[0] - 1) / 64))
+        size = 64 if len(case.lengths) == 1 else 128
+        tiles = sum(max(1, math.ceil((length - 1) / size)) for length in case.lengths)
         enough = split_kernel.limits(platform.device)._replace(
             multiprocessors=tiles * case.kv_heads
         )
@@ -450,15 +449,14 @@ def test_programs_with_one_tile_of_keys(implementation, platform, monkeypatch, n
         batch, error = Batch(case, dtype, platform.device), TOLERANCE[dtype]
         found = batch.run(function)
         torch.testing.assert_close(found, batch.run(reference), rtol=error, atol=error)
-    if on_a_cpu and tiles > 1:
+    if on_a_cpu:
         fewer = enough._replace(multiprocessors=(tiles - 1) * case.kv_heads)
         monkeypatch.setattr(split_kernel, "limits", lambda device: fewer)
         with pytest.raises(Exception, match="not callable"):
             batch.run(function)
 
 
-def test_keys_of_several_requests_are_read_behind_the_wait(platform, monkeypatch) -> None:
-    """One may read what another one writes in the same step, as in probes."""
+def test_three_requests_of_two_heads_a_kv_head_are_walked_over(platform, monkeypatch) -> None:
     if platform.device_type != "cpu":
         pytest.skip("what a kernel calls is seen in the interpreter alone")
     if paged_attention.implementations["triton"].requires(platform):
@@ -468,9 +466,9 @@ def test_keys_of_several_requests_are_read_behind_the_wait(platform, monkeypatch
     monkeypatch.setattr(split_kernel, "limits", lambda device: enough)
     monkeypatch.setattr(split_kernel, "attend", None)
     function = paged_attention.implementations["triton"].function
-    Batch(decode(5), torch.float32, platform.device).run(function)
+    Batch(decode(5, 9), torch.float32, platform.device).run(function)
     with pytest.raises(Exception, match="not callable"):
-        Batch(decode(5, 9), torch.float32, platform.device).run(function)
+        Batch(decode(5, 9, 7), torch.float32, platform.device).run(function)
 
 
 def test_triton_refuses_caches_of_different_layout(implementation, platform) -> None:

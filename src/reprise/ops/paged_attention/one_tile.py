@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, no-check-untyped-defs
-"""Decode of a context so short that no program has more than one tile of keys.
+"""Decode of contexts so short that no program has more than one tile of keys.
 
-All keys of one request but the newest are older than the step (see :mod:`split_sizes`). Where a
-program has one tile of them, it has them asked for before the kernel before has ended, so all that
-is waited for is the query and the newest key and value, with which the softmax begins.
+All keys of a decode but the newest are older than the step, which does not write them
+(:class:`reprise.cache.Batch`). Where a program has one tile of them, it has them asked for before
+the kernel before has ended, so all that is waited for is the query and the newest key and value,
+with which the softmax begins.
 """
 
 import triton

@@ -7,9 +7,11 @@ from reprise.ops.triton_util import INTERPRETED, DeviceLimits, cdiv, next_power_
 
 _FEW_REQUESTS = 16
 """Up to so many, each program gets more warps, and what looks through all requests is smaller."""
-_ONE_TILE = 64
-"""Keys of a program that has one tile of them, where a step is of one request: it has written all
-its keys but the newest in earlier steps. A request may read what another one writes in its step."""
+_ONE_TILE, _ONE_TILE_OF_SEVERAL = 64, 128
+"""Keys of a program that has one tile of them: of one request, and of more."""
+_LEAST_HEADS = 4
+"""Of a KV head, from which programs have one tile where there are three requests or more. With two,
+longer contexts of so many requests were slower when the kernel had that way as well."""
 _FEW_OF_CODES = 32
 """The same where keys and values have one byte a channel."""
 
@@ -35,8 +37,12 @@ def split_config(
     """
     block_m = max(16, next_power_of_2(rows))
     block_d = next_power_of_2(head_size)
-    plain = not codes and head_size == max(16, block_d)
-    one_tile = _ONE_TILE if requests == 1 and plain else 0
+    one_tile = 0
+    if requests <= _FEW_REQUESTS and not codes and head_size == max(16, block_d):
+        if requests <= 1:
+            one_tile = _ONE_TILE
+        elif requests == 2 or rows >= _LEAST_HEADS:
+            one_tile = _ONE_TILE_OF_SEVERAL
     if INTERPRETED:  # its time goes by the number of steps
         return Config(block_m, 64, 1, 1, one_tile=one_tile)
     if element_size == 4:  # products hold their operands in registers
