@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from reprise.engine import deepseek_v4_chat
 from reprise.server.tools.choice import parser_name
 from reprise.server.tools.formats import PARSERS
+from reprise.server.tools.parser import MOST_HEADER
 
 TOOLS: dict[str, Any] = {
     "get_weather": {
@@ -64,6 +66,7 @@ V4 = """<｜DSML｜tool_calls>
 </｜DSML｜invoke>
 </｜DSML｜tool_calls>"""
 
+OTHER = '{"x": 1, "name": "now", "parameters": {}}'
 HALF = '{"a": ["\\ud83d"]}'
 CODED = "<tool_call>\n<function=now>\n<parameter=a>\n{}\n</parameter>\n</function>\n</tool_call>"
 DSML = (
@@ -98,6 +101,8 @@ CASES: list[Case] = [
     ("llama3_json", "It is {not} a call", "It is {not} a call", []),
     ("llama3_json", '{"type": "function", "name": "now", "parameters": {}}', "", [NOW]),
     ("llama3_json", '{"name": 4}', '{"name": 4}', []),
+    ("llama3_json", '{"city": "Rome", "name": "now"}', '{"city": "Rome", "name": "now"}', []),
+    ("llama3_json", f'{{"name": "now", "parameters": {{}}}}; {OTHER}', f"; {OTHER}", [NOW]),
     ("llama3_json", "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     ("qwen3_coder", "text <tool_call> only", "text <tool_call> only", []),
     ("qwen3_coder", f"Well.\n{CODER}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
@@ -174,6 +179,7 @@ WORDS = [
     "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>",
     '<｜DSML｜invoke name="now">', "</｜DSML｜invoke>", "</｜DSML｜parameter>",
     '<｜DSML｜parameter name="a" string="true">', '<｜DSML｜parameter name="b" string="false">',
+    '{"a": 1, "name": "now"}', '{"type": "function", "name": "now"}',
     " ", "\n", "text", "<|python_tag|>", "[1]", "1", '"\\ud83d"', "NaN",
 ]  # fmt: skip
 
@@ -215,3 +221,47 @@ def test_what_the_encoder_of_deepseek_v4_writes_is_read_back(arguments: dict[str
 
 def test_the_parser_of_deepseek_v4_is_found_by_its_encoder() -> None:
     assert parser_name(deepseek_v4_chat.DeepSeekV4Chat.text) == "deepseek_v4"
+
+
+LONG_TEXTS = {
+    "hermes": ['<tool_call>{"name": "{}', '<tool_call>{"arguments": {"a": "{}"}, "name": "now"}',
+               "<tool_call> {}"],
+    "llama3_json": ['{"type": "function", "name": "now", "parameters": {"a": "{}"}}', '{"{}'],
+    "qwen3_coder": ["<tool_call>\n<function=now>\n<parameter=a>\n{}"],
+    "deepseek_v31": ["<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}"],
+    "deepseek_v4": ['<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("parser", "form"), [(k, v) for k in LONG_TEXTS for v in LONG_TEXTS[k]])
+def test_a_piece_takes_no_longer_for_what_came_before(parser: str, form: str) -> None:
+    """All streams of a process wait for it."""
+
+    def seconds(size: int) -> float:
+        text = form.replace("{}", "lorem " * size)
+        began = time.thread_time()
+        read(parser, cut(text, 16))
+        return time.thread_time() - began
+
+    assert seconds(8000) < 0.05 + 9 * seconds(2000)
+
+
+def cut(text: str, size: int) -> list[str]:
+    return [text[place : place + size] for place in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize("more", [-40, -1, 0, 1, 40])
+@pytest.mark.parametrize(("parser", "form", "ended"), [
+    ("hermes", '<tool_call>{"name": "{}", "arguments": {"a": 1}}</tool_call>', True),
+    ("llama3_json", '{"name": "{}", "parameters": {"a": 1}}', True),
+    ("llama3_json", '{"{}": 1, "name": "now"}', False),
+    ("deepseek_v31", DEEP.replace("{}", ONE_DEEP.format("{}", "{}")), False),
+    ("deepseek_v4", V4.replace("get_weather", "{}"), False),
+])  # fmt: skip
+def test_long_names_are_read_the_same_however_they_are_cut(
+    parser: str, form: str, ended: bool, more: int
+) -> None:
+    text = form.replace("{}", "x" * (MOST_HEADER - form.index("{}") + more), 1)
+    whole = read(parser, [text])[:2]
+    assert read(parser, cut(text, 7))[:2] == read(parser, cut(text, 1000))[:2] == whole
+    assert bool(whole[1]) or not ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from reprise.server.tools.json_text import read, written
-from reprise.server.tools.parser import TaggedParser
+from reprise.server.tools.parser import MOST_HEADER, TaggedParser
 
 
 class DeepSeekV4(TaggedParser):
@@ -37,7 +37,7 @@ class DeepSeekV4(TaggedParser):
             return self._step_between()
         if self._key is not None:
             return self._step_value(*self._key)
-        found = self._PARAMETER.match(self._held)
+        found = self._PARAMETER.match(self._held[:MOST_HEADER])
         if found is not None:
             self._key, self._held = (found[1], found[2] == "true"), self._held[found.end() :]
             return True
@@ -55,7 +55,7 @@ class DeepSeekV4(TaggedParser):
         self._calling, self._count, self._held = False, 0, rest
 
     def _step_between(self) -> bool:
-        found = self._INVOKE.match(self._held)
+        found = self._INVOKE.match(self._held[:MOST_HEADER])
         if found is not None:
             self._call(found[1])
             self._calling, self._held = True, self._held[found.end() :]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from reprise.server.tools.dsml import DeepSeekV4
 from reprise.server.tools.json_text import read, written
-from reprise.server.tools.parser import JsonValue, TaggedParser, ToolParser
+from reprise.server.tools.parser import MOST_HEADER, JsonValue, TaggedParser, ToolParser
 
 _NAME_FIRST = re.compile(
     r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'
@@ -27,6 +27,8 @@ class _JsonCalls(TaggedParser):
 
     def _entered(self) -> None:
         self._value: JsonValue | None = None
+        self._late = False
+        """There is no name that comes first."""
         self._whole = JsonValue()
         self._looked = 0
         """Characters of what is held that the object has had."""
@@ -34,11 +36,13 @@ class _JsonCalls(TaggedParser):
     def _step_inside(self) -> bool:
         if self._value is not None:
             return self._step_arguments(self._value)
-        header = _NAME_FIRST.match(self._held)
+        head = self._held[:MOST_HEADER]
+        header = None if self._late else _NAME_FIRST.match(head)
         if header is not None:
             self._call(_text(header[1]))
             self._value, self._held = JsonValue(), self._held[header.end() :]
             return True
+        self._late = len(head) == MOST_HEADER
         return self._step_whole()
 
     def _step_arguments(self, value: JsonValue) -> bool:
@@ -96,6 +100,8 @@ class DeepSeekV31(TaggedParser):
 
     def _entered(self) -> None:
         self._value: JsonValue | None = None
+        self._late = False
+        """The next call has no name."""
         self._calls_before = self.num_calls
 
     def _step_inside(self) -> bool:
@@ -108,13 +114,16 @@ class DeepSeekV31(TaggedParser):
             place = self._held.find(self.last)
             if value.ended and place >= 0:
                 self._value, self._held = None, self._held[place + len(self.last) :]
+                self._late = False
                 return True
             return False
-        header = re.match(rf"\s*{self.first}(.*?){self.middle}\s*(?=\S)", self._held, re.DOTALL)
+        head, form = self._held[:MOST_HEADER], rf"\s*{self.first}(.*?){self.middle}\s*(?=\S)"
+        header = None if self._late else re.match(form, head, re.DOTALL)
         if header is not None:
             self._call(header[1].strip())
             self._value, self._held = JsonValue(), self._held[header.end() :]
             return True
+        self._late = len(head) == MOST_HEADER
         if self._held.lstrip().startswith(self.end):
             self._leave(self._held.lstrip()[len(self.end) :])
             return True
@@ -212,7 +221,9 @@ class Llama3Json(ToolParser):
     def __init__(self, tools: dict[str, Any]) -> None:
         super().__init__(tools)
         self._state: Literal["start", "call", "arguments", "end", "between", "content"] = "start"
-        self._value = JsonValue()
+        self._value = self._whole = JsonValue()
+        self._looked = 0
+        """Characters of what is held that the object of a call has had."""
         self._before = ""
         """What stood before the call that is looked for, to be given back if there is none."""
 
@@ -235,31 +246,38 @@ class Llama3Json(ToolParser):
         held = self._held.lstrip()
         if held.startswith(self.tag):
             self._before = self._held[: len(self._held) - len(held)] + self.tag
-            self._held, self._state = held[len(self.tag) :], "call"
+            self._held = held[len(self.tag) :]
+            self._look_for_call()
             return True
         if self.tag.startswith(held) and not self._ended:
             return False
-        self._state = "call" if held.startswith("{") else "content"
+        self._look_for_call()
         return True
 
+    def _look_for_call(self) -> None:
+        self._state, self._whole, self._looked = "call", JsonValue(), 0
+
     def _step_call(self) -> bool:
-        header = _NAME_FIRST.match(self._held)
+        head = self._held[:MOST_HEADER]
+        header = _NAME_FIRST.match(head)
         if header is not None:
             self._call(_text(header[1]))
             self._before, self._held = "", self._held[header.end() :]
             self._value, self._state = JsonValue(), "arguments"
             return True
-        held, key = self._held.lstrip(), _FIRST_KEY.match(self._held)
-        whole = JsonValue()
-        count = whole.feed(held) if held.startswith("{") else 0
-        found = _call_in(held[:count]) if whole.ended else None
+        held, key = self._held.lstrip(), _FIRST_KEY.match(head)
+        other = bool(held) and held[0] != "{"
+        other = other or (len(head) == MOST_HEADER if key is None else key[1] not in _KEYS)
+        found, whole = None, self._whole
+        if held and not other:
+            self._looked = max(self._looked, len(self._held) - len(held))
+            self._looked += whole.feed(self._held[self._looked :])
+            found = _call_in(self._held[: self._looked]) if whole.ended else None
         if found is not None:
             self._call(found[0])
             self._arguments(found[1])
-            self._before, self._held, self._state = "", held[count:], "between"
+            self._before, self._held, self._state = "", self._held[self._looked :], "between"
             return True
-        other = bool(held) and held[0] != "{"
-        other = other or (key is not None and key[1] not in _KEYS)
         if other or whole.ended or self._ended:
             self._state = "content"
             return True
@@ -284,9 +302,10 @@ class Llama3Json(ToolParser):
         held = self._held.lstrip()
         if not held:
             return False
-        self._state = "call" if held[0] == ";" else "content"
+        self._state = "content"
         if held[0] == ";":
             self._before, self._held = ";", held[1:]
+            self._look_for_call()
         return True
 
 

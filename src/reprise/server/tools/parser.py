@@ -9,6 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple
 
+MOST_HEADER = 1 << 12
+"""Characters of a call in which its name ends, or its first key: each piece of a text is looked at
+together with all before it up to there."""
+
 
 class Event(NamedTuple):
     """What is certain of a text."""
