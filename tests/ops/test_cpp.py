@@ -21,7 +21,11 @@ from reprise.ops import (
     paged_attention,
     rotary_cache,
 )
+from reprise.ops.linear import onednn
+from reprise.ops.linear.cpp import MOST_ROWS
+from reprise.ops.paged_attention import sdpa
 from reprise.ops.registry import Op, OpTable
+from reprise.ops.rotary_cache import host
 from reprise.platforms.cpu import CpuPlatform
 
 KINDS = (torch.float32, torch.bfloat16)
@@ -74,6 +78,66 @@ def test_bits_of_a_row_depend_on_it_alone(randn, dtype, inputs) -> None:
                     assert torch.equal(torch.cat(found), expected)
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_small_steps_of_any_kind_are_theirs(randn, monkeypatch, dtype) -> None:
+    """In place of torch's calls for each request, or for each part of a rotation."""
+
+    def others(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("torch's")
+
+    def of(tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        blocks = tokens // 16 + 1
+        cache = {
+            name: randn(2 * blocks, 16, 2, 32, dtype=dtype) for name in ("key_cache", "value_cache")
+        }
+        attention = {
+            **cache, "query": randn(tokens, 8, 32, dtype=dtype), "query_len": 0,
+            "block_tables": torch.arange(2 * blocks, dtype=torch.int32).view(2, -1),
+            "seq_lens": torch.tensor([tokens - 9, 9], dtype=torch.int32),
+            "query_start_loc": torch.tensor([0, tokens - 9, tokens], dtype=torch.int32),
+            "out": torch.empty(tokens, 8, 32, dtype=dtype), "scale": 0.2, "sliding_window": 0,
+            "soft_cap": 0.0,
+        }  # fmt: skip
+        gain = randn(32, dtype=dtype)
+        rotation = {
+            **cache, "qkv": randn(tokens, 12 * 32, dtype=dtype), "positions": torch.arange(tokens),
+            "cos_sin": randn(tokens, 32), "slot_mapping": torch.arange(tokens) + 16,
+            "query_norm": gain, "key_norm": gain, "eps": 1e-6,
+        }  # fmt: skip
+        return attention, rotation
+
+    def computed(name: str, op: Op, arguments: dict[str, Any], *written: str) -> list[Tensor]:
+        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        result = op.implementations[name].function(**copies)
+        return [*(copies[each] for each in written), *([] if result is None else [result])]
+
+    monkeypatch.setattr(sdpa, "paged_attention", others)
+    monkeypatch.setattr(host, "rotary_cache", others)
+    ops = ((paged_attention, ("out",)), (rotary_cache, ("key_cache", "value_cache")))
+    for (op, written), arguments in zip(ops, of(60), strict=True):
+        found = computed("cpp", op, arguments, *written)
+        expected = computed("reference", op, arguments, *written)
+        for each, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(each, right)
+    for (op, _), arguments in zip(ops, of(1000), strict=True):
+        with pytest.raises(AssertionError, match="torch's"):
+            computed("cpp", op, arguments)
+
+
+def test_as_many_rows_of_bfloat16_are_theirs_as_they_are_faster_for(randn, monkeypatch) -> None:
+    def others(*args: Any) -> None:
+        raise AssertionError("torch's")
+
+    monkeypatch.setattr(onednn, "linear", others)
+    rows, kind = MOST_ROWS[torch.bfloat16], torch.bfloat16
+    assert rows == (8 if onednn.HAS_BFLOAT16 else 256)
+    x, weight = randn(rows + 1, 96, dtype=kind), (randn(70, 96) / 10).to(kind)
+    expected = linear.implementations["reference"].function(x, weight, None)[:rows]
+    torch.testing.assert_close(function(linear)(x[:rows], weight, None), expected)
+    with pytest.raises(AssertionError, match="torch's"):
+        function(linear)(x, weight, None)
 
 
 def function(op: Op):

@@ -1,5 +1,5 @@
-"""In C++ for steps of few tokens a request: see ``few_tokens.cpp``. Other steps, and eight-bit
-caches, are computed by torch's attention."""
+"""In C++ for steps of few tokens a request, and for small ones: see ``few_tokens.cpp``. Other
+steps, and eight-bit caches, are computed by torch's attention."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ _few_tokens = Kernel(
         3: "a request's tokens are beyond the step's",
     },
 )  # fmt: skip
+
+SMALL = 1 << 20
+"""Numbers of queries, times the tokens that a request may have: in steps of any kind whose product
+is no larger, torch's calls for each request take twice to ten times as long."""
 
 
 @puts_off
@@ -54,7 +58,7 @@ def paged_attention(
     dtype = query.dtype
     requests, most = block_tables.shape
     if not (
-        query_len > 0
+        (query_len > 0 or query.numel() * most * key_cache.shape[1] <= SMALL)
         and key_cache.dtype == value_cache.dtype == dtype
         and key_cache.shape == value_cache.shape
         and key_cache.stride() == value_cache.stride()
