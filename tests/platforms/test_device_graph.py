@@ -22,7 +22,7 @@ from reprise.platforms.device_graph import (
     in_capture_pass,
     launch,
 )
-from reprise.platforms.recorded_graph import RecordedGraph, recording
+from reprise.platforms.recorded_graph import OpRecorder, RecordedGraph, recording
 from reprise.platforms.recorded_pool import RecordedPool
 
 
@@ -356,6 +356,33 @@ def test_intermediates_share_memory_by_their_lifetime():
     assert torch.equal(out, sum([torch.ones(1)] * 50, x))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: [(x * 2)[1:, ::2]],
+        lambda x: [(x * 2).t()],
+        lambda x: list((x * 2).unbind(1)),
+        lambda x: [base := x * 2, base[1:]],
+        lambda x: [(base := x * 2)[1:], base],
+        lambda x: [x[:0] * 2],
+    ],
+)
+def test_results_of_any_layout_are_as_when_they_were_computed(made):
+    """At capture too, and those that share memory do in the graph's as well."""
+    x, found = torch.randn(3, 4), []
+    graph, _ = record(lambda: found.extend(launch(made, x)))
+    for _ in range(2):
+        expected = made(x)
+        assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+        assert [each.stride() for each in found] == [each.stride() for each in expected]
+        shared = [
+            len({each.untyped_storage()._cdata for each in some}) for some in (found, expected)
+        ]
+        assert shared[0] == shared[1]
+        x.mul_(3)
+        graph.replay()
+
+
 def test_values_that_live_on_after_capture_keep_their_memory():
     pool, x = RecordedPool(), torch.randn(1000)
     _, kept = record(lambda: x * 2, pool)
@@ -383,6 +410,24 @@ def test_an_op_is_taken_whole_and_may_read_values_when_it_runs():
     graph.replay()
     assert out.tolist() == [6.0] * 4
     assert len(calls) == 2
+
+
+def test_what_a_kernel_calls_is_not_looked_at(monkeypatch):
+    """Nor what is recorded of it: looking at a call of torch takes longer than the call."""
+    seen = []
+    x, out = torch.ones(4), torch.empty(4)
+    look = OpRecorder.__torch_dispatch__
+
+    def noted(self, func, *rest):
+        seen.append(func.name())
+        return look(self, func, *rest)
+
+    monkeypatch.setattr(OpRecorder, "__torch_dispatch__", noted)
+    graph, _ = record(lambda: out.copy_(launch(lambda: x * 2 + 1)))
+    assert seen == ["aten::copy_"]
+    x.fill_(3)
+    graph.replay()
+    assert out.tolist() == [7.0] * 4
 
 
 def test_the_host_part_of_an_op_runs_once():

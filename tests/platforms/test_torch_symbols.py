@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from reprise import platforms
 from reprise.platforms.accelerator import AcceleratorPlatform
@@ -117,6 +118,9 @@ def test_private_helpers():
     memory = torch.zeros(8, dtype=torch.uint8)
     storage = torch._C._construct_storage_from_data_pointer(memory.data_ptr(), memory.device, 8)
     assert storage.data_ptr() == memory.data_ptr()
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert fits(torch._C._get_dispatch_stack_at, (0,), {})
+    assert fits(_pop_mode_temporarily, (), {})
     for version in ("cuda", "hip", "xpu"):
         assert hasattr(torch.version, version)
     assert torch.Stream

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from reprise.errors import GraphError
@@ -68,7 +68,7 @@ class RecordedGraph(DeviceGraph):
         return len(self._calls)
 
     def may_own(self, tensor: Tensor) -> bool:
-        return self.pool.resident(tensor) is not None
+        return self.pool.holds(tensor)
 
     def _stream(self) -> contextlib.AbstractContextManager[Any]:
         return recording()
@@ -151,13 +151,17 @@ class RecordedGraph(DeviceGraph):
         storages: dict[int, torch.UntypedStorage] = {}
         moved = []
         for each in fresh:
-            key = storage_key(each)
-            if key not in storages:
-                storages[key] = self.pool.storage(each.untyped_storage().nbytes())
-                storages[key].copy_(each.untyped_storage())
-            empty = torch.empty(0, dtype=each.dtype)
+            key, storage = storage_key(each), each.untyped_storage()
+            first = key not in storages
+            if first:
+                storages[key] = self.pool.storage(storage.nbytes())
             layout = (each.storage_offset(), each.size(), each.stride())
-            moved.append(empty.set_(storages[key], *layout))
+            copy = torch.empty(0, dtype=each.dtype).set_(storages[key], *layout)
+            if first and each.nbytes == storage.nbytes() and each.is_contiguous():
+                copy.copy_(each)  # a fraction of the time that it takes of a storage
+            elif first:
+                storages[key].copy_(storage)
+            moved.append(copy)
         return moved
 
     def _call(
@@ -206,11 +210,17 @@ class OpRecorder(TorchDispatchMode):
         graph = state.graph
         if self.in_kernel or not isinstance(graph, RecordedGraph):
             return func(*args, **kwargs)
-        _refuse_host_read(func, args, kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        may_read, composite = _known_of(func)
+        if may_read:
+            _refuse_host_read(func, args, kwargs)
+        if composite:
             return self._take_apart(func, args, kwargs)
-        with self._kernel() as frame:
+        frame = _Frame()
+        self._frames.append(frame)
+        try:
             result = func(*args, **kwargs)
+        finally:
+            self._frames.pop()
         if frame.expanded or state.graph is not graph:
             return result
         function, args, kwargs = frame.work or (func, args, kwargs)
@@ -238,7 +248,7 @@ class OpRecorder(TorchDispatchMode):
             if frame.work is None:
                 frame.work = (function, args, kwargs)
             return function(*args, **kwargs)
-        with self._kernel() as frame:
+        with self._kernel() as frame, self._looking_away():
             result = function(*args, **kwargs)
             if frame.expanded or not isinstance(graph, RecordedGraph) or state.graph is not graph:
                 return result
@@ -259,6 +269,14 @@ class OpRecorder(TorchDispatchMode):
         finally:
             self._frames.pop()
 
+    def _looking_away(self) -> contextlib.AbstractContextManager[Any]:
+        """Within a kernel, of which no call of torch is recorded by itself, none comes here: that
+        would take ten times as long as the call."""
+        modes = torch._C._len_torch_dispatch_stack()
+        if modes and torch._C._get_dispatch_stack_at(modes - 1) is self:
+            return _pop_mode_temporarily()
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _kernel(self) -> Iterator[_Frame]:
         frame = _Frame()
@@ -267,6 +285,14 @@ class OpRecorder(TorchDispatchMode):
             yield frame
         finally:
             self._frames.pop()
+
+
+@functools.cache
+def _known_of(func: Any) -> tuple[bool, bool]:
+    """Whether it may read a value on the host, and whether it is made of other ops."""
+    reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+    may_read = bool(reads) or func.name() == "aten::repeat_interleave.Tensor"
+    return may_read, torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
 
 
 def _refuse_host_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ class RecordedPool:
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
         self._starts: list[int] = []
+        self._sizes: list[int] = []
         self._free: list[list[tuple[int, int]]] = []
         """Of each chunk: (offset, size) of its free blocks, ascending, never adjacent."""
         self._live: list[tuple[StorageWeakRef, int, int, int]] = []
@@ -35,7 +36,7 @@ class RecordedPool:
     @property
     def nbytes(self) -> int:
         """Bytes that the pool has taken from the system."""
-        return sum(each.numel() for each in self._chunks)
+        return sum(self._sizes)
 
     def memory(self) -> list[Tensor]:
         """All memory of the pool as uint8 tensors. No graph may rely on what they hold."""
@@ -56,17 +57,24 @@ class RecordedPool:
 
         The view keeps the chunk alive and leaves the block to whoever takes it next.
         """
+        chunk = self._chunk_of(tensor)
+        if chunk is None:
+            return None
+        storage = self._chunks[chunk].untyped_storage()
+        offset = tensor.untyped_storage().data_ptr() - self._starts[chunk]
+        offset += int(tensor.storage_offset()) * tensor.itemsize
+        layout = offset // tensor.itemsize, tensor.size(), tensor.stride()
+        return torch.empty(0, dtype=tensor.dtype).set_(storage, *layout)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in the pool."""
+        return self._chunk_of(tensor) is not None
+
+    def _chunk_of(self, tensor: Tensor) -> int | None:
         address = tensor.untyped_storage().data_ptr()
         index = bisect.bisect_right(self._starts, address) - 1
-        if index < 0 or address >= self._starts[index] + self._chunks[index].numel():
-            return None
-        offset = address - self._starts[index] + tensor.storage_offset() * tensor.itemsize
-        return torch.empty(0, dtype=tensor.dtype).set_(
-            self._chunks[index].untyped_storage(),
-            offset // tensor.itemsize,
-            tuple(tensor.size()),
-            tensor.stride(),
-        )
+        inside = index >= 0 and address < self._starts[index] + self._sizes[index]
+        return index if inside else None
 
     def _sweep(self) -> None:
         """Take back the blocks whose storages have died."""
@@ -104,6 +112,7 @@ class RecordedPool:
             memory = torch.empty(total, dtype=torch.uint8)
         chunk = bisect.bisect_left(self._starts, memory.data_ptr())
         self._starts.insert(chunk, memory.data_ptr())
+        self._sizes.insert(chunk, total)
         self._chunks.insert(chunk, memory)
         self._free.insert(chunk, [(size, total - size)] if total > size else [])
         self._live = [
