@@ -184,13 +184,6 @@ class ModelRunner:
             self.forward_pass.reload = self._reload
             # Until its size is known the cache is the null blocks alone.
             allocate_caches(self.caches, self.cache_layout, platform)
-            self._at_rest = [
-                (each.tensor, each.tensor.to("cpu", copy=True))
-                for each in self.forward_pass.memory().values()
-                if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
-            ]
-            """What steps read, as it is while there is no request: some of it is written once. No
-            graph has run yet, which might have changed it."""
             examples = Examples(
                 config, self.ops, platform, self.model, self.forward_pass, self.buffers,
                 self.drafter, self.max_tokens, ranks.group,
@@ -204,6 +197,9 @@ class ModelRunner:
                     kernels = compiling.enter_context(examples.compiling_kernels())
                 with timeline.span("profile"):
                     activation_bytes = examples.measure_activations()
+                    self._at_rest = self._copies_at_rest()
+                    """What steps read, as it is while there is no request: some of it is written
+                    once. No graph has run yet, which might have changed it."""
                     self.graphs = self._plan_graphs()
                     """The target's."""
                     self.graphs.captures.leave_out_useless()
@@ -330,6 +326,13 @@ class ModelRunner:
         self._landings.clear()
         self._result = None
         self._come_to_rest()
+
+    def _copies_at_rest(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (each.tensor, each.tensor.to("cpu", copy=True))
+            for each in self.forward_pass.memory().values()
+            if each.owner in ("input", "beside") and each.tensor.nbytes <= AT_REST_BYTES
+        ]
 
     def _come_to_rest(self) -> None:
         """Give what steps read, and what ops keep, the content that it has while there is no
