@@ -342,7 +342,7 @@ class ModelRunner:
         with torch.inference_mode():
             for tensor, content in self._at_rest:
                 tensor.copy_(content)
-            self.buffers.rows.clear_nobodys()
+            self.buffers.rows.clear()
             self.owners.settle_ops()
 
     def _forget_inputs(self) -> None:

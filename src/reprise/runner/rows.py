@@ -120,10 +120,10 @@ class Rows:
         self.host_tables[:, rows] = 0
         self.tables.index_fill_(1, to_device(rows, self._platform), 0)
 
-    def clear_nobodys(self) -> None:
-        """The null row is as it was made, whatever was written there."""
+    def clear(self) -> None:
+        """All rows are as they were made, whatever was written there: nobody has one."""
         for each in (self.integers, self.floats, self.tables):
-            each[:, 0] = 0
+            each.zero_()
 
     def edit(self, step: Step) -> tuple[Ints, Ints]:
         """Note the step's new entries of block tables; returns their places in the flat tables and
