@@ -6,6 +6,7 @@ import mmap
 import sys
 import time
 
+import interpreter
 import numpy as np
 import torch
 
@@ -14,6 +15,8 @@ from reprise.distributed.symmetric import PROGRAMS, SymmetricBuffer
 from reprise.ops.all_gather.triton import push_beside, words_of
 from reprise.ops.all_reduce.triton import PART, norms, push, push_norm
 from reprise.ops.rms_norm.reference import reference as rms_norm
+
+interpreter.quicken()
 
 SIZES = (3, 2100, 8)
 """Elements, of grids that differ from sum to sum."""
