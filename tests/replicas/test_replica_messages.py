@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from reprise.engine.driver import settle
+from reprise.engine.tokenizing import Tokenizing
 from reprise.errors import LoadError, RepriseError
 from reprise.logprobs import Logprob, WholeLogprobs
 from reprise.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -71,7 +72,7 @@ def test_a_tokenizer_that_panics() -> None:
 
     replicas: Any = object.__new__(Replicas)
     replicas._outstanding = Outstanding(Router(16, [1], 1))
-    replicas._tokenizing = ThreadPoolExecutor(1)
+    replicas._tokenizing = Tokenizing()
     replicas.prepare_params = lambda params: params
     accepted = replicas.submit("a", prompt, None, 0, object())
     with pytest.raises(RepriseError, match="Panic: index out of bounds"):
