@@ -99,7 +99,8 @@ def test_no_bit_of_an_answer_changes(
 ) -> None:
     """Neither when the engine is made nor when it is asked."""
     model = tiny(family, **FAMILIES[family])
-    options = GRAPHS if graphs else {}
+    # With prefix hits what is asked again would be other steps, which may round otherwise.
+    options = {"enable_prefix_caching": False, **(GRAPHS if graphs else {})}
     expected = answers(make_llm(model, device, **options))
     with SURROUNDINGS[surroundings](device):
         inside = make_llm(model, device, **options)
