@@ -12,6 +12,12 @@ def test_each_seed_goes_alone() -> None:
     assert len({shares.share(each) for each in seeds}) == 10
 
 
+def test_short_seeds_go_together() -> None:
+    """The accelerator is built once, and nobody waits for it."""
+    seeds = [f"tests/test_sim.py::test_reprise_on_the_device[{n}]" for n in (1, 2)]
+    assert {shares.share(each) for each in seeds} == {"tests/test_sim.py"}
+
+
 def test_sets_of_one_model_go_together() -> None:
     """What its requests get alone is computed once."""
     test = "tests/test_matrix.py::test_same_tokens"
