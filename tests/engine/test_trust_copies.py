@@ -46,6 +46,12 @@ def small_llm(model: TinyModel, device: str, **options: Any) -> LLM:
     )  # fmt: skip
 
 
+def met_one_probe(llm: LLM) -> None:
+    """As where a start had no time for more: the others are met while no request runs."""
+    for each in llm.engine.runner.graphs.bucket_graphs.values():
+        each.info.probes = 1
+
+
 def spoil(tensors: Iterable[Tensor]) -> None:
     for each in tensors:
         if each.itemsize == 1:
@@ -260,9 +266,7 @@ def test_what_is_kept_while_no_request_runs(
     llm = small_llm(model, device, graph_mode="full")
     prompt = random_ids(90, 60)
     first = generate(llm, [prompt], PARAMS)
-    graphs = llm.engine.runner.graphs
-    for each in graphs.bucket_graphs.values():
-        each.info.probes = 1
+    met_one_probe(llm)
     state = step_memory.StepMemory.state
     found: list[dict[str, Tensor]] = []
     monkeypatch.setattr(
@@ -287,10 +291,8 @@ def test_what_is_written_once_is_as_at_start_behind_a_probe(
     llm = small_llm(model, device, graph_mode="decode=full,mixed=none", graph_buckets="decode=4")
     prompt = random_ids(93, 60)
     first = generate(llm, [prompt], PARAMS)
-    runner = llm.engine.runner
-    for each in runner.graphs.bucket_graphs.values():
-        each.info.probes = 1
-    memory = runner.forward_pass.memory()
+    met_one_probe(llm)
+    memory = llm.engine.runner.forward_pass.memory()
     once = [memory["block_sizes"].tensor, memory["rows' tables"].tensor]
     kept = verify._Both._kept
     found: list[Tensor] = []
@@ -437,8 +439,7 @@ def test_memory_that_is_short_while_no_request_runs(
     prompt = random_ids(93, 60)
     first = generate(llm, [prompt], PARAMS)
     runner = llm.engine.runner
-    for each in runner.graphs.bucket_graphs.values():
-        each.info.probes = 1
+    met_one_probe(llm)
     memory = runner.forward_pass.memory()
     caches = [each.tensor[1:] for each in memory.values() if each.owner == "cache"]
     weight = runner.model.model.layers[0].self_attn.q_norm.weight.data
