@@ -145,6 +145,14 @@ def test_its_end_is_told(variables: dict[str, str], number: int) -> None:
         assert program.wait(60) == -number
 
 
+def test_a_signal_that_comes_at_once_is_heeded(variables: dict[str, str]) -> None:
+    """Before the program has begun."""
+    command = [sys.executable, "-m", "told", "7"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=variables) as program:
+        program.terminate()
+        assert program.wait(60) == -signal.SIGTERM
+
+
 @pytest.mark.cold
 def test_a_test_that_is_marked_starts_what_it_starts() -> None:
     assert warm.Popen.cold

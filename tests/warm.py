@@ -250,6 +250,8 @@ def _await_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]] 
 
 def _become(order: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
     """Run an order's program."""
+    # Who asked may send one as soon as it knows to whom: without handlers it would be ignored.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLERS)
     connection.send(str(os.getpid()).encode())
     connection.detach()
     _place(dict(zip(order["descriptors"], descriptors, strict=True)))
