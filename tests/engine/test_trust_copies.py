@@ -451,7 +451,7 @@ def test_memory_that_is_short_while_no_request_runs(
     monkeypatch.setattr(Guard, "flags", lack)
     cut = error is KeyboardInterrupt
     with pytest.raises(error) if cut else contextlib.nullcontext():
-        llm.engine.prove_idle()
+        assert llm.engine.prove_idle()
     monkeypatch.undo()
     assert generate(llm, [prompt], PARAMS) == first
     assert len(llm.graph_report().quarantined) == 1
