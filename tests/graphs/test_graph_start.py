@@ -14,7 +14,8 @@ import torch
 from toy import Toy
 
 from reprise.graphs import judge
-from reprise.graphs.verify import Verdict, examine, examine_later
+from reprise.graphs.verdict import Verdict
+from reprise.graphs.verify import examine, examine_later
 from reprise.shape import StepShape
 
 WAIT = 20

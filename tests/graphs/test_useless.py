@@ -15,8 +15,8 @@ from reprise.distributed import ALONE_AGREES
 from reprise.graphs import useless
 from reprise.graphs.judge import note_times
 from reprise.graphs.report import GraphInfo
+from reprise.graphs.stopwatch import Times
 from reprise.graphs.useless import Useless
-from reprise.graphs.verify import Times
 from reprise.shape import StepShape
 
 SHAPES = [StepShape.mixed(size, 1) for size in (64, 128, 256, 512, 1024, 2048, 4096)]

@@ -12,7 +12,7 @@ from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.seal import Seal
 from reprise.graphs.step_memory import StepMemory
-from reprise.graphs.verify import Verdict
+from reprise.graphs.verdict import Verdict
 from reprise.shape import StepShape
 
 

@@ -25,7 +25,8 @@ from reprise.graphs.replay import Replays
 from reprise.graphs.report import GraphInfo, GraphMemory
 from reprise.graphs.trust import Ledger
 from reprise.graphs.useless import Useless
-from reprise.graphs.verify import COPIES, Verdict
+from reprise.graphs.verdict import Verdict
+from reprise.graphs.verify import COPIES
 from reprise.graphs.verify_mode import VerifyMode
 from reprise.platforms import Platform
 from reprise.shape import PHASES, Phase, StepShape

@@ -17,7 +17,9 @@ from reprise.graphs.contract import Computation, Probe
 from reprise.graphs.guard import Guard, Scope
 from reprise.graphs.locate import Location, locate
 from reprise.graphs.padding import compute_padding, write_padding
-from reprise.graphs.verify import Later, Times, Verdict, examine, examine_later, go_on
+from reprise.graphs.stopwatch import Times
+from reprise.graphs.verdict import Verdict
+from reprise.graphs.verify import Later, examine, examine_later, go_on
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 

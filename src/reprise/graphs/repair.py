@@ -13,7 +13,7 @@ from reprise.graphs.guard import Change, Guard, Scope
 from reprise.graphs.judge import Judge
 from reprise.graphs.mend import mend
 from reprise.graphs.seal import Seal
-from reprise.graphs.verify import Verdict
+from reprise.graphs.verdict import Verdict
 from reprise.shape import StepShape
 
 

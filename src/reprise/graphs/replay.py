@@ -20,7 +20,8 @@ from reprise.graphs.mend import mend
 from reprise.graphs.outcome import EAGERLY, Damage, Ran
 from reprise.graphs.repair import make_good
 from reprise.graphs.trust import Ledger
-from reprise.graphs.verify import Verdict, examine
+from reprise.graphs.verdict import Verdict
+from reprise.graphs.verify import examine
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reprise.errors import GraphError, describe
-from reprise.graphs.compare import (
-    Difference,
-    copies,
-    differ,
-    difference,
-    poison,
-    poison_memory,
-)
+from reprise.graphs.compare import copies, differ, difference, poison, poison_memory
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import SUMMED, Change, Guard, Scope
+from reprise.graphs.informative import extremes, uninformative
 from reprise.graphs.seal import Seal
 from reprise.graphs.segments import SegmentedGraph
 from reprise.graphs.step_memory import StepMemory, Values
+from reprise.graphs.stopwatch import Stopwatch, Times
+from reprise.graphs.verdict import Verdict
 from reprise.platforms import Platform
 from reprise.shape import StepShape
 
@@ -42,53 +35,6 @@ def go_on() -> None:
 
 COPIES = 3
 """Of the rows that a step writes: before it, behind eager execution and behind the replay."""
-
-
-class Times(NamedTuple):
-    """How long a step takes both ways, in seconds."""
-
-    eager: float
-    replay: float
-    submitting: float
-    """The host's part of eager execution."""
-
-
-@dataclass
-class Verdict:
-    """What a comparison found."""
-
-    differences: list[Difference] = field(default_factory=list)
-    """Results that are not those of eager execution."""
-    changes: list[Change] = field(default_factory=list)
-    """Memory that the replay changed and may not change."""
-    error: str | None = None
-    """Why there was nothing to compare."""
-    ran: bool = True
-    """There was a replay."""
-    lost: bool = False
-    """The replay has changed what the comparison keeps for itself, or what eager execution was to
-    read behind it, or the comparison failed behind it, for want of memory as it may be: there is
-    nothing to compare with and to go on from."""
-    blind: bool = False
-    """Nothing was wrong, and what was compared would hardly show it: see :func:`say_nothing`."""
-    times: Times | None = None
-    """None: not measured."""
-
-    @property
-    def right(self) -> bool:
-        return not (self.differences or self.changes or self.error or self.lost)
-
-    @property
-    def told(self) -> str:
-        """In words; the first of each kind, and how many more."""
-        parts = [] if self.error is None else [self.error]
-        if self.lost and not parts and not self.changes:
-            parts.append("it changed copies and eager results that it was compared with")
-        if self.differences:
-            parts.append(str(self.differences[0]) + _more(self.differences))
-        if self.changes:
-            parts.append(f"it changed {self.changes[0]}{_more(self.changes)}, which is not its own")
-        return "; ".join(parts)
 
 
 def examine(
@@ -187,7 +133,7 @@ class Later:
     @property
     def blind(self) -> bool:
         """After :meth:`right`; see :attr:`Verdict.blind`."""
-        return say_nothing(self._extremes)
+        return uninformative(self._extremes)
 
     def times(self) -> Times | None:
         """After :meth:`right`; None: not measured."""
@@ -247,7 +193,7 @@ class _Both:
         self.has_replayed = False
         """A replay has begun, or what eager execution has done cannot be put back: nobody can go on
         from what there is."""
-        self._watches: tuple[_Stopwatch, _Stopwatch] | None = None
+        self._watches: tuple[Stopwatch, Stopwatch] | None = None
         self.expected: Values = {}
         self.got: Values = {}
         """What eager execution and the replay have left in the rows of the step."""
@@ -279,7 +225,7 @@ class _Both:
         """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:
-            self._watches = _Stopwatch(platform), _Stopwatch(platform)
+            self._watches = Stopwatch(platform), Stopwatch(platform)
         follow = None if bound is None else computation.follow
         self.cold = cold and follow is None
         at_first = step.state()
@@ -390,7 +336,7 @@ class _Both:
                 verdict.changes += [Change(name, "weight") for name in wrong]
                 verdict.lost = True
                 return verdict
-        verdict.blind = verdict.right and say_nothing(self.extremes)
+        verdict.blind = verdict.right and uninformative(self.extremes)
         verdict.times = self.times()
         if keep:
             self._keep_eager()
@@ -427,49 +373,3 @@ class _Both:
         self.step.put(self.expected)
         for name, output in self.step.outputs.items():
             output.copy_(self.outputs[name])
-
-
-class _Stopwatch:
-    """Times the work of a ``with`` block without waiting for it."""
-
-    def __init__(self, platform: Platform) -> None:
-        self._begin, self._end = platform.event(timing=True), platform.event(timing=True)
-        self.host = 0.0
-        """Seconds in which it was submitted."""
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-        self._begin.record()
-
-    def __exit__(self, *error: object) -> None:
-        self._end.record()
-        self.host = time.perf_counter() - self._began
-
-    def seconds(self) -> float:
-        """What it would have taken alone: submitting it, or computing it, whichever is longer. The
-        device may have been behind when it was submitted."""
-        return max(self.host, float(self._begin.elapsed_time(self._end)) / 1e3)
-
-
-def extremes(results: Iterable[Tensor]) -> list[Tensor]:
-    """Of each result that is made of floating-point numbers its least and its largest, [2]."""
-    found = [each for each in results if each.is_floating_point() and each.numel()]
-    both = [torch.empty(2, dtype=each.dtype, device=each.device) for each in found]
-    for each, (least, most) in zip(found, both, strict=True):
-        torch.aminmax(each, out=(least, most))
-    return both
-
-
-def say_nothing(extremes: Iterable[Tensor]) -> bool:
-    """The largest of some result is no finite number (minus infinity is in logits of tokens that
-    there are not), or all of it are one, as where weights overflow or are yet to come: whatever a
-    graph has done on the way is lost in those.
-
-    Args:
-        extremes: As of :func:`extremes`.
-    """
-    return not all(least < most < math.inf for least, most in (each.tolist() for each in extremes))
-
-
-def _more(found: Sequence[object]) -> str:
-    return f" and {len(found) - 1} more" if len(found) > 1 else ""
