@@ -22,11 +22,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from reprise import early
 from reprise.kernels_beside import Job, module_of, unpacked
+
+if TYPE_CHECKING:
+    from reprise.ops.implementation import Implementation
 
 LOOK_SECONDS = 1.0
 """Between two looks at whether the parent is still there, should its socket be held by a child."""
@@ -43,37 +45,34 @@ def main() -> None:
     parent = os.getppid()
     fingerprinting = threading.Thread(target=early.prepare_compiler)
     fingerprinting.start()
-    kernels = _kernels()
+    from reprise.ops import all_ops
+
+    implementations = (each for op in all_ops().values() for each in op.implementations.values())
+    unimported = deque(each for each in implementations if each.compiles)
     # Behind torch, where no two threads begin to import Triton.
     importlib.import_module("triton.compiler.code_generator")
     fingerprinting.join()
     connection.send(json.dumps({"ready": True}).encode())
-    _Server(connection, int(sys.argv[2]), parent, kernels).run()
+    _Server(connection, int(sys.argv[2]), parent, unimported).run()
 
 
-def _kernels() -> Iterator[None]:
-    """Imports those of the next op, again and again."""
-    from reprise.ops import all_ops
-
-    def each_op() -> Iterator[None]:
-        for op in all_ops().values():
-            for each in op.implementations.values():
-                if each.compiles:
-                    # One that does not import is named by the process that needs it.
-                    with contextlib.suppress(Exception):
-                        each.function  # noqa: B018 - imports
-                    yield
-
-    return each_op()
+def _import_kernels(of: Implementation) -> None:
+    # One that does not import is named by the process that needs it.
+    with contextlib.suppress(Exception):
+        of.function  # noqa: B018 - imports
 
 
 class _Server:
     def __init__(
-        self, connection: socket.socket, most: int, parent: int, meanwhile: Iterator[None]
+        self,
+        connection: socket.socket,
+        most: int,
+        parent: int,
+        unimported: deque[Implementation],
     ) -> None:
         self._connection, self._most, self._parent = connection, most, parent
-        self._meanwhile = meanwhile
-        """Pieces of work for when nothing is to be done."""
+        self._unimported = unimported
+        """Whose kernels are imported while there is nothing else to do."""
         self._waiting: deque[bytes] = deque()
         self._running: dict[int, int] = {}
         self._idle_since = time.monotonic()
@@ -84,12 +83,12 @@ class _Server:
         signal.set_wakeup_fd(ends, warn_on_full_buffer=False)
 
     def run(self) -> None:
-        seconds = 0.0
         while True:
+            seconds = 0.0 if self._unimported else LOOK_SECONDS
             descriptors = [self._connection.fileno(), self._ended]
             found, _, _ = select.select(descriptors, [], [], seconds)
-            if not found and not seconds and next(self._meanwhile, self) is self:
-                seconds = LOOK_SECONDS
+            if not found and self._unimported:
+                _import_kernels(self._unimported.popleft())
             if self._connection.fileno() in found:
                 job = self._connection.recv(1 << 20)
                 if not job:

@@ -117,13 +117,8 @@ def as_codes(
     return codes, tail, scales.movedim(1, -1).contiguous()
 
 
-def takes_numbers(scales: Tensor | None = None, **_: object) -> str | None:
-    """Of kernels that read and write numbers alone."""
-    return None if scales is None else "rows of this kernel are numbers, not codes with scales"
-
-
 def takes_codes(cache: Tensor, scales: Tensor | None = None, **_: object) -> str | None:
-    """Of kernels that write both."""
+    """Why a kernel that writes numbers, or codes with scales, cannot write these; None: it can."""
     each = cache.shape[-1]
     if scales is None or each & (each - 1) == 0:
         return None
