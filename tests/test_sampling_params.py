@@ -91,6 +91,9 @@ def test_valid(values: dict[str, Any]) -> None:
         ("max_tokens", 0),
         ("max_tokens", "16"),
         ("min_tokens", -1),
+        ("min_tokens", 2**63),
+        ("max_tokens", 2**63),
+        ("top_k", 2**70),
         ("min_tokens", None),
         ("stop", ""),
         ("stop", ["a", ""]),
@@ -210,7 +213,7 @@ def test_from_optional_takes_what_json_has() -> None:
     assert SamplingParams.from_optional(**nothing) == SamplingParams()
     params = SamplingParams.from_optional(logit_bias={"17": -3}, temperature=None, max_tokens=4)
     assert params == SamplingParams(logit_bias={17: -3.0}, max_tokens=4)
-    for key in ("x", "-1", "1.0", "²"):
+    for key in ("x", "-1", "1.0", "²", "9" * 5000):
         with pytest.raises(RequestError, match="logit_bias"):
             SamplingParams.from_optional(logit_bias={key: 1})
 
@@ -229,6 +232,21 @@ def test_unknown_names_are_named(name: str, meant: str, set_later: bool) -> None
 
     with pytest.raises(RequestError, match=rf"{name} \(did you mean {meant}\?\)"):
         give()
+
+
+class Secretive:
+    def __repr__(self) -> str:
+        raise RuntimeError("not even for an error's message")
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, [10**5000], {10**5000: 1}, Secretive(), [Secretive()]], ids=range(5)
+)
+@pytest.mark.parametrize("name", ["n", "min_tokens", "seed", "temperature", "stop_token_ids"])
+def test_what_cannot_be_shown_is_refused_by_name(name: str, value: Any) -> None:
+    """Python writes no whole number of more than 4300 digits."""
+    with pytest.raises(RequestError, match=f"{name}=<{type(value).__name__} that cannot be shown>"):
+        SamplingParams(**{name: value})
 
 
 def test_values_without_a_name_are_refused() -> None:

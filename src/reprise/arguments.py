@@ -42,8 +42,11 @@ def is_finite(value: object) -> bool:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """The value for an error's message, which is read by people."""
-    text = repr(value)
+    """The value for an error's message, which is read by people, whatever a caller handed in."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of thousands of digits, say, or a caller's own class
+        text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

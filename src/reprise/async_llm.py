@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
+from reprise.arguments import shown
 from reprise.config import EngineConfig
 from reprise.engine import (
     Acceptance,
@@ -179,7 +180,7 @@ class AsyncLLM:
         """
         found = [request_id] if isinstance(request_id, str) else request_id
         if not isinstance(found, Iterable):
-            raise RequestError(f"request_id={request_id!r}: give a string, or a list of them")
+            raise RequestError(f"request_id={shown(request_id)}: give a string, or a list of them")
         names = [_name(each) for each in found]
         await asyncio.gather(*(asyncio.wrap_future(self._driver.abort(each)) for each in names))
 
@@ -296,5 +297,5 @@ def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
 
 def _name(request_id: Any) -> str:
     if not isinstance(request_id, str):
-        raise RequestError(f"request_id={request_id!r}: give a string")
+        raise RequestError(f"request_id={shown(request_id)}: give a string")
     return request_id

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from reprise.arguments import is_finite, is_whole, plain, takes_names
+from reprise.arguments import is_finite, is_whole, plain, shown, takes_names
 from reprise.errors import ConfigError
 from reprise.neutral import drop_neutral
 from reprise.speculation import Speculation, parse_speculation, room_for
@@ -31,16 +31,16 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
     }
     eager = left.pop("enforce_eager", None)
     if eager is not None and not isinstance(eager, bool):
-        raise ConfigError(f"enforce_eager={eager!r} must be True or False")
+        raise ConfigError(f"enforce_eager={shown(eager)} must be True or False")
     if eager and left.setdefault("graph_mode", "none") not in ("none", "NONE"):
         raise ConfigError(
-            f"enforce_eager=True and graph_mode={left['graph_mode']!r} contradict each other; "
+            f"enforce_eager=True and graph_mode={shown(left['graph_mode'])} contradict each other; "
             "give one of them"
         )
     without = left.pop("disable_custom_all_reduce", None)
     if without is not None:
         if not isinstance(without, bool):
-            raise ConfigError(f"disable_custom_all_reduce={without!r} must be True or False")
+            raise ConfigError(f"disable_custom_all_reduce={shown(without)} must be True or False")
         if left.setdefault("custom_all_reduce", not without) is without:
             raise ConfigError(
                 f"disable_custom_all_reduce={without} and custom_all_reduce={without} contradict "
@@ -188,9 +188,11 @@ class EngineConfig:
             for name in names:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                    raise ConfigError(f"{name}={value!r} must be {wanted}")
+                    raise ConfigError(f"{name}={shown(value)} must be {wanted}")
         if not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
-            raise ConfigError(f"ops={self.ops!r} must map names of ops to names of implementations")
+            raise ConfigError(
+                f"ops={shown(self.ops)} must map names of ops to names of implementations"
+            )
         for name in ("model", "tokenizer", "revision", "tokenizer_revision"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name}='' is empty: give a name, or leave it out")
@@ -207,7 +209,7 @@ class EngineConfig:
         seconds = self.distributed_timeout_seconds
         if seconds is not None and (not is_finite(seconds) or not seconds > 0):
             raise ConfigError(
-                f"distributed_timeout_seconds={seconds!r} must be above 0, or None for 300"
+                f"distributed_timeout_seconds={shown(seconds)} must be above 0, or None for 300"
             )
         if not self.custom_all_reduce:
             for op, name in self.ops.items():
@@ -219,14 +221,17 @@ class EngineConfig:
         limit = self.max_logprobs
         if limit is not None and (not is_whole(limit) or limit < -1):
             raise ConfigError(
-                f"max_logprobs={limit!r} must be a whole number of at least 0, or -1 for any number"
+                f"max_logprobs={shown(limit)} must be a whole number of at least 0, or -1 for any "
+                "number"
             )
         size = self.block_size
         if size is not None and size & (size - 1):
             raise ConfigError(f"block_size={size} must be a power of two, such as 16")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization={share!r} must be above 0 and at most 1")
+            raise ConfigError(
+                f"gpu_memory_utilization={shown(share)} must be above 0 and at most 1"
+            )
         if self.num_blocks is not None:
             if self.num_blocks < 2:
                 raise ConfigError(
@@ -283,7 +288,7 @@ class EngineConfig:
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")
+            raise ConfigError(f"{name}={shown(value)} must be one of {', '.join(choices)}")
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -291,7 +296,7 @@ class EngineConfig:
         if value is None and name not in always:
             return
         if not is_whole(value) or value <= 0:
-            raise ConfigError(f"{name}={value!r} must be a positive whole number")
+            raise ConfigError(f"{name}={shown(value)} must be a positive whole number")
 
 
 def _take_model_len(arguments: dict[str, Any]) -> None:

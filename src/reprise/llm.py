@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from reprise.arguments import plain_list
+from reprise.arguments import plain_list, shown
 from reprise.config import EngineConfig
 from reprise.engine import (
     ContentFormat,
@@ -126,7 +126,7 @@ class LLM:
         """
         refuse_others(self.generate, others)
         if not isinstance(use_tqdm, bool):
-            raise RequestError(f"use_tqdm={use_tqdm!r}: give True or False")
+            raise RequestError(f"use_tqdm={shown(use_tqdm)}: give True or False")
         _ = self._batch
         inputs = split_prompts(prompts)
         params = _one_each("sampling_params", sampling_params, SamplingParams, len(inputs))
@@ -187,7 +187,7 @@ class LLM:
         refuse_others(self.chat, others)
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise RequestError(
-                f"messages={messages!r}: give a list of messages, or a list of such lists"
+                f"messages={shown(messages)}: give a list of messages, or a list of such lists"
             )
         single = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
@@ -308,7 +308,7 @@ def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
     if value is None or isinstance(value, kind):
         return [value] * count
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        raise RequestError(f"{name}={value!r}: give one {kind.__name__}, or a list of them")
+        raise RequestError(f"{name}={shown(value)}: give one {kind.__name__}, or a list of them")
     values = list(value)
     if len(values) != count:
         raise RequestError(f"{name} has {len(values)} entries for {count} prompt(s): give as many")

@@ -27,7 +27,11 @@ WHOLE_VOCABULARY = -1
 """As ``logprobs`` and ``prompt_logprobs``."""
 
 _SEED_LIMIT = 2**63
+_WHOLE_LIMIT = 2**63
+"""Devices count in 64 bits."""
 _TOKEN_LIMIT = 2**31
+_MOST_DIGITS = 100
+"""Of a token id as text: many more are no number to Python."""
 _PENALTY_LIMIT = 1e30
 """Logits of any model, times or divided by this, are numbers in float32."""
 
@@ -197,6 +201,8 @@ class SamplingParams:
             return
         if not is_whole(value) or value < low:
             raise _invalid(name, value, remedy)
+        if value >= _WHOLE_LIMIT:
+            raise _invalid(name, value, f"{remedy}; at most {_WHOLE_LIMIT - 1}")
         if name == "n" and value > MAX_COMPLETIONS:
             raise _invalid(name, value, f"give at most {MAX_COMPLETIONS}, or several requests")
         if name == "truncate_prompt_tokens" and value == 0:
@@ -369,5 +375,5 @@ def _float32(value: float) -> float:
 
 def _number_in(token: Any) -> Any:
     """A token id that JSON made a text."""
-    text = token if isinstance(token, str) else ""
+    text = token if isinstance(token, str) and len(token) < _MOST_DIGITS else ""
     return int(text) if text.isascii() and text.isdigit() else token

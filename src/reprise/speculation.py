@@ -124,16 +124,16 @@ def _parse(left: dict[str, Any]) -> Speculation:
     method = _ALIASES.get(method, method) if isinstance(method, str) else method
     if method in _OTHER_METHODS:
         raise ConfigError(
-            f"method={method!r} is not supported; use 'draft_model' with a small model of the same "
-            "tokens, or 'ngram', which drafts from the text itself"
+            f"method={shown(method)} is not supported; use 'draft_model' with a small model of the "
+            "same tokens, or 'ngram', which drafts from the text itself"
         )
     if method not in (*_NAMES, "synthetic"):
-        raise ConfigError(f"method={method!r} must be one of {', '.join(map(repr, _NAMES))}")
+        raise ConfigError(f"method={shown(method)} must be one of {', '.join(map(repr, _NAMES))}")
     taken = _NAMES.get(method, (_SYNTHETIC,))
     for name, values in _NEUTRAL.items():
         value = None if name in taken else left.pop(name, None)
         if value is not None and value not in values:
-            raise ConfigError(f"{name}={value!r} is not supported; leave it out")
+            raise ConfigError(f"{name}={shown(value)} is not supported; leave it out")
     known = (*_COMMON, *taken)
     unknown = [each for each in left if each not in (*known, *_hidden(method))]
     if unknown:
@@ -161,7 +161,7 @@ def _ranges(value: Any, most: int) -> tuple[tuple[tuple[int, int, int], ...], bo
     if value == "auto":
         return (), True
     told = ConfigError(
-        f"{_BY_BATCH}={value!r} must be 'auto' or a list of [first, last, tokens]: ascending "
+        f"{_BY_BATCH}={shown(value)} must be 'auto' or a list of [first, last, tokens]: ascending "
         f"numbers of requests, and from 0 to num_speculative_tokens={most} tokens for them"
     )
     if not isinstance(value, list | tuple) or not value:
@@ -194,17 +194,17 @@ def _of_model(method: str, given: Mapping[str, Any], tokens: int) -> Speculation
     for name in ("model", "revision", "quantization"):
         value = given.get(name)
         if value is not None and not (isinstance(value, str) and value):
-            raise ConfigError(f"{name}={value!r} must be text")
+            raise ConfigError(f"{name}={shown(value)} must be text")
     if "model" not in given and method == "draft_model":
         raise ConfigError("method='draft_model' needs model= a directory or Hugging Face id")
     how = given.get("draft_sample_method", "probabilistic")
     if how not in ("greedy", "probabilistic"):
         raise ConfigError(
-            f"draft_sample_method={how!r} must be 'greedy' or 'probabilistic', the default"
+            f"draft_sample_method={shown(how)} must be 'greedy' or 'probabilistic', the default"
         )
     eager = given.get("enforce_eager", False)
     if not isinstance(eager, bool):
-        raise ConfigError(f"enforce_eager={eager!r} must be True or False")
+        raise ConfigError(f"enforce_eager={shown(eager)} must be True or False")
     return Speculation(
         tokens, method, model=given.get("model"), revision=given.get("revision"),
         quantization=given.get("quantization"), greedy=how == "greedy", eager=eager,
@@ -216,12 +216,12 @@ def _number(given: Mapping[str, Any], name: str, default: Any, most: int | None 
     value = given.get(name, default)
     if not is_whole(value) or value < 1 or (most is not None and value > most):
         limit = "of at least 1" if most is None else f"from 1 to {most}"
-        raise ConfigError(f"{name}={value!r} must be a whole number {limit}")
+        raise ConfigError(f"{name}={shown(value)} must be a whole number {limit}")
     return int(value)
 
 
 def _chance(given: Mapping[str, Any]) -> float:
     value = given.get(_SYNTHETIC)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{_SYNTHETIC}={value!r} must be from 0 to 1")
+        raise ConfigError(f"{_SYNTHETIC}={shown(value)} must be from 0 to 1")
     return float(value)

@@ -22,6 +22,7 @@ from helpers import (
     greedy,
     make_llm,
     random_ids,
+    token_ids,
 )
 
 from reprise import LLM, SamplingParams
@@ -79,6 +80,7 @@ PROMPTS: dict[str, tuple[Any, type[RepriseError], list[str]]] = {
     "negative token": ([3, -1], RequestError, ["prompt_token_ids", "-1", f"0 to {VOCAB - 1}"]),
     "token out of range": ([VOCAB], RequestError, ["prompt_token_ids", f"{VOCAB}"]),
     "huge token": ([2**70], RequestError, ["prompt_token_ids", f"0 to {VOCAB - 1}"]),
+    "token that cannot be shown": ([10**5000], RequestError, ["prompt_token_ids contains <list"]),
     "float tokens": ([[1.5, 2.0]], RequestError, ["prompt_token_ids", "1.5", "integers"]),
     "bool tokens": ([[True]], RequestError, ["prompt_token_ids", "True", "integers"]),
     "None": ([None], RequestError, ["None", "integers"]),
@@ -170,6 +172,18 @@ def test_a_line_that_announces_the_reason_is_told_with_it() -> None:
     assert describe(RuntimeError("it is so\nmore")) == "RuntimeError: it is so"
     assert describe(RuntimeError("raised:")) == "RuntimeError: raised:"
     assert describe(ValueError()) == "ValueError: ValueError()"
+
+
+def test_the_largest_numbers_that_parameters_take(llm: LLM, expected: list[int]) -> None:
+    """A step that could not write one for the device would end every request that is under way."""
+    most = 2**63 - 1
+    largest = greedy(STEPS, min_tokens=STEPS, top_k=most, num_drafts=most, stop_token_ids=[1])
+    params = [largest, SamplingParams(temperature=0, max_tokens=None, min_tokens=most)]
+    outputs = llm.generate([GOOD, GOOD], [*params])
+    assert token_ids(outputs)[0] == expected == token_ids(outputs)[1][:STEPS]
+    for name in ("min_tokens", "max_tokens", "top_k", "num_drafts"):
+        with pytest.raises(RequestError, match=f"{name}={most + 1}"):
+            SamplingParams(**{"max_tokens": None, name: most + 1})
 
 
 @pytest.mark.parametrize("position", [0, 1, 3])

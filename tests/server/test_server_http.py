@@ -170,6 +170,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "x", "use_beam_search": 0}, "use_beam_search"),
     (COMPLETE, {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
     (COMPLETE, {"prompt": "x", "min_tokens": 20, "max_tokens": 3}, "min_tokens"),
+    (CHAT, {"min_tokens": 2**63}, "min_tokens"),
     (COMPLETE, {"prompt": "x", "stream_options": {}}, "stream_options"),
     (COMPLETE, {"prompt": "x", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     (COMPLETE, {"prompt": "x", "thinking_token_budget": 5}, "thinking_token_budget"),

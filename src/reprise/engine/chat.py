@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from reprise.arguments import shown
 from reprise.engine.messages import read_messages, read_tools
 from reprise.engine.prompt import TokensPrompt, encode
 from reprise.engine.renderer import renderer_of
@@ -64,7 +65,7 @@ def chat_prompt(
     options |= {name: variables.pop(name) for name in tuple(variables) if name in options}
     for name in ("add_generation_prompt", "continue_final_message"):
         if not isinstance(options[name], bool):
-            raise RequestError(f"{name}={options[name]!r}: give True or False")
+            raise RequestError(f"{name}={shown(options[name])}: give True or False")
     if options["add_generation_prompt"] and options["continue_final_message"]:
         raise RequestError(
             "continue_final_message=True and add_generation_prompt=True exclude each other: "
@@ -72,7 +73,7 @@ def chat_prompt(
         )
     if chat_template_content_format not in ("auto", "string", "openai"):
         raise RequestError(
-            f"chat_template_content_format={chat_template_content_format!r}: "
+            f"chat_template_content_format={shown(chat_template_content_format)}: "
             "give 'auto', 'string' or 'openai'"
         )
     options["tools"] = read_tools(options["tools"])
@@ -93,7 +94,7 @@ def _read_by(template: Renderer, variables: Mapping[str, Any]) -> dict[str, Any]
     """Those of the caller's variables that the template reads."""
     for name in variables:
         if not isinstance(name, str):
-            raise RequestError(f"chat_template_kwargs has the key {name!r}: give strings")
+            raise RequestError(f"chat_template_kwargs has the key {shown(name)}: give strings")
         if name in _SET_HERE:
             raise RequestError(f"chat_template_kwargs has {name!r}, which is set here: drop it")
     unread = variables.keys() - template.variables
@@ -123,11 +124,11 @@ def _documents(value: Any) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        raise RequestError(f"documents={value!r}: give a list of dictionaries")
+        raise RequestError(f"documents={shown(value)}: give a list of dictionaries")
     return [_mapping(f"documents[{index}]", each) for index, each in enumerate(value)]
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise RequestError(f"{name}={value!r}: give a dictionary")
+        raise RequestError(f"{name}={shown(value)}: give a dictionary")
     return dict(value or {})

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.engine.messages import read_tools
 from reprise.engine.prompt import short
 from reprise.engine.template import Message, ToolCallForm
@@ -142,12 +143,12 @@ class DeepSeekV4Chat:
     def _effort(self, asked: Any, thinking: bool) -> str:
         if asked is not None and asked != "none" and asked not in _EFFORTS:
             raise RequestError(
-                f"reasoning_effort={asked!r}: give one of none, {', '.join(_EFFORTS)}"
+                f"reasoning_effort={shown(asked)}: give one of none, {', '.join(_EFFORTS)}"
             )
         if not thinking or asked in (None, "none"):
             return self._default if thinking else ""
         if self._texts.efforts is None:
-            raise RequestError(f"reasoning_effort={asked!r} needs a text that {self._place}")
+            raise RequestError(f"reasoning_effort={shown(asked)} needs a text that {self._place}")
         known = dict(self._texts.efforts)
         wanted = _EFFORTS[_EFFORTS.index(asked) :]
         return known[next(each for each in wanted if each in known)]
@@ -290,5 +291,5 @@ def _flag(name: str, value: Any, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise RequestError(f"{name}={value!r}: give True or False")
+        raise RequestError(f"{name}={shown(value)}: give True or False")
     return value

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from reprise import compiling, kernels_beside, platforms, timeline
-from reprise.arguments import is_whole, plain
+from reprise.arguments import is_whole, plain, shown
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.blocks_ahead import BLOCKS_AHEAD
@@ -169,11 +169,13 @@ class Engine(Frontend):
             self.lockstep.check()
         self._weights.check()
         if request_id in self._groups:
-            raise RequestError(f"request_id={request_id!r} is already running; give a new one")
+            raise RequestError(f"request_id={shown(request_id)} is already running; give a new one")
         accepted = self.prepare_params(params)
         priority = plain(priority)
         if not is_whole(priority):
-            raise RequestError(f"priority={priority!r}: give a whole number; lower is more urgent")
+            raise RequestError(
+                f"priority={shown(priority)}: give a whole number; lower is more urgent"
+            )
         prepared = self.prepare(prompt)
         most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
         token_ids = truncated(prepared.token_ids, accepted.params, most)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reprise import timeline
+from reprise.arguments import shown
 from reprise.config import EngineConfig
 from reprise.engine.prompt import PreparedPrompt, prepare
 from reprise.engine.structured import GrammarCompiler
@@ -85,6 +86,6 @@ class Frontend:
             return params
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r}: give a SamplingParams")
+            raise RequestError(f"sampling_params={shown(params)}: give a SamplingParams")
         limit = self.config.max_logprobs
         return prepare_params(params, self.tokenizer, self.vocab_size, limit, self.compiler)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.engine.prompt import short
 from reprise.engine.template import Message, Renderer, ToolCallForm
 from reprise.errors import RequestError
@@ -84,7 +85,7 @@ class _Reader:
         _check(place, given, _MESSAGE | _REFUSED.keys() | self._template.names)
         for key, why in _REFUSED.items():
             if given.get(key) is not None and key not in self._template.names:
-                raise RequestError(f"{place} has the key {key!r}: {why}")
+                raise RequestError(f"{place} has the key {shown(key)}: {why}")
         read = _present(given)
         role = self._role(read.get("role"))
         calls = read.pop("tool_calls", None)
@@ -216,7 +217,7 @@ def _check(place: str, value: Any, known: Collection[str]) -> None:
         raise RequestError(f"{place}={short(value)}: give a dictionary")
     for key in value:
         if key not in known:
-            raise RequestError(f"{place} has the unknown key {key!r}")
+            raise RequestError(f"{place} has the unknown key {shown(key)}")
 
 
 def _check_function(place: str, value: Mapping[str, Any], known: Collection[str]) -> None:

@@ -37,7 +37,7 @@ def split_prompts(prompts: Any) -> list[Any]:
         return [prompts]
     if not _is_list(prompts):
         raise RequestError(
-            f"prompt={prompts!r}: give a string, a list of token ids, "
+            f"prompt={shown(prompts)}: give a string, a list of token ids, "
             "{'prompt_token_ids': [...]}, or a list of these"
         )
     if prompts and all(is_whole(plain(each)) for each in prompts):
@@ -107,8 +107,8 @@ def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:
         if key in _REFUSED:
             if value is None or (isinstance(value, Mapping) and not value):
                 continue
-            raise RequestError(f"prompt has the key {key!r}: {_REFUSED[key]}")
-        raise RequestError(f"prompt has the unknown key {key!r}: give {', '.join(_KEYS)}")
+            raise RequestError(f"prompt has the key {shown(key)}: {_REFUSED[key]}")
+        raise RequestError(f"prompt has the unknown key {shown(key)}: give {', '.join(_KEYS)}")
     text, ids, salt = (prompt.get(key) for key in _KEYS)
     if text is None and ids is None:
         raise RequestError(

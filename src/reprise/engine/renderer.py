@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.engine.deepseek_v4_chat import deepseek_v4_chat
 from reprise.engine.template import ChatTemplate, Renderer
 from reprise.errors import RequestError
@@ -21,7 +22,7 @@ def renderer_of(
         RequestError: There is none, or it is no template.
     """
     if chat_template is not None and not isinstance(chat_template, str):
-        raise RequestError(f"chat_template={chat_template!r}: give a Jinja template, or None")
+        raise RequestError(f"chat_template={shown(chat_template)}: give a Jinja template, or None")
     texts = getattr(tokenizer, "encoder_texts", None)
     if chat_template is None and texts is not None:
         return deepseek_v4_chat(texts)
