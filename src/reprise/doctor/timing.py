@@ -10,6 +10,7 @@ from reprise.platforms import Platform
 ENOUGH_MS = 250.0
 """Work that has been timed for this long is not repeated further."""
 
+MOST_TURNS = 5
 AGREEING_TURNS = 3
 """Fewer turns than this agree by chance."""
 
@@ -28,25 +29,25 @@ def once_ms(platform: Platform, run: Callable[[], object]) -> float:
 def compare_ms(
     platform: Platform, one: Callable[[], object], other: Callable[[], object]
 ) -> tuple[float, float, bool]:
-    """The median times of two runs that take turns, and whether every turn agrees on the faster."""
-    ones, others = turns_ms(platform, (one, other))
+    """The median times of two runs that take turns, and whether every turn agrees on the faster.
+    The caller has run both before."""
+    ones, others = _turns_ms(platform, (one, other))
     longer = [a > b for a, b in zip(ones, others, strict=True)]
     sure = len(longer) >= AGREEING_TURNS and (all(longer) or not any(longer))
     return statistics.median(ones), statistics.median(others), sure
 
 
-def median_ms(platform: Platform, *runs: Callable[[], object], repeats: int = 5) -> list[float]:
-    """The median time of each of ``runs``, see :func:`turns_ms`."""
-    return [statistics.median(each) for each in turns_ms(platform, runs, repeats)]
+def median_ms(platform: Platform, run: Callable[[], object]) -> float:
+    """The median time of ``run``, which the caller has run before."""
+    (times,) = _turns_ms(platform, (run,))
+    return statistics.median(times)
 
 
-def turns_ms(
-    platform: Platform, runs: Sequence[Callable[[], object]], repeats: int = 5
-) -> list[list[float]]:
+def _turns_ms(platform: Platform, runs: Sequence[Callable[[], object]]) -> list[list[float]]:
     """Times of each of ``runs``, which take turns, so that a busy machine slows all of them
-    alike. The caller has run them before."""
+    alike."""
     times: list[list[float]] = [[] for _ in runs]
-    while len(times[0]) < repeats and sum(map(sum, times)) < ENOUGH_MS * len(runs):
+    while len(times[0]) < MOST_TURNS and sum(map(sum, times)) < ENOUGH_MS * len(runs):
         for run, taken in zip(runs, times, strict=True):
             taken.append(once_ms(platform, run))
     return times

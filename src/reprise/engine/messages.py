@@ -27,7 +27,7 @@ _TOOL_CALL = {"id", "type", "function", "index"}
 _CALLED = {"name", "arguments"}
 
 
-def read_messages(messages: Any, template: Renderer, content_format: str = "auto") -> list[Message]:
+def read_messages(messages: Any, template: Renderer, content_format: str) -> list[Message]:
     """Messages as the template takes them.
 
     Raises:

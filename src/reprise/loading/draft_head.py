@@ -249,9 +249,7 @@ def _own(
     )
 
 
-def find_head(
-    model: str | None, target: Path, revision: str | None = None, *, config_only: bool = False
-) -> Path:
+def find_head(model: str | None, target: Path, revision: str | None, *, config_only: bool) -> Path:
     """The directory of a head's checkpoint.
 
     Args:
@@ -274,7 +272,7 @@ def find_head(
     return path.parent if path.name == "config.json" and path.is_file() else path
 
 
-def build_head(path: Path, target: CausalLM, build: Build, *, made_up: bool = False) -> Eagle3:
+def build_head(path: Path, target: CausalLM, build: Build, *, made_up: bool) -> Eagle3:
     """The head in a directory, with unset weights.
 
     Args:

@@ -94,7 +94,7 @@ def layer_maker(
     build: Build,
     *,
     interleaved: bool = False,
-    mlp: MLP | None = None,
+    mlp: MLP | None,
     cos_sin: Tensor | None = None,
 ) -> Callable[[Build, int, str], DecoderLayer]:
     """Makes a layer of its build, its number and its kind; arguments and errors as of

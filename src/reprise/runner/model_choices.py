@@ -191,9 +191,7 @@ def build_model(
         raise CapacityError(f"{too_much} ({str(error).splitlines()[0]})") from error
 
 
-def shape_of(
-    config: Any, dtype: torch.dtype, group: Group, exchange: Group | None = None
-) -> CausalLM:
+def shape_of(config: Any, dtype: torch.dtype, group: Group, exchange: Group | None) -> CausalLM:
     """A rank's part of the model, without memory.
 
     Raises:

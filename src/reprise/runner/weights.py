@@ -15,7 +15,7 @@ from reprise.addresses import address_of
 from reprise.cache import LayerCache
 
 
-def weights_of(model: nn.Module, others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, others: Iterable[Tensor]) -> dict[str, Tensor]:
     """By name its parameters, buffers, and what its modules hold besides, such as tables: as
     attributes, in containers, dataclasses and modules that torch does not know of. A part of what
     is there already is left out.

@@ -11,9 +11,7 @@ from typing import Any
 Position = Sequence[Sequence[Any]]
 
 
-def chat_logprobs(
-    positions: Sequence[Position], wanted: int, as_ids: bool = False
-) -> list[dict[str, Any]]:
+def chat_logprobs(positions: Sequence[Position], wanted: int, as_ids: bool) -> list[dict[str, Any]]:
     """``choices[].logprobs.content``.
 
     Args:

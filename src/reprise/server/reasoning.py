@@ -12,7 +12,7 @@ Kind = Literal["content", "reasoning"]
 Part = tuple[Kind, str]
 
 
-def thinks_from_start(parser: str, prompt_tail: str, unfinished: str | None = None) -> bool:
+def thinks_from_start(parser: str, prompt_tail: str, unfinished: str | None) -> bool:
     """Whether the first token of an output is a thought.
 
     Args:
@@ -29,7 +29,7 @@ def thinks_from_start(parser: str, prompt_tail: str, unfinished: str | None = No
 
 
 def begins_behind_thoughts(
-    parser: str, think_ids: Sequence[int | None], unfinished: str | None = None
+    parser: str, think_ids: Sequence[int | None], unfinished: str | None
 ) -> dict[str, int | None]:
     """Where what an answer has to match begins, as :class:`reprise.StructuredOutputsParams` says
     it: a model thinks as it likes, and one that does not think answers at once.

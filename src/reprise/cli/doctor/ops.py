@@ -26,9 +26,7 @@ def ops(as_json: AsJson = False, *, engine: dict[str, Any]) -> None:
         _show(report)
 
 
-def inspect_ops(
-    device: str, overrides: dict[str, str], *, batch_invariant: bool = False
-) -> dict[str, Any]:
+def inspect_ops(device: str, overrides: dict[str, str], *, batch_invariant: bool) -> dict[str, Any]:
     """The registry as one device sees it, ready for JSON.
 
     Raises:

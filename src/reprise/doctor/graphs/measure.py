@@ -179,13 +179,13 @@ class _Measurement:
                 self.computation.probe(shape, context).fill()
                 run()
                 made = MatrixCell(eager, shape.phase, shape.size, context)
-                (made.eager_ms,) = median_ms(self.platform, run)
+                made.eager_ms = median_ms(self.platform, run)
                 self.matrix.cells.append(made)
                 self.progress("eager")
         for shape, context in map(self.timeline_step, self.part.phases):
             self.computation.probe(shape, context).fill()
             run = self._forward(shape)
-            (total,) = median_ms(self.platform, run)
+            total = median_ms(self.platform, run)
             bars = eager_bars(self.platform, run, self.places)
             self._add_timeline(eager, shape, context, total, bars)
 
@@ -254,7 +254,7 @@ class _Measurement:
                 found = next((e for e in captured if e.shape == shape), None)
                 if found is not None and found.graph is not None:
                     self.computation.probe(shape, context).fill()
-                    (total,) = median_ms(self.platform, found.graph.replay)
+                    total = median_ms(self.platform, found.graph.replay)
                     bars = graph_bars(self.platform, found.graph, self.places)
                     self._add_timeline(name, shape, context, total, bars)
             self._prove(graphs, captured, name)

@@ -12,7 +12,7 @@ from reprise.ops.rotary_tail.cases import HEAD, ROTATED, table
 
 
 def paged(
-    make: Maker, lengths: Sequence[int], new: Sequence[int], block: int, padding: int = 0
+    make: Maker, lengths: Sequence[int], new: Sequence[int], block: int, padding: int
 ) -> tuple[Tensor, Tensor, int]:
     """Block tables of requests of these lengths, slots of their new tokens and of padding, and how
     many blocks there are; the blocks of a request are no neighbours."""

@@ -8,6 +8,7 @@ from reprise.ops.cases import BLOCK_SIZE, Arguments, Cases, Maker, Workload
 from reprise.ops.step.cases import ROWS, numbers_of
 
 _BLOCKS = 16
+_QUERY_LEN = 4
 
 
 def _case(
@@ -19,7 +20,6 @@ def _case(
     shifted: bool = True,
     greedy: bool = False,
     width: int = 4,
-    query_len: int = 4,
     padding: int = 0,
     rows: int = ROWS,
     blocks: int = _BLOCKS,
@@ -27,11 +27,11 @@ def _case(
     """``requests`` that verify drafts, then ``chunks`` of three known tokens, in descending rows;
     ``padding`` requests behind those that drafts are made for."""
     live = requests + chunks
-    counts = [query_len] * requests + [3] * chunks
+    counts = [_QUERY_LEN] * requests + [3] * chunks
     starts = [sum(counts[:each]) for each in range(live)] + [sum(counts)]
-    numbers = numbers_of(make, rows, query_len - 1)
+    numbers = numbers_of(make, rows, _QUERY_LEN - 1)
     which = list(range(rows - 1, rows - 1 - live, -1))
-    numbers[3, which[:requests]] = make.ints([1 + each % query_len for each in range(requests)])
+    numbers[3, which[:requests]] = make.ints([1 + each % _QUERY_LEN for each in range(requests)])
     integers = torch.cat([numbers, make.randint(1 << 40, 1, rows), make.randint(50, 1, rows)])
     chosen = list(range(live)) if chosen is None else chosen
     padded = len(chosen) + padding
