@@ -105,11 +105,11 @@ class StepError(RepriseError, RuntimeError):
 
 
 def named(kind: str, message: str) -> RepriseError:
-    """An error of another process.
+    """An error that another process has raised.
 
     Args:
         kind: Name of its type.
-        message: Of it.
+        message: Its message.
     """
     found = globals().get(kind)
     if isinstance(found, type) and issubclass(found, RepriseError):

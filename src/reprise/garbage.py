@@ -13,7 +13,7 @@ YOUNG_OBJECTS = 20_000
 
 _lock = threading.Lock()
 _blocks = 0
-"""That keep the collector away, in any thread."""
+"""``with`` blocks under way, in any thread, in which the collector must not run."""
 _was_enabled = False
 _others_freeze = False
 """Somebody else has been seen to."""
@@ -21,7 +21,7 @@ _others_freeze = False
 
 class _Thread(threading.local):
     blocks = 0
-    """That it is in."""
+    """``with`` blocks that this thread is in."""
 
 
 _here = _Thread()

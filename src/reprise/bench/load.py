@@ -138,8 +138,8 @@ async def send(
     """Answers, as they are complete.
 
     Args:
-        endpoint: Whom to ask.
-        prompts: What.
+        endpoint: The server.
+        prompts: What is sent.
         due: When each is sent, if no more than ``limit`` others are under way.
         limit: None: any number.
     """

@@ -176,7 +176,7 @@ class Board:
         """Say what ended this rank, for the others to see; the first one counts.
 
         Args:
-            error: What.
+            error: What ended it.
             seen: Another rank, whose process cannot say so itself: it was seen to have ended, or to
                 stand still. What others say meanwhile, they say since it is gone.
         """

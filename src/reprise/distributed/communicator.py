@@ -45,7 +45,7 @@ class Communicator:
     same shapes, on every rank.
 
     Args:
-        group: Who.
+        group: The ranks.
         process_group: A ``torch.distributed`` backend's group; None: there is one rank.
         device: That this rank computes on.
         store: Through which the ranks find each other.
@@ -232,7 +232,7 @@ def connect(
     """Make a group's communicator. Every rank calls it.
 
     Args:
-        group: Who.
+        group: The ranks.
         backend: As ``torch.distributed`` calls it: ``gloo``, ``nccl``, ``xccl``, or a plug-in's.
         store: Through which the ranks find each other.
         device: That this rank computes on.

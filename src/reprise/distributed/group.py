@@ -12,11 +12,11 @@ class Share(NamedTuple):
     """What one rank has of things that stand in a row."""
 
     begin: int
-    """The first of them."""
+    """Number of the first."""
     size: int
-    """How many."""
+    """How many this rank has."""
     total: int
-    """All ranks' together."""
+    """How many all ranks have together."""
 
 
 class Host(NamedTuple):

@@ -40,7 +40,7 @@ class SymmetricBuffer:
     the device, so that a replayed graph goes on where the last call stood.
 
     Args:
-        group: Who; every rank makes one at the same time.
+        group: The ranks; each makes one at the same time.
         store: Through which they find each other.
         device: Of this rank.
     """

@@ -278,9 +278,9 @@ class Engine(Frontend):
         """Do what all engines that compute in step do now.
 
         Args:
-            lockstep: Of them.
+            lockstep: Of these engines.
             step: To be computed here; None: nothing.
-            wish: What there is to do otherwise.
+            wish: What this engine has to do if no step is computed.
         """
         if step is not None:
             wish = Wish.STEP

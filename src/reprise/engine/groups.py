@@ -61,7 +61,7 @@ class Groups:
         """Have a request computed.
 
         Args:
-            group: It; its id is no unfinished one's.
+            group: The request; no unfinished one has its id.
             grammar: Compiled, that its texts have to match.
 
         Raises:

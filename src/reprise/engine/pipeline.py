@@ -48,8 +48,8 @@ class Pipeline:
         """Start a step.
 
         Args:
-            step: It.
-            requests: The step's.
+            step: What to compute.
+            requests: Those of the step.
             at_least: As of :meth:`reprise.runner.ModelRunner.submit`, where others compute too.
         """
         with self._runner.active():

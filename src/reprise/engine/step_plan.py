@@ -96,7 +96,7 @@ class RowLists:
         """The lists of a step.
 
         Args:
-            plan: It.
+            plan: Of the step.
             num_decodes: Of its requests, the first ones.
             verified: Drafted tokens that each of these verifies.
         """

@@ -54,7 +54,7 @@ class Suspects:
         Args:
             step: What was computed.
             requests: Its requests.
-            ran: How.
+            ran: How it was computed.
         """
         if requests != self._last:
             self._last = list(requests)

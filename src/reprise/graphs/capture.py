@@ -64,8 +64,8 @@ class Capturer:
     """Captures the graphs of one computation.
 
     Args:
-        computation: It.
-        platform: Where.
+        computation: What is captured.
+        platform: The device.
         agreement: Of the ranks that compute together.
         pool: What the graphs share.
     """

@@ -42,7 +42,7 @@ class Captures:
 
     Args:
         computation: Whose graphs they are.
-        platform: Where.
+        platform: The device.
         plan: The executors to capture with.
         shapes: Every bucket that is to be captured, largest first.
         graphs: Gets them.

@@ -33,7 +33,7 @@ class Judge:
 
     Args:
         computation: What was captured.
-        platform: Where.
+        platform: The device.
         capturer: Of the graphs.
         guard: Of the computation's memory.
         agreement: Of the ranks that compute together.

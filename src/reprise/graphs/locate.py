@@ -86,7 +86,7 @@ def locate(
 
     Args:
         computation: What was captured.
-        platform: Where.
+        platform: The device.
         bucket: The shape of the graph.
         live: The real rows of the inputs that ``fill`` writes.
         fill: Writes the inputs on which the graph is wrong.

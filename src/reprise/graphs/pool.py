@@ -15,7 +15,7 @@ class GraphPool:
     may share it if they never run at the same time. Inputs, outputs and state lie elsewhere.
 
     Args:
-        platform: Where.
+        platform: The device.
     """
 
     def __init__(self, platform: Platform) -> None:

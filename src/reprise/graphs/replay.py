@@ -33,7 +33,7 @@ class Replays:
 
     Args:
         computation: Whose steps they are.
-        platform: Where.
+        platform: The device.
         policy: When to compare, which a refusal hurries.
         capturer: Has the compiled model, and takes a refused graph out of use.
         judge: Says where a graph is wrong.

@@ -36,7 +36,7 @@ class GraphRunner:
 
     Args:
         computation: What to run; knows model, buffers and state.
-        platform: Where.
+        platform: The device.
         plan: The executors asked for.
         buckets: The sizes to capture.
         max_requests: Most requests in a step.

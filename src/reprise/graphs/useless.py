@@ -33,7 +33,7 @@ class Useless:
 
     Args:
         computation: What may be captured.
-        platform: Where.
+        platform: The device.
         agreement: Of the ranks that compute together.
     """
 

@@ -219,9 +219,9 @@ class _Both:
         Args:
             sealed: What is kept is looked at behind the replay, which waits for the device.
             cold: See :func:`examine`.
-            twice: Likewise.
-            keep: Likewise.
-            go_on: Likewise.
+            twice: See :func:`examine`.
+            keep: See :func:`examine`.
+            go_on: See :func:`examine`.
         """
         computation, step, verdict = self._computation, self.step, self.verdict
         if platform is not None:

@@ -21,7 +21,7 @@ class CausalLM(StoredModel):
         hidden_size: Width of the hidden states.
         tie_word_embeddings: The head's weight is the embedding's.
         renames: See :class:`StoredModel`.
-        others: Likewise.
+        others: See :class:`StoredModel`.
     """
 
     def __init__(

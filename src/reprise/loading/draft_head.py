@@ -318,7 +318,7 @@ def load_head(
         build: How the target was made.
         platform: Drives the device.
         load_format: See :func:`reprise.loading.load_weights`.
-        seed: Likewise.
+        seed: See :func:`reprise.loading.load_weights`.
 
     Raises:
         ModelError: See :func:`build_head`.

@@ -107,7 +107,7 @@ def build_mtp(config: Config, build: Build, target: CausalLM) -> NextTokens | Ne
 
     Args:
         config: As of :func:`build`.
-        build: Likewise.
+        build: As of :func:`build`.
         target: The model.
 
     Raises:

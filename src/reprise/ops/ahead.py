@@ -322,7 +322,7 @@ def wake_compiler(platform: Platform, ranks: int = 1) -> None:
     where nothing is known to be compiled yet, so that it would keep those that are needed waiting.
 
     Args:
-        platform: Where.
+        platform: The device.
         ranks: Processes that do the same on this host.
     """
     if kernels_beside.begun() is not None:

@@ -93,9 +93,9 @@ def load(places: Tensor, cache: Tensor, tail: Tensor | None, scales: Tensor | No
 
     Args:
         places: [...] int64, ``block * B + offset``.
-        cache: As of :func:`store`, and so on.
-        tail: Likewise.
-        scales: Likewise.
+        cache: As of :func:`store`.
+        tail: As of :func:`store`.
+        scales: As of :func:`store`.
     """
     block, offset = places // cache.shape[1], places % cache.shape[1]
     if scales is None:

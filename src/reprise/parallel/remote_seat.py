@@ -23,7 +23,7 @@ class RemoteTable(NamedTuple):
     place: tuple[str, int]
     """Where the first rank of the first engine listens."""
     secret: bytes
-    """That it knows."""
+    """By which those who connect there show that they belong to the engines."""
     group: str
     """Name of the group."""
     port: int

@@ -12,8 +12,8 @@ def refuse_launcher(option: str, number: int) -> None:
     each of them would take all devices.
 
     Args:
-        option: Asks for the processes.
-        number: Of them.
+        option: The one that asks for several processes.
+        number: How many it asks for.
 
     Raises:
         ConfigError: ``torchrun`` has started more than one process.

@@ -20,7 +20,7 @@ from reprise.step import Step
 EDITS = 1024
 """Entries of block tables that travel with a step's other inputs; more take a copy of their own."""
 ADMISSIONS = 64
-"""Likewise requests."""
+"""New requests that do; more take a copy of their own."""
 
 
 class StepBuffers(StepInputs):

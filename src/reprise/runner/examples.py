@@ -35,10 +35,10 @@ class Examples:
     Args:
         config: Options.
         table: The ops in use.
-        platform: Where.
+        platform: The device.
         model: The target.
-        forward_pass: Its.
-        buffers: Of its inputs.
+        forward_pass: The target's.
+        buffers: Of the target's inputs.
         drafter: Of an engine that drafts.
         max_tokens: Most tokens in a step.
         group: The ranks that share the model.

@@ -25,7 +25,7 @@ class PromptLogprobs:
 
     Args:
         buffers: Of the step.
-        platform: Where.
+        platform: The device.
     """
 
     def __init__(self, buffers: StepBuffers, platform: Platform) -> None:

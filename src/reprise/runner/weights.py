@@ -21,7 +21,7 @@ def weights_of(model: nn.Module, others: Iterable[Tensor]) -> dict[str, Tensor]:
     is there already is left out.
 
     Args:
-        model: It.
+        model: Whose weights are looked for.
         others: Tensors that it holds and that are no weights.
     """
     found: dict[str, Tensor] = {}

@@ -48,13 +48,14 @@ class Caller:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """Of an automaton. What may follow is a function of it; two that are different may be alike."""
+    """A state of an automaton. What may follow is a function of it; two that are different may
+    allow the same."""
 
     places: frozenset[Place]
     complete: bool
     """The text may end here."""
     terminated: bool
-    """It has ended."""
+    """The text has ended: nothing may follow."""
     after: dict[int, State | None]
     """Behind a byte of some kind; None: no text goes on like this."""
     behind: dict[bytes, State] = field(default_factory=dict)

@@ -30,8 +30,8 @@ class Gptq(FourBits):
 
     Args:
         group: See :class:`FourBits`.
-        zeros: Likewise. Without, what is stored must be the middle in one of the two conventions:
-            some checkpoints say the first and have the second.
+        zeros: See :class:`FourBits`. Without, what is stored must be the middle in one of the two
+            conventions: some checkpoints say the first and have the second.
         less: What is stored is less than what is meant by this: 1 in the first convention.
     """
 

@@ -47,8 +47,8 @@ def in_tiles(
         inner: Inputs of the second product.
         block_m: Rows of a tile.
         multiply: Computes both products.
-        out: Where.
-        add: Add.
+        out: [T, D], where the result is written.
+        add: Add the result to what ``out`` holds.
     """
     rows, top = ids.shape
     if rows == 0:

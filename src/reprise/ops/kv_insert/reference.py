@@ -21,7 +21,7 @@ def reference(
     Args:
         kv: [T, D], rows may be strided.
         gain: [D], of the root mean square norm, as ``rms_norm`` takes it.
-        norm_eps: Of it.
+        norm_eps: Epsilon of the norm.
         positions: [T] int64.
         cos_sin: [P, R] float32, see :func:`reprise.ops.rotary_tail`.
         slots: [T] int64, block * block_size + offset; padding rows point into block 0.

@@ -56,7 +56,7 @@ def reference(
             [N, B, G, (D - R) / G] (:mod:`reprise.ops.latent_rows`).
         scales: [N, G, B] float32 of these codes.
         compressed_tail: As ``cache_tail``, of ``compressed``.
-        compressed_scales: Likewise.
+        compressed_scales: As ``scales``, of ``compressed``.
     """
     out.zero_()
     starts = query_start_loc.tolist()

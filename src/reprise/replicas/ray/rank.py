@@ -205,11 +205,11 @@ class RankProcess:
 
         Args:
             place: Of rank 0: see :meth:`listen`.
-            secret: That it knows.
+            secret: The engine's; who does not know it is turned away.
             rank: Ours.
             size: Ranks there are.
             table: As of :meth:`lead`.
-            engine: Likewise.
+            engine: As of :meth:`lead`.
         """
         line = FollowersLine(connect(place, f"rank {rank}", secret, CONNECT_SECONDS), rank, size)
         line.on_end = _leave  # type: ignore[method-assign]

@@ -45,7 +45,7 @@ def make_drafter(
     """What drafts as ``speculation`` says.
 
     Args:
-        speculation: How.
+        speculation: The method and its options.
         draft: The model of :func:`load_draft`, if that takes one.
         buffers: Of the target's steps.
         target: The target's pass.

@@ -85,7 +85,7 @@ class IndependentModel(DraftModel):
     """A language model of the target's vocabulary.
 
     Args:
-        model: It.
+        model: The language model.
         reload: Fills its parameters again.
     """
 

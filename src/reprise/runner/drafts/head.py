@@ -17,7 +17,7 @@ class HeadModel(DraftModel):
     """An EAGLE-3 head, or a layer of the target's for further tokens.
 
     Args:
-        head: It.
+        head: The head or layer.
         reload: Fills its parameters again.
         waits: As of :class:`DraftModel`.
     """
