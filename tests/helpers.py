@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, RequestOutput, RequestOutputKind, SamplingParams, platforms
+from reprise.runner import parts
 
 VOCAB = 160
 CONTEXT = 256
@@ -295,6 +296,12 @@ def need_devices(device: str, count: int) -> None:
     platform = platforms.resolve(device)
     if not platform.is_the_host and platform.device_count() < count:
         pytest.skip(f"{count} ranks need a device each: here {platform.device_count()} are visible")
+
+
+def copied_inputs(patch: pytest.MonkeyPatch, *, shared: bool = False) -> None:
+    """In engines made from here on, inputs of steps are copied to the device, as to one that has
+    memory of its own; ``shared``: they are written where the device reads them, as on a CPU."""
+    patch.setattr(parts, "StepBuffers", functools.partial(parts.StepBuffers, shared=shared))
 
 
 def make_llm(model: TinyModel | Path, device: str, **options: Any) -> LLM:

@@ -40,6 +40,7 @@ from helpers import (
     TinyModel,
     TinyModels,
     assert_idle,
+    copied_inputs,
     greedy,
     make_llm,
     random_ids,
@@ -54,7 +55,6 @@ from reprise import LLM, SamplingParams
 from reprise.cache import CacheManager, State
 from reprise.graphs.trust import Ledger
 from reprise.layers import gated_delta
-from reprise.runner import model_runner
 from reprise.sampling_params import WHOLE_VOCABULARY
 
 MARGIN = 0.04
@@ -147,8 +147,7 @@ class Features:
 def ahead_of_its_tokens(model: TinyModel, device: str, **options: Any) -> LLM:
     """One that submits the next step before it knows this one's tokens, whatever the device."""
     with pytest.MonkeyPatch.context() as patch:
-        buffers = functools.partial(model_runner.StepBuffers, shared=False)
-        patch.setattr(model_runner, "StepBuffers", buffers)
+        copied_inputs(patch)
         llm = make_llm(model, device, **options)
     llm.engine.pipeline.depth = 2
     return llm

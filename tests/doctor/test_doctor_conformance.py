@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import copied_inputs
 from safetensors.torch import load_file, save_file
 
 from reprise.cli import ending
@@ -21,7 +22,7 @@ from reprise.doctor.conformance import invariance, operations
 from reprise.doctor.conformance.contract import Contract
 from reprise.loading import checkpoint
 from reprise.loading.checkpoint import DEMO_MODEL
-from reprise.runner import arena, model_runner
+from reprise.runner import arena
 from reprise.testing.faults import FAULTS
 
 BROKEN = {
@@ -461,8 +462,7 @@ def test_inputs_that_do_not_arrive_are_found_out(device, monkeypatch):
         upload(self, spans if max(spans)[1] - min(spans)[0] < 1 << 16 else spans[:2])
 
     monkeypatch.setattr(arena.Arena, "upload", loses)
-    made = functools.partial(model_runner.StepBuffers, shared=False)
-    monkeypatch.setattr(model_runner, "StepBuffers", made)
+    copied_inputs(monkeypatch)
     report = kit.conformance(device, {}, kit.select(["probes_reach_the_device"]))
     (failed,) = report.failed
     assert "seq_lens" in failed.detail

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from helpers import (
+    TinyModel,
+    TinyModels,
+    assert_idle,
+    copied_inputs,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+)
 
 from reprise import LLM
 from reprise.graphs import judge
 from reprise.graphs.segments import SegmentedGraph
-from reprise.runner import model_runner
 
 SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 
@@ -49,8 +56,7 @@ def test_steps_after_a_refusal_continue_where_the_one_before_ended(
 ) -> None:
     if shared and device != "cpu":
         pytest.skip("an accelerator has memory of its own")
-    buffers = functools.partial(model_runner.StepBuffers, shared=shared)
-    monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+    copied_inputs(monkeypatch, shared=shared)
     llm = make_llm(
         model, device, **SMALL, graph_mode="decode=full,mixed=none",
         graph_buckets="decode=1,2,4", graph_verify="canary:1",

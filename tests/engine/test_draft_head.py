@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from draft_heads import EACH, of_few_words, oracle, write_head
 from drafting import check_counters, rate
-from helpers import TinyModel, TinyModels, generate, greedy, make_llm, random_ids
+from helpers import TinyModel, TinyModels, copied_inputs, generate, greedy, make_llm, random_ids
 from planted import OPTIONS, make_oracle, serve
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from reprise.errors import ModelError
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.loading.draft_head import DEMO_HEAD
 from reprise.ops.sample.reference import reference as sample
-from reprise.runner import model_runner
 from reprise.speculation import parse_speculation
 
 PROMPTS = [random_ids(1, 30), random_ids(2, 41), random_ids(3, 9)]
@@ -94,8 +92,7 @@ def test_tokens_are_those_without_drafts(
     plain = make_llm(pair[0], device)
     right = [generate(plain, PROMPTS, params) for params in ASKED]
     if ahead:
-        buffers = functools.partial(model_runner.StepBuffers, shared=False)
-        monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+        copied_inputs(monkeypatch)
     llm = drafting(*pair, device, k, graph_mode=graphs, graph_buckets="decode=4;mixed=64")
     if ahead:
         llm.engine.pipeline.depth = 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from drafting import EXECUTORS, check_counters, metrics, rate
-from helpers import VOCAB, TinyModel, TinyModels, generate, greedy, make_llm, random_ids
+from helpers import (
+    VOCAB,
+    TinyModel,
+    TinyModels,
+    copied_inputs,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+)
 from planted import OPTIONS, make_oracle, planted, serve
 from test_drafts import NGRAM, PARAMS, PROMPTS, OtherOrder, answers
 from torch import Tensor
@@ -23,7 +31,6 @@ from reprise.engine import draft_counts
 from reprise.errors import ConfigError, ModelError
 from reprise.graphs import Buckets, GraphPool, GraphRunner, capture, parse_plan, parse_verify
 from reprise.ops.registry import all_ops
-from reprise.runner import model_runner
 from reprise.runner.drafts import GraphOptions, ModelDrafter
 from reprise.testing import faults
 from reprise.testing.faults.planted import PlantedFault, tokens_of
@@ -94,8 +101,7 @@ def test_tokens_are_those_without_drafts(
 ) -> None:  # fmt: skip
     """Whatever a request asks for, seeds included."""
     if ahead:
-        buffers = functools.partial(model_runner.StepBuffers, shared=False)
-        monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+        copied_inputs(monkeypatch)
     llm = drafting(model, near, device, k, **SETUPS[which])
     if ahead:
         llm.engine.pipeline.depth = 2

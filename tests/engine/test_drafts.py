@@ -9,14 +9,22 @@ from typing import Any
 
 import pytest
 from drafting import check_counters, metrics
-from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from helpers import (
+    TinyModel,
+    TinyModels,
+    assert_idle,
+    copied_inputs,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+)
 from matrix import ahead_of_its_tokens
 from planted import planted
 
 from reprise import LLM, SamplingParams
 from reprise.errors import ConfigError
 from reprise.graphs import prove
-from reprise.runner import model_runner
 from reprise.shape import StepShape
 from reprise.speculation import parse_speculation
 from reprise.testing.faults import FAULTS
@@ -89,8 +97,7 @@ def test_tokens_are_those_without_drafts(
 ) -> None:  # fmt: skip
     """Whatever a request asks for, seeds included."""
     if ahead:
-        buffers = functools.partial(model_runner.StepBuffers, shared=False)
-        monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+        copied_inputs(monkeypatch)
     llm = drafting(model, device, tokens, **options)
     if ahead:
         llm.engine.pipeline.depth = 2

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TinyModel, TinyModels, assert_idle, generate, greedy, make_llm, random_ids
+from helpers import (
+    TinyModel,
+    TinyModels,
+    assert_idle,
+    copied_inputs,
+    generate,
+    greedy,
+    make_llm,
+    random_ids,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprise import LLM, SamplingParams
@@ -17,7 +26,7 @@ from reprise.graphs import judge, prove
 from reprise.graphs.segments import SegmentedGraph
 from reprise.loading.checkpoint import DEMO_MODEL
 from reprise.platforms import Platform
-from reprise.runner import buffers, model_runner
+from reprise.runner import buffers
 from reprise.runner.arena import Arena
 from reprise.runner.forward_pass import ForwardPass
 
@@ -195,8 +204,7 @@ def test_probes_change_every_input_of_small_graphs_too(
     """Of decodes too whether a request begins, which a model with states reads; and of buffers so
     large that their arrays are sent one by one, to memory that the host does not share."""
     monkeypatch.setattr(prove, "VERIFY_SECONDS", 60.0)
-    made = functools.partial(model_runner.StepBuffers, shared=False)
-    monkeypatch.setattr(model_runner, "StepBuffers", made)
+    copied_inputs(monkeypatch)
     llm = make_llm(
         tiny("qwen3"), device, graph_mode="full", graph_buckets=buckets, max_num_seqs=4,
         max_num_batched_tokens=tokens,
@@ -210,8 +218,7 @@ def test_probes_that_do_not_arrive_prove_nothing(
     tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As once on GPUs, where lengths got lost at start, and in no step of a request."""
-    made = functools.partial(model_runner.StepBuffers, shared=False)
-    monkeypatch.setattr(model_runner, "StepBuffers", made)
+    copied_inputs(monkeypatch)
     upload, fill_rows = Arena.upload, buffers.StepBuffers.fill_rows
 
     def loses(self: Any, *given: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from helpers import (
     TinyModel,
     TinyModels,
     assert_idle,
+    copied_inputs,
     generate,
     greedy,
     make_llm,
@@ -20,7 +20,6 @@ from helpers import (
 )
 
 from reprise import LLM, SamplingParams
-from reprise.runner import model_runner
 
 STEPS = 24
 SHARED = random_ids(100, 48)
@@ -120,9 +119,7 @@ def test_one_step_ahead(
 ) -> None:
     """As on an accelerator: a step is scheduled before the last one's tokens are known, and its
     inputs are copied to the device."""
-    monkeypatch.setattr(
-        model_runner, "StepBuffers", functools.partial(model_runner.StepBuffers, shared=False)
-    )
+    copied_inputs(monkeypatch)
     llm = make_llm(known.model, device, **options)
     llm.engine.pipeline.depth = 2
     check(known, llm)

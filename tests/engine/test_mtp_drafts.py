@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from drafting import EXECUTORS, check_counters, rate
-from helpers import TinyModel, TinyModels, generate, make_llm, random_ids
+from helpers import TinyModel, TinyModels, copied_inputs, generate, make_llm, random_ids
 from next_tokens import Oracle, quieten, with_layer
 from planted import OPTIONS, serve
 
@@ -16,7 +15,6 @@ from reprise import LLM, SamplingParams
 from reprise.cache import State
 from reprise.errors import ConfigError, LoadError, ModelError
 from reprise.layers import gated_delta
-from reprise.runner import model_runner
 
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, seed=5, max_tokens=16)
 
@@ -69,8 +67,7 @@ def test_tokens_are_those_without_drafts(
     monkeypatch: pytest.MonkeyPatch, k: int, executor: str,
 ) -> None:  # fmt: skip
     """Chunks, prefix hits, padding and preemption, one step ahead."""
-    buffers = functools.partial(model_runner.StepBuffers, shared=False)
-    monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+    copied_inputs(monkeypatch)
     llm = drafting(pair[0], device, k, **EXECUTORS[executor])
     llm.engine.pipeline.depth = 2
     assert answers(llm) == expected

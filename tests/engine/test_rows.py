@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from helpers import (
     TinyModels,
     assert_idle,
+    copied_inputs,
     generate,
     greedy,
     make_llm,
@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reprise import LLM, SamplingParams
 from reprise.graphs.segments import SegmentedGraph
 from reprise.platforms import Platform
-from reprise.runner import model_runner
 from reprise.runner.known_step import KnownStep
 from reprise.shape import StepShape
 from reprise.step import Masks, Step
@@ -54,8 +53,7 @@ def counts(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> dict[str, int
 @pytest.fixture
 def ahead(tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     """Engines that run one step ahead, with a device that has memory of its own."""
-    buffers = functools.partial(model_runner.StepBuffers, shared=False)
-    monkeypatch.setattr(model_runner, "StepBuffers", buffers)
+    copied_inputs(monkeypatch)
 
     def make(**options: Any) -> LLM:
         llm = make_llm(tiny("qwen3"), device, **options)

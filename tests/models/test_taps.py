@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TinyModels, generate, greedy, make_llm, random_ids
 
-from reprise.runner import model_runner
+from reprise.runner import parts
 from reprise.shape import StepShape
 
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "qwen3_moe", "qwen3_5")
@@ -36,9 +36,9 @@ def test_residual_stream_at_any_depth(
     model = tiny(architecture)
     layers = model.reference.config.get_text_config().num_hidden_layers
     depths = (0, 1, layers, "final")
-    made = model_runner.ForwardPass
+    made = parts.ForwardPass
     monkeypatch.setattr(
-        model_runner,
+        parts,
         "ForwardPass",
         lambda *given, **named: made(*given, **named | {"taps": depths}),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reprise import models
-from reprise.cache.layout import CacheLayout, lay_out_caches
+from reprise.cache.layout import CacheLayout
 from reprise.cache.memory import allocate_caches, fit_model_len, plan_blocks
 from reprise.cache.spec import LayerCache, Rows
 from reprise.config import EngineConfig
@@ -23,23 +23,14 @@ from reprise.layers import Build
 from reprise.loading import open_checkpoint
 from reprise.ops import OpTable
 from reprise.platforms import Platform
-from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts import (
-    Drafter,
-    GraphOptions,
-    caches_with,
-    load_draft,
-    lookahead_of,
-    make_drafter,
-)
-from reprise.runner.forward_pass import ForwardPass
+from reprise.runner.drafts import GraphOptions, load_draft
 from reprise.runner.model_choices import (
     choose_cache_dtype,
     choose_dtype,
     choose_max_tokens,
     choose_model_len,
 )
-from reprise.runner.sampler import Sampler
+from reprise.runner.parts import Parts, make_parts
 from reprise.shape import PHASES, StepShape
 
 
@@ -165,6 +156,7 @@ def memory_report(
 
     Raises:
         ModelError: The config describes no model that can be built.
+        ConfigError: Options that an engine would refuse, too.
         PlatformError: The device is unknown, or is not here and ``memory`` is None.
     """
     checkpoint = open_checkpoint(
@@ -175,8 +167,7 @@ def memory_report(
     dtype = choose_dtype(config.dtype, checkpoint.config, paper)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, checkpoint.config, paper)
     max_len = choose_model_len(config.max_model_len, checkpoint.config)
-    max_tokens, width = choose_max_tokens(config, paper, max_len), 1 + config.num_drafts
-    block_size = config.block_size or paper.default_block_size
+    max_tokens = choose_max_tokens(config, paper, max_len)
     report = MemoryReport(
         {
             **(facts or {}),
@@ -203,47 +194,29 @@ def memory_report(
         if draft is not None:
             report.weights += _weights(draft, "draft ")
             report.tables_bytes += _tables(draft)
-        caches = caches_with(model, draft)
-        lookahead = lookahead_of(draft, config.speculation)
-        layout = lay_out_caches(caches, block_size, width - 1, lookahead)
-        buffers = StepBuffers(
-            max(max_tokens, config.max_num_seqs * width),
-            config.max_num_seqs,
-            max_len,
-            layout,
-            paper,
-            num_drafts=width - 1,
-        )
-        table = OpTable(paper)
-        computation = ForwardPass(
-            model, buffers, table, paper,
-            max_tokens=max_tokens, max_logits=config.max_num_seqs * width, caches=caches,
-            draft=draft, taps=() if draft is None else draft.taps,
+        parts = make_parts(
+            config, paper, model, draft, OpTable(paper),
+            max_tokens=max_tokens, max_model_len=max_len,
         )  # fmt: skip
-        allocate_caches(caches, layout, paper)
-        sampler = Sampler(model.vocab_size, buffers.rows, paper)
+        allocate_caches(parts.caches, parts.layout, paper)
+        computation, drafter = parts.forward_pass, parts.drafter
         shapes = (
             StepShape.mixed(max_tokens, config.max_num_seqs),
-            StepShape.decode(config.max_num_seqs, width),
+            StepShape.decode(config.max_num_seqs, 1 + config.num_drafts),
         )
         outputs = {name: t for each in shapes for name, t in computation.outputs(each).items()}
         report.buffers = {
-            "step inputs": _bytes(buffers.arrays().values()),
+            "step inputs": _bytes(parts.buffers.arrays().values()),
             "step outputs": _bytes(outputs.values()),
-            "sampler": _bytes(sampler.memory().values()),
+            "sampler": _bytes(parts.sampler.memory().values()),
         }
-        drafter: Drafter | None = None
-        if config.speculation is not None:
-            drafter = make_drafter(
-                config.speculation, draft, buffers, computation,
-                max_tokens=max_tokens, max_model_len=max_len,
-            )  # fmt: skip
+        if drafter is not None:
             report.buffers["drafter"] = _bytes(drafter.memory().values())
         report.activations_bytes = max(peak_of(computation, each) for each in shapes)
-        report.graphs = _graphs(config, computation, buffers, drafter, max_tokens)
+        report.graphs = _graphs(config, parts, max_tokens)
     paper.used = report.fixed_bytes - report.activations_bytes - report.graph_bytes
-    report.caches = _caches(caches, layout, max_len)
-    _divide(report, config, paper, layout)
+    report.caches = _caches(parts.caches, parts.layout, max_len)
+    _divide(report, config, paper, parts.layout)
     return report
 
 
@@ -298,15 +271,13 @@ def _described(rows: Rows) -> str:
     return f"{list(rows.shape)} {_short(rows.dtype)}{several}"
 
 
-def _graphs(
-    config: EngineConfig, computation: ForwardPass, buffers: StepBuffers, drafter: Drafter | None,
-    max_tokens: int,
-) -> dict[str, Any]:  # fmt: skip
-    options = GraphOptions.of(config, max_tokens, buffers.platform)
-    runners = {"": options.runner(computation, buffers, config.decode_widths)}
-    if drafter is not None:
-        drafter.plan_graphs(options)
-        runners |= drafter.owners
+def _graphs(config: EngineConfig, parts: Parts, max_tokens: int) -> dict[str, Any]:
+    platform = parts.buffers.platform
+    options = GraphOptions.of(config, max_tokens, platform)
+    runners = {"": options.runner(parts.forward_pass, parts.buffers, config.decode_widths)}
+    if parts.drafter is not None:
+        parts.drafter.plan_graphs(options)
+        runners |= parts.drafter.owners
     buckets: Counter[str] = Counter()
     pool_bytes = 0
     for owner, runner in runners.items():
@@ -315,7 +286,6 @@ def _graphs(
         largest = [next((e for e in shapes if e.phase == phase), None) for phase in PHASES]
         peaks = (peak_of(runner.computation, each) for each in largest if each)
         pool_bytes = max(pool_bytes, *peaks, 0)  # they share it
-    platform = buffers.platform
     return {
         "plan": str(runners[""].plan),
         "buckets": dict(buckets),

@@ -11,35 +11,25 @@ import torch
 from torch import Tensor
 
 from reprise import timeline
-from reprise.cache.layout import lay_out_caches
 from reprise.cache.memory import allocate_caches
 from reprise.config import EngineConfig
 from reprise.distributed import ALONE_AGREES, Agreement, Ranks, require_same
-from reprise.errors import ConfigError
 from reprise.graphs import (
     Damage,
     GraphOwners,
     GraphRunner,
     nobody,
 )
+from reprise.layers.causal_lm import CausalLM
 from reprise.loading import Checkpoint, load_weights
 from reprise.ops import OpTable
 from reprise.ops.step import NEXT
 from reprise.platforms import Platform
 from reprise.progress import progress
-from reprise.runner.buffers import StepBuffers
-from reprise.runner.drafts import (
-    Drafter,
-    GraphOptions,
-    Withheld,
-    caches_with,
-    load_draft,
-    lookahead_of,
-    make_drafter,
-)
+from reprise.runner.drafts import GraphOptions, Withheld, load_draft
+from reprise.runner.drafts.draft_model import DraftModel
 from reprise.runner.examples import Examples
 from reprise.runner.expert_load import ExpertLoad
-from reprise.runner.forward_pass import ForwardPass
 from reprise.runner.model_choices import (
     build_model,
     choose_cache_dtype,
@@ -49,8 +39,8 @@ from reprise.runner.model_choices import (
     refuse_unshared,
 )
 from reprise.runner.output import Landing, PendingOutput
+from reprise.runner.parts import make_parts
 from reprise.runner.prompt_logprobs import PromptLogprobs
-from reprise.runner.sampler import Sampler
 from reprise.runner.start_memory import blaming_the_prediction, graph_bytes, plan_cache
 from reprise.shape import StepShape
 from reprise.step import Masks, Step
@@ -100,81 +90,30 @@ class ModelRunner:
             require_same(ranks.agreement, torch.__version__, alike, self.dtype, chosen)
         refuse_unshared(config)
         wanted_len = choose_model_len(config.max_model_len, checkpoint.config)
-        num_drafts = self.num_drafts = config.num_drafts
+        self.num_drafts = config.num_drafts
         self.decode_widths = config.decode_widths
-        self.max_tokens = choose_max_tokens(config, platform, wanted_len)
         self.block_size = config.block_size or platform.default_block_size
+        self.max_tokens = choose_max_tokens(config, platform, wanted_len)
         with torch.inference_mode():
-            with timeline.span("model"):
-                self.model = build_model(
-                    checkpoint.config,
-                    max_model_len=wanted_len,
-                    table_blocks=config.max_num_seqs * -(-wanted_len // self.block_size),
-                    dtype=self.dtype,
-                    cache_dtype=cache_dtype,
-                    num_drafts=num_drafts,
-                    platform=platform,
-                    step_tokens=self.max_tokens,
-                    group=ranks.group,
-                    exchange=ranks.exchange,
-                )
-            with timeline.span("weights"):
-                load_weights(self.model, checkpoint.path, config.load_format, platform, config.seed)
-            with timeline.span("draft"):
-                draft = load_draft(
-                    config, self.model, checkpoint, platform,
-                    max_model_len=wanted_len, cache_dtype=cache_dtype,
-                    group=ranks.group, exchange=ranks.exchange,
-                )  # fmt: skip
+            self.model, self._draft = self._load(checkpoint, wanted_len, cache_dtype)
             self.expert_load: ExpertLoad | None = None
             if config.count_expert_load:
                 self.expert_load = ExpertLoad(self.model, self.ops, platform.device)
-            self._draft = draft
-            self.caches = caches_with(self.model, draft)
-            self.lookahead = lookahead_of(draft, config.speculation)
-            """Places that a draft model needs behind those of the tokens that a step verifies."""
-            self.cache_layout = lay_out_caches(
-                self.caches, self.block_size, num_drafts, self.lookahead
-            )
-            for name, each in self.caches.items():
-                if each.lifetime.rewritten and each.drafts < num_drafts:
-                    raise ConfigError(
-                        f"speculative_config: the state of {name} cannot take back drafts that do "
-                        "not count; leave it out"
-                    )
-            self.buffers = StepBuffers(
-                max(self.max_tokens, config.max_num_seqs * (1 + num_drafts)),
-                config.max_num_seqs,
-                wanted_len,
-                self.cache_layout,
-                platform,
-                num_drafts=num_drafts,
-            )
-            self.forward_pass = ForwardPass(
-                self.model,
-                self.buffers,
-                self.ops,
-                platform,
-                max_tokens=self.max_tokens,
-                max_logits=config.max_num_seqs * (1 + num_drafts),
-                caches=self.caches,
-                draft=draft,
-                taps=() if draft is None else draft.taps,
-            )
             self._draft_agreement = ALONE_AGREES
             """Of the ranks that the draft's passes wait for."""
             in_step: Agreement | None = None
-            if draft is not None and draft.waits:
+            if self._draft is not None and self._draft.waits:
                 self._draft_agreement = ranks.agreement
                 in_step = None if ranks.agreement.alike else ranks.agreement
+            parts = make_parts(
+                config, platform, self.model, self._draft, self.ops,
+                max_tokens=self.max_tokens, max_model_len=wanted_len, in_step=in_step,
+            )  # fmt: skip
+            self.caches, self.cache_layout = parts.caches, parts.layout
+            self.lookahead = parts.lookahead
+            self.buffers, self.forward_pass = parts.buffers, parts.forward_pass
             # Before graphs are captured: what they spoil has to be known, and made good.
-            self.sampler = Sampler(self.model.vocab_size, self.buffers.rows, platform)
-            self.drafter: Drafter | None = None
-            if config.speculation is not None:
-                self.drafter = make_drafter(
-                    config.speculation, draft, self.buffers, self.forward_pass,
-                    max_tokens=self.max_tokens, max_model_len=wanted_len, in_step=in_step,
-                )  # fmt: skip
+            self.sampler, self.drafter = parts.sampler, parts.drafter
             self._prompt_logprobs = PromptLogprobs(self.buffers, platform)
             self._withheld = Withheld(self.buffers.rows, platform)
             self._sound: Tensor | None = None
@@ -182,45 +121,7 @@ class ModelRunner:
             self.forward_pass.beside = self._memory_beside
             self._checkpoint = checkpoint.path
             self.forward_pass.reload = self._reload
-            # Until its size is known the cache is the null blocks alone.
-            allocate_caches(self.caches, self.cache_layout, platform)
-            examples = Examples(
-                config, self.ops, platform, self.model, self.forward_pass, self.buffers,
-                self.drafter, self.max_tokens, ranks.group,
-            )  # fmt: skip
-            with timeline.span("config"):
-                ready()
-            if config.batch_invariant:
-                examples.refuse_what_varies()
-            with contextlib.ExitStack() as compiling:
-                with timeline.span("compile"):
-                    kernels = compiling.enter_context(examples.compiling_kernels())
-                with timeline.span("profile"):
-                    activation_bytes = examples.measure_activations()
-                    self._at_rest = self._copies_at_rest()
-                    """What steps read, as it is while there is no request: some of it is written
-                    once. No graph has run yet, which might have changed it."""
-                    self.graphs = self._plan_graphs()
-                    """The target's."""
-                    self.graphs.captures.leave_out_useless()
-                    drafts = {} if self.drafter is None else self.drafter.owners
-                    self.owners = GraphOwners({"target": self.graphs, **drafts})
-                    """Of all graphs: the target's, and those of a model that drafts."""
-                    memory = self.graphs.captures.memory
-                    activation_bytes += graph_bytes(config, self.owners, memory)
-                with timeline.span("compile"):
-                    kernels.ready()
-                with blaming_the_prediction(self.graphs.captures):
-                    self.cache_layout, self.max_model_len = plan_cache(
-                        self.cache_layout, config, platform, ranks.agreement,
-                        wanted_len=wanted_len, max_tokens=self.max_tokens,
-                        reserved_bytes=activation_bytes,
-                    )  # fmt: skip
-                    self._make_cache()
-                    with timeline.span("capture"):
-                        self._capture_graphs()
-                with timeline.span("compile"):
-                    compiling.close()
+            self._prepare(wanted_len, ready)
             if self.expert_load is not None:
                 self.expert_load.reset()
         self._shape = StepShape.decode(0)
@@ -229,6 +130,78 @@ class ModelRunner:
         """Of the step that was submitted last."""
         # While a step is under way, the one before it may still be read.
         self._landings = [self._new_landing() for _ in range(2)]
+
+    def _load(
+        self, checkpoint: Checkpoint, wanted_len: int, cache_dtype: torch.dtype | None
+    ) -> tuple[CausalLM, DraftModel | None]:
+        """The model and what drafts for it, with their weights."""
+        config, platform, ranks = self.config, self.platform, self.ranks
+        with timeline.span("model"):
+            model = build_model(
+                checkpoint.config,
+                max_model_len=wanted_len,
+                table_blocks=config.max_num_seqs * -(-wanted_len // self.block_size),
+                dtype=self.dtype,
+                cache_dtype=cache_dtype,
+                num_drafts=self.num_drafts,
+                platform=platform,
+                step_tokens=self.max_tokens,
+                group=ranks.group,
+                exchange=ranks.exchange,
+            )
+        with timeline.span("weights"):
+            load_weights(model, checkpoint.path, config.load_format, platform, config.seed)
+        with timeline.span("draft"):
+            draft = load_draft(
+                config, model, checkpoint, platform,
+                max_model_len=wanted_len, cache_dtype=cache_dtype,
+                group=ranks.group, exchange=ranks.exchange,
+            )  # fmt: skip
+        return model, draft
+
+    def _prepare(self, wanted_len: int, ready: Callable[[], None]) -> None:
+        """Compile kernels, measure what a step takes, plan graphs, give the caches the memory that
+        is left, and capture."""
+        config, platform, ranks = self.config, self.platform, self.ranks
+        # Until its size is known the cache is the null blocks alone.
+        allocate_caches(self.caches, self.cache_layout, platform)
+        examples = Examples(
+            config, self.ops, platform, self.model, self.forward_pass, self.buffers,
+            self.drafter, self.max_tokens, ranks.group,
+        )  # fmt: skip
+        with timeline.span("config"):
+            ready()
+        if config.batch_invariant:
+            examples.refuse_what_varies()
+        with contextlib.ExitStack() as compiling:
+            with timeline.span("compile"):
+                kernels = compiling.enter_context(examples.compiling_kernels())
+            with timeline.span("profile"):
+                activation_bytes = examples.measure_activations()
+                self._at_rest = self._copies_at_rest()
+                """What steps read, as it is while there is no request: some of it is written
+                once. No graph has run yet, which might have changed it."""
+                self.graphs = self._plan_graphs()
+                """The target's."""
+                self.graphs.captures.leave_out_useless()
+                drafts = {} if self.drafter is None else self.drafter.owners
+                self.owners = GraphOwners({"target": self.graphs, **drafts})
+                """Of all graphs: the target's, and those of a model that drafts."""
+                memory = self.graphs.captures.memory
+                activation_bytes += graph_bytes(config, self.owners, memory)
+            with timeline.span("compile"):
+                kernels.ready()
+            with blaming_the_prediction(self.graphs.captures):
+                self.cache_layout, self.max_model_len = plan_cache(
+                    self.cache_layout, config, platform, ranks.agreement,
+                    wanted_len=wanted_len, max_tokens=self.max_tokens,
+                    reserved_bytes=activation_bytes,
+                )  # fmt: skip
+                self._make_cache()
+                with timeline.span("capture"):
+                    self._capture_graphs()
+            with timeline.span("compile"):
+                compiling.close()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """:meth:`submit` and :meth:`sample` are called in the ``with`` block."""
