@@ -41,16 +41,16 @@ def told(cold: bool, *options: str, **how: Any) -> tuple[dict[str, Any], bool]:
     # As an engine's parent has it: a signal for all processes of a terminal waits.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         program = subprocess.Popen(
-            [sys.executable, *options], pass_fds=[read], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
-        )  # fmt: skip
+            [sys.executable, *options], pass_fds=[read], text=True, **{**streams, **how}
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         warm.Popen.cold = False
         os.close(read)
         os.close(write)
-    output, errors = program.communicate("what it reads\n", timeout=100)
+    output, errors = program.communicate(program.stdin and "what it reads\n", timeout=100)
     assert (program.returncode, errors) == (7, "")
     found = json.loads(output)
     assert found["facts"]["parent"] == os.getpid()
@@ -92,8 +92,8 @@ def test_it_is_as_if_it_were_started(
 def test_streams_are_as_python_opens_them(variables: dict[str, str], unbuffered: str) -> None:
     """In a pipe they were nothing that a nursery could have had."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm.Popen, "nursery", None)
-        patch.setattr(warm.Popen, "usual", {**warm.Popen.usual, "PYTHONUNBUFFERED": unbuffered})
+        usual = {**warm.Popen.usual, "PYTHONUNBUFFERED": unbuffered}
+        patch.setattr(warm.Popen, "nursery", warm.Nursery.started(usual, imports=()))
         how = {"env": {**variables, "PYTHONUNBUFFERED": unbuffered}}
         expected, _ = told(True, "-m", "told", "7", **how)
         found, forked = told(False, "-m", "told", "7", **how)
@@ -101,6 +101,34 @@ def test_streams_are_as_python_opens_them(variables: dict[str, str], unbuffered:
         warm.Popen.nursery.close()
     assert forked
     assert found["streams"] == expected["streams"]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_streams_may_be_closed(variables: dict[str, str], number: int) -> None:
+    """The third kind, output, has none to tell it: tests of commands close that."""
+    how = {"env": variables, "preexec_fn": warm.WITHOUT[number]}
+    expected, _ = told(True, "-m", "told", "7", **how)
+    found, forked = told(False, "-m", "told", "7", **how)
+    assert forked
+    assert found == expected
+    assert found["streams"][number] is None
+
+
+def test_a_terminal_may_be_its_own(variables: dict[str, str]) -> None:
+    ours, theirs = os.openpty()
+    try:
+        how = {"env": variables, "start_new_session": True, "stdin": theirs}
+        for prepare in (warm.lead_terminal, None):
+            os.write(ours, b"what it reads\n\x04")
+            expected, _ = told(True, "-m", "told", "7", preexec_fn=prepare, **how)
+            os.write(ours, b"what it reads\n\x04")
+            found, forked = told(False, "-m", "told", "7", preexec_fn=prepare, **how)
+            assert forked
+            assert found == expected
+            assert found["leads_a_terminal"] == (prepare is not None)
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 @pytest.mark.parametrize("session", [False, True])

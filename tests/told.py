@@ -30,8 +30,18 @@ def ends_with_parent() -> bool:
     return number.value == signal.SIGTERM
 
 
-def stream(found: Any) -> list[Any]:
-    """How Python has opened it, and that it can be given other errors."""
+def leads_a_terminal() -> bool:
+    """Whether keys of what it reads from become signals to it."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def stream(found: Any) -> list[Any] | None:
+    """How Python has opened it, if there is one, and that it can be given other errors."""
+    if found is None:
+        return None
     told = [found.name, found.mode, found.encoding, found.errors, found.line_buffering]
     told += [found.write_through, type(found.buffer).__name__]
     found.reconfigure(errors="surrogateescape")
@@ -50,13 +60,14 @@ def facts() -> dict[str, Any]:
         "leads_a_session": os.getsid(0) == os.getpid(),
         "is_in_its_parents_group": os.getpgid(0) == os.getpgid(os.getppid()),
         "ends_with_parent": ends_with_parent(),
+        "leads_a_terminal": leads_a_terminal(),
         "file": __file__,
         "streams": [stream(each) for each in (sys.stdin, sys.stdout, sys.stderr)],
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "interrupted": str(signal.getsignal(signal.SIGINT)).partition(" at ")[0],
         "ended": str(signal.getsignal(signal.SIGTERM)),
         "descriptors": descriptors(),
-        "input": sys.stdin.read(),
+        "input": sys.stdin and sys.stdin.read(),
     }
     if "child" in sys.argv:
         command = [sys.executable, "-P", "-m", "told", "0"]
@@ -67,5 +78,6 @@ def facts() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"facts": facts(), "warm": "torch" in sys.modules}), flush=True)
+    # Of modules that a nursery itself needs this is one that nothing here does.
+    print(json.dumps({"facts": facts(), "warm": "tempfile" in sys.modules}), flush=True)
     os._exit(int(sys.argv[1]))  # as an engine's processes do

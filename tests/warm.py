@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import io
@@ -25,9 +26,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,8 +77,20 @@ def end_with_parent() -> None:
         _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
+def lead_terminal() -> None:
+    """The same, of one in a session of its own: it is the terminal's that it reads from."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+WITHOUT = {number: functools.partial(os.close, number) for number in range(3)}
+"""The same, of one whose shell has closed a stream, by its number."""
+_PREPARATIONS: dict[str, Callable[[], None]] = {
+    "ends with its parent": end_with_parent, "leads a terminal": lead_terminal,
+    **{f"without {number}": each for number, each in WITHOUT.items()},
+}  # fmt: skip
+"""What :class:`Popen` may be given to be called so."""
 _SET_MEANWHILE = {
-    "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST",
+    "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST", "TERM",
     # What commands, the profiler and the compiler set in a process that has used them.
     "TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TOKENIZERS_PARALLELISM",
     "HF_HUB_DISABLE_PROGRESS_BARS", "KINETO_LOG_LEVEL", "TEARDOWN_CUPTI",
@@ -102,12 +116,17 @@ class Nursery:
         connection.settimeout(_ANSWER_SECONDS)
 
     @classmethod
-    def started(cls, environment: dict[str, str]) -> Nursery:
+    def started(
+        cls, environment: dict[str, str], imports: Sequence[str] = (*IMPORTS, *OF_SERVERS)
+    ) -> Nursery:
         """A new one."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = _real(
-                [sys.executable, "-P", __file__, str(theirs.fileno()), "-" * _LONGEST_COMMAND],
+                [
+                    sys.executable, "-P", __file__, str(theirs.fileno()), ",".join(imports),
+                    "-" * _LONGEST_COMMAND,
+                ],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env={**environment, "PYTHONPATH": ROOT},
             )  # fmt: skip
@@ -155,7 +174,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         pipes, start_new_session = rest[:6], rest[-2]
         variables = dict(os.environ if env is None else env)
         program = _program(args)
-        known = preexec_fn is None or preexec_fn is end_with_parent
+        called = {each: name for name, each in _PREPARATIONS.items()}
+        known = preexec_fn is None or preexec_fn in called
         if program is None or self.cold or not known or not self._is_served(variables):
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
@@ -174,7 +194,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             "directory": os.getcwd() if cwd is None else os.fspath(cwd),
             "descriptors": [0, 1, 2, *pass_fds],
             "new_session": bool(start_new_session),
-            "ends_with_parent": preexec_fn is end_with_parent,
+            "prepared": called.get(preexec_fn),
             "blocked": [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
         }
         assert self.nursery is not None
@@ -265,11 +285,11 @@ def _become(order: dict[str, Any], descriptors: list[int], connection: socket.so
     command, program = order["command"], order["program"]
     if order["new_session"]:
         os.setsid()
-    if order["ends_with_parent"]:
-        end_with_parent()
     if order["with_children"]:
         _have_nursery()  # in the same session: its children are then
     _show(command)
+    if order["prepared"] is not None:
+        _PREPARATIONS[order["prepared"]]()
     for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
     is_file = os.path.isabs(program)
@@ -289,6 +309,10 @@ def _open_streams() -> None:
     to seek, or a reader of lines, is asked once."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         before = getattr(sys, name)
+        if not _is_open(number):
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+            continue
         mode, at_once = before.mode, before.write_through
         size = 0 if at_once and number else -1
         buffer: Any = open(number, f"{mode}b", size, closefd=False)  # noqa: SIM115
@@ -298,6 +322,14 @@ def _open_streams() -> None:
         stream.mode = mode  # type: ignore[misc]
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _have_nursery() -> None:
@@ -348,10 +380,8 @@ def _serve(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    for each in IMPORTS:
-        importlib.import_module(each)
-    for each in OF_SERVERS:
-        with contextlib.suppress(ImportError):
+    for each in filter(None, sys.argv[2].split(",")):
+        with contextlib.suppress(*([ImportError] if each in OF_SERVERS else [])):
             importlib.import_module(each)
     gc.collect()
     gc.freeze()  # each child would look through all of it

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
 import sys
 import time
 
 import pytest
+import warm
 
 GREEDY = ("--temperature", "0", "--device", "cpu", "--num-blocks", "160")
 
@@ -173,16 +175,16 @@ class Terminal:
     def __init__(
         self, *arguments: str, program: tuple[str, ...] = ("-m", "reprise"), term: str = "dumb"
     ) -> None:
-        import pty
-
-        self._child, self._terminal = pty.fork()
-        if self._child == 0:
-            os.environ["TERM"] = term
-            os.execv(sys.executable, [sys.executable, *program, *arguments])
+        self._terminal, theirs = os.openpty()
+        self._child = subprocess.Popen(
+            [sys.executable, *program, *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
+            env={**os.environ, "TERM": term}, start_new_session=True,
+            preexec_fn=warm.lead_terminal,
+        )  # fmt: skip
+        os.close(theirs)
         self.seen = ""
         """All that was read."""
         self._unread = b""
-        self._ended = False
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -199,17 +201,9 @@ class Terminal:
         self._unread = self._unread.partition(wanted)[2]
 
     def exit_status(self, seconds: float = 30) -> int:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(self._child, os.WNOHANG)
-            if done:
-                self._ended = True
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        raise AssertionError("the program did not end")
+        return self._child.wait(seconds)
 
     def close(self) -> None:
-        if not self._ended:
-            os.kill(self._child, 9)
-            os.waitpid(self._child, 0)
+        self._child.kill()
+        self._child.wait()
         os.close(self._terminal)

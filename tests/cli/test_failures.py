@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 
 from reprise.cli import failures
 
@@ -16,14 +20,16 @@ FULL = Path("/dev/full")
 GENERATE = "generate x -n 2 -q --device cpu --num-blocks 160"
 
 
-def reprise(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``reprise LINE`` by a shell."""
+def reprise(
+    line: str, environment: Mapping[str, str] | None = None, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run ``reprise LINE`` as a shell does, with streams as they are given."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m reprise {line}"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
+        [sys.executable, "-m", "reprise", *shlex.split(line)],
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
+        **{**streams, **how},
     )
 
 
@@ -95,34 +101,36 @@ def test_failures_outside_of_click_leave_with_their_status(capsys):
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("line", ["--help", "doctor --json", GENERATE])
 def test_output_that_is_not_taken_is_one_line(line):
-    result = reprise(f"{line} > {FULL}")
+    with FULL.open("w") as full:
+        result = reprise(line, stdout=full)
     assert result.returncode == 2
     assert result.stderr == "error: No space left on device\n"
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", [0, 1, 2])
 def test_closed_streams_are_empty_ones(closed):
-    result = reprise(f"{GENERATE} {closed}")
+    result = reprise(GENERATE, preexec_fn=warm.WITHOUT[closed])
     assert result.returncode == 0
     assert result.stderr == ""
-    assert bool(result.stdout) is (closed != ">&-")
+    assert bool(result.stdout) is (closed != 1)
 
 
 def test_a_chat_without_input_ends():
-    result = reprise("chat --device cpu --num-blocks 160 <&-")
+    result = reprise("chat --device cpu --num-blocks 160", preexec_fn=warm.WITHOUT[0])
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_characters_that_the_terminal_lacks_are_replaced():
     result = reprise("doctor conformance --device cpu --only streams_order_work",
-                     PYTHONIOENCODING="ascii")  # fmt: skip
+                     {"PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "? conforms" in result.stdout
 
 
 def test_input_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "input").write_bytes(b"a\xffb")
-    result = reprise(f"generate - --device cpu --num-blocks 160 < {tmp_path}/input")
+    with (tmp_path / "input").open() as read:
+        result = reprise("generate - --device cpu --num-blocks 160", stdin=read)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "is not valid text" in result.stderr
