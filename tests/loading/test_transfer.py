@@ -30,6 +30,13 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, "Lane", StagedLane)
 
 
+@pytest.fixture(params=["threads", "the caller"])
+def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few bytes are copied without threads."""
+    if request.param == "threads":
+        monkeypatch.setattr(module, "FEW_BYTES", -1)
+
+
 def copies(platform: Platform, count: int, rows: int = 64) -> list[Copy]:
     """Of [rows, 4] float32 each, from rising numbers to zeros."""
     sources = torch.arange(count * rows * 4, dtype=torch.float32).view(count, rows, 4)
@@ -61,9 +68,9 @@ CASES = st.tuples(
 
 @pytest.mark.usefixtures("lane")
 @settings(max_examples=60)
-@example(cases=[([1], torch.float32, torch.float32, True)], staging=1)
-@given(cases=st.lists(CASES, max_size=6), staging=st.integers(1, 300))
-def test_any_shapes(platform: Platform, cases: list[Any], staging: int) -> None:
+@example(cases=[([1], torch.float32, torch.float32, True)], staging=1, few=False)
+@given(cases=st.lists(CASES, max_size=6), staging=st.integers(1, 300), few=st.booleans())
+def test_any_shapes(platform: Platform, cases: list[Any], staging: int, few: bool) -> None:
     made = []
     for number, (shape, stored, wanted, apart) in enumerate(cases):
         source = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(stored)
@@ -71,6 +78,8 @@ def test_any_shapes(platform: Platform, cases: list[Any], staging: int) -> None:
         made.append(Copy(f"{number}", source, room[..., 0]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STAGING_BYTES", staging)
+        if not few:
+            patch.setattr(module, "FEW_BYTES", -1)
         transfer(made, platform)
     for each in made:
         assert_same(each.target, each.source.to(each.target.dtype))
@@ -93,7 +102,7 @@ def test_conversion_gives_the_bits_that_torch_gives(
     assert_same(target, expected.cpu())
 
 
-@pytest.mark.usefixtures("lane")
+@pytest.mark.usefixtures("lane", "made_by")
 @pytest.mark.parametrize("rows", [127, 128, 129, 1000])
 def test_tensor_larger_than_a_buffer(
     platform: Platform, monkeypatch: pytest.MonkeyPatch, rows: int
@@ -115,6 +124,7 @@ def test_many_turns_of_every_buffer(platform: Platform, monkeypatch: pytest.Monk
             assert_same(each.target, each.source)
 
 
+@pytest.mark.usefixtures("made_by")
 def test_parameters_of_inference_mode(platform: Platform) -> None:
     """Other threads may write to them only in the mode, too."""
     with torch.inference_mode():
@@ -124,6 +134,25 @@ def test_parameters_of_inference_mode(platform: Platform) -> None:
         assert_same(each.target, each.source)
 
 
+@pytest.mark.usefixtures("lane")
+def test_little_is_copied_without_threads(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model starts in less time than they take to begin."""
+    begun: list[str] = []
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *given: begun.append(given[1]))
+    made = copies(platform, 25)
+    transfer(made, platform)
+    for each in made:
+        assert_same(each.target, each.source)
+    assert not begun
+    monkeypatch.setattr(module, "FEW_BYTES", sum(each.target.nbytes for each in made) - 1)
+    with pytest.raises(AttributeError):
+        transfer(made, platform)
+    assert begun == ["reprise-weights"]
+
+
+@pytest.mark.usefixtures("made_by")
 def test_nothing_to_copy(platform: Platform) -> None:
     transfer([], platform)
 
@@ -153,6 +182,7 @@ def test_progress_is_told_by_the_calling_thread(
     def slowly(self: Lane, target: Tensor, source: Tensor, offset: float) -> None:
         assert begun.wait(100)
 
+    monkeypatch.setattr(module, "FEW_BYTES", 0)
     monkeypatch.setattr(module, "progress", progress)
     monkeypatch.setattr(module, "WORKERS", 1)
     monkeypatch.setattr(module, "SHOW_EVERY_SECONDS", 0.01)
@@ -170,7 +200,7 @@ class DeviceLostError(Exception):
     pass
 
 
-@pytest.mark.usefixtures("lane")
+@pytest.mark.usefixtures("lane", "made_by")
 def test_failure_names_the_tensor_and_stops_the_others(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,9 +224,8 @@ def test_failure_names_the_tensor_and_stops_the_others(
     assert not workers()
 
 
-def test_first_use_of_the_device_fails_in_a_thread(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("made_by")
+def test_first_use_of_the_device_fails(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(*_: Any) -> None:
         raise RuntimeError("no memory can be pinned")
 
@@ -206,7 +235,7 @@ def test_first_use_of_the_device_fails_in_a_thread(
     assert not workers()
 
 
-@pytest.mark.usefixtures("lane")
+@pytest.mark.usefixtures("lane", "made_by")
 def test_interrupt(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C stops within the pieces that are under way."""
     attempts: list[int] = []

@@ -1,4 +1,4 @@
-"""Copy tensors from mapped files to where they belong, in threads, and look at their numbers."""
+"""Copy tensors from mapped files to where they belong, and look at their numbers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ WORKERS = min(8, os.cpu_count() or 1)
 STAGING_BYTES = 8 << 20
 """Of one staging buffer, of which each thread has two. Enough to hide what it costs to start a
 copy, and little enough to stay in the processor's cache until the device has read it."""
+FEW_BYTES = STAGING_BYTES
+"""So little is copied before threads have begun."""
 
 SHOW_EVERY_SECONDS = 0.1
 
@@ -47,10 +49,10 @@ class Copy:
 
     def pieces(self, nbytes: int) -> Iterator[Copy]:
         """Groups of rows with at most ``nbytes`` at the target, or one row if that has more; all
-        in one as long as it is to be converted."""
+        in one if there is no more, or as long as it is to be converted."""
         if self.target.numel() == 0:
             return
-        if self.convert is not None:
+        if self.convert is not None or self.target.nbytes <= nbytes:
             yield self
             return
         source, target = (torch.atleast_1d(each.detach()) for each in (self.source, self.target))
@@ -124,6 +126,21 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> list[Copy]:
 
     # The caller's stream may still be making the targets; the threads use streams of their own.
     platform.synchronize()
+    try:
+        if total > FEW_BYTES:
+            _in_threads(make, pieces, total)
+        else:
+            for each in pieces:
+                make(*each)
+    finally:
+        platform.synchronize()
+    return [copies[number] for number in sorted(odd)]
+
+
+def _in_threads(
+    make: Callable[[int, Copy], int], pieces: Sequence[tuple[int, Copy]], total: int
+) -> None:
+    """Call it for each, and show how many of all bytes it has made; none runs afterwards."""
     done = 0
     pool = ThreadPoolExecutor(WORKERS, "reprise-weights")
     try:
@@ -136,8 +153,6 @@ def transfer(copies: Sequence[Copy], platform: Platform) -> list[Copy]:
                 bar.show(bar.what, done >> 20, bar.total)
     finally:
         pool.shutdown(cancel_futures=True)
-        platform.synchronize()
-    return [copies[number] for number in sorted(odd)]
 
 
 def _largest(target: Tensor) -> int:

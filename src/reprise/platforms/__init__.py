@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import (
@@ -146,9 +147,7 @@ _NOTHING = object()
 def _require_sound(platform: Platform) -> None:
     """What users may say is checked where they say it; this is what a platform says instead.
     Properties may wake a device, and are not asked here."""
-    from reprise.platforms.base import Platform
-
-    for field, hint in get_type_hints(Platform).items():
+    for field, hint in _fields().items():
         declared = inspect.getattr_static(platform, field, _NOTHING)
         if declared is _NOTHING:
             raise PlatformError(f"platform {type(platform).__qualname__} does not declare {field}")
@@ -170,6 +169,14 @@ def _require_sound(platform: Platform) -> None:
             f"platform {platform.name!r} declares default_batched_tokens={tokens!r}, which must be "
             "a whole number of at least 1"
         )
+
+
+@functools.cache
+def _fields() -> Mapping[str, Any]:
+    """Of :class:`Platform`, and their types."""
+    from reprise.platforms.base import Platform
+
+    return get_type_hints(Platform)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

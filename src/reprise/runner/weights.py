@@ -5,14 +5,22 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, NoneType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reprise.addresses import address_of
 from reprise.cache import LayerCache
+
+_PLAIN = frozenset({
+    bool, int, float, str, bytes, NoneType, FunctionType, torch.dtype, torch.device, torch.Size,
+})  # fmt: skip
+"""Types of what holds no tensor; modules have thousands of these."""
+_MAYBE_EMPTY = frozenset({dict, OrderedDict, list, tuple, set})
 
 
 def weights_of(model: nn.Module, others: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -70,6 +78,9 @@ def _held(path: str, value: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Te
         return
     seen[id(value)] = value
     for name, each in items:
+        kind = type(each)
+        if kind in _PLAIN or (kind in _MAYBE_EMPTY and not each):
+            continue
         yield from _held(f"{path}.{name}" if path else f"{name}", each, seen)
 
 
