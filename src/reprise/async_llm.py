@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class AsyncLLM:
     """A model that serves many callers of one asyncio program.
 
-    One that nobody has any more, and no stream is left of, shuts itself down.
+    It shuts itself down once it is garbage and none of its streams is left.
 
     Args:
         model: As of :class:`reprise.LLM`.
@@ -51,7 +51,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self._driver = drive(EngineConfig(model=model, **options), _wake_all)
-        # Its threads and processes know nothing of who has dropped it, and would keep all memory.
+        # Its threads and processes would not notice that it was dropped, and keep all memory.
         weakref.finalize(self, self._driver.drop).atexit = False
         self._ids = itertools.count()
 

@@ -3,12 +3,12 @@
 A source in the folder of its op is compiled once for each type of numbers that it computes with,
 each compiler and processor: the library is kept in the user's cache directory, behind its code a
 sum of it, since the system ends a process that loads what a full disk has left of a library.
-Whoever compiles a source holds a lock on it, and who needs it too waits.
+A process that compiles a source holds a lock on it; others that need it wait.
 
 A first start needs them after it has imported torch, which takes as long as to compile them. So
-nothing here does, and whoever knows that an engine will be made calls :func:`begin` before: a
-process beside (``python -m reprise.compiling``) compiles what is not kept. A thread would not get
-on, for an import holds the interpreter while it loads libraries.
+this module does not import torch, and code that knows that an engine will be made calls
+:func:`begin` first: a process beside (``python -m reprise.compiling``) compiles what is not kept. A
+thread would not get on, for an import holds the interpreter while it loads libraries.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _hangs: OpError | None = None
 
 def begin(device: str = DEVICE, dtype: str = "auto") -> subprocess.Popen[bytes] | None:
     """Have compiled what is not kept, beside whatever comes next, by a process that ends when this
-    one does, however it does. A second call does nothing; what goes wrong is told to those who ask
-    for a library.
+    one does, however it does. A second call does nothing; what goes wrong is raised where a library
+    is asked for.
 
     Args:
         device: On which an engine will compute, as users name it; for others nothing is done.
@@ -160,7 +160,7 @@ def _compile_others(number: str) -> None:
 
 
 def _compile_unless_begun(which: tuple[Path, str]) -> None:
-    with contextlib.suppress(*_WRONG):  # who needs it is told
+    with contextlib.suppress(*_WRONG):  # raised where the library is needed
         compiled(*which, wait=False)
 
 
@@ -242,7 +242,7 @@ def _compile(source: Path, number: str, library: Path) -> None:
         arguments = (*FLAGS, *numbers, f"-I{HOME}", str(source), "-o", str(made))
         _run((*command, *arguments), COMPILE_SECONDS)
         code = made.read_bytes()
-        # Behind the code, where who loads it does not look.
+        # Behind the code, where the loader does not look.
         made.write_bytes(code + hashlib.sha256(code).digest())
         os.replace(made, library)
     took = time.perf_counter() - began
@@ -251,7 +251,7 @@ def _compile(source: Path, number: str, library: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished(directory: Path, name: str) -> Iterator[Path]:
-    """A folder for what a compiler writes. Whoever has it holds a lock on it, so those of processes
+    """A folder for what a compiler writes. Its process holds a lock on it, so those of processes
     that were killed are known, and removed."""
     for each in directory.glob(f"unfinished-{name}-*"):
         with contextlib.suppress(OSError), _held(each):

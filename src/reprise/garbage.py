@@ -16,7 +16,7 @@ _blocks = 0
 """``with`` blocks under way, in any thread, in which the collector must not run."""
 _was_enabled = False
 _others_freeze = False
-"""Somebody else has been seen to."""
+"""Other code has been seen to freeze objects."""
 
 
 class _Thread(threading.local):
@@ -75,7 +75,7 @@ def settle() -> None:
 
 def _take_for_old() -> None:
     """All objects are of the oldest generation, without being looked through: else the next ones to
-    be made bring the collector to go through all of these. Not where somebody has frozen objects,
+    be made bring the collector to go through all of these. Not where other code has frozen objects,
     which would thaw: to count those is to go through them, so that is done once."""
     global _others_freeze
     _others_freeze = _others_freeze or gc.get_freeze_count() > 0

@@ -1,4 +1,4 @@
-"""What a chat template must be, whoever brings it."""
+"""What a chat template must be, wherever it comes from."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 Triton generates a kernel's code in Python, so threads that compile many wait for one another, and
 all else for them. A process beside (``python -m reprise.kernel_compiler``) imports what kernels are
 made of while this one imports torch, and forks itself for each kernel that it is asked for. What
-comes of it lies in Triton's cache of kernels, where whoever asked finds it.
+comes of it lies in Triton's cache of kernels, where the process that asked finds it.
 
-The process ends when this one does, however it does, or when nobody has asked it for a while. It
+The process ends when this one does, however it does, or when it was asked nothing for a while. It
 holds nothing of this one but its end of a socket.
 """
 
@@ -206,7 +206,7 @@ class Beside:
             return
         with self._lock:
             future = self._asked.pop(said["job"], None)
-        # Nobody may wait for it any more.
+        # No thread may wait for it any more.
         if future is None or not future.set_running_or_notify_cancel():
             return
         if said["error"] is None:

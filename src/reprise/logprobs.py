@@ -26,7 +26,7 @@ class WholeLogprobs(Mapping[int, Logprob]):
 
     Args:
         chosen: The token of this position.
-        values: [V] float32, a numpy array that nobody else changes.
+        values: [V] float32, a numpy array of its own.
     """
 
     def __init__(self, chosen: int, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Prompts in dictionaries, with names for who likes types; the names are vLLM's."""
+"""Prompts in dictionaries, with names for type checkers; the names are vLLM's."""
 
 from __future__ import annotations
 

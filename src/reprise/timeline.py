@@ -33,7 +33,7 @@ def recording() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Count this block's time under ``name``, if somebody is recording.
+    """Count this block's time under ``name``, if spans are being recorded.
 
     A span inside another one counts under its own name alone, so the spans add up.
     """

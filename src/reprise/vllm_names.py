@@ -454,7 +454,7 @@ def refuse_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None
     """Check what a method of an engine was called with beside its own arguments.
 
     Raises:
-        RequestError: It asks for something, or nobody knows its name.
+        RequestError: It asks for something, or its name is unknown.
     """
     known = [name for name in inspect.signature(method).parameters if name != "others"]
     drop_neutral(others, REQUEST, known, f"argument of {method.__name__}():", RequestError)

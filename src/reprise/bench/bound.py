@@ -217,7 +217,7 @@ class Schedule:
         self.times.append(time.perf_counter())
 
     def tail(self, ended: float) -> float:
-        """Seconds before ``ended`` in which nobody waited and at most half as many requests as
+        """Seconds before ``ended`` in which no request waited and at most half as many requests as
         before were left to run."""
         most = max(map(len, self.steps), default=0)
         for chunks, began in zip(self.steps, self.times, strict=True):

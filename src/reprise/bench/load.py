@@ -29,7 +29,7 @@ class Load:
     """Requests under way.
 
     Args:
-        endpoint: Whom they are sent to.
+        endpoint: The server that they are sent to.
         prompts: What is sent.
         offsets: Seconds from the begin at which each is due.
         limit: Requests under way at once; None: any number.

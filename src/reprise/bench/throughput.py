@@ -95,7 +95,7 @@ def throughput(
             "schedule_seconds": round(found.of_schedule, 9),
             "schedule_tokens_per_s": round(sum(outputs) / found.of_schedule, 1),
             "times_schedule": round(seconds / found.of_schedule, 3),
-            # Of prompts that may be cached nobody knows what has to be computed.
+            # How much of prompts that may be cached has to be computed is not known.
             **_of_any(engine, found, sum(outputs), seconds),
             "weight_gb": round(found.work.weight_bytes / 1e9, 6),
             "cache_gb": round(found.work.cache_bytes / 1e9, 6),

@@ -44,7 +44,7 @@ class BlockPool:
 
     @property
     def room(self) -> int:
-        """Free blocks that nobody has a claim to."""
+        """Free blocks that are not reserved by a claim."""
         return self.num_free - self.num_claimed
 
     def ref_count(self, block: int) -> int:
@@ -102,7 +102,7 @@ class BlockPool:
                 self._link(block)
 
     def forget(self, block: int) -> None:
-        """Nobody may find what the block holds any more."""
+        """Drop the block from the prefix index: what it holds is found by no request."""
         self._index.evict(block)
 
     def _link(self, block: int) -> None:

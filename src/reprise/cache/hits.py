@@ -18,13 +18,14 @@ class Hit:
     length: int = 0
     """In tokens, from the first one on."""
     tables: Sequence[Sequence[int]] = ()
-    """Of each table the blocks of these tokens; the null block for those that nobody needs."""
+    """Of each table the blocks of these tokens; the null block for blocks that are no longer
+    needed."""
     junction: int = 0
     """So long a prefix there would be, had its states been copied; 0: it is none that is worth it.
     Others may have it, too."""
     replay: int = 0
-    """Of these tokens the last ones, which its states have beside them: who goes on from there
-    replays them first."""
+    """How many of these tokens, the last ones, its states keep beside them: a request that goes on
+    from there replays them first."""
 
 
 def longest_hit(

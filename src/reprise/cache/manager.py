@@ -30,7 +30,7 @@ class CacheManager:
     A request whose blocks are bounded has a claim to as many as it may own between two steps, from
     its admission on, so that it never waits for others half-way. What it owns beyond that, because
     a step computes many of its tokens, and what tables that grow with their requests take, comes
-    from the blocks to which nobody has a claim.
+    from the blocks that are not reserved by a claim.
 
     Args:
         layout: Tables and pools.
@@ -93,7 +93,7 @@ class CacheManager:
 
     @property
     def room(self) -> int:
-        """Of the pool that has least, free blocks to which nobody has a claim."""
+        """Free blocks that are not reserved by a claim, of the pool that has fewest."""
         pools = {each.pool for each in self.layout.tables if not each.lifetime.rewritten}
         return min((self.pools[each].room for each in pools), default=0)
 
@@ -252,22 +252,22 @@ class CacheManager:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content, as after a change of weights. Running requests keep their
-        blocks, but nobody will share them."""
+        blocks, but no other request will share them."""
         for table in self._tables:
             table.index.clear()
         self._epoch += 1
 
     def forget_blocks(self, units: Collection[tuple[str, int]]) -> None:
-        """What these blocks hold is wrong, (what they are called, number) each: nobody may share
-        them any more."""
+        """What these blocks hold, each a unit's name and number, is wrong: no other request may
+        share them any more."""
         for layout, pool in zip(self.layout.pools, self.pools, strict=True):
             for unit, block in units:
                 if unit == layout.unit:
                     pool.forget(block)
 
     def forget(self, request: CacheUser) -> None:
-        """What the request's blocks hold is wrong, or may be: nobody may share them any more, nor
-        what is computed of it yet."""
+        """What the request's blocks hold is wrong, or may be: no other request may share them any
+        more, nor what is yet to be computed of it."""
         for table, blocks in zip(self._tables, request.tables, strict=False):
             for block in blocks:
                 table.pool.forget(block)

@@ -72,8 +72,8 @@ class Lifetime(Protocol):
         """Which blocks of a request must exist to compute its tokens ``begin`` to ``end - 1``."""
 
     def leaves(self, block: int, block_size: int) -> int:
-        """From how many computed tokens on nobody needs the block; :data:`NEVER`: its request does
-        as long as it runs."""
+        """The number of computed tokens from which on the block is not needed any more;
+        :data:`NEVER`: its request needs it as long as it runs."""
 
     def most(self, length: int, block_size: int, ahead: int) -> int:
         """Blocks that a request of at most ``length`` tokens may own at once, while it decodes and

@@ -13,8 +13,8 @@ from reprise.cache.spec import NEVER
 class StateTable(RequestTable):
     """One state a request, and copies of states as they were behind some of their tokens.
 
-    Others that begin with the same tokens go on from a copy of the copy. A checkpoint that nobody
-    copies just now has no owner: a request that needs a state takes its place.
+    Others that begin with the same tokens go on from a copy of the copy. A checkpoint that is not
+    being copied has no owner: a request that needs a state takes its place.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -61,8 +61,8 @@ class StateTable(RequestTable):
     def checkpoint(
         self, request: CacheUser, length: int, replay: int, *, certain: bool
     ) -> tuple[Copy, Checkpoint] | None:
-        """Keep the request's state as it is behind ``length`` tokens, if there is a place for it
-        that is nobody's and if nobody has done so."""
+        """Keep the request's state as it is behind ``length`` tokens, if there is a free place for
+        it and no copy of it yet."""
         known = length <= len(request.token_ids)
         if self.pool.room < 1 or (known and self.index.find(self.key(request, length))):
             return None
@@ -101,7 +101,7 @@ class StateTable(RequestTable):
 
     def leave(self, request: CacheUser, length: int) -> None:
         """The request gives its state up, which was left before its last step's tokens with these
-        beside it: it is what was behind ``length`` tokens, if nobody has kept that."""
+        beside it: it becomes the checkpoint of ``length`` tokens, unless there is one."""
         if not self.index.find(self.key(request, length)):
             slot = request.tables[self.number][0]
             self._insert(request, length, slot, length - request.state_begin)

@@ -37,7 +37,7 @@ class Ending:
     def __init__(self, last_words: Callable[[], None], time_limit: float | None = None) -> None:
         self._last_words, self._limit = last_words, time_limit
         self.status: int | None = None
-        """What to exit with; None: nobody said to end."""
+        """What to exit with; None: no signal has said to end."""
         self.reason = ""
         """Why it ends, in words."""
         self._over = False

@@ -55,7 +55,7 @@ class FieldOptions:
     """Fields to offer, in this order; None: all."""
     omit: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Fields that the command does not take, and what to say to who gives one all the same."""
+    """Fields that the command does not take, and the remedy that the error names."""
     panels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Heading in the help to field names."""
     default_panel: str = "Engine"

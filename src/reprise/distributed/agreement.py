@@ -11,7 +11,7 @@ from reprise.errors import RanksError
 class Agreement(Protocol):
     """Asked in the same order on each rank; every rank gets the same answer.
 
-    Whoever may fail between two questions answers them all the same: a rank that is not heard
+    A rank that may fail between two questions answers them all the same: a rank that is not heard
     leaves the others waiting.
     """
 

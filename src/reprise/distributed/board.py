@@ -112,7 +112,7 @@ class Board:
 
     @property
     def ended(self) -> bool:
-        """The group is over: nobody is to wait for anybody."""
+        """The group is over: no rank is to wait for another one."""
         return bool(self._words[2])
 
     def end(self) -> None:
@@ -219,7 +219,7 @@ class Board:
         return not self._of(rank, _SEEN), when
 
     def check(self) -> None:
-        """Raise if there is nobody to wait for any more."""
+        """Raise if the group is over or a rank has failed."""
         if self.ended:
             raise RanksError("the ranks have ended")
         # A rank that others have given up learns it, and by their words.

@@ -1,7 +1,7 @@
 """Between hosts, what :mod:`reprise.distributed.board` and :mod:`reprise.distributed.ring` are on
 one: messages from the leader in one order, answers that all agree on, and who has failed.
 
-Each follower has one connection to the leader, who asks nobody that has not asked
+Each follower has one connection to the leader, which asks none that has not asked itself
 (:mod:`reprise.distributed.star`).
 """
 

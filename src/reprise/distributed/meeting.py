@@ -44,7 +44,7 @@ class Meeting(Protocol):
         """
 
     def fail(self, error: BaseException | str, seen: int | None = None) -> None:
-        """This engine has failed, or another one that was seen to: who waits for it need not."""
+        """This engine has failed, or another one that was seen to: others need not wait for it."""
 
     def end(self) -> None:
         """This engine leaves."""

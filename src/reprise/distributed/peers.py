@@ -178,7 +178,7 @@ class OtherPeer(Spoke):
             raise failed(*self._first) from None
 
     def end(self) -> None:
-        """Leave; whoever waits for this rank need not."""
+        """Leave; others need not wait for this rank."""
         self.close()
 
     # ---- failures ------------------------------------------------------------------------

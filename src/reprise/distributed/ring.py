@@ -136,7 +136,7 @@ class Reader:
 
 
 def wake(waker: int) -> None:
-    """Wake who reads from the other end; one wake-up is as good as many."""
+    """Wake the reader at the other end; one wake-up is as good as many."""
     try:
         os.write(waker, b"\0")
     except (BlockingIOError, BrokenPipeError):  # it is awake already, or gone

@@ -25,10 +25,10 @@ MESSAGE, ANSWER, BEAT, QUESTION, FAILURE, CALL, LOST = (bytes([each]) for each i
 _NUMBER = struct.Struct("<Q")
 CHECK_SECONDS = 0.25
 FELL_OUT_SECONDS = 30.0
-"""For so long a rank that left a pass waits for the others, who may be in a collective of it: on
-another host nobody sees that."""
+"""For so long a rank that left a pass waits for the others, which may be in a collective of it:
+that is not seen from another host."""
 GRACE_SECONDS = 5.0
-"""By so much others wait longer than rank 0 does, who knows which of them is silent."""
+"""By so much others wait longer than rank 0 does, which knows the one that is silent."""
 
 
 class Hub:
@@ -46,7 +46,7 @@ class Hub:
         self.alike = True
         self.timeout = timeout
         self.ended = False
-        """The group is over: nobody is to wait for anybody."""
+        """The group is over: no rank is to wait for another one."""
         self._others = {rank: _Other(each) for rank, each in connections.items()}
         self._failure: Any = None
         self._asked = 0
@@ -92,7 +92,7 @@ class Hub:
             self._failure = error
 
     def check(self) -> None:
-        """Raise if there is nobody to wait for any more."""
+        """Raise if the group is over or a rank has failed."""
         if self.ended:
             raise RanksError("the ranks have ended")
         for rank, each in self._others.items():

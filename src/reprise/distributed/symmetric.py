@@ -65,7 +65,7 @@ class SymmetricBuffer:
         self.turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
         """[PROGRAMS]: that each program has had."""
         self.given_up = self._own[nbytes - _END_BYTES :][:4].view(torch.int32)
-        """[1]: not 0: nobody is to wait any more."""
+        """[1]: not 0: no rank is to wait any more."""
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=torch.accelerator.is_available())
         self._aside = torch.Stream(device=device)
         torch.accelerator.synchronize(device)
@@ -82,12 +82,12 @@ class SymmetricBuffer:
         memory[-_END_BYTES:].zero_()
 
     def give_up(self) -> None:
-        """Let nobody here wait any more, from any thread: another rank is gone."""
+        """End all waits of this rank, from any thread: another rank is gone."""
         # A copy, and no kernel: those that were started early and wait for one that waits for the
         # other rank may have all multiprocessors.
         with self._aside:
             self.given_up.copy_(self._one, non_blocking=True)
 
     def close(self) -> None:
-        """Nobody pushes any more."""
+        """No rank pushes any more."""
         _unregister_process_group(self._name)

@@ -14,8 +14,8 @@ class Command:
 
     Args:
         function: Does it.
-        future: Gets the result or the exception, which then concerns its owner alone; None: nobody
-            waits, and exceptions were dealt with.
+        future: Gets the result or the exception, which then concerns its owner alone; None: no
+            thread waits, and exceptions were dealt with.
     """
 
     def __init__(self, function: Callable[[], Any], future: Future[Any] | None = None) -> None:

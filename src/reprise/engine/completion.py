@@ -170,7 +170,7 @@ class CompletionGroup:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first.num_prompt_tokens
         self.error: FailedRequestError | None = None
-        """Why it was ended, if nobody asked for that."""
+        """Why it was ended, if its caller did not ask for that."""
         self._metrics: RequestMetrics | None = None
         self._began = False
         """Whether a delta was taken."""

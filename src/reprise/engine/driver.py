@@ -44,14 +44,14 @@ class TextReader(Protocol):
 
 
 class Reader(Protocol):
-    """Who gets what is new of one request. The driver's thread calls it."""
+    """Gets what is new of one request. The driver's thread calls it."""
 
     def accepted(self, group: Any) -> None:
         """An engine has the request, an :class:`Acceptance`; before any delta."""
 
     @property
     def texts(self) -> TextReader | None:
-        """Who takes what is nothing but a text and its tokens; None: it is put as a delta."""
+        """Takes what is nothing but a text and its tokens; None: it is put as a delta."""
 
     @property
     def wants_more(self) -> bool:
@@ -156,7 +156,7 @@ class Driver(Protocol):
         """Abort all requests, end what was started and free the devices' memory."""
 
     def drop(self) -> None:
-        """As :meth:`shutdown`, of one that nobody asks any more, without waiting for anything:
+        """As :meth:`shutdown`, of a driver that is not used any more, without waiting for anything:
         garbage collection calls this, in any thread and in the midst of anything."""
 
     def join(self) -> None:

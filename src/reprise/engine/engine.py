@@ -57,7 +57,7 @@ class Engine(Frontend):
 
     Args:
         config: Options; the platform may adjust them, each change is logged.
-        elsewhere: The ranks, if somebody else has started them, this process as their first.
+        elsewhere: The ranks, if another program has started them, this process as their first.
         seat: Among engines that compute in step; None: it is alone.
 
     Raises:
@@ -207,8 +207,8 @@ class Engine(Frontend):
 
     @property
     def must_step(self) -> bool:
-        """Who drives the engine has to call :meth:`step`: for requests, or since engines that
-        compute in step with this one have some."""
+        """The thread that drives the engine has to call :meth:`step`: for requests, or since
+        engines that compute in step with this one have some."""
         return (
             self.has_work
             or bool(self.pipeline.steps)
@@ -216,7 +216,7 @@ class Engine(Frontend):
         )
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
-        """In the ``with`` block nobody steps: see :meth:`Lockstep.resting`."""
+        """In the ``with`` block no thread calls :meth:`step`: see :meth:`Lockstep.resting`."""
         return contextlib.nullcontext() if self.lockstep is None else self.lockstep.resting()
 
     def finish_steps(self) -> None:
@@ -249,7 +249,8 @@ class Engine(Frontend):
     def prove_idle(self, wanted: Callable[[], bool] = nobody) -> bool:
         """Use a moment without requests for graphs: capture one that start-up has left out, or
         prove one further by a comparison of at most a tenth of a second, which is given up before
-        it replays if somebody is said to wait. Whether another call may find more to do."""
+        it replays if ``wanted`` says that a request waits. Whether another call may find more to
+        do."""
         if self.has_work or not self._weights.whole or self.profiler.running:
             return False
         try:

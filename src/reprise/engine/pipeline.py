@@ -16,7 +16,7 @@ from reprise.step import Masks, Step
 
 @dataclass(slots=True, eq=False)
 class SubmittedStep:
-    """A step, whose it is, and what it has brought once somebody has waited for it."""
+    """A step, its requests, and its results once they were waited for."""
 
     step: Step
     requests: Sequence[Request]

@@ -146,7 +146,7 @@ def encode(tokenizer: Any, text: str, what: str = "prompt", **options: Any) -> l
 
 
 def _is_list(value: Any) -> bool:
-    """Bytes are numbers to Python, and text that nobody decoded to us; text is a list of texts."""
+    """Bytes are numbers to Python, and undecoded text to us; text is a list of texts."""
     others = str | bytes | bytearray | memoryview
     return isinstance(value, Sequence) and not isinstance(value, others)
 

@@ -35,7 +35,7 @@ class Recovery:
         self._suspects = {
             owner: Suspects() for owner, graphs in runner.owners if graphs.plan.captures
         }
-        """Of whom the graphs are."""
+        """The owner of the graphs."""
         self._failed_replays = 0
         """Since the last step that succeeded."""
 

@@ -34,7 +34,7 @@ class Scheduler:
     """Has steps planned and takes their tokens. Not thread-safe: one loop calls it.
 
     Args:
-        cache: Where requests get their blocks; used by nobody else.
+        cache: Where requests get their blocks; used by no other thread.
         max_num_seqs: Most requests in a step.
         max_num_batched_tokens: Most tokens in a step.
         max_model_len: Most tokens of a request, prompt and output together.
@@ -262,7 +262,7 @@ class Scheduler:
                 else one and as many as were drafted at most. What follows a token that ends its
                 request, and what was sampled for requests that have stopped meanwhile, is ignored.
             failed: Numbers of the step's requests that end, since nothing can be drawn for them.
-                Nobody shares what was computed of them.
+                No other request shares what was computed of them.
             spoilt: Numbers of the step's copies of states that were no finite numbers: nobody gets
                 to see what they make.
 

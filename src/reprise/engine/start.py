@@ -31,7 +31,7 @@ class Opened:
     tokenizer: Any
     """None with ``skip_tokenizer_init``."""
     runner: ModelRunner
-    """Whoever has it closes it."""
+    """Its owner closes it."""
     devices: tuple[str, ...]
     """Names of those that compute it, one a rank."""
 
@@ -74,7 +74,7 @@ def open_model(
     Args:
         config: Options, adjusted by the platform.
         platform: Where this process computes.
-        elsewhere: The ranks, if somebody else has started them.
+        elsewhere: The ranks, if another program has started them.
         lockstep: Of engines that compute in step, if this is one.
 
     Raises:

@@ -69,7 +69,7 @@ class StepPlan:
 
     def edit_tables(self, request: Request) -> None:
         """Tell the runner what is new in the request's tables; with it, what has been given back
-        since: nobody reads that."""
+        since: it is not read."""
         for number, (blocks, edits) in enumerate(zip(request.tables, self.edits, strict=True)):
             sent, left = request.num_sent[number], request.num_left[number]
             if sent < len(blocks):

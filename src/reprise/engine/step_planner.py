@@ -2,7 +2,7 @@
 
 Continuous batching with chunked prefill: each step first takes one token of every request that
 decodes, then continues prompts that are partly computed, then admits waiting requests, until the
-token budget is spent. A long prompt thus never stalls those who decode.
+token budget is spent. A long prompt thus never stalls requests that decode.
 
 Order: smaller (priority, arrival) first, everywhere. A waiting request gets the blocks of all its
 known tokens when it is admitted, so that only decodes can run out of blocks; then the least urgent
@@ -31,7 +31,7 @@ class StepPlanner:
 
     Args:
         cache: Where requests get their blocks.
-        roster: Who waits and who runs.
+        roster: Knows which requests wait and run.
         counts: Gets what is planned.
         max_requests: Most in a step.
         max_tokens: Most in a step.
@@ -88,7 +88,7 @@ class StepPlanner:
                 break
             budget -= self._schedule_chunk(request, budget, plan)
             plan.edit_tables(request)
-        # Blocks that came free by force are for those who lacked them.
+        # Blocks that came free by force are for the requests that lacked them.
         if not starved and preemptions == self._counts.preemptions:
             budget = self._admit(budget, plan)
         if not plan.requests:

@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class StepResults:
-    """Knows what tokens do to their requests, and who ends by them.
+    """Knows what tokens do to their requests, and which of these end by them.
 
     Args:
         cache: Is told what has been computed.
-        roster: Is told who ends.
+        roster: Is told which requests end.
         counts: Gets the tokens.
         verifies: Decodes verify drafts.
     """

@@ -21,7 +21,7 @@ MAX_WORDS_TOKENS = 1 << 18
 
 @dataclass(frozen=True)
 class PreparedParams:
-    """Parameters that the engine has accepted; nobody changes them any more."""
+    """Parameters that the engine has accepted; they are not changed any more."""
 
     params: SamplingParams
     bad_words: tuple[tuple[int, ...], ...]

@@ -44,7 +44,7 @@ class Renderer(Protocol):
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the one who renders can give."""
+        """Names that the renderer can give."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -88,7 +88,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         tree = parsed(text)
         self.variables = frozenset(meta.find_undeclared_variables(tree)) - PROVIDED
-        """Names that the one who renders it can give."""
+        """Names that its renderer can give."""
         strings = (each.value for each in tree.find_all(nodes.Const))
         self.names = frozenset(each.attr for each in tree.find_all(nodes.Getattr)) | frozenset(
             each for each in strings if isinstance(each, str)

@@ -33,7 +33,7 @@ class Weights:
 
     def lose(self, error: WeightsLostError) -> None:
         """A graph has changed some, for good: nothing may be computed with them, eagerly least of
-        all, since nobody compares that."""
+        all, since that is not compared with anything."""
         self._lost = str(error)
 
     def check(self) -> None:

@@ -233,7 +233,7 @@ class Captures:
         started = time.perf_counter()
         with self.capturer.ready():
             bucket = self._capture_beside_requests(shape)
-            reached = self.blind.get(shape.phase) == []  # else nobody knows what probes prove
+            reached = self.blind.get(shape.phase) == []  # else it is not known what probes prove
             if self._verify.startup and bucket.graph is not None and reached:
                 self._prover.plan_later(bucket)
                 bucket.info.check_seconds = max(

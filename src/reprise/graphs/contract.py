@@ -80,7 +80,7 @@ class State(Protocol):
 
 
 class Computation(Protocol):
-    """One forward pass over static buffers. Implemented by whoever owns model and buffers.
+    """One forward pass over static buffers. Implemented by the owner of model and buffers.
 
     Nothing here may depend on values of device tensors. A shape is a bucket's or a live step's.
     """

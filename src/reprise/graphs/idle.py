@@ -22,7 +22,7 @@ it."""
 
 
 def nobody() -> bool:
-    """Nobody waits."""
+    """No request waits."""
     return False
 
 
@@ -58,7 +58,7 @@ class IdleProof:
         stays.
 
         Args:
-            wanted: Whether somebody waits: then it is given up, if nothing was replayed yet, and
+            wanted: Whether a request waits: then it is given up, if nothing was replayed yet, and
                 made some other time. Not where several ranks make it.
 
         Returns:

@@ -200,7 +200,7 @@ class Judge:
         Args:
             bucket: The graph's; None: there is none, and it did not run.
             scope: Of the step in the inputs, the memory that the replay must leave alone. None:
-                nobody has left anything yet, and a comparison has found the graph right.
+                nothing was left there yet, and a comparison has found the graph right.
         """
         if bucket is None:
             return Verdict(ran=False)

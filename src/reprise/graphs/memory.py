@@ -36,7 +36,7 @@ def predict(
     Args:
         captures: Of a runner, which has none yet; its computation can run (a small cache will do).
         free_memory: Bytes free on the device; the platform's unless given.
-        keep: Leave the captured graphs to the caller, who discards them when it has asked all
+        keep: Leave the captured graphs to the caller, which discards them when it has asked all
             runners that share a pool: by how much each makes it grow.
 
     Returns:

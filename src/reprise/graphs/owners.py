@@ -104,7 +104,7 @@ class GraphOwners:
 
     @property
     def damaged(self) -> bool:
-        """A graph was refused, and nobody has heeded yet what it has left behind."""
+        """A graph was refused, and what it has left behind is yet to be repaired."""
         return any(each.replays.damage is not None for each in self.runners.values())
 
     def take_damages(self) -> list[tuple[str, Damage]]:

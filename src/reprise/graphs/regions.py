@@ -14,8 +14,8 @@ Owner = Literal["input", "cache", "ops", "weight", "beside"]
 """Whose memory it is, which decides what a step may do to it and how it is made good.
 
 ``input``: static inputs; a step changes nothing there, a copy makes it good.
-``cache``: what steps leave for later ones; a step writes its own rows (:class:`State`), whoever
-    owns a changed unit must be computed again.
+``cache``: what steps leave for later ones; a step writes its own rows (:class:`State`), requests
+    that own a changed unit must be computed again.
 ``ops``: what ops keep from call to call; a step leaves what eager execution leaves there.
 ``weight``: what the model was loaded with; nothing may change it, it is loaded again.
 ``beside``: memory of others, such as the sampler's; a step changes nothing there, a copy makes it

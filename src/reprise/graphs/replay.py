@@ -238,7 +238,7 @@ class Replays:
             self._refuse(bucket, told, harm.units, earlier=earlier, wrong=wrong)
             if harm.lost:
                 self._guard.settle_ops()
-        except BaseException:  # whatever is left as it is, nobody replays this graph again
+        except BaseException:  # whatever is left as it is, this graph is not replayed again
             if bucket.graph is not None:
                 self._refuse(bucket, f"{found_by}: {verdict.told}", frozenset(), earlier=True)
             raise

@@ -234,7 +234,7 @@ class SegmentedGraph:
     # ---- references ----------------------------------------------------------------------
 
     def _hold(self, tree: Any) -> Any:
-        """``tree`` with tensors of the pool put off: until capture has ended, nobody knows
+        """``tree`` with tensors of the pool put off: until capture has ended, it is not known
         whether they are scratch (then borrowed) or live on in the model (then owned)."""
         current = self.steps[-1]
         assert isinstance(current, Segment)

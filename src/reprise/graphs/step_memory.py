@@ -51,7 +51,7 @@ class StepMemory:
         return self._state.kept()
 
     def clear_unread(self) -> None:
-        """Make outputs that nobody reads the same, however they were computed."""
+        """Make outputs that are not read the same, however they were computed."""
         read = self._state.read_by_someone()
         if read is not None:
             for each in self.outputs.values():
@@ -92,7 +92,7 @@ class StepMemory:
         return {**found, **{name: values[name] for name in self._ops}}
 
     def _read(self, name: str, rows: Tensor) -> Tensor:
-        """Of rows of the caches those that are not padding's; zeros where nobody reads them."""
+        """Of rows of the caches those that are not padding's; zeros where they are not read."""
         count = self._state.live(name, self._live)
         rows, read = rows[:, :count], self._state.read_by_someone(name)
         if read is None:

@@ -1,7 +1,7 @@
 """Activations that are not computed yet: what a fused op may take together with what reads them.
 
 A sublayer takes its input with the norm before it, and gives back its output as the product that
-makes it. Who calls it decides what becomes of both, so that a sublayer knows no residual stream:
+makes it. Its caller decides what becomes of both, so that a sublayer knows no residual stream:
 added in place where there is one (:class:`Residual`), computed where there are several
 (:func:`tensor`).
 """

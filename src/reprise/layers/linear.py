@@ -35,7 +35,8 @@ class Run(NamedTuple):
 
 @looks_at_nothing
 class Linear(nn.Module):
-    """``x @ weight.T + bias``: [T, in_features] to [T, out_features]. Nobody else reads a weight.
+    """``x @ weight.T + bias``: [T, in_features] to [T, out_features]. No other layer reads a
+    weight.
 
     Args:
         build: How to make it. Its path is the product's name in the checkpoint, or, of a merged

@@ -74,7 +74,7 @@ def context_length(parameters: Mapping[str, Any], max_position_embeddings: int) 
 
 
 def default_length(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
-    """The context to offer where nobody asks for one.
+    """The context to offer where none is asked for.
 
     Of longrope it is the original one: beyond it all requests, short ones too, are computed with
     the long factors, and less well.

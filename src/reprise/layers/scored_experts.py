@@ -102,7 +102,7 @@ class ScoredMLP(nn.Module):
 
 
 def _experts_that_are(count: int, table: Tensor) -> Tensor:
-    """The table, of which an entry beyond the experts would be looked up in somebody's memory."""
+    """The table, of which an entry beyond the experts would be looked up in other memory."""
     least, most = table.aminmax()
     if least < 0 or most >= count:
         raise ValueError(f"experts {int(least)} to {int(most)} of {count}: the table is damaged")

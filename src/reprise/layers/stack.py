@@ -16,7 +16,7 @@ from reprise.layers.linear import Split, columns_of, format_of, rows_of, runs_of
 
 class Stack(nn.Module):
     """Products of equal sizes, one of each expert, side by side: what a checkpoint stores one by
-    one, or as one tensor. Nobody else reads these weights.
+    one, or as one tensor. No other layer reads these weights.
 
     Args:
         build: How to make it. Its path is that of the experts in the checkpoint.

@@ -13,8 +13,8 @@ class StoredModel(nn.Module):
 
     Args:
         renames: Prefixes of names that checkpoints may have, to those that this model has.
-        others: Prefixes, as this model has them, of what a checkpoint may store beside and nobody
-            here computes, such as the part that reads images.
+        others: Prefixes, as this model has them, of what a checkpoint may store beside and is not
+            computed here, such as the part that reads images.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Read what an EAGLE-3 head is from its checkpoint, whoever wrote it, and load it.
+"""Read what an EAGLE-3 head is from its checkpoint, whichever tool wrote it, and load it.
 
 SafeAILab's EAGLE and SpecForge write the layers' fields beside the head's; ``speculators`` writes
 them as ``transformer_layer_config``. Both name the depths of the hidden states that a head reads,

@@ -45,7 +45,7 @@ def whole_number(config: Config, name: str) -> int:
 
 
 def require_layer_count(layers: int) -> None:
-    """Refuse a number of layers that nobody means.
+    """Refuse a number of layers that cannot be meant.
 
     Raises:
         ModelError: There are more than :data:`MOST_LAYERS`.

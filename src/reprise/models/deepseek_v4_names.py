@@ -1,4 +1,4 @@
-"""What a DeepSeek-V4 checkpoint calls its tensors, whoever wrote it."""
+"""What a DeepSeek-V4 checkpoint calls its tensors, whichever tool wrote it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ RENAMES = {"midlayer.": "layers.0.", "model.midlayer.": "layers.0.", "model.": "
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a head is, whoever wrote its checkpoint."""
+    """What a head is, whichever tool wrote its checkpoint."""
 
     layers: Config
     """transformers' config of its layers: sizes, RoPE, epsilon."""
@@ -248,6 +248,6 @@ class Eagle3(StoredModel):
         if own is other or own.shape != other.shape or not torch.equal(own, other):
             return
         del self.embed_tokens
-        # Who loads the weights again finds it in the checkpoint.
+        # Loading the weights again finds it in the checkpoint.
         self.others = ("embed_tokens.weight",)
         self._embedding = (target.model.embed_tokens,)

@@ -218,7 +218,7 @@ class _Here:
     asking = calling
 
     def abandon(self) -> None:
-        """Nobody waits."""
+        """No thread waits."""
 
 
 def _ask(start: Any, calls: Iterable[_Call]) -> None:

@@ -98,7 +98,7 @@ class Maker:
 
 
 class ShapeMaker(Maker):
-    """Makes tensors without memory, for those who look at shapes alone."""
+    """Makes tensors without memory, for callers that look at shapes alone."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(torch.device("meta"), dtype)

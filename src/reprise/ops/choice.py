@@ -59,7 +59,7 @@ class Answer:
 
 @dataclass(eq=False)
 class ByArguments:
-    """The function of an op for which the arguments decide who computes.
+    """The function of an op whose arguments decide which implementation computes.
 
     Args:
         op: Its name.
@@ -84,7 +84,7 @@ class ByArguments:
         return found(*args, **kwargs)
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answer:
-        """Who computes a call; asked once for each kind.
+        """Which implementation computes a call; asked once for each kind.
 
         Raises:
             OpError: The user asked for an implementation that does not accept it, or none that is
@@ -129,7 +129,8 @@ class ByArguments:
 def resolved(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """What computes a call of an op whose function is ``function``: for who calls it many times."""
+    """What computes a call of an op whose function is ``function``: for callers that call it many
+    times."""
     if isinstance(function, ByArguments):
         return function.answer(args, kwargs).implementation.function
     return function

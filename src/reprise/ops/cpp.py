@@ -50,7 +50,7 @@ def _missing() -> str | None:
 class Kernel:
     """The function of a source, by the file's name: it takes the address of a struct and returns 0,
     or what is wrong. Within :func:`reprise.ops.put_off.together` it waits for the others.
-    Before it is called for numbers of a dtype, somebody asks :meth:`takes`.
+    Before it is called for numbers of a dtype, :meth:`takes` is asked.
 
     Args:
         source: Path below ``reprise/ops``.

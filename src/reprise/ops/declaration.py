@@ -80,8 +80,8 @@ class Op:
         return {name: each for name, each in found.items() if isinstance(each, torch.Tensor)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The dispatcher is for those who look on: compilers and recorders. Without them the way
-        # through it would be a tenth of what the host does in an eager step.
+        # The dispatcher is for torch modes that look on: compilers and recorders. Without them the
+        # way through it would be a tenth of what the host does in an eager step.
         if torch.compiler.is_compiling():
             return self.overload(*args, **kwargs)
         if torch._C._len_torch_dispatch_stack():

@@ -37,7 +37,7 @@ OWN = (
     "compilation.always_compile", "compilation.override", "compilation.dump_ir",
     "compilation.listener", "compilation.use_ir_loc", "runtime.add_stages_inspection_hook",
 )  # fmt: skip
-"""Those that somebody sets who wants to see how this process compiles."""
+"""Those that are set to see how this process compiles."""
 asking: set[int] = set()
 """Threads that only ask."""
 _start: ContextVar[Start | None] = ContextVar("start", default=None)
@@ -91,7 +91,7 @@ class Start:
                 asking.discard(thread)
 
     def abandon(self) -> None:
-        """Nobody waits any more."""
+        """No thread waits any more."""
         self._abandoned = True
         with self._lock:
             for each in (*self._asked.values(), *self._launchers.values()):

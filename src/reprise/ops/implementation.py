@@ -106,7 +106,7 @@ class Implementation:
     the same inputs, relative to the largest magnitude in a row of the result."""
     accepts: Accepts = anything
     on_request: str | None = None
-    """Why nobody gets it who does not ask for it by name; None: it is chosen as any other."""
+    """Why only those that ask for it by name get it; None: it is chosen as any other."""
     batch_invariant: InvariantOn = False
     """The bits that it gives a row (a token, or a request) depend on that row alone: not on how
     many others there are, on what they hold, nor on its place among them."""

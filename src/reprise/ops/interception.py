@@ -1,4 +1,4 @@
-"""Who is called instead of an op's implementation, while somebody looks on."""
+"""Functions that are called in the place of an op's implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that ops put off until somebody needs it, where their caller says that nobody looks.
+"""Work that ops put off until its result is needed, where their caller says that no code looks.
 
 A step of few rows waits for its weights, and while a kernel reads megabytes of them the interpreter
 is driven out of the processor's cache. Called one by one, kernels of a small model wait longer for

@@ -10,7 +10,7 @@ _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def rehearsing() -> bool:
-    """Nobody uses what this thread computes now: of parts that make the same calls, one is enough.
+    """What this thread computes now is not used: of parts that make the same calls, one is enough.
     Calls are the same if a kernel that is compiled for one is compiled for the other."""
     return _rehearsing.get()
 

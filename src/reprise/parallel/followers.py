@@ -34,7 +34,7 @@ class Board(Agreement, Protocol):
     """Messages that the leader has sent so far."""
 
     def end(self) -> None:
-        """The group is over: nobody is to wait for anybody."""
+        """The group is over: no rank is to wait for another one."""
 
     def note_calls(self, count: int) -> None:
         """Say how many collectives the leader has begun."""
@@ -62,7 +62,7 @@ class Board(Agreement, Protocol):
 class Looks:
     """What of all followers is seen in turn, and which of them is the reason if the group is over.
 
-    Whoever waits for a rank that is gone fails as well, and may say so before it is seen that the
+    A rank that waits for one that is gone fails as well, and may say so before it is seen that the
     other one is gone; and of those that do nothing, most wait for one.
 
     Args:
@@ -105,7 +105,7 @@ class Looks:
         late = [r for r in self._ranks if self._behind[r] * WATCH_SECONDS > self._timeout]
         if not late:
             return None
-        # Who waits for another one in a collective has begun more of them.
+        # A rank that waits for another one in a collective has begun more of them.
         rank = min(late, key=lambda each: (board.done(each), board.calls(each)))
         return rank, f"it has done nothing for {self._timeout:.0f} s"
 
@@ -227,7 +227,7 @@ class Followers(ABC):
         self.lost = RanksError(f"{text} {log}" if log else text)
         self.lost.__cause__ = told if isinstance(told, BaseException) else None
         logger.critical("%s", self.lost)
-        # It may wait for a device that never answers; nobody waits for it.
+        # It may wait for a device that never answers; no process waits for it.
         threading.Thread(target=self.on_loss, name="reprise-loss", daemon=True).start()
 
     def cause(self, error: BaseException | None = None, seconds: float = 0.0) -> RanksError | None:

@@ -54,7 +54,7 @@ class Leader:
     Args:
         config: How many ranks there are, and how long one may take for one message.
         platform: Of this rank.
-        elsewhere: The ranks, if somebody else has started them; None: followers are started on
+        elsewhere: The ranks, if another program has started them; None: followers are started on
             this machine.
         lockstep: Of the engine, if it shares experts with others.
 

@@ -72,7 +72,7 @@ class Lockstep:
         """All ranks of all engines: how they decide about graphs, and what has failed."""
         self._joined: Joined | None = None
         self._awake = False
-        """Somebody had something to do when all met last."""
+        """Some engine had something to do when all met last."""
         self.leaving = False
         """It takes part in the others' steps until they leave as well."""
         self._all_leave = False
@@ -150,7 +150,8 @@ class Lockstep:
         return Agreed(Wish.STEP, StepShape.decode(int(requests), int(length)))
 
     def resting(self) -> AbstractContextManager[None]:
-        """In the ``with`` block this engine waits for requests: who wants to meet wakes it."""
+        """In the ``with`` block this engine waits for requests: an engine that wants to meet wakes
+        it."""
         return self._engines.resting()
 
     def check(self) -> None:
@@ -159,8 +160,8 @@ class Lockstep:
             raise self._lost
 
     def lose(self, error: Exception, seen: int | None = None, engine: int | None = None) -> None:
-        """This engine has lost step with the others: the group is over. Who learns that from
-        another does not say that it has failed itself.
+        """This engine has lost step with the others: the group is over. An engine that learns of it
+        from another one does not say that it has failed itself.
 
         Args:
             error: Why.
@@ -177,7 +178,7 @@ class Lockstep:
         if first is None and not self._engines.ended:
             self.everyone.fail(error)
             first = self.everyone.first_failure
-        self._engines.fail(error, engine)  # who waits for this engine need not
+        self._engines.fail(error, engine)  # others need not wait for this engine
         ours = first is not None and first // self.seat.ranks == self.rank
         told = f"{type(error).__name__}: {error}" if ours else str(error)
         self._lost = RanksError(f"engine {self.rank} of {self.size} has lost the others: {told}")
@@ -197,7 +198,7 @@ class Lockstep:
             step()
 
     def close(self) -> None:
-        """Nobody is met any more."""
+        """No engine is met any more."""
         self._engines.end()
         self.everyone.end()
         if self._joined is not None:
@@ -205,9 +206,9 @@ class Lockstep:
             self._joined = None
 
     def _abort(self) -> None:
-        """Whoever waits for this engine's device in a collective need not."""
+        """Others need not wait for this engine's device in a collective."""
         if self._joined is not None:
-            # It may wait for a device that never answers; nobody waits for it.
+            # It may wait for a device that never answers; no engine waits for it.
             threading.Thread(
                 target=self._joined.communicator.abort, name="reprise-loss", daemon=True
             ).start()

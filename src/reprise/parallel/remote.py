@@ -1,4 +1,4 @@
-"""Followers that somebody else has started, on this host or others."""
+"""Followers that another program has started, on this host or others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Rank(NamedTuple):
 
 
 class RemoteFollowers(Followers):
-    """Followers that are connected. They end when their connections do; whoever has started them
-    sees to it that nothing is left.
+    """Followers that are connected. They end when their connections do; the program that has
+    started them sees to it that nothing is left.
 
     Args:
         ranks: All of them, the leader's first.
@@ -67,7 +67,7 @@ class RemoteFollowers(Followers):
 
 
 class Elsewhere(NamedTuple):
-    """The ranks of an engine that somebody else has started."""
+    """The ranks of an engine that another program has started."""
 
     ranks: tuple[Rank, ...]
     """All of them, the leader's first."""

@@ -71,7 +71,7 @@ class RemoteSeat:
         return None if first is None else first // self.ranks
 
     def leave(self) -> None:
-        """Whoever waits for this rank need not."""
+        """Others need not wait for this rank."""
         for each in self._made:
             each.end()
 

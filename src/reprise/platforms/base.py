@@ -138,7 +138,7 @@ class Platform(ABC):
 
     def product_settings(self) -> tuple[Hashable, ...] | None:
         """What a program may set for products and their library heeds: beside it only shapes,
-        dtypes, and how operands lie, decide which kernel computes one. None: nobody knows."""
+        dtypes, and how operands lie, decide which kernel computes one. None: unknown."""
         return None
 
     @property
@@ -175,7 +175,7 @@ class Platform(ABC):
 
     def reaches(self, other: int) -> bool | None:
         """Whether this device reads the memory of the one that stands ``other`` places behind it;
-        None: nobody can tell."""
+        None: unknown."""
         return None
 
     def share_host(self, size: int) -> None:  # noqa: B027 - an accelerator's host has little to do

@@ -15,7 +15,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def borrow_bytes(address: int, nbytes: int, device: torch.device) -> Tensor:
-    """[nbytes] uint8 over memory that somebody else keeps alive."""
+    """[nbytes] uint8 over memory that the caller keeps alive."""
     return _over(address, nbytes, device, torch.uint8, 0, (nbytes,), (1,))
 
 

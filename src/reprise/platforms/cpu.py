@@ -174,7 +174,7 @@ class CpuPlatform(Platform):
         return MemoryInfo(free=_available_memory() or total // 2, total=total)
 
     def zeros(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        # The system's zeros: pages that nobody writes take neither time nor memory. So it would
+        # The system's zeros: pages that are not written take neither time nor memory. So it would
         # promise more than it has, too.
         size, free = count * dtype.itemsize, _available_memory()
         if free is not None and size > free:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Recorder(Protocol):
-    """Who sees the ops of a thread, on a platform whose graphs are recorded."""
+    """Sees the ops of a thread, on a platform whose graphs are recorded."""
 
     def launch(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

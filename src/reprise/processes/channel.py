@@ -13,7 +13,7 @@ from reprise.processes import wire
 class Channel:
     """Sends without waiting: the engine's thread has steps to compute, a router other replicas.
 
-    What the socket does not take at once is kept and sent by whoever watches the socket.
+    What the socket does not take at once is kept and sent by the thread that watches the socket.
     Meanwhile no request of this channel wants more: its news gather in the engine, as one delta,
     however long that takes.
 

@@ -20,7 +20,7 @@ class Control:
     STOP = b"s"
     """To a child: finish what you have and end."""
     CONNECTION = b"c"
-    """To a child, with a socket: serve who is at its other end."""
+    """To a child, with a socket: serve the process at its other end."""
     FILE = b"m"
     """To a child, with a file that a later message speaks of."""
     READY = b"r"

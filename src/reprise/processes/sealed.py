@@ -1,8 +1,8 @@
-"""Connections between hosts: who knows the secret speaks, and nobody else is listened to.
+"""Connections between hosts: only a process that knows the secret is listened to.
 
 Both sides prove that they know it, each by a digest of what the other one drew. Then each frame has
 a digest keyed by this connection, this direction and its number: what was forged, repeated, left
-out or put in another place is not read. Frames are not encrypted: who can read the network can read
+out or put in another place is not read. Frames are not encrypted: a reader of the network can read
 prompts.
 """
 
@@ -32,7 +32,7 @@ _DIGEST_BYTES = 16
 _LENGTH = struct.Struct("<Q")
 _MOST = 1 << 36
 GREETING_SECONDS = 20.0
-"""For the other side to prove itself. Who says nothing holds a thread for so long."""
+"""For the other side to prove itself. A connection that says nothing holds a thread for so long."""
 MOST_GREETINGS = 64
 """Strangers at once; more are turned away."""
 LONGEST_ROLE = 64
@@ -143,7 +143,7 @@ class Listener:
         threading.Thread(target=self._accept, name="reprise-listener", daemon=True).start()
 
     def take(self, role: str, seconds: float) -> Sealed:
-        """The connection of who has this role.
+        """The connection of the process that has this role.
 
         Raises:
             TimeoutError: It has not come in time.
@@ -154,7 +154,7 @@ class Listener:
             raise TimeoutError(f"{role} has not connected within {seconds:.0f} s") from None
 
     def close(self) -> None:
-        """Take nobody in any more."""
+        """Accept no connection any more."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -1,9 +1,9 @@
-"""What an engine's process and those who ask it say to each other.
+"""What an engine's process and its clients say to each other.
 
 A frame is the length of a body (8 bytes, little-endian) and the body, a message. How a message
-becomes a body is for who speaks: HTTP processes say it in JSON (:mod:`reprise.server.wire`), a
-program and its replicas (:mod:`reprise.replicas`) in Python's own form, since they exchange
-log probabilities of whole vocabularies, and reports.
+becomes a body is for the two sides: HTTP processes say it in JSON (:mod:`reprise.server.wire`), a
+program and its replicas (:mod:`reprise.replicas`) in Python's own form, since they exchange log
+probabilities of whole vocabularies, and reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Generate(NamedTuple):
     """Compute a request."""
 
     number: int
-    """That who asks gave it."""
+    """That its client gave it."""
     name: str
     """That callers know it by, for the :class:`Call` of ``abort``."""
     prompt: Any

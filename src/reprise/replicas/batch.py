@@ -150,7 +150,7 @@ class _Waiting:
         return self._completed
 
     def accepted(self, group: Any) -> None:
-        """Nobody waits for that."""
+        """No caller waits for that."""
 
     def put(self, delta: RequestOutput) -> None:
         self._completed = delta, None

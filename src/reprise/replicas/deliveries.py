@@ -1,4 +1,4 @@
-"""What replicas say, handed on to whoever waits for it."""
+"""What replicas say, handed on to the callers that wait for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Deliveries:
 
     Args:
         outstanding: What is awaited.
-        replicas: Who speaks.
+        replicas: The replica that speaks.
         text_of: Of tokens; None: they have none.
         in_step: They share experts: one that has lost the others ends.
         delivered: Called behind deliveries with the readers that got something.
@@ -53,7 +53,7 @@ class Deliveries:
                 settle(asked, lambda: message.result)
 
     def flush(self) -> None:
-        """Say who got something."""
+        """Returns the callers that got something."""
         given, self._given = self._given, []
         if given:
             self._delivered(given)

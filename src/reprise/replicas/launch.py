@@ -31,8 +31,8 @@ TAIL_BYTES = 4096
 END_SECONDS = 5.0
 """For a process that says nothing more to end by itself, so that it is known how it did."""
 SETTLE_SECONDS = 1.0
-"""For another one to be found killed: its connections close, and who needs it may have ended,
-before the system says that it is gone."""
+"""For another one to be found killed: its connections close, and a process that needs it may have
+ended, before the system says that it is gone."""
 
 
 class LocalReplica(Replica):

@@ -17,8 +17,8 @@ from reprise.replicas.router import Route, Router
 
 
 class Outstanding:
-    """Everything that somebody waits for, until it has come or :meth:`close` says that it never
-    will. Any thread may call, :attr:`lock` makes several calls one.
+    """Everything that callers wait for, until it has come or :meth:`close` says that it never will.
+    Any thread may call, :attr:`lock` makes several calls one.
 
     Args:
         router: Chooses a replica for each request, and hears of its end.
@@ -153,7 +153,7 @@ class Outstanding:
         return sum(len(each.prompt_token_ids) * each.params.n for each in waiting)
 
     def close(self, reason: str) -> None:
-        """Nothing comes any more: let nobody wait."""
+        """Nothing comes any more: let no caller wait."""
         with self.lock:
             self.closed = reason
             requests, self._requests = list(self._requests.values()), {}
@@ -171,7 +171,7 @@ class Outstanding:
 
 
 def fail(request: Request, error: Exception) -> None:
-    """Tell whoever awaits a request: its reader, or who waits for its acceptance."""
+    """Tell whoever awaits a request: its reader, or the caller that waits for its acceptance."""
     if request.future.done():
         request.reader.fail(error)
     else:

@@ -85,7 +85,7 @@ class ReplicaService(EngineService):
     def _generate_structured(
         self, channel: Channel, request: wire.Generate, reader: ReplicaReader
     ) -> None:
-        """Its grammar is compiled here, where nobody waits for that."""
+        """Its grammar is compiled here, where no request waits for it."""
         accepted = self.thread.submit(
             request.name,
             lambda: request.prompt,
@@ -110,7 +110,7 @@ class ReplicaService(EngineService):
             return self._abort(call.arguments["number"])
         arguments = call.arguments["arguments"]
         if call.what == "update_weights":
-            # Here, where nobody waits for tokens: the engine's thread gets tensors.
+            # Here, where no request waits for tokens: the engine's thread gets tensors.
             arguments = [read_weights(self._files.get(timeout=FILE_SECONDS), *arguments)]
         return then(self.thread.ask(call.what, *arguments), lambda found: found[0])
 

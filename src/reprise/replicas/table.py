@@ -31,7 +31,7 @@ class Table:
         self._ranks = ranks
         self._memory = create(Board.nbytes(size, 0))
         self._everyone = create(Board.nbytes(size * ranks, 0))
-        # Who looks from outside is none of the ranks.
+        # A process that looks from outside is none of the ranks.
         self._board = Board(self._everyone, 0, size * ranks, 0)
         self._store: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [os.pipe() for _ in range(size)]

@@ -125,7 +125,7 @@ class Wires:
         self._waker.wake()
 
     def close(self) -> None:
-        """Nobody reads any more."""
+        """No thread reads any more."""
         self._selector.close()
 
     def forked(self) -> None:

@@ -144,7 +144,7 @@ class KnownStep:
         self, new: Ints, starts: Ints, tables: Sequence[Ints], verifies: Ints,
         accepted: Ints,
     ) -> None:  # fmt: skip
-        """A step of nobody's: [R] new tokens, [R] tokens before them, [R, M] blocks of each
+        """A step without requests: [R] new tokens, [R] tokens before them, [R, M] blocks of each
         table, [R] bool whether drafts are verified, [R] tokens of the last step that count."""
         self._verifies = verifies
         self._numbers, self._made_up, self._plain = None, tables, False

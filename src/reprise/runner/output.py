@@ -235,7 +235,7 @@ class PendingOutput:
 
     def _failed(self, odd: Sequence[int], sampled: Sequence[Sequence[int]]) -> list[int]:
         """Numbers of the requests that have a token of such a row. One behind a draft that does not
-        count is nobody's."""
+        count is no request's."""
         if not odd:
             return []
         step, failed, begin = self._step, [], 0

@@ -22,7 +22,7 @@ class SeenTokens(RowState):
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """[S, V] int32. Not before somebody asks for penalties: it is large."""
+        """[S, V] int32. Not before a request asks for penalties: it is large."""
         size = (self.num_rows, self.vocab_size)
         return torch.zeros(size, dtype=torch.int32, device=self.platform.device)
 

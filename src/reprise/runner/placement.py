@@ -275,7 +275,7 @@ class Placement:
     def _read(
         self, row: Row, size: int, pool: PoolAreas, entries: Ints, random: np.random.Generator
     ) -> None:
-        """Give the row what it reads, which nobody writes."""
+        """Give the row what it reads, which no step writes."""
         first = (row.length - row.new) // size
         upper = bool(entries[first] >= pool.half)
         own, other = (pool.upper, pool.lower) if upper else (pool.lower, pool.upper)

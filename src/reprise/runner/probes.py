@@ -174,8 +174,8 @@ class ProbeMaker:
     def _alike(self, bucket: StepShape) -> Iterator[Probe]:
         """All tokens are the same and see nothing else, so that they go to the same experts.
 
-        Nobody knows before a step where it sends its rows. With random tokens an expert gets few of
-        them; a graph that is right about few may be wrong about a crowd, and what requests of
+        Before a step it is not known where it sends its rows. With random tokens an expert gets few
+        of them; a graph that is right about few may be wrong about a crowd, and what requests of
         equal prompts decode is one.
         """
         if bucket.num_tokens == 1:

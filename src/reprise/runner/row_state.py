@@ -51,7 +51,7 @@ class RowState(ABC):
         """Make what lies at ``row`` that of a request whose tokens are all known."""
 
     def release(self, row: int) -> None:
-        """The row is nobody's any more, or another request's."""
+        """The row is free, or another request's."""
         self._filled.discard(row)
 
     def forget(self) -> None:

@@ -21,7 +21,7 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 
 class Rows:
-    """What lies on the device from step to step, a row for each request; row 0 is nobody's.
+    """What lies on the device from step to step, a row for each request; row 0 is no request's.
 
     The device moves rows on by itself (``ops.advance``). The host knows of each row how far its
     request has come at least and at most; both are the same unless drafts are under way.

@@ -29,7 +29,7 @@ class ForbiddenTokens(RowState):
 
     @functools.cached_property
     def masks(self) -> Tensor:
-        """[S, V] bool, True for what is not allowed. Not before somebody asks: it is large."""
+        """[S, V] bool, True for what is not allowed. Not before a request asks: it is large."""
         size = (self.num_rows, self.vocab_size)
         return torch.zeros(size, dtype=torch.bool, device=self.platform.device)
 
@@ -87,7 +87,7 @@ class RecentTokens(RowState):
     def fill(self, row: int, admission: Admission) -> None:
         lengths = np.array([len(word) - 1 for word in admission.bad_words], dtype=np.int64)
         missing = int(lengths.max()) - self.tokens.shape[1]
-        if missing > 0:  # those who have tokens here need no more than they have
+        if missing > 0:  # those that have tokens here need no more than they have
             self.tokens = torch.nn.functional.pad(self.tokens, (missing, 0), value=_NONE)
         self.words[row] = Words(
             np.array([each for word in admission.bad_words for each in word[:-1]], dtype=np.int64),

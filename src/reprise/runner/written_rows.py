@@ -73,8 +73,8 @@ class WrittenRows:
 
     @functools.cached_property
     def _found(self) -> _Found:
-        """What the inputs said when this was asked for first: who asks which units are near does
-        not ask for it."""
+        """What the inputs said when this was asked for first: a caller that asks which units are
+        near does not ask for it."""
         found_rows: dict[str, _Rows] = {}
         read: Tensor | None = None
         written: dict[str, list[Tensor]] = {}

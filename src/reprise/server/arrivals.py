@@ -1,4 +1,5 @@
-"""Who is about to ask something: what says to the engine that a request is one of a burst."""
+"""Which clients are about to ask something: what says to the engine that a request is one of a
+burst."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Caller:
     Args:
         client: Of the engine.
         callers: That it is one of.
-        connection: Of the one who waits.
+        connection: Of the caller that waits.
     """
 
     __slots__ = (
@@ -109,7 +109,7 @@ class Caller:
         return found
 
     def fail(self, refusal: EngineRefusal) -> None:
-        """Nobody is to wait any longer."""
+        """The caller is not to wait any longer."""
         for each in self.streams:
             each.leave()
             each.fail(refusal)

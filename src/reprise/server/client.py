@@ -33,7 +33,7 @@ class EngineRefusal(RepriseError):
 
 
 class Bell:
-    """Calls who listens, or else wakes the one coroutine that waits."""
+    """Calls its listener, or else wakes the one coroutine that waits."""
 
     # Slots, here and in what else each piece of each stream goes through: of dozens of streams each
     # has its own, so that what a piece costs is how much memory is read that is in no cache.
@@ -113,7 +113,7 @@ class Stream:
         return None
 
     def leave(self) -> None:
-        """Nobody reads any more; the request ends if it has not."""
+        """It is not read any more; the request ends if it has not."""
         self.texts = None  # it has its reader, and that has this
         self._client.forget(self._number, tell=not self._over)
 
@@ -239,7 +239,7 @@ class EngineClient(asyncio.Protocol):
             self._calls.pop(number, None)
 
     def tell(self, what: str, **arguments: Any) -> None:
-        """As :meth:`call`, where nobody waits for the answer."""
+        """As :meth:`call`, without waiting for the answer."""
         if self.lost is None:
             self._send(wire.Call(next(self._numbers), what, arguments))
 

@@ -86,7 +86,7 @@ class EngineServer(EngineService):
             self._names += 1
             name = f"request-{self._names}"
             reader = WireReader(channel, each, name, self._texts, self._emissions)
-            channel.readers[each.number] = reader  # for who leaves before the engine has it
+            channel.readers[each.number] = reader  # for a client that leaves early
             if _is_quick(each):
                 quick.append((each, reader))
             else:

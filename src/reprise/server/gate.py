@@ -104,7 +104,7 @@ def _request_id(given: bytes | None) -> str:
     """The client's, if it is one; or a new one."""
     if given is not None and _ID.fullmatch(given):
         return given.decode()
-    return os.urandom(16).hex()  # nobody guesses it: it is the name of a stored response
+    return os.urandom(16).hex()  # it cannot be guessed: it is the name of a stored response
 
 
 def _log(scope: Scope, name: str, status: int, seconds: float, facts: dict[str, Any]) -> None:

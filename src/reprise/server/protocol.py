@@ -16,8 +16,8 @@ from reprise.server.errors import ApiError
 logger = logging.getLogger(__name__)
 
 MOST_BEHIND = 8
-"""Requests that are read while an earlier one of the same connection is answered: only who reads
-sees a client's end."""
+"""Requests that are read while an earlier one of the same connection is answered: a client's end is
+seen by reading alone."""
 MOST_BYTES_BEHIND = 1 << 20
 """Of their bodies."""
 

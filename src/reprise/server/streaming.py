@@ -248,7 +248,7 @@ class _Pump:
         """Of the reply; empty: there is no news, as yet, or the client is gone."""
         try:
             # News may be no piece, as a text that is held back, and an error be behind it already,
-            # of which nobody would tell again.
+            # of which no event would tell again.
             while news := self._caller.take():
                 data = self._reply.chunks(news)
                 for number, _ in news:

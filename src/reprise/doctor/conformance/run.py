@@ -99,8 +99,8 @@ def attempts(
         chosen: The contracts to try.
 
     Yields:
-        The one report, before the first contract and behind each: who stops in between has all
-        that was found.
+        The one report, before the first contract and behind each: a caller that stops in between
+        has all that was found.
 
     Raises:
         PlatformError: The device is unknown or not on this machine.

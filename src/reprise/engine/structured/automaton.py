@@ -36,7 +36,7 @@ KEPT_BYTES = 40
 EDGE_BYTES = 160
 
 Place = tuple[int, "Caller"]
-"""A state of a rule's finite automaton, and who waits for the rule."""
+"""A state of a rule's finite automaton, and the callers that the rule returns to."""
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +143,7 @@ class Automaton:
         return cast(State, found)
 
     def give_up(self, reason: str) -> None:
-        """Nobody follows the grammar from now on."""
+        """No request follows the grammar any more."""
         if self.followed:
             self.followed = False
             logger.error(

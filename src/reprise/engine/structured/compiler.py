@@ -44,7 +44,7 @@ _Key = tuple[str, str, bool]
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a text must be, for those who follow its tokens."""
+    """What a text must be, as requests follow it token by token."""
 
     grammar: Any
     """xgrammar's compiled grammar."""
@@ -73,7 +73,7 @@ class GrammarCompiler:
         """For text without special tokens, and with them; and the tokens of white space."""
         self._kept: OrderedDict[_Key, Compiled] = OrderedDict()
         self._jobs: dict[_Key, _Job] = {}
-        """By what they compile; also those that nobody waits for any more."""
+        """By what they compile; also those that no request waits for any more."""
         self.num_compiled = 0
         """From the start; the others were kept."""
 

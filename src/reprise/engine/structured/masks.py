@@ -156,7 +156,7 @@ class MaskTable:
         self._keys = [None] * KEPT
 
     def send_again(self) -> None:
-        """Nobody has what was given out."""
+        """What was given out is free again."""
         self._sent = bytearray(len(self._words))
 
     def places_of(self, others: Others, crowded: Crowded | None) -> Places:

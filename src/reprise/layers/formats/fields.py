@@ -93,7 +93,7 @@ class Fields:
 
     @property
     def names_left(self) -> list[str]:
-        """Of fields that nobody has taken."""
+        """Of fields that no reader has taken."""
         return list(self._left)
 
     def inside(self, name: str) -> Fields | None:
@@ -107,7 +107,7 @@ class Fields:
             self._left.pop(name, None)
 
     def end(self) -> None:
-        """Refuse what nobody asked for."""
+        """Refuse fields that no reader has taken."""
         if self._left:
             known = ", ".join(f"{name}={value!r}" for name, value in sorted(self._left.items()))
             away: Mapping[str, Any] = dict.fromkeys(sorted(self._left))

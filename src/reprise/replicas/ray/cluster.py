@@ -184,7 +184,7 @@ def strategies(config: EngineConfig, want: Want, nodes: Sequence[Mapping[str, fl
     Args:
         config: Options.
         want: Of each rank.
-        nodes: Resources of each node that nobody uses.
+        nodes: Unused resources of each node.
     """
     size = config.tensor_parallel_size
     room = [_fit(each, want) for each in nodes]
@@ -206,7 +206,7 @@ def alive(ray: Any) -> list[dict[str, Any]]:
 
 
 def unused(ray: Any) -> list[dict[str, float]]:
-    """Resources of each node that nobody uses now."""
+    """Resources of each node that are unused at present."""
     from ray._private.state import available_resources_per_node
 
     known = available_resources_per_node()

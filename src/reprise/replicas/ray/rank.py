@@ -80,7 +80,7 @@ class RankProcess:
         )
 
     def listen(self, secret: bytes) -> tuple[str, int]:
-        """Take in who knows the secret; of rank 0.
+        """Accept connections that know the secret; of rank 0.
 
         Returns:
             Address and port, as all hosts of the cluster reach it.
@@ -205,7 +205,7 @@ class RankProcess:
 
         Args:
             place: Of rank 0: see :meth:`listen`.
-            secret: The engine's; who does not know it is turned away.
+            secret: The engine's; a connection that does not know it is turned away.
             rank: Ours.
             size: Ranks there are.
             table: As of :meth:`lead`.

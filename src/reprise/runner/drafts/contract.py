@@ -30,7 +30,7 @@ from reprise.step import Step
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How the graphs of an engine are made, whoever owns them."""
+    """How the graphs of an engine are made, of all owners."""
 
     plan: GraphPlan[Wanted]
     buckets: Buckets

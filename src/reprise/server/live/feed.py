@@ -1,5 +1,5 @@
-"""One event stream for any number of readers: the engine is asked once a second, and only while
-somebody looks."""
+"""One event stream for any number of readers: the engine is asked once a second, and only while the
+page is open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_READERS = 64
 
 
 class Reader:
-    """Somebody who looks. Holds the newest event that was not sent yet, and no other."""
+    """A reader of the events. Holds the newest event that was not sent yet, and no other."""
 
     def __init__(self) -> None:
         self.bell = Bell()
@@ -59,7 +59,7 @@ class Reader:
 
 
 class Feed:
-    """The events of one HTTP process, and who reads them.
+    """The events of one HTTP process, and their readers.
 
     Args:
         state: Of the process.

@@ -141,7 +141,7 @@ class Response(Chat):
         }
 
     async def announce(self) -> None:
-        # Who has its name finds it, whichever process is asked; in streams that is at the begin.
+        # It is found by its name, whichever process is asked; in streams that is at the begin.
         self._known = True
         await self._tell(action="begin", response=self._json())
 

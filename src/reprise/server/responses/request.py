@@ -91,7 +91,7 @@ _CHAT_NAMES = {
     "max_completion_tokens": "max_output_tokens",
 }  # fmt: skip
 _INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})
-"""The second is for clients who keep a conversation themselves; reasoning is in the clear here."""
+"""The second is for clients that keep a conversation themselves; reasoning is in the clear here."""
 _KNOWN = MEANINGLESS | _PASSED | REFUSED.keys() | {"max_tool_calls", "stream_options"}
 
 

@@ -44,7 +44,8 @@ class Fault(ABC):
         self.op = op
         self.original = table.functions[op.name]
         self.beside: Mapping[str, Tensor] = {}
-        """Memory of others that it spoils. Who injects it lists it beside the computation."""
+        """Memory of others that it spoils. The caller that injects it lists it beside the
+        computation."""
 
     @classmethod
     def inexpressible(cls, op: Op, executor: str, platform: Platform) -> str | None:

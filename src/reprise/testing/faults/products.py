@@ -1,4 +1,4 @@
-"""Wrong ways to multiply quantised weights, as kernels have had them: for those who compare ops.
+"""Wrong ways to multiply quantised weights, as kernels have had them: for tests that compare ops.
 
 Each takes what computes the op right, and the arguments by name.
 """

@@ -1,4 +1,4 @@
-"""Wrong ways to depend on other rows, as kernels do: for those who compare bits.
+"""Wrong ways to depend on other rows, as kernels do: for tests that compare bits.
 
 Each takes what computes an op right, and the arguments by name, and changes the last bit of some
 rows, by what else is in the batch.
