@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reprise.arguments import shown
 from reprise.loading.chat_encoder import encoder_texts
 from reprise.loading.files import read_object
 from reprise.loading.json_tokenizer import JsonTokenizer, read_backend
@@ -117,11 +118,9 @@ def _special_tokens(settings: Mapping[str, Any], backend: Any) -> dict[str, Any]
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The template, or several by name. Files of their own come before older places."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
+    template = _stated_template(config)
     if template is None:
-        template = _read(path / "chat_template.json").get("chat_template")
+        template = _stated_template(_read(path / "chat_template.json"))
     files = {each.stem: each for each in (path / "additional_chat_templates").glob("*.jinja")}
     if (path / "chat_template.jinja").is_file():
         files["default"] = path / "chat_template.jinja"
@@ -129,6 +128,18 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | dict[str, str
     if set(named) == {"default"}:
         return named["default"]
     return named or template
+
+
+def _stated_template(config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """What a JSON file says, where several are a list or an object."""
+    template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}
+    if not isinstance(template, dict) or not all(isinstance(v, str) for v in template.values()):
+        raise ValueError(f"chat_template={shown(template)}: a text, or texts by name, are expected")
+    return template
 
 
 def _read(file: Path) -> dict[str, Any]:
