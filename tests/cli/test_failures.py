@@ -107,6 +107,32 @@ def test_output_that_is_not_taken_is_one_line(line):
     assert result.stderr == "error: No space left on device\n"
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_messages_that_are_not_taken_stop_nothing():
+    """As where the disk that the log is on is full."""
+    plain = GENERATE.replace(" -q", " --temperature 0")
+    with FULL.open("w") as full:
+        result = reprise(plain, stderr=full)
+        refused = reprise("doctor --device nope", stderr=full)
+    assert (result.returncode, result.stdout) == (0, reprise(plain).stdout)
+    assert refused.returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", "<&- >&-", ""])
+def test_children_have_three_streams_whatever_was_closed(closed):
+    """The first connection that a child gets would be its standard output."""
+    child = "import os; open(os.devnull).fileno() > 2 and os.write(2, b'three')"
+    program = (
+        "import subprocess, sys; from reprise.cli import _mend_streams; _mend_streams(); "
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    result = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, program],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "three")
+
+
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_closed_streams_are_empty_ones(closed):
     result = reprise(GENERATE, preexec_fn=warm.WITHOUT[closed])

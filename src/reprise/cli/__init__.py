@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import io
 import os
@@ -74,11 +75,42 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+class Messages(io.TextIOWrapper):
+    """Standard error: what it does not take, as on a disk that is full, is lost, and the program
+    goes on, since none is run for its messages."""
+
+    def write(self, text: str, /) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def _keep_number(number: int) -> None:
+    """Let a standard stream's descriptor be nothing here and in children: theirs would be the first
+    connection that they get, in whose midst a library's messages would be written."""
+    try:
+        os.fstat(number)
+    except OSError:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.set_inheritable(number, True)
+
+
 def _mend_streams() -> None:
-    """Give what a shell has closed an empty stand-in, and let no character stop the program."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    """Give what a shell has closed an empty stand-in, and let neither a character nor a message
+    that is not taken stop the program."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            _keep_number(number)
+    old = sys.stderr
+    if old is sys.__stderr__ and isinstance(old, io.TextIOWrapper):  # which keeps the buffer open
+        sys.stderr = Messages(
+            old.buffer, encoding=old.encoding, errors=old.errors, line_buffering=True
+        )
     if isinstance(sys.stdin, io.TextIOWrapper):
         # The engine refuses such a text with a message; decoding would end the program.
         sys.stdin.reconfigure(errors="surrogateescape")
