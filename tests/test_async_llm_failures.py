@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar
 
 import pytest
+import warm
 from helpers import TinyModel, TinyModels, greedy, random_ids, take_time
 
 from reprise import AsyncLLM, RequestOutput
@@ -248,41 +249,9 @@ def test_in_a_forked_process_an_error_says_so(model: TinyModel, device: str) -> 
     asyncio.run(parent())
 
 
-LEAVES = """
-import asyncio, sys, threading
-import torch
-from reprise import AsyncLLM, SamplingParams
-
-llm = AsyncLLM(sys.argv[1], device=sys.argv[2], dtype="float32", num_blocks=65,
-               skip_tokenizer_init=True, graph_mode="none")
-within, step = threading.Event(), llm.engine.step
-square = torch.ones(2000, 2000)
-
-def slow():
-    within.set()
-    square @ square
-    return step()
-
-llm.engine.step = slow
-
-async def last():
-    params = SamplingParams(max_tokens=100, ignore_eos=True, detokenize=False)
-    async for _ in llm.generate({"prompt_token_ids": [1]}, params):
-        pass
-
-async def main():
-    task = asyncio.create_task(last())
-    while not within.is_set():
-        await asyncio.sleep(0.001)
-    sys.exit(3)
-
-asyncio.run(main())
-"""
-
-
 def test_a_program_that_ends_meanwhile_ends_in_its_own_way(model: TinyModel, device: str) -> None:
     """The thread is in the midst of a library's code, which must not be unwound."""
-    command = [sys.executable, "-c", LEAVES, str(model.path), device]
+    command = [sys.executable, warm.ENDS_MEANWHILE, str(model.path), device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "terminate" not in done.stderr

@@ -34,13 +34,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 ROOT = str(Path(__file__).parents[1] / "src")
-_SERVER_TESTS = Path(__file__).parent / "server"
-SERVE_WITH = str(_SERVER_TESTS / "serve_with.py")
-FAULTY_ENGINE = str(_SERVER_TESTS / "faulty_engine.py")
+_TESTS = Path(__file__).parent
+SERVE_WITH = str(_TESTS / "server" / "serve_with.py")
+FAULTY_ENGINE = str(_TESTS / "server" / "faulty_engine.py")
+INTERRUPTED = str(_TESTS / "engine" / "interrupted_program.py")
+ENDS_MEANWHILE = str(_TESTS / "program_that_ends_meanwhile.py")
+SUM_CHILD, ROWS_CHILD = (str(_TESTS / "parallel" / f"{each}_child.py") for each in ("sum", "rows"))
 PROGRAMS = {
     "reprise": True, "reprise.follower": False, "reprise.replicas.process": True,
     "reprise.server.engine_process": True, "reprise.server.worker": False,
-    "reprise.testing.stub_engine": False, SERVE_WITH: True, FAULTY_ENGINE: False, "told": True,
+    "reprise.testing.stub_engine": False, "reprise.doctor.collectives": False, SERVE_WITH: True,
+    FAULTY_ENGINE: False, INTERRUPTED: False, ENDS_MEANWHILE: False, SUM_CHILD: False,
+    ROWS_CHILD: False, "told": True,
 }  # fmt: skip
 """Files, and modules as behind ``python -m``; whether they start others of them, and get a nursery
 of their own. The last one is for the test of all this."""

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import warm
 from helpers import TinyModels, assert_idle, make_llm, random_ids, token_ids
 
 import reprise
@@ -100,32 +101,10 @@ def test_at_any_line(tiny: TinyModels, device: str) -> None:
         assert_idle(llm)
 
 
-PROGRAM = """
-import sys, time
-from reprise import LLM, SamplingParams
-from helpers import assert_idle, greedy, token_ids
-
-path, device = sys.argv[1:]
-llm = LLM(path, device=device, dtype="float32", num_blocks=129, skip_tokenizer_init=True)
-prompt = [1, 2, 3]
-expected = token_ids(llm.generate([prompt], greedy(8)))
-try:
-    print("generating", flush=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        llm.generate([prompt, [4] * 50], SamplingParams(n=3, max_tokens=200, ignore_eos=True))
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-assert_idle(llm)
-assert token_ids(llm.generate([prompt], greedy(8))) == expected
-print("same tokens", flush=True)
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT between processes")
 def test_by_a_signal(tiny: TinyModels, device: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tiny("llama").path), device],
+        [sys.executable, warm.INTERRUPTED, str(tiny("llama").path), device],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), *sys.path])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
