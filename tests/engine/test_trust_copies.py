@@ -177,7 +177,7 @@ def test_what_the_search_for_the_op_keeps(
 
 
 @pytest.mark.parametrize(
-    ("where", "cached"), [("flags", False), ("changes", True)], ids=["what differs", "in detail"]
+    ("where", "cached"), [("pairs", False), ("changes", True)], ids=["what differs", "in detail"]
 )
 def test_memory_that_is_short_behind_a_replay(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
@@ -223,23 +223,23 @@ def test_memory_that_stays_short(
     expected = generate(small_llm(model, device, graph_mode="none"), prompts, PARAMS)
     llm = small_llm(model, device, graph_mode="decode=full,mixed=none", graph_buckets="decode=2")
     counts = llm.engine.runner.sampler._kept.seen.counts
-    state, put, flags = step_memory.StepMemory.state, step_memory.StepMemory.put, Guard.flags
+    state, put, pairs = step_memory.StepMemory.state, step_memory.StepMemory.put, Guard.pairs
     put_back, calls, short = Guard.put_back, [0], [False]
 
     def lacks(method: Callable[..., Any], here: str) -> Callable[..., Any]:
-        def call(self: Any, *args: Any) -> Any:
+        def call(self: Any, *args: Any, **named: Any) -> Any:
             calls[0] += here == behind
             short[0] |= calls[0] == 8 and here == behind
             if short[0]:
                 raise torch.OutOfMemoryError("no memory")
-            return method(self, *args)
+            return method(self, *args, **named)
 
         return call
 
     for holder, name, method, here in (
         (step_memory.StepMemory, "state", state, "eager execution"),
         (step_memory.StepMemory, "put", put, ""),
-        (Guard, "flags", flags, "the replay"),
+        (Guard, "pairs", pairs, "the replay"),
         (Guard, "put_back", put_back, ""),
     ):
         monkeypatch.setattr(holder, name, lacks(method, here))
@@ -356,7 +356,7 @@ def test_a_graph_that_was_found_wrong_is_refused_whatever_follows(
 
 
 CUTS = {
-    "sums": (Guard, "flags"),
+    "sums": (Guard, "pairs"),
     "copies": (verify.Seal, "broken"),
     "what differs": (verify._Both, "_tell"),
     "nothing more": (type(ALONE_AGREES), "largest"),
@@ -448,7 +448,7 @@ def test_memory_that_is_short_while_no_request_runs(
     def lack(self: Guard, before: Any) -> Any:
         raise error("no memory")
 
-    monkeypatch.setattr(Guard, "flags", lack)
+    monkeypatch.setattr(Guard, "pairs", lack)
     cut = error is KeyboardInterrupt
     with pytest.raises(error) if cut else contextlib.nullcontext():
         assert llm.engine.prove_idle()

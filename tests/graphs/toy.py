@@ -90,6 +90,9 @@ class Slots:
         for name, rows in self._rows():
             rows[self.slots] = values[name][0]
 
+    def spoil(self, values: Mapping[str, Tensor]) -> None:
+        self.write({name: -1 - each for name, each in values.items()})
+
     def names(self, key: str) -> Sequence[str]:
         return [key]
 

@@ -209,6 +209,9 @@ STATE = State()
 class LayerCache:
     """The caches of one layer, tensors by name, that live equally long.
 
+    A pass over a token writes its row of each whole, before anything of the pass reads it and
+    whatever is there; but for states, and rows that stand for several tokens.
+
     A layer has it as an attribute, under any name, and may have several of other lifetimes.
 
     Args:

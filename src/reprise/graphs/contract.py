@@ -26,8 +26,9 @@ class Probe:
     the same values each time it is called."""
     live: StepShape
     """The rows that are real; at most the bucket's."""
-    kind: Kind
-    """What the graph is proven on if it is right on this probe."""
+    kind: Kind | None
+    """What the graph is proven on if it is right on this probe; None: that it is right says little,
+    that it is wrong says enough."""
     always: bool = False
     """No graph goes without it, however short time is; so it is for the first probe."""
 
@@ -41,6 +42,10 @@ class State(Protocol):
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`read` returned."""
+
+    def spoil(self, values: Mapping[str, Tensor]) -> None:
+        """As :meth:`write`, but rows that the step writes whole, before it reads them, hold what
+        has no bit in common with it."""
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise import ops
-from reprise.graphs.compare import differ, differs
+from reprise.graphs.compare import Compared, differ, differs
 from reprise.graphs.contract import Computation
 from reprise.graphs.regions import (
     Owner,
@@ -113,6 +113,13 @@ class Guard:
         sums = list(self._weights.values())
         self._sums = torch.cat(sums).cpu().split(1) if sums else ()
 
+    @property
+    def zeros(self) -> set[str]:
+        """Weights that were zeros when they were taken down: so is what is multiplied by them."""
+        return {
+            name for name, each in zip(self._weights, self._sums, strict=True) if not each.any()
+        }
+
     def example(self) -> None:
         """Call what checks call, on the null units: it is compiled with the other kernels then."""
         memory = self._computation.memory()
@@ -173,18 +180,24 @@ class Guard:
     def flags(self, before: Before) -> list[Tensor]:
         """Boolean scalars on the device, of which one is true if something has changed. The rows
         that the step may write must have been put back."""
+        return differ(self.pairs(before))
+
+    def pairs(self, before: Before) -> list[tuple[Compared, Compared]]:
+        """What has to be the same for that."""
         memory = before.memory
         before.caches_after = [
             (stack, _unit_sums(memory, stack, _of(memory, stack, before.scope)))
             for stack, _ in before.caches
         ]
         before.weights_after = self._weight_sums(memory, before.scope)
-        pairs = [(kept, span.bytes) for span, kept in before.copied]
+        pairs: list[tuple[Compared, Compared]] = [
+            (kept, span.bytes) for span, kept in before.copied
+        ]
         for (_, now), (_, then) in zip(before.caches_after, before.caches, strict=True):
             pairs.append((then, now))
         for sums in (before.weights, before.weights_after):
             pairs += [(self._weights[name], each) for name, each in sums.items()]
-        return differ(pairs)
+        return pairs
 
     def changes(self, before: Before) -> list[Change]:
         """What :meth:`flags` found, in detail."""

@@ -40,9 +40,18 @@ class StepMemory:
         """Copies of all of it."""
         return {**self._state.read(), **copies(self._ops)}
 
-    def put(self, values: Values) -> None:
-        """Put back what :meth:`state` returned."""
-        self._state.write({k: v for k, v in values.items() if k not in self._ops})
+    def put(self, values: Values, *, spoilt: bool = False) -> None:
+        """Put back what :meth:`state` returned.
+
+        Args:
+            values: It.
+            spoilt: But for what the step overwrites: see :meth:`State.spoil`.
+        """
+        rows = {k: v for k, v in values.items() if k not in self._ops}
+        if spoilt:
+            self._state.spoil(rows)
+        else:
+            self._state.write(rows)
         for name, tensor in self._ops.items():
             tensor.copy_(values[name])
 

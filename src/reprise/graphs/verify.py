@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reprise.errors import GraphError, describe
-from reprise.graphs.compare import copies, differ, difference, poison, poison_memory
+from reprise.graphs.compare import Compared, copies, differ, difference, poison, poison_memory
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import SUMMED, Change, Guard, Scope
 from reprise.graphs.informative import extremes, uninformative
@@ -57,7 +57,9 @@ def examine(
     """Compute the step that the static inputs hold, eagerly and then by replay, and compare.
 
     Eager execution comes first, on state that no replay has touched; what a step updates in place
-    is put back between the two. Unwritten output shows since the two start from different garbage.
+    is put back between the two, but for rows of the caches that it writes whatever is there: these
+    hold other bits. So what a graph does not write shows, also where it is there already, as behind
+    a request that was computed before; outputs start from different garbage.
     Inputs and memory beside are as before afterwards, whatever the replay did to them, unless the
     verdict is ``lost``.
 
@@ -231,13 +233,15 @@ class _Both:
         at_first = step.state()
         kept: list[Mapping[str, Tensor]] = [at_first, step.written]
         self.outputs = self.replayed = step.outputs
+        flags: list[Tensor] = []
+        memory: list[tuple[Compared, Compared]] = []
         try:
             go_on()
             if self.cold:
                 self._replay(graph, pool, kept, at_first, sealed=sealed, twice=twice)
                 if verdict.lost:
                     return
-                flags = self._guard.flags(self.before)
+                flags += self._guard.flags(self.before)
                 if sealed and torch.stack(flags).any():
                     self._changes = self._guard.changes(self.before)
                 # What eager execution reads has to be what it was.
@@ -249,6 +253,7 @@ class _Both:
                 if verdict.error is None or keep:
                     self.replayed = copies(step.outputs)
                     self._forward(model, at_first)
+                    step.put(at_first)
                     self.got = {**at_first, **self.got}  # some ops have met memory of theirs
             else:
                 self._forward(model, at_first)
@@ -258,11 +263,15 @@ class _Both:
                 self._replay(graph, pool, kept, at_first, follow, sealed=sealed)
                 if verdict.lost:
                     return
-                flags = self._guard.flags(self.before)
+                memory += self._guard.pairs(self.before)
+            results: Iterable[tuple[Compared, Compared]] = ()
             if verdict.error is None:
                 outputs = ((each, self.replayed[k]) for k, each in self.outputs.items())
-                pairs = chain(outputs, step.pairs(self.expected, self.got, bound))
-                flags += differ(pairs, bound)
+                results = chain(outputs, step.pairs(self.expected, self.got, bound))
+            if bound is None:
+                flags += differ(chain(memory, results))  # in as few launches as can be
+            else:
+                flags += differ(memory) + differ(results, bound)
             self.flag = torch.stack(flags).any()
             self.extremes = extremes(self.outputs.values())
         except BaseException:
@@ -283,7 +292,6 @@ class _Both:
         step.meet_new_memory(at_first)
         self._guard.learn_ops()
         self.expected = step.state()
-        step.put(at_first)
 
     def _replay(
         self,
@@ -298,13 +306,14 @@ class _Both:
     ) -> None:
         computation, step = self._computation, self.step
         watch = self._watches[1] if self._watches else contextlib.nullcontext()
+        step.put(at_first, spoilt=True)
         seal = Seal(self._kept(kept)) if sealed else None
         self.has_replayed = True
         try:
             if twice:
                 poison_memory(pool)
                 graph.replay()
-                step.put(at_first)
+                step.put(at_first, spoilt=True)
             poison(computation.outputs(self._bucket).values())
             poison_memory(pool)
             with follow(self._bucket) if follow else contextlib.nullcontext(), watch:

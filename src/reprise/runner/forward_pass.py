@@ -63,6 +63,7 @@ class ForwardPass:
         self._causal_lm = model
         self._buffers = buffers
         self._routes = model.routed or (draft is not None and routes(draft))
+        self._own_caches = tuple(model.caches().values())
         self._caches = model.caches() if caches is None else caches
         dtype = next(model.parameters()).dtype
         device = platform.device
@@ -197,7 +198,7 @@ class ForwardPass:
         return self._probes.probe(bucket, context)
 
     def state(self, bucket: StepShape) -> WrittenRows:
-        return WrittenRows(*self.where_rows_are(), self._buffers, bucket)
+        return WrittenRows(*self.where_rows_are(), self._buffers, bucket, self._own_caches)
 
     def where_rows_are(
         self,

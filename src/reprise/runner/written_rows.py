@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from reprise.addresses import address_of
 from reprise.cache.layout import CacheLayout
 from reprise.cache.memory import PoolTensor
+from reprise.cache.spec import LayerCache, Rows
 from reprise.graphs.regions import Stack, Units
 from reprise.runner.arena import to_device
 from reprise.runner.step_inputs import StepInputs
 from reprise.shape import StepShape
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class _Rows:
     """The key of their scales, and which caches there have them."""
     together: int
     """See :attr:`Rows.together`."""
+    whole: Tensor | Literal[True] | None
+    """Which caches have these rows written whole by the step, before it reads them: all, none, or
+    [C, 1, ...] bool."""
 
     @property
     def written(self) -> tuple[slice | Tensor, ...]:
@@ -58,6 +67,7 @@ class WrittenRows:
         stacks: Of each pool the same, [C, N, ...] each.
         buffers: Hold the step.
         bucket: What it is padded to.
+        own: The caches that the step writes; others over the same tables it leaves alone.
     """
 
     def __init__(
@@ -67,9 +77,11 @@ class WrittenRows:
         stacks: Sequence[Sequence[Stack]],
         buffers: StepInputs,
         bucket: StepShape,
+        own: Iterable[LayerCache],
     ) -> None:
         self._layout, self._pools, self._stacks = layout, pools, stacks
         self._buffers, self._bucket = buffers, bucket
+        self._own = own
 
     @functools.cached_property
     def _found(self) -> _Found:
@@ -112,11 +124,32 @@ class WrittenRows:
                     table.lifetime.rewritten,
                     _scales(stack, self._pools[table.pool], self._stacks[table.pool], keys),
                     first.rows.together,
+                    self._overwritten(number, stack, first.rows),
                 )
         units = {
             unit: each[0] if len(each) == 1 else torch.cat(each) for unit, each in written.items()
         }
         return _Found(found_rows, units, read)
+
+    @functools.cached_property
+    def _places_of_own(self) -> set[tuple[int, int]]:
+        """Tables, and where the tensors are that this step writes by them."""
+        every = ((each.table, tensor) for each in self._own for tensor in each.tensors.values())
+        return {(table, address_of(tensor)) for table, tensor in every}
+
+    def _overwritten(self, table: int, stack: Stack, rows: Rows) -> Tensor | Literal[True] | None:
+        """Of a stack the tensors that have a row written whole by each token of the step. A state
+        goes on from what it was, and some tokens alone make a row that stands for several."""
+        if rows.every > 1 or self._layout.tables[table].lifetime.rewritten:
+            return None
+        pool = self._pools[self._layout.tables[table].pool]
+        own = [
+            (table, address_of(pool[name].tensor)) in self._places_of_own for name in stack.names
+        ]
+        if all(own) or not any(own):
+            return own[0] or None
+        which = np.array(own).reshape(-1, *(1 for _ in stack.tensor.shape[2:]))
+        return to_device(which, self._buffers.platform)
 
     @property
     def _rows(self) -> Mapping[str, _Rows]:
@@ -138,6 +171,14 @@ class WrittenRows:
     def write(self, values: Mapping[str, Tensor]) -> None:
         for name, each in self._rows.items():
             each.tensor[each.written] = values[name]
+
+    def spoil(self, values: Mapping[str, Tensor]) -> None:
+        for name, each in self._rows.items():
+            rows = values[name]
+            if each.whole is not None:
+                others = rows.view(_BITS[rows.itemsize]).bitwise_not().view(rows.dtype)
+                rows = others if each.whole is True else torch.where(each.whole, others, rows)
+            each.tensor[each.written] = rows
 
     @property
     def nbytes(self) -> int:

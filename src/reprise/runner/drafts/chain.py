@@ -43,6 +43,7 @@ class DraftChain:
         self.model: Callable[..., Any] = draft
         self.facts: Facts = inputs.known.facts
         self._draft, self._inputs, self._target = draft, inputs, target
+        self._own_caches = tuple(draft.caches().values())
         device, dtype = inputs.platform.device, next(draft.parameters()).dtype
         most = inputs.max_requests
         count = max(inputs.widths.values())
@@ -189,7 +190,10 @@ class DraftChain:
         return self._drawing(self._probes.probe(bucket, context), 0)
 
     def state(self, bucket: StepShape) -> WrittenRows:
-        return _ChainRows(*self._target.where_rows_are(), self._inputs, bucket)
+        # Where one draft is drawn behind the prefill of a shifted model no pass follows.
+        passes = not self._draft.shifted or self._inputs.widths[bucket.query_len] > 1
+        own = self._own_caches if passes else ()
+        return _ChainRows(*self._target.where_rows_are(), self._inputs, bucket, own)
 
     def _drawing(self, probe: Probe, seed: int) -> Probe:
         def fill() -> None:

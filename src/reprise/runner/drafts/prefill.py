@@ -39,6 +39,7 @@ class DraftPrefill:
         self.model: Callable[..., Any] = draft
         self.facts: Facts = target.facts
         self._draft, self._buffers, self._target = draft, buffers, target
+        self._own_caches = tuple(draft.caches().values())
         device, most = buffers.platform.device, max(max_tokens, buffers.max_tokens)
         dtype = next(draft.parameters()).dtype
         self._hidden = torch.zeros(most, draft.hidden_size, dtype=dtype, device=device)
@@ -103,7 +104,7 @@ class DraftPrefill:
         return self._shifted(self._target.probe(bucket, context), 0)
 
     def state(self, bucket: StepShape) -> WrittenRows:
-        return self._target.state(bucket)
+        return WrittenRows(*self._target.where_rows_are(), self._buffers, bucket, self._own_caches)
 
     def arrays(self) -> dict[str, Tensor]:
         """All device memory of this that steps read, by name."""
