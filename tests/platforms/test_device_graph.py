@@ -459,6 +459,20 @@ def test_tensors_of_other_layouts_are_refused():
         record(lambda: torch.sparse.mm(sparse, torch.ones(3, 3)))
 
 
+def test_a_result_whose_elements_share_memory_is_refused_at_capture():
+    """A replay could not write it, and would say so when a request waits for it."""
+    x, out = torch.randn(4), torch.empty(3, 4)
+
+    def summed(x):
+        return x.cumsum(0).expand(3, 4)
+
+    with pytest.raises(GraphError, match=r"summed returns an expanded tensor \[3, 4\].*contiguous"):
+        record(lambda: out.copy_(launch(summed, x)))
+    same_as_eager(lambda: out.copy_(launch(lambda x: summed(x).contiguous(), x)), [x], out)
+    # What host code makes of a result is no result.
+    same_as_eager(lambda: out.copy_(launch(torch.cumsum, x, 0).expand(3, 4)), [x], out)
+
+
 def test_ops_outside_of_a_graph_are_not_recorded():
     x = torch.ones(3)
     graph = RecordedGraph(RecordedPool())

@@ -112,6 +112,7 @@ class RecordedGraph(DeviceGraph):
             return result
         moved = self._move(fresh)
         if not _leaves_uninitialised(function):
+            _refuse_shared_elements(function, fresh)
             self._add_filling(function, args, kwargs, leaves, fresh, moved)
         by_identity = {id(old): new for old, new in zip(fresh, moved, strict=True)}
         results = [by_identity.get(id(each), each) for each in leaves]
@@ -311,6 +312,17 @@ def _indexes_by_number(func: Any, args: tuple[Any, ...]) -> bool:
         return False
     masks = (torch.bool, torch.uint8)
     return all(each is None or each.dtype not in masks for each in args[1])
+
+
+def _refuse_shared_elements(function: Any, results: list[Tensor]) -> None:
+    """A replay could not write such a result."""
+    for each in results:
+        if any(size > 1 and not step for size, step in zip(each.shape, each.stride(), strict=True)):
+            raise GraphError(
+                f"{getattr(function, '__name__', function)} returns an expanded tensor "
+                f"{[*each.shape]}, of which several elements are one in memory: return a tensor "
+                "with memory for each, as contiguous() makes it"
+            )
 
 
 def _leaves_uninitialised(function: Any) -> bool:
