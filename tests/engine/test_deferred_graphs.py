@@ -72,6 +72,16 @@ def test_a_bucket_that_steps_want_is_captured(model: TinyModel, device: str) -> 
     assert not report.canary_failures
 
 
+def test_one_that_steps_wanted_has_canaries(model: TinyModel, device: str) -> None:
+    """They are spaced by what a replay takes, which start-up has not measured."""
+    llm = drafting(model, device)
+    generate(llm, PROMPTS[:2], greedy(60))
+    chain = graphs(llm)
+    assert chain[2].canaries
+    assert chain[2].canary_every is not None
+    assert chain[4].canary_every is None, "it is not captured yet"
+
+
 def test_the_others_are_captured_and_proven_when_nothing_runs(
     model: TinyModel, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +95,7 @@ def test_the_others_are_captured_and_proven_when_nothing_runs(
             assert each.deferred is None
             assert each.executor == "full"
             assert each.probes == each.planned_probes > 0
+            assert each.canary_every is not None
     assert generate(llm, PROMPTS, greedy(20)) == expected
     assert rate(llm) == 1
 

@@ -99,11 +99,13 @@ class IdleProof:
             self._replays.make_good(other, other.probes[0].live, before, replayed)
             return
         self._replays.interrupted = bucket
+        timed = not bucket.info.replay_seconds  # by which its canaries are spaced
         # All weights: after start-up nobody else looks at them all.
         try:
             verdict = self._judge.compare(
                 bucket,
                 probe,
+                timed=timed,
                 scope=lambda: replace(self._replays.scope(bucket), part=None),
                 cold=bucket.info.probes == 0,
                 behind=before.ran,
@@ -119,6 +121,8 @@ class IdleProof:
             )  # fmt: skip
         elif self._agree(verdict.right):
             bucket.info.probes += 1
+            if timed:
+                self._judge.agree_on_times(bucket)
             self._prover.met(bucket, probe, blind=verdict.blind)
             self._tell_progress()
         else:

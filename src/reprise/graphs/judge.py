@@ -156,6 +156,13 @@ class Judge:
             self._fell_out(bucket, describe(error))
         return later if self._agree(later is not None) else None
 
+    def agree_on_times(self, bucket: BucketGraph) -> None:
+        """What is decided by them later, all ranks decide alike."""
+        info, largest = bucket.info, self._agreement.largest
+        info.check_seconds = largest(info.check_seconds)
+        info.eager_seconds = largest(info.eager_seconds)
+        info.replay_seconds = largest(info.replay_seconds)
+
     def where(self, bucket: BucketGraph, live: StepShape, fill: Callable[[], None]) -> str:
         """``; first diverging op: ...`` of a graph that is wrong on what ``fill`` writes."""
         try:

@@ -58,7 +58,7 @@ class Prover:
         self._ledger = ledger
         self._guard = guard
         self._useless = useless
-        self._agree, self._largest = agreement.all, agreement.largest
+        self._agree = agreement.all
         self._buckets: Sequence[BucketGraph] = ()
         """All that start-up proves."""
         self._located: Counter[Hashable] = Counter()
@@ -92,7 +92,8 @@ class Prover:
         self._meet_others(buckets, started + budget)
         self._settle()
         self._find_spoilers(buckets)
-        self._agree_on_times(buckets)
+        for each in buckets:
+            self._judge.agree_on_times(each)
         self.conclude(buckets)
 
     def discard(self) -> None:
@@ -100,14 +101,6 @@ class Prover:
         self._under_way, self._buckets = None, ()
         self._located.clear()
         self._useless.forget()
-
-    def _agree_on_times(self, buckets: list[BucketGraph]) -> None:
-        """What is decided by them later, all ranks decide alike."""
-        for bucket in buckets:
-            info = bucket.info
-            info.check_seconds = self._largest(info.check_seconds)
-            info.eager_seconds = self._largest(info.eager_seconds)
-            info.replay_seconds = self._largest(info.replay_seconds)
 
     def _meet_others(self, buckets: list[BucketGraph], deadline: float) -> None:
         """Every further probe that there is time for.
@@ -173,7 +166,7 @@ class Prover:
         """The graph was right on a probe, whose results say something of that or nothing."""
         if blind:
             bucket.blind = True
-        else:
+        elif probe.kind is not None:
             self._ledger.prove(bucket.key, probe.kind, "start")
 
     def begin(self, buckets: list[BucketGraph]) -> None:
@@ -205,7 +198,8 @@ class Prover:
                 bucket.probes = self._probes_of(bucket, anchor=True)
             bucket.info.planned_probes = len(bucket.probes)
             if bucket.key in anchors:
-                self._ledger.plan(bucket.key, [each.kind for each in bucket.probes])
+                kinds = [each.kind for each in bucket.probes if each.kind is not None]
+                self._ledger.plan(bucket.key, kinds)
 
     def plan_later(self, bucket: BucketGraph) -> None:
         """The bucket was captured behind start-up: live steps prove it, and its probes when nothing

@@ -14,7 +14,7 @@ from reprise.graphs.canary import CanaryPolicy
 from reprise.graphs.capture import BucketGraph, Capturer, Key
 from reprise.graphs.contract import Computation
 from reprise.graphs.guard import Guard, Scope
-from reprise.graphs.judge import Judge
+from reprise.graphs.judge import Judge, note_times
 from reprise.graphs.kinds import Kind
 from reprise.graphs.mend import mend
 from reprise.graphs.outcome import EAGERLY, Damage, Ran
@@ -161,11 +161,14 @@ class Replays:
             and not (meets or self._policy.checks_everything)
             and self._policy.replays_first(bucket)
         )
+        # Captured behind start-up; canaries are spaced by what a replay takes.
+        timed = not bucket.info.replay_seconds
         self.interrupted = bucket  # until all is seen to
         try:
             verdict = examine(
                 computation, self._guard, bucket.graph, bucket.shape, shape, model,
                 self.scope(bucket), bound=bound, keep=True, cold=cold,
+                timed_on=self._platform if timed else None,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             if self._agreement.size > 1:
@@ -184,6 +187,9 @@ class Replays:
             self._agreement.fell_out(f"a canary of graph {bucket.info.name}: {verdict.error}")
         if self._agree(verdict.right):
             self._unseen[bucket.key] = 0
+            if timed:
+                note_times(bucket, verdict.times)
+                self._judge.agree_on_times(bucket)
             if unproven is not None and not verdict.blind:
                 met = computation.kind(shape, bucket.shape, exact=True)
                 if met is not None:
