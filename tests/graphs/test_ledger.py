@@ -54,6 +54,21 @@ def names_of(kind: Kind) -> set[tuple[int, int]]:
     return found
 
 
+def test_a_graph_that_takes_the_place_of_another_has_proven_nothing() -> None:
+    ledger, kind = Ledger(FACTS), Kind((0, 0), np.array([0]))
+    for graph, doubted in itertools.product(("small", "middle"), (False, True)):
+        ledger.enter(graph, 0)
+        ledger.prove(graph, kind, "live")
+        assert ledger.trusts(graph, kind)
+        if doubted:
+            ledger.doubt(graph)
+        else:
+            ledger.enter(graph, 0)
+        assert not ledger.trusts(graph, Kind((0, 0), np.array([0])))
+        ledger.prove(graph, kind, "live")
+        assert ledger.trusts(graph, kind)
+
+
 @settings(max_examples=150)
 @given(history=events, asked=st.lists(kinds, min_size=1, max_size=4))
 def test_only_what_was_proven_is_trusted(history: Any, asked: list[Kind]) -> None:

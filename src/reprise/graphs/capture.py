@@ -46,7 +46,8 @@ class BucketGraph:
     probes: list[Probe] = field(default_factory=list)
     """What it is proven on at start-up, or when nothing runs."""
     later: bool = False
-    """It was captured behind start-up."""
+    """All its probes are met when nothing runs: it was captured behind start-up, or those that were
+    met count no more."""
     blind: bool = False
     """Of a probe that it was compared on the results say nothing: it is not proven on that."""
 

@@ -113,14 +113,18 @@ class Captures:
         """The weights were refilled on purpose: they are right as they are now.
 
         What a graph has made of the old ones, such as a copy in another layout, is not. Those that
-        stand for a family are compared at their next use, and their siblings if one is wrong.
+        stand for a family are compared at their next use, and their siblings if one is wrong. Where
+        weights were zeros that are none now, comparisons have not shown what they are multiplied
+        with, and what they have proven is proven anew.
         """
         if self.plan.captures and (self._verify.startup or self._verify.canary):
+            hid = self._guard.zeros
             with self._computation.ops.computing():
                 self._guard.learn_weights()
+            hid -= self._guard.zeros
             for each in self._graphs.values():
-                if each.blind:  # now its probes may say something
-                    each.blind, each.info.probes = False, 0
+                if each.graph is not None and (hid or each.blind):
+                    self._doubt(each)
             self._policy.hurry(
                 [
                     each
@@ -128,6 +132,13 @@ class Captures:
                     if each.graph is not None and self._ledger.is_anchor(each.key)
                 ]
             )
+
+    def _doubt(self, bucket: BucketGraph) -> None:
+        """What the bucket's graph was compared on has shown nothing of some weights, and now they
+        count: it is proven anew."""
+        self._ledger.doubt(bucket.key)
+        bucket.blind, bucket.info.probes, bucket.info.verified = False, 0, False
+        bucket.later = self.blind.get(bucket.shape.phase) == []
 
     def leave_out_useless(self) -> None:
         """Find mixed steps that no graph makes faster, before any is captured or predicted. The

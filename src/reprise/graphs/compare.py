@@ -197,9 +197,10 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def poison(tensors: Iterable[Tensor]) -> None:
-    """Fill with NaN; with -1 where there is none."""
+    """Fill with NaN; where there is none with -2, which is no result: -1 says that there is no
+    draft."""
     for each in tensors:
-        each.fill_(float("nan") if each.is_floating_point() else -1)
+        each.fill_(float("nan") if each.is_floating_point() else -2)
 
 
 def poison_memory(memory: Iterable[Tensor]) -> None:

@@ -52,7 +52,7 @@ class Ledger:
 
     def leave(self, graph: Hashable) -> None:
         """The graph runs no more."""
-        family = self._family_of.pop(graph, None)
+        family = self._family_of.get(graph)
         self._proven.pop(graph, None)
         if family is not None:
             anchors = self._anchors.get(family, [])
@@ -61,6 +61,12 @@ class Ledger:
             for asked in self._planned.get(family, {}).values():
                 asked.discard(graph)
             self._forget(family)
+            del self._family_of[graph]
+
+    def doubt(self, graph: Hashable) -> None:
+        """Whatever was proven of the graph may have been hidden: it is proven no more."""
+        self._proven[graph].clear()
+        self._forget(self._family_of[graph])
 
     def plan(self, anchor: Hashable, kinds: Iterable[Kind]) -> None:
         """``anchor`` stands for its family; its probes are of these kinds."""

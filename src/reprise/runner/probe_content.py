@@ -17,8 +17,10 @@ from reprise.graphs.regions import Stack
 from reprise.runner.arena import to_device
 from reprise.runner.step_inputs import StepInputs
 
-BANK = 64
-"""Blocks of random content, repeated over all blocks of probes."""
+BANK = 61
+"""Blocks of random content, repeated over all blocks of probes. A prime number: a kernel whose
+block numbers or addresses lack a bit reads a block whose distance is a power of two, which must not
+have the content of the right one."""
 PIECE = 64 << 20
 """Bytes of content that are made at a time."""
 

@@ -176,7 +176,8 @@ class ProbeMaker:
 
         Before a step it is not known where it sends its rows. With random tokens an expert gets few
         of them; a graph that is right about few may be wrong about a crowd, and what requests of
-        equal prompts decode is one.
+        equal prompts decode is one. But as values that are alike have one mean, whichever of them
+        attention sees, and rows that are alike may be swapped, such a step proves nothing else.
         """
         if bucket.num_tokens == 1:
             return
@@ -349,7 +350,7 @@ class ProbeMaker:
             replays = replays_of(accepted)
         kind = kind_of_step(counts, starts, starts, codes, bucket, sizes, facts, decodes, replays,
                             compressed_of(self._layout.tables))  # fmt: skip
-        return Probe(name, fill, live, kind, always=alike)
+        return Probe(name, fill, live, None if alike else kind, always=alike)
 
 
 def _cycle(rows: Sequence[Row], count: int, begin: int) -> list[Row]:
