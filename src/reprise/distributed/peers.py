@@ -32,7 +32,7 @@ class FirstPeer(Hub):
 
     def __init__(self, connections: Mapping[int, Sealed], timeout: float) -> None:
         self.on_asked: Callable[[], None] = lambda: None
-        """See :class:`reprise.distributed.Meeting`."""
+        """See :class:`reprise.distributed.meeting.Meeting`."""
         self._rests = False
         self._called = 0
         """Number of the last question to which all others were called."""
@@ -53,7 +53,7 @@ class FirstPeer(Hub):
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """See :class:`reprise.distributed.Meeting`."""
+        """See :class:`reprise.distributed.meeting.Meeting`."""
         self._rests = True
         try:
             yield
@@ -142,7 +142,7 @@ class OtherPeer(Spoke):
 
     def __init__(self, connection: Sealed, rank: int, size: int) -> None:
         self.on_asked: Callable[[], None] = lambda: None
-        """See :class:`reprise.distributed.Meeting`."""
+        """See :class:`reprise.distributed.meeting.Meeting`."""
         self._rests = False
         self._called = 0
         """Number of the last question that another rank has asked."""
@@ -158,7 +158,7 @@ class OtherPeer(Spoke):
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """See :class:`reprise.distributed.Meeting`."""
+        """See :class:`reprise.distributed.meeting.Meeting`."""
         self._rests = True
         try:
             yield

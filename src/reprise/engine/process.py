@@ -33,33 +33,8 @@ def serve(
         make: Makes the service; what it raises is told to the parent.
         orphaned: Called when the parent has died.
     """
-    waiting: list[tuple[bytes, int]] = []
-    serving: list[EngineService] = []
-    lock = threading.Lock()
-
-    def hand_in(word: bytes, descriptor: int) -> None:
-        if word == Control.CONNECTION:
-            serving[0].connect(socket.socket(fileno=descriptor))
-        else:
-            serving[0].take_file(descriptor)
-
-    def listen() -> None:
-        """What the parent says; when it says nothing any more, it has died."""
-        while True:
-            word, descriptor = control.receive()
-            if descriptor is not None:
-                with lock:
-                    if serving:
-                        hand_in(word, descriptor)
-                    else:
-                        waiting.append((word, descriptor))
-            elif word == Control.STOP and serving:
-                serving[0].stop()
-            else:
-                orphaned()
-                os._exit(1)
-
-    threading.Thread(target=listen, name="reprise-control", daemon=True).start()
+    parent = _Parent(control, orphaned)
+    threading.Thread(target=parent.listen, name="reprise-control", daemon=True).start()
     try:
         service = make()
     except RepriseError as error:
@@ -70,10 +45,7 @@ def serve(
         control.send_text(Control.FAILED, json.dumps(["RepriseError", describe(error)]))
         os._exit(1)
     settle()
-    with lock:
-        serving.append(service)
-        for word, descriptor in waiting:
-            hand_in(word, descriptor)
+    parent.serve(service)
     control.send(Control.READY)
     try:
         service.run()
@@ -83,3 +55,47 @@ def serve(
         threading.Event().wait(LAST_WORDS_SECONDS)
         os._exit(1)
     os._exit(0)
+
+
+class _Parent:
+    """What the parent says and hands in, from the moment on at which the service is being made."""
+
+    def __init__(self, control: Control, orphaned: Callable[[], None]) -> None:
+        self._control, self._orphaned = control, orphaned
+        self._lock = threading.Lock()
+        self._service: EngineService | None = None
+        self._waiting: list[tuple[bytes, int]] = []
+        """Descriptors that came before the service was there, and the words they came with."""
+
+    def listen(self) -> None:
+        """Heed the parent; when it says nothing any more, it has died, and so does this process."""
+        while True:
+            word, descriptor = self._control.receive()
+            if descriptor is not None:
+                self._take(word, descriptor)
+            elif word == Control.STOP and self._service is not None:
+                self._service.stop()
+            else:
+                self._orphaned()
+                os._exit(1)
+
+    def serve(self, service: EngineService) -> None:
+        """Hand on what has come to the service, and from now on what comes."""
+        with self._lock:
+            self._service = service
+            for word, descriptor in self._waiting:
+                _hand_in(service, word, descriptor)
+
+    def _take(self, word: bytes, descriptor: int) -> None:
+        with self._lock:
+            if self._service is None:
+                self._waiting.append((word, descriptor))
+            else:
+                _hand_in(self._service, word, descriptor)
+
+
+def _hand_in(service: EngineService, word: bytes, descriptor: int) -> None:
+    if word == Control.CONNECTION:
+        service.connect(socket.socket(fileno=descriptor))
+    else:
+        service.take_file(descriptor)

@@ -54,19 +54,27 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
             require_regular(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if name in stored:
-                        chosen = index.get(name)
-                        if chosen not in (file, stored[name].file):
-                            raise LoadError(
-                                f"{name} is in {stored[name].file} and in {file}: remove one of "
-                                "them, or name the files to load in model.safetensors.index.json"
-                            )
-                        if chosen != file:
-                            continue
-                    stored[name] = Stored(file, tensors.get_slice(name))
+                    earlier = stored.get(name)
+                    if earlier is None or _replaces(name, file, earlier.file, index):
+                        stored[name] = Stored(file, tensors.get_slice(name))
         except (SafetensorError, OSError, ValueError) as error:
             raise LoadError(f"{file} is corrupted or unreadable: {error}") from error
     return stored
+
+
+def _replaces(name: str, file: Path, earlier: Path, index: Mapping[str, Path]) -> bool:
+    """Whether a tensor that both files have is to be read from ``file``.
+
+    Raises:
+        LoadError: The index names neither.
+    """
+    chosen = index.get(name)
+    if chosen not in (file, earlier):
+        raise LoadError(
+            f"{name} is in {earlier} and in {file}: remove one of them, or name the files to load "
+            "in model.safetensors.index.json"
+        )
+    return chosen == file
 
 
 def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, Path]]:
