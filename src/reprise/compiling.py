@@ -277,7 +277,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether it is there, as it was compiled."""
+    """Whether the library is there, as it was compiled."""
     try:
         content = library.read_bytes()
     except FileNotFoundError:

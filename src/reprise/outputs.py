@@ -36,7 +36,7 @@ class CompletionOutput:
     found wrong later. None: no graph that drew them has been found wrong."""
 
     def finished(self) -> bool:
-        """Whether it has ended."""
+        """Whether the completion has ended."""
         return self.finish_reason is not None
 
     def extend(self, later: CompletionOutput) -> None:

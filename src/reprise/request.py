@@ -92,7 +92,7 @@ class Request:
     num_sent: list[int] = field(default_factory=list, init=False, repr=False)
     """Of each table, entries that steps have told the runner."""
     num_left_sent: list[int] = field(default_factory=list, init=False, repr=False)
-    """Of these, how many it knows to be given back."""
+    """Of each table, entries that the runner knows to be given back."""
     num_cached_tokens: int = field(default=0, init=False)
     """Tokens that the prefix cache had when the request first ran."""
     num_preemptions: int = field(default=0, init=False)

@@ -68,7 +68,7 @@ class Speculation:
     """It drafts the likeliest token, whatever a request asks for; else what the request would draw
     from it, which counts more often."""
     eager: bool = False
-    """It runs without graphs."""
+    """The draft model runs without graphs."""
     by_batch: tuple[tuple[int, int, int], ...] = ()
     """First and last number of requests, and how many tokens are drafted where so many run."""
     measured: bool = False

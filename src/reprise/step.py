@@ -39,7 +39,7 @@ class Admission:
     seed: int
     """Of the draws, 64 bits."""
     stop_token_ids: frozenset[int]
-    """They are not drawn before ``params.min_tokens``."""
+    """Tokens that are not drawn before ``params.min_tokens``."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     replay: int = 0
     """Of the tokens before ``start`` the last ones, which its states have beside them: its first

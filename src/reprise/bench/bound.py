@@ -41,7 +41,7 @@ class Work:
         return self.weight_bytes + self.cache_bytes
 
     def seconds(self, floor: Floor) -> float:
-        """If bytes are moved while operations are computed."""
+        """Seconds on such a device, if bytes are moved while operations are computed."""
         by_bytes = self.total_bytes / floor.bytes_per_second
         return max(by_bytes, self.operations / floor.matmul_flops_per_second)
 

@@ -45,7 +45,7 @@ class Answer:
     """Of the error, in a word or two: those of a kind are counted together."""
 
     def fail(self, kind: str, error: str) -> None:
-        """It is no answer."""
+        """Note that no answer came, or a broken one."""
         self.kind, self.error = kind, error[:SHOWN]
 
     @property

@@ -162,7 +162,7 @@ def figures(
 
 
 def times_of(answers: Sequence[Answer]) -> Times:
-    """Of those that did not fail."""
+    """Milliseconds by metric, of the answers that did not fail."""
     done = [each for each in answers if each.error is None]
     found = {
         "ttft": [each.to_first for each in done],

@@ -39,7 +39,7 @@ class Checkpoint:
     """Tokens behind which the state was this."""
     slot: int
     replay: int = 0
-    """Of these the last ones, that the copy has beside the state and not in it."""
+    """How many of these tokens, the last ones, are kept beside the state and are not in it."""
     certain: bool = True
     """Else some of those are drafts that may not count, which the next update tells."""
     sound: bool | None = None

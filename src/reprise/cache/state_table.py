@@ -49,7 +49,7 @@ class StateTable(RequestTable):
         return 0
 
     def grow(self, request: CacheUser, begin: int, end: int) -> None:
-        """It has what it needs."""
+        """Nothing to do: a request has its one state."""
 
     def places(self, request: CacheUser) -> int:
         return NEVER

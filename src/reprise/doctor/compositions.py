@@ -86,7 +86,7 @@ class Found:
     """Steps that differ in what their requests are, how far they have come, or how many tokens of
     which are computed."""
     requests: int = 0
-    """That were compared from their first token to their last."""
+    """Requests that were compared from their first token to their last."""
     rows: set[int] = field(default_factory=set)
     """Numbers of requests that steps have had."""
     tokens: set[int] = field(default_factory=set)
@@ -199,7 +199,7 @@ def run(
     most = engine.config.max_num_seqs
     under_way: dict[str, tuple[int, CompletionGroup]] = {}
     known: dict[str, tuple[int, CompletionGroup]] = {}
-    """Those, and given up ones that a step under way may still have."""
+    """Requests under way, and aborted ones that a step under way may still compute."""
     by_row: dict[int, str] = {}
     submit = engine.runner.submit
 

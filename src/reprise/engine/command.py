@@ -37,7 +37,7 @@ class Command:
                 self._future.set_result(result)
 
     def refuse(self, error: Exception) -> None:
-        """It is not going to be done."""
+        """End the command, which will not be carried out, with an error."""
         if self._future is None or self._future.set_running_or_notify_cancel():
             self._refuse(error)
 

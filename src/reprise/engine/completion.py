@@ -40,7 +40,7 @@ class Completion:
         self._sent: tuple[int, int, bool | None] = (0, 0, None)
         """Tokens and characters that deltas have had, and whether the last had the end."""
         self.num_tokens = 0
-        """That :meth:`append` has had."""
+        """Tokens that :meth:`append` was given."""
         self.reads_tokens = self.logprobs is not None or self.detokenizer is not None
         """Whether :meth:`append` does anything; the request itself keeps the token ids."""
 

@@ -165,7 +165,7 @@ class Detokenizer:
         self._skip_special = params.skip_special_tokens
         self._known = texts.known(self._skip_special)
         self._num_tokens = 0
-        """That :meth:`append` has had."""
+        """Tokens that :meth:`append` was given."""
         self._newest: int | None = None
         """A whole token behind the context, and its text: all that is needed of what came before
         it. None: there is none."""

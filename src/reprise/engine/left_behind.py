@@ -22,7 +22,7 @@ class Thread(Protocol):
         """Wait for its end, at most so many seconds."""
 
     def forked(self) -> None:
-        """It runs in the parent of this process."""
+        """Take note that this process is a fork: the thread runs in its parent."""
 
 
 _living: weakref.WeakSet[Thread] = weakref.WeakSet()

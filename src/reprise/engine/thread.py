@@ -38,7 +38,7 @@ MOST_BETWEEN_SECONDS = 0.01
 MOST_GATHERING_SECONDS = 0.04
 """The same where nothing runs, and requests come that are said to be some of many."""
 NEXT_SECONDS = 0.003
-"""That the next of these is waited for."""
+"""How long the next of these requests is waited for."""
 
 
 class Submission(NamedTuple):

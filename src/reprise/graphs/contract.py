@@ -81,7 +81,7 @@ class State(Protocol):
         and the null units: where a graph that is a little wrong does its harm."""
 
     def near(self) -> Units:
-        """Those of :meth:`beside`, and all that the step reads."""
+        """The units of :meth:`beside`, and all that the step reads."""
 
 
 class Computation(Protocol):

@@ -41,7 +41,7 @@ class Change:
     index: int | None = None
     """Which unit; None: the tensor as a whole."""
     before: bool = False
-    """It had changed already when the step began."""
+    """The memory had changed already when the step began."""
 
     def __str__(self) -> str:
         where = "" if self.index is None else f", {self.unit} {self.index}"

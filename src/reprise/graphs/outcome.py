@@ -14,7 +14,7 @@ class Ran:
     graph: Key | None
     """The graph that computed it; None: eager execution did."""
     proven: bool
-    """It was compared with eager execution, and what left is the eager result."""
+    """The graph was compared with eager execution, and the result is the eager one."""
     first: bool = False
     """No step of its kind had been proven before."""
 

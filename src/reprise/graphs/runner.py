@@ -198,7 +198,7 @@ class GraphRunner:
             if not self.ledger.trusts(bucket.key, kind):
                 unproven = kind
         meets = unproven is not None
-        """It is of such a kind on some rank."""
+        """The step is of an unproven kind on some rank."""
         if policy.checks_kinds and not self._agreement.alike:
             meets = not self._agreement.all(not meets)
         may_meet = not meets or policy.checks_everything

@@ -79,7 +79,7 @@ class Ledger:
         self._forget(family)
 
     def is_anchor(self, graph: Hashable) -> bool:
-        """Whether it stands for its family."""
+        """Whether the graph stands for its family."""
         return graph in self._anchors.get(self._family_of.get(graph), ())
 
     def prove(self, graph: Hashable, kind: Kind, source: Source) -> None:

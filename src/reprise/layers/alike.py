@@ -45,7 +45,7 @@ class Alike:
         self._kinds: list[Hashable] = []
         """Of each layer, but for the memory of its caches: found when it is asked for first."""
         self._waits = False
-        """They wait for other ranks, which have to run the same ones."""
+        """The layers wait for other ranks, which have to run the same ones."""
         self._known: tuple[Hashable, list[int]] | None = None
 
     def some(self) -> list[int]:

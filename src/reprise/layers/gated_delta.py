@@ -154,7 +154,7 @@ def _side_by_side(*shares: Share) -> list[Share]:
 
 
 def _part(target: Tensor, share: Share) -> Destination:
-    """Those rows of what is stored."""
+    """Where a share of the stored rows goes."""
     if share.size == share.total:
         return Destination(target)
     part = (slice(share.begin, share.begin + share.size),)

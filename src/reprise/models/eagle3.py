@@ -58,7 +58,7 @@ class HeadConfig:
     norm_before_residual: bool = False
     """The first layer's residual stream begins with the normalised states."""
     norm_output: bool = False
-    """It goes on from its output behind the last norm."""
+    """The next pass takes the output behind the last norm."""
     qk_norm: bool = False
     embedding: Literal["own", "target's"] = "target's"
     head: Literal["own", "target's", "embedding"] = "own"

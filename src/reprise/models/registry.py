@@ -35,7 +35,7 @@ _BUILT_IN = {
     "SmolLM3ForCausalLM": "reprise.models.smollm3",
 }
 _WITH_TEXT_PART = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-"""Of those that see or hear, whose language model is built alone."""
+"""Multimodal architectures whose language model is built alone."""
 _SENSES = ("vision_config", "audio_config", "thinker_config", "vision_tower", "mm_vision_tower")
 """Fields of configs of models that see or hear."""
 

@@ -170,7 +170,7 @@ class _Noted:
         self._zeros = _Zeros()
 
     def in_passes(self, passes: Iterable[Callable[[], Any]]) -> list[_Call]:
-        """Those that were not made before."""
+        """The calls of these passes that no earlier pass has made."""
         before = len(self._calls)
         with self._table.computing(), intercept(self._note), self._zeros:
             for each in passes:

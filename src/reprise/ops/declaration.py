@@ -46,7 +46,7 @@ class Op:
     extent: str | None = None
     """The argument that says how far the op reaches into each request, if one does."""
     state: tuple[str, ...] = ()
-    """Those of :attr:`mutates` that live on from step to step."""
+    """The arguments of :attr:`mutates` that live on from step to step."""
     collective: bool = False
     """It waits for other ranks: all call it in one order, and none in a thread of its own."""
     rows: tuple[str, ...] = ()

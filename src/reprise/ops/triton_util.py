@@ -34,7 +34,7 @@ class DeviceLimits(NamedTuple):
     shared_memory: int
     """Bytes that one program can use."""
     warps: int = 16
-    """That one program can have."""
+    """Warps that one program can have."""
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class Start:
     hosts: tuple[Host, ...]
     """Of each rank; none: all are on this one."""
     group: str
-    """Its name."""
+    """The group's name."""
     port: int
     """Of the store through which process groups are made, on the leader's host."""
     timeout: float

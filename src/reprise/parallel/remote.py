@@ -17,7 +17,7 @@ class Rank(NamedTuple):
 
     host: Host
     device: str
-    """That it computes on, as its host calls it."""
+    """The device that the rank computes on, as its host calls it."""
     process: str
     """Which process, for people."""
     log: str

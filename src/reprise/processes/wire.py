@@ -21,9 +21,9 @@ class Generate(NamedTuple):
     """Compute a request."""
 
     number: int
-    """That its client gave it."""
+    """Number that its client gave it."""
     name: str
-    """That callers know it by, for the :class:`Call` of ``abort``."""
+    """Name that callers know it by, for the :class:`Call` of ``abort``."""
     prompt: Any
     """From HTTP processes: as :meth:`reprise.LLM.generate` takes it, and ``add_special_tokens``, or
     None for ``chat``. Else what :meth:`reprise.engine.Frontend.prepare` gave."""

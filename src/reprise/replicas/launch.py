@@ -179,7 +179,7 @@ class LocalFleet(Fleet):
             raise
 
     def ended(self, replica: Replica) -> str:
-        """Of those that share experts another one may be the reason."""
+        """How a replica ended; where replicas share experts another one may be the reason."""
         if self._table is None:
             return replica.ended()
         until = time.monotonic() + SETTLE_SECONDS

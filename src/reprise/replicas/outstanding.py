@@ -56,7 +56,7 @@ class Outstanding:
         self._preparing[reader] = (request_id, False)
 
     def is_preparing(self, reader: Reader) -> bool:
-        """Its request is not sent yet, and has not been left."""
+        """Whether the reader's request is not sent yet, and was not dropped."""
         return reader in self._preparing
 
     def prepared(self, reader: Reader) -> bool:

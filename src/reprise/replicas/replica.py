@@ -104,7 +104,7 @@ class Fleet(ABC):
         """They have ended well: nothing of them stays."""
 
     def ended(self, replica: Replica) -> str:
-        """How it went when a replica says nothing more."""
+        """How a replica ended that says nothing more."""
         return replica.ended()
 
     def end(self) -> None:

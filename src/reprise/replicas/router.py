@@ -121,7 +121,7 @@ class Router:
         return route
 
     def began(self, route: Route) -> None:
-        """Its prompt is computed."""
+        """The prompt of a routed request is computed."""
         self.loads[route.replica] -= route.prompt_tokens
         route.prompt_tokens = 0
 

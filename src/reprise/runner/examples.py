@@ -127,7 +127,7 @@ class Examples:
         return [StepShape.decode(n, each) for each in widths for n in sizes]
 
     def _draft_passes(self, tokens: int, *requests: int) -> list[Callable[[], Tensor]]:
-        """Those of a model that drafts, of steps of so many tokens and requests."""
+        """Passes of a model that drafts, in steps of so many tokens and requests."""
         if self._drafter is None:
             return []
         sizes = ((max(tokens, each), each) for each in requests)

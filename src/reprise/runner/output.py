@@ -56,7 +56,7 @@ class Peaks(NamedTuple):
     bits: Ints
     """[D], of floating-point numbers."""
     exponent: int
-    """Of them those that are all set where a number is not finite."""
+    """The bits of the exponent, which are all set where a number is not finite."""
 
 
 class Landing:

@@ -40,7 +40,7 @@ class ForbiddenTokens(RowState):
 
 
 class AllowedTokens:
-    """Those of some rows of logits of ``num_rows``."""
+    """Tokens that may be drawn from some of ``num_rows`` rows of logits."""
 
     def __init__(self, draws: Sequence[Draw], num_rows: int, forbidden: ForbiddenTokens) -> None:
         platform = forbidden.platform

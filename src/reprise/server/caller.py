@@ -12,7 +12,7 @@ from reprise.server.protocol import Connection
 
 
 class Callers:
-    """Those of this process that are not answered yet."""
+    """The callers of this process that are not answered yet."""
 
     def __init__(self) -> None:
         self._all: set[Caller] = set()

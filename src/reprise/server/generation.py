@@ -65,7 +65,7 @@ class Reply(ABC):
         return
 
     def left(self) -> None:
-        """Its caller has all of it, or is gone."""
+        """The caller has all of the output, or is gone."""
         return
 
     def running_usage(self) -> bytes | None:

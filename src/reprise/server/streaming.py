@@ -174,7 +174,7 @@ class _Pump:
         self._left: asyncio.Future[bytes]
         """What :meth:`_write` does not send."""
         self._ended = False
-        """It has sent all there is."""
+        """The stream has sent everything."""
         self.flowing = False
         """All that came before was sent, or waits in the outbox."""
         self.size = 0

@@ -41,7 +41,7 @@ class Conformance:
     chosen: list[str] = field(default_factory=list)
     """Names of the contracts to be tried, in their order."""
     outcomes: list[Outcome] = field(default_factory=list)
-    """Of those that were tried, in the same order."""
+    """Results of the contracts that were tried, in the same order."""
     ended: str | None = None
     """Why not all were tried; None: they were, or are being."""
 

@@ -25,12 +25,12 @@ class Part:
     width: int
     """New tokens of a request in decode steps."""
     phases: tuple[Phase, ...] = PHASES
-    """Of its steps."""
+    """Phases of its steps."""
     compiled: bool = True
     """Its code may be compiled."""
 
     def of(self, executors: Sequence[Executor]) -> list[Executor]:
-        """Those of them that it can have."""
+        """The executors that this part can have."""
         return [each for each in executors if self.compiled or each != "compiled"]
 
 

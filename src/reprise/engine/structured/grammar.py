@@ -48,9 +48,9 @@ class Grammar:
         self._matcher, self._followed = xgrammar.GrammarMatcher(compiled.grammar), 0
         """xgrammar's, which comes after where somebody asks it: behind so many of the tokens."""
         self._refused = False
-        """It did not take a token that the automaton took."""
+        """xgrammar did not take a token that the automaton took."""
         self._tokens: list[int] = []
-        """That the grammar is about."""
+        """The tokens that the grammar covers."""
         self.automaton = compiled.automaton
         """Tells where the text stands; None: the matcher does."""
         start = None if self.automaton is None else self.automaton.start
@@ -63,11 +63,11 @@ class Grammar:
         self.ended = False
         """The text is complete, and no token follows."""
         self.num_tokens = 0
-        """That it has taken."""
+        """Tokens that it has taken."""
         self._min_tokens, self._held = min_tokens, held
         self._others = _others(held)
         self._masks: MaskTable | None = None
-        """That the places are of."""
+        """The table that the places are of."""
         self._places_while_short = self._places_then = self.places = Places()
         """Of masks that are kept, by :attr:`state`."""
         self.state: State | None = None
@@ -76,7 +76,7 @@ class Grammar:
         self._settle()
 
     def keep_in(self, masks: MaskTable) -> None:
-        """Its masks are in this table."""
+        """Keep the masks of this grammar in a table."""
         self._masks = masks
         self._places_while_short = masks.places_of(self._others, None)
         self._places_then = masks.places_of((), None)

@@ -137,7 +137,7 @@ class MaskTable:
         self._changed: list[int] = []
         """Places that are written in this step."""
         self._later: tuple[list[int], list[Any]] = [], []
-        """Of them those that are to be filled, and their matchers."""
+        """Places that are yet to be filled, and their matchers."""
         self._others: dict[Others, list[int]] = {}
         self._crowded: dict[int, Crowded] = {}
         self._doubted: tuple[int, int] | None = None
@@ -347,7 +347,7 @@ class MaskTable:
         return found
 
     def _compare(self) -> None:
-        """If a mask that was kept is another one, none is from now on."""
+        """Compare a kept mask with a new one; if they differ, keep none from now on."""
         if self._doubted is None:
             return
         kept, filled = self._doubted

@@ -11,7 +11,7 @@ from reprise.ops.triton_util import cdiv, launch, launch_options
 _BLOCK = 4096
 """Columns of one row and one rank that a program copies."""
 _WORDS = (512, 1024, 2048)
-"""That a program pushes, of 32 bits."""
+"""Words of 32 bits that a program pushes."""
 _MOST_PROGRAMS = 128
 """As of sums."""
 

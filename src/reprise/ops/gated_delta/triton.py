@@ -161,6 +161,6 @@ def _precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _precisions() -> Sequence[str]:
-    """That the device's matrix units know."""
+    """Input precisions that the device's matrix units know."""
     options = make_backend(driver.active.get_current_target()).parse_options({})
     return tuple(options.allowed_dot_input_precisions)

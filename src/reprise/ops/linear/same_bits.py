@@ -102,7 +102,7 @@ def by_library(
 
 
 def _plain(operand: Tensor) -> bool:
-    """It lies as those do that are compared on."""
+    """Whether the operand is laid out as those that the comparison was made on."""
     return operand.is_contiguous() and operand.data_ptr() % _ALIGNMENT == 0
 
 

@@ -119,7 +119,7 @@ class DraftChain:
         return self._drafts[:count, :requests]
 
     def compare_passes(self) -> None:
-        """They are to be compiled, which rounds in other places."""
+        """Have passes compared one by one: they will be compiled, which rounds in other places."""
         self.compiled = True
         count, most = self._drafts.shape
         self._passes = self._passes.new_zeros(count, most, self._passes.shape[2])

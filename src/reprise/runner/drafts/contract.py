@@ -48,7 +48,7 @@ class GraphOptions:
         platform: Platform,
         agreement: Agreement = ALONE_AGREES,
     ) -> GraphOptions:
-        """Those of an engine whose steps have ``max_tokens`` tokens at most."""
+        """The options of an engine whose steps have ``max_tokens`` tokens at most."""
         return cls(
             parse_plan(config.graph_mode),
             parse_buckets(config.graph_buckets, config.max_num_seqs, max_tokens),

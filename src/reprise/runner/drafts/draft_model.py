@@ -23,7 +23,7 @@ class DraftModel(nn.Module):
     """
 
     taps: tuple[Depth, ...] = ()
-    """What it takes of the target, side by side."""
+    """Depths of the target whose hidden states it takes, side by side."""
     shifted: bool
     waits: bool = False
     """Its passes have collectives: other ranks compute parts of them."""

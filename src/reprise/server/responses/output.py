@@ -23,7 +23,7 @@ class Output:
         self._sequence = 0
 
     def take_events(self) -> bytes:
-        """Those since the last time."""
+        """The events since the last call."""
         found, self._events = b"".join(self._events), []
         return found
 

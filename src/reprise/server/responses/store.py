@@ -66,14 +66,14 @@ class ResponseStore:
         return self._running.get(name)
 
     def delete(self, name: str) -> bool:
-        """Whether it was known, and is under way no more."""
+        """Drop a response; returns whether it was known."""
         entry = self._found.pop(name, None)
         if entry is not None:
             self.size -= entry.size
         return entry is not None
 
     def forget(self, names: Iterable[str]) -> None:
-        """They are under way no more, and not kept."""
+        """Drop responses under way, which are not kept."""
         for each in names:
             self._running.pop(each, None)
 

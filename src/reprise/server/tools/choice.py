@@ -52,7 +52,7 @@ class ToolUse:
     strict: frozenset[str]
     """Tools whose schema is enforced wherever they are called."""
     allowed: tuple[str, ...]
-    """Those that may be called."""
+    """Tools that may be called."""
     named: bool
     """The one that is allowed has to be called, once."""
     required: bool
