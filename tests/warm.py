@@ -51,12 +51,13 @@ PROGRAMS = {
 of their own. The last one is for the test of all this."""
 IMPORTS = (
     "reprise.parallel.follower", "reprise.engine.process", "reprise.replicas.service",
-    "torch._dynamo", "torch._inductor.compile_fx",
+    "torch._dynamo", "torch._inductor.compile_fx", "safetensors.torch", "tokenizers",
+    "transformers.utils.chat_template_utils",
 )  # fmt: skip
-"""What they import, then or when they start."""
+"""What they import, then, when they start or for a first chat."""
 OF_SERVERS = (
     "reprise.cli.app", "reprise.server.supervisor", "reprise.server.worker",
-    "reprise.server.engine_server", "reprise.testing.stub_engine",
+    "reprise.server.engine_server", "reprise.testing.stub_engine", "xgrammar",
 )  # fmt: skip
 """The same, of processes that need packages which may not be there."""
 INSTALLED = [each for each in sys.path if each != ROOT]
