@@ -47,14 +47,19 @@ def two_layers(path):
     return path
 
 
+TRIED_HERE_ALONE = ("state_committed_twice",)
+"""Faults that no other test plants in a graph of a model."""
+
+
 def only_in_long_runs():
-    """Contracts that short runs on the CPU leave out: of faults that any model can have one of
-    each kind is tried, since each is caught in tests of its own; of compiled graphs too, and of
+    """Contracts that short runs on the CPU leave out: of faults one of each kind is tried in each
+    model that has it, since each is caught in tests of its own; of compiled graphs too, and of
     matrix products in Triton's interpreter one of each format is captured, or tried in batches."""
     kinds = set()
     for name, fault in FAULTS.items():
-        kind = fault.caught, fault.shows_in, fault.traced
-        if not (fault.needs or fault.reads or fault.engine_options) and kind in kinds:
+        kind = fault.caught, fault.shows_in, fault.traced, fault.needs, fault.reads
+        kind += (str(fault.engine_options),)
+        if kind in kinds and name not in TRIED_HERE_ALONE:
             yield f"fault_is_caught:{name}"
         kinds.add(kind)
     yield "executor_is_exact:compiled"
