@@ -137,7 +137,7 @@ def sources(number: str) -> list[tuple[Path, str]]:
 
 
 def library(source: Path, number: str) -> Path:
-    """Of a source; meanwhile all others of such numbers are compiled too.
+    """The library of a source; meanwhile all others of such numbers are compiled too.
 
     Args:
         source: In :data:`HOME`.
@@ -165,7 +165,7 @@ def _compile_unless_begun(which: tuple[Path, str]) -> None:
 
 
 def compiled(source: Path, number: str, wait: bool = True) -> Path:
-    """Its library, if need be after it was compiled.
+    """The library of a source, if need be after it was compiled.
 
     Args:
         source: In C++.
@@ -290,7 +290,7 @@ def is_whole(library: Path) -> bool:
 
 
 def compiler() -> tuple[tuple[str, ...], bytes]:
-    """Its name and arguments, and what it says of itself and of the processor.
+    """The compiler's name and arguments, and what it says of itself and of the processor.
 
     Raises:
         OpError: There is none, or it does not say.

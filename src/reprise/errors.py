@@ -13,7 +13,8 @@ def ordinary(error: BaseException) -> Exception:
 
 
 def describe(error: BaseException) -> str:
-    """Its type and the first line of its message; the next one too where that announces it."""
+    """An error's type and the first line of its message; the next one too where that announces
+    it."""
     lines = [each.strip() for each in str(error).splitlines() if each.strip()]
     told = lines[0] if lines else repr(error)
     if told.endswith(":") and len(lines) > 1:

@@ -62,7 +62,8 @@ class Job(NamedTuple):
 
 
 def packed(job: Job) -> bytes:
-    """For the socket. Raises what pickle does where something has no name to be found by."""
+    """The job as bytes for the socket. Raises what pickle does where something has no name to be
+    found by."""
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(tuple(job))
     function = getattr(job.kernel, "fn", job.kernel)
@@ -75,7 +76,7 @@ def module_of(job: bytes) -> str:
 
 
 def unpacked(job: bytes) -> Job:
-    """In the other process."""
+    """The job again, in the other process."""
     return Job(*_Unpickler(io.BytesIO(job.partition(b"\n")[2])).load())
 
 
@@ -272,7 +273,7 @@ def end() -> None:
 
 
 def _forget() -> None:
-    """In a fork of this process it is the parent's."""
+    """Forget the compiler process in a fork of this one: it is the parent's."""
     global _beside, _lock, _users
     _beside, _lock, _users = None, threading.Lock(), 0
 

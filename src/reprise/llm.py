@@ -57,7 +57,7 @@ class LLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> Self:
-        """From options that were put together before."""
+        """Make one from options that were put together before."""
         return cls(**engine_args.arguments())
 
     @property

@@ -51,7 +51,7 @@ class CompletionOutput:
         self.suspect_from = later.suspect_from
 
     def copy(self) -> Self:
-        """One whose lists are its own."""
+        """A copy whose lists are its own."""
         logprobs = None if self.logprobs is None else list(self.logprobs)
         return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
 
@@ -114,5 +114,5 @@ class RequestOutput:
             self.prompt_logprobs = later.prompt_logprobs
 
     def copy(self) -> Self:
-        """One whose completions are its own."""
+        """A copy whose completions are its own."""
         return replace(self, outputs=[each.copy() for each in self.outputs])

@@ -208,7 +208,7 @@ def _one(found: re.Match[str]) -> _Codes:
 
 
 def _others(codes: _Codes) -> _Codes:
-    """All that are not these."""
+    """All code points that are not these."""
     found, begin = [], 0
     for first, last in sorted(codes):
         if begin < first:

@@ -109,14 +109,14 @@ class ModelWork:
         self._bytes = size(each for each in model.parameters() if id(each) not in apart)
 
     def step(self, chunks: Sequence[Chunk]) -> Work:
-        """Of one step in which these requests take part."""
+        """The work of one step in which these requests take part."""
         rows = sum(each.new for each in chunks)
         sampled = sum(each.sampled for each in chunks)
         work = self.products(rows, sampled)
         return sum(map(self.request, chunks), work)
 
     def products(self, rows: int, sampled: int) -> Work:
-        """Of the matrix products of so many tokens, and of so many rows of logits."""
+        """The work of the matrix products of so many tokens, and of so many rows of logits."""
         nbytes: float = self._bytes + (self._head_bytes if sampled else 0)
         operations = rows * self._operations + sampled * self._head_operations
         for each in self._experts:
@@ -125,7 +125,7 @@ class ModelWork:
         return Work(weight_bytes=nbytes, operations=operations)
 
     def request(self, chunk: Chunk) -> Work:
-        """Of one request's caches."""
+        """The work of one request's caches."""
         nbytes = operations = 0.0
         for (lifetime, token_bytes), count in self._caches.items():
             nbytes += count * _cache_bytes(lifetime, token_bytes, chunk)
@@ -145,7 +145,8 @@ def _cache_bytes(lifetime: Lifetime, token_bytes: float, chunk: Chunk) -> float:
 
 
 def _pairs(window: int, chunk: Chunk) -> int:
-    """Of a new token and one that it sees; ``window``: how many it sees at most, 0: all."""
+    """How many pairs of a new token and one that it sees there are; ``window``: how many it sees at
+    most, 0: all."""
     length = chunk.start + chunk.new
     pairs = _triangle(length) - _triangle(chunk.start)
     if window:
@@ -189,7 +190,7 @@ class Schedule:
     _computed: dict[int, int] = field(default_factory=dict)
 
     def note(self, step: Step, known: Sequence[int], waiting: int, budget: int) -> None:
-        """One more step.
+        """Take note of one more step.
 
         Args:
             step: Which.

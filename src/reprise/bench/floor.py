@@ -104,7 +104,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _copy_rate(platform: Platform) -> float:
-    """Of a copy large enough that neither its start nor a cache matters."""
+    """Bytes a second of a copy that is so large that neither its start nor a cache matters."""
     room = platform.memory_info().free // 4
     count, rate = LEAST_COPY_BYTES, 0.0
     while not rate or (count <= MOST_COPY_BYTES and 2 * count <= room):

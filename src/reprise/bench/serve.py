@@ -130,7 +130,7 @@ def figures(
     percentiles: Sequence[float],
     goodput: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Of a load.
+    """The figures of a load.
 
     Args:
         answers: To all of its requests; those that failed count as failed alone.

@@ -24,7 +24,7 @@ KINDS = ("attention", "products", "small")
 
 
 def kind_of(name: str) -> str:
-    """Of an op or a kernel, by its name."""
+    """The kind of an op or a kernel, by its name."""
     lower = name.lower()
     if any(each in lower for each in _ATTENTION):
         return "attention"

@@ -71,8 +71,8 @@ class ServeWork:
 
 
 def make_prompts(work: ServeWork, chat: bool) -> list[Prompt]:
-    """Those of the data set, or random ones: token ids, which are exactly so many, or for chats
-    words.
+    """The prompts of the data set, or random ones: token ids, which are exactly so many, or for
+    chats words.
 
     Raises:
         ConfigError: A line of the data set is no such prompt.

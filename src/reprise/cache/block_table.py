@@ -31,7 +31,7 @@ class BlockTable(RequestTable):
     # ---- admission -----------------------------------------------------------------------
 
     def least_cost(self, request: CacheUser) -> int:
-        """Of an admission, whatever the prefix cache has."""
+        """The least that an admission takes, whatever the prefix cache has."""
         return self._claim(request, 0)
 
     def cost(self, request: CacheUser, hit: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ class TableLayout:
     """How many tokens rows of these caches stand for, where it is more than one."""
 
     def entries(self, length: int) -> int:
-        """Of the table of a request of ``length`` tokens."""
+        """Entries in the table of a request of ``length`` tokens."""
         return max(1, self.lifetime.needed(0, length, self.block_size).stop)
 
     @property

@@ -34,7 +34,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -264,7 +264,7 @@ class LayerCache:
                    for each in self.rows.values())  # fmt: skip
 
     def shape(self, rows: Rows, block_size: int) -> tuple[int, ...]:
-        """Of a block of so many tokens."""
+        """The shape of a block of so many tokens."""
         if self.lifetime.rewritten:
             return rows.shape
         if rows.scales_of is not None:

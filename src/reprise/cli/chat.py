@@ -115,7 +115,7 @@ class Conversation:
         typer.secho("system message set", err=True, dim=True)
 
     def answer(self, text: str) -> None:
-        """One turn.
+        """Take one turn.
 
         A refused one is dropped. An interrupted answer stays in the conversation as far as it came.
         """

@@ -97,7 +97,7 @@ class Ending:
         os._exit(self.status)
 
     def _wait(self, seconds: float | None) -> int | None:
-        """For the next signal's number; 0: the block has ended; None: the time is over."""
+        """Wait for the next signal's number; 0: the block has ended; None: the time is over."""
         until = None if seconds is None else time.monotonic() + seconds
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())

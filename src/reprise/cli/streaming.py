@@ -87,7 +87,7 @@ class Writer:
 
 
 def write(text: str, *, clean: bool = False) -> None:
-    """To standard output at once. ``clean``: without characters that steer a terminal."""
+    """Write to standard output at once. ``clean``: without characters that steer a terminal."""
     sys.stdout.write(text.translate(_CONTROL) if clean else text)
     sys.stdout.flush()
 

@@ -73,7 +73,7 @@ class Board:
 
     @staticmethod
     def nbytes(size: int, ring_bytes: int) -> int:
-        """Of the memory that a board needs."""
+        """Bytes of the memory that a board needs."""
         return 8 * _WORDS * (1 + size) + _TEXT_BYTES * size + ring_bytes
 
     def close(self) -> None:

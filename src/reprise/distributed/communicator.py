@@ -199,7 +199,7 @@ def _finish(work: Any) -> None:
 
 
 def communicator(name: str) -> Communicator:
-    """Of the group of this name.
+    """The communicator of the group of this name.
 
     Raises:
         PlatformError: There is none (any more).

@@ -72,7 +72,7 @@ class SymmetricBuffer:
 
     @staticmethod
     def nbytes(size: int) -> int:
-        """Of a rank's part, where there are ``size`` of them."""
+        """Bytes of a rank's part, where there are ``size`` of them."""
         return 2 * PROGRAMS * size * SLOT_BYTES + _END_BYTES
 
     @staticmethod

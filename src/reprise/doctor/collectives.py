@@ -128,7 +128,7 @@ class _Measurement:
         }
 
     def rows(self, nbytes: int) -> list[dict[str, Any]]:
-        """One of each implementation."""
+        """A row for each implementation."""
         dtype = self.platform.default_dtype
         numbers = torch.Generator().manual_seed(self.group.rank)
         count = max(1, nbytes // dtype.itemsize)
@@ -160,7 +160,7 @@ class _Measurement:
         return found
 
     def _microseconds(self, part: Tensor) -> float:
-        """Of one sum in a row of them; the slowest rank's median."""
+        """Microseconds of one sum in a row of them; the slowest rank's median."""
         parts = [part.clone() for _ in range(min(self.calls, max(1, (256 << 20) // part.nbytes)))]
 
         def row() -> None:
@@ -189,7 +189,7 @@ class _Measurement:
         self.platform.synchronize()
 
     def _largest(self, value: float) -> float:
-        """Of all ranks."""
+        """The largest value of all ranks."""
         own = torch.tensor([value], dtype=torch.float32, device=self.platform.device)
         return float(self.communicator.all_gather(own).max())
 

@@ -82,7 +82,7 @@ class Completion:
         return found
 
     def finish(self) -> None:
-        """It was aborted, or has failed: no token follows."""
+        """End a completion that was aborted, or has failed: no token follows."""
         if self.detokenizer is not None:
             self.detokenizer.finish()
 

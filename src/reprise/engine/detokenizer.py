@@ -122,8 +122,8 @@ class _StopStrings:
         self.longest = self._lengths[0] if stops else 0
 
     def first(self, text: str, known: int) -> tuple[int, int] | None:
-        """Where the one that is complete first begins and ends; of two that are complete at once
-        the longer one, so that nothing of it is shown. None: none ends behind ``known``.
+        """Where the stop string that is complete first begins and ends; of two that are complete at
+        once the longer one, so that nothing of it is shown. None: none ends behind ``known``.
 
         Args:
             text: So far.

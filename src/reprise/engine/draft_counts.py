@@ -37,7 +37,7 @@ class DraftStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Of the drafted tokens, how many counted."""
+        """The fraction of the drafted tokens that counted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property

@@ -90,7 +90,7 @@ class Engine(Frontend):
         logger.info("ready on %s after %.2f s", self.platform.device, self.startup_seconds)
 
     def _begin(self, config: EngineConfig, opened: Opened) -> None:
-        """All that goes on from the runner."""
+        """Make all that goes on from the runner."""
         self.runner = runner = opened.runner
         super().__init__(
             config,

@@ -54,7 +54,7 @@ class Groups:
         return request_id in self._groups
 
     def __iter__(self) -> Iterator[str]:
-        """Their ids."""
+        """The ids of unfinished requests."""
         return iter(self._groups)
 
     def add(self, group: CompletionGroup, grammar: Any = None) -> None:

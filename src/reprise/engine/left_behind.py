@@ -29,7 +29,8 @@ _living: weakref.WeakSet[Thread] = weakref.WeakSet()
 
 
 def add(thread: Thread) -> None:
-    """From now on this one is seen to; its engine is there, and has registered what it needs."""
+    """From now on this thread is ended with the program; its engine is there, and has registered
+    what it needs."""
     _living.add(thread)
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # what the engine has registered itself comes behind it

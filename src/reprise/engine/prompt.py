@@ -152,7 +152,7 @@ def _is_list(value: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """For messages of errors."""
+    """The value as messages of errors show it."""
     return shown(value, 60)
 
 

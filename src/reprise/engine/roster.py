@@ -61,7 +61,7 @@ class Roster:
         return self._requests.get(request_id)
 
     def running(self) -> list[Request]:
-        """Those that run, the most urgent first; the list itself, which preemption shortens from
+        """Requests that run, the most urgent first; the list itself, which preemption shortens from
         its end."""
         if self._running_is_stale:
             self._running = [r for r in self._running if r.finish_reason is None]
@@ -70,7 +70,7 @@ class Roster:
 
     @property
     def num_running(self) -> int:
-        """For any thread: it reads alone."""
+        """How many requests run, for any thread: it reads alone."""
         return sum(each.finish_reason is None for each in self._running)
 
     def take_released(self) -> list[int]:
@@ -161,7 +161,8 @@ class Roster:
     # ---- steps that write its blocks ---------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
-        """It runs no more: free its row, and its blocks now or when no step writes them."""
+        """The request runs no more: free its row, and its blocks now or when no step writes
+        them."""
         self._released.append(request.row)
         heappush(self._free_rows, request.row)
         request.row = NULL_ROW

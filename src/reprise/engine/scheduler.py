@@ -155,7 +155,7 @@ class Scheduler:
 
     @property
     def num_generated_tokens(self) -> int:
-        """Of all requests, from the start."""
+        """Tokens of all requests, from the start."""
         return self._counts.generated_tokens
 
     @property

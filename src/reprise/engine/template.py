@@ -52,7 +52,7 @@ class Renderer(Protocol):
 
     @property
     def text(self) -> str:
-        """In which the tags occur that its models write."""
+        """The text in which the tags occur that its models write."""
 
     @property
     def tool_call_form(self) -> ToolCallForm | None:

@@ -359,7 +359,7 @@ class EngineThread:
             self._next_by = time.perf_counter() + NEXT_SECONDS
 
     def _gathering_seconds(self) -> float:
-        """To wait for another request."""
+        """How long to wait for another request."""
         if self._gather_until is None or self._next_by is None:
             return 0.0
         engine = self.engine
@@ -368,7 +368,7 @@ class EngineThread:
         return max(0.0, min(self._next_by, self._gather_until) - time.perf_counter())
 
     def _tell_accepted(self) -> None:
-        """All of a burst at once."""
+        """Tell the readers of a burst at once that their requests were accepted."""
         if self._accepted:
             readers, self._accepted = self._accepted, []
             self._delivered(readers)

@@ -28,7 +28,7 @@ class Weights:
 
     @property
     def whole(self) -> bool:
-        """All are old, or all new, and as they were loaded."""
+        """Whether all weights are old, or all new, and as they were loaded."""
         return not self._half_updated and self._lost is None
 
     def lose(self, error: WeightsLostError) -> None:

@@ -50,7 +50,8 @@ class Bounds:
         return self.inexact if found is None else max(found, self.inexact or 0.0)
 
     def measure(self, buckets: Sequence[BucketGraph]) -> None:
-        """From what eager execution does, so that a wrong graph cannot widen its own bound."""
+        """Measure the bounds on what eager execution does, so that a wrong graph cannot widen its
+        own bound."""
         first = next((each for each in buckets if each.graph is not None and each.probes), None)
         if first is None:
             return

@@ -140,7 +140,7 @@ class Capturer:
         return None
 
     def _prepare(self, bucket: BucketGraph, executor: Executor) -> None:
-        """All that a rank does alone."""
+        """Do all that a rank does alone."""
         self.model(executor)
         self.pool.prepare()
         write_padding(self._computation, bucket.shape)
@@ -168,7 +168,7 @@ class Capturer:
         bucket.info.bytes = graph.nbytes
 
     def discard(self) -> None:
-        """All graphs are thrown away, and their memory unless other owners' graphs share it."""
+        """Throw all graphs away, and their memory unless other owners' graphs share it."""
         self.pool.discard()
         self._compiled = None
         self._warm.clear()

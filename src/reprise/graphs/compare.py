@@ -155,7 +155,7 @@ def _values(x: Compared) -> Tensor:
 
 
 def part(x: Compared, index: int | slice) -> Compared:
-    """By the first dimension."""
+    """A part of it, by the first dimension."""
     return x[index] if isinstance(x, Tensor) else Coded(x.codes[index], x.scales[index])
 
 

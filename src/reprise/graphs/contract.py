@@ -49,7 +49,7 @@ class State(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of what :meth:`read` would return."""
+        """Bytes of what :meth:`read` would return."""
 
     def names(self, key: str) -> Sequence[str]:
         """The names of the C caches, as :meth:`Computation.memory` has them."""

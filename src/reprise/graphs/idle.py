@@ -129,7 +129,7 @@ class IdleProof:
             self._replays.make_good(bucket, probe.live, verdict, f"probe {probe.name!r}")
 
     def _tell_progress(self) -> None:
-        """One log line when the last graph has met all its probes."""
+        """Log one line when the last graph has met all its probes."""
         buckets = list(self._buckets.values())
         self._prover.conclude(buckets)
         running = [each.info for each in buckets if each.graph is not None]

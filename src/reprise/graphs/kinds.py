@@ -76,7 +76,7 @@ class Facts:
         return itertools.product(facts, self._row_facts(code))
 
     def pairs(self, kind: Kind) -> set[Pair]:
-        """All of a step."""
+        """All pairs of facts of a step."""
         found = set(self.step_pairs(kind.step))
         for code in set(kind.rows.tolist()):
             found.update(self.row_pairs(code), self.cross_pairs(kind.step, code))

@@ -118,7 +118,7 @@ class GraphOwners:
         return found
 
     def report(self) -> GraphReport:
-        """All of them in the words of one; the plan is the target's."""
+        """One report of all owners; the plan is the target's."""
         names, reports = list(self.runners), [each.report() for each in self.runners.values()]
         first = reports[0]
         if len(reports) == 1:

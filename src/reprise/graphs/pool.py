@@ -37,7 +37,7 @@ class GraphPool:
         return self._handle
 
     def keep(self, graph: SegmentedGraph) -> None:
-        """It was captured; its memory is there as long as this is."""
+        """Take in a graph that was captured; its memory is there as long as this is."""
         self._kept.setdefault(id(graph.pool), graph)
 
     def spoiled(self) -> None:
@@ -51,7 +51,7 @@ class GraphPool:
         return self._memory[id(graph.pool)]
 
     def discard(self) -> None:
-        """All graphs are thrown away: begin anew."""
+        """Throw all graphs away: begin anew."""
         self._handle = None
         self._kept.clear()
         self._memory.clear()

@@ -297,7 +297,7 @@ class _Deferred:
 
     @functools.cached_property
     def settled(self) -> Tensor:
-        """It, if it lives on; else its alias. An op's arguments are in several lists."""
+        """The tensor, if it lives on; else its alias. An op's arguments are in several lists."""
         if self._storage.expired():
             return self.alias
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)

@@ -38,7 +38,7 @@ class Verdict:
 
     @property
     def told(self) -> str:
-        """In words; the first of each kind, and how many more."""
+        """What was found, in words: the first of each kind, and how many more."""
         parts = [] if self.error is None else [self.error]
         if self.lost and not parts and not self.changes:
             parts.append("it changed copies and eager results that it was compared with")

@@ -39,5 +39,5 @@ class Build:
     of which computes other rows; None: each rank of the group has a part of every expert."""
 
     def at(self, name: str) -> Build:
-        """For a part of the layer, by its name in the checkpoint."""
+        """The build of a part of the layer, by its name in the checkpoint."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)

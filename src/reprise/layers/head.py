@@ -54,5 +54,5 @@ class Head(Linear):
 
 
 def _as_long(tensor: Tensor, rows: int) -> Tensor:
-    """With zeros behind it, unless it has so many rows."""
+    """The tensor with rows of zeros behind it, so that it has so many."""
     return tensor if len(tensor) == rows else F.pad(tensor, (0, 0, 0, rows - len(tensor)))

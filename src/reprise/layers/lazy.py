@@ -77,7 +77,8 @@ class Residual:
         return self._values
 
     def normed(self, norm: RMSNorm, *, late: bool = False) -> Tensor | Normed:
-        """Its norm, for a product that reads it. ``late``: that one computes it in any case."""
+        """The residual stream's norm, for a product that reads it. ``late``: that one computes it
+        in any case."""
         if late or self._added is None:
             return Normed(self.values, norm)
         added, self._added = self._added, None

@@ -203,7 +203,7 @@ def rows_of(runs: Sequence[Run], total: int | None = None) -> list[Rows]:
 
 
 def format_of(build: Build, runs: Sequence[Run]) -> Format:
-    """Of the product, of whose parts all must have the same."""
+    """The format of a product, whose parts must all have the same."""
     paths = {each.name: build.at(each.name).path if each.name else build.path for each in runs}
     first, *others = [build.formats.of(path) for path in paths.values()]
     if any(each is not first for each in others):

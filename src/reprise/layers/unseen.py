@@ -60,7 +60,8 @@ class Unseen:
         return list(chain.from_iterable(each.values() for each in self._places))
 
     def now(self) -> bool:
-        """They do, as they are at the moment. A compiler is told no: it sees everything."""
+        """Whether the layers look at no number, as they are at the moment. A compiler is told no:
+        it sees everything."""
         return (
             self._known
             and not torch.compiler.is_compiling()

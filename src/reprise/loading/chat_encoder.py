@@ -56,7 +56,7 @@ class EncoderTexts:
 
 
 def encoder_texts(path: Path) -> EncoderTexts | None:
-    """Those of a checkpoint's directory; None: its conversations are not encoded so.
+    """The texts of a checkpoint's directory; None: its conversations are not encoded so.
 
     Raises:
         ValueError: The file is not what encoder files are.

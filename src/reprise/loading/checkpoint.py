@@ -100,7 +100,8 @@ def _in_brackets(text: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """It cannot be a hub id, or is hardly one: the directory that it would be in is here."""
+    """Whether the name cannot be a hub id, or is hardly one: the directory that it would be in is
+    here."""
     if name.startswith((".", "/", "~")) or name.endswith(("/", *_FILES)) or name.count("/") > 1:
         return True
     return "\\" in name or ("/" in name and Path(name).parent.is_dir())

@@ -31,7 +31,7 @@ _NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
 
 
 def read_generation_config(path: Path) -> Mapping[str, Any]:
-    """Of a checkpoint's directory; empty: it has none.
+    """The generation config of a checkpoint's directory; empty: it has none.
 
     Raises:
         LoadError: The file is not valid, or recommends what no request can ask for.

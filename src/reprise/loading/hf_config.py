@@ -106,7 +106,7 @@ def _config(
 
 
 def check_token_ids(eos_token_id: Any) -> None:
-    """Of a config or a generation config.
+    """Check the ids in a config or a generation config.
 
     Raises:
         ValueError: It is no token id, list of them, or None.

@@ -17,8 +17,8 @@ MOST = 8
 
 
 def find_odd(copies: Sequence[Copy]) -> list[Copy]:
-    """Those whose numbers would not be finite at their targets, which are not written to. What is
-    on a device is looked at there."""
+    """The copies whose numbers would not be finite at their targets, which are not written to. What
+    is on a device is looked at there."""
     with ThreadPoolExecutor(WORKERS, "reprise-weights") as pool:
         found = list(pool.map(_is_finite, copies))
     return [each for each, finite in zip(copies, found, strict=True) if not finite]

@@ -59,8 +59,8 @@ _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def _is_whole_rope(value: Any) -> bool:
-    """Of no scaling, or of that of Llama 3, with all its parameters. A type that is not said is
-    the default one, as in files of transformers 4."""
+    """Whether these are parameters of no scaling, or of that of Llama 3, with all of them. A type
+    that is not said is the default one, as in files of transformers 4."""
     if not isinstance(value, Mapping) or not all(
         _is_number(each) and each > 0 for name, each in value.items() if name != "rope_type"
     ):

@@ -56,7 +56,7 @@ def resolve_rope(
 
 
 def _said(source: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """All that one source says, in the new spelling."""
+    """All parameters that one source gives, in the new spelling."""
     result: dict[str, Any] = {}
     for spelling in ("rope_parameters", "rope_scaling"):
         value = source.get(spelling)

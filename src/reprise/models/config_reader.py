@@ -257,7 +257,7 @@ def require_whole_contexts(config: Config, length: int, *, has_windows: bool) ->
 
 
 def rope_parameters(config: Config, *, partial: bool = False) -> Mapping[str, Any]:
-    """Of an architecture that rotates the heads of all layers alike.
+    """The parameters of an architecture that rotates the heads of all layers alike.
 
     Args:
         config: Of a checkpoint.

@@ -137,7 +137,7 @@ class NextStreams(StoredModel):
         return taps
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """One pass.
+        """Compute one pass.
 
         Args:
             batch: Of which ``token_ids`` are the tokens behind the rows'.
@@ -157,12 +157,12 @@ class NextStreams(StoredModel):
         return out
 
     def token_ids(self, drafts: Tensor) -> Tensor:
-        """Its tokens are the target's."""
+        """The drafts themselves: the tokens are the target's."""
         return drafts
 
 
 def stream(number: int) -> Depth:
-    """Of a stream behind the last layer."""
+    """The name of a stream behind the last layer."""
     return f"stream {number}"
 
 

@@ -216,7 +216,7 @@ class Eagle3(StoredModel):
         return self.fc(Normed(taps, self.input_norm) if self.config.input_norm == "joint" else taps)
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """One pass.
+        """Compute one pass.
 
         Args:
             batch: Of which ``token_ids`` are the tokens behind the rows'.

@@ -68,7 +68,7 @@ class NextTokens(StoredModel):
         return taps
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """One pass.
+        """Compute one pass.
 
         Args:
             batch: Of which ``token_ids`` are the tokens behind the rows'.
@@ -87,7 +87,7 @@ class NextTokens(StoredModel):
         return out
 
     def token_ids(self, drafts: Tensor) -> Tensor:
-        """Its tokens are the target's."""
+        """The drafts themselves: the tokens are the target's."""
         return drafts
 
 

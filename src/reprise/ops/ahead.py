@@ -150,7 +150,7 @@ class Ahead:
         return True
 
     def _ask(self, calls: list[_Call]) -> list[Future[None]]:
-        """Of what an op launches, all at once."""
+        """Ask for all kernels that the calls launch at once."""
         some = partial(_ask, self._start, calls)
         return [_submit(self._pool, self._table, some)] if calls else []
 

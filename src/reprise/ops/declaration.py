@@ -67,7 +67,7 @@ class Op:
 
     @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
-        """Their names, in order."""
+        """Names of the op's arguments, in order."""
         return tuple(each.name for each in self.overload._schema.arguments)
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Op:
         return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
     def written(self, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Those of a call's arguments that the op writes; it may be called without some."""
+        """The arguments of a call that the op writes; it may be called without some."""
         found = {name: named.get(name) for name in self.mutates}
         return {name: each for name, each in found.items() if isinstance(each, torch.Tensor)}
 

@@ -241,7 +241,7 @@ def _setting(place: str) -> Any:
 
 
 class _Place(NamedTuple):
-    """In Triton's cache."""
+    """A place in Triton's cache."""
 
     name: str
     key: str

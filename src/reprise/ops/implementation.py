@@ -165,7 +165,7 @@ class Implementation:
 
     @property
     def compiles(self) -> bool:
-        """Its kernels are compiled when they are first called."""
+        """Whether its kernels are compiled when they are first called."""
         return self.requires is needs_triton
 
     @property

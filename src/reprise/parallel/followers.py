@@ -126,7 +126,7 @@ def _may_be_others(rank: int, told: Any) -> bool:
 
 
 class Followers(ABC):
-    """All of one engine's, from their start to their end.
+    """All followers of one engine, from their start to their end.
 
     Args:
         board: What is seen of them.

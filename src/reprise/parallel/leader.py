@@ -153,7 +153,7 @@ class Leader:
             raise (self._followers.cause(error, BLAME_SECONDS) or error) from error
 
     def compare(self) -> None:
-        """Now and then have the followers look whether they have drawn the same."""
+        """Have the followers compare what they have drawn, once in some steps."""
         if self.retired - self._compared >= COMPARE_EVERY:
             self._compared = self.retired
             self.say(Kind.SAME, pickled(self.drawn.checksum))

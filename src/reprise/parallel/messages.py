@@ -79,7 +79,7 @@ class Drawn:
         self.checksum = 0
 
     def note(self, sampled: Sequence[Sequence[int]]) -> None:
-        """Of a step, whose results have arrived."""
+        """Take note of a step's tokens, which have arrived."""
         tokens = array("q", [token for each in sampled for token in each])
         self.checksum = zlib.crc32(tokens.tobytes(), self.checksum)
 

@@ -133,7 +133,8 @@ class Processes(Followers):
 
 
 def rank_environment(size: int) -> dict[str, str]:
-    """Of a process that is one of ``size`` ranks on this machine: it imports what this one does."""
+    """Variables of a process that is one of ``size`` ranks on this machine: it imports what this
+    one does."""
     root = str(Path(__file__).resolve().parents[2])
     paths = dict.fromkeys([root, *(each for each in sys.path if each)])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

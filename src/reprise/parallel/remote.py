@@ -62,7 +62,7 @@ class RemoteFollowers(Followers):
         return True
 
     def kill(self) -> None:
-        """They have no connection any more, so they end."""
+        """Close the connections, without which the followers end."""
         self._line.end()
 
 

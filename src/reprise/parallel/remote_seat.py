@@ -33,7 +33,7 @@ class RemoteTable(NamedTuple):
 
 
 class RemoteSeat:
-    """One rank's view. See :class:`reprise.parallel.Seat`.
+    """One rank's view of all engines. See :class:`reprise.parallel.Seat`.
 
     Args:
         table: All.

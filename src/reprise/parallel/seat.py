@@ -22,7 +22,7 @@ class Seat(Protocol):
 
     @property
     def rank(self) -> int:
-        """Of the engine, among all."""
+        """The engine's number among all."""
 
     @property
     def size(self) -> int:
@@ -30,7 +30,7 @@ class Seat(Protocol):
 
     @property
     def ranks(self) -> int:
-        """Of each engine."""
+        """How many ranks each engine has."""
 
     @property
     def timeout(self) -> float:

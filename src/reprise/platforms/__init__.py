@@ -173,7 +173,7 @@ def _require_sound(platform: Platform) -> None:
 
 @functools.cache
 def _fields() -> Mapping[str, Any]:
-    """Of :class:`Platform`, and their types."""
+    """Attributes of :class:`Platform`, and their types."""
     from reprise.platforms.base import Platform
 
     return get_type_hints(Platform)

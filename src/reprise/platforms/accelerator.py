@@ -253,7 +253,7 @@ class AcceleratorPlatform(Platform):
 
 @functools.cache
 def _parameters(function: Any) -> Collection[str] | None:
-    """Their names; None where it does not say, as what is written in C++."""
+    """Names of the parameters; None where it does not say, as what is written in C++."""
     try:
         return frozenset(inspect.signature(function).parameters)
     except ValueError:

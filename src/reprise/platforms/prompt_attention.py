@@ -21,7 +21,7 @@ def heads_first(rows: Tensor) -> Tensor:
 
 
 def by_torch(backend: SDPBackend) -> PromptAttention:
-    """With this backend of torch's scaled dot product attention."""
+    """Compute with this backend of torch's scaled dot product attention."""
     return functools.partial(_by_torch, backend)
 
 

@@ -51,7 +51,7 @@ class Channel:
         return bool(self._unsent)
 
     def send(self, *messages: wire.Message) -> None:
-        """From any thread, in order."""
+        """Send messages in order, from any thread."""
         with self._lock:
             if self._gone:
                 return
@@ -108,7 +108,7 @@ class OnChannel(Protocol):
 
 
 def flush_all(readers: Iterable[OnChannel]) -> None:
-    """All for a process at once."""
+    """Send all that is for a process at once."""
     for channel in {each.channel for each in readers}:
         if channel.items or channel.messages:
             channel.flush()

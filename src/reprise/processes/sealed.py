@@ -42,7 +42,7 @@ acknowledges, so a process may compute for longer."""
 
 
 def new_secret() -> bytes:
-    """For the connections of one engine."""
+    """A secret for the connections of one engine."""
     return secrets.token_bytes(SECRET_BYTES)
 
 

@@ -85,7 +85,7 @@ class Refused(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """Of a :class:`Call`."""
+    """The answer to a :class:`Call`."""
 
     number: int
     result: Any

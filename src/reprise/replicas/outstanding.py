@@ -60,7 +60,8 @@ class Outstanding:
         return reader in self._preparing
 
     def prepared(self, reader: Reader) -> bool:
-        """Its request is tokenized, or refused. Returns whether it was aborted meanwhile."""
+        """The reader's request is tokenized, or refused. Returns whether it was aborted
+        meanwhile."""
         with self.lock:
             _, aborted = self._preparing.pop(reader, ("", False))
             return aborted
@@ -104,14 +105,14 @@ class Outstanding:
         return self._requests.get(self._names.get(request_id, 0))
 
     def began(self, request: Request) -> None:
-        """Its first token has come."""
+        """The request's first token has come."""
         if request.waits:
             request.waits = False
             assert request.route is not None
             self.router.began(request.route)
 
     def forget(self, request: Request) -> Route:
-        """It has ended, or its reader has left it. Returns where it was."""
+        """The request has ended, or its reader has dropped it. Returns where it was."""
         with self.lock:
             del self._requests[request.number]
             if self._names.get(request.request_id) == request.number:
@@ -148,7 +149,7 @@ class Outstanding:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Of their prompts, without those that are being tokenized."""
+        """Tokens of waiting prompts, without those that are being tokenized."""
         waiting = [each for each in self._requests.values() if each.waits]
         return sum(len(each.prompt_token_ids) * each.params.n for each in waiting)
 

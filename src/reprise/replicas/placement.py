@@ -16,7 +16,7 @@ THREADS = "OMP_NUM_THREADS"
 
 
 class Place(NamedTuple):
-    """Of one replica."""
+    """Where one replica runs."""
 
     device: str
     variables: dict[str, str]

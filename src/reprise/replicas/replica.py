@@ -101,7 +101,7 @@ class Fleet(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """They have ended well: nothing of them stays."""
+        """Remove what replicas that have ended well leave behind."""
 
     def ended(self, replica: Replica) -> str:
         """How a replica ended that says nothing more."""

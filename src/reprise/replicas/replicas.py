@@ -125,7 +125,7 @@ class Replicas:
 
     @property
     def engine(self) -> Engine:
-        """None of this process.
+        """No engine is in this process.
 
         Raises:
             ConfigError: Always.
@@ -315,7 +315,7 @@ class Replicas:
         self._thread.join()
 
     def _loop(self) -> None:
-        """Of the thread that reads."""
+        """The loop of the thread that reads."""
         try:
             lost = self._wires.serve(self._deliveries.hear, self._deliveries.flush)
         except BaseException as error:

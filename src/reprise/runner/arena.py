@@ -135,7 +135,7 @@ class StagedArray:
         self._hosts: list[Ints] = []
 
     def add_host(self, buffer: Tensor) -> None:
-        """One more of the arena's host buffers."""
+        """Take in one more of the arena's host buffers."""
         begin, end = self._begin, self._begin + self.device.nbytes
         self._hosts.append(buffer[begin:end].view(self.device.dtype).numpy())
 

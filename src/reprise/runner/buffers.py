@@ -183,7 +183,7 @@ class StepBuffers(StepInputs):
         edits: tuple[Ints, Ints] | None,
         behind: list[tuple[int, int]],
     ) -> None:
-        """All that the device needs to know of a step, in one copy if it is not too much."""
+        """Send all that the device needs to know of a step, in one copy if it is not too much."""
         admitted = step.admitted
         count = len(admitted)
         staged = 0 < count <= self._admissions

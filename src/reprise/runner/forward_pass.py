@@ -231,7 +231,7 @@ class ForwardPass:
         return sound
 
     def _pools(self) -> list[dict[str, PoolTensor]]:
-        """Of each pool the caches by name."""
+        """The caches of each pool by name."""
         return self.found_caches()[0]
 
     def _stacks(self) -> list[list[Stack]]:

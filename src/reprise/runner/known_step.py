@@ -137,7 +137,7 @@ class KnownStep:
             self._place = slice(int(rows[0]), int(rows[0]) + len(rows))
 
     def tables_changed(self) -> None:
-        """Of some row."""
+        """The block table of some row has changed."""
         self._until, self._blocks, self._range, self._asked = _NEVER, None, None, None
 
     def make_up(

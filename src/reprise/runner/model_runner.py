@@ -386,7 +386,7 @@ class ModelRunner:
 
     @property
     def num_blocks(self) -> int:
-        """Of the cache, in all pools, the null blocks included."""
+        """Blocks of the cache, in all pools, the null blocks included."""
         return sum(each.num_blocks for each in self.cache_layout.pools)
 
     def _capture_graphs(self) -> None:

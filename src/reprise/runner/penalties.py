@@ -36,7 +36,7 @@ class SeenTokens(RowState):
 
 
 class Penalties:
-    """Those of some rows of a step's logits.
+    """The penalties of some rows of a step's logits.
 
     Args:
         draws: The rows.

@@ -87,7 +87,7 @@ class SampledBatch:
         """Nothing is asked for but the likeliest token."""
 
     def adjust(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """All that requests ask for before the draw, in place on [N, V] float32."""
+        """Apply all that requests ask for before the draw, in place on [N, V] float32."""
         flat = logits.view(-1)
         if self._bias is not None:
             flat.index_add_(0, *self._bias)

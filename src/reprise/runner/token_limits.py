@@ -102,7 +102,7 @@ class RecentTokens(RowState):
 
 
 class BadWords:
-    """Those of some rows of a step's logits.
+    """The bad words of some rows of a step's logits.
 
     Args:
         draws: The rows.

@@ -85,7 +85,7 @@ def _held(path: str, value: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Te
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Where its memory begins and ends."""
+    """Where the memory of a tensor begins and ends."""
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -30,7 +30,8 @@ class Arrivals:
         self._until[who] = self._clock() + seconds
 
     def end(self, who: Hashable) -> None:
-        """It has been asked, is answered, asks nothing of the engine, or is gone."""
+        """No request is to be expected of it: it has been sent, asks nothing of the engine, or its
+        client is gone."""
         self._until.pop(who, None)
 
     def any(self) -> bool:

@@ -45,7 +45,7 @@ class Bell:
         """Raises nothing: it is called in the midst of others' news."""
 
     def next(self) -> asyncio.Future[None]:
-        """To be awaited: done when it rings."""
+        """Await this: done when it rings."""
         self._waiter = asyncio.get_running_loop().create_future()
         return self._waiter
 

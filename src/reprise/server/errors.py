@@ -132,5 +132,5 @@ def _bounded(message: str) -> str:
 
 
 def error_event(error: ApiError) -> bytes:
-    """In a stream whose status was sent."""
+    """The event for a stream whose status was sent."""
     return b"data: " + error.body + b"\n\n"

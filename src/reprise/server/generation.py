@@ -27,7 +27,7 @@ class Reply(ABC):
 
     @abstractmethod
     def chunks(self, news: list[tuple[int, list[Any]]]) -> bytes:
-        """Of a stream.
+        """The chunks of a stream.
 
         Args:
             news: As of :meth:`reprise.server.caller.Caller.take`.
@@ -61,7 +61,7 @@ class Reply(ABC):
     """:meth:`settle` does something."""
 
     async def settle(self) -> None:
-        """It is complete; before its caller has the end of it."""
+        """The output is complete; called before its caller has the end of it."""
         return
 
     def left(self) -> None:
@@ -69,14 +69,14 @@ class Reply(ABC):
         return
 
     def running_usage(self) -> bytes | None:
-        """For a chunk."""
+        """The usage for a chunk."""
         return self.final_usage() if self.usage_each else None
 
     def final_usage(self) -> bytes:
         return self.usage.to_json()
 
     def told(self) -> dict[str, Any]:
-        """For the log."""
+        """A line for the log."""
         found: dict[str, Any] = {
             "prompt_tokens": self.usage.prompt,
             "completion_tokens": self.usage.completion,

@@ -69,7 +69,7 @@ class CompletionLogprobs:
     def take(
         self, positions: Sequence[Position | None], first: Sequence[Any] = ()
     ) -> dict[str, Any]:
-        """Of the next tokens.
+        """Take the log probabilities of the next tokens.
 
         Args:
             positions: One a token; None for a prompt's first one.

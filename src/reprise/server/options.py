@@ -259,7 +259,7 @@ class ServerOptions:
         return text
 
     def to_json(self) -> str:
-        """For another process of the server."""
+        """The options as JSON, for another process of the server."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod

@@ -36,7 +36,7 @@ class Outbox:
         self._pieces: list[tuple[asyncio.Transport, bytes]] = []
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        """To be written, before what any callback writes that is scheduled after this."""
+        """Have this written before what any callback writes that is scheduled after this."""
         if not self._pieces:
             asyncio.get_running_loop().call_soon(self._write)
         self._pieces.append((transport, data))

@@ -32,7 +32,7 @@ class ServerState:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Of the engine.
+        """Facts of the engine.
 
         Raises:
             ApiError: There is none, or it takes no more requests.
@@ -55,7 +55,7 @@ class ServerState:
 
     @property
     def names(self) -> list[str]:
-        """Of the model, for clients."""
+        """Names of the model, for clients."""
         given = list(self.options.served_model_name)
         return given or [str((self.client.facts or {}).get("model", ""))]
 
@@ -79,7 +79,7 @@ class ServerState:
         return asked
 
     def sampling_defaults(self) -> dict[str, Any]:
-        """Of what requests leave out, and the server's limit to what they say."""
+        """Defaults of what requests leave out, and the server's limit to what they say."""
         found: dict[str, Any] = {}
         given = self.options.override_generation_config
         if self.options.generation_config == "auto":
@@ -111,7 +111,7 @@ class ServerState:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides which tokens come."""
+        """A fingerprint of all that decides which tokens come."""
         facts = self.client.facts or {}
         parts = [str(facts.get(name)) for name in ("version", "model", "dtype", "device")]
         return "fp_" + hashlib.blake2b("\n".join(parts).encode(), digest_size=5).hexdigest()

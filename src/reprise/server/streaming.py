@@ -42,7 +42,7 @@ class Template:
     def chunk(
         self, index: int, middle: bytes, usage: bytes | None = None, beside: bytes = b""
     ) -> bytes:
-        """One with a choice.
+        """A chunk with a choice.
 
         Args:
             index: Of the choice.

@@ -24,7 +24,7 @@ class TokenBytes:
         self._sizes: dict[tuple[int, bool], int] = {}
 
     def text(self, ids: Sequence[int]) -> str:
-        """Of a prompt that was given as ids."""
+        """The text of a prompt that was given as ids."""
         if self._tokenizer is None:
             return ""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -50,7 +50,7 @@ def fitting(messages: Messages, most: int, render: Callable[[Messages], TokensPr
 
 
 def shortened(messages: Messages) -> list[Messages]:
-    """All of them, and what is left without more and more of the oldest turns."""
+    """All messages, and then what is left without more and more of the oldest turns."""
     roles = [each.get("role") for each in messages]
     begin = 0
     while begin < len(roles) and roles[begin] in ("system", "developer"):

@@ -99,7 +99,7 @@ def rows(results: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> li
 
 
 def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[Any, ...]]) -> None:
-    """To standard output.
+    """Print it to standard output.
 
     Args:
         record: All figures.
@@ -135,7 +135,7 @@ def print_record(record: dict[str, Any], as_json: bool, *tables: Sequence[tuple[
 
 
 def print_tables(title: str, *tables: Sequence[tuple[Any, ...]]) -> None:
-    """To standard output; the first row of each holds the headings."""
+    """Print them to standard output; the first row of each holds the headings."""
     console = _console()
     console.print(title)
     for each in tables:
@@ -143,7 +143,7 @@ def print_tables(title: str, *tables: Sequence[tuple[Any, ...]]) -> None:
 
 
 def _console() -> Console:
-    """One whose tables are never cut, even where the terminal is narrow."""
+    """A console whose tables are never cut, even where the terminal is narrow."""
     from rich.console import Console
 
     return Console(width=max(80, Console().width))

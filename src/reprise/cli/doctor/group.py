@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON ins
 
 
 def print_json(value: Any) -> None:
-    """One line on standard output."""
+    """Print it as one line on standard output."""
     import json
 
     typer.echo(json.dumps(value))

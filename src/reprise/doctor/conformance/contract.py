@@ -93,7 +93,7 @@ class Kit:
         return self._made()
 
     def model(self, needs: str, options: Mapping[str, Any] | None = None) -> LLM:
-        """One that has what the demo model has not, with random weights; "": the demo model.
+        """A model that has what the demo model has not, with random weights; "": the demo model.
 
         Args:
             needs: A folder of ``models/``: ``experts``, ``states``, ``compressed``.
@@ -140,7 +140,7 @@ class Kit:
         return next((side for side in SIDES if self._seconds(side) > 0.8e-3), SIDES[-1])
 
     def _seconds(self, side: int) -> float:
-        """Of one round. The least of three: another program may have the processor."""
+        """Seconds of one round. The least of three: another program may have the processor."""
         times = []
         for _ in range(3):
             self.platform.synchronize()

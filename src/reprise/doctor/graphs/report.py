@@ -25,7 +25,7 @@ def executor_of(row: str) -> str:
 
 
 def shown(row: str) -> str:
-    """For people."""
+    """The row's name for people."""
     return f"{row.removesuffix('none')}eager" if executor_of(row) == "none" else row
 
 

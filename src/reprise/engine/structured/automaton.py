@@ -103,8 +103,8 @@ class Automaton:
 
     @classmethod
     def of(cls, grammar: Any, texts: Sequence[bytes], stops: frozenset[int]) -> Automaton | None:
-        """Of xgrammar's compiled grammar; None: it has parts that are not followed here, which is
-        logged."""
+        """The automaton of xgrammar's compiled grammar; None: it has parts that are not followed
+        here, which is logged."""
         try:
             return cls(Rules.read(_printed(grammar)), texts, stops)
         except NotFollowed as error:

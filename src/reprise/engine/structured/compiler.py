@@ -224,7 +224,7 @@ class GrammarCompiler:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Of grammars."""
+    """Makes grammars."""
 
     compiler: Any
     """xgrammar's."""

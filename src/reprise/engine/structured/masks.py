@@ -274,7 +274,7 @@ class MaskTable:
         return place
 
     def _place(self, key: Key | None) -> int:
-        """One to write to, where the mask stays if it may come again."""
+        """A place to write to, where the mask stays if it may come again."""
         free = None if key is None else self._free()
         if free is None or key is None:
             place = self._next
@@ -372,8 +372,8 @@ class MaskTable:
                     words[row, word] = bits[place]
 
     def _fill(self) -> None:
-        """Those that were left for later: a few by this thread, and if they take long, the others
-        by several."""
+        """Fill the masks that were left for later: a few by this thread, and if they take long, the
+        others by several."""
         rows, matchers = self._later
         if not rows:
             return

@@ -21,7 +21,7 @@ _NONE = -1
 
 
 class Grammars:
-    """Those of an engine. For its thread alone.
+    """The grammars of an engine's requests. For its thread alone.
 
     Args:
         vocab_size: Of the logits.
@@ -63,7 +63,7 @@ class Grammars:
         self.left.discard(request)
 
     def clear(self) -> None:
-        """All requests have ended."""
+        """Forget all requests: they have ended."""
         self._of.clear()
         self._latest = (), []
         self._drafts.clear()
@@ -121,9 +121,9 @@ class Grammars:
         return self._of[request].ended
 
     def masks(self, step: Step, requests: Sequence[Request]) -> Masks | None:
-        """Of a step whose requests' grammars have followed all tokens before it; None: the grammars
-        of all have ended. They are valid until the next call, which may come when the step has
-        brought its tokens."""
+        """The masks of a step whose requests' grammars have followed all tokens before it; None:
+        the grammars of all have ended. They are valid until the next call, which may come when the
+        step has brought its tokens."""
         masks, most = self._masks, max(step.drafts)
         masks.begin(min(len(self._of), len(requests)) * (1 + most))
         places = self._drafted(step, requests) if most else self._drawn(step, requests)

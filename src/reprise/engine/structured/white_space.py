@@ -87,7 +87,7 @@ class WhiteSpace:
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> WhiteSpace:
-        """Of the texts of a vocabulary's tokens."""
+        """Find it in the texts of a vocabulary's tokens."""
         lengths = {n: len(each) for n, each in enumerate(texts) if each and not each.strip(_SPACES)}
         words = np.full(-(-len(texts) // 32), 0xFFFFFFFF, dtype=np.uint32)
         for token in lengths:

@@ -287,4 +287,4 @@ class Formats(Protocol):
     """The formats of one checkpoint."""
 
     def of(self, path: str) -> Format:
-        """Of the weight of the module that is called this in the checkpoint."""
+        """The format of the weight of the module that is called this in the checkpoint."""

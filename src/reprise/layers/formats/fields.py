@@ -93,7 +93,7 @@ class Fields:
 
     @property
     def names_left(self) -> list[str]:
-        """Of fields that no reader has taken."""
+        """Names of the fields that no reader has taken."""
         return list(self._left)
 
     def inside(self, name: str) -> Fields | None:

@@ -42,7 +42,7 @@ def formats(config: Mapping[str, Any]) -> Formats:
 
 
 def _powers(fields: Fields, format: EightBits, experts: str, plain: list[str]) -> Formats:
-    """Of DeepSeek-V4."""
+    """The formats of DeepSeek-V4."""
     if not isinstance(format, Blocks):
         raise fields.refused("scale_fmt='ue8m0' without weight_block_size is not supported")
     blocks = PowerBlocks("scale", format.block_n, format.block_k)

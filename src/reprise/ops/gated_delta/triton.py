@@ -152,9 +152,9 @@ def _long(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32 numbers. Three products of matrix units are as exact as float32, one
-    is enough where the results are rounded to a shorter dtype anyway. (Without matrix units such
-    tiles fit in no registers: on an H100 the compiler spilled 8 KiB a thread.)"""
+    """Input precision of products of float32 numbers. Three products of matrix units are as exact
+    as float32, one is enough where the results are rounded to a shorter dtype anyway. (Without
+    matrix units such tiles fit in no registers: on an H100 the compiler spilled 8 KiB a thread.)"""
     wanted = "tf32x3" if dtype == torch.float32 else "tf32"
     return wanted if not INTERPRETED and wanted in _precisions() else "ieee"
 

@@ -34,7 +34,7 @@ def _takes(
     gain: Tensor | None = None,
     out: Tensor | None = None,
 ) -> bool:
-    """Of others torch says what is wrong with them."""
+    """Whether the kernel takes these operands; of others torch says what is wrong with them."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     return (

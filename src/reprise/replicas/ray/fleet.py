@@ -163,7 +163,7 @@ class RayReplica(Replica):
 
     @property
     def hosts(self) -> tuple[Host, ...]:
-        """Of the ranks, in their order."""
+        """Hosts of the ranks, in their order."""
         return tuple(each.host for each in self._ranks)
 
     def keep_table(self, hosts: Sequence[tuple[Host, ...]]) -> RemoteTable:

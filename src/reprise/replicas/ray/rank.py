@@ -63,7 +63,7 @@ class RankProcess:
         found.setLevel(level)
 
     def place(self, device: str) -> Rank:
-        """Where this is.
+        """Where this actor is.
 
         Raises:
             PlatformError: The device is not on this host.

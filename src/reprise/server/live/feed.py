@@ -43,7 +43,7 @@ class Reader:
         self.stalled = False
 
     def put(self, event: bytes) -> None:
-        """In place of one that was not sent."""
+        """Put an event in the place of one that was not sent."""
         self.event = event
         self.bell.ring()
 

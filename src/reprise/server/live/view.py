@@ -76,7 +76,7 @@ class CacheUse:
 
 @dataclass
 class PrefixCache:
-    """In tokens, from the start."""
+    """Prefix cache figures in tokens, from the start."""
 
     queries: int
     hits: int
@@ -84,7 +84,7 @@ class PrefixCache:
 
 @dataclass
 class Drafts:
-    """Of speculative decoding, from the start."""
+    """Figures of speculative decoding, from the start."""
 
     drafts: int
     drafted: int

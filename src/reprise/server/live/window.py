@@ -86,11 +86,11 @@ class Moment:
             self._values.setdefault(name.partition(":")[2], []).append((labels, value))
 
     def total(self, name: str) -> float:
-        """Of a counter or gauge, over all labels."""
+        """The sum of a counter or gauge over all labels."""
         return sum(value for _, value in self._values.get(name, ()))
 
     def by_label(self, name: str, label: str) -> dict[str, int]:
-        """Of a counter, its sum for each value of a label."""
+        """The sum of a counter for each value of a label."""
         found: dict[str, int] = {}
         for labels, value in self._values.get(name, ()):
             found[labels[label]] = found.get(labels[label], 0) + int(value)
@@ -119,7 +119,7 @@ class Window:
             self._moments.popleft()
 
     def fields(self) -> dict[str, Any]:
-        """Those of a :class:`reprise.server.live.view.View` that come from the engine."""
+        """The fields of a :class:`reprise.server.live.view.View` that come from the engine."""
         if not self._moments:
             return {}
         now = self._moments[-1]

@@ -23,7 +23,7 @@ class Stored(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In bytes, about."""
+        """About how many bytes it takes."""
         return len(self.response) + len(self.items) + 200
 
 
@@ -45,7 +45,7 @@ class ResponseStore:
         return len(self._found) + len(self._running)
 
     def begin(self, name: str, response: str) -> None:
-        """One is under way."""
+        """Take in a response that is under way."""
         self._running[name] = Stored(response)
 
     def put(self, name: str, entry: Stored) -> None:

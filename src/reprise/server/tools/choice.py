@@ -60,7 +60,7 @@ class ToolUse:
     """Several calls are wanted."""
 
     def reader(self) -> ToolParser:
-        """For one output."""
+        """A reader for one output."""
         return self.parser(self.tools)
 
     def structured_outputs(self) -> dict[str, Any] | None:

@@ -96,7 +96,7 @@ def is_unlike(rank: int) -> None:
 
 
 def misses_a_message(rank: int) -> None:
-    """One never reaches it."""
+    """One message never reaches it."""
     receive = Reader.receive
     calls = 0
 
