@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from reprise.server.tools.json_text import read, written
-from reprise.server.tools.parser import MOST_HEADER, TaggedParser
+from reprise.server.tools.parser import MOST_HEADER, ListParser
 
 
-class DeepSeekV4(TaggedParser):
+class DeepSeekV4(ListParser):
     """``<｜DSML｜invoke name="f"><｜DSML｜parameter name="k" string="true">v</｜DSML｜parameter>
     </｜DSML｜invoke>``, between tags for all.
 
@@ -24,17 +24,17 @@ class DeepSeekV4(TaggedParser):
     _VALUE_END = re.compile(
         r"</｜DSML｜parameter>\s*(?=<｜DSML｜parameter name=|</｜DSML｜invoke>)"
     )
-    _CALL, _CALL_END = "<｜DSML｜invoke name=", "</｜DSML｜invoke>"
+    first, _CALL_END = "<｜DSML｜invoke name=", "</｜DSML｜invoke>"
 
     def _entered(self) -> None:
-        self._calls_before = self.num_calls
+        super()._entered()
         self._calling = False
         self._key: tuple[str, bool] | None = None
         self._count = 0
 
     def _step_inside(self) -> bool:
         if not self._calling:
-            return self._step_between()
+            return self._begin_call() or self._step_between()
         if self._key is not None:
             return self._step_value(*self._key)
         found = self._PARAMETER.match(self._held[:MOST_HEADER])
@@ -54,24 +54,11 @@ class DeepSeekV4(TaggedParser):
         self._arguments("}" if self._count else "{}")
         self._calling, self._count, self._held = False, 0, rest
 
-    def _step_between(self) -> bool:
+    def _begin_call(self) -> bool:
         found = self._INVOKE.match(self._held[:MOST_HEADER])
         if found is not None:
             self._call(found[1])
             self._calling, self._held = True, self._held[found.end() :]
-            return True
-        held = self._held.lstrip()
-        if held.startswith(self.end):
-            self._leave(held[len(self.end) :])
-            return True
-        may_come = held.startswith(self._CALL) or any(
-            each.startswith(held) for each in (self._CALL, self.end)
-        )
-        if not may_come or (self._ended and held):
-            if self.num_calls > self._calls_before:
-                self._leave(self._held)
-            else:
-                self._is_no_call("", self._held)
             return True
         return False
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from reprise.server.tools.dsml import DeepSeekV4
 from reprise.server.tools.json_text import read, written
-from reprise.server.tools.parser import MOST_HEADER, JsonValue, TaggedParser, ToolParser
+from reprise.server.tools.parser import MOST_HEADER, JsonValue, ListParser, TaggedParser, ToolParser
 
 _NAME_FIRST = re.compile(
     r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'
@@ -91,7 +91,7 @@ class Hermes(_JsonCalls):
     begin, end = "<tool_call>", "</tool_call>"
 
 
-class DeepSeekV31(TaggedParser):
+class DeepSeekV31(ListParser):
     """``<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{}<｜tool▁call▁end｜>``, between tags for all."""
 
     needs_special_tokens = True
@@ -99,10 +99,10 @@ class DeepSeekV31(TaggedParser):
     first, middle, last = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
     def _entered(self) -> None:
+        super()._entered()
         self._value: JsonValue | None = None
         self._late = False
         """The next call has no name."""
-        self._calls_before = self.num_calls
 
     def _step_inside(self) -> bool:
         value = self._value
@@ -124,20 +124,7 @@ class DeepSeekV31(TaggedParser):
             self._value, self._held = JsonValue(), self._held[header.end() :]
             return True
         self._late = len(head) == MOST_HEADER
-        if self._held.lstrip().startswith(self.end):
-            self._leave(self._held.lstrip()[len(self.end) :])
-            return True
-        held = self._held.lstrip()
-        may_come = held.startswith(self.first) or any(
-            each.startswith(held) for each in (self.first, self.end)
-        )
-        if not may_come or (self._ended and held):
-            if self.num_calls > self._calls_before:
-                self._leave(self._held)
-            else:
-                self._is_no_call("", self._held)
-            return True
-        return False
+        return self._step_between()
 
 
 class Qwen3Coder(TaggedParser):

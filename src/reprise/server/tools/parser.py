@@ -127,6 +127,36 @@ class TaggedParser(ToolParser):
         """A call begins."""
 
 
+class ListParser(TaggedParser):
+    """Of a format whose calls stand, one after the other, between two tags for all."""
+
+    end: str
+    """Of the list."""
+    first: str
+    """How each call begins."""
+
+    def _entered(self) -> None:
+        self._calls_before = self.num_calls
+
+    def _step_between(self) -> bool:
+        """As :meth:`_step`, where no call is under way and none has begun as it should: at the
+        list's end, or at what is no call."""
+        held = self._held.lstrip()
+        if held.startswith(self.end):
+            self._leave(held[len(self.end) :])
+            return True
+        may_come = held.startswith(self.first) or any(
+            each.startswith(held) for each in (self.first, self.end)
+        )
+        if not may_come or (self._ended and held):
+            if self.num_calls > self._calls_before:
+                self._leave(self._held)
+            else:
+                self._is_no_call("", self._held)
+            return True
+        return False
+
+
 def beginning_of(text: str, tag: str) -> int:
     """Characters at the end of ``text`` that ``tag`` may begin with."""
     for count in range(min(len(tag) - 1, len(text)), 0, -1):
